@@ -1,0 +1,1 @@
+"""Generated stubs of the contract in `protos/penchant/v1`; made by `make protos`, never edited."""

@@ -1,0 +1,1 @@
+"""Bundle in, ranked answers out: the gRPC service, its stages and its stores."""
