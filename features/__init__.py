@@ -1,0 +1,1 @@
+"""What training and serving must agree on: tables, keys, profiles, assembly and the bundle."""

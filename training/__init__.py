@@ -1,0 +1,1 @@
+"""Parquet in, bundle out: data sets, models, training, evaluation and export."""
