@@ -1,0 +1,56 @@
+"""The root of every error that a person can cause, and the branches that training and serving share."""
+
+from __future__ import annotations
+
+
+class PenchantError(Exception):
+    """A mistake that a person can mend; the message says what to do.
+
+    The command line prints the message and ends with status 2. Anything else that reaches it is a defect of
+    Penchant and shows its traceback.
+
+    ```
+    PenchantError
+    ├── TablesError          a table of a data set cannot be read or written
+    ├── VocabularyError      ids clash, or the file of ids is damaged
+    ├── ProfileCorrupt       the stored profile of a person fails its checks
+    ├── BundleError          a bundle is damaged, foreign or incomplete
+    ├── TrainingError        a training, an evaluation or an export cannot go on
+    │   ├── ConfigError      its configuration cannot work
+    │   ├── LeakError        what is tested would have been seen in training
+    │   └── ExportError      a run does not pass the gates of export
+    └── ServingError         see `serving/errors.py`: each class carries its gRPC status
+    ```
+    """
+
+
+class TablesError(PenchantError):
+    """A table of a data set cannot be read or written; the message names the file."""
+
+
+class VocabularyError(PenchantError):
+    """Ids clash, or the file of ids is damaged."""
+
+
+class ProfileCorrupt(PenchantError):
+    """The stored profile of a person fails its checks."""
+
+
+class BundleError(PenchantError):
+    """A bundle is damaged, foreign or incomplete; the message names the file and the reason."""
+
+
+class TrainingError(PenchantError):
+    """A training, an evaluation or an export cannot go on."""
+
+
+class ConfigError(TrainingError):
+    """The configuration of a training cannot work; the message says what to change."""
+
+
+class LeakError(TrainingError):
+    """What is tested would have been seen in training."""
+
+
+class ExportError(TrainingError):
+    """A run does not pass the gates of export; the message names the gate, its value and its limit."""
