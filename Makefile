@@ -1,0 +1,89 @@
+# Everything that is done to this repository, from a clean clone on. `make` alone lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install protos format check check-code check-protos test demo bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+VENV_PROTOS := .venv-protos
+PROTOS := $(wildcard protos/penchant/v1/*.proto)
+BUILD := build
+
+# The first of these that is new enough; PYTHON=/path/to/python says another.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell $(p) -c \
+	'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+
+# OpenMP threads that spin while they wait take the cores of everything else.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+install: $(VENV)/.ready-dev  ## everything that development needs, into .venv
+	@echo 'ready: $(BIN)/penchant --help'
+
+protos: $(VENV_PROTOS)/.ready  ## the stubs in penchant/v1, from protos/
+	$(call generate,.)
+
+format: $(VENV)/.ready-dev  ## format the code and mend what the linter can mend
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+check: check-code check-protos  ## format, lint, types, import rules, protos; changes nothing
+
+check-code: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tests/architecture_rules.py
+
+check-protos: $(VENV)/.ready-dev $(VENV_PROTOS)/.ready
+	$(BIN)/buf lint
+	.ci/buf-breaking $(BIN)/buf
+	rm -rf $(BUILD)/stubs && mkdir -p $(BUILD)/stubs
+	$(call generate,$(BUILD)/stubs)
+	@diff -r --exclude=__init__.py --exclude=__pycache__ $(BUILD)/stubs/penchant/v1 penchant/v1 \
+		|| { echo 'penchant/v1 is not what protos/ makes: run `make protos`' >&2; exit 1; }
+
+test: $(VENV)/.ready-dev  ## every test; TESTS='tests/features -k fold' runs some
+	$(BIN)/python -m pytest $(TESTS)
+
+demo: $(VENV)/.ready-demo  ## the whole road in minutes: data, training, bundle, service, measurement
+	$(BIN)/penchant demo
+
+bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH takes that bundle
+	$(BIN)/penchant bench stages $(BUNDLE)
+
+clean:  ## remove what builds, tests and tools left; .venv stays
+	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# One generator call: $(1) is the folder that receives penchant/v1.
+define generate
+PATH="$(abspath $(VENV_PROTOS))/bin:$$PATH" $(VENV_PROTOS)/bin/python -m grpc_tools.protoc -I protos \
+	--python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+endef
+
+# A stamp stands for an environment that is complete for its purpose; it is rebuilt when what it came from changes.
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.ready-demo $@
+
+$(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV_PROTOS)/.ready: protos/requirements.txt | $(VENV_PROTOS)/bin/python
+	$(VENV_PROTOS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	touch $@
+
+%/bin/python:
+	@if [ -z '$(PYTHON)' ]; then \
+		echo "Penchant needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none)." >&2; \
+		echo 'Install it, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; fi
+	@$(PYTHON) -m venv $* || { rm -rf $*; \
+		echo 'That Python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
