@@ -1,1 +1,1 @@
-"""What training and serving must agree on: tables, keys, profiles, assembly and the bundle."""
+"""What training and serving must agree on: schemas, vocabulary, catalogue, profile, assembly, bundle."""

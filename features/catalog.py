@@ -1,0 +1,236 @@
+"""The catalogue by row: what may be shown, what it costs, who made it, where it lies in the embedding space.
+
+The rows of the bundle come first and are never moved; items put while the service runs get the rows behind them. One
+thread writes, many read: readers take `columns` once and see arrays that only ever grow behind their `size`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.schema import item_key, item_keys
+from features.vocabulary import Vocabulary
+
+_FOREVER = np.iinfo(np.int64).max
+_FIELDS = ("title", "description", "categories", "creator_id", "price", "parent_id", "attributes")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a catalogue, each of length capacity (at least `Catalog.size`).
+
+    Attributes:
+        vectors: Item vectors; float32 [capacity, D].
+        available: Whether the item may be shown at all; bool.
+        available_from: First moment it may be shown, ms; int64.
+        available_until: First moment it may no longer be shown, ms; int64.
+        price: Price, NaN where unknown; float32.
+        category: Key of the primary category, 0 where there is none; uint64.
+        creator: Key of the creator, 0 where there is none; uint64.
+        popularity: log1p of the number of events in training; float32.
+        recent_popularity: log1p of the number of events in the last days of training; float32.
+        trained: Whether the item was in the training data; bool.
+        put_at: When a live item was put, ms; 0 for the rows of the bundle; int64.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    available: npt.NDArray[np.bool_]
+    available_from: npt.NDArray[np.int64]
+    available_until: npt.NDArray[np.int64]
+    price: npt.NDArray[np.float32]
+    category: npt.NDArray[np.uint64]
+    creator: npt.NDArray[np.uint64]
+    popularity: npt.NDArray[np.float32]
+    recent_popularity: npt.NDArray[np.float32]
+    trained: npt.NDArray[np.bool_]
+    put_at: npt.NDArray[np.int64]
+
+    @property
+    def capacity(self) -> int:
+        """The number of rows there is room for."""
+        return self.available.size
+
+
+class Catalog:
+    """Items by row, with live additions."""
+
+    def __init__(self, items: pa.Table, vocabulary: Vocabulary, vectors: npt.NDArray[np.float32]) -> None:
+        """Takes the items of a bundle.
+
+        Args:
+            items: The canonical table in row order, with `popularity`, `recent_popularity` and `trained` where known.
+            vocabulary: Their ids, in the same order.
+            vectors: Their vectors; float32 [N, D].
+
+        Raises:
+            ValueError: The three do not have the same length.
+        """
+        if not items.num_rows == len(vocabulary) == vectors.shape[0]:
+            raise ValueError(f"{items.num_rows} items, {len(vocabulary)} ids and {vectors.shape[0]} vectors do not fit")
+        self.vocabulary = vocabulary
+        self.base_size = self.size = items.num_rows
+        self._items = items
+        self._live: dict[int, dict[str, Any]] = {}
+        self._live_rows: dict[int, int] = {}
+        self._live_ids: list[str] = []
+        self._lock = threading.Lock()
+        self._change = 0
+        self._bitmap: tuple[int, int, npt.NDArray[np.uint8]] | None = None
+        self.columns = columns_of(items, vectors)
+
+    def rows(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
+        """The row of each id, -1 where it is unknown; int32 [n]."""
+        return self.rows_of_keys(item_keys(ids))
+
+    def rows_of_keys(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+        """The row of each key, -1 where it is unknown; int32 [n]."""
+        rows = self.vocabulary.rows_of_keys(keys)
+        if self._live_rows:
+            for at in np.flatnonzero(rows < 0):
+                rows[at] = self._live_rows.get(int(keys[at]), -1)
+        return rows
+
+    def ids(self, rows: npt.ArrayLike) -> list[str]:
+        """The ids of `rows`, each in [0, size)."""
+        wanted = np.asarray(rows, np.int64)
+        if not wanted.size or wanted.max() < self.base_size:
+            return self.vocabulary.ids(wanted)
+        return [
+            self._live_ids[row - self.base_size] if row >= self.base_size else self.vocabulary.ids([row])[0]
+            for row in wanted.tolist()
+        ]
+
+    def item(self, row: int) -> dict[str, Any]:
+        """An item as a row of the canonical table, for people to read; not for the hot path."""
+        if row in self._live:
+            return dict(self._live[row])
+        item: dict[str, Any] = self._items.slice(row, 1).to_pylist()[0]
+        return item
+
+    def eligible(self, rows: npt.NDArray[np.integer[Any]], now_ms: int) -> npt.NDArray[np.bool_]:
+        """Which of `rows` may be shown now; bool [n]."""
+        columns = self.columns
+        begun = np.less_equal(columns.available_from[rows], now_ms)
+        return np.logical_and(columns.available[rows] & begun, now_ms < columns.available_until[rows])
+
+    def eligible_bitmap(self, now_ms: int) -> npt.NDArray[np.uint8]:
+        """Which rows may be shown in this second, one bit a row, lowest bit first; uint8 [ceil(size / 8)].
+
+        A hint for retrieval, made once a second and after each change; `eligible` has the last word. Read only.
+        """
+        change, second = self._change, now_ms // 1000
+        known = self._bitmap
+        if known is None or known[0] != change or known[1] != second:
+            bits = np.packbits(self.eligible(np.arange(self.size), now_ms), bitorder="little")
+            bits.flags.writeable = False
+            self._bitmap = known = (change, second, bits)
+        return known[2]
+
+    def put(
+        self, items: Sequence[Mapping[str, Any]], vectors: npt.NDArray[np.float32], now_ms: int
+    ) -> npt.NDArray[np.int32]:
+        """Puts items, new or changed; a row of the bundle keeps its trained vector.
+
+        Args:
+            items: Rows of the canonical table.
+            vectors: Their vectors by content; float32 [n, D].
+            now_ms: When they were put, ms.
+
+        Returns:
+            Their rows; int32 [n].
+        """
+        with self._lock:
+            rows = [self._put_one(item, vectors[at], now_ms) for at, item in enumerate(items)]
+            self._change += 1
+        return np.array(rows, np.int32)
+
+    def set_available(self, row: int, available: bool, available_from: int = 0, available_until: int = 0) -> None:
+        """Sets whether and when the item of `row` may be shown; 0 as a time means always."""
+        with self._lock:
+            columns = self.columns
+            columns.available[row] = available
+            columns.available_from[row] = available_from or 0
+            columns.available_until[row] = available_until or _FOREVER
+            self._change += 1
+
+    def delete(self, row: int) -> None:
+        """Never shows the item of `row` again, unless it is put again."""
+        self.set_available(row, False)
+
+    def _put_one(self, item: Mapping[str, Any], vector: npt.NDArray[np.float32], now_ms: int) -> int:
+        key = item_key(item["item_id"])
+        row = int(self.rows_of_keys(np.array([key], np.uint64))[0])
+        new = row < 0
+        if new:
+            row = self.size
+            if row >= self.columns.capacity:
+                self.columns = _grown(self.columns, row + max(1024, row // 4))
+        columns = self.columns
+        if row >= self.base_size:
+            columns.vectors[row] = vector
+            columns.put_at[row] = now_ms
+        _fill(columns, row, item)
+        self._live[row] = {"item_id": item["item_id"], **{name: item.get(name) for name in _FIELDS}}
+        if new:
+            self._live_ids.append(item["item_id"])
+            self.size = row + 1
+            # Last, so that whoever finds the row finds everything behind it.
+            self._live_rows[key] = row
+        return row
+
+
+def columns_of(items: pa.Table, vectors: npt.NDArray[np.float32]) -> Columns:
+    """The columns of a canonical items table in row order; missing ones get their neutral value."""
+    count = items.num_rows
+    lists = items.column("categories").to_pylist() if "categories" in items.column_names else [None] * count
+    creators = items.column("creator_id").to_pylist() if "creator_id" in items.column_names else [None] * count
+    return Columns(
+        vectors=vectors,
+        available=_values(items, "available", np.bool_, True),
+        available_from=_values(items, "available_from", np.int64, 0),
+        available_until=_values(items, "available_until", np.int64, _FOREVER),
+        price=_values(items, "price", np.float32, np.nan),
+        category=item_keys([names[0] if names else None for names in lists]),
+        creator=item_keys(creators),
+        popularity=_values(items, "popularity", np.float32, 0.0),
+        recent_popularity=_values(items, "recent_popularity", np.float32, 0.0),
+        trained=_values(items, "trained", np.bool_, True),
+        put_at=np.zeros(count, np.int64),
+    )
+
+
+def _values(items: pa.Table, name: str, dtype: type, default: Any) -> npt.NDArray[Any]:
+    """A writable numpy column, NULLs and a missing column replaced by `default`."""
+    if name not in items.column_names:
+        return np.full(items.num_rows, default, dtype)
+    values = [default if value is None else value for value in items.column(name).to_pylist()]
+    return np.array(values, dtype)
+
+
+def _grown(columns: Columns, capacity: int) -> Columns:
+    """The same columns with room for `capacity` rows; the new ones are not available until they are filled."""
+
+    def grow(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        larger = np.zeros((capacity, *column.shape[1:]), column.dtype)
+        larger[: column.shape[0]] = column
+        return larger
+
+    fields = {field.name: grow(getattr(columns, field.name)) for field in dataclasses.fields(columns)}
+    return Columns(**fields)
+
+
+def _fill(columns: Columns, row: int, item: Mapping[str, Any]) -> None:
+    price, categories, available = item.get("price"), item.get("categories"), item.get("available")
+    columns.price[row] = np.nan if price is None else price
+    columns.category[row] = item_key(categories[0]) if categories else 0
+    columns.creator[row] = item_key(item.get("creator_id"))
+    columns.available_from[row] = item.get("available_from") or 0
+    columns.available_until[row] = item.get("available_until") or _FOREVER
+    columns.available[row] = True if available is None else available

@@ -1,0 +1,172 @@
+"""Numba kernels of the shared features; each has a plain numpy twin beside it, `<name>_plain`.
+
+No fastmath and a fixed order of additions: a kernel and its twin agree to the bit, and a candidate's value never
+depends on the other candidates of its batch.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+_LANES = 16
+
+
+def _crc_table() -> npt.NDArray[np.uint32]:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, np.uint32(0xEDB88320) ^ (table >> np.uint32(1)), table >> np.uint32(1))
+    return table.astype(np.uint32)
+
+
+_CRC_TABLE = _crc_table()
+
+
+@nb.njit(cache=True)
+def crc32_rows(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """CRC-32 (the one of zlib) of each row of `rows` uint8 [n, width]; uint32 [n]."""
+    out = np.empty(rows.shape[0], np.uint32)
+    for i in range(rows.shape[0]):
+        crc = np.uint32(0xFFFFFFFF)
+        for j in range(rows.shape[1]):
+            crc = _CRC_TABLE[(crc ^ rows[i, j]) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
+        out[i] = crc ^ np.uint32(0xFFFFFFFF)
+    return out
+
+
+def crc32_rows_plain(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """The plain twin of `crc32_rows`."""
+    return np.array([zlib.crc32(row.tobytes()) for row in rows], dtype=np.uint32)
+
+
+@nb.njit(cache=True)
+def evict(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int) -> npt.NDArray[np.uint64]:
+    """Appends to `evicted` those of `pushed` that it lacks, one by one, and keeps the newest `cap`.
+
+    Args:
+        evicted: Item keys pushed out so far, oldest first, without repeats; uint64 [m].
+        pushed: Item keys pushed out now, oldest first; 0 means no item and is skipped; uint64 [k].
+        cap: Number of keys to keep.
+
+    Returns:
+        The new list, uint64 [<= cap].
+    """
+    kept = np.empty(evicted.size + pushed.size, np.uint64)
+    kept[: evicted.size] = evicted
+    start, end = max(0, evicted.size - cap), evicted.size
+    for i in range(pushed.size):
+        key = pushed[i]
+        known = key == np.uint64(0)
+        for j in range(start, end):
+            if kept[j] == key:
+                known = True
+                break
+        if not known:
+            kept[end] = key
+            end += 1
+            if end - start > cap:
+                start += 1
+    return kept[start:end].copy()
+
+
+def evict_plain(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int) -> npt.NDArray[np.uint64]:
+    """The plain twin of `evict`."""
+    kept = evicted[-cap:].tolist() if cap else []
+    for key in pushed.tolist():
+        if key and key not in kept:
+            kept = [*kept, key][-cap:] if cap else []
+    return np.array(kept, dtype=np.uint64)
+
+
+@nb.njit(cache=True)
+def affinity(
+    keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float32]:
+    """Weighted share of the history that has each candidate's key; 0 for key 0 and for an empty history.
+
+    Args:
+        keys: One key per candidate (its category, its creator), 0 for none; uint64 [n].
+        history: One key per remembered event; uint64 [h].
+        weights: Weight of each remembered event, at least 0; float64 [h].
+
+    Returns:
+        Shares in [0, 1]; float32 [n].
+    """
+    total = 0.0
+    for j in range(history.size):
+        total += weights[j]
+    out = np.zeros(keys.size, np.float32)
+    if total <= 0.0:
+        return out
+    for i in range(keys.size):
+        if keys[i] != np.uint64(0):
+            share = 0.0
+            for j in range(history.size):
+                if history[j] == keys[i]:
+                    share += weights[j]
+            out[i] = share / total
+    return out
+
+
+def affinity_plain(
+    keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float32]:
+    """The plain twin of `affinity`."""
+    total, shares = 0.0, np.zeros(keys.size, np.float64)
+    for key, weight in zip(history, weights, strict=True):
+        total += float(weight)
+        shares += np.where(keys == key, weight, 0.0)
+    if total <= 0.0:
+        return np.zeros(keys.size, np.float32)
+    return np.where(keys == 0, 0.0, shares / total).astype(np.float32)
+
+
+@nb.njit(cache=True)
+def dot_rows(
+    vectors: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], query: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Inner product of `query` with the vectors of `rows`, gathered on the fly.
+
+    Args:
+        vectors: float32 [N, D].
+        rows: Rows of `vectors`, each in [0, N); int32 [n].
+        query: float32 [D].
+
+    Returns:
+        float32 [n].
+    """
+    out = np.empty(rows.size, np.float32)
+    lanes = np.empty(_LANES, np.float32)
+    whole = query.size - query.size % _LANES
+    for i in range(rows.size):
+        vector = vectors[rows[i]]
+        lanes[:] = np.float32(0.0)
+        for start in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                lanes[lane] += vector[start + lane] * query[start + lane]
+        for j in range(whole, query.size):
+            lanes[j - whole] += vector[j] * query[j]
+        total = np.float32(0.0)
+        for lane in range(_LANES):
+            total += lanes[lane]
+        out[i] = total
+    return out
+
+
+def dot_rows_plain(
+    vectors: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], query: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """The plain twin of `dot_rows`."""
+    padded = -(-query.size // _LANES) * _LANES
+    products = np.zeros((rows.size, padded), np.float32)
+    products[:, : query.size] = vectors[rows] * query
+    lanes = np.zeros((rows.size, _LANES), np.float32)
+    for start in range(0, padded, _LANES):
+        lanes += products[:, start : start + _LANES]
+    out = np.zeros(rows.size, np.float32)
+    for lane in range(_LANES):
+        out += lanes[:, lane]
+    return out

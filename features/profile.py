@@ -1,0 +1,219 @@
+"""A profile is a fold over events: what is remembered of a person, and how it is stored.
+
+A stored profile is one string, `header | state | tail`: the state is what has been folded, the tail what arrived
+since. Reading folds the tail on the spot with the same function that replays history for training, so an event is
+visible to the very next request. Fold order is log order; the time of an event is only a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from features.errors import ProfileCorrupt
+from features.kernels import crc32_rows, evict
+
+RING = 256
+"""Number of newest events kept whole; at least the length of any encoder."""
+
+EVICTED_CAP = 8192
+"""Number of older items remembered only as seen."""
+
+RECORD = np.dtype(
+    [
+        ("item", "<u8"),
+        ("category", "<u8"),
+        ("creator", "<u8"),
+        ("timestamp", "<i8"),
+        ("value", "<f4"),
+        ("event_type", "<u4"),
+        ("checksum", "<u4"),
+    ]
+)
+"""One event as the fold reads it: 44 bytes, keys as resolved at ingest, CRC-32 of the first 40 bytes."""
+
+ENTRY = np.dtype([("log_id", ">u8"), ("record", RECORD)])
+"""One entry of a tail: the log id and its record, 52 bytes."""
+
+_CHECKED = RECORD.itemsize - 4
+_HEADER = struct.Struct("<4sHHII8s8s")
+_STATE = struct.Struct("<QII")
+_MAGIC = b"PNCH"
+_FORMAT = 1
+
+HEADER_SIZE = _HEADER.size
+STATE_VERSION = f"ring-{RING}/evicted-{EVICTED_CAP}/format-{_FORMAT}"
+"""Fingerprint of the state: what is folded, and how."""
+
+Records = npt.NDArray[np.void]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Profile:
+    """What is remembered of one person.
+
+    Attributes:
+        version: Log id up to and including which events are folded; 0 for nobody.
+        records: The newest events, oldest first; RECORD [<= RING].
+        evicted: Items pushed out of `records`, oldest first, without repeats; uint64 [<= EVICTED_CAP].
+        count: Number of events ever folded.
+    """
+
+    version: int
+    records: Records
+    evicted: npt.NDArray[np.uint64]
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored profile taken apart.
+
+    Attributes:
+        state: The folded part.
+        tail: What arrived since, sorted by log id; ENTRY [n].
+        erased_before: Log id up to and including which entries are refused, 0 where nothing was erased.
+    """
+
+    state: Profile
+    tail: npt.NDArray[np.void]
+    erased_before: int
+
+
+def empty() -> Profile:
+    """The profile of somebody nobody knows."""
+    return Profile(0, np.empty(0, RECORD), np.empty(0, np.uint64), 0)
+
+
+def make_records(
+    item: npt.ArrayLike,
+    category: npt.ArrayLike,
+    creator: npt.ArrayLike,
+    timestamp: npt.ArrayLike,
+    value: npt.ArrayLike,
+    event_type: npt.ArrayLike,
+) -> Records:
+    """Builds RECORD [n] from columns of length n (or scalars) and fills the checksums."""
+    columns = np.broadcast_arrays(item, category, creator, timestamp, value, event_type)
+    records = np.zeros(np.atleast_1d(columns[0]).shape[0], RECORD)
+    for name, column in zip(RECORD.names or (), columns, strict=False):
+        records[name] = column
+    records["checksum"] = crc32_rows(_checked_bytes(records))
+    return records
+
+
+def verify(records: Records) -> npt.NDArray[np.bool_]:
+    """Which records still have the checksum they were written with; bool [n]."""
+    return np.equal(records["checksum"], crc32_rows(_checked_bytes(records)))
+
+
+def fold(profile: Profile, records: Records, last_id: int) -> Profile:
+    """Folds `records`, in log order, into `profile`; a pure function.
+
+    Args:
+        profile: What was known before.
+        records: The events that follow; RECORD [n].
+        last_id: Log id of the last of them.
+
+    Returns:
+        The profile after them. Folding a history in pieces gives the same as folding it at once.
+    """
+    joined = np.concatenate([profile.records, records])
+    cut = max(0, joined.size - RING)
+    evicted = profile.evicted
+    if cut:
+        evicted = evict(evicted, np.ascontiguousarray(joined["item"][:cut]), EVICTED_CAP)
+    return Profile(last_id, joined[cut:], evicted, profile.count + records.size)
+
+
+def encode_state(profile: Profile) -> bytes:
+    """The state as bytes, with a checksum over all of it."""
+    body = (
+        _STATE.pack(profile.count, profile.records.size, profile.evicted.size)
+        + profile.records.tobytes()
+        + profile.evicted.astype("<u8").tobytes()
+    )
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def decode_state(state: bytes | memoryview, version: int) -> Profile:
+    """Reads what `encode_state` wrote.
+
+    Raises:
+        ProfileCorrupt: The bytes are cut short or were changed.
+    """
+    if not state:
+        return dataclasses.replace(empty(), version=version)
+    if len(state) < _STATE.size + 4 or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
+        raise ProfileCorrupt("the state of a profile fails its checksum")
+    count, ring, seen = _STATE.unpack_from(state)
+    if len(state) != _STATE.size + ring * RECORD.itemsize + seen * 8 + 4:
+        raise ProfileCorrupt("the state of a profile has the wrong length")
+    records = np.frombuffer(state, RECORD, ring, _STATE.size)
+    evicted = np.frombuffer(state, "<u8", seen, _STATE.size + ring * RECORD.itemsize)
+    return Profile(version, records, evicted.astype(np.uint64), count)
+
+
+def header(state_length: int, state_version: int, erased_before: int = 0) -> bytes:
+    """The 32 bytes in front of a stored profile; log ids are big endian so that bytes compare as numbers do."""
+    return _HEADER.pack(
+        _MAGIC,
+        _FORMAT,
+        0,
+        state_length,
+        0,
+        state_version.to_bytes(8, "big"),
+        erased_before.to_bytes(8, "big"),
+    )
+
+
+def encode(profile: Profile, erased_before: int = 0) -> bytes:
+    """A stored profile with everything folded and an empty tail."""
+    state = encode_state(profile)
+    return header(len(state), profile.version, erased_before) + state
+
+
+def split(blob: bytes) -> Stored:
+    """Takes a stored profile apart, without folding.
+
+    Raises:
+        ProfileCorrupt: The bytes are not a stored profile of this format, are cut short or were changed.
+    """
+    if len(blob) < HEADER_SIZE:
+        raise ProfileCorrupt(f"a stored profile has at least {HEADER_SIZE} bytes, this one {len(blob)}")
+    magic, version, _, state_length, _, state_version, erased = _HEADER.unpack_from(blob)
+    if magic != _MAGIC or version != _FORMAT:
+        raise ProfileCorrupt("not a stored profile of this format")
+    start = HEADER_SIZE + state_length
+    if len(blob) < start or (len(blob) - start) % ENTRY.itemsize:
+        raise ProfileCorrupt("a stored profile is cut short")
+    state = decode_state(memoryview(blob)[HEADER_SIZE:start], int.from_bytes(state_version, "big"))
+    tail = np.frombuffer(blob, ENTRY, offset=start)
+    if tail.size:
+        if not verify(tail["record"]).all():
+            raise ProfileCorrupt("an entry in the tail of a profile fails its checksum")
+        tail = tail[np.argsort(tail["log_id"], kind="stable")]
+        tail = tail[tail["log_id"] > state.version]
+    return Stored(state, tail, int.from_bytes(erased, "big"))
+
+
+def decode(blob: bytes) -> Profile:
+    """What serving reads: the state with the tail folded in.
+
+    Raises:
+        ProfileCorrupt: See `split`.
+    """
+    stored = split(blob)
+    if not stored.tail.size:
+        return stored.state
+    return fold(stored.state, stored.tail["record"], int(stored.tail["log_id"][-1]))
+
+
+def _checked_bytes(records: Records) -> npt.NDArray[np.uint8]:
+    """The bytes that a checksum covers; uint8 [n, 40]."""
+    flat = np.ascontiguousarray(records).view(np.uint8).reshape(records.size, RECORD.itemsize)
+    return flat[:, :_CHECKED]

@@ -1,0 +1,100 @@
+"""Pure functions from what an item or a query says to the arrays its encoder reads."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from features.schema import item_keys
+
+_WORD = re.compile(r"\w+", re.UNICODE)
+_DESCRIPTION_WORDS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ItemInputShapes:
+    """How long the inputs of the content encoders are, and into how many buckets keys are hashed; 0 is padding."""
+
+    token_buckets: int
+    max_tokens: int
+    category_buckets: int
+    max_categories: int
+    creator_buckets: int
+
+
+def stem(word: str) -> str:
+    """Takes a plural `s` off an English word (Harman, "How effective is suffixing?", 1991); others pass unchanged."""
+    if len(word) > 4 and word.endswith("ies") and not word.endswith(("eies", "aies")):
+        return word[:-3] + "y"
+    if len(word) > 3 and word.endswith("es") and not word.endswith(("aes", "ees", "oes")):
+        return word[:-1]
+    if len(word) > 2 and word.endswith("s") and not word.endswith(("us", "ss")):
+        return word[:-1]
+    return word
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: Unicode NFKC, lower case, plural taken off."""
+    return [stem(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).lower())]
+
+
+def text_tokens(text: str) -> npt.NDArray[np.uint32]:
+    """One key per word of the text, in order: CRC-32 of the word's UTF-8 bytes; uint32 [n]."""
+    return np.array([zlib.crc32(word.encode()) for word in words(text)], dtype=np.uint32)
+
+
+def token_buckets(keys: npt.NDArray[Any], buckets: int) -> npt.NDArray[np.int64]:
+    """Hashes keys into 1 to `buckets`, leaving 0 for padding."""
+    return (1 + keys.astype(np.uint64) % np.uint64(buckets)).astype(np.int64)
+
+
+def item_text(item: Mapping[str, Any]) -> str:
+    """What an item says of itself: title, categories, and the first words of its description."""
+    description = " ".join((item.get("description") or "").split()[:_DESCRIPTION_WORDS])
+    return " ".join([item.get("title") or "", *(item.get("categories") or ()), description]).strip()
+
+
+def item_inputs(items: Sequence[Mapping[str, Any]], shapes: ItemInputShapes) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of the item encoder for items as rows of the canonical table.
+
+    Returns:
+        `tokens` int64 [n, max_tokens], `categories` int64 [n, max_categories], `creators` int64 [n] (0 = unknown),
+        `prices` float32 [n] (log1p of the price; -1 = unknown).
+    """
+    count = len(items)
+    tokens = np.zeros((count, shapes.max_tokens), np.int64)
+    categories = np.zeros((count, shapes.max_categories), np.int64)
+    creators = np.zeros(count, np.int64)
+    prices = np.full(count, -1.0, np.float32)
+    for row, item in enumerate(items):
+        _fill(tokens[row], token_buckets(text_tokens(item_text(item)), shapes.token_buckets))
+        _fill(
+            categories[row],
+            token_buckets(item_keys(list(item.get("categories") or ())), shapes.category_buckets),
+        )
+        if creator := item.get("creator_id"):
+            creators[row] = token_buckets(item_keys([creator]), shapes.creator_buckets)[0]
+        price = item.get("price")
+        if price is not None and math.isfinite(price) and price >= 0:
+            prices[row] = math.log1p(price)
+    return {"tokens": tokens, "categories": categories, "creators": creators, "prices": prices}
+
+
+def query_inputs(text: str, shapes: ItemInputShapes) -> dict[str, npt.NDArray[Any]]:
+    """The input of the query encoder for one query: `tokens` int64 [1, max_tokens]."""
+    tokens = np.zeros((1, shapes.max_tokens), np.int64)
+    _fill(tokens[0], token_buckets(text_tokens(text), shapes.token_buckets))
+    return {"tokens": tokens}
+
+
+def _fill(row: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> None:
+    count = min(row.size, values.size)
+    row[:count] = values[:count]
