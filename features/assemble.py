@@ -16,25 +16,26 @@ from features.schema import Feature, FeatureSet
 HALF_LIFE = 20
 """Number of events after which an event weighs half in an affinity."""
 
+_RING = f"newest {RING} events"
 ENCODER_FEATURES = FeatureSet(
     (
-        Feature("item_vector", "the item's vector, one per event", window="newest events"),
+        Feature("item_vector", "the item's vector, one per event", "newest events"),
         Feature("event_type", "1 + position among the bundle's event types, 0 = unknown", "newest events", "int64"),
     )
 )
 RANKER_FEATURES = FeatureSet(
     (
         Feature("relevance", "inner product of user and item vector"),
-        Feature("popularity", "log1p of the item's events in training", window="item"),
-        Feature("recent_popularity", "log1p of the item's events in the last days of training", window="item"),
-        Feature("category_affinity", "share of the events in the item's category, half-life 20 events", f"newest {RING} events"),
-        Feature("creator_affinity", "share of the events by the item's creator, half-life 20 events", f"newest {RING} events"),
-        Feature("price", "log1p of the item's price, 0 where unknown", window="item"),
-        Feature("price_known", "1 where the item has a price", window="item"),
-        Feature("history_length", "log1p of the number of events remembered", f"newest {RING} events"),
-        Feature("trained", "1 where the item was in the training data", window="item"),
+        Feature("popularity", "log1p of the item's events in training", "item"),
+        Feature("recent_popularity", "log1p of the item's events in the last days of training", "item"),
+        Feature("category_affinity", "share of the events in the item's category, half-life 20 events", _RING),
+        Feature("creator_affinity", "share of the events by the item's creator, half-life 20 events", _RING),
+        Feature("price", "log1p of the item's price, 0 where unknown", "item"),
+        Feature("price_known", "1 where the item has a price", "item"),
+        Feature("history_length", "log1p of the number of events remembered", _RING),
+        Feature("trained", "1 where the item was in the training data", "item"),
     )
-)  # fmt: skip
+)
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES))
 
 # Computed once in float64, so that training and serving read the same bits.

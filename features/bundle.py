@@ -110,8 +110,8 @@ def open_bundle(path: Path) -> Bundle:
     """Verifies every file of a bundle, before anybody parses one.
 
     Raises:
-        BundleError: The directory is not a bundle, is half copied, was changed, holds files of another bundle, files that
-            are no bundle's, or links.
+        BundleError: The directory is no bundle, is half copied, was changed, or holds links, files of another bundle or
+            files of none.
     """
     manifest = _manifest(path)
     files = manifest["files"]

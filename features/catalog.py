@@ -117,8 +117,10 @@ class Catalog:
     def eligible(self, rows: npt.NDArray[np.integer[Any]], now_ms: int) -> npt.NDArray[np.bool_]:
         """Which of `rows` may be shown now; bool [n]."""
         columns = self.columns
-        begun = np.less_equal(columns.available_from[rows], now_ms)
-        return np.logical_and(columns.available[rows] & begun, now_ms < columns.available_until[rows])
+        begun: npt.NDArray[np.bool_] = np.less_equal(columns.available_from[rows], now_ms)
+        running: npt.NDArray[np.bool_] = np.less(now_ms, columns.available_until[rows])
+        available: npt.NDArray[np.bool_] = columns.available[rows]
+        return available & begun & running
 
     def eligible_bitmap(self, now_ms: int) -> npt.NDArray[np.uint8]:
         """Which rows may be shown in this second, one bit a row, lowest bit first; uint8 [ceil(size / 8)].

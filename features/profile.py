@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,9 +99,17 @@ def make_records(
     event_type: npt.ArrayLike,
 ) -> Records:
     """Builds RECORD [n] from columns of length n (or scalars) and fills the checksums."""
-    columns = np.broadcast_arrays(item, category, creator, timestamp, value, event_type)
-    records = np.zeros(np.atleast_1d(columns[0]).shape[0], RECORD)
-    for name, column in zip(RECORD.names or (), columns, strict=False):
+    # Each to its own type first: numpy makes a list of large and small integers floats.
+    columns: dict[str, npt.NDArray[Any]] = {
+        "item": np.asarray(item, np.uint64),
+        "category": np.asarray(category, np.uint64),
+        "creator": np.asarray(creator, np.uint64),
+        "timestamp": np.asarray(timestamp, np.int64),
+        "value": np.asarray(value, np.float32),
+        "event_type": np.asarray(event_type, np.uint32),
+    }
+    records = np.zeros(np.broadcast_shapes((1,), *(column.shape for column in columns.values())), RECORD)
+    for name, column in columns.items():
         records[name] = column
     records["checksum"] = crc32_rows(_checked_bytes(records))
     return records
@@ -108,7 +117,8 @@ def make_records(
 
 def verify(records: Records) -> npt.NDArray[np.bool_]:
     """Which records still have the checksum they were written with; bool [n]."""
-    return np.equal(records["checksum"], crc32_rows(_checked_bytes(records)))
+    intact: npt.NDArray[np.bool_] = np.equal(records["checksum"], crc32_rows(_checked_bytes(records)))
+    return intact
 
 
 def fold(profile: Profile, records: Records, last_id: int) -> Profile:

@@ -13,14 +13,13 @@ import pyarrow as pa
 from features.errors import VocabularyError
 from features.schema import item_keys
 
-_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        pa.field("key", pa.uint64()),
-        pa.field("sorted_key", pa.uint64()),
-        pa.field("sorted_row", pa.int32()),
-    ]
-)
+_TYPES: dict[str, pa.DataType] = {
+    "id": pa.string(),
+    "key": pa.uint64(),
+    "sorted_key": pa.uint64(),
+    "sorted_row": pa.int32(),
+}
+_SCHEMA = pa.schema(_TYPES)
 
 
 class Vocabulary:
@@ -104,4 +103,5 @@ class Vocabulary:
 
 def _column(table: pa.Table, name: str) -> pa.Array[Any]:
     column = table.column(name)
-    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    chunk: Any = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    return chunk  # type: ignore[no-any-return]

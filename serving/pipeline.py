@@ -4,15 +4,15 @@ A candidate is a row number of the catalogue; a set of candidates is arrays, nev
 applies what stages return, times them, counts them and checks the deadline between them, so the whole behaviour under
 failure is to be read here:
 
-| stage      | returns                         | when it fails                                                           |
-|------------|---------------------------------|-------------------------------------------------------------------------|
-| Hydrator   | nothing; fills the query        | the query stays as it is, the answer is marked                          |
-| Source     | rows, scores                    | skipped, marked                                                         |
-| Filter     | bool mask                       | required: the request fails; personal: the popular pool only, marked    |
-| Scorer     | float32 of the same length      | interleaved source ranks, marked                                        |
-| Selector   | positions, propensities         | plain top-k, marked                                                     |
-| Explainer  | reasons per item                | no reasons, counted                                                     |
-| SideEffect | nothing; must not block         | counted                                                                 |
+| stage      | returns                 | when it fails                                                        |
+|------------|-------------------------|----------------------------------------------------------------------|
+| Hydrator   | nothing; fills query    | the query stays as it is, the answer is marked                       |
+| Source     | rows, scores            | skipped, marked                                                      |
+| Filter     | bool mask               | required: the request fails; personal: the popular pool only, marked |
+| Scorer     | float32, same length    | interleaved source ranks, marked                                     |
+| Selector   | positions, propensities | plain top-k, marked                                                  |
+| Explainer  | reasons per item        | no reasons, counted                                                  |
+| SideEffect | nothing; never blocks   | counted                                                              |
 """
 
 from __future__ import annotations
@@ -387,7 +387,8 @@ def interleaved(candidates: Candidates) -> Scores:
     ranks = np.empty(order.shape, np.float32)
     np.put_along_axis(ranks, order, np.arange(order.shape[1], dtype=np.float32)[None], axis=1)
     ranks[np.isnan(candidates.scores)] = np.inf
-    return np.negative(ranks.min(axis=0))
+    best: Scores = ranks.min(axis=0)
+    return -best
 
 
 def top_k(scores: Scores, k: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:

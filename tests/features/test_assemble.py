@@ -1,0 +1,100 @@
+"""The one road from a profile to model inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from features import assemble, profile
+from features.catalog import Catalog
+from features.schema import event_type_key, item_key
+from features.vocabulary import Vocabulary
+
+TYPES = {event_type_key("view_item"): 1, event_type_key("purchase"): 2}
+
+
+@pytest.fixture
+def catalog() -> Catalog:
+    items = pa.table(
+        {
+            "item_id": ["a", "b", "c"],
+            "categories": [["x"], ["y"], ["x"]],
+            "creator_id": ["m", "n", None],
+            "price": pa.array([np.e - 1, None, 0.0], pa.float32()),
+            "popularity": pa.array([3.0, 2.0, 1.0], pa.float32()),
+            "trained": [True, True, False],
+        }
+    )
+    return Catalog(items, Vocabulary.build(["a", "b", "c"]), np.eye(3, dtype=np.float32))
+
+
+def events(*named: tuple[str, str]):
+    return profile.make_records(
+        [item_key(item) for item, _ in named],
+        [item_key({"a": "x", "b": "y", "c": "x"}.get(item)) for item, _ in named],
+        [item_key({"a": "m", "b": "n"}.get(item)) for item, _ in named],
+        [1000 * at for at in range(len(named))],
+        np.nan,
+        [event_type_key(kind) for _, kind in named],
+    )
+
+
+def test_history_resolves_against_catalogue_and_bundle(catalog):
+    past = assemble.history(events(("b", "view_item"), ("gone", "purchase"), ("a", "wink")), catalog, TYPES)
+    assert past.rows.tolist() == [1, -1, 0]
+    assert past.types.tolist() == [1, 2, 0]
+
+
+def test_encoder_inputs_keep_the_newest_known_events_and_their_repeats(catalog):
+    past = assemble.history(
+        events(("a", "view_item"), ("b", "view_item"), ("gone", "purchase"), ("b", "purchase")), catalog, TYPES
+    )
+    rows, types = assemble.encoder_inputs(past.rows, past.types, 2)
+    assert (rows.tolist(), types.tolist()) == ([1, 1], [1, 2])
+    assert assemble.encoder_inputs(past.rows[:0], past.types[:0], 2)[0].tolist() == []
+
+
+def test_pack_pads_on_the_right():
+    one, none = np.array([4, 5]), np.array([], np.int64)
+    rows, types, lengths = assemble.pack([(one, one), (none, none)])
+    assert rows.tolist() == [[4, 5], [0, 0]]
+    assert types.shape == (2, 2)
+    assert lengths.tolist() == [2, 0]
+    assert assemble.pack([(none, none)])[0].shape == (1, 1)
+
+
+def test_ranker_features_by_hand(catalog):
+    past = assemble.history(events(("a", "view_item"), ("b", "purchase")), catalog, TYPES)
+    relevance = np.array([0.5, -1.0, 2.0], np.float32)
+    table = assemble.ranker_features(past, np.array([0, 1, 2], np.int32), relevance, catalog.columns)
+    named = dict(zip(assemble.RANKER_FEATURES.names, table.T, strict=True))
+    old = 0.5 ** (1 / assemble.HALF_LIFE)
+    np.testing.assert_array_equal(named["relevance"], relevance)
+    np.testing.assert_allclose(named["category_affinity"], [old / (1 + old), 1 / (1 + old), old / (1 + old)], rtol=1e-6)
+    np.testing.assert_allclose(named["creator_affinity"], [old / (1 + old), 1 / (1 + old), 0], rtol=1e-6)
+    np.testing.assert_allclose(named["price"], [1, 0, 0], rtol=1e-6)
+    assert named["price_known"].tolist() == [1, 0, 1]
+    assert named["trained"].tolist() == [1, 1, 0]
+    np.testing.assert_allclose(named["history_length"], np.log(3), rtol=1e-6)
+
+
+def test_a_candidate_does_not_depend_on_the_others(catalog):
+    past = assemble.history(events(("a", "view_item"), ("b", "purchase"), ("a", "purchase")), catalog, TYPES)
+    rows, relevance = np.array([2, 0, 1], np.int32), np.array([1, 2, 3], np.float32)
+    together = assemble.ranker_features(past, rows, relevance, catalog.columns)
+    alone = [assemble.ranker_features(past, rows[i : i + 1], relevance[i : i + 1], catalog.columns) for i in range(3)]
+    assert together.tobytes() == np.concatenate(alone).tobytes()
+
+
+def test_seen_is_what_was_touched_and_what_left_the_ring(catalog):
+    older = np.array([item_key("c"), item_key("gone")], np.uint64)
+    known = profile.Profile(9, events(("a", "view_item"), ("b", "purchase")), older, 4)
+    past = assemble.history(known.records, catalog, TYPES)
+    assert sorted(assemble.seen_rows(known, past, catalog, [2]).tolist()) == [1, 2]
+    assert sorted(assemble.seen_rows(known, past, catalog, [1, 2]).tolist()) == [0, 1, 2]
+
+
+def test_the_fingerprint_names_the_features():
+    assert len(assemble.FEATURES.fingerprint()) == 64
+    assert "relevance" in assemble.FEATURES.names
