@@ -243,7 +243,7 @@ def _list(column: Array, field: pa.Field[Any]) -> Converted:
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     inner = convert(column.flatten(), leaf, nan_allowed=True)
     broken = inner.bad | to_mask(inner.values.is_null())
-    bad = _owners(broken, lengths)
+    bad = owners(broken, lengths)
     values = pa.ListArray.from_arrays(_offsets(lengths), inner.values, mask=pc.or_(column.is_null(), pa.array(bad)))
     return Converted(pc.cast(values, field.type), bad, should)
 
@@ -270,7 +270,7 @@ def _map(column: Array, dtype: pa.DataType) -> Converted:
     except Misfit:
         raise Misfit(should) from None
     broken = names.bad | to_mask(names.values.is_null()) | values.bad
-    bad = _owners(broken, lengths)
+    bad = owners(broken, lengths)
     text = pc.fill_null(names.values, "")  # a map's key may not be NULL, not even in a row that is thrown away
     mask = pc.or_(column.is_null(), pa.array(bad))
     return Converted(pa.MapArray.from_arrays(_offsets(lengths), text, values.values, mask=mask), bad, should)
@@ -282,7 +282,7 @@ def _is_pairs(dtype: pa.DataType) -> bool:
     return pa.types.is_struct(dtype.value_type) and dtype.value_type.num_fields == 2
 
 
-def _owners(broken: Mask, lengths: npt.NDArray[Any]) -> Mask:
+def owners(broken: Mask, lengths: npt.NDArray[Any]) -> Mask:
     """The rows that own a broken entry, given how many entries each row has."""
     bad = np.zeros(len(lengths), dtype=bool)
     bad[np.repeat(np.arange(len(lengths)), lengths)[broken]] = True

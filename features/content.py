@@ -1,0 +1,127 @@
+"""What a table's content is, apart from how a file stores it: the order of a person's events, and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.columns import Array, pc
+from features.schema import item_keys
+
+
+def order_events(events: pa.Table, seed: int = 0) -> pa.Table:
+    """Put each person's events together, oldest first; people come in the order of their first row.
+
+    A person's order is `log_id`, then `timestamp`, then `sequence`, where the table has them. Ties are broken by a
+    seeded hash of person and item, for a file's own order inside one second may be the same for everybody, which a
+    model would learn (MovieLens' is). The result depends on the rows alone, so ordering twice changes nothing.
+    """
+    people, who = codes(events["user_id"])
+    things, what = codes(events["item_id"])
+    tie = _mix(item_keys(people)[who] ^ item_keys(things)[what] ^ np.uint64(seed))
+    times = [_filled(events[name]) for name in ("log_id", "timestamp", "sequence") if is_present(events[name])]
+    keys = [who, *times, tie]
+    return events if _is_sorted(keys) else select(events, np.lexsort(keys[::-1]))
+
+
+def fingerprint(tables: Mapping[str, pa.Table]) -> str:
+    """Sha256 of the tables' content: the same for the same rows, whatever the files, chunks and Parquet version."""
+    hasher = hashlib.sha256()
+    for name, table in tables.items():
+        for column in table.column_names:
+            if is_present(table[column]):
+                hasher.update(f"{name}.{column}:{table.num_rows}\n".encode())
+                _hash(hasher, table[column].chunks)
+    return hasher.hexdigest()
+
+
+def codes(column: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The distinct texts in the order of their first row, and for each row the position of its text."""
+    encoded: Array = pc.dictionary_encode(column.combine_chunks())
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def is_present(column: pa.ChunkedArray[Any]) -> bool:
+    """Whether any row has a value; a column without one is only there to complete the schema."""
+    return column.null_count < len(column)
+
+
+def select(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """The rows in the order given; columns without values cost nothing."""
+    index = pa.array(rows)
+    columns = [c.take(index) if is_present(c) else c.slice(0, len(rows)) for c in table.itercolumns()]
+    return pa.table(columns, schema=table.schema)
+
+
+def nulls(length: int, dtype: pa.DataType) -> pa.ChunkedArray[Any]:
+    """A column of NULLs whose chunks share one small piece of memory."""
+    block = pa.nulls(min(length, 1 << 16), dtype)
+    whole, rest = divmod(length, 1 << 16)
+    return pa.chunked_array([block] * whole + [block.slice(0, rest)] if length else [], type=dtype)
+
+
+def _filled(column: pa.ChunkedArray[Any]) -> npt.NDArray[Any]:
+    """Times as numbers; what has none comes first, as imported history does before the live log."""
+    values: Array = pc.fill_null(column, 0)
+    return np.asarray(values.to_numpy())
+
+
+def _mix(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): every output bit depends on every input bit."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
+
+
+def _is_sorted(keys: list[npt.NDArray[Any]]) -> bool:
+    """Whether rows ascend by the keys, the first one counting most."""
+    undecided = np.ones(max(len(keys[0]) - 1, 0), dtype=bool)
+    for key in keys:
+        if np.any(undecided & (key[1:] < key[:-1])):
+            return False
+        undecided &= key[1:] == key[:-1]
+    return True
+
+
+def _hash(hasher: Any, chunks: list[Array]) -> None:
+    """Feed a column aspect by aspect, so that the cuts between chunks leave no trace."""
+    for chunk in chunks:
+        hasher.update(np.ascontiguousarray(chunk.is_valid().to_numpy(zero_copy_only=False)))
+    dtype = chunks[0].type if chunks else pa.null()
+    if pa.types.is_map(dtype):
+        halves = [_map_halves(chunk) for chunk in chunks]
+        for lengths, _, _ in halves:
+            hasher.update(lengths)
+        _hash(hasher, [keys for _, keys, _ in halves])
+        _hash(hasher, [items for _, _, items in halves])
+    elif pa.types.is_list(dtype):
+        for chunk in chunks:
+            hasher.update(pc.fill_null(pc.list_value_length(chunk), 0).to_numpy().astype(np.int64))
+        _hash(hasher, [chunk.flatten() for chunk in chunks])
+    elif pa.types.is_string(dtype):
+        texts = [pc.fill_null(chunk, "") for chunk in chunks]
+        for text in texts:
+            hasher.update(pc.binary_length(text).to_numpy(zero_copy_only=False).astype(np.int64))
+        for text in texts:
+            hasher.update(_text_bytes(text))
+    else:
+        for chunk in chunks:
+            filled = pc.fill_null(chunk, pa.scalar(0).cast(dtype))
+            hasher.update(np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)))
+
+
+def _map_halves(chunk: Array) -> tuple[npt.NDArray[np.int64], Array, Array]:
+    ends = chunk.offsets.to_numpy().astype(np.int64)
+    first, length = int(ends[0]), int(ends[-1] - ends[0])
+    return np.diff(ends), chunk.keys.slice(first, length), chunk.items.slice(first, length)
+
+
+def _text_bytes(text: Array) -> memoryview:
+    _, offsets, data = text.buffers()
+    ends = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1] if offsets else [0, 0]
+    return memoryview(data or b"")[int(ends[0]) : int(ends[-1])]

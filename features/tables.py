@@ -1,0 +1,271 @@
+"""Reads anybody's Parquet into the canonical tables, and writes a data set that everybody reads alike.
+
+A data set is a directory: `events`, `items`, `users` (and `impressions`, `judgments` where there are any), each one
+Parquet file or a directory of them, and `dataset.json` where Penchant wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.columns import pc
+from features.content import codes, fingerprint, is_present, order_events, select
+from features.errors import TablesError
+from features.rows import Part, Rejected, fit, origins
+from features.schema import (
+    EVENTS,
+    EVENTS_REQUIRED,
+    IMPRESSIONS,
+    IMPRESSIONS_REQUIRED,
+    ITEMS,
+    ITEMS_REQUIRED,
+    USERS,
+    USERS_REQUIRED,
+    Required,
+)
+
+__all__ = [
+    "Dataset",
+    "Loaded",
+    "Rejected",
+    "conform",
+    "fingerprint",
+    "open_dataset",
+    "order_events",
+    "read_table",
+    "table_path",
+    "write_dataset",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A table with exactly its schema's columns (all NULL where the file has none), and the rows left out of it."""
+
+    table: pa.Table
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+        events: `EVENTS`; each person's events stand together, oldest first (see `order_events`).
+        items: `ITEMS`, one row per item; made of the events' items where the data set has no such table.
+        users: `USERS`, one row per person; empty where the data set has no such table.
+        info: What `dataset.json` says, with `name`, `fingerprint`, `users`, `items`, `events`, `ordered_only`,
+            `event_types` {name: count} and `first_timestamp`, `last_timestamp` (ms) computed from the rows.
+        rejected: The rows of all tables that were left out.
+    """
+
+    events: pa.Table
+    items: pa.Table
+    users: pa.Table
+    info: dict[str, Any]
+    rejected: list[Rejected]
+
+
+def read_table(path: Path, schema: pa.Schema, required: Required) -> Loaded:
+    """Read one Parquet file, or all below a directory in the order of their names.
+
+    Columns are found by name, alias or either in any letter case; others are ignored. A table whose only required
+    column is its id has one row per id: later ones are rejected.
+
+    Raises:
+        TablesError: A file is not Parquet, lacks a required column or holds one of a type that cannot fit.
+    """
+    return _merge([_read_file(file, schema, required) for file in _files(Path(path))], schema, required)
+
+
+def conform(table: pa.Table, schema: pa.Schema, required: Required, source: str) -> Loaded:
+    """Bring a table in memory to a schema, as `read_table` does; `source` names it in the rejected rows."""
+    return _merge([fit(table, schema, required, source)], schema, required)
+
+
+def table_path(data: Path, name: str) -> Path | None:
+    """Where a data set keeps a table: `NAME.parquet` (a file or a directory) or `NAME/`; None if it has none."""
+    found = (Path(data) / f"{name}.parquet", Path(data) / name)
+    return next((path for path in found if path.exists()), None)
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Read a data set's events, items and users.
+
+    Raises:
+        TablesError: There are no events, or a file cannot be read.
+    """
+    path = Path(path)
+    where = table_path(path, "events")
+    if where is None:
+        present = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such directory"
+        raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {present}")
+    events = read_table(where, EVENTS, EVENTS_REQUIRED)
+    items, users = (
+        _optional(path, "items", ITEMS, ITEMS_REQUIRED),
+        _optional(path, "users", USERS, USERS_REQUIRED),
+    )
+    if items is None:
+        ids = pc.unique(events.table["item_id"])
+        items = conform(pa.table({"item_id": ids}), ITEMS, ITEMS_REQUIRED, str(where))
+    if users is None:
+        users = Loaded(USERS.empty_table(), [])
+    rejected = events.rejected + items.rejected + users.rejected
+    ordered = order_events(events.table)
+    info = {"name": path.name} | _read_info(path) | _facts(ordered, items.table, users.table)
+    return Dataset(ordered, items.table, users.table, info, rejected)
+
+
+def write_dataset(
+    out: Path,
+    events: pa.Table,
+    items: pa.Table,
+    users: pa.Table | None = None,
+    *,
+    impressions: pa.Table | None = None,
+    name: str,
+    notes: str = "",
+) -> dict[str, Any]:
+    """Write a data set in one step: a reader sees the old one or the new one, never a half.
+
+    Events are written in the order of `order_events`. Returns what `dataset.json` says.
+
+    Raises:
+        TablesError: A row is malformed, or `out` holds something that is not a data set.
+    """
+    out = Path(out)
+    tables = {
+        "events": order_events(_strict(events, EVENTS, EVENTS_REQUIRED, "events")),
+        "items": _strict(items, ITEMS, ITEMS_REQUIRED, "items"),
+        "users": USERS.empty_table() if users is None else _strict(users, USERS, USERS_REQUIRED, "users"),
+    }
+    info = {"format": 1, "name": name, "notes": notes} | _facts(**tables)
+    if impressions is not None:
+        tables["impressions"] = _strict(impressions, IMPRESSIONS, IMPRESSIONS_REQUIRED, "impressions")
+    _check_target(out)
+    staging = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    staging.mkdir(parents=True)
+    try:
+        for label, table in tables.items():
+            if label != "users" or table.num_rows:
+                pq.write_table(_without_empty(table), staging / f"{label}.parquet", compression="zstd")
+        (staging / "dataset.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        _replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return info
+
+
+def _facts(events: pa.Table, items: pa.Table, users: pa.Table) -> dict[str, Any]:
+    types = pc.value_counts(events["event_type"]).to_pylist()
+    times = pc.min_max(events["timestamp"])
+    return {
+        "fingerprint": fingerprint({"events": events, "items": items, "users": users}),
+        "users": pc.count_distinct(events["user_id"]).as_py(),
+        "items": items.num_rows,
+        "events": events.num_rows,
+        "ordered_only": not is_present(events["timestamp"]),
+        "event_types": {t["values"]: t["counts"] for t in sorted(types, key=lambda t: (-t["counts"], t["values"]))},
+        "first_timestamp": times["min"].as_py(),
+        "last_timestamp": times["max"].as_py(),
+    }
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    file = path / "dataset.json"
+    if not file.exists():
+        return {}
+    try:
+        info = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise TablesError(f"{file} is not JSON ({error}): remove it, or prepare the data set again") from error
+    if not isinstance(info, dict):
+        raise TablesError(f"{file} must hold a JSON object: remove it, or prepare the data set again")
+    return info
+
+
+def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> Loaded | None:
+    where = table_path(path, name)
+    return None if where is None else read_table(where, schema, required)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise TablesError(f"{path} does not exist: name a Parquet file or a directory of them")
+    # A leading dot or underscore marks what somebody is still writing, by the convention of Hadoop and Spark.
+    hidden = (".", "_")
+    found = sorted(p.relative_to(path) for p in path.rglob("*.parquet") if p.is_file())
+    files = [path / p for p in found if not any(part.startswith(hidden) for part in p.parts)]
+    if not files:
+        raise TablesError(f"{path} holds no *.parquet file")
+    return files
+
+
+def _read_file(file: Path, schema: pa.Schema, required: Required) -> Part:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            columns = origins(parquet.schema_arrow, schema, required, str(file))
+            table = parquet.read(columns=list(columns.values()))
+    except (pa.ArrowException, OSError) as error:
+        raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
+    return fit(table, schema, required, str(file))
+
+
+def _merge(parts: list[Part], schema: pa.Schema, required: Required) -> Loaded:
+    table = pa.concat_tables([part.table for part in parts])
+    rejected = [one for part in parts for one in part.rejected]
+    if len(required) > 1 or not isinstance(required[0], str):
+        return Loaded(table, rejected)
+    ids, which = codes(table[required[0]])
+    _, first = np.unique(which, return_index=True)
+    again = np.flatnonzero(first[which] != np.arange(len(which)))
+    if not len(again):
+        return Loaded(table, rejected)
+    sources = np.repeat([part.source for part in parts], [len(part.rows) for part in parts])
+    rows = np.concatenate([part.rows for part in parts])
+    for at in again.tolist():
+        earlier = first[which[at]]
+        reason = f"{required[0]} {ids[which[at]]!r} stands already in {sources[earlier]} row {rows[earlier]}"
+        rejected.append(Rejected(str(sources[at]), int(rows[at]), f"{reason}: give each one row"))
+    return Loaded(select(table, first), rejected)
+
+
+def _strict(table: pa.Table, schema: pa.Schema, required: Required, name: str) -> pa.Table:
+    """A table that we made ourselves: a malformed row is an error."""
+    loaded = conform(table, schema, required, name)
+    if loaded.rejected:
+        worst = loaded.rejected[0]
+        raise TablesError(f"{name}: {len(loaded.rejected)} malformed rows, first row {worst.row}: {worst.reason}")
+    return loaded.table
+
+
+def _without_empty(table: pa.Table) -> pa.Table:
+    """The table without optional columns that hold nothing."""
+    return table.select([f.name for f in table.schema if not f.nullable or is_present(table[f.name])])
+
+
+def _check_target(out: Path) -> None:
+    if out.is_dir() and (not any(out.iterdir()) or (out / "dataset.json").exists()):
+        return
+    if out.exists():
+        raise TablesError(f"{out} exists and is not a data set: choose a new directory, or remove it")
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Move a finished directory to its place; the old one, if any, goes only after."""
+    old = staging.with_suffix(".old")
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
