@@ -1,0 +1,263 @@
+"""How Penchant talks to Redis: one way to connect, to send scripts, to name keys and to read errors.
+
+A default redis-py client retries ten times: one XADD whose reply was lost leaves 11 copies, and a frozen server holds a
+GET for a minute. Here nothing is ever retried behind the caller's back and nothing waits longer than its timeout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+
+from serving.errors import ConfigError, FailedPrecondition, ResourceExhausted, ServingError, Unavailable
+
+Argument: TypeAlias = bytes | str | int
+META = b"penchant:meta"
+_SCHEMES = ("redis://", "rediss://", "unix://")
+_OLDEST = (7, 0)
+_PASSING = ("READONLY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN")  # what a server says that is about to be replaced
+
+
+def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None = None) -> redis.Redis:
+    """Makes a client that never retries and never waits longer than its timeout; opens no connection yet.
+
+    Args:
+        url: `unix:///path/to.sock`, `redis://[user:password@]host:port/db` or `rediss://...` for TLS.
+        timeout_s: Longest wait for a reply.
+        connect_timeout_s: Longest wait for a connection, as `timeout_s` when None.
+
+    Raises:
+        ConfigError: The URL is none of these.
+    """
+    if not url.startswith(_SCHEMES):
+        raise ConfigError(f"{printable(url)!r} is not a Redis URL; it starts with one of {', '.join(_SCHEMES)}")
+    try:
+        # RESP 2: with RESP 3 redis-py skips its check for unread replies. No driver_info: it costs two round trips.
+        return redis.Redis.from_url(
+            url,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s if connect_timeout_s is None else connect_timeout_s,
+            decode_responses=False,
+            driver_info=None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{printable(url)!r} is not a Redis URL: {error}") from None
+
+
+def printable(url: str) -> str:
+    """The URL without its password, for messages."""
+    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
+
+
+def partition_of(subject: str, partitions: int) -> int:
+    """The partition that holds everything of a person."""
+    return zlib.crc32(subject.encode()) % partitions
+
+
+def partition_prefix(partition: int) -> bytes:
+    """What every key of a partition starts with; the braces make it one slot of a cluster, whatever an id contains."""
+    return b"penchant:{p%02d}:" % partition
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script, sent by its hash.
+
+    Attributes:
+        source: The Lua text.
+        sha: The name Redis gives it.
+    """
+
+    source: str
+    sha: str
+
+    @classmethod
+    def of(cls, source: str) -> Script:
+        """Names a script."""
+        return cls(source.strip(), hashlib.sha1(source.strip().encode(), usedforsecurity=False).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One run of a script: atomic on the server."""
+
+    script: Script
+    keys: tuple[bytes, ...]
+    arguments: tuple[Argument, ...] = ()
+
+    @property
+    def words(self) -> tuple[Argument, ...]:
+        """The words of the command."""
+        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)
+
+
+def command(client: redis.Redis, *words: Argument) -> Any:
+    """Sends one command.
+
+    Raises:
+        RedisError: The server is away or refuses.
+    """
+    return client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def run(client: redis.Redis, call: Call) -> Any:
+    """Runs one script, teaching it to the server first where that is needed.
+
+    Raises:
+        RedisError: The server is away or refuses.
+    """
+    try:
+        return command(client, *call.words)
+    except NoScriptError:
+        command(client, "SCRIPT LOAD", call.script.source)
+        return command(client, *call.words)
+
+
+def run_all(client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+    """Runs scripts in their order in one round trip; a refused one leaves its ResponseError in its place.
+
+    Raises:
+        RedisError: The server is away; any of the scripts may have run.
+    """
+    if not calls:
+        return []
+    replies = _pipeline(client, calls)
+    missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if missing:
+        for script in {calls[place].script for place in missing}:
+            command(client, "SCRIPT LOAD", script.source)
+        for place, reply in zip(missing, _pipeline(client, [calls[place] for place in missing]), strict=True):
+            replies[place] = reply
+    return replies
+
+
+def _pipeline(client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+    with client.pipeline(transaction=False) as pipeline:
+        for call in calls:
+            command(pipeline, *call.words)
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+    return replies
+
+
+def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:
+    """What a caller of the service is told about an error of Redis.
+
+    Args:
+        error: What redis-py raised.
+        away: The class that means "this Redis does not answer".
+    """
+    if isinstance(error, OutOfMemoryError) or str(error).startswith("MISCONF"):
+        return ResourceExhausted(f"Redis takes no writes: {error}; give it memory or disk space", retry_after_ms=1000)
+    if isinstance(error, (AuthenticationError, AuthorizationError, NoPermissionError)):
+        return FailedPrecondition(f"Redis refuses these credentials: {error}; check the user and password in its URL")
+    if isinstance(error, ResponseError) and not str(error).startswith(_PASSING):
+        return ServingError(f"Redis answered: {error}")
+    return away(f"Redis does not answer: {error}; check that it runs and can be reached", retry_after_ms=1000)
+
+
+class Breaker:
+    """Keeps callers away from a server that just failed, and lets one at a time look whether it is back.
+
+    A dead or frozen server so costs one caller in each `cooldown_s` its timeout, and the others nothing.
+    """
+
+    def __init__(self, cooldown_s: float = 0.5, clock: Callable[[], float] = time.monotonic) -> None:
+        self.cooldown_s = cooldown_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._open_until = 0.0
+
+    def allows(self) -> bool:
+        """Whether this caller may try; one that may must then report `succeeded` or `failed`."""
+        if not self._open_until:
+            return True
+        with self._lock:
+            now = self._clock()
+            if now < self._open_until:
+                return False
+            self._open_until = now + self.cooldown_s
+            return True
+
+    def succeeded(self) -> None:
+        """The server answered."""
+        self._open_until = 0.0
+
+    def failed(self) -> None:
+        """The server did not answer."""
+        self._open_until = self._clock() + self.cooldown_s
+
+
+def require_partitions(client: redis.Redis, partitions: int) -> None:
+    """Writes the number of partitions into a new Redis and checks it in an old one.
+
+    Raises:
+        ConfigError: The data there has another number of partitions.
+        RedisError: The server is away or refuses.
+    """
+    client.hsetnx(META, "partitions", str(partitions))
+    found = int(client.hget(META, "partitions") or 0)
+    if found != partitions:
+        raise ConfigError(
+            f"this Redis holds data in {found} partitions and {partitions} were asked for; "
+            f"the number is fixed at creation: set partitions to {found}, or start with an empty Redis"
+        )
+
+
+def require_safe(client: redis.Redis, role: str, insecure: bool = False) -> None:
+    """Refuses a Redis that would lose data by its configuration.
+
+    Args:
+        client: The Redis to look at.
+        role: "events" needs no eviction and `appendfsync always`; "profiles" needs no eviction.
+        insecure: Accept one that may lose acknowledged data.
+
+    Raises:
+        ConfigError: A setting is unsafe or cannot be read; the message names it and what it must be.
+        RedisError: The server is away.
+    """
+    version = str(client.info("server")["redis_version"])
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        raise ConfigError(f"this Redis is {version}; Penchant needs Redis 7.0 or Valkey 7.2, or newer")
+    if insecure:
+        return
+    wanted = {"maxmemory-policy": "noeviction"}
+    if role == "events":
+        wanted |= {"appendonly": "yes", "appendfsync": "always"}
+    try:
+        found = {name: str(value) for name, value in client.config_get(*wanted).items()}
+    except ResponseError as error:
+        raise ConfigError(
+            f"the configuration of the {role} Redis cannot be checked ({error}); allow its user CONFIG GET, "
+            f"or set {_settings(wanted)} yourself and start with insecure"
+        ) from None
+    wrong = {name: value for name, value in wanted.items() if found.get(name) != value}
+    if wrong:
+        raise ConfigError(
+            f"the {role} Redis may lose data: it has {_settings({name: found.get(name, '') for name in wrong})}; "
+            f"set {_settings(wrong)} (CONFIG SET), or accept the loss with insecure"
+        )
+
+
+def _settings(values: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in values.items())
