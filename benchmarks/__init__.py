@@ -1,0 +1,1 @@
+"""Measurements: each is one command and ends in one line of JSON."""

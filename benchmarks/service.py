@@ -1,0 +1,65 @@
+"""Starts a service as a user would, and stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from features.errors import PenchantError
+
+START_S = 90.0
+STOP_S = 30.0
+
+
+class ServiceError(PenchantError):
+    """A service did not start or did not stop; the message holds what it said."""
+
+
+@contextlib.contextmanager
+def running(bundle: Path, *options: str) -> Iterator[dict[str, Any]]:
+    """Serves `bundle` on a free port of this machine while the block runs.
+
+    Args:
+        bundle: Directory of the bundle.
+        options: More options of `penchant serve`.
+
+    Yields:
+        The service's ready line: `listen`, `bundle_id`, `pid` and the Redis URLs.
+
+    Raises:
+        ServiceError: It did not get ready in time, or ended with an error.
+    """
+    command = [sys.executable, "-m", "penchant.cli", "serve", str(bundle), "--listen", "127.0.0.1:0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield _ready(process, command)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            status = process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise ServiceError(f"the service did not stop within {STOP_S:.0f} s of SIGTERM") from None
+        if status and sys.exc_info()[0] is None:
+            raise ServiceError(f"the service ended with status {status}")
+
+
+def _ready(process: subprocess.Popen[str], command: list[str]) -> dict[str, Any]:
+    watchdog = threading.Timer(START_S, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                ready: dict[str, Any] = json.loads(line)
+                return ready
+    finally:
+        watchdog.cancel()
+    raise ServiceError(f"the service did not start: {' '.join(command)}")
