@@ -1,0 +1,173 @@
+"""The nearest items: those whose vectors have the largest inner product with a query.
+
+The rows of the bundle are searched with its FAISS index, the rows put since then exactly. FAISS only proposes: what
+leaves is scored again with the catalogue's own vectors, so a score is the same whichever road found the item.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+import numpy.typing as npt
+
+from features.catalog import Catalog
+from features.errors import BundleError
+from features.kernels import dot_rows
+
+# Typed Any because the published stubs lack half of the arguments.
+faiss: Any = _faiss
+
+_F32 = npt.NDArray[np.float32]
+_I32 = npt.NDArray[np.int32]
+_BITMAP = npt.NDArray[np.uint8]
+
+
+class Index:
+    """Searches a catalogue by inner product; one thread per call, any number of calls at once."""
+
+    def __init__(self, data: bytes, catalog: Catalog) -> None:
+        """Takes an index as export wrote it.
+
+        Args:
+            data: The verified bytes of `index.faiss`.
+            catalog: The catalogue whose rows it indexes; rows it gains later are found too.
+
+        Raises:
+            BundleError: The bytes are no index, or not of this catalogue's vectors.
+        """
+        self._catalog = catalog
+        self._index = _parse(data)
+        expected = (catalog.base_size, catalog.columns.vectors.shape[1])
+        if (self._index.ntotal, self._index.d) != expected:
+            raise BundleError(
+                f"index.faiss: holds {self._index.ntotal} vectors of {self._index.d} numbers, the catalogue has "
+                f"{expected[0]} of {expected[1]}; export the run again"
+            )
+        if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise BundleError("index.faiss: does not rank by inner product; export the run again")
+        self._lists = int(getattr(self._index, "nlist", 0))
+        # A quantised list orders its items roughly, so it must propose more than are wanted.
+        self._spare = 0.5 if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
+
+    def search(self, queries: _F32, k: int, allowed: _BITMAP | None = None) -> tuple[_I32, _F32]:
+        """The best `k` rows of each query, best first, ties by row.
+
+        Args:
+            queries: float32 [B, D].
+            k: How many rows to return, at least 1; fewer come back where fewer are allowed.
+            allowed: Rows that may be returned, one bit a row, lowest bit first; None allows every row.
+
+        Returns:
+            Rows int32 [B, k'] and inner products float32 [B, k'], k' = min(k, number of allowed rows).
+
+        Raises:
+            ValueError: A query is not finite or has the wrong length, or `k` is less than 1.
+        """
+        queries = self._checked(queries, k)
+        # The size first: columns read after it are at least as new.
+        size = self._catalog.size
+        vectors = self._catalog.columns.vectors
+        base = self._catalog.base_size
+        if allowed is None:
+            live, base_count = np.arange(base, size, dtype=np.int32), base
+        else:
+            live = allowed_rows(allowed, base, size)
+            base_count = allowed_count(allowed, base)
+        count = min(k, base_count + live.size)
+        rows, scores = np.empty((len(queries), count), np.int32), np.empty((len(queries), count), np.float32)
+        found = self._propose(queries, min(k, base_count), base_count, allowed)
+        for at, query in enumerate(queries):
+            proposed = found[at][found[at] >= 0].astype(np.int32)
+            rows[at], scores[at] = best(np.concatenate([proposed, live]), vectors, query, count)
+        return rows, scores
+
+    def score(self, query: _F32, rows: _I32) -> _F32:
+        """The inner product of `query` float32 [D] with each of `rows` int32 [n], as `search` scores them; float32 [n].
+
+        Raises:
+            ValueError: The query is not finite or has the wrong length.
+        """
+        query = self._checked(np.asarray(query)[None], 1)[0]
+        return dot_rows(self._catalog.columns.vectors, np.ascontiguousarray(rows, np.int32), query)
+
+    def _propose(self, queries: _F32, k: int, count: int, allowed: _BITMAP | None) -> npt.NDArray[np.int64]:
+        """Rows of the bundle among which the best `k` of `count` allowed ones are, and -1; int64 [B, >= k]."""
+        if k == 0:
+            return np.empty((len(queries), 0), np.int64)
+        # The number of threads belongs to the calling thread, so it is set by each call.
+        faiss.omp_set_num_threads(1)
+        selector = None if allowed is None else faiss.IDSelectorBitmap(np.ascontiguousarray(allowed))
+        wide = min(count, k + math.ceil(k * self._spare))
+        if not self._lists:
+            return self._ask(queries, wide, faiss.SearchParameters(sel=selector))
+        # The fewer rows are allowed, the farther away the best of them lie.
+        probes = min(self._lists, math.ceil(self._index.nprobe * self._index.ntotal / count))
+        found = self._ask(queries, wide, faiss.SearchParametersIVF(sel=selector, nprobe=probes))
+        if (found[:, k - 1] < 0).any():
+            found = self._ask(queries, wide, faiss.SearchParametersIVF(sel=selector, nprobe=self._lists))
+        return found
+
+    def _ask(self, queries: _F32, k: int, parameters: Any) -> npt.NDArray[np.int64]:
+        found: npt.NDArray[np.int64] = self._index.search(queries, k, params=parameters)[1]
+        return found
+
+    def _checked(self, queries: _F32, k: int) -> _F32:
+        queries = np.ascontiguousarray(queries, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self._index.d:
+            raise ValueError(f"queries: expected [B, {self._index.d}], got {list(queries.shape)}")
+        if not np.isfinite(queries).all():
+            raise ValueError("queries: a vector holds NaN or infinity, so it has no nearest items")
+        if k < 1:
+            raise ValueError(f"k: must be at least 1, got {k}")
+        return queries
+
+
+def best(candidates: _I32, vectors: _F32, query: _F32, k: int) -> tuple[_I32, _F32]:
+    """The best `k` of `candidates` int32 [n], best first, ties by row: rows int32 [k], scores float32 [k]."""
+    scores = dot_rows(vectors, candidates, query)
+    if k < candidates.size:
+        cut = np.partition(scores, candidates.size - k)[candidates.size - k]
+        keep = np.flatnonzero(scores >= cut)
+        candidates, scores = candidates[keep], scores[keep]
+    order = np.lexsort((candidates, -scores))[:k]
+    return candidates[order], scores[order]
+
+
+def exact_search(vectors: _F32, queries: _F32, k: int, allowed: _BITMAP | None = None) -> tuple[_I32, _F32]:
+    """The plain twin of `Index.search` over `vectors` float32 [N, D]: every allowed row is scored."""
+    size = len(vectors)
+    rows = np.arange(size, dtype=np.int32) if allowed is None else allowed_rows(allowed, 0, size)
+    pairs = [best(rows, vectors, query, min(k, rows.size)) for query in np.asarray(queries, np.float32)]
+    return np.stack([rows for rows, _ in pairs]), np.stack([scores for _, scores in pairs])
+
+
+def allowed_rows(allowed: _BITMAP, start: int, stop: int) -> _I32:
+    """The rows in [start, stop) whose bit is set; rows behind the bitmap are not allowed; int32 [n]."""
+    first = start // 8
+    bits = np.unpackbits(allowed[first : -(-stop // 8)], bitorder="little")
+    rows = np.flatnonzero(bits).astype(np.int32) + np.int32(first * 8)
+    return rows[(rows >= start) & (rows < stop)]
+
+
+def allowed_count(allowed: _BITMAP, stop: int) -> int:
+    """The number of rows in [0, stop) whose bit is set."""
+    whole, rest = divmod(stop, 8)
+    count = int(np.bitwise_count(allowed[:whole]).sum(dtype=np.int64))
+    if rest and whole < allowed.size:
+        count += int(allowed[whole] & ((1 << rest) - 1)).bit_count()
+    return count
+
+
+def _parse(data: bytes) -> Any:
+    # No array inside the file can be larger than the file: a wrong length is refused before memory is taken for it.
+    faiss.set_deserialization_vector_byte_limit(max(len(data), 1))
+    faiss.set_deserialization_loop_limit(max(len(data), 1))
+    try:
+        return faiss.deserialize_index(np.frombuffer(data, np.uint8))
+    except RuntimeError as error:
+        raise BundleError(
+            f"index.faiss: FAISS cannot read it ({str(error).splitlines()[0]}); export the run again"
+        ) from error

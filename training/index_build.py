@@ -1,0 +1,118 @@
+"""Builds the search index of a bundle: the cheapest kind that still finds what an exact search finds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+import numpy.typing as npt
+
+from features.errors import ExportError
+
+# Typed Any because the published stubs lack half of the arguments.
+faiss: Any = _faiss
+
+EXACT_UP_TO = 50_000
+"""Number of items up to which every vector is compared: about a millisecond at 64 numbers."""
+
+QUANTISED_FROM = 500_000
+"""Number of items from which a list keeps a byte per number instead of four."""
+
+CUTOFFS = (10, 100)
+"""Recall is measured among this many best items, and the target holds for each."""
+
+_TRAINING_VECTORS_PER_LIST = 64
+
+_F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIndex:
+    """An index and what it is good for.
+
+    Attributes:
+        data: The FAISS index; the number of lists to probe is inside.
+        kind: Its FAISS factory string.
+        lists: Number of lists, 0 for an exact index.
+        probes: Number of lists to probe, 0 for an exact index.
+        recall: Cut-off -> share of the truly best items that it finds.
+    """
+
+    data: bytes
+    kind: str
+    lists: int
+    probes: int
+    recall: dict[int, float]
+
+
+def build(
+    vectors: _F32, queries: _F32, target: float, *, exact_up_to: int = EXACT_UP_TO, quantised_from: int = QUANTISED_FROM
+) -> BuiltIndex:
+    """Builds an index over item vectors that reaches a recall target on queries like those it will get.
+
+    Args:
+        vectors: One vector per row; float32 [N, D].
+        queries: User and query vectors to measure with; float32 [Q, D].
+        target: Share of the truly best items to find, in (0, 1], at each of `CUTOFFS`.
+        exact_up_to: Number of items up to which the index is exact.
+        quantised_from: Number of items from which it is quantised, unless that misses the target.
+
+    Raises:
+        ExportError: A vector is not finite.
+    """
+    if not (np.isfinite(vectors).all() and np.isfinite(queries).all()):
+        raise ExportError("the vectors of items or queries hold NaN or infinity; the training went wrong, train again")
+    vectors, queries = np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(queries, np.float32)
+    count = len(vectors)
+    truth = _exact(vectors, queries)
+    lists = 2 ** round(math.log2(2 * math.sqrt(max(count, 1))))
+    kinds = [f"IVF{lists},SQ8"] * (count >= quantised_from) + [f"IVF{lists},Flat"] * (count > exact_up_to) + ["Flat"]
+    for kind in kinds:
+        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+        _fill(index, vectors)
+        recall = _tune(index, queries, truth, target)
+        if min(recall.values()) >= target or kind == "Flat":
+            break
+    lists = getattr(index, "nlist", 0)
+    probes = index.nprobe if lists else 0
+    return BuiltIndex(faiss.serialize_index(index).tobytes(), kind, lists, probes, recall)
+
+
+def _exact(vectors: _F32, queries: _F32) -> npt.NDArray[np.int64]:
+    """The truly best rows of each query, as many as the largest cut-off; int64 [Q, k]."""
+    best: npt.NDArray[np.int64] = faiss.knn(queries, vectors, _depth(len(vectors)), faiss.METRIC_INNER_PRODUCT)[1]
+    return best
+
+
+def _fill(index: Any, vectors: _F32) -> None:
+    lists = getattr(index, "nlist", 0)
+    if lists:
+        sample = np.random.default_rng(0).permutation(len(vectors))[: lists * _TRAINING_VECTORS_PER_LIST]
+        index.train(vectors[np.sort(sample)])
+    index.add(vectors)
+
+
+def _tune(index: Any, queries: _F32, truth: npt.NDArray[np.int64], target: float) -> dict[int, float]:
+    """Raises the number of probed lists until the target is reached, at most to a quarter of them."""
+    lists = getattr(index, "nlist", 0)
+    probes = min(8, lists)
+    while True:
+        if lists:
+            index.nprobe = probes
+        found = index.search(queries, truth.shape[1])[1]
+        recall = {cut: _recall(found, truth, cut) for cut in CUTOFFS}
+        if min(recall.values()) >= target or 4 * probes >= lists:
+            return recall
+        probes = math.ceil(1.5 * probes)
+
+
+def _recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64], cut: int) -> float:
+    pairs = [(set(mine[:cut]), set(true[:cut])) for mine, true in zip(found.tolist(), truth.tolist(), strict=True)]
+    return sum(len(mine & true) for mine, true in pairs) / max(1, sum(len(true) for _, true in pairs))
+
+
+def _depth(count: int) -> int:
+    return min(max(CUTOFFS), count)
