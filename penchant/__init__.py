@@ -1,0 +1,40 @@
+"""Learns what people like from what they do, and answers what next, for this person, here, now.
+
+`penchant.client` calls a running service. What the command line does is here as functions, each loaded when it is
+first used: `prepare`, `train`, `evaluate`, `export`, `serve`, `recommend` and `rebuild`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from serving.app import serve as serve
+    from serving.batch import recommend as recommend
+    from serving.rebuild import rebuild as rebuild
+    from training.datasets import prepare as prepare
+    from training.evaluate import evaluate as evaluate
+    from training.export import export as export
+    from training.train import train as train
+
+_HOME = {
+    "evaluate": "training.evaluate",
+    "export": "training.export",
+    "prepare": "training.datasets",
+    "rebuild": "serving.rebuild",
+    "recommend": "serving.batch",
+    "serve": "serving.app",
+    "train": "training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a function's module when the function is first asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

