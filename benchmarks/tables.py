@@ -1,0 +1,114 @@
+"""Writes the tables of the docs from `benchmarks/results/*.json`, between `<!-- results: NAME -->` and `<!-- end -->`.
+
+python -m benchmarks.tables          writes them
+python -m benchmarks.tables --check  says whether they are what the results say; status 1 if not
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS
+
+ROOT = RESULTS.parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "load-testing.md")
+_BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes or checks every page; the exit status."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[3]}", text)
+        if fresh != text:
+            stale.append(page.relative_to(ROOT))
+            if "--check" not in arguments:
+                page.write_text(fresh, encoding="utf-8")
+    if stale and "--check" in arguments:
+        pages = ", ".join(map(str, stale))
+        print(f"{pages}: not what benchmarks/results says; run python -m benchmarks.tables", file=sys.stderr)
+        return 1
+    return 0
+
+
+def quality() -> str:
+    """Model and baselines under each protocol."""
+    blocks = []
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        result = _read(path)
+        rows = [
+            [name, *(f"{row[metric]:.4f}" for metric in ("hit@10", "ndcg@10")), _paired(result, name)]
+            for name, row in result["baselines"].items()
+        ]
+        ours = [_interval(result["metrics"][metric]) for metric in ("hit@10", "ndcg@10")]
+        rows.append(["**penchant**", *ours, ""])
+        sizes = f"{result['users']:,} people, {result['items']:,} items; full ranking, seen items masked"
+        table = _table(["", "hit@10", "ndcg@10", "penchant's ndcg@10 is higher by"], rows)
+        blocks.append(f"{result['title']} ({sizes})\n\n{table}{_source(path, result)}")
+    return "\n".join(blocks)
+
+
+def latency() -> str:
+    """Percentiles at half of the highest rate."""
+    path = RESULTS / "latency.json"
+    result = _read(path)
+    times = result["latency_ms"]
+    rows = [[f"{result['rate']:,.0f}", *(f"{times[name]:.2f}" for name in ("p50", "p90", "p99", "p99.9"))]]
+    rungs = ", ".join(f"{rung} {share:.2%}" for rung, share in result["rungs"].items())
+    notes = (
+        f"\n{result['requests']:,} requests; errors {sum(result['errors'].values())}, degraded "
+        f"{sum(result['degraded'].values())}; rungs: {rungs}; highest rate {result['highest_rate']:,.0f} a second.\n"
+    )
+    return _table(["requests/s", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms"], rows) + notes + _source(path, result)
+
+
+def stages() -> str:
+    """Microseconds per stage, beside the floor."""
+    path = RESULTS / "stages.json"
+    result = _read(path)
+    rows = [[name, f"{microseconds:,.0f}"] for name, microseconds in result["stages_us"].items()]
+    rows.append(["**the whole request**", f"{result['pipeline_us']:,.0f}"])
+    rows += [[f"floor: {name}", f"{microseconds:,.0f}"] for name, microseconds in result["floor_stages_us"].items()]
+    rows.append(["**the floor**", f"{result['floor_us']:,.0f}"])
+    ratio = f"\nratio to floor {result['ratio_to_floor']:.2f}, policy {result['policy_us']:,.0f} µs.\n"
+    return _table(["", "median µs"], rows) + ratio + _source(path, result)
+
+
+TABLES: dict[str, Callable[[], str]] = {"quality": quality, "latency": latency, "stages": stages}
+
+
+def _paired(result: dict[str, Any], name: str) -> str:
+    difference = result.get("paired", {}).get(name, {}).get("ndcg@10")
+    return _interval(difference) if difference else ""
+
+
+def _interval(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, align, *rows))
+
+
+def _source(path: Path, result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"\n<sub>{path.name}: `{result['command']}`, commit {result['commit']}, "
+        f"{machine['processor']}, {machine['cores']} cores</sub>\n"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
