@@ -181,7 +181,7 @@ def serve(
     token_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", exists=True, dir_okay=False, help="File with the token that every call must carry."
+            metavar="FILE", exists=True, dir_okay=False, help="File with the token that each call must carry."
         ),
     ] = None,
     holdout: Annotated[
@@ -196,7 +196,6 @@ def serve(
     """Serves a bundle over gRPC until it is told to stop."""
     _use_cores(1)
     from serving.app import serve
-
     from serving.config import ServeConfig
 
     settings = ServeConfig.load(
@@ -223,7 +222,7 @@ def recommend(
     bundle: BundleDir,
     users: Annotated[
         Path,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Parquet with user_id, or a text file of ids."),
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to answer: one id a line."),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
     redis: Redis = "embedded",
@@ -246,7 +245,7 @@ def projector(redis: Redis, events_redis: EventsRedis = None) -> None:
 
 @app.command()
 def demo(
-    dataset: Annotated[str, typer.Option(metavar="NAME", help="Data set to go through.")] = "complete-journey",
+    dataset: Annotated[str, typer.Option(metavar="NAME", help="Data set to go through.")] = "completejourney",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for data, run and bundle.")] = Path("build/demo"),
 ) -> None:
     """Goes the whole road in minutes: data, training, bundle, service, measurement."""
@@ -281,14 +280,14 @@ def show(
 def latency(
     target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Service to measure.")],
     users: Annotated[
-        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to ask for: a text file of ids.")
+        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to ask for: one id a line.")
     ],
     requests: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests to send.")] = None,
     rate: Annotated[
-        str, typer.Option(metavar="R|half", help="Requests per second; half is half the highest rate measured first.")
+        str, typer.Option(metavar="R|half", help="Requests per second; half the highest rate, measured first, if half.")
     ] = "half",
     duration: Annotated[
-        float | None, typer.Option(min=0.1, metavar="S", help="Length of the measurement in seconds.")
+        float | None, typer.Option(min=0.1, metavar="S", help="Length of the measurement, in seconds.")
     ] = None,
     surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that the requests name.")] = "",
 ) -> None:
