@@ -219,7 +219,8 @@ def _time_numbers(column: Array) -> tuple[npt.NDArray[Any], Mask]:
     if not _is_text(column.type):
         numbers, good = _parsed(column, integer=False, should=TIME_IS)
         good = good & to_mask(numbers.is_valid())
-        return pc.fill_null(numbers, 0).to_numpy(zero_copy_only=False), good
+        wide = np.float64 if pa.types.is_floating(numbers.type) else np.int64  # seconds in int32 grow by 1000
+        return pc.fill_null(numbers, 0).to_numpy(zero_copy_only=False).astype(wide), good
     text = pc.utf8_trim_whitespace(pc.cast(column, pa.string()))
     digits = to_mask(pc.match_substring_regex(text, _NUMBER_TEXT))
     numbers = pc.cast(_only(text, digits), pa.float64())
