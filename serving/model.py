@@ -1,0 +1,196 @@
+"""The models of a bundle as ONNX Runtime sessions: on CUDA where it is there and asked for, else on the CPU.
+
+A session is given one thread and never spins: a service scales by processes, and a spinning thread starves the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as _onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+from features.assemble import RANKER_FEATURES
+from features.bundle import Bundle
+from features.errors import BundleError
+from serving.errors import ConfigError, ServingError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+# Typed Any because the package has no stubs.
+onnxruntime: Any = _onnxruntime
+
+_F32 = npt.NDArray[np.float32]
+_I64 = npt.NDArray[np.int64]
+_Shapes = dict[str, list[int | None]]
+_ERRORS_ONLY = 3
+# Every error that a session can raise; they share no base of their own.
+_FAULTS = tuple(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+class ModelError(ServingError):
+    """A model failed, or answered with NaN or infinity; the caller goes on without its answer."""
+
+
+class Model:
+    """The four models of a bundle; any number of threads may call at once."""
+
+    def __init__(self, bundle: Bundle, device: Device = "cpu") -> None:
+        """Loads the models from the bundle's verified bytes.
+
+        Args:
+            bundle: An opened bundle.
+            device: `cuda` insists on it, `auto` takes it where it is there.
+
+        Raises:
+            BundleError: A file is no model, or its inputs and outputs are not those that the manifest promises.
+            ConfigError: `cuda` is asked for and not there.
+        """
+        model = bundle.model
+        self.dim = int(model["dim"])
+        self.max_length = int(model["max_length"])
+        self.actions = len(model["actions"])
+        self._providers = _providers(device)
+        self.device = "cuda" if len(self._providers) > 1 else "cpu"
+        dim, features = self.dim, len(RANKER_FEATURES)
+        sequence: _Shapes = {"vectors": [None, None, dim], "types": [None, None], "lengths": [None]}
+        words: _Shapes = {"tokens": [None, None]}
+        content: _Shapes = {**words, "categories": [None, None], "creators": [None], "prices": [None]}
+        pairs: _Shapes = {"user": [1, dim], "items": [None, dim], "features": [None, features]}
+        self._user = self._load(bundle, "user_encoder.onnx", sequence, [None, dim])
+        self._item = self._load(bundle, "item_encoder.onnx", content, [None, dim])
+        self._query = self._load(bundle, "query_encoder.onnx", words, [None, dim])
+        self._ranker = self._load(bundle, "ranker.onnx", pairs, [None, self.actions])
+
+    def encode_user(self, vectors: _F32, types: _I64) -> _F32:
+        """The vector of one person.
+
+        Args:
+            vectors: Vectors of the items of the person's events, oldest first; float32 [L, D], 1 <= L <= max_length.
+            types: Types of the events; int64 [L].
+
+        Returns:
+            float32 [D]; the inner product with an item's vector is the relevance.
+
+        Raises:
+            ModelError: The answer is not finite.
+            ValueError: There is no event, or more than `max_length`.
+        """
+        user: _F32 = self.encode_users(vectors[None], types[None], np.array([len(types)], np.int64))[0]
+        return user
+
+    def encode_users(self, vectors: _F32, types: _I64, lengths: _I64) -> _F32:
+        """The vectors of many people, padded on the right.
+
+        Args:
+            vectors: float32 [B, L, D], 0 at padding.
+            types: int64 [B, L], 0 at padding.
+            lengths: Number of events of each, at least 1; int64 [B].
+
+        Returns:
+            float32 [B, D].
+
+        Raises:
+            ModelError: The answer is not finite.
+            ValueError: Somebody has no event, or the sequences are longer than `max_length`.
+        """
+        if not lengths.size or lengths.min() < 1 or types.shape[1] > self.max_length:
+            raise ValueError(f"a person's events must be 1 to {self.max_length}; without any there is no vector")
+        return self._run(self._user, {"vectors": vectors, "types": types, "lengths": lengths})
+
+    def encode_items(self, inputs: Mapping[str, npt.NDArray[Any]]) -> _F32:
+        """The vectors of items by their content.
+
+        Args:
+            inputs: What `features.transforms.item_inputs` makes of n items.
+
+        Returns:
+            float32 [n, D].
+
+        Raises:
+            ModelError: The answer is not finite.
+        """
+        return self._run(self._item, dict(inputs))
+
+    def encode_query(self, tokens: _I64) -> _F32:
+        """The vector of a query's words.
+
+        Args:
+            tokens: `tokens` of `features.transforms.query_inputs`; int64 [T] or [1, T].
+
+        Returns:
+            float32 [D].
+
+        Raises:
+            ModelError: The answer is not finite.
+        """
+        query: _F32 = self._run(self._query, {"tokens": tokens.reshape(1, -1)})[0]
+        return query
+
+    def rank(self, user: _F32, items: _F32, features: _F32) -> _F32:
+        """How likely each action is for each candidate.
+
+        Args:
+            user: The person's vector; float32 [D].
+            items: Vectors of the candidates; float32 [n, D].
+            features: `features.assemble.ranker_features` of the candidates; float32 [n, F].
+
+        Returns:
+            Logits float32 [n, A], in the order of the manifest's actions; a line never depends on the other candidates.
+
+        Raises:
+            ModelError: The answer is not finite.
+        """
+        return self._run(self._ranker, {"user": user.reshape(1, -1), "items": items, "features": features})
+
+    def _load(self, bundle: Bundle, name: str, inputs: _Shapes, output: list[int | None]) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = _ERRORS_ONLY
+        path = bundle.path / name
+        try:
+            session = onnxruntime.InferenceSession(bundle.read(name), options, providers=self._providers)
+        except _FAULTS as error:
+            raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); export the run again") from error
+        if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            raise ConfigError("CUDA is there but does not start; choose --device cpu or mend the driver")
+        found = {node.name: node.shape for node in session.get_inputs()}
+        answer = session.get_outputs()[0].shape
+        same = found.keys() == inputs.keys() and all(_fits(found[key], inputs[key]) for key in inputs)
+        if not (same and _fits(answer, output)):
+            raise BundleError(
+                f"{path}: takes {found} and answers {answer}, the manifest promises {inputs} and {output} "
+                "(None = any); export the run again"
+            )
+        return session
+
+    def _run(self, session: Any, inputs: dict[str, npt.NDArray[Any]]) -> _F32:
+        try:
+            answer: _F32 = session.run(None, inputs)[0]
+        except _FAULTS as error:
+            raise ModelError(f"a model failed: {error}") from error
+        if not np.isfinite(answer).all():
+            raise ModelError("a model answered with NaN or infinity; check the vectors and features that it was given")
+        return answer
+
+
+def _providers(device: Device) -> list[Any]:
+    there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "cuda" and not there:
+        raise ConfigError("--device cuda: this ONNX Runtime has no CUDA; install penchant[gpu] or choose --device cpu")
+    # TensorFloat-32 keeps 10 bits of a number: a golden answer would no longer be met.
+    cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})] if there and device != "cpu" else []
+    return [*cuda, "CPUExecutionProvider"]
+
+
+def _fits(shape: list[Any], expected: list[int | None]) -> bool:
+    """Whether a shape has the promised numbers; where any is promised, it must be free."""
+    return len(shape) == len(expected) and all(
+        isinstance(size, str) if wanted is None else size == wanted
+        for size, wanted in zip(shape, expected, strict=True)
+    )
