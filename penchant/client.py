@@ -1,0 +1,254 @@
+"""Calls a Penchant service from Python: typed arguments in, the contract's messages out.
+
+    with Client("localhost:50051") as client:
+        client.ingest([event("ann", "i42", "view_item")])
+        slate = client.recommend(user_id="ann", page_size=10)
+
+A call that finds the service away is tried again until its time is over, always with the same request and event ids,
+so that a retry never counts twice. A client may be shared by threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import grpc
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from penchant.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    common_pb2,
+    event_pb2,
+    event_pb2_grpc,
+    profile_pb2,
+    profile_pb2_grpc,
+    ranking_pb2,
+    ranking_pb2_grpc,
+)
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+_FIRST_PAUSE_S = 0.005
+
+
+class Options(TypedDict, total=False):
+    """What every ranking call takes; the meaning of each is that of `RankingOptions` in the contract."""
+
+    user_id: str
+    anonymous_id: str
+    session_id: str
+    surface: str
+    page_size: int
+    exclude_item_ids: Sequence[str]
+    personalize: bool
+    min_profile_version: int
+    min_catalog_version: int
+    explain: bool
+    request_id: str
+    context: common_pb2.RequestContext
+    timeout_s: float
+
+
+def event(user_id: str, item_id: str, event_type: str, **fields: Any) -> event_pb2.Event:
+    """Makes an event of a known person with an id of its own; `fields` are the other fields of the contract's Event."""
+    fields.setdefault("event_id", uuid.uuid4().hex)
+    return event_pb2.Event(
+        subject=common_pb2.Subject(user_id=user_id), item_id=item_id, event_type=event_type, **fields
+    )
+
+
+def violations(error: grpc.RpcError) -> dict[str, str]:
+    """What an INVALID_ARGUMENT says: field path -> what would be right."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    found: dict[str, str] = {}
+    for detail in status.details if status else ():
+        request = error_details_pb2.BadRequest()
+        if detail.Unpack(request):
+            found.update({violation.field: violation.description for violation in request.field_violations})
+    return found
+
+
+class Client:
+    """A connection to one service.
+
+    Args:
+        target: `HOST:PORT`, or any gRPC target.
+        token: Secret of the service, where it wants one.
+        channels: Connections to hold; calls go round them, so that one caller reaches several workers.
+        timeout_s: Time a call may take, retries included, unless the call says otherwise.
+        root_certificates: PEM roots to trust; given, the connection is TLS.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        channels: int = 2,
+        timeout_s: float = 0.25,
+        root_certificates: bytes | None = None,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        # Channels with equal arguments share one connection, and one connection reaches one worker: number them.
+        self._channels = [_open(target, number, root_certificates) for number in range(max(channels, 1))]
+        self._ranking = _round_robin(ranking_pb2_grpc.RankingServiceStub, self._channels)
+        self._events = _round_robin(event_pb2_grpc.EventServiceStub, self._channels)
+        self._profiles = _round_robin(profile_pb2_grpc.ProfileServiceStub, self._channels)
+        self._catalog = _round_robin(catalog_pb2_grpc.CatalogServiceStub, self._channels)
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the connections."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        for channel in self._channels:
+            channel.close()
+
+    def wait_ready(self, timeout_s: float = 10.0) -> None:
+        """Waits until every connection stands; raises grpc.FutureTimeoutError when the time is over."""
+        end = time.monotonic() + timeout_s
+        for channel in self._channels:
+            grpc.channel_ready_future(channel).result(timeout=max(end - time.monotonic(), 0.001))
+
+    def recommend(self, **options: Unpack[Options]) -> ranking_pb2.Slate:
+        """A feed for a person."""
+        request = ranking_pb2.RecommendRequest(options=_options(options))
+        return self._call(lambda: next(self._ranking).Recommend, request, options.get("timeout_s")).slate
+
+    def search(self, query: str, **options: Unpack[Options]) -> ranking_pb2.Slate:
+        """Items for a query, ordered for the person where one is named."""
+        request = ranking_pb2.SearchRequest(options=_options(options), query=query)
+        return self._call(lambda: next(self._ranking).Search, request, options.get("timeout_s")).slate
+
+    def rank(
+        self,
+        item_ids: Sequence[str],
+        upstream_scores: Sequence[float] = (),
+        *,
+        query: str = "",
+        upstream_weight: float | None = None,
+        **options: Unpack[Options],
+    ) -> ranking_pb2.Slate:
+        """The caller's candidates, ordered for the person; `page_size` defaults to all of them, at most 100."""
+        options.setdefault("page_size", max(min(len(item_ids), 100), 1))
+        request = ranking_pb2.RankRequest(
+            options=_options(options),
+            candidates=ranking_pb2.Candidates(item_ids=item_ids, upstream_scores=upstream_scores),
+            query=query,
+            upstream_weight=upstream_weight,
+        )
+        return self._call(lambda: next(self._ranking).Rank, request, options.get("timeout_s")).slate
+
+    def similar_items(self, seed_item_ids: Sequence[str], **options: Unpack[Options]) -> ranking_pb2.Slate:
+        """Items like one or several seeds."""
+        request = ranking_pb2.SimilarItemsRequest(options=_options(options), seed_item_ids=seed_item_ids)
+        return self._call(lambda: next(self._ranking).SimilarItems, request, options.get("timeout_s")).slate
+
+    def ingest(
+        self, events: Iterable[event_pb2.Event], *, timeout_s: float | None = None
+    ) -> Sequence[event_pb2.EventStatus]:
+        """Appends events durably; one status each. Events without an id get one."""
+        request = event_pb2.IngestRequest(events=events)
+        for one in request.events:
+            one.event_id = one.event_id or uuid.uuid4().hex
+        return self._call(lambda: next(self._events).Ingest, request, timeout_s).statuses
+
+    def get_profile(
+        self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float | None = None
+    ) -> profile_pb2.GetProfileResponse:
+        """What is known of a person, as they would read it."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        request = profile_pb2.GetProfileRequest(subject=subject)
+        return self._call(lambda: next(self._profiles).GetProfile, request, timeout_s)
+
+    def erase(
+        self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float | None = None
+    ) -> Sequence[profile_pb2.ErasureReceipt]:
+        """Forgets a person; one receipt per store."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        request = profile_pb2.EraseSubjectRequest(subject=subject)
+        return self._call(lambda: next(self._profiles).EraseSubject, request, timeout_s or 5.0).receipts
+
+    def put_items(self, items: Iterable[catalog_pb2.Item], *, timeout_s: float = 5.0) -> catalog_pb2.PutItemsResponse:
+        """Puts items, new or changed, into the live catalogue."""
+        request = catalog_pb2.PutItemsRequest(items=items)
+        return self._call(lambda: next(self._catalog).PutItems, request, timeout_s)
+
+    def set_availability(
+        self, changes: Iterable[catalog_pb2.Availability], *, timeout_s: float = 5.0
+    ) -> catalog_pb2.SetAvailabilityResponse:
+        """Sets whether and when items may be shown."""
+        request = catalog_pb2.SetAvailabilityRequest(changes=changes)
+        return self._call(lambda: next(self._catalog).SetAvailability, request, timeout_s)
+
+    def delete_items(self, item_ids: Iterable[str], *, timeout_s: float = 5.0) -> catalog_pb2.DeleteItemsResponse:
+        """Deletes items: they are never shown again."""
+        request = catalog_pb2.DeleteItemsRequest(item_ids=item_ids)
+        return self._call(lambda: next(self._catalog).DeleteItems, request, timeout_s)
+
+    def _call(
+        self,
+        pick: Callable[[], grpc.UnaryUnaryMultiCallable[Request, Response]],
+        request: Request,
+        timeout_s: float | None,
+    ) -> Response:
+        """Calls until an answer, an error other than UNAVAILABLE, or the end; each try takes the next channel."""
+        end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return pick()(request, timeout=max(end - time.monotonic(), 0.001), metadata=self._metadata)
+            except grpc.RpcError as error:
+                wait = pause * random.uniform(0.5, 1.5)
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() + wait >= end:
+                    raise
+            time.sleep(wait)
+            pause = min(2 * pause, 0.1)
+
+
+def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Channel:
+    options = [("penchant.channel", number), ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    if root_certificates is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(root_certificates), options=options)
+
+
+def _round_robin(stub: Callable[[grpc.Channel], Response], channels: list[grpc.Channel]) -> itertools.cycle[Response]:
+    # next() of a cycle is one C call, so threads may share it.
+    return itertools.cycle([stub(channel) for channel in channels])
+
+
+def _options(options: Options) -> ranking_pb2.RankingOptions:
+    subject = None
+    if options.get("user_id") or options.get("anonymous_id"):
+        subject = common_pb2.Subject(user_id=options.get("user_id", ""), anonymous_id=options.get("anonymous_id", ""))
+    personal = options.get("personalize", True)
+    return ranking_pb2.RankingOptions(
+        request_id=options.get("request_id") or uuid.uuid4().hex,
+        subject=subject,
+        session_id=options.get("session_id", ""),
+        surface=options.get("surface", ""),
+        context=options.get("context"),
+        page_size=options.get("page_size", 20),
+        exclude_item_ids=options.get("exclude_item_ids", ()),
+        personalization=ranking_pb2.PERSONALIZATION_AUTO if personal else ranking_pb2.PERSONALIZATION_DISABLED,
+        min_profile_version=options.get("min_profile_version", 0),
+        min_catalog_version=options.get("min_catalog_version", 0),
+        explain=options.get("explain", False),
+    )

@@ -1,0 +1,152 @@
+"""How the service is set up: one frozen object, printed once at start.
+
+Values come, the first found winning, from the command line (keyword arguments of `ServeConfig.load`), from `PENCHANT_*`
+environment variables, from a YAML file and from the defaults here. An unknown key is an error that names the nearest
+known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serving.errors import ConfigError
+
+PREFIX = "PENCHANT_"
+
+
+class ServeConfig(BaseSettings):
+    """Everything that `penchant serve` can be told."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    bundle: Path = Field(description="Directory of the bundle to serve.")
+    listen: str = Field("127.0.0.1:50051", description="HOST:PORT to listen on; port 0 picks a free one.")
+    workers: int = Field(0, ge=0, le=256, description="Worker processes; 0 means one per core.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the models run.")
+
+    redis: str = Field("embedded", description='URL of the Redis that holds profiles, or "embedded".')
+    events_redis: str = Field("", description="URL of the Redis that holds the event log; empty means as `redis`.")
+    state_dir: Path = Field(Path("penchant-state"), description="Directory where embedded Redis keeps its data.")
+    partitions: int = Field(16, ge=1, le=4096, description="Partitions of the event log, fixed when it is created.")
+
+    token: SecretStr | None = Field(None, description="Secret every call must carry as `authorization: Bearer ...`.")
+    token_file: Path | None = Field(None, description="File that holds the token.")
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain of the server.")
+    tls_key: Path | None = Field(None, description="PEM private key of the server.")
+    tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must come from.")
+    insecure: bool = Field(False, description="Allow a public address without TLS and token.")
+
+    threads: int = Field(4, ge=1, le=256, description="Threads per worker that handle calls.")
+    max_concurrent: int = Field(32, ge=1, description="Calls per worker in hand or waiting; more are refused at once.")
+    max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message taken, in bytes.")
+    default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that brings none, in milliseconds.")
+    drain_s: float = Field(10.0, ge=0, description="Time that calls in hand are given at the end, in seconds.")
+
+    candidates: int = Field(500, ge=100, le=5000, description="Candidates that each source proposes.")
+    fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
+    search_personal: float = Field(
+        0.25, ge=0, le=1, description="Most that a person's taste moves a search score of 0 to 1."
+    )
+    holdout_share: float = Field(0.0, ge=0, le=1, description="Share of people who get the unpersonalised answer.")
+    holdout_salt: str = Field("holdout-1", description="Salt of the hash that picks them; change it to draw anew.")
+
+    impressions: bool = Field(True, description="Write every live slate to the impression log.")
+    impression_queue: int = Field(10_000, ge=1, description="Slates that may wait for the log before they are dropped.")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Prometheus port of the first worker, next ones follow; 0 is off."
+    )
+    reflection: bool = Field(True, description="Serve gRPC reflection.")
+
+    ignored_environment: ClassVar[frozenset[str]] = frozenset({"data"})
+
+    @classmethod
+    def load(cls, file: Path | None = None, **overrides: Any) -> Self:
+        """Builds the configuration; overrides that are None count as not given.
+
+        Raises:
+            ConfigError: A key is unknown or a value is not allowed.
+        """
+        values = _from_file(file) if file else {}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        for name in (*values, *given):
+            if name not in cls.model_fields:
+                raise ConfigError(f"unknown setting {name!r}; {_nearest(name, cls)}")
+        present = {name[len(PREFIX) :].lower() for name in os.environ if name.upper().startswith(PREFIX)}
+        for name in present - set(cls.model_fields) - cls.ignored_environment:
+            if difflib.get_close_matches(name, cls.model_fields, cutoff=0.8):
+                raise ConfigError(f"unknown environment variable {PREFIX}{name.upper()}; {_nearest(name, cls)}")
+        values = {name: value for name, value in values.items() if name not in present}
+        try:
+            return cls(**{**values, **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"{'.'.join(map(str, first['loc'])) or 'configuration'}: {first['msg']}") from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate and tls_key belong together: give both or none")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
+            raise ValueError(
+                f"{self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set insecure"
+            )
+        return self
+
+    @property
+    def host(self) -> str:
+        """Host part of `listen`."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Port part of `listen`."""
+        return int(self.listen.rpartition(":")[2])
+
+    @property
+    def worker_count(self) -> int:
+        """Number of worker processes, the default resolved."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+    def secret(self) -> str:
+        """The token, from the setting or its file; empty where calls need none."""
+        if self.token_file:
+            return self.token_file.read_text(encoding="utf-8").strip()
+        return self.token.get_secret_value() if self.token else ""
+
+    def printable(self) -> dict[str, Any]:
+        """The settings as JSON values, without the secret."""
+        return self.model_dump(mode="json", exclude={"token"}, exclude_defaults=True)
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a mapping of settings")
+    return values
+
+
+def _nearest(name: str, config: type[ServeConfig]) -> str:
+    near = difflib.get_close_matches(name, config.model_fields, n=1, cutoff=0.0)
+    return f"did you mean {near[0]!r}?"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

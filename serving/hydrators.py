@@ -1,0 +1,149 @@
+"""What is found out about a query before anything is retrieved: the person, and the words."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from features.assemble import encoder_inputs, history, seen_rows
+from features.catalog import Catalog
+from features.errors import ProfileCorrupt
+from features.profile import Profile as Stored
+from features.transforms import ItemInputShapes, query_inputs, text_tokens
+from serving.model import Model
+from serving.pipeline import Query
+from serving.profiles import ProfileStore
+
+WAIT_SHARE = 0.5
+"""Share of the time left that a query may spend waiting for a version."""
+
+_FIRST_PAUSE_S = 0.0005
+_LONGEST_PAUSE_S = 0.01
+
+
+class Progress:
+    """How far this worker has followed the catalogue's changes."""
+
+    def __init__(self, version: int = 0) -> None:
+        self.version = version
+        self._moved = threading.Condition()
+
+    def advance(self, version: int) -> None:
+        """Notes that everything up to `version` is applied here."""
+        with self._moved:
+            self.version = max(self.version, version)
+            self._moved.notify_all()
+
+    def wait(self, version: int, seconds: float) -> bool:
+        """Waits until `version` is applied; False when the time is over first."""
+        if self.version >= version:
+            return True
+        with self._moved:
+            return self._moved.wait_for(lambda: self.version >= version, max(seconds, 0.0))
+
+
+class CatalogVersion:
+    """Waits for the version of the catalogue that the caller wants to see."""
+
+    name = "catalog_version"
+    part = "CATALOG_STALE"
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def enable(self, query: Query) -> bool:
+        """Always: the answer names the version it was made from."""
+        return True
+
+    def hydrate(self, query: Query) -> None:
+        """Fills `catalog_version`."""
+        wanted = query.min_catalog_version
+        if wanted and not self._progress.wait(wanted, query.seconds_left() * WAIT_SHARE):
+            query.degrade(self.part, f"the catalogue here is at version {self._progress.version}, not yet at {wanted}")
+        query.catalog_version = self._progress.version
+
+
+class Profile:
+    """Reads the person's profile: one round trip, more only while a version is waited for."""
+
+    name = "profile"
+    part = "PROFILE_STORE"
+
+    def __init__(
+        self, store: ProfileStore, catalog: Catalog, type_index: Mapping[int, int], seen_types: Sequence[int]
+    ) -> None:
+        self._store, self._catalog = store, catalog
+        self._type_index, self._seen_types = type_index, seen_types
+
+    def enable(self, query: Query) -> bool:
+        """Where a person is named, whose profile may be used."""
+        return bool(query.subject) and query.personalize and not query.holdout
+
+    def hydrate(self, query: Query) -> None:
+        """Fills `profile`, `history` and `seen`."""
+        try:
+            profile = self._read(query)
+        except ProfileCorrupt as error:
+            query.degrade("PROFILE_CORRUPT", str(error))
+            return
+        past = history(profile.records, self._catalog, self._type_index)
+        query.seen = seen_rows(profile, past, self._catalog, self._seen_types)
+        query.profile, query.history = profile, past
+
+    def _read(self, query: Query) -> Stored:
+        profile = self._store.read(query.subject)
+        wanted = query.min_profile_version
+        if profile.version >= wanted:
+            return profile
+        end = time.monotonic() + query.seconds_left() * WAIT_SHARE
+        pause = _FIRST_PAUSE_S
+        while time.monotonic() + pause < end:
+            time.sleep(pause)
+            profile = self._store.read(query.subject)
+            if profile.version >= wanted:
+                return profile
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        query.degrade("PROFILE_STALE", f"the profile is at version {profile.version}, not yet at {wanted}")
+        return profile
+
+
+class UserVector:
+    """Places the person in the embedding space."""
+
+    name = "user_vector"
+    part = "USER_ENCODER"
+
+    def __init__(self, model: Model, catalog: Catalog) -> None:
+        self._model, self._catalog = model, catalog
+
+    def enable(self, query: Query) -> bool:
+        """Where the history holds an item of this catalogue."""
+        return query.history is not None and bool((query.history.rows >= 0).any())
+
+    def hydrate(self, query: Query) -> None:
+        """Fills `user_vector`; the rung is `item_to_item` where that fails and `sequence` where it works."""
+        assert query.history is not None
+        query.rung = "item_to_item"
+        rows, types = encoder_inputs(query.history.rows, query.history.types, self._model.max_length)
+        query.user_vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
+        query.rung = "sequence"
+
+
+class QueryVector:
+    """Reads the words searched for and places them in the embedding space."""
+
+    name = "query_vector"
+    part = "SOURCE"
+
+    def __init__(self, model: Model, shapes: ItemInputShapes) -> None:
+        self._model, self._shapes = model, shapes
+
+    def enable(self, query: Query) -> bool:
+        """Where there are words."""
+        return bool(query.text)
+
+    def hydrate(self, query: Query) -> None:
+        """Fills `tokens` and `query_vector`; the tokens stay where the encoder fails."""
+        query.tokens = text_tokens(query.text)
+        query.query_vector = self._model.encode_query(query_inputs(query.text, self._shapes)["tokens"])

@@ -1,0 +1,159 @@
+"""How good each candidate is: one float32 per candidate, higher is better, never dependent on the other candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from features.assemble import ranker_features
+from features.catalog import Catalog
+from features.kernels import dot_rows
+from serving.lexical import LexicalIndex
+from serving.model import Model
+from serving.pipeline import POPULAR, Candidates, Query, Rows, Scores
+
+MEANING_SHARE = 0.4
+"""Share of the cosine in a text match; the rest is words."""
+
+_LEAST = 1e-6
+
+
+class Personal:
+    """What one person thinks of rows: relevance + blend * utility, the score that evaluation measures."""
+
+    def __init__(self, model: Model, catalog: Catalog, weights: Sequence[float], blend: float) -> None:
+        """Takes the weight of each action and the weight of their sum."""
+        self._model, self._catalog = model, catalog
+        self._weights, self._blend = np.array(weights, np.float64), blend
+
+    def score(self, query: Query, rows: Rows) -> Scores:
+        """Scores rows for a query with a user vector, and keeps the probabilities for the answer."""
+        assert query.user_vector is not None
+        assert query.history is not None
+        if not rows.size:
+            return np.empty(0, np.float32)
+        columns = self._catalog.columns
+        relevance: Scores = dot_rows(columns.vectors, rows, query.user_vector)
+        # Where the ranker does not move the order, only the items of the page need their probabilities.
+        at = np.arange(rows.size) if self._blend else np.argsort(-relevance, kind="stable")[: query.page_size]
+        judged = rows[at]
+        features = ranker_features(query.history, judged, relevance[at], columns)
+        logits = self._model.rank(query.user_vector, columns.vectors[judged], features)
+        probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        query.probabilities = np.full((rows.size, probabilities.shape[1]), np.nan, np.float32)
+        query.probabilities[at] = probabilities
+        if not self._blend:
+            return relevance
+        return (relevance + self._blend * utility(probabilities, self._weights)).astype(np.float32)
+
+
+class FeedScorer:
+    """A feed: the personal score; without a user vector the neighbours' score, below them what is popular."""
+
+    name = "score"
+
+    def __init__(self, personal: Personal) -> None:
+        self._personal = personal
+
+    def enable(self, query: Query) -> bool:
+        """Always."""
+        return True
+
+    def score(self, query: Query, candidates: Candidates) -> Scores:
+        """Scores a feed's candidates."""
+        if query.user_vector is not None:
+            return self._personal.score(query, candidates.rows)
+        popular = candidates.of(POPULAR)
+        if query.rung != "item_to_item":
+            return popular
+        near = candidates.of("neighbors")
+        # Cosines are above 0; this brings any popularity below it, its order kept.
+        below = -1 / (1 + np.maximum(popular, 0))
+        return np.where(np.isnan(near), below, near)
+
+
+class SearchScorer:
+    """Search results: how well the text matches (0 to 1), moved at most `personal` up or down by the person's taste."""
+
+    name = "score"
+
+    def __init__(self, lexical: LexicalIndex, catalog: Catalog, personal: float) -> None:
+        self._lexical, self._catalog, self._personal = lexical, catalog, np.float32(personal)
+
+    def enable(self, query: Query) -> bool:
+        """Always."""
+        return True
+
+    def score(self, query: Query, candidates: Candidates) -> Scores:
+        """Scores search results."""
+        rows, vectors = candidates.rows, self._catalog.columns.vectors
+        score = np.zeros(rows.size, np.float32)
+        if query.tokens is not None and query.tokens.size:
+            score += self._lexical.score(query.tokens, rows) * np.float32(1 - MEANING_SHARE)
+        if query.query_vector is not None:
+            score += np.maximum(cosine(vectors, rows, query.query_vector), 0) * np.float32(MEANING_SHARE)
+        if query.user_vector is not None and self._personal:
+            score += cosine(vectors, rows, query.user_vector) * self._personal
+        return score
+
+
+class RankScorer:
+    """The caller's candidates: its own score and, where the person is known, the personal one on top.
+
+    Nobody known, the order is the caller's exactly.
+    """
+
+    name = "score"
+
+    def __init__(self, personal: Personal) -> None:
+        self._personal = personal
+
+    def enable(self, query: Query) -> bool:
+        """Always."""
+        return True
+
+    def score(self, query: Query, candidates: Candidates) -> Scores:
+        """Scores the caller's candidates."""
+        upstream = candidates.of("upstream")
+        if query.user_vector is None:
+            return upstream
+        personal = self._personal.score(query, candidates.rows)
+        if query.upstream is None:
+            return personal
+        return np.float32(query.upstream_weight) * upstream + personal
+
+
+class SimilarScorer:
+    """Items like the seeds: the mean of their cosines."""
+
+    name = "score"
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def enable(self, query: Query) -> bool:
+        """Always."""
+        return True
+
+    def score(self, query: Query, candidates: Candidates) -> Scores:
+        """Scores neighbours."""
+        vectors = self._catalog.columns.vectors
+        seeds = vectors[query.seeds]
+        seeds /= np.maximum(np.linalg.norm(seeds, axis=1, keepdims=True), np.float32(1e-12))
+        middle = seeds.mean(axis=0, dtype=np.float32)
+        # The mean of the cosines is the cosine with the mean direction times the length of that mean.
+        return cosine(vectors, candidates.rows, middle) * np.float32(np.linalg.norm(middle))
+
+
+def utility(probabilities: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log-odds of the weighted sum of the actions' probabilities [n, A]; float64 [n]."""
+    share = np.clip((probabilities * weights).sum(axis=1), _LEAST, 1 - _LEAST)
+    return np.asarray(np.log(share / (1 - share)))
+
+
+def cosine(vectors: Scores, rows: Rows, query: Scores) -> Scores:
+    """Cosine of `query` float32 [D] with the vectors of `rows`; 0 where either has no direction; float32 [n]."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors[rows], vectors[rows])) * np.float32(np.linalg.norm(query))
+    return np.asarray(dot_rows(vectors, rows, query) / np.maximum(lengths, np.float32(1e-12)))

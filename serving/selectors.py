@@ -1,0 +1,42 @@
+"""Which candidates make the slate, in which order, and with which probability."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from features.catalog import Catalog
+from serving.pipeline import Candidates, Query, Scores
+
+
+class TopK:
+    """The best ones, every time the same: propensity 1.
+
+    Looks once more at the clock: what became ineligible since the filters ran does not leave.
+    """
+
+    name = "top_k"
+
+    def __init__(self, catalog: Catalog, *, keep_order: bool = False) -> None:
+        """Ties go by row, or with `keep_order` by the order in which the candidates came."""
+        self._catalog, self._keep_order = catalog, keep_order
+
+    def enable(self, query: Query) -> bool:
+        """Always."""
+        return True
+
+    def select(
+        self, query: Query, candidates: Candidates, scores: Scores
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+        """The `page_size` best of those that may be shown at this moment."""
+        now = self._catalog.eligible(candidates.rows, int(time.time() * 1000))
+        at = np.flatnonzero(now)
+        if at.size > query.page_size:
+            # All that may be on the page, ties with its last item included; sorting these is cheaper than sorting all.
+            limit = np.partition(scores[at], at.size - query.page_size)[at.size - query.page_size]
+            at = at[scores[at] >= limit]
+        ties = at if self._keep_order else candidates.rows[at]
+        best = at[np.lexsort((ties, -scores[at]))[: query.page_size]]
+        return best, np.ones(best.size, np.float64)

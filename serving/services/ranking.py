@@ -1,0 +1,194 @@
+"""RankingService: a feed, a search, a re-ranking, neighbours; each a Query through its Pipeline and back."""
+
+# ruff: noqa: N802 - the contract names the methods
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from features.catalog import Catalog
+from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
+from serving.experiments import Holdout
+from serving.pipeline import Query, Reason, Slate
+from serving.services import checks
+from serving.services.host import Host, Loaded
+
+MAX_PAGE = 100
+MAX_EXCLUDED = 10_000
+MAX_CANDIDATES = 5_000
+MAX_SEEDS = 100
+
+_RUNGS = {
+    "popular": common_pb2.RUNG_POPULAR,
+    "segment": common_pb2.RUNG_SEGMENT,
+    "item_to_item": common_pb2.RUNG_ITEM_TO_ITEM,
+    "sequence": common_pb2.RUNG_SEQUENCE,
+}
+
+
+class RankingService(ranking_pb2_grpc.RankingServiceServicer):
+    """Ranks feeds, search results and other engines' hits."""
+
+    def __init__(self, host: Host, holdout: Holdout, default_deadline_s: float) -> None:
+        self._host, self._holdout, self._default_deadline_s = host, holdout, default_deadline_s
+
+    def Recommend(
+        self, request: ranking_pb2.RecommendRequest, context: grpc.ServicerContext
+    ) -> ranking_pb2.RecommendResponse:
+        """Retrieves and ranks a feed for a person."""
+        loaded = self._host.loaded
+        query, missing = self._query(request.options, loaded.catalog, context, subject_required=True)
+        return ranking_pb2.RecommendResponse(slate=_answer("recommend", query, missing, loaded))
+
+    def Search(self, request: ranking_pb2.SearchRequest, context: grpc.ServicerContext) -> ranking_pb2.SearchResponse:
+        """Finds items for a query and orders them for this person."""
+        loaded = self._host.loaded
+        query, missing = self._query(request.options, loaded.catalog, context)
+        query.text = checks.text(request.query, "query", required=True)
+        return ranking_pb2.SearchResponse(slate=_answer("search", query, missing, loaded))
+
+    def Rank(self, request: ranking_pb2.RankRequest, context: grpc.ServicerContext) -> ranking_pb2.RankResponse:
+        """Re-ranks the caller's candidates; of an id that comes twice, the first place counts."""
+        loaded = self._host.loaded
+        query, missing = self._query(request.options, loaded.catalog, context)
+        ids = checks.identifiers(request.candidates.item_ids, "candidates.item_ids", 1, MAX_CANDIDATES)
+        upstream = checks.finite(request.candidates.upstream_scores, "candidates.upstream_scores")
+        checks.same_length(upstream, ids, "candidates.upstream_scores", "candidates.item_ids")
+        query.text = checks.text(request.query, "query")
+        if request.HasField("upstream_weight"):
+            query.upstream_weight = checks.number(request.upstream_weight, "upstream_weight", 0.0)
+        rows = _known(loaded.catalog, ids, missing)
+        _, first = np.unique(rows, return_index=True)
+        first = np.sort(first[rows[first] >= 0])
+        query.rows, query.upstream = rows[first], upstream[first] if upstream.size else None
+        return ranking_pb2.RankResponse(slate=_answer("rank", query, missing, loaded))
+
+    def SimilarItems(
+        self, request: ranking_pb2.SimilarItemsRequest, context: grpc.ServicerContext
+    ) -> ranking_pb2.SimilarItemsResponse:
+        """Finds items like one or several seeds."""
+        loaded = self._host.loaded
+        query, missing = self._query(request.options, loaded.catalog, context)
+        rows = _known(loaded.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
+        query.seeds = np.unique(rows[rows >= 0])
+        return ranking_pb2.SimilarItemsResponse(slate=_answer("similar", query, missing, loaded))
+
+    def _query(
+        self,
+        options: ranking_pb2.RankingOptions,
+        catalog: Catalog,
+        context: grpc.ServicerContext,
+        *,
+        subject_required: bool = False,
+    ) -> tuple[Query, dict[str, None]]:
+        """The query that the options describe, and the ids that the catalogue does not know, in order."""
+        checks.identifier(options.request_id, "options.request_id", required=False)
+        checks.identifier(options.session_id, "options.session_id", required=False)
+        checks.identifier(options.surface, "options.surface", required=False, limit=64)
+        checks.timestamp(options.context.timestamp_ms, "options.context.timestamp_ms")
+        checks.attributes(options.context.attributes, "options.context.attributes")
+        subject = checks.subject(options.subject, "options.subject", required=subject_required)
+        page_size = checks.whole(options.page_size, "options.page_size", 1, MAX_PAGE)
+        excluded = checks.identifiers(options.exclude_item_ids, "options.exclude_item_ids", 0, MAX_EXCLUDED)
+        missing: dict[str, None] = {}
+        rows = _known(catalog, excluded, missing)
+        assignment = self._holdout.assign(subject)
+        query = Query(
+            request_id=options.request_id or uuid.uuid4().hex,
+            subject=subject,
+            # The server's clock alone decides what may be shown.
+            now_ms=int(time.time() * 1000),
+            deadline=time.monotonic() + seconds_left(context, self._default_deadline_s),
+            page_size=page_size,
+            surface=options.surface,
+            session_id=options.session_id,
+            exclude=rows[rows >= 0],
+            personalize=options.personalization != ranking_pb2.PERSONALIZATION_DISABLED,
+            explain=options.explain,
+            arm=assignment.arm,
+            holdout=assignment.holdout,
+            bucket=assignment.bucket,
+            min_profile_version=options.min_profile_version,
+            min_catalog_version=options.min_catalog_version,
+        )
+        return query, missing
+
+
+def seconds_left(context: grpc.ServicerContext, default: float) -> float:
+    """Time until the caller's deadline; the default where it brought none."""
+    left = context.time_remaining()
+    return default if left > 1e6 else left
+
+
+def _known(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> npt.NDArray[np.int32]:
+    """The row of each id; ids without one are noted in `missing` and have row -1."""
+    rows = catalog.rows(ids)
+    for at in np.flatnonzero(rows < 0).tolist():
+        missing[ids[at]] = None
+    return rows
+
+
+def _answer(method: str, query: Query, missing: dict[str, None], loaded: Loaded) -> ranking_pb2.Slate:
+    """Runs a query and puts the slate into the words of the contract."""
+    slate = loaded.pipelines[method].run(query)
+    profile = query.profile
+    return ranking_pb2.Slate(
+        request_id=query.request_id,
+        items=_items(slate, loaded.catalog),
+        rung=_RUNGS[query.rung],
+        experiment=_experiment(query),
+        bundle_id=loaded.bundle_id,
+        profile_version=profile.version if profile else 0,
+        catalog_version=query.catalog_version,
+        degraded=[
+            common_pb2.Degradation(part=common_pb2.Part.Value(f"PART_{part}"), reason=reason)
+            for part, reason in query.degraded
+        ],
+        dropped=slate.dropped,
+        missing_item_ids=missing,
+        stage_timings=[ranking_pb2.StageTiming(stage=name, microseconds=spent) for name, spent in slate.timings],
+        action_names=loaded.actions,
+        profile_found=bool(profile and profile.count),
+    )
+
+
+def _experiment(query: Query) -> common_pb2.Experiment | None:
+    if not query.arm:
+        return None
+    return common_pb2.Experiment(arm=query.arm, holdout=query.holdout, bucket=query.bucket)
+
+
+def _items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]:
+    names = slate.candidates.names
+    named_by = np.isfinite(slate.candidates.scores).T.tolist()
+    probabilities = [] if slate.probabilities is None else slate.probabilities.tolist()
+    return [
+        ranking_pb2.RankedItem(
+            item_id=item_id,
+            score=score,
+            action_probabilities=_numbers(probabilities[at]) if probabilities else (),
+            sources=[name for name, named in zip(names, named_by[at], strict=True) if named],
+            reasons=[_reason(reason, catalog) for reason in slate.reasons[at]] if slate.reasons else (),
+            propensity=propensity,
+        )
+        for at, (item_id, score, propensity) in enumerate(
+            zip(catalog.ids(slate.rows), slate.scores.tolist(), slate.propensities.tolist(), strict=True)
+        )
+    ]
+
+
+def _numbers(values: list[float]) -> list[float]:
+    """The values, or none where the ranker did not judge this item."""
+    return [] if values and math.isnan(values[0]) else values
+
+
+def _reason(reason: Reason, catalog: Catalog) -> ranking_pb2.Reason:
+    item_id = catalog.ids([reason.row])[0] if reason.row >= 0 else ""
+    return ranking_pb2.Reason(kind=reason.kind, item_id=item_id, text=reason.text, weight=reason.weight)
