@@ -36,7 +36,7 @@ def running(bundle: Path, *options: str) -> Iterator[dict[str, Any]]:
     Raises:
         ServiceError: It did not get ready in time, or ended with an error.
     """
-    command = [sys.executable, "-m", "penchant.cli", "serve", str(bundle), "--listen", "127.0.0.1:0", *options]
+    command = [sys.executable, "-m", "penchant", "serve", str(bundle), "--listen", "127.0.0.1:0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield _ready(process, command)
