@@ -7,7 +7,9 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-VENV_PROTOS := .venv-protos
+VENV_BUNDLE ?= build/demo/bundle
+PROTOS := .venv-protos
+BUNDLE ?= build/demo/bundle
 PROTOS := $(wildcard protos/penchant/v1/*.proto)
 BUILD := build
 
@@ -55,7 +57,8 @@ test: $(VENV)/.ready-dev  ## every test; TESTS='tests/features -k fold' runs som
 demo: $(VENV)/.ready-demo  ## the whole road in minutes: data, training, bundle, service, measurement
 	$(BIN)/penchant demo
 
-bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH takes that bundle
+bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH takes another bundle than the demo's
+	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo
 	$(BIN)/penchant bench stages $(BUNDLE)
 
 clean:  ## remove what builds, tests and tools left; .venv stays
