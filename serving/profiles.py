@@ -2,7 +2,6 @@
 
 A person is one string, laid out in `features/profile.py`: `header | state | tail`. Applying an event appends it to the
 tail unless it is there, is folded already or was erased; only compaction moves entries from the tail into the state.
-Log ids do not fit the numbers of Lua, so scripts compare them as two halves of 32 bits.
 """
 
 from __future__ import annotations
@@ -33,147 +32,17 @@ from features.profile import (
 )
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.redis_client import Breaker, Call, Script, command, partition_prefix, run, run_all, serving_error
+from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_ERASE, PROFILE_PUT
 from serving.telemetry import Telemetry
 
 TAIL_CAP = 4096
 """Entries a tail may hold before it has been folded; who produces more is not a person."""
-
-LIVE = 1 << 40
-"""Log ids from here on come from the live log; bulk import counts from 1."""
 
 T = TypeVar("T")
 _ATTEMPTS = 3
 _CHUNK = 256
 _EMPTY = header(0, 0)
 _LARGEST_STATE = RING * RECORD.itemsize + EVICTED_CAP * 8 + 64
-
-_WORDS = f"""
-local ENTRY, HEADER = {ENTRY.itemsize}, {HEADER_SIZE}
-local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
-local function holds(ids, id, width)
-  local found = string.find(ids, id, 1, true)
-  while found and (found - 1) % width ~= 0 do found = string.find(ids, id, found + 1, true) end
-  return found
-end
-local function stored(key, blank)
-  local head = redis.call('GETRANGE', key, 0, HEADER - 1)
-  if head == '' then return nil, '' end
-  if #head < HEADER or string.sub(head, 1, 6) ~= string.sub(blank, 1, 6) then return head, nil end
-  local tail = redis.call('GETRANGE', key, HEADER + struct.unpack('<I4', head, 9), -1)
-  if #tail % ENTRY ~= 0 then return head, nil end
-  return head, tail
-end
-"""
-
-# KEYS: person; ARGV: empty header, entries, cap. Returns {inserted, refused, entries in the tail}.
-_APPLY = Script.of(
-    _WORDS
-    + """
-local head, tail = stored(KEYS[1], ARGV[1])
-if not tail then return redis.error_reply('CORRUPT not a stored profile') end
-local vh, vl, eh, el = 0, 0, 0, 0
-if head then vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17) end
-local new, refused = {}, 0
-for at = 1, #ARGV[2], ENTRY do
-  local id = string.sub(ARGV[2], at, at + 7)
-  local h, l = struct.unpack('>I4I4', id)
-  if at_most(h, l, eh, el) then
-    refused = refused + 1
-  elseif not at_most(h, l, vh, vl) and not holds(tail, id, ENTRY) then
-    local entry = string.sub(ARGV[2], at, at + ENTRY - 1)
-    new[#new + 1] = entry
-    tail = tail .. entry
-  end
-end
-if #new > 0 then
-  if #tail > ARGV[3] * ENTRY then return redis.error_reply('TAILFULL') end
-  if head then redis.call('APPEND', KEYS[1], table.concat(new)) else redis.call('SET', KEYS[1], ARGV[1] .. tail) end
-end
-return {#new, refused, #tail / ENTRY}
-"""
-)
-
-# KEYS: person; ARGV: empty header, header and end of the state as read, new header and state, ids folded into it.
-# Returns 1, or 0 where the state or the entries to fold are no longer those that were read.
-_COMPACT = Script.of(
-    _WORDS
-    + """
-local head, tail = stored(KEYS[1], ARGV[1])
-if not tail or head ~= ARGV[2] then return 0 end
-local length = struct.unpack('<I4', head, 9)
-if length > 0 and redis.call('GETRANGE', KEYS[1], HEADER + length - 4, HEADER + length - 1) ~= ARGV[3] then return 0 end
-local oh, ol = struct.unpack('>I4I4', head, 17)
-local nh, nl = struct.unpack('>I4I4', ARGV[4], 17)
-local kept = {ARGV[4]}
-for at = 1, #tail, ENTRY do
-  local id = string.sub(tail, at, at + 7)
-  local h, l = struct.unpack('>I4I4', id)
-  if not at_most(h, l, nh, nl) then
-    kept[#kept + 1] = string.sub(tail, at, at + ENTRY - 1)
-  elseif not at_most(h, l, oh, ol) and not holds(ARGV[5], id, 8) then
-    return 0
-  end
-end
-redis.call('SET', KEYS[1], table.concat(kept))
-return 1
-"""
-)
-
-# KEYS: person; ARGV: empty header, header and state. Returns 1, or 0 where it would undo what is there.
-# A state of live events gives way only to one that goes as far; an erased past stays erased; damage is overwritten.
-_PUT = Script.of(
-    _WORDS
-    + f"local LIVE = {LIVE >> 32}"
-    + """
-local read, head, tail = pcall(stored, KEYS[1], ARGV[1])
-if not read or not head or not tail then
-  redis.call('SET', KEYS[1], ARGV[2])
-  return 1
-end
-local nh, nl = struct.unpack('>I4I4', ARGV[2], 17)
-local vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17)
-if (eh > 0 or el > 0) and at_most(nh, nl, eh, el) then return 0 end
-if vh >= LIVE and not at_most(vh, vl, nh, nl) then return 0 end
-local parts = {string.sub(ARGV[2], 1, 24), string.sub(head, 25, HEADER), string.sub(ARGV[2], HEADER + 1)}
-for at = 1, #tail, ENTRY do
-  local h, l = struct.unpack('>I4I4', tail, at)
-  if not at_most(h, l, nh, nl) then parts[#parts + 1] = string.sub(tail, at, at + ENTRY - 1) end
-end
-redis.call('SET', KEYS[1], table.concat(parts))
-return 1
-"""
-)
-
-# KEYS: person; ARGV: empty header, tombstone. Returns the number of events forgotten. Works while memory is full.
-_ERASE = Script.of(
-    "#!lua flags=allow-oom\n"
-    + _WORDS
-    + """
-local read, head, tail = pcall(stored, KEYS[1], ARGV[1])
-if not read or not head or not tail then
-  redis.call('SET', KEYS[1], ARGV[2])
-  return 0
-end
-local eh, el = struct.unpack('>I4I4', head, 25)
-local nh, nl = struct.unpack('>I4I4', ARGV[2], 25)
-if at_most(nh, nl, eh, el) then return 0 end
-local forgotten = 0
-if struct.unpack('<I4', head, 9) > 0 then
-  forgotten = struct.unpack('<I4', redis.call('GETRANGE', KEYS[1], HEADER, HEADER + 3))
-end
-local kept = {ARGV[2]}
-for at = 1, #tail, ENTRY do
-  local h, l = struct.unpack('>I4I4', tail, at)
-  if at_most(h, l, nh, nl) then
-    forgotten = forgotten + 1
-  else
-    kept[#kept + 1] = string.sub(tail, at, at + ENTRY - 1)
-  end
-end
-redis.call('SET', KEYS[1], table.concat(kept))
-return forgotten
-"""
-)
 
 
 class TailFull(ResourceExhausted):
@@ -308,7 +177,7 @@ class ProfileStore:
             new = header(len(state), folded.version, stored.erased_before) + state
             seen = (blob[:HEADER_SIZE], blob[end - 4 : end])
             with self._breaker:
-                if run(self._client, self._call(_COMPACT, subject, *seen, new, due["log_id"].tobytes())):
+                if run(self._client, self._call(PROFILE_COMPACT, subject, *seen, new, due["log_id"].tobytes())):
                     return int(due.size)
         return 0
 
@@ -322,7 +191,7 @@ class ProfileStore:
             ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
         """
         with self._breaker:
-            return int(run(self._client, self._call(_ERASE, subject, header(0, 0, before))))
+            return int(run(self._client, self._call(PROFILE_ERASE, subject, header(0, 0, before))))
 
     def erased_before(self, subjects: Sequence[str]) -> list[int]:
         """For each person the log id up to which events are refused, 0 where nothing was erased.
@@ -348,7 +217,7 @@ class ProfileStore:
             calls = []
             for subject, profile in chunk:
                 state = encode_state(profile)
-                calls.append(self._call(_PUT, subject, header(len(state), profile.version) + state))
+                calls.append(self._call(PROFILE_PUT, subject, header(len(state), profile.version) + state))
             with self._breaker:
                 replies = run_all(self._client, calls)
             for reply in replies:
@@ -382,7 +251,7 @@ class ProfileStore:
         packed = b"".join(log_id.to_bytes(8, "big") + record for log_id, record in entries)
         if len(packed) != len(entries) * ENTRY.itemsize:
             raise ValueError(f"a record has {RECORD.itemsize} bytes")
-        return self._call(_APPLY, subject, packed, self._tail_cap)
+        return self._call(PROFILE_APPLY, subject, packed, self._tail_cap)
 
     def _call(self, script: Script, subject: str, *arguments: bytes | int) -> Call:
         return Call(script, (self._key(subject),), (_EMPTY, *arguments))

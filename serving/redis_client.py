@@ -221,6 +221,20 @@ class Breaker:
         raise serving_error(error, self._away) from error
 
 
+def remembered(client: redis.Redis, name: str, value: str) -> bytes:
+    """A fact about this Redis that is fixed when it is first asked for.
+
+    Raises:
+        RedisError: The server is away or refuses.
+    """
+    # Asked first and written only when new, so that a full Redis can still be opened.
+    known = command(client, "HGET", META, name)
+    if known is None:
+        command(client, "HSETNX", META, name, value)
+        known = command(client, "HGET", META, name)
+    return bytes(known)
+
+
 def require_partitions(client: redis.Redis, partitions: int) -> None:
     """Writes the number of partitions into a new Redis and checks it in an old one.
 
@@ -228,8 +242,7 @@ def require_partitions(client: redis.Redis, partitions: int) -> None:
         ConfigError: The data there has another number of partitions.
         RedisError: The server is away or refuses.
     """
-    client.hsetnx(META, "partitions", str(partitions))
-    found = int(client.hget(META, "partitions") or 0)
+    found = int(remembered(client, "partitions", str(partitions)))
     if found != partitions:
         raise ConfigError(
             f"this Redis holds data in {found} partitions and {partitions} were asked for; "

@@ -1,0 +1,122 @@
+"""A consumer group's side of the event log: one owner per partition, nothing skipped, nothing lost in a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from serving.errors import EventLogUnavailable
+from serving.events import Entry, EventLog, log_id, stream_id
+from serving.redis_client import Call, command, run_all, serving_error
+from serving.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
+
+
+class Consumer:
+    """Reads the partitions that it can get the lease of.
+
+    An entry is delivered until it is acknowledged: after a crash the next owner asks for what is pending first.
+    """
+
+    def __init__(self, log: EventLog, group: str, owner: str, lease_ms: int = 10_000) -> None:
+        """Names a reader; call `open` before anything else.
+
+        Args:
+            log: What to read.
+            group: The group: each sees every event once, whoever of it reads.
+            owner: This reader, different from every other one.
+            lease_ms: How long a partition stays with an owner that says nothing more.
+        """
+        self._log = log
+        self._group = group
+        self._owner = owner
+        self._lease_ms = lease_ms
+        self._leases = [keys.lease + b":" + group.encode() for keys in log.keys]
+
+    def open(self) -> None:
+        """Makes the group, beginning with the oldest entry of every partition, unless it is there.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        self._log.open()
+        self._run([Call(LOG_JOIN, (keys.events,), (self._group,)) for keys in self._log.keys])
+
+    def claim(self, pending: Sequence[bool], count: int = 500) -> list[list[Entry] | None]:
+        """Takes or keeps every partition that is free or ours and reads on, in one round trip.
+
+        Args:
+            pending: Per partition, whether to read again what was delivered and not acknowledged, instead of news.
+            count: Most entries per partition.
+
+        Returns:
+            Per partition its entries in log order, None where somebody else owns it.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; what was read meanwhile is pending.
+        """
+        calls = [
+            Call(
+                LOG_CLAIM,
+                (keys.events, lease),
+                (self._owner, self._lease_ms, self._group, count, "0" if again else ">"),
+            )
+            for keys, lease, again in zip(self._log.keys, self._leases, pending, strict=True)
+        ]
+        replies = self._run(calls)
+        return [None if reply is None else [_entry(*found) for found in reply] for reply in replies]
+
+    def acknowledge(self, partition: int, entries: Sequence[Entry]) -> None:
+        """Says that entries need not be delivered again.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; they are delivered again.
+        """
+        if entries:
+            names = [stream_id(entry.log_id) for entry in entries]
+            with self._log.breaker:
+                command(self._log.client, "XACK", self._log.keys[partition].events, self._group, *names)
+
+    def position(self, partition: int) -> int:
+        """Log id of the last entry delivered, pending ones included.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        return log_id(self._groups(partition)["last-delivered-id"])
+
+    def lag(self) -> list[int]:
+        """Number of entries per partition that are not acknowledged yet.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        groups = map(self._groups, range(self._log.partitions))
+        return [int(group["pending"]) + int(group["lag"] or 0) for group in groups]
+
+    def release(self) -> None:
+        """Gives up every partition, so that the next owner need not wait for the leases to run out.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        self._run([Call(LOG_RELEASE, (lease,), (self._owner,)) for lease in self._leases])
+
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        with self._log.breaker:
+            replies = run_all(self._log.client, calls)
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                raise serving_error(reply, EventLogUnavailable) from reply
+        return replies
+
+    def _groups(self, partition: int) -> dict[str, bytes]:
+        with self._log.breaker:
+            groups = self._log.client.xinfo_groups(self._log.keys[partition].events)
+        return next(group for group in groups if group["name"] == self._group.encode())
+
+
+def _entry(name: bytes, words: Sequence[bytes] | None) -> Entry:
+    """An entry as a script returns it: alternating names and values, nothing where it was deleted meanwhile."""
+    return Entry.of(name, dict(zip(words[::2], words[1::2], strict=True)) if words else {})

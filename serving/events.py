@@ -1,0 +1,361 @@
+"""The durable event log on Redis: what is acknowledged is on disk, and a retry has one effect.
+
+One stream per partition; a person's events all lie in one. A stream id `ms-seq` is the log id `ms << 20 | seq`, which
+is also the version of the profile that contains the event. Beside the stream stand a key per event that de-duplicates,
+a list per person of what the streams hold of them, and who was erased when. Impressions have a stream of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import redis
+from redis.exceptions import ResponseError
+
+from features.profile import RECORD
+from serving.errors import EventLogUnavailable, FailedPrecondition, ResourceExhausted, ServingError
+from serving.redis_client import (
+    Breaker,
+    Call,
+    command,
+    partition_prefix,
+    remembered,
+    require_partitions,
+    run,
+    run_all,
+    serving_error,
+)
+from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, SEQUENCE_BITS
+
+HOUR_MS = 3_600_000
+_MEMORY_CHECK_S = 0.25
+
+
+def log_id(stream_id: bytes) -> int:
+    """The log id of a stream id `ms-seq`."""
+    milliseconds, _, sequence = stream_id.partition(b"-")
+    return int(milliseconds) << SEQUENCE_BITS | int(sequence)
+
+
+def stream_id(log_id: int) -> bytes:
+    """The stream id of a log id."""
+    return b"%d-%d" % (log_id >> SEQUENCE_BITS, log_id & ((1 << SEQUENCE_BITS) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEvent:
+    """An event on its way into the log.
+
+    Attributes:
+        subject: Key of the person.
+        event_id: The caller's id; retries with the same one have one effect.
+        record: What the fold reads of it; the bytes of one RECORD.
+        payload: The whole event as JSON.
+    """
+
+    subject: str
+    event_id: str
+    record: bytes
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedImpression:
+    """A slate on its way into the log: whose, when it was served (ms), and all of it as JSON."""
+
+    subject: str
+    timestamp: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of one event.
+
+    Attributes:
+        log_id: Where it stands in the log, the first one's place for a duplicate; 0 where it was refused.
+        duplicate: Whether an event with this id was there.
+        record: What to apply to the profile: the first one's record for a duplicate, empty where that is gone.
+        error: Why it was refused, None where it is durable.
+    """
+
+    log_id: int
+    duplicate: bool = False
+    record: bytes = b""
+    error: ServingError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a stream.
+
+    Attributes:
+        log_id: Its place.
+        subject: Key of the person, "" for the mark of an erasure and for an entry that was deleted meanwhile.
+        event_id: The caller's id, "" for an impression.
+        record: The bytes of one RECORD, empty for an impression.
+        payload: All of it as JSON.
+        erased: Keyed hash of who was erased here, empty but for such a mark.
+    """
+
+    log_id: int
+    subject: str = ""
+    event_id: str = ""
+    record: bytes = b""
+    payload: bytes = b""
+    erased: bytes = b""
+
+    @classmethod
+    def of(cls, stream_id: bytes, found: dict[bytes, bytes]) -> Entry:
+        """Reads what Redis says of one."""
+        return cls(
+            log_id(stream_id),
+            found.get(b"s", b"").decode(),
+            found.get(b"e", b"").decode(),
+            found.get(b"r", b""),
+            found.get(b"p", b""),
+            found.get(b"x", b""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What an erasure did: everything up to `log_id` is refused from now on, so much was deleted."""
+
+    log_id: int
+    events: int
+    impressions: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionKeys:
+    """The keys of one partition; `seen`, `index` and `lease` are continued by whom they are about."""
+
+    events: bytes
+    impressions: bytes
+    seen: bytes
+    index: bytes
+    erased: bytes
+    floor: bytes
+    lease: bytes
+
+    @classmethod
+    def of(cls, partition: int) -> PartitionKeys:
+        """Names them."""
+        return cls(*(partition_prefix(partition) + name.encode() for name in cls.__slots__))
+
+
+class EventLog:
+    """The log in one Redis; any thread may call anything."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        partitions: int = 16,
+        *,
+        window_ms: int = 24 * HOUR_MS,
+        retention_ms: int = 7 * 24 * HOUR_MS,
+        memory_mark: float = 0.9,
+        cooldown_s: float = 0.5,
+    ) -> None:
+        """Takes a client of `redis_client.connect`; call `open` before anything else.
+
+        Args:
+            client: The events Redis.
+            partitions: Number of streams, fixed when the log is created.
+            window_ms: How long retries are recognised; older events must be refused before they come here.
+            retention_ms: How long entries stay that every consumer has read.
+            memory_mark: Share of Redis' `maxmemory` above which events are refused; impressions at 5/6 of it.
+            cooldown_s: Pause between looks at a failed Redis.
+        """
+        self.partitions = partitions
+        self.window_ms = window_ms
+        self.client = client
+        self._retention_ms = retention_ms
+        self._mark = memory_mark
+        self.breaker = Breaker(EventLogUnavailable, cooldown_s)
+        self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
+        self._salt = b""
+        self._memory_used = 0.0
+        self._memory_checked = 0.0
+
+    def open(self) -> None:
+        """Creates the log or checks that it is ours; done again by whoever finds it not done, so it may fail at start.
+
+        Raises:
+            ConfigError: The log has another number of partitions.
+            EventLogUnavailable: Redis does not answer.
+        """
+        with self.breaker:
+            require_partitions(self.client, self.partitions)
+            # Tombstones hold a keyed hash: the name of who was erased must not survive in them.
+            self._salt = remembered(self.client, "salt", os.urandom(16).hex())
+
+    def append(self, events: Sequence[LoggedEvent]) -> list[Appended]:
+        """Appends events in their order, in one round trip; each that is answered without error is on disk.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; any of them may be durable, a retry is safe.
+            ResourceExhausted: The log is full; nothing was appended.
+        """
+        self._require_memory(self._mark)
+        with self.breaker:
+            replies = run_all(self.client, [self._append_call(event) for event in events])
+        return [_appended(event, reply) for event, reply in zip(events, replies, strict=True)]
+
+    def append_impressions(self, impressions: Sequence[LoggedImpression]) -> int:
+        """Appends slates in one round trip; returns how many, less those of an erased past.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+            ResourceExhausted: The log is nearly full; the rest of it is kept for events.
+        """
+        self._require_memory(self._mark * 5 / 6)
+        with self.breaker:
+            replies = run_all(self.client, [self._impression_call(impression) for impression in impressions])
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                raise serving_error(reply, EventLogUnavailable) from reply
+        return sum(reply is not None for reply in replies)
+
+    def read(self, partition: int, after: int = 0, count: int = 1000) -> list[Entry]:
+        """The events of a partition behind a log id, in log order, at most `count`.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        return self._range(self.keys[partition].events, after, count)
+
+    def read_impressions(self, partition: int, after: int = 0, count: int = 1000) -> list[Entry]:
+        """The impressions of a partition behind a log id, as `read`.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        return self._range(self.keys[partition].impressions, after, count)
+
+    def erase(self, subject: str) -> Erased:
+        """Deletes the person's events and impressions, and refuses everything of theirs from before this moment.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        keys = self.keys[zlib.crc32(subject.encode()) % self.partitions]
+        call = Call(
+            EVENT_ERASE,
+            (keys.events, keys.impressions, keys.index + b":" + subject.encode(), keys.erased),
+            (self._person(subject),),
+        )
+        with self.breaker:
+            marker, events, impressions = run(self.client, call)
+        # The index of somebody away for long has expired; what is older than it is looked for one by one.
+        before = log_id(marker) - (2 * self._retention_ms << SEQUENCE_BITS)
+        events += self._erase_unindexed(keys.events, subject, before)
+        impressions += self._erase_unindexed(keys.impressions, subject, before)
+        return Erased(log_id(marker), events, impressions)
+
+    def trim(self, partition: int) -> int:
+        """Deletes what is past retention and was acknowledged by every group; returns the number of events deleted.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        keys = self.keys[partition]
+        with self.breaker:
+            seconds, _ = self.client.time()
+            limit = int(seconds) * 1000 - self._retention_ms
+            for group in self.client.xinfo_groups(keys.events) if self.client.exists(keys.events) else []:
+                pending = self.client.xpending(keys.events, group["name"])
+                oldest = pending["min"] if pending["pending"] else group["last-delivered-id"]
+                limit = min(limit, int(oldest.partition(b"-")[0]))
+            trim = Call(LOG_TRIM, (keys.events, keys.impressions, keys.floor), (max(limit, 0),))
+            return int(run(self.client, trim))
+
+    def _append_call(self, event: LoggedEvent) -> Call:
+        if len(event.record) != RECORD.itemsize:
+            raise ValueError(f"a record has {RECORD.itemsize} bytes")
+        subject, event_id = event.subject.encode(), event.event_id.encode()
+        keys = self.keys[zlib.crc32(subject) % self.partitions]
+        # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
+        seen = hashlib.blake2b(len(subject).to_bytes(4, "little") + subject + event_id, digest_size=16).digest()
+        return Call(
+            EVENT_APPEND,
+            (keys.events, keys.seen + b":" + seen, keys.index + b":" + subject, keys.erased, keys.floor),
+            (
+                self._person(event.subject),
+                int(np.frombuffer(event.record, RECORD)["timestamp"][0]),
+                subject,
+                event_id,
+                event.record,
+                event.payload,
+                self.window_ms,
+                2 * self._retention_ms,
+            ),
+        )
+
+    def _impression_call(self, impression: LoggedImpression) -> Call:
+        subject = impression.subject.encode()
+        keys = self.keys[zlib.crc32(subject) % self.partitions]
+        return Call(
+            IMPRESSION_APPEND,
+            (keys.impressions, keys.index + b":" + subject, keys.erased, keys.floor),
+            (
+                self._person(impression.subject),
+                impression.timestamp,
+                subject,
+                impression.payload,
+                2 * self._retention_ms,
+            ),
+        )
+
+    def _person(self, subject: str) -> bytes:
+        """The keyed hash under which an erasure is remembered."""
+        if not self._salt:
+            self.open()
+        return hashlib.blake2b(subject.encode(), digest_size=16, key=self._salt).digest()
+
+    def _require_memory(self, mark: float) -> None:
+        now = time.monotonic()
+        if now - self._memory_checked > _MEMORY_CHECK_S:
+            self._memory_checked = now
+            with self.breaker:
+                memory = self.client.info("memory")
+            self._memory_used = memory["used_memory"] / memory["maxmemory"] if memory["maxmemory"] else 0.0
+        if self._memory_used > mark:
+            raise ResourceExhausted(
+                f"the event log uses {self._memory_used:.0%} of its memory and takes no more above {mark:.0%}; "
+                "look whether its consumers run, or raise maxmemory",
+                retry_after_ms=1000,
+            )
+
+    def _range(self, stream: bytes, after: int, count: int) -> list[Entry]:
+        with self.breaker:
+            found = command(self.client, "XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
+        return [Entry.of(name, fields) for name, fields in found]
+
+    def _erase_unindexed(self, stream: bytes, subject: str, before: int) -> int:
+        deleted, after = 0, 0
+        while entries := [entry for entry in self._range(stream, after, 1000) if entry.log_id < before]:
+            own = [stream_id(entry.log_id) for entry in entries if entry.subject == subject]
+            if own:
+                with self.breaker:
+                    deleted += int(command(self.client, "XDEL", stream, *own))
+            after = entries[-1].log_id
+        return deleted
+
+
+def _appended(event: LoggedEvent, reply: Any) -> Appended:
+    if isinstance(reply, ResponseError):
+        return Appended(0, error=serving_error(reply, EventLogUnavailable))
+    if reply[0] == 0:
+        return Appended(log_id(reply[1]), False, event.record)
+    if reply[0] == 1:
+        return Appended(log_id(reply[1]), True, reply[2])
+    return Appended(0, error=FailedPrecondition("this person was erased after the time of this event; do not send it"))

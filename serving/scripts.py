@@ -1,0 +1,248 @@
+"""What runs inside Redis: each script is one atomic step on the keys of one partition.
+
+Everything an id touches is opaque bytes. Log ids do not fit the numbers of Lua, so they travel as 8 big-endian bytes
+and are compared as two halves of 32 bits (Lua compares strings by locale).
+"""
+
+from __future__ import annotations
+
+from features.profile import ENTRY, HEADER_SIZE
+from serving.redis_client import Script
+
+LIVE = 1 << 40
+"""Log ids from here on come from the live log; bulk import counts from 1."""
+
+SEQUENCE_BITS = 20
+"""Bits of a log id that count within its millisecond."""
+
+_TAIL = f"""
+local ENTRY, HEADER = {ENTRY.itemsize}, {HEADER_SIZE}
+local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
+local function holds(ids, id, width)
+  local found = string.find(ids, id, 1, true)
+  while found and (found - 1) % width ~= 0 do found = string.find(ids, id, found + 1, true) end
+  return found
+end
+local function stored(key, blank)
+  local head = redis.call('GETRANGE', key, 0, HEADER - 1)
+  if head == '' then return nil, '' end
+  if #head < HEADER or string.sub(head, 1, 6) ~= string.sub(blank, 1, 6) then return head, nil end
+  local tail = redis.call('GETRANGE', key, HEADER + struct.unpack('<I4', head, 9), -1)
+  if #tail % ENTRY ~= 0 then return head, nil end
+  return head, tail
+end
+"""
+
+# KEYS: person; ARGV: empty header, entries, cap. Returns {inserted, refused, entries in the tail}.
+PROFILE_APPLY = Script.of(
+    _TAIL
+    + """
+local head, tail = stored(KEYS[1], ARGV[1])
+if not tail then return redis.error_reply('CORRUPT not a stored profile') end
+local vh, vl, eh, el = 0, 0, 0, 0
+if head then vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17) end
+local new, refused = {}, 0
+for at = 1, #ARGV[2], ENTRY do
+  local id = string.sub(ARGV[2], at, at + 7)
+  local h, l = struct.unpack('>I4I4', id)
+  if at_most(h, l, eh, el) then
+    refused = refused + 1
+  elseif not at_most(h, l, vh, vl) and not holds(tail, id, ENTRY) then
+    local entry = string.sub(ARGV[2], at, at + ENTRY - 1)
+    new[#new + 1] = entry
+    tail = tail .. entry
+  end
+end
+if #new > 0 then
+  if #tail > ARGV[3] * ENTRY then return redis.error_reply('TAILFULL') end
+  if head then redis.call('APPEND', KEYS[1], table.concat(new)) else redis.call('SET', KEYS[1], ARGV[1] .. tail) end
+end
+return {#new, refused, #tail / ENTRY}
+"""
+)
+
+# KEYS: person; ARGV: empty header, header and end of the state as read, new header and state, ids folded into it.
+# Returns 1, or 0 where the state or the entries to fold are no longer those that were read.
+PROFILE_COMPACT = Script.of(
+    _TAIL
+    + """
+local head, tail = stored(KEYS[1], ARGV[1])
+if not tail or head ~= ARGV[2] then return 0 end
+local length = struct.unpack('<I4', head, 9)
+if length > 0 and redis.call('GETRANGE', KEYS[1], HEADER + length - 4, HEADER + length - 1) ~= ARGV[3] then return 0 end
+local oh, ol = struct.unpack('>I4I4', head, 17)
+local nh, nl = struct.unpack('>I4I4', ARGV[4], 17)
+local kept = {ARGV[4]}
+for at = 1, #tail, ENTRY do
+  local id = string.sub(tail, at, at + 7)
+  local h, l = struct.unpack('>I4I4', id)
+  if not at_most(h, l, nh, nl) then
+    kept[#kept + 1] = string.sub(tail, at, at + ENTRY - 1)
+  elseif not at_most(h, l, oh, ol) and not holds(ARGV[5], id, 8) then
+    return 0
+  end
+end
+redis.call('SET', KEYS[1], table.concat(kept))
+return 1
+"""
+)
+
+# KEYS: person; ARGV: empty header, header and state. Returns 1, or 0 where it would undo what is there.
+# A state of live events gives way only to one that goes as far; an erased past stays erased; damage is overwritten.
+PROFILE_PUT = Script.of(
+    _TAIL
+    + f"local LIVE = {LIVE >> 32}"
+    + """
+local read, head, tail = pcall(stored, KEYS[1], ARGV[1])
+if not read or not head or not tail then
+  redis.call('SET', KEYS[1], ARGV[2])
+  return 1
+end
+local nh, nl = struct.unpack('>I4I4', ARGV[2], 17)
+local vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17)
+if (eh > 0 or el > 0) and at_most(nh, nl, eh, el) then return 0 end
+if vh >= LIVE and not at_most(vh, vl, nh, nl) then return 0 end
+local parts = {string.sub(ARGV[2], 1, 24), string.sub(head, 25, HEADER), string.sub(ARGV[2], HEADER + 1)}
+for at = 1, #tail, ENTRY do
+  local h, l = struct.unpack('>I4I4', tail, at)
+  if not at_most(h, l, nh, nl) then parts[#parts + 1] = string.sub(tail, at, at + ENTRY - 1) end
+end
+redis.call('SET', KEYS[1], table.concat(parts))
+return 1
+"""
+)
+
+# KEYS: person; ARGV: empty header, tombstone. Returns the number of events forgotten. Works while memory is full.
+PROFILE_ERASE = Script.of(
+    "#!lua flags=allow-oom\n"
+    + _TAIL
+    + """
+local read, head, tail = pcall(stored, KEYS[1], ARGV[1])
+if not read or not head or not tail then
+  redis.call('SET', KEYS[1], ARGV[2])
+  return 0
+end
+local eh, el = struct.unpack('>I4I4', head, 25)
+local nh, nl = struct.unpack('>I4I4', ARGV[2], 25)
+if at_most(nh, nl, eh, el) then return 0 end
+local forgotten = 0
+if struct.unpack('<I4', head, 9) > 0 then
+  forgotten = struct.unpack('<I4', redis.call('GETRANGE', KEYS[1], HEADER, HEADER + 3))
+end
+local kept = {ARGV[2]}
+for at = 1, #tail, ENTRY do
+  local h, l = struct.unpack('>I4I4', tail, at)
+  if at_most(h, l, nh, nl) then
+    forgotten = forgotten + 1
+  else
+    kept[#kept + 1] = string.sub(tail, at, at + ENTRY - 1)
+  end
+end
+redis.call('SET', KEYS[1], table.concat(kept))
+return forgotten
+"""
+)
+
+# Adds to a stream under an id whose sequence number fits a log id: past it, the next millisecond is used up early.
+# A person's index forgets what the stream has forgotten (four at a time), and itself when nothing came for long.
+_ADD = f"""
+local function add(stream, ...)
+  local id = redis.call('XADD', stream, '*', ...)
+  local dash = string.find(id, '-', 1, true)
+  if tonumber(string.sub(id, dash + 1)) >= {1 << SEQUENCE_BITS} then
+    redis.call('XDEL', stream, id)
+    id = redis.call('XADD', stream, string.format('%.0f-0', tonumber(string.sub(id, 1, dash - 1)) + 1), ...)
+  end
+  return id
+end
+local function note(index, kind, id, floor, ttl)
+  redis.call('RPUSH', index, kind .. id)
+  for _ = 1, 4 do
+    local oldest = redis.call('LINDEX', index, 0)
+    if not oldest or tonumber(string.match(oldest, '%d+')) >= floor then break end
+    redis.call('LPOP', index)
+  end
+  redis.call('PEXPIRE', index, ttl)
+end
+local function erased(hash, person, at)
+  local past = redis.call('HGET', hash, person)
+  return past and tonumber(at) <= tonumber(past)
+end
+"""
+
+# KEYS: stream, seen, index, erased, floor; ARGV: person, time, subject, event id, record, payload, window, index TTL.
+# Returns {0, stream id}, {1, stream id of the first, its record} or {2} for an erased past.
+EVENT_APPEND = Script.of(
+    _ADD
+    + """
+local first = redis.call('GET', KEYS[2])
+if first then
+  local entry = redis.call('XRANGE', KEYS[1], first, first)[1]
+  return {1, first, entry and entry[2][6] or ''}
+end
+if erased(KEYS[4], ARGV[1], ARGV[2]) then return {2} end
+local id = add(KEYS[1], 's', ARGV[3], 'e', ARGV[4], 'r', ARGV[5], 'p', ARGV[6])
+redis.call('SET', KEYS[2], id, 'PX', ARGV[7])
+note(KEYS[3], 'e', id, tonumber(redis.call('GET', KEYS[5]) or 0), ARGV[8])
+return {0, id}
+"""
+)
+
+# KEYS: stream, index, erased, floor; ARGV: person, time, subject, payload, index TTL. Returns the stream id or false.
+IMPRESSION_APPEND = Script.of(
+    _ADD
+    + """
+if erased(KEYS[3], ARGV[1], ARGV[2]) then return false end
+local id = add(KEYS[1], 's', ARGV[3], 'p', ARGV[4])
+note(KEYS[2], 'i', id, tonumber(redis.call('GET', KEYS[4]) or 0), ARGV[5])
+return id
+"""
+)
+
+# KEYS: stream, impressions, index, erased; ARGV: person. Returns {id of the marker, events, impressions deleted}.
+# The marker makes consumers meet the erasure in order. Works while memory is full.
+EVENT_ERASE = Script.of(
+    "#!lua flags=allow-oom\n"
+    + _ADD
+    + """
+local marker = add(KEYS[1], 'x', ARGV[1])
+redis.call('HSET', KEYS[4], ARGV[1], string.match(marker, '%d+'))
+local deleted = {e = 0, i = 0}
+for _, noted in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
+  local kind = string.sub(noted, 1, 1)
+  local stream = kind == 'e' and KEYS[1] or KEYS[2]
+  deleted[kind] = deleted[kind] + redis.call('XDEL', stream, string.sub(noted, 2))
+end
+redis.call('DEL', KEYS[3])
+return {marker, deleted.e, deleted.i}
+"""
+)
+
+# KEYS: stream; ARGV: group. Makes the group, from the oldest entry on, unless it is there.
+LOG_JOIN = Script.of("""#!lua flags=allow-oom
+local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+return 1
+""")
+
+# KEYS: stream, lease; ARGV: owner, lease in ms, group, count, from. Returns false while another owns the partition.
+# Reading under the lease in one step is what makes "everything before this batch was applied" true: an owner that slept
+# past its lease reads nothing more, and as all owners are one consumer, what it did read is pending for the next one.
+# A full memory is no reason to stop reading: only that empties it.
+LOG_CLAIM = Script.of("""#!lua flags=allow-oom
+local owner = redis.call('GET', KEYS[2])
+if owner and owner ~= ARGV[1] then return false end
+if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[2]) / 2 then redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2]) end
+local read = redis.call('XREADGROUP', 'GROUP', ARGV[3], 'owner', 'COUNT', ARGV[4], 'STREAMS', KEYS[1], ARGV[5])
+return read and read[1][2] or {}
+""")
+
+# KEYS: lease; ARGV: owner.
+LOG_RELEASE = Script.of("if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0")
+
+# KEYS: stream, impressions, floor; ARGV: limit in ms. Returns the number of events deleted. Works while memory is full.
+LOG_TRIM = Script.of("""#!lua flags=allow-oom
+redis.call('SET', KEYS[3], ARGV[1])
+redis.call('XTRIM', KEYS[2], 'MINID', ARGV[1])
+return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
+""")

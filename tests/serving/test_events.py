@@ -1,0 +1,277 @@
+"""The event log on a real Redis: one effect per event, nothing acknowledged is lost, erased stays erased."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from features.profile import make_records
+from serving.consumer import Consumer
+from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
+from serving.events import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
+from serving.redis_client import connect, partition_of
+from serving.redis_server import RedisServer
+
+OPAQUE = st.text(min_size=1, max_size=20) | st.sampled_from(
+    ["\0", "*", "{}", "a:b", "a:", ":b", "b", "\r\n", "😀" * 30]
+)
+on_redis = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+FUTURE = 4_000_000_000_000
+
+
+@pytest.fixture
+def log(events_redis):
+    log = EventLog(events_redis, 4)
+    log.open()
+    return log
+
+
+def event(number: int, subject: str = "u:1", timestamp: int = FUTURE, event_id: str = "") -> LoggedEvent:
+    record = make_records(number, 0, 0, timestamp, np.nan, 1).tobytes()
+    return LoggedEvent(subject, event_id or f"e{number}", record, b'{"n":%d}' % number)
+
+
+def everything(log: EventLog, read=None):
+    return [entry for partition in range(log.partitions) for entry in (read or log.read)(partition)]
+
+
+def test_a_log_id_is_a_stream_id():
+    assert log_id(b"1700000000000-5") == (1_700_000_000_000 << 20) + 5
+    assert stream_id(log_id(b"1700000000000-1048575")) == b"1700000000000-1048575"
+
+
+def test_what_was_appended_can_be_read_in_order(log):
+    appended = log.append([event(number) for number in range(5)])
+    assert all(one.error is None and not one.duplicate for one in appended)
+    ids = [one.log_id for one in appended]
+    assert ids == sorted(set(ids))
+    entries = log.read(partition_of("u:1", 4))
+    assert [entry.log_id for entry in entries] == ids
+    assert [entry.payload for entry in entries] == [b'{"n":%d}' % number for number in range(5)]
+    assert [(entry.subject, entry.event_id, entry.record) for entry in entries] == [
+        ("u:1", f"e{number}", event(number).record) for number in range(5)
+    ]
+    assert [entry.log_id for entry in log.read(partition_of("u:1", 4), after=ids[1], count=2)] == ids[2:4]
+
+
+def test_a_retry_gets_the_answer_of_the_first_and_its_record(log, events_redis):
+    [first] = log.append([event(1)])
+    changed = event(2, event_id="e1")
+    again = log.append([changed, changed])
+    assert [(one.log_id, one.duplicate, one.record) for one in again] == [(first.log_id, True, event(1).record)] * 2
+    [other] = log.append([event(1, subject="u:2")])
+    assert not other.duplicate
+    assert len(everything(log)) == 2
+    events_redis.xdel(log.keys[partition_of("u:1", 4)].events, stream_id(first.log_id))
+    assert log.append([event(1)])[0].record == b""
+
+
+@on_redis
+@given(st.lists(st.tuples(OPAQUE, OPAQUE), min_size=1, max_size=8))
+def test_ids_are_opaque_and_never_mix(events_redis, pairs):
+    events_redis.flushall()
+    log = EventLog(events_redis, 4)
+    appended = log.append([event(1, subject, event_id=event_id) for subject, event_id in pairs])
+    assert sum(not one.duplicate for one in appended) == len(set(pairs))
+    assert {(entry.subject, entry.event_id) for entry in everything(log)} == set(pairs)
+    for subject in {subject for subject, _ in pairs}:
+        assert log.erase(subject).events == len({pair for pair in pairs if pair[0] == subject})
+    assert [entry for entry in everything(log) if entry.subject] == []
+
+
+def test_retries_are_forgotten_after_the_window(events_redis):
+    log = EventLog(events_redis, 4, window_ms=50)
+    [first] = log.append([event(1)])
+    time.sleep(0.1)
+    [second] = log.append([event(1)])
+    assert (second.duplicate, second.log_id > first.log_id) == (False, True)
+
+
+def test_a_sequence_number_never_overflows_a_log_id(log, events_redis):
+    ahead = int(time.time() * 1000) + 3_600_000  # as after the clock was set back by an hour
+    stream = log.keys[partition_of("u:1", 4)].events
+    events_redis.xadd(stream, {"s": "u:x"}, id=f"{ahead}-{(1 << 20) - 2}")
+    ids = [one.log_id for one in log.append([event(number) for number in range(3)])]
+    assert ids == [log_id(b"%d-%d" % (ahead, (1 << 20) - 1)), (ahead + 1) << 20, ((ahead + 1) << 20) + 1]
+    assert [entry.log_id for entry in log.read(partition_of("u:1", 4))][1:] == ids
+
+
+def test_the_past_of_an_erased_person_is_refused_and_their_future_is_not(log, events_redis):
+    now = int(time.time() * 1000)
+    log.append([event(1), event(2), event(3, subject="u:2")])
+    log.append_impressions([LoggedImpression("u:1", now, b"{}")])
+    erased = log.erase("u:1")
+    assert (erased.events, erased.impressions) == (2, 1)
+    old, new = log.append([event(4, timestamp=now - 1), event(5)])
+    assert isinstance(old.error, FailedPrecondition)
+    assert new.error is None
+    assert new.log_id > erased.log_id
+    assert (
+        log.append_impressions([LoggedImpression("u:1", now - 1, b"{}"), LoggedImpression("u:1", FUTURE, b"{}")]) == 1
+    )
+    assert [entry.record for entry in everything(log) if entry.subject] == [event(3).record, event(5).record]
+    # Consumers meet the erasure in order, and nothing but the streams and indexes of what came later names the person.
+    assert [entry.log_id for entry in everything(log) if entry.erased] == [erased.log_id]
+    assert b"u:1" not in b"".join(events_redis.hkeys(log.keys[partition_of("u:1", 4)].erased))
+    assert log.erase("u:1").events == 1
+    assert not any(b"u:1" in key for key in events_redis.scan_iter())
+
+
+def test_an_erasure_finds_what_its_index_has_forgotten(events_redis):
+    log = EventLog(events_redis, 4, retention_ms=0)
+    log.append([event(number, subject) for number in range(3) for subject in ("u:1", "u:2")])
+    time.sleep(0.05)
+    assert not any(b":index:" in key for key in events_redis.scan_iter())
+    assert log.erase("u:1").events == 3
+    assert {entry.subject for entry in everything(log)} == {"", "u:2"}
+
+
+def test_impressions_are_kept_apart(log):
+    slates = [LoggedImpression(f"u:{number}", FUTURE, b"{%d}" % number) for number in range(10)]
+    assert log.append_impressions(slates) == 10
+    assert everything(log) == []
+    assert {(entry.subject, entry.payload) for entry in everything(log, log.read_impressions)} == {
+        (slate.subject, slate.payload) for slate in slates
+    }
+
+
+def taken(write) -> bool:
+    try:
+        write()
+    except ResourceExhausted:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("full", "impressions", "events"), [(0.5, True, True), (0.8, False, True), (0.95, False, False), (2, False, False)]
+)
+def test_a_filling_log_refuses_impressions_then_events_and_still_erases(tmp_path, full, impressions, events):
+    with RedisServer(tmp_path, "events") as server, connect(server.url, 2) as client:
+        EventLog(client, 1).append([event(1)])
+        client.set("filler", bytes(20 << 20))
+        client.config_set("maxmemory", int(client.info("memory")["used_memory"] / full))
+        log = EventLog(client, 1)
+        slate = LoggedImpression("u:1", FUTURE, b"{}")
+        assert taken(lambda: log.append_impressions([slate])) == impressions
+        assert taken(lambda: log.append([event(2)])) == events
+        assert log.erase("u:1").events == 1 + events
+        reader = Consumer(log, "readers", "a")
+        reader.open()
+        [entries] = reader.claim([False])
+        assert [entry.erased != b"" for entry in entries] == [True]
+        reader.acknowledge(0, entries)
+        log.trim(0)
+        reader.release()
+
+
+def test_a_redis_without_memory_refuses_each_event_by_itself(tmp_path):
+    with RedisServer(tmp_path, "events") as server, connect(server.url, 2) as client:
+        log = EventLog(client, 1)
+        log.append([event(1)])
+        client.config_set("maxmemory", 1000)  # between two looks at the memory
+        known, refused = log.append([event(1), event(2)])
+        assert known.duplicate
+        assert isinstance(refused.error, ResourceExhausted)
+
+
+def test_another_number_of_partitions_is_refused(log, events_redis):
+    with pytest.raises(ConfigError, match="set partitions to 4"):
+        EventLog(events_redis, 8).append([event(1)])
+
+
+def test_nothing_acknowledged_is_lost_or_doubled_by_kills(tmp_path):
+    """Each batch is retried until it is acknowledged, while Redis is killed again and again."""
+    acknowledged = {}
+    with RedisServer(tmp_path, "events") as server, connect(server.url, 0.3) as client:
+        log = EventLog(client, 4, cooldown_s=0.05)
+        batches = [[event(10 * batch + n, f"u:{n}") for n in range(10)] for batch in range(60)]
+        for number, batch in enumerate(batches):
+            if number % 12 == 6:
+                os.kill(server.pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    acknowledged |= {e.event_id: a.log_id for e, a in zip(batch, log.append(batch), strict=True)}
+                    break
+                except EventLogUnavailable:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+        assert server.restarts >= 4
+        found = [(entry.event_id, entry.log_id) for entry in everything(log)]
+    assert len(found) == 600
+    assert dict(found) == acknowledged
+
+
+def test_a_frozen_log_costs_one_timeout(tmp_path):
+    with RedisServer(tmp_path, "events") as server, connect(server.url, 0.1) as client:
+        log = EventLog(client, 4)
+        log.append([event(1)])
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            start = time.monotonic()
+            for _ in range(50):
+                with pytest.raises(EventLogUnavailable):
+                    log.append([event(2)])
+            assert time.monotonic() - start < 1.5
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+def test_one_owner_per_partition_and_pending_goes_to_the_next(log, events_redis):
+    first, second = (Consumer(log, "readers", owner, lease_ms=60_000) for owner in ("a", "b"))
+    first.open()
+    second.open()
+    log.append([event(number, f"u:{number}") for number in range(40)])
+    read = first.claim([False] * 4)
+    assert sum(map(len, read)) == 40
+    assert second.claim([True] * 4) == [None] * 4
+    assert sum(first.lag()) == 40
+    first.acknowledge(0, read[0])
+    log.erase(next(entry.subject for entry in read[1]))
+    first.release()
+    left = second.claim([True] * 4)
+    assert [len(entries) for entries in left] == [0, *(len(entries) for entries in read[1:])]
+    assert sum(not entry.subject for entry in left[1]) == 1  # deleted while it was pending
+    assert first.claim([False] * 4) == [None] * 4
+    assert second.position(2) == read[2][-1].log_id
+    for partition, entries in enumerate(left):
+        second.acknowledge(partition, entries)
+    assert [len(entries) for entries in second.claim([False] * 4)] == [0, 1, 0, 0]  # the mark of the erasure
+
+
+def test_a_lease_runs_out(log):
+    first, second = (Consumer(log, "readers", owner, lease_ms=50) for owner in ("a", "b"))
+    first.open()
+    assert first.claim([False] * 4) == [[]] * 4
+    assert second.claim([False] * 4) == [None] * 4
+    time.sleep(0.1)
+    assert second.claim([False] * 4) == [[]] * 4
+
+
+def test_trimming_waits_for_the_slowest_reader(events_redis):
+    log = EventLog(events_redis, 1, retention_ms=0)
+    reader = Consumer(log, "readers", "a")
+    reader.open()
+    log.append([event(number) for number in range(10)])
+    time.sleep(1.1)  # the server tells its time in seconds
+    assert log.trim(0) == 0
+    [entries] = reader.claim([False], count=6)
+    reader.acknowledge(0, entries)
+    later = log.append([event(11)])
+    reader.claim([False])
+    log.trim(0)
+    assert [entry.log_id for entry in log.read(0)][-1] == later[0].log_id
+    assert len(log.read(0)) >= 5
+    reader.acknowledge(0, reader.claim([True])[0])
+    time.sleep(1.1)
+    log.append([event(12)])
+    reader.acknowledge(0, reader.claim([False])[0])
+    log.trim(0)
+    assert len(log.read(0)) == 1
