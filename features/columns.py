@@ -6,6 +6,7 @@ type can never fit raises ``Misfit``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -292,3 +293,20 @@ def owners(broken: Mask, lengths: npt.NDArray[Any]) -> Mask:
 
 def _offsets(lengths: npt.NDArray[Any]) -> Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def pack_list(columns: Sequence[Array]) -> Array:
+    """One list per row of its values in the order of the columns; a NULL is left out."""
+    rows, width = len(columns[0]), len(columns)
+    across = np.arange(rows * width).reshape(width, rows).T.ravel()
+    flat = pa.concat_arrays([pc.cast(column, pa.string()) for column in columns]).take(pa.array(across))
+    given = to_mask(flat.is_valid()).reshape(rows, width).sum(axis=1)
+    return pa.ListArray.from_arrays(_offsets(given), flat.drop_null())
+
+
+def pack_map(columns: Mapping[str, Array]) -> Array:
+    """One map per row from the columns' names to its values as text; a NULL is left out."""
+    texts = [pc.cast(column, pa.string()) for column in columns.values()]
+    names = [pc.if_else(t.is_valid(), name, None) for name, t in zip(columns, texts, strict=True)]
+    values = pack_list(texts)
+    return pa.MapArray.from_arrays(values.offsets, pack_list(names).values, values.values)

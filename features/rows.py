@@ -74,8 +74,13 @@ def _canonical(name: str) -> str:
     return ALIASES.get(name.lower(), name.lower())
 
 
-def fit(table: pa.Table, schema: pa.Schema, required: Required, source: str) -> Part:
-    """Convert the columns, find every row with a fault, keep the others."""
+def fit(
+    table: pa.Table, schema: pa.Schema, required: Required, source: str, numbers: npt.NDArray[np.int64] | None = None
+) -> Part:
+    """Convert the columns, find every row with a fault, keep the others.
+
+    `numbers` says where in the source each row stands, for a table that is not all of it.
+    """
     columns: dict[str, Array] = {}
     faults: list[_Fault] = []
     for name, origin in origins(table.schema, schema, required, source).items():
@@ -91,10 +96,11 @@ def fit(table: pa.Table, schema: pa.Schema, required: Required, source: str) -> 
         faults.append(_Fault(name, converted.bad, converted.should, given))
     faults += [*_missing(columns, required, faults), *_broken_rules(columns)]
     bad = np.logical_or.reduce([fault.bad for fault in faults])
-    rejected = [Rejected(source, int(row), _reason(faults, int(row))) for row in np.flatnonzero(bad)]
+    numbers = np.arange(table.num_rows) if numbers is None else numbers
+    rejected = [Rejected(source, int(numbers[row]), _reason(faults, int(row))) for row in np.flatnonzero(bad)]
     given_or_null = [columns.get(f.name, nulls(table.num_rows, f.type)) for f in schema]
-    full, rows = pa.table(given_or_null, schema=schema), np.flatnonzero(~bad)
-    return Part(source, select(full, rows) if bad.any() else full, rows, rejected)
+    full, good = pa.table(given_or_null, schema=schema), np.flatnonzero(~bad)
+    return Part(source, select(full, good) if bad.any() else full, numbers[good], rejected)
 
 
 def _missing(columns: Mapping[str, Array], required: Required, faults: list[_Fault]) -> Iterator[_Fault]:

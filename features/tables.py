@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -84,12 +85,21 @@ def read_table(path: Path, schema: pa.Schema, required: Required) -> Loaded:
     Raises:
         TablesError: A file is not Parquet, lacks a required column or holds one of a type that cannot fit.
     """
-    return _merge([_read_file(file, schema, required) for file in _files(Path(path))], schema, required)
+    return _merge([_read_file(file, schema, required) for file in _files(Path(path))], required)
 
 
-def conform(table: pa.Table, schema: pa.Schema, required: Required, source: str) -> Loaded:
-    """Bring a table in memory to a schema, as `read_table` does; `source` names it in the rejected rows."""
-    return _merge([fit(table, schema, required, source)], schema, required)
+def conform(
+    table: pa.Table,
+    schema: pa.Schema,
+    required: Required,
+    source: str,
+    numbers: npt.NDArray[np.int64] | None = None,
+) -> Loaded:
+    """Bring a table in memory to a schema, as `read_table` does.
+
+    `source` names it in the rejected rows, `numbers` says where each row stands there (None: in the same place).
+    """
+    return _merge([fit(table, schema, required, source, numbers)], required)
 
 
 def table_path(data: Path, name: str) -> Path | None:
@@ -222,7 +232,7 @@ def _read_file(file: Path, schema: pa.Schema, required: Required) -> Part:
     return fit(table, schema, required, str(file))
 
 
-def _merge(parts: list[Part], schema: pa.Schema, required: Required) -> Loaded:
+def _merge(parts: list[Part], required: Required) -> Loaded:
     table = pa.concat_tables([part.table for part in parts])
     rejected = [one for part in parts for one in part.rejected]
     if len(required) > 1 or not isinstance(required[0], str):

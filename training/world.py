@@ -1,0 +1,175 @@
+"""The truth of a simulated world: what an item is worth to a person, and the chance of everything that may happen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from features.errors import ConfigError
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.int64]
+
+START_MS = 1_704_067_200_000  # 2024-01-01 UTC
+DAY_MS = 86_400_000
+SLATE = 10
+SUCCESSORS = 5
+_OUTSIDE = 3.0  # log weight of taking nothing from a slate
+_EXPLORE = 0.1  # the share of the logging policy that is uniform
+
+# The first word names the topic; a person's segment is the topic they like best.
+TOPICS = tuple(
+    line.split()
+    for line in """garden tomato trellis seedling compost shovel rose hedge watering orchard herb
+kitchen skillet whisk oven recipe saffron knife pastry simmer broth spice
+cycling saddle derailleur gravel helmet pedal touring velodrome wheel sprint brake
+chess gambit rook endgame tactic bishop opening checkmate pawn castling tournament
+astronomy telescope nebula comet orbit eclipse galaxy crater lens aurora planet
+knitting yarn needle cable merino pattern stitch cardigan wool purl loom
+photography aperture shutter tripod portrait exposure darkroom filter macro negative flash
+jazz trumpet swing bebop saxophone quartet vinyl improvisation brass ballad drummer
+climbing rope belay granite harness boulder summit carabiner crag chalk ridge
+sailing regatta keel spinnaker harbor compass anchor tide rudder mast knot
+coffee espresso roast grinder arabica filterbag crema barista brew kettle bean
+history empire manuscript revolution dynasty archive fortress treaty medieval chronicle monarch
+robotics servo sensor actuator gripper firmware gyroscope drone lidar motor circuit
+poetry sonnet verse haiku stanza metaphor rhyme ode elegy anthology lyric
+football striker goalkeeper penalty stadium midfield derby offside jersey tackle league
+travel passport hostel itinerary island railway suitcase border temple market ferry""".splitlines()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The truth. Arrays are by person [P], item row [N] or topic [T]; times are ms UTC.
+
+    Attributes:
+        seed: Everything random follows from it and from the sizes.
+        days: Length of the year that is played.
+        events_per_user: Events a person leaves on average, give or take a tenth.
+        preference: float64 [P, T], each person's share of liking, rows sum to 1.
+        thrift: float64 [P], how much a high price puts a person off, 0 or more.
+        topics: int64 [N, 2], an item's main and second topic.
+        quality: float64 [N], standard normal.
+        price: float64 [N].
+        creator: int64 [N].
+        arrival: int64 [N], when the item came.
+        season: float64 [T], the part of the year at which a topic is most wanted, in [0, 1).
+        successors: int64 [N, 5], what often follows, most often first.
+    """
+
+    seed: int
+    days: int
+    events_per_user: float
+    preference: Floats
+    thrift: Floats
+    topics: Ints
+    quality: Floats
+    price: Floats
+    creator: Ints
+    arrival: Ints
+    season: Floats
+    successors: Ints
+
+    @classmethod
+    def make(
+        cls, seed: int = 0, users: int = 1000, items: int = 1000, days: int = 180, events_per_user: float = 50
+    ) -> World:
+        """Draw a world.
+
+        Raises:
+            ConfigError: A size is too small for a world.
+        """
+        least = 2 * len(TOPICS)
+        if users < 1 or items < least or days < 1 or events_per_user < 1:
+            raise ConfigError(f"a world needs 1 user, {least} items, 1 day and 1 event per user, or more of each")
+        rng = np.random.default_rng([seed, 0])
+        main = np.concatenate([np.arange(least) % len(TOPICS), rng.integers(len(TOPICS), size=items - least)])
+        late = (rng.random(items) < 0.3) & (np.arange(items) >= least)
+        price_level = rng.normal(3, 0.7, len(TOPICS))
+        return cls(
+            seed=seed,
+            days=days,
+            events_per_user=events_per_user,
+            preference=rng.dirichlet(np.full(len(TOPICS), 0.25), users),
+            thrift=rng.gamma(2.0, 0.15, users),
+            topics=np.stack([main, rng.integers(len(TOPICS), size=items)], axis=1),
+            quality=rng.normal(size=items),
+            price=np.round(np.exp(price_level[main] + rng.normal(0, 0.5, items)), 2),
+            creator=main * 1000 + rng.integers(max(items // 200, 2), size=items),
+            arrival=START_MS + np.where(late, (rng.random(items) * days * DAY_MS).astype(np.int64), 0),
+            season=rng.random(len(TOPICS)),
+            successors=_successors(rng, main),
+        )
+
+    def wanted(self, topic: Any, time: Any) -> Floats:
+        """How much a topic is in season, from -0.8 to 0.8; arguments broadcast."""
+        year = (np.asarray(time) - START_MS) / (365 * DAY_MS)
+        return np.asarray(0.8 * np.cos(2 * np.pi * (year - self.season[topic])))
+
+    def utility(self, user: Any, item_rows: Any, time: Any) -> Floats:
+        """What an item is worth to a person at a time: the truth that a recommender looks for.
+
+        Args:
+            user: Number of the person, or an array of them.
+            item_rows: Rows of the items table.
+            time: Ms UTC.
+
+        Returns:
+            float64 in the arguments' common shape, about -3 to 5. An item that has not arrived is worth -inf.
+        """
+        main, second = self.topics[item_rows, 0], self.topics[item_rows, 1]
+        affinity = 0.8 * self.preference[user, main] + 0.2 * self.preference[user, second]
+        age = (np.asarray(time) - self.arrival[item_rows]) / DAY_MS
+        fresh = np.where(self.arrival[item_rows] > START_MS, np.exp(-np.maximum(age, 0) / 14), 0)
+        cost = self.thrift[user] * (np.log(self.price[item_rows]) - 3)
+        worth = 5 * affinity - 1 + 0.5 * self.quality[item_rows] + self.wanted(main, time) + fresh - cost
+        return np.asarray(np.where(age < 0, -np.inf, worth))
+
+    def chances(self, user: Any, item_rows: Any, time: Any) -> dict[str, Floats]:
+        """The chance that somebody who views an item then does each thing with it.
+
+        `purchase` counts the way through the cart: it is below `add_to_cart`.
+        """
+        worth = self.utility(user, item_rows, time)
+        cart = _sigmoid(worth - 2)
+        return {
+            "like": _sigmoid(worth - 2.5),
+            "hide": _sigmoid(-worth - 3),
+            "add_to_cart": cart,
+            "purchase": cart * _sigmoid(worth - 0.5),
+        }
+
+    def click_chances(self, user: Ints, slates: Ints, time: Ints) -> Floats:
+        """The chance of each place of each slate to be taken, float64 [n, k]; at most one is, lower places less."""
+        places = 1 / np.log2(np.arange(slates.shape[1]) + 2)
+        weights = places * np.exp(self.utility(user[:, None], slates, time[:, None]))
+        return np.asarray(weights / (np.exp(_OUTSIDE) + weights.sum(axis=1, keepdims=True)))
+
+    def logging_policy(self, time: int) -> Floats:
+        """The chance of each row to stand in its place (row % 10) of a slate that is drawn on the day of `time`.
+
+        Each place draws from the rows of its own, so places are independent and no item comes twice.
+        """
+        day = START_MS + (time - START_MS) // DAY_MS * DAY_MS
+        here = self.arrival <= day
+        weights = np.where(here, np.exp(self.quality + self.wanted(self.topics[:, 0], day)), 0)
+        place = np.arange(len(here)) % SLATE
+        share = weights / np.bincount(place, weights)[place]
+        return np.asarray((1 - _EXPLORE) * share + _EXPLORE * here / np.bincount(place, here)[place])
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def _successors(rng: np.random.Generator, main: Ints) -> Ints:
+    """Four items of the same topic and one of any other, which is where a session may turn."""
+    order = np.argsort(main, kind="stable")
+    first = np.searchsorted(main[order], main)
+    size = np.bincount(main)[main]
+    same = order[first[:, None] + (rng.random((len(main), SUCCESSORS - 1)) * size[:, None]).astype(np.int64)]
+    return np.concatenate([same, rng.integers(len(main), size=(len(main), 1))], axis=1)
