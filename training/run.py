@@ -15,23 +15,44 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from features.tables import Dataset
-    from features.vocabulary import Vocabulary
-    from training.config import TrainConfig
-    from training.encoders import ItemEncoder, QueryEncoder, UserEncoder
-    from training.ranker import Ranker
+from features.assemble import RANKER_FEATURES
+from features.errors import TrainingError
+from features.tables import Dataset, open_dataset
+from features.transforms import ItemInputShapes
+from features.vocabulary import Vocabulary
+from training.config import TrainConfig
+from training.data import item_vocabulary
+from training.encoders import EncoderShape, ItemEncoder, QueryEncoder, UserEncoder
+from training.ranker import Ranker
+
+FORMAT = 1
 
 
-class RunError(Exception):
+class RunError(TrainingError):
     """A run directory is missing, unfinished or does not fit what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The four networks of a run."""
+
+    user: UserEncoder
+    item: ItemEncoder
+    query: QueryEncoder
+    ranker: Ranker
 
 
 @dataclass(frozen=True)
@@ -39,13 +60,23 @@ class LoadedRun:
     """A finished run: modules in eval mode on the CPU, tables by catalogue row.
 
     Attributes:
-        item_vectors: float32 `[N, dim]`; rows follow `vocabulary`, which follows the data set's items table.
+        path: The run's directory.
+        config: How it was trained.
+        user_encoder: Its `last` maps vectors, types and lengths to `[B, dim]`.
+        item_encoder: Its `forward` places an item by content alone.
+        query_encoder: Maps tokens to `[B, dim]`.
+        ranker: Calibrated logits per action.
+        vocabulary: Item id <-> row, in the order of `items`.
+        items: The canonical items table in row order.
+        item_vectors: float32 `[N, dim]`.
         popularity: float32 `[N]`, log1p of the row's events in the training part.
         recent_popularity: float32 `[N]`, log1p of its events in the last `recent_days` of the training part.
         trained: bool `[N]`, whether the row was seen in training (else its vector comes from content alone).
-        neighbors: int32 `[N, K]` item-to-item, best first, -1 padded; `neighbor_scores` float32 beside it.
+        neighbors: int32 `[N, K]` item-to-item, best first, -1 padded.
+        neighbor_scores: float32 `[N, K]`, their cosines.
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
-            data_fingerprint, feature_fingerprint, event_types, actions, action_weights, seen_types, ordered_only.
+            data_fingerprint, feature_fingerprint, event_types, actions, action_weights, seen_types, content, ordered_only.
+        dataset: What it was trained on.
     """
 
     path: Path
@@ -55,6 +86,7 @@ class LoadedRun:
     query_encoder: QueryEncoder
     ranker: Ranker
     vocabulary: Vocabulary
+    items: pa.Table
     item_vectors: npt.NDArray[np.float32]
     popularity: npt.NDArray[np.float32]
     recent_popularity: npt.NDArray[np.float32]
@@ -65,14 +97,134 @@ class LoadedRun:
     dataset: Dataset
 
 
+def input_shapes(config: TrainConfig) -> ItemInputShapes:
+    """The sizes of the content encoders' inputs."""
+    return ItemInputShapes(
+        token_buckets=config.token_buckets,
+        max_tokens=config.max_tokens,
+        category_buckets=config.category_buckets,
+        max_categories=config.max_categories,
+        creator_buckets=config.creator_buckets,
+    )
+
+
+def build_modules(config: TrainConfig, items: int, event_types: int, actions: int, content: bool) -> Modules:
+    """The networks with their initial weights, drawn from torch's own random state."""
+    shape = EncoderShape(
+        dim=config.dim,
+        layers=config.layers,
+        heads=config.heads,
+        feed_forward=config.feed_forward,
+        max_length=config.max_length,
+        types=event_types,
+        dropout=config.dropout,
+    )
+    return Modules(
+        user=UserEncoder(shape),
+        item=ItemEncoder(items, config.dim, input_shapes(config), content),
+        query=QueryEncoder(config.token_buckets, config.dim),
+        ranker=Ranker(config.dim, len(RANKER_FEATURES), config.ranker_hidden, actions),
+    )
+
+
 def load_run(run: Path, data: Path | None = None) -> LoadedRun:
     """Reads a finished run; `data` replaces the data set's path when the data has moved.
 
     Raises:
-        RunError: no finished run at `run`, or `data` is not the data set that it was trained on.
+        RunError: No finished run at `run`, or `data` is not the data set that it was trained on.
     """
-    result_file = run / "result.json"
-    if not result_file.is_file():
-        raise RunError(f"{run} holds no finished run (result.json is missing): run `penchant train DATA --out {run}`")
-    result = json.loads(result_file.read_text())
-    raise RunError(f"{run}: format {result.get('format')} is not readable yet")
+    run = Path(run)
+    result = read_result(run)
+    config = TrainConfig.model_validate_json((run / "config.json").read_text())
+    dataset = open_dataset(Path(data or result["data"]))
+    if dataset.info["fingerprint"] != result["data_fingerprint"]:
+        raise RunError(
+            f"{data or result['data']} is not what {run} was trained on: its fingerprint is "
+            f"{dataset.info['fingerprint'][:12]}, the run's {result['data_fingerprint'][:12]}"
+        )
+    items, _ = item_vocabulary(dataset)
+    vocabulary = Vocabulary.open(run / "vocabulary.arrow")
+    modules = build_modules(
+        config, len(vocabulary), len(result["event_types"]), len(result["actions"]), result["content"]
+    )
+    load_modules(run / "model.safetensors", {"user": modules.user, "item": modules.item})
+    load_modules(run / "query.safetensors", {"query": modules.query})
+    load_modules(run / "ranker.safetensors", {"ranker": modules.ranker})
+    tables = {name: tensor.numpy() for name, tensor in _read_tensors(run / "tables.safetensors").items()}
+    return LoadedRun(
+        path=run,
+        config=config,
+        user_encoder=modules.user.eval(),
+        item_encoder=modules.item.eval(),
+        query_encoder=modules.query.eval(),
+        ranker=modules.ranker.eval(),
+        vocabulary=vocabulary,
+        items=items,
+        result=result,
+        dataset=dataset,
+        **tables,
+    )
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """What a finished training said of itself.
+
+    Raises:
+        RunError: It has not finished, or a newer Penchant wrote it.
+    """
+    file = run / "result.json"
+    if not file.is_file():
+        raise RunError(f"{run} holds no finished run (no result.json): run `penchant train DATA --out {run}`")
+    result: dict[str, Any] = json.loads(file.read_text())
+    if result.get("format") != FORMAT:
+        raise RunError(f"{run} has format {result.get('format')}, this Penchant reads {FORMAT}: train again")
+    return result
+
+
+def save_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Writes the weights of several modules into one file, each under its name."""
+    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    write_tensors(path, tensors)
+
+
+def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Reads what `save_modules` wrote into modules of the same shapes.
+
+    Raises:
+        RunError: The file is damaged, or its weights have other shapes.
+    """
+    tensors = _read_tensors(path)
+    for name, module in modules.items():
+        prefix = f"{name}."
+        weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise RunError(f"{path} does not fit its configuration: train again ({error})") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file in one step: a reader sees the old one or the new one, never a half."""
+    draft = path.with_name(f"{path.name}.draft")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft, metadata)
+    os.replace(draft, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Writes JSON in one step."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, path)
+
+
+def append_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Adds one line of JSON to a log."""
+    with path.open("a") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: train again ({error})") from error

@@ -1,0 +1,223 @@
+"""What a model must beat: popularity, recent popularity, first-order Markov, item-to-item and EASE.
+
+A baseline learns from the events that the model is trained on, and scores all items from the same earlier events that the
+model may read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numba as _numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training.config import TrainConfig
+from training.data import Interactions
+from training.split import Split, Targets
+
+numba: Any = _numba
+
+Scores = npt.NDArray[np.float64] | npt.NDArray[np.float32]
+DAY_MS = 86_400_000
+EASE_MOST_ITEMS = 8_000
+"""EASE inverts a matrix of items by items; past this it costs minutes and gigabytes."""
+EASE_LAMBDA = 500.0
+HISTORY_DECAY = 0.9
+HISTORY_EVENTS = 200
+
+
+class Baseline(Protocol):
+    """Scores every item for the moment just before each target."""
+
+    name: str
+
+    def scores(self, targets: Targets) -> Scores:
+        """Float `[n, N]`, higher is better."""
+        ...
+
+
+def training_mask(data: Interactions, train_end: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which events are trained on; bool `[E]`."""
+    owner = data.owner()
+    trained: npt.NDArray[np.bool_] = np.arange(owner.size) - data.offsets[owner] < train_end[owner]
+    return trained
+
+
+def counts_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Number of chosen events that count as seen, by item; float64 `[N]`."""
+    return np.bincount(data.rows[chosen & data.seen], minlength=data.items).astype(np.float64)
+
+
+def recent_mask(data: Interactions, trained: npt.NDArray[np.bool_], days: float) -> npt.NDArray[np.bool_]:
+    """The trained events of the last days before the newest of them; all where there are no times."""
+    if data.ordered_only or not trained.any():
+        return trained
+    return trained & (data.timestamps > data.timestamps[trained].max() - days * DAY_MS)
+
+
+class Popular:
+    """The same order for everybody: number of events, ties as they come."""
+
+    def __init__(self, name: str, counts: npt.NDArray[np.float64]) -> None:
+        self.name = name
+        self.counts = counts
+
+    def scores(self, targets: Targets) -> Scores:
+        """The counts, for each target."""
+        return np.repeat(self.counts[None], len(targets), axis=0)
+
+
+class Markov:
+    """What followed the newest item most often; ties, and what never followed it, by popularity."""
+
+    name = "markov"
+
+    def __init__(
+        self, data: Interactions, trained: npt.NDArray[np.bool_], popularity: npt.NDArray[np.float64]
+    ) -> None:
+        self.data = data
+        owner = data.owner()
+        follows = np.flatnonzero(trained[1:] & trained[:-1] & (owner[1:] == owner[:-1]))
+        pairs = data.rows[follows].astype(np.int64) * data.items + data.rows[follows + 1]
+        distinct, self.counts = np.unique(pairs, return_counts=True)
+        self.next = distinct % data.items
+        self.starts = np.searchsorted(distinct // data.items, np.arange(data.items + 1))
+        self.popularity = popularity / (popularity.max() + 1)
+
+    def scores(self, targets: Targets) -> Scores:
+        """Bigram counts, plus a fraction below one for popularity."""
+        newest = self.data.rows[self.data.offsets[targets.people] + targets.positions - 1]
+        out = np.repeat(self.popularity[None], len(targets), axis=0)
+        for line, row in enumerate(newest):
+            part = slice(self.starts[row], self.starts[row + 1])
+            out[line, self.next[part]] += self.counts[part]
+        return out
+
+
+class Neighbors:
+    """Sum of the similarities to the newest items, which count less with every event since."""
+
+    name = "item_to_item"
+
+    def __init__(
+        self, data: Interactions, neighbors: npt.NDArray[np.int32], similarity: npt.NDArray[np.float32]
+    ) -> None:
+        self.data, self.neighbors, self.similarity = data, neighbors, similarity
+
+    def scores(self, targets: Targets) -> Scores:
+        """Weighted sums over the newest 50 events."""
+        out = np.zeros((len(targets), self.data.items), np.float32)
+        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+            rows = _newest(self.data, person, position, 50)
+            weights = (HISTORY_DECAY ** np.arange(rows.size)[::-1]).astype(np.float32)
+            near = self.neighbors[rows]
+            np.add.at(out[line], near[near >= 0], (self.similarity[rows] * weights[:, None])[near >= 0])
+        return out
+
+
+class Ease:
+    """EASE (arXiv:1905.03375): the closed-form linear autoencoder over items."""
+
+    def __init__(self, data: Interactions, trained: npt.NDArray[np.bool_], decay: float = 1.0) -> None:
+        """Inverts the regularised co-occurrence; `decay` below 1 makes newer events of a history count more."""
+        self.name = "ease" if decay == 1.0 else "ease_recent"
+        self.data, self.decay = data, decay
+        pairs = np.unique(data.owner()[trained] * data.items + data.rows[trained])
+        gram = torch.zeros(data.items, data.items, dtype=torch.float64)
+        for start in range(0, len(data.people), 4096):
+            part = pairs[slice(*np.searchsorted(pairs, np.array([start, start + 4096]) * data.items))]
+            block = torch.zeros(min(4096, len(data.people) - start), data.items)
+            block[part // data.items - start, part % data.items] = 1
+            gram += block.T @ block
+        gram.diagonal().add_(EASE_LAMBDA)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        weights = inverse / -inverse.diagonal()
+        weights.fill_diagonal_(0)
+        self.weights = weights.float()
+
+    def scores(self, targets: Targets) -> Scores:
+        """The weighted history times the learned matrix."""
+        history = torch.zeros(len(targets), self.data.items)
+        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+            rows = _newest(self.data, person, position, position)
+            history[line, torch.from_numpy(rows.astype(np.int64))] = torch.from_numpy(
+                (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
+            )
+        scores: npt.NDArray[np.float32] = (history @ self.weights).numpy()
+        return scores
+
+
+def _newest(data: Interactions, person: int, position: int, most: int) -> npt.NDArray[np.int32]:
+    end = int(data.offsets[person]) + int(position)
+    return data.rows[max(int(data.offsets[person]), end - most) : end]
+
+
+def neighbors_of(
+    data: Interactions, trained: npt.NDArray[np.bool_], keep: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Items that the same people chose: cosine of the sets of people, over each person's newest 200 events.
+
+    Returns:
+        Rows int32 `[N, keep]`, best first, -1 padded, and their cosines float32 `[N, keep]`, 0 padded.
+    """
+    owner = data.owner()
+    chosen = np.flatnonzero(trained & data.seen)
+    pairs = np.unique(owner[chosen[_among_newest(owner[chosen])]] * data.items + data.rows[chosen[_among_newest(owner[chosen])]])
+    people, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
+    person_starts = np.searchsorted(people, np.arange(len(data.people) + 1))
+    by_item = np.argsort(rows, kind="stable")
+    item_starts = np.searchsorted(rows[by_item], np.arange(data.items + 1))
+    return _cosines(rows, person_starts, people[by_item], item_starts, min(keep, max(1, data.items - 1)))  # type: ignore[no-any-return]
+
+
+def _among_newest(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which events of a list sorted by person are among that person's newest `HISTORY_EVENTS`."""
+    ends = np.searchsorted(owner, owner, side="right")
+    newest: npt.NDArray[np.bool_] = ends - np.arange(owner.size) <= HISTORY_EVENTS
+    return newest
+
+
+@numba.njit(cache=True)
+def _cosines(rows, person_starts, people, item_starts, keep):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    items = item_starts.size - 1
+    out = np.full((items, keep), -1, np.int32)
+    scores = np.zeros((items, keep), np.float32)
+    together = np.zeros(items, np.float32)
+    for item in range(items):
+        together[:] = 0.0
+        size = item_starts[item + 1] - item_starts[item]
+        for at in range(item_starts[item], item_starts[item + 1]):
+            person = people[at]
+            for other in range(person_starts[person], person_starts[person + 1]):
+                together[rows[other]] += 1.0
+        together[item] = 0.0
+        for other in range(items):
+            if together[other] > 0.0:
+                together[other] /= np.sqrt(np.float32(size * (item_starts[other + 1] - item_starts[other])))
+        best = np.argsort(-together, kind="mergesort")[:keep]
+        for place in range(keep):
+            if together[best[place]] > 0.0:
+                out[item, place] = best[place]
+                scores[item, place] = together[best[place]]
+    return out, scores
+
+
+def build_baselines(
+    data: Interactions,
+    division: Split,
+    config: TrainConfig,
+    neighbors: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]],
+) -> Sequence[Baseline]:
+    """All the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size."""
+    trained = training_mask(data, division.train_end)
+    counts = counts_of(data, trained)
+    found: list[Baseline] = [Popular("popular", counts), Markov(data, trained, counts), Neighbors(data, *neighbors)]
+    if not data.ordered_only:
+        recent = counts_of(data, recent_mask(data, trained, config.recent_days))
+        found.append(Popular("recent_popular", recent + counts / (counts.max() + 1)))
+    if data.items <= EASE_MOST_ITEMS:
+        found.append(Ease(data, trained))
+    return found

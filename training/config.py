@@ -1,0 +1,173 @@
+"""How a model is trained: one frozen object, kept beside what it made.
+
+Values come, the first found winning, from the command line (`key=value`), from `PENCHANT_TRAIN_*` environment variables,
+from a YAML file and from the defaults here. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from features.errors import ConfigError
+from features.profile import RING
+
+PREFIX = "PENCHANT_TRAIN_"
+NEGATIVE_TYPES = ("dislike", "hide")
+"""Event types that say no: they stand in a history, but are never what the model should predict."""
+PASSIVE_TYPES = ("view_item_list", "search", *NEGATIVE_TYPES)
+"""Event types in which a person has not chosen an item."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Action(_Frozen):
+    """Something a person may do with an item that is shown, which the ranker predicts."""
+
+    name: str
+    event_type: str
+    min_value: float | None = Field(None, description="Smallest value of the event that counts; none: any.")
+
+
+class TrainConfig(_Frozen):
+    """Everything that `penchant train` can be told."""
+
+    protocol: Literal["none", "leave-one-out", "temporal"] = Field(
+        "none", description="What is held out for `penchant evaluate`; none: everything but validation is trained on."
+    )
+    test_share: float = Field(0.1, gt=0, lt=1, description="Share of all events, the newest, that temporal holds out.")
+    validation_people: int = Field(3000, ge=0, description="People whose newest training event validates the model.")
+
+    max_length: int = Field(100, ge=1, le=RING, description="Events of a person that the encoder reads, the newest.")
+    target_types: tuple[str, ...] = Field((), description="Event types to predict; none given: all but the passive.")
+    seen_types: tuple[str, ...] = Field((), description="Event types that make an item seen; none given: as targets.")
+    repeats: bool = Field(False, description="Recommend what a person already had; else only what is new to them.")
+    actions: tuple[Action, ...] = Field((), description="What the ranker predicts; none given: each target type.")
+    action_weights: dict[str, float] = Field({}, description="Worth of an action by name; one not named is worth 1.")
+    recent_days: float = Field(7.0, gt=0, description="Days that count for recent popularity.")
+
+    dim: int = Field(64, ge=4, description="Length of the vectors of people, items and queries.")
+    layers: int = Field(2, ge=1, description="Transformer blocks of the user encoder.")
+    heads: int = Field(2, ge=1, description="Attention heads of a block; divides dim.")
+    feed_forward: int = Field(256, ge=1, description="Width of a block's feed-forward part.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Share of the user encoder's activations that are dropped.")
+    content: bool = Field(True, description="Learn from what items say of themselves, which places new ones.")
+    id_dropout: float = Field(0.1, ge=0, lt=1, description="Share of items known by content alone in a step.")
+    token_buckets: int = Field(16384, ge=1, description="Buckets that the words of items and queries hash into.")
+    max_tokens: int = Field(32, ge=1, description="Words read of an item or a query.")
+    category_buckets: int = Field(1024, ge=1, description="Buckets that categories hash into.")
+    max_categories: int = Field(8, ge=1, description="Categories read of an item.")
+    creator_buckets: int = Field(4096, ge=1, description="Buckets that creators hash into.")
+
+    epochs: int = Field(30, ge=1, description="Passes over the events; the learning rate falls to zero over them.")
+    patience: int = Field(6, ge=1, description="Validations without improvement after which training stops.")
+    validate_every: float = Field(1.0, gt=0, description="Epochs between two validations.")
+    batch_tokens: int = Field(4096, ge=16, description="Events of a batch, padding included.")
+    learning_rate: float = Field(2e-3, gt=0, description="Highest learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    warmup_steps: int = Field(200, ge=0, description="Steps over which the learning rate rises.")
+    clip: float = Field(1.0, gt=0, description="Norm to which gradients are clipped.")
+    negatives: int = Field(
+        0, ge=0, description="Items a batch shares as negatives; 0: the full softmax up to 20,000 items, else 4,096."
+    )
+    loss_chunk: int = Field(1024, ge=1, description="Events whose scores for all items are in memory at once.")
+    checkpoint_seconds: float = Field(60.0, gt=0, description="Seconds between two checkpoints.")
+
+    query_steps: int = Field(400, ge=0, description="Steps that train the query encoder.")
+    ranker_steps: int = Field(400, ge=0, description="Steps that train the ranker; 0: it passes relevance through.")
+    ranker_hidden: int = Field(64, ge=1, description="Width of the ranker's hidden layers.")
+    candidates: int = Field(500, ge=10, description="Items of a person that the ranker scores, the most relevant.")
+    neighbors: int = Field(50, ge=1, description="Similar items kept per item.")
+
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    device: str = Field("auto", description="auto, cpu or cuda; auto is cuda where there is one.")
+    threads: int = Field(0, ge=0, description="Threads on a CPU; 0: one per core.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide dim ({self.dim})")
+        return self
+
+    def resolved_device(self) -> torch.device:
+        """The device that `device` means on this machine.
+
+        Raises:
+            ConfigError: It names one that this machine lacks.
+        """
+        cuda = torch.cuda.is_available()
+        if self.device == "auto":
+            return torch.device("cuda" if cuda else "cpu")
+        if self.device.startswith("cuda") and not cuda:
+            raise ConfigError("device is cuda, but this machine offers none: use --device cpu or auto")
+        return torch.device(self.device)
+
+
+def load_config(
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    device: str | None = None,
+    seed: int | None = None,
+) -> TrainConfig:
+    """Builds the configuration of a training.
+
+    Args:
+        file: YAML file of settings; the name of one that comes with Penchant (`movielens`) works too.
+        overrides: `key=value` texts, the value in YAML, or a mapping.
+        device: Replaces `device` when given.
+        seed: Replaces `seed` when given.
+
+    Raises:
+        ConfigError: A key is unknown, or a value is not allowed.
+    """
+    values = _from_file(file) if file is not None else {}
+    values |= _from_environment()
+    values |= dict(overrides) if isinstance(overrides, Mapping) else dict(_parse(text) for text in overrides)
+    values |= {name: value for name, value in (("device", device), ("seed", seed)) if value is not None}
+    for name in values:
+        if name not in TrainConfig.model_fields:
+            raise ConfigError(f"unknown setting {name!r}{_nearest(name)}")
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "settings"
+        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    shipped = Path(__file__).parent / "configs" / f"{file}.yaml"
+    path = shipped if not file.exists() and shipped.is_file() else file
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold `key: value` lines")
+    return values
+
+
+def _from_environment() -> dict[str, Any]:
+    given = {name: text for name, text in os.environ.items() if name.startswith(PREFIX)}
+    return {name.removeprefix(PREFIX).lower(): yaml.safe_load(text) for name, text in given.items()}
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r} is not a setting: write key=value")
+    return name.strip(), yaml.safe_load(value)
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else f"; known are {', '.join(TrainConfig.model_fields)}"

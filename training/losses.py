@@ -1,0 +1,100 @@
+"""Softmax over all items, or over negatives that a batch shares; all scores are never in memory at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALLEST = 1e-30
+
+
+class _ChunkedSoftmax(torch.autograd.Function):
+    """Cross-entropy whose gradient is computed in the forward pass, chunk by chunk (as in arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, users: Tensor, items: Tensor, targets: Tensor, correction: Tensor | None, chunk: int
+    ) -> Tensor:
+        count = users.shape[0]
+        columns = items.detach().T.contiguous()
+        users_gradient = torch.empty_like(users)
+        columns_gradient = torch.zeros_like(columns)
+        scores = columns.new_empty(min(chunk, count), columns.shape[1])
+        total = columns.new_zeros(())
+        for start in range(0, count, chunk):
+            some = users.detach()[start : start + chunk]
+            right = (torch.arange(some.shape[0], device=users.device), targets[start : start + chunk])
+            part = torch.mm(some, columns, out=scores[: some.shape[0]])
+            if correction is not None:
+                part -= correction
+                part[right] += correction[right[1]]
+            torch.softmax(part, -1, out=part)
+            total -= part[right].clamp(min=SMALLEST).log().sum()
+            part[right] -= 1
+            torch.mm(part, items.detach(), out=users_gradient[start : start + chunk])
+            columns_gradient.addmm_(some.T.contiguous(), part)
+        ctx.save_for_backward(users_gradient.div_(count), columns_gradient.div_(count))
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        users_gradient, columns_gradient = ctx.saved_tensors
+        return users_gradient * gradients[0], columns_gradient.T * gradients[0], None, None, None
+
+
+def softmax_loss(
+    users: Tensor, items: Tensor, targets: Tensor, correction: Tensor | None = None, chunk: int = 1024
+) -> Tensor:
+    """Mean cross-entropy of each user's target among `items`.
+
+    Args:
+        users: float `[T, D]`.
+        items: float `[N, D]`; all of them, or the targets and the negatives that a batch shares, each once.
+        targets: Position of the right one among `items`; int64 `[T]`.
+        correction: log of the probability that an item is among `items` (`inclusion`); it is taken from every item but
+            the user's own target, which is always there. float `[N]`; None for all items.
+        chunk: Number of users whose scores are in memory at once.
+
+    Returns:
+        A scalar.
+    """
+    loss: Tensor = _ChunkedSoftmax.apply(users, items, targets, correction, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def inclusion(popularity: Tensor, drawn: int, targets: int) -> Tensor:
+    """Log of the probability that an item is among a batch's targets or its uniformly drawn negatives.
+
+    Dividing by it makes the sampled sum an unbiased estimate of the whole (Horvitz and Thompson, 1952; known as the
+    logQ correction, Bengio and Senecal, 2008).
+
+    Args:
+        popularity: Share of each item among all targets; float `[n]`.
+        drawn: Share of all items that is drawn uniformly, given as a number of items over `popularity`'s length.
+        targets: Number of targets in the batch.
+    """
+    missed = (1 - min(1.0, drawn / popularity.numel())) * torch.exp(targets * torch.log1p(-popularity.clamp(max=0.999)))
+    return torch.log1p(-missed.clamp(max=1 - 1e-7))
+
+
+def sample_items(
+    targets: Tensor, popularity: Tensor, negatives: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses the items that a batch is scored against: its targets, and uniform negatives that everybody shares.
+
+    Args:
+        targets: Rows to predict; int64 `[T]`, on the CPU.
+        popularity: Share of each item among all targets; float `[N]`, on the CPU.
+        negatives: Number of items to draw.
+        generator: Source of randomness.
+
+    Returns:
+        rows int64 `[n]` without repeats, the position of each target among them int64 `[T]`, and their `inclusion`
+        float `[n]`.
+    """
+    drawn = torch.randperm(popularity.numel(), generator=generator)[:negatives]
+    rows, inverse = torch.unique(torch.cat([targets, drawn]), return_inverse=True)
+    probability = inclusion(popularity, negatives, targets.numel())[rows]
+    return rows, inverse[: targets.numel()], probability

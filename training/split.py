@@ -1,0 +1,128 @@
+"""What is trained on, what validates, and what tests: leave-one-out, and one cut through time for everybody.
+
+A target is an event to be predicted from the same person's earlier events. With `repeats: false` only events that are
+new to their person are targets. Order inside one moment is the file's, which `features.tables` made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from features.errors import TrainingError
+from training.config import TrainConfig
+from training.data import Interactions
+
+Which: TypeAlias = Literal["leave-one-out", "temporal-successive", "temporal-last"]
+FEWEST_EVENTS = 3
+"""Leave-one-out holds out nothing of people with fewer events."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Events to predict: `positions[i]` counts the earlier events of person `people[i]`; both int64 `[n]`."""
+
+    people: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """The number of targets."""
+        return self.people.size
+
+    def take(self, at: npt.NDArray[np.int64]) -> Targets:
+        """Some of the targets."""
+        return Targets(self.people[at], self.positions[at])
+
+    def rows(self, data: Interactions) -> npt.NDArray[np.int32]:
+        """The items to predict; int32 `[n]`."""
+        return data.rows[data.offsets[self.people] + self.positions]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the events of each person are used.
+
+    Attributes:
+        train_end: Number of leading events that are trained on; int64 `[U]`.
+        fit_end: Number of leading events that no test touches: training and validation; int64 `[U]`.
+        validation: Held out from training, before every test event of its person.
+    """
+
+    train_end: npt.NDArray[np.int64]
+    fit_end: npt.NDArray[np.int64]
+    validation: Targets
+
+
+def split(data: Interactions, config: TrainConfig) -> Split:
+    """Divides the events as `config.protocol` says.
+
+    Leave-one-out tests on each person's last target and validates on the one before. Temporal tests on what comes after
+    the cut. There, and without a protocol, the last target of some people (`validation_people`, but at most a quarter)
+    validates; theirs are the only events of the training part that are not trained on.
+    """
+    counts = np.diff(data.offsets)
+    if config.protocol == "leave-one-out":
+        held = counts >= FEWEST_EVENTS
+        test = np.where(held, last_target(data, counts), -1)
+        fit_end = np.where(test >= 0, test, counts)
+    else:
+        fit_end = counts if config.protocol == "none" else before_cut(data, config.test_share)
+    newest = np.where(fit_end >= 2, last_target(data, fit_end), -1)
+    newest[newest < 1] = -1
+    if config.protocol == "leave-one-out":
+        newest[test < 0] = -1
+    people = np.flatnonzero(newest >= 0)
+    if config.protocol != "leave-one-out":
+        rng = np.random.default_rng(config.seed)
+        size = min(config.validation_people, people.size // 4)
+        people = np.sort(rng.choice(people, size, replace=False))
+    train_end = fit_end.copy()
+    train_end[people] = newest[people]
+    return Split(train_end, fit_end, Targets(people, newest[people]))
+
+
+def test_targets(data: Interactions, config: TrainConfig, protocol: Which) -> Targets:
+    """The events that a test predicts, in the order of people and time.
+
+    Raises:
+        TrainingError: The protocol needs times and the data set has order only.
+    """
+    counts = np.diff(data.offsets)
+    if protocol == "leave-one-out":
+        last = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
+        people = np.flatnonzero(last > 0)
+        return Targets(people, last[people])
+    cut = before_cut(data, config.test_share)
+    if protocol == "temporal-last":
+        last = last_target(data, counts)
+        people = np.flatnonzero((last >= cut) & (last > 0))
+        return Targets(people, last[people])
+    owner = data.owner()
+    position = np.arange(owner.size) - data.offsets[owner]
+    # The first event of a person has nothing to be predicted from.
+    at = np.flatnonzero(data.target & (position >= cut[owner]) & (position > 0))
+    return Targets(owner[at], position[at])
+
+
+def last_target(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The position of each person's last target among their leading `ends` events, -1 where there is none."""
+    # last[e] = index of the newest target at or before event e, over all people.
+    last = np.maximum.accumulate(np.where(data.target, np.arange(data.target.size), -1))
+    starts = data.offsets[:-1]
+    newest = np.where(ends > 0, last[np.maximum(starts + ends - 1, 0)], -1)
+    return np.where(newest >= starts, newest - starts, -1)
+
+
+def before_cut(data: Interactions, test_share: float) -> npt.NDArray[np.int64]:
+    """How many of each person's events are not after the quantile `1 - test_share` of all times; int64 `[U]`.
+
+    Raises:
+        TrainingError: The data set has order only.
+    """
+    if data.ordered_only:
+        raise TrainingError("a temporal split needs timestamps, and this data set has order only: use leave-one-out")
+    early = data.timestamps <= np.quantile(data.timestamps, 1 - test_share)
+    return np.bincount(data.owner()[early], minlength=len(data.people)).astype(np.int64)
