@@ -6,10 +6,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,24 @@ def facts() -> dict[str, Any]:
     }
 
 
-def save(name: str, figures: Mapping[str, Any]) -> Path:
-    """Keeps figures as `benchmarks/results/NAME.json`, with their circumstances; the docs' tables are made of these."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**figures, **facts()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command and keeps its last line of stdout, with its circumstances, as `benchmarks/results/NAME.json`.
+
+        python -m benchmarks.report NAME TITLE -- penchant bench stages BUNDLE
+
+    The tables of the docs are made from these files. Returns the exit status of the command.
+    """
+    name, title, dashes, *command = arguments
+    if dashes != "--" or not command:
+        raise SystemExit("usage: python -m benchmarks.report NAME TITLE -- COMMAND...")
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    print(run.stdout, end="")
+    if not run.returncode:
+        figures = json.loads(run.stdout.splitlines()[-1])
+        said = {"title": title, **figures, **facts(), "command": shlex.join(command)}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return run.returncode
 
 
 def _processor() -> str:
@@ -66,3 +79,7 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""What a request costs without a server around it, and the same native calls in a bare loop beside it: the floor.
+
+Both take turns over the same people against the same Redis, so that a slow moment of the machine hits both. The floor
+reads the person's string, runs the user encoder, searches the index and runs the ranker, each on inputs made before;
+what lies between the two is what Penchant itself costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as _onnxruntime
+
+from benchmarks.report import facts
+from features.assemble import RANKER_FEATURES, encoder_inputs, history
+from features.profile import Profile, empty, fold, make_records
+from features.schema import event_type_key
+from serving.config import ServeConfig
+from serving.engine import Engine, Surroundings, open_engine
+from serving.hydrators import Progress
+from serving.pipeline import Query
+from serving.profiles import ProfileStore
+from serving.redis_client import connect
+from serving.redis_server import RedisServer
+from serving.telemetry import Telemetry
+
+# Typed Any because neither has stubs for what is used here.
+faiss: Any = _faiss
+onnxruntime: Any = _onnxruntime
+
+PEOPLE = 200
+EVENTS = 100
+PAGE = 10
+WARM_UP = 50
+
+Call = Callable[[int], object]
+
+
+def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candidates: int = 500) -> dict[str, Any]:
+    """Measures `Recommend` of a bundle in one process and one thread, for people made up of popular items.
+
+    Args:
+        bundle: Directory of the bundle.
+        requests: Number of requests, and of turns of the floor.
+        redis: URL of the Redis to keep the people in, or "embedded".
+        candidates: Number of candidates of each source.
+
+    Returns:
+        `stages_us` and `floor_stages_us` (medians by name), `pipeline_us`, `floor_us` (medians of the whole),
+        `ratio_to_floor`, `policy_us` (their difference), and the circumstances.
+
+    Raises:
+        BundleError: The bundle is refused.
+    """
+    with _store(redis) as url, connect(url, timeout_s=1.0) as client:
+        store = ProfileStore(client)
+        config = ServeConfig.load(bundle=bundle, candidates=candidates)
+        engine = open_engine(bundle, Surroundings(config, store, Progress(), Telemetry()))
+        people = _people(engine)
+        store.put_states(people.items())
+        keys = list(client.scan_iter(b"*profile:u:bench-*", count=1000))
+        return {
+            "bundle_id": engine.bundle_id,
+            "items": engine.catalog.size,
+            "dim": engine.model.dim,
+            "history": EVENTS,
+            "candidates": candidates,
+            "requests": requests,
+            **_measure(engine, list(people), _Floor(engine, client, keys, people, candidates), requests),
+            "method": "one process, one thread; pipeline and floor take turns; medians",
+            **facts(),
+        }
+
+
+class _Floor:
+    """The native calls of one request, on inputs made beforehand."""
+
+    def __init__(
+        self, engine: Engine, client: Any, keys: list[bytes], people: dict[str, Profile], candidates: int
+    ) -> None:
+        bundle, columns = engine.bundle, engine.catalog.columns
+        index = faiss.deserialize_index(np.frombuffer(bundle.read("index.faiss"), np.uint8))
+        parameters = {"nprobe": index.nprobe} if hasattr(index, "nprobe") else {}
+        kind = faiss.SearchParametersIVF if parameters else faiss.SearchParameters
+        user_session, ranker_session = _session(bundle.read("user_encoder.onnx")), _session(bundle.read("ranker.onnx"))
+        inputs = [_encoder_feed(engine, profile) for profile in people.values()]
+        users = [user_session.run(None, feed)[0] for feed in inputs]
+        rows = min(candidates, engine.catalog.size)
+        # Where the ranker does not move the order, it judges the page only, here as there.
+        judged = rows if bundle.model["blend"] else PAGE
+        features = np.zeros((judged, len(RANKER_FEATURES)), np.float32)
+        ranked = [{"user": user, "items": columns.vectors[:judged], "features": features} for user in users]
+        self.calls: dict[str, Call] = {
+            "redis": lambda at: client.get(keys[at % len(keys)]),
+            "user_encoder": lambda at: user_session.run(None, inputs[at % len(inputs)]),
+            "index": lambda at: index.search(users[at % len(users)], rows, params=kind(**parameters)),
+            "ranker": lambda at: ranker_session.run(None, ranked[at % len(ranked)]),
+        }
+
+
+def _measure(engine: Engine, people: list[str], floor: _Floor, requests: int) -> dict[str, Any]:
+    faiss.omp_set_num_threads(1)
+    pipeline = engine.pipelines["recommend"]
+    ours: dict[str, list[float]] = defaultdict(list)
+    theirs: dict[str, list[float]] = defaultdict(list)
+    for at in range(-WARM_UP, requests):
+        begun = time.perf_counter_ns()
+        query = Query(
+            request_id=str(at),
+            subject=people[at % len(people)],
+            now_ms=time.time_ns() // 1_000_000,
+            deadline=time.monotonic() + 1.0,
+            page_size=PAGE,
+        )
+        slate = pipeline.run(query)
+        whole = time.perf_counter_ns() - begun
+        if query.rung != "sequence" or query.degraded or slate.rows.size != PAGE:
+            raise RuntimeError(f"a request was not whole: rung {query.rung}, {slate.rows.size} items, {query.degraded}")
+        bare = {name: _nanoseconds(call, at) for name, call in floor.calls.items()}
+        if at < 0:
+            continue
+        for name, microseconds in slate.timings:
+            ours[name].append(microseconds)
+        ours[""].append(whole / 1000)
+        for name, nanoseconds in bare.items():
+            theirs[name].append(nanoseconds / 1000)
+        theirs[""].append(sum(bare.values()) / 1000)
+    pipeline_us, floor_us = float(np.median(ours.pop(""))), float(np.median(theirs.pop("")))
+    return {
+        "stages_us": {name: float(np.median(times)) for name, times in ours.items()},
+        "pipeline_us": round(pipeline_us, 1),
+        "floor_stages_us": {name: round(float(np.median(times)), 1) for name, times in theirs.items()},
+        "floor_us": round(floor_us, 1),
+        "ratio_to_floor": round(pipeline_us / floor_us, 3),
+        "policy_us": round(pipeline_us - floor_us, 1),
+    }
+
+
+def _nanoseconds(call: Call, at: int) -> int:
+    begun = time.perf_counter_ns()
+    call(at)
+    return time.perf_counter_ns() - begun
+
+
+def _people(engine: Engine) -> dict[str, Profile]:
+    """People who touched popular items, the same ones every time."""
+    draw = np.random.default_rng(1)
+    columns, size = engine.catalog.columns, engine.catalog.base_size
+    weights = np.exp(columns.popularity[:size].astype(np.float64))
+    keys = engine.catalog.vocabulary.keys
+    kind = event_type_key(engine.bundle.model["event_types"][0])
+    people = {}
+    for number in range(PEOPLE):
+        count = min(EVENTS, size // 2)
+        rows = draw.choice(size, count, replace=False, p=weights / weights.sum())
+        times = 1_700_000_000_000 + 60_000 * np.arange(count)
+        records = make_records(keys[rows], columns.category[rows], columns.creator[rows], times, np.nan, kind)
+        people[f"u:bench-{number}"] = fold(empty(), records, count)
+    return people
+
+
+def _encoder_feed(engine: Engine, profile: Profile) -> dict[str, npt.NDArray[Any]]:
+    types = {key: 1 + at for at, key in enumerate(engine.event_types)}
+    past = history(profile.records, engine.catalog, types)
+    rows, kinds = encoder_inputs(past.rows, past.types, engine.model.max_length)
+    vectors = engine.catalog.columns.vectors[rows]
+    return {"vectors": vectors[None], "types": kinds[None], "lengths": np.array([rows.size], np.int64)}
+
+
+def _session(model: bytes) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _store(redis: str) -> Iterator[str]:
+    if redis != "embedded":
+        yield redis
+        return
+    with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder), "profiles") as server:
+        yield server.url
