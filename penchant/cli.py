@@ -34,6 +34,14 @@ app.add_typer(bench, name="bench")
 DataDir = Annotated[Path, typer.Argument(metavar="DATA", exists=True, file_okay=False, help="Data set directory.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", exists=True, file_okay=False, help="Training run directory.")]
 BundleDir = Annotated[Path, typer.Argument(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle directory.")]
+TrainConfigFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML file of settings, or the name of one that comes along: movielens."),
+]
+Moved = Annotated[
+    Path | None,
+    typer.Option(metavar="DATA", exists=True, file_okay=False, help="Data set, where it has moved since the training."),
+]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option(help="Where the models run; auto takes a GPU where one works.", show_default="auto"),
@@ -42,6 +50,7 @@ Redis = Annotated[
     str,
     typer.Option(metavar="embedded|URL", help="Redis of the profiles: its URL, or one started for this command."),
 ]
+RedisUrl = Annotated[str, typer.Option("--redis", metavar="URL", help="Redis of the profiles.")]
 EventsRedis = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Redis of the event log, where it is another than that of the profiles."),
@@ -81,21 +90,25 @@ def data(
         Path | None,
         typer.Option("--from", metavar="PATH", exists=True, help="The publisher's archive, or its tidy Parquet."),
     ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="An option of that data set; an unknown one lists them; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Turns a known data set into the canonical tables."""
     _use_cores()
     from training.datasets import prepare
 
-    _answer(prepare(name, source, out))
+    _answer(prepare(name, source, out, **_parse(options or [])))
 
 
 @app.command()
 def train(
     data: DataDir,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; an unfinished one is resumed.")],
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="YAML file of settings.")
-    ] = None,
+    config: TrainConfigFile = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of everything random.")] = None,
     settings: Annotated[
@@ -121,10 +134,7 @@ def evaluate(
         Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search"],
         typer.Option(help="How the test part is cut and asked."),
     ] = "leave-one-out",
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="DATA", exists=True, file_okay=False, help="Data set, where it has moved since training."),
-    ] = None,
+    data: Moved = None,
 ) -> None:
     """Measures runs by ranking the full catalogue, with the baselines beside them."""
     _use_cores()
@@ -137,12 +147,13 @@ def evaluate(
 def export(
     run: RunDir,
     out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory of the new bundle.")],
+    data: Moved = None,
 ) -> None:
     """Turns a run into a bundle, if it passes every parity gate."""
     _use_cores()
     from training.export import export
 
-    _answer(export(run, out))
+    _answer(export(run, out, data=data))
 
 
 @app.command()
@@ -235,12 +246,17 @@ def recommend(
 
 
 @app.command()
-def projector(redis: Redis, events_redis: EventsRedis = None) -> None:
-    """Brings events into profiles, where `serve` is told to leave that to a process of its own."""
+def projector(
+    redis: RedisUrl,
+    events_redis: EventsRedis = None,
+    partitions: Annotated[int, typer.Option(min=1, metavar="N", help="Partitions of the event log.")] = 16,
+) -> None:
+    """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
     from serving.projector import run
 
-    _answer(run(redis, events_redis))
+    _answer({"pid": os.getpid(), "partitions": partitions})
+    raise typer.Exit(run(redis, events_redis or redis, partitions))
 
 
 @app.command()
@@ -256,7 +272,7 @@ def demo(
 
 
 @profiles.command()
-def rebuild(data: DataDir, redis: Redis) -> None:
+def rebuild(data: DataDir, redis: RedisUrl) -> None:
     """Makes the profiles anew from a data set, such as the warehouse."""
     _use_cores(1)
     from serving.rebuild import rebuild
@@ -267,7 +283,7 @@ def rebuild(data: DataDir, redis: Redis) -> None:
 @profiles.command()
 def show(
     user: Annotated[str, typer.Argument(metavar="USER", help="Id of the person.")],
-    redis: Redis,
+    redis: RedisUrl,
 ) -> None:
     """Shows one profile as a person would read it."""
     _use_cores(1)
@@ -319,6 +335,17 @@ def _use_cores(count: int | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, str(count or len(os.sched_getaffinity(0))))
+
+
+def _parse(settings: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as names and values, the values read as YAML."""
+    import yaml
+
+    pairs = [text.partition("=") for text in settings]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise typer.BadParameter(f"{name!r} is not a setting: write KEY=VALUE", param_hint="--set")
+    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
 def _answer(result: Mapping[str, Any]) -> None:

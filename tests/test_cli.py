@@ -27,7 +27,6 @@ HEAVY = (
     "redis",
     "faiss",
     "onnxruntime",
-    "pydantic",
     "training",
     "serving",
 )
