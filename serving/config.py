@@ -37,6 +37,8 @@ class ServeConfig(BaseSettings):
     state_dir: Path = Field(Path("penchant-state"), description="Directory where embedded Redis keeps its data.")
     partitions: int = Field(16, ge=1, le=4096, description="Partitions of the event log, fixed when it is created.")
 
+    projector: bool = Field(True, description="Bring events into profiles here, not in a process of its own.")
+
     token: SecretStr | None = Field(None, description="Secret every call must carry as `authorization: Bearer ...`.")
     token_file: Path | None = Field(None, description="File that holds the token.")
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the server.")

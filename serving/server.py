@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -21,6 +22,16 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from penchant.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    event_pb2,
+    event_pb2_grpc,
+    profile_pb2,
+    profile_pb2_grpc,
+    ranking_pb2,
+    ranking_pb2_grpc,
+)
 from serving.config import ServeConfig
 from serving.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ServingError, Unauthenticated
 from serving.telemetry import Telemetry
@@ -174,8 +185,27 @@ def _refuse(context: grpc.ServicerContext, error: Exception) -> Exception:
     raise AssertionError("abort returns never")
 
 
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What one server offers."""
+
+    ranking: ranking_pb2_grpc.RankingServiceServicer
+    events: event_pb2_grpc.EventServiceServicer
+    profiles: profile_pb2_grpc.ProfileServiceServicer
+    catalog: catalog_pb2_grpc.CatalogServiceServicer
+
+    def add_to(self, server: grpc.Server) -> list[str]:
+        """Registers all of them; their names."""
+        ranking_pb2_grpc.add_RankingServiceServicer_to_server(self.ranking, server)
+        event_pb2_grpc.add_EventServiceServicer_to_server(self.events, server)
+        profile_pb2_grpc.add_ProfileServiceServicer_to_server(self.profiles, server)
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(self.catalog, server)
+        files = (ranking_pb2, event_pb2, profile_pb2, catalog_pb2)
+        return [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+
+
 class Server:
-    """One worker's gRPC server; services are added to `grpc` before `start`."""
+    """One worker's gRPC server."""
 
     def __init__(self, config: ServeConfig, telemetry: Telemetry) -> None:
         self._config = config
@@ -184,7 +214,7 @@ class Server:
         if secret := config.secret():
             interceptors.append(_Token(secret))
         interceptors.append(_Guard(telemetry))
-        self.grpc = grpc.server(
+        self._grpc = grpc.server(
             self._pool,
             interceptors=interceptors,
             options=[
@@ -200,24 +230,25 @@ class Server:
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
-    def start(self, address: str, services: list[str]) -> None:
+    def start(self, address: str, services: Services) -> None:
         """Listens on an address and says SERVING for every service."""
+        names = services.add_to(self._grpc)
         if self._config.reflection:
-            reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self.grpc)
+            reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
         if self._config.tls_certificate:
-            self.grpc.add_secure_port(address, _credentials(self._config))
+            self._grpc.add_secure_port(address, _credentials(self._config))
         else:
-            self.grpc.add_insecure_port(address)
-        self.grpc.start()
-        for name in ("", *services):
+            self._grpc.add_insecure_port(address)
+        self._grpc.start()
+        for name in ("", *names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
         """Says NOT_SERVING, takes no more calls, and lets those in hand finish."""
         self._health.enter_graceful_shutdown()
-        self.grpc.stop(self._config.drain_s).wait()
+        self._grpc.stop(self._config.drain_s).wait()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

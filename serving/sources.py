@@ -229,4 +229,4 @@ class GivenCandidates:
         assert query.rows is not None
         if query.upstream is not None:
             return query.rows, query.upstream
-        return query.rows, -np.arange(query.rows.size, dtype=np.float32)
+        return query.rows, np.arange(0, -query.rows.size, -1, dtype=np.float32)

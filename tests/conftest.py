@@ -8,6 +8,8 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["tests.fixtures"]
+
 # A first call compiles a kernel, and the machine is shared: no test asserts an absolute time.
 settings.register_profile("penchant", deadline=None)
 settings.load_profile("penchant")

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from features.catalog import Catalog
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
+from serving.engine import Engine, Host
 from serving.experiments import Holdout
 from serving.pipeline import Query, Reason, Slate
 from serving.services import checks
-from serving.services.host import Host, Loaded
 
 MAX_PAGE = 100
 MAX_EXCLUDED = 10_000
@@ -43,42 +43,42 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         self, request: ranking_pb2.RecommendRequest, context: grpc.ServicerContext
     ) -> ranking_pb2.RecommendResponse:
         """Retrieves and ranks a feed for a person."""
-        loaded = self._host.loaded
-        query, missing = self._query(request.options, loaded.catalog, context, subject_required=True)
-        return ranking_pb2.RecommendResponse(slate=_answer("recommend", query, missing, loaded))
+        engine = self._host.engine
+        query, missing = self._query(request.options, engine.catalog, context, subject_required=True)
+        return ranking_pb2.RecommendResponse(slate=_answer("recommend", query, missing, engine))
 
     def Search(self, request: ranking_pb2.SearchRequest, context: grpc.ServicerContext) -> ranking_pb2.SearchResponse:
         """Finds items for a query and orders them for this person."""
-        loaded = self._host.loaded
-        query, missing = self._query(request.options, loaded.catalog, context)
+        engine = self._host.engine
+        query, missing = self._query(request.options, engine.catalog, context)
         query.text = checks.text(request.query, "query", required=True)
-        return ranking_pb2.SearchResponse(slate=_answer("search", query, missing, loaded))
+        return ranking_pb2.SearchResponse(slate=_answer("search", query, missing, engine))
 
     def Rank(self, request: ranking_pb2.RankRequest, context: grpc.ServicerContext) -> ranking_pb2.RankResponse:
         """Re-ranks the caller's candidates; of an id that comes twice, the first place counts."""
-        loaded = self._host.loaded
-        query, missing = self._query(request.options, loaded.catalog, context)
+        engine = self._host.engine
+        query, missing = self._query(request.options, engine.catalog, context)
         ids = checks.identifiers(request.candidates.item_ids, "candidates.item_ids", 1, MAX_CANDIDATES)
         upstream = checks.finite(request.candidates.upstream_scores, "candidates.upstream_scores")
         checks.same_length(upstream, ids, "candidates.upstream_scores", "candidates.item_ids")
         query.text = checks.text(request.query, "query")
         if request.HasField("upstream_weight"):
             query.upstream_weight = checks.number(request.upstream_weight, "upstream_weight", 0.0)
-        rows = _known(loaded.catalog, ids, missing)
+        rows = _known(engine.catalog, ids, missing)
         _, first = np.unique(rows, return_index=True)
         first = np.sort(first[rows[first] >= 0])
         query.rows, query.upstream = rows[first], upstream[first] if upstream.size else None
-        return ranking_pb2.RankResponse(slate=_answer("rank", query, missing, loaded))
+        return ranking_pb2.RankResponse(slate=_answer("rank", query, missing, engine))
 
     def SimilarItems(
         self, request: ranking_pb2.SimilarItemsRequest, context: grpc.ServicerContext
     ) -> ranking_pb2.SimilarItemsResponse:
         """Finds items like one or several seeds."""
-        loaded = self._host.loaded
-        query, missing = self._query(request.options, loaded.catalog, context)
-        rows = _known(loaded.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
+        engine = self._host.engine
+        query, missing = self._query(request.options, engine.catalog, context)
+        rows = _known(engine.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
         query.seeds = np.unique(rows[rows >= 0])
-        return ranking_pb2.SimilarItemsResponse(slate=_answer("similar", query, missing, loaded))
+        return ranking_pb2.SimilarItemsResponse(slate=_answer("similar", query, missing, engine))
 
     def _query(
         self,
@@ -135,16 +135,16 @@ def _known(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> np
     return rows
 
 
-def _answer(method: str, query: Query, missing: dict[str, None], loaded: Loaded) -> ranking_pb2.Slate:
+def _answer(method: str, query: Query, missing: dict[str, None], engine: Engine) -> ranking_pb2.Slate:
     """Runs a query and puts the slate into the words of the contract."""
-    slate = loaded.pipelines[method].run(query)
+    slate = engine.pipelines[method].run(query)
     profile = query.profile
     return ranking_pb2.Slate(
         request_id=query.request_id,
-        items=_items(slate, loaded.catalog),
+        items=_items(slate, engine.catalog),
         rung=_RUNGS[query.rung],
         experiment=_experiment(query),
-        bundle_id=loaded.bundle_id,
+        bundle_id=engine.bundle_id,
         profile_version=profile.version if profile else 0,
         catalog_version=query.catalog_version,
         degraded=[
@@ -154,7 +154,7 @@ def _answer(method: str, query: Query, missing: dict[str, None], loaded: Loaded)
         dropped=slate.dropped,
         missing_item_ids=missing,
         stage_timings=[ranking_pb2.StageTiming(stage=name, microseconds=spent) for name, spent in slate.timings],
-        action_names=loaded.actions,
+        action_names=engine.actions,
         profile_found=bool(profile and profile.count),
     )
 

@@ -1,0 +1,303 @@
+"""A bundle made ready to answer: verified, parsed, replayed, and one Pipeline per method built from it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.assemble import FEATURES
+from features.bundle import Bundle, open_bundle
+from features.catalog import Catalog
+from features.errors import BundleError
+from features.schema import event_type_key
+from features.transforms import ItemInputShapes
+from features.vocabulary import Vocabulary
+from serving.config import ServeConfig
+from serving.filters import Eligible, Excluded, Seen
+from serving.golden import replay
+from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
+from serving.index import Index
+from serving.lexical import LexicalIndex
+from serving.model import Model
+from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source
+from serving.profiles import ProfileStore
+from serving.reasons import Reasons
+from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer
+from serving.selectors import TopK
+from serving.side_effects import Impressions, ImpressionWriter
+from serving.sources import (
+    Fresh,
+    GivenCandidates,
+    ItemNeighbors,
+    MatchingMeaning,
+    MatchingWords,
+    NearestToUser,
+    Neighbors,
+    NeighborsOfSeeds,
+    Popular,
+    SimilarToSeeds,
+)
+from serving.telemetry import Telemetry
+
+_FRESH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One bundle, ready to answer; a request takes the reference once, so no answer mixes two.
+
+    Attributes:
+        bundle: The verified bundle.
+        model: Its models.
+        catalog: Its items, with what was put since.
+        lexical: Their words, searchable.
+        shapes: How items and words are fed to the encoders.
+        pipelines: The stages of each method: "recommend", "search", "rank", "similar".
+        event_types: Event type key -> name, of the types the bundle knows.
+    """
+
+    bundle: Bundle
+    model: Model
+    catalog: Catalog
+    lexical: LexicalIndex
+    shapes: ItemInputShapes
+    pipelines: Mapping[str, Pipeline]
+    event_types: Mapping[int, str]
+
+    @property
+    def bundle_id(self) -> str:
+        """Name of the bundle."""
+        return self.bundle.bundle_id
+
+    @property
+    def actions(self) -> list[str]:
+        """Names of the ranker's actions."""
+        return [action["name"] for action in self.bundle.model["actions"]]
+
+
+class Host:
+    """Holds the engine in use."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What an engine finds in the process that it runs in.
+
+    Attributes:
+        config: The settings.
+        store: The profiles.
+        progress: How far the catalogue's changes were followed.
+        telemetry: Where measurements go.
+        impressions: Where slates go, None where they are not logged.
+    """
+
+    config: ServeConfig
+    store: ProfileStore
+    progress: Progress
+    telemetry: Telemetry
+    impressions: ImpressionWriter | None = None
+
+
+def open_engine(path: Path, around: Surroundings) -> Engine:
+    """Opens a bundle, replays its golden requests and builds its pipelines.
+
+    Raises:
+        BundleError: The bundle is damaged, contradicts itself, or answers its golden requests wrongly.
+        ConfigError: The device asked for is not there.
+    """
+    bundle = open_bundle(path)
+    fingerprint = bundle.manifest["feature_set"]["fingerprint"]
+    if fingerprint != FEATURES.fingerprint():
+        raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
+    catalog, lexical = _items(bundle)
+    model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
+    replay(bundle, model, catalog, index)
+    return Engine(
+        bundle=bundle,
+        model=model,
+        catalog=catalog,
+        lexical=lexical,
+        shapes=_shapes(bundle),
+        pipelines=_Builder(bundle, model, catalog, index, lexical, around).pipelines(),
+        event_types={event_type_key(name): name for name in bundle.model["event_types"]},
+    )
+
+
+class _Builder:
+    """Builds the pipelines of a bundle: which stages each method has, in which order."""
+
+    def __init__(
+        self, bundle: Bundle, model: Model, catalog: Catalog, index: Index, lexical: LexicalIndex, around: Surroundings
+    ) -> None:
+        self._bundle, self._model, self._catalog = bundle, model, catalog
+        self._index, self._lexical, self._around = index, lexical, around
+        self._count = around.config.candidates
+        self._neighbors = _neighbors(bundle, len(catalog.vocabulary))
+        facts = bundle.model
+        self._repeats = bool(facts["repeats"])
+        self._personal = Personal(model, catalog, facts["action_weights"], float(facts["blend"]))
+
+    def pipelines(self) -> Mapping[str, Pipeline]:
+        """The pipeline of each method."""
+        return {
+            "recommend": self._recommend(),
+            "search": self._search(),
+            "rank": self._rank(),
+            "similar": self._similar(),
+        }
+
+    def _recommend(self) -> Pipeline:
+        catalog, repeats = self._catalog, self._repeats
+        rows, scores = _popular(self._bundle, len(catalog.vocabulary))
+        return self._pipeline(
+            hydrators=self._person(),
+            sources=[
+                NearestToUser(self._index, catalog, self._count, repeats=repeats),
+                ItemNeighbors(self._neighbors, self._count),
+                Fresh(catalog, self._around.config.fresh_days, _FRESH),
+                Popular(rows, scores, catalog, repeats=repeats),
+            ],
+            filters=[] if repeats else [Seen(catalog)],
+            scorer=FeedScorer(self._personal),
+        )
+
+    def _search(self) -> Pipeline:
+        words = QueryVector(self._model, _shapes(self._bundle))
+        return self._pipeline(
+            hydrators=[*self._person(), words],
+            sources=[
+                MatchingWords(self._lexical, self._catalog, self._count),
+                MatchingMeaning(self._index, self._catalog, self._count),
+            ],
+            scorer=SearchScorer(self._lexical, self._catalog, self._around.config.search_personal),
+        )
+
+    def _rank(self) -> Pipeline:
+        return self._pipeline(
+            hydrators=self._person(),
+            sources=[GivenCandidates()],
+            scorer=RankScorer(self._personal),
+            keep_order=True,
+        )
+
+    def _similar(self) -> Pipeline:
+        return self._pipeline(
+            hydrators=[CatalogVersion(self._around.progress)],
+            sources=[
+                SimilarToSeeds(self._index, self._catalog, self._count),
+                NeighborsOfSeeds(self._neighbors, self._count),
+            ],
+            scorer=SimilarScorer(self._catalog),
+        )
+
+    def _person(self) -> list[Hydrator]:
+        """What finds out about the person."""
+        facts = self._bundle.model
+        places = {name: 1 + place for place, name in enumerate(facts["event_types"])}
+        keys = {event_type_key(name): place for name, place in places.items()}
+        seen = [places[name] for name in facts["seen_types"] if name in places]
+        return [
+            CatalogVersion(self._around.progress),
+            Profile(self._around.store, self._catalog, keys, seen),
+            UserVector(self._model, self._catalog),
+        ]
+
+    def _pipeline(
+        self,
+        *,
+        hydrators: Sequence[Hydrator],
+        sources: Sequence[Source],
+        scorer: Scorer,
+        filters: Sequence[Filter] = (),
+        keep_order: bool = False,
+    ) -> Pipeline:
+        """A pipeline with the stages that every method has."""
+        writer = self._around.impressions
+        return Pipeline(
+            hydrators=hydrators,
+            sources=sources,
+            filters=[Eligible(self._catalog), Excluded(self._catalog), *filters],
+            scorer=scorer,
+            selector=TopK(self._catalog, keep_order=keep_order),
+            explainers=[Reasons(self._catalog)],
+            side_effects=[Impressions(writer, self._catalog, self._bundle.bundle_id)] if writer else [],
+            recorder=self._around.telemetry,
+        )
+
+
+def _shapes(bundle: Bundle) -> ItemInputShapes:
+    return ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})
+
+
+def _items(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:
+    """The items of a bundle, and their words."""
+    path = bundle.path
+    vectors = _array(bundle, "vectors.npy", np.float32, (None, int(bundle.model["dim"])))
+    if not np.isfinite(vectors).all():
+        raise BundleError(f"{path / 'vectors.npy'}: holds NaN or infinity; train again")
+    items, vocabulary = _table(bundle, "items.arrow"), Vocabulary.open(path / "vocabulary.arrow")
+    if items.column("item_id").to_pylist() != vocabulary.ids(np.arange(len(vocabulary))):
+        raise BundleError(f"{path}: vocabulary.arrow and items.arrow name other items; export the run again")
+    offsets = _array(bundle, "token_offsets.npy", np.int64, (len(vocabulary) + 1,))
+    try:
+        return Catalog(items, vocabulary, vectors), LexicalIndex(
+            offsets, _array(bundle, "tokens.npy", np.uint32, (None,))
+        )
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}; export the run again") from error
+
+
+def _table(bundle: Bundle, name: str) -> pa.Table:
+    try:
+        return pa.ipc.open_file(pa.BufferReader(bundle.read(name))).read_all()
+    except pa.ArrowInvalid as error:
+        raise BundleError(f"{bundle.path / name}: Arrow cannot read it ({error}); export the run again") from error
+
+
+def _array(bundle: Bundle, name: str, dtype: Any, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
+    """A numpy file of the bundle, of the promised type and shape (None = any)."""
+    try:
+        array: npt.NDArray[Any] = np.load(io.BytesIO(bundle.read(name)), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BundleError(f"{bundle.path / name}: numpy cannot read it ({error}); export the run again") from error
+    fits = len(array.shape) == len(shape) and all(
+        wanted in (None, size) for size, wanted in zip(array.shape, shape, strict=True)
+    )
+    if array.dtype != dtype or not fits:
+        raise BundleError(
+            f"{bundle.path / name}: is {array.dtype} {list(array.shape)} instead of {np.dtype(dtype)} {list(shape)} "
+            "(None = any); export the run again"
+        )
+    return array
+
+
+def _popular(bundle: Bundle, size: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The rows that most people like, and their scores."""
+    table = _table(bundle, "popular.arrow")
+    everybody = np.array(table.column("segment").to_pylist(), object) == ""
+    rows = table.column("row").to_numpy().astype(np.int32)[everybody]
+    scores = table.column("score").to_numpy().astype(np.float32)[everybody]
+    _check_rows(bundle, "popular.arrow", rows, 0, size)
+    return rows, scores
+
+
+def _neighbors(bundle: Bundle, size: int) -> Neighbors:
+    rows = _array(bundle, "neighbors.npy", np.int32, (size, None))
+    scores = _array(bundle, "neighbor_scores.npy", np.float32, rows.shape)
+    _check_rows(bundle, "neighbors.npy", rows, -1, size)
+    return Neighbors(rows, scores)
+
+
+def _check_rows(bundle: Bundle, name: str, rows: npt.NDArray[np.int32], low: int, size: int) -> None:
+    if rows.size and not (rows.min() >= low and rows.max() < size):
+        raise BundleError(f"{bundle.path / name}: names rows that the catalogue does not have; export the run again")

@@ -1,0 +1,171 @@
+"""EventService: takes events durably and applies them to profiles at once."""
+
+# ruff: noqa: N802 - the contract names the methods
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+
+from features.catalog import Catalog
+from features.errors import PenchantError
+from features.profile import make_records
+from features.schema import event_type_keys, item_keys
+from penchant.v1 import event_pb2, event_pb2_grpc
+from serving.engine import Host
+from serving.errors import InvalidArgument, ResourceExhausted, ServingError
+from serving.events import Appended, EventLog, LoggedEvent
+from serving.profiles import Applied, ProfileStore
+from serving.services import checks
+from serving.telemetry import Telemetry
+
+MAX_EVENTS = 1_000
+FUTURE_MS = 5 * 60_000
+
+_OPTIONAL = ("session_id", "request_id", "surface", "query")
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """An event that may go into the log, and its place in the request."""
+
+    place: int
+    subject: str
+    event: event_pb2.Event
+    timestamp: int
+    attributes: dict[str, str]
+
+
+class EventService(event_pb2_grpc.EventServiceServicer):
+    """Takes events durably and applies them to profiles at once."""
+
+    def __init__(self, host: Host, log: EventLog, store: ProfileStore, telemetry: Telemetry) -> None:
+        self._host, self._log, self._store, self._telemetry = host, log, store, telemetry
+
+    def Ingest(self, request: event_pb2.IngestRequest, context: grpc.ServicerContext) -> event_pb2.IngestResponse:
+        """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones."""
+        checks.whole(len(request.events), "events", 1, MAX_EVENTS)
+        now = int(time.time() * 1000)
+        statuses = [event_pb2.EventStatus() for _ in request.events]
+        good: list[_Checked] = []
+        for place, event in enumerate(request.events):
+            try:
+                good.append(_check(place, event, now, self._log.window_ms))
+            except InvalidArgument as error:
+                statuses[place] = _refused(error)
+        if good:
+            appended = self._log.append(_logged(good, self._host.engine.catalog))
+            applied = self._apply(good, appended)
+            for checked, entry, done in zip(good, appended, applied, strict=True):
+                statuses[checked.place] = _status(entry, done)
+        self._telemetry.count("events.taken", len(good))
+        self._telemetry.count("events.refused", len(statuses) - len(good))
+        return event_pb2.IngestResponse(statuses=statuses)
+
+    def _apply(self, good: Sequence[_Checked], appended: Sequence[Appended]) -> list[bool | PenchantError]:
+        """Applies what is durable to the profiles; what fails here the projector does later."""
+        by_person: dict[str, list[tuple[int, bytes]]] = {}
+        for checked, entry in zip(good, appended, strict=True):
+            if entry.record:
+                by_person.setdefault(checked.subject, []).append((entry.log_id, entry.record))
+        outcome: dict[str, Applied | PenchantError] = {}
+        try:
+            outcome = dict(zip(by_person, self._store.apply_many(list(by_person.items())), strict=True))
+        except ServingError:
+            self._telemetry.count("events.applied_later", len(good))
+            return [not entry.record for entry in appended]
+        return [
+            # A duplicate whose record is gone from the log was applied before it went.
+            True if not entry.record else _done(outcome[checked.subject])
+            for checked, entry in zip(good, appended, strict=True)
+        ]
+
+
+def _done(outcome: Applied | PenchantError) -> bool | PenchantError:
+    return True if isinstance(outcome, Applied) else outcome
+
+
+def _check(place: int, event: event_pb2.Event, now: int, window_ms: int) -> _Checked:
+    """Checks one event.
+
+    Raises:
+        InvalidArgument: A field is wrong.
+    """
+    subject = checks.subject(event.subject, "subject")
+    checks.identifier(event.event_id, "event_id")
+    checks.identifier(event.event_type, "event_type", limit=64)
+    checks.identifier(event.item_id, "item_id", required=event.event_type != "search")
+    checks.identifier(event.session_id, "session_id", required=False)
+    checks.identifier(event.request_id, "request_id", required=False)
+    checks.identifier(event.surface, "surface", required=False, limit=64)
+    checks.text(event.query, "query", required=event.event_type == "search")
+    timestamp = event.timestamp_ms or now
+    oldest = now - window_ms
+    if not oldest <= timestamp <= now + FUTURE_MS:
+        raise InvalidArgument(
+            "timestamp_ms",
+            f"must be {oldest} to {now + FUTURE_MS}, got {timestamp}: older history belongs to bulk import",
+        )
+    if event.HasField("value"):
+        checks.number(event.value, "value")
+    if event.HasField("position"):
+        checks.whole(event.position, "position", 0, 2**31 - 1)
+    return _Checked(place, subject, event, timestamp, checks.attributes(event.attributes, "attributes"))
+
+
+def _logged(good: Sequence[_Checked], catalog: Catalog) -> list[LoggedEvent]:
+    """The events as the log takes them; category and creator are those the item has now."""
+    items = item_keys([checked.event.item_id for checked in good])
+    rows = catalog.rows_of_keys(items)
+    columns, known = catalog.columns, rows >= 0
+    records = make_records(
+        item=items,
+        category=np.where(known, columns.category[rows], np.uint64(0)),
+        creator=np.where(known, columns.creator[rows], np.uint64(0)),
+        timestamp=[checked.timestamp for checked in good],
+        value=[checked.event.value if checked.event.HasField("value") else np.nan for checked in good],
+        event_type=event_type_keys([checked.event.event_type for checked in good]),
+    )
+    return [
+        LoggedEvent(checked.subject, checked.event.event_id, record.tobytes(), _payload(checked))
+        for checked, record in zip(good, records, strict=True)
+    ]
+
+
+def _payload(checked: _Checked) -> bytes:
+    """All of an event, in the words of the events table."""
+    event = checked.event
+    payload: dict[str, Any] = {
+        "user_id": checked.subject[2:],
+        "anonymous": checked.subject.startswith("a:"),
+        "event_id": event.event_id,
+        "item_id": event.item_id,
+        "event_type": event.event_type,
+        "timestamp": checked.timestamp,
+    }
+    payload |= {name: getattr(event, name) for name in _OPTIONAL if getattr(event, name)}
+    payload |= {name: getattr(event, name) for name in ("value", "position") if event.HasField(name)}
+    if checked.attributes:
+        payload["attributes"] = checked.attributes
+    return json.dumps(payload, ensure_ascii=False).encode()
+
+
+def _status(entry: Appended, applied: bool | PenchantError) -> event_pb2.EventStatus:
+    if entry.error:
+        return _refused(entry.error)
+    status = event_pb2.EventStatus(profile_version=entry.log_id, applied=applied is True, duplicate=entry.duplicate)
+    if isinstance(applied, ResourceExhausted):
+        status.code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        status.message = f"durable, but not yet applied: {applied}"
+    return status
+
+
+def _refused(error: ServingError) -> event_pb2.EventStatus:
+    code: int = getattr(grpc.StatusCode, error.code).value[0]
+    return event_pb2.EventStatus(code=code, message=str(error), field=error.field)

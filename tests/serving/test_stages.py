@@ -1,0 +1,445 @@
+"""Each stage on tiny real arrays, in a world whose right answers are known by construction."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from features.assemble import history
+from features.bundle import open_bundle
+from features.catalog import Catalog
+from features.profile import empty, fold, make_records
+from features.schema import ITEMS, event_type_key, item_keys
+from features.transforms import ItemInputShapes, item_text, text_tokens
+from features.vocabulary import Vocabulary
+from serving.errors import ProfileStoreUnavailable
+from serving.filters import Eligible, Excluded, Seen
+from serving.hydrators import CatalogVersion, Progress, QueryVector, UserVector
+from serving.hydrators import Profile as ProfileHydrator
+from serving.index import Index
+from serving.lexical import LexicalIndex
+from serving.model import Model
+from serving.pipeline import Candidates, Query, Slate, merge
+from serving.profiles import ProfileStore
+from serving.reasons import Reasons
+from serving.redis_client import connect
+from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer, cosine, utility
+from serving.selectors import TopK
+from serving.sources import (
+    Fresh,
+    GivenCandidates,
+    ItemNeighbors,
+    MatchingMeaning,
+    MatchingWords,
+    NearestToUser,
+    Neighbors,
+    NeighborsOfSeeds,
+    Popular,
+    SimilarToSeeds,
+    allowed,
+)
+from tests import world as small
+
+NOW = 1_800_000_000_000
+TYPES = {event_type_key(name): place for place, name in enumerate(small.MODEL["event_types"], 1)}
+
+
+def query(**fields) -> Query:
+    return Query(
+        **{
+            "request_id": "r",
+            "subject": "u:ann",
+            "now_ms": NOW,
+            "deadline": time.monotonic() + 60,
+            "page_size": 5,
+            **fields,
+        }
+    )
+
+
+def records(ids: list[str]):
+    category = item_keys([small.GENRES[int(name[1:]) % 4] for name in ids])
+    return make_records(item_keys(ids), category, 0, NOW, np.nan, event_type_key("view_item"))
+
+
+def person(catalog: Catalog, ids: list[str]) -> Query:
+    """A query of somebody who touched `ids`, their vector the mean of those of the items."""
+    profile = fold(empty(), records(ids), len(ids))
+    past = history(profile.records, catalog, TYPES)
+    return query(
+        profile=profile,
+        history=past,
+        seen=past.rows,
+        user_vector=catalog.columns.vectors[past.rows].mean(axis=0),
+        rung="sequence",
+    )
+
+
+@pytest.fixture
+def catalog() -> Catalog:
+    items = small.items()
+    table = pa.Table.from_pylist(items, schema=ITEMS)
+    popularity = pa.array(np.arange(small.COUNT, 0, -1, dtype=np.float32))
+    table = table.append_column("popularity", popularity)
+    return Catalog(table, Vocabulary.build([item["item_id"] for item in items]), small.vectors())
+
+
+@pytest.fixture(scope="module")
+def bundle(world):
+    return open_bundle(world)
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return Model(bundle)
+
+
+@pytest.fixture
+def index(bundle, catalog):
+    return Index(bundle.read("index.faiss"), catalog)
+
+
+@pytest.fixture
+def lexical():
+    words = [text_tokens(item_text(item)) for item in small.items()]
+    return LexicalIndex(np.cumsum([0, *map(len, words)]).astype(np.int64), np.concatenate(words))
+
+
+@pytest.fixture
+def popular(catalog):
+    rows = np.arange(small.COUNT, dtype=np.int32)
+    return Popular(rows, np.log1p(rows[::-1].astype(np.float32)), catalog, repeats=False)
+
+
+def genres(catalog, rows) -> set[str]:
+    return {small.GENRES[int(name[1:]) % 4] for name in catalog.ids(rows)}
+
+
+def put(catalog, name: str, genre: str, now: int = NOW) -> int:
+    item = {"item_id": name, "title": f"{genre} story", "categories": [genre]}
+    return int(catalog.put([item], small.direction(genre)[None], now)[0])
+
+
+class TestHydrators:
+    def test_a_version_that_is_here_is_not_waited_for(self):
+        progress = Progress(5)
+        asked = query(min_catalog_version=5)
+        CatalogVersion(progress).hydrate(asked)
+        assert (asked.catalog_version, asked.degraded) == (5, [])
+
+    def test_a_version_that_comes_in_time_is_seen(self):
+        import threading
+
+        progress = Progress(5)
+        threading.Timer(0.05, progress.advance, [6]).start()
+        asked = query(min_catalog_version=6)
+        CatalogVersion(progress).hydrate(asked)
+        assert (asked.catalog_version, asked.degraded) == (6, [])
+
+    def test_a_version_that_does_not_come_costs_a_share_of_the_time_and_is_marked(self):
+        asked = query(min_catalog_version=7, deadline=time.monotonic() + 0.2)
+        CatalogVersion(Progress(5)).hydrate(asked)
+        assert asked.degraded[0].part == "CATALOG_STALE"
+        assert asked.seconds_left() > 0
+
+    def test_a_profile_is_read_and_seen_through_the_catalogue(self, catalog, profiles_redis):
+        store = ProfileStore(profiles_redis)
+        entries = [(place + (1 << 50), record.tobytes()) for place, record in enumerate(records(["i4", "i7"]))]
+        store.apply("u:ann", entries)
+        asked = query()
+        ProfileHydrator(store, catalog, TYPES, [1]).hydrate(asked)
+        assert catalog.ids(asked.history.rows) == ["i4", "i7"]
+        assert sorted(asked.seen.tolist()) == [4, 7]
+        assert asked.profile.version == (1 << 50) + 1
+
+    def test_a_profile_that_is_too_old_is_used_and_marked(self, catalog, profiles_redis):
+        asked = query(min_profile_version=9, deadline=time.monotonic() + 0.1)
+        ProfileHydrator(ProfileStore(profiles_redis), catalog, TYPES, [1]).hydrate(asked)
+        assert asked.degraded[0].part == "PROFILE_STALE"
+        assert asked.profile is not None
+
+    def test_a_damaged_profile_counts_as_none_and_is_marked(self, catalog, profiles_redis):
+        store = ProfileStore(profiles_redis)
+        store.apply("u:ann", [(1 << 50, records(["i4"])[0].tobytes())])
+        (key,) = profiles_redis.keys("*ann")
+        profiles_redis.setrange(key, 45, b"\xff")
+        asked = query()
+        ProfileHydrator(store, catalog, TYPES, [1]).hydrate(asked)
+        assert asked.degraded[0].part == "PROFILE_CORRUPT"
+        assert asked.profile is None
+
+    def test_a_store_that_is_away_is_the_runners_to_mark(self, catalog, tmp_path):
+        with connect(f"unix://{tmp_path}/nobody.sock") as client:
+            hydrator = ProfileHydrator(ProfileStore(client), catalog, TYPES, [1])
+            with pytest.raises(ProfileStoreUnavailable):
+                hydrator.hydrate(query())
+
+    @pytest.mark.parametrize("fields", [{"subject": ""}, {"personalize": False}, {"holdout": True}])
+    def test_nobody_s_profile_is_not_read(self, catalog, fields):
+        assert not ProfileHydrator(None, catalog, TYPES, [1]).enable(query(**fields))
+
+    def test_the_person_lies_where_their_items_do(self, catalog, model):
+        asked = person(catalog, ["i0", "i4"])
+        asked.user_vector, asked.rung = None, "popular"
+        UserVector(model, catalog).hydrate(asked)
+        np.testing.assert_allclose(asked.user_vector, small.vectors()[[0, 4]].mean(axis=0), rtol=1e-5)
+        assert asked.rung == "sequence"
+
+    def test_a_failed_encoder_leaves_the_rung_below(self, catalog, model):
+        asked = person(catalog, ["i0"])
+        asked.user_vector = None
+        catalog.columns.vectors[0] = np.nan
+        with pytest.raises(Exception, match="NaN"):
+            UserVector(model, catalog).hydrate(asked)
+        assert (asked.rung, asked.user_vector) == ("item_to_item", None)
+
+    def test_items_that_nobody_knows_make_no_person(self, catalog, model):
+        asked = query(history=history(make_records(item_keys(["?"]), 0, 0, 0, 0, 0), catalog, TYPES))
+        assert not UserVector(model, catalog).enable(asked)
+
+    def test_words_lie_where_their_genre_does(self, model):
+        shapes = ItemInputShapes(**{name: small.MODEL[name] for name in ItemInputShapes.__slots__})
+        asked = query(text="Westerns!")
+        QueryVector(model, shapes).hydrate(asked)
+        np.testing.assert_allclose(asked.query_vector, small.direction("western"))
+        assert asked.tokens.tolist() == text_tokens("western").tolist()
+
+
+class TestSources:
+    def test_nearest_names_the_genre_without_what_was_seen(self, catalog, index):
+        rows, scores = NearestToUser(index, catalog, 8, repeats=False).retrieve(person(catalog, ["i0", "i4"]))
+        assert genres(catalog, rows) == {"western"}
+        assert not {0, 4} & set(rows.tolist())
+        assert (np.diff(scores) <= 0).all()
+
+    def test_with_repeats_the_seen_may_return(self, catalog, index):
+        rows, _ = NearestToUser(index, catalog, 10, repeats=True).retrieve(person(catalog, ["i0", "i4"]))
+        assert {0, 4} <= set(rows.tolist())
+
+    def test_a_live_item_is_nearest_at_once(self, catalog, index):
+        row = put(catalog, "new", "western")
+        rows, _ = NearestToUser(index, catalog, 9, repeats=False).retrieve(person(catalog, ["i0", "i4"]))
+        assert row in rows
+
+    def test_the_hint_leaves_out_seen_excluded_seeds_and_hidden(self, catalog):
+        catalog.set_available(9, False)
+        asked = query(seen=np.array([1], np.int32), exclude=np.array([2], np.int32), seeds=np.array([39], np.int32))
+        bits = np.unpackbits(allowed(asked, catalog, seen=True), bitorder="little")[: catalog.size]
+        assert np.flatnonzero(bits == 0).tolist() == [1, 2, 9, 39]
+        bits = np.unpackbits(allowed(query(), catalog, seen=True), bitorder="little")[: catalog.size]
+        assert np.flatnonzero(bits == 0).tolist() == [9]
+
+    def test_neighbours_add_up_and_newer_items_weigh_more(self, catalog):
+        table = Neighbors(
+            np.array([[2, 3], [3, -1], [0, -1], [0, -1]], np.int32),
+            np.array([[0.9, 0.5], [0.8, 0], [1, 0], [1, 0]], np.float32),
+        )
+        rows, scores = table.of(np.array([0, 1], np.int32), np.array([0.5, 1], np.float32), 9)
+        assert rows.tolist() == [3, 2]
+        np.testing.assert_allclose(scores, [0.5 * 0.5 + 0.8, 0.45])
+        asked = person(catalog, ["i0", "i1"])
+        asked.rung = "item_to_item"
+        source = ItemNeighbors(table, 9)
+        assert source.enable(asked)
+        assert source.retrieve(asked)[0].tolist() == [3, 2]
+        assert NeighborsOfSeeds(table, 9).retrieve(query(seeds=np.array([1, 39], np.int32)))[0].tolist() == [3]
+
+    def test_popular_fills_pages_past_what_may_not_be_shown(self, catalog, popular):
+        catalog.set_available(0, False)
+        rows, _ = popular.retrieve(query(page_size=2, seen=np.array([1, 2], np.int32)))
+        assert rows.tolist() == [3, 4, 5, 6]
+
+    def test_popular_of_nothing_is_nothing(self, catalog, popular):
+        assert popular.retrieve(query(seen=np.arange(small.COUNT, dtype=np.int32)))[0].size == 0
+
+    def test_fresh_names_the_newest_first_and_no_old_ones(self, catalog):
+        day = 86_400_000
+        old, older, young = (put(catalog, f"n{age}", "space", NOW - age * day) for age in (3, 20, 1))
+        source = Fresh(catalog, 14, 50)
+        assert source.retrieve(query())[0].tolist() == [young, old]
+        assert older not in source.retrieve(query())[0]
+        assert not source.enable(query())
+
+    def test_similar_points_where_the_seeds_point(self, catalog, index):
+        rows, _ = SimilarToSeeds(index, catalog, 9).retrieve(query(seeds=np.array([1], np.int32)))
+        assert genres(catalog, rows) == {"space"}
+        assert 1 not in rows
+
+    def test_words_and_meaning_find_the_genre(self, catalog, index, lexical):
+        asked = query(text="space", tokens=text_tokens("space"), query_vector=small.direction("space"))
+        for source in (MatchingWords(lexical, catalog, 10), MatchingMeaning(index, catalog, 10)):
+            assert genres(catalog, source.retrieve(asked)[0]) == {"space"}
+
+    def test_given_candidates_keep_the_callers_order(self):
+        rows = np.array([7, 3, 5], np.int32)
+        assert GivenCandidates().retrieve(query(rows=rows))[1].tolist() == [0, -1, -2]
+        scores = np.array([1, 9, 5], np.float32)
+        assert GivenCandidates().retrieve(query(rows=rows, upstream=scores))[1] is scores
+
+
+class TestFilters:
+    ROWS = np.array([3, 0, 7], np.int32)
+
+    def test_what_may_not_be_shown_goes(self, catalog):
+        catalog.set_available(0, True, available_from=NOW + 1)
+        catalog.set_available(7, True, available_until=NOW)
+        assert Eligible(catalog).keep(query(), self.ROWS).tolist() == [True, False, False]
+
+    def test_eligibility_and_the_callers_exclusions_fail_closed(self, catalog):
+        assert Eligible(catalog).required
+        assert Excluded(catalog).required
+        assert not Seen(catalog).required
+
+    def test_the_seen_go(self, catalog):
+        asked = query(seen=np.array([7, 7, 39], np.int32))
+        assert Seen(catalog).keep(asked, self.ROWS).tolist() == [True, True, False]
+
+    def test_exclusions_and_seeds_go(self, catalog):
+        asked = query(exclude=np.array([3], np.int32), seeds=np.array([0], np.int32))
+        assert Excluded(catalog).keep(asked, self.ROWS).tolist() == [False, False, True]
+        assert not Excluded(catalog).enable(query())
+
+
+class TestScorers:
+    def candidates(self, **scores: list[float]) -> Candidates:
+        count = len(next(iter(scores.values())))
+        return Candidates(np.arange(count, dtype=np.int32), np.array(list(scores.values()), np.float32), tuple(scores))
+
+    def test_a_feed_is_relevance_and_blended_utility(self, catalog, model):
+        asked = person(catalog, ["i0", "i4"])
+        rows = np.array([8, 1, 12], np.int32)
+        score = Personal(model, catalog, [0.5, 0.5], 0.25).score(asked, rows)
+        relevance = small.vectors()[rows] @ asked.user_vector
+        affinity = np.array([1.0, 0.0, 1.0])
+        odds = np.stack([affinity - 1, 2 * affinity - 2], axis=1)
+        probabilities = 1 / (1 + np.exp(-odds))
+        mean = probabilities.mean(axis=1)
+        np.testing.assert_allclose(score, relevance + 0.25 * np.log(mean / (1 - mean)), rtol=1e-5)
+        np.testing.assert_allclose(asked.probabilities, probabilities, rtol=1e-5)
+
+    def test_a_score_never_depends_on_the_other_candidates(self, catalog, model):
+        personal = Personal(model, catalog, [0.5, 0.5], 0.25)
+        rows = np.arange(40, dtype=np.int32)
+        together = personal.score(person(catalog, ["i0", "i5"]), rows)
+        alone = [personal.score(person(catalog, ["i0", "i5"]), rows[at : at + 1])[0] for at in range(40)]
+        assert together.tolist() == alone
+
+    def test_without_a_blend_only_the_page_is_judged(self, catalog, model):
+        asked = person(catalog, ["i0", "i4"])
+        asked.page_size = 3
+        score = Personal(model, catalog, [0.5, 0.5], 0.0).score(asked, np.arange(40, dtype=np.int32))
+        judged = np.flatnonzero(np.isfinite(asked.probabilities[:, 0]))
+        assert sorted(judged) == sorted(np.argsort(-score, kind="stable")[:3])
+
+    def test_nobody_s_feed_goes_by_popularity(self, catalog, model):
+        scorer = FeedScorer(Personal(model, catalog, [0.5, 0.5], 0.25))
+        assert scorer.score(query(), self.candidates(popular=[1, 3, 2])).tolist() == [1, 3, 2]
+
+    def test_neighbours_go_before_what_is_popular(self, catalog, model):
+        scorer = FeedScorer(Personal(model, catalog, [0.5, 0.5], 0.25))
+        nan = float("nan")
+        found = self.candidates(neighbors=[0.1, nan, 0.9, nan], popular=[nan, 2, nan, 9])
+        assert np.argsort(-scorer.score(query(rung="item_to_item"), found)).tolist() == [2, 0, 3, 1]
+
+    def test_a_search_is_bounded_and_taste_moves_it_a_little(self, catalog, lexical):
+        rows = np.arange(40, dtype=np.int32)
+        found = Candidates(rows, np.zeros((1, 40), np.float32), ("words",))
+        asked = query(tokens=text_tokens("story"), query_vector=small.direction("space"))
+        plain = SearchScorer(lexical, catalog, 0.25).score(asked, found)
+        assert 0 <= plain.min() <= plain.max() <= 1
+        asked.user_vector = small.direction("western")
+        moved = SearchScorer(lexical, catalog, 0.25).score(asked, found) - plain
+        assert np.abs(moved).max() <= 0.25 + 1e-6
+        assert moved[0] > 0.2 > 0.05 > abs(moved[1])
+
+    def test_nobody_known_the_order_is_the_callers(self, catalog, model):
+        scorer = RankScorer(Personal(model, catalog, [0.5, 0.5], 0.25))
+        upstream = np.array([0.1, 1e30, -5], np.float32)
+        asked = query(rows=np.arange(3, dtype=np.int32), upstream=upstream, upstream_weight=0.0)
+        assert scorer.score(asked, self.candidates(upstream=upstream)).tolist() == upstream.tolist()
+
+    def test_a_known_person_adds_to_the_callers_score(self, catalog, model):
+        personal = Personal(model, catalog, [0.5, 0.5], 0.25)
+        asked = person(catalog, ["i0"])
+        asked.rows, asked.upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
+        found = Candidates(asked.rows, asked.upstream[None], ("upstream",))
+        own = personal.score(asked, asked.rows)
+        asked.upstream_weight = 2.0
+        np.testing.assert_allclose(RankScorer(personal).score(asked, found), own + np.array([20, 2]), rtol=1e-6)
+        asked.upstream = None
+        np.testing.assert_allclose(RankScorer(personal).score(asked, found), own)
+
+    def test_similar_is_the_mean_cosine(self, catalog):
+        asked = query(seeds=np.array([0, 1], np.int32))
+        found = self.candidates(similar=[0] * 40)
+        unit = small.vectors() / np.linalg.norm(small.vectors(), axis=1, keepdims=True)
+        expected = (unit @ unit[[0, 1]].T).mean(axis=1)
+        np.testing.assert_allclose(SimilarScorer(catalog).score(asked, found), expected, rtol=1e-4, atol=1e-6)
+
+    def test_nothing_has_no_direction(self):
+        assert cosine(np.zeros((2, 4), np.float32), np.arange(2, dtype=np.int32), np.ones(4, np.float32)).tolist() == [
+            0,
+            0,
+        ]
+
+    def test_utility_by_hand(self):
+        found = utility(np.array([[0.2, 0.4], [0, 0], [1, 1]]), np.array([0.5, 0.5]))
+        np.testing.assert_allclose(found, [np.log(0.3 / 0.7), np.log(1e-6 / (1 - 1e-6)), -np.log(1e-6 / (1 - 1e-6))])
+
+
+class TestTopK:
+    def select(self, catalog, rows, scores, page_size=3, **options):
+        found = merge([("x", np.array(rows, np.int32), np.array(scores, np.float32))])
+        at, chance = TopK(catalog, **options).select(query(page_size=page_size), found, found.scores[0])
+        assert (chance == 1).all()
+        return found.rows[at].tolist()
+
+    def test_the_best_come_first_and_ties_go_by_row(self, catalog):
+        assert self.select(catalog, [9, 5, 7, 1, 3], [1, 2, 2, 0, 2]) == [3, 5, 7]
+        assert self.select(catalog, [9, 5, 7, 1, 3], [2, 2, 2, 2, 2]) == [1, 3, 5]
+
+    def test_or_in_the_order_in_which_they_came(self, catalog):
+        assert self.select(catalog, [9, 5, 7, 1, 3], [2, 2, 2, 2, 2], keep_order=True) == [9, 5, 7]
+
+    def test_fewer_than_a_page(self, catalog):
+        assert self.select(catalog, [9, 5], [1, 2]) == [5, 9]
+        assert self.select(catalog, [], []) == []
+
+    def test_what_was_hidden_since_does_not_leave(self, catalog):
+        catalog.set_available(5, False)
+        assert self.select(catalog, [9, 5, 7], [1, 3, 2]) == [7, 9]
+
+    def test_what_has_no_score_comes_last(self, catalog):
+        assert self.select(catalog, [9, 5, 7], [1, -np.inf, 2]) == [7, 9, 5]
+
+
+class TestReasons:
+    def reasons(self, catalog, asked, rows, **scores):
+        rows = np.array(rows, np.int32)
+        table = np.array(list(scores.values()), np.float32).reshape(len(scores), rows.size)
+        slate = Slate(rows, rows * 0, rows * 1.0, Candidates(rows, table, tuple(scores)), None, {}, [])
+        return Reasons(catalog).explain(asked, slate)
+
+    def test_the_nearest_item_of_the_history_is_named(self, catalog):
+        (first, second) = self.reasons(catalog, person(catalog, ["i0", "i1"]), [4, 5], nearest=[1, 1])
+        assert [(reason.kind, reason.row) for reason in first] == [("like_history", 0)]
+        assert [(reason.kind, reason.row) for reason in second] == [("like_history", 1)]
+        assert "western story number0" in first[0].text
+        assert first[0].weight > 0.9
+
+    def test_words_seeds_popularity_and_the_callers_score(self, catalog):
+        asked = query(text="space tales", tokens=text_tokens("space tales"), seeds=np.array([1], np.int32))
+        asked.upstream = np.array([2.5], np.float32)
+        (mine,) = self.reasons(catalog, asked, [5], words=[0.7], upstream=[2.5], popular=[3])
+        kinds = {reason.kind: reason for reason in mine}
+        assert list(kinds) == ["upstream", "matches_query", "similar_to_seed", "popular"]
+        assert "space" in kinds["matches_query"].text
+        assert "tale" in kinds["matches_query"].text
+        assert kinds["similar_to_seed"].row == 1
+        assert kinds["upstream"].weight == 2.5
+
+    def test_an_empty_page_has_no_reasons(self, catalog):
+        assert self.reasons(catalog, person(catalog, ["i0"]), [], nearest=[]) == []

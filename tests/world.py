@@ -1,0 +1,214 @@
+"""A small world whose right answers are known by construction, as a bundle that needs no training.
+
+Forty items in four genres; the vector of an item points at its genre, the vector of a person is the mean of what they
+touched, a query's that of the genres it names. So a person who touched westerns must be shown westerns, and a new
+western must lie among them the moment it is put.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import onnx
+import pyarrow as pa
+from onnx import TensorProto, helper, numpy_helper
+
+from features.assemble import FEATURES, RANKER_FEATURES
+from features.bundle import publish
+from features.schema import ITEMS, item_keys
+from features.transforms import item_text, text_tokens, token_buckets
+from features.vocabulary import Vocabulary
+
+GENRES = ("western", "space", "romance", "comedy")
+ITEMS_PER_GENRE = 10
+COUNT = len(GENRES) * ITEMS_PER_GENRE
+DIM = 8
+BUCKETS = 4096
+MODEL: dict[str, Any] = {
+    "dim": DIM,
+    "max_length": 16,
+    "event_types": ["view_item", "like", "purchase"],
+    "actions": [
+        {"name": "view_item", "event_type": "view_item", "min_value": None},
+        {"name": "like", "event_type": "like", "min_value": None},
+    ],
+    "action_weights": [0.5, 0.5],
+    "token_buckets": BUCKETS,
+    "max_tokens": 12,
+    "category_buckets": BUCKETS,
+    "max_categories": 4,
+    "creator_buckets": BUCKETS,
+    "blend": 0.25,
+    "seen_types": ["view_item", "like", "purchase"],
+    "repeats": False,
+}
+
+
+def items() -> list[dict[str, Any]]:
+    """The items in row order; the genre of row r is `GENRES[r % 4]`, row 0 is the most popular."""
+    return [
+        {
+            "item_id": f"i{row}",
+            "title": f"{GENRES[row % 4]} story number{row}",
+            "description": f"a {GENRES[row % 4]} tale",
+            "categories": [GENRES[row % 4]],
+            "creator_id": f"c{row % 5}",
+            "price": float(row + 1),
+        }
+        for row in range(COUNT)
+    ]
+
+
+def rows_of(genre: str) -> set[str]:
+    """Ids of the items of a genre."""
+    return {f"i{row}" for row in range(COUNT) if GENRES[row % 4] == genre}
+
+
+def direction(genre: str) -> np.ndarray:
+    """Where a genre lies; float32 [D]."""
+    vector = np.zeros(DIM, np.float32)
+    vector[GENRES.index(genre)] = 2.0
+    return vector
+
+
+def vectors() -> np.ndarray:
+    """The items' vectors: the genre, and a little of their own; float32 [N, D]."""
+    own = np.random.default_rng(7).normal(scale=0.05, size=(COUNT, DIM)).astype(np.float32)
+    return np.stack([direction(GENRES[row % 4]) for row in range(COUNT)]) + own
+
+
+def publish_world(out: Path, salt: str = "") -> Path:
+    """Writes the bundle; another `salt` makes another bundle of the same world."""
+    staging = out.with_name(out.name + ".staging")
+    staging.mkdir(parents=True)
+    _tables(staging)
+    _models(staging)
+    (staging / "golden.json").write_text(json.dumps(golden()))
+    manifest = {
+        "created": "2026-01-01T00:00:00Z",
+        "model": MODEL,
+        "configuration": {"salt": salt},
+        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": list(FEATURES.names)},
+        "data_fingerprint": "world",
+        "metrics": {},
+        "gates": {},
+        "catalog_version": 0,
+    }
+    publish(staging, out, manifest)
+    return out
+
+
+def golden() -> dict[str, Any]:
+    """No golden requests: the tests themselves hold the right answers."""
+    return {"people": [], "queries": [], "items": []}
+
+
+def _tables(staging: Path) -> None:
+    world, space = items(), vectors()
+    popularity = np.log1p(np.arange(COUNT, 0, -1, dtype=np.float32))
+    table = pa.Table.from_pylist(world, schema=ITEMS)
+    table = table.append_column("popularity", pa.array(popularity))
+    table = table.append_column("recent_popularity", pa.array(popularity))
+    table = table.append_column("trained", pa.array([True] * COUNT))
+    _write(staging / "items.arrow", table)
+    Vocabulary.build([item["item_id"] for item in world]).save(staging / "vocabulary.arrow")
+    np.save(staging / "vectors.npy", space)
+    index = faiss.IndexFlatIP(DIM)
+    index.add(space)
+    (staging / "index.faiss").write_bytes(faiss.serialize_index(index).tobytes())
+    popular = {
+        "segment": pa.array([""] * COUNT),
+        "row": pa.array(np.arange(COUNT, dtype=np.int32)),
+        "score": pa.array(popularity),
+    }
+    _write(staging / "popular.arrow", pa.table(popular))
+    lengths = np.linalg.norm(space, axis=1, keepdims=True)
+    cosines = (space / lengths) @ (space / lengths).T
+    np.fill_diagonal(cosines, -1)
+    near = np.argsort(-cosines, axis=1)[:, :5].astype(np.int32)
+    np.save(staging / "neighbors.npy", near)
+    np.save(staging / "neighbor_scores.npy", np.take_along_axis(cosines, near.astype(np.int64), 1).astype(np.float32))
+    words = [text_tokens(item_text(item)) for item in world]
+    np.save(staging / "token_offsets.npy", np.cumsum([0, *map(len, words)]).astype(np.int64))
+    np.save(staging / "tokens.npy", np.concatenate(words))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _models(staging: Path) -> None:
+    floats, whole = TensorProto.FLOAT, TensorProto.INT64
+    people = [
+        helper.make_node("ReduceSum", ["vectors", "one"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["lengths"], ["count"], to=floats),
+        helper.make_node("Unsqueeze", ["count", "one"], ["column"]),
+        helper.make_node("Div", ["sum", "column"], ["user"]),
+    ]
+    inputs = {"vectors": (floats, ["b", "l", DIM]), "types": (whole, ["b", "l"]), "lengths": (whole, ["b"])}
+    _save(staging / "user_encoder.onnx", people, inputs, ("user", ["b", DIM]), {"one": np.array([1])})
+
+    lookup = [
+        helper.make_node("Gather", ["table", "categories"], ["each"]),
+        helper.make_node("ReduceSum", ["each", "one"], ["item"], keepdims=0),
+    ]
+    inputs = {
+        "tokens": (whole, ["b", "t"]),
+        "categories": (whole, ["b", "c"]),
+        "creators": (whole, ["b"]),
+        "prices": (floats, ["b"]),
+    }
+    named = {"table": _table(token_buckets(item_keys(list(GENRES)), BUCKETS)), "one": np.array([1])}
+    _save(staging / "item_encoder.onnx", lookup, inputs, ("item", ["b", DIM]), named)
+
+    ask = [
+        helper.make_node("Gather", ["table", "tokens"], ["each"]),
+        helper.make_node("ReduceSum", ["each", "one"], ["query"], keepdims=0),
+    ]
+    named = {"table": _table(token_buckets(text_tokens(" ".join(GENRES)), BUCKETS)), "one": np.array([1])}
+    _save(staging / "query_encoder.onnx", ask, {"tokens": (whole, ["b", "t"])}, ("query", ["b", DIM]), named)
+
+    weights = np.zeros((len(RANKER_FEATURES), 2), np.float32)
+    weights[RANKER_FEATURES.names.index("category_affinity")] = (1.0, 2.0)
+    judge = [
+        helper.make_node("MatMul", ["features", "weights"], ["raw"]),
+        helper.make_node("Add", ["raw", "bias"], ["logits"]),
+    ]
+    inputs = {
+        "user": (floats, [1, DIM]),
+        "items": (floats, ["n", DIM]),
+        "features": (floats, ["n", len(RANKER_FEATURES)]),
+    }
+    named = {"weights": weights, "bias": np.array([-1, -2], np.float32)}
+    _save(staging / "ranker.onnx", judge, inputs, ("logits", ["n", 2]), named)
+
+
+def _table(buckets: np.ndarray) -> np.ndarray:
+    table = np.zeros((BUCKETS + 1, DIM), np.float32)
+    for genre, bucket in zip(GENRES, buckets.tolist(), strict=True):
+        table[bucket] = direction(genre)
+    return table
+
+
+def _save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, tuple[int, list[Any]]],
+    output: tuple[str, list[Any]],
+    constants: dict[str, np.ndarray],
+) -> None:
+    graph = helper.make_graph(
+        nodes,
+        path.stem,
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info(output[0], TensorProto.FLOAT, output[1])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
