@@ -204,9 +204,10 @@ def _movielens_published(source: Path | None, progress: Progress) -> _MovieLens:
     else:
         raw = _unzip(_download(progress) if source is None else source.read_bytes(), source, names)
     ratings, movies, people = (_dat(b, c) for b, c in zip(raw, (_RATING, _MOVIE, _PERSON), strict=True))
-    titles = pc.extract_regex(movies["title"], r"^(?P<title>.*?) ?\((?P<year>\d{4})\)$").combine_chunks()
-    movies = movies.set_column(1, "title", pc.coalesce(titles.field("title"), movies["title"].combine_chunks()))
-    movies = movies.append_column("year", titles.field("year"))
+    given = movies["title"].combine_chunks()
+    parts = pc.extract_regex(given, r"^(?P<title>.*?) ?\((?P<year>\d{4})\)$")
+    title, year = pc.struct_field(parts, "title"), pc.struct_field(parts, "year")
+    movies = movies.set_column(1, "title", pc.coalesce(title, given)).append_column("year", year)
     jobs = _named(people["occupation"], [str(code) for code in range(len(_OCCUPATIONS))], _OCCUPATIONS)
     return _MovieLens(ratings, movies, people.set_column(3, "occupation", jobs), names)
 
