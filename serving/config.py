@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from serving.errors import ConfigError
@@ -92,6 +92,14 @@ class ServeConfig(BaseSettings):
             first = error.errors()[0]
             raise ConfigError(f"{'.'.join(map(str, first['loc'])) or 'configuration'}: {first['msg']}") from None
 
+    @field_validator("listen")
+    @classmethod
+    def _check_address(cls, listen: str) -> str:
+        host, _, port = listen.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError("expected HOST:PORT with a port of 0 to 65535")
+        return listen
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.tls_certificate) != bool(self.tls_key):
@@ -120,9 +128,19 @@ class ServeConfig(BaseSettings):
         return self.workers or len(os.sched_getaffinity(0))
 
     def secret(self) -> str:
-        """The token, from the setting or its file; empty where calls need none."""
+        """The token, from the setting or its file; empty where calls need none.
+
+        Raises:
+            ConfigError: The file cannot be read, or is empty.
+        """
         if self.token_file:
-            return self.token_file.read_text(encoding="utf-8").strip()
+            try:
+                secret = self.token_file.read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise ConfigError(f"token_file: cannot read {self.token_file} ({error.strerror})") from None
+            if not secret:
+                raise ConfigError(f"token_file: {self.token_file} is empty; put the token in it")
+            return secret
         return self.token.get_secret_value() if self.token else ""
 
     def printable(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
     from prometheus_client.core import Metric
 
 BUCKETS = 256
@@ -139,10 +141,10 @@ def _cumulative(cells: list[int]) -> list[tuple[str, float]]:
     return [*buckets, ("+Inf", reached)]
 
 
-def expose(telemetry: Telemetry, port: int, host: str = "127.0.0.1") -> None:
-    """Serves the numbers for Prometheus on a port of its own, in a daemon thread."""
+def expose(telemetry: Telemetry, port: int, host: str = "127.0.0.1") -> WSGIServer:
+    """Serves the numbers for Prometheus on a port of its own, in a daemon thread; returns the server."""
     from prometheus_client import CollectorRegistry, start_http_server
 
     registry = CollectorRegistry()
     registry.register(_Collector(telemetry))
-    start_http_server(port, addr=host, registry=registry)
+    return start_http_server(port, addr=host, registry=registry)[0]

@@ -1,0 +1,85 @@
+"""Settings: where they come from, which wins, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.config import ServeConfig
+from serving.errors import ConfigError
+
+
+def load(**settings) -> ServeConfig:
+    return ServeConfig.load(**{"bundle": "b", **settings})
+
+
+def test_the_command_line_wins_over_the_environment_over_the_file_over_the_default(tmp_path, monkeypatch):
+    file = tmp_path / "serve.yaml"
+    file.write_text("threads: 2\nworkers: 2\npartitions: 2\n")
+    monkeypatch.setenv("PENCHANT_THREADS", "3")
+    monkeypatch.setenv("PENCHANT_WORKERS", "3")
+    found = ServeConfig.load(file, bundle="b", threads=4, workers=None)
+    assert (found.threads, found.workers, found.partitions, found.port) == (4, 3, 2, 50051)
+
+
+def test_an_unknown_setting_names_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'workers'"):
+        load(worker=3)
+    file = tmp_path / "serve.yaml"
+    file.write_text("holdout_shar: 0.5\n")
+    with pytest.raises(ConfigError, match="did you mean 'holdout_share'"):
+        ServeConfig.load(file, bundle="b")
+
+
+def test_a_near_miss_in_the_environment_is_refused_and_what_is_not_ours_is_left(monkeypatch):
+    monkeypatch.setenv("PENCHANT_DATA", "/data")
+    load()
+    monkeypatch.setenv("PENCHANT_WORKRES", "3")
+    with pytest.raises(ConfigError, match="PENCHANT_WORKRES; did you mean 'workers'"):
+        load()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"threads": 0},
+        {"holdout_share": 1.5},
+        {"device": "tpu"},
+        {"redis": 5},
+        {"listen": "nowhere"},
+        {"listen": "h:99999"},
+    ],
+)
+def test_a_value_that_cannot_be_names_its_setting(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        load(**settings)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "10.0.0.1:1", "example.org:1", "*:1"])
+def test_an_address_beyond_this_machine_needs_protection(listen, tmp_path):
+    with pytest.raises(ConfigError, match="loopback"):
+        load(listen=listen)
+    with pytest.raises(ConfigError, match="loopback"):
+        load(listen=listen, tls_certificate="c", tls_key="k")
+    assert load(listen=listen, insecure=True).insecure
+    assert load(listen=listen, tls_certificate="c", tls_key="k", token="t").port
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:50051", "[::1]:50051", "127.8.9.1:1"])
+def test_this_machine_is_open(listen):
+    assert load(listen=listen).port >= 0
+
+
+def test_half_a_key_pair_is_refused():
+    with pytest.raises(ConfigError, match="belong together"):
+        load(tls_certificate="c")
+
+
+def test_the_token_comes_from_its_file_and_is_never_printed(tmp_path):
+    file = tmp_path / "token"
+    file.write_text("secret-in-file\n")
+    assert load(token_file=file).secret() == "secret-in-file"
+    config = load(token="secret-in-hand")
+    assert config.secret() == "secret-in-hand"
+    assert "secret" not in f"{config.printable()}{config!r}"
+    with pytest.raises(ConfigError, match="token_file"):
+        load(token_file=tmp_path / "none").secret()

@@ -1,0 +1,34 @@
+"""The holdout: a fair, steady draw by hash."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.experiments import Assignment, Holdout
+
+
+def test_nobody_is_held_out_by_default():
+    arms = {Holdout(0.0, "s").assign(f"u:{person}").arm for person in range(1000)}
+    assert arms == {"treatment"}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_the_share_is_met(share):
+    held = sum(Holdout(share, "s").assign(f"u:{person}").holdout for person in range(20_000))
+    assert abs(held / 20_000 - share) < 0.01
+
+
+def test_the_draw_is_steady_and_the_salt_draws_anew():
+    assert Holdout(0.5, "s").assign("u:ann") == Holdout(0.5, "s").assign("u:ann") == Assignment("holdout", True, 3020)
+    first = [Holdout(0.5, "s").assign(f"u:{person}").holdout for person in range(1000)]
+    second = [Holdout(0.5, "t").assign(f"u:{person}").holdout for person in range(1000)]
+    assert 400 < sum(a != b for a, b in zip(first, second, strict=True)) < 600
+
+
+def test_who_was_held_out_stays_so_when_the_share_grows():
+    for person in range(1000):
+        assert Holdout(0.1, "s").assign(f"u:{person}").holdout <= Holdout(0.2, "s").assign(f"u:{person}").holdout
+
+
+def test_nobody_named_is_in_no_arm():
+    assert Holdout(1.0, "s").assign("") == Assignment("", False, 0)
