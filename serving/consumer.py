@@ -8,7 +8,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from serving.errors import EventLogUnavailable
-from serving.events import Entry, EventLog, log_id, stream_id
+from serving.events import Entry, EventLog, stream_id
 from serving.redis_client import Call, command, run_all, serving_error
 from serving.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
 
@@ -43,11 +43,12 @@ class Consumer:
         self._log.open()
         self._run([Call(LOG_JOIN, (keys.events,), (self._group,)) for keys in self._log.keys])
 
-    def claim(self, pending: Sequence[bool], count: int = 500) -> list[list[Entry] | None]:
+    def claim(self, after: Sequence[int | None], count: int = 500) -> list[list[Entry] | None]:
         """Takes or keeps every partition that is free or ours and reads on, in one round trip.
 
         Args:
-            pending: Per partition, whether to read again what was delivered and not acknowledged, instead of news.
+            after: Per partition, None for news, or the log id after which to read again what was delivered and not
+                acknowledged; who gets a partition begins there with 0.
             count: Most entries per partition.
 
         Returns:
@@ -60,31 +61,23 @@ class Consumer:
             Call(
                 LOG_CLAIM,
                 (keys.events, lease),
-                (self._owner, self._lease_ms, self._group, count, "0" if again else ">"),
+                (self._owner, self._lease_ms, self._group, count, ">" if start is None else stream_id(start)),
             )
-            for keys, lease, again in zip(self._log.keys, self._leases, pending, strict=True)
+            for keys, lease, start in zip(self._log.keys, self._leases, after, strict=True)
         ]
         replies = self._run(calls)
         return [None if reply is None else [_entry(*found) for found in reply] for reply in replies]
 
-    def acknowledge(self, partition: int, entries: Sequence[Entry]) -> None:
+    def acknowledge(self, partition: int, log_ids: Sequence[int]) -> None:
         """Says that entries need not be delivered again.
 
         Raises:
             EventLogUnavailable: Redis does not answer; they are delivered again.
         """
-        if entries:
-            names = [stream_id(entry.log_id) for entry in entries]
+        if log_ids:
+            names = map(stream_id, log_ids)
             with self._log.breaker:
                 command(self._log.client, "XACK", self._log.keys[partition].events, self._group, *names)
-
-    def position(self, partition: int) -> int:
-        """Log id of the last entry delivered, pending ones included.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer.
-        """
-        return log_id(self._groups(partition)["last-delivered-id"])
 
     def lag(self) -> list[int]:
         """Number of entries per partition that are not acknowledged yet.
@@ -92,8 +85,14 @@ class Consumer:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        groups = map(self._groups, range(self._log.partitions))
-        return [int(group["pending"]) + int(group["lag"] or 0) for group in groups]
+        lags = []
+        for keys in self._log.keys:
+            with self._log.breaker:
+                groups = self._log.client.xinfo_groups(keys.events)
+            lags += [
+                group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == self._group.encode()
+            ]
+        return lags
 
     def release(self) -> None:
         """Gives up every partition, so that the next owner need not wait for the leases to run out.
@@ -107,14 +106,11 @@ class Consumer:
         with self._log.breaker:
             replies = run_all(self._log.client, calls)
         for reply in replies:
+            if isinstance(reply, ResponseError) and str(reply).startswith("NOGROUP"):
+                raise EventLogUnavailable("this log is a new one; open it again")
             if isinstance(reply, ResponseError):
                 raise serving_error(reply, EventLogUnavailable) from reply
         return replies
-
-    def _groups(self, partition: int) -> dict[str, bytes]:
-        with self._log.breaker:
-            groups = self._log.client.xinfo_groups(self._log.keys[partition].events)
-        return next(group for group in groups if group["name"] == self._group.encode())
 
 
 def _entry(name: bytes, words: Sequence[bytes] | None) -> Entry:

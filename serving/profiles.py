@@ -149,15 +149,16 @@ class ProfileStore:
             replies = run_all(self._client, [self._application(subject, entries) for subject, entries in batch])
         return [self._refusal(reply) if isinstance(reply, ResponseError) else Applied(*reply) for reply in replies]
 
-    def compact(self, subject: str, up_to: int) -> int:
+    def compact(self, subject: str, up_to: int, at_least: int = 1) -> int:
         """Folds the entries of a tail with log ids up to `up_to` into the state; only the projector may call it.
 
         Args:
             subject: The person.
             up_to: Every event of the person's partition up to here has been applied: none may come late.
+            at_least: Number of entries below which it is not worth it.
 
         Returns:
-            The number folded; 0 also where others kept changing the profile meanwhile.
+            The number folded; 0 where there are too few, or others kept changing the profile.
 
         Raises:
             ProfileStoreUnavailable: Redis does not answer.
@@ -169,7 +170,7 @@ class ProfileStore:
                 return 0
             stored = split(blob)
             due = stored.tail[stored.tail["log_id"] <= up_to]
-            if not due.size:
+            if due.size < at_least:
                 return 0
             folded = fold(stored.state, due["record"], int(due["log_id"][-1]))
             state = encode_state(folded)

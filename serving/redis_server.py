@@ -96,10 +96,10 @@ class RedisServer:
         return f"unix://{self._socket}"
 
     @property
-    def pid(self) -> int:
-        """Its process id, 0 while it does not run."""
+    def pid(self) -> int | None:
+        """Its process id, None while it does not run."""
         process = self._process
-        return process.pid if process and process.poll() is None else 0
+        return process.pid if process and process.poll() is None else None
 
     def start(self, timeout_s: float = 60.0) -> Self:
         """Starts the server, unless it was, and waits until it has read its data and answers.

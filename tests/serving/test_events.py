@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
 import numpy as np
@@ -17,6 +15,7 @@ from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition,
 from serving.events import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
 from serving.redis_client import connect, partition_of
 from serving.redis_server import RedisServer
+from tests.serving.faults import frozen, insist, kill
 
 OPAQUE = st.text(min_size=1, max_size=20) | st.sampled_from(
     ["\0", "*", "{}", "a:b", "a:", ":b", "b", "\r\n", "😀" * 30]
@@ -164,9 +163,9 @@ def test_a_filling_log_refuses_impressions_then_events_and_still_erases(tmp_path
         assert log.erase("u:1").events == 1 + events
         reader = Consumer(log, "readers", "a")
         reader.open()
-        [entries] = reader.claim([False])
+        [entries] = reader.claim([None])
         assert [entry.erased != b"" for entry in entries] == [True]
-        reader.acknowledge(0, entries)
+        reader.acknowledge(0, [entry.log_id for entry in entries])
         log.trim(0)
         reader.release()
 
@@ -194,15 +193,9 @@ def test_nothing_acknowledged_is_lost_or_doubled_by_kills(tmp_path):
         batches = [[event(10 * batch + n, f"u:{n}") for n in range(10)] for batch in range(60)]
         for number, batch in enumerate(batches):
             if number % 12 == 6:
-                os.kill(server.pid, signal.SIGKILL)
-            deadline = time.monotonic() + 10
-            while True:
-                try:
-                    acknowledged |= {e.event_id: a.log_id for e, a in zip(batch, log.append(batch), strict=True)}
-                    break
-                except EventLogUnavailable:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
+                kill(server)
+            appended = insist(lambda batch=batch: log.append(batch))
+            acknowledged |= {e.event_id: a.log_id for e, a in zip(batch, appended, strict=True)}
         assert server.restarts >= 4
         found = [(entry.event_id, entry.log_id) for entry in everything(log)]
     assert len(found) == 600
@@ -213,65 +206,65 @@ def test_a_frozen_log_costs_one_timeout(tmp_path):
     with RedisServer(tmp_path, "events") as server, connect(server.url, 0.1) as client:
         log = EventLog(client, 4)
         log.append([event(1)])
-        os.kill(server.pid, signal.SIGSTOP)
-        try:
+        with frozen(server):
             start = time.monotonic()
             for _ in range(50):
                 with pytest.raises(EventLogUnavailable):
                     log.append([event(2)])
             assert time.monotonic() - start < 1.5
-        finally:
-            os.kill(server.pid, signal.SIGCONT)
 
 
-def test_one_owner_per_partition_and_pending_goes_to_the_next(log, events_redis):
+NEWS, PENDING = None, 0
+
+
+def ids(entries) -> list[int]:
+    return [entry.log_id for entry in entries]
+
+
+def test_one_owner_per_partition_and_pending_goes_to_the_next(log):
     first, second = (Consumer(log, "readers", owner, lease_ms=60_000) for owner in ("a", "b"))
     first.open()
     second.open()
     log.append([event(number, f"u:{number}") for number in range(40)])
-    read = first.claim([False] * 4)
+    read = first.claim([NEWS] * 4)
     assert sum(map(len, read)) == 40
-    assert second.claim([True] * 4) == [None] * 4
+    assert second.claim([PENDING] * 4) == [None] * 4
     assert sum(first.lag()) == 40
-    first.acknowledge(0, read[0])
-    log.erase(next(entry.subject for entry in read[1]))
+    first.acknowledge(0, ids(read[0]))
+    log.erase(read[1][3].subject)
     first.release()
-    left = second.claim([True] * 4)
-    assert [len(entries) for entries in left] == [0, *(len(entries) for entries in read[1:])]
-    assert sum(not entry.subject for entry in left[1]) == 1  # deleted while it was pending
-    assert first.claim([False] * 4) == [None] * 4
-    assert second.position(2) == read[2][-1].log_id
+    left = second.claim([PENDING] * 4)
+    assert list(map(ids, left)) == [[], *map(ids, read[1:])]
+    assert [place for place, entry in enumerate(left[1]) if not entry.subject] == [3]  # deleted while it was pending
+    assert ids(second.claim([NEWS, NEWS, ids(read[2])[1], NEWS], count=2)[2]) == ids(read[2])[2:4]
+    assert first.claim([NEWS] * 4) == [None] * 4
     for partition, entries in enumerate(left):
-        second.acknowledge(partition, entries)
-    assert [len(entries) for entries in second.claim([False] * 4)] == [0, 1, 0, 0]  # the mark of the erasure
+        second.acknowledge(partition, ids(entries))
+    assert sum(second.lag()) == 1  # the mark of the erasure, read by the claim of two
+    assert second.claim([NEWS] * 4) == [[]] * 4
 
 
 def test_a_lease_runs_out(log):
     first, second = (Consumer(log, "readers", owner, lease_ms=50) for owner in ("a", "b"))
     first.open()
-    assert first.claim([False] * 4) == [[]] * 4
-    assert second.claim([False] * 4) == [None] * 4
+    assert first.claim([NEWS] * 4) == [[]] * 4
+    assert second.claim([NEWS] * 4) == [None] * 4
     time.sleep(0.1)
-    assert second.claim([False] * 4) == [[]] * 4
+    assert second.claim([NEWS] * 4) == [[]] * 4
 
 
 def test_trimming_waits_for_the_slowest_reader(events_redis):
     log = EventLog(events_redis, 1, retention_ms=0)
     reader = Consumer(log, "readers", "a")
     reader.open()
-    log.append([event(number) for number in range(10)])
+    appended = [one.log_id for number in range(10) for one in (time.sleep(0.002), *log.append([event(number)]))[1:]]
     time.sleep(1.1)  # the server tells its time in seconds
     assert log.trim(0) == 0
-    [entries] = reader.claim([False], count=6)
-    reader.acknowledge(0, entries)
-    later = log.append([event(11)])
-    reader.claim([False])
-    log.trim(0)
-    assert [entry.log_id for entry in log.read(0)][-1] == later[0].log_id
-    assert len(log.read(0)) >= 5
-    reader.acknowledge(0, reader.claim([True])[0])
-    time.sleep(1.1)
-    log.append([event(12)])
-    reader.acknowledge(0, reader.claim([False])[0])
-    log.trim(0)
-    assert len(log.read(0)) == 1
+    [entries] = reader.claim([NEWS], count=6)
+    reader.acknowledge(0, ids(entries)[:4])
+    assert log.trim(0) == 4
+    reader.acknowledge(0, ids(entries))
+    assert log.trim(0) == 1  # the last one delivered stays
+    assert ids(log.read(0)) == appended[5:]
+    assert log.append([event(11)])[0].error is None
+    assert log.erase("u:1").events == 6

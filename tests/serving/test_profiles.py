@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import socket
 import threading
 import time
@@ -22,6 +20,7 @@ from serving.profiles import Applied, Loaded, ProfileStore, TailFull
 from serving.redis_client import connect
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry
+from tests.serving.faults import frozen, insist, kill
 
 NOW = 1_700_000_000_000 << 20  # a log id of November 2023
 OPAQUE = st.text(min_size=1, max_size=20) | st.sampled_from(
@@ -292,32 +291,19 @@ def test_a_restarted_redis_still_has_what_was_applied(tmp_path):
         store = ProfileStore(client, cooldown_s=0.2)
         store.apply("u:1", entries(range(5)))
         run_id = store.run_id()
-        os.kill(server.pid, signal.SIGKILL)
+        kill(server)
         with pytest.raises(ProfileStoreUnavailable):  # noqa: PT012 - the kill takes a moment to strike
             while True:
                 store.read("u:2")
-        assert items(wait_for(lambda: store.read("u:1"), 5)) == [0, 1, 2, 3, 4]
+        assert items(insist(lambda: store.read("u:1"))) == [0, 1, 2, 3, 4]
         assert store.run_id() != run_id
-
-
-def wait_for(work, seconds: float):
-    """Repeats `work` until Redis is back; raises its last error after the time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return work()
-        except ProfileStoreUnavailable:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.01)
 
 
 def test_a_frozen_redis_costs_one_timeout_and_is_forgiven_soon(tmp_path):
     with RedisServer(tmp_path, "profiles") as server, connect(server.url, 0.1) as client:
         store = ProfileStore(client, cooldown_s=0.3)
         store.apply("u:1", entries([1]))
-        os.kill(server.pid, signal.SIGSTOP)
-        try:
+        with frozen(server):
             times = []
             for _ in range(50):
                 start = time.monotonic()
@@ -325,12 +311,10 @@ def test_a_frozen_redis_costs_one_timeout_and_is_forgiven_soon(tmp_path):
                     store.read("u:1")
                 times.append(time.monotonic() - start)
             assert failure.value.retry_after_ms > 0
-        finally:
-            os.kill(server.pid, signal.SIGCONT)
         assert max(times) < 1.0
         assert sorted(times)[25] < 0.05  # all but the first find the breaker open
         start = time.monotonic()
-        assert items(wait_for(lambda: store.read("u:1"), 5)) == [1]
+        assert items(insist(lambda: store.read("u:1"))) == [1]
         assert time.monotonic() - start < 2
 
 

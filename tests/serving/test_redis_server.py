@@ -28,17 +28,9 @@ from serving.redis_client import (
     serving_error,
 )
 from serving.redis_server import RedisServer, find_binary
+from tests.serving.faults import kill, wait_until
 
 ROOT = Path(__file__).parents[2]
-
-
-def eventually(condition, seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def lives(pid: int) -> bool:
@@ -68,16 +60,16 @@ def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync
         assert (tmp_path / role / "redis.sock").stat().st_mode & 0o077 == 0
         require_safe(client, role)
         assert os.getpgid(server.pid) == server.pid
-    assert server.pid == 0
+    assert server.pid is None
 
 
 def test_killed_it_comes_back_with_its_data(tmp_path):
     with RedisServer(tmp_path, "events") as server, connect(server.url, 1) as client:
         for number in range(3):
             client.set(f"key:{number}", number)
-            os.kill(server.pid, signal.SIGKILL)
-            assert eventually(lambda number=number: server.restarts == number + 1)
-            assert eventually(lambda number=number: answer(client, f"key:{number}") == b"%d" % number)
+            kill(server)
+            wait_until(lambda number=number: server.restarts == number + 1)
+            wait_until(lambda number=number: answer(client, f"key:{number}") == b"%d" % number)
 
 
 def test_it_can_be_stopped_twice_and_started_again(tmp_path):
@@ -104,7 +96,7 @@ def test_it_survives_the_thread_that_started_it(tmp_path):
     thread = threading.Thread(target=server.start)
     thread.start()
     thread.join()
-    time.sleep(0.2)
+    time.sleep(0.2)  # in which it would die
     with connect(server.url, 1) as client:
         assert client.ping()
     assert server.restarts == 0
@@ -150,7 +142,7 @@ def test_one_that_cannot_start_says_why(tmp_path):
     server = RedisServer(tmp_path, "events")
     with pytest.raises(ConfigError, match=r"does not come up: .*manifest"):
         server.start()
-    assert server.pid == 0
+    assert server.pid is None
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another state directory"):
         RedisServer(tmp_path / "file", "events").start()

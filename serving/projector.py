@@ -1,0 +1,234 @@
+"""From the log to the profiles: applies what `Ingest` could not, and folds tails that have grown long.
+
+The log is the truth and applying is idempotent, so the projector simply applies every event again. Profiles are synced
+to disk once a second, so a crash of their Redis may take its last moments along. Therefore an event is acknowledged,
+and may be folded, only some seconds after it was applied; whatever restarts, the events of those seconds are applied
+again first. That everything up to an acknowledged event is applied and on disk is what makes folding safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from features.errors import ProfileCorrupt
+from features.profile import RECORD, verify
+from serving.consumer import Consumer
+from serving.errors import ResourceExhausted, ServingError, Unavailable
+from serving.events import Entry, EventLog
+from serving.profiles import Applied, ProfileStore, TailFull
+from serving.redis_client import connect
+from serving.telemetry import Telemetry
+
+GROUP = "profiles"
+COMPACT_AFTER = 64
+"""Entries in a tail above which it is folded."""
+
+SETTLE_S = 5.0
+"""Time after which an applied event is surely on disk: Redis syncs every second and is at most two seconds late."""
+
+_IDLE_S = 0.1
+_RETRY_S = 0.5
+_TRIM_S = 60.0
+_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class _Batch(NamedTuple):
+    """Entries of one partition that were applied, and whose tails grew long by it."""
+
+    applied_at: float
+    partition: int
+    log_ids: list[int]
+    long: list[str]
+
+
+class Projector:
+    """Projects the partitions it can get; run as many as you like, each partition has one owner at a time."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        profiles: ProfileStore,
+        *,
+        compact_after: int = COMPACT_AFTER,
+        settle_s: float = SETTLE_S,
+        lease_ms: int = 10_000,
+        batch: int = 500,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        """Says what to project; `run` does it.
+
+        Args:
+            log: Where events come from.
+            profiles: Where they go.
+            compact_after: Entries in a tail above which it is folded.
+            settle_s: Time after which an applied event counts as being on disk.
+            lease_ms: How long a partition stays with a projector that is gone.
+            batch: Most events per partition and step.
+            telemetry: Counts `events_projected`, `events_damaged` and `profiles_compacted`.
+        """
+        self._log = log
+        self._profiles = profiles
+        self._consumer = Consumer(log, GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
+        self._compact_after = compact_after
+        self._settle_s = settle_s
+        self._batch = batch
+        self._telemetry = telemetry or Telemetry()
+        self._run_id = ""
+        self._trimmed = 0.0
+        self._settling: deque[_Batch] = deque()
+        self._after: list[int | None] = []
+        self._start_over()
+
+    def open(self) -> None:
+        """Joins the consumer group.
+
+        Raises:
+            EventLogUnavailable: The events Redis does not answer.
+            ConfigError: The log has another number of partitions.
+        """
+        self._consumer.open()
+
+    def step(self) -> int:
+        """Applies the next batch of every partition it owns and settles old ones; returns the number of entries seen.
+
+        Raises:
+            Unavailable: A Redis does not answer; nothing is lost, step again later.
+            ResourceExhausted: The profiles Redis is full, or a person's tail; step again later.
+        """
+        try:
+            run_id = self._profiles.run_id()
+            if run_id != self._run_id:
+                self._start_over()
+                self._run_id = run_id
+            self._settle()
+            return self._advance()
+        except ServingError:
+            self._start_over()
+            raise
+
+    def run(self, stop: threading.Event) -> None:
+        """Steps until `stop` is set, then gives up its partitions; a Redis that is away is waited for."""
+        while not stop.is_set():
+            try:
+                self.open()
+                while not stop.is_set():
+                    if not self.step():
+                        self._trim()
+                        stop.wait(_IDLE_S)
+            except (Unavailable, ResourceExhausted) as error:
+                _log.warning("the projector waits: %s", error)
+                stop.wait(_RETRY_S)
+        self.close()
+
+    def close(self) -> None:
+        """Gives up its partitions; where that cannot be said, their leases run out."""
+        try:
+            self._consumer.release()
+        except Unavailable as error:
+            _log.warning("the leases of the projector run out by themselves: %s", error)
+
+    def lag(self) -> list[int]:
+        """Number of events per partition that are not acknowledged yet, those of the last seconds included.
+
+        Raises:
+            EventLogUnavailable: The events Redis does not answer.
+        """
+        return self._consumer.lag()
+
+    def _start_over(self) -> None:
+        """Forgets how far it was: everything that is not acknowledged will be applied again."""
+        self._settling.clear()
+        self._after = [0] * self._log.partitions
+
+    def _settle(self) -> None:
+        """Acknowledges what was applied long enough ago, and folds the long tails of it."""
+        now = time.monotonic()
+        while self._settling and now - self._settling[0].applied_at >= self._settle_s:
+            batch = self._settling.popleft()
+            for subject in batch.long:
+                self._compact(subject, batch.log_ids[-1], self._compact_after // 2)
+            self._consumer.acknowledge(batch.partition, batch.log_ids)
+
+    def _advance(self) -> int:
+        seen = 0
+        for partition, entries in enumerate(self._consumer.claim(self._after, self._batch)):
+            if entries is None:
+                self._after[partition] = 0
+            elif entries:
+                long = self._apply(entries)
+                log_ids = [entry.log_id for entry in entries]
+                self._settling.append(_Batch(time.monotonic(), partition, log_ids, long))
+                if self._after[partition] is not None:
+                    self._after[partition] = log_ids[-1]
+                seen += len(entries)
+            else:
+                self._after[partition] = None
+        return seen
+
+    def _apply(self, entries: Sequence[Entry]) -> list[str]:
+        """Applies a batch of one partition; returns whose tails are long."""
+        grouped: dict[str, list[tuple[int, bytes]]] = {}
+        for entry in self._sound(entries):
+            grouped.setdefault(entry.subject, []).append((entry.log_id, entry.record))
+        batch = list(grouped.items())
+        long = []
+        for (subject, own), reply in zip(batch, self._profiles.apply_many(batch), strict=True):
+            if isinstance(reply, TailFull):
+                # No time to wait for the disk: this tail takes no more before it is folded.
+                self._compact(subject, own[0][0] - 1)
+                reply = self._profiles.apply(subject, own)
+            if isinstance(reply, Applied):
+                self._telemetry.count("events_projected", reply.inserted)
+                if reply.tail > self._compact_after:
+                    long.append(subject)
+            elif not isinstance(reply, ProfileCorrupt):  # which is counted; a rebuild mends it
+                raise reply
+        return long
+
+    def _sound(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries that are events, less those whose record was damaged."""
+        events = [entry for entry in entries if len(entry.record) == RECORD.itemsize]
+        intact = verify(np.frombuffer(b"".join(entry.record for entry in events), RECORD))
+        self._telemetry.count("events_damaged", int(np.count_nonzero(~intact)))
+        return [entry for entry, sound in zip(events, intact, strict=True) if sound]
+
+    def _compact(self, subject: str, up_to: int, at_least: int = 1) -> None:
+        try:
+            if self._profiles.compact(subject, up_to, at_least):
+                self._telemetry.count("profiles_compacted")
+        except ProfileCorrupt as error:
+            _log.error("%s", error)
+
+    def _trim(self) -> None:
+        if time.monotonic() - self._trimmed < _TRIM_S:
+            return
+        self._trimmed = time.monotonic()
+        for partition, after in enumerate(self._after):
+            if after is None:
+                self._log.trim(partition)
+
+
+def run(redis_url: str, events_redis_url: str, partitions: int = 16, stop: threading.Event | None = None) -> int:
+    """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
+
+    Raises:
+        ConfigError: A URL is wrong, or the log has another number of partitions.
+    """
+    stop = stop or threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
+        Projector(EventLog(events, partitions), ProfileStore(profiles, partitions)).run(stop)
+    return 0
