@@ -53,16 +53,18 @@ def is_present(column: pa.ChunkedArray[Any]) -> bool:
 
 def select(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
     """The rows in the order given; columns without values cost nothing."""
-    index = pa.array(rows)
+    index: Array = pa.array(rows)
     columns = [c.take(index) if is_present(c) else c.slice(0, len(rows)) for c in table.itercolumns()]
     return pa.table(columns, schema=table.schema)
 
 
-def nulls(length: int, dtype: pa.DataType) -> pa.ChunkedArray[Any]:
+def nulls(length: int, dtype: Any) -> pa.ChunkedArray[Any]:
     """A column of NULLs whose chunks share one small piece of memory."""
-    block = pa.nulls(min(length, 1 << 16), dtype)
+    block: Array = pa.nulls(min(length, 1 << 16), dtype)
     whole, rest = divmod(length, 1 << 16)
-    return pa.chunked_array([block] * whole + [block.slice(0, rest)] if length else [], type=dtype)
+    chunks = [block] * whole + [block.slice(0, rest)]
+    column: pa.ChunkedArray[Any] = pa.chunked_array(chunks, type=dtype)
+    return column
 
 
 def _filled(column: pa.ChunkedArray[Any]) -> npt.NDArray[Any]:

@@ -235,7 +235,7 @@ def _read_file(file: Path, schema: pa.Schema, required: Required) -> Part:
 def _merge(parts: list[Part], required: Required) -> Loaded:
     table = pa.concat_tables([part.table for part in parts])
     rejected = [one for part in parts for one in part.rejected]
-    if len(required) > 1 or not isinstance(required[0], str):
+    if len(required) != 1 or not isinstance(required[0], str):
         return Loaded(table, rejected)
     ids, which = codes(table[required[0]])
     _, first = np.unique(which, return_index=True)
