@@ -163,11 +163,15 @@ def allowed_count(allowed: _BITMAP, stop: int) -> int:
 
 def _parse(data: bytes) -> Any:
     # No array inside the file can be larger than the file: a wrong length is refused before memory is taken for it.
-    faiss.set_deserialization_vector_byte_limit(max(len(data), 1))
-    faiss.set_deserialization_loop_limit(max(len(data), 1))
+    # FAISS counts four bytes for each. The limits are the process's, so they are put back.
+    limits = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+    faiss.set_deserialization_vector_byte_limit(4 * len(data) + 64)
+    faiss.set_deserialization_loop_limit(len(data) + 64)
     try:
         return faiss.deserialize_index(np.frombuffer(data, np.uint8))
     except RuntimeError as error:
-        raise BundleError(
-            f"index.faiss: FAISS cannot read it ({str(error).splitlines()[0]}); export the run again"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"index.faiss: FAISS cannot read it ({reason}); export the run again") from error
+    finally:
+        faiss.set_deserialization_vector_byte_limit(limits[0])
+        faiss.set_deserialization_loop_limit(limits[1])

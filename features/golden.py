@@ -1,0 +1,65 @@
+"""Golden requests: made-up people whose right answers travel in the bundle.
+
+Export writes them down, serving asks for them again before a bundle may serve. Both send the made-up events down the
+road that real ones take: records, a fold, the stored bytes, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from features.catalog import Catalog
+from features.profile import ENTRY, Profile, Records, decode, empty, encode, fold, make_records
+from features.schema import event_type_keys, item_keys
+
+TOP = 10
+"""Number of best items that a golden answer names."""
+
+
+def profile_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Profile:
+    """What serving would read of a person with these events.
+
+    The older half is folded, the newer half still lies in the tail, in no order.
+
+    Args:
+        events: `item_id`, `event_type`, `timestamp` (ms) and `value` (None where there is none), oldest first.
+        catalog: Where the items' categories and creators are looked up, as at ingest.
+    """
+    records = records_of(events, catalog)
+    half = len(events) // 2
+    tail = np.zeros(len(events) - half, ENTRY)
+    tail["log_id"], tail["record"] = np.arange(half, len(events)) + 1, records[half:]
+    return decode(encode(fold(empty(), records[:half], half)) + tail[::-1].tobytes())
+
+
+def records_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Records:
+    """The records that ingest would write; RECORD [n]."""
+    ids = [event["item_id"] for event in events]
+    rows = catalog.rows(ids)
+    known, columns = rows >= 0, catalog.columns
+    return make_records(
+        item_keys(ids),
+        np.where(known, columns.category[rows], np.uint64(0)),
+        np.where(known, columns.creator[rows], np.uint64(0)),
+        [event["timestamp"] for event in events],
+        [np.nan if event["value"] is None else event["value"] for event in events],
+        event_type_keys([event["event_type"] for event in events]),
+    )
+
+
+def apart(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """How far two answers are apart: the largest difference, relative to the largest number expected where above 1.
+
+    Returns:
+        Infinity where the shapes differ or a number is not finite; 0 for two empty answers.
+    """
+    if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return float("inf")
+    if not found.size:
+        return 0.0
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()
+    return float(difference / max(1.0, np.abs(expected).max()))

@@ -1,0 +1,194 @@
+"""From a run to a bundle: what is inside, the gates one by one, and that a failed gate leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from features.assemble import FEATURES
+from features.bundle import open_bundle
+from features.errors import BundleError, ExportError
+from features.transforms import item_text, text_tokens
+from tests.untrained import CONFIG, untrained_bundle, untrained_run
+from training import export as exporting
+from training import golden
+from training.export import Gates, publish_run
+from training.graphs import Graph
+from training.index_build import build
+
+
+@pytest.fixture(scope="module")
+def run():
+    return untrained_run()
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return open_bundle(untrained_bundle())
+
+
+def table(bundle, name: str) -> pa.Table:
+    return pa.ipc.open_file(bundle.path / name).read_all()
+
+
+def test_the_manifest_says_everything_that_serving_needs(bundle, run):
+    manifest = bundle.manifest
+    assert manifest["feature_set"]["fingerprint"] == FEATURES.fingerprint()
+    assert manifest["data_fingerprint"] == run.result["data_fingerprint"]
+    assert bundle.model["event_types"] == ["like", "purchase", "view_item"]
+    assert bundle.model["actions"] == [{"name": "buy", "event_type": "purchase", "min_value": None}]
+    assert {name: bundle.model[name] for name in ("dim", "max_length", "blend", "seen_types", "repeats")} == {
+        "dim": 16,
+        "max_length": 10,
+        "blend": 0.25,
+        "seen_types": ["purchase"],
+        "repeats": False,
+    }
+    assert all(gate["passed"] for gate in manifest["gates"].values())
+    assert set(manifest["gates"]) == {
+        *(f"parity_{name}" for name in ("user_encoder", "item_encoder", "query_encoder", "ranker")),
+        "index_recall@10",
+        "index_recall@100",
+        "assembly_differences",
+    }
+
+
+def test_the_tables_are_the_runs(bundle, run):
+    items = table(bundle, "items.arrow")
+    assert items["item_id"].to_pylist() == run.items["item_id"].to_pylist()
+    np.testing.assert_array_equal(items["trained"].to_numpy(), run.trained)
+    np.testing.assert_array_equal(np.load(bundle.path / "vectors.npy"), run.item_vectors)
+    np.testing.assert_array_equal(np.load(bundle.path / "neighbors.npy"), run.neighbors)
+    offsets, tokens = (np.load(bundle.path / name) for name in ("token_offsets.npy", "tokens.npy"))
+    for row, item in enumerate(items.to_pylist()):
+        np.testing.assert_array_equal(tokens[offsets[row] : offsets[row + 1]], text_tokens(item_text(item)))
+    popular = table(bundle, "popular.arrow")
+    rows = popular["row"].to_numpy()
+    assert sorted(rows) == list(range(80))
+    recent = run.recent_popularity[rows]
+    assert (np.diff(recent) <= 0).all()
+    ties = np.flatnonzero(np.diff(recent) == 0)
+    assert (run.popularity[rows[ties]] >= run.popularity[rows[ties + 1]]).all()
+
+
+def test_exporting_twice_gives_the_same_bundle(bundle, run):
+    again = publish_run(run, bundle.path)
+    assert again["bundle_id"] == bundle.bundle_id
+    assert [entry.name for entry in bundle.path.parent.iterdir()] == ["bundle"]
+
+
+def test_golden_requests_name_nobody_and_meet_every_length(bundle, run):
+    people = json.loads(bundle.read("golden.json"))["people"]
+    assert {1, 2, CONFIG.max_length, CONFIG.max_length + 7, 276} <= {len(person["events"]) for person in people}
+    types = {event["event_type"] for person in people for event in person["events"]}
+    assert types == {"like", "purchase", "view_item", "golden_unknown"}
+    assert "user-" not in bundle.read("golden.json").decode()
+
+
+def test_golden_best_items_are_the_exactly_best(bundle, run):
+    for person in json.loads(bundle.read("golden.json"))["people"]:
+        scores = run.item_vectors @ np.array(person["vector"], np.float32)
+        assert person["item_ids"] == [f"item-{row}" for row in np.argsort(-scores)[:10]]
+        np.testing.assert_allclose(person["relevance"], np.sort(scores)[::-1][:10], rtol=1e-4)
+
+
+def refused(run, out, match: str) -> None:
+    with pytest.raises(ExportError, match=match):
+        publish_run(run, out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_module_that_onnx_computes_otherwise_is_refused(run, tmp_path, monkeypatch):
+    honest = exporting.to_onnx
+
+    def careless(graph: Graph) -> bytes:
+        module = copy.deepcopy(graph.module)
+        with torch.no_grad():
+            next(module.parameters())[1, 0] += 0.1
+        return honest(dataclasses.replace(graph, module=module))
+
+    monkeypatch.setattr(exporting, "to_onnx", careless)
+    refused(run, tmp_path / "b", r"gate parity_user_encoder: .* above the limit 1e-05; nothing was published")
+
+
+def test_nan_weights_are_refused(run, tmp_path):
+    broken = copy.deepcopy(run.user_encoder)
+    with torch.no_grad():
+        broken.output_norm.weight.fill_(torch.nan)
+    refused(dataclasses.replace(run, user_encoder=broken), tmp_path / "b", "user_encoder: answers NaN")
+
+
+def test_nan_vectors_are_refused(run, tmp_path):
+    vectors = run.item_vectors.copy()
+    vectors[3, 3] = np.nan
+    refused(dataclasses.replace(run, item_vectors=vectors), tmp_path / "b", "NaN")
+
+
+def test_roads_that_part_are_refused(run, tmp_path, monkeypatch):
+    honest = golden.past_of
+
+    def off_by_one(data, person, position, columns):
+        return honest(data, person, max(position - 1, 0), columns)
+
+    monkeypatch.setattr(golden, "past_of", off_by_one)
+    refused(run, tmp_path / "b", r"gate assembly_differences: \d+ is \d+ above the limit 0")
+
+
+def test_another_bundle_is_never_overwritten(bundle, run):
+    with pytest.raises(BundleError, match="another bundle"):
+        publish_run(dataclasses.replace(run, popularity=run.popularity + 1), bundle.path)
+    assert open_bundle(bundle.path).bundle_id == bundle.bundle_id
+    assert [entry.name for entry in bundle.path.parent.iterdir()] == ["bundle"]
+
+
+def test_what_is_no_bundle_is_never_overwritten(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match="no bundle here"):
+        publish_run(run, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_gates_name_value_and_limit():
+    gates = Gates()
+    gates.at_least("recall", 0.99, 0.98)
+    with pytest.raises(ExportError, match=r"gate recall: 0.5 is 0.48 below the limit 0.98"):
+        gates.at_least("recall", 0.5, 0.98)
+    with pytest.raises(ExportError, match="gate parity: nan"):
+        gates.at_most("parity", float("nan"), 1e-5)
+    assert gates.found["recall"] == {"value": 0.5, "limit": 0.98, "passed": False}
+
+
+def clusters(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centers = np.random.default_rng(9).normal(size=(50, 16))
+    return (centers[rng.integers(0, 50, count)] + 0.5 * rng.normal(size=(count, 16))).astype(np.float32)
+
+
+def test_the_index_grows_with_the_catalogue():
+    vectors, queries = clusters(8000, 1), clusters(100, 2)
+    small, large, huge = (
+        build(vectors, queries, 0.95, exact_up_to=limit, quantised_from=quantised)
+        for limit, quantised in ((8000, 10**6), (7999, 10**6), (0, 8000))
+    )
+    assert (small.kind, small.lists, small.recall[10]) == ("Flat", 0, 1.0)
+    assert large.kind == "IVF128,Flat"
+    assert huge.kind == "IVF128,SQ8"
+    assert len(huge.data) < len(large.data) / 2
+    for built in (large, huge):
+        assert min(built.recall.values()) >= 0.95
+        assert 0 < built.probes < built.lists
+        assert faiss.deserialize_index(np.frombuffer(built.data, np.uint8)).nprobe == built.probes
+
+
+def test_what_no_list_can_find_is_searched_exactly():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2000, 64)).astype(np.float32)
+    built = build(vectors, rng.normal(size=(50, 64)).astype(np.float32), 0.9999, exact_up_to=0, quantised_from=0)
+    assert (built.kind, built.recall) == ("Flat", {10: 1.0, 100: 1.0})
