@@ -246,3 +246,47 @@ redis.call('SET', KEYS[3], ARGV[1])
 redis.call('XTRIM', KEYS[2], 'MINID', ARGV[1])
 return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
 """)
+
+# KEYS: version, items, stream; ARGV: length of the stream, then kind, item and payload of each change.
+# Returns the version. What changed stands in the hash, the latest only, one field per item and kind: a put or a delete
+# is the whole truth of an item, an availability adds to it. The stream only names the fields that a version changed.
+CATALOG_PUT = Script.of("""
+local version = redis.call('INCR', KEYS[1])
+local names = {}
+for at = 2, #ARGV, 3 do
+  local item = ':' .. ARGV[at + 1]
+  if ARGV[at] ~= 'availability' then
+    redis.call('HDEL', KEYS[2], 'put' .. item, 'delete' .. item, 'availability' .. item)
+  end
+  redis.call('HSET', KEYS[2], ARGV[at] .. item, string.format('%d-%d:', version, (at - 2) / 3) .. ARGV[at + 2])
+  names[#names + 1] = ARGV[at] .. item
+  names[#names + 1] = ''
+end
+redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[1], version .. '-0', unpack(names))
+return version
+""")
+
+# KEYS: workers; ARGV: worker, version, time in ms after which it is forgotten.
+CATALOG_APPLIED = Script.of("""#!lua flags=allow-oom
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('HSET', KEYS[1], ARGV[1], string.format('%s:%.0f', ARGV[2], now))
+local all = redis.call('HGETALL', KEYS[1])
+for at = 1, #all, 2 do
+  local seen = tonumber(string.match(all[at + 1], ':(%d+)'))
+  if now - seen > tonumber(ARGV[3]) then redis.call('HDEL', KEYS[1], all[at]) end
+end
+return 1
+""")
+
+# KEYS: workers; ARGV: time in ms since its last sign for which a worker counts. Returns the lowest version or false.
+CATALOG_LOWEST = Script.of("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local lowest = false
+for _, said in ipairs(redis.call('HVALS', KEYS[1])) do
+  local version, at = string.match(said, '(%d+):(%d+)')
+  if now - tonumber(at) <= tonumber(ARGV[1]) then lowest = math.min(lowest or tonumber(version), tonumber(version)) end
+end
+return lowest
+""")

@@ -1,0 +1,209 @@
+"""The durable log of catalogue changes: every worker follows it, and a new one catches up from its compacted state.
+
+Changes are counted by version. Of each item only the latest is kept, so the log grows with the catalogue and not with
+time, and applying a change twice, or a later one early, does no harm. A reader that fell behind the stream of versions
+gets the whole compacted state instead, without noticing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import redis
+
+from serving.errors import CatalogLogUnavailable
+from serving.redis_client import Breaker, Call, command, run
+from serving.scripts import CATALOG_APPLIED, CATALOG_LOWEST, CATALOG_PUT
+
+Kind = Literal["put", "availability", "delete"]
+
+LIVE_MS = 3_000
+"""Time since its last sign for which a worker counts as alive."""
+
+_FORGET_MS = 20 * LIVE_MS
+_PREFIX = b"penchant:{catalog}:"
+_VERSION, _ITEMS, _STREAM, _WORKERS = (_PREFIX + name for name in (b"version", b"items", b"changes", b"workers"))
+_BATCH = 1000
+_PAGE = 200
+_VERSIONS = 50  # read at once: each may hold a thousand changes
+_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of one item.
+
+    Attributes:
+        kind: "put" (all of an item) and "delete" replace what was said of it before; "availability" adds to that.
+        item_id: The item.
+        payload: What readers need to apply it; opaque here.
+        version: Version of the catalogue that it made; 0 before it was put.
+    """
+
+    kind: Kind
+    item_id: str
+    payload: bytes = b""
+    version: int = 0
+
+
+class CatalogLog:
+    """The log in the events Redis; any thread may call anything."""
+
+    def __init__(
+        self, client: redis.Redis, *, stream_length: int = 10_000, live_ms: int = LIVE_MS, cooldown_s: float = 0.5
+    ) -> None:
+        """Takes a client of `redis_client.connect`.
+
+        Args:
+            client: The events Redis.
+            stream_length: Number of versions, at least, that a reader may be behind without reading all again.
+            live_ms: Time since its last sign for which a worker counts as alive.
+            cooldown_s: Pause between looks at a failed Redis.
+        """
+        self._client = client
+        self._length = stream_length
+        self._live_ms = live_ms
+        self._breaker = Breaker(CatalogLogUnavailable, cooldown_s)
+        # Half a client's timeout is left for the way there and back.
+        timeout_s = client.connection_pool.connection_kwargs.get("socket_timeout") or 1.0
+        self._longest_block_ms = max(1, int(500 * timeout_s))
+
+    def put(self, changes: Sequence[Change]) -> int:
+        """Makes changes durable, in their order; returns the version of the catalogue that holds them all.
+
+        Up to 1,000 changes are one version and become visible together.
+
+        Raises:
+            CatalogLogUnavailable: Redis does not answer; a repeat is safe.
+            ResourceExhausted: Redis is full.
+        """
+        version = 0
+        for start in range(0, len(changes), _BATCH):
+            batch = changes[start : start + _BATCH]
+            words = [word for change in batch for word in (change.kind, change.item_id, change.payload)]
+            with self._breaker:
+                version = int(run(self._client, Call(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))))
+        return version or self.version()
+
+    def version(self) -> int:
+        """The newest version, 0 before the first change.
+
+        Raises:
+            CatalogLogUnavailable: Redis does not answer.
+        """
+        with self._breaker:
+            return int(command(self._client, "GET", _VERSION) or 0)
+
+    def snapshot(self, after: int = 0) -> tuple[int, list[Change]]:
+        """A version, and what is to be applied, in this order, to get there from version `after`.
+
+        Raises:
+            CatalogLogUnavailable: Redis does not answer.
+        """
+        # The version first: what changes during the scan is of a later one, and comes again with `tail`.
+        version = self.version()
+        found: list[tuple[tuple[int, int], Change]] = []
+        cursor = -1
+        while cursor:
+            with self._breaker:
+                cursor, page = command(self._client, "HSCAN", _ITEMS, max(cursor, 0), "COUNT", _PAGE)
+            found += _changes(page.items())
+        return version, _ordered(found, after)
+
+    def tail(self, after: int, block_ms: int = 0) -> tuple[int, list[Change]]:
+        """Follows the log.
+
+        Args:
+            after: Version that has been applied.
+            block_ms: How long to wait for news where there are none.
+
+        Returns:
+            The version reached, and what is to be applied, in this order, to get there; `after` and nothing when
+            there was no news. The version is lower than `after` only where the log was lost and begun anew.
+
+        Raises:
+            CatalogLogUnavailable: Redis does not answer.
+        """
+        deadline = time.monotonic() + block_ms / 1000
+        while True:
+            version = self.version()
+            if version < after:
+                return self.snapshot()
+            if version > after:
+                return self._news(after)
+            left_ms = int(1000 * (deadline - time.monotonic()))
+            if left_ms <= 0:
+                return after, []
+            with self._breaker:
+                block = min(left_ms, self._longest_block_ms)
+                command(self._client, "XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0")
+
+    def applied(self, worker: str, version: int) -> None:
+        """Says that a worker has applied everything up to a version, and is alive; say it at least every second.
+
+        Raises:
+            CatalogLogUnavailable: Redis does not answer.
+        """
+        with self._breaker:
+            run(self._client, Call(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
+
+    def leave(self, worker: str) -> None:
+        """Says that a worker is gone and need not be waited for.
+
+        Raises:
+            CatalogLogUnavailable: Redis does not answer.
+        """
+        with self._breaker:
+            command(self._client, "HDEL", _WORKERS, worker)
+
+    def wait_all_applied(self, version: int, timeout_s: float) -> bool:
+        """Waits until every live worker has applied a version; false when one had not in time.
+
+        Raises:
+            CatalogLogUnavailable: Redis does not answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._breaker:
+                lowest = run(self._client, Call(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
+            if lowest is None or lowest >= version:
+                return True
+            if time.monotonic() + _POLL_S > deadline:
+                return False
+            time.sleep(_POLL_S)
+
+    def _news(self, after: int) -> tuple[int, list[Change]]:
+        """What the versions behind `after` changed; everything that is newer where the stream begins later."""
+        with self._breaker:
+            entries = command(self._client, "XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
+        if not entries or _version(entries[0][0]) != after + 1:
+            return self.snapshot(after)
+        names = list(dict.fromkeys(name for _, fields in entries for name in fields))
+        with self._breaker:
+            payloads = command(self._client, "HMGET", _ITEMS, *names)
+        # A payload that is gone was replaced by a later version, which comes in its turn.
+        found = _changes((name, payload) for name, payload in zip(names, payloads, strict=True) if payload is not None)
+        return _version(entries[-1][0]), _ordered(found, after)
+
+
+def _version(stream_id: bytes) -> int:
+    return int(stream_id.partition(b"-")[0])
+
+
+def _changes(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[tuple[int, int], Change]]:
+    """Changes with their place in the log, from the fields of the hash: `kind:item` and `version-place:payload`."""
+    found = []
+    for name, value in fields:
+        kind, _, item = name.partition(b":")
+        stamp, _, payload = value.partition(b":")
+        version, _, place = stamp.partition(b"-")
+        change = Change(kind.decode(), item.decode(), payload, int(version))  # type: ignore[arg-type]
+        found.append(((int(version), int(place)), change))
+    return found
+
+
+def _ordered(found: list[tuple[tuple[int, int], Change]], after: int) -> list[Change]:
+    return [change for _, change in sorted(found, key=lambda one: one[0]) if change.version > after]

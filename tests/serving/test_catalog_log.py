@@ -1,0 +1,228 @@
+"""The catalogue log on a real Redis: readers that follow, lag, start late or over all reach the same catalogue."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serving.catalog_log import CatalogLog, Change
+from serving.errors import CatalogLogUnavailable
+from serving.redis_client import connect
+from serving.redis_server import RedisServer
+from tests.serving.faults import frozen, insist, kill
+
+OPAQUE = st.text(min_size=1, max_size=10) | st.sampled_from(["\0", "*", "{}", "a:b", ":", "put:a", "\r\n", "😀" * 10])
+on_redis = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+
+
+@pytest.fixture
+def log(events_redis):
+    return CatalogLog(events_redis)
+
+
+class Reader:
+    """A worker's catalogue: item -> (payload, availability), deleted items left out."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.items: dict[str, tuple[bytes, bytes]] = {}
+
+    def apply(self, version: int, changes: list[Change]) -> None:
+        self.version = version
+        for change in changes:
+            if change.kind == "delete":
+                self.items.pop(change.item_id, None)
+            elif change.kind == "put":
+                self.items[change.item_id] = (change.payload, b"")
+            elif change.item_id in self.items:
+                self.items[change.item_id] = (self.items[change.item_id][0], change.payload)
+
+    def follow(self, log: CatalogLog) -> None:
+        while True:
+            before = self.version
+            self.apply(*log.tail(self.version))
+            if self.version == before:
+                return
+
+
+def put(item: str, payload: bytes = b"x") -> Change:
+    return Change("put", item, payload)
+
+
+def test_an_empty_log(log):
+    assert log.version() == 0
+    assert log.snapshot() == (0, [])
+    assert log.tail(0) == (0, [])
+    assert log.put([]) == 0
+    assert log.wait_all_applied(0, 0)
+
+
+def test_each_put_is_a_version_and_readers_see_its_changes_in_order(log):
+    assert log.put([put("a", b"1"), put("b", b"2")]) == 1
+    assert log.put([Change("availability", "a", b"no")]) == 2
+    assert log.tail(0) == (
+        2,
+        [Change("put", "a", b"1", 1), Change("put", "b", b"2", 1), Change("availability", "a", b"no", 2)],
+    )
+    assert log.tail(1) == (2, [Change("availability", "a", b"no", 2)])
+    assert log.tail(2) == (2, [])
+    assert log.snapshot() == log.tail(0)
+
+
+def test_only_the_latest_of_an_item_is_kept(log):
+    for number in range(20):
+        log.put([put("a", b"%d" % number), Change("availability", "a", b"%d" % number)])
+    assert log.snapshot() == (20, [Change("put", "a", b"19", 20), Change("availability", "a", b"19", 20)])
+    log.put([Change("delete", "a")])
+    assert log.snapshot() == (21, [Change("delete", "a", b"", 21)])
+    log.put([put("a", b"again")])
+    assert log.snapshot() == (22, [Change("put", "a", b"again", 22)])
+
+
+CHANGES = st.builds(Change, st.sampled_from(["put", "put", "availability", "delete"]), OPAQUE, st.binary(max_size=5))
+
+
+@on_redis
+@given(st.lists(st.lists(CHANGES, min_size=1, max_size=4), max_size=12), st.integers(0, 12), st.integers(1, 4))
+def test_readers_who_follow_lag_or_start_late_agree(events_redis, puts, lag, length):
+    events_redis.flushall()
+    # An exact length, so that a reader with a lag finds the stream cut off behind it.
+    log, truth, following, lagging = CatalogLog(events_redis), Reader(), Reader(), Reader()
+    for number, changes in enumerate(puts):
+        truth.apply(log.put(changes), changes)
+        events_redis.xtrim(b"penchant:{catalog}:changes", maxlen=length, approximate=False)
+        following.follow(log)
+        if number < lag:
+            lagging.follow(log)
+    late = Reader()
+    late.apply(*log.snapshot())
+    lagging.follow(log)
+    assert following.items == lagging.items == late.items == truth.items
+    assert following.version == lagging.version == late.version == len(puts)
+
+
+def test_more_changes_than_fit_a_version(log):
+    assert log.put([put(f"{number}") for number in range(2500)]) == 3
+    late, following = Reader(), Reader()
+    late.apply(*log.snapshot())
+    following.follow(log)
+    assert len(late.items) == 2500
+    assert late.items == following.items
+
+
+def test_the_stream_is_bounded(events_redis):
+    log = CatalogLog(events_redis, stream_length=100)
+    for _ in range(500):
+        log.put([put("a")])
+    assert events_redis.xlen(b"penchant:{catalog}:changes") < 300
+    reader = Reader()
+    reader.follow(log)
+    assert (reader.version, len(reader.items)) == (500, 1)
+
+
+def test_changes_during_a_snapshot_are_not_missed(events_redis, events_server):
+    stop = threading.Event()
+
+    def change() -> None:
+        with connect(events_server.url, 2) as client:
+            log, number = CatalogLog(client), 0
+            while not stop.is_set():
+                log.put([put(f"{number % 700}", b"%d" % number), Change("delete", f"{(number + 350) % 700}")])
+                number += 1
+
+    log = CatalogLog(events_redis)
+    log.put([put(f"{number}") for number in range(700)])
+    thread = threading.Thread(target=change)
+    thread.start()
+    readers = []
+    for _ in range(20):
+        readers.append(Reader())
+        readers[-1].apply(*log.snapshot())
+    stop.set()
+    thread.join()
+    truth = Reader()
+    truth.apply(*log.snapshot())
+    for reader in readers:
+        reader.follow(log)
+        assert reader.items == truth.items
+
+
+def test_a_waiting_reader_gets_news_at_once(log, events_server):
+    seen = []
+
+    def follow() -> None:
+        with connect(events_server.url, 1) as client:
+            seen.append(CatalogLog(client).tail(0, block_ms=10_000))  # longer than its timeout
+
+    thread = threading.Thread(target=follow)
+    start = time.monotonic()
+    thread.start()
+    time.sleep(1.5)
+    log.put([put("a")])
+    thread.join()
+    assert seen == [(1, [Change("put", "a", b"x", 1)])]
+    assert 1.5 <= time.monotonic() - start < 5
+    assert log.tail(1, block_ms=50) == (1, [])
+
+
+def test_a_log_that_was_lost_is_begun_anew(log, events_redis):
+    log.put([put("a")])
+    log.put([put("b")])
+    events_redis.flushall()
+    log.put([put("c")])
+    assert log.tail(2) == (1, [Change("put", "c", b"x", 1)])
+
+
+def test_everybody_is_waited_for_who_lives(events_redis):
+    log = CatalogLog(events_redis, live_ms=300)
+    log.applied("one", 1)
+    log.applied("two", 2)
+    log.applied("three", 3)
+    assert log.wait_all_applied(1, 0)
+    assert not log.wait_all_applied(2, 0.02)
+    log.applied("one", 2)
+    assert log.wait_all_applied(2, 0)
+    log.leave("two")
+    log.applied("one", 3)
+    assert log.wait_all_applied(3, 0)
+    log.applied("dead", 1)
+
+    def heartbeat() -> None:
+        for _ in range(10):
+            log.applied("one", 5)
+            log.applied("three", 5)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=heartbeat)
+    thread.start()
+    assert not log.wait_all_applied(5, 0.1)
+    assert log.wait_all_applied(5, 5)
+    thread.join()
+
+
+def test_changes_survive_kills(tmp_path):
+    with RedisServer(tmp_path, "events") as server, connect(server.url, 0.5) as client:
+        log, truth = CatalogLog(client, cooldown_s=0.05), Reader()
+        for number in range(30):
+            if number % 10 == 5:
+                kill(server)
+            changes = [put(f"{number}"), Change("delete", f"{number - 3}")]
+            version = insist(lambda changes=changes: log.put(changes))
+            truth.apply(version, changes)
+        late = Reader()
+        late.apply(*log.snapshot())
+        assert (late.version, late.items) == (truth.version, truth.items)
+        assert server.restarts == 3
+
+
+def test_a_frozen_log_is_unavailable(tmp_path):
+    with RedisServer(tmp_path, "events") as server, connect(server.url, 0.1) as client:
+        log = CatalogLog(client)
+        with frozen(server):
+            for _ in range(20):
+                with pytest.raises(CatalogLogUnavailable):
+                    log.tail(0, block_ms=1000)
