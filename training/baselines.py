@@ -1,7 +1,7 @@
 """What a model must beat: popularity, recent popularity, first-order Markov, item-to-item and EASE.
 
-A baseline learns from the events that the model is trained on, and scores all items from the same earlier events that the
-model may read.
+A baseline learns from the events that the model is trained on, and scores all items from the same earlier events that
+the model may read.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Baseline(Protocol):
 def training_mask(data: Interactions, train_end: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Which events are trained on; bool `[E]`."""
     owner = data.owner()
-    trained: npt.NDArray[np.bool_] = np.arange(owner.size) - data.offsets[owner] < train_end[owner]
-    return trained
+    return np.asarray(np.arange(owner.size) - data.offsets[owner] < train_end[owner])
 
 
 def counts_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     """Number of chosen events that count as seen, by item; float64 `[N]`."""
-    return np.bincount(data.rows[chosen & data.seen], minlength=data.items).astype(np.float64)
+    counts = np.bincount(data.rows[chosen & data.seen], minlength=data.items)
+    return counts.astype(np.float64)
 
 
 def recent_mask(data: Interactions, trained: npt.NDArray[np.bool_], days: float) -> npt.NDArray[np.bool_]:
@@ -75,9 +75,7 @@ class Markov:
 
     name = "markov"
 
-    def __init__(
-        self, data: Interactions, trained: npt.NDArray[np.bool_], popularity: npt.NDArray[np.float64]
-    ) -> None:
+    def __init__(self, data: Interactions, trained: npt.NDArray[np.bool_], popularity: npt.NDArray[np.float64]) -> None:
         self.data = data
         owner = data.owner()
         follows = np.flatnonzero(trained[1:] & trained[:-1] & (owner[1:] == owner[:-1]))
@@ -165,7 +163,8 @@ def neighbors_of(
     """
     owner = data.owner()
     chosen = np.flatnonzero(trained & data.seen)
-    pairs = np.unique(owner[chosen[_among_newest(owner[chosen])]] * data.items + data.rows[chosen[_among_newest(owner[chosen])]])
+    chosen = chosen[_among_newest(owner[chosen])]
+    pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
     people, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
     person_starts = np.searchsorted(people, np.arange(len(data.people) + 1))
     by_item = np.argsort(rows, kind="stable")
@@ -197,11 +196,11 @@ def _cosines(rows, person_starts, people, item_starts, keep):  # type: ignore[no
         for other in range(items):
             if together[other] > 0.0:
                 together[other] /= np.sqrt(np.float32(size * (item_starts[other + 1] - item_starts[other])))
-        best = np.argsort(-together, kind="mergesort")[:keep]
-        for place in range(keep):
-            if together[best[place]] > 0.0:
-                out[item, place] = best[place]
-                scores[item, place] = together[best[place]]
+        found = np.flatnonzero(together > 0.0)
+        best = found[np.argsort(-together[found], kind="mergesort")[:keep]]
+        for place in range(best.size):
+            out[item, place] = best[place]
+            scores[item, place] = together[best[place]]
     return out, scores
 
 

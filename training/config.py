@@ -1,7 +1,7 @@
 """How a model is trained: one frozen object, kept beside what it made.
 
-Values come, the first found winning, from the command line (`key=value`), from `PENCHANT_TRAIN_*` environment variables,
-from a YAML file and from the defaults here. An unknown key is an error that names the nearest known one.
+Values come, the first found winning, from the command line (`key=value`), from `PENCHANT_TRAIN_*` environment
+variables, from a YAML file and from the defaults here. An unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Action(_Frozen):
 
     name: str
     event_type: str
-    min_value: float | None = Field(None, description="Smallest value of the event that counts; none: any.")
+    min_value: float | None = Field(default=None, description="Smallest value of the event that counts; none: any.")
 
 
 class TrainConfig(_Frozen):

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from features.assemble import encoder_inputs, pack
+from features.columns import pc
 from features.content import codes, is_present
 from features.errors import TrainingError
 from features.schema import item_keys
@@ -57,7 +58,7 @@ class Interactions:
 
 def item_vocabulary(dataset: Dataset) -> tuple[pa.Table, Vocabulary]:
     """The items table in row order, completed by items that only events name, and its vocabulary."""
-    ids = dataset.items["item_id"].to_pylist()
+    ids: list[str] = [str(name) for name in dataset.items["item_id"].to_pylist()]
     known = set(ids)
     named, _ = codes(dataset.events["item_id"])
     lacking = [name for name in named if name not in known]
@@ -97,7 +98,7 @@ def read_interactions(dataset: Dataset, vocabulary: Vocabulary, config: TrainCon
         offsets=np.concatenate([[0], np.cumsum(np.bincount(who, minlength=len(people)))]).astype(np.int64),
         rows=rows,
         types=types,
-        timestamps=events["timestamp"].fill_null(0).to_numpy() if timed else np.zeros(rows.size, np.int64),
+        timestamps=pc.fill_null(events["timestamp"], 0).to_numpy() if timed else np.zeros(rows.size, np.int64),
         values=events["value"].to_numpy().astype(np.float32),
         target=target,
         seen=seen,
@@ -179,14 +180,14 @@ class TrainingBatches:
     def epoch(self, number: int) -> list[list[tuple[int, int]]]:
         """The batches of an epoch as windows `[start, end)` of events; depends on the seed and the number alone."""
         rng = np.random.default_rng([self.config.seed, number])
-        windows = [window for person in self.people for window in self._windows(person, rng)]
+        windows = [window for person in self.people.tolist() for window in self._windows(person, rng)]
         lengths = np.array([end - start for start, end in windows])
         batches: list[list[tuple[int, int]]] = []
         width = 0
-        for at in np.argsort(-(lengths + rng.random(lengths.size))):
+        for at in np.argsort(-(lengths + rng.random(lengths.size))).tolist():
             if not batches or width * (len(batches[-1]) + 1) > self.config.batch_tokens:
                 batches.append([])
-                width = lengths[at] - 1
+                width = int(lengths[at]) - 1
             batches[-1].append(windows[at])
         return [batches[at] for at in rng.permutation(len(batches))]
 

@@ -79,22 +79,19 @@ def inclusion(popularity: Tensor, drawn: int, targets: int) -> Tensor:
     return torch.log1p(-missed.clamp(max=1 - 1e-7))
 
 
-def sample_items(
-    targets: Tensor, popularity: Tensor, negatives: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def sample_items(targets: Tensor, popularity: Tensor, negatives: int) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses the items that a batch is scored against: its targets, and uniform negatives that everybody shares.
 
     Args:
         targets: Rows to predict; int64 `[T]`, on the CPU.
         popularity: Share of each item among all targets; float `[N]`, on the CPU.
         negatives: Number of items to draw.
-        generator: Source of randomness.
 
     Returns:
         rows int64 `[n]` without repeats, the position of each target among them int64 `[T]`, and their `inclusion`
         float `[n]`.
     """
-    drawn = torch.randperm(popularity.numel(), generator=generator)[:negatives]
+    drawn = torch.randperm(popularity.numel())[:negatives]
     rows, inverse = torch.unique(torch.cat([targets, drawn]), return_inverse=True)
     probability = inclusion(popularity, negatives, targets.numel())[rows]
     return rows, inverse[: targets.numel()], probability

@@ -46,7 +46,7 @@ def coverage(shown: npt.NDArray[np.int64], items: int) -> float:
 
 
 def novelty(shown: npt.NDArray[np.int64], counts: Floats) -> float:
-    """Mean self-information of what is shown, in bits: -log2 of an item's share of events (one event is added to each)."""
+    """Mean self-information of what is shown, in bits: -log2 of an item's share of events, plus one event each."""
     information = -np.log2((counts + 1) / (counts.sum() + counts.size))
     return float(information[shown[shown >= 0]].mean())
 

@@ -1,15 +1,15 @@
 """A training run on disk, and how everything after training reads it back.
 
-    RUN/config.json          TrainConfig
-    RUN/model.safetensors    user encoder (`user.`) and item encoder (`item.`), best by validation
-    RUN/query.safetensors    query encoder
-    RUN/ranker.safetensors   ranker, its calibration folded in
-    RUN/tables.safetensors   item vectors, popularity, item-to-item neighbours, by row
-    RUN/vocabulary.arrow     item id <-> row
-    RUN/result.json          what `penchant train` printed, and what a bundle must know
-    RUN/evaluations.jsonl    every test evaluation ever made of this run
-    RUN/log.jsonl            one line per validation
-    RUN/checkpoint.safetensors   only while training: everything that an exact resume needs
+RUN/config.json          TrainConfig
+RUN/model.safetensors    user encoder (`user.`) and item encoder (`item.`), best by validation
+RUN/query.safetensors    query encoder
+RUN/ranker.safetensors   ranker, its calibration folded in
+RUN/tables.safetensors   item vectors, popularity, item-to-item neighbours, by row
+RUN/vocabulary.arrow     item id <-> row
+RUN/result.json          what `penchant train` printed, and what a bundle must know
+RUN/evaluations.jsonl    every test evaluation ever made of this run
+RUN/log.jsonl            one line per validation
+RUN/checkpoint.safetensors   only while training: everything that an exact resume needs
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class LoadedRun:
         neighbors: int32 `[N, K]` item-to-item, best first, -1 padded.
         neighbor_scores: float32 `[N, K]`, their cosines.
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
-            data_fingerprint, feature_fingerprint, event_types, actions, action_weights, seen_types, content, ordered_only.
+            data_fingerprint, feature_fingerprint, event_types, actions, action_weights, seen_types, content,
+            ordered_only.
         dataset: What it was trained on.
     """
 

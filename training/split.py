@@ -38,7 +38,8 @@ class Targets:
 
     def rows(self, data: Interactions) -> npt.NDArray[np.int32]:
         """The items to predict; int32 `[n]`."""
-        return data.rows[data.offsets[self.people] + self.positions]
+        rows: npt.NDArray[np.int32] = data.rows[data.offsets[self.people] + self.positions]
+        return rows
 
 
 @dataclass(frozen=True)

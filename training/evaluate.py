@@ -1,0 +1,251 @@
+"""Measures runs: the full catalogue ranked for every test event, with intervals, and the baselines beside them.
+
+Nothing is sampled; what a person had is masked (unless repeats count); ties count against the target; and the score
+that is measured is the one that is served: relevance, and over the most relevant candidates the ranker's blend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from features.assemble import ranker_features
+from features.catalog import Columns, columns_of
+from features.errors import LeakError, TrainingError
+from training.baselines import Baseline, Scores, build_baselines, counts_of, training_mask
+from training.data import Interactions, read_interactions
+from training.machine import prepared
+from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
+from training.ranker import utility
+from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
+from training.run import LoadedRun, append_line, load_run
+from training.split import Split, Targets, Which, split, test_targets
+
+SHOWN = 10
+METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
+    "hit@10": lambda ranks: hit(ranks, 10),
+    "ndcg@10": lambda ranks: ndcg(ranks, 10),
+    "mrr@10": lambda ranks: mrr(ranks, 10),
+    "recall@100": lambda ranks: hit(ranks, 100),
+}
+_NEEDS = {"leave-one-out": "leave-one-out", "temporal-successive": "temporal", "temporal-last": "temporal"}
+_HISTORY_BORDERS = (1, 10, 50, 200)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Where one scorer put the targets: ranks int64 `[n]`, and what it showed, int64 `[n, SHOWN]`."""
+
+    ranks: npt.NDArray[np.int64]
+    shown: npt.NDArray[np.int64]
+
+
+class ModelScorer:
+    """Relevance of a run, and its final order of the most relevant candidates."""
+
+    name = "model"
+
+    def __init__(self, run: LoadedRun, data: Interactions, targets: Targets) -> None:
+        self.run, self.data = run, data
+        table = torch.from_numpy(run.item_vectors)
+        self.users = user_vectors(run.user_encoder, table, data, targets, run.config.max_length)
+        self.sunk = ~run.trained & (not run.result["content"])
+        self.columns = columns_of(run.items, run.item_vectors)
+        self.columns = replace(
+            self.columns, popularity=run.popularity, recent_popularity=run.recent_popularity, trained=run.trained
+        )
+        self.weights = torch.tensor(run.result["action_weights"])
+
+    def relevance(self, part: slice) -> npt.NDArray[np.float32]:
+        """Inner products; an item of which nothing at all is known sinks."""
+        scores: npt.NDArray[np.float32] = self.users[part] @ self.run.item_vectors.T
+        scores[:, self.sunk] = -np.inf
+        return scores
+
+    def place(self, scores: npt.NDArray[np.float32], targets: Targets, part: slice) -> Ranked:
+        """Ranks by relevance, and again by the final score among the most relevant."""
+        rows = targets.rows(self.data)
+        if not self.run.result["blend"]:
+            return place(scores, rows)
+        depth = min(self.run.config.candidates, scores.shape[1])
+        best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+        final = np.stack([self._final(scores[at, best[at]], best[at], targets, part, at) for at in range(len(targets))])
+        order = np.argsort(-final, axis=1, kind="stable")[:, :SHOWN]
+        ranks = ranks_of(scores, rows)
+        at, place_in = np.nonzero(best == rows[:, None])
+        mine = final[at, place_in]
+        ranks[at] = np.where(np.isfinite(mine), np.sum(final[at] >= mine[:, None], axis=1) - 1, ranks[at])
+        return Ranked(ranks, np.take_along_axis(best, order, axis=1))
+
+    def _final(
+        self, relevance: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: Targets, part: slice, at: int
+    ) -> npt.NDArray[np.float32]:
+        past = past_of(self.data, int(targets.people[at]), int(targets.positions[at]), self.columns)
+        narrow = rows.astype(np.int32)
+        features = ranker_features(past, narrow, np.where(np.isfinite(relevance), relevance, 0), self.columns)
+        user = torch.from_numpy(self.users[part.start + at][None])
+        with torch.inference_mode():
+            logits = self.run.ranker(user, torch.from_numpy(self.columns.vectors[rows]), torch.from_numpy(features))
+            worth: npt.NDArray[np.float32] = utility(logits, self.weights).numpy()
+        return relevance + np.float32(self.run.result["blend"]) * worth
+
+
+def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> dict[str, Any]:
+    """Measures one run, or several that differ by their seed, on the events that were held out from training.
+
+    Args:
+        runs: Directories of finished runs of one data set.
+        protocol: `leave-one-out`, `temporal-successive`, `temporal-last`, `impressions` or `search`.
+        data: Where the data set is now, if it has moved.
+
+    Returns:
+        `protocol`, `runs`, `seeds`, `users`, `targets`, `items`, `cold` (targets that no training event names; they are
+        left out of everything but `with_cold`), `metrics` {name: {mean, low, high}}, `by_seed`, `baselines` {name:
+        {metric: value}}, `paired` {baseline: {metric: interval of model minus baseline}}, `with_cold`, `segments`,
+        `coverage@10`, `novelty@10`, `blend`, `seconds`.
+
+    Raises:
+        LeakError: A run was trained on what the protocol tests.
+        TrainingError: The runs cannot be measured together, or the data set lacks what the protocol asks for.
+    """
+    if not runs:
+        raise TrainingError("name at least one run")
+    if protocol not in _NEEDS:
+        from training.evaluate_tables import evaluate_impressions, evaluate_search
+
+        other = {"impressions": evaluate_impressions, "search": evaluate_search}
+        if protocol not in other:
+            raise TrainingError(f"no protocol {protocol!r}: known are {', '.join([*_NEEDS, *other])}")
+        answer: dict[str, Any] = other[protocol](runs, data)
+        return answer
+    began = time.monotonic()
+    loaded = [load_run(run, data) for run in runs]
+    for run in loaded:
+        _refuse_leak(run, protocol)
+        if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
+            raise TrainingError(f"{run.path} and {loaded[0].path} were trained on different data sets")
+    with prepared(loaded[0].config.threads), torch.inference_mode():
+        torch.set_float32_matmul_precision("highest")
+        answer = _measure(loaded, protocol)  # type: ignore[arg-type]
+    answer["seconds"] = round(time.monotonic() - began, 3)
+    for run in loaded:
+        append_line(run.path / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
+    return answer
+
+
+def _refuse_leak(run: LoadedRun, protocol: str) -> None:
+    trained = run.config.protocol
+    if trained != _NEEDS[protocol]:
+        raise LeakError(
+            f"{run.path} was trained with protocol {trained}, so it has seen what {protocol} tests: "
+            f"train with --set protocol={_NEEDS[protocol]}"
+        )
+
+
+def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
+    run = runs[0]
+    data = read_interactions(run.dataset, run.vocabulary, run.config)
+    division = split(data, run.config)
+    targets = test_targets(data, run.config, protocol)
+    if not len(targets):
+        raise TrainingError(f"{run.path}: the data set has no event that {protocol} could test")
+    models = [ModelScorer(one, data, targets) for one in runs]
+    baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
+    placed = place_all(models, baselines, data, targets, run.config.repeats)
+    cold = ~_known_rows(data, division)[targets.rows(data)]
+    found = placed[: len(models)]
+    beside = {baseline.name: ranked for baseline, ranked in zip(baselines, placed[len(models) :], strict=True)}
+    warm = np.flatnonzero(~cold)
+    people = targets.people[warm]
+    counts = counts_of(data, training_mask(data, division.train_end))
+
+    def mean_over_seeds(metric: str) -> npt.NDArray[np.float64]:
+        return np.asarray(np.mean([METRICS[metric](one.ranks) for one in found], axis=0))
+
+    ours = {metric: mean_over_seeds(metric) for metric in METRICS}
+    theirs = {name: {metric: METRICS[metric](one.ranks) for metric in METRICS} for name, one in beside.items()}
+    return {
+        "protocol": protocol,
+        "runs": [str(one.path) for one in runs],
+        "seeds": [one.config.seed for one in runs],
+        "users": int(np.unique(targets.people).size),
+        "targets": len(targets),
+        "cold": int(cold.sum()),
+        "items": data.items,
+        "blend": [one.result["blend"] for one in runs],
+        "metrics": {metric: interval(values[warm], people) for metric, values in ours.items()},
+        "baselines": {
+            name: {metric: float(values[warm].mean()) for metric, values in metrics.items()}
+            for name, metrics in theirs.items()
+        },
+        "paired": {
+            name: {metric: interval(ours[metric][warm] - values[warm], people) for metric, values in metrics.items()}
+            for name, metrics in theirs.items()
+        },
+        "with_cold": {"model": {metric: float(values.mean()) for metric, values in ours.items()}}
+        | {
+            name: {metric: float(values.mean()) for metric, values in metrics.items()}
+            for name, metrics in theirs.items()
+        },
+        "segments": _by_history(targets.positions[warm], ours["ndcg@10"][warm]),
+        "by_seed": {metric: [float(METRICS[metric](one.ranks)[warm].mean()) for one in found] for metric in METRICS},
+        "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in found])),
+        "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in found])),
+    }
+
+
+def place_all(
+    models: Sequence[ModelScorer], baselines: Sequence[Baseline], data: Interactions, targets: Targets, repeats: bool
+) -> list[Ranked]:
+    """Ranks the targets by every scorer, some targets at a time."""
+    parts: list[list[Ranked]] = []
+    for part in lines(len(targets)):
+        some = targets.take(np.arange(part.start, part.stop))
+        seen = None if repeats else seen_before(data, some)
+
+        def masked(scores: Any, seen: list[npt.NDArray[np.int32]] | None = seen) -> Any:
+            if seen is not None:
+                mask_seen(scores, seen)
+            return scores
+
+        ranked = [model.place(masked(model.relevance(part)), some, part) for model in models]
+        ranked += [place(masked(baseline.scores(some)), some.rows(data)) for baseline in baselines]
+        parts.append(ranked)
+    return [
+        Ranked(np.concatenate([one.ranks for one in column]), np.concatenate([one.shown for one in column]))
+        for column in zip(*parts, strict=True)
+    ]
+
+
+def place(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranked:
+    """Ranks by one score; scores `[n, N]`."""
+    size = min(SHOWN, scores.shape[1])
+    shown = np.argpartition(-scores, size - 1, axis=1)[:, :size]
+    return Ranked(ranks_of(scores, rows), shown)
+
+
+def _known_rows(data: Interactions, division: Split) -> npt.NDArray[np.bool_]:
+    """The items that training or validation events name; bool `[N]`."""
+    return np.bincount(data.rows[training_mask(data, division.fit_end)], minlength=data.items) > 0
+
+
+def _by_history(positions: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """NDCG@10 by the number of events before the target."""
+    segments = {}
+    for low, high in zip(_HISTORY_BORDERS, (*_HISTORY_BORDERS[1:], 1 << 62), strict=True):
+        inside = (positions >= low) & (positions < high)
+        if inside.any():
+            name = f"history {low}-{high - 1}" if high < 1 << 62 else f"history {low}+"
+            segments[name] = {"ndcg@10": float(values[inside].mean()), "targets": int(inside.sum())}
+    return segments
+
+
+__all__ = ["METRICS", "Columns", "ModelScorer", "evaluate", "place"]

@@ -1,0 +1,254 @@
+"""The loop that trains the user and item encoders: steps, validations, checkpoints, and an exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from training.baselines import training_mask
+from training.config import TrainConfig
+from training.data import Batch, Interactions, TrainingBatches
+from training.encoders import ItemBags
+from training.losses import sample_items, softmax_loss
+from training.metrics import ndcg
+from training.ranking import gather, lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.run import Modules, append_line, save_modules, write_tensors
+from training.split import Split, Targets
+
+OnStep: TypeAlias = Callable[[int], None]
+FULL_SOFTMAX_ITEMS = 20_000
+MANY_NEGATIVES = 4_096
+FINAL_RATE = 0.01
+
+
+@dataclass
+class State:
+    """Where a training stands, apart from tensors."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    tokens: int = 0
+    validated: float = 0.0
+    best: float = -1.0
+    best_step: int = 0
+    waited: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class Fit:
+    """Trains `modules.user` and `modules.item`; the best by validation end up in `RUN/model.safetensors`."""
+
+    def __init__(
+        self,
+        out: Path,
+        config: TrainConfig,
+        data: Interactions,
+        division: Split,
+        modules: Modules,
+        bags: ItemBags | None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.out, self.config, self.data, self.division, self.bags = out, config, data, division, bags
+        self.modules, self.on_step = modules, on_step
+        self.device = modules.item.ids.weight.device
+        self.batches = TrainingBatches(data, division.train_end, config, self.device)
+        trained = training_mask(data, division.train_end)
+        counts = np.bincount(data.rows[trained & data.target], minlength=data.items)
+        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()
+        self.known = torch.from_numpy(np.bincount(data.rows[trained], minlength=data.items) > 0).to(self.device)
+        self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
+        decayed = [p for p in self.parameters if p.ndim > 1]
+        plain = [p for p in self.parameters if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.state = State()
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end, or from the checkpoint on.
+
+        Returns:
+            `tokens_per_second`, `best_validation`, `epochs`, `steps` and `seconds_before`, the seconds spent before an
+            interruption.
+        """
+        self._resume()
+        before, began = self.state.seconds, time.monotonic()
+        saved = began
+        with self._display() as show:
+            while not self.state.finished:
+                plan = self.batches.epoch(self.state.epoch)
+                while self.state.batch < len(plan) and not self.state.finished:
+                    loss = self._step(self.batches.batch(plan[self.state.batch]), len(plan))
+                    self.state.batch += 1
+                    self.state.seconds = before + time.monotonic() - began
+                    passed = self.state.epoch + self.state.batch / len(plan)
+                    if passed >= self.state.validated + self.config.validate_every - 1e-9:
+                        self._validate(passed, loss)
+                    if time.monotonic() - saved > self.config.checkpoint_seconds:
+                        self._save()
+                        saved = time.monotonic()
+                    show(self.state, len(plan))
+                    if self.on_step is not None:
+                        self.on_step(self.state.step)
+                self.state.epoch, self.state.batch = self.state.epoch + 1, 0
+                self.state.finished |= self.state.epoch >= self.config.epochs
+        if self.state.best_step == 0:
+            self._keep_best(self.state.best)
+        self._save()
+        return {
+            "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
+            "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
+            "epochs": self.state.epoch,
+            "steps": self.state.step,
+            "seconds_before": before,
+        }
+
+    def _step(self, batch: Batch, per_epoch: int) -> float:
+        """One step of the optimizer; returns the loss."""
+        user, item = self.modules.user.train(), self.modules.item.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self._rate(per_epoch)
+        keep = self.known
+        if self.bags is not None and self.config.id_dropout > 0:
+            keep = keep & (torch.rand(keep.shape, device=self.device) >= self.config.id_dropout)
+        table = item.table(self.bags, keep)
+        assert batch.targets is not None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            hidden = user(gather(table, batch), batch.types, batch.lengths)
+        counted = batch.targets >= 0
+        loss = self._loss(hidden[counted].float(), table, batch.targets[counted])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        clip_grad_norm_(self.parameters, self.config.clip)
+        self.optimizer.step()
+        self.state.step += 1
+        self.state.tokens += int(batch.lengths.sum())
+        return float(loss.detach())
+
+    def _loss(self, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        negatives = self.config.negatives or (0 if self.data.items <= FULL_SOFTMAX_ITEMS else MANY_NEGATIVES)
+        if not 0 < negatives < self.data.items:
+            return softmax_loss(users, table, targets, chunk=self.config.loss_chunk)
+        rows, positions, correction = sample_items(targets.cpu(), self.popularity, negatives)
+        return softmax_loss(
+            users,
+            table[rows.to(self.device)],
+            positions.to(self.device),
+            correction.to(self.device),
+            self.config.loss_chunk,
+        )
+
+    def _rate(self, per_epoch: int) -> float:
+        """Rises over the warm-up, then falls along a cosine over all epochs."""
+        passed = (self.state.epoch + self.state.batch / per_epoch) / self.config.epochs
+        rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup_steps))
+        return rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
+
+    def _validate(self, passed: float, loss: float) -> None:
+        """Measures NDCG@10 on the held-out events, keeps the best weights, and decides whether to go on."""
+        self.state.validated = passed
+        value = self._ndcg(self.division.validation)
+        append_line(
+            self.out / "log.jsonl",
+            {"epoch": round(passed, 3), "step": self.state.step, "seconds": round(self.state.seconds, 1), "loss": loss}
+            | {"ndcg@10": value, "tokens": self.state.tokens},
+        )
+        if value > self.state.best or not len(self.division.validation):
+            self._keep_best(value)
+        else:
+            self.state.waited += 1
+            self.state.finished = self.state.waited >= self.config.patience
+
+    def _keep_best(self, value: float) -> None:
+        self.state.best, self.state.best_step, self.state.waited = value, self.state.step, 0
+        save_modules(self.out / "model.safetensors", {"user": self.modules.user, "item": self.modules.item})
+
+    def _ndcg(self, targets: Targets) -> float:
+        """Mean NDCG@10 of relevance alone, over at most `validation_people` of the targets."""
+        if not len(targets):
+            return 0.0
+        if len(targets) > self.config.validation_people:
+            chosen = np.random.default_rng(0).choice(len(targets), self.config.validation_people, replace=False)
+            targets = targets.take(np.sort(chosen))
+        self.modules.user.eval()
+        with torch.inference_mode():
+            table = self.modules.item.eval().table(self.bags, self.known)
+        users = torch.from_numpy(user_vectors(self.modules.user, table, self.data, targets, self.config.max_length))
+        values = []
+        for part in lines(len(targets)):
+            some = targets.take(np.arange(part.start, part.stop))
+            scores = (users[part].to(self.device) @ table.T).float().cpu().numpy()
+            if not self.config.repeats:
+                mask_seen(scores, seen_before(self.data, some))
+            values.append(ndcg(ranks_of(scores, some.rows(self.data)), 10))
+        return float(np.concatenate(values).mean())
+
+    def _save(self) -> None:
+        """Writes everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, module in (("user", self.modules.user), ("item", self.modules.item)):
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        for number, parameter in enumerate(self.parameters):
+            kept = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam.{number}.{key}": value for key, value in kept.items()}
+        write_tensors(self.out / "checkpoint.safetensors", tensors, {"state": json.dumps(asdict(self.state))})
+
+    def _resume(self) -> None:
+        """Takes up the checkpoint, if there is one."""
+        path = self.out / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            self.state = State(**json.loads(file.metadata()["state"]))
+        for name, module in (("user", self.modules.user), ("item", self.modules.item)):
+            prefix = f"{name}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for number, parameter in enumerate(self.parameters):
+            prefix = f"adam.{number}."
+            kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if kept:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(self.device) for key, value in kept.items()
+                }
+        torch.set_rng_state(tensors["random"])
+        if "random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
+
+    @contextmanager
+    def _display(self) -> Iterator[Callable[[State, int], None]]:
+        """A bar on stderr with the rate, the remaining time and the best validation so far."""
+        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=sys.stderr)) as bar:
+            task = bar.add_task("", total=float(self.config.epochs))
+
+            def show(state: State, per_epoch: int) -> None:
+                rate = state.tokens / max(state.seconds, 1e-9)
+                passed = state.epoch + state.batch / per_epoch
+                text = f"epoch {state.epoch + 1}/{self.config.epochs}, {rate:,.0f} tokens/s"
+                text += f", ndcg@10 {max(0.0, state.best):.4f}"
+                bar.update(task, completed=passed, description=text)
+
+            yield show

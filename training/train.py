@@ -1,0 +1,223 @@
+"""Trains a run: the encoders, then the query encoder on their item vectors, then the ranker on their candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from features.assemble import FEATURES
+from features.catalog import columns_of
+from features.tables import Dataset, open_dataset
+from features.transforms import item_inputs
+from features.vocabulary import Vocabulary
+from training.baselines import counts_of, neighbors_of, recent_mask, training_mask
+from training.config import Action, TrainConfig
+from training.data import Interactions, item_vocabulary, read_interactions
+from training.encoders import ItemBags
+from training.fit import Fit, OnStep
+from training.heads import fit_query_encoder, fit_ranker
+from training.machine import prepared
+from training.run import (
+    FORMAT,
+    Modules,
+    RunError,
+    build_modules,
+    input_shapes,
+    load_modules,
+    save_modules,
+    write_json,
+    write_tensors,
+)
+from training.split import Split, split
+
+_CONTENT = ("title", "description", "categories", "creator_id", "price")
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a training learns from.
+
+    Attributes:
+        dataset: The canonical tables.
+        items: The items table in row order.
+        vocabulary: Item id <-> row.
+        data: The events as arrays.
+        division: What of them is trained on.
+        inputs: The item encoder's inputs for all items, on the training device; None where items say nothing.
+        actions: What the ranker predicts.
+    """
+
+    dataset: Dataset
+    items: pa.Table
+    vocabulary: Vocabulary
+    data: Interactions
+    division: Split
+    inputs: dict[str, torch.Tensor] | None
+    actions: tuple[Action, ...]
+
+
+def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = None) -> dict[str, Any]:
+    """Trains a model on a data set; a training that was interrupted goes on where it stood.
+
+    Args:
+        data: Directory of the canonical tables.
+        out: Directory of the run.
+        config: How to train.
+        on_step: Called with the number of steps made, after each step of the encoders.
+
+    Returns:
+        What `RUN/result.json` holds: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`, `blend`...
+
+    Raises:
+        RunError: `out` holds a finished run, or an unfinished one with another configuration or data set.
+        TrainingError: The data set cannot be trained on as configured.
+    """
+    began = time.monotonic()
+    with prepared(config.threads):
+        device = config.resolved_device()
+        torch.manual_seed(config.seed)
+        dataset = open_dataset(data)
+        _claim(out, config, dataset)
+        material = read_material(dataset, config, device)
+        modules = build_modules(
+            config,
+            material.data.items,
+            len(material.data.event_types),
+            len(material.actions),
+            material.inputs is not None,
+        )
+        for module in vars(modules).values():
+            module.to(device)
+        bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
+        fit = Fit(out, config, material.data, material.division, modules, bags, on_step)
+        progress = fit.run()
+        return _finish(out, data, config, material, modules, bags, progress, began)
+
+
+def read_material(dataset: Dataset, config: TrainConfig, device: torch.device) -> Material:
+    """Turns a data set into what a training learns from."""
+    items, vocabulary = item_vocabulary(dataset)
+    data = read_interactions(dataset, vocabulary, config)
+    inputs = None
+    if config.content and any(items[name].null_count < len(items) for name in _CONTENT):
+        arrays = item_inputs(items.select(["item_id", *_CONTENT]).to_pylist(), input_shapes(config))
+        inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return Material(
+        dataset=dataset,
+        items=items,
+        vocabulary=vocabulary,
+        data=data,
+        division=split(data, config),
+        inputs=inputs,
+        actions=config.actions or default_actions(data),
+    )
+
+
+def default_actions(data: Interactions) -> tuple[Action, ...]:
+    """One action per event type that is ever predicted."""
+    kinds = np.unique(data.types[data.target])
+    return tuple(Action(name=name, event_type=name) for name in (data.event_types[kind - 1] for kind in kinds))
+
+
+def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Makes `out` this run's, or makes sure that it already is."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "result.json").exists():
+        raise RunError(f"{out} holds a finished run: give another --out, or delete it")
+    described = json.loads(config.model_dump_json())
+    started = out / "config.json"
+    identity = out / "data.json"
+    found = {"fingerprint": dataset.info["fingerprint"]}
+    if started.exists() and identity.exists():
+        same = TrainConfig.model_validate_json(started.read_text()) == config
+        if not same or json.loads(identity.read_text()) != found:
+            what = "data set" if same else "configuration"
+            raise RunError(f"{out} holds an unfinished run with another {what}: give another --out, or delete it")
+    write_json(started, described)
+    write_json(identity, found)
+
+
+def _finish(
+    out: Path,
+    path: Path,
+    config: TrainConfig,
+    material: Material,
+    modules: Modules,
+    bags: ItemBags | None,
+    progress: dict[str, Any],
+    began: float,
+) -> dict[str, Any]:
+    """Everything after the encoders: tables, query encoder, ranker, result."""
+    load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
+    data, trained_events = material.data, training_mask(material.data, material.division.train_end)
+    counts = counts_of(data, trained_events)
+    recent = counts_of(data, recent_mask(data, trained_events, config.recent_days))
+    trained = np.bincount(data.rows[trained_events], minlength=data.items) > 0
+    with torch.inference_mode():
+        table = modules.item.eval().table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
+    table = table.float().clone()
+    modules.user.eval()
+    neighbors, scores = neighbors_of(data, trained_events, config.neighbors)
+    fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
+    save_modules(out / "query.safetensors", {"query": modules.query})
+
+    popularity = {"popularity": np.log1p(counts), "recent_popularity": np.log1p(recent), "trained": trained}
+    columns = dataclasses.replace(
+        columns_of(material.items, table.cpu().numpy()),
+        popularity=popularity["popularity"].astype(np.float32),
+        recent_popularity=popularity["recent_popularity"].astype(np.float32),
+        trained=trained,
+    )
+    weights = action_weights(material.actions, config)
+    blend, gain = fit_ranker(
+        modules, table, material.data, material.division, columns, material.actions, weights, config
+    )
+    save_modules(out / "ranker.safetensors", {"ranker": modules.ranker})
+    tables = {
+        "item_vectors": columns.vectors,
+        "popularity": columns.popularity,
+        "recent_popularity": columns.recent_popularity,
+        "trained": trained,
+        "neighbors": neighbors,
+        "neighbor_scores": scores,
+    }
+    write_tensors(out / "tables.safetensors", {name: torch.from_numpy(array) for name, array in tables.items()})
+    material.vocabulary.save(out / "vocabulary.arrow")
+    result = {
+        "format": FORMAT,
+        "run": str(out),
+        "seconds": round(progress.pop("seconds_before") + time.monotonic() - began, 3),
+        **progress,
+        "parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters()),
+        "blend": blend,
+        "ranker_gain": gain,
+        "data": str(path.resolve()),
+        "data_fingerprint": material.dataset.info["fingerprint"],
+        "feature_fingerprint": FEATURES.fingerprint(),
+        "people": len(data.people),
+        "items": data.items,
+        "events": int(data.rows.size),
+        "event_types": data.event_types,
+        "seen_types": sorted({data.event_types[kind - 1] for kind in np.unique(data.types[data.seen])}),
+        "actions": [action.model_dump() for action in material.actions],
+        "action_weights": weights,
+        "content": material.inputs is not None,
+        "ordered_only": data.ordered_only,
+    }
+    write_json(out / "result.json", result)
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    return result
+
+
+def action_weights(actions: tuple[Action, ...], config: TrainConfig) -> list[float]:
+    """The worth of each action, scaled so that the positive ones sum to 1."""
+    weights = [config.action_weights.get(action.name, 1.0) for action in actions]
+    total = sum(weight for weight in weights if weight > 0) or 1.0
+    return [weight / total for weight in weights]
