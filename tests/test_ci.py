@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+CONFTEST = "from tests.conftest import pytest_make_collect_report, pytest_runtest_makereport\n"
 TESTS = {
     "call": "import pytest\n\ndef test_a():\n    pytest.skip({reason!r})\n",
     "mark": "import pytest\n\n@pytest.mark.skip(reason={reason!r})\ndef test_a():\n    pass\n",
@@ -17,10 +18,11 @@ TESTS = {
 
 
 def run(folder: Path, source: str, ci: str) -> subprocess.CompletedProcess[str]:
-    (folder / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
+    (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
-    return subprocess.run(command, cwd=folder, env=os.environ | {"CI": ci}, capture_output=True, text=True, check=False)
+    environment = os.environ | {"CI": ci, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("how", TESTS)
