@@ -31,7 +31,17 @@ from features.profile import (
     split,
 )
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
-from serving.redis_client import Breaker, Call, Script, command, partition_prefix, run, run_all, serving_error
+from serving.redis_client import (
+    Breaker,
+    Call,
+    Script,
+    command,
+    partition_prefix,
+    require_partitions,
+    run,
+    run_all,
+    serving_error,
+)
 from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_ERASE, PROFILE_PUT
 from serving.telemetry import Telemetry
 
@@ -107,6 +117,16 @@ class ProfileStore:
         self._telemetry = telemetry or Telemetry()
         self._prefixes = [partition_prefix(partition) + b"profile:" for partition in range(partitions)]
         self._giant = HEADER_SIZE + _LARGEST_STATE + tail_cap * ENTRY.itemsize
+
+    def open(self) -> None:
+        """Checks that the profiles there are spread over as many partitions, and remembers their number in new ones.
+
+        Raises:
+            ConfigError: They are not.
+            ProfileStoreUnavailable: Redis does not answer.
+        """
+        with self._breaker:
+            require_partitions(self._client, len(self._prefixes))
 
     def read(self, subject: str) -> Profile:
         """The profile of a person, with every applied event; the empty one for nobody. One round trip.

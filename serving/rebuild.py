@@ -1,0 +1,184 @@
+"""Makes profiles anew from a data set, and shows one as a person would read it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.assemble import HALF_LIFE
+from features.bundle import open_bundle
+from features.catalog import columns_of
+from features.columns import pc
+from features.content import codes, is_present
+from features.profile import Profile, Records, empty, fold, make_records
+from features.schema import EVENT_TYPES, event_type_key, event_type_keys, item_key, item_keys
+from features.tables import Dataset, open_dataset
+from features.vocabulary import Vocabulary
+from serving.profiles import ProfileStore
+from serving.redis_client import connect
+
+SHOWN = 50
+"""Events that are shown at most."""
+
+_TIMEOUT_S = 10.0
+_PEOPLE = 1000
+
+
+def rebuild(data: Path, redis_url: str, *, partitions: int = 16) -> dict[str, Any]:
+    """Folds the events of a data set, the warehouse among them, into profiles and stores those.
+
+    Events that came in live since stay: a profile that goes further than the data set is left as it is, one that
+    stores newer events beside its state keeps them, and what a person erased is not brought back.
+
+    Args:
+        data: Directory of the data set.
+        redis_url: The profiles Redis.
+        partitions: Partitions of the event log.
+
+    Returns:
+        `profiles` written, `kept` as they were, `events` folded, `rejected` rows of the data set, `seconds`.
+
+    Raises:
+        TablesError: The data set cannot be read.
+        ConfigError: The URL is wrong, or the profiles have another number of partitions.
+        ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+    """
+    begun = time.monotonic()
+    dataset = open_dataset(data)
+    with connect(redis_url, _TIMEOUT_S) as client:
+        store = ProfileStore(client, partitions)
+        store.open()
+        loaded = store.put_states(_states(dataset, store))
+    return {
+        "profiles": loaded.written,
+        "kept": loaded.kept,
+        "events": dataset.events.num_rows,
+        "rejected": len(dataset.rejected),
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+
+
+def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: int = 16) -> dict[str, Any]:
+    """One profile as a person would read it.
+
+    Args:
+        user: Id of the person.
+        redis_url: The profiles Redis.
+        bundle: Names items, categories and event types; without it items are shown by their key.
+        partitions: Partitions of the event log.
+
+    Returns:
+        `user`, `found`, `profile_version`, `event_count`, `seen_only` (items remembered only as seen), `categories`
+        {name: share} and the newest `events`, newest first.
+
+    Raises:
+        ProfileCorrupt: The stored profile is damaged.
+        BundleError: The bundle is damaged.
+        ConfigError: The URL is wrong.
+        ProfileStoreUnavailable: Redis does not answer.
+    """
+    with connect(redis_url, _TIMEOUT_S) as client:
+        store = ProfileStore(client, partitions)
+        store.open()
+        profile = store.read(f"u:{user}")
+    items, types = _names(profile, bundle)
+    return {
+        "user": user,
+        "found": profile.count > 0,
+        "profile_version": profile.version,
+        "event_count": profile.count,
+        "seen_only": int(profile.evicted.size),
+        "categories": _shares(profile, items),
+        "events": [_event(record, items, types) for record in profile.records[::-1][:SHOWN]],
+    }
+
+
+def _states(dataset: Dataset, store: ProfileStore) -> Iterator[tuple[str, Profile]]:
+    """The profile of each person of a data set, less what they erased."""
+    people, who = codes(dataset.events["user_id"])
+    records, log_ids = _records(dataset), _log_ids(dataset.events)
+    # Each person's events stand together; `codes` numbers people in the order of their first one.
+    ends = np.cumsum(np.bincount(who, minlength=len(people)))
+    for chunk in _chunked(len(people), _PEOPLE):
+        subjects = [f"u:{people[person]}" for person in chunk]
+        for person, subject, erased in zip(chunk, subjects, store.erased_before(subjects), strict=True):
+            start, end = int(ends[person - 1]) if person else 0, int(ends[person])
+            # As uint64: numpy would compare a Python integer as float64, which cannot tell neighbouring log ids apart.
+            start += int(np.searchsorted(log_ids[start:end], np.uint64(erased), side="right"))
+            if start < end:
+                yield subject, fold(empty(), records[start:end], int(log_ids[end - 1]))
+
+
+def _chunked(length: int, size: int) -> Iterator[range]:
+    return (range(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _records(dataset: Dataset) -> Records:
+    """The records that ingest would have written for the events, with the items as they are in the data set."""
+    events, items = dataset.events, dataset.items
+    columns = columns_of(items, np.empty((items.num_rows, 0), np.float32))
+    named, what = codes(events["item_id"])
+    type_names, kind = codes(events["event_type"])
+    keys = item_keys(named)
+    rows = Vocabulary.build([str(name) for name in items["item_id"].to_pylist()]).rows_of_keys(keys)
+    timed = is_present(events["timestamp"])
+    return make_records(
+        keys[what],
+        np.append(columns.category, np.uint64(0))[rows[what]],  # row -1: an item that nobody described
+        np.append(columns.creator, np.uint64(0))[rows[what]],
+        pc.fill_null(events["timestamp"], 0).to_numpy() if timed else 0,
+        events["value"].to_numpy(),
+        event_type_keys(type_names)[kind],
+    )
+
+
+def _log_ids(events: pa.Table) -> npt.NDArray[np.uint64]:
+    """The log id of each event; what was never in a log gets its place in the table, below every live one."""
+    places = np.arange(1, events.num_rows + 1, dtype=np.uint64)
+    if not is_present(events["log_id"]):
+        return places
+    log_ids = pc.fill_null(events["log_id"], 0).to_numpy().astype(np.uint64)
+    return np.where(log_ids > 0, log_ids, places)
+
+
+def _names(profile: Profile, bundle: Path | None) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """What the keys of a profile stand for: items by key, event types by key."""
+    if bundle is None:
+        return {}, {event_type_key(name): name for name in EVENT_TYPES}
+    opened = open_bundle(bundle)
+    table = pa.ipc.open_file(pa.BufferReader(opened.read("items.arrow"))).read_all()
+    keys = item_keys(table["item_id"].to_pylist())
+    rows = np.flatnonzero(np.isin(keys, profile.records["item"]))
+    found = table.select(["item_id", "title", "categories"]).take(rows).to_pylist()
+    names = {*EVENT_TYPES, *opened.model["event_types"]}
+    return dict(zip(keys[rows].tolist(), found, strict=True)), {event_type_key(name): name for name in names}
+
+
+def _event(record: Any, items: dict[int, dict[str, Any]], types: dict[int, str]) -> dict[str, Any]:
+    key, kind, value = int(record["item"]), int(record["event_type"]), float(record["value"])
+    item = items.get(key, {})
+    return {
+        "item": item.get("item_id", f"key {key:016x}"),
+        "title": item.get("title"),
+        "event_type": types.get(kind, f"key {kind:08x}"),
+        "time": datetime.fromtimestamp(int(record["timestamp"]) / 1000, UTC).isoformat(timespec="seconds"),
+        "value": None if np.isnan(value) else value,
+    }
+
+
+def _shares(profile: Profile, items: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """The decayed share of each category whose name is known, strongest first."""
+    names = {item_key(item["categories"][0]): item["categories"][0] for item in items.values() if item["categories"]}
+    weights = 0.5 ** (np.arange(profile.records.size)[::-1] / HALF_LIFE)
+    shares: dict[str, float] = {}
+    for key, weight in zip(profile.records["category"].tolist(), weights.tolist(), strict=True):
+        if key in names:
+            shares[names[key]] = shares.get(names[key], 0.0) + weight / weights.sum()
+    return {name: round(share, 4) for name, share in sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))}
