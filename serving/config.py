@@ -52,7 +52,7 @@ class ServeConfig(BaseSettings):
     default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that brings none, in milliseconds.")
     drain_s: float = Field(10.0, ge=0, description="Time that calls in hand are given at the end, in seconds.")
 
-    candidates: int = Field(500, ge=100, le=5000, description="Candidates that each source proposes.")
+    candidates: int = Field(0, ge=0, le=5000, description="Candidates a source proposes; 0 as many as in evaluation.")
     fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
     search_personal: float = Field(
         0.25, ge=0, le=1, description="Most that a person's taste moves a search score of 0 to 1."

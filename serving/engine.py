@@ -47,6 +47,7 @@ from serving.sources import (
 from serving.telemetry import Telemetry
 
 _FRESH = 50
+_CANDIDATES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,8 @@ class _Builder:
     ) -> None:
         self._bundle, self._model, self._catalog = bundle, model, catalog
         self._index, self._lexical, self._around = index, lexical, around
-        self._count = around.config.candidates
+        # As many as evaluation ranked, so that what was measured is what is served.
+        self._count = around.config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
         self._neighbors = _neighbors(bundle, len(catalog.vocabulary))
         facts = bundle.model
         self._repeats = bool(facts["repeats"])

@@ -29,10 +29,10 @@ class Progress:
         self.version = version
         self._moved = threading.Condition()
 
-    def advance(self, version: int) -> None:
-        """Notes that everything up to `version` is applied here."""
+    def reach(self, version: int) -> None:
+        """Notes that everything up to `version` is applied here; lower only where the log began anew."""
         with self._moved:
-            self.version = max(self.version, version)
+            self.version = version
             self._moved.notify_all()
 
     def wait(self, version: int, seconds: float) -> bool:

@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 from features.errors import PenchantError
+from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Host, Surroundings, open_engine
 from serving.errors import Unavailable
@@ -26,6 +27,10 @@ from serving.profiles import ProfileStore
 from serving.projector import run as project
 from serving.redis_client import connect
 from serving.server import Server, Services
+from serving.services.catalog import CatalogService
+from serving.services.events import EventService
+from serving.services.profiles import ProfileService
+from serving.services.ranking import RankingService
 from serving.side_effects import ImpressionWriter
 from serving.telemetry import Telemetry, expose
 
@@ -75,10 +80,18 @@ def serve(config: ServeConfig, number: int, stop: threading.Event) -> None:
         _open(log)
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
         host = Host(open_engine(config.bundle, Surroundings(config, store, progress, telemetry, impressions)))
-        follower = Follower(host, events, progress)
+        changes = CatalogLog(events)
+        follower = Follower(host, changes, progress)
         follower.start()
         server = Server(config, telemetry)
-        server.start(config.listen, _services(config, host, log, store, follower, telemetry))
+        holdout = Holdout(config.holdout_share, config.holdout_salt)
+        services = Services(
+            ranking=RankingService(host, holdout, config.default_deadline_ms / 1000),
+            events=EventService(host, log, store, telemetry),
+            profiles=ProfileService(host, log, store),
+            catalog=CatalogService(host, changes, follower),
+        )
+        server.start(config.listen, services)
         if config.metrics_port:
             expose(telemetry, config.metrics_port + number)
         # What is loaded stays: the collector need not walk it with every sweep.

@@ -87,7 +87,7 @@ def attributes(values: Mapping[str, str], field: str, entries: int = 64, limit: 
         raise InvalidArgument(field, f"must hold at most {entries} entries, got {len(values)}")
     for key, value in values.items():
         if len(key.encode()) + len(value.encode()) > limit:
-            raise InvalidArgument(f"{field}[{key[:40]!r}]", f"must be at most {limit} bytes, key and value together")
+            raise InvalidArgument(field, f"{key[:40]!r} must be at most {limit} bytes, key and value together")
     return dict(values)
 
 

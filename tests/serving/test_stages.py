@@ -134,7 +134,7 @@ class TestHydrators:
         import threading
 
         progress = Progress(5)
-        threading.Timer(0.05, progress.advance, [6]).start()
+        threading.Timer(0.05, progress.reach, [6]).start()
         asked = query(min_catalog_version=6)
         CatalogVersion(progress).hydrate(asked)
         assert (asked.catalog_version, asked.degraded) == (6, [])

@@ -1,0 +1,131 @@
+"""Follows the catalogue: what was put is embedded, indexed and served by this worker, in the order of the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from features.errors import PenchantError
+from features.transforms import item_inputs, item_text, text_tokens
+from serving.catalog_log import CatalogLog, Change
+from serving.engine import Host
+from serving.errors import Unavailable
+from serving.hydrators import Progress
+
+_BLOCK_MS = 500
+_RETRY_S = 0.5
+_HEARTBEAT_S = 0.8
+_BATCH = 256
+_log = logging.getLogger(__name__)
+
+
+class Follower:
+    """Applies the log to the engine in use; one thread, the only writer of its catalogue."""
+
+    def __init__(self, host: Host, log: CatalogLog, progress: Progress) -> None:
+        self._host, self._log, self._progress = host, log, progress
+        self._worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._deleted: set[int] = set()
+        self._stop = threading.Event()
+        self._said = 0.0
+        self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
+
+    def start(self) -> None:
+        """Catches up with the log, where that answers, then follows it in the background."""
+        self._progress.reach(int(self._host.engine.bundle.manifest.get("catalog_version", 0)))
+        try:
+            self.step(0)
+        except Unavailable as error:
+            _log.warning("starting without the latest changes of the catalogue: %s", error)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops following; nobody waits for this worker any more."""
+        self._stop.set()
+        self._thread.join(2 * _BLOCK_MS / 1000)
+        try:
+            self._log.leave(self._worker)
+        except Unavailable as error:
+            _log.warning("the catalogue log forgets this worker by itself: %s", error)
+
+    def step(self, block_ms: int) -> None:
+        """Applies what is new, waiting up to `block_ms` for it, and says how far this worker is.
+
+        Raises:
+            Unavailable: The log does not answer.
+        """
+        version, changes = self._log.tail(self._progress.version, block_ms)
+        if version < self._progress.version:
+            _log.warning("the catalogue log began anew at version %d", version)
+        self.apply(changes)
+        self._progress.reach(version)
+        now = time.monotonic()
+        if changes or now - self._said > _HEARTBEAT_S:
+            self._log.applied(self._worker, version)
+            self._said = now
+
+    def wait_everywhere(self, version: int, seconds: float) -> bool:
+        """Waits until this worker and every other live one has applied a version; False when one had not in time."""
+        end = time.monotonic() + seconds
+        try:
+            return self._progress.wait(version, seconds) and self._log.wait_all_applied(version, end - time.monotonic())
+        except Unavailable as error:
+            _log.warning("it is not known whether every worker has version %d: %s", version, error)
+            return False
+
+    def knows(self, row: int) -> bool:
+        """Whether a row is an item of the catalogue, and was not deleted."""
+        return row >= 0 and row not in self._deleted
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        """Applies changes in their order; one that cannot be applied is logged and skipped."""
+        for kind, group in groupby(changes, lambda change: change.kind):
+            same = list(group)
+            if kind == "put":
+                for start in range(0, len(same), _BATCH):
+                    self._put(same[start : start + _BATCH])
+            else:
+                for change in same:
+                    self._hide(change)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.step(_BLOCK_MS)
+            except PenchantError as error:
+                if not isinstance(error, Unavailable):
+                    _log.error("cannot follow the catalogue: %s", error)
+                self._stop.wait(_RETRY_S)
+
+    def _put(self, changes: Sequence[Change]) -> None:
+        engine = self._host.engine
+        items: list[dict[str, Any]] = [json.loads(change.payload) for change in changes]
+        # The last of a batch that names an item twice counts.
+        items = list({item["item_id"]: item for item in items}.values())
+        vectors = engine.model.encode_items(item_inputs(items, engine.shapes))
+        rows = [
+            int(engine.catalog.put([item], vectors[at : at + 1], item["put_at"])[0]) for at, item in enumerate(items)
+        ]
+        engine.lexical.put(rows, [text_tokens(item_text(item)) for item in items])
+        self._deleted.difference_update(rows)
+
+    def _hide(self, change: Change) -> None:
+        engine = self._host.engine
+        row = int(engine.catalog.rows([change.item_id])[0])
+        if not self.knows(row):
+            return
+        if change.kind == "delete":
+            engine.catalog.set_available(row, False)
+            engine.lexical.remove([row])
+            self._deleted.add(row)
+            return
+        said = json.loads(change.payload)
+        engine.catalog.set_available(row, said["available"], said["available_from"], said["available_until"])

@@ -1,0 +1,391 @@
+"""A real service with two workers: what a backend engineer relies on, in a world whose right answers are known."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from penchant.client import event
+from penchant.v1 import catalog_pb2, common_pb2
+from tests.world import COUNT, rows_of
+
+NOT_FOUND = grpc.StatusCode.NOT_FOUND.value[0]
+INVALID = grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+
+@pytest.fixture
+def ann() -> str:
+    """A person nobody has met."""
+    return f"ann-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def everywhere(service):
+    """A client with so many connections that every worker is asked."""
+    with service.client(channels=16) as client:
+        client.wait_ready()
+        yield client
+
+
+def ids(slate) -> list[str]:
+    return [item.item_id for item in slate.items]
+
+
+def live(genre: str) -> catalog_pb2.Item:
+    name = f"new-{uuid.uuid4().hex}"
+    return catalog_pb2.Item(item_id=name, title=f"{genre} premiere {name}", categories=[genre], creator_id="c9")
+
+
+class TestFeed:
+    def test_somebody_new_gets_what_is_popular(self, client, ann):
+        slate = client.recommend(user_id=ann, page_size=7)
+        assert ids(slate) == [f"i{row}" for row in range(7)]
+        assert slate.rung == common_pb2.RUNG_POPULAR
+        assert not slate.profile_found
+        assert slate.profile_version == 0
+        assert not slate.degraded
+        assert [item.propensity for item in slate.items] == [1] * 7
+
+    def test_an_event_is_in_the_very_next_answer_of_every_worker(self, client, everywhere, ann):
+        (status,) = client.ingest([event(ann, "i0", "view_item")])
+        assert (status.code, status.applied, status.duplicate) == (0, True, False)
+        for _ in range(16):
+            slate = everywhere.recommend(user_id=ann, page_size=9)
+            assert slate.rung == common_pb2.RUNG_SEQUENCE
+            assert slate.profile_version == status.profile_version
+            assert slate.profile_found
+            assert set(ids(slate)) == rows_of("western") - {"i0"}
+
+    def test_what_was_seen_does_not_return(self, client, ann):
+        client.ingest([event(ann, f"i{row}", "view_item") for row in range(20)])
+        assert not set(ids(client.recommend(user_id=ann, page_size=100))) & {f"i{row}" for row in range(20)}
+
+    def test_people_do_not_move_each_other(self, client, ann):
+        other = f"other-{ann}"
+        client.ingest([event(ann, "i1", "view_item"), event(other, "i2", "view_item")])
+        assert set(ids(client.recommend(user_id=ann, page_size=9))) == rows_of("space") - {"i1"}
+        assert set(ids(client.recommend(user_id=other, page_size=9))) == rows_of("romance") - {"i2"}
+
+    def test_a_visitor_and_a_user_of_one_name_are_two(self, client, ann):
+        client.ingest([event(ann, "i1", "view_item")])
+        assert client.recommend(anonymous_id=ann).rung == common_pb2.RUNG_POPULAR
+
+    def test_personalisation_can_be_declined(self, client, ann):
+        client.ingest([event(ann, "i1", "view_item")])
+        slate = client.recommend(user_id=ann, page_size=5, personalize=False)
+        assert ids(slate) == [f"i{row}" for row in range(5)]
+        assert slate.profile_version == 0
+
+    def test_the_ranker_names_its_actions(self, client, ann):
+        client.ingest([event(ann, "i1", "view_item")])
+        slate = client.recommend(user_id=ann, page_size=5)
+        assert list(slate.action_names) == ["view_item", "like"]
+        assert all(0 < chance < 1 for item in slate.items for chance in item.action_probabilities)
+        assert {len(item.action_probabilities) for item in slate.items} == {2}
+
+    def test_excluded_items_stay_out_and_unknown_ids_are_reported(self, client, ann):
+        slate = client.recommend(user_id=ann, page_size=3, exclude_item_ids=["i0", "?", "i2", "?"])
+        assert ids(slate) == ["i1", "i3", "i4"]
+        assert list(slate.missing_item_ids) == ["?"]
+
+    def test_a_page_larger_than_the_catalogue(self, client, ann):
+        names = ids(client.recommend(user_id=ann, page_size=100))
+        assert len(names) == len(set(names)) >= COUNT
+
+    def test_the_answer_says_how_it_was_made(self, client, service, ann):
+        slate = client.recommend(user_id=ann, request_id="mine", page_size=1)
+        assert slate.request_id == "mine"
+        assert slate.bundle_id == service.ready["bundle_id"]
+        assert {"profile", "popular", "eligible", "top_k"} <= {timing.stage for timing in slate.stage_timings}
+        assert (slate.experiment.arm, slate.experiment.holdout) == ("treatment", False)
+
+    def test_a_profile_that_is_not_there_yet_is_waited_for_a_while_only(self, client, ann):
+        begun = time.monotonic()
+        slate = client.recommend(user_id=ann, min_profile_version=2**62, timeout_s=1.0)
+        assert [entry.part for entry in slate.degraded] == [common_pb2.PART_PROFILE_STALE]
+        assert time.monotonic() - begun < 1.0
+
+    def test_reasons(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        slate = client.recommend(user_id=ann, page_size=3, explain=True)
+        for item in slate.items:
+            (reason,) = [reason for reason in item.reasons if reason.kind == "like_history"]
+            assert reason.item_id == "i0"
+            assert reason.text == "like western story number0"
+            assert 0.9 < reason.weight <= 1.0001
+        assert not client.recommend(user_id=ann, page_size=3).items[0].reasons
+
+
+class TestSearch:
+    def test_words_find_their_items(self, client):
+        assert ids(client.search("number7", page_size=1)) == ["i7"]
+        assert set(ids(client.search("space", page_size=10))) >= set(list(rows_of("space"))[:1])
+        assert {name for name in ids(client.search("space story", page_size=10)) if name.startswith("i")} <= rows_of(
+            "space"
+        )
+
+    def test_taste_orders_what_matches_equally(self, client, ann):
+        client.ingest([event(ann, "i3", "view_item")])
+        assert set(ids(client.search("story", user_id=ann, page_size=5))) <= rows_of("comedy")
+
+    def test_taste_never_beats_a_match(self, client, ann):
+        client.ingest([event(ann, "i3", "view_item")])
+        assert ids(client.search("space number9", user_id=ann, page_size=1)) == ["i9"]
+
+    def test_what_was_seen_is_still_found(self, client, ann):
+        client.ingest([event(ann, "i9", "view_item")])
+        assert ids(client.search("space number9", user_id=ann, page_size=1)) == ["i9"]
+
+    def test_words_that_nobody_used_find_nothing_or_neighbours_but_no_error(self, client):
+        client.search("zxcvbn", page_size=5)
+
+    def test_why(self, client):
+        (item,) = client.search("Westerns number4", page_size=1, explain=True).items
+        assert item.reasons[0].kind == "matches_query"
+        assert "western" in item.reasons[0].text
+        assert "words" in item.sources
+
+
+class TestRank:
+    def test_nobody_known_the_order_is_the_callers_exactly(self, client, ann):
+        rng = np.random.default_rng(3)
+        for _ in range(20):
+            names = [f"i{row}" for row in rng.permutation(COUNT)[:15]]
+            scores = np.float32(rng.normal(size=15) * 10.0 ** rng.integers(-20, 20))
+            expected = [names[at] for at in np.argsort(-scores, kind="stable")]
+            assert ids(client.rank(names, scores.tolist(), user_id=ann)) == expected
+            assert ids(client.rank(names, scores.tolist(), upstream_weight=0.0)) == expected
+        assert ids(client.rank(names, user_id=ann)) == names
+
+    def test_ties_keep_the_callers_order(self, client):
+        names = ["i7", "i3", "i9", "i1"]
+        assert ids(client.rank(names, [1, 1, 1, 1])) == names
+
+    def test_taste_moves_the_callers_order(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        names = ["i1", "i2", "i4", "i3", "i8"]
+        slate = client.rank(names, [5, 4, 3, 2, 1], user_id=ann)
+        assert set(ids(slate)[:2]) == {"i4", "i8"}
+        assert slate.rung == common_pb2.RUNG_SEQUENCE
+        assert ids(client.rank(names, [5, 4, 3, 2, 1], user_id=ann, upstream_weight=1e6)) == names
+
+    def test_unknown_and_repeated_candidates(self, client):
+        slate = client.rank(["i5", "?", "i6", "i5", "!"], [1, 9, 2, 3, 9])
+        assert ids(slate) == ["i6", "i5"]
+        assert list(slate.missing_item_ids) == ["?", "!"]
+
+    def test_nothing_but_unknown_candidates_is_an_empty_answer(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        slate = client.rank(["?"], user_id=ann)
+        assert ids(slate) == []
+        assert list(slate.missing_item_ids) == ["?"]
+
+
+class TestSimilar:
+    def test_neighbours_are_of_the_genre(self, client):
+        slate = client.similar_items(["i6"], page_size=9)
+        assert {name for name in ids(slate) if name.startswith("i")} <= rows_of("romance") - {"i6"}
+        assert all(0.9 < item.score <= 1.0001 for item in slate.items)
+
+    def test_two_seeds_name_two_genres(self, client):
+        names = ids(client.similar_items(["i0", "i1"], page_size=18))
+        assert {name for name in names if name.startswith("i")} <= rows_of("western") | rows_of("space")
+
+    def test_unknown_seeds_are_reported(self, client):
+        slate = client.similar_items(["?", "i6"], page_size=3)
+        assert list(slate.missing_item_ids) == ["?"]
+        assert len(slate.items) == 3
+        assert ids(client.similar_items(["?"])) == []
+
+
+class TestEvents:
+    def test_a_retry_has_one_effect(self, client, ann):
+        once = event(ann, "i0", "view_item")
+        (first,) = client.ingest([once])
+        (second,) = client.ingest([once])
+        assert second.duplicate
+        assert second.profile_version == first.profile_version
+        assert client.get_profile(ann).event_count == 1
+
+    def test_bad_events_do_not_hurt_good_ones(self, client, ann):
+        now = int(time.time() * 1000)
+        bad = {
+            "subject": event("", "i0", "view_item"),
+            "item_id": event(ann, "", "view_item"),
+            "event_type": event(ann, "i0", ""),
+            "value": event(ann, "i0", "rating", value=float("nan")),
+            "timestamp_ms": event(ann, "i0", "view_item", timestamp_ms=now - 25 * 3_600_000),
+            "position": event(ann, "i0", "view_item", position=-1),
+            "query": event(ann, "", "search"),
+            "attributes": event(ann, "i0", "view_item", attributes={"k": "v" * 2000}),
+        }
+        statuses = client.ingest([*bad.values(), event(ann, "i0", "view_item")])
+        assert [status.field for status in statuses[:-1]] == list(bad)
+        assert {status.code for status in statuses[:-1]} == {INVALID}
+        assert all(status.message for status in statuses[:-1])
+        assert statuses[-1].code == 0
+        assert client.get_profile(ann).event_count == 1
+
+    def test_every_field_is_taken(self, client, ann):
+        full = event(
+            ann, "unheard-of", "my_own_type", value=4.5, session_id="s", request_id="r", surface="home", position=3,
+            query="q", attributes={"k": "v"}, timestamp_ms=int(time.time() * 1000) - 5,
+        )  # fmt: skip
+        searched = event(ann, "", "search", query="westerns")
+        assert [status.code for status in client.ingest([full, searched])] == [0, 0]
+        profile = client.get_profile(ann)
+        assert [one.item_id for one in profile.events] == ["", ""]
+        assert profile.events[1].value == 4.5
+        assert not profile.events[0].HasField("value")
+
+    @pytest.mark.parametrize("name", ["nul\0", "{p01}", "*", "a\r\nb", "😀" * 100, " ", "u:"])
+    def test_ids_are_opaque(self, client, name):
+        user = f"{name}{uuid.uuid4().hex}"
+        (status,) = client.ingest([event(user, "i1", "view_item")])
+        assert status.code == 0
+        slate = client.recommend(user_id=user, page_size=9)
+        assert set(ids(slate)) == rows_of("space") - {"i1"}
+
+
+class TestProfile:
+    def test_people_can_read_theirs(self, client, ann):
+        client.ingest(
+            [event(ann, "i0", "view_item"), event(ann, "i4", "like", value=2.0), event(ann, "i1", "view_item")]
+        )
+        profile = client.get_profile(ann)
+        assert profile.found
+        assert profile.event_count == 3
+        assert [(one.item_id, one.event_type) for one in profile.events] == [
+            ("i1", "view_item"), ("i4", "like"), ("i0", "view_item"),
+        ]  # fmt: skip
+        assert profile.events[1].title == "western story number4"
+        assert [affinity.name for affinity in profile.categories] == ["western", "space"]
+        assert sum(affinity.share for affinity in profile.categories) == pytest.approx(1)
+
+    def test_nobody_s_is_empty(self, client, ann):
+        assert not client.get_profile(ann).found
+
+    def test_what_is_erased_is_gone_at_once_and_stays_gone(self, client, everywhere, ann):
+        before = event(ann, "i0", "view_item", timestamp_ms=int(time.time() * 1000) - 1000)
+        client.ingest([before])
+        receipts = {receipt.store: receipt.entries for receipt in client.erase(ann)}
+        assert receipts["profiles"] == receipts["events"] == 1
+        assert "impressions" in receipts
+        for _ in range(8):
+            assert everywhere.recommend(user_id=ann).rung == common_pb2.RUNG_POPULAR
+        before.event_id = uuid.uuid4().hex
+        (status,) = client.ingest([before])
+        assert status.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
+        time.sleep(0.01)
+        (status,) = client.ingest([event(ann, "i2", "view_item")])
+        assert status.code == 0
+        assert client.get_profile(ann).event_count == 1
+
+
+class TestCatalog:
+    def test_a_new_item_is_found_at_once_by_every_worker(self, client, everywhere, ann):
+        item = live("western")
+        answer = client.put_items([item])
+        assert answer.visible_everywhere
+        assert [status.code for status in answer.statuses] == [0]
+        client.ingest([event(ann, "i0", "view_item")])
+        for _ in range(16):
+            assert ids(everywhere.search(item.item_id, page_size=1)) == [item.item_id]
+            assert item.item_id in ids(everywhere.similar_items(["i4"], page_size=30))
+            slate = everywhere.recommend(user_id=ann, page_size=30, min_catalog_version=answer.catalog_version)
+            assert item.item_id in ids(slate)
+            assert slate.catalog_version >= answer.catalog_version
+        client.ingest([event(ann, item.item_id, "view_item")])
+        assert item.item_id not in ids(client.recommend(user_id=ann, page_size=100))
+        client.delete_items([item.item_id])
+
+    def test_a_hidden_item_is_hidden_at_once_everywhere_and_comes_back(self, client, everywhere, ann):
+        def shown() -> set[bool]:
+            found = set()
+            for _ in range(12):
+                found.add("i12" in ids(everywhere.recommend(user_id=ann, page_size=100)))
+                found.add("i12" in ids(everywhere.search("number12", page_size=100)))
+                found.add("i12" in ids(everywhere.rank(["i12", "i1"])))
+                found.add("i12" in ids(everywhere.similar_items(["i0"], page_size=100)))
+            return found
+
+        assert shown() == {True}
+        answer = client.set_availability([catalog_pb2.Availability(item_id="i12", available=False)])
+        assert answer.visible_everywhere
+        assert shown() == {False}
+        client.set_availability([catalog_pb2.Availability(item_id="i12", available=True)])
+        assert shown() == {True}
+
+    def test_an_item_is_shown_in_its_time_only(self, client):
+        now = int(time.time() * 1000)
+        later, over, brief = live("comedy"), live("comedy"), live("comedy")
+        later.available_from_ms = now + 3_600_000
+        over.available_until_ms = now - 1
+        brief.available_until_ms = now + 1500
+        client.put_items([later, over, brief])
+        names = ids(client.search("comedy premiere", page_size=100))
+        assert later.item_id not in names
+        assert over.item_id not in names
+        time.sleep(max(0.0, brief.available_until_ms / 1000 - time.time()))
+        assert brief.item_id not in ids(client.search("comedy premiere", page_size=100))
+
+    def test_deleted_is_never_shown_again_and_no_availability_brings_it_back(self, client, everywhere):
+        item = live("space")
+        client.put_items([item])
+        assert client.delete_items([item.item_id]).visible_everywhere
+        answer = client.set_availability([catalog_pb2.Availability(item_id=item.item_id, available=True)])
+        assert [status.code for status in answer.statuses] == [NOT_FOUND]
+        for _ in range(8):
+            assert item.item_id not in ids(everywhere.search(item.item_id, page_size=100))
+
+    def test_unknown_items_are_reported_and_the_rest_is_done(self, client):
+        changes = [catalog_pb2.Availability(item_id=name, available=True) for name in ("?", "i3")]
+        assert [status.code for status in client.set_availability(changes).statuses] == [NOT_FOUND, 0]
+        answer = client.delete_items(["?"])
+        assert [status.code for status in answer.statuses] == [NOT_FOUND]
+
+    def test_bad_items_do_not_hurt_good_ones(self, client):
+        good = live("space")
+        bad = {
+            "item_id": catalog_pb2.Item(title="x"),
+            "price": catalog_pb2.Item(item_id="x", price=-1),
+            "title": catalog_pb2.Item(item_id="x", title="t" * 1025),
+            "categories": catalog_pb2.Item(item_id="x", categories=["c"] * 17),
+            "available_until_ms": catalog_pb2.Item(item_id="x", available_from_ms=5, available_until_ms=4),
+        }
+        answer = client.put_items([*bad.values(), good])
+        assert [status.field for status in answer.statuses] == [*bad, ""]
+        assert ids(client.search(good.item_id, page_size=1)) == [good.item_id]
+        client.delete_items([good.item_id])
+
+    def test_a_changed_item_is_found_by_its_new_words_only(self, client):
+        item = live("space")
+        client.put_items([item])
+        item.title = "quixotic zephyr"
+        client.put_items([item])
+        assert ids(client.search("quixotic zephyr", page_size=1)) == [item.item_id]
+        client.delete_items([item.item_id])
+
+    def test_an_event_about_a_live_item_carries_its_category(self, client, ann):
+        item = live("romance")
+        client.put_items([item])
+        client.ingest([event(ann, item.item_id, "view_item")])
+        assert [affinity.name for affinity in client.get_profile(ann).categories] == ["romance"]
+        assert set(ids(client.recommend(user_id=ann, page_size=10))) == rows_of("romance")
+        client.delete_items([item.item_id])
+
+
+def test_health_and_reflection(service):
+    with grpc.insecure_channel(service.target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "penchant.v1.RankingService", "penchant.v1.CatalogService"):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        found = set(ProtoReflectionDescriptorDatabase(channel).get_services())
+    assert {f"penchant.v1.{name}Service" for name in ("Ranking", "Event", "Profile", "Catalog")} <= found
