@@ -173,7 +173,7 @@ class _Cast:
         dataset = open_dataset(data)
         ids, titles = dataset.items["item_id"].to_pylist(), dataset.items["title"].to_pylist()
         self._titles = {item: title or item for item, title in zip(ids, titles, strict=True)}
-        counts = Counter(dataset.events["user_id"].to_pylist())
+        counts = Counter(map(str, dataset.events["user_id"].to_pylist()))
         self.people = sorted(counts)
         self.pair = [person for person in self.people if counts[person] >= HISTORY][:2]
         if len(self.pair) < 2:

@@ -1,0 +1,118 @@
+"""Whether the service answers what evaluation measured: the same people, the same targets, once through `Recommend`.
+
+Each person's profile is made from the events before the target by the ordinary rebuild, the service is started as a
+user would start it, and the rank of the target on the page is compared with the rank that evaluation gives it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from benchmarks.report import facts
+from benchmarks.service import running
+from features.tables import write_dataset
+from penchant.client import Client
+from serving.rebuild import rebuild
+from training.data import Interactions, read_interactions
+from training.evaluate import ModelScorer, place_all
+from training.metrics import ndcg
+from training.run import LoadedRun, load_run
+from training.split import Targets, Which, held_out
+
+PAGE = 10
+CALLERS = 4
+TIMEOUT_S = 10.0
+NOWHERE = 1 << 30
+
+
+def fidelity(
+    run: Path, bundle: Path, *, protocol: Which = "leave-one-out", people: int = 1000, seed: int = 1
+) -> dict[str, Any]:
+    """Measures NDCG@10 offline and through a running service.
+
+    Args:
+        run: Directory of the run.
+        bundle: The bundle that was exported from it.
+        protocol: What the run held out.
+        people: Number of people, one target each.
+        seed: Seed of their choice.
+
+    Returns:
+        `ndcg@10` {`evaluate`, `recommend`, `difference`}, `same_page` (share of people whose pages are equal item by
+        item), `rungs`, `degraded`, and the circumstances.
+    """
+    loaded = load_run(run)
+    data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
+    targets = _some(held_out(data, loaded.config, protocol), people, np.random.default_rng(seed))
+    offline, shown = _offline(loaded, data, targets)
+    pages, rungs, degraded = _online(loaded, data, targets, bundle)
+    online = np.array([_place(page, row) for page, row in zip(pages, targets.rows(data).tolist(), strict=True)])
+    evaluated, recommended = (float(ndcg(ranks, PAGE).mean()) for ranks in (offline, online))
+    return {
+        "protocol": protocol,
+        "people": len(targets),
+        "ndcg@10": {
+            "evaluate": round(evaluated, 6),
+            "recommend": round(recommended, 6),
+            "difference": round(recommended - evaluated, 6),
+        },
+        "same_page": float(np.mean([page == list(line) for page, line in zip(pages, shown.tolist(), strict=True)])),
+        "rungs": rungs,
+        "degraded": degraded,
+        **facts(),
+    }
+
+
+def _some(targets: Targets, people: int, draw: np.random.Generator) -> Targets:
+    """One target each of some people."""
+    order = draw.permutation(len(targets))
+    _, first = np.unique(targets.people[order], return_index=True)
+    chosen = order[np.sort(first)[:people]]
+    return targets.take(np.sort(chosen))
+
+
+def _offline(
+    run: LoadedRun, data: Interactions, targets: Targets
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ranks of the targets, and the pages as rows, best first, as `penchant evaluate` makes them."""
+    with torch.inference_mode():
+        [ranked] = place_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
+    return ranked.ranks, ranked.shown
+
+
+def _online(
+    run: LoadedRun, data: Interactions, targets: Targets, bundle: Path
+) -> tuple[list[list[int]], dict[str, int], int]:
+    """Pages as rows, best first, as the service makes them; answers by rung; degraded answers."""
+    names = [data.people[person] for person in targets.people.tolist()]
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state"
+        write_dataset(Path(folder) / "data", _before(run, data, targets), run.dataset.items, name="histories")
+        with running(bundle, "--state-dir", str(state)) as service:
+            rebuild(Path(folder) / "data", service["redis"])
+            with Client(service["listen"], timeout_s=TIMEOUT_S) as client, ThreadPoolExecutor(CALLERS) as callers:
+                slates = list(callers.map(lambda name: client.recommend(user_id=name, page_size=PAGE), names))
+    rungs: dict[str, int] = {}
+    for slate in slates:
+        rungs[str(slate.rung)] = rungs.get(str(slate.rung), 0) + 1
+    pages = [run.vocabulary.rows([item.item_id for item in slate.items]).tolist() for slate in slates]
+    return pages, rungs, sum(bool(slate.degraded) for slate in slates)
+
+
+def _before(run: LoadedRun, data: Interactions, targets: Targets) -> pa.Table:
+    """The events before each target, of the chosen people only."""
+    starts = data.offsets[targets.people]
+    keep = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, targets.positions, strict=True)])
+    return run.dataset.events.take(pa.array(keep))
+
+
+def _place(page: list[int], row: int) -> int:
+    return page.index(row) if row in page else NOWHERE
