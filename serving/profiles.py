@@ -34,6 +34,7 @@ from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.redis_client import (
     Breaker,
     Call,
+    Line,
     Script,
     command,
     partition_prefix,
@@ -112,6 +113,7 @@ class ProfileStore:
             telemetry: Counts `profile_corrupt`.
         """
         self._client = client
+        self._line = Line(client)
         self._tail_cap = tail_cap
         self._breaker = Breaker(ProfileStoreUnavailable, cooldown_s)
         self._telemetry = telemetry or Telemetry()
@@ -260,7 +262,7 @@ class ProfileStore:
     def _blob(self, subject: str) -> bytes:
         with self._breaker:
             try:
-                blob: bytes = command(self._client, "GETRANGE", self._key(subject), 0, self._giant)
+                blob: bytes = self._line.ask(b"GETRANGE", self._key(subject), b"0", b"%d" % self._giant)
             except ResponseError as error:
                 raise self._refusal(error) from error
         if len(blob) > self._giant:

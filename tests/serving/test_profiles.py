@@ -352,6 +352,50 @@ def test_a_half_a_late_or_a_wrong_reply_never_reaches_another_person():
     thread.join()
 
 
+def test_a_reply_in_thin_slices_costs_no_more_than_the_timeout():
+    listener = socket.create_server(("127.0.0.1", 0))
+    stop = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            for byte in b"$2000\r\n" + bytes(2000):
+                connection.sendall(bytes([byte]))
+                if stop.wait(0.02):
+                    return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with listener, connect(f"redis://127.0.0.1:{listener.getsockname()[1]}", 0.2) as client:
+        start = time.monotonic()
+        with pytest.raises(ProfileStoreUnavailable):
+            ProfileStore(client).read("u:1")
+        assert time.monotonic() - start < 2  # all of it would take 40 s
+    stop.set()
+    thread.join()
+
+
+def test_many_threads_read_each_their_own(store):
+    people = [f"u:{number}" for number in range(50)]
+    store.put_states((person, expected([number], start=1)) for number, person in enumerate(people))
+    wrong = []
+
+    def read(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(300):
+            number = rng.randrange(50)
+            if items(store.read(people[number])) != [number]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
 def test_nothing_listens():
     with connect("redis://127.0.0.1:1", 0.2) as client, pytest.raises(ProfileStoreUnavailable):
         ProfileStore(client).read("u:1")
