@@ -1,7 +1,7 @@
 """The nearest items: those whose vectors have the largest inner product with a query.
 
-The rows of the bundle are searched with its FAISS index, the rows put since then exactly. FAISS only proposes: what
-leaves is scored again with the catalogue's own vectors, so a score is the same whichever road found the item.
+A small bundle is scanned whole, a larger one is searched with its FAISS index; the rows put since then are scanned.
+Either only proposes: what leaves is scored again, pair by pair, so a score is the same whichever road found the item.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from features.kernels import dot_rows
 
 # Typed Any because the published stubs lack half of the arguments.
 faiss: Any = _faiss
+
+# A product of matrices rounds by position, so where scores are nearly equal a few more must be proposed.
+_ROUNDING = 16
 
 _F32 = npt.NDArray[np.float32]
 _I32 = npt.NDArray[np.int32]
@@ -48,6 +51,11 @@ class Index:
             )
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise BundleError("index.faiss: does not rank by inner product; export the run again")
+        # A small index is not searched, but a bundle that contradicts itself is refused all the same.
+        if isinstance(self._index, faiss.IndexFlat) and not np.array_equal(
+            self._index.reconstruct_n(0, expected[0]), catalog.columns.vectors[: expected[0]]
+        ):
+            raise BundleError("index.faiss: holds other vectors than vectors.npy; export the run again")
         self._lists = int(getattr(self._index, "nlist", 0))
         # A quantised list orders its items roughly, so it must propose more than are wanted.
         self._spare = 0.5 if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
@@ -97,18 +105,28 @@ class Index:
         """Rows of the bundle among which the best `k` of `count` allowed ones are, and -1; int64 [B, >= k]."""
         if k == 0:
             return np.empty((len(queries), 0), np.int64)
+        if not self._lists:
+            return self._scan(queries, min(count, k + _ROUNDING), allowed)
         # The number of threads belongs to the calling thread, so it is set by each call.
         faiss.omp_set_num_threads(1)
         selector = None if allowed is None else faiss.IDSelectorBitmap(np.ascontiguousarray(allowed))
         wide = min(count, k + math.ceil(k * self._spare))
-        if not self._lists:
-            return self._ask(queries, wide, faiss.SearchParameters(sel=selector))
         # The fewer rows are allowed, the farther away the best of them lie.
         probes = min(self._lists, math.ceil(self._index.nprobe * self._index.ntotal / count))
         found = self._ask(queries, wide, faiss.SearchParametersIVF(sel=selector, nprobe=probes))
         if (found[:, k - 1] < 0).any():
             found = self._ask(queries, wide, faiss.SearchParametersIVF(sel=selector, nprobe=self._lists))
         return found
+
+    def _scan(self, queries: _F32, k: int, allowed: _BITMAP | None) -> npt.NDArray[np.int64]:
+        """The best `k` of a small bundle: one matrix product, half the time of FAISS's own exact index."""
+        base = self._catalog.base_size
+        scores = queries @ self._catalog.columns.vectors[:base].T
+        if allowed is not None:
+            scores[:, np.unpackbits(allowed, count=base, bitorder="little") == 0] = -np.inf
+        if k < base:
+            return np.argpartition(scores, base - k, axis=1)[:, base - k :]
+        return np.broadcast_to(np.arange(base), scores.shape)
 
     def _ask(self, queries: _F32, k: int, parameters: Any) -> npt.NDArray[np.int64]:
         found: npt.NDArray[np.int64] = self._index.search(queries, k, params=parameters)[1]

@@ -77,7 +77,7 @@ def untrained_run(config: TrainConfig = CONFIG, **options: int) -> LoadedRun:
     result: dict[str, Any] = {
         "event_types": TYPES,
         "actions": [action.model_dump() for action in config.actions],
-        "action_weights": {"buy": 1.0},
+        "action_weights": [1.0],
         "seen_types": ["purchase"],
         "blend": 0.25,
         "data_fingerprint": data.info["fingerprint"],

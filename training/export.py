@@ -113,7 +113,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         index = _write_index(loaded, world, staging, recall, gates)
         people = golden.answers(world, golden.make_people(world))
         (staging / "golden.json").write_text(json.dumps(people, allow_nan=False))
-        _write_tables(loaded, catalog, staging)
+        _write_tables(loaded, staging)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
     return {
@@ -263,7 +263,7 @@ def _likely_queries(loaded: LoadedRun, world: golden.World) -> _F32:
     return np.concatenate([users, world.ask("query_encoder", {"tokens": tokens}), loaded.item_vectors[some]])
 
 
-def _write_tables(loaded: LoadedRun, catalog: Catalog, staging: Path) -> None:
+def _write_tables(loaded: LoadedRun, staging: Path) -> None:
     """The tables of the lower rungs and of search by words."""
     np.save(staging / "neighbors.npy", loaded.neighbors.astype(np.int32))
     np.save(staging / "neighbor_scores.npy", loaded.neighbor_scores.astype(np.float32))
@@ -273,7 +273,11 @@ def _write_tables(loaded: LoadedRun, catalog: Catalog, staging: Path) -> None:
     popular = pa.table({"segment": [""] * rows.size, "row": rows, "score": scores[rows]})
     with pa.OSFile(str(staging / "popular.arrow"), "wb") as sink, pa.ipc.new_file(sink, popular.schema) as writer:
         writer.write_table(popular)
-    words = [text_tokens(item_text(catalog.item(row))) for row in range(catalog.size)]
+    words = [
+        text_tokens(item_text(item))
+        for batch in loaded.items.to_batches(max_chunksize=10_000)
+        for item in batch.to_pylist()
+    ]
     np.save(staging / "token_offsets.npy", np.cumsum([0, *(mine.size for mine in words)]).astype(np.int64))
     np.save(staging / "tokens.npy", np.concatenate([np.empty(0, np.uint32), *words]))
 

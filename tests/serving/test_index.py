@@ -92,19 +92,21 @@ def test_more_wanted_than_there_is(index):
     assert rows.shape == scores.shape == (2, 0)
 
 
-def test_items_put_since_are_found_at_once():
-    index = make(clustered(2000), **IVF)
+@pytest.mark.parametrize("kind", [FLAT, IVF], ids=["flat", "ivf"])
+def test_items_put_since_are_found_at_once(kind):
+    index = make(clustered(6000), **kind)
+    assert bool(index._lists) == (kind is IVF)
     query = clustered(1, seed=4)
     far = 10 * query / np.linalg.norm(query)
     row = int(index.catalog.put([{"item_id": "new"}], far, NOW)[0])
-    assert row == 2000
+    assert row == 6000
     assert index.search(query, 5)[0][0, 0] == row
     allowed = index.catalog.eligible_bitmap(NOW)
     assert index.search(query, 5, allowed)[0][0, 0] == row
     index.catalog.set_available(row, False)
     assert row not in index.search(query, 5, index.catalog.eligible_bitmap(NOW))[0]
     # A bitmap cut before the item came does not allow it.
-    assert row not in index.search(query, 5, np.full(250, 255, np.uint8))[0]
+    assert row not in index.search(query, 5, np.full(750, 255, np.uint8))[0]
 
 
 def test_a_score_depends_on_the_pair_alone(index):
@@ -116,7 +118,8 @@ def test_a_score_depends_on_the_pair_alone(index):
 
 
 def test_it_uses_one_thread():
-    index = make(clustered(500), **FLAT)
+    index = make(clustered(6000), **IVF)
+    assert index._lists
     faiss.omp_set_num_threads(2)
     index.search(clustered(2), 3)
     assert faiss.omp_get_max_threads() == 1
@@ -142,6 +145,8 @@ def test_refuses_a_foreign_index():
     other = build(clustered(99), clustered(5), 0.98).data
     with pytest.raises(BundleError, match="99 vectors of 16"):
         Index(other, catalog)
+    with pytest.raises(BundleError, match=r"other vectors than vectors\.npy"):
+        Index(build(clustered(100, seed=1), clustered(5), 0.98).data, catalog)
     with pytest.raises(BundleError, match="cannot read"):
         Index(other[:200], catalog)
     with pytest.raises(BundleError, match="cannot read"):
