@@ -22,12 +22,12 @@ from features.catalog import Columns, columns_of
 from features.errors import LeakError, TrainingError
 from training.baselines import Baseline, Scores, build_baselines, counts_of, training_mask
 from training.data import Interactions, read_interactions
-from training.machine import prepared
+from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
 from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
 from training.run import LoadedRun, append_line, load_run
-from training.split import Split, Targets, Which, split, test_targets
+from training.split import Split, Targets, Which, held_out, split
 
 SHOWN = 10
 METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
@@ -132,8 +132,7 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         _refuse_leak(run, protocol)
         if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
             raise TrainingError(f"{run.path} and {loaded[0].path} were trained on different data sets")
-    with prepared(loaded[0].config.threads), torch.inference_mode():
-        torch.set_float32_matmul_precision("highest")
+    with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
         answer = _measure(loaded, protocol)  # type: ignore[arg-type]
     answer["seconds"] = round(time.monotonic() - began, 3)
     for run in loaded:
@@ -154,7 +153,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
     run = runs[0]
     data = read_interactions(run.dataset, run.vocabulary, run.config)
     division = split(data, run.config)
-    targets = test_targets(data, run.config, protocol)
+    targets = held_out(data, run.config, protocol)
     if not len(targets):
         raise TrainingError(f"{run.path}: the data set has no event that {protocol} could test")
     models = [ModelScorer(one, data, targets) for one in runs]

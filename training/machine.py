@@ -34,6 +34,17 @@ def prepared(threads: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
+@contextmanager
+def exact() -> Iterator[None]:
+    """Products of float32 in float32, for what is kept or measured."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _keep_freed_memory() -> None:
     """Lets glibc keep large freed blocks: mapping them anew each step faults in every page, half of a step's time."""
     if sys.platform == "linux":

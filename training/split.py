@@ -85,7 +85,7 @@ def split(data: Interactions, config: TrainConfig) -> Split:
     return Split(train_end, fit_end, Targets(people, newest[people]))
 
 
-def test_targets(data: Interactions, config: TrainConfig, protocol: Which) -> Targets:
+def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Targets:
     """The events that a test predicts, in the order of people and time.
 
     Raises:

@@ -23,7 +23,7 @@ from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
 from training.fit import Fit, OnStep
 from training.heads import fit_query_encoder, fit_ranker
-from training.machine import prepared
+from training.machine import exact, prepared
 from training.run import (
     FORMAT,
     Modules,
@@ -98,6 +98,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         fit = Fit(out, config, material.data, material.division, modules, bags, on_step)
         progress = fit.run()
+    with prepared(config.threads), exact():
         return _finish(out, data, config, material, modules, bags, progress, began)
 
 

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from features.tables import open_dataset
+from tests.training.conftest import interactions, published
+from training.baselines import Ease, Markov, Neighbors, Popular, build_baselines, counts_of, neighbors_of, training_mask
+from training.config import TrainConfig
+from training.data import item_vocabulary, read_interactions
+from training.datasets import prepare
+from training.evaluate import METRICS, place_all
+from training.split import Targets, held_out, split
+
+
+def one(person: int, position: int) -> Targets:
+    return Targets(np.array([person]), np.array([position]))
+
+
+def test_markov_counts_what_followed_and_breaks_ties_by_popularity() -> None:
+    data = interactions([[0, 1], [0, 2], [3, 2], [4, 0]], items=6)
+    trained = np.ones(data.rows.size, bool)
+    scores = Markov(data, trained, counts_of(data, trained)).scores(one(3, 2))[0]  # after item 0
+    # Items 1 and 2 followed 0 once each; 2 is more popular. Nothing else ever did, so popularity orders the rest.
+    assert np.argsort(-scores, kind="stable").tolist() == [2, 1, 0, 3, 4, 5]
+    assert scores[5] == 0
+
+
+def test_nothing_is_learned_from_what_is_held_out() -> None:
+    data = interactions([[0, 1, 2, 3], [0, 1, 4, 5]], items=6)
+    config = TrainConfig(protocol="leave-one-out")
+    trained = training_mask(data, split(data, config).train_end)
+    assert counts_of(data, trained).tolist() == [2, 2, 0, 0, 0, 0]
+    scores = Markov(data, trained, counts_of(data, trained)).scores(one(0, 1))[0]
+    assert np.flatnonzero(scores >= 1).tolist() == [1]
+
+
+def test_neighbors_are_cosines_of_the_sets_of_people() -> None:
+    data = interactions([[0, 1], [0, 1, 2], [0, 3]], items=5)
+    rows, scores = neighbors_of(data, np.ones(data.rows.size, bool), 3)
+    assert rows[0].tolist() == [1, 2, 3]
+    assert scores[0] == pytest.approx([2 / np.sqrt(6), 1 / np.sqrt(3), 1 / np.sqrt(3)])
+    assert rows[4].tolist() == [-1, -1, -1]
+    summed = Neighbors(data, rows, scores).scores(one(0, 2))[0]
+    assert summed[2] == pytest.approx(1 / np.sqrt(2) + 0.9 / np.sqrt(3))
+
+
+def test_ease_completes_a_checkerboard() -> None:
+    # People of even number like even items; each lacks one of them, which EASE must name first.
+    histories = [[item for item in range(person % 2, 10, 2) if item // 2 != person // 2 % 5] for person in range(200)]
+    data = interactions(histories, items=10)
+    scores = Ease(data, np.ones(data.rows.size, bool)).scores(Targets(np.arange(20), np.full(20, 4)))
+    for person, line in enumerate(scores[:20]):
+        line[histories[person]] = -np.inf
+        assert np.argmax(line) == person % 2 + 2 * (person // 2 % 5)
+
+
+def test_popular_answers_everybody_alike() -> None:
+    assert (
+        Popular("popular", np.array([1.0, 3.0])).scores(Targets(np.arange(3), np.ones(3, np.int64))).tolist()
+        == [[1.0, 3.0]] * 3
+    )
+
+
+# HR@10 and NDCG@10 over all people, measured independently on the same files.
+PUBLISHED = {
+    "sequences/ml-1m-sasrec.parquet": {
+        "popular": (0.0369, 0.0180),
+        "markov": (0.2144, 0.1259),
+        "ease": (0.1084, 0.0535),
+    },
+    "sequences/amazon-beauty-s3rec.parquet": {"popular": (0.0110, 0.0053), "markov": (0.0665, 0.0438)},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_check_values_of_the_published_files(name: str, tmp_path: Path) -> None:
+    prepare("sequences", published(name), tmp_path / "data")
+    dataset = open_dataset(tmp_path / "data")
+    config = TrainConfig(protocol="leave-one-out")
+    _, vocabulary = item_vocabulary(dataset)
+    data = read_interactions(dataset, vocabulary, config)
+    targets = held_out(data, config, "leave-one-out")
+    nothing = np.full((data.items, 1), -1, np.int32), np.zeros((data.items, 1), np.float32)
+    chosen = [b for b in build_baselines(data, split(data, config), config, nothing) if b.name in PUBLISHED[name]]
+    placed = place_all([], chosen, data, targets, repeats=False)
+    found = {
+        baseline.name: tuple(round(float(METRICS[metric](ranked.ranks).mean()), 4) for metric in ("hit@10", "ndcg@10"))
+        for baseline, ranked in zip(chosen, placed, strict=True)
+    }
+    assert found == PUBLISHED[name]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from features.errors import ConfigError
+from training.config import load_config
+
+
+def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("dim: 32\nlayers: 1\nepochs: 3\n")
+    monkeypatch.setenv("PENCHANT_TRAIN_LAYERS", "3")
+    monkeypatch.setenv("PENCHANT_TRAIN_EPOCHS", "4")
+    config = load_config(file, ["epochs=5"], seed=7)
+    assert (config.dim, config.layers, config.epochs, config.seed) == (32, 3, 5, 7)
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"learning_rat'.*did you mean 'learning_rate'"):
+        load_config(None, ["learning_rat=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("dim=zero", "dim"), ("max_length=257", "max_length"), ("dim=10", "must divide"), ("epochs", "key=value")],
+)
+def test_a_value_that_cannot_work_is_refused(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(None, [override, "heads=4"] if told == "must divide" else [override])
+
+
+def test_lists_and_actions_come_from_yaml() -> None:
+    config = load_config(None, ["actions=[{name: like, event_type: rating, min_value: 4}]", "target_types=[rating]"])
+    assert config.actions[0].min_value == 4
+    assert config.target_types == ("rating",)
+
+
+@pytest.mark.parametrize("name", ["default", "movielens", "amazon"])
+def test_the_shipped_configurations_load(name: str) -> None:
+    assert load_config(Path(name)).epochs >= 1
+
+
+def test_a_device_that_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert load_config(None, device="auto").resolved_device().type == "cpu"
+    with pytest.raises(ConfigError, match="--device cpu"):
+        load_config(None, device="cuda").resolved_device()
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="key: value"):
+        load_config(file)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import torch
+
+from features.transforms import ItemInputShapes, item_inputs, query_inputs
+from training.encoders import CheapDropout, EncoderShape, ItemBags, ItemEncoder, QueryEncoder, UserEncoder
+
+SHAPE = EncoderShape(dim=8, layers=2, heads=2, feed_forward=16, max_length=10, types=3, dropout=0.0)
+INPUTS = ItemInputShapes(token_buckets=32, max_tokens=6, category_buckets=8, max_categories=3, creator_buckets=4)
+ITEMS = [
+    {"item_id": "a", "title": "red shoe", "categories": ["shoes"], "creator_id": "acme", "price": 10.0},
+    {"item_id": "b", "title": "blue shoe", "categories": ["shoes", "sport"], "creator_id": None, "price": None},
+    {"item_id": "c", "title": None, "categories": None, "creator_id": None, "price": None},
+]
+
+
+def batch(length: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(3, length, 8), torch.randint(1, 4, (3, length)), torch.tensor([length, 2, 4])
+
+
+def test_no_position_sees_the_future() -> None:
+    encoder = UserEncoder(SHAPE).eval()
+    vectors, types, lengths = batch()
+    before = encoder(vectors, types, lengths)
+    changed = vectors.clone()
+    changed[:, 4:] *= -1
+    after = encoder(changed, types, lengths)
+    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-6)
+    assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_padding_and_neighbours_in_the_batch_change_nothing() -> None:
+    encoder = UserEncoder(SHAPE).eval()
+    vectors, types, lengths = batch()
+    together = encoder.last(vectors, types, lengths)
+    for at, length in enumerate(lengths.tolist()):
+        alone = encoder.last(vectors[at : at + 1, :length], types[at : at + 1, :length], lengths[at : at + 1])
+        assert torch.allclose(alone[0], together[at], atol=1e-5)
+
+
+def test_a_person_without_events_has_a_finite_vector() -> None:
+    encoder = UserEncoder(SHAPE).eval()
+    empty = encoder.last(torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    assert torch.isfinite(empty).all()
+
+
+def test_attention_written_out_equals_the_fused_one() -> None:
+    encoder = UserEncoder(SHAPE)
+    vectors, types, lengths = batch()
+    assert torch.allclose(encoder.train()(vectors, types, lengths), encoder.eval()(vectors, types, lengths), atol=1e-5)
+
+
+def encoded() -> tuple[ItemEncoder, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    inputs = {name: torch.from_numpy(array) for name, array in item_inputs(ITEMS, INPUTS).items()}
+    return ItemEncoder(len(ITEMS), 8, INPUTS, content=True), inputs
+
+
+def test_the_sparse_road_equals_the_dense_one_with_its_gradient() -> None:
+    encoder, inputs = encoded()
+    bags = ItemBags.build(encoder, inputs)
+    dense = encoder(**inputs)
+    sparse = encoder.table(bags, torch.zeros(len(ITEMS), dtype=torch.bool))
+    assert torch.allclose(dense, sparse, atol=1e-6)
+    pull = torch.randn_like(dense)
+    gradients = []
+    for road in (dense, sparse):
+        encoder.zero_grad()
+        (road * pull).sum().backward(retain_graph=True)
+        assert encoder.words.weight.grad is not None
+        gradients.append(encoder.words.weight.grad.clone())
+    gradients[0][0] = 0  # the padding word, which only the dense road touches, with no effect
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_history_is_added_only_where_it_is_kept() -> None:
+    encoder, inputs = encoded()
+    bags = ItemBags.build(encoder, inputs)
+    table = encoder.table(bags, torch.tensor([True, False, True]))
+    content = encoder(**inputs)
+    assert torch.allclose(table[0], content[0] + encoder.ids.weight[0], atol=1e-6)
+    assert torch.allclose(table[1], content[1], atol=1e-6)
+
+
+def test_without_content_a_new_item_lies_at_the_origin() -> None:
+    encoder = ItemEncoder(3, 8, INPUTS, content=False)
+    inputs = {name: torch.from_numpy(array) for name, array in item_inputs(ITEMS, INPUTS).items()}
+    assert encoder(**inputs).abs().max() == 0
+
+
+def test_the_order_of_a_querys_words_and_its_padding_do_not_matter() -> None:
+    encoder = QueryEncoder(32, 8).eval()
+    one, other = (torch.from_numpy(query_inputs(text, INPUTS)["tokens"]) for text in ("red shoe", "shoe red"))
+    assert torch.allclose(encoder(one), encoder(other), atol=1e-6)
+    assert torch.allclose(encoder(one), encoder(one[:, :2]), atol=1e-6)
+    assert torch.isfinite(encoder(torch.zeros_like(one))).all()
+
+
+def test_cheap_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    dropped = CheapDropout(0.25).train()(torch.ones(200, 333))
+    assert abs(float((dropped == 0).float().mean()) - 0.25) < 0.01
+    assert abs(float(dropped.mean()) - 1) < 0.02
+    by_byte = (dropped.flatten()[: 66600 // 8 * 8].view(-1, 8) == 0).float().mean(0)
+    assert (by_byte - 0.25).abs().max() < 0.02
+    assert torch.equal(CheapDropout(0.25).eval()(torch.ones(3)), torch.ones(3))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from training.losses import inclusion, sample_items, softmax_loss
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_chunks_give_the_loss_and_the_gradients_of_the_plain_softmax(chunk: int, corrected: bool) -> None:
+    torch.manual_seed(0)
+    users, items = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    targets = torch.randint(7, (10,))
+    correction = torch.log(torch.rand(7)) if corrected else None
+    loss = softmax_loss(users, items, targets, correction, chunk)
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = users.grad, items.grad
+    users.grad = items.grad = None
+    scores = users @ items.T
+    if correction is not None:
+        own = functional.one_hot(targets, 7).bool()
+        scores = scores - torch.where(own, 0.0, correction)
+    expected = functional.cross_entropy(scores, targets)
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for one, other in zip(found, (users.grad, items.grad), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_sampled_items_hold_every_target_once() -> None:
+    torch.manual_seed(0)
+    targets = torch.tensor([5, 5, 2])
+    rows, positions, correction = sample_items(targets, torch.full((50,), 1 / 50), 10)
+    assert rows.unique().numel() == rows.numel()
+    assert rows[positions].tolist() == [5, 5, 2]
+    assert correction.shape == rows.shape
+    assert (correction <= 0).all()
+
+
+def test_inclusion_is_the_share_of_batches_that_hold_an_item() -> None:
+    torch.manual_seed(0)
+    popularity = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
+    hits = torch.zeros(5)
+    for _ in range(4000):
+        rows, _, _ = sample_items(torch.multinomial(popularity, 3, replacement=True), popularity, 2)
+        hits[rows] += 1
+    assert torch.allclose(torch.exp(inclusion(popularity, 2, 3)), hits / 4000, atol=0.03)
+
+
+def test_the_sampled_sum_estimates_the_whole() -> None:
+    torch.manual_seed(1)
+    popularity = torch.softmax(torch.randn(200), 0)
+    user, items = torch.randn(1, 8), torch.randn(200, 8) / 2
+    whole = float((user @ items.T).exp().sum())
+    sums = []
+    for _ in range(1500):
+        targets = torch.multinomial(popularity, 20, replacement=True)
+        rows, _, correction = sample_items(targets, popularity, 40)
+        sums.append(float(((user @ items[rows].T)[0] - correction).exp().sum()))
+    assert sum(sums) / len(sums) == pytest.approx(whole, rel=0.03)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from features.tables import open_dataset
+from features.transforms import item_inputs, query_inputs
+from tests.training.conftest import CIRCLE
+from training.config import TrainConfig
+from training.data import TrainingBatches, item_vocabulary, read_interactions
+from training.run import RunError, input_shapes, load_run
+from training.split import split
+from training.train import train
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def finished(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.training.conftest import TINY
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(circles, out, TrainConfig(**{**TINY, "epochs": 25, "protocol": "leave-one-out"}))
+    return out
+
+
+def test_it_learns_what_comes_next(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["best_validation"]["ndcg@10"] > 0.8
+    assert result["tokens_per_second"] > 0
+    assert result["event_types"] == ["purchase"]
+    assert result["action_weights"] == [1.0]
+
+
+def test_a_loaded_run_answers(finished: Path) -> None:
+    run = load_run(finished)
+    rows = run.vocabulary.rows(["i0", "i1", "i2"])
+    vectors = torch.from_numpy(run.item_vectors[rows])[None]
+    with torch.inference_mode():
+        user = run.user_encoder.last(vectors, torch.ones(1, 3, dtype=torch.int64), torch.tensor([3]))[0].numpy()
+    scores = run.item_vectors @ user
+    scores[rows] = -np.inf
+    assert run.vocabulary.ids([int(np.argmax(scores))]) == ["i3"]
+
+
+def test_an_item_nobody_touched_lies_by_its_content(finished: Path) -> None:
+    run = load_run(finished)
+    assert not run.trained[39]
+    inputs = item_inputs([run.items.slice(39, 1).to_pylist()[0]], input_shapes(run.config))
+    with torch.inference_mode():
+        by_content = run.item_encoder(**{name: torch.from_numpy(array) for name, array in inputs.items()})[0].numpy()
+    assert run.item_vectors[39] == pytest.approx(by_content, abs=1e-5)
+    closest = np.argsort(-(run.item_vectors[:39] @ by_content))[:5]
+    assert np.mean(closest // CIRCLE == 3) >= 0.6
+
+
+def test_a_query_finds_the_items_it_names(finished: Path) -> None:
+    run = load_run(finished)
+    with torch.inference_mode():
+        query = run.query_encoder(torch.from_numpy(query_inputs("romance", input_shapes(run.config))["tokens"]))[0]
+    directions = run.item_vectors / np.linalg.norm(run.item_vectors, axis=1, keepdims=True)
+    assert np.mean(np.argsort(-(directions @ query.numpy()))[:10] // CIRCLE == 2) >= 0.8
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(
+    circles: Path, tmp_path: Path, tiny: TrainConfig, stop: int
+) -> None:
+    config = tiny.model_copy(update={"dropout": 0.2, "epochs": 4, "checkpoint_seconds": 1e-9, "negatives": 12})
+
+    def kill(step: int) -> None:
+        if step == stop:
+            raise Interrupted
+
+    undisturbed = train(circles, tmp_path / "one", config)
+    with pytest.raises(Interrupted):
+        train(circles, tmp_path / "two", config, kill)
+    assert not (tmp_path / "two" / "result.json").exists()
+    resumed = train(circles, tmp_path / "two", config)
+    for name in ("model", "query", "ranker", "tables"):
+        one, two = (load_file(tmp_path / which / f"{name}.safetensors") for which in ("one", "two"))
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            assert torch.equal(tensor, two[key]), key
+    assert undisturbed["best_validation"] == resumed["best_validation"]
+    assert undisturbed["blend"] == resumed["blend"]
+
+
+def test_a_directory_of_another_run_is_refused(
+    circles: Path, tmp_path: Path, finished: Path, tiny: TrainConfig
+) -> None:
+    with pytest.raises(RunError, match="another --out"):
+        train(circles, finished, tiny)
+
+    def kill(step: int) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(circles, tmp_path / "run", tiny, kill)
+    with pytest.raises(RunError, match="another configuration"):
+        train(circles, tmp_path / "run", tiny.model_copy(update={"dim": 32}))
+    with pytest.raises(RunError, match="holds no finished run"):
+        load_run(tmp_path / "run")
+
+
+def test_every_event_is_in_exactly_one_window_of_an_epoch(circles: Path, tiny: TrainConfig) -> None:
+    config = tiny.model_copy(update={"max_length": 3})
+    dataset = open_dataset(circles)
+    _, vocabulary = item_vocabulary(dataset)
+    data = read_interactions(dataset, vocabulary, config)
+    division = split(data, config)
+    batches = TrainingBatches(data, division.train_end, config, torch.device("cpu"))
+    for epoch in range(3):
+        predicted = np.zeros(data.rows.size, int)
+        for windows in batches.epoch(epoch):
+            for start, end in windows:
+                predicted[start + 1 : end] += 1
+                assert end - start <= config.max_length + 1
+        position = np.arange(data.rows.size) - data.offsets[data.owner()]
+        expected = (position > 0) & (position < division.train_end[data.owner()])
+        assert (predicted == expected).all()
+    assert batches.epoch(1) == batches.epoch(1)
+    assert batches.epoch(1) != batches.epoch(2)
