@@ -55,6 +55,7 @@ EventsRedis = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Redis of the event log, where it is another than that of the profiles."),
 ]
+Partitions = Annotated[int, typer.Option(min=1, metavar="N", help="Partitions that the event log was made with.")]
 StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where an embedded Redis keeps its data.")]
 
 # What to install where a module is missing.
@@ -249,7 +250,7 @@ def recommend(
 def projector(
     redis: RedisUrl,
     events_redis: EventsRedis = None,
-    partitions: Annotated[int, typer.Option(min=1, metavar="N", help="Partitions of the event log.")] = 16,
+    partitions: Partitions = 16,
 ) -> None:
     """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
@@ -272,24 +273,29 @@ def demo(
 
 
 @profiles.command()
-def rebuild(data: DataDir, redis: RedisUrl) -> None:
+def rebuild(data: DataDir, redis: RedisUrl, partitions: Partitions = 16) -> None:
     """Makes the profiles anew from a data set, such as the warehouse."""
     _use_cores(1)
     from serving.rebuild import rebuild
 
-    _answer(rebuild(data, redis))
+    _answer(rebuild(data, redis, partitions=partitions))
 
 
 @profiles.command()
 def show(
     user: Annotated[str, typer.Argument(metavar="USER", help="Id of the person.")],
     redis: RedisUrl,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle that names items, not keys."),
+    ] = None,
+    partitions: Partitions = 16,
 ) -> None:
     """Shows one profile as a person would read it."""
     _use_cores(1)
     from serving.rebuild import show
 
-    _answer(show(user, redis))
+    _answer(show(user, redis, bundle, partitions=partitions))
 
 
 @bench.command()
