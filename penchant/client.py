@@ -38,6 +38,9 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 _FIRST_PAUSE_S = 0.005
 
+# A server that stops cancels the calls that it has not begun.
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
 
 class Options(TypedDict, total=False):
     """What every ranking call takes; the meaning of each is that of `RankingOptions` in the contract."""
@@ -208,7 +211,7 @@ class Client:
         request: Request,
         timeout_s: float | None,
     ) -> Response:
-        """Calls until an answer, an error other than UNAVAILABLE, or the end; each try takes the next channel."""
+        """Calls until an answer, an error that is no absence, or the end of the time; a try takes the next channel."""
         end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         pause = _FIRST_PAUSE_S
         while True:
@@ -216,7 +219,7 @@ class Client:
                 return pick()(request, timeout=max(end - time.monotonic(), 0.001), metadata=self._metadata)
             except grpc.RpcError as error:
                 wait = pause * random.uniform(0.5, 1.5)
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() + wait >= end:
+                if error.code() not in _AWAY or time.monotonic() + wait >= end:
                     raise
             time.sleep(wait)
             pause = min(2 * pause, 0.1)
