@@ -55,7 +55,14 @@ for at = 1, #ARGV[2], ENTRY do
 end
 if #new > 0 then
   if #tail > ARGV[3] * ENTRY then return redis.error_reply('TAILFULL') end
-  if head then redis.call('APPEND', KEYS[1], table.concat(new)) else redis.call('SET', KEYS[1], ARGV[1] .. tail) end
+  if head then
+    redis.call('APPEND', KEYS[1], table.concat(new))
+    -- APPEND reserves as much again. Storing the same bytes anew gives that back; no replica or file needs to know.
+    redis.set_repl(redis.REPL_NONE)
+    redis.call('SET', KEYS[1], redis.call('GET', KEYS[1]))
+  else
+    redis.call('SET', KEYS[1], ARGV[1] .. tail)
+  end
 end
 return {#new, refused, #tail / ENTRY}
 """

@@ -399,3 +399,12 @@ def test_many_threads_read_each_their_own(store):
 def test_nothing_listens():
     with connect("redis://127.0.0.1:1", 0.2) as client, pytest.raises(ProfileStoreUnavailable):
         ProfileStore(client).read("u:1")
+
+
+def test_an_apply_does_not_double_the_memory_of_a_person(store, profiles_redis):
+    people = [f"u:{number}" for number in range(500)]
+    store.put_states((person, expected(range(200), start=1)) for person in people)
+    before = profiles_redis.info("memory")["used_memory"]
+    store.apply_many([(person, entries([1, 2])) for person in people])
+    grown = (profiles_redis.info("memory")["used_memory"] - before) / len(people)
+    assert grown < 1000  # of 9 KB each

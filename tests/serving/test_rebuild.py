@@ -15,6 +15,7 @@ from features.tables import write_dataset
 from serving.errors import ConfigError, ProfileStoreUnavailable
 from serving.profiles import ProfileStore
 from serving.rebuild import rebuild, show
+from tests import untrained
 from tests.real_data import real_data
 
 NOW = 1_700_000_000_000
@@ -133,6 +134,21 @@ def test_a_profile_is_shown_in_words(tmp_path, profiles_server, profiles_redis):
     }
     nobody = show("nobody", profiles_server.url)
     assert (nobody["found"], nobody["events"], nobody["categories"]) == (False, [], {})
+
+
+def test_a_bundle_gives_the_names(tmp_path, profiles_server, profiles_redis):
+    world = untrained.dataset()
+    write_dataset(tmp_path / "data", world.events, world.items, name="world")
+    rebuild(tmp_path / "data", profiles_server.url)
+    shown = show("user-3", profiles_server.url, untrained.untrained_bundle())
+    own = [row for row in world.events.to_pylist() if row["user_id"] == "user-3"]
+    titles = {row["item_id"]: row["title"] for row in world.items.to_pylist()}
+    assert [(one["item"], one["title"], one["event_type"]) for one in shown["events"]] == [
+        (row["item_id"], titles[row["item_id"]], row["event_type"]) for row in own[::-1]
+    ]
+    assert set(shown["categories"]) <= set(untrained.THINGS)
+    assert list(shown["categories"].values()) == sorted(shown["categories"].values(), reverse=True)
+    assert 0 < sum(shown["categories"].values()) <= 1.001
 
 
 def test_mistakes_are_named(tmp_path, profiles_server, profiles_redis):
