@@ -40,12 +40,26 @@ class Follower:
 
     def start(self) -> None:
         """Catches up with the log, where that answers, then follows it in the background."""
-        self._progress.reach(int(self._host.engine.bundle.manifest.get("catalog_version", 0)))
         try:
-            self.step(0)
+            self.catch_up()
+            self._log.applied(self._worker, self._progress.version)
         except Unavailable as error:
             _log.warning("starting without the latest changes of the catalogue: %s", error)
         self._thread.start()
+
+    def catch_up(self) -> None:
+        """Applies everything that changed since the bundle's tables were cut.
+
+        Raises:
+            CatalogLogUnavailable: The log does not answer.
+        """
+        self._progress.reach(int(self._host.engine.bundle.manifest.get("catalog_version", 0)))
+        while True:
+            version, changes = self._log.tail(self._progress.version)
+            self.apply(changes)
+            self._progress.reach(version)
+            if not changes:
+                return
 
     def stop(self) -> None:
         """Stops following; nobody waits for this worker any more."""
