@@ -132,7 +132,7 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     Returns:
         The profile after them. Folding a history in pieces gives the same as folding it at once.
     """
-    joined = np.concatenate([profile.records, records])
+    joined = _joined(profile.records, records)
     cut = max(0, joined.size - RING)
     evicted = profile.evicted
     if cut:
@@ -206,8 +206,7 @@ def split(blob: bytes) -> Stored:
     if tail.size:
         if not verify(tail["record"]).all():
             raise ProfileCorrupt("an entry in the tail of a profile fails its checksum")
-        tail = tail[np.argsort(tail["log_id"], kind="stable")]
-        tail = tail[tail["log_id"] > state.version]
+        tail = _unfolded(tail, state.version)
     return Stored(state, tail, int.from_bytes(erased, "big"))
 
 
@@ -221,6 +220,21 @@ def decode(blob: bytes) -> Profile:
     if not stored.tail.size:
         return stored.state
     return fold(stored.state, stored.tail["record"], int(stored.tail["log_id"][-1]))
+
+
+def _joined(older: Records, newer: Records) -> Records:
+    """Both, as opaque bytes: numpy copies a structured type field by field, seven times slower."""
+    opaque = f"V{RECORD.itemsize}"
+    return np.concatenate([np.ascontiguousarray(part).view(opaque) for part in (older, newer)]).view(RECORD)
+
+
+def _unfolded(tail: npt.NDArray[np.void], version: int) -> npt.NDArray[np.void]:
+    """The entries that are not in the state, in the order of the log; nearly always all, and in order already."""
+    ids = tail["log_id"].astype(np.uint64)
+    if ids[0] > version and (ids[1:] > ids[:-1]).all():
+        return tail
+    order = np.argsort(ids, kind="stable")
+    return tail[order[ids[order] > np.uint64(version)]]
 
 
 def _checked_bytes(records: Records) -> npt.NDArray[np.uint8]:
