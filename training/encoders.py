@@ -58,14 +58,18 @@ class CausalAttention(nn.Module):
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
         self.heads = shape.heads
-        self.inputs = nn.Linear(shape.dim, 3 * shape.dim)
+        self.query = nn.Linear(shape.dim, shape.dim)
+        self.key = nn.Linear(shape.dim, shape.dim)
+        self.value = nn.Linear(shape.dim, shape.dim)
         self.output = nn.Linear(shape.dim, shape.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, L, D]` to `[B, L, D]`."""
         batch, length, dim = x.shape
-        heads = self.inputs(x).view(batch, length, 3, self.heads, dim // self.heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = (
+            part(x).view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
         if self.training and x.device.type == "cpu":
             mixed = self.attend(query, key, value)
         else:

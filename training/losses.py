@@ -17,24 +17,25 @@ class _ChunkedSoftmax(torch.autograd.Function):
     def forward(
         ctx: Any, users: Tensor, items: Tensor, targets: Tensor, correction: Tensor | None, chunk: int
     ) -> Tensor:
-        count = users.shape[0]
-        columns = items.detach().T.contiguous()
+        count, kind = users.shape[0], product_type(users.device)
+        table, people = items.detach().to(kind), users.detach().to(kind)
+        columns = table.T.contiguous()
         users_gradient = torch.empty_like(users)
-        columns_gradient = torch.zeros_like(columns)
+        columns_gradient = torch.zeros_like(columns, dtype=items.dtype)
         scores = columns.new_empty(min(chunk, count), columns.shape[1])
-        total = columns.new_zeros(())
+        total = users.new_zeros(())
         for start in range(0, count, chunk):
-            some = users.detach()[start : start + chunk]
+            some = people[start : start + chunk]
             right = (torch.arange(some.shape[0], device=users.device), targets[start : start + chunk])
             part = torch.mm(some, columns, out=scores[: some.shape[0]])
             if correction is not None:
-                part -= correction
-                part[right] += correction[right[1]]
+                part -= correction.to(kind)
+                part[right] += correction[right[1]].to(kind)
             torch.softmax(part, -1, out=part)
-            total -= part[right].clamp(min=SMALLEST).log().sum()
+            total -= part[right].float().clamp(min=SMALLEST).log().sum()
             part[right] -= 1
-            torch.mm(part, items.detach(), out=users_gradient[start : start + chunk])
-            columns_gradient.addmm_(some.T.contiguous(), part)
+            users_gradient[start : start + chunk] = part @ table
+            columns_gradient += some.T.contiguous() @ part
         ctx.save_for_backward(users_gradient.div_(count), columns_gradient.div_(count))
         return total / count
 
@@ -42,6 +43,19 @@ class _ChunkedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         users_gradient, columns_gradient = ctx.saved_tensors
         return users_gradient * gradients[0], columns_gradient.T * gradients[0], None, None, None
+
+
+def product_type(device: torch.device) -> torch.dtype:
+    """The type in which scores for all items are computed and kept: bf16 where the hardware multiplies it.
+
+    Sums are in float32 either way, and so are the losses and gradients that come out. The scores are most of a step's
+    memory traffic, so halving them nearly halves its time.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    known = torch.cpu.get_capabilities()
+    native = known.get("amx_bf16") or known.get("avx512_bf16")
+    return torch.bfloat16 if native and torch.get_float32_matmul_precision() == "medium" else torch.float32
 
 
 def softmax_loss(
