@@ -20,6 +20,9 @@ from features.kernels import dot_rows
 # Typed Any because the published stubs lack half of the arguments.
 faiss: Any = _faiss
 
+SPARE = 0.5
+"""A quantised list orders its items roughly, so it proposes this share more than are wanted; export measured it so."""
+
 # A product of matrices rounds by position, so where scores are nearly equal a few more must be proposed.
 _ROUNDING = 16
 
@@ -57,8 +60,7 @@ class Index:
         ):
             raise BundleError("index.faiss: holds other vectors than vectors.npy; export the run again")
         self._lists = int(getattr(self._index, "nlist", 0))
-        # A quantised list orders its items roughly, so it must propose more than are wanted.
-        self._spare = 0.5 if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
+        self._spare = SPARE if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
 
     def search(self, queries: _F32, k: int, allowed: _BITMAP | None = None) -> tuple[_I32, _F32]:
         """The best `k` rows of each query, best first, ties by row.
@@ -107,15 +109,15 @@ class Index:
             return np.empty((len(queries), 0), np.int64)
         if not self._lists:
             return self._scan(queries, min(count, k + _ROUNDING), allowed)
-        # The number of threads belongs to the calling thread, so it is set by each call.
-        faiss.omp_set_num_threads(1)
-        selector = None if allowed is None else faiss.IDSelectorBitmap(np.ascontiguousarray(allowed))
+        # The fewer rows are allowed, the farther away the best of them lie, until to score them all costs less.
+        probes = math.ceil(self._index.nprobe * self._index.ntotal / count)
+        if allowed is not None and probes >= self._lists:
+            rows = allowed_rows(allowed, 0, self._catalog.base_size)
+            return np.broadcast_to(rows.astype(np.int64), (len(queries), rows.size))
         wide = min(count, k + math.ceil(k * self._spare))
-        # The fewer rows are allowed, the farther away the best of them lie.
-        probes = min(self._lists, math.ceil(self._index.nprobe * self._index.ntotal / count))
-        found = self._ask(queries, wide, faiss.SearchParametersIVF(sel=selector, nprobe=probes))
+        found = self._ask(queries, wide, probes, allowed)
         if (found[:, k - 1] < 0).any():
-            found = self._ask(queries, wide, faiss.SearchParametersIVF(sel=selector, nprobe=self._lists))
+            found = self._ask(queries, wide, self._lists, allowed)
         return found
 
     def _scan(self, queries: _F32, k: int, allowed: _BITMAP | None) -> npt.NDArray[np.int64]:
@@ -128,7 +130,11 @@ class Index:
             return np.argpartition(scores, base - k, axis=1)[:, base - k :]
         return np.broadcast_to(np.arange(base), scores.shape)
 
-    def _ask(self, queries: _F32, k: int, parameters: Any) -> npt.NDArray[np.int64]:
+    def _ask(self, queries: _F32, k: int, probes: int, allowed: _BITMAP | None) -> npt.NDArray[np.int64]:
+        # The number of threads belongs to the calling thread, so it is set by each call.
+        faiss.omp_set_num_threads(1)
+        selector = None if allowed is None else faiss.IDSelectorBitmap(np.ascontiguousarray(allowed))
+        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=min(probes, self._lists))
         found: npt.NDArray[np.int64] = self._index.search(queries, k, params=parameters)[1]
         return found
 
@@ -165,8 +171,10 @@ def exact_search(vectors: _F32, queries: _F32, k: int, allowed: _BITMAP | None =
 def allowed_rows(allowed: _BITMAP, start: int, stop: int) -> _I32:
     """The rows in [start, stop) whose bit is set; rows behind the bitmap are not allowed; int32 [n]."""
     first = start // 8
-    bits = np.unpackbits(allowed[first : -(-stop // 8)], bitorder="little")
-    rows = np.flatnonzero(bits).astype(np.int32) + np.int32(first * 8)
+    part = allowed[first : -(-stop // 8)]
+    some = np.flatnonzero(part)
+    place, bit = np.nonzero(np.unpackbits(part[some, None], axis=1, bitorder="little"))
+    rows = ((some[place] + first) * 8 + bit).astype(np.int32)
     return rows[(rows >= start) & (rows < stop)]
 
 

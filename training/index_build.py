@@ -24,6 +24,9 @@ QUANTISED_FROM = 500_000
 CUTOFFS = (10, 100)
 """Recall is measured among this many best items, and the target holds for each."""
 
+SPARE = 0.5
+"""A quantised list orders items roughly, so serving lets it propose this share more and scores them again."""
+
 _TRAINING_VECTORS_PER_LIST = 64
 
 _F32 = npt.NDArray[np.float32]
@@ -98,19 +101,20 @@ def _fill(index: Any, vectors: _F32) -> None:
 def _tune(index: Any, queries: _F32, truth: npt.NDArray[np.int64], target: float) -> dict[int, float]:
     """Raises the number of probed lists until the target is reached, at most to a quarter of them."""
     lists = getattr(index, "nlist", 0)
+    spare = SPARE if isinstance(index, faiss.IndexIVFScalarQuantizer) else 0.0
     probes = min(8, lists)
     while True:
         if lists:
             index.nprobe = probes
-        found = index.search(queries, truth.shape[1])[1]
-        recall = {cut: _recall(found, truth, cut) for cut in CUTOFFS}
+        found = index.search(queries, math.ceil(truth.shape[1] * (1 + spare)))[1]
+        recall = {cut: _recall(found[:, : math.ceil(cut * (1 + spare))], truth[:, :cut]) for cut in CUTOFFS}
         if min(recall.values()) >= target or 4 * probes >= lists:
             return recall
         probes = math.ceil(1.5 * probes)
 
 
-def _recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64], cut: int) -> float:
-    pairs = [(set(mine[:cut]), set(true[:cut])) for mine, true in zip(found.tolist(), truth.tolist(), strict=True)]
+def _recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
+    pairs = [(set(mine), set(true)) for mine, true in zip(found.tolist(), truth.tolist(), strict=True)]
     return sum(len(mine & true) for mine, true in pairs) / max(1, sum(len(true) for _, true in pairs))
 
 

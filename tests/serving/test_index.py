@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.vocabulary import Vocabulary
-from serving.index import Index, allowed_count, allowed_rows, exact_search
+from serving.index import SPARE, Index, allowed_count, allowed_rows, exact_search
+from training import index_build
 from training.index_build import build
 
 DIM = 16
@@ -75,6 +76,10 @@ def test_agrees_with_the_exact_search(index, share, near):
         np.testing.assert_array_equal(scores, true_scores)
     np.testing.assert_allclose(scores, np.einsum("bkd,bd->bk", vectors[rows], queries), rtol=1e-4, atol=1e-4)
     assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_recall_was_measured_on_what_is_proposed():
+    assert index_build.SPARE == SPARE
 
 
 def test_the_exact_search_is_right():
