@@ -7,8 +7,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-VENV_BUNDLE ?= build/demo/bundle
-PROTOS := .venv-protos
+VENV_PROTOS := .venv-protos
 BUNDLE ?= build/demo/bundle
 PROTOS := $(wildcard protos/penchant/v1/*.proto)
 BUILD := build

@@ -234,16 +234,18 @@ def recommend(
     bundle: BundleDir,
     users: Annotated[
         Path,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to answer: one id a line."),
+        typer.Option(metavar="FILE", exists=True, help="People: Parquet or JSON lines with user_id, or one id a line."),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
     redis: Redis = "embedded",
+    events_redis: EventsRedis = None,
+    items: Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Items for each person.")] = 20,
 ) -> None:
     """Answers many people at once, for e-mail and other channels without a request."""
     _use_cores(1)
     from serving.batch import recommend
 
-    _answer(recommend(bundle, users, out, redis))
+    _answer(recommend(bundle, users, out, redis, events_redis or "", items))
 
 
 @app.command()
