@@ -204,7 +204,7 @@ def split(blob: bytes) -> Stored:
     state = decode_state(memoryview(blob)[HEADER_SIZE:start], int.from_bytes(state_version, "big"))
     tail = np.frombuffer(blob, ENTRY, offset=start)
     if tail.size:
-        if not verify(tail["record"]).all():
+        if not verify(records_of(tail)).all():
             raise ProfileCorrupt("an entry in the tail of a profile fails its checksum")
         tail = _unfolded(tail, state.version)
     return Stored(state, tail, int.from_bytes(erased, "big"))
@@ -219,7 +219,13 @@ def decode(blob: bytes) -> Profile:
     stored = split(blob)
     if not stored.tail.size:
         return stored.state
-    return fold(stored.state, stored.tail["record"], int(stored.tail["log_id"][-1]))
+    return fold(stored.state, records_of(stored.tail), int(stored.tail["log_id"][-1]))
+
+
+def records_of(tail: npt.NDArray[np.void]) -> Records:
+    """The records of a tail's entries; RECORD [n]."""
+    raw = tail.view(np.uint8).reshape(tail.size, ENTRY.itemsize)[:, -RECORD.itemsize :]
+    return np.ascontiguousarray(raw).view(RECORD).reshape(tail.size)
 
 
 def _joined(older: Records, newer: Records) -> Records:
