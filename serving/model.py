@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as _onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as _state
+import onnxruntime.capi.onnxruntime_pybind11_state as _state
 
 from features.assemble import RANKER_FEATURES
 from features.bundle import Bundle

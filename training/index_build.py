@@ -28,6 +28,7 @@ SPARE = 0.5
 """A quantised list orders items roughly, so serving lets it propose this share more and scores them again."""
 
 _TRAINING_VECTORS_PER_LIST = 64
+_ROUNDING = 1e-5
 
 _F32 = npt.NDArray[np.float32]
 
@@ -70,24 +71,30 @@ def build(
         raise ExportError("the vectors of items or queries hold NaN or infinity; the training went wrong, train again")
     vectors, queries = np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(queries, np.float32)
     count = len(vectors)
-    truth = _exact(vectors, queries)
+    # Recall goes by score, so that items with equal vectors may stand for one another.
+    truth: _F32 = faiss.knn(queries, vectors, min(max(CUTOFFS), count), faiss.METRIC_INNER_PRODUCT)[0]
     lists = 2 ** round(math.log2(2 * math.sqrt(max(count, 1))))
     kinds = [f"IVF{lists},SQ8"] * (count >= quantised_from) + [f"IVF{lists},Flat"] * (count > exact_up_to) + ["Flat"]
-    for kind in kinds:
-        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-        _fill(index, vectors)
-        recall = _tune(index, queries, truth, target)
-        if min(recall.values()) >= target or kind == "Flat":
-            break
+    for kind in kinds[:-1]:
+        built = _made(kind, vectors, queries, truth, target)
+        if min(built.recall.values()) >= target:
+            return built
+    return _made(kinds[-1], vectors, queries, truth, target)
+
+
+def _made(kind: str, vectors: _F32, queries: _F32, truth: _F32, target: float) -> BuiltIndex:
+    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    _fill(index, vectors)
     lists = getattr(index, "nlist", 0)
-    probes = index.nprobe if lists else 0
-    return BuiltIndex(faiss.serialize_index(index).tobytes(), kind, lists, probes, recall)
-
-
-def _exact(vectors: _F32, queries: _F32) -> npt.NDArray[np.int64]:
-    """The truly best rows of each query, as many as the largest cut-off; int64 [Q, k]."""
-    best: npt.NDArray[np.int64] = faiss.knn(queries, vectors, _depth(len(vectors)), faiss.METRIC_INNER_PRODUCT)[1]
-    return best
+    probes = min(8, lists)
+    while True:
+        if lists:
+            index.nprobe = probes
+        recall = _recall(index, vectors, queries, truth)
+        # Past a quarter of the lists another kind costs less.
+        if min(recall.values()) >= target or 4 * probes >= lists:
+            return BuiltIndex(faiss.serialize_index(index).tobytes(), kind, lists, probes, recall)
+        probes = math.ceil(1.5 * probes)
 
 
 def _fill(index: Any, vectors: _F32) -> None:
@@ -98,25 +105,16 @@ def _fill(index: Any, vectors: _F32) -> None:
     index.add(vectors)
 
 
-def _tune(index: Any, queries: _F32, truth: npt.NDArray[np.int64], target: float) -> dict[int, float]:
-    """Raises the number of probed lists until the target is reached, at most to a quarter of them."""
-    lists = getattr(index, "nlist", 0)
+def _recall(index: Any, vectors: _F32, queries: _F32, truth: _F32) -> dict[int, float]:
+    """Cut-off -> share of the best items found: those proposed whose true scores are among the best, `truth`."""
     spare = SPARE if isinstance(index, faiss.IndexIVFScalarQuantizer) else 0.0
-    probes = min(8, lists)
-    while True:
-        if lists:
-            index.nprobe = probes
-        found = index.search(queries, math.ceil(truth.shape[1] * (1 + spare)))[1]
-        recall = {cut: _recall(found[:, : math.ceil(cut * (1 + spare))], truth[:, :cut]) for cut in CUTOFFS}
-        if min(recall.values()) >= target or 4 * probes >= lists:
-            return recall
-        probes = math.ceil(1.5 * probes)
-
-
-def _recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
-    pairs = [(set(mine), set(true)) for mine, true in zip(found.tolist(), truth.tolist(), strict=True)]
-    return sum(len(mine & true) for mine, true in pairs) / max(1, sum(len(true) for _, true in pairs))
-
-
-def _depth(count: int) -> int:
-    return min(max(CUTOFFS), count)
+    found = index.search(queries, math.ceil(truth.shape[1] * (1 + spare)))[1]
+    scores = np.einsum("qkd,qd->qk", vectors[found], queries)
+    scores[found < 0] = -np.inf
+    recall = {}
+    for cut in CUTOFFS:
+        best = truth[:, :cut]
+        proposed = -np.sort(-scores[:, : math.ceil(cut * (1 + spare))], axis=1)[:, : best.shape[1]]
+        enough = best[:, -1:] - _ROUNDING * np.abs(best).max(axis=1, keepdims=True)
+        recall[cut] = float((proposed >= enough).sum() / max(1, best.size))
+    return recall

@@ -192,3 +192,10 @@ def test_what_no_list_can_find_is_searched_exactly():
     vectors = rng.normal(size=(2000, 64)).astype(np.float32)
     built = build(vectors, rng.normal(size=(50, 64)).astype(np.float32), 0.9999, exact_up_to=0, quantised_from=0)
     assert (built.kind, built.recall) == ("Flat", {10: 1.0, 100: 1.0})
+
+
+def test_items_with_equal_vectors_stand_for_one_another():
+    vectors = np.repeat(clusters(30, 3), 100, axis=0)
+    built = build(vectors, clusters(40, 4), 0.98)
+    assert built.recall == {10: 1.0, 100: 1.0}
+    assert build(vectors[:3], clusters(40, 4), 0.98).recall == {10: 1.0, 100: 1.0}
