@@ -1,14 +1,16 @@
-"""In CI a skip needs an excuse; elsewhere it is only reported."""
+"""What CI refuses: a skip without excuse, and a change that breaks the contract that has landed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 CONFTEST = "from tests.conftest import pytest_make_collect_report, pytest_runtest_makereport\n"
 TESTS = {
     "call": "import pytest\n\ndef test_a():\n    pytest.skip({reason!r})\n",
@@ -21,7 +23,7 @@ def run(folder: Path, source: str, ci: str) -> subprocess.CompletedProcess[str]:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
-    environment = os.environ | {"CI": ci, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"CI": ci, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -46,3 +48,41 @@ def test_expected_failures_are_no_skips(tmp_path: Path) -> None:
     source = "import pytest\n\n@pytest.mark.xfail(reason='known')\ndef test_a():\n    assert False\n"
     result = run(tmp_path, source, "true")
     assert result.returncode == 0, result.stdout
+
+
+@pytest.fixture
+def landed(tmp_path: Path) -> Path:
+    """A repository whose branch `landed` holds the contract of this one."""
+    shutil.copytree(ROOT / "protos", tmp_path / "protos")
+    for file in ("buf.yaml", ".ci/buf-breaking"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    who = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (("init", "-q", "-b", "landed"), ("add", "."), (*who, "commit", "-q", "-m", "landed")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def buf_breaking(repository: Path, ref: str) -> subprocess.CompletedProcess[str]:
+    buf = str(Path(sys.executable).with_name("buf"))
+    command = [".ci/buf-breaking", buf, ref]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+
+
+def test_landed_contract_may_grow_but_not_change(landed: Path) -> None:
+    proto = landed / "protos/penchant/v1/common.proto"
+    text = proto.read_text()
+    proto.write_text(
+        text.replace("string anonymous_id = 2;", "string anonymous_id = 2;\n  // New.\n  string more = 9;")
+    )
+    assert buf_breaking(landed, "landed").returncode == 0
+    proto.write_text(text.replace("string anonymous_id = 2;", "string anonymous_id = 3;"))
+    refused = buf_breaking(landed, "landed")
+    assert refused.returncode != 0
+    assert "anonymous_id" in refused.stdout + refused.stderr
+
+
+def test_no_landed_contract_is_a_printed_skip(landed: Path) -> None:
+    skipped = buf_breaking(landed, "origin/main")
+    assert skipped.returncode == 0
+    assert "skipped, there is no origin/main" in skipped.stdout
