@@ -45,8 +45,13 @@ class NearestToUser:
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """The nearest allowed items and their relevance."""
         assert query.user_vector is not None
-        bitmap = allowed(query, self._catalog, seen=not self._repeats)
-        rows, scores = self._index.search(query.user_vector[None], self._count, bitmap)
+        try:
+            bitmap = allowed(query, self._catalog, seen=not self._repeats)
+            rows, scores = self._index.search(query.user_vector[None], self._count, bitmap)
+        except Exception:
+            # Whatever it is, the sources of the rungs below come after this one and see that they are wanted.
+            query.user_vector, query.rung = None, "item_to_item"
+            raise
         return rows[0], scores[0]
 
 
@@ -174,8 +179,8 @@ class Popular:
         self._rows, self._scores, self._catalog, self._repeats = rows, scores, catalog, repeats
 
     def enable(self, query: Query) -> bool:
-        """Always: it stands in for whatever else fails."""
-        return True
+        """Wherever the person has no vector: nobody is known, or what was to find their items failed."""
+        return query.user_vector is None
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """A page of allowed popular items: enough to fill the answer, whatever the later stages take away."""

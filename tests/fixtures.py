@@ -91,6 +91,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publish_world(tmp_path_factory.mktemp("world") / "bundle")
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole road on a small simulated world: the directory that holds `data`, `run` and `bundle`."""
+    from training.config import load_config
+    from training.datasets import prepare
+    from training.export import export
+    from training.train import train
+
+    root = tmp_path_factory.mktemp("trained")
+    prepare("simulated", None, root / "data", users=400, items=300, seed=1)
+    settings = ["epochs=4", "dim=32", "layers=1", "max_length=32", "query_steps=100", "ranker_steps=100"]
+    train(root / "data", root / "run", load_config(None, [*settings, "warmup_steps=20", "candidates=100"], "cpu", 1))
+    export(root / "run", root / "bundle")
+    return root
+
+
 @pytest.fixture
 def serve(world: Path, tmp_path: Path) -> Serve:
     """Runs services of the small world, with state in a directory of the test."""

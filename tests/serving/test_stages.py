@@ -215,6 +215,15 @@ class TestSources:
         assert not {0, 4} & set(rows.tolist())
         assert (np.diff(scores) <= 0).all()
 
+    def test_when_the_index_fails_the_sources_below_are_wanted(self, catalog, index, popular):
+        asked = person(catalog, ["i0", "i4"])
+        assert not popular.enable(asked)
+        asked.user_vector = np.full(small.DIM, np.nan, np.float32)
+        with pytest.raises(ValueError, match="NaN"):
+            NearestToUser(index, catalog, 8, repeats=False).retrieve(asked)
+        assert (asked.user_vector, asked.rung) == (None, "item_to_item")
+        assert popular.enable(asked)
+
     def test_with_repeats_the_seen_may_return(self, catalog, index):
         rows, _ = NearestToUser(index, catalog, 10, repeats=True).retrieve(person(catalog, ["i0", "i4"]))
         assert {0, 4} <= set(rows.tolist())

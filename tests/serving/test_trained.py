@@ -1,0 +1,93 @@
+"""Bundles of the whole road and of the small world: what is served is what a plain loop over all items would say."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from features.assemble import encoder_inputs, history, ranker_features
+from features.profile import empty as nobody
+from features.profile import fold, make_records
+from features.schema import event_type_key, event_type_keys, item_keys
+from penchant.client import event
+from penchant.v1 import catalog_pb2, common_pb2
+from serving.config import ServeConfig
+from serving.engine import Engine, Surroundings, open_engine
+from serving.hydrators import Progress
+from serving.pipeline import Query
+from serving.profiles import ProfileStore
+from serving.telemetry import Telemetry
+from tests.fixtures import PATIENCE_S
+
+NOW = 1_800_000_000_000
+
+
+@pytest.fixture(params=["world", "trained"])
+def engine(request, profiles_redis) -> Engine:
+    path = request.getfixturevalue(request.param)
+    path = path / "bundle" if request.param == "trained" else path
+    around = Surroundings(ServeConfig.load(bundle=path), ProfileStore(profiles_redis), Progress(), Telemetry())
+    return open_engine(path, around)
+
+
+def expected(engine: Engine, records, page: int) -> list[int]:
+    """The best rows for a person by the definition of the score, without index, pipeline or kernels for retrieval."""
+    facts, columns = engine.bundle.model, engine.catalog.columns
+    places = {event_type_key(name): place for place, name in enumerate(facts["event_types"], 1)}
+    past = history(records, engine.catalog, places)
+    rows, types = encoder_inputs(past.rows, past.types, facts["max_length"])
+    user = engine.model.encode_user(columns.vectors[rows], types)
+    every = np.setdiff1d(np.arange(engine.catalog.size, dtype=np.int32), past.rows)
+    relevance = columns.vectors[every] @ user
+    depth = engine.bundle.manifest["configuration"].get("candidates", 500)
+    best = every[np.argsort(-relevance, kind="stable")[:depth]]
+    close = (columns.vectors[best] @ user).astype(np.float32)
+    logits = engine.model.rank(user, columns.vectors[best], ranker_features(past, best, close, columns))
+    worth = (1 / (1 + np.exp(-logits.astype(np.float64))) * facts["action_weights"]).sum(axis=1).clip(1e-6, 1 - 1e-6)
+    final = close + facts["blend"] * np.log(worth / (1 - worth))
+    return best[np.argsort(-final, kind="stable")[:page]].tolist()
+
+
+def test_the_feed_is_that_of_the_definition(engine, profiles_redis):
+    rng = np.random.default_rng(5)
+    store = ProfileStore(profiles_redis)
+    types = engine.bundle.model["seen_types"]
+    for number in range(10):
+        length = int(rng.integers(1, 30))
+        rows = rng.integers(0, engine.catalog.size, length)
+        ids = engine.catalog.ids(rows)
+        category, creator = engine.catalog.columns.category[rows], engine.catalog.columns.creator[rows]
+        kinds = event_type_keys([types[at] for at in rng.integers(0, len(types), length)])
+        records = make_records(item_keys(ids), category, creator, NOW, np.nan, kinds)
+        store.put_states([(f"u:{number}", fold(nobody(), records, length))])
+        query = Query("r", f"u:{number}", NOW, time.monotonic() + PATIENCE_S, 10)
+        slate = engine.pipelines["recommend"].run(query)
+        assert query.rung == "sequence"
+        assert not query.degraded
+        assert slate.rows.tolist() == expected(engine, records, 10)
+
+
+def test_the_whole_road_is_served(trained, serve):
+    events = pq.read_table(trained / "data" / "events.parquet").to_pylist()
+    items = {item["item_id"]: item for item in pq.read_table(trained / "data" / "items.parquet").to_pylist()}
+    person = events[0]["user_id"]
+    mine = [one for one in events if one["user_id"] == person and one["event_type"] == "view_item"][:20]
+    with serve(trained / "bundle", workers=2) as service, service.client(channels=6) as client:
+        before = client.recommend(user_id=person, page_size=10)
+        assert before.rung == common_pb2.RUNG_POPULAR
+        status = client.ingest([event(person, one["item_id"], one["event_type"]) for one in mine])[-1]
+        after = client.recommend(user_id=person, page_size=10, min_profile_version=status.profile_version)
+        assert after.rung == common_pb2.RUNG_SEQUENCE
+        assert len(after.items) == 10
+        assert not {item.item_id for item in after.items} & {one["item_id"] for one in mine}
+
+        some = items[mine[0]["item_id"]]
+        assert some["item_id"] in [item.item_id for item in client.search(some["title"], page_size=10).items]
+        twin = catalog_pb2.Item(item_id="twin", title=some["title"], categories=some["categories"])
+        assert client.put_items([twin]).visible_everywhere
+        for _ in range(8):
+            assert "twin" in [item.item_id for item in client.search(some["title"], page_size=10).items]
+            assert len(client.similar_items(["twin"], page_size=10).items) == 10
