@@ -92,10 +92,11 @@ class SearchScorer:
         score = np.zeros(rows.size, np.float32)
         if query.tokens is not None and query.tokens.size:
             score += self._lexical.score(query.tokens, rows) * np.float32(1 - MEANING_SHARE)
+        lengths = np.linalg.norm(vectors[rows], axis=1)
         if query.query_vector is not None:
-            score += np.maximum(cosine(vectors, rows, query.query_vector), 0) * np.float32(MEANING_SHARE)
+            score += np.maximum(cosine(vectors, rows, query.query_vector, lengths), 0) * np.float32(MEANING_SHARE)
         if query.user_vector is not None and self._personal:
-            score += cosine(vectors, rows, query.user_vector) * self._personal
+            score += cosine(vectors, rows, query.user_vector, lengths) * self._personal
         return score
 
 
@@ -144,7 +145,8 @@ class SimilarScorer:
         seeds /= np.maximum(np.linalg.norm(seeds, axis=1, keepdims=True), np.float32(1e-12))
         middle = seeds.mean(axis=0, dtype=np.float32)
         # The mean of the cosines is the cosine with the mean direction times the length of that mean.
-        return cosine(vectors, candidates.rows, middle) * np.float32(np.linalg.norm(middle))
+        lengths = np.linalg.norm(vectors[candidates.rows], axis=1)
+        return cosine(vectors, candidates.rows, middle, lengths) * np.float32(np.linalg.norm(middle))
 
 
 def utility(probabilities: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -153,7 +155,10 @@ def utility(probabilities: npt.NDArray[np.float64], weights: npt.NDArray[np.floa
     return np.asarray(np.log(share / (1 - share)))
 
 
-def cosine(vectors: Scores, rows: Rows, query: Scores) -> Scores:
-    """Cosine of `query` float32 [D] with the vectors of `rows`; 0 where either has no direction; float32 [n]."""
-    lengths = np.sqrt(np.einsum("nd,nd->n", vectors[rows], vectors[rows])) * np.float32(np.linalg.norm(query))
-    return np.asarray(dot_rows(vectors, rows, query) / np.maximum(lengths, np.float32(1e-12)))
+def cosine(vectors: Scores, rows: Rows, query: Scores, lengths: Scores) -> Scores:
+    """Cosine of `query` float32 [D] with the vectors of `rows`, which have these lengths; float32 [n].
+
+    0 where either has no direction.
+    """
+    both = lengths * np.linalg.norm(query)
+    return np.asarray(dot_rows(vectors, rows, query) / np.maximum(both, np.float32(1e-12)))

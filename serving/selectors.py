@@ -31,12 +31,20 @@ class TopK:
         self, query: Query, candidates: Candidates, scores: Scores
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
         """The `page_size` best of those that may be shown at this moment."""
-        now = self._catalog.eligible(candidates.rows, int(time.time() * 1000))
-        at = np.flatnonzero(now)
+        now_ms = int(time.time() * 1000)
+        best = self._best(np.arange(scores.size), query, candidates, scores)
+        if not self._catalog.eligible(candidates.rows[best], now_ms).all():
+            may = np.flatnonzero(self._catalog.eligible(candidates.rows, now_ms))
+            best = self._best(may, query, candidates, scores)
+        return best, np.ones(best.size, np.float64)
+
+    def _best(
+        self, at: npt.NDArray[np.intp], query: Query, candidates: Candidates, scores: Scores
+    ) -> npt.NDArray[np.intp]:
+        """The best of the positions `at`, best first."""
         if at.size > query.page_size:
             # All that may be on the page, ties with its last item included; sorting these is cheaper than sorting all.
-            limit = np.partition(scores[at], at.size - query.page_size)[at.size - query.page_size]
-            at = at[scores[at] >= limit]
+            mine = scores[at]
+            at = at[mine >= np.partition(mine, at.size - query.page_size)[at.size - query.page_size]]
         ties = at if self._keep_order else candidates.rows[at]
-        best = at[np.lexsort((ties, -scores[at]))[: query.page_size]]
-        return best, np.ones(best.size, np.float64)
+        return at[np.lexsort((ties, -scores[at]))[: query.page_size]]

@@ -389,7 +389,9 @@ class TestScorers:
         np.testing.assert_allclose(SimilarScorer(catalog).score(asked, found), expected, rtol=1e-4, atol=1e-6)
 
     def test_nothing_has_no_direction(self):
-        assert cosine(np.zeros((2, 4), np.float32), np.arange(2, dtype=np.int32), np.ones(4, np.float32)).tolist() == [
+        assert cosine(
+            np.zeros((2, 4), np.float32), np.arange(2, dtype=np.int32), np.ones(4, np.float32), np.zeros(2, np.float32)
+        ).tolist() == [
             0,
             0,
         ]
