@@ -320,20 +320,23 @@ class Pipeline:
                 dropped[screen.name] = candidates.rows.size - kept.rows.size
             candidates = kept
 
-        scores = interleaved(candidates)
+        scores: Scores | None = None
         for scorer in watch.enabled((self.scorer,)):
             try:
                 scores = _sunk(scorer.score(query, candidates), candidates.rows.size)
             except Exception as error:
                 query.probabilities = None
                 watch.failed(scorer, "SCORER", error)
+        if scores is None:
+            scores = interleaved(candidates)
 
-        positions, propensities = top_k(scores, query.page_size)
+        selected = None
         for selector in watch.enabled((self.selector,)):
             try:
-                positions, propensities = selector.select(query, candidates, scores)
+                selected = selector.select(query, candidates, scores)
             except Exception as error:
                 watch.failed(selector, "SELECTOR", error)
+        positions, propensities = selected or top_k(scores, query.page_size)
 
         slate = Slate(
             rows=candidates.rows[positions],
@@ -365,17 +368,19 @@ def merge(found: Sequence[tuple[str, Rows, Scores]]) -> Candidates:
         _, rows, scores = found[0]
         return Candidates(rows.astype(np.int32, copy=False), scores.astype(np.float32, copy=False)[None], names)
     joined = np.concatenate([rows for _, rows, _ in found]) if found else _NO_ROWS
-    _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(order.size)
-    place = rank[inverse]
-    table = np.full((len(found), order.size), np.nan, np.float32)
+    # Of a row that comes again the last write stands, so written backwards the first place of each remains; no cell is
+    # read that was not written. Several times as quick as sorting.
+    first_at = np.empty(int(joined.max(initial=-1)) + 1, np.intp)
+    first_at[joined[::-1]] = np.arange(joined.size)[::-1]
+    first = first_at[joined]
+    new = first == np.arange(joined.size)
+    place = (np.cumsum(new) - 1)[first]
+    table = np.full((len(found), int(new.sum())), np.nan, np.float32)
     start = 0
     for at, (_, rows, scores) in enumerate(found):
         table[at, place[start : start + rows.size]] = scores
         start += rows.size
-    return Candidates(joined[first[order]].astype(np.int32, copy=False), table, names)
+    return Candidates(joined[new].astype(np.int32, copy=False), table, names)
 
 
 def interleaved(candidates: Candidates) -> Scores:
