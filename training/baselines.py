@@ -55,7 +55,7 @@ def recent_mask(data: Interactions, trained: npt.NDArray[np.bool_], days: float)
     """The trained events of the last days before the newest of them; all where there are no times."""
     if data.ordered_only or not trained.any():
         return trained
-    return trained & (data.timestamps > data.timestamps[trained].max() - days * DAY_MS)
+    return np.asarray(trained & (data.timestamps > data.timestamps[trained].max() - days * DAY_MS))
 
 
 class Popular:
@@ -197,6 +197,9 @@ def _cosines(rows, person_starts, people, item_starts, keep):  # type: ignore[no
             if together[other] > 0.0:
                 together[other] /= np.sqrt(np.float32(size * (item_starts[other + 1] - item_starts[other])))
         found = np.flatnonzero(together > 0.0)
+        if found.size > keep:
+            least = np.partition(together[found], found.size - keep)[found.size - keep]
+            found = found[together[found] >= least]
         best = found[np.argsort(-together[found], kind="mergesort")[:keep]]
         for place in range(best.size):
             out[item, place] = best[place]

@@ -88,14 +88,21 @@ class ModelScorer:
     def _final(
         self, relevance: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: Targets, part: slice, at: int
     ) -> npt.NDArray[np.float32]:
-        past = past_of(self.data, int(targets.people[at]), int(targets.positions[at]), self.columns)
-        narrow = rows.astype(np.int32)
-        features = ranker_features(past, narrow, np.where(np.isfinite(relevance), relevance, 0), self.columns)
-        user = torch.from_numpy(self.users[part.start + at][None])
-        with torch.inference_mode():
-            logits = self.run.ranker(user, torch.from_numpy(self.columns.vectors[rows]), torch.from_numpy(features))
-            worth: npt.NDArray[np.float32] = utility(logits, self.weights).numpy()
+        """Relevance + blend * utility; what is masked stays at minus infinity."""
+        person, position = int(targets.people[at]), int(targets.positions[at])
+        logits = self.logits(part.start + at, person, position, rows.astype(np.int32))
+        worth: npt.NDArray[np.float32] = utility(logits, self.weights).numpy()
         return relevance + np.float32(self.run.result["blend"]) * worth
+
+    def logits(self, number: int, person: int, position: int, rows: npt.NDArray[np.int32]) -> torch.Tensor:
+        """The ranker's logits for a person (whose vector has this number) just before an event; float `[n, A]`."""
+        user, vectors = self.users[number], self.columns.vectors[rows]
+        past = past_of(self.data, person, position, self.columns)
+        features = ranker_features(past, rows, vectors @ user, self.columns)
+        found: torch.Tensor = self.run.ranker(
+            torch.from_numpy(user[None]), torch.from_numpy(vectors), torch.from_numpy(features)
+        )
+        return found
 
 
 def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> dict[str, Any]:

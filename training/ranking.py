@@ -36,7 +36,7 @@ def user_vectors(
     prefix at once.
     """
     out = np.empty((len(targets), table.shape[1]), np.float32)
-    short = targets.positions <= max_length
+    short = (targets.positions > 0) & (targets.positions <= max_length)
     _encode_last(encoder, table, data, targets, np.flatnonzero(~short), max_length, out)
     _encode_shared(encoder, table, data, targets, np.flatnonzero(short), max_length, out)
     return out
@@ -77,7 +77,7 @@ def _encode_shared(
         hidden = encoder(gather(table, batch), batch.types, batch.lengths).float().cpu().numpy()
         for line, person in enumerate(group):
             some = by_person[person]
-            out[some] = hidden[line, np.maximum(targets.positions[some] - 1, 0)]
+            out[some] = hidden[line, targets.positions[some] - 1]
 
 
 def seen_before(data: Interactions, targets: Targets) -> list[npt.NDArray[np.int32]]:

@@ -193,6 +193,7 @@ def _finish(
     material.vocabulary.save(out / "vocabulary.arrow")
     result = {
         "format": FORMAT,
+        "protocol": config.protocol,
         "run": str(out),
         "seconds": round(progress.pop("seconds_before") + time.monotonic() - began, 3),
         **progress,
