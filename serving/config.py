@@ -46,8 +46,8 @@ class ServeConfig(BaseSettings):
     tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must come from.")
     insecure: bool = Field(False, description="Allow a public address without TLS and token.")
 
-    threads: int = Field(4, ge=1, le=256, description="Threads per worker that handle calls.")
-    max_concurrent: int = Field(32, ge=1, description="Calls per worker in hand or waiting; more are refused at once.")
+    threads: int = Field(4, ge=1, le=256, description="Rankings that a worker works on at once; others wait.")
+    max_concurrent: int = Field(32, ge=1, le=1024, description="Calls per worker in hand or waiting; more are refused.")
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message taken, in bytes.")
     default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that brings none, in milliseconds.")
     drain_s: float = Field(10.0, ge=0, description="Time that calls in hand are given at the end, in seconds.")

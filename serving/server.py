@@ -10,7 +10,7 @@ import hmac
 import logging
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -50,6 +50,7 @@ Behavior = Callable[[Any, grpc.ServicerContext], Any]
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _RETRY_AFTER_MS = 100
+_STREAMS = 1024
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -76,17 +77,18 @@ class _CountingPool(ThreadPoolExecutor):
 class _Limit(Interceptor):
     """Refuses what is more than the worker can finish in time, at once and with a hint when to come back.
 
-    Refusals have a thread of their own: they never wait behind the calls that are in hand.
+    Refusals have a thread of their own: they never wait behind the calls that are in hand. Nor for a message: refused
+    calls are handled as streams, whose handlers begin before the first one comes.
     """
 
     def __init__(self, pool: _CountingPool, limit: int, telemetry: Telemetry) -> None:
         self._pool, self._limit, self._telemetry = pool, limit, telemetry
 
-        def refuse(_: bytes, context: grpc.ServicerContext) -> NoReturn:
+        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
             raise _refuse(context, ResourceExhausted("the server is busy: retry later", retry_after_ms=_RETRY_AFTER_MS))
 
         refuse.experimental_thread_pool = ThreadPoolExecutor(1, "refuse")  # type: ignore[attr-defined]
-        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation: Continue, details: grpc.HandlerCallDetails) -> Handler:
         if self._pool.in_hand >= self._limit and not details.method.startswith(_HEALTH):
@@ -101,10 +103,10 @@ class _Token(Interceptor):
     def __init__(self, secret: str) -> None:
         self._expected = f"Bearer {secret}".encode()
 
-        def refuse(_: bytes, context: grpc.ServicerContext) -> NoReturn:
+        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
             raise _refuse(context, Unauthenticated("send the server's token as metadata `authorization: Bearer TOKEN`"))
 
-        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation: Continue, details: grpc.HandlerCallDetails) -> Handler:
         if not details.method.startswith(_HEALTH):
@@ -116,10 +118,14 @@ class _Token(Interceptor):
 
 
 class _Guard(Interceptor):
-    """Reads the request, runs the method, and turns whatever is raised into a status."""
+    """Reads the request, runs the method, and turns whatever is raised into a status.
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    Rankings, which are work, take turns in few slots; the others mostly wait for something, and only for that.
+    """
+
+    def __init__(self, slots: int, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
+        self._slots = threading.BoundedSemaphore(slots)
         self._guarded: dict[str, Handler] = {}
 
     def intercept_service(self, continuation: Continue, details: grpc.HandlerCallDetails) -> Handler:
@@ -130,7 +136,10 @@ class _Guard(Interceptor):
         if not details.method.startswith("/penchant.") or handler is None or handler.unary_unary is None:
             return handler
         assert handler.request_deserializer is not None
-        call = self._guard(details.method.rpartition("/")[2], handler.request_deserializer, handler.unary_unary)
+        behavior = handler.unary_unary
+        if "RankingService/" in details.method:
+            behavior = self._in_turn(behavior)
+        call = self._guard(details.method.rpartition("/")[2], handler.request_deserializer, behavior)
         # Without a deserializer the call gets the bytes, and so a say in what a malformed message is answered with.
         guarded = grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
         self._guarded[details.method] = guarded
@@ -141,8 +150,7 @@ class _Guard(Interceptor):
 
         def call(message: bytes, context: grpc.ServicerContext) -> Message:
             try:
-                if not context.is_active() or context.time_remaining() <= 0:
-                    raise DeadlineExceeded("the time was over before the call began: give it more, or send less")
+                _require_time(context)
                 try:
                     request = parse(message)
                 except DecodeError:
@@ -155,6 +163,20 @@ class _Guard(Interceptor):
             return answer
 
         return call
+
+    def _in_turn(self, behavior: Behavior) -> Behavior:
+        def take_turn(request: Message, context: grpc.ServicerContext) -> Message:
+            with self._slots:
+                _require_time(context)
+                answer: Message = behavior(request, context)
+                return answer
+
+        return take_turn
+
+
+def _require_time(context: grpc.ServicerContext) -> None:
+    if not context.is_active() or context.time_remaining() <= 0:
+        raise DeadlineExceeded("the time was over before the call began: give it more, or send less")
 
 
 def _refuse(context: grpc.ServicerContext, error: Exception) -> Exception:
@@ -209,11 +231,11 @@ class Server:
 
     def __init__(self, config: ServeConfig, telemetry: Telemetry) -> None:
         self._config = config
-        self._pool = _CountingPool(config.threads)
+        self._pool = _CountingPool(config.max_concurrent)
         interceptors: list[Interceptor] = [_Limit(self._pool, config.max_concurrent, telemetry)]
         if secret := config.secret():
             interceptors.append(_Token(secret))
-        interceptors.append(_Guard(telemetry))
+        interceptors.append(_Guard(config.threads, telemetry))
         self._grpc = grpc.server(
             self._pool,
             interceptors=interceptors,
@@ -221,7 +243,7 @@ class Server:
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.max_concurrent_streams", 4 * config.max_concurrent),
+                ("grpc.max_concurrent_streams", _STREAMS),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

@@ -25,6 +25,8 @@ MAX_EXCLUDED = 10_000
 MAX_CANDIDATES = 5_000
 MAX_SEEDS = 100
 
+_NO_ROWS = np.empty(0, np.int32)
+
 _RUNGS = {
     "popular": common_pb2.RUNG_POPULAR,
     "segment": common_pb2.RUNG_SEGMENT,
@@ -129,6 +131,8 @@ def seconds_left(context: grpc.ServicerContext, default: float) -> float:
 
 def _known(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> npt.NDArray[np.int32]:
     """The row of each id; ids without one are noted in `missing` and have row -1."""
+    if not ids:
+        return _NO_ROWS
     rows = catalog.rows(ids)
     for at in np.flatnonzero(rows < 0).tolist():
         missing[ids[at]] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import threading
 import time
 from collections.abc import Callable
 
@@ -180,6 +181,22 @@ def test_a_call_without_a_deadline_gets_one(channel):
     answer = ranking_pb2_grpc.RankingServiceStub(channel).Recommend(request)
     assert [entry.part for entry in answer.slate.degraded] == [common_pb2.PART_PROFILE_STALE]
     assert time.monotonic() - begun < 5
+
+
+def test_callers_that_begin_and_say_nothing_hold_up_nobody(service, client, unchanged):
+    silent = threading.Event()
+
+    def nothing():
+        silent.wait()
+        yield from ()
+
+    with grpc.insecure_channel(service.target) as channel:
+        calls = [channel.stream_unary(path).future(nothing()) for path in PATHS[:2] * 10]
+        time.sleep(0.5)
+        for _ in range(10):
+            assert client.recommend(user_id="u", page_size=3, timeout_s=5.0).items
+        silent.set()
+        assert {call.exception().code() for call in calls} == {grpc.StatusCode.UNIMPLEMENTED}
 
 
 def test_odd_but_legal_input_is_answered(client, unchanged):
