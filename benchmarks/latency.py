@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 from hdrh.histogram import HdrHistogram
 
 from benchmarks.report import facts
