@@ -16,6 +16,7 @@ from serving.pipeline import Query, Slate
 from serving.telemetry import Telemetry
 
 _BATCH = 256
+_GATHER_S = 0.05
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +37,7 @@ class ImpressionWriter:
         """Takes the log and how many slates may wait."""
         self._log, self._telemetry = log, telemetry
         self._waiting: queue.Queue[_Shown | None] = queue.Queue(limit)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
 
@@ -48,6 +50,7 @@ class ImpressionWriter:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Writes what still waits, as far as the time goes."""
+        self._closing.set()
         try:
             self._waiting.put(None, timeout=timeout_s)
         except queue.Full:
@@ -58,6 +61,8 @@ class ImpressionWriter:
     def _run(self) -> None:
         while True:
             batch = [self._waiting.get()]
+            # A round trip, and a write to disk, per batch: let one come together.
+            self._closing.wait(_GATHER_S)
             while len(batch) < _BATCH and batch[-1] is not None and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             self._write([_logged(shown) for shown in batch if shown is not None])
