@@ -68,6 +68,9 @@ class TrainConfig(_Frozen):
     max_categories: int = Field(8, ge=1, description="Categories read of an item.")
     creator_buckets: int = Field(4096, ge=1, description="Buckets that creators hash into.")
 
+    warm_start: float = Field(
+        0.1, ge=0, description="Scale of the item vectors that co-occurrence gives to start from; 0: random ones."
+    )
     epochs: int = Field(30, ge=1, description="Passes over the events; the learning rate falls to zero over them.")
     patience: int = Field(6, ge=1, description="Validations without improvement after which training stops.")
     validate_every: float = Field(1.0, gt=0, description="Epochs between two validations.")

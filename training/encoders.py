@@ -17,6 +17,9 @@ from torch.nn import functional
 
 from features.transforms import ItemInputShapes
 
+QUIET = 0.1
+"""Factor on the initial weights of what a block adds."""
+
 
 @dataclass(frozen=True)
 class EncoderShape:
@@ -121,6 +124,11 @@ class UserEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.output_norm = nn.LayerNorm(shape.dim)
         self.apply(_initialise)
+        with torch.no_grad():
+            for block in self.blocks:
+                # Near the identity at first, so that the answer starts from the newest item's own vector.
+                block.attention.output.weight.mul_(QUIET)  # type: ignore[union-attr, operator]
+                block.contract.weight.mul_(QUIET)  # type: ignore[union-attr, operator]
 
     def forward(self, vectors: Tensor, types: Tensor, lengths: Tensor) -> Tensor:
         """Returns what follows each event.

@@ -166,45 +166,47 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
     models = [ModelScorer(one, data, targets) for one in runs]
     baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
     placed = place_all(models, baselines, data, targets, run.config.repeats)
-    cold = ~_known_rows(data, division)[targets.rows(data)]
-    found = placed[: len(models)]
-    beside = {baseline.name: ranked for baseline, ranked in zip(baselines, placed[len(models) :], strict=True)}
-    warm = np.flatnonzero(~cold)
-    people = targets.people[warm]
+    ours, beside = placed[: len(models)], placed[len(models) :]
+    warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
     counts = counts_of(data, training_mask(data, division.train_end))
-
-    def mean_over_seeds(metric: str) -> npt.NDArray[np.float64]:
-        return np.asarray(np.mean([METRICS[metric](one.ranks) for one in found], axis=0))
-
-    ours = {metric: mean_over_seeds(metric) for metric in METRICS}
-    theirs = {name: {metric: METRICS[metric](one.ranks) for metric in METRICS} for name, one in beside.items()}
     return {
         "protocol": protocol,
         "runs": [str(one.path) for one in runs],
         "seeds": [one.config.seed for one in runs],
         "users": int(np.unique(targets.people).size),
         "targets": len(targets),
-        "cold": int(cold.sum()),
+        "cold": len(targets) - warm.size,
         "items": data.items,
         "blend": [one.result["blend"] for one in runs],
-        "metrics": {metric: interval(values[warm], people) for metric, values in ours.items()},
+        **_summary(ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm),
+        "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in ours])),
+        "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in ours])),
+    }
+
+
+def _summary(
+    ours: Sequence[Ranked], beside: Mapping[str, Ranked], targets: Targets, warm: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """Means over seeds and people, with intervals, and the differences to each baseline."""
+    model = {metric: np.mean([values(one.ranks) for one in ours], axis=0) for metric, values in METRICS.items()}
+    others = {name: {metric: values(one.ranks) for metric, values in METRICS.items()} for name, one in beside.items()}
+    people = targets.people[warm]
+    return {
+        "metrics": {metric: interval(values[warm], people) for metric, values in model.items()},
+        "by_seed": {metric: [float(of(one.ranks)[warm].mean()) for one in ours] for metric, of in METRICS.items()},
         "baselines": {
             name: {metric: float(values[warm].mean()) for metric, values in metrics.items()}
-            for name, metrics in theirs.items()
+            for name, metrics in others.items()
         },
         "paired": {
-            name: {metric: interval(ours[metric][warm] - values[warm], people) for metric, values in metrics.items()}
-            for name, metrics in theirs.items()
+            name: {metric: interval(model[metric][warm] - values[warm], people) for metric, values in metrics.items()}
+            for name, metrics in others.items()
         },
-        "with_cold": {"model": {metric: float(values.mean()) for metric, values in ours.items()}}
-        | {
+        "with_cold": {
             name: {metric: float(values.mean()) for metric, values in metrics.items()}
-            for name, metrics in theirs.items()
+            for name, metrics in {"model": model, **others}.items()
         },
-        "segments": _by_history(targets.positions[warm], ours["ndcg@10"][warm]),
-        "by_seed": {metric: [float(METRICS[metric](one.ranks)[warm].mean()) for one in found] for metric in METRICS},
-        "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in found])),
-        "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in found])),
+        "segments": _by_history(targets.positions[warm], model["ndcg@10"][warm]),
     }
 
 

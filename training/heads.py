@@ -106,42 +106,26 @@ class Candidates:
     real: Tensor
 
 
-def fit_ranker(
-    modules: Modules,
-    table: Tensor,
-    data: Interactions,
-    division: Split,
-    columns: Columns,
-    actions: tuple[Action, ...],
-    weights: list[float],
-    config: TrainConfig,
-) -> tuple[float, dict[str, float]]:
+def fit_ranker(asker: Asker, division: Split, weights: list[float]) -> tuple[float, dict[str, float]]:
     """Trains the ranker, calibrates it, and chooses how much it may say.
 
     Returns:
         The blend, and NDCG@10 of the choosing people by blend. A blend above 0 must beat relevance alone by more than
         one standard error of the difference.
     """
-    targets = division.validation
+    targets, config, ranker = division.validation, asker.config, asker.ranker
     if not config.ranker_steps or len(targets) < FEWEST_TARGETS:
         return 0.0, {}
     chooses = targets.people % _SELECTING == 0
-    learning, choosing = targets.take(np.flatnonzero(~chooses)), targets.take(np.flatnonzero(chooses))
-    ask = Asker(modules, table, data, columns, actions, config)
-    ranker = modules.ranker
-    drawn = ask.candidates(learning, RANKER_NEGATIVES)
-    _learn(ranker, ask.table, drawn, config)
-    whole = ask.candidates(choosing, config.candidates)
+    drawn = asker.candidates(targets.take(np.flatnonzero(~chooses)), RANKER_NEGATIVES)
+    _learn(ranker, asker.table, drawn, config)
+    whole = asker.candidates(targets.take(np.flatnonzero(chooses)), config.candidates)
     with torch.no_grad():
-        logits = ranker(whole.users.unsqueeze(1), ask.table[whole.rows], whole.features)
-        for action in range(len(actions)):
+        logits = asker.logits(whole)
+        for action in range(logits.shape[2]):
             slope, shift = platt(logits[..., action][whole.real], whole.labels[..., action][whole.real])
-            ranker.scale[action] *= slope
-            ranker.bias[action] = ranker.bias[action] * slope + shift
-            ranker.output.weight[action] *= slope
-            ranker.output.bias[action] *= slope
-        logits = ranker(whole.users.unsqueeze(1), ask.table[whole.rows], whole.features)
-    return _choose_blend(whole, utility(logits, torch.tensor(weights)))
+            ranker.recalibrate(action, slope, shift)
+        return _choose_blend(whole, utility(asker.logits(whole), torch.tensor(weights)))
 
 
 class Asker:
@@ -156,17 +140,17 @@ class Asker:
         actions: tuple[Action, ...],
         config: TrainConfig,
     ) -> None:
-        self.modules, self.device_table, self.table = modules, table, table.cpu()
+        self.user, self.ranker = modules.user.eval(), modules.ranker.cpu()
+        self.device_table, self.table = table, table.cpu()
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
-        modules.ranker.cpu()
 
     def candidates(self, targets: Targets, count: int) -> Candidates:
         """The most relevant items of each person, beside the target.
 
         Fewer than `config.candidates` are drawn at random from these, an eighth of them from the popular items.
         """
-        users = user_vectors(self.modules.user, self.device_table, self.data, targets, self.config.max_length)
+        users = user_vectors(self.user, self.device_table, self.data, targets, self.config.max_length)
         rng = np.random.default_rng(self.config.seed)
         truth = targets.rows(self.data)
         rows = np.empty((len(targets), count + 1), np.int32)
@@ -186,6 +170,14 @@ class Asker:
             labels=torch.from_numpy(self._labels(targets, rows.shape[1])),
             real=torch.from_numpy(real),
         )
+
+    def logits(self, asked: Candidates) -> Tensor:
+        """The ranker's logits, a few people at a time; float `[n, C, A]`."""
+        parts = [
+            self.ranker(asked.users[part].unsqueeze(1), self.table[asked.rows[part]], asked.features[part])
+            for part in lines(asked.users.shape[0], RANKER_BATCH)
+        ]
+        return torch.cat(parts)
 
     def _choose(
         self,

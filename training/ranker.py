@@ -55,6 +55,13 @@ class Ranker(nn.Module):
         self.mean.copy_(features.mean(0))
         self.spread.copy_(features.std(0).clamp(min=1e-3))
 
+    @torch.no_grad()
+    def recalibrate(self, action: int, slope: float, shift: float) -> None:
+        """Maps the logits of an action to `slope * logit + shift`."""
+        for part in (self.scale, self.bias, self.output.weight, self.output.bias):
+            part[action] *= slope
+        self.bias[action] += shift
+
 
 def utility(logits: Tensor, weights: Tensor) -> Tensor:
     """What showing an item is worth: the log-odds of the weighted sum of the actions' probabilities.

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from features.assemble import FEATURES
-from features.catalog import columns_of
+from features.catalog import Columns, columns_of
 from features.tables import Dataset, open_dataset
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
@@ -22,7 +23,7 @@ from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
 from training.fit import Fit, OnStep
-from training.heads import fit_query_encoder, fit_ranker
+from training.heads import Asker, fit_query_encoder, fit_ranker
 from training.machine import exact, prepared
 from training.run import (
     FORMAT,
@@ -36,6 +37,7 @@ from training.run import (
     write_tensors,
 )
 from training.split import Split, split
+from training.warm_start import near_vectors
 
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
 
@@ -86,20 +88,28 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         dataset = open_dataset(data)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device)
-        modules = build_modules(
-            config,
-            material.data.items,
-            len(material.data.event_types),
-            len(material.actions),
-            material.inputs is not None,
-        )
-        for module in vars(modules).values():
-            module.to(device)
+        modules = _initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        fit = Fit(out, config, material.data, material.division, modules, bags, on_step)
-        progress = fit.run()
-    with prepared(config.threads), exact():
-        return _finish(out, data, config, material, modules, bags, progress, began)
+        progress = Fit(out, config, material.data, material.division, modules, bags, on_step).run()
+        load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
+        with exact():
+            tables = _tables(material, modules, bags, config)
+            table = torch.from_numpy(tables["item_vectors"]).to(device)
+            fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
+            weights = action_weights(material.actions, config)
+            asker = Asker(modules, table, material.data, _columns(material, tables), material.actions, config)
+            blend, gain = fit_ranker(asker, material.division, weights)
+    save_modules(out / "query.safetensors", {"query": modules.query})
+    save_modules(out / "ranker.safetensors", {"ranker": modules.ranker})
+    write_tensors(out / "tables.safetensors", {name: torch.from_numpy(array) for name, array in tables.items()})
+    material.vocabulary.save(out / "vocabulary.arrow")
+    seconds = progress.pop("seconds_before") + time.monotonic() - began
+    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
+    result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
+    result |= {"blend": blend, "ranker_ndcg@10": gain, "data": str(data.resolve()), **_facts(material, weights)}
+    write_json(out / "result.json", result)
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    return result
 
 
 def read_material(dataset: Dataset, config: TrainConfig, device: torch.device) -> Material:
@@ -145,62 +155,49 @@ def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     write_json(identity, found)
 
 
-def _finish(
-    out: Path,
-    path: Path,
-    config: TrainConfig,
-    material: Material,
-    modules: Modules,
-    bags: ItemBags | None,
-    progress: dict[str, Any],
-    began: float,
-) -> dict[str, Any]:
-    """Everything after the encoders: tables, query encoder, ranker, result."""
-    load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
-    data, trained_events = material.data, training_mask(material.data, material.division.train_end)
-    counts = counts_of(data, trained_events)
-    recent = counts_of(data, recent_mask(data, trained_events, config.recent_days))
-    trained = np.bincount(data.rows[trained_events], minlength=data.items) > 0
-    with torch.inference_mode():
-        table = modules.item.eval().table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
-    table = table.float().clone()
-    modules.user.eval()
-    neighbors, scores = neighbors_of(data, trained_events, config.neighbors)
-    fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
-    save_modules(out / "query.safetensors", {"query": modules.query})
+def _initial_modules(material: Material, config: TrainConfig, device: torch.device, fresh: bool) -> Modules:
+    """The networks before the first step; what a checkpoint will replace need not be warm."""
+    data, content = material.data, material.inputs is not None
+    modules = build_modules(config, data.items, len(data.event_types), len(material.actions), content)
+    if config.warm_start and fresh:
+        start = near_vectors(data, training_mask(data, material.division.train_end), config)
+        with torch.no_grad():
+            modules.item.ids.weight.copy_(start)
+    for module in vars(modules).values():
+        module.to(device)
+    return modules
 
-    popularity = {"popularity": np.log1p(counts), "recent_popularity": np.log1p(recent), "trained": trained}
-    columns = dataclasses.replace(
-        columns_of(material.items, table.cpu().numpy()),
-        popularity=popularity["popularity"].astype(np.float32),
-        recent_popularity=popularity["recent_popularity"].astype(np.float32),
-        trained=trained,
-    )
-    weights = action_weights(material.actions, config)
-    blend, gain = fit_ranker(
-        modules, table, material.data, material.division, columns, material.actions, weights, config
-    )
-    save_modules(out / "ranker.safetensors", {"ranker": modules.ranker})
-    tables = {
-        "item_vectors": columns.vectors,
-        "popularity": columns.popularity,
-        "recent_popularity": columns.recent_popularity,
+
+def _tables(
+    material: Material, modules: Modules, bags: ItemBags | None, config: TrainConfig
+) -> dict[str, npt.NDArray[Any]]:
+    """What a run keeps by row of the catalogue; see `LoadedRun`."""
+    data, events = material.data, training_mask(material.data, material.division.train_end)
+    recent = recent_mask(data, events, config.recent_days)
+    trained = np.bincount(data.rows[events], minlength=data.items) > 0
+    with torch.inference_mode():
+        vectors = modules.item.eval().table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
+    neighbors, scores = neighbors_of(data, events, config.neighbors)
+    return {
+        "item_vectors": vectors.float().cpu().numpy().copy(),
+        "popularity": np.log1p(counts_of(data, events)).astype(np.float32),
+        "recent_popularity": np.log1p(counts_of(data, recent)).astype(np.float32),
         "trained": trained,
         "neighbors": neighbors,
         "neighbor_scores": scores,
     }
-    write_tensors(out / "tables.safetensors", {name: torch.from_numpy(array) for name, array in tables.items()})
-    material.vocabulary.save(out / "vocabulary.arrow")
-    result = {
-        "format": FORMAT,
-        "protocol": config.protocol,
-        "run": str(out),
-        "seconds": round(progress.pop("seconds_before") + time.monotonic() - began, 3),
-        **progress,
-        "parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters()),
-        "blend": blend,
-        "ranker_gain": gain,
-        "data": str(path.resolve()),
+
+
+def _columns(material: Material, tables: dict[str, npt.NDArray[Any]]) -> Columns:
+    """The catalogue as serving will see it."""
+    learned = {name: tables[name] for name in ("popularity", "recent_popularity", "trained")}
+    return dataclasses.replace(columns_of(material.items, tables["item_vectors"]), **learned)
+
+
+def _facts(material: Material, weights: list[float]) -> dict[str, Any]:
+    """What a bundle must know of the data."""
+    data = material.data
+    return {
         "data_fingerprint": material.dataset.info["fingerprint"],
         "feature_fingerprint": FEATURES.fingerprint(),
         "people": len(data.people),
@@ -213,9 +210,6 @@ def _finish(
         "content": material.inputs is not None,
         "ordered_only": data.ordered_only,
     }
-    write_json(out / "result.json", result)
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
 
 
 def action_weights(actions: tuple[Action, ...], config: TrainConfig) -> list[float]:
