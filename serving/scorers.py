@@ -160,5 +160,5 @@ def cosine(vectors: Scores, rows: Rows, query: Scores, lengths: Scores) -> Score
 
     0 where either has no direction.
     """
-    both = lengths * np.linalg.norm(query)
-    return np.asarray(dot_rows(vectors, rows, query) / np.maximum(both, np.float32(1e-12)))
+    both = np.maximum(lengths * np.float32(np.linalg.norm(query)), np.float32(1e-12))
+    return np.asarray(dot_rows(vectors, rows, query) / both, np.float32)

@@ -90,11 +90,11 @@ class _Limit(Interceptor):
         refuse.experimental_thread_pool = ThreadPoolExecutor(1, "refuse")  # type: ignore[attr-defined]
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
-    def intercept_service(self, continuation: Continue, details: grpc.HandlerCallDetails) -> Handler:
-        if self._pool.in_hand >= self._limit and not details.method.startswith(_HEALTH):
+    def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        if self._pool.in_hand >= self._limit and not handler_call_details.method.startswith(_HEALTH):
             self._telemetry.count("refused.busy")
             return self._refusal
-        return continuation(details)
+        return continuation(handler_call_details)
 
 
 class _Token(Interceptor):
@@ -108,13 +108,15 @@ class _Token(Interceptor):
 
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
-    def intercept_service(self, continuation: Continue, details: grpc.HandlerCallDetails) -> Handler:
-        if not details.method.startswith(_HEALTH):
-            sent = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
+    def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        if not handler_call_details.method.startswith(_HEALTH):
+            sent = next(
+                (value for key, value in handler_call_details.invocation_metadata if key == "authorization"), ""
+            )
             sent = sent if isinstance(sent, bytes) else sent.encode()
             if not hmac.compare_digest(sent, self._expected):
                 return self._refusal
-        return continuation(details)
+        return continuation(handler_call_details)
 
 
 class _Guard(Interceptor):
@@ -128,21 +130,21 @@ class _Guard(Interceptor):
         self._slots = threading.BoundedSemaphore(slots)
         self._guarded: dict[str, Handler] = {}
 
-    def intercept_service(self, continuation: Continue, details: grpc.HandlerCallDetails) -> Handler:
-        known = self._guarded.get(details.method)
+    def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        known = self._guarded.get(handler_call_details.method)
         if known is not None:
             return known
-        handler = continuation(details)
-        if not details.method.startswith("/penchant.") or handler is None or handler.unary_unary is None:
+        handler = continuation(handler_call_details)
+        if not handler_call_details.method.startswith("/penchant.") or handler is None or handler.unary_unary is None:
             return handler
         assert handler.request_deserializer is not None
         behavior = handler.unary_unary
-        if "RankingService/" in details.method:
+        if "RankingService/" in handler_call_details.method:
             behavior = self._in_turn(behavior)
-        call = self._guard(details.method.rpartition("/")[2], handler.request_deserializer, behavior)
+        call = self._guard(handler_call_details.method.rpartition("/")[2], handler.request_deserializer, behavior)
         # Without a deserializer the call gets the bytes, and so a say in what a malformed message is answered with.
         guarded = grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
-        self._guarded[details.method] = guarded
+        self._guarded[handler_call_details.method] = guarded
         return guarded
 
     def _guard(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
