@@ -137,12 +137,12 @@ class _Child:
             if now - self._started > _HEALTHY_S:
                 self._pause = _FIRST_PAUSE_S
             self._again = now + self._pause
-            _log.error("%s ended with status %s; again in %.1f s", self.name, self._process.returncode, self._pause)
+            status, said = self._process.returncode, _stdout(self._process).read().strip()
+            _log.error("%s ended with status %s; again in %.1f s. %s", self.name, status, self._pause, said)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
             self._close()
         elif now >= self._again:
             self.start()
-            # Nobody reads what it says from here on; a line is far smaller than the pipe.
 
     def terminate(self) -> None:
         """Asks the process to stop."""

@@ -37,9 +37,6 @@ from serving.telemetry import Telemetry, expose
 WRITE_TIMEOUT_S = 1.0
 """Longest wait for the events Redis: it syncs to disk before it answers."""
 
-READ_TIMEOUT_S = 0.05
-"""Longest wait for a profile: past it the answer goes out without."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +69,7 @@ def serve(config: ServeConfig, number: int, stop: threading.Event) -> None:
     """
     telemetry, progress = Telemetry(), Progress()
     with (
-        connect(config.redis, READ_TIMEOUT_S) as profiles,
+        connect(config.redis, config.redis_timeout_ms / 1000) as profiles,
         connect(config.events_redis, WRITE_TIMEOUT_S) as events,
     ):
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)

@@ -55,7 +55,8 @@ Serve = Callable[..., contextlib.AbstractContextManager[Service]]
 def serving(bundle: Path, state: Path, **settings: Any) -> Iterator[Service]:
     """Runs a service in a process of its own, on a free port, as `python -m` would."""
     state.mkdir(parents=True, exist_ok=True)
-    settings = {"bundle": str(bundle), "listen": "127.0.0.1:0", "state_dir": str(state), "workers": 1, **settings}
+    here = {"bundle": str(bundle), "listen": "127.0.0.1:0", "state_dir": str(state), "workers": 1}
+    settings = {**here, "redis_timeout_ms": 1000, **settings}
     log = state / "serve.log"
     code = (
         "import json, sys; from serving.app import serve; from serving.config import ServeConfig; "

@@ -128,7 +128,10 @@ class TestRedis:
         assert ids(client.rank(names, user_id=known)) == names
 
     def test_profiles_frozen_and_back(self, serve, profiles, events):
-        with serve(redis=profiles.url, events_redis=events.url) as service, service.client() as client:
+        with (
+            serve(redis_timeout_ms=50, redis=profiles.url, events_redis=events.url) as service,
+            service.client() as client,
+        ):
             client.ingest([event("ann", "i0", "view_item")])
             assert client.recommend(user_id="ann").rung == common_pb2.RUNG_SEQUENCE
             os.kill(profiles.pid, signal.SIGSTOP)
@@ -145,7 +148,10 @@ class TestRedis:
             assert eventually(lambda: client.get_profile("ann").event_count == 2)
 
     def test_profiles_killed_and_back(self, serve, profiles, events):
-        with serve(redis=profiles.url, events_redis=events.url) as service, service.client() as client:
+        with (
+            serve(redis_timeout_ms=50, redis=profiles.url, events_redis=events.url) as service,
+            service.client() as client,
+        ):
             client.ingest([event("ann", "i0", "view_item")])
             time.sleep(1.5)  # synced to disk each second
             profiles.stop()
@@ -156,7 +162,10 @@ class TestRedis:
             assert time.monotonic() - back <= 2.0
 
     def test_events_gone_refuses_events_and_nothing_else(self, serve, profiles, events):
-        with serve(redis=profiles.url, events_redis=events.url) as service, service.client() as client:
+        with (
+            serve(redis_timeout_ms=50, redis=profiles.url, events_redis=events.url) as service,
+            service.client() as client,
+        ):
             client.ingest([event("ann", "i0", "view_item")])
             events.stop()
             lost = event("ann", "i4", "view_item")
@@ -174,7 +183,10 @@ class TestRedis:
     def test_both_away_at_the_start(self, serve, profiles, events):
         profiles.stop()
         events.stop()
-        with serve(redis=profiles.url, events_redis=events.url, workers=2) as service, service.client() as client:
+        with (
+            serve(redis_timeout_ms=50, redis=profiles.url, events_redis=events.url, workers=2) as service,
+            service.client() as client,
+        ):
             self.check_degraded(client, "ann")
             profiles.start()
             events.start()
