@@ -1,17 +1,12 @@
-"""Makes the best of the machine that trains: threads, products in bf16, memory that is not given back at once."""
+"""Makes the best of the machine that trains: threads, and products in bf16."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
-_TWO_GIGABYTES = 2**31 - 1
 
 
 @contextmanager
@@ -26,7 +21,6 @@ def prepared(threads: int) -> Iterator[None]:
     # Matrix products of float32 in bf16 (TF32 on a GPU), summed in float32: with AMX ten times as fast. Where a
     # processor has no such instructions, this changes nothing.
     torch.set_float32_matmul_precision("medium")
-    _keep_freed_memory()
     try:
         yield
     finally:
@@ -43,12 +37,3 @@ def exact() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep large freed blocks: mapping them anew each step faults in every page, half of a step's time."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # absent from musl
-            libc.mallopt(_MMAP_MAX, 0)
-            libc.mallopt(_TRIM_THRESHOLD, _TWO_GIGABYTES)
