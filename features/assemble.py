@@ -74,7 +74,12 @@ def history(records: Records, catalog: Catalog, type_index: Mapping[int, int]) -
         records: RECORD [n], oldest first.
         catalog: Where keys become rows.
         type_index: Event type key -> 1 + position among the bundle's event types.
+
+    An event without an item (a search) is no part of it, as it is none of a training history.
     """
+    about_items = records["item"] != 0
+    if not about_items.all():
+        records = records[about_items]
     return History(
         catalog.rows_of_keys(np.ascontiguousarray(records["item"])),
         types_of_keys(records["event_type"], type_index),

@@ -165,7 +165,10 @@ def _facts(path: Path) -> dict[str, Any]:
 def _bundle_id(files: dict[str, Any], manifest: dict[str, Any]) -> str:
     content = {
         "files": {name: files[name]["sha256"] for name in sorted(files)},
-        **{key: manifest.get(key) for key in ("model", "configuration", "feature_set", "data_fingerprint")},
+        **{
+            key: manifest.get(key)
+            for key in ("model", "configuration", "feature_set", "data_fingerprint", "catalog_version")
+        },
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -156,10 +156,7 @@ class Catalog:
     def set_available(self, row: int, available: bool, available_from: int = 0, available_until: int = 0) -> None:
         """Sets whether and when the item of `row` may be shown; 0 as a time means always."""
         with self._lock:
-            columns = self.columns
-            columns.available[row] = available
-            columns.available_from[row] = available_from or 0
-            columns.available_until[row] = available_until or _FOREVER
+            _set_available(self.columns, row, available, available_from, available_until)
             self._change += 1
 
     def delete(self, row: int) -> None:
@@ -233,6 +230,13 @@ def _fill(columns: Columns, row: int, item: Mapping[str, Any]) -> None:
     columns.price[row] = np.nan if price is None else price
     columns.category[row] = item_key(categories[0]) if categories else 0
     columns.creator[row] = item_key(item.get("creator_id"))
-    columns.available_from[row] = item.get("available_from") or 0
-    columns.available_until[row] = item.get("available_until") or _FOREVER
-    columns.available[row] = True if available is None else available
+    until = item.get("available_until") or 0
+    _set_available(columns, row, available is not False, item.get("available_from") or 0, until)
+
+
+def _set_available(columns: Columns, row: int, available: bool, start: int, end: int) -> None:
+    # Hidden first: a reader between two of these lines must not see an old flag with a new window.
+    columns.available[row] = False
+    columns.available_from[row] = start
+    columns.available_until[row] = end or _FOREVER
+    columns.available[row] = available

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from features.errors import ProfileCorrupt
 from features.kernels import crc32_rows, evict
+from features.schema import PASSIVE_EVENT_TYPES, event_type_key
 
 RING = 256
 """Number of newest events kept whole; at least the length of any encoder."""
@@ -41,15 +42,14 @@ ENTRY = np.dtype([("log_id", ">u8"), ("record", RECORD)])
 """One entry of a tail: the log id and its record, 52 bytes."""
 
 _CHECKED = RECORD.itemsize - 4
+# Who only stood before an item has not had it: such events leave no trace when they leave the ring.
+_PASSIVE = np.array([event_type_key(name) for name in PASSIVE_EVENT_TYPES], np.uint32)
 _HEADER = struct.Struct("<4sHHII8s8s")
 _STATE = struct.Struct("<QII")
 _MAGIC = b"PNCH"
 _FORMAT = 1
 
 HEADER_SIZE = _HEADER.size
-STATE_VERSION = f"ring-{RING}/evicted-{EVICTED_CAP}/format-{_FORMAT}"
-"""Fingerprint of the state: what is folded, and how."""
-
 Records = npt.NDArray[np.void]
 
 
@@ -136,7 +136,8 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     cut = max(0, joined.size - RING)
     evicted = profile.evicted
     if cut:
-        evicted = evict(evicted, np.ascontiguousarray(joined["item"][:cut]), EVICTED_CAP)
+        pushed = np.where(np.isin(joined["event_type"][:cut], _PASSIVE), np.uint64(0), joined["item"][:cut])
+        evicted = evict(evicted, pushed, EVICTED_CAP)
     return Profile(last_id, joined[cut:], evicted, profile.count + records.size)
 
 

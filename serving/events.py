@@ -206,8 +206,9 @@ class EventLog:
             ResourceExhausted: The log is full; nothing was appended.
         """
         self._require_memory(self._mark)
+        calls = [self._append_call(event) for event in events]
         with self.breaker:
-            replies = run_all(self.client, [self._append_call(event) for event in events])
+            replies = run_all(self.client, calls)
         return [_appended(event, reply) for event, reply in zip(events, replies, strict=True)]
 
     def append_impressions(self, impressions: Sequence[LoggedImpression]) -> int:
@@ -218,8 +219,9 @@ class EventLog:
             ResourceExhausted: The log is nearly full; the rest of it is kept for events.
         """
         self._require_memory(self._mark * 5 / 6)
+        calls = [self._impression_call(impression) for impression in impressions]
         with self.breaker:
-            replies = run_all(self.client, [self._impression_call(impression) for impression in impressions])
+            replies = run_all(self.client, calls)
         for reply in replies:
             if isinstance(reply, ResponseError):
                 raise serving_error(reply, EventLogUnavailable) from reply
@@ -283,6 +285,7 @@ class EventLog:
             raise ValueError(f"a record has {RECORD.itemsize} bytes")
         subject, event_id = event.subject.encode(), event.event_id.encode()
         keys = self.keys[zlib.crc32(subject) % self.partitions]
+        timestamp = int(np.frombuffer(event.record, RECORD)["timestamp"][0])
         # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
         seen = hashlib.blake2b(len(subject).to_bytes(4, "little") + subject + event_id, digest_size=16).digest()
         return Call(
@@ -290,12 +293,13 @@ class EventLog:
             (keys.events, keys.seen + b":" + seen, keys.index + b":" + subject, keys.erased, keys.floor),
             (
                 self._person(event.subject),
-                int(np.frombuffer(event.record, RECORD)["timestamp"][0]),
+                timestamp,
                 subject,
                 event_id,
                 event.record,
                 event.payload,
-                self.window_ms,
+                # As long as a retry can be taken: an event that is ahead of the clock is taken for longer.
+                self.window_ms + max(0, timestamp - time.time_ns() // 1_000_000),
                 2 * self._retention_ms,
             ),
         )

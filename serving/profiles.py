@@ -25,6 +25,7 @@ from features.profile import (
     Profile,
     decode,
     empty,
+    encode,
     encode_state,
     fold,
     header,
@@ -43,7 +44,7 @@ from serving.redis_client import (
     run_all,
     serving_error,
 )
-from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_ERASE, PROFILE_PUT
+from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_ERASE, PROFILE_PUT, PROFILE_REPLACE
 from serving.telemetry import Telemetry
 
 TAIL_CAP = 4096
@@ -118,7 +119,7 @@ class ProfileStore:
         self._breaker = Breaker(ProfileStoreUnavailable, cooldown_s)
         self._telemetry = telemetry or Telemetry()
         self._prefixes = [partition_prefix(partition) + b"profile:" for partition in range(partitions)]
-        self._giant = HEADER_SIZE + _LARGEST_STATE + tail_cap * ENTRY.itemsize
+        self._giant = HEADER_SIZE + _LARGEST_STATE + 2 * TAIL_CAP * ENTRY.itemsize
 
     def open(self) -> None:
         """Checks that the profiles there are spread over as many partitions, and remembers their number in new ones.
@@ -237,18 +238,27 @@ class ProfileStore:
         """
         written = total = 0
         for chunk in _chunks(states, _CHUNK):
-            calls = []
-            for subject, profile in chunk:
-                state = encode_state(profile)
-                calls.append(self._call(PROFILE_PUT, subject, header(len(state), profile.version) + state))
+            calls = [self._call(PROFILE_PUT, subject, encode(profile)) for subject, profile in chunk]
             with self._breaker:
                 replies = run_all(self._client, calls)
-            for reply in replies:
+            for (subject, profile), reply in zip(chunk, replies, strict=True):
                 if isinstance(reply, ResponseError):
                     raise serving_error(reply, ProfileStoreUnavailable) from reply
-                written += reply
+                written += reply or self._mend(subject, profile)
             total += len(calls)
         return Loaded(written, total - written)
+
+    def _mend(self, subject: str, profile: Profile) -> int:
+        """Replaces a profile that was kept although it is damaged; 1 where it was, else 0."""
+        with self._breaker:
+            blob = command(self._client, "GET", self._key(subject)) or b""
+        try:
+            split(blob)
+        except ProfileCorrupt:
+            erased = int.from_bytes(blob[HEADER_SIZE - 8 : HEADER_SIZE], "big")
+            with self._breaker:
+                return int(run(self._client, self._call(PROFILE_REPLACE, subject, blob, encode(profile, erased))))
+        return 0
 
     def run_id(self) -> str:
         """Changes when Redis was started again, and so may have lost its last two seconds.

@@ -25,7 +25,7 @@ from features.profile import RECORD, verify
 from serving.consumer import Consumer
 from serving.errors import ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog
-from serving.profiles import Applied, ProfileStore, TailFull
+from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
 from serving.telemetry import Telemetry
 
@@ -123,8 +123,9 @@ class Projector:
             try:
                 self.open()
                 while not stop.is_set():
-                    if not self.step():
-                        self._trim()
+                    idle = not self.step()
+                    self._trim()
+                    if idle:
                         stop.wait(_IDLE_S)
             except (Unavailable, ResourceExhausted) as error:
                 _log.warning("the projector waits: %s", error)
@@ -230,5 +231,7 @@ def run(redis_url: str, events_redis_url: str, partitions: int = 16, stop: threa
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
-        Projector(EventLog(events, partitions), ProfileStore(profiles, partitions)).run(stop)
+        # More room than those who serve allow: a late event must find a place in a tail that they have filled.
+        store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
+        Projector(EventLog(events, partitions), store).run(stop)
     return 0

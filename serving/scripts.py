@@ -119,6 +119,15 @@ return 1
 """
 )
 
+# KEYS: person; ARGV: empty header, value as read, new value. Returns 1, or 0 where it changed since.
+PROFILE_REPLACE = Script.of(
+    """
+if redis.call('GET', KEYS[1]) ~= ARGV[2] then return 0 end
+redis.call('SET', KEYS[1], ARGV[3])
+return 1
+"""
+)
+
 # KEYS: person; ARGV: empty header, tombstone. Returns the number of events forgotten. Works while memory is full.
 PROFILE_ERASE = Script.of(
     "#!lua flags=allow-oom\n"

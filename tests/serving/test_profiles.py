@@ -408,3 +408,15 @@ def test_an_apply_does_not_double_the_memory_of_a_person(store, profiles_redis):
     store.apply_many([(person, entries([1, 2])) for person in people])
     grown = (profiles_redis.info("memory")["used_memory"] - before) / len(people)
     assert grown < 1000  # of 9 KB each
+
+
+def test_a_rebuild_mends_a_damaged_profile(store, profiles_redis):
+    store.put_states([("u:1", expected([1, 2, 3]))])
+    [key] = profiles_redis.keys(b"*u:1")
+    blob = bytearray(profiles_redis.get(key))
+    blob[60] ^= 1
+    profiles_redis.set(key, bytes(blob))
+    with pytest.raises(ProfileCorrupt):
+        store.read("u:1")
+    assert store.put_states([("u:1", expected([1, 2], start=0))]) == Loaded(1, 0)
+    assert items(store.read("u:1")) == [1, 2]
