@@ -86,10 +86,18 @@ def test_ids_are_opaque_and_never_mix(events_redis, pairs):
 
 def test_retries_are_forgotten_after_the_window(events_redis):
     log = EventLog(events_redis, 4, window_ms=50)
-    [first] = log.append([event(1)])
+    [first] = log.append([event(1, timestamp=0)])
     time.sleep(0.1)
-    [second] = log.append([event(1)])
+    [second] = log.append([event(1, timestamp=0)])
     assert (second.duplicate, second.log_id > first.log_id) == (False, True)
+
+
+def test_a_retry_of_an_event_ahead_of_the_clock_is_known_for_as_long_as_it_is_taken(events_redis):
+    log = EventLog(events_redis, 4, window_ms=50)
+    ahead = event(1, timestamp=time.time_ns() // 1_000_000 + 60_000)
+    log.append([ahead])
+    time.sleep(0.1)
+    assert log.append([ahead])[0].duplicate
 
 
 def test_a_sequence_number_never_overflows_a_log_id(log, events_redis):
