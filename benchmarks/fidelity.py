@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ NOWHERE = 1 << 30
 
 
 def fidelity(
-    run: Path, bundle: Path, *, protocol: Which = "leave-one-out", people: int = 1000, seed: int = 1
+    run: Path, bundle: Path, *, protocol: str = "leave-one-out", people: int = 1000, seed: int = 1
 ) -> dict[str, Any]:
     """Measures NDCG@10 offline and through a running service.
 
@@ -51,7 +51,7 @@ def fidelity(
     """
     loaded = load_run(run)
     data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
-    targets = _some(held_out(data, loaded.config, protocol), people, np.random.default_rng(seed))
+    targets = _some(held_out(data, loaded.config, cast(Which, protocol)), people, np.random.default_rng(seed))
     offline, shown = _offline(loaded, data, targets)
     pages, rungs, degraded = _online(loaded, data, targets, bundle)
     online = np.array([_place(page, row) for page, row in zip(pages, targets.rows(data).tolist(), strict=True)])

@@ -335,6 +335,20 @@ def stages(
     _answer(stages(bundle, requests=requests, redis=redis))
 
 
+@bench.command()
+def fidelity(
+    run: RunDir,
+    bundle: BundleDir,
+    protocol: Annotated[str, typer.Option(metavar="NAME", help="What the run held out.")] = "leave-one-out",
+    people: Annotated[int, typer.Option(min=1, metavar="N", help="People to ask for, one target each.")] = 1000,
+) -> None:
+    """Measures quality through a running service, beside what evaluation says of the same people."""
+    _use_cores()
+    from benchmarks.fidelity import fidelity
+
+    _answer(fidelity(run, bundle, protocol=protocol, people=people))
+
+
 def _use_cores(count: int | None = None) -> None:
     """Sets the number of threads (all cores unless said) before a numeric library reads it; what is set already stands.
 
