@@ -20,7 +20,7 @@ from features.catalog import Columns
 from training.config import Action, TrainConfig
 from training.data import Interactions
 from training.encoders import ItemEncoder, QueryEncoder
-from training.losses import softmax_loss
+from training.losses import sample_items, softmax_loss
 from training.metrics import ndcg
 from training.ranker import BLENDS, Ranker, utility
 from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
@@ -29,6 +29,8 @@ from training.split import Split, Targets
 
 QUERY_BATCH = 512
 QUERY_RATE = 3e-3
+QUERY_NEGATIVES = 2048
+QUERY_SHARPNESS = 20.0
 QUERY_WORDS = 8
 RANKER_BATCH = 64
 RANKER_RATE = 2e-3
@@ -56,20 +58,22 @@ def fit_query_encoder(
     worded = (tokens > 0).any(1).nonzero()[:, 0]
     if not worded.numel():
         return
+    torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         query.words.weight.copy_(item.words.weight[: query.words.num_embeddings])
     # Directions matter, not lengths: a query asks for what it names, not for what is popular.
     goal = functional.normalize(table, dim=1)
-    sharp = 20.0
+    level = torch.full((table.shape[0],), 1 / table.shape[0])
     optimizer = torch.optim.AdamW(query.parameters(), lr=QUERY_RATE, weight_decay=0.01, fused=True)
     query.train()
     for step in range(config.query_steps):
         for group in optimizer.param_groups:
             group["lr"] = QUERY_RATE * (1 - step / config.query_steps)
         chosen = worded[torch.randint(worded.numel(), (min(QUERY_BATCH, worded.numel()),), generator=generator)]
-        asked = functional.normalize(query(_some_words(tokens[chosen], generator)), dim=1) * sharp
-        loss = softmax_loss(asked, goal, chosen, chunk=config.loss_chunk)
+        asked = functional.normalize(query(_some_words(tokens[chosen], generator)), dim=1) * QUERY_SHARPNESS
+        rows, positions, _ = sample_items(chosen.cpu(), level, QUERY_NEGATIVES)
+        loss = softmax_loss(asked, goal[rows.to(goal.device)], positions.to(goal.device), chunk=config.loss_chunk)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -94,8 +94,9 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
         with exact():
             tables = _tables(material, modules, bags, config)
-            table = torch.from_numpy(tables["item_vectors"]).to(device)
-            fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
+        table = torch.from_numpy(tables["item_vectors"]).to(device)
+        fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
+        with exact():
             weights = action_weights(material.actions, config)
             asker = Asker(modules, table, material.data, _columns(material, tables), material.actions, config)
             blend, gain = fit_ranker(asker, material.division, weights)
