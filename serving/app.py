@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 from redis.exceptions import RedisError
 
 from features.bundle import open_bundle
+from serving.child import LOG_FORMAT
 from serving.config import ServeConfig
 from serving.errors import ConfigError
 from serving.redis_client import connect, printable, require_safe
@@ -44,7 +45,7 @@ def serve(config: ServeConfig) -> int:
         BundleError: The bundle is refused.
         ConfigError: The service cannot start like this.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     _log.info("settings beside the defaults: %s", json.dumps(config.printable()))
     bundle = open_bundle(config.bundle)
     stop = threading.Event()
@@ -94,7 +95,7 @@ class _Child:
     def start(self) -> None:
         """Starts the process."""
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "serving.worker"],
+            [sys.executable, "-m", "serving.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -154,7 +155,9 @@ class _Child:
         if not self._process:
             return
         try:
-            self._process.wait(max(seconds, 0.0))
+            status = self._process.wait(max(seconds, 0.0))
+            if status:
+                _log.warning("%s ended with status %d", self.name, status)
         except subprocess.TimeoutExpired:
             _log.error("%s does not stop; killing it", self.name)
             self._process.kill()

@@ -1,20 +1,12 @@
-"""A child of `penchant serve`: a worker with models, catalogue and gRPC server, or the projector.
-
-Its orders come as one line of JSON on standard input; it says `{"ready": true}` or `{"error": ...}` on standard output,
-once, and stops on SIGTERM or when standard input ends because the parent is gone.
-"""
+"""One worker: the models, the catalogue and a gRPC server in a process of its own."""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import signal
-import sys
 import threading
-from typing import Any
+from collections.abc import Callable
 
-from features.errors import PenchantError
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Host, Surroundings, open_engine
@@ -24,7 +16,6 @@ from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hydrators import Progress
 from serving.profiles import ProfileStore
-from serving.projector import run as project
 from serving.redis_client import connect
 from serving.server import Server, Services
 from serving.services.catalog import CatalogService
@@ -40,28 +31,8 @@ WRITE_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Obeys the orders; the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
-    orders = json.loads(sys.stdin.readline())
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
-    config = ServeConfig.load(**orders["settings"], token=orders["token"] or None)
-    try:
-        if orders["role"] == "projector":
-            _say({"ready": True})
-            return project(config.redis, config.events_redis, config.partitions, stop)
-        serve(config, orders["number"], stop)
-    except PenchantError as error:
-        _say({"error": str(error)})
-        return 2
-    return 0
-
-
-def serve(config: ServeConfig, number: int, stop: threading.Event) -> None:
-    """Answers until `stop` is set.
+def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callable[[], None]) -> None:
+    """Answers until `stop` is set; calls `ready` when it begins to.
 
     Raises:
         BundleError: The bundle is refused.
@@ -94,7 +65,7 @@ def serve(config: ServeConfig, number: int, stop: threading.Event) -> None:
         # What is loaded stays: the collector need not walk it with every sweep.
         gc.collect()
         gc.freeze()
-        _say({"ready": True})
+        ready()
         stop.wait()
         server.stop()
         follower.stop()
@@ -107,17 +78,3 @@ def _open(log: EventLog) -> None:
         log.open()
     except Unavailable as error:
         _log.warning("starting without the event log: %s", error)
-
-
-def _watch_parent(stop: threading.Event) -> None:
-    """Standard input ends when the parent is gone, however it went."""
-    sys.stdin.read()
-    stop.set()
-
-
-def _say(what: dict[str, Any]) -> None:
-    print(json.dumps(what), flush=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

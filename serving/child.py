@@ -1,0 +1,63 @@
+"""The main function of every child of `penchant serve`: a worker, or the projector.
+
+Its orders come as one line of JSON on standard input; it says `{"ready": true}` or `{"error": ...}` on standard output,
+once, and stops on SIGTERM or when standard input ends because the parent is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from features.errors import PenchantError
+from serving.config import ServeConfig
+
+LOG_FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+
+
+def main() -> int:
+    """Obeys the orders; the exit status."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    # It tells at length which processor features it tries.
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    orders = json.loads(sys.stdin.readline())
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
+    try:
+        config = ServeConfig.load(**orders["settings"], token=orders["token"] or None)
+        if orders["role"] == "projector":
+            # Imported where they are needed: a projector has no use for models, an index or gRPC.
+            from serving.projector import run
+
+            _say({"ready": True})
+            return run(config.redis, config.events_redis, config.partitions, stop)
+        from serving.worker import work
+
+        work(config, orders["number"], stop, lambda: _say({"ready": True}))
+    except PenchantError as error:
+        _say({"error": str(error)})
+        return 2
+    return 0
+
+
+def _watch_parent(stop: threading.Event) -> None:
+    """Standard input ends when the parent is gone, however it went."""
+    # Not sys.stdin.read(): a thread that waits in there keeps the interpreter from ending.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    stop.set()
+
+
+def _say(what: dict[str, Any]) -> None:
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
