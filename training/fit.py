@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from features.errors import TrainingError
 from training.baselines import training_mask
 from training.config import TrainConfig
 from training.data import Batch, Interactions, TrainingBatches
@@ -165,7 +166,16 @@ class Fit:
         return rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
 
     def _validate(self, passed: float, loss: float) -> None:
-        """Measures NDCG@10 on the held-out events, keeps the best weights, and decides whether to go on."""
+        """Measures NDCG@10 on the held-out events, keeps the best weights, and decides whether to go on.
+
+        Raises:
+            TrainingError: The loss is not a number any more.
+        """
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.state.step}: train anew with a learning_rate below "
+                f"{self.config.learning_rate:g}"
+            )
         self.state.validated = passed
         value = self._ndcg(self.division.validation)
         append_line(
@@ -187,9 +197,7 @@ class Fit:
         """Mean NDCG@10 of relevance alone, over at most `validation_people` of the targets."""
         if not len(targets):
             return 0.0
-        if len(targets) > self.config.validation_people:
-            chosen = np.random.default_rng(0).choice(len(targets), self.config.validation_people, replace=False)
-            targets = targets.take(np.sort(chosen))
+        targets = targets.sample(self.config.validation_people, self.config.seed)
         self.modules.user.eval()
         with torch.inference_mode():
             table = self.modules.item.eval().table(self.bags, self.known)

@@ -117,7 +117,8 @@ def fit_ranker(asker: Asker, division: Split, weights: list[float]) -> tuple[flo
         The blend, and NDCG@10 of the choosing people by blend. A blend above 0 must beat relevance alone by more than
         one standard error of the difference.
     """
-    targets, config, ranker = division.validation, asker.config, asker.ranker
+    config, ranker = asker.config, asker.ranker
+    targets = division.validation.sample(config.validation_people, config.seed)
     if not config.ranker_steps or len(targets) < FEWEST_TARGETS:
         return 0.0, {}
     chooses = targets.people % _SELECTING == 0

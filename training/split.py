@@ -36,6 +36,12 @@ class Targets:
         """Some of the targets."""
         return Targets(self.people[at], self.positions[at])
 
+    def sample(self, most: int, seed: int) -> Targets:
+        """At most `most` of the targets, drawn at random, in their order."""
+        if len(self) <= most:
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False)))
+
     def rows(self, data: Interactions) -> npt.NDArray[np.int32]:
         """The items to predict; int32 `[n]`."""
         rows: npt.NDArray[np.int32] = data.rows[data.offsets[self.people] + self.positions]

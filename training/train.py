@@ -15,6 +15,7 @@ import torch
 
 from features.assemble import FEATURES
 from features.catalog import Columns, columns_of
+from features.errors import TrainingError
 from features.tables import Dataset, open_dataset
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
@@ -114,19 +115,26 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
 
 
 def read_material(dataset: Dataset, config: TrainConfig, device: torch.device) -> Material:
-    """Turns a data set into what a training learns from."""
+    """Turns a data set into what a training learns from.
+
+    Raises:
+        TrainingError: Nobody has two events left to train on.
+    """
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config)
     inputs = None
     if config.content and any(items[name].null_count < len(items) for name in _CONTENT):
         arrays = item_inputs(items.select(["item_id", *_CONTENT]).to_pylist(), input_shapes(config))
         inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    division = split(data, config)
+    if division.train_end.max(initial=0) < 2:
+        raise TrainingError("nobody has two events to train on, so nothing follows anything: bring longer histories")
     return Material(
         dataset=dataset,
         items=items,
         vocabulary=vocabulary,
         data=data,
-        division=split(data, config),
+        division=division,
         inputs=inputs,
         actions=config.actions or default_actions(data),
     )

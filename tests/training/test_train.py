@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from features.errors import TrainingError
 from features.tables import open_dataset
 from features.transforms import item_inputs, query_inputs
 from tests.training.conftest import CIRCLE
@@ -108,6 +111,19 @@ def test_a_directory_of_another_run_is_refused(
         train(circles, tmp_path / "run", tiny.model_copy(update={"dim": 32}))
     with pytest.raises(RunError, match="holds no finished run"):
         load_run(tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_ends_the_training(circles: Path, tmp_path: Path, tiny: TrainConfig) -> None:
+    with pytest.raises(TrainingError, match="learning_rate below"):
+        train(circles, tmp_path / "run", tiny.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0}))
+
+
+def test_histories_of_one_event_teach_nothing(tmp_path: Path, tiny: TrainConfig) -> None:
+    events = pa.table({"user_id": ["a", "b"], "item_id": ["x", "y"], "event_type": ["like"] * 2, "timestamp": [1, 2]})
+    (tmp_path / "data").mkdir()
+    pq.write_table(events, tmp_path / "data" / "events.parquet")
+    with pytest.raises(TrainingError, match="two events"):
+        train(tmp_path / "data", tmp_path / "run", tiny)
 
 
 def test_every_event_is_in_exactly_one_window_of_an_epoch(circles: Path, tiny: TrainConfig) -> None:
