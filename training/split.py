@@ -72,20 +72,16 @@ def split(data: Interactions, config: TrainConfig) -> Split:
     """
     counts = np.diff(data.offsets)
     if config.protocol == "leave-one-out":
-        held = counts >= FEWEST_EVENTS
-        test = np.where(held, last_target(data, counts), -1)
+        test = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
         fit_end = np.where(test >= 0, test, counts)
+        newest = np.where(test >= 0, last_target(data, fit_end), -1)
+        people = np.flatnonzero(newest > 0)
     else:
         fit_end = counts if config.protocol == "none" else before_cut(data, config.test_share)
-    newest = np.where(fit_end >= 2, last_target(data, fit_end), -1)
-    newest[newest < 1] = -1
-    if config.protocol == "leave-one-out":
-        newest[test < 0] = -1
-    people = np.flatnonzero(newest >= 0)
-    if config.protocol != "leave-one-out":
-        rng = np.random.default_rng(config.seed)
+        newest = last_target(data, fit_end)
+        people = np.flatnonzero(newest > 0)
         size = min(config.validation_people, people.size // 4)
-        people = np.sort(rng.choice(people, size, replace=False))
+        people = np.sort(np.random.default_rng(config.seed).choice(people, size, replace=False))
     train_end = fit_end.copy()
     train_end[people] = newest[people]
     return Split(train_end, fit_end, Targets(people, newest[people]))

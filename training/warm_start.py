@@ -35,25 +35,8 @@ def near_vectors(data: Interactions, trained: npt.NDArray[np.bool_], config: Tra
     Returns:
         float32 `[N, dim]`, numbers of about `warm_start` size; zeros for an item without events.
     """
-    dim = config.dim
-    events = np.flatnonzero(trained)
-    owner = data.owner()[events]
-    position = events - data.offsets[owner]
-    # Two layers of windows, shifted by half, so that no two neighbours are always apart.
-    layers = [owner * (1 << 32) + (position + shift) // WINDOW * 2 + (shift > 0) for shift in (0, WINDOW // 2)]
-    _, windows = np.unique(np.concatenate(layers), return_inverse=True)
-    items = np.tile(data.rows[events].astype(np.int64), 2)
-    weights = 1 / np.sqrt(np.bincount(items)[items] * np.bincount(windows)[windows])
-    by_item = _Sums(items, windows, weights, data.items)
-    by_window = _Sums(windows, items, weights, int(windows.max()) + 1)
+    dim, product = config.dim, _Nearness(data, np.flatnonzero(trained))
     generator = torch.Generator().manual_seed(config.seed)
-    frequency = torch.from_numpy(np.sqrt(np.bincount(items, minlength=data.items))).float().unsqueeze(1)
-    frequency /= frequency.norm()
-
-    def product(table: Tensor) -> Tensor:
-        table = by_item(by_window(table))
-        return table - frequency @ (frequency.T @ table)
-
     basis = torch.randn(data.items, min(dim + _EXTRA, data.items), generator=generator)
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(product(basis))[0]
@@ -64,6 +47,27 @@ def near_vectors(data: Interactions, trained: npt.NDArray[np.bool_], config: Tra
     vectors = functional.pad(functional.normalize(vectors, dim=1), (0, dim - vectors.shape[1]))
     scaled: Tensor = vectors * (config.warm_start * dim**0.5)
     return scaled
+
+
+class _Nearness:
+    """Items by items: the cosine of the sets of windows in which they stand, less what frequency alone explains."""
+
+    def __init__(self, data: Interactions, events: npt.NDArray[np.int64]) -> None:
+        owner = data.owner()[events]
+        position = events - data.offsets[owner]
+        # Two layers of windows, shifted by half, so that no two neighbours are always apart.
+        layers = [owner * (1 << 32) + (position + shift) // WINDOW * 2 + (shift > 0) for shift in (0, WINDOW // 2)]
+        _, windows = np.unique(np.concatenate(layers), return_inverse=True)
+        items = np.tile(data.rows[events].astype(np.int64), 2)
+        counts = np.bincount(items, minlength=data.items)
+        weights = 1 / np.sqrt(counts[items] * np.bincount(windows)[windows])
+        self.by_item = _Sums(items, windows, weights, data.items)
+        self.by_window = _Sums(windows, items, weights, int(windows.max()) + 1)
+        self.frequency = functional.normalize(torch.from_numpy(np.sqrt(counts)).float(), dim=0).unsqueeze(1)
+
+    def __call__(self, table: Tensor) -> Tensor:
+        near = self.by_item(self.by_window(table))
+        return near - self.frequency @ (self.frequency.T @ near)
 
 
 class _Sums:
