@@ -47,7 +47,7 @@ class ServeConfig(BaseSettings):
     tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must come from.")
     insecure: bool = Field(False, description="Allow a public address without TLS and token.")
 
-    threads: int = Field(4, ge=1, le=256, description="Rankings that a worker works on at once; others wait.")
+    threads: int = Field(2, ge=1, le=256, description="Rankings that a worker works on at once; others wait.")
     max_concurrent: int = Field(32, ge=1, le=1024, description="Calls per worker in hand or waiting; more are refused.")
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message taken, in bytes.")
     default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that brings none, in milliseconds.")

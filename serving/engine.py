@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from serving.sources import (
     SimilarToSeeds,
 )
 from serving.telemetry import Telemetry
+from serving.turns import Turns
 
 _FRESH = 50
 _CANDIDATES = 500
@@ -100,6 +101,7 @@ class Surroundings:
         progress: How far the catalogue's changes were followed.
         telemetry: Where measurements go.
         impressions: Where slates go, None where they are not logged.
+        turns: What the calls of this process take, to be given up while one waits.
     """
 
     config: ServeConfig
@@ -107,6 +109,7 @@ class Surroundings:
     progress: Progress
     telemetry: Telemetry
     impressions: ImpressionWriter | None = None
+    turns: Turns = field(default_factory=lambda: Turns(1))
 
 
 def open_engine(path: Path, around: Surroundings) -> Engine:
@@ -194,7 +197,7 @@ class _Builder:
 
     def _similar(self) -> Pipeline:
         return self._pipeline(
-            hydrators=[CatalogVersion(self._around.progress)],
+            hydrators=[CatalogVersion(self._around.progress, self._around.turns)],
             sources=[
                 SimilarToSeeds(self._index, self._catalog, self._count),
                 NeighborsOfSeeds(self._neighbors, self._count),
@@ -209,8 +212,8 @@ class _Builder:
         keys = {event_type_key(name): place for name, place in places.items()}
         seen = [places[name] for name in facts["seen_types"] if name in places]
         return [
-            CatalogVersion(self._around.progress),
-            Profile(self._around.store, self._catalog, keys, seen),
+            CatalogVersion(self._around.progress, self._around.turns),
+            Profile(self._around.store, self._catalog, keys, seen, self._around.turns),
             UserVector(self._model, self._catalog),
         ]
 

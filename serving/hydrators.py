@@ -14,6 +14,7 @@ from features.transforms import ItemInputShapes, query_inputs, text_tokens
 from serving.model import Model
 from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.turns import Turns
 
 WAIT_SHARE = 0.5
 """Share of the time left that a query may spend waiting for a version."""
@@ -49,8 +50,8 @@ class CatalogVersion:
     name = "catalog_version"
     part = "CATALOG_STALE"
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, turns: Turns) -> None:
+        self._progress, self._turns = progress, turns
 
     def enable(self, query: Query) -> bool:
         """Always: the answer names the version it was made from."""
@@ -59,8 +60,11 @@ class CatalogVersion:
     def hydrate(self, query: Query) -> None:
         """Fills `catalog_version`."""
         wanted = query.min_catalog_version
-        if wanted and not self._progress.wait(wanted, query.seconds_left() * WAIT_SHARE):
-            query.degrade(self.part, f"the catalogue here is at version {self._progress.version}, not yet at {wanted}")
+        if wanted > self._progress.version:
+            with self._turns.given_up():
+                came = self._progress.wait(wanted, query.seconds_left() * WAIT_SHARE)
+            if not came:
+                query.degrade(self.part, f"the catalogue is at version {self._progress.version} here, not at {wanted}")
         query.catalog_version = self._progress.version
 
 
@@ -71,9 +75,14 @@ class Profile:
     part = "PROFILE_STORE"
 
     def __init__(
-        self, store: ProfileStore, catalog: Catalog, type_index: Mapping[int, int], seen_types: Sequence[int]
+        self,
+        store: ProfileStore,
+        catalog: Catalog,
+        type_index: Mapping[int, int],
+        seen_types: Sequence[int],
+        turns: Turns,
     ) -> None:
-        self._store, self._catalog = store, catalog
+        self._store, self._catalog, self._turns = store, catalog, turns
         self._type_index, self._seen_types = type_index, seen_types
 
     def enable(self, query: Query) -> bool:
@@ -93,9 +102,14 @@ class Profile:
 
     def _read(self, query: Query) -> Stored:
         profile = self._store.read(query.subject)
+        if profile.version < query.min_profile_version:
+            with self._turns.given_up():
+                profile = self._awaited(query, profile)
+        return profile
+
+    def _awaited(self, query: Query, profile: Stored) -> Stored:
+        """The profile with the event that is waited for, or the one there is when the time is over."""
         wanted = query.min_profile_version
-        if profile.version >= wanted:
-            return profile
         end = time.monotonic() + query.seconds_left() * WAIT_SHARE
         pause = _FIRST_PAUSE_S
         while time.monotonic() + pause < end:

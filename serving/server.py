@@ -35,6 +35,7 @@ from penchant.v1 import (
 from serving.config import ServeConfig
 from serving.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ServingError, Unauthenticated
 from serving.telemetry import Telemetry
+from serving.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +123,11 @@ class _Token(Interceptor):
 class _Guard(Interceptor):
     """Reads the request, runs the method, and turns whatever is raised into a status.
 
-    Rankings, which are work, take turns in few slots; the others mostly wait for something, and only for that.
+    Rankings, which are work, take turns; the others mostly wait for something, and only for that.
     """
 
-    def __init__(self, slots: int, telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
-        self._slots = threading.BoundedSemaphore(slots)
+    def __init__(self, turns: Turns, telemetry: Telemetry) -> None:
+        self._turns, self._telemetry = turns, telemetry
         self._guarded: dict[str, Handler] = {}
 
     def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
@@ -168,7 +168,7 @@ class _Guard(Interceptor):
 
     def _in_turn(self, behavior: Behavior) -> Behavior:
         def take_turn(request: Message, context: grpc.ServicerContext) -> Message:
-            with self._slots:
+            with self._turns:
                 _require_time(context)
                 answer: Message = behavior(request, context)
                 return answer
@@ -231,13 +231,13 @@ class Services:
 class Server:
     """One worker's gRPC server."""
 
-    def __init__(self, config: ServeConfig, telemetry: Telemetry) -> None:
+    def __init__(self, config: ServeConfig, turns: Turns, telemetry: Telemetry) -> None:
         self._config = config
         self._pool = _CountingPool(config.max_concurrent)
         interceptors: list[Interceptor] = [_Limit(self._pool, config.max_concurrent, telemetry)]
         if secret := config.secret():
             interceptors.append(_Token(secret))
-        interceptors.append(_Guard(config.threads, telemetry))
+        interceptors.append(_Guard(turns, telemetry))
         self._grpc = grpc.server(
             self._pool,
             interceptors=interceptors,

@@ -24,6 +24,7 @@ from serving.services.profiles import ProfileService
 from serving.services.ranking import RankingService
 from serving.side_effects import ImpressionWriter
 from serving.telemetry import Telemetry, expose
+from serving.turns import Turns
 
 WRITE_TIMEOUT_S = 1.0
 """Longest wait for the events Redis: it syncs to disk before it answers."""
@@ -38,7 +39,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         BundleError: The bundle is refused.
         ConfigError: The device or an address cannot be had.
     """
-    telemetry, progress = Telemetry(), Progress()
+    telemetry, progress, turns = Telemetry(), Progress(), Turns(config.threads)
     with (
         connect(config.redis, config.redis_timeout_ms / 1000) as profiles,
         connect(config.events_redis, WRITE_TIMEOUT_S) as events,
@@ -47,11 +48,11 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         log = EventLog(events, config.partitions)
         _open(log)
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
-        host = Host(open_engine(config.bundle, Surroundings(config, store, progress, telemetry, impressions)))
+        host = Host(open_engine(config.bundle, Surroundings(config, store, progress, telemetry, impressions, turns)))
         changes = CatalogLog(events)
         follower = Follower(host, changes, progress)
         follower.start()
-        server = Server(config, telemetry)
+        server = Server(config, turns, telemetry)
         holdout = Holdout(config.holdout_share, config.holdout_salt)
         services = Services(
             ranking=RankingService(host, holdout, config.default_deadline_ms / 1000),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -110,6 +111,17 @@ class TestFeed:
         slate = client.recommend(user_id=ann, min_profile_version=2**62, timeout_s=1.0)
         assert [entry.part for entry in slate.degraded] == [common_pb2.PART_PROFILE_STALE]
         assert time.monotonic() - begun < 1.0
+
+    def test_who_waits_holds_nobody_up(self, client, ann):
+        with ThreadPoolExecutor(8) as pool:
+            waiting = [
+                pool.submit(client.recommend, user_id=ann, min_profile_version=2**62, timeout_s=6.0) for _ in range(8)
+            ]
+            time.sleep(0.3)
+            begun = time.monotonic()
+            assert not client.recommend(user_id=ann).degraded
+            assert time.monotonic() - begun < 2.0
+            assert all(call.result().degraded for call in waiting)
 
     def test_reasons(self, client, ann):
         client.ingest([event(ann, "i0", "view_item")])

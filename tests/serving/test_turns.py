@@ -1,0 +1,42 @@
+"""Turns are few, given up while waiting, and taken again."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from serving.turns import Turns
+
+
+def test_who_waits_lets_others_go_first():
+    turns, order = Turns(1), []
+
+    def other() -> None:
+        with turns:
+            order.append("other")
+
+    with turns:
+        order.append("first")
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.1)
+        assert order == ["first"]
+        with turns.given_up():
+            thread.join(5)
+        order.append("first again")
+    assert order == ["first", "other", "first again"]
+
+
+def test_a_turn_is_taken_again_and_ended_whatever_happens():
+    turns = Turns(1)
+    with pytest.raises(KeyError), turns, turns.given_up():
+        raise KeyError
+    with turns:
+        pass
+
+
+def test_without_a_turn_there_is_nothing_to_give_up():
+    turns = Turns(1)
+    with turns.given_up(), turns:
+        pass
