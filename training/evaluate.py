@@ -92,7 +92,7 @@ class ModelScorer:
         person, position = int(targets.people[at]), int(targets.positions[at])
         logits = self.logits(part.start + at, person, position, rows.astype(np.int32))
         worth: npt.NDArray[np.float32] = utility(logits, self.weights).numpy()
-        return (relevance + self.run.result["blend"] * worth).astype(np.float32)
+        return (relevance + np.float32(float(self.run.result["blend"])) * worth).astype(np.float32)
 
     def logits(self, number: int, person: int, position: int, rows: npt.NDArray[np.int32]) -> torch.Tensor:
         """The ranker's logits for a person (whose vector has this number) just before an event; float `[n, A]`."""
