@@ -30,6 +30,8 @@ from training.run import LoadedRun, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
 
 SHOWN = 10
+LOGIT_PEOPLE = 64
+"""People whose candidates the ranker scores at once."""
 METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
     "hit@10": lambda ranks: hit(ranks, 10),
     "ndcg@10": lambda ranks: ndcg(ranks, 10),
@@ -54,7 +56,7 @@ class ModelScorer:
     name = "model"
 
     def __init__(self, run: LoadedRun, data: Interactions, targets: Targets) -> None:
-        self.run, self.data = run, data
+        self.run, self.data, self.targets = run, data, targets
         table = torch.from_numpy(run.item_vectors)
         self.users = user_vectors(run.user_encoder, table, data, targets, run.config.max_length)
         self.sunk = ~run.trained & (not run.result["content"])
@@ -70,14 +72,18 @@ class ModelScorer:
         scores[:, self.sunk] = -np.inf
         return scores
 
-    def place(self, scores: npt.NDArray[np.float32], targets: Targets, part: slice) -> Ranked:
+    def place(self, scores: npt.NDArray[np.float32], part: slice) -> Ranked:
         """Ranks by relevance, and again by the final score among the most relevant."""
-        rows = targets.rows(self.data)
+        numbers = np.arange(part.start, part.stop)
+        rows = self.targets.take(numbers).rows(self.data)
         if not self.run.result["blend"]:
             return place(scores, rows)
         depth = min(self.run.config.candidates, scores.shape[1])
         best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
-        final = np.stack([self._final(scores[at, best[at]], best[at], targets, part, at) for at in range(len(targets))])
+        final = np.take_along_axis(scores, best, axis=1)  # what is masked stays at minus infinity
+        for some in lines(numbers.size, LOGIT_PEOPLE):
+            logits = self.logits(numbers[some], best[some].astype(np.int32))
+            final[some] += np.float32(float(self.run.result["blend"])) * utility(logits, self.weights).numpy()
         order = np.argsort(-final, axis=1, kind="stable")[:, :SHOWN]
         ranks = ranks_of(scores, rows)
         at, place_in = np.nonzero(best == rows[:, None])
@@ -85,23 +91,20 @@ class ModelScorer:
         ranks[at] = np.where(np.isfinite(mine), np.sum(final[at] >= mine[:, None], axis=1) - 1, ranks[at])
         return Ranked(ranks, np.take_along_axis(best, order, axis=1))
 
-    def _final(
-        self, relevance: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: Targets, part: slice, at: int
-    ) -> npt.NDArray[np.float32]:
-        """Relevance + blend * utility; what is masked stays at minus infinity."""
-        person, position = int(targets.people[at]), int(targets.positions[at])
-        logits = self.logits(part.start + at, person, position, rows.astype(np.int32))
-        worth: npt.NDArray[np.float32] = utility(logits, self.weights).numpy()
-        return (relevance + np.float32(float(self.run.result["blend"])) * worth).astype(np.float32)
-
-    def logits(self, number: int, person: int, position: int, rows: npt.NDArray[np.int32]) -> torch.Tensor:
-        """The ranker's logits for a person (whose vector has this number) just before an event; float `[n, A]`."""
-        user, vectors = self.users[number], self.columns.vectors[rows]
-        past = past_of(self.data, person, position, self.columns)
-        features = ranker_features(past, rows, vectors @ user, self.columns)
-        found: torch.Tensor = self.run.ranker(
-            torch.from_numpy(user[None]), torch.from_numpy(vectors), torch.from_numpy(features)
-        )
+    def logits(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> torch.Tensor:
+        """The ranker's logits of `rows` `[n, C]` just before the targets `numbers` `[n]`; float `[n, C, A]`."""
+        some, users, vectors = self.targets.take(numbers), self.users[numbers], self.columns.vectors[rows]
+        relevance = np.einsum("nd,ncd->nc", users, vectors)
+        features = [
+            ranker_features(
+                past_of(self.data, int(person), int(position), self.columns), rows[at], relevance[at], self.columns
+            )
+            for at, (person, position) in enumerate(zip(some.people, some.positions, strict=True))
+        ]
+        with torch.inference_mode():
+            found: torch.Tensor = self.run.ranker(
+                torch.from_numpy(users).unsqueeze(1), torch.from_numpy(vectors), torch.from_numpy(np.stack(features))
+            )
         return found
 
 
@@ -224,7 +227,7 @@ def place_all(
                 mask_seen(scores, seen)
             return scores
 
-        ranked = [model.place(masked(model.relevance(part)), some, part) for model in models]
+        ranked = [model.place(masked(model.relevance(part)), part) for model in models]
         ranked += [place(masked(baseline.scores(some)), some.rows(data)) for baseline in baselines]
         parts.append(ranked)
     return [

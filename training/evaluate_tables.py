@@ -159,9 +159,8 @@ def _probabilities(run: LoadedRun, events: Interactions, shown: Shown) -> npt.ND
     out = np.empty(shown.labels.shape, np.float64)
     order = np.argsort(inverse, kind="stable")
     for at, lines in enumerate(np.split(order, np.cumsum(np.bincount(inverse))[:-1])):
-        out[lines] = torch.sigmoid(
-            scorer.logits(at, int(moments[at, 0]), int(moments[at, 1]), shown.rows[lines])
-        ).numpy()
+        logits = scorer.logits(np.array([at]), shown.rows[lines][None])[0]
+        out[lines] = torch.sigmoid(logits).numpy()
     return out
 
 
