@@ -214,13 +214,18 @@ class Client:
         """Calls until an answer, an error that is no absence, or the end of the time; a try takes the next channel."""
         end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         pause = _FIRST_PAUSE_S
+        away: grpc.RpcError | None = None
         while True:
             try:
                 return pick()(request, timeout=max(end - time.monotonic(), 0.001), metadata=self._metadata)
             except grpc.RpcError as error:
+                if away and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    # The last try had no time of its own: what kept it from an answer is what the others met.
+                    raise away from None
                 wait = pause * random.uniform(0.5, 1.5)
                 if error.code() not in _AWAY or time.monotonic() + wait >= end:
                     raise
+                away = error
             time.sleep(wait)
             pause = min(2 * pause, 0.1)
 
