@@ -52,7 +52,7 @@ class Story:
 
 
 STORIES = {
-    "completejourney": Story("household", "purchase", "baby food", {}, {"epochs": 3}),
+    "completejourney": Story("household", "purchase", "baby food", {}, {"epochs": 2, "negatives": 512}),
     "simulated": Story("person", "purchase", "", {"users": 300, "items": 300, "days": 60}, {"epochs": 2}),
 }
 
