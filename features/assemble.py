@@ -98,20 +98,18 @@ def types_of_keys(keys: npt.NDArray[np.uint32], type_index: Mapping[int, int]) -
     return types
 
 
-def seen_rows(profile: Profile, past: History, catalog: Catalog, seen_types: Sequence[int]) -> npt.NDArray[np.int32]:
+def seen_rows(profile: Profile, catalog: Catalog, seen_keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
     """Rows of the items that a person need not be shown again; int32 [n], unsorted, may repeat.
 
     Args:
         profile: The profile.
-        past: Its events, by `history`.
         catalog: Where keys become rows.
-        seen_types: The model's indices of the event types that count; an item older than the ring always counts.
+        seen_keys: Keys of the event types that count; an item older than the ring always counts.
     """
-    recent = past.rows[np.isin(past.types, seen_types) & (past.rows >= 0)]
-    if not profile.evicted.size:
-        return recent
-    older = catalog.rows_of_keys(profile.evicted)
-    return np.concatenate([recent, older[older >= 0]])
+    records = profile.records
+    recent = records["item"][np.isin(records["event_type"], seen_keys)]
+    rows = catalog.rows_of_keys(np.concatenate([recent, profile.evicted]))
+    return rows[rows >= 0]
 
 
 def encoder_inputs(

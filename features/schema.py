@@ -124,6 +124,9 @@ EVENT_TYPES: tuple[str, ...] = (
 # Event types in which a person has not chosen an item: they are never what a model predicts, and make nothing seen.
 PASSIVE_EVENT_TYPES: tuple[str, ...] = ("view_item_list", "search")
 
+# Event types that say no: they stand in a history, but are never what a model should predict.
+NEGATIVE_EVENT_TYPES: tuple[str, ...] = ("dislike", "hide")
+
 
 def event_type_key(name: str) -> int:
     """The uint32 that stands for an event type in a stored record: CRC-32 of its UTF-8 name, so no registry exists."""

@@ -46,7 +46,11 @@ def serve(config: ServeConfig) -> int:
         ConfigError: The service cannot start like this.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    _log.info("settings beside the defaults: %s", json.dumps(config.printable()))
+    settings = config.printable()
+    for name in ("redis", "events_redis"):
+        if "://" in settings.get(name, ""):
+            settings[name] = printable(settings[name])
+    _log.info("settings beside the defaults: %s", json.dumps(settings))
     bundle = open_bundle(config.bundle)
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -215,12 +219,12 @@ def _stores(config: ServeConfig) -> Iterator[tuple[str, str]]:
             profiles = stack.enter_context(RedisServer(config.state_dir, "profiles")).url
         if events == "embedded":
             events = stack.enter_context(RedisServer(config.state_dir, "events")).url
-        _require_safe(profiles, "profiles", config.insecure)
-        _require_safe(events, "events", config.insecure)
+        _require_safe(profiles, "profiles", config.unsafe_redis)
+        _require_safe(events, "events", config.unsafe_redis)
         yield profiles, events
 
 
-def _require_safe(url: str, role: Literal["events", "profiles"], insecure: bool) -> None:
+def _require_safe(url: str, role: Literal["events", "profiles"], unsafe: bool) -> None:
     """Refuses a Redis that would lose data; one that is away now is looked at by nobody, and served without.
 
     Raises:
@@ -228,7 +232,7 @@ def _require_safe(url: str, role: Literal["events", "profiles"], insecure: bool)
     """
     with connect(url, timeout_s=1.0) as client:
         try:
-            require_safe(client, role, insecure)
+            require_safe(client, role, unsafe)
         except RedisError as error:
             _log.warning("the %s Redis %s does not answer (%s): starting without it", role, printable(url), error)
 

@@ -35,6 +35,7 @@ class ServeConfig(BaseSettings):
     redis: str = Field("embedded", description='URL of the Redis that holds profiles, or "embedded".')
     events_redis: str = Field("", description="URL of the Redis that holds the event log; empty means as `redis`.")
     redis_timeout_ms: int = Field(50, ge=1, description="Longest wait for a profile; the answer goes out without.")
+    unsafe_redis: bool = Field(False, description="Accept a Redis whose settings may lose acknowledged data.")
     state_dir: Path = Field(Path("penchant-state"), description="Directory where embedded Redis keeps its data.")
     partitions: int = Field(16, ge=1, le=4096, description="Partitions of the event log, fixed when it is created.")
 

@@ -16,8 +16,8 @@ from features.assemble import FEATURES
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
 from features.errors import BundleError
-from features.schema import event_type_key
-from features.transforms import ItemInputShapes
+from features.schema import NEGATIVE_EVENT_TYPES, event_type_key
+from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.config import ServeConfig
 from serving.filters import Eligible, Excluded, Seen
@@ -48,6 +48,8 @@ from serving.telemetry import Telemetry
 from serving.turns import Turns
 
 _FRESH = 50
+CHOICES = ("add_to_cart", "purchase", "like", "rating")
+"""Event types by which a person has chosen an item, whatever a bundle was trained on."""
 _CANDIDATES = 500
 
 
@@ -126,6 +128,7 @@ def open_engine(path: Path, around: Surroundings) -> Engine:
     catalog, lexical = _items(bundle)
     model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
     replay(bundle, model, catalog, index)
+    _warm_up(catalog, lexical)
     return Engine(
         bundle=bundle,
         model=model,
@@ -172,7 +175,7 @@ class _Builder:
                 Fresh(catalog, self._around.config.fresh_days, _FRESH),
                 Popular(rows, scores, catalog, repeats=repeats),
             ],
-            filters=[] if repeats else [Seen(catalog)],
+            filters=[Seen(catalog)],
             scorer=FeedScorer(self._personal),
         )
 
@@ -210,7 +213,11 @@ class _Builder:
         facts = self._bundle.model
         places = {name: 1 + place for place, name in enumerate(facts["event_types"])}
         keys = {event_type_key(name): place for name, place in places.items()}
-        seen = [places[name] for name in facts["seen_types"] if name in places]
+        # A live event of a type that training never saw counts as well; what is refused stays away in any case.
+        told = CHOICES if not self._repeats else ()
+        unknown = [name for name in told if name not in facts["event_types"]]
+        names = {*NEGATIVE_EVENT_TYPES, *(() if self._repeats else facts["seen_types"]), *unknown}
+        seen = np.array(sorted(map(event_type_key, names)), np.uint32)
         return [
             CatalogVersion(self._around.progress, self._around.turns),
             Profile(self._around.store, self._catalog, keys, seen, self._around.turns),
@@ -238,6 +245,15 @@ class _Builder:
             side_effects=[Impressions(writer, self._catalog, self._bundle.bundle_id)] if writer else [],
             recorder=self._around.telemetry,
         )
+
+
+def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
+    """Compiles what the golden requests do not reach, so that no caller waits for it."""
+    rows = np.arange(min(1, catalog.size), dtype=np.int32)
+    for row in rows.tolist():
+        tokens = text_tokens(item_text(catalog.item(row)))
+        lexical.search(tokens, 1, catalog.eligible_bitmap(0))
+        lexical.score(tokens, rows)
 
 
 def _shapes(bundle: Bundle) -> ItemInputShapes:

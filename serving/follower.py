@@ -105,7 +105,7 @@ class Follower:
             same = list(group)
             if kind == "put":
                 for start in range(0, len(same), _BATCH):
-                    self._put(same[start : start + _BATCH])
+                    self._put_or_skip(same[start : start + _BATCH])
             else:
                 for change in same:
                     self._hide(change)
@@ -114,10 +114,22 @@ class Follower:
         while not self._stop.is_set():
             try:
                 self.step(_BLOCK_MS)
-            except PenchantError as error:
-                if not isinstance(error, Unavailable):
-                    _log.error("cannot follow the catalogue: %s", error)
+            except Unavailable:
                 self._stop.wait(_RETRY_S)
+            except Exception:  # noqa: BLE001  a worker that stops following would show what is gone
+                _log.exception("cannot follow the catalogue; trying again")
+                self._stop.wait(_RETRY_S)
+
+    def _put_or_skip(self, changes: Sequence[Change]) -> None:
+        """Puts a batch; where that fails one by one, so that one bad item does not hold up the others."""
+        try:
+            self._put(changes)
+        except (PenchantError, ValueError, KeyError, TypeError) as error:
+            if len(changes) == 1:
+                _log.error("item %r cannot be put and is skipped: %s", changes[0].item_id, error)
+                return
+            for change in changes:
+                self._put_or_skip([change])
 
     def _put(self, changes: Sequence[Change]) -> None:
         engine = self._host.engine

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
 
 from features.assemble import encoder_inputs, history, seen_rows
 from features.catalog import Catalog
@@ -79,11 +82,11 @@ class Profile:
         store: ProfileStore,
         catalog: Catalog,
         type_index: Mapping[int, int],
-        seen_types: Sequence[int],
+        seen_keys: npt.NDArray[np.uint32],
         turns: Turns,
     ) -> None:
         self._store, self._catalog, self._turns = store, catalog, turns
-        self._type_index, self._seen_types = type_index, seen_types
+        self._type_index, self._seen_keys = type_index, seen_keys
 
     def enable(self, query: Query) -> bool:
         """Where a person is named, whose profile may be used."""
@@ -97,7 +100,7 @@ class Profile:
             query.degrade("PROFILE_CORRUPT", str(error))
             return
         past = history(profile.records, self._catalog, self._type_index)
-        query.seen = seen_rows(profile, past, self._catalog, self._seen_types)
+        query.seen = seen_rows(profile, self._catalog, self._seen_keys)
         query.profile, query.history = profile, past
 
     def _read(self, query: Query) -> Stored:

@@ -345,13 +345,13 @@ def require_partitions(client: redis.Redis, partitions: int) -> None:
         )
 
 
-def require_safe(client: redis.Redis, role: str, insecure: bool = False) -> None:
+def require_safe(client: redis.Redis, role: str, unsafe: bool = False) -> None:
     """Refuses a Redis that would lose data by its configuration.
 
     Args:
         client: The Redis to look at.
         role: "events" needs no eviction and `appendfsync always`; "profiles" needs no eviction.
-        insecure: Accept one that may lose acknowledged data.
+        unsafe: Accept one that may lose acknowledged data.
 
     Raises:
         ConfigError: A setting is unsafe or cannot be read; the message names it and what it must be.
@@ -360,7 +360,7 @@ def require_safe(client: redis.Redis, role: str, insecure: bool = False) -> None
     version = str(client.info("server")["redis_version"])
     if tuple(map(int, version.split(".")[:2])) < _OLDEST:
         raise ConfigError(f"this Redis is {version}; Penchant needs Redis 7.0 or Valkey 7.2, or newer")
-    if insecure:
+    if unsafe:
         return
     wanted = {"maxmemory-policy": "noeviction"}
     if role == "events":
@@ -370,13 +370,13 @@ def require_safe(client: redis.Redis, role: str, insecure: bool = False) -> None
     except ResponseError as error:
         raise ConfigError(
             f"the configuration of the {role} Redis cannot be checked ({error}); allow its user CONFIG GET, "
-            f"or set {_settings(wanted)} yourself and start with insecure"
+            f"or set {_settings(wanted)} yourself and set PENCHANT_UNSAFE_REDIS=true"
         ) from None
     wrong = {name: value for name, value in wanted.items() if found.get(name) != value}
     if wrong:
         raise ConfigError(
             f"the {role} Redis may lose data: it has {_settings({name: found.get(name, '') for name in wrong})}; "
-            f"set {_settings(wrong)} (CONFIG SET), or accept the loss with insecure"
+            f"set {_settings(wrong)} (CONFIG SET), or accept the loss: PENCHANT_UNSAFE_REDIS=true"
         )
 
 

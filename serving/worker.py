@@ -47,6 +47,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
         log = EventLog(events, config.partitions)
         _open(log)
+        _open(store)
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
         host = Host(open_engine(config.bundle, Surroundings(config, store, progress, telemetry, impressions, turns)))
         changes = CatalogLog(events)
@@ -74,8 +75,8 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
             impressions.close()
 
 
-def _open(log: EventLog) -> None:
+def _open(part: EventLog | ProfileStore) -> None:
     try:
-        log.open()
+        part.open()
     except Unavailable as error:
-        _log.warning("starting without the event log: %s", error)
+        _log.warning("starting without %s: %s", type(part).__name__, error)

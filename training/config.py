@@ -18,12 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from features.errors import ConfigError
 from features.profile import RING
-from features.schema import PASSIVE_EVENT_TYPES
+from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 
 PREFIX = "PENCHANT_TRAIN_"
-NEGATIVE_TYPES = ("dislike", "hide")
-"""Event types that say no: they stand in a history, but are never what the model should predict."""
-PASSIVE_TYPES = (*PASSIVE_EVENT_TYPES, *NEGATIVE_TYPES)
+PASSIVE_TYPES = (*PASSIVE_EVENT_TYPES, *NEGATIVE_EVENT_TYPES)
 """Event types in which a person has not chosen an item."""
 
 

@@ -14,10 +14,10 @@ from features.assemble import encoder_inputs, pack
 from features.columns import pc
 from features.content import codes, is_present
 from features.errors import TrainingError
-from features.schema import item_keys
+from features.schema import NEGATIVE_EVENT_TYPES, item_keys
 from features.tables import Dataset
 from features.vocabulary import Vocabulary
-from training.config import NEGATIVE_TYPES, PASSIVE_TYPES, TrainConfig
+from training.config import PASSIVE_TYPES, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def read_interactions(dataset: Dataset, vocabulary: Vocabulary, config: TrainCon
 def _counting(event_types: list[str], config: TrainConfig) -> tuple[Sequence[str], Sequence[str]]:
     """The types to predict and the types that make an item seen."""
     targets = config.target_types or [name for name in event_types if name not in PASSIVE_TYPES]
-    negative = [name for name in event_types if name in NEGATIVE_TYPES]
+    negative = [name for name in event_types if name in NEGATIVE_EVENT_TYPES]
     return targets, config.seen_types or [*targets, *negative]
 
 

@@ -90,9 +90,14 @@ def test_a_candidate_does_not_depend_on_the_others(catalog):
 def test_seen_is_what_was_touched_and_what_left_the_ring(catalog):
     older = np.array([item_key("c"), item_key("gone")], np.uint64)
     known = profile.Profile(9, events(("a", "view_item"), ("b", "purchase")), older, 4)
-    past = assemble.history(known.records, catalog, TYPES)
-    assert sorted(assemble.seen_rows(known, past, catalog, [2]).tolist()) == [1, 2]
-    assert sorted(assemble.seen_rows(known, past, catalog, [1, 2]).tolist()) == [0, 1, 2]
+    viewed, purchased = np.array(list(TYPES), np.uint32)
+    assert sorted(assemble.seen_rows(known, catalog, np.array([purchased])).tolist()) == [1, 2]
+    assert sorted(assemble.seen_rows(known, catalog, np.array([viewed, purchased])).tolist()) == [0, 1, 2]
+
+
+def test_a_search_is_no_part_of_a_history(catalog):
+    past = assemble.history(events(("a", "view_item"), ("", "search"), ("b", "purchase")), catalog, TYPES)
+    assert past.rows.tolist() == [0, 1]
 
 
 def test_the_fingerprint_names_the_features():

@@ -161,7 +161,7 @@ def test_unsafe_settings_are_refused_by_name(tmp_path):
     with RedisServer(tmp_path, "profiles") as server, connect(server.url, 1) as client:
         with pytest.raises(ConfigError, match="set appendfsync 'always'"):
             require_safe(client, "events")
-        require_safe(client, "events", insecure=True)
+        require_safe(client, "events", unsafe=True)
         client.config_set("maxmemory-policy", "allkeys-lru")
         for role in ("events", "profiles"):
             with pytest.raises(ConfigError, match="maxmemory-policy 'noeviction'"):
