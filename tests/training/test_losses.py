@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from training.losses import inclusion, sample_items, softmax_loss
+from training.machine import prepared
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -62,3 +63,20 @@ def test_the_sampled_sum_estimates_the_whole() -> None:
         rows, _, correction = sample_items(targets, popularity, 40)
         sums.append(float(((user @ items[rows].T)[0] - correction).exp().sum()))
     assert sum(sums) / len(sums) == pytest.approx(whole, rel=0.03)
+
+
+def test_products_in_half_precision_keep_the_direction_of_the_gradients() -> None:
+    torch.manual_seed(0)
+    items = (torch.randn(500, 32) * 0.3).requires_grad_()
+    targets = torch.randint(500, (400,))
+    users = (items.detach()[targets] * 4 + torch.randn(400, 32)).requires_grad_()
+    with prepared(1):
+        softmax_loss(users, items, targets).backward()  # type: ignore[no-untyped-call]
+    found = users.grad, items.grad
+    exact_users, exact_items = (part.detach().double().requires_grad_() for part in (users, items))
+    functional.cross_entropy(exact_users @ exact_items.T, targets).backward()
+    for one, other in zip(found, (exact_users.grad, exact_items.grad), strict=True):
+        assert one is not None
+        assert other is not None
+        assert functional.cosine_similarity(one.double().flatten(), other.flatten(), 0) > 0.999
+        assert float(one.double().norm() / other.norm()) == pytest.approx(1, abs=0.01)
