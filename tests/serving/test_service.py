@@ -67,6 +67,14 @@ class TestFeed:
         client.ingest([event(ann, f"i{row}", "view_item") for row in range(20)])
         assert not set(ids(client.recommend(user_id=ann, page_size=100))) & {f"i{row}" for row in range(20)}
 
+    @pytest.mark.parametrize("kind", ["hide", "dislike", "add_to_cart"])
+    def test_what_a_person_refuses_or_chooses_stays_away_though_the_bundle_never_saw_such_an_event(
+        self, client, ann, kind
+    ):
+        assert "i0" in ids(client.recommend(user_id=ann, page_size=10))
+        client.ingest([event(ann, "i0", kind)])
+        assert "i0" not in ids(client.recommend(user_id=ann, page_size=100))
+
     def test_people_do_not_move_each_other(self, client, ann):
         other = f"other-{ann}"
         client.ingest([event(ann, "i1", "view_item"), event(other, "i2", "view_item")])

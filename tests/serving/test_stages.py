@@ -47,6 +47,7 @@ from tests import world as small
 NOW = 1_800_000_000_000
 TURNS = Turns(1)
 TYPES = {event_type_key(name): place for place, name in enumerate(small.MODEL["event_types"], 1)}
+SEEN = np.array(list(TYPES), np.uint32)
 
 
 def query(**fields) -> Query:
@@ -152,14 +153,14 @@ class TestHydrators:
         entries = [(place + (1 << 50), record.tobytes()) for place, record in enumerate(records(["i4", "i7"]))]
         store.apply("u:ann", entries)
         asked = query()
-        ProfileHydrator(store, catalog, TYPES, [1], TURNS).hydrate(asked)
+        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
         assert catalog.ids(asked.history.rows) == ["i4", "i7"]
         assert sorted(asked.seen.tolist()) == [4, 7]
         assert asked.profile.version == (1 << 50) + 1
 
     def test_a_profile_that_is_too_old_is_used_and_marked(self, catalog, profiles_redis):
         asked = query(min_profile_version=9, deadline=time.monotonic() + 0.1)
-        ProfileHydrator(ProfileStore(profiles_redis), catalog, TYPES, [1], TURNS).hydrate(asked)
+        ProfileHydrator(ProfileStore(profiles_redis), catalog, TYPES, SEEN, TURNS).hydrate(asked)
         assert asked.degraded[0].part == "PROFILE_STALE"
         assert asked.profile is not None
 
@@ -169,19 +170,19 @@ class TestHydrators:
         (key,) = profiles_redis.keys("*ann")
         profiles_redis.setrange(key, 45, b"\xff")
         asked = query()
-        ProfileHydrator(store, catalog, TYPES, [1], TURNS).hydrate(asked)
+        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
         assert asked.degraded[0].part == "PROFILE_CORRUPT"
         assert asked.profile is None
 
     def test_a_store_that_is_away_is_the_runners_to_mark(self, catalog, tmp_path):
         with connect(f"unix://{tmp_path}/nobody.sock") as client:
-            hydrator = ProfileHydrator(ProfileStore(client), catalog, TYPES, [1], TURNS)
+            hydrator = ProfileHydrator(ProfileStore(client), catalog, TYPES, SEEN, TURNS)
             with pytest.raises(ProfileStoreUnavailable):
                 hydrator.hydrate(query())
 
     @pytest.mark.parametrize("fields", [{"subject": ""}, {"personalize": False}, {"holdout": True}])
     def test_nobody_s_profile_is_not_read(self, catalog, fields):
-        assert not ProfileHydrator(None, catalog, TYPES, [1], TURNS).enable(query(**fields))
+        assert not ProfileHydrator(None, catalog, TYPES, SEEN, TURNS).enable(query(**fields))
 
     def test_the_person_lies_where_their_items_do(self, catalog, model):
         asked = person(catalog, ["i0", "i4"])
