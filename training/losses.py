@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-SMALLEST = 1e-30
+from training.kernels import exponentials_of
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
@@ -17,32 +18,44 @@ class _ChunkedSoftmax(torch.autograd.Function):
     def forward(
         ctx: Any, users: Tensor, items: Tensor, targets: Tensor, correction: Tensor | None, chunk: int
     ) -> Tensor:
+        # With E = exp(scores - top) and Z its row sums, the gradient of a user is E @ items / Z - target, and that of
+        # the items (users / Z).T @ E less the users at their targets: E itself is written once and never normalised.
+        # The targets' own part is kept apart in float32, where nothing of it is rounded away.
         count, kind = users.shape[0], product_type(users.device)
-        table, people = items.detach().to(kind), users.detach().to(kind)
+        table, people = items.detach().to(kind), users.detach()
         columns = table.T.contiguous()
+        own = items.detach()[targets]
+        right = (people * own).sum(1)
         users_gradient = torch.empty_like(users)
         columns_gradient = torch.zeros_like(columns, dtype=items.dtype)
-        scores = columns.new_empty(min(chunk, count), columns.shape[1])
-        total = users.new_zeros(())
+        total = -right.sum()
+        # Every chunk has the same size, since matrix products are compiled for each size that comes up.
+        scores = columns.new_empty(chunk, columns.shape[1])
         for start in range(0, count, chunk):
-            some = people[start : start + chunk]
-            right = (torch.arange(some.shape[0], device=users.device), targets[start : start + chunk])
-            part = torch.mm(some, columns, out=scores[: some.shape[0]])
+            some = _at_least(people[start : start + chunk], chunk)
+            part, real = torch.mm(some.to(kind), columns, out=scores), slice(start, min(start + chunk, count))
             if correction is not None:
                 part -= correction.to(kind)
-                part[right] += correction[right[1]].to(kind)
-            torch.softmax(part, -1, out=part)
-            total -= part[right].float().clamp(min=SMALLEST).log().sum()
-            part[right] -= 1
-            users_gradient[start : start + chunk] = part @ table
-            columns_gradient += some.T.contiguous() @ part
-        ctx.save_for_backward(users_gradient.div_(count), columns_gradient.div_(count))
+                mine = targets[real]
+                part[torch.arange(mine.numel(), device=part.device), mine] += correction[mine].to(kind)
+            tops, sums = exponentials_of(part)
+            size = real.stop - start
+            total += (tops[:size] + sums[:size].log()).sum()
+            users_gradient[real] = (part @ table)[:size] / sums[:size, None] - own[real]
+            columns_gradient += (some / sums[:, None]).T.to(kind).contiguous() @ part
+        items_gradient = columns_gradient.T.contiguous().index_add_(0, targets, people, alpha=-1)
+        ctx.save_for_backward(users_gradient.div_(count), items_gradient.div_(count))
         return total / count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        users_gradient, columns_gradient = ctx.saved_tensors
-        return users_gradient * gradients[0], columns_gradient.T * gradients[0], None, None, None
+        users_gradient, items_gradient = ctx.saved_tensors
+        return users_gradient * gradients[0], items_gradient * gradients[0], None, None, None
+
+
+def _at_least(part: Tensor, rows: int) -> Tensor:
+    """The same rows and below them zeros, which are users without a direction and add nothing to any gradient."""
+    return part if part.shape[0] == rows else functional.pad(part, (0, 0, 0, rows - part.shape[0]))
 
 
 def product_type(device: torch.device) -> torch.dtype:
