@@ -23,13 +23,13 @@ _C1, _C2, _C3, _C4, _C5 = (np.float32(c) for c in (0.69314718, 0.24022650, 0.055
 
 
 @intrinsic  # type: ignore[misc]
-def _as_float(typing: Any, bits: Any) -> Any:  # noqa: ARG001
+def _as_float(typing: Any, bits: Any) -> Any:
     """The float32 with the same bits as an int32."""
     return numba.types.float32(numba.types.int32), lambda _c, b, _s, a: b.bitcast(a[0], ir.FloatType())
 
 
 @intrinsic  # type: ignore[misc]
-def _as_bits(typing: Any, number: Any) -> Any:  # noqa: ARG001
+def _as_bits(typing: Any, number: Any) -> Any:
     """The int32 with the same bits as a float32."""
     return numba.types.int32(numba.types.float32), lambda _c, b, _s, a: b.bitcast(a[0], ir.IntType(32))
 

@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from training.kernels import exponentials_of
 
+ROUND = 512
+"""Sampled items are filled up to a multiple of this."""
+
 
 class _ChunkedSoftmax(torch.autograd.Function):
     """Cross-entropy whose gradient is computed in the forward pass, chunk by chunk (as in arXiv:2410.10989)."""
@@ -23,6 +26,9 @@ class _ChunkedSoftmax(torch.autograd.Function):
         # The targets' own part is kept apart in float32, where nothing of it is rounded away.
         count, kind = users.shape[0], product_type(users.device)
         table, people = items.detach().to(kind), users.detach()
+        if correction is not None:  # how many items a batch draws differs; what fills up to a round number never counts
+            table = _at_least(table, -(-table.shape[0] // ROUND) * ROUND)
+            correction = functional.pad(correction, (0, table.shape[0] - correction.numel()), value=torch.inf)
         columns = table.T.contiguous()
         own = items.detach()[targets]
         right = (people * own).sum(1)
@@ -43,7 +49,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
             total += (tops[:size] + sums[:size].log()).sum()
             users_gradient[real] = (part @ table)[:size] / sums[:size, None] - own[real]
             columns_gradient += (some / sums[:, None]).T.to(kind).contiguous() @ part
-        items_gradient = columns_gradient.T.contiguous().index_add_(0, targets, people, alpha=-1)
+        items_gradient = columns_gradient.T[: items.shape[0]].contiguous().index_add_(0, targets, people, alpha=-1)
         ctx.save_for_backward(users_gradient.div_(count), items_gradient.div_(count))
         return total / count
 

@@ -45,8 +45,31 @@ def test_a_person_without_events_has_a_finite_vector() -> None:
     assert torch.isfinite(empty).all()
 
 
+def with_distances(encoder: UserEncoder) -> UserEncoder:
+    """The encoder as training leaves it: the bias by distance is not zero any more."""
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.attention.distances)  # type: ignore[union-attr, arg-type]
+    return encoder
+
+
+def test_the_newest_position_alone_equals_the_whole_pass() -> None:
+    encoder = with_distances(UserEncoder(SHAPE)).eval()
+    vectors, types, lengths = batch()
+    whole = encoder(vectors, types, lengths)[torch.arange(3), lengths - 1]
+    assert torch.allclose(encoder.last(vectors, types, lengths), whole, atol=1e-5)
+
+
+def test_the_bias_depends_on_distance_alone() -> None:
+    attention = with_distances(UserEncoder(SHAPE)).blocks[0].attention
+    bias = attention.bias(5)  # type: ignore[operator, union-attr]
+    assert bias.shape == (SHAPE.heads, 5, 5)
+    for back in range(5):
+        assert (bias.diagonal(-back, 1, 2) == attention.distances[:, back, None]).all()  # type: ignore[index, union-attr]
+    assert torch.isneginf(bias[:, 0, 1:]).all()
+
+
 def test_attention_written_out_equals_the_fused_one() -> None:
-    encoder = UserEncoder(SHAPE)
+    encoder = with_distances(UserEncoder(SHAPE))
     vectors, types, lengths = batch()
     assert torch.allclose(encoder.train()(vectors, types, lengths), encoder.eval()(vectors, types, lengths), atol=1e-5)
 
