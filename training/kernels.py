@@ -5,6 +5,8 @@ They work on bf16 through its bits, for numba knows no such type: a bf16 is the 
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba as _numba
@@ -34,9 +36,9 @@ def _as_bits(typing: Any, number: Any) -> Any:
     return numba.types.int32(numba.types.float32), lambda _c, b, _s, a: b.bitcast(a[0], ir.IntType(32))
 
 
-@numba.njit(cache=True, fastmath=True, parallel=True)
+@numba.njit(cache=True, fastmath=True, nogil=True)
 def _exponentials(scores, tops, sums):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
-    for line in numba.prange(scores.shape[0]):
+    for line in range(scores.shape[0]):
         row = scores[line]
         # As whole numbers the bits of positive floats are in order, and those of negative ones are below them.
         highest = np.int16(0)
@@ -56,6 +58,12 @@ def _exponentials(scores, tops, sums):  # type: ignore[no-untyped-def] # noqa: A
         tops[line], sums[line] = top, total
 
 
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that sleep while they wait: numba's own spin, and take the cores of the matrix products."""
+    return ThreadPoolExecutor(threads, "exponentials")
+
+
 def exponentials(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replaces each row's scores by `exp(score - top)`: half of torch's time on a CPU.
 
@@ -68,8 +76,12 @@ def exponentials(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     tops, sums = (np.empty(scores.shape[0], np.float32) for _ in range(2))
     bits: npt.NDArray[np.int16] = scores.view(torch.int16).numpy()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    _exponentials(bits, tops, sums)
+    threads = torch.get_num_threads()
+    if threads == 1:
+        _exponentials(bits, tops, sums)
+    else:
+        parts = zip(*(np.array_split(array, threads) for array in (bits, tops, sums)), strict=True)
+        list(_pool(threads).map(lambda part: _exponentials(*part), parts))
     return torch.from_numpy(tops), torch.from_numpy(sums)
 
 
