@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog, Columns
-from features.kernels import affinity
+from features.kernels import affinity, pack_newest
 from features.profile import RING, Profile, Records
 from features.schema import Feature, FeatureSet
 
@@ -118,6 +119,30 @@ def encoder_inputs(
     """The newest `max_length` events whose item is known, in log order, repeats kept; two int64 [length]."""
     known = np.flatnonzero(rows >= 0)[-max_length:]
     return rows[known].astype(np.int64), types[known].astype(np.int64)
+
+
+def encoder_batch(
+    rows: npt.NDArray[np.int32],
+    types: npt.NDArray[Any],
+    starts: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+    max_length: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`pack` of the `encoder_inputs` of many parts `starts[i]:ends[i]` of long arrays, at once.
+
+    Args:
+        rows: Row of each event's item, -1 where it is unknown; int32 [E].
+        types: Type of each event; integers [E].
+        starts: First event of each part; int64 [B].
+        ends: One past its last; int64 [B].
+        max_length: Events of a part that are kept, the newest.
+
+    Returns:
+        What `pack` returns.
+    """
+    packed: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    packed = pack_newest(rows, types, starts, ends, max_length)
+    return packed
 
 
 def pack(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import pyarrow as pa
 
 from features.columns import Array, pc
 from features.schema import item_keys
+
+_TIMES = ("log_id", "timestamp", "sequence")
 
 
 def order_events(events: pa.Table, seed: int = 0) -> pa.Table:
@@ -23,21 +26,42 @@ def order_events(events: pa.Table, seed: int = 0) -> pa.Table:
     """
     people, who = codes(events["user_id"])
     things, what = codes(events["item_id"])
-    tie = _mix(item_keys(people)[who] ^ item_keys(things)[what] ^ np.uint64(seed))
-    times = [_filled(events[name]) for name in ("log_id", "timestamp", "sequence") if is_present(events[name])]
-    keys = [who, *times, tie]
+    keys = [who, *event_keys(events, item_keys(people)[who], item_keys(things)[what], seed)]
     return events if _is_sorted(keys) else select(events, np.lexsort(keys[::-1]))
 
 
-def fingerprint(tables: Mapping[str, pa.Table]) -> str:
+def event_keys(
+    events: pa.Table, people: npt.NDArray[np.uint64], items: npt.NDArray[np.uint64], seed: int = 0
+) -> list[npt.NDArray[Any]]:
+    """What orders the events of one person, the first array counting most; `people` and `items` are rows' keys."""
+    return [*(_filled(events[name]) for name in _TIMES), _mix(people ^ items ^ np.uint64(seed))]
+
+
+class Columns(Protocol):
+    """A table, or what is read like one, again and again."""
+
+    num_rows: int
+    present: Sequence[str]
+
+    def column(self, name: str) -> Iterable[pa.ChunkedArray[Any]]:
+        """One column, in parts."""
+        ...
+
+
+def fingerprint(tables: Mapping[str, pa.Table | Columns]) -> str:
     """Sha256 of the tables' content: the same for the same rows, whatever the files, chunks and Parquet version."""
     hasher = hashlib.sha256()
     for name, table in tables.items():
-        for column in table.column_names:
-            if is_present(table[column]):
-                hasher.update(f"{name}.{column}:{table.num_rows}\n".encode())
-                _hash(hasher, table[column].chunks)
+        held = isinstance(table, pa.Table)
+        for column in [c for c in table.column_names if is_present(table[c])] if held else table.present:
+            hasher.update(f"{name}.{column}:{table.num_rows}\n".encode())
+            parts = partial(_held, table, column) if held else partial(table.column, column)
+            _hash(hasher, lambda parts=parts: (chunk for part in parts() for chunk in part.chunks))
     return hasher.hexdigest()
+
+
+def _held(table: pa.Table, name: str) -> list[pa.ChunkedArray[Any]]:
+    return [table[name]]
 
 
 def codes(column: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int64]]:
@@ -90,29 +114,29 @@ def _is_sorted(keys: list[npt.NDArray[Any]]) -> bool:
     return True
 
 
-def _hash(hasher: Any, chunks: list[Array]) -> None:
-    """Feed a column aspect by aspect, so that the cuts between chunks leave no trace."""
-    for chunk in chunks:
+def _hash(hasher: Any, chunks: Callable[[], Iterable[Array]]) -> None:
+    """Feed a column aspect by aspect, so that the cuts between chunks leave no trace; each aspect asks for it anew."""
+    dtype = pa.null()
+    for chunk in chunks():
+        dtype = chunk.type
         hasher.update(np.ascontiguousarray(chunk.is_valid().to_numpy(zero_copy_only=False)))
-    dtype = chunks[0].type if chunks else pa.null()
     if pa.types.is_map(dtype):
-        halves = [_map_halves(chunk) for chunk in chunks]
-        for lengths, _, _ in halves:
-            hasher.update(lengths)
-        _hash(hasher, [keys for _, keys, _ in halves])
-        _hash(hasher, [items for _, _, items in halves])
+        for chunk in chunks():
+            hasher.update(_map_halves(chunk)[0])
+        _hash(hasher, lambda: (_map_halves(chunk)[1] for chunk in chunks()))
+        _hash(hasher, lambda: (_map_halves(chunk)[2] for chunk in chunks()))
     elif pa.types.is_list(dtype):
-        for chunk in chunks:
+        for chunk in chunks():
             hasher.update(pc.fill_null(pc.list_value_length(chunk), 0).to_numpy().astype(np.int64))
-        _hash(hasher, [chunk.flatten() for chunk in chunks])
+        _hash(hasher, lambda: (chunk.flatten() for chunk in chunks()))
     elif pa.types.is_string(dtype):
-        texts = [pc.fill_null(chunk, "") for chunk in chunks]
-        for text in texts:
-            hasher.update(pc.binary_length(text).to_numpy(zero_copy_only=False).astype(np.int64))
-        for text in texts:
-            hasher.update(_text_bytes(text))
+        for chunk in chunks():
+            lengths = pc.binary_length(pc.fill_null(chunk, ""))
+            hasher.update(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
+        for chunk in chunks():
+            hasher.update(_text_bytes(pc.fill_null(chunk, "")))
     else:
-        for chunk in chunks:
+        for chunk in chunks():
             filled = pc.fill_null(chunk, pa.scalar(0).cast(dtype))
             hasher.update(np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)))
 

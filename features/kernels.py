@@ -7,6 +7,7 @@ depends on the other candidates of its batch.
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -170,3 +171,45 @@ def dot_rows_plain(
     for lane in range(_LANES):
         out += lanes[:, lane]
     return out
+
+
+@nb.njit(cache=True)
+def pack_newest(
+    rows: npt.NDArray[np.int32],
+    types: npt.NDArray[Any],
+    starts: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+    max_length: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The newest `max_length` known events of each part `starts[i]:ends[i]`, padded on the right with zeros.
+
+    Args:
+        rows: Row of each event's item, -1 where it is unknown; int32 [E].
+        types: Type of each event; any integers [E].
+        starts: First event of each part; int64 [B].
+        ends: One past its last; int64 [B].
+        max_length: Events of a part that are kept.
+
+    Returns:
+        rows and types int64 [B, L], L the greatest length but at least 1, and lengths int64 [B].
+    """
+    firsts, lengths = np.empty(starts.size, np.int64), np.zeros(starts.size, np.int64)
+    longest = 1
+    for part in range(starts.size):
+        at = ends[part]
+        while at > starts[part] and lengths[part] < max_length:
+            at -= 1
+            if rows[at] >= 0:
+                lengths[part] += 1
+        firsts[part] = at
+        longest = max(longest, lengths[part])
+    packed_rows = np.zeros((starts.size, longest), np.int64)
+    packed_types = np.zeros((starts.size, longest), np.int64)
+    for part in range(starts.size):
+        place = 0
+        for at in range(firsts[part], ends[part]):
+            if rows[at] >= 0:
+                packed_rows[part, place] = rows[at]
+                packed_types[part, place] = types[at]
+                place += 1
+    return packed_rows, packed_types, lengths

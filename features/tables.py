@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.columns import pc
+from features.columns import Array, pc
 from features.content import codes, fingerprint, is_present, order_events, select
 from features.errors import TablesError
+from features.events import BATCH_ROWS, Events, Survey, arrange, complete
 from features.rows import Part, Rejected, fit, origins
 from features.schema import (
     EVENTS,
@@ -56,12 +59,16 @@ class Loaded:
     rejected: list[Rejected]
 
 
+HELD_ROWS = 1 << 20
+"""Events up to which a data set is read into memory; more are read from disk, a part at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A data set in memory.
+    """A data set; items and users in memory, events read a part at a time.
 
     Attributes:
-        events: `EVENTS`; each person's events stand together, oldest first (see `order_events`).
+        stream: The events; each person's stand together, oldest first (see `order_events`).
         items: `ITEMS`, one row per item; made of the events' items where the data set has no such table.
         users: `USERS`, one row per person; empty where the data set has no such table.
         info: What `dataset.json` says, with `name`, `fingerprint`, `users`, `items`, `events`, `ordered_only`,
@@ -69,11 +76,16 @@ class Dataset:
         rejected: The rows of all tables that were left out.
     """
 
-    events: pa.Table
+    stream: Events
     items: pa.Table
     users: pa.Table
     info: dict[str, Any]
     rejected: list[Rejected]
+
+    @property
+    def events(self) -> pa.Table:
+        """All events in memory: `EVENTS`."""
+        return self.stream.table()
 
 
 def read_table(path: Path, schema: pa.Schema, required: Required) -> Loaded:
@@ -119,20 +131,81 @@ def open_dataset(path: Path) -> Dataset:
     if where is None:
         present = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such directory"
         raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {present}")
-    events = read_table(where, EVENTS, EVENTS_REQUIRED)
+    events, named, rejected = _open_events(where)
     items, users = (
         _optional(path, "items", ITEMS, ITEMS_REQUIRED),
         _optional(path, "users", USERS, USERS_REQUIRED),
     )
     if items is None:
-        ids = pc.unique(events.table["item_id"])
-        items = conform(pa.table({"item_id": ids}), ITEMS, ITEMS_REQUIRED, str(where))
+        items = conform(pa.table({"item_id": named}), ITEMS, ITEMS_REQUIRED, str(where))
     if users is None:
         users = Loaded(USERS.empty_table(), [])
-    rejected = events.rejected + items.rejected + users.rejected
-    ordered = order_events(events.table)
-    info = {"name": path.name} | _read_info(path) | _facts(ordered, items.table, users.table)
-    return Dataset(ordered, items.table, users.table, info, rejected)
+    info = {"name": path.name} | _read_info(path) | _facts(events, items.table, users.table)
+    return Dataset(events, items.table, users.table, info, rejected + items.rejected + users.rejected)
+
+
+def _open_events(where: Path) -> tuple[Events, Array, list[Rejected]]:
+    """The events in order, the items that they name in the order of the files' rows, and what was left out."""
+    files = _files(where)
+    if sum(map(_row_count, files)) <= HELD_ROWS:
+        loaded = read_table(where, EVENTS, EVENTS_REQUIRED)
+        return Events.of(order_events(loaded.table)), pc.unique(loaded.table["item_id"]), loaded.rejected
+
+    def parts() -> Iterator[Part]:
+        return (part for file in files for part in _file_parts(file))
+
+    survey = Survey(parts())
+    as_it_is = survey.in_order() and not survey.rejected and all(map(_is_canonical, files))
+    events = Events(_reader(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
+    return events, pa.array(survey.items, pa.string()), survey.rejected
+
+
+def _row_count(file: Path) -> int:
+    with _opened(file) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def _is_canonical(file: Path) -> bool:
+    """Whether a part of the file's rows can be read as well as all of them: its types and its unit of time are ours."""
+    with _opened(file) as parquet:
+        schema = parquet.schema_arrow
+    found = origins(schema, EVENTS, EVENTS_REQUIRED, str(file))
+    return all(
+        name == origin and schema.field(origin).type == EVENTS.field(name).type and _unit(schema, name)
+        for name, origin in found.items()
+    )
+
+
+def _unit(schema: pa.Schema, name: str) -> bool:
+    wanted = (EVENTS.field(name).metadata or {}).get(b"unit")
+    return wanted is None or (schema.field(name).metadata or {}).get(b"unit") == wanted
+
+
+def _file_parts(file: Path) -> Iterator[Part]:
+    """The rows of a file, some at a time where that is the same as all at once."""
+    if not _is_canonical(file):
+        yield _read_file(file, EVENTS, EVENTS_REQUIRED)
+        return
+    at = 0
+    for table in _reader([file])(EVENTS.names):
+        yield fit(table, EVENTS, EVENTS_REQUIRED, str(file), np.arange(at, at + table.num_rows))
+        at += table.num_rows
+
+
+def _reader(files: Sequence[Path]) -> Callable[[Sequence[str]], Iterator[pa.Table]]:
+    """Reads columns of canonical files; what a file lacks is NULL."""
+
+    def read(columns: Sequence[str]) -> Iterator[pa.Table]:
+        for file in files:
+            with _opened(file) as parquet:
+                names = [name for name in columns if name in parquet.schema_arrow.names]
+                try:
+                    for batch in parquet.iter_batches(BATCH_ROWS, columns=names or ["user_id"]):
+                        yield complete(pa.Table.from_batches([batch]), columns)
+                except (pa.ArrowException, OSError) as error:
+                    raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
+
+    return read
 
 
 def write_dataset(
@@ -158,7 +231,8 @@ def write_dataset(
         "items": _strict(items, ITEMS, ITEMS_REQUIRED, "items"),
         "users": USERS.empty_table() if users is None else _strict(users, USERS, USERS_REQUIRED, "users"),
     }
-    info = {"format": 1, "name": name, "notes": notes} | _facts(**tables)
+    info = {"format": 1, "name": name, "notes": notes}
+    info |= _facts(Events.of(tables["events"]), tables["items"], tables["users"])
     if impressions is not None:
         tables["impressions"] = _strict(impressions, IMPRESSIONS, IMPRESSIONS_REQUIRED, "impressions")
     _check_target(out)
@@ -175,18 +249,26 @@ def write_dataset(
     return info
 
 
-def _facts(events: pa.Table, items: pa.Table, users: pa.Table) -> dict[str, Any]:
-    types = pc.value_counts(events["event_type"]).to_pylist()
-    times = pc.min_max(events["timestamp"])
+def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
+    people, types, times = 0, Counter[str](), []
+    last = None
+    for batch in events.batches(("user_id", "event_type", "timestamp")):
+        named = batch["user_id"].combine_chunks()
+        # Each person's events stand together, so a change of names is another person.
+        people += pc.sum(pc.not_equal(named.slice(1), named.slice(0, len(named) - 1))).as_py() or 0
+        people += named[0].as_py() != last
+        last = named[len(named) - 1].as_py()
+        types.update({one["values"]: one["counts"] for one in pc.value_counts(batch["event_type"]).to_pylist()})
+        times += [time for time in pc.min_max(batch["timestamp"]).as_py().values() if time is not None]
     return {
         "fingerprint": fingerprint({"events": events, "items": items, "users": users}),
-        "users": pc.count_distinct(events["user_id"]).as_py(),
+        "users": int(people),
         "items": items.num_rows,
         "events": events.num_rows,
-        "ordered_only": not is_present(events["timestamp"]),
-        "event_types": {t["values"]: t["counts"] for t in sorted(types, key=lambda t: (-t["counts"], t["values"]))},
-        "first_timestamp": times["min"].as_py(),
-        "last_timestamp": times["max"].as_py(),
+        "ordered_only": "timestamp" not in events.present,
+        "event_types": dict(sorted(types.items(), key=lambda one: (-one[1], one[0]))),
+        "first_timestamp": min(times, default=None),
+        "last_timestamp": max(times, default=None),
     }
 
 
@@ -223,13 +305,20 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_file(file: Path, schema: pa.Schema, required: Required) -> Part:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            columns = origins(parquet.schema_arrow, schema, required, str(file))
+    with _opened(file) as parquet:
+        columns = origins(parquet.schema_arrow, schema, required, str(file))
+        try:
             table = parquet.read(columns=list(columns.values()))
+        except (pa.ArrowException, OSError) as error:
+            raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
+    return fit(table, schema, required, str(file))
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
-    return fit(table, schema, required, str(file))
 
 
 def _merge(parts: list[Part], required: Required) -> Loaded:

@@ -27,6 +27,8 @@ EASE_MOST_ITEMS = 8_000
 EASE_LAMBDA = 500.0
 HISTORY_DECAY = 0.9
 HISTORY_EVENTS = 200
+NEIGHBOR_EVENTS = 1 << 22
+"""Events that item-to-item learns from at most."""
 
 
 class Baseline(Protocol):
@@ -39,23 +41,45 @@ class Baseline(Protocol):
         ...
 
 
-def training_mask(data: Interactions, train_end: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which events are trained on; bool `[E]`."""
-    owner = data.owner()
-    return np.asarray(np.arange(owner.size) - data.offsets[owner] < train_end[owner])
+def counts_of(
+    data: Interactions,
+    ends: npt.NDArray[np.int64],
+    counted: npt.NDArray[np.bool_] | None = None,
+    after: float = -np.inf,
+) -> npt.NDArray[np.float64]:
+    """Number of events by item; float64 `[N]`.
 
-
-def counts_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Number of chosen events that count as seen, by item; float64 `[N]`."""
-    counts = np.bincount(data.rows[chosen & data.seen], minlength=data.items)
+    Args:
+        data: All events.
+        ends: The leading events of each person that are looked at; int64 `[U]`.
+        counted: Which events count; bool `[E]`, None for all.
+        after: Events count whose time (ms) is later.
+    """
+    counts = np.zeros(data.items, np.int64)
+    for block in data.blocks():
+        chosen = block.position < ends[block.owner]
+        if counted is not None:
+            chosen &= counted[block.events]
+        if after > -np.inf:
+            chosen &= data.timestamps[block.events] > after
+        counts += np.bincount(data.rows[block.events][chosen], minlength=data.items)
     return counts.astype(np.float64)
 
 
-def recent_mask(data: Interactions, trained: npt.NDArray[np.bool_], days: float) -> npt.NDArray[np.bool_]:
-    """The trained events of the last days before the newest of them; all where there are no times."""
-    if data.ordered_only or not trained.any():
-        return trained
-    return np.asarray(trained & (data.timestamps > data.timestamps[trained].max() - days * DAY_MS))
+def popularity_of(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Number of the leading events that make their item seen, by item; float64 `[N]`."""
+    return counts_of(data, ends, data.seen)
+
+
+def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: float) -> npt.NDArray[np.float64]:
+    """The same in the last days before the newest of these events; all of them where there are no times."""
+    if data.ordered_only or not (ends > 0).any():
+        return popularity_of(data, ends)
+    # Not each person's last event alone: a log's order comes before times.
+    newest = max(
+        int(data.timestamps[block.events][block.position < ends[block.owner]].max(initial=0)) for block in data.blocks()
+    )
+    return counts_of(data, ends, data.seen, newest - days * DAY_MS)
 
 
 class Popular:
@@ -75,12 +99,15 @@ class Markov:
 
     name = "markov"
 
-    def __init__(self, data: Interactions, trained: npt.NDArray[np.bool_], popularity: npt.NDArray[np.float64]) -> None:
+    def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], popularity: npt.NDArray[np.float64]) -> None:
         self.data = data
-        owner = data.owner()
-        follows = np.flatnonzero(trained[1:] & trained[:-1] & (owner[1:] == owner[:-1]))
-        pairs = data.rows[follows].astype(np.int64) * data.items + data.rows[follows + 1]
-        distinct, self.counts = np.unique(pairs, return_counts=True)
+        distinct, self.counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        for block in data.blocks():
+            follows = np.flatnonzero((block.position > 0) & (block.position < ends[block.owner]))
+            rows = data.rows[block.events].astype(np.int64)
+            pairs, counts = np.unique(rows[follows - 1] * data.items + rows[follows], return_counts=True)
+            distinct, place = np.unique(np.concatenate([distinct, pairs]), return_inverse=True)
+            self.counts = np.bincount(place, np.concatenate([self.counts, counts])).astype(np.int64)
         self.next = distinct % data.items
         self.starts = np.searchsorted(distinct // data.items, np.arange(data.items + 1))
         self.popularity = popularity / (popularity.max() + 1)
@@ -119,17 +146,19 @@ class Neighbors:
 class Ease:
     """EASE (arXiv:1905.03375): the closed-form linear autoencoder over items."""
 
-    def __init__(self, data: Interactions, trained: npt.NDArray[np.bool_], decay: float = 1.0) -> None:
+    def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], decay: float = 1.0) -> None:
         """Inverts the regularised co-occurrence; `decay` below 1 makes newer events of a history count more."""
         self.name = "ease" if decay == 1.0 else "ease_recent"
         self.data, self.decay = data, decay
-        pairs = np.unique(data.owner()[trained] * data.items + data.rows[trained])
         gram = torch.zeros(data.items, data.items, dtype=torch.float64)
-        for start in range(0, len(data.people), 4096):
-            part = pairs[slice(*np.searchsorted(pairs, np.array([start, start + 4096]) * data.items))]
-            block = torch.zeros(min(4096, len(data.people) - start), data.items)
-            block[part // data.items - start, part % data.items] = 1
-            gram += block.T @ block
+        for block in data.blocks():
+            chosen = block.position < ends[block.owner]
+            owner, rows = block.owner[chosen], data.rows[block.events][chosen]
+            for start in range(block.people.start, block.people.stop, 4096):
+                some = slice(*np.searchsorted(owner, [start, start + 4096]))
+                had = torch.zeros(min(4096, block.people.stop - start), data.items)
+                had[owner[some] - start, rows[some].astype(np.int64)] = 1
+                gram += had.T @ had
         gram.diagonal().add_(EASE_LAMBDA)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         weights = inverse / -inverse.diagonal()
@@ -154,15 +183,18 @@ def _newest(data: Interactions, person: int, position: int, most: int) -> npt.ND
 
 
 def neighbors_of(
-    data: Interactions, trained: npt.NDArray[np.bool_], keep: int
+    data: Interactions, ends: npt.NDArray[np.int64], keep: int, seed: int = 0
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Items that the same people chose: cosine of the sets of people, over each person's newest 200 events.
+
+    Past `NEIGHBOR_EVENTS` events, people are drawn at random.
 
     Returns:
         Rows int32 `[N, keep]`, best first, -1 padded, and their cosines float32 `[N, keep]`, 0 padded.
     """
+    data = data.sample(ends, NEIGHBOR_EVENTS, seed)
     owner = data.owner()
-    chosen = np.flatnonzero(trained & data.seen)
+    chosen = np.flatnonzero(data.seen)
     chosen = chosen[_among_newest(owner[chosen])]
     pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
     people, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
@@ -214,12 +246,12 @@ def build_baselines(
     neighbors: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]],
 ) -> Sequence[Baseline]:
     """All the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size."""
-    trained = training_mask(data, division.train_end)
-    counts = counts_of(data, trained)
-    found: list[Baseline] = [Popular("popular", counts), Markov(data, trained, counts), Neighbors(data, *neighbors)]
+    ends = division.train_end
+    counts = popularity_of(data, ends)
+    found: list[Baseline] = [Popular("popular", counts), Markov(data, ends, counts), Neighbors(data, *neighbors)]
     if not data.ordered_only:
-        recent = counts_of(data, recent_mask(data, trained, config.recent_days))
+        recent = recent_popularity_of(data, ends, config.recent_days)
         found.append(Popular("recent_popular", recent + counts / (counts.max() + 1)))
     if data.items <= EASE_MOST_ITEMS:
-        found.append(Ease(data, trained))
+        found.append(Ease(data, ends))
     return found

@@ -2,33 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, overload
 
+import numba as _numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from features.assemble import encoder_inputs, pack
+from features.assemble import encoder_batch
 from features.columns import pc
-from features.content import codes, is_present
+from features.content import codes
 from features.errors import TrainingError
-from features.schema import NEGATIVE_EVENT_TYPES, item_keys
+from features.events import Events
+from features.schema import NEGATIVE_EVENT_TYPES
 from features.tables import Dataset
 from features.vocabulary import Vocabulary
 from training.config import PASSIVE_TYPES, TrainConfig
 
+numba: Any = _numba
+
+BLOCK_EVENTS = 1 << 20
+"""Events that are worked on at once; a person with more comes at once all the same."""
+MOST_TYPES = 255
+
+
+class Names(Sequence[str]):
+    """Texts that take no more memory than their letters."""
+
+    def __init__(self, texts: Any) -> None:
+        """Wraps an Arrow array of texts."""
+        self._texts = texts
+
+    def __len__(self) -> int:
+        """The number of texts."""
+        return len(self._texts)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        """One text, or some."""
+        if isinstance(at, slice):
+            return [str(text) for text in self._texts[at].to_pylist()]
+        return str(self._texts[int(at)])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some neighbouring people and their events.
+
+    Attributes:
+        people: Their numbers.
+        events: Their events.
+        owner: The person of each event; int64 `[e]`.
+        position: Number of earlier events of the same person; int64 `[e]`.
+    """
+
+    people: slice
+    events: slice
+    owner: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Interactions:
-    """All events, each person's together, oldest first.
+    """All events, each person's together, oldest first: arrays that may be bigger than memory (see `Disk`).
+
+    Nothing may be made of all events at once that is as long as they are: `blocks` gives some people at a time.
 
     Attributes:
         people: External ids; the position is the person's number.
         offsets: Person `u` owns the events `offsets[u]:offsets[u + 1]`; int64 `[U + 1]`.
         rows: Row of the item; int32 `[E]`.
-        types: 1 + position in `event_types`; int32 `[E]`.
+        types: 1 + position in `event_types`; uint8 `[E]`.
         timestamps: Milliseconds; zeros where the data set has order only; int64 `[E]`.
         values: NaN where there is none; float32 `[E]`.
         target: The event may be predicted: its type counts and, unless repeats do, the item is new to the person;
@@ -39,10 +93,10 @@ class Interactions:
         ordered_only: There are no times.
     """
 
-    people: list[str]
+    people: Sequence[str]
     offsets: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int32]
-    types: npt.NDArray[np.int32]
+    types: npt.NDArray[np.uint8]
     timestamps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
     target: npt.NDArray[np.bool_]
@@ -52,16 +106,68 @@ class Interactions:
     ordered_only: bool
 
     def owner(self) -> npt.NDArray[np.int64]:
-        """The person of each event; int64 `[E]`."""
+        """The person of each event; int64 `[E]`: for data that fits into memory."""
         return np.repeat(np.arange(len(self.people)), np.diff(self.offsets))
+
+    def blocks(self, events: int | None = None) -> Iterator[Block]:
+        """All people in their order, those of about `events` events (`BLOCK_EVENTS`) at a time."""
+        start, count = 0, self.offsets.size - 1
+        while start < count:
+            reach = self.offsets[start] + (events or BLOCK_EVENTS)
+            end = max(start + 1, int(np.searchsorted(self.offsets, reach, side="right")) - 1)
+            offsets = self.offsets[start : end + 1]
+            owner = np.repeat(np.arange(start, end), np.diff(offsets))
+            position = np.arange(offsets[0], offsets[-1]) - self.offsets[owner]
+            yield Block(slice(start, end), slice(int(offsets[0]), int(offsets[-1])), owner, position)
+            start = end
+
+    def sample(self, ends: npt.NDArray[np.int64], most: int, seed: int) -> Interactions:
+        """The leading `ends[u]` events of everybody, or of people drawn at random who have `most` together; in memory.
+
+        For what a sample tells as well as the whole. People keep their order and lose their names.
+        """
+        chosen = np.arange(ends.size)
+        if int(ends.sum()) > most:
+            chosen = np.random.default_rng([seed, most]).permutation(ends.size)
+            chosen = np.sort(chosen[: max(1, int(np.searchsorted(np.cumsum(ends[chosen]), most, side="right")))])
+        offsets = np.concatenate([[0], np.cumsum(ends[chosen])]).astype(np.int64)
+        at = np.repeat(self.offsets[chosen] - offsets[:-1], ends[chosen]) + np.arange(offsets[-1])
+        arrays = ("rows", "types", "timestamps", "values", "target", "seen")
+        taken = {name: getattr(self, name)[at] for name in arrays}
+        return dataclasses.replace(self, people=[""] * chosen.size, offsets=offsets, **taken)
+
+
+class Disk:
+    """Arrays in files without a name: they need room on the disk, not in memory, and are gone with the process."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Takes the directory that has the room; None is the system's for temporary files."""
+        self.folder = folder
+
+    def array(self, dtype: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
+        """An array of zeros.
+
+        Raises:
+            TrainingError: The disk has not enough room.
+        """
+        length = np.dtype(dtype).itemsize * size
+        if not length:
+            return np.empty(size, dtype)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            try:
+                # Now, for a full disk would end the process later, when a page is written.
+                os.posix_fallocate(file.fileno(), 0, length)
+            except OSError as error:
+                where = self.folder or tempfile.gettempdir()
+                raise TrainingError(f"{where} needs room for {length} bytes of events: {error.strerror}") from error
+            return np.asarray(np.memmap(file, dtype, "r+", shape=(size,)))
 
 
 def item_vocabulary(dataset: Dataset) -> tuple[pa.Table, Vocabulary]:
     """The items table in row order, completed by items that only events name, and its vocabulary."""
     ids: list[str] = [str(name) for name in dataset.items["item_id"].to_pylist()]
     known = set(ids)
-    named, _ = codes(dataset.events["item_id"])
-    lacking = [name for name in named if name not in known]
+    lacking = [name for name in dataset.stream.distinct("item_id") if name not in known]
     items = dataset.items
     if lacking:
         extra = pa.Table.from_pylist([{"item_id": name} for name in lacking], schema=items.schema)
@@ -69,43 +175,97 @@ def item_vocabulary(dataset: Dataset) -> tuple[pa.Table, Vocabulary]:
     return items, Vocabulary.build(ids + lacking)
 
 
-def read_interactions(dataset: Dataset, vocabulary: Vocabulary, config: TrainConfig) -> Interactions:
-    """Turns the events of a data set into arrays.
+def read_interactions(
+    dataset: Dataset, vocabulary: Vocabulary, config: TrainConfig, folder: Path | None = None
+) -> Interactions:
+    """Turns the events of a data set into arrays on disk, in one pass over them.
+
+    Args:
+        dataset: The data set.
+        vocabulary: Where item ids become rows.
+        config: Which types of events count.
+        folder: Where there is room for 15 to 19 bytes an event; None is the system's place for temporary files.
 
     Raises:
-        TrainingError: There is no event, or none of a type that could be predicted.
+        TrainingError: There is no event, or none of a type that could be predicted; or the disk is full.
     """
-    events = dataset.events
-    if not events.num_rows:
+    if not dataset.stream.num_rows:
         raise TrainingError("the data set has no events, so there is nothing to learn from")
-    people, who = codes(events["user_id"])
-    named, what = codes(events["item_id"])
-    type_names, kind = codes(events["event_type"])
-    order = np.argsort(type_names)  # by name, so that the index of a type does not depend on the order of rows
-    event_types = [type_names[at] for at in order]
-    types = (1 + np.argsort(order)[kind]).astype(np.int32)
-    rows = vocabulary.rows_of_keys(item_keys(named))[what]
-    target, seen = (np.isin(types, _indices(event_types, names)) for names in _counting(event_types, config))
-    if not target.any():
+    disk = Disk(folder)
+    data, found = _copy(dataset.stream, vocabulary, disk)
+    event_types = sorted(found)  # by name, so that the index of a type does not depend on the order of rows
+    numbers = np.array([1 + event_types.index(name) for name in found], np.uint8)
+    counting = [np.isin(np.arange(1 + len(found)), _indices(event_types, n)) for n in _counting(event_types, config)]
+    if not counting[0].any():
         raise TrainingError(
             f"no event is of a type to predict: the data set has {event_types}, set target_types to some of them"
         )
-    if not config.repeats:
-        target &= _first_time(who, rows, seen | target)
-    timed = is_present(events["timestamp"])
+    for block in data.blocks():
+        types = numbers[data.types[block.events]]
+        target, seen = (counts[types] for counts in counting)
+        if not config.repeats:
+            target &= _first_time(block.owner, data.rows[block.events], seen | target)
+        data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, seen
+    return dataclasses.replace(data, event_types=event_types)
+
+
+def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interactions, list[str]]:
+    """The events as arrays, their types numbered by first appearance from 0, and the names of these."""
+    size = events.num_rows
+    rows, types = disk.array(np.int32, size), disk.array(np.uint8, size)
+    timed, valued = "timestamp" in events.present, "value" in events.present
+    timestamps = disk.array(np.int64, size) if timed else np.broadcast_to(np.int64(0), size)
+    values = disk.array(np.float32, size) if valued else np.broadcast_to(np.float32(np.nan), size)
+    items = _Numbers(vocabulary.rows)
+    kinds = _Numbers(lambda names: range(len(kinds.known), len(kinds.known) + len(names)))
+    people: list[Any] = []
+    begins: list[npt.NDArray[np.int64]] = []
+    at, last = 0, None
+    for batch in events.batches(("user_id", "item_id", "event_type", "timestamp", "value")):
+        part = slice(at, at + batch.num_rows)
+        rows[part], types[part] = items(batch["item_id"]), kinds(batch["event_type"])
+        if len(kinds.known) > MOST_TYPES:
+            raise TrainingError(f"the data set has more than {MOST_TYPES} event types: name them more coarsely")
+        if timed:
+            timestamps[part] = pc.fill_null(batch["timestamp"], 0).to_numpy()
+        if valued:
+            values[part] = batch["value"].to_numpy()
+        named = batch["user_id"].combine_chunks()
+        other = pc.not_equal(named.slice(1), named.slice(0, len(named) - 1)).to_numpy(zero_copy_only=False)
+        begin = np.flatnonzero(np.concatenate([[named[0].as_py() != last], other]))
+        people.append(named.take(pa.array(begin)))
+        begins.append(at + begin)
+        at, last = part.stop, named[len(named) - 1].as_py()
+    offsets = disk.array(np.int64, sum(map(len, begins)) + 1)
+    np.concatenate([*begins, [size]], out=offsets)
     return Interactions(
-        people=people,
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(who, minlength=len(people)))]).astype(np.int64),
+        people=Names(pa.concat_arrays(people)),
+        offsets=offsets,
         rows=rows,
         types=types,
-        timestamps=pc.fill_null(events["timestamp"], 0).to_numpy() if timed else np.zeros(rows.size, np.int64),
-        values=events["value"].to_numpy().astype(np.float32),
-        target=target,
-        seen=seen,
-        event_types=event_types,
+        timestamps=timestamps,
+        values=values,
+        target=disk.array(np.bool_, size),
+        seen=disk.array(np.bool_, size),
+        event_types=[],
         items=len(vocabulary),
         ordered_only=not timed,
-    )
+    ), list(kinds.known)
+
+
+class _Numbers:
+    """Numbers of texts, each asked for once."""
+
+    def __init__(self, ask: Callable[[list[str]], Iterable[int]]) -> None:
+        self.ask = ask
+        self.known: dict[str, int] = {}
+
+    def __call__(self, column: pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
+        names, which = codes(column)
+        new = [name for name in names if name not in self.known]
+        if new:
+            self.known.update(zip(new, map(int, self.ask(new)), strict=True))
+        return np.array([self.known[name] for name in names], np.int64)[which]
 
 
 def _counting(event_types: list[str], config: TrainConfig) -> tuple[Sequence[str], Sequence[str]]:
@@ -123,11 +283,12 @@ def _first_time(
     who: npt.NDArray[np.int64], rows: npt.NDArray[np.int32], counts: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_]:
     """Whether an event is the first of its person and item among those that count."""
-    pairs = np.where(counts, who * (int(rows.max()) + 1) + rows, -1)
-    _, first = np.unique(pairs, return_index=True)
     fresh = np.zeros(rows.size, bool)
-    fresh[first] = True
-    return fresh & counts
+    at = np.flatnonzero(counts)
+    if at.size:
+        _, first = np.unique((who[at] - who[0]) * (int(rows.max()) + 1) + rows[at], return_index=True)
+        fresh[at[first]] = True
+    return fresh
 
 
 @dataclass(frozen=True)
@@ -148,21 +309,25 @@ class Batch:
 
 
 def to_batch(
-    sequences: Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
+    data: Interactions,
+    starts: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+    max_length: int,
     device: torch.device,
-    targets: Sequence[npt.NDArray[np.int64]] | None = None,
+    targets: npt.NDArray[np.int64] | None = None,
 ) -> Batch:
-    """Pads what `encoder_inputs` gave, and the targets beside it."""
-    rows, types, lengths = pack(sequences)
-    padded = None
-    if targets is not None:
-        padded = np.full(rows.shape, -1, np.int64)
-        for at, target in enumerate(targets):
-            padded[at, : target.size] = target
-    tensors = (
-        None if array is None else torch.from_numpy(array).to(device) for array in (rows, types, lengths, padded)
-    )
+    """Assembles the events `starts[i]:ends[i]`, and the targets beside them if there are any."""
+    arrays = [*encoder_batch(data.rows, data.types, starts, ends, max_length), targets]
+    tensors = (None if array is None else torch.from_numpy(array).to(device) for array in arrays)
     return Batch(*tensors)  # type: ignore[arg-type]
+
+
+Windows: TypeAlias = npt.NDArray[np.int64]
+"""Parts of histories, each an input and its targets: the events `windows[i, 0]:windows[i, 1]`; int64 `[n, 2]`."""
+
+PLAN_PEOPLE = 1 << 16
+"""People whose windows are mixed with one another; a smaller data set is mixed as a whole."""
+_RUN = 64  # people who stay neighbours when the blocks are drawn, so that a disk is read in pieces worth reading
 
 
 class TrainingBatches:
@@ -173,55 +338,111 @@ class TrainingBatches:
     ) -> None:
         """Takes the leading `train_end[u]` events of each person."""
         self.data, self.config, self.device = data, config, device
-        self.starts, self.ends = data.offsets[:-1], data.offsets[:-1] + train_end
-        countable = np.concatenate([[0], np.cumsum(data.target)])
-        self.people = np.flatnonzero(countable[self.ends] - countable[np.minimum(self.starts + 1, self.ends)] > 0)
+        self.train_end = train_end
 
-    def epoch(self, number: int) -> list[list[tuple[int, int]]]:
-        """The batches of an epoch as windows `[start, end)` of events; depends on the seed and the number alone."""
-        rng = np.random.default_rng([self.config.seed, number])
-        windows = [window for person in self.people.tolist() for window in self._windows(person, rng)]
-        lengths = np.array([end - start for start, end in windows])
-        batches: list[list[tuple[int, int]]] = []
-        width = 0
-        for at in np.argsort(-(lengths + rng.random(lengths.size))).tolist():
-            if not batches or width * (len(batches[-1]) + 1) > self.config.batch_tokens:
-                batches.append([])
-                width = int(lengths[at]) - 1
-            batches[-1].append(windows[at])
-        return [batches[at] for at in rng.permutation(len(batches))]
+    def epoch(self, number: int) -> Plan:
+        """The batches of an epoch; they depend on the seed and the number alone."""
+        return Plan(self, number)
 
-    def _windows(self, person: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    def windows(self, people: npt.NDArray[np.int64], rng: np.random.Generator) -> Windows:
         """Windows of `max_length` inputs and their targets; the newest is cut at random so that borders move."""
-        start, end = int(self.starts[person]), int(self.ends[person])
         length = self.config.max_length
-        windows = []
-        if end - start > length + 1:
-            newest = int(rng.integers(length // 2, length + 1))
-            windows.append((end - newest - 1, end))
-            end -= newest
-        while end - start > 1:
-            windows.append((max(start, end - length - 1), end))
-            end -= length
-        return [window for window in windows if self.data.target[window[0] + 1 : window[1]].any()]
+        starts = self.data.offsets[people]
+        ends = starts + self.train_end[people]
+        long = np.flatnonzero(ends - starts > length + 1)
+        newest = rng.integers(length // 2, length + 1, long.size)
+        cut = np.stack([ends[long] - newest - 1, ends[long]], 1)
+        ends[long] -= newest
+        counts = np.maximum(-(-(ends - starts - 1) // length), 0)
+        back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        ends = np.repeat(ends, counts) - back * length
+        whole = np.stack([np.maximum(np.repeat(starts, counts), ends - length - 1), ends], 1)
+        windows = np.concatenate([cut, whole])
+        return windows[_any_inside(self.data.target, windows[:, 0] + 1, windows[:, 1])]
 
-    def batch(self, windows: Sequence[tuple[int, int]]) -> Batch:
+    def batch(self, windows: Windows) -> Batch:
         """Assembles one batch."""
-        data, length = self.data, self.config.max_length
-        inputs = [encoder_inputs(data.rows[s : e - 1], data.types[s : e - 1], length) for s, e in windows]
-        targets = [np.where(data.target[s + 1 : e], data.rows[s + 1 : e], -1).astype(np.int64) for s, e in windows]
-        return to_batch(inputs, self.device, targets)
+        starts, ends = windows[:, 0], windows[:, 1]
+        width = int((ends - starts).max()) - 1
+        at = starts[:, None] + 1 + np.arange(width)
+        inside = at < ends[:, None]
+        at[~inside] = 0
+        targets = np.where(inside & self.data.target[at], self.data.rows[at], -1).astype(np.int64)
+        return to_batch(self.data, starts, ends - 1, self.config.max_length, self.device, targets)
 
 
-def prefixes(
-    data: Interactions, people: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], max_length: int
-) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """The encoder's inputs for each person as they were just before the event at `positions`."""
-    starts = data.offsets[people]
-    return [
-        encoder_inputs(data.rows[s : s + p], data.types[s : s + p], max_length)
-        for s, p in zip(starts.tolist(), positions.tolist(), strict=True)
-    ]
+class Plan(Sequence[Windows]):
+    """The batches of one epoch as windows, made for some people at a time.
+
+    People are drawn into blocks; inside a block, windows of like length make a batch and batches come in random order.
+    """
+
+    def __init__(self, batches: TrainingBatches, number: int) -> None:
+        """Draws the blocks and counts their batches; the windows of a block are made when they are asked for."""
+        self._batches, self._number = batches, number
+        runs = -(-batches.train_end.size // _RUN)
+        order = self._rng(0).permutation(runs)
+        self._blocks = [order[at : at + PLAN_PEOPLE // _RUN] for at in range(0, runs, PLAN_PEOPLE // _RUN)]
+        self._made: tuple[int, list[Windows]] = (-1, [])
+        self._first = np.cumsum([0, *(len(self._block(block)) for block in range(len(self._blocks)))])
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return int(self._first[-1])
+
+    @overload
+    def __getitem__(self, at: int) -> Windows: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Windows]: ...
+    def __getitem__(self, at: int | slice) -> Windows | list[Windows]:
+        """The windows of a batch."""
+        if isinstance(at, slice):
+            return [self[one] for one in range(*at.indices(len(self)))]
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        block = int(np.searchsorted(self._first, at, side="right")) - 1
+        return self._block(block)[at - int(self._first[block])]
+
+    def _block(self, block: int) -> list[Windows]:
+        if self._made[0] != block:
+            self._made = block, self._make(block)
+        return self._made[1]
+
+    def _make(self, block: int) -> list[Windows]:
+        rng = self._rng(1 + block)
+        people = (self._blocks[block][:, None] * _RUN + np.arange(_RUN)).ravel()
+        windows = self._batches.windows(people[people < self._batches.train_end.size], rng)
+        lengths = windows[:, 1] - windows[:, 0]
+        windows = windows[np.argsort(-(lengths + rng.random(lengths.size)))]
+        batches, at = [], 0
+        while at < len(windows):
+            width = int(windows[at, 1] - windows[at, 0]) - 1
+            size = max(1, self._batches.config.batch_tokens // width)
+            batches.append(windows[at : at + size])
+            at += size
+        return [batches[one] for one in rng.permutation(len(batches))]
+
+    def _rng(self, part: int) -> np.random.Generator:
+        return np.random.default_rng([self._batches.config.seed, self._number, part])
+
+
+@numba.njit(cache=True)
+def _any_inside(flags, starts, ends):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """Whether any of `flags[starts[i]:ends[i]]` is set; bool `[n]`."""
+    found = np.zeros(starts.size, np.bool_)
+    for part in range(starts.size):
+        for at in range(starts[part], ends[part]):
+            if flags[at]:
+                found[part] = True
+                break
+    return found
+
+
+def _any_inside_plain(
+    flags: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """The plain twin of `_any_inside`."""
+    return np.array([flags[start:end].any() for start, end in zip(starts, ends, strict=True)], bool)
 
 
 def in_batches(lengths: npt.NDArray[np.int64], tokens: int, most: int = 512) -> Iterator[npt.NDArray[np.int64]]:

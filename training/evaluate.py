@@ -20,7 +20,7 @@ import torch
 from features.assemble import ranker_features
 from features.catalog import Columns, columns_of
 from features.errors import LeakError, TrainingError
-from training.baselines import Baseline, Scores, build_baselines, counts_of, training_mask
+from training.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.data import Interactions, read_interactions
 from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
@@ -161,7 +161,7 @@ def _refuse_leak(run: LoadedRun, protocol: str) -> None:
 
 def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
     run = runs[0]
-    data = read_interactions(run.dataset, run.vocabulary, run.config)
+    data = read_interactions(run.dataset, run.vocabulary, run.config, run.path)
     division = split(data, run.config)
     targets = held_out(data, run.config, protocol)
     if not len(targets):
@@ -171,7 +171,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
     placed = place_all(models, baselines, data, targets, run.config.repeats)
     ours, beside = placed[: len(models)], placed[len(models) :]
     warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
-    counts = counts_of(data, training_mask(data, division.train_end))
+    counts = popularity_of(data, division.train_end)
     return {
         "protocol": protocol,
         "runs": [str(one.path) for one in runs],
@@ -245,7 +245,7 @@ def place(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranked:
 
 def _known_rows(data: Interactions, division: Split) -> npt.NDArray[np.bool_]:
     """The items that training or validation events name; bool `[N]`."""
-    return np.bincount(data.rows[training_mask(data, division.fit_end)], minlength=data.items) > 0
+    return counts_of(data, division.fit_end) > 0
 
 
 def _by_history(positions: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:

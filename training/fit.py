@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from features.errors import TrainingError
-from training.baselines import training_mask
+from training.baselines import counts_of
 from training.config import TrainConfig
 from training.data import Batch, Interactions, TrainingBatches
 from training.encoders import ItemBags
@@ -70,10 +70,9 @@ class Fit:
         self.modules, self.on_step = modules, on_step
         self.device = modules.item.ids.weight.device
         self.batches = TrainingBatches(data, division.train_end, config, self.device)
-        trained = training_mask(data, division.train_end)
-        counts = np.bincount(data.rows[trained & data.target], minlength=data.items)
+        counts = counts_of(data, division.train_end, data.target)
         self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()
-        self.known = torch.from_numpy(np.bincount(data.rows[trained], minlength=data.items) > 0).to(self.device)
+        self.known = torch.from_numpy(counts_of(data, division.train_end) > 0).to(self.device)
         self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
         decayed = [p for p in self.parameters if p.ndim > 1]
         plain = [p for p in self.parameters if p.ndim <= 1]

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.assemble import History, encoder_inputs, history, ranker_features
+from features.assemble import History, encoder_batch, encoder_inputs, history, ranker_features
 from features.catalog import Catalog
+from features.events import Events
 from features.golden import TOP, profile_of
 from features.kernels import dot_rows
 from features.profile import RING
@@ -20,7 +21,7 @@ from features.schema import EVENTS, event_type_key
 from features.tables import Dataset
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from training.config import TrainConfig
-from training.data import prefixes, read_interactions
+from training.data import read_interactions
 from training.ranking import past_of
 
 Event = dict[str, Any]
@@ -96,12 +97,15 @@ def offline(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
     table = pa.Table.from_pylist(
         [{"user_id": f"golden-{at}", **event} for at, events in enumerate(people) for event in events], schema=EVENTS
     )
-    dataset = Dataset(events=table, items=table.slice(0, 0), users=table.slice(0, 0), info={}, rejected=[])
+    dataset = Dataset(Events.of(table), items=table.slice(0, 0), users=table.slice(0, 0), info={}, rejected=[])
     data = read_interactions(dataset, world.catalog.vocabulary, world.config)
-    everybody = np.arange(len(people), dtype=np.int64)
-    inputs = prefixes(data, everybody, np.diff(data.offsets), world.config.max_length)
+    starts, ends = data.offsets[:-1], data.offsets[1:]
+    rows, types, lengths = encoder_batch(data.rows, data.types, starts, ends, world.config.max_length)
     pasts = [past_of(data, at, len(events), world.catalog.columns) for at, events in enumerate(people)]
-    return [Assembled(rows, types, past) for (rows, types), past in zip(inputs, pasts, strict=True)]
+    return [
+        Assembled(rows[at, :length], types[at, :length], past)
+        for at, (length, past) in enumerate(zip(lengths.tolist(), pasts, strict=True))
+    ]
 
 
 def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assembled]) -> int:

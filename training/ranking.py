@@ -13,7 +13,7 @@ from torch.nn import functional
 from features.assemble import History
 from features.catalog import Columns
 from features.profile import RING
-from training.data import Batch, Interactions, in_batches, prefixes, to_batch
+from training.data import Batch, Interactions, in_batches, to_batch
 from training.encoders import UserEncoder
 from training.split import Targets
 
@@ -54,8 +54,8 @@ def _encode_last(
     lengths = np.minimum(targets.positions[at], max_length)
     for group in in_batches(lengths, ENCODE_TOKENS):
         some = at[group]
-        sequences = prefixes(data, targets.people[some], targets.positions[some], max_length)
-        batch = to_batch(sequences, table.device)
+        starts = data.offsets[targets.people[some]]
+        batch = to_batch(data, starts, starts + targets.positions[some], max_length, table.device)
         out[some] = encoder.last(gather(table, batch), batch.types, batch.lengths).float().cpu().numpy()
 
 
@@ -73,7 +73,8 @@ def _encode_shared(
     np.maximum.at(longest, inverse, targets.positions[at])
     by_person = np.split(at[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])
     for group in in_batches(longest, ENCODE_TOKENS):
-        batch = to_batch(prefixes(data, people[group], longest[group], max_length), table.device)
+        starts = data.offsets[people[group]]
+        batch = to_batch(data, starts, starts + longest[group], max_length, table.device)
         hidden = encoder(gather(table, batch), batch.types, batch.lengths).float().cpu().numpy()
         for line, person in enumerate(group):
             some = by_person[person]
@@ -119,7 +120,7 @@ def past_of(data: Interactions, person: int, position: int, columns: Columns) ->
     rows = data.rows[part]
     return History(
         rows=rows,
-        types=data.types[part],
+        types=data.types[part].astype(np.int32),
         categories=columns.category[rows],
         creators=columns.creator[rows],
         timestamps=data.timestamps[part],

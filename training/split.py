@@ -103,20 +103,24 @@ def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Target
         last = last_target(data, counts)
         people = np.flatnonzero((last >= cut) & (last > 0))
         return Targets(people, last[people])
-    owner = data.owner()
-    position = np.arange(owner.size) - data.offsets[owner]
-    # The first event of a person has nothing to be predicted from.
-    at = np.flatnonzero(data.target & (position >= cut[owner]) & (position > 0))
-    return Targets(owner[at], position[at])
+    people, positions = [], []
+    for block in data.blocks():
+        # The first event of a person has nothing to be predicted from.
+        late = (block.position >= cut[block.owner]) & (block.position > 0)
+        at = np.flatnonzero(data.target[block.events] & late)
+        people.append(block.owner[at])
+        positions.append(block.position[at])
+    return Targets(np.concatenate(people), np.concatenate(positions))
 
 
 def last_target(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The position of each person's last target among their leading `ends` events, -1 where there is none."""
-    # last[e] = index of the newest target at or before event e, over all people.
-    last = np.maximum.accumulate(np.where(data.target, np.arange(data.target.size), -1))
-    starts = data.offsets[:-1]
-    newest = np.where(ends > 0, last[np.maximum(starts + ends - 1, 0)], -1)
-    return np.where(newest >= starts, newest - starts, -1)
+    newest = np.full(ends.size, -1, np.int64)
+    for block in data.blocks():
+        at = np.flatnonzero(data.target[block.events] & (block.position < ends[block.owner]))
+        # Positions ascend, and of several values for one person numpy keeps the last.
+        newest[block.owner[at]] = block.position[at]
+    return newest
 
 
 def before_cut(data: Interactions, test_share: float) -> npt.NDArray[np.int64]:
@@ -127,5 +131,31 @@ def before_cut(data: Interactions, test_share: float) -> npt.NDArray[np.int64]:
     """
     if data.ordered_only:
         raise TrainingError("a temporal split needs timestamps, and this data set has order only: use leave-one-out")
-    early = data.timestamps <= np.quantile(data.timestamps, 1 - test_share)
-    return np.bincount(data.owner()[early], minlength=len(data.people)).astype(np.int64)
+    cut = _smallest(data, int((data.timestamps.size - 1) * (1 - test_share)))
+    counts = np.zeros(len(data.people), np.int64)
+    for block in data.blocks():
+        early = block.owner[data.timestamps[block.events] <= cut]
+        counts[block.people] = np.bincount(early - block.people.start, minlength=block.people.stop - block.people.start)
+    return counts
+
+
+_BINS = 1 << 16
+
+
+def _smallest(data: Interactions, rank: int) -> int:
+    """The time of which `rank` others, counted from 0, stand before in ascending order.
+
+    Times are counted in ever finer bins around the answer, so nothing as long as the events is made.
+    """
+    parts = [data.timestamps[block.events] for block in data.blocks()]
+    low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+    while low < high:
+        width = (high - low) // _BINS + 1
+        counts = np.zeros(_BINS, np.int64)
+        for part in parts:
+            inside = part[(part >= low) & (part <= high)]
+            counts += np.bincount((inside - low) // width, minlength=_BINS)
+        chosen = int(np.searchsorted(np.cumsum(counts), rank, side="right"))
+        rank -= int(counts[:chosen].sum())
+        low, high = low + chosen * width, min(high, low + (chosen + 1) * width - 1)
+    return low

@@ -19,7 +19,7 @@ from features.errors import TrainingError
 from features.tables import Dataset, open_dataset
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
-from training.baselines import counts_of, neighbors_of, recent_mask, training_mask
+from training.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
 from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
@@ -40,6 +40,8 @@ from training.run import (
 from training.split import Split, split
 from training.warm_start import near_vectors
 
+WARM_EVENTS = 1 << 20
+"""Events that the vectors to start from are made of at most."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
 
 
@@ -88,7 +90,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         torch.manual_seed(config.seed)
         dataset = open_dataset(data)
         _claim(out, config, dataset)
-        material = read_material(dataset, config, device)
+        material = read_material(dataset, config, device, out)
         modules = _initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         progress = Fit(out, config, material.data, material.division, modules, bags, on_step).run()
@@ -114,14 +116,14 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     return result
 
 
-def read_material(dataset: Dataset, config: TrainConfig, device: torch.device) -> Material:
-    """Turns a data set into what a training learns from.
+def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, folder: Path | None = None) -> Material:
+    """Turns a data set into what a training learns from; `folder` has room for the events (`training.data.Disk`).
 
     Raises:
         TrainingError: Nobody has two events left to train on.
     """
     items, vocabulary = item_vocabulary(dataset)
-    data = read_interactions(dataset, vocabulary, config)
+    data = read_interactions(dataset, vocabulary, config, folder)
     inputs = None
     if config.content and any(items[name].null_count < len(items) for name in _CONTENT):
         arrays = item_inputs(items.select(["item_id", *_CONTENT]).to_pylist(), input_shapes(config))
@@ -142,8 +144,16 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device) -
 
 def default_actions(data: Interactions) -> tuple[Action, ...]:
     """One action per event type that is ever predicted."""
-    kinds = np.unique(data.types[data.target])
-    return tuple(Action(name=name, event_type=name) for name in (data.event_types[kind - 1] for kind in kinds))
+    names = _types_of(data, data.target)
+    return tuple(Action(name=name, event_type=name) for name in names)
+
+
+def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
+    """The names of the event types that occur among the chosen events, sorted."""
+    counts = np.zeros(1 + len(data.event_types), np.int64)
+    for block in data.blocks():
+        counts += np.bincount(data.types[block.events][chosen[block.events]], minlength=counts.size)
+    return [name for name, count in zip(data.event_types, counts[1:], strict=True) if count]
 
 
 def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
@@ -169,7 +179,8 @@ def _initial_modules(material: Material, config: TrainConfig, device: torch.devi
     data, content = material.data, material.inputs is not None
     modules = build_modules(config, data.items, len(data.event_types), len(material.actions), content)
     if config.warm_start and fresh:
-        start = near_vectors(data, training_mask(data, material.division.train_end), config)
+        some = data.sample(material.division.train_end, WARM_EVENTS, config.seed)
+        start = near_vectors(some, np.ones(some.rows.size, bool), config)
         with torch.no_grad():
             modules.item.ids.weight.copy_(start)
     for module in vars(modules).values():
@@ -181,16 +192,15 @@ def _tables(
     material: Material, modules: Modules, bags: ItemBags | None, config: TrainConfig
 ) -> dict[str, npt.NDArray[Any]]:
     """What a run keeps by row of the catalogue; see `LoadedRun`."""
-    data, events = material.data, training_mask(material.data, material.division.train_end)
-    recent = recent_mask(data, events, config.recent_days)
-    trained = np.bincount(data.rows[events], minlength=data.items) > 0
+    data, ends = material.data, material.division.train_end
+    trained = counts_of(data, ends) > 0
     with torch.inference_mode():
         vectors = modules.item.eval().table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
-    neighbors, scores = neighbors_of(data, events, config.neighbors)
+    neighbors, scores = neighbors_of(data, ends, config.neighbors, config.seed)
     return {
         "item_vectors": vectors.float().cpu().numpy().copy(),
-        "popularity": np.log1p(counts_of(data, events)).astype(np.float32),
-        "recent_popularity": np.log1p(counts_of(data, recent)).astype(np.float32),
+        "popularity": np.log1p(popularity_of(data, ends)).astype(np.float32),
+        "recent_popularity": np.log1p(recent_popularity_of(data, ends, config.recent_days)).astype(np.float32),
         "trained": trained,
         "neighbors": neighbors,
         "neighbor_scores": scores,
@@ -213,7 +223,7 @@ def _facts(material: Material, weights: list[float]) -> dict[str, Any]:
         "items": data.items,
         "events": int(data.rows.size),
         "event_types": data.event_types,
-        "seen_types": sorted({data.event_types[kind - 1] for kind in np.unique(data.types[data.seen])}),
+        "seen_types": _types_of(data, data.seen),
         "actions": [action.model_dump() for action in material.actions],
         "action_weights": weights,
         "content": material.inputs is not None,

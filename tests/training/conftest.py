@@ -60,7 +60,7 @@ def interactions(
         people=[f"u{number}" for number in range(len(histories))],
         offsets=np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64),
         rows=rows,
-        types=np.ones(rows.size, np.int32),
+        types=np.ones(rows.size, np.uint8),
         timestamps=stamps,
         values=np.full(rows.size, np.nan, np.float32),
         target=np.ones(rows.size, bool) if repeats else np.array(fresh),

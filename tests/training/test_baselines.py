@@ -7,7 +7,7 @@ import pytest
 
 from features.tables import open_dataset
 from tests.training.conftest import interactions, published
-from training.baselines import Ease, Markov, Neighbors, Popular, build_baselines, counts_of, neighbors_of, training_mask
+from training.baselines import Ease, Markov, Neighbors, Popular, build_baselines, neighbors_of, popularity_of
 from training.config import TrainConfig
 from training.data import item_vocabulary, read_interactions
 from training.datasets import prepare
@@ -21,8 +21,8 @@ def one(person: int, position: int) -> Targets:
 
 def test_markov_counts_what_followed_and_breaks_ties_by_popularity() -> None:
     data = interactions([[0, 1], [0, 2], [3, 2], [4, 0]], items=6)
-    trained = np.ones(data.rows.size, bool)
-    scores = Markov(data, trained, counts_of(data, trained)).scores(one(3, 2))[0]  # after item 0
+    ends = np.diff(data.offsets)
+    scores = Markov(data, ends, popularity_of(data, ends)).scores(one(3, 2))[0]  # after item 0
     # Items 1 and 2 followed 0 once each; 2 is more popular. Nothing else ever did, so popularity orders the rest.
     assert np.argsort(-scores, kind="stable").tolist() == [2, 1, 0, 3, 4, 5]
     assert scores[5] == 0
@@ -31,15 +31,15 @@ def test_markov_counts_what_followed_and_breaks_ties_by_popularity() -> None:
 def test_nothing_is_learned_from_what_is_held_out() -> None:
     data = interactions([[0, 1, 2, 3], [0, 1, 4, 5]], items=6)
     config = TrainConfig(protocol="leave-one-out")
-    trained = training_mask(data, split(data, config).train_end)
-    assert counts_of(data, trained).tolist() == [2, 2, 0, 0, 0, 0]
-    scores = Markov(data, trained, counts_of(data, trained)).scores(one(0, 1))[0]
+    ends = split(data, config).train_end
+    assert popularity_of(data, ends).tolist() == [2, 2, 0, 0, 0, 0]
+    scores = Markov(data, ends, popularity_of(data, ends)).scores(one(0, 1))[0]
     assert np.flatnonzero(scores >= 1).tolist() == [1]
 
 
 def test_neighbors_are_cosines_of_the_sets_of_people() -> None:
     data = interactions([[0, 1], [0, 1, 2], [0, 3]], items=5)
-    rows, scores = neighbors_of(data, np.ones(data.rows.size, bool), 3)
+    rows, scores = neighbors_of(data, np.diff(data.offsets), 3)
     assert rows[0].tolist() == [1, 2, 3]
     assert scores[0] == pytest.approx([2 / np.sqrt(6), 1 / np.sqrt(3), 1 / np.sqrt(3)])
     assert rows[4].tolist() == [-1, -1, -1]
@@ -51,7 +51,7 @@ def test_ease_completes_a_checkerboard() -> None:
     # People of even number like even items; each lacks one of them, which EASE must name first.
     histories = [[item for item in range(person % 2, 10, 2) if item // 2 != person // 2 % 5] for person in range(200)]
     data = interactions(histories, items=10)
-    scores = Ease(data, np.ones(data.rows.size, bool)).scores(Targets(np.arange(20), np.full(20, 4)))
+    scores = Ease(data, np.diff(data.offsets)).scores(Targets(np.arange(20), np.full(20, 4)))
     for person, line in enumerate(scores[:20]):
         line[histories[person]] = -np.inf
         assert np.argmax(line) == person % 2 + 2 * (person // 2 % 5)
