@@ -50,7 +50,7 @@ def fidelity(
         item), `rungs`, `degraded`, and the circumstances.
     """
     loaded = load_run(run)
-    data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config, loaded.path)
+    data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
     targets = _some(held_out(data, loaded.config, cast(Which, protocol)), people, np.random.default_rng(seed))
     offline, shown = _offline(loaded, data, targets)
     pages, rungs, degraded = _online(loaded, data, targets, bundle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,30 +38,47 @@ def event_keys(
 
 
 class Columns(Protocol):
-    """A table, or what is read like one, again and again."""
+    """What is read like a table, again and again."""
 
-    num_rows: int
-    present: Sequence[str]
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        ...
+
+    @property
+    def present(self) -> Sequence[str]:
+        """The columns that have a value in some row."""
+        ...
 
     def column(self, name: str) -> Iterable[pa.ChunkedArray[Any]]:
         """One column, in parts."""
         ...
 
 
+class _Held:
+    """A table in memory as `Columns`."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table, self.num_rows = table, table.num_rows
+        self.present = [name for name in table.column_names if is_present(table[name])]
+
+    def column(self, name: str) -> list[pa.ChunkedArray[Any]]:
+        return [self.table[name]]
+
+
 def fingerprint(tables: Mapping[str, pa.Table | Columns]) -> str:
     """Sha256 of the tables' content: the same for the same rows, whatever the files, chunks and Parquet version."""
     hasher = hashlib.sha256()
     for name, table in tables.items():
-        held = isinstance(table, pa.Table)
-        for column in [c for c in table.column_names if is_present(table[c])] if held else table.present:
-            hasher.update(f"{name}.{column}:{table.num_rows}\n".encode())
-            parts = partial(_held, table, column) if held else partial(table.column, column)
-            _hash(hasher, lambda parts=parts: (chunk for part in parts() for chunk in part.chunks))
+        columns: Columns = _Held(table) if isinstance(table, pa.Table) else table
+        for column in columns.present:
+            hasher.update(f"{name}.{column}:{columns.num_rows}\n".encode())
+            _hash(hasher, partial(_chunks, columns, column))
     return hasher.hexdigest()
 
 
-def _held(table: pa.Table, name: str) -> list[pa.ChunkedArray[Any]]:
-    return [table[name]]
+def _chunks(columns: Columns, name: str) -> Iterator[Array]:
+    return (chunk for part in columns.column(name) for chunk in part.chunks)
 
 
 def codes(column: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int64]]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.content import codes, event_keys, is_present, nulls, order_events
+from features.content import codes, event_keys, is_present, nulls, order_events, select
 from features.rows import Part, Rejected
 from features.schema import EVENTS, item_keys
 
@@ -95,7 +95,6 @@ class Survey:
         rows: Number of rows that are kept.
         rejected: The others.
         present: The columns that have a value in some row.
-        items: The items that are named, in the order of their first row.
     """
 
     def __init__(self, parts: Iterable[Part]) -> None:
@@ -116,6 +115,7 @@ class Survey:
 
     @property
     def items(self) -> list[str]:
+        """The items that are named, in the order of their first row."""
         return list(self._items)
 
     def in_order(self) -> bool:
@@ -189,7 +189,7 @@ def _deal(parts: Parts, columns: Sequence[str], folder: Path) -> int:
         for part in parts():
             buckets = bucket_of[_numbered(part.table, numbers)]
             for bucket in np.unique(buckets).tolist():
-                chosen = part.table.select(columns).take(pa.array(np.flatnonzero(buckets == bucket)))
+                chosen = select(part.table.select(list(columns)), np.flatnonzero(buckets == bucket))
                 if bucket not in writers:
                     sink = stack.enter_context(pa.OSFile(str(folder / f"{bucket}.arrow"), "wb"))
                     writers[bucket] = stack.enter_context(pa.ipc.new_stream(sink, chosen.schema))

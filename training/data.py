@@ -233,7 +233,7 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
         named = batch["user_id"].combine_chunks()
         other = pc.not_equal(named.slice(1), named.slice(0, len(named) - 1)).to_numpy(zero_copy_only=False)
         begin = np.flatnonzero(np.concatenate([[named[0].as_py() != last], other]))
-        people.append(named.take(pa.array(begin)))
+        people.append(named.take(begin))
         begins.append(at + begin)
         at, last = part.stop, named[len(named) - 1].as_py()
     offsets = disk.array(np.int64, sum(map(len, begins)) + 1)
@@ -357,8 +357,9 @@ class TrainingBatches:
         back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         ends = np.repeat(ends, counts) - back * length
         whole = np.stack([np.maximum(np.repeat(starts, counts), ends - length - 1), ends], 1)
-        windows = np.concatenate([cut, whole])
-        return windows[_any_inside(self.data.target, windows[:, 0] + 1, windows[:, 1])]
+        windows: Windows = np.concatenate([cut, whole])
+        chosen: npt.NDArray[np.bool_] = _any_inside(self.data.target, windows[:, 0] + 1, windows[:, 1])
+        return windows[chosen]
 
     def batch(self, windows: Windows) -> Batch:
         """Assembles one batch."""
@@ -366,7 +367,7 @@ class TrainingBatches:
         width = int((ends - starts).max()) - 1
         at = starts[:, None] + 1 + np.arange(width)
         inside = at < ends[:, None]
-        at[~inside] = 0
+        at[~inside] = starts[0]
         targets = np.where(inside & self.data.target[at], self.data.rows[at], -1).astype(np.int64)
         return to_batch(self.data, starts, ends - 1, self.config.max_length, self.device, targets)
 

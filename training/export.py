@@ -252,7 +252,7 @@ def _write_index(loaded: LoadedRun, world: golden.World, staging: Path, target: 
 def _likely_queries(loaded: LoadedRun, world: golden.World) -> _F32:
     """Vectors like those that the index will be asked for: of real people, of texts as queries, and of items."""
     rng = np.random.default_rng(0)
-    data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config, loaded.path)
+    data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
     people = rng.permutation(len(data.people))[:_QUERIES]
     targets = Targets(people, np.diff(data.offsets)[people])
     table = torch.from_numpy(loaded.item_vectors)

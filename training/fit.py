@@ -28,7 +28,7 @@ from training.encoders import ItemBags
 from training.losses import sample_items, softmax_loss
 from training.metrics import ndcg
 from training.ranking import gather, lines, mask_seen, ranks_of, seen_before, user_vectors
-from training.run import Modules, append_line, save_modules, write_tensors
+from training.run import Modules, append_line, save_modules, sha256_of, write_tensors
 from training.split import Split, Targets
 
 OnStep: TypeAlias = Callable[[int], None]
@@ -88,8 +88,8 @@ class Fit:
         """Trains to the end, or from the checkpoint on.
 
         Returns:
-            `tokens_per_second`, `best_validation`, `epochs`, `steps` and `seconds_before`, the seconds spent before an
-            interruption.
+            `tokens_per_second`, `best_validation`, `epochs`, `steps`, `sha256` of the weights and of the optimizer's state
+            after the last step, and `seconds_before`, the seconds spent before an interruption.
         """
         self._resume()
         before, began = self.state.seconds, time.monotonic()
@@ -120,6 +120,7 @@ class Fit:
             "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
             "epochs": self.state.epoch,
             "steps": self.state.step,
+            "sha256": {"weights": sha256_of(self._weights()), "optimizer": sha256_of(self._moments())},
             "seconds_before": before,
         }
 
@@ -215,12 +216,16 @@ class Fit:
         tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, module in (("user", self.modules.user), ("item", self.modules.item)):
-            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-        for number, parameter in enumerate(self.parameters):
-            kept = self.optimizer.state.get(parameter, {})
-            tensors |= {f"adam.{number}.{key}": value for key, value in kept.items()}
+        tensors |= self._weights() | self._moments()
         write_tensors(self.out / "checkpoint.safetensors", tensors, {"state": json.dumps(asdict(self.state))})
+
+    def _weights(self) -> dict[str, Tensor]:
+        networks = (("user", self.modules.user), ("item", self.modules.item))
+        return {f"{name}.{key}": value for name, module in networks for key, value in module.state_dict().items()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        kept = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        return {f"adam.{number}.{key}": value for number, one in enumerate(kept) for key, value in one.items()}
 
     def _resume(self) -> None:
         """Takes up the checkpoint, if there is one."""

@@ -14,6 +14,7 @@ RUN/checkpoint.safetensors   only while training: everything that an exact resum
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -208,14 +210,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Writes a safetensors file in one step: a reader sees the old one or the new one, never a half."""
     draft = path.with_name(f"{path.name}.draft")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft, metadata)
-    os.replace(draft, path)
+    _put(draft, path)
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes JSON in one step."""
     draft = path.with_name(f"{path.name}.draft")
     draft.write_text(json.dumps(content, indent=1) + "\n")
+    _put(draft, path)
+
+
+def _put(draft: Path, path: Path) -> None:
+    """Gives a finished file its name; both survive a loss of power once this has returned."""
+    _sync(draft)
     os.replace(draft, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """Sha256 over names, types, shapes and bytes, in the order of the names."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        array = tensor.detach().cpu().contiguous()
+        hasher.update(f"{name}:{array.dtype}:{list(array.shape)}\n".encode())
+        hasher.update(array.reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
 
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:

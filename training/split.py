@@ -103,14 +103,14 @@ def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Target
         last = last_target(data, counts)
         people = np.flatnonzero((last >= cut) & (last > 0))
         return Targets(people, last[people])
-    people, positions = [], []
+    owners, positions = [], []
     for block in data.blocks():
         # The first event of a person has nothing to be predicted from.
         late = (block.position >= cut[block.owner]) & (block.position > 0)
         at = np.flatnonzero(data.target[block.events] & late)
-        people.append(block.owner[at])
+        owners.append(block.owner[at])
         positions.append(block.position[at])
-    return Targets(np.concatenate(people), np.concatenate(positions))
+    return Targets(np.concatenate(owners), np.concatenate(positions))
 
 
 def last_target(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -91,7 +91,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         dataset = open_dataset(data)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
-        modules = _initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
+        modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         progress = Fit(out, config, material.data, material.division, modules, bags, on_step).run()
         load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
@@ -174,7 +174,7 @@ def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     write_json(identity, found)
 
 
-def _initial_modules(material: Material, config: TrainConfig, device: torch.device, fresh: bool) -> Modules:
+def initial_modules(material: Material, config: TrainConfig, device: torch.device, fresh: bool) -> Modules:
     """The networks before the first step; what a checkpoint will replace need not be warm."""
     data, content = material.data, material.inputs is not None
     modules = build_modules(config, data.items, len(data.event_types), len(material.actions), content)

@@ -1,0 +1,226 @@
+"""Does the cost of training grow as the work does? Tokens per second and memory at 10^6, 10^7 and 10^8 events.
+
+For each size a simple world is written straight into the canonical tables, in row groups, and a training of its own
+process prepares it. Then the trainings take turns of some seconds, so that a slow moment of the machine hits all of
+them: one goes on while the others are stopped. Tokens and times are the training's own, from step to step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.latency import BenchmarkError
+from benchmarks.report import facts
+from features.schema import EVENTS, ITEMS
+from features.tables import open_dataset
+from training.config import TrainConfig
+from training.encoders import ItemBags
+from training.fit import Fit
+from training.machine import prepared
+from training.train import initial_modules, read_material
+
+PER_PERSON = 100
+"""Mean events of a person, between half and one and a half times as many."""
+GROUP_PEOPLE = 10_000
+CLUSTERS = 100
+SAMPLE_S = 0.1
+SETTLE_S = 5.0
+"""Seconds of a turn that are not measured, for pages and caches to come back."""
+_COUNTER = struct.Struct("<qqd")  # steps, tokens, moment of the last step (monotonic)
+
+
+def growth(
+    sizes: Sequence[int] = (10**6, 10**7, 10**8),
+    *,
+    seconds: float = 60.0,
+    rounds: int = 3,
+    items: int = 2_000,
+    threads: int = 0,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Measures trainings of several sizes side by side.
+
+    Args:
+        sizes: Numbers of events.
+        seconds: Steady seconds of each training that are measured, in `rounds` turns.
+        rounds: Turns of each training.
+        items: Number of items, the same for all.
+        threads: Threads of a training; 0 means one per core.
+        folder: Where there is room for about 25 bytes an event, twice; None is the system's place for temporary files.
+
+    Returns:
+        `sizes` {events: `generate_seconds`, `prepare_seconds`, `tokens_per_second`, `rounds` (of each turn), `tokens`,
+        `seconds`, `peak_anonymous_mib`}, `slowest_to_fastest` (ratio of rates), `memory_ratio`, and the circumstances.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        trainings = []
+        try:
+            for size in sizes:
+                trainings.append(Training.start(Path(name), size, items, threads))
+            for turn in range(rounds):
+                for training in trainings if turn % 2 == 0 else trainings[::-1]:
+                    training.turn(seconds / rounds)
+        finally:
+            for training in trainings:
+                training.end()
+    rates = [training.tokens / training.seconds for training in trainings]
+    peaks = [training.peak_kib for training in trainings]
+    return {
+        "items": items,
+        "threads": threads or len(os.sched_getaffinity(0)),
+        "sizes": {str(size): training.figures() for size, training in zip(sizes, trainings, strict=True)},
+        "slowest_to_fastest": round(min(rates) / max(rates), 4),
+        "memory_ratio": round(max(peaks) / min(peaks), 4),
+        **facts(),
+    }
+
+
+def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
+    """Writes about `events` events of people who mostly stay in one of `CLUSTERS` groups of items, in time order."""
+    out.mkdir(parents=True)
+    names = pa.array([f"item-{row}" for row in range(items)])
+    fields = [EVENTS.field(name) for name in ("user_id", "item_id", "event_type", "timestamp")]
+    pq.write_table(pa.table({"item_id": names}, schema=pa.schema([ITEMS.field("item_id")])), out / "items.parquet")
+    rng = np.random.default_rng(seed)
+    people = max(1, events // PER_PERSON)
+    with pq.ParquetWriter(out / "events.parquet", pa.schema(fields), compression="zstd") as writer:
+        for start in range(0, people, GROUP_PEOPLE):
+            count = min(GROUP_PEOPLE, people - start)
+            lengths = rng.integers(PER_PERSON // 2, PER_PERSON * 3 // 2 + 1, count)
+            owner = np.repeat(np.arange(start, start + count), lengths)
+            size = owner.size
+            # A step further in the person's own cluster, or an item of a popularity that falls off, at random.
+            walk = (np.arange(size) * 7 + owner) % (items // CLUSTERS) * CLUSTERS + owner % CLUSTERS
+            popular = (items * rng.random(size) ** 3).astype(np.int64)
+            rows = np.where(rng.random(size) < 0.7, walk, popular)
+            place = np.arange(size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            columns = [
+                pa.array([f"person-{person}" for person in range(start, start + count)]).take(pa.array(owner - start)),
+                names.take(pa.array(rows)),
+                pa.array(["view_item"]).take(pa.array(np.zeros(size, np.int64))),
+                pa.array(1_600_000_000_000 + owner % 86_400 * 1_000 + place * 60_000),
+            ]
+            writer.write_table(pa.table(columns, schema=pa.schema(fields)))
+
+
+@dataclass
+class Training:
+    """One training in a process of its own, and what was seen of it."""
+
+    process: subprocess.Popen[bytes]
+    counter: Path
+    generate_seconds: float
+    prepare_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_kib: int = 0
+    rates: list[float] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, folder: Path, size: int, items: int, threads: int) -> Training:
+        """Makes the world, prepares it, warms up, and stops the training."""
+        began = time.monotonic()
+        write_world(folder / f"{size}", size, items)
+        generated = time.monotonic()
+        counter = folder / f"{size}.counter"
+        counter.write_bytes(bytes(_COUNTER.size))
+        command = [sys.executable, "-m", "benchmarks.growth", str(folder / f"{size}"), str(counter), str(threads)]
+        training = cls(subprocess.Popen(command, stdout=subprocess.DEVNULL), counter, round(generated - began, 1))
+        threading.Thread(target=training._watch, daemon=True).start()
+        while training._read()[0] < 1:
+            training._alive()
+            time.sleep(SAMPLE_S)
+        training.prepare_seconds = round(training._read()[2] - generated, 1)
+        time.sleep(SETTLE_S)
+        training.process.send_signal(signal.SIGSTOP)
+        return training
+
+    def turn(self, seconds: float) -> None:
+        """Lets the training go on and measures it, from the end of one step to the end of another."""
+        self.process.send_signal(signal.SIGCONT)
+        time.sleep(SETTLE_S)
+        _, before, began = self._read()
+        while (now := self._read())[2] - began < seconds:
+            self._alive()
+            time.sleep(SAMPLE_S)
+        self.process.send_signal(signal.SIGSTOP)
+        self.tokens += now[1] - before
+        self.seconds += now[2] - began
+        self.rates.append(round((now[1] - before) / (now[2] - began), 1))
+
+    def end(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.wait()
+
+    def figures(self) -> dict[str, Any]:
+        """What is reported."""
+        return {
+            "generate_seconds": self.generate_seconds,
+            "prepare_seconds": self.prepare_seconds,
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "rounds": self.rates,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 1),
+            "peak_anonymous_mib": round(self.peak_kib / 1024, 1),
+        }
+
+    def _read(self) -> tuple[int, int, float]:
+        steps, tokens, moment = _COUNTER.unpack(self.counter.read_bytes())
+        return steps, tokens, moment
+
+    def _alive(self) -> None:
+        if self.process.poll() is not None:
+            raise BenchmarkError(f"the training ended by itself with status {self.process.returncode}: see above")
+
+    def _watch(self) -> None:
+        status = Path(f"/proc/{self.process.pid}/status")
+        while self.process.poll() is None:
+            try:
+                lines = status.read_text(encoding="ascii").splitlines()
+            except OSError:
+                return
+            self.peak_kib = max([self.peak_kib, *(int(line.split()[1]) for line in lines if line[:8] == "RssAnon:")])
+            time.sleep(SAMPLE_S)
+
+
+def _train(data: Path, counter: Path, threads: int) -> None:
+    """Trains until it is killed, and keeps the counter."""
+    config = TrainConfig(
+        threads=threads, device="cpu", epochs=10_000, patience=10_000, content=False, validation_people=500
+    )
+    out = data.with_suffix(".run")
+    out.mkdir()
+    with prepared(threads), counter.open("r+b", buffering=0) as file:
+        torch.manual_seed(0)
+        device = torch.device("cpu")
+        material = read_material(open_dataset(data), config, device, out)
+        modules = initial_modules(material, config, device, fresh=True)
+        bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
+        fit = Fit(out, config, material.data, material.division, modules, bags)
+
+        def keep(step: int) -> None:
+            os.pwrite(file.fileno(), _COUNTER.pack(step, fit.state.tokens, time.monotonic()), 0)
+
+        fit.on_step = keep
+        fit.run()
+
+
+if __name__ == "__main__":
+    _train(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
