@@ -25,8 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.latency import BenchmarkError
-from benchmarks.report import facts
+from benchmarks.report import BenchmarkError, facts
 from features.schema import EVENTS, ITEMS
 from features.tables import open_dataset
 from training.config import TrainConfig
@@ -65,14 +64,18 @@ def growth(
         folder: Where there is room for about 25 bytes an event, twice; None is the system's place for temporary files.
 
     Returns:
-        `sizes` {events: `generate_seconds`, `prepare_seconds`, `tokens_per_second`, `rounds` (of each turn), `tokens`,
-        `seconds`, `peak_anonymous_mib`}, `slowest_to_fastest` (ratio of rates), `memory_ratio`, and the circumstances.
+        `sizes` {events: `generate_seconds`, `prepare_seconds` up to the first step (all at once, so they wait for one
+        another) and `prepare_cpu_seconds`, `tokens_per_second`, `rounds` (of each turn), `tokens`, `seconds`,
+        `peak_anonymous_mib`}, `slowest_to_fastest` (ratio of rates), `memory_ratio`, and the circumstances.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         trainings = []
         try:
-            for size in sizes:
+            for size in sorted(sizes, reverse=True):  # all are prepared at once, the longest begins first
                 trainings.append(Training.start(Path(name), size, items, threads))
+            trainings.reverse()
+            for training in trainings:
+                training.warm_up()
             for turn in range(rounds):
                 for training in trainings if turn % 2 == 0 else trainings[::-1]:
                     training.turn(seconds / rounds)
@@ -84,7 +87,7 @@ def growth(
     return {
         "items": items,
         "threads": threads or len(os.sched_getaffinity(0)),
-        "sizes": {str(size): training.figures() for size, training in zip(sizes, trainings, strict=True)},
+        "sizes": {str(training.size): training.figures() for training in trainings},
         "slowest_to_fastest": round(min(rates) / max(rates), 4),
         "memory_ratio": round(max(peaks) / min(peaks), 4),
         **facts(),
@@ -123,10 +126,12 @@ def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
 class Training:
     """One training in a process of its own, and what was seen of it."""
 
+    size: int
     process: subprocess.Popen[bytes]
     counter: Path
     generate_seconds: float
     prepare_seconds: float = 0.0
+    prepare_cpu_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
     peak_kib: int = 0
@@ -134,22 +139,25 @@ class Training:
 
     @classmethod
     def start(cls, folder: Path, size: int, items: int, threads: int) -> Training:
-        """Makes the world, prepares it, warms up, and stops the training."""
+        """Makes the world and begins to prepare it."""
         began = time.monotonic()
         write_world(folder / f"{size}", size, items)
         generated = time.monotonic()
         counter = folder / f"{size}.counter"
         counter.write_bytes(bytes(_COUNTER.size))
         command = [sys.executable, "-m", "benchmarks.growth", str(folder / f"{size}"), str(counter), str(threads)]
-        training = cls(subprocess.Popen(command, stdout=subprocess.DEVNULL), counter, round(generated - began, 1))
-        threading.Thread(target=training._watch, daemon=True).start()
-        while training._read()[0] < 1:
-            training._alive()
-            time.sleep(SAMPLE_S)
-        training.prepare_seconds = round(training._read()[2] - generated, 1)
-        time.sleep(SETTLE_S)
-        training.process.send_signal(signal.SIGSTOP)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        training = cls(size, process, counter, round(generated - began, 1))
+        threading.Thread(target=training._watch, args=(generated,), daemon=True).start()
         return training
+
+    def warm_up(self) -> None:
+        """Waits until steps are made, and stops the training."""
+        while not self.prepare_seconds:
+            self._alive()
+            time.sleep(SAMPLE_S)
+        time.sleep(SETTLE_S)
+        self.process.send_signal(signal.SIGSTOP)
 
     def turn(self, seconds: float) -> None:
         """Lets the training go on and measures it, from the end of one step to the end of another."""
@@ -174,6 +182,7 @@ class Training:
         return {
             "generate_seconds": self.generate_seconds,
             "prepare_seconds": self.prepare_seconds,
+            "prepare_cpu_seconds": self.prepare_cpu_seconds,
             "tokens_per_second": round(self.tokens / self.seconds, 1),
             "rounds": self.rates,
             "tokens": self.tokens,
@@ -189,13 +198,17 @@ class Training:
         if self.process.poll() is not None:
             raise BenchmarkError(f"the training ended by itself with status {self.process.returncode}: see above")
 
-    def _watch(self) -> None:
-        status = Path(f"/proc/{self.process.pid}/status")
+    def _watch(self, began: float) -> None:
+        about = Path(f"/proc/{self.process.pid}")
         while self.process.poll() is None:
             try:
-                lines = status.read_text(encoding="ascii").splitlines()
+                lines = (about / "status").read_text(encoding="ascii").splitlines()
+                used = (about / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[11:13]
             except OSError:
                 return
+            if not self.prepare_seconds and self._read()[0] > 0:
+                self.prepare_cpu_seconds = round(sum(map(int, used)) / os.sysconf("SC_CLK_TCK"), 1)
+                self.prepare_seconds = round(time.monotonic() - began, 1)
             self.peak_kib = max([self.peak_kib, *(int(line.split()[1]) for line in lines if line[:8] == "RssAnon:")])
             time.sleep(SAMPLE_S)
 

