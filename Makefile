@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install protos format check check-code check-protos test demo bench clean
+.PHONY: help install protos format check check-code check-protos test demo bench prove-resume clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell $(p) -c \
 export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: $(VENV)/.ready-dev  ## everything that development needs, into .venv
 	@echo 'ready: $(BIN)/penchant --help'
@@ -59,6 +59,9 @@ demo: $(VENV)/.ready-demo  ## the whole road in minutes: data, training, bundle,
 bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH takes another bundle than the demo's
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo
 	$(BIN)/penchant bench stages $(BUNDLE)
+
+prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end as if left alone
+	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills
 
 clean:  ## remove what builds, tests and tools left; .venv stays
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -28,7 +28,7 @@ from training.encoders import ItemBags
 from training.losses import sample_items, softmax_loss
 from training.metrics import ndcg
 from training.ranking import gather, lines, mask_seen, ranks_of, seen_before, user_vectors
-from training.run import Modules, append_line, save_modules, sha256_of, write_tensors
+from training.run import Modules, append_line, keep_lines, save_modules, sha256_of, write_tensors
 from training.split import Split, Targets
 
 OnStep: TypeAlias = Callable[[int], None]
@@ -88,8 +88,8 @@ class Fit:
         """Trains to the end, or from the checkpoint on.
 
         Returns:
-            `tokens_per_second`, `best_validation`, `epochs`, `steps`, `sha256` of the weights and of the optimizer's state
-            after the last step, and `seconds_before`, the seconds spent before an interruption.
+            `tokens_per_second`, `best_validation`, `epochs`, `steps`, `sha256` of weights and optimizer after the last
+            step, and `seconds_before`, the seconds spent before an interruption.
         """
         self._resume()
         before, began = self.state.seconds, time.monotonic()
@@ -231,10 +231,13 @@ class Fit:
         """Takes up the checkpoint, if there is one."""
         path = self.out / "checkpoint.safetensors"
         if not path.exists():
+            keep_lines(self.out / "log.jsonl", lambda line: False)
             return
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             self.state = State(**json.loads(file.metadata()["state"]))
+        # What came after the checkpoint comes again.
+        keep_lines(self.out / "log.jsonl", lambda line: line["step"] <= self.state.step)
         for name, module in (("user", self.modules.user), ("item", self.modules.item)):
             prefix = f"{name}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,16 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
     """Adds one line of JSON to a log."""
     with path.open("a") as file:
         file.write(json.dumps(content) + "\n")
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Takes out of a log what is not wanted, and a last line that was cut off; in one step."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text("".join(line for line in lines if wanted(json.loads(line))))
+    _put(draft, path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
