@@ -72,7 +72,11 @@ def kills(count: int = 20, *, seed: int = 0, people: int = 400, epochs: int = 12
         one, other = _end(folder / "alone"), _end(folder / "killed")
         differing = [key for key in one if one[key] != other[key]]
         if differing:
-            raise BenchmarkError(f"after {dict(done)} the training ended otherwise in {', '.join(differing)}")
+            first = next((pair for pair in zip(one["log"], other["log"], strict=False) if pair[0] != pair[1]), None)
+            raise BenchmarkError(
+                f"after {dict(done)} the training ended otherwise in {', '.join(differing)}; the first validation that "
+                f"differs, undisturbed and killed: {first}"
+            )
         return {
             "kills": dict(sorted(done.items())),
             "attempts": killed.attempts,

@@ -31,7 +31,8 @@ HEAVY = (
     "serving",
 )
 COMMANDS = ["data", "train", "evaluate", "export", "serve", "recommend", "projector", "demo"]
-COMMANDS += ["profiles rebuild", "profiles show", "bench fidelity", "bench latency", "bench stages"]
+COMMANDS += ["profiles rebuild", "profiles show"]
+COMMANDS += ["bench fidelity", "bench growth", "bench kills", "bench latency", "bench stages"]
 
 
 def penchant_command(*arguments: str) -> subprocess.CompletedProcess[str]:
