@@ -316,9 +316,12 @@ def to_batch(
     device: torch.device,
     targets: npt.NDArray[np.int64] | None = None,
 ) -> Batch:
-    """Assembles the events `starts[i]:ends[i]`, and the targets beside them if there are any."""
-    arrays = [*encoder_batch(data.rows, data.types, starts, ends, max_length), targets]
-    tensors = (None if array is None else torch.from_numpy(array).to(device) for array in arrays)
+    """Assembles the events `starts[i]:ends[i]`, and the targets beside them, whose width is then that of the batch."""
+    rows, types, lengths = encoder_batch(data.rows, data.types, starts, ends, max_length)
+    if targets is not None:
+        more = ((0, 0), (0, targets.shape[1] - rows.shape[1]))
+        rows, types = np.pad(rows, more), np.pad(types, more)
+    tensors = (None if a is None else torch.from_numpy(a).to(device) for a in (rows, types, lengths, targets))
     return Batch(*tensors)  # type: ignore[arg-type]
 
 
@@ -327,6 +330,8 @@ Windows: TypeAlias = npt.NDArray[np.int64]
 
 PLAN_PEOPLE = 1 << 16
 """People whose windows are mixed with one another; a smaller data set is mixed as a whole."""
+ROUND_LENGTH = 8
+"""Batches are as long as a multiple of this, or as the longest that the encoder reads."""
 _RUN = 64  # people who stay neighbours when the blocks are drawn, so that a disk is read in pieces worth reading
 
 
@@ -361,10 +366,15 @@ class TrainingBatches:
         chosen: npt.NDArray[np.bool_] = _any_inside(self.data.target, windows[:, 0] + 1, windows[:, 1])
         return windows[chosen]
 
+    def width(self, windows: Windows) -> int:
+        """The length of a batch: few different ones come up, for matrix products are compiled for each."""
+        longest = int((windows[:, 1] - windows[:, 0]).max()) - 1
+        return min(self.config.max_length, -(-longest // ROUND_LENGTH) * ROUND_LENGTH)
+
     def batch(self, windows: Windows) -> Batch:
         """Assembles one batch."""
         starts, ends = windows[:, 0], windows[:, 1]
-        width = int((ends - starts).max()) - 1
+        width = self.width(windows)
         at = starts[:, None] + 1 + np.arange(width)
         inside = at < ends[:, None]
         at[~inside] = starts[0]
@@ -417,8 +427,7 @@ class Plan(Sequence[Windows]):
         windows = windows[np.argsort(-(lengths + rng.random(lengths.size)))]
         batches, at = [], 0
         while at < len(windows):
-            width = int(windows[at, 1] - windows[at, 0]) - 1
-            size = max(1, self._batches.config.batch_tokens // width)
+            size = max(1, self._batches.config.batch_tokens // self._batches.width(windows[at : at + 1]))
             batches.append(windows[at : at + size])
             at += size
         return [batches[one] for one in rng.permutation(len(batches))]

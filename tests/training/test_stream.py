@@ -104,13 +104,21 @@ def test_each_event_is_predicted_once_however_people_are_drawn(block: int, monke
 
 def test_a_batch_holds_the_events_and_what_follows_them() -> None:
     data = interactions([[3, 1, 2, 1], [5, 4]], items=6)
-    batches = TrainingBatches(data, np.diff(data.offsets), TrainConfig(max_length=8), torch.device("cpu"))
+    batches = TrainingBatches(data, np.diff(data.offsets), TrainConfig(max_length=3), torch.device("cpu"))
     batch = batches.batch(np.array([[0, 4], [4, 6]]))
     assert batch.rows.tolist() == [[3, 1, 2], [5, 0, 0]]
     assert batch.types.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.lengths.tolist() == [3, 1]
     assert batch.targets is not None
     assert batch.targets.tolist() == [[1, 2, -1], [4, -1, -1]]  # 1 came before, so it is no target again
+    longer = TrainingBatches(data, np.diff(data.offsets), TrainConfig(max_length=9), torch.device("cpu"))
+    wide = longer.batch(np.array([[0, 4], [4, 6]]))  # as long as a round number, and the same but for that
+    assert wide.targets is not None
+    for part in (wide.rows[:, 3:], wide.types[:, 3:], 1 + wide.targets[:, 3:]):
+        assert part.shape == (2, 5)
+        assert not part.any()
+    assert torch.equal(wide.rows[:, :3], batch.rows)
+    assert torch.equal(wide.targets[:, :3], batch.targets)
 
 
 def test_a_sample_is_whole_people() -> None:
