@@ -132,7 +132,7 @@ def evaluate(
         typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="Training runs; several are seeds of one."),
     ],
     protocol: Annotated[
-        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search"],
+        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search", "cold-items"],
         typer.Option(help="How the test part is cut and asked."),
     ] = "leave-one-out",
     data: Moved = None,

@@ -44,6 +44,13 @@ class TrainConfig(_Frozen):
         "none", description="What is held out for `penchant evaluate`; none: everything but validation is trained on."
     )
     test_share: float = Field(0.1, gt=0, lt=1, description="Share of all events, the newest, that temporal holds out.")
+    hide_items: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the items, drawn by the seed, whose events nobody trains on; "
+        "`evaluate --protocol cold-items` then measures how well content alone places them.",
+    )
     validation_people: int = Field(3000, ge=0, description="People whose newest training event validates the model.")
 
     max_length: int = Field(100, ge=1, le=RING, description="Events of a person that the encoder reads, the newest.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from features.schema import NEGATIVE_EVENT_TYPES, item_keys
 from features.tables import Dataset
 from features.vocabulary import Vocabulary
 from training.config import PASSIVE_TYPES, TrainConfig
+from training.hidden import hidden_items
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def item_vocabulary(dataset: Dataset) -> tuple[pa.Table, Vocabulary]:
 
 
 def read_interactions(dataset: Dataset, vocabulary: Vocabulary, config: TrainConfig) -> Interactions:
-    """Turns the events of a data set into arrays.
+    """Turns the events of a data set into arrays; those of hidden items (`hide_items`) are left out here, once for all.
 
     Raises:
         TrainingError: There is no event, or none of a type that could be predicted.
@@ -93,7 +94,7 @@ def read_interactions(dataset: Dataset, vocabulary: Vocabulary, config: TrainCon
     if not config.repeats:
         target &= _first_time(who, rows, seen | target)
     timed = is_present(events["timestamp"])
-    return Interactions(
+    data = Interactions(
         people=people,
         offsets=np.concatenate([[0], np.cumsum(np.bincount(who, minlength=len(people)))]).astype(np.int64),
         rows=rows,
@@ -106,6 +107,15 @@ def read_interactions(dataset: Dataset, vocabulary: Vocabulary, config: TrainCon
         items=len(vocabulary),
         ordered_only=not timed,
     )
+    return _without(data, hidden_items(data.items, config)) if config.hide_items else data
+
+
+def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:
+    """The same people without the events of the hidden items."""
+    kept = ~hidden[data.rows]
+    counts = np.bincount(data.owner()[kept], minlength=len(data.people))
+    columns = {name: getattr(data, name)[kept] for name in ("rows", "types", "timestamps", "values", "target", "seen")}
+    return replace(data, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), **columns)
 
 
 def _counting(event_types: list[str], config: TrainConfig) -> tuple[Sequence[str], Sequence[str]]:

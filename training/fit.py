@@ -72,8 +72,10 @@ class Fit:
         self.batches = TrainingBatches(data, division.train_end, config, self.device)
         trained = training_mask(data, division.train_end)
         counts = np.bincount(data.rows[trained & data.target], minlength=data.items)
-        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()
         self.known = torch.from_numpy(np.bincount(data.rows[trained], minlength=data.items) > 0).to(self.device)
+        self.learned = self.known.nonzero()[:, 0]
+        self.place = torch.cumsum(self.known, 0) - 1
+        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()[self.learned.cpu()]
         self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
         decayed = [p for p in self.parameters if p.ndim > 1]
         plain = [p for p in self.parameters if p.ndim <= 1]
@@ -147,8 +149,11 @@ class Fit:
         return float(loss.detach())
 
     def _loss(self, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        if self.learned.numel() < self.data.items:
+            # What nobody is trained on is no negative either: it would learn that nobody wants it.
+            table, targets = table[self.learned], self.place[targets]
         negatives = self.config.negatives or (0 if self.data.items <= FULL_SOFTMAX_ITEMS else MANY_NEGATIVES)
-        if not 0 < negatives < self.data.items:
+        if not 0 < negatives < table.shape[0]:
             return softmax_loss(users, table, targets, chunk=self.config.loss_chunk)
         rows, positions, correction = sample_items(targets.cpu(), self.popularity, negatives)
         return softmax_loss(
