@@ -31,7 +31,7 @@ HEAVY = (
     "serving",
 )
 COMMANDS = ["data", "train", "evaluate", "export", "serve", "recommend", "projector", "demo"]
-COMMANDS += ["profiles rebuild", "profiles show", "bench fidelity", "bench latency", "bench stages"]
+COMMANDS += ["profiles rebuild", "profiles show", "bench fidelity", "bench latency", "bench stages", "bench training"]
 
 
 def penchant_command(*arguments: str) -> subprocess.CompletedProcess[str]:

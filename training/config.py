@@ -90,6 +90,7 @@ class TrainConfig(_Frozen):
     )
     loss_chunk: int = Field(1024, ge=1, description="Events whose scores for all items are in memory at once.")
     checkpoint_seconds: float = Field(60.0, gt=0, description="Seconds between two checkpoints.")
+    tensorboard: bool = Field(False, description="Write the learning curve for TensorBoard too, below RUN/tensorboard.")
 
     query_steps: int = Field(400, ge=0, description="Steps that train the query encoder.")
     ranker_steps: int = Field(400, ge=0, description="Steps that train the ranker; 0: it passes relevance through.")

@@ -26,6 +26,7 @@ from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
 from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
+from training.report import write_report
 from training.run import LoadedRun, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
 
@@ -134,6 +135,7 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
     answer["seconds"] = round(time.monotonic() - began, 3)
     for run in map(Path, runs):
         append_line(run / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
+        write_report(list(map(Path, runs)), run)
     return answer
 
 

@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from features.errors import TrainingError
 from training.baselines import training_mask
+from training.board import open_board
 from training.config import TrainConfig
 from training.data import Batch, Interactions, TrainingBatches
 from training.encoders import ItemBags
@@ -86,6 +87,7 @@ class Fit:
             fused=True,
         )
         self.state = State()
+        self.show = open_board(out, config)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, or from the checkpoint on.
@@ -183,11 +185,15 @@ class Fit:
             )
         self.state.validated = passed
         value = self._ndcg(self.division.validation)
-        append_line(
-            self.out / "log.jsonl",
-            {"epoch": round(passed, 3), "step": self.state.step, "seconds": round(self.state.seconds, 1), "loss": loss}
-            | {"ndcg@10": value, "tokens": self.state.tokens},
-        )
+        line = {
+            "epoch": round(passed, 3),
+            "step": self.state.step,
+            "seconds": round(self.state.seconds, 1),
+            "loss": loss,
+        }
+        line |= {"ndcg@10": value, "tokens": self.state.tokens}
+        append_line(self.out / "log.jsonl", line)
+        self.show(line)
         if value > self.state.best or not len(self.division.validation):
             self._keep_best(value)
         else:

@@ -1,4 +1,4 @@
-"""Penchant's own training as one of the trainers that take turns: `python -m benchmarks.peers.penchant_sasrec DATA.npz`.
+"""Penchant's own training as one of the trainers that take turns.
 
 `--settings` are {"data": canonical tables, "config": file or shipped name, "set": {setting: value}}. It is
 `training.train` itself, with its own validations on the clock.

@@ -40,7 +40,9 @@ class Over(Exception):
 class Watched:
     """A loader that counts what the trainer takes from it, validates by the clock, and stops when all is over."""
 
-    def __init__(self, loader: Any, model: Any, histories: Histories, turns: Turns, inner: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, loader: Any, model: Any, histories: Histories, turns: Turns, inner: npt.NDArray[np.int64]
+    ) -> None:
         self.loader, self.model, self.histories, self.turns, self.inner = loader, model, histories, turns, inner
         self.generator, self._sampler = loader.generator, loader._sampler
 
