@@ -7,7 +7,7 @@ among the whole catalogue: the other items compete with all that their own histo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from training.split import Targets, held_out, split
 
 NEAR = 50
 """How far down a cold item may stand and still be found."""
-_METRICS = {
+_METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
     "recall@10": lambda ranks: hit(ranks, 10),
     f"recall@{NEAR}": lambda ranks: hit(ranks, NEAR),
     "ndcg@10": lambda ranks: ndcg(ranks, 10),
