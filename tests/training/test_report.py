@@ -82,7 +82,9 @@ def test_without_the_package_the_switch_says_what_is_missing(
 
     from training.board import open_board
 
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard" or "utils.tensorboard" in name]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == "tensorboard" or "utils.tensorboard" in name
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     open_board(tmp_path, tiny)
