@@ -6,6 +6,7 @@ recommended settings, and with Penchant's width, blocks, heads, length, dropout 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -101,6 +102,14 @@ class Trainer:
             raise RuntimeError(f"{self.name} failed with status {self.process.returncode}; what it said stands above")
         return False
 
+    def end(self) -> None:
+        """Ends the process, whatever it is doing, and lets go of its pipes."""
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):  # a turn that it did not wait for may still lie in the pipe
+            _pipe(self.process.stdin).close()
+        _pipe(self.process.stdout).close()
+
 
 def speed(
     data: Path,
@@ -148,8 +157,7 @@ def speed(
             _take_turns(trainers, budget, turn)
         finally:
             for one in trainers:
-                one.process.kill()
-                one.process.wait()
+                one.end()
     return {
         **_compare({one.name: one.lines for one in trainers}),
         "settings": {name: told for name, (_, _, told) in asked.items() if name != "penchant"},
