@@ -80,7 +80,60 @@ def stages() -> str:
     return _table(["", "median µs"], rows) + ratio + _source(path, result)
 
 
-TABLES: dict[str, Callable[[], str]] = {"quality": quality, "latency": latency, "stages": stages}
+def training_speed() -> str:
+    """Trainers side by side, and what Penchant's arithmetic rate is of the machine's."""
+    blocks = []
+    for path in sorted(RESULTS.glob("training-speed*.json")):
+        result = _read(path)
+        rows = []
+        for name, one in result["trainers"].items():
+            ratio = result["ratios"].get(name, {}).get("seconds_to_goal")
+            figures = [f"{one[key]:,.0f}" for key in ("tokens_per_second", "targets_per_second", "seconds_to_goal")]
+            faster = f"{ratio:.1f} times" if ratio else ""
+            rows.append([name.replace("_equal", ", equal sizes"), *figures, f"{one['best']:.4f}", faster])
+        goal = f"s to validation ndcg@10 {result['goal']:.4f}"
+        head = [
+            "",
+            "tokens/s",
+            "targets/s",
+            goal,
+            f"best in {result['budget_seconds']:,.0f} s",
+            "penchant is faster by",
+        ]
+        blocks.append(f"{result['title']}\n\n{_table(head, rows)}{_source(path, result)}")
+    for path in sorted(RESULTS.glob("training-arithmetic*.json")):
+        result = _read(path)
+        products, share = result["product_gflops"], result["share"]
+        rows = [[name, f"{products[name]:,.0f}", f"{share[name]:.1%}"] for name in products]
+        head = ["matrix product", "Gflop/s", f"training at {result['achieved_gflops']:,.0f} Gflop/s is"]
+        blocks.append(f"{result['title']}\n\n{_table(head, rows)}{_source(path, result)}")
+    return "\n".join(blocks)
+
+
+def cold() -> str:
+    """Hidden items, placed by content alone."""
+    blocks = []
+    for path in sorted(RESULTS.glob("training-cold*.json")):
+        result = _read(path)
+        names = ("recall@50", "recall@10", "ndcg@10")
+        rows = [
+            ["hidden items", f"{result['targets']:,}", *(_interval(result["metrics"][name]) for name in names)],
+            ["trained items", f"{result['warm_targets']:,}", *(_interval(result["warm"][name]) for name in names)],
+            ["a random order", "", f"{result['chance']:.4f}", "", ""],
+        ]
+        times = f"\nhidden items are found {result['over_chance']:.1f} times as often as by chance.\n"
+        table = _table(["", "targets", *names], rows)
+        blocks.append(f"{result['title']}\n\n{table}{times}{_source(path, result)}")
+    return "\n".join(blocks)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "latency": latency,
+    "stages": stages,
+    "training-speed": training_speed,
+    "training-cold": cold,
+}
 
 
 def _paired(result: dict[str, Any], name: str) -> str:

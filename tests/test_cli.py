@@ -32,7 +32,7 @@ HEAVY = (
 )
 COMMANDS = ["data", "train", "evaluate", "export", "serve", "recommend", "projector", "demo"]
 COMMANDS += ["profiles rebuild", "profiles show"]
-COMMANDS += ["bench fidelity", "bench growth", "bench kills", "bench latency", "bench stages"]
+COMMANDS += ["bench fidelity", "bench growth", "bench kills", "bench latency", "bench stages", "bench training"]
 
 
 def penchant_command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -44,6 +44,13 @@ class TrainConfig(_Frozen):
         "none", description="What is held out for `penchant evaluate`; none: everything but validation is trained on."
     )
     test_share: float = Field(0.1, gt=0, lt=1, description="Share of all events, the newest, that temporal holds out.")
+    hide_items: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the items, drawn by the seed, whose events nobody trains on; "
+        "`evaluate --protocol cold-items` then measures how well content alone places them.",
+    )
     validation_people: int = Field(3000, ge=0, description="People whose newest training event validates the model.")
 
     max_length: int = Field(100, ge=1, le=RING, description="Events of a person that the encoder reads, the newest.")
@@ -83,6 +90,7 @@ class TrainConfig(_Frozen):
     )
     loss_chunk: int = Field(1024, ge=1, description="Events whose scores for all items are in memory at once.")
     checkpoint_seconds: float = Field(60.0, gt=0, description="Seconds between two checkpoints.")
+    tensorboard: bool = Field(False, description="Write the learning curve for TensorBoard too, below RUN/tensorboard.")
 
     query_steps: int = Field(400, ge=0, description="Steps that train the query encoder.")
     ranker_steps: int = Field(400, ge=0, description="Steps that train the ranker; 0: it passes relevance through.")

@@ -25,6 +25,7 @@ from features.schema import NEGATIVE_EVENT_TYPES
 from features.tables import Dataset
 from features.vocabulary import Vocabulary
 from training.config import PASSIVE_TYPES, TrainConfig
+from training.hidden import hidden_items
 
 numba: Any = _numba
 
@@ -178,7 +179,7 @@ def item_vocabulary(dataset: Dataset) -> tuple[pa.Table, Vocabulary]:
 def read_interactions(
     dataset: Dataset, vocabulary: Vocabulary, config: TrainConfig, folder: Path | None = None
 ) -> Interactions:
-    """Turns the events of a data set into arrays on disk, in one pass over them.
+    """Turns the events of a data set into arrays on disk, in one pass over them; without those of hidden items.
 
     Args:
         dataset: The data set.
@@ -206,7 +207,33 @@ def read_interactions(
         if not config.repeats:
             target &= _first_time(block.owner, data.rows[block.events], seen | target)
         data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, seen
-    return dataclasses.replace(data, event_types=event_types)
+    data = dataclasses.replace(data, event_types=event_types)
+    return _without(data, hidden_items(data.items, config)) if config.hide_items else data
+
+
+def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:
+    """The same people without the events of the hidden items; what is left moves together where it stands."""
+    columns = [data.rows, data.types, data.timestamps, data.values, data.target, data.seen]
+    counts, size = np.zeros(len(data.people), np.int64), 0
+    for block in data.blocks():
+        kept = ~hidden[data.rows[block.events]]
+        counts[block.people] = np.bincount(block.owner[kept] - block.people.start, minlength=counts[block.people].size)
+        end = size + int(kept.sum())
+        for column in columns:
+            if column.flags.writeable:  # else it holds one and the same value everywhere
+                column[size:end] = column[block.events][kept]
+        size = end
+    rows, types, timestamps, values, target, seen = (column[:size] for column in columns)
+    return dataclasses.replace(
+        data,
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        rows=rows,
+        types=types,
+        timestamps=timestamps,
+        values=values,
+        target=target,
+        seen=seen,
+    )
 
 
 def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interactions, list[str]]:

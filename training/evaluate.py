@@ -26,6 +26,7 @@ from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
 from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
+from training.report import write_report
 from training.run import LoadedRun, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
 
@@ -113,7 +114,8 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
 
     Args:
         runs: Directories of finished runs of one data set.
-        protocol: `leave-one-out`, `temporal-successive`, `temporal-last`, `impressions` or `search`.
+        protocol: `leave-one-out`, `temporal-successive`, `temporal-last`, `impressions`, `search` or
+            `cold-items`.
         data: Where the data set is now, if it has moved.
 
     Returns:
@@ -128,26 +130,36 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
     """
     if not runs:
         raise TrainingError("name at least one run")
-    if protocol not in _NEEDS:
-        from training.evaluate_tables import evaluate_impressions, evaluate_search
-
-        other = {"impressions": evaluate_impressions, "search": evaluate_search}
-        if protocol not in other:
-            raise TrainingError(f"no protocol {protocol!r}: known are {', '.join([*_NEEDS, *other])}")
-        answer: dict[str, Any] = other[protocol](runs, data)
-        return answer
     began = time.monotonic()
+    answer = _events(runs, protocol, data) if protocol in _NEEDS else _tables(runs, protocol, data)
+    answer["seconds"] = round(time.monotonic() - began, 3)
+    for run in map(Path, runs):
+        append_line(run / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
+        write_report(list(map(Path, runs)), run)
+    return answer
+
+
+def _tables(runs: Sequence[Path], protocol: str, data: Path | None) -> dict[str, Any]:
+    """What other files measure; they need this one."""
+    from training.evaluate_cold import evaluate_cold
+    from training.evaluate_tables import evaluate_impressions, evaluate_search
+
+    other = {"impressions": evaluate_impressions, "search": evaluate_search, "cold-items": evaluate_cold}
+    if protocol not in other:
+        raise TrainingError(f"no protocol {protocol!r}: known are {', '.join([*_NEEDS, *other])}")
+    answer: dict[str, Any] = other[protocol](runs, data)
+    return answer
+
+
+def _events(runs: Sequence[Path], protocol: str, data: Path | None) -> dict[str, Any]:
+    """The events that were held out, ranked by the runs and the baselines."""
     loaded = [load_run(run, data) for run in runs]
     for run in loaded:
         _refuse_leak(run, protocol)
         if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
             raise TrainingError(f"{run.path} and {loaded[0].path} were trained on different data sets")
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
-        answer = _measure(loaded, protocol)  # type: ignore[arg-type]
-    answer["seconds"] = round(time.monotonic() - began, 3)
-    for run in loaded:
-        append_line(run.path / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
-    return answer
+        return _measure(loaded, protocol)  # type: ignore[arg-type]
 
 
 def _refuse_leak(run: LoadedRun, protocol: str) -> None:

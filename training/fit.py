@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from features.errors import TrainingError
 from training.baselines import counts_of
+from training.board import open_board
 from training.config import TrainConfig
 from training.data import Batch, Interactions, TrainingBatches
 from training.encoders import ItemBags
@@ -71,8 +72,10 @@ class Fit:
         self.device = modules.item.ids.weight.device
         self.batches = TrainingBatches(data, division.train_end, config, self.device)
         counts = counts_of(data, division.train_end, data.target)
-        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()
         self.known = torch.from_numpy(counts_of(data, division.train_end) > 0).to(self.device)
+        self.learned = self.known.nonzero()[:, 0]
+        self.place = torch.cumsum(self.known, 0) - 1
+        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()[self.learned.cpu()]
         self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
         decayed = [p for p in self.parameters if p.ndim > 1]
         plain = [p for p in self.parameters if p.ndim <= 1]
@@ -83,6 +86,7 @@ class Fit:
             fused=True,
         )
         self.state = State()
+        self.show = open_board(out, config)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, or from the checkpoint on.
@@ -147,8 +151,11 @@ class Fit:
         return float(loss.detach())
 
     def _loss(self, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        if self.learned.numel() < self.data.items:
+            # What nobody is trained on is no negative either: it would learn that nobody wants it.
+            table, targets = table[self.learned], self.place[targets]
         negatives = self.config.negatives or (0 if self.data.items <= FULL_SOFTMAX_ITEMS else MANY_NEGATIVES)
-        if not 0 < negatives < self.data.items:
+        if not 0 < negatives < table.shape[0]:
             return softmax_loss(users, table, targets, chunk=self.config.loss_chunk)
         rows, positions, correction = sample_items(targets.cpu(), self.popularity, negatives)
         return softmax_loss(
@@ -178,11 +185,15 @@ class Fit:
             )
         self.state.validated = passed
         value = self._ndcg(self.division.validation)
-        append_line(
-            self.out / "log.jsonl",
-            {"epoch": round(passed, 3), "step": self.state.step, "seconds": round(self.state.seconds, 1), "loss": loss}
-            | {"ndcg@10": value, "tokens": self.state.tokens},
-        )
+        line = {
+            "epoch": round(passed, 3),
+            "step": self.state.step,
+            "seconds": round(self.state.seconds, 1),
+            "loss": loss,
+        }
+        line |= {"ndcg@10": value, "tokens": self.state.tokens}
+        append_line(self.out / "log.jsonl", line)
+        self.show(line)
         if value > self.state.best or not len(self.division.validation):
             self._keep_best(value)
         else:

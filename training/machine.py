@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,3 +39,15 @@ def exact() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def circumstances() -> dict[str, str]:
+    """What a run was made with: versions of Penchant, Python and the numeric libraries, the system, the cores."""
+    packages = ("penchant", "torch", "numpy", "numba", "pyarrow")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # run from a checkout
+    return found | {"system": platform.platform(terse=True), "cores": str(len(os.sched_getaffinity(0)))}

@@ -9,6 +9,8 @@ RUN/vocabulary.arrow     item id <-> row
 RUN/result.json          what `penchant train` printed, and what a bundle must know
 RUN/evaluations.jsonl    every test evaluation ever made of this run
 RUN/log.jsonl            one line per validation
+RUN/report.html          all of this for a reader: learning curves, figures beside baselines, what was run on what
+RUN/tensorboard/         the learning curve for TensorBoard, if the configuration asks for it
 RUN/checkpoint.safetensors   only while training: everything that an exact resume needs
 """
 

@@ -25,7 +25,8 @@ from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
 from training.fit import Fit, OnStep
 from training.heads import Asker, fit_query_encoder, fit_ranker
-from training.machine import exact, prepared
+from training.machine import circumstances, exact, prepared
+from training.report import write_report
 from training.run import (
     FORMAT,
     Modules,
@@ -112,6 +113,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
     result |= {"blend": blend, "ranker_ndcg@10": gain, "data": str(data.resolve()), **_facts(material, weights)}
     write_json(out / "result.json", result)
+    write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
 
@@ -228,6 +230,7 @@ def _facts(material: Material, weights: list[float]) -> dict[str, Any]:
         "action_weights": weights,
         "content": material.inputs is not None,
         "ordered_only": data.ordered_only,
+        "circumstances": circumstances(),
     }
 
 

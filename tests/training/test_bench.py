@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.peers.turns import Histories
+from benchmarks.side_by_side import _compare, speed
+from benchmarks.training import arithmetic, cold, quality
+from features.errors import ConfigError
+from tests.training.conftest import TINY
+from training.config import TrainConfig
+from training.metrics import ndcg
+from training.ranking import mask_seen, ranks_of
+
+
+def test_the_peers_ndcg_is_our_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 6, 700)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    rows = rng.integers(0, 30, offsets[-1])
+    people = np.sort(rng.choice(700, 600, replace=False))
+    histories = Histories(rows, offsets, people, rng.integers(0, 30, 600), 30)
+    histories.save(tmp_path / "h.npz")
+    # Whole numbers, so that there are ties.
+    users, items = (rng.integers(-2, 3, (n, 4)).astype(np.float32) for n in (600, 30))
+    scores = users @ items.T
+    mask_seen(scores, [histories.of(person) for person in people])
+    expected = ndcg(ranks_of(scores, histories.targets.astype(np.int32)), 10).mean()
+    assert 0.05 < expected < 0.9
+    assert Histories.load(tmp_path / "h.npz").ndcg(users, items) == pytest.approx(expected)
+
+
+def test_an_item_that_a_peer_does_not_know_is_never_found() -> None:
+    histories = Histories(np.array([0]), np.array([0, 1]), np.array([0]), np.array([2]), 3)
+    users, items = np.ones((1, 2), np.float32), np.array([[0, 0], [1, 1], [np.nan, np.nan]], np.float32)
+    assert histories.ndcg(users, items) == 0.0
+    items[2] = 2
+    assert histories.ndcg(users, items) == 1.0
+
+
+def _line(seconds: float, tokens: int, value: float) -> dict[str, float]:
+    return {"seconds": seconds, "setup_seconds": 2.0, "tokens": tokens, "targets": tokens // 2, "ndcg@10": value}
+
+
+def test_the_goal_is_what_everybody_reaches() -> None:
+    ours = [_line(4, 200, 0.05), _line(8, 600, 0.12), _line(12, 1000, 0.11)]
+    theirs = [_line(22, 100, 0.04), _line(42, 200, 0.1)]
+    found = _compare({"penchant": ours, "other": theirs})
+    assert found["goal"] == 0.1
+    assert found["trainers"]["penchant"]["tokens_per_second"] == 100.0
+    assert found["trainers"]["penchant"]["seconds_to_goal"] == 8
+    assert found["trainers"]["other"]["tokens_per_second"] == 5.0
+    assert found["ratios"] == {
+        "other": {"tokens_per_second": 20.0, "targets_per_second": 20.0, "seconds_to_goal": 5.25}
+    }
+
+
+def test_a_trainer_without_a_validation_is_named() -> None:
+    with pytest.raises(ConfigError, match="slow"):
+        _compare({"penchant": [_line(4, 200, 0.05)], "slow": []})
+
+
+def test_trainers_take_turns_to_the_end(circles: Path) -> None:
+    config = TrainConfig(**{**TINY, "protocol": "leave-one-out", "epochs": 4, "dropout": 0.1})
+    found = speed(circles, config, circles, budget=400.0, turn=0.5, validate_every=1.0, names=["penchant"])
+    mine = found["trainers"]["penchant"]
+    assert [line["tokens"] for line in mine["curve"]] == sorted(line["tokens"] for line in mine["curve"])
+    assert len(mine["curve"]) == 4
+    assert found["validation_people"] == 160
+    assert mine["setup_seconds"] <= mine["curve"][0]["seconds"]
+    json.dumps(found)
+
+
+def test_a_missing_environment_says_how_to_make_it(circles: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**{**TINY, "protocol": "leave-one-out"})
+    with pytest.raises(ConfigError, match=r"recbole\.txt"):
+        speed(circles, config, tmp_path, budget=1.0, turn=1.0, validate_every=1.0, names=["recbole_equal"])
+
+
+def test_arithmetic_is_counted_by_hand(circles: Path) -> None:
+    config = TrainConfig(**{**TINY, "protocol": "leave-one-out", "batch_tokens": 32})
+    found = arithmetic(circles, config, budget=0.5)
+    flops = found["flops_per_token"]
+    assert flops["softmax"] == 6 * 16 * 40
+    # query, key, value and output, and the two maps of the feed-forward part
+    assert flops["linear"] == 6 * (4 * 16 * 16 + 2 * 16 * 32)
+    # two to five trained events: one to four inputs, which attend to one and to two and a half events on average
+    assert 12 * 16 < flops["attention"] <= 12 * 2.5 * 16
+    assert found["achieved_gflops"] > 0
+    assert 0 < found["share"]["float32"] < 1
+
+
+def test_seeds_are_trained_once_and_measured_together(circles: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**{**TINY, "protocol": "leave-one-out", "epochs": 1})
+    found = quality(circles, config, [1, 2], tmp_path / "q")
+    assert found["seeds"] == [1, 2]
+    assert len(found["training"]) == 2
+    made = (tmp_path / "q" / "seed-1" / "result.json").stat().st_mtime_ns
+    quality(circles, config, [1], tmp_path / "q")
+    assert (tmp_path / "q" / "seed-1" / "result.json").stat().st_mtime_ns == made
+    with pytest.raises(ConfigError, match="another configuration"):
+        quality(circles, config.model_copy(update={"epochs": 2}), [1], tmp_path / "q")
+    hidden = cold(circles, config, [1, 2], tmp_path / "c")
+    assert hidden["protocol"] == "cold-items"
+    assert hidden["hidden"] == [4, 4]
