@@ -62,7 +62,7 @@ ACTION_FEATURES = FeatureSet(
 """What the ranker reads for each of a bundle's actions, after `RANKER_FEATURES`."""
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
 
-_PER_LENGTH = 2.0  # classes of duration per doubling
+_HALF_POWER = 0.5**0.5  # two classes of duration per doubling
 _HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
 
 # Computed once in float64, so that training and serving read the same bits.
@@ -270,7 +270,9 @@ def _item_keys(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
 def _length_keys(seconds: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
     """Classes of like duration, 0 where it is unknown; uint64 [n]."""
     known = np.isfinite(seconds)
-    steps = np.floor(_PER_LENGTH * np.log2(np.where(known, seconds, 1.0).astype(np.float64)))
+    # Not by a logarithm, whose last bit may depend on where in a vector register a value falls.
+    fraction, power = np.frexp(np.where(known, seconds, 1.0).astype(np.float64))
+    steps = 2 * power + (fraction >= _HALF_POWER)
     return np.where(known, np.clip(steps, 0, 98) + 1, 0).astype(np.uint64)
 
 
