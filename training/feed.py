@@ -1,4 +1,4 @@
-"""Trains the ranker on impressions: what people did with what they were shown, in the order in which they were shown it.
+"""Trains the ranker on impressions: what people did with what they were shown, replayed in the order of time.
 
 Selection bias stays: only what some earlier policy showed has labels, so a probability means "if shown as things were
 shown". The place in the slate is an input that serving fixes at the first, where the log knows places at all.
@@ -33,7 +33,7 @@ _WARM_UP = 0.1
 
 @dataclass(frozen=True)
 class Lesson:
-    """Lines as the ranker reads them, on the CPU: users and items float `[n, D]`, features `[n, F]`, labels `[n, A]`."""
+    """Lines as the ranker reads them, on the CPU: users, items `[n, D]`, features `[n, F]`, labels `[n, A]`; float."""
 
     users: Tensor
     items: Tensor

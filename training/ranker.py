@@ -27,7 +27,7 @@ class Grouped(nn.Module):
 
 
 class Ranker(nn.Module):
-    """Logits per action: `scale * relevance + bias + wide(features) + mean over members of network(user, item, features)`.
+    """Logits per action: `scale * relevance + bias + wide(features) + mean of members(user, item, features)`.
 
     The last layers start at zero, so that training starts from relevance. The user's part of the first layer is
     computed once for all candidates. `relevance` is feature 0. With `bins`, the networks read each feature also by the

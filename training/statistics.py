@@ -157,7 +157,7 @@ def features_of_line(
     columns: Columns,
     outcomes: Outcomes,
 ) -> npt.NDArray[np.float32]:
-    """What the ranker reads of line `at`, with what `columns` and `outcomes` know of items and surfaces; float32 [F]."""
+    """What the ranker reads of line `at`, where `columns` and `outcomes` hold what is known of items; float32 [F]."""
     row = lines.rows[at : at + 1]
     past = past_of(data, int(lines.people[at]), int(lines.positions[at]), columns)
     moment = Moment(int(lines.times[at]), lines.surfaces[lines.where[at]], lines.places[at : at + 1])

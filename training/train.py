@@ -23,8 +23,8 @@ from training.baselines import counts_of, neighbors_of, recent_mask, training_ma
 from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
-from training.fit import Fit, OnStep
 from training.feed import learn, read_feed
+from training.fit import Fit, OnStep
 from training.heads import Asker, fit_query_encoder, fit_ranker
 from training.impressions import read_impressions, shown_lines
 from training.machine import exact, prepared
