@@ -192,8 +192,8 @@ def log_odds_plain(
     """The plain twin of `log_odds`."""
     out = np.empty(acted.shape, np.float64)
     for at in np.ndindex(*acted.shape):
-        expected = 1.0 / (1.0 + math.exp(-prior[at]))
-        rate = (min(acted[at], shown[at]) + strength * expected) / (shown[at] + strength)
+        weight, expected = float(shown[at]), 1.0 / (1.0 + math.exp(-float(prior[at])))
+        rate = (min(float(acted[at]), weight) + strength * expected) / (weight + strength)
         rate = min(max(rate, _RAREST), 1.0 - _RAREST)
         out[at] = math.log(rate / (1.0 - rate))
     return out

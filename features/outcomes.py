@@ -86,7 +86,7 @@ class Outcomes:
         """The weight of each event among the showings, then among the actions; float64 [h, 2A], oldest first."""
         shown, acted = self.marks(types, values)
         known = np.cumsum(shown, axis=1)
-        later = known[:, -1:] - known
+        later: npt.NDArray[np.int64] = known[:, -1:] - known
         weight = _DECAYS[half_life][later] * (known > 0)
         return np.ascontiguousarray(np.concatenate([weight * shown, weight * acted]).T)
 

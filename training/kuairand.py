@@ -45,13 +45,13 @@ def event_table(impressions: pa.Table, history: pa.Table) -> pa.Table:
 def impression_table(impressions: pa.Table) -> pa.Table:
     """One slate per impression; which policy chose it nobody knows, so its propensity is NaN."""
     count = impressions.num_rows
-    offsets = np.arange(count + 1, dtype=np.int32)
+    offsets: Any = pa.array(np.arange(count + 1, dtype=np.int32))
     columns: dict[str, Any] = {
         "request_id": _requests(count),
         "user_id": _text(impressions["user_id"]),
         "timestamp": impressions["time_ms"].combine_chunks(),
-        "item_ids": pa.ListArray.from_arrays(pa.array(offsets), _text(impressions["video_id"])),
-        "propensities": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.full(count, np.nan))),
+        "item_ids": pa.ListArray.from_arrays(offsets, _text(impressions["video_id"])),
+        "propensities": pa.ListArray.from_arrays(offsets, pa.array(np.full(count, np.nan))),
         "surface": _surfaces(impressions),
     }
     return pa.table(

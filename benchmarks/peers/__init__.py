@@ -1,1 +1,1 @@
-"""Other systems, each run by an interpreter of its own: nothing here is imported by Penchant."""
+"""Other people's trainers, each run by an interpreter of its own; none of these files imports Penchant."""
