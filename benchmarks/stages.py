@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnxruntime as _onnxruntime
 
 from benchmarks.report import facts
-from features.assemble import RANKER_FEATURES, encoder_inputs, history
+from features.assemble import encoder_inputs, history, ranker_width
 from features.profile import Profile, empty, fold, make_records
 from features.schema import event_type_key
 from serving.config import ServeConfig
@@ -100,7 +100,7 @@ class _Floor:
         rows = min(candidates, engine.catalog.size)
         # Where the ranker does not move the order, it judges the page only, here as there.
         judged = rows if bundle.model["blend"] else PAGE
-        features = np.zeros((judged, len(RANKER_FEATURES)), np.float32)
+        features = np.zeros((judged, ranker_width(len(bundle.model["actions"]))), np.float32)
         ranked = [{"user": user, "items": columns.vectors[:judged], "features": features} for user in users]
         self.calls: dict[str, Call] = {
             "redis": lambda at: line.ask(b"GET", keys[at % len(keys)]),

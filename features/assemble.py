@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.catalog import Catalog, Columns
-from features.kernels import affinity, pack_newest
+from features.catalog import Catalog, Columns, blocks
+from features.kernels import affinity, matched_weights, pack_newest
+from features.outcomes import Outcomes, Rates
 from features.profile import RING, Profile, Records
 from features.schema import Feature, FeatureSet
 
@@ -35,9 +36,35 @@ RANKER_FEATURES = FeatureSet(
         Feature("price_known", "1 where the item has a price", "item"),
         Feature("history_length", "log1p of the number of events remembered", _RING),
         Feature("trained", "1 where the item was in the training data", "item"),
+        Feature("duration", "log1p of the item's seconds, 0 where unknown", "item"),
+        Feature("duration_known", "1 where the item has a duration", "item"),
+        Feature("age", "log1p of the days since the item may be shown, 0 where that was always"),
+        Feature("recency", "log1p of the hours since the person's newest event, 0 where there is none"),
+        Feature("shown_before", "log1p of the person's events about this very item", _RING),
+        Feature("position", "log1p of the place in the slate, 0 when serving: as if it came first"),
+        Feature("item_shown", "log1p of how often the item was shown to anybody", "item"),
+        Feature("creator_shown", "log1p of how often the creator's items were shown to anybody", "item"),
     )
 )
-FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES))
+ACTION_FEATURES = FeatureSet(
+    (
+        Feature("person_rate", "the person's log-odds above everybody's, half-life 40 showings", _RING),
+        Feature("person_recent_rate", "the same, half-life 4 showings", _RING),
+        Feature("person_category_rate", "log-odds in the item's category above the person's", _RING),
+        Feature("person_creator_rate", "log-odds with the item's creator above the person's", _RING),
+        Feature("person_item_rate", "log-odds with this very item above the person's", _RING),
+        Feature("person_duration_rate", "log-odds among items of like duration above the person's", _RING),
+        Feature("item_rate", "the item's log-odds above everybody's, pulled to its creator's", "item"),
+        Feature("creator_rate", "the creator's log-odds above everybody's, pulled to the category's", "item"),
+        Feature("category_rate", "the category's log-odds above everybody's", "item"),
+        Feature("surface_rate", "the surface's log-odds above everybody's"),
+    )
+)
+"""What the ranker reads for each of a bundle's actions, after `RANKER_FEATURES`."""
+FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
+
+_HALF_POWER = 0.5**0.5  # two classes of duration per doubling
+_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
 
 # Computed once in float64, so that training and serving read the same bits.
 _DECAY = 0.5 ** (np.arange(RING, dtype=np.float64) / HALF_LIFE)
@@ -66,6 +93,36 @@ class History:
     def __len__(self) -> int:
         """The number of events."""
         return self.rows.size
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When and where candidates are judged.
+
+    Attributes:
+        now_ms: Time of the request, ms; 0 where there is none, as in data that has order only.
+        surface: Where the answer is shown.
+        positions: The place of each candidate in its slate, known of the past only; int32 [n].
+    """
+
+    now_ms: int = 0
+    surface: str = ""
+    positions: npt.NDArray[np.int32] | None = None
+
+
+def ranker_names(actions: Sequence[str]) -> tuple[str, ...]:
+    """The names of the ranker's inputs in order; those of an action are `action/feature`."""
+    return (*RANKER_FEATURES.names, *(f"{action}/{name}" for name in ACTION_FEATURES.names for action in actions))
+
+
+def ranker_width(actions: int) -> int:
+    """The number of the ranker's inputs."""
+    return len(RANKER_FEATURES) + actions * len(ACTION_FEATURES)
+
+
+def statistics_width(actions: int) -> int:
+    """The number of an item's statistics in the catalogue: two counts, and a rate of item, creator and category."""
+    return 2 + 3 * actions
 
 
 def history(records: Records, catalog: Catalog, type_index: Mapping[int, int]) -> History:
@@ -164,31 +221,87 @@ def pack(
 
 
 def ranker_features(
-    past: History, rows: npt.NDArray[np.int32], relevance: npt.NDArray[np.float32], columns: Columns
+    past: History,
+    rows: npt.NDArray[np.int32],
+    relevance: npt.NDArray[np.float32],
+    columns: Columns,
+    outcomes: Outcomes,
+    moment: Moment,
 ) -> npt.NDArray[np.float32]:
-    """What the ranker reads of each candidate, in the order of `RANKER_FEATURES`.
+    """What the ranker reads of each candidate, in the order of `ranker_names`.
 
     Args:
         past: The person's events; all of them when there are no more than RING, else the newest RING.
         rows: Candidates; int32 [n].
         relevance: Inner product of user and item vector; float32 [n].
         columns: The catalogue's columns.
+        outcomes: How the actions are read from events.
+        moment: When and where.
 
     Returns:
-        float32 [n, len(RANKER_FEATURES)]; a candidate's line never depends on the other candidates.
+        float32 [n, ranker_width(actions)]; a candidate's line never depends on the other candidates.
     """
+    actions, common = len(outcomes), len(RANKER_FEATURES)
     weights = _DECAY[: len(past)][::-1]
-    price = columns.price[rows]
-    known = np.isfinite(price)
-    out = np.empty((rows.size, len(RANKER_FEATURES)), np.float32)
+    price, duration = columns.price[rows], columns.duration[rows]
+    priced, timed = np.isfinite(price), np.isfinite(duration)
+    of_item = _item_keys(past.rows)
+    mine = _item_keys(rows)
+    out = np.zeros((rows.size, ranker_width(actions)), np.float32)
     out[:, 0] = relevance
     out[:, 1] = columns.popularity[rows]
     out[:, 2] = columns.recent_popularity[rows]
     out[:, 3] = affinity(columns.category[rows], past.categories, weights)
     out[:, 4] = affinity(columns.creator[rows], past.creators, weights)
     # In float64: the float32 log1p of numpy depends on where in a vector register a value falls.
-    out[:, 5] = np.log1p(np.where(known, price, 0.0).astype(np.float64))
-    out[:, 6] = known
+    out[:, 5] = np.log1p(np.where(priced, price, 0.0).astype(np.float64))
+    out[:, 6] = priced
     out[:, 7] = np.log1p(float(len(past)))
     out[:, 8] = columns.trained[rows]
+    out[:, 9] = np.log1p(np.where(timed, duration, 0.0).astype(np.float64))
+    out[:, 10] = timed
+    out[:, 11] = _age(columns.available_from[rows], moment.now_ms)
+    if len(past) and moment.now_ms:
+        out[:, 12] = np.log1p(max(moment.now_ms - int(past.timestamps[-1]), 0) / _HOUR_MS)
+    out[:, 13] = np.log1p(matched_weights(mine, of_item, np.ones((len(past), 1), np.float64))[:, 0])
+    if moment.positions is not None:
+        out[:, 14] = np.log1p(moment.positions.astype(np.float64))
+    statistics = columns.statistics[rows]
+    known = statistics.shape[1] == statistics_width(actions)
+    if known:
+        out[:, 15:common] = statistics[:, :2]
+    rates = Rates.of(outcomes, past.types, past.values)
+    lengths = _length_keys(np.where(past.rows >= 0, columns.duration[past.rows], np.float32(np.nan)))
+    parts = [
+        rates.long - outcomes.base,
+        rates.short - outcomes.base,
+        rates.among(columns.category[rows], past.categories),
+        rates.among(columns.creator[rows], past.creators),
+        rates.among(mine, of_item),
+        rates.among(_length_keys(duration), lengths),
+        *(blocks(statistics) if known else (0.0, 0.0, 0.0)),
+        outcomes.surface(moment.surface),
+    ]
+    for number, part in enumerate(parts):
+        out[:, common + number * actions : common + (number + 1) * actions] = part
     return out
+
+
+def _item_keys(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+    """Keys that tell items apart: 1 + row, 0 where the item is unknown; uint64 [n]."""
+    return (rows.astype(np.int64) + 1).astype(np.uint64)
+
+
+def _length_keys(seconds: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
+    """Classes of like duration, 0 where it is unknown; uint64 [n]."""
+    known = np.isfinite(seconds)
+    # Not by a logarithm, whose last bit may depend on where in a vector register a value falls.
+    fraction, power = np.frexp(np.where(known, seconds, 1.0).astype(np.float64))
+    steps = 2 * power + (fraction >= _HALF_POWER)
+    return np.where(known, np.clip(steps, 0, 98) + 1, 0).astype(np.uint64)
+
+
+def _age(since: npt.NDArray[np.int64], now_ms: int) -> npt.NDArray[np.float64]:
+    """log1p of the days since a time, 0 where that or the moment is unknown."""
+    known = (since > 0) & (now_ms > 0)
+    return np.log1p(np.where(known, np.maximum(now_ms - since, 0) / _DAY_MS, 0.0))

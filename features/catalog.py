@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.columns import pc
 from features.schema import item_key, item_keys
 from features.vocabulary import Vocabulary
 
@@ -37,6 +38,9 @@ class Columns:
         popularity: log1p of the number of events in training; float32.
         recent_popularity: log1p of the number of events in the last days of training; float32.
         trained: Whether the item was in the training data; bool.
+        duration: Playing time, seconds, NaN where unknown; from the attribute `duration`; float32.
+        statistics: What people did with the item when it was shown, see `features.outcomes`; float32 [capacity, S],
+            S = 0 where nobody wrote down what was shown.
         put_at: When a live item was put, ms; 0 for the rows of the bundle; int64.
     """
 
@@ -50,6 +54,8 @@ class Columns:
     popularity: npt.NDArray[np.float32]
     recent_popularity: npt.NDArray[np.float32]
     trained: npt.NDArray[np.bool_]
+    duration: npt.NDArray[np.float32]
+    statistics: npt.NDArray[np.float32]
     put_at: npt.NDArray[np.int64]
 
     @property
@@ -65,7 +71,8 @@ class Catalog:
         """Takes the items of a bundle.
 
         Args:
-            items: The canonical table in row order, with `popularity`, `recent_popularity` and `trained` where known.
+            items: The canonical table in row order, with `popularity`, `recent_popularity`, `trained` and
+                `statistics` where known.
             vocabulary: Their ids, in the same order.
             vectors: Their vectors; float32 [N, D].
 
@@ -84,6 +91,7 @@ class Catalog:
         self._change = 0
         self._bitmap: tuple[int, int, npt.NDArray[np.uint8]] | None = None
         self.columns = columns_of(items, vectors)
+        self._kin = Kin(self.columns)
 
     def rows(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """The row of each id, -1 where it is unknown; int32 [n]."""
@@ -175,6 +183,7 @@ class Catalog:
         if row >= self.base_size:
             columns.vectors[row] = vector
             columns.put_at[row] = now_ms
+            columns.statistics[row] = self._kin.statistics(*_keys(item))
         _fill(columns, row, item)
         self._live[row] = {"item_id": item["item_id"], **{name: item.get(name) for name in _FIELDS}}
         if new:
@@ -201,8 +210,74 @@ def columns_of(items: pa.Table, vectors: npt.NDArray[np.float32]) -> Columns:
         popularity=_values(items, "popularity", np.float32, 0.0),
         recent_popularity=_values(items, "recent_popularity", np.float32, 0.0),
         trained=_values(items, "trained", np.bool_, True),
+        duration=_durations(items),
+        statistics=_statistics(items),
         put_at=np.zeros(count, np.int64),
     )
+
+
+class Kin:
+    """What the statistics of an item's creator and category say of an item that nobody was shown yet."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._statistics = columns.statistics
+        self._first = {name: np.unique(getattr(columns, name), return_index=True) for name in ("creator", "category")}
+
+    def statistics(self, category: int, creator: int) -> npt.NDArray[np.float32]:
+        """The statistics of a new item, float32 [S]; zeros, which mean nothing known, where it has no kin."""
+        out = np.zeros(self._statistics.shape[1], np.float32)
+        item, of_creator, of_category = blocks(out)
+        like_creator, like_category = self._relative("creator", creator), self._relative("category", category)
+        if like_category is not None:
+            of_category[:] = blocks(like_category)[2]
+            of_creator[:] = item[:] = of_category
+        if like_creator is not None:
+            out[1:2] = like_creator[1:2]
+            of_creator[:] = item[:] = blocks(like_creator)[1]
+        return out
+
+    def _relative(self, name: str, key: int) -> npt.NDArray[np.float32] | None:
+        keys, rows = self._first[name]
+        at = int(np.searchsorted(keys, np.uint64(key)))
+        return self._statistics[rows[at]] if key and at < keys.size and int(keys[at]) == key else None
+
+
+def blocks(
+    statistics: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The parts of statistics `[..., S]` that hold the rates of the item, its creator and its category `[..., A]`."""
+    rates = statistics[..., 2:]
+    actions = rates.shape[-1] // 3
+    return rates[..., :actions], rates[..., actions : 2 * actions], rates[..., 2 * actions :]
+
+
+def seconds_of(text: str | None) -> float:
+    """What an attribute `duration` says; NaN where that is no number of seconds above 0."""
+    try:
+        seconds = float(text) if text else np.nan
+    except ValueError:
+        return np.nan
+    return seconds if 0 < seconds < np.inf else np.nan
+
+
+def _durations(items: pa.Table) -> npt.NDArray[np.float32]:
+    if "attributes" not in items.column_names:
+        return np.full(items.num_rows, np.nan, np.float32)
+    found = pc.map_lookup(items.column("attributes"), "duration", "last")
+    return np.array([seconds_of(text) for text in found.to_pylist()], np.float32)
+
+
+def _statistics(items: pa.Table) -> npt.NDArray[np.float32]:
+    if "statistics" not in items.column_names:
+        return np.zeros((items.num_rows, 0), np.float32)
+    column: Any = items.column("statistics").combine_chunks()
+    return np.array(column.flatten().to_numpy(), np.float32).reshape(items.num_rows, column.type.list_size)
+
+
+def _keys(item: Mapping[str, Any]) -> tuple[int, int]:
+    """The keys of an item's primary category and of its creator, 0 where it has none."""
+    categories = item.get("categories")
+    return item_key(categories[0]) if categories else 0, item_key(item.get("creator_id"))
 
 
 def _values(items: pa.Table, name: str, dtype: type, default: Any) -> npt.NDArray[Any]:
@@ -226,10 +301,10 @@ def _grown(columns: Columns, capacity: int) -> Columns:
 
 
 def _fill(columns: Columns, row: int, item: Mapping[str, Any]) -> None:
-    price, categories, available = item.get("price"), item.get("categories"), item.get("available")
+    price, available = item.get("price"), item.get("available")
     columns.price[row] = np.nan if price is None else price
-    columns.category[row] = item_key(categories[0]) if categories else 0
-    columns.creator[row] = item_key(item.get("creator_id"))
+    columns.category[row], columns.creator[row] = _keys(item)
+    columns.duration[row] = seconds_of(dict(item.get("attributes") or ()).get("duration"))
     until = item.get("available_until") or 0
     _set_available(columns, row, available is not False, item.get("available_from") or 0, until)
 

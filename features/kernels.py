@@ -6,6 +6,7 @@ depends on the other candidates of its batch.
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 _LANES = 16
+_RAREST = 1e-6
 
 
 def _crc_table() -> npt.NDArray[np.uint32]:
@@ -123,6 +125,79 @@ def affinity_plain(
     if total <= 0.0:
         return np.zeros(keys.size, np.float32)
     return np.where(keys == 0, 0.0, shares / total).astype(np.float32)
+
+
+@nb.njit(cache=True)
+def matched_weights(
+    keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Sum of the weights of the remembered events that share each candidate's key; nothing shares key 0.
+
+    Args:
+        keys: One key per candidate (its category, its creator), 0 for none; uint64 [n].
+        history: One key per remembered event; uint64 [h].
+        weights: Weights of each remembered event; float64 [h, w].
+
+    Returns:
+        float64 [n, w].
+    """
+    out = np.zeros((keys.size, weights.shape[1]), np.float64)
+    for i in range(keys.size):
+        if keys[i] != np.uint64(0):
+            for j in range(history.size):
+                if history[j] == keys[i]:
+                    for k in range(weights.shape[1]):
+                        out[i, k] += weights[j, k]
+    return out
+
+
+def matched_weights_plain(
+    keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """The plain twin of `matched_weights`."""
+    out = np.zeros((keys.size, weights.shape[1]), np.float64)
+    for key, line in zip(history, weights, strict=True):
+        out += np.where(((keys == key) & (keys != 0))[:, None], line, 0.0)
+    return out
+
+
+@nb.njit(cache=True)
+def log_odds(
+    acted: npt.NDArray[np.float64], shown: npt.NDArray[np.float64], prior: npt.NDArray[np.float64], strength: float
+) -> npt.NDArray[np.float64]:
+    """Log-odds of rates that are pulled towards what was expected.
+
+    Args:
+        acted: Weight of what was acted on; float64 [n, a].
+        shown: Weight of what was shown; float64 [n, a].
+        prior: Log-odds of the expected rate; float64 [n, a].
+        strength: How many showings the expectation is worth.
+
+    Returns:
+        float64 [n, a]; where nothing was shown, the prior but for rounding.
+    """
+    out = np.empty(acted.shape, np.float64)
+    for i in range(acted.shape[0]):
+        for k in range(acted.shape[1]):
+            expected = 1.0 / (1.0 + math.exp(-prior[i, k]))
+            # Who acts more than they were shown has done so all but always.
+            rate = (min(acted[i, k], shown[i, k]) + strength * expected) / (shown[i, k] + strength)
+            rate = min(max(rate, _RAREST), 1.0 - _RAREST)
+            out[i, k] = math.log(rate / (1.0 - rate))
+    return out
+
+
+def log_odds_plain(
+    acted: npt.NDArray[np.float64], shown: npt.NDArray[np.float64], prior: npt.NDArray[np.float64], strength: float
+) -> npt.NDArray[np.float64]:
+    """The plain twin of `log_odds`."""
+    out = np.empty(acted.shape, np.float64)
+    for at in np.ndindex(*acted.shape):
+        weight, expected = float(shown[at]), 1.0 / (1.0 + math.exp(-float(prior[at])))
+        rate = (min(float(acted[at]), weight) + strength * expected) / (weight + strength)
+        rate = min(max(rate, _RAREST), 1.0 - _RAREST)
+        out[at] = math.log(rate / (1.0 - rate))
+    return out
 
 
 @nb.njit(cache=True)

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.assemble import FEATURES
+from features.assemble import FEATURES, statistics_width
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
+from features.columns import pc
 from features.errors import BundleError
+from features.outcomes import Outcomes
 from features.schema import NEGATIVE_EVENT_TYPES, event_type_key
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
@@ -153,7 +155,7 @@ class _Builder:
         self._neighbors = _neighbors(bundle, len(catalog.vocabulary))
         facts = bundle.model
         self._repeats = bool(facts["repeats"])
-        self._personal = Personal(model, catalog, facts["action_weights"], float(facts["blend"]))
+        self._personal = Personal(model, catalog, Outcomes.of(facts), facts["action_weights"], float(facts["blend"]))
 
     def pipelines(self) -> Mapping[str, Pipeline]:
         """The pipeline of each method."""
@@ -269,6 +271,7 @@ def _items(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:
     items, vocabulary = _table(bundle, "items.arrow"), Vocabulary.open(path / "vocabulary.arrow")
     if items.column("item_id").to_pylist() != vocabulary.ids(np.arange(len(vocabulary))):
         raise BundleError(f"{path}: vocabulary.arrow and items.arrow name other items; export the run again")
+    _check_statistics(bundle, items)
     offsets = _array(bundle, "token_offsets.npy", np.int64, (len(vocabulary) + 1,))
     try:
         return Catalog(items, vocabulary, vectors), LexicalIndex(
@@ -276,6 +279,16 @@ def _items(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:
         )
     except ValueError as error:
         raise BundleError(f"{path}: {error}; export the run again") from error
+
+
+def _check_statistics(bundle: Bundle, items: pa.Table) -> None:
+    """A catalogue has statistics of just the bundle's actions, or none."""
+    if "statistics" not in items.column_names:
+        return
+    wanted = pa.list_(pa.float32(), statistics_width(len(bundle.model["actions"])))
+    column = items.column("statistics")
+    if not column.type.equals(wanted) or column.null_count or not pc.all(pc.is_finite(pc.list_flatten(column))).as_py():
+        raise BundleError(f"{bundle.path / 'items.arrow'}: its statistics fit no action of it; export the run again")
 
 
 def _table(bundle: Bundle, name: str) -> pa.Table:

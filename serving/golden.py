@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import encoder_inputs, history, ranker_features
+from features.assemble import Moment, encoder_inputs, history, ranker_features
 from features.bundle import Bundle
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.golden import apart, profile_of
+from features.outcomes import Outcomes
 from features.schema import event_type_key
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from serving.index import Index
@@ -42,6 +43,7 @@ class _Replay:
         self._bundle, self._model, self._index, self._catalog = bundle, model, index, catalog
         self._types = {event_type_key(name): 1 + at for at, name in enumerate(bundle.model["event_types"])}
         self._shapes = ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})
+        self._outcomes = Outcomes.of(bundle.model)
         self._found = self._wanted = 0
 
     def run(self) -> None:
@@ -66,7 +68,9 @@ class _Replay:
         user = self._model.encode_user(columns.vectors[rows], types)
         self._close(f"{name}.vector", user, golden["vector"])
         best = self._best(name, user, golden)
-        features = ranker_features(past, best, np.array(golden["relevance"], np.float32), columns)
+        moment = Moment(golden["now_ms"], golden["surface"])
+        relevance = np.array(golden["relevance"], np.float32)
+        features = ranker_features(past, best, relevance, columns, self._outcomes, moment)
         self._close(f"{name}.features", features, golden["features"])
         logits = self._model.rank(user, columns.vectors[best], features)
         self._close(f"{name}.logits", logits, golden["logits"])

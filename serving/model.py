@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnxruntime as _onnxruntime
 import onnxruntime.capi.onnxruntime_pybind11_state as _state
 
-from features.assemble import RANKER_FEATURES
+from features.assemble import ranker_width
 from features.bundle import Bundle
 from features.errors import BundleError
 from serving.errors import ConfigError, ServingError
@@ -55,7 +55,7 @@ class Model:
         self.actions = len(model["actions"])
         self._providers = _providers(device)
         self.device = "cuda" if len(self._providers) > 1 else "cpu"
-        dim, features = self.dim, len(RANKER_FEATURES)
+        dim, features = self.dim, ranker_width(self.actions)
         sequence: _Shapes = {"vectors": [None, None, dim], "types": [None, None], "lengths": [None]}
         words: _Shapes = {"tokens": [None, None]}
         content: _Shapes = {**words, "categories": [None, None], "creators": [None], "prices": [None]}

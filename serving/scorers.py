@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import ranker_features
+from features.assemble import Moment, ranker_features
 from features.catalog import Catalog
 from features.kernels import dot_rows
+from features.outcomes import Outcomes
 from serving.lexical import LexicalIndex
 from serving.model import Model
 from serving.pipeline import POPULAR, Candidates, Query, Rows, Scores
@@ -23,9 +24,11 @@ _LEAST = 1e-6
 class Personal:
     """What one person thinks of rows: relevance + blend * utility, the score that evaluation measures."""
 
-    def __init__(self, model: Model, catalog: Catalog, weights: Sequence[float], blend: float) -> None:
-        """Takes the weight of each action and the weight of their sum."""
-        self._model, self._catalog = model, catalog
+    def __init__(
+        self, model: Model, catalog: Catalog, outcomes: Outcomes, weights: Sequence[float], blend: float
+    ) -> None:
+        """Takes how actions are read, the weight of each and the weight of their sum."""
+        self._model, self._catalog, self._outcomes = model, catalog, outcomes
         self._weights, self._blend = np.array(weights, np.float64), blend
 
     def score(self, query: Query, rows: Rows) -> Scores:
@@ -39,7 +42,8 @@ class Personal:
         # Where the ranker does not move the order, only the items of the page need their probabilities.
         at = np.arange(rows.size) if self._blend else np.argsort(-relevance, kind="stable")[: query.page_size]
         judged = rows[at]
-        features = ranker_features(query.history, judged, relevance[at], columns)
+        moment = Moment(query.now_ms, query.surface)
+        features = ranker_features(query.history, judged, relevance[at], columns, self._outcomes, moment)
         logits = self._model.rank(query.user_vector, columns.vectors[judged], features)
         probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
         query.probabilities = np.full((rows.size, probabilities.shape[1]), np.nan, np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from features.assemble import FEATURES
+from features.assemble import FEATURES, statistics_width
 from features.schema import EVENTS, ITEMS
 from features.tables import Dataset, open_dataset, write_dataset
 from features.vocabulary import Vocabulary
@@ -78,6 +78,9 @@ def untrained_run(config: TrainConfig = CONFIG, **options: int) -> LoadedRun:
         "event_types": TYPES,
         "actions": [action.model_dump() for action in config.actions],
         "action_weights": [1.0],
+        "base_rates": [-1.0],
+        "surface_rates": {"home": [0.25]},
+        "ranker_source": "candidates",
         "seen_types": ["purchase"],
         "blend": 0.25,
         "data_fingerprint": data.info["fingerprint"],
@@ -96,6 +99,7 @@ def untrained_run(config: TrainConfig = CONFIG, **options: int) -> LoadedRun:
         item_vectors=rng.normal(size=(count, config.dim)).astype(np.float32),
         popularity=np.log1p(rng.integers(0, 50, count)).astype(np.float32),
         recent_popularity=np.log1p(rng.integers(0, 5, count)).astype(np.float32),
+        statistics=rng.normal(size=(count, statistics_width(len(config.actions)))).astype(np.float32),
         trained=rng.random(count) < 0.9,
         neighbors=near,
         neighbor_scores=np.where(near >= 0, 0.5, 0).astype(np.float32),

@@ -17,7 +17,7 @@ import onnx
 import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
-from features.assemble import FEATURES, RANKER_FEATURES
+from features.assemble import FEATURES, ranker_names
 from features.bundle import publish
 from features.schema import ITEMS, item_keys
 from features.transforms import item_text, text_tokens, token_buckets
@@ -173,8 +173,9 @@ def _models(staging: Path) -> None:
     named = {"table": _table(token_buckets(text_tokens(" ".join(GENRES)), BUCKETS)), "one": np.array([1])}
     _save(staging / "query_encoder.onnx", ask, {"tokens": (whole, ["b", "t"])}, ("query", ["b", DIM]), named)
 
-    weights = np.zeros((len(RANKER_FEATURES), 2), np.float32)
-    weights[RANKER_FEATURES.names.index("category_affinity")] = (1.0, 2.0)
+    names = ranker_names([action["name"] for action in MODEL["actions"]])
+    weights = np.zeros((len(names), 2), np.float32)
+    weights[names.index("category_affinity")] = (1.0, 2.0)
     judge = [
         helper.make_node("MatMul", ["features", "weights"], ["raw"]),
         helper.make_node("Add", ["raw", "bias"], ["logits"]),
@@ -182,7 +183,7 @@ def _models(staging: Path) -> None:
     inputs = {
         "user": (floats, [1, DIM]),
         "items": (floats, ["n", DIM]),
-        "features": (floats, ["n", len(RANKER_FEATURES)]),
+        "features": (floats, ["n", len(names)]),
     }
     named = {"weights": weights, "bias": np.array([-1, -2], np.float32)}
     _save(staging / "ranker.onnx", judge, inputs, ("logits", ["n", 2]), named)

@@ -35,6 +35,8 @@ class Action(_Frozen):
     name: str
     event_type: str
     min_value: float | None = Field(default=None, description="Smallest value of the event that counts; none: any.")
+    shown_types: tuple[str, ...] = Field((), description="Event types that show an item, which the action may follow.")
+    window_hours: float = Field(24.0, gt=0, description="Hours after an impression within which the action counts.")
 
 
 class TrainConfig(_Frozen):
@@ -44,6 +46,7 @@ class TrainConfig(_Frozen):
         "none", description="What is held out for `penchant evaluate`; none: everything but validation is trained on."
     )
     test_share: float = Field(0.1, gt=0, lt=1, description="Share of all events, the newest, that temporal holds out.")
+    test_days: float = Field(0, ge=0, description="Days, the last, that temporal holds out; 0: test_share says it.")
     hide_items: float = Field(
         0.0,
         ge=0,
@@ -95,6 +98,19 @@ class TrainConfig(_Frozen):
     query_steps: int = Field(400, ge=0, description="Steps that train the query encoder.")
     ranker_steps: int = Field(400, ge=0, description="Steps that train the ranker; 0: it passes relevance through.")
     ranker_hidden: int = Field(64, ge=1, description="Width of the ranker's hidden layers.")
+    ranker_members: int = Field(1, ge=1, description="Networks whose mean is the ranker; each sees its own batches.")
+    ranker_bins: int = Field(0, ge=0, description="Quantile bins by which the ranker also reads each feature.")
+    ranker_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the ranker's inner activations dropped.")
+    ranker_decay: float = Field(0.1, ge=0, description="Weight decay of the ranker.")
+    ranker_rate: float = Field(2e-3, gt=0, description="Highest learning rate of the ranker.")
+    ranker_epochs: int = Field(12, ge=1, description="Most passes over the impressions; validation says how many.")
+    ranker_days: float = Field(
+        0, ge=0, description="Days of impressions that train the ranker and not the encoders; 0: all, and both."
+    )
+    ranker_validation_days: float = Field(
+        0, ge=0, description="Days of impressions, the last but the test, that validate the ranker; 0: the last tenth."
+    )
+    statistics_hours: float = Field(24.0, gt=0, description="Hours after which item statistics are learned anew.")
     candidates: int = Field(500, ge=10, description="Items of a person that the ranker scores, the most relevant.")
     neighbors: int = Field(50, ge=1, description="Similar items kept per item.")
 

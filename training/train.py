@@ -23,8 +23,10 @@ from training.baselines import counts_of, neighbors_of, popularity_of, recent_po
 from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
+from training.feed import learn, read_feed
 from training.fit import Fit, OnStep
 from training.heads import Asker, fit_query_encoder, fit_ranker
+from training.impressions import read_impressions, shown_lines
 from training.machine import circumstances, exact, prepared
 from training.report import write_report
 from training.run import (
@@ -38,7 +40,8 @@ from training.run import (
     write_json,
     write_tensors,
 )
-from training.split import Split, split
+from training.split import Split, cut_of, split
+from training.statistics import Learned, Teller
 from training.warm_start import near_vectors
 
 WARM_EVENTS = 1 << 20
@@ -102,7 +105,13 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
         with exact():
             weights = action_weights(material.actions, config)
-            asker = Asker(modules, table, material.data, _columns(material, tables), material.actions, config)
+            columns = _columns(material, tables)
+            learned, said = _learn_from_impressions(data, material, modules, table, columns, config)
+            tables["statistics"] = learned.statistics
+            columns = dataclasses.replace(columns, statistics=learned.statistics)
+            asker = Asker(
+                modules, table, material.data, columns, learned.outcomes, material.actions, config, bool(said)
+            )
             blend, gain = fit_ranker(asker, material.division, weights)
     save_modules(out / "query.safetensors", {"query": modules.query})
     save_modules(out / "ranker.safetensors", {"ranker": modules.ranker})
@@ -112,10 +121,34 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
     result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
     result |= {"blend": blend, "ranker_ndcg@10": gain, "data": str(data.resolve()), **_facts(material, weights)}
+    result |= {"ranker_source": "impressions" if said else "candidates", "ranker": said, **learned.facts()}
     write_json(out / "result.json", result)
     write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
+
+
+def _learn_from_impressions(
+    path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: Columns, config: TrainConfig
+) -> tuple[Learned, dict[str, Any]]:
+    """Trains the ranker on impressions where there are enough; what is known of what people do with what they see.
+
+    Returns:
+        What was learned up to the test, and what `learn` says of the ranker, empty where it learned nothing here.
+    """
+    data, said = material.data, {}
+    slates = None
+    # Impressions are cut by time: one that is not later than another's test could tell of it.
+    if config.ranker_steps and not config.hide_items and config.protocol != "leave-one-out" and not data.ordered_only:
+        slates = read_impressions(path)
+    shown = None
+    if slates is not None:
+        shown = shown_lines(slates, material.dataset, material.vocabulary, data, material.actions)
+    teller = Teller(data, columns, material.actions, shown, material.division.fit_end)
+    if shown is not None:
+        feed = read_feed(teller, shown, modules.user, table, config)
+        said = learn(modules.ranker.cpu(), feed, config) if feed is not None else {}
+    return teller.at(1 if data.ordered_only else cut_of(data, config) + 1), said
 
 
 def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, folder: Path | None = None) -> Material:

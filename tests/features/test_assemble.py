@@ -8,6 +8,7 @@ import pytest
 
 from features import assemble, profile
 from features.catalog import Catalog
+from features.outcomes import Outcomes
 from features.schema import event_type_key, item_key
 from features.vocabulary import Vocabulary
 
@@ -64,11 +65,25 @@ def test_pack_pads_on_the_right():
     assert assemble.pack([(none, none)])[0].shape == (1, 1)
 
 
+OUTCOMES = Outcomes.of(
+    {
+        "event_types": ["view_item", "purchase"],
+        "actions": [
+            {"name": "buy", "event_type": "purchase", "min_value": None, "shown_types": ["view_item"]},
+            {"name": "view", "event_type": "view_item", "min_value": None},
+        ],
+        "base_rates": [-1.0, 2.0],
+        "surface_rates": {"home": [0.5, -0.5]},
+    }
+)
+MOMENT = assemble.Moment(20_000 * assemble._DAY_MS, "home")
+
+
 def test_ranker_features_by_hand(catalog):
     past = assemble.history(events(("a", "view_item"), ("b", "purchase")), catalog, TYPES)
     relevance = np.array([0.5, -1.0, 2.0], np.float32)
-    table = assemble.ranker_features(past, np.array([0, 1, 2], np.int32), relevance, catalog.columns)
-    named = dict(zip(assemble.RANKER_FEATURES.names, table.T, strict=True))
+    table = assemble.ranker_features(past, np.array([0, 1, 2], np.int32), relevance, catalog.columns, OUTCOMES, MOMENT)
+    named = dict(zip(assemble.ranker_names(["buy", "view"]), table.T, strict=True))
     old = 0.5 ** (1 / assemble.HALF_LIFE)
     np.testing.assert_array_equal(named["relevance"], relevance)
     np.testing.assert_allclose(named["category_affinity"], [old / (1 + old), 1 / (1 + old), old / (1 + old)], rtol=1e-6)
@@ -82,8 +97,11 @@ def test_ranker_features_by_hand(catalog):
 def test_a_candidate_does_not_depend_on_the_others(catalog):
     past = assemble.history(events(("a", "view_item"), ("b", "purchase"), ("a", "purchase")), catalog, TYPES)
     rows, relevance = np.array([2, 0, 1], np.int32), np.array([1, 2, 3], np.float32)
-    together = assemble.ranker_features(past, rows, relevance, catalog.columns)
-    alone = [assemble.ranker_features(past, rows[i : i + 1], relevance[i : i + 1], catalog.columns) for i in range(3)]
+    together = assemble.ranker_features(past, rows, relevance, catalog.columns, OUTCOMES, MOMENT)
+    alone = [
+        assemble.ranker_features(past, rows[i : i + 1], relevance[i : i + 1], catalog.columns, OUTCOMES, MOMENT)
+        for i in range(3)
+    ]
     assert together.tobytes() == np.concatenate(alone).tobytes()
 
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from features.assemble import RANKER_FEATURES
+from features.assemble import ranker_width
 from features.bundle import Bundle, open_bundle
 from features.errors import BundleError
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
@@ -84,7 +84,7 @@ def test_items_and_queries(model, run, shapes):
 def test_candidates_do_not_depend_on_one_another(model, run):
     user = RNG.normal(size=CONFIG.dim).astype(np.float32)
     items = RNG.normal(size=(300, CONFIG.dim)).astype(np.float32)
-    features = RNG.normal(size=(300, len(RANKER_FEATURES))).astype(np.float32)
+    features = RNG.normal(size=(300, ranker_width(1))).astype(np.float32)
     logits = model.rank(user, items, features)
     assert logits.shape == (300, 1)
     close(logits, asked(run.ranker, user[None], items, features))

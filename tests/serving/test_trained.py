@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from features.assemble import encoder_inputs, history, ranker_features
+from features.assemble import Moment, encoder_inputs, history, ranker_features
+from features.outcomes import Outcomes
 from features.profile import empty as nobody
 from features.profile import fold, make_records
 from features.schema import event_type_key, event_type_keys, item_keys
@@ -45,7 +46,8 @@ def expected(engine: Engine, records, page: int) -> list[int]:
     depth = engine.bundle.manifest["configuration"].get("candidates", 500)
     best = every[np.argsort(-relevance, kind="stable")[:depth]]
     close = (columns.vectors[best] @ user).astype(np.float32)
-    logits = engine.model.rank(user, columns.vectors[best], ranker_features(past, best, close, columns))
+    features = ranker_features(past, best, close, columns, Outcomes.of(facts), Moment(NOW))
+    logits = engine.model.rank(user, columns.vectors[best], features)
     worth = (1 / (1 + np.exp(-logits.astype(np.float64))) * facts["action_weights"]).sum(axis=1).clip(1e-6, 1 - 1e-6)
     final = close + facts["blend"] * np.log(worth / (1 - worth))
     return best[np.argsort(-final, kind="stable")[:page]].tolist()

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.heads import Candidates, _choose_blend, _some_words, platt
-from training.ranker import Ranker, utility
+from training.heads import Candidates, _choose_blend, _some_words
+from training.ranker import Ranker, platt, utility
 
 
 def test_platt_finds_the_true_slope_and_shift() -> None:

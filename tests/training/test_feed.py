@@ -1,0 +1,215 @@
+"""The ranker learns from impressions, and nothing that it reads knows the future."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from features.catalog import columns_of
+from features.schema import EVENTS, IMPRESSIONS, ITEMS
+from features.tables import Dataset, open_dataset, write_dataset
+from tests.training.conftest import TINY, _complete
+from training.config import Action, TrainConfig
+from training.data import Interactions, item_vocabulary, read_interactions
+from training.feed import Feed, learn, lesson_of
+from training.impressions import NEVER, Shown, read_impressions, shown_lines
+from training.metrics import auc
+from training.ranker import Ranker
+from training.statistics import Teller, line_features
+
+HOUR = 3_600_000
+START = 1_700_000_000_000
+CLICK = Action(name="click", event_type="click", shown_types=("shown",), window_hours=1)
+LIKE = Action(name="like", event_type="like", shown_types=("shown",), window_hours=1)
+ACTIONS = (CLICK, LIKE)
+CONFIG = TrainConfig(**{**TINY, "actions": ACTIONS, "target_types": ("click",)})
+
+
+def write(folder: Path, events: list[tuple], slates: list[tuple], items: int) -> Path:
+    """Events (user, item, type, hour, request) and slates (request, user, hour, items, surface)."""
+    table = {
+        "user_id": [e[0] for e in events],
+        "item_id": [e[1] for e in events],
+        "event_type": [e[2] for e in events],
+        "timestamp": [START + round(e[3] * HOUR) for e in events],
+        "request_id": pa.array([e[4] for e in events], pa.string()),
+    }
+    shown = {
+        "request_id": [s[0] for s in slates],
+        "user_id": [s[1] for s in slates],
+        "timestamp": [START + round(s[2] * HOUR) for s in slates],
+        "item_ids": [s[3] for s in slates],
+        "propensities": [[float("nan")] * len(s[3]) for s in slates],
+        "surface": [s[4] for s in slates],
+    }
+    things = {"item_id": [f"i{n}" for n in range(items)], "creator_id": [f"c{n % 3}" for n in range(items)]}
+    write_dataset(
+        folder / "data",
+        _complete(pa.table(table), EVENTS),
+        _complete(pa.table(things), ITEMS),
+        impressions=_complete(pa.table(shown), IMPRESSIONS),
+        name="feed",
+    )
+    return folder / "data"
+
+
+@dataclasses.dataclass
+class World:
+    dataset: Dataset
+    data: Interactions
+    shown: Shown
+    teller: Callable[[Interactions, Shown], Teller]
+
+
+def world(path: Path) -> World:
+    dataset = open_dataset(path)
+    items, vocabulary = item_vocabulary(dataset)
+    data = read_interactions(dataset, vocabulary, CONFIG)
+    slates = read_impressions(path)
+    assert slates is not None
+    shown = shown_lines(slates, dataset, vocabulary, data, ACTIONS)
+    columns = columns_of(items, np.zeros((data.items, 4), np.float32))
+    return World(dataset, data, shown, lambda d, s: Teller(d, columns, ACTIONS, s, np.diff(d.offsets)))
+
+
+def test_labels_join_by_request_inside_the_window(tmp_path: Path) -> None:
+    events = [
+        ("u", "i0", "shown", 0, "a"), ("u", "i0", "click", 0.5, "a"), ("u", "i1", "like", 1.5, "a"),
+        ("u", "i0", "shown", 3, "b"), ("u", "i1", "click", 3.1, None), ("u", "i2", "click", 3.2, "b"),
+    ]  # fmt: skip
+    slates = [
+        ("a", "u", 0, ["i0", "i1", "gone"], "x"),
+        ("b", "u", 3, ["i0", "i1", "i2"], None),
+        ("c", "?", 3, ["i0"], "x"),
+    ]
+    made = world(write(tmp_path, events, slates, 4))
+    lines = made.shown
+    assert [(int(r), int(p)) for r, p in zip(lines.rows, lines.places, strict=True)] == [
+        (0, 0),
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        (2, 2),
+    ]
+    # i1 was liked too late, and its click names no request.
+    assert lines.labels().tolist() == [[True, False], [False, False], [False, False], [False, False], [True, False]]
+    assert lines.positions.tolist() == [0, 0, 3, 3, 3]
+    assert [lines.surfaces[at] for at in lines.where] == ["x", "x", "", "", ""]
+    assert not lines.labels(START + HOUR // 4).any()
+
+
+def test_labels_join_by_person_where_events_name_no_request(tmp_path: Path) -> None:
+    events = [("u", "i0", "click", 0.5, None), ("v", "i0", "click", 2, None), ("v", "i0", "shown", 0, None)]
+    slates = [
+        ("a", "u", 0, ["i0"], "x"),
+        ("b", "v", 0, ["i0"], "x"),
+        ("c", "v", 1.5, ["i0"], "x"),
+        ("d", "u", 1, ["i0"], "x"),
+    ]
+    lines = world(write(tmp_path, events, slates, 1)).shown
+    asked = {
+        (int(p), int(t - START) / HOUR): bool(done)
+        for p, t, done in zip(lines.people, lines.times, lines.labels()[:, 0], strict=True)
+    }
+    assert [asked[key] for key in sorted(asked)] == [True, False, False, True]
+
+
+def random_feed(folder: Path, people: int = 60, items: int = 12, hours: int = 96) -> Path:
+    """People who are shown items at random; the odd items are clicked by nearly everybody, others hardly ever."""
+    rng = np.random.default_rng(0)
+    events, slates = [], []
+    for person in range(people):
+        for number, hour in enumerate(np.sort(rng.uniform(0, hours, 24))):
+            item, request = int(rng.integers(items)), f"r{person}-{number}"
+            surface = "home" if rng.random() < 0.5 else "side"
+            slates.append((request, f"u{person}", hour, [f"i{item}"], surface))
+            events.append((f"u{person}", f"i{item}", "shown", hour, request))
+            if rng.random() < (0.8 if item % 2 else 0.15) * (1 if surface == "home" else 0.5):
+                events.append((f"u{person}", f"i{item}", "click", hour + 0.01, request))
+            if rng.random() < 0.05:
+                events.append((f"u{person}", f"i{item}", "like", hour + 0.02, request))
+    return write(folder, events, slates, items)
+
+
+@pytest.fixture(scope="module")
+def feed(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world(random_feed(tmp_path_factory.mktemp("feed")))
+
+
+def features(made: World, data: Interactions, shown: Shown, lines: Shown, every: float = 24.0) -> np.ndarray:
+    users = np.zeros((len(lines), 4), np.float32)
+    return line_features(made.teller(data, shown), lines, users, every_hours=every, last=START + 96 * HOUR)
+
+
+def without_the_future(made: World, moment: int) -> tuple[Interactions, Shown]:
+    """The world as it was at a moment; what came later has other types, values and outcomes."""
+    later = made.data.timestamps >= moment
+    data = dataclasses.replace(
+        made.data, types=np.where(later, 1 + made.data.types % 3, made.data.types).astype(np.int32)
+    )
+    after = made.shown.times >= moment
+    done = np.where((made.shown.done >= moment) | after[:, None], NEVER - made.shown.done % 2, made.shown.done)
+    return data, dataclasses.replace(made.shown, done=done, where=np.where(after, 0, made.shown.where))
+
+
+def leaks(made: World, read: Callable[[Interactions, Shown, Shown], np.ndarray]) -> bool:
+    """Whether what is read of the early impressions changes when the future does."""
+    moment = START + 50 * HOUR
+    early = made.shown.between(0, moment)
+    then = read(*without_the_future(made, moment), early)
+    return read(made.data, made.shown, early).tobytes() != then.tobytes()
+
+
+@pytest.mark.parametrize("every", [24.0, 5.0])
+def test_no_feature_knows_the_future(feed: World, every: float) -> None:
+    assert not leaks(feed, lambda data, shown, lines: features(feed, data, shown, lines, every))
+
+
+def test_a_feature_that_knows_the_future_is_found(feed: World) -> None:
+    def planted(data: Interactions, shown: Shown, lines: Shown) -> np.ndarray:
+        whole = feed.teller(data, shown).at(START + 97 * HOUR).statistics
+        return np.concatenate([features(feed, data, shown, lines), whole[lines.rows]], axis=1)
+
+    assert leaks(feed, planted)
+
+
+def test_statistics_are_those_of_the_events_so_far(feed: World) -> None:
+    teller = feed.teller(feed.data, feed.shown)
+    moment = START + 30 * HOUR
+    statistics = teller.at(moment).statistics
+    kinds = [1 + feed.data.event_types.index(name) for name in ("shown", "click")]
+    for row in range(feed.data.items):
+        mine = (feed.data.rows == row) & (feed.data.timestamps < moment)
+        shown, clicked = (int((mine & (feed.data.types == kind)).sum()) for kind in kinds)
+        assert statistics[row, 0] == pytest.approx(np.log1p(shown))
+        # The rate is pulled to others', so it lies between them and what happened.
+        rate = 1 / (1 + np.exp(-(statistics[row, 2] + teller.at(moment).outcomes.base[0])))
+        assert abs(rate - clicked / max(shown, 1)) < 0.4
+    assert not teller.at(START).statistics.any()
+
+
+def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
+    lines = feed.shown
+    lesson = lesson_of(
+        np.zeros((len(lines), 4), np.float32), np.zeros((len(lines), 4), np.float32),
+        features(feed, feed.data, feed.shown, lines), lines.labels(),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ranker = Ranker(4, lesson.features.shape[1], 8, 2, members=2, bins=4, dropout=0.1)
+    config = CONFIG.model_copy(update={"ranker_epochs": 30, "ranker_rate": 0.01})
+    held = lines.times > START + 72 * HOUR
+    said = learn(ranker, Feed(lines, lesson, held), config)
+    found = said["validation"]["0"]
+    clicked = lines.labels()[held, 0]
+    rates = np.array([0.8 if row % 2 else 0.15 for row in lines.rows[held]])
+    best = auc(clicked, rates * np.array([1 if lines.surfaces[at] == "home" else 0.5 for at in lines.where[held]]))
+    assert found["auc"] > best - 0.06
+    assert found["log_loss"] < found["base_log_loss"]
+    assert found["ece"] < 0.15
+    assert said["lines"] == len(lines)

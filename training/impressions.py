@@ -1,0 +1,171 @@
+"""Impressions as lines to learn from and to measure on: who was shown what, when and where, and what they did then.
+
+An action belongs to the impression whose `request_id` it names, or, where events name none, to what was shown of the
+item to the person before; in either case within the action's window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.content import codes, is_present
+from features.outcomes import Outcomes
+from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED, item_keys
+from features.tables import Dataset, read_table, table_path
+from features.vocabulary import Vocabulary
+from training.config import Action
+from training.data import Interactions
+
+HOUR_MS = 3_600_000
+NEVER = 1 << 62
+_I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One line per item of a slate, by time; arrays of one length n.
+
+    Attributes:
+        people: Number of the person; int64.
+        positions: Number of the person's events before the impression; int64.
+        rows: Row of the item; int32.
+        places: Place in the slate, the first is 0; int32.
+        times: Time of the impression, ms; int64.
+        where: Position of the surface in `surfaces`; int64.
+        surfaces: Names of the surfaces, "" where nobody wrote it down.
+        done: When each action followed, ms; `NEVER` where it did not; int64 [n, A].
+    """
+
+    people: _I64
+    positions: _I64
+    rows: npt.NDArray[np.int32]
+    places: npt.NDArray[np.int32]
+    times: _I64
+    where: _I64
+    surfaces: list[str]
+    done: _I64
+
+    def __len__(self) -> int:
+        """The number of lines."""
+        return self.rows.size
+
+    def labels(self, known_until: int = NEVER - 1) -> npt.NDArray[np.bool_]:
+        """Whether each action followed, as one knew at a moment; bool [n, A]."""
+        return self.done <= known_until
+
+    def take(self, at: npt.NDArray[Any]) -> Shown:
+        """Some of the lines."""
+        arrays = {
+            field.name: getattr(self, field.name)[at] for field in dataclasses.fields(self) if field.name != "surfaces"
+        }
+        return Shown(surfaces=self.surfaces, **arrays)
+
+    def between(self, after: int, until: int) -> Shown:
+        """The lines later than `after` and not later than `until`, ms."""
+        return self.take(np.flatnonzero((self.times > after) & (self.times <= until)))
+
+
+def read_impressions(path: Path) -> pa.Table | None:
+    """The impressions of a data set, None where it has none."""
+    where = table_path(path, "impressions")
+    return None if where is None else read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
+
+
+def shown_lines(
+    slates: pa.Table,
+    dataset: Dataset,
+    vocabulary: Vocabulary,
+    data: Interactions,
+    actions: Sequence[Action],
+) -> Shown:
+    """The items of all slates shown to people who have events, and what followed.
+
+    Args:
+        slates: The table of impressions.
+        dataset: Where the events say which request they follow from.
+        vocabulary: Item id <-> row.
+        data: The events as arrays, in the order of `dataset.events`.
+        actions: What to look for.
+    """
+    sizes = np.diff(slates["item_ids"].combine_chunks().offsets.to_numpy())
+    slate = np.repeat(np.arange(slates.num_rows), sizes)
+    names, which = codes(pa.chunked_array([slates["item_ids"].combine_chunks().flatten()]))
+    rows = vocabulary.rows_of_keys(item_keys(names))[which]
+    numbers = {name: number for number, name in enumerate(data.people)}
+    users, who = codes(slates["user_id"])
+    people = np.array([numbers.get(name, -1) for name in users], np.int64)[who][slate]
+    surfaces, where = codes(slates["surface"].fill_null(""))  # type: ignore[arg-type]
+    times = slates["timestamp"].to_numpy()[slate]
+    kept = np.flatnonzero((people >= 0) & (rows >= 0))
+    kept = kept[np.argsort(times[kept], kind="stable")]
+    first = np.cumsum(sizes) - sizes
+    people, times = people[kept], times[kept]
+    lines = Shown(
+        people=people,
+        positions=_positions(data, people, times),
+        rows=rows[kept],
+        places=(kept - first[slate[kept]]).astype(np.int32),
+        times=times,
+        where=where[slate[kept]],
+        surfaces=surfaces,
+        done=np.full((kept.size, len(actions)), NEVER),
+    )
+    requests = slates["request_id"].to_pylist()
+    _follow(lines, [requests[at] for at in slate[kept].tolist()], dataset, data, actions)
+    return lines
+
+
+def _positions(data: Interactions, people: _I64, times: _I64) -> _I64:
+    """How many events each person had before each time."""
+    out = np.empty(people.size, np.int64)
+    order = np.argsort(people, kind="stable")
+    borders = np.flatnonzero(np.diff(people[order])) + 1
+    for some in np.split(order, borders) if people.size else ():
+        person = int(people[some[0]])
+        mine = data.timestamps[data.offsets[person] : data.offsets[person + 1]]
+        out[some] = np.searchsorted(mine, times[some], side="left")
+    return out
+
+
+def _follow(
+    lines: Shown, requests: Sequence[str], dataset: Dataset, data: Interactions, actions: Sequence[Action]
+) -> None:
+    """Fills `done` in place."""
+    column = dataset.events["request_id"]
+    if is_present(column):
+        known, whose = codes(column.fill_null(""))  # type: ignore[arg-type]
+        numbers = {name: number for number, name in enumerate(known)}
+        asked = np.array([numbers.get(name, -1) for name in requests], np.int64)
+    else:
+        whose, asked = data.owner(), lines.people
+    outcomes = Outcomes.of({"event_types": data.event_types, "actions": [action.model_dump() for action in actions]})
+    _, acted = outcomes.marks(data.types, data.values)
+    wanted = asked * data.items + lines.rows
+    for number, action in enumerate(actions):
+        done = np.flatnonzero(acted[number])
+        then = _first_after(wanted, lines.times, whose[done] * data.items + data.rows[done], data.timestamps[done])
+        window = round(action.window_hours * HOUR_MS)
+        lines.done[:, number] = np.where((then - lines.times <= window) & (asked >= 0), then, NEVER)
+
+
+def _first_after(keys: _I64, times: _I64, event_keys: _I64, event_times: _I64) -> _I64:
+    """The time of the first event of each key at or after each time; far in the future where there is none."""
+    every = np.concatenate([keys, event_keys])
+    moments = np.concatenate([times, event_times])
+    is_event = np.arange(every.size) >= keys.size
+    order = np.lexsort((is_event, moments, every))
+    place = np.where(is_event[order], np.arange(every.size), every.size)
+    after = np.minimum.accumulate(place[::-1])[::-1]
+    there = np.minimum(after, every.size - 1)
+    same = (after < every.size) & (every[order][there] == every[order])
+    found = np.empty(every.size, np.int64)
+    found[order] = np.where(same, moments[order][there], NEVER)
+    return found[: keys.size]
