@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.latency import BenchmarkError, latency
+from benchmarks.latency import latency
+from benchmarks.report import BenchmarkError
 from benchmarks.service import running
 from features.tables import open_dataset
 from penchant.client import Client, event

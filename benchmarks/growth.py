@@ -28,7 +28,7 @@ import torch
 from benchmarks.report import BenchmarkError, facts
 from features.schema import EVENTS, ITEMS
 from features.tables import open_dataset
-from training.config import TrainConfig
+from training.config import load_config
 from training.encoders import ItemBags
 from training.fit import Fit
 from training.machine import prepared
@@ -114,9 +114,9 @@ def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
             rows = np.where(rng.random(size) < 0.7, walk, popular)
             place = np.arange(size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             columns = [
-                pa.array([f"person-{person}" for person in range(start, start + count)]).take(pa.array(owner - start)),
-                names.take(pa.array(rows)),
-                pa.array(["view_item"]).take(pa.array(np.zeros(size, np.int64))),
+                pa.array([f"person-{person}" for person in range(start, start + count)]).take(owner - start),
+                names.take(rows),
+                pa.array(["view_item"]).take(np.zeros(size, np.int64)),
                 pa.array(1_600_000_000_000 + owner % 86_400 * 1_000 + place * 60_000),
             ]
             writer.write_table(pa.table(columns, schema=pa.schema(fields)))
@@ -215,9 +215,8 @@ class Training:
 
 def _train(data: Path, counter: Path, threads: int) -> None:
     """Trains until it is killed, and keeps the counter."""
-    config = TrainConfig(
-        threads=threads, device="cpu", epochs=10_000, patience=10_000, content=False, validation_people=500
-    )
+    settings = {"threads": threads, "device": "cpu", "epochs": 10_000, "patience": 10_000, "content": False}
+    config = load_config(None, {**settings, "validation_people": 500})
     out = data.with_suffix(".run")
     out.mkdir()
     with prepared(threads), counter.open("r+b", buffering=0) as file:

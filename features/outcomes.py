@@ -76,7 +76,7 @@ class Outcomes:
         return np.zeros(len(self), np.float32) if found is None else found
 
     def marks(
-        self, types: npt.NDArray[np.int32], values: npt.NDArray[np.float32]
+        self, types: npt.NDArray[np.integer[Any]], values: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Which events show an item, and which are each action; two bool [A, h]."""
         enough = np.isneginf(self.least)[:, None] | (values.astype(np.float64) >= self.least[:, None])

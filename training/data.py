@@ -213,7 +213,7 @@ def read_interactions(
 
 def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:
     """The same people without the events of the hidden items; what is left moves together where it stands."""
-    columns = [data.rows, data.types, data.timestamps, data.values, data.target, data.seen]
+    columns: list[npt.NDArray[Any]] = [data.rows, data.types, data.timestamps, data.values, data.target, data.seen]
     counts, size = np.zeros(len(data.people), np.int64), 0
     for block in data.blocks():
         kept = ~hidden[data.rows[block.events]]

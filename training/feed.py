@@ -130,7 +130,7 @@ def learn(ranker: Ranker, feed: Feed, config: TrainConfig) -> dict[str, Any]:
 def logits_of(ranker: Ranker, lesson: Lesson) -> Tensor:
     """The ranker's logits of each line; float `[n, A]`."""
     ranker.eval()
-    parts = [lesson.take(some) for some in torch.arange(len(lesson)).split(8 * BATCH)]
+    parts = [lesson.take(some) for some in torch.arange(len(lesson)).split(8 * BATCH)]  # type: ignore[no-untyped-call]
     # As one person with many candidates, but each line with its own user.
     return torch.cat([ranker(part.users, part.items, part.features) for part in parts])
 
@@ -149,7 +149,7 @@ def _pass(
     best, kept, chosen = float("inf"), {}, epochs
     for epoch in range(epochs):
         ranker.train()
-        for step, some in enumerate(torch.randperm(len(lesson))[: steps * BATCH].split(BATCH)):
+        for step, some in enumerate(torch.randperm(len(lesson))[: steps * BATCH].split(BATCH)):  # type: ignore[no-untyped-call]
             done = (epoch * steps + step) / (config.ranker_epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = config.ranker_rate * min(1.0, (done + 1e-3) / _WARM_UP, (1 - done) / (1 - _WARM_UP))

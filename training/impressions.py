@@ -95,9 +95,10 @@ def shown_lines(
         data: The events as arrays, in the order of `dataset.events`.
         actions: What to look for.
     """
-    sizes = np.diff(slates["item_ids"].combine_chunks().offsets.to_numpy())
+    listed: Any = slates["item_ids"].combine_chunks()
+    sizes = np.diff(listed.offsets.to_numpy())
     slate = np.repeat(np.arange(slates.num_rows), sizes)
-    names, which = codes(pa.chunked_array([slates["item_ids"].combine_chunks().flatten()]))
+    names, which = codes(pa.chunked_array([listed.flatten()]))
     rows = vocabulary.rows_of_keys(item_keys(names))[which]
     numbers = {name: number for number, name in enumerate(data.people)}
     users, who = codes(slates["user_id"])

@@ -24,16 +24,18 @@ _LOG2E = np.float32(np.log2(np.e))
 _C1, _C2, _C3, _C4, _C5 = (np.float32(c) for c in (0.69314718, 0.24022650, 0.05550411, 0.00961813, 0.00133336))
 
 
-@intrinsic  # type: ignore[misc]
 def _as_float(typing: Any, bits: Any) -> Any:
     """The float32 with the same bits as an int32."""
     return numba.types.float32(numba.types.int32), lambda _c, b, _s, a: b.bitcast(a[0], ir.FloatType())
 
 
-@intrinsic  # type: ignore[misc]
 def _as_bits(typing: Any, number: Any) -> Any:
     """The int32 with the same bits as a float32."""
     return numba.types.int32(numba.types.float32), lambda _c, b, _s, a: b.bitcast(a[0], ir.IntType(32))
+
+
+_float: Any = intrinsic(_as_float)
+_bits: Any = intrinsic(_as_bits)
 
 
 @numba.njit(cache=True, fastmath=True, nogil=True)
@@ -44,17 +46,17 @@ def _exponentials(scores, tops, sums):  # type: ignore[no-untyped-def] # noqa: A
         highest = np.int16(0)
         for j in range(row.size):
             highest = max(highest, row[j])
-        top = _as_float(np.int32(np.int32(highest) << _HALF))
+        top = _float(np.int32(np.int32(highest) << _HALF))
         shift, total = top * _LOG2E, np.float32(0)
         for j in range(row.size):
-            x = _as_float(np.int32(np.int32(row[j]) << _HALF)) * _LOG2E - shift
+            x = _float(np.int32(np.int32(row[j]) << _HALF)) * _LOG2E - shift
             x = max(x, np.float32(-120.0))
             whole = np.int32(x - np.float32(0.5))
             f = x - np.float32(whole)
             p = np.float32(1) + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
-            e = _as_float(np.int32(_as_bits(p) + (whole << np.int32(23))))
+            e = _float(np.int32(_bits(p) + (whole << np.int32(23))))
             total += e
-            row[j] = np.int16(np.int32(_as_bits(e) + np.int32(0x8000)) >> _HALF)
+            row[j] = np.int16(np.int32(_bits(e) + np.int32(0x8000)) >> _HALF)
         tops[line], sums[line] = top, total
 
 

@@ -90,7 +90,8 @@ class Ranker(nn.Module):
         first = self.user(user) + self.item(items) + self.features(read)
         first = self.dropout(functional.gelu(first)).unflatten(-1, (self.members, self.hidden)).transpose(-3, -2)
         network: Tensor = self.output(self.dropout(functional.gelu(self.inner(first))))
-        return network + (self.scale * features[..., :1] + self.bias + self.wide(scaled)).unsqueeze(-3)
+        shared: Tensor = self.scale * features[..., :1] + self.bias + self.wide(scaled)
+        return network + shared.unsqueeze(-3)
 
     def standardise(self, features: Tensor) -> None:
         """Takes mean, spread and quantiles of the features from a sample `[n, F]`."""

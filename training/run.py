@@ -253,7 +253,7 @@ def sha256_of(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().cpu().contiguous()
         hasher.update(f"{name}:{array.dtype}:{list(array.shape)}\n".encode())
-        hasher.update(array.reshape(-1).view(torch.uint8).numpy())
+        hasher.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
 
 

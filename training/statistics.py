@@ -113,7 +113,8 @@ class Teller:
         where, labels = self.shown.where[:count], self.shown.done[:count] < moment
         size = len(self.shown.surfaces)
         seen = np.bincount(where, minlength=size).astype(np.float64)
-        acted = np.stack([np.bincount(where, labels[:, number], size) for number in range(labels.shape[1])], 1)
+        counts = [np.bincount(where[mine], minlength=size) for mine in labels.T]
+        acted = np.stack(counts, 1).astype(np.float64)
         # Beside everybody's rate among impressions: what events say of it may rest on other showings.
         total = log_odds(acted.sum(0, keepdims=True), np.full_like(base, float(count)), base, SURFACE_STRENGTH)
         prior = np.ascontiguousarray(np.broadcast_to(total, acted.shape))

@@ -180,7 +180,7 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
 def default_actions(data: Interactions) -> tuple[Action, ...]:
     """One action per event type that is ever predicted."""
     names = _types_of(data, data.target)
-    return tuple(Action(name=name, event_type=name) for name in names)
+    return tuple(Action.model_validate({"name": name, "event_type": name}) for name in names)
 
 
 def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
