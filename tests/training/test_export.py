@@ -43,7 +43,9 @@ def test_the_manifest_says_everything_that_serving_needs(bundle, run):
     assert manifest["feature_set"]["fingerprint"] == FEATURES.fingerprint()
     assert manifest["data_fingerprint"] == run.result["data_fingerprint"]
     assert bundle.model["event_types"] == ["like", "purchase", "view_item"]
-    assert bundle.model["actions"] == [{"name": "buy", "event_type": "purchase", "min_value": None}]
+    assert bundle.model["actions"] == [
+        {"name": "buy", "event_type": "purchase", "min_value": None, "shown_types": [], "window_hours": 24.0}
+    ]
     assert {name: bundle.model[name] for name in ("dim", "max_length", "blend", "seen_types", "repeats")} == {
         "dim": 16,
         "max_length": 10,
