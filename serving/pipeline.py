@@ -37,9 +37,6 @@ Mask = npt.NDArray[np.bool_]
 POPULAR = "popular"
 """Name of the source whose items may be shown to anybody, also when personal blocks cannot be read."""
 
-RUNGS = ("popular", "segment", "item_to_item", "sequence")
-"""Levels of personalisation, lowest first."""
-
 _NO_ROWS = np.empty(0, np.int32)
 _log = logging.getLogger(__name__)
 

@@ -167,7 +167,7 @@ class Projector:
             if entries is None:
                 self._after[partition] = 0
             elif entries:
-                long = self._apply(entries)
+                long = self._apply(partition, entries)
                 log_ids = [entry.log_id for entry in entries]
                 self._settling.append(_Batch(time.monotonic(), partition, log_ids, long))
                 if self._after[partition] is not None:
@@ -177,8 +177,12 @@ class Projector:
                 self._after[partition] = None
         return seen
 
-    def _apply(self, entries: Sequence[Entry]) -> list[str]:
+    def _apply(self, partition: int, entries: Sequence[Entry]) -> list[str]:
         """Applies a batch of one partition; returns whose tails are long."""
+        # First the marks: what comes behind one that grants must not be refused, what comes before is by its place.
+        for entry in entries:
+            if entry.mark:
+                self._profiles.mark(partition, entry.mark)
         grouped: dict[str, list[tuple[int, bytes]]] = {}
         for entry in self._sound(entries):
             grouped.setdefault(entry.subject, []).append((entry.log_id, entry.record))
@@ -198,8 +202,8 @@ class Projector:
         return long
 
     def _sound(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries that are events, less those whose record was damaged."""
-        events = [entry for entry in entries if len(entry.record) == RECORD.itemsize]
+        """The entries that are events for a profile, less those whose record was damaged."""
+        events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
         intact = verify(np.frombuffer(b"".join(entry.record for entry in events), RECORD))
         self._telemetry.count("events_damaged", int(np.count_nonzero(~intact)))
         return [entry for entry, sound in zip(events, intact, strict=True) if sound]

@@ -21,7 +21,7 @@ from serving.errors import ProfileStoreUnavailable
 from serving.events import EventLog, LoggedEvent
 from serving.profiles import ProfileStore
 from serving.projector import GROUP, Projector
-from serving.redis_client import connect
+from serving.redis_client import address_of, connect
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry
 from tests.serving.faults import insist, kill, wait_until
@@ -99,7 +99,7 @@ def test_long_tails_are_folded_once_they_are_on_disk(log, store, profiles_redis)
     assert sum(projector.lag()) == 0
     after = store.read("u:0")
     assert (after.version, after.count, after.records.tobytes()) == (before.version, 150, before.records.tobytes())
-    [key] = [key for key in profiles_redis.scan_iter() if key.endswith(b"u:0")]
+    [key] = [key for key in profiles_redis.scan_iter() if key.endswith(address_of("u:0"))]
     assert int.from_bytes(profiles_redis.getrange(key, 16, 23), "big") == before.version  # all of it is state now
 
 

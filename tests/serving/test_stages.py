@@ -167,8 +167,8 @@ class TestHydrators:
     def test_a_damaged_profile_counts_as_none_and_is_marked(self, catalog, profiles_redis):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i4"])[0].tobytes())])
-        (key,) = profiles_redis.keys("*ann")
-        profiles_redis.setrange(key, 45, b"\xff")
+        (key,) = profiles_redis.keys("*:profile:*")
+        profiles_redis.setrange(key, 60, b"\xff")
         asked = query()
         ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
         assert asked.degraded[0].part == "PROFILE_CORRUPT"
