@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import struct
 import zlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,21 @@ class Stored:
     consent_version: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Retention:
+    """How long events stay in profiles: days by event type; a type that is not named stays for ever."""
+
+    days: Mapping[str, float]
+
+    def expired(self, records: Records, now_ms: int) -> npt.NDArray[np.bool_]:
+        """Which of RECORD [n] are too old at a time in ms; bool [n]."""
+        gone = np.zeros(records.size, np.bool_)
+        for name, days in self.days.items():
+            oldest = now_ms - int(days * 86_400_000)
+            gone |= (records["event_type"] == event_type_key(name)) & (records["timestamp"] < oldest)
+        return gone
+
+
 def empty() -> Profile:
     """The profile of somebody nobody knows."""
     return Profile(0, np.empty(0, RECORD), np.empty(0, np.uint64), 0)
@@ -186,7 +201,7 @@ def refold(
 ) -> Profile:
     """The profile as if some events had never come. A fold has no inverse, so what the log still holds is folded anew.
 
-    What has left the log stays as it was folded: the records of it that are in the ring, and what is only known as seen.
+    What has left the log stays as it was folded: the records of it that are in the ring, and what is known as seen.
 
     Args:
         stored: The profile as it is.

@@ -37,7 +37,7 @@ def main() -> int:
             from serving.projector import run
 
             _say({"ready": True})
-            return run(config.redis, config.events_redis, config.partitions, stop)
+            return run(config.redis, config.events_redis, config.partitions, stop, purge_s=config.purge_hours * 1800)
         from serving.worker import work
 
         work(config, orders["number"], stop, lambda: _say({"ready": True}))

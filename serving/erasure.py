@@ -98,10 +98,10 @@ class Certificates:
             EventLogUnavailable: Redis does not answer.
         """
         fields = {}
-        if re.fullmatch(r"[0-9a-f]{4}-[0-9a-f]{32}", certificate_id):
-            if int(certificate_id[:4], 16) < self._log.partitions:
-                with self._log.breaker:
-                    fields = self._log.client.hgetall(self._key(certificate_id))
+        named = re.fullmatch(r"([0-9a-f]{4})-[0-9a-f]{32}", certificate_id)
+        if named and int(named[1], 16) < self._log.partitions:
+            with self._log.breaker:
+                fields = self._log.client.hgetall(self._key(certificate_id))
         if not fields:
             raise NotFound("there is no certificate of this id", field="certificate_id")
         return _certificate(certificate_id, fields)
@@ -200,9 +200,9 @@ def _rewrite(client: redis.Redis, stop: threading.Event) -> None:
             _idle(client, stop)
             _require(client, "rdb_last_bgsave_status", "BGSAVE")
     except ResponseError as error:
-        raise ServingError(f"Redis does not write its files anew ({error}); allow BGREWRITEAOF, BGSAVE, CONFIG GET") from (
-            error
-        )
+        raise ServingError(
+            f"Redis does not write its files anew ({error}); allow BGREWRITEAOF, BGSAVE, CONFIG GET"
+        ) from (error)
     except RedisError as error:
         raise serving_error(error, EventLogUnavailable) from error
 
@@ -226,9 +226,7 @@ def _require(client: redis.Redis, status: str, what: str) -> None:
 
 
 def _fields(certificate: Certificate) -> dict[str, str]:
-    stores = {
-        f"store:{one.store}": f"{one.entries} {one.erased_at} {one.purged_at}" for one in certificate.receipts
-    }
+    stores = {f"store:{one.store}": f"{one.entries} {one.erased_at} {one.purged_at}" for one in certificate.receipts}
     return {"log_id": str(certificate.log_id), "due_at": str(certificate.due_at), **stores}
 
 

@@ -68,12 +68,14 @@ class LoggedEvent:
         event_id: The caller's id; retries with the same one have one effect.
         record: What the fold reads of it; the bytes of one RECORD.
         payload: The whole event as JSON.
+        personal: Whether it may enter the profile, where the person allows that.
     """
 
     subject: str
     event_id: str
     record: bytes
     payload: bytes
+    personal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +293,7 @@ class EventLog:
         call = Call(
             EVENT_ERASE,
             (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people),
-            (self.hash_of(subject), address_of(subject), int(refuse)),
+            (self.person(subject), address_of(subject), int(refuse)),
         )
         with self.breaker:
             marker, events, impressions = run(self.client, call)
@@ -307,10 +309,10 @@ class EventLog:
         """
         with self.breaker, self.client.pipeline(transaction=False) as pipeline:
             for subject in subjects:
-                command(pipeline, "HGET", self.keys_of(subject).erased, self.hash_of(subject))
+                command(pipeline, "HGET", self.keys_of(subject).erased, self.person(subject))
             return [int(found or 0) for found in pipeline.execute()]
 
-    def hash_of(self, subject: str) -> bytes:
+    def person(self, subject: str) -> bytes:
         """The keyed hash under which an erasure is remembered; 16 bytes.
 
         Raises:
@@ -328,8 +330,13 @@ class EventLog:
         """The list of what the streams hold of a person: `e` and `i` with the id of each event and impression."""
         return self.keys_of(subject).index + b":" + subject.encode()
 
-    def history(self, subject: str, *, impressions: bool = False) -> Iterator[list[Entry]]:
-        """Everything that the log holds of a person, or their impressions, in log order and in pieces.
+    def history(self, subject: str, *, impressions: bool = False, after: int = 0) -> Iterator[list[Entry]]:
+        """The events that the log holds of a person, or their impressions, in log order and in pieces.
+
+        Args:
+            subject: The person.
+            impressions: Whether these are wanted.
+            after: Log id behind which to begin.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -341,8 +348,9 @@ class EventLog:
             seconds, _ = self.client.time()
         before = self._indexed_since(int(seconds) * 1000 << SEQUENCE_BITS)
         for entries in self._unindexed(stream, before):
-            yield [entry for entry in entries if entry.subject == subject]
-        names = [name[1:] for name in noted if name[:1] == wanted and log_id(name[1:]) >= before]
+            yield [entry for entry in entries if entry.subject == subject and entry.log_id > after]
+        oldest = max(before, after + 1)
+        names = [name[1:] for name in noted if name[:1] == wanted and log_id(name[1:]) >= oldest]
         for start in range(0, len(names), _PIECE):
             with self.breaker, self.client.pipeline(transaction=False) as pipeline:
                 for name in names[start : start + _PIECE]:
@@ -377,7 +385,7 @@ class EventLog:
             EVENT_APPEND,
             (keys.events, self.seen_of(event.subject, event.event_id), index, keys.erased, keys.floor, keys.people),
             (
-                self.hash_of(event.subject),
+                self.person(event.subject),
                 timestamp,
                 event.subject,
                 event.event_id,
@@ -388,6 +396,7 @@ class EventLog:
                 2 * self._retention_ms,
                 address_of(event.subject),
                 int(self.default),
+                int(event.personal),
             ),
         )
 
@@ -404,7 +413,7 @@ class EventLog:
             IMPRESSION_APPEND,
             (keys.impressions, self.index_of(impression.subject), keys.erased, keys.floor, keys.people),
             (
-                self.hash_of(impression.subject),
+                self.person(impression.subject),
                 impression.timestamp,
                 impression.subject,
                 impression.payload,

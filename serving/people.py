@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,9 @@ class People:
         theirs, own = (consent.purposes for consent in self.consents([visitor, known]))
         if own & ~int(theirs) & int(EVERY_PURPOSE):
             missing = ", ".join(Purpose(own & ~int(theirs) & int(EVERY_PURPOSE)).names)
-            raise FailedPrecondition(f"the visitor does not allow all that the person does: set their consent: {missing}")
+            raise FailedPrecondition(
+                f"the visitor does not allow all that the person does: set their consent: {missing}"
+            )
         remembered = self._store.read(visitor).count
         moved = refused = version = 0
         for entries in self._log.history(visitor):

@@ -55,6 +55,7 @@ TAIL_CAP = 4096
 
 T = TypeVar("T")
 _ATTEMPTS = 3
+_PATIENT_ATTEMPTS = 30
 _CHUNK = 256
 _EMPTY = encode(empty())
 _ERASED = slice(24, 32)  # where in a header it stands up to which log id events are refused
@@ -258,13 +259,13 @@ class ProfileStore:
             change: Makes the new profile of the old; is asked again where others changed the old one meanwhile.
 
         Returns:
-            The new one; None for nobody, and where others would not stop.
+            The new one; None for nobody.
 
         Raises:
-            ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+            ProfileStoreUnavailable: Redis does not answer, or others will not stop changing it; a repeat is safe.
             ProfileCorrupt: What is stored is damaged.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(_PATIENT_ATTEMPTS):
             blob = self._blob(subject)
             if not blob:
                 return None
@@ -274,7 +275,7 @@ class ProfileStore:
             with self._breaker:
                 if run(self._client, self._call(PROFILE_REPLACE, subject, blob, new)):
                     return profile
-        return None
+        raise ProfileStoreUnavailable("this profile keeps changing; try again", retry_after_ms=1000)
 
     def erased_before(self, subjects: Sequence[str]) -> list[int]:
         """For each person the log id up to which events are refused, 0 where nothing was erased.

@@ -23,18 +23,21 @@ import numpy as np
 from features.errors import ProfileCorrupt
 from features.profile import RECORD, verify
 from serving.consumer import Consumer
+from serving.erasure import PROFILES_GROUP, Certificates, Purger
 from serving.errors import ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
 from serving.telemetry import Telemetry
 
-GROUP = "profiles"
 COMPACT_AFTER = 64
 """Entries in a tail above which it is folded."""
 
 SETTLE_S = 5.0
 """Time after which an applied event is surely on disk: Redis syncs every second and is at most two seconds late."""
+
+PURGE_S = 12 * 3600.0
+"""Pause between two rounds in which the bytes of what was erased leave the disks: half of what is promised."""
 
 _IDLE_S = 0.1
 _RETRY_S = 0.5
@@ -79,7 +82,7 @@ class Projector:
         """
         self._log = log
         self._profiles = profiles
-        self._consumer = Consumer(log, GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
+        self._consumer = Consumer(log, PROFILES_GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
         self._compact_after = compact_after
         self._settle_s = settle_s
         self._batch = batch
@@ -224,8 +227,17 @@ class Projector:
                 self._log.trim(partition)
 
 
-def run(redis_url: str, events_redis_url: str, partitions: int = 16, stop: threading.Event | None = None) -> int:
+def run(
+    redis_url: str,
+    events_redis_url: str,
+    partitions: int = 16,
+    stop: threading.Event | None = None,
+    *,
+    purge_s: float = PURGE_S,
+) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
+
+    It also has the bytes of what was erased removed from the disks, every `purge_s` seconds.
 
     Raises:
         ConfigError: A URL is wrong, or the log has another number of partitions.
@@ -237,5 +249,9 @@ def run(redis_url: str, events_redis_url: str, partitions: int = 16, stop: threa
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
         store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
-        Projector(EventLog(events, partitions), store).run(stop)
+        log = EventLog(events, partitions)
+        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
+        purger.start()
+        Projector(log, store).run(stop)
+        purger.join()
     return 0

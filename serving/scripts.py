@@ -143,8 +143,8 @@ return 1
 )
 
 # KEYS: person; ARGV: empty header, log id of the mark, what the person allows ('' where that stays as it is), '1' where
-# what came up to the mark is forgotten. Returns the number of events forgotten. Works while memory is full. An older mark
-# never undoes a newer one, so marks may come in any order and again.
+# what came up to the mark is forgotten. Returns the number of events forgotten. Works while memory is full.
+# An older mark never undoes a newer one, so marks may come in any order and again.
 PROFILE_MARK = Script.of(
     "#!lua flags=allow-oom\n"
     + _TAIL
@@ -214,8 +214,9 @@ end
 """
 
 # KEYS: stream, seen, index, erased, floor, people; ARGV: person, time, subject, event id, record, payload, window, index
-# TTL, address, what those allow who said nothing. Returns {0, stream id, whether it may enter the profile}, {1, stream id
-# of the first, its record where that may enter the profile}, {2} for an erased past or {3} where nothing is allowed.
+# TTL, address, what those allow who said nothing, '0' where it enters no profile in any case. Returns {0, stream id, 1 or
+# 0 for whether it may enter the profile}, {1, stream id of the first, its record, the same of it}, {2} for an erased past
+# or {3} where nothing is allowed.
 EVENT_APPEND = Script.of(
     _ADD
     + """
@@ -228,16 +229,18 @@ if erased(KEYS[4], ARGV[1], ARGV[2]) then return {2} end
 local allowed = purposes(KEYS[6], ARGV[9], ARGV[10])
 if allowed == 0 then return {3} end
 local fields = {'s', ARGV[3], 'e', ARGV[4], 'r', ARGV[5], 'p', ARGV[6]}
-if allowed % 2 == 0 then fields[9], fields[10] = 'n', '1' end
+local personal = allowed % 2
+if ARGV[11] == '0' then personal = 0 end
+if personal == 0 then fields[9], fields[10] = 'n', '1' end
 local id = add(KEYS[1], unpack(fields))
 redis.call('SET', KEYS[2], id, 'PX', ARGV[7])
 note(KEYS[3], 'e', id, tonumber(redis.call('GET', KEYS[5]) or 0), ARGV[8])
-return {0, id, allowed % 2}
+return {0, id, personal}
 """
 )
 
 # KEYS: stream, index, erased, floor, people; ARGV: person, time, subject, payload, index TTL, address, what those allow
-# who said nothing. Returns the stream id, or false for an erased past and where slates serve no purpose that is allowed.
+# who said nothing. Returns the stream id; false for an erased past and where slates serve no purpose that is allowed.
 IMPRESSION_APPEND = Script.of(
     _ADD
     + """

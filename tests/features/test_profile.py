@@ -98,7 +98,11 @@ def test_purposes_have_names():
 
 
 @given(
-    st.integers(0, 600), st.integers(0, 40), st.integers(0, 400), st.sets(st.integers(1, 640)), st.integers(0, 2**32 - 1)
+    st.integers(0, 600),
+    st.integers(0, 40),
+    st.integers(0, 400),
+    st.sets(st.integers(1, 640)),
+    st.integers(0, 2**32 - 1),
 )
 def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left_the_log, undone, seed):
     """Where the log holds as much as the ring, what is folded anew is exactly what the remaining events fold to."""
@@ -136,7 +140,9 @@ def test_what_has_left_the_log_stays_when_a_profile_is_folded_anew():
 
 def test_what_is_past_its_retention_leaves_a_profile_folded_anew():
     events = records(20)
-    stored = profile.split(profile.encode(profile.fold(profile.empty(), events[:18], 18)) + tail_of([19, 20], events[18:]))
+    stored = profile.split(
+        profile.encode(profile.fold(profile.empty(), events[:18], 18)) + tail_of([19, 20], events[18:])
+    )
     logged = np.zeros(5, profile.ENTRY)
     logged["log_id"], logged["record"] = np.arange(16, 21), events[15:]
     odd = events["timestamp"] % 2000 == 1000

@@ -294,7 +294,7 @@ class TestProfile:
     def test_what_is_erased_is_gone_at_once_and_stays_gone(self, client, everywhere, ann):
         before = event(ann, "i0", "view_item", timestamp_ms=int(time.time() * 1000) - 1000)
         client.ingest([before])
-        receipts = {receipt.store: receipt.entries for receipt in client.erase(ann)}
+        receipts = {receipt.store: receipt.entries for receipt in client.erase(ann).receipts}
         assert receipts["profiles"] == receipts["events"] == 1
         assert "impressions" in receipts
         for _ in range(8):
