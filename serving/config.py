@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveFloat, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features.profile import EVERY_PURPOSE, Purpose
@@ -43,7 +43,7 @@ class ServeConfig(BaseSettings):
     default_purposes: tuple[str, ...] = Field(
         EVERY_PURPOSE.names, description="What people allow who have said nothing: personalise, train, measure."
     )
-    retention_days: dict[str, float] = Field(
+    retention_days: dict[str, PositiveFloat] = Field(
         {}, description="Days after which events of a type leave profiles that are folded anew."
     )
     purge_hours: float = Field(

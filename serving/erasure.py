@@ -85,8 +85,8 @@ class Certificates:
             receipts += [Receipt(group, 0, 0) for group in groups if group != PROFILES_GROUP]
             certificate = Certificate(certificate_id, log_id, now + self._due_ms, tuple(receipts))
             with self._log.client.pipeline(transaction=True) as pipeline:
-                pipeline.hset(self._key(certificate_id), mapping=_fields(certificate))
-                pipeline.sadd(keys.purging, certificate_id)
+                command(pipeline, "HSET", self._key(certificate_id), *_fields(certificate))
+                command(pipeline, "SADD", keys.purging, certificate_id)
                 pipeline.execute()
         return certificate
 
@@ -97,11 +97,11 @@ class Certificates:
             NotFound: There is none of this name.
             EventLogUnavailable: Redis does not answer.
         """
-        fields = {}
+        fields: dict[bytes, bytes] = {}
         named = re.fullmatch(r"([0-9a-f]{4})-[0-9a-f]{32}", certificate_id)
         if named and int(named[1], 16) < self._log.partitions:
             with self._log.breaker:
-                fields = self._log.client.hgetall(self._key(certificate_id))
+                fields = command(self._log.client, "HGETALL", self._key(certificate_id))
         if not fields:
             raise NotFound("there is no certificate of this id", field="certificate_id")
         return _certificate(certificate_id, fields)
@@ -115,7 +115,7 @@ class Certificates:
         found = []
         for keys in self._log.keys:
             with self._log.breaker:
-                names = [name.decode() for name in self._log.client.smembers(keys.purging)]
+                names = [name.decode() for name in command(self._log.client, "SMEMBERS", keys.purging)]
             found += [self.get(name) for name in names]
         return found
 
@@ -130,12 +130,12 @@ class Certificates:
             for receipt in certificate.receipts:
                 if receipt.store in stores:
                     erased = receipt.erased_at or now
-                    pipeline.hset(key, f"store:{receipt.store}", f"{receipt.entries} {erased} {now}")
-            pipeline.hgetall(key)
+                    command(pipeline, "HSET", key, f"store:{receipt.store}", f"{receipt.entries} {erased} {now}")
+            command(pipeline, "HGETALL", key)
             fields = pipeline.execute()[-1]
             if all(one.purged_at for one in _certificate(certificate.certificate_id, fields).receipts):
                 partition = int(certificate.certificate_id[:4], 16)
-                self._log.client.srem(self._log.keys[partition].purging, certificate.certificate_id)
+                command(self._log.client, "SREM", self._log.keys[partition].purging, certificate.certificate_id)
 
     def _key(self, certificate_id: str) -> bytes:
         return self._log.keys[int(certificate_id[:4], 16)].certificates + b":" + certificate_id.encode()
@@ -225,9 +225,12 @@ def _require(client: redis.Redis, status: str, what: str) -> None:
         raise ServingError(f"{what} failed; the log of that Redis says why")
 
 
-def _fields(certificate: Certificate) -> dict[str, str]:
-    stores = {f"store:{one.store}": f"{one.entries} {one.erased_at} {one.purged_at}" for one in certificate.receipts}
-    return {"log_id": str(certificate.log_id), "due_at": str(certificate.due_at), **stores}
+def _fields(certificate: Certificate) -> list[str]:
+    """A certificate as the names and values of a hash."""
+    fields = ["log_id", str(certificate.log_id), "due_at", str(certificate.due_at)]
+    for one in certificate.receipts:
+        fields += [f"store:{one.store}", f"{one.entries} {one.erased_at} {one.purged_at}"]
+    return fields
 
 
 def _certificate(certificate_id: str, fields: Mapping[bytes, bytes]) -> Certificate:

@@ -213,10 +213,10 @@ local function purposes(people, address, default)
 end
 """
 
-# KEYS: stream, seen, index, erased, floor, people; ARGV: person, time, subject, event id, record, payload, window, index
-# TTL, address, what those allow who said nothing, '0' where it enters no profile in any case. Returns {0, stream id, 1 or
-# 0 for whether it may enter the profile}, {1, stream id of the first, its record, the same of it}, {2} for an erased past
-# or {3} where nothing is allowed.
+# KEYS: stream, seen, index, erased, floor, people; ARGV: person, time, subject, event id, record, payload, window,
+# index TTL, address, what those allow who said nothing, '0' where it enters no profile in any case. Returns {0, stream
+# id, 1 or 0 for whether it may enter the profile}, {1, stream id of the first, its record, the same of it}, {2} for an
+# erased past or {3} where nothing is allowed.
 EVENT_APPEND = Script.of(
     _ADD
     + """

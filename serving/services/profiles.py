@@ -151,7 +151,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             yield json.dumps(document, ensure_ascii=False)
 
 
-def _named(consent: Consent) -> list[profile_pb2.Purpose]:
+def _named(consent: Consent) -> list[profile_pb2.Purpose.ValueType]:
     return [purpose for purpose, meant in _PURPOSES.items() if meant in consent.purposes]
 
 
