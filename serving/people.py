@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.errors import PenchantError
+from features.errors import PenchantError, ProfileCorrupt
 from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold
 from serving.erasure import Certificate, Certificates
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
@@ -171,7 +171,7 @@ class People:
             raise FailedPrecondition(
                 f"the visitor does not allow all that the person does: set their consent: {missing}"
             )
-        remembered = self._store.read(visitor).count
+        remembered = self._remembered(visitor)
         moved = refused = version = 0
         for entries in self._log.history(visitor):
             for appended in self._moved(entries, known):
@@ -195,8 +195,10 @@ class People:
         Raises:
             Unavailable: A Redis does not answer; a repeat is safe.
         """
+        remembered = self._remembered(subject)
         erased = self._log.erase(subject)
-        forgotten = self._store.erase(subject, erased.log_id)
+        # The projector, which meets the mark in the log, may have been quicker.
+        forgotten = max(self._store.erase(subject, erased.log_id), remembered)
         counts = {"profiles": forgotten, "events": erased.events, "impressions": erased.impressions}
         return self._certificates.issue(partition_of(subject, self._log.partitions), erased.log_id, counts)
 
@@ -216,6 +218,13 @@ class People:
                 for entry in entries:
                     yield one, entry.log_id, entry.payload
             after = 0
+
+    def _remembered(self, subject: str) -> int:
+        """Number of events in a profile; 0 where it is damaged."""
+        try:
+            return self._store.read(subject).count
+        except ProfileCorrupt:
+            return 0
 
     def _mark(self, subject: str, purposes: Purpose | None, forget: bool) -> tuple[int, bool]:
         address, keys = address_of(subject), self._log.keys_of(subject)

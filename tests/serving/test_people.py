@@ -452,6 +452,18 @@ class TestErase:
         project(log, store)
         assert items(store) == []
 
+    def test_the_certificate_counts_what_the_projector_was_quicker_to_forget(self, people, log, store, monkeypatch):
+        ingest(log, store, event(1), event(2))
+        slow = store.erase
+
+        def projected_first(subject: str, before: int) -> int:
+            project(log, store)
+            return slow(subject, before)
+
+        monkeypatch.setattr(store, "erase", projected_first)
+        counts = {receipt.store: receipt.entries for receipt in people.erase("u:ann").receipts}
+        assert counts == {"profiles": 2, "events": 2, "impressions": 0}
+
     def test_who_else_reads_the_log_has_to_confirm(self, people, log, store, servers):
         other = Consumer(log, "warehouse", "a")
         other.open()

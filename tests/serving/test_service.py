@@ -339,8 +339,8 @@ class TestRights:
         assert (slate.rung, slate.consent_withheld) == (common_pb2.RUNG_SEQUENCE, False)
 
     def test_an_unknown_purpose_is_refused(self, service, ann):
+        request = profile_pb2.SetConsentRequest(subject=common_pb2.Subject(user_id=ann), purposes=[1, 9])
         with grpc.insecure_channel(service.target) as channel, pytest.raises(grpc.RpcError) as failure:
-            request = profile_pb2.SetConsentRequest(subject=common_pb2.Subject(user_id=ann), purposes=[1, 9])
             profile_pb2_grpc.ProfileServiceStub(channel).SetConsent(request, timeout=20)
         assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "purposes[1]" in failure.value.details()
