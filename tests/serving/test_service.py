@@ -375,18 +375,17 @@ class TestRights:
 
     def test_people_get_everything_that_is_held(self, client, ann):
         shown = client.recommend(user_id=ann, page_size=3)
-        many = [event(ann, f"i{row % COUNT}", "view_item", attributes={"note": "n" * 900}) for row in range(1500)]
-        for start in range(0, len(many), 500):
-            assert {status.code for status in client.ingest(many[start : start + 500])} == {0}
+        notes = {f"note {number}": "n" * 900 for number in range(10)}
+        many = [event(ann, f"i{row % COUNT}", "view_item", attributes=notes) for row in range(150)]
+        assert {status.code for status in client.ingest(many)} == {0}
         wait_until(lambda: [one for one in client.export_subject(ann) if one["kind"] == "impression"])
         found = list(client.export_subject(ann))  # over a megabyte: more than a page
         assert [one["event_id"] for one in found if one["kind"] == "event"] == [one.event_id for one in many]
-        assert found[2]["attributes"] == {"note": "n" * 900}
+        assert found[2]["attributes"] == notes
         (slate,) = [one for one in found if one["kind"] == "impression"]
         assert (slate["request_id"], slate["item_ids"]) == (shown.request_id, ids(shown))
         assert found[0] == {"kind": "consent", "purposes": ["personalise", "train", "measure"], "given": False}
-        assert int(found[1]["event_count"]) == 1500
-        assert len(found[1]["events"]) == 256
+        assert int(found[1]["event_count"]) == len(found[1]["events"]) == 150
 
     def test_an_erasure_is_certified(self, client, ann):
         client.ingest([event(ann, "i0", "view_item")])
