@@ -67,7 +67,7 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
         engine = open_engine(bundle, Surroundings(config, store, Progress(), Telemetry()))
         people = _people(engine)
         store.put_states(people.items())
-        keys = list(client.scan_iter(b"*profile:u:bench-*", count=1000))
+        keys = [store.key_of(person) for person in people]
         figures = _measure(engine, list(people), _Floor(engine, client, keys, people, candidates), requests)
         client.delete(*keys)
         return {

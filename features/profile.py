@@ -8,8 +8,10 @@ visible to the very next request. Fold order is log order; the time of an event 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import struct
 import zlib
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,13 +46,44 @@ ENTRY = np.dtype([("log_id", ">u8"), ("record", RECORD)])
 _CHECKED = RECORD.itemsize - 4
 # Who only stood before an item has not had it: such events leave no trace when they leave the ring.
 _PASSIVE = np.array([event_type_key(name) for name in PASSIVE_EVENT_TYPES], np.uint32)
-_HEADER = struct.Struct("<4sHHII8s8s")
+_HEADER = struct.Struct("<4sH2sII8s8s8s")
 _STATE = struct.Struct("<QII")
 _MAGIC = b"PNCH"
-_FORMAT = 1
+_FORMAT = 2
+_SAID = 8
 
 HEADER_SIZE = _HEADER.size
 Records = npt.NDArray[np.void]
+
+
+class Purpose(enum.IntFlag):
+    """What a person's data may be used for: to answer them personally, to train models, to measure what helped."""
+
+    PERSONALISE = 1
+    TRAIN = 2
+    MEASURE = 4
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Purpose:
+        """The purposes of these names, in lower case.
+
+        Raises:
+            ValueError: A name is none of them.
+        """
+        found = cls(0)
+        for name in names:
+            if name.upper() not in cls.__members__:
+                raise ValueError(f"{name!r} is no purpose; choose among {', '.join(EVERY_PURPOSE.names)}")
+            found |= cls[name.upper()]
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the purposes, in lower case."""
+        return tuple(str(purpose.name).lower() for purpose in type(self) if purpose in self)
+
+
+EVERY_PURPOSE = Purpose(7)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,12 +95,14 @@ class Profile:
         records: The newest events, oldest first; RECORD [<= RING].
         evicted: Items pushed out of `records`, oldest first, without repeats; uint64 [<= EVICTED_CAP].
         count: Number of events ever folded.
+        consent: What the person allows; None where they said nothing, so that the service's default holds.
     """
 
     version: int
     records: Records
     evicted: npt.NDArray[np.uint64]
     count: int
+    consent: Purpose | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,11 +113,28 @@ class Stored:
         state: The folded part.
         tail: What arrived since, sorted by log id; ENTRY [n].
         erased_before: Log id up to and including which entries are refused, 0 where nothing was erased.
+        consent_version: Log id at which the person said what they allow, 0 where they did not.
     """
 
     state: Profile
     tail: npt.NDArray[np.void]
     erased_before: int
+    consent_version: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Retention:
+    """How long events stay in profiles: days by event type; a type that is not named stays for ever."""
+
+    days: Mapping[str, float]
+
+    def expired(self, records: Records, now_ms: int) -> npt.NDArray[np.bool_]:
+        """Which of RECORD [n] are too old at a time in ms; bool [n]."""
+        gone = np.zeros(records.size, np.bool_)
+        for name, days in self.days.items():
+            oldest = now_ms - int(days * 86_400_000)
+            gone |= (records["event_type"] == event_type_key(name)) & (records["timestamp"] < oldest)
+        return gone
 
 
 def empty() -> Profile:
@@ -138,7 +190,59 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     if cut:
         pushed = np.where(np.isin(joined["event_type"][:cut], _PASSIVE), np.uint64(0), joined["item"][:cut])
         evicted = evict(evicted, pushed, EVICTED_CAP)
-    return Profile(last_id, joined[cut:], evicted, profile.count + records.size)
+    return Profile(last_id, joined[cut:], evicted, profile.count + records.size, profile.consent)
+
+
+def refold(
+    stored: Stored,
+    logged: npt.NDArray[np.void],
+    undone: Container[int] = (),
+    expired: Callable[[Records], npt.NDArray[np.bool_]] | None = None,
+) -> Profile:
+    """The profile as if some events had never come. A fold has no inverse, so what the log still holds is folded anew.
+
+    What has left the log stays as it was folded: the records of it that are in the ring, and what is known as seen.
+
+    Args:
+        stored: The profile as it is.
+        logged: Everything of the person that the log holds and that may be in the profile, in log order; ENTRY [n].
+        undone: Log ids of the events that are to have no effect.
+        expired: Which of RECORD [n] are past their retention; bool [n].
+
+    Returns:
+        A profile with everything folded: whatever of `logged` comes again is known already.
+    """
+    state, records = stored.state, records_of(logged)
+    ids = logged["log_id"].astype(np.uint64)
+    folded = int(np.searchsorted(ids, np.uint64(state.version), side="right"))
+    known, first = _still_logged(state.records, records[:folded])
+    older, evicted, count = state.records[: state.records.size - known], state.evicted, state.count - known
+    gone = np.array([one in undone for one in ids.tolist()], np.bool_)
+    # What waits in the tail and has left the log already is as good as what the log holds.
+    rest = stored.tail[~np.isin(stored.tail["log_id"].astype(np.uint64), ids)]
+    waiting, before = records_of(rest), older.size
+    if expired is not None:
+        gone |= expired(records)
+        older, waiting, rest = older[~expired(older)], waiting[~expired(waiting)], rest[~expired(waiting)]
+    if not before:  # the ring and some of what it pushed out stand in the log
+        evicted, count = evicted[~np.isin(evicted, records["item"][:first])], count - first
+    order = np.argsort(np.concatenate([ids[~gone], rest["log_id"].astype(np.uint64)]), kind="stable")
+    events = _joined(records[~gone], waiting)[order]
+    base = Profile(state.version, older, evicted, max(count - before, 0) + older.size, state.consent)
+    newest = [state.version, *ids[-1:].tolist(), *stored.tail["log_id"][-1:].tolist()]
+    return fold(base, events, max(newest))
+
+
+def _still_logged(ring: Records, logged: Records) -> tuple[int, int]:
+    """How many of the newest records of a ring stand in the log, and the place there of the oldest of them."""
+    wanted, place = [record.tobytes() for record in ring], len(logged)
+    have = [record.tobytes() for record in logged]
+    for known, record in enumerate(reversed(wanted)):
+        at = next((at for at in range(place - 1, -1, -1) if have[at] == record), -1)
+        if at < 0:
+            return known, place
+        place = at
+    return len(wanted), place
 
 
 def encode_state(profile: Profile) -> bytes:
@@ -169,23 +273,32 @@ def decode_state(state: bytes | memoryview, version: int) -> Profile:
     return Profile(version, records, evicted.astype(np.uint64), count)
 
 
-def header(state_length: int, state_version: int, erased_before: int = 0) -> bytes:
-    """The 32 bytes in front of a stored profile; log ids are big endian so that bytes compare as numbers do."""
-    return _HEADER.pack(
-        _MAGIC,
-        _FORMAT,
-        0,
-        state_length,
-        0,
-        state_version.to_bytes(8, "big"),
-        erased_before.to_bytes(8, "big"),
-    )
+def encode_consent(consent: Purpose | None) -> bytes:
+    """What a person allows as 2 bytes, the second the complement of the first; both 0 where they said nothing."""
+    return bytes(2) if consent is None else bytes((_SAID | consent, 0xFF ^ (_SAID | consent)))
 
 
-def encode(profile: Profile, erased_before: int = 0) -> bytes:
-    """A stored profile with everything folded and an empty tail."""
-    state = encode_state(profile)
-    return header(len(state), profile.version, erased_before) + state
+def decode_consent(consent: bytes) -> Purpose | None:
+    """Reads what `encode_consent` wrote.
+
+    Raises:
+        ProfileCorrupt: A bit was changed: nobody is to gain a purpose by that.
+    """
+    if consent == bytes(2):
+        return None
+    if consent[0] ^ consent[1] != 0xFF or consent[0] & ~int(EVERY_PURPOSE) != _SAID:
+        raise ProfileCorrupt("what this person allows was changed in its store")
+    return Purpose(consent[0] & EVERY_PURPOSE)
+
+
+def encode(profile: Profile, erased_before: int = 0, consent_version: int = 0) -> bytes:
+    """A stored profile with everything folded and an empty tail; log ids are big endian: bytes compare as numbers do.
+
+    A header of 40 bytes comes first, then the state; without events there is no state.
+    """
+    state = encode_state(profile) if profile.count else b""
+    versions = (number.to_bytes(8, "big") for number in (profile.version, erased_before, consent_version))
+    return _HEADER.pack(_MAGIC, _FORMAT, encode_consent(profile.consent), len(state), 0, *versions) + state
 
 
 def split(blob: bytes) -> Stored:
@@ -196,19 +309,20 @@ def split(blob: bytes) -> Stored:
     """
     if len(blob) < HEADER_SIZE:
         raise ProfileCorrupt(f"a stored profile has at least {HEADER_SIZE} bytes, this one {len(blob)}")
-    magic, version, _, state_length, _, state_version, erased = _HEADER.unpack_from(blob)
+    magic, version, consent, state_length, _, state_version, erased, said = _HEADER.unpack_from(blob)
     if magic != _MAGIC or version != _FORMAT:
         raise ProfileCorrupt("not a stored profile of this format")
     start = HEADER_SIZE + state_length
     if len(blob) < start or (len(blob) - start) % ENTRY.itemsize:
         raise ProfileCorrupt("a stored profile is cut short")
     state = decode_state(memoryview(blob)[HEADER_SIZE:start], int.from_bytes(state_version, "big"))
+    state = dataclasses.replace(state, consent=decode_consent(consent)) if any(consent) else state
     tail = np.frombuffer(blob, ENTRY, offset=start)
     if tail.size:
         if not verify(records_of(tail)).all():
             raise ProfileCorrupt("an entry in the tail of a profile fails its checksum")
         tail = _unfolded(tail, state.version)
-    return Stored(state, tail, int.from_bytes(erased, "big"))
+    return Stored(state, tail, int.from_bytes(erased, "big"), int.from_bytes(said, "big"))
 
 
 def decode(blob: bytes) -> Profile:

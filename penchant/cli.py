@@ -359,12 +359,23 @@ def demo(
 
 
 @profiles.command()
-def rebuild(data: DataDir, redis: RedisUrl, partitions: Partitions = 16) -> None:
+def rebuild(
+    data: DataDir,
+    redis: RedisUrl,
+    events_redis: EventsRedis = None,
+    partitions: Partitions = 16,
+    retention: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE=DAYS", help="Leave out events of a type that are older than this; repeatable."),
+    ] = None,
+) -> None:
     """Makes the profiles anew from a data set, such as the warehouse."""
     _use_cores(1)
+    from features.profile import Retention
     from serving.rebuild import rebuild
 
-    _answer(rebuild(data, redis, partitions=partitions))
+    days = {name: _days(name, value) for name, value in _parse(retention or []).items()}
+    _answer(rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days)))
 
 
 @profiles.command()
@@ -482,8 +493,14 @@ def _parse(settings: list[str]) -> dict[str, Any]:
     pairs = [text.partition("=") for text in settings]
     for name, equals, _ in pairs:
         if not equals:
-            raise typer.BadParameter(f"{name!r} is not a setting: write KEY=VALUE", param_hint="--set")
+            raise typer.BadParameter(f"{name!r} is not a setting: write KEY=VALUE")
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+
+
+def _days(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not value > 0:
+        raise typer.BadParameter(f"{name}: a number of days above 0, not {value!r}", param_hint="--retention")
+    return float(value)
 
 
 def _answer(result: Mapping[str, Any]) -> None:

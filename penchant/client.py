@@ -11,6 +11,7 @@ so that a retry never counts twice. A client may be shared by threads.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import threading
 import time
@@ -221,11 +222,63 @@ class Client:
 
     def erase(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float | None = None
-    ) -> Sequence[profile_pb2.ErasureReceipt]:
-        """Forgets a person; one receipt per store."""
+    ) -> profile_pb2.EraseSubjectResponse:
+        """Forgets a person; the certificate has one receipt per store."""
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.EraseSubjectRequest(subject=subject)
-        return self._call(lambda: next(self._profiles).EraseSubject, request, timeout_s or 5.0).receipts
+        return self._call(lambda: next(self._profiles).EraseSubject, request, timeout_s or 5.0)
+
+    def get_erasure_certificate(
+        self, certificate_id: str, *, timeout_s: float = 5.0
+    ) -> profile_pb2.GetErasureCertificateResponse:
+        """The certificate of an erasure as it is now: the dates come as the bytes leave the disks."""
+        request = profile_pb2.GetErasureCertificateRequest(certificate_id=certificate_id)
+        return self._call(lambda: next(self._profiles).GetErasureCertificate, request, timeout_s)
+
+    def set_consent(
+        self, purposes: Iterable[str], user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
+    ) -> profile_pb2.SetConsentResponse:
+        """Sets what a person's data may be used for: any of "personalise", "train", "measure", or nothing."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        allowed = [profile_pb2.Purpose.Value(f"PURPOSE_{purpose.upper()}") for purpose in purposes]
+        request = profile_pb2.SetConsentRequest(subject=subject, purposes=allowed)
+        return self._call(lambda: next(self._profiles).SetConsent, request, timeout_s)
+
+    def reset_learning(
+        self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
+    ) -> profile_pb2.ResetLearningResponse:
+        """Empties a person's profile."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        request = profile_pb2.ResetLearningRequest(subject=subject)
+        return self._call(lambda: next(self._profiles).ResetLearning, request, timeout_s)
+
+    def undo_event(
+        self, event_id: str, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
+    ) -> profile_pb2.UndoEventResponse:
+        """Makes one event of a person count no more."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        request = profile_pb2.UndoEventRequest(subject=subject, event_id=event_id)
+        return self._call(lambda: next(self._profiles).UndoEvent, request, timeout_s)
+
+    def merge_identities(
+        self, anonymous_id: str, user_id: str, *, timeout_s: float = 10.0
+    ) -> profile_pb2.MergeIdentitiesResponse:
+        """Moves what a visitor did to the person they turn out to be."""
+        request = profile_pb2.MergeIdentitiesRequest(anonymous_id=anonymous_id, user_id=user_id)
+        return self._call(lambda: next(self._profiles).MergeIdentities, request, timeout_s)
+
+    def export_subject(
+        self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 10.0
+    ) -> Iterator[dict[str, Any]]:
+        """Everything that is held about a person, one thing at a time; `kind` says of what. `timeout_s` is per page."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        request = profile_pb2.ExportSubjectRequest(subject=subject)
+        while True:
+            page = self._call(lambda: next(self._profiles).ExportSubject, request, timeout_s)
+            yield from map(json.loads, page.documents)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     def put_items(self, items: Iterable[catalog_pb2.Item], *, timeout_s: float = 5.0) -> catalog_pb2.PutItemsResponse:
         """Puts items, new or changed, into the live catalogue."""

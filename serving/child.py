@@ -37,7 +37,7 @@ def main() -> int:
             from serving.projector import run
 
             _say({"ready": True})
-            return run(config.redis, config.events_redis, config.partitions, stop)
+            return run(config.redis, config.events_redis, config.partitions, stop, purge_s=config.purge_hours * 1800)
         if orders["role"] == "warehouse":
             from serving import warehouse
 
@@ -47,6 +47,7 @@ def main() -> int:
                 config.bundle,
                 config.partitions,
                 flush_s=config.warehouse_flush_s,
+                default=config.default_consent,
                 stop=stop,
                 ready=lambda _: _say({"ready": True}),
             )

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveFloat, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError
 
 PREFIX = "PENCHANT_"
@@ -38,6 +39,16 @@ class ServeConfig(BaseSettings):
     unsafe_redis: bool = Field(False, description="Accept a Redis whose settings may lose acknowledged data.")
     state_dir: Path = Field(Path("penchant-state"), description="Directory where embedded Redis keeps its data.")
     partitions: int = Field(16, ge=1, le=4096, description="Partitions of the event log, fixed when it is created.")
+
+    default_purposes: tuple[str, ...] = Field(
+        EVERY_PURPOSE.names, description="What people allow who have said nothing: personalise, train, measure."
+    )
+    retention_days: dict[str, PositiveFloat] = Field(
+        {}, description="Days after which events of a type leave profiles that are folded anew."
+    )
+    purge_hours: float = Field(
+        24.0, gt=0, description="Longest time between an erasure and the removal of its bytes from the disks, in hours."
+    )
 
     projector: bool = Field(True, description="Bring events into profiles here, not in a process of its own.")
     warehouse: bool = Field(True, description="Write the log to Parquet here, not in a process of its own.")
@@ -107,6 +118,11 @@ class ServeConfig(BaseSettings):
             raise ValueError("expected HOST:PORT with a port of 0 to 65535")
         return listen
 
+    @field_validator("default_purposes")
+    @classmethod
+    def _check_purposes(cls, purposes: tuple[str, ...]) -> tuple[str, ...]:
+        return Purpose.of(purposes).names
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.tls_certificate) != bool(self.tls_key):
@@ -118,6 +134,11 @@ class ServeConfig(BaseSettings):
                 f"{self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set insecure"
             )
         return self
+
+    @property
+    def default_consent(self) -> Purpose:
+        """What people allow who have said nothing."""
+        return Purpose.of(self.default_purposes)
 
     @property
     def host(self) -> str:

@@ -220,7 +220,9 @@ class _Builder:
         seen = np.array(sorted(map(event_type_key, names)), np.uint32)
         return [
             CatalogVersion(self._around.progress, self._around.turns),
-            Profile(self._around.store, self._catalog, keys, seen, self._around.turns),
+            Profile(
+                self._around.store, self._catalog, keys, seen, self._around.turns, self._around.config.default_consent
+            ),
             UserVector(self._model, self._catalog),
         ]
 

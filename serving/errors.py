@@ -4,6 +4,7 @@ ServingError
 ├── InvalidArgument          a field is wrong: the caller must change the request
 ├── NotFound                 the thing named does not exist
 ├── FailedPrecondition       the server is not set up for this request
+├── ConsentWithheld          the person does not allow it
 ├── Unauthenticated          no token, or a wrong one
 ├── ResourceExhausted        too much, now: retry later
 ├── DeadlineExceeded         the time given was not enough
@@ -57,6 +58,12 @@ class FailedPrecondition(ServingError):
     """The server is not set up for this request."""
 
     code = "FAILED_PRECONDITION"
+
+
+class ConsentWithheld(ServingError):
+    """The person does not allow it: nothing was kept."""
+
+    code = "PERMISSION_DENIED"
 
 
 class Unauthenticated(ServingError):

@@ -2,7 +2,8 @@
 
 One stream per partition; a person's events all lie in one. A stream id `ms-seq` is the log id `ms << 20 | seq`, which
 is also the version of the profile that contains the event. Beside the stream stand a key per event that de-duplicates,
-a list per person of what the streams hold of them, and who was erased when. Impressions have a stream of their own.
+a list per person of what the streams hold of them, who was erased when, and what people allow. Impressions have a
+stream of their own. Marks among the events tell consumers, in order, of erasures, of consent and of what was undone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,21 @@ import numpy as np
 import redis
 from redis.exceptions import ResponseError
 
-from features.profile import RECORD
-from serving.errors import EventLogUnavailable, FailedPrecondition, ResourceExhausted, ServingError
+from features.profile import EVERY_PURPOSE, RECORD, Purpose
+from serving.errors import (
+    ConsentWithheld,
+    EventLogUnavailable,
+    FailedPrecondition,
+    ResourceExhausted,
+    ServingError,
+)
+from serving.profiles import Mark
 from serving.redis_client import (
     Breaker,
     Call,
+    address_of,
     command,
+    partition_of,
     partition_prefix,
     remembered,
     require_partitions,
@@ -36,6 +45,7 @@ from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TR
 
 HOUR_MS = 3_600_000
 _MEMORY_CHECK_S = 0.25
+_PIECE = 1000
 
 
 def log_id(stream_id: bytes) -> int:
@@ -58,12 +68,14 @@ class LoggedEvent:
         event_id: The caller's id; retries with the same one have one effect.
         record: What the fold reads of it; the bytes of one RECORD.
         payload: The whole event as JSON.
+        personal: Whether it may enter the profile, where the person allows that.
     """
 
     subject: str
     event_id: str
     record: bytes
     payload: bytes
+    personal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +96,14 @@ class Appended:
         duplicate: Whether an event with this id was there.
         record: What to apply to the profile: the first one's record for a duplicate, empty where that is gone.
         error: Why it was refused, None where it is durable.
+        personal: Whether the person allows that it enters their profile.
     """
 
     log_id: int
     duplicate: bool = False
     record: bytes = b""
     error: ServingError | None = None
+    personal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +112,14 @@ class Entry:
 
     Attributes:
         log_id: Its place.
-        subject: Key of the person, "" for the mark of an erasure and for an entry that was deleted meanwhile.
+        subject: Key of the person, "" for a mark and for an entry that was deleted meanwhile.
         event_id: The caller's id, "" for an impression.
         record: The bytes of one RECORD, empty for an impression.
         payload: All of it as JSON.
         erased: Keyed hash of who was erased here, empty but for such a mark.
+        mark: What changes for a person here, None but for such a mark.
+        undone: Log id of an earlier event that counts no more, 0 but for such a mark.
+        personal: Whether the event may enter the profile: decided when it came, by what the person allowed then.
     """
 
     log_id: int
@@ -111,17 +128,27 @@ class Entry:
     record: bytes = b""
     payload: bytes = b""
     erased: bytes = b""
+    mark: Mark | None = None
+    undone: int = 0
+    personal: bool = True
 
     @classmethod
     def of(cls, stream_id: bytes, found: dict[bytes, bytes]) -> Entry:
         """Reads what Redis says of one."""
+        place, mark, undone = log_id(stream_id), None, found.get(b"u", b"")
+        if b"k" in found and not undone:
+            consent = found.get(b"c", b"")
+            mark = Mark(place, found[b"k"], Purpose(int(consent)) if consent else None, found.get(b"f") == b"1")
         return cls(
-            log_id(stream_id),
+            place,
             found.get(b"s", b"").decode(),
             found.get(b"e", b"").decode(),
             found.get(b"r", b""),
             found.get(b"p", b""),
             found.get(b"x", b""),
+            mark,
+            log_id(undone) if undone else 0,
+            b"n" not in found,
         )
 
 
@@ -145,6 +172,9 @@ class PartitionKeys:
     erased: bytes
     floor: bytes
     lease: bytes
+    people: bytes
+    certificates: bytes
+    purging: bytes
 
     @classmethod
     def of(cls, partition: int) -> PartitionKeys:
@@ -164,6 +194,7 @@ class EventLog:
         retention_ms: int = 7 * 24 * HOUR_MS,
         memory_mark: float = 0.9,
         cooldown_s: float = 0.5,
+        default: Purpose = EVERY_PURPOSE,
     ) -> None:
         """Takes a client of `redis_client.connect`; call `open` before anything else.
 
@@ -174,7 +205,9 @@ class EventLog:
             retention_ms: How long entries stay that every consumer has read.
             memory_mark: Share of Redis' `maxmemory` above which events are refused; impressions at 5/6 of it.
             cooldown_s: Pause between looks at a failed Redis.
+            default: What a person allows who has said nothing.
         """
+        self.default = default
         self.partitions = partitions
         self.window_ms = window_ms
         self.client = client
@@ -201,6 +234,8 @@ class EventLog:
     def append(self, events: Sequence[LoggedEvent]) -> list[Appended]:
         """Appends events in their order, in one round trip; each that is answered without error is on disk.
 
+        What serves no purpose that the person allows is refused; what may not enter the profile is marked so.
+
         Raises:
             EventLogUnavailable: Redis does not answer; any of them may be durable, a retry is safe.
             ResourceExhausted: The log is full; nothing was appended.
@@ -212,7 +247,7 @@ class EventLog:
         return [_appended(event, reply) for event, reply in zip(events, replies, strict=True)]
 
     def append_impressions(self, impressions: Sequence[LoggedImpression]) -> int:
-        """Appends slates in one round trip; returns how many, less those of an erased past.
+        """Appends slates in one round trip; returns how many, less those of an erased past or without consent.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -253,25 +288,85 @@ class EventLog:
         """
         return self._range(self.keys[partition].impressions, after, count)
 
-    def erase(self, subject: str) -> Erased:
+    def erase(self, subject: str, *, refuse: bool = True) -> Erased:
         """Deletes the person's events and impressions, and refuses everything of theirs from before this moment.
+
+        Args:
+            subject: The person.
+            refuse: Whether later events that tell of before this moment are refused; else they are the first of a new
+                history.
 
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        keys = self.keys[zlib.crc32(subject.encode()) % self.partitions]
+        keys = self.keys_of(subject)
         call = Call(
             EVENT_ERASE,
-            (keys.events, keys.impressions, keys.index + b":" + subject.encode(), keys.erased),
-            (self.person(subject),),
+            (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people),
+            (self.person(subject), address_of(subject), int(refuse)),
         )
         with self.breaker:
             marker, events, impressions = run(self.client, call)
-        # The index of somebody away for long has expired; what is older than it is looked for one by one.
-        before = log_id(marker) - (2 * self._retention_ms << SEQUENCE_BITS)
-        events += self._erase_unindexed(keys.events, subject, before)
-        impressions += self._erase_unindexed(keys.impressions, subject, before)
-        return Erased(log_id(marker), events, impressions)
+        before = self._indexed_since(log_id(marker))
+        deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
+        return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
+
+    def erased(self, subjects: Sequence[str]) -> list[int]:
+        """For each person the time, in ms, up to which whatever they did is refused; 0 where they were not erased.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        with self.breaker, self.client.pipeline(transaction=False) as pipeline:
+            for subject in subjects:
+                command(pipeline, "HGET", self.keys_of(subject).erased, self.person(subject))
+            return [int(found or 0) for found in pipeline.execute()]
+
+    def person(self, subject: str) -> bytes:
+        """The keyed hash under which an erasure is remembered; 16 bytes.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer, and the key is not known yet.
+        """
+        if not self._salt:
+            self.open()
+        return hashlib.blake2b(subject.encode(), digest_size=16, key=self._salt).digest()
+
+    def keys_of(self, subject: str) -> PartitionKeys:
+        """The keys of the person's partition."""
+        return self.keys[partition_of(subject, self.partitions)]
+
+    def index_of(self, subject: str) -> bytes:
+        """The list of what the streams hold of a person: `e` and `i` with the id of each event and impression."""
+        return self.keys_of(subject).index + b":" + subject.encode()
+
+    def history(self, subject: str, *, impressions: bool = False, after: int = 0) -> Iterator[list[Entry]]:
+        """The events that the log holds of a person, or their impressions, in log order and in pieces.
+
+        Args:
+            subject: The person.
+            impressions: Whether these are wanted.
+            after: Log id behind which to begin.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        keys = self.keys_of(subject)
+        stream, wanted = (keys.impressions, b"i") if impressions else (keys.events, b"e")
+        with self.breaker:
+            noted = command(self.client, "LRANGE", self.index_of(subject), 0, -1)
+            seconds, _ = self.client.time()
+        before = self._indexed_since(int(seconds) * 1000 << SEQUENCE_BITS)
+        for entries in self._unindexed(stream, before):
+            yield [entry for entry in entries if entry.subject == subject and entry.log_id > after]
+        oldest = max(before, after + 1)
+        names = [name[1:] for name in noted if name[:1] == wanted and log_id(name[1:]) >= oldest]
+        for start in range(0, len(names), _PIECE):
+            with self.breaker, self.client.pipeline(transaction=False) as pipeline:
+                for name in names[start : start + _PIECE]:
+                    command(pipeline, "XRANGE", stream, name, name)
+                found = pipeline.execute()
+            yield [Entry.of(*entry[0]) for entry in found if entry]
 
     def now_ms(self) -> int:
         """The clock that stream ids are made by, ms.
@@ -313,51 +408,50 @@ class EventLog:
     def _append_call(self, event: LoggedEvent) -> Call:
         if len(event.record) != RECORD.itemsize:
             raise ValueError(f"a record has {RECORD.itemsize} bytes")
-        subject, event_id = event.subject.encode(), event.event_id.encode()
-        keys = self.keys[zlib.crc32(subject) % self.partitions]
+        keys = self.keys_of(event.subject)
         timestamp = int(np.frombuffer(event.record, RECORD)["timestamp"][0])
-        # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
-        seen = hashlib.blake2b(len(subject).to_bytes(4, "little") + subject + event_id, digest_size=16).digest()
+        index = self.index_of(event.subject)
         return Call(
             EVENT_APPEND,
-            (keys.events, keys.seen + b":" + seen, keys.index + b":" + subject, keys.erased, keys.floor),
+            (keys.events, self.seen_of(event.subject, event.event_id), index, keys.erased, keys.floor, keys.people),
             (
                 self.person(event.subject),
                 timestamp,
-                subject,
-                event_id,
+                event.subject,
+                event.event_id,
                 event.record,
                 event.payload,
                 # As long as a retry can be taken: an event that is ahead of the clock is taken for longer.
                 self.window_ms + max(0, timestamp - time.time_ns() // 1_000_000),
                 2 * self._retention_ms,
+                address_of(event.subject),
+                int(self.default),
+                int(event.personal),
             ),
         )
 
+    def seen_of(self, subject: str, event_id: str) -> bytes:
+        """The key that holds the place of an event in the log, for as long as a retry of it can be taken."""
+        # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
+        name = subject.encode()
+        seen = hashlib.blake2b(len(name).to_bytes(4, "little") + name + event_id.encode(), digest_size=16).digest()
+        return self.keys_of(subject).seen + b":" + seen
+
     def _impression_call(self, impression: LoggedImpression) -> Call:
-        subject = impression.subject.encode()
-        keys = self.keys[zlib.crc32(subject) % self.partitions]
+        keys = self.keys_of(impression.subject)
         return Call(
             IMPRESSION_APPEND,
-            (keys.impressions, keys.index + b":" + subject, keys.erased, keys.floor),
+            (keys.impressions, self.index_of(impression.subject), keys.erased, keys.floor, keys.people),
             (
                 self.person(impression.subject),
                 impression.timestamp,
-                subject,
+                impression.subject,
                 impression.payload,
                 2 * self._retention_ms,
+                address_of(impression.subject),
+                int(self.default),
             ),
         )
-
-    def person(self, subject: str) -> bytes:
-        """The keyed hash under which an erasure is remembered, as `Entry.erased` has it.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer; once open, it is not asked.
-        """
-        if not self._salt:
-            self.open()
-        return hashlib.blake2b(subject.encode(), digest_size=16, key=self._salt).digest()
 
     def _require_memory(self, mark: float) -> None:
         now = time.monotonic()
@@ -378,14 +472,23 @@ class EventLog:
             found = command(self.client, "XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
         return [Entry.of(name, fields) for name, fields in found]
 
-    def _erase_unindexed(self, stream: bytes, subject: str, before: int) -> int:
-        deleted, after = 0, 0
-        while entries := [entry for entry in self._range(stream, after, 1000) if entry.log_id < before]:
+    def _indexed_since(self, now: int) -> int:
+        """The index of somebody away for long has expired; what is older than this is looked for one by one."""
+        return now - (2 * self._retention_ms << SEQUENCE_BITS)
+
+    def _unindexed(self, stream: bytes, before: int) -> Iterator[list[Entry]]:
+        after = 0
+        while entries := [entry for entry in self._range(stream, after, _PIECE) if entry.log_id < before]:
+            yield entries
+            after = entries[-1].log_id
+
+    def _delete(self, stream: bytes, subject: str, before: int) -> int:
+        deleted = 0
+        for entries in self._unindexed(stream, before):
             own = [stream_id(entry.log_id) for entry in entries if entry.subject == subject]
             if own:
                 with self.breaker:
                     deleted += int(command(self.client, "XDEL", stream, *own))
-            after = entries[-1].log_id
         return deleted
 
 
@@ -393,7 +496,9 @@ def _appended(event: LoggedEvent, reply: Any) -> Appended:
     if isinstance(reply, ResponseError):
         return Appended(0, error=serving_error(reply, EventLogUnavailable))
     if reply[0] == 0:
-        return Appended(log_id(reply[1]), False, event.record)
+        return Appended(log_id(reply[1]), False, event.record, personal=bool(reply[2]))
     if reply[0] == 1:
-        return Appended(log_id(reply[1]), True, reply[2])
+        return Appended(log_id(reply[1]), True, reply[2], personal=bool(reply[3]))
+    if reply[0] == 3:
+        return Appended(0, error=ConsentWithheld("this person allows none of its purposes: the event was not stored"))
     return Appended(0, error=FailedPrecondition("this person was erased after the time of this event; do not send it"))

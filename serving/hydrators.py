@@ -12,6 +12,7 @@ import numpy.typing as npt
 from features.assemble import encoder_inputs, history, seen_rows
 from features.catalog import Catalog
 from features.errors import ProfileCorrupt
+from features.profile import EVERY_PURPOSE, Purpose
 from features.profile import Profile as Stored
 from features.transforms import ItemInputShapes, query_inputs, text_tokens
 from serving.model import Model
@@ -84,20 +85,24 @@ class Profile:
         type_index: Mapping[int, int],
         seen_keys: npt.NDArray[np.uint32],
         turns: Turns,
+        default: Purpose = EVERY_PURPOSE,
     ) -> None:
         self._store, self._catalog, self._turns = store, catalog, turns
-        self._type_index, self._seen_keys = type_index, seen_keys
+        self._type_index, self._seen_keys, self._default = type_index, seen_keys, default
 
     def enable(self, query: Query) -> bool:
         """Where a person is named, whose profile may be used."""
         return bool(query.subject) and query.personalize and not query.holdout
 
     def hydrate(self, query: Query) -> None:
-        """Fills `profile`, `history` and `seen`."""
+        """Fills `profile`, `history` and `seen`; only `withheld` where the person does not allow personal answers."""
         try:
             profile = self._read(query)
         except ProfileCorrupt as error:
             query.degrade("PROFILE_CORRUPT", str(error))
+            return
+        if not self._allows(profile):
+            query.withheld = True
             return
         past = history(profile.records, self._catalog, self._type_index)
         query.seen = seen_rows(profile, self._catalog, self._seen_keys)
@@ -105,10 +110,13 @@ class Profile:
 
     def _read(self, query: Query) -> Stored:
         profile = self._store.read(query.subject)
-        if profile.version < query.min_profile_version:
+        if profile.version < query.min_profile_version and self._allows(profile):
             with self._turns.given_up():
                 profile = self._awaited(query, profile)
         return profile
+
+    def _allows(self, profile: Stored) -> bool:
+        return Purpose.PERSONALISE in (self._default if profile.consent is None else profile.consent)
 
     def _awaited(self, query: Query, profile: Stored) -> Stored:
         """The profile with the event that is waited for, or the one there is when the time is over."""

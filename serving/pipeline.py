@@ -37,9 +37,6 @@ Mask = npt.NDArray[np.bool_]
 POPULAR = "popular"
 """Name of the source whose items may be shown to anybody, also when personal blocks cannot be read."""
 
-RUNGS = ("popular", "segment", "item_to_item", "sequence")
-"""Levels of personalisation, lowest first."""
-
 _NO_ROWS = np.empty(0, np.int32)
 _log = logging.getLogger(__name__)
 
@@ -84,6 +81,7 @@ class Query:
         min_profile_version: Profile version to wait for, 0 for none.
         min_catalog_version: Catalogue version to wait for, 0 for none.
         profile: The person's profile, once read.
+        withheld: Whether the person does not allow personal answers.
         history: Its events as this bundle sees them.
         seen: Rows the person need not be shown again.
         user_vector: The person in the embedding space; float32 [D].
@@ -116,6 +114,7 @@ class Query:
     min_profile_version: int = 0
     min_catalog_version: int = 0
     profile: Profile | None = None
+    withheld: bool = False
     history: History | None = None
     seen: Rows = field(default_factory=lambda: _NO_ROWS)
     user_vector: Scores | None = None

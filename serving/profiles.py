@@ -6,9 +6,8 @@ tail unless it is there, is folded already or was erased; only compaction moves 
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -23,12 +22,14 @@ from features.profile import (
     RECORD,
     RING,
     Profile,
+    Purpose,
+    Stored,
     decode,
+    decode_consent,
     empty,
     encode,
-    encode_state,
+    encode_consent,
     fold,
-    header,
     split,
 )
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
@@ -37,14 +38,16 @@ from serving.redis_client import (
     Call,
     Line,
     Script,
+    address_of,
     command,
+    partition_of,
     partition_prefix,
     require_partitions,
     run,
     run_all,
     serving_error,
 )
-from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_ERASE, PROFILE_PUT, PROFILE_REPLACE
+from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_MARK, PROFILE_PUT, PROFILE_REPLACE
 from serving.telemetry import Telemetry
 
 TAIL_CAP = 4096
@@ -52,8 +55,10 @@ TAIL_CAP = 4096
 
 T = TypeVar("T")
 _ATTEMPTS = 3
+_PATIENT_ATTEMPTS = 30
 _CHUNK = 256
-_EMPTY = header(0, 0)
+_EMPTY = encode(empty())
+_ERASED = slice(24, 32)  # where in a header it stands up to which log id events are refused
 _LARGEST_STATE = RING * RECORD.itemsize + EVICTED_CAP * 8 + 64
 
 
@@ -67,13 +72,30 @@ class Applied:
 
     Attributes:
         inserted: Number that are new; the others were there already or refused.
-        refused: Number that belong to an erased past.
+        refused: Number that belong to an erased past, or to a person who allows no personal answers.
         tail: Number of entries in the tail afterwards.
     """
 
     inserted: int
     refused: int
     tail: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A change to what may be known of a person, as it stands in the log.
+
+    Attributes:
+        log_id: Where it stands.
+        address: Whose it is, as `redis_client.address_of` says.
+        consent: What the person allows from now on; None where that stays as it is.
+        forget: Whether the profile forgets everything up to here.
+    """
+
+    log_id: int
+    address: bytes
+    consent: Purpose | None = None
+    forget: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +218,8 @@ class ProfileStore:
             if due.size < at_least:
                 return 0
             folded = fold(stored.state, due["record"], int(due["log_id"][-1]))
-            state = encode_state(folded)
             end = HEADER_SIZE + int.from_bytes(blob[8:12], "little")
-            new = header(len(state), folded.version, stored.erased_before) + state
+            new = encode(folded, stored.erased_before, stored.consent_version)
             seen = (blob[:HEADER_SIZE], blob[end - 4 : end])
             with self._breaker:
                 if run(self._client, self._call(PROFILE_COMPACT, subject, *seen, new, due["log_id"].tobytes())):
@@ -214,8 +235,47 @@ class ProfileStore:
         Raises:
             ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
         """
+        return self.mark(partition_of(subject, len(self._prefixes)), Mark(before, address_of(subject), forget=True))
+
+    def mark(self, partition: int, mark: Mark) -> int:
+        """Brings a mark of the log into a profile; in any order, a repeat is safe.
+
+        Returns:
+            The number of events forgotten by it.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+        """
+        consent = b"" if mark.consent is None else encode_consent(mark.consent)
+        arguments = (_EMPTY, mark.log_id.to_bytes(8, "big"), consent, int(mark.forget))
         with self._breaker:
-            return int(run(self._client, self._call(PROFILE_ERASE, subject, header(0, 0, before))))
+            return int(run(self._client, Call(PROFILE_MARK, (self._prefixes[partition] + mark.address,), arguments)))
+
+    def replace(self, subject: str, change: Callable[[Stored], Profile]) -> Profile | None:
+        """Puts a changed profile, with everything folded, in the place of the one there is.
+
+        Args:
+            subject: The person.
+            change: Makes the new profile of the old; is asked again where others changed the old one meanwhile.
+
+        Returns:
+            The new one; None for nobody.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer, or others will not stop changing it; a repeat is safe.
+            ProfileCorrupt: What is stored is damaged.
+        """
+        for _ in range(_PATIENT_ATTEMPTS):
+            blob = self._blob(subject)
+            if not blob:
+                return None
+            stored = split(blob)
+            profile = change(stored)
+            new = encode(profile, stored.erased_before, stored.consent_version)
+            with self._breaker:
+                if run(self._client, self._call(PROFILE_REPLACE, subject, blob, new)):
+                    return profile
+        raise ProfileStoreUnavailable("this profile keeps changing; try again", retry_after_ms=1000)
 
     def erased_before(self, subjects: Sequence[str]) -> list[int]:
         """For each person the log id up to which events are refused, 0 where nothing was erased.
@@ -225,7 +285,7 @@ class ProfileStore:
         """
         with self._breaker, self._client.pipeline(transaction=False) as pipeline:
             for subject in subjects:
-                command(pipeline, "GETRANGE", self._key(subject), HEADER_SIZE - 8, HEADER_SIZE - 1)
+                command(pipeline, "GETRANGE", self.key_of(subject), _ERASED.start, _ERASED.stop - 1)
             replies = pipeline.execute(raise_on_error=False)
         return [int.from_bytes(reply, "big") if isinstance(reply, bytes) else 0 for reply in replies]
 
@@ -251,13 +311,15 @@ class ProfileStore:
     def _mend(self, subject: str, profile: Profile) -> int:
         """Replaces a profile that was kept although it is damaged; 1 where it was, else 0."""
         with self._breaker:
-            blob = command(self._client, "GET", self._key(subject)) or b""
+            blob = command(self._client, "GET", self.key_of(subject)) or b""
         try:
             split(blob)
         except ProfileCorrupt:
-            erased = int.from_bytes(blob[HEADER_SIZE - 8 : HEADER_SIZE], "big")
+            consent = _consent(blob)
+            kept = profile if consent is None or Purpose.PERSONALISE in consent else empty()
+            new = encode(replace(kept, consent=consent), *_marks(blob))
             with self._breaker:
-                return int(run(self._client, self._call(PROFILE_REPLACE, subject, blob, encode(profile, erased))))
+                return int(run(self._client, self._call(PROFILE_REPLACE, subject, blob, new)))
         return 0
 
     def run_id(self) -> str:
@@ -272,7 +334,7 @@ class ProfileStore:
     def _blob(self, subject: str) -> bytes:
         with self._breaker:
             try:
-                blob: bytes = self._line.ask(b"GETRANGE", self._key(subject), b"0", b"%d" % self._giant)
+                blob: bytes = self._line.ask(b"GETRANGE", self.key_of(subject), b"0", b"%d" % self._giant)
             except ResponseError as error:
                 raise self._refusal(error) from error
         if len(blob) > self._giant:
@@ -287,11 +349,11 @@ class ProfileStore:
         return self._call(PROFILE_APPLY, subject, packed, self._tail_cap)
 
     def _call(self, script: Script, subject: str, *arguments: bytes | int) -> Call:
-        return Call(script, (self._key(subject),), (_EMPTY, *arguments))
+        return Call(script, (self.key_of(subject),), (_EMPTY, *arguments))
 
-    def _key(self, subject: str) -> bytes:
-        name = subject.encode()
-        return self._prefixes[zlib.crc32(name) % len(self._prefixes)] + name
+    def key_of(self, subject: str) -> bytes:
+        """The key of a person's profile; it names nobody."""
+        return self._prefixes[partition_of(subject, len(self._prefixes))] + address_of(subject)
 
     def _refusal(self, error: ResponseError) -> PenchantError:
         """What an error reply about one person means."""
@@ -302,6 +364,19 @@ class ProfileStore:
         if "TAILFULL" in message:
             return TailFull("this person sends events faster than they are folded; slow down", retry_after_ms=1000)
         return serving_error(error, ProfileStoreUnavailable)
+
+
+def _consent(blob: bytes) -> Purpose | None:
+    """What the header of a damaged profile still says of consent: nothing is allowed where that is damaged too."""
+    try:
+        return decode_consent(blob[6:8])
+    except ProfileCorrupt:
+        return Purpose(0)
+
+
+def _marks(blob: bytes) -> tuple[int, int]:
+    """Up to where a damaged profile forgets, and when the person said what they allow."""
+    return int.from_bytes(blob[_ERASED], "big"), int.from_bytes(blob[_ERASED.stop : HEADER_SIZE], "big")
 
 
 def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:

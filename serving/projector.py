@@ -23,18 +23,21 @@ import numpy as np
 from features.errors import ProfileCorrupt
 from features.profile import RECORD, verify
 from serving.consumer import Consumer
+from serving.erasure import PROFILES_GROUP, Certificates, Purger
 from serving.errors import ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
 from serving.telemetry import Telemetry
 
-GROUP = "profiles"
 COMPACT_AFTER = 64
 """Entries in a tail above which it is folded."""
 
 SETTLE_S = 5.0
 """Time after which an applied event is surely on disk: Redis syncs every second and is at most two seconds late."""
+
+PURGE_S = 12 * 3600.0
+"""Pause between two rounds in which the bytes of what was erased leave the disks: half of what is promised."""
 
 _IDLE_S = 0.1
 _RETRY_S = 0.5
@@ -79,7 +82,7 @@ class Projector:
         """
         self._log = log
         self._profiles = profiles
-        self._consumer = Consumer(log, GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
+        self._consumer = Consumer(log, PROFILES_GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
         self._compact_after = compact_after
         self._settle_s = settle_s
         self._batch = batch
@@ -167,7 +170,7 @@ class Projector:
             if entries is None:
                 self._after[partition] = 0
             elif entries:
-                long = self._apply(entries)
+                long = self._apply(partition, entries)
                 log_ids = [entry.log_id for entry in entries]
                 self._settling.append(_Batch(time.monotonic(), partition, log_ids, long))
                 if self._after[partition] is not None:
@@ -177,8 +180,12 @@ class Projector:
                 self._after[partition] = None
         return seen
 
-    def _apply(self, entries: Sequence[Entry]) -> list[str]:
+    def _apply(self, partition: int, entries: Sequence[Entry]) -> list[str]:
         """Applies a batch of one partition; returns whose tails are long."""
+        # First the marks: what comes behind one that grants must not be refused, what comes before is by its place.
+        for entry in entries:
+            if entry.mark:
+                self._profiles.mark(partition, entry.mark)
         grouped: dict[str, list[tuple[int, bytes]]] = {}
         for entry in self._sound(entries):
             grouped.setdefault(entry.subject, []).append((entry.log_id, entry.record))
@@ -198,8 +205,8 @@ class Projector:
         return long
 
     def _sound(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries that are events, less those whose record was damaged."""
-        events = [entry for entry in entries if len(entry.record) == RECORD.itemsize]
+        """The entries that are events for a profile, less those whose record was damaged."""
+        events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
         intact = verify(np.frombuffer(b"".join(entry.record for entry in events), RECORD))
         self._telemetry.count("events_damaged", int(np.count_nonzero(~intact)))
         return [entry for entry, sound in zip(events, intact, strict=True) if sound]
@@ -220,8 +227,17 @@ class Projector:
                 self._log.trim(partition)
 
 
-def run(redis_url: str, events_redis_url: str, partitions: int = 16, stop: threading.Event | None = None) -> int:
+def run(
+    redis_url: str,
+    events_redis_url: str,
+    partitions: int = 16,
+    stop: threading.Event | None = None,
+    *,
+    purge_s: float = PURGE_S,
+) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
+
+    It also has the bytes of what was erased removed from the disks, every `purge_s` seconds.
 
     Raises:
         ConfigError: A URL is wrong, or the log has another number of partitions.
@@ -233,5 +249,9 @@ def run(redis_url: str, events_redis_url: str, partitions: int = 16, stop: threa
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
         store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
-        Projector(EventLog(events, partitions), store).run(stop)
+        log = EventLog(events, partitions)
+        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
+        purger.start()
+        Projector(log, store).run(stop)
+        purger.join()
     return 0

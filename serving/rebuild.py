@@ -19,12 +19,15 @@ from features.catalog import columns_of
 from features.columns import pc
 from features.content import codes, is_present
 from features.events import Events
-from features.profile import Profile, Records, empty, fold, make_records
+from features.profile import Profile, Records, Retention, empty, fold, make_records
 from features.schema import EVENT_TYPES, EVENTS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_table, table_path
 from features.vocabulary import Vocabulary
+from serving.events import EventLog
+from serving.people import marks
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
+from serving.scripts import LIVE, SEQUENCE_BITS
 from serving.warehouse_tables import subject_of
 
 SHOWN = 50
@@ -36,16 +39,27 @@ _EVER = 2**64 - 1
 _SEARCHES = pa.schema([EVENTS.field(name) for name in EVENTS.names if name != "item_id"])
 
 
-def rebuild(data: Path, redis_url: str, *, partitions: int = 16) -> dict[str, Any]:
+def rebuild(
+    data: Path,
+    redis_url: str,
+    events_redis_url: str | None = None,
+    *,
+    partitions: int = 16,
+    retention: Retention | None = None,
+) -> dict[str, Any]:
     """Folds the events of a data set, the warehouse among them, into profiles and stores those.
 
     Events that came in live since stay: a profile that goes further than the data set is left as it is, one that
-    stores newer events beside its state keeps them, and what a person erased is not brought back.
+    stores newer events beside its state keeps them. What the log says of people holds, also where the profiles were
+    lost: what was erased, or forgotten by a reset, is not brought back from any data set, and who allows no personal
+    answers gets no profile.
 
     Args:
         data: Directory of the data set.
         redis_url: The profiles Redis.
+        events_redis_url: The events Redis, where it is another.
         partitions: Partitions of the event log.
+        retention: How long events stay in profiles.
 
     Returns:
         `profiles` written, `kept` as they were, `events` folded, `rejected` rows of the data set, `seconds`.
@@ -53,14 +67,18 @@ def rebuild(data: Path, redis_url: str, *, partitions: int = 16) -> dict[str, An
     Raises:
         TablesError: The data set cannot be read.
         ConfigError: The URL is wrong, or the profiles have another number of partitions.
-        ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+        Unavailable: A Redis does not answer; a repeat is safe.
     """
     begun = time.monotonic()
     dataset = _history(data)
-    with connect(redis_url, _TIMEOUT_S) as client:
-        store = ProfileStore(client, partitions)
+    with connect(redis_url, _TIMEOUT_S) as client, connect(events_redis_url or redis_url, _TIMEOUT_S) as events:
+        store, log = ProfileStore(client, partitions), EventLog(events, partitions)
         store.open()
-        loaded = store.put_states(_states(dataset, store))
+        log.open()
+        # First what may not be there: from then on the store itself refuses it.
+        for partition, mark in marks(log):
+            store.mark(partition, mark)
+        loaded = store.put_states(_states(dataset, store, log, retention or Retention({})))
     return {
         "profiles": loaded.written,
         "kept": loaded.kept,
@@ -105,34 +123,50 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
     }
 
 
-def _states(dataset: Dataset, store: ProfileStore) -> Iterator[tuple[str, Profile]]:
-    """The profile of each person of a data set, less what they erased."""
+def _states(
+    dataset: Dataset, store: ProfileStore, log: EventLog, retention: Retention
+) -> Iterator[tuple[str, Profile]]:
+    """The profile of each person of a data set, less what they erased and what is past its retention."""
     key = subject_of if "until" in dataset.info else "u:{}".format
     people, who = codes(dataset.events["user_id"])
     records, log_ids = _records(dataset), _log_ids(dataset.events)
     # Each person's events stand together; `codes` numbers people in the order of their first one.
     ends = np.cumsum(np.bincount(who, minlength=len(people)))
+    expired = retention.expired(records, time.time_ns() // 1_000_000)
     for chunk in _chunked(len(people), _PEOPLE):
         subjects = [key(people[person]) for person in chunk]
-        for person, subject, erased in zip(chunk, subjects, store.erased_before(subjects), strict=True):
+        refused = zip(store.erased_before(subjects), log.erased(subjects), strict=True)
+        for person, subject, (erased, past) in zip(chunk, subjects, refused, strict=True):
             start, end = int(ends[person - 1]) if person else 0, int(ends[person])
             # As uint64: numpy would compare a Python integer as float64, which cannot tell neighbouring log ids apart.
             start += int(np.searchsorted(log_ids[start:end], np.uint64(erased), side="right"))
-            if start < end:
-                yield subject, fold(empty(), records[start:end], int(log_ids[end - 1]))
+            own = np.arange(start, end)
+            own = own[~expired[own] & ~_past(log_ids[own], records["timestamp"][own], past)]
+            if own.size:
+                yield subject, fold(empty(), records[own], int(log_ids[end - 1]))
+
+
+def _past(log_ids: npt.NDArray[np.uint64], timestamps: npt.NDArray[np.int64], erased: int) -> npt.NDArray[np.bool_]:
+    """Which events are from before an erasure at a time in ms: by when they were logged, else by when they happened."""
+    if not erased:
+        return np.zeros(log_ids.size, np.bool_)
+    logged = (log_ids >> np.uint64(SEQUENCE_BITS)).astype(np.int64)
+    return np.where(log_ids >= np.uint64(LIVE), logged, timestamps) <= erased
 
 
 def _history(data: Path) -> Dataset:
     """A data set with all that profiles fold: of a warehouse also what is newer than complete, and searches."""
     dataset = open_dataset(data, until=_EVER)
-    searches = table_path(data, "searches")
-    if searches is None:
+    if "until" not in dataset.info:
         return dataset
-    found = read_table(searches, _SEARCHES, ("user_id", "event_type", "log_id"))
-    blank = pa.array([""] * found.table.num_rows, pa.string())
-    about_none = found.table.append_column(EVENTS.field("item_id"), blank).select(EVENTS.names).cast(EVENTS)
-    events = order_events(pa.concat_tables([dataset.events, about_none]))
-    return dataclasses.replace(dataset, stream=Events.of(events), rejected=[*dataset.rejected, *found.rejected])
+    events, rejected, searches = dataset.events, dataset.rejected, table_path(data, "searches")
+    if searches is not None:
+        found = read_table(searches, _SEARCHES, ("user_id", "event_type", "log_id"))
+        blank = pa.array([""] * found.table.num_rows, pa.string())
+        about_none = found.table.append_column(EVENTS.field("item_id"), blank).select(EVENTS.names).cast(EVENTS)
+        events, rejected = pa.concat_tables([events, about_none]), [*rejected, *found.rejected]
+    events = order_events(events.filter(pc.fill_null(events["personal"], True)))
+    return dataclasses.replace(dataset, stream=Events.of(events), rejected=rejected)
 
 
 def _chunked(length: int, size: int) -> Iterator[range]:

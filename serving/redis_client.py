@@ -85,6 +85,15 @@ def partition_of(subject: str, partitions: int) -> int:
     return zlib.crc32(subject.encode()) % partitions
 
 
+def address_of(subject: str) -> bytes:
+    """Under what a person is found where no name may stand; 16 bytes.
+
+    Without a secret: it would have to lie in the very stores that it is to protect, and the profiles must be found by
+    whoever is left with their Redis alone.
+    """
+    return hashlib.blake2b(subject.encode(), digest_size=16, person=b"penchant").digest()
+
+
 def partition_prefix(partition: int) -> bytes:
     """What every key of a partition starts with; the braces make it one slot of a cluster, whatever an id contains."""
     return b"penchant:{p%02d}:" % partition
@@ -350,7 +359,8 @@ def require_safe(client: redis.Redis, role: str, unsafe: bool = False) -> None:
 
     Args:
         client: The Redis to look at.
-        role: "events" needs no eviction and `appendfsync always`; "profiles" needs no eviction.
+        role: "events" needs no eviction, `appendfsync always`, and streams that give up at once what is deleted from
+            them; "profiles" needs no eviction.
         unsafe: Accept one that may lose acknowledged data.
 
     Raises:
@@ -364,7 +374,7 @@ def require_safe(client: redis.Redis, role: str, unsafe: bool = False) -> None:
         return
     wanted = {"maxmemory-policy": "noeviction"}
     if role == "events":
-        wanted |= {"appendonly": "yes", "appendfsync": "always"}
+        wanted |= {"appendonly": "yes", "appendfsync": "always", "stream-node-max-entries": "1"}
     try:
         found = {name: str(value) for name, value in client.config_get(*wanted).items()}
     except ResponseError as error:
@@ -375,8 +385,9 @@ def require_safe(client: redis.Redis, role: str, unsafe: bool = False) -> None:
     wrong = {name: value for name, value in wanted.items() if found.get(name) != value}
     if wrong:
         raise ConfigError(
-            f"the {role} Redis may lose data: it has {_settings({name: found.get(name, '') for name in wrong})}; "
-            f"set {_settings(wrong)} (CONFIG SET), or accept the loss: PENCHANT_UNSAFE_REDIS=true"
+            f"the {role} Redis may lose data, or keep erased data: it has "
+            f"{_settings({name: found.get(name, '') for name in wrong})}; "
+            f"set {_settings(wrong)} (CONFIG SET), or accept that: PENCHANT_UNSAFE_REDIS=true"
         )
 
 

@@ -186,6 +186,8 @@ class RedisServer:
             "save": "",
             "maxmemory": str(self._max_memory),
             "maxmemory-policy": "noeviction",
+            # What is deleted from a stream stays in its node until the whole node is: a node per entry, a fifth more.
+            "stream-node-max-entries": "1",
             "databases": "1",
             "daemonize": "no",
         }

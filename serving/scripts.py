@@ -18,6 +18,15 @@ SEQUENCE_BITS = 20
 _TAIL = f"""
 local ENTRY, HEADER = {ENTRY.itemsize}, {HEADER_SIZE}
 local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
+-- Of a damaged profile: what its header says the person allows, and up to where it forgets, where that is to be read.
+local function salvaged(read, head, blank)
+  if not read or not head or #head < HEADER or string.sub(head, 1, 6) ~= string.sub(blank, 1, 6) then return blank end
+  return string.sub(head, 1, 8) .. string.sub(blank, 9, 24) .. string.sub(head, 25, HEADER)
+end
+local function personal(head)
+  local said = string.byte(head, 7)
+  return said == 0 or said % 2 == 1
+end
 local function holds(ids, id, width)
   local found = string.find(ids, id, 1, true)
   while found and (found - 1) % width ~= 0 do found = string.find(ids, id, found + 1, true) end
@@ -40,7 +49,10 @@ PROFILE_APPLY = Script.of(
 local head, tail = stored(KEYS[1], ARGV[1])
 if not tail then return redis.error_reply('CORRUPT not a stored profile') end
 local vh, vl, eh, el = 0, 0, 0, 0
-if head then vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17) end
+if head then
+  if not personal(head) then return {0, #ARGV[2] / ENTRY, #tail / ENTRY} end
+  vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17)
+end
 local new, refused = {}, 0
 for at = 1, #ARGV[2], ENTRY do
   local id = string.sub(ARGV[2], at, at + 7)
@@ -95,21 +107,23 @@ return 1
 )
 
 # KEYS: person; ARGV: empty header, header and state. Returns 1, or 0 where it would undo what is there.
-# A state of live events gives way only to one that goes as far; an erased past stays erased; damage is overwritten.
+# A state of live events gives way only to one that goes as far; an erased past stays erased; damage is overwritten; who
+# allows no personal answers gets no state.
 PROFILE_PUT = Script.of(
     _TAIL
     + f"local LIVE = {LIVE >> 32}"
     + """
 local read, head, tail = pcall(stored, KEYS[1], ARGV[1])
-if not read or not head or not tail then
-  redis.call('SET', KEYS[1], ARGV[2])
-  return 1
-end
+local found = read and head and tail
+if not found then head, tail = salvaged(read, head, ARGV[1]), '' end
+if not personal(head) then return 0 end
 local nh, nl = struct.unpack('>I4I4', ARGV[2], 17)
 local vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17)
 if (eh > 0 or el > 0) and at_most(nh, nl, eh, el) then return 0 end
-if vh >= LIVE and not at_most(vh, vl, nh, nl) then return 0 end
-local parts = {string.sub(ARGV[2], 1, 24), string.sub(head, 25, HEADER), string.sub(ARGV[2], HEADER + 1)}
+if found and vh >= LIVE and not at_most(vh, vl, nh, nl) then return 0 end
+local new = ARGV[2]
+local parts = {string.sub(new, 1, 6), string.sub(head, 7, 8), string.sub(new, 9, 24), string.sub(head, 25, HEADER)}
+parts[#parts + 1] = string.sub(new, HEADER + 1)
 for at = 1, #tail, ENTRY do
   local h, l = struct.unpack('>I4I4', tail, at)
   if not at_most(h, l, nh, nl) then parts[#parts + 1] = string.sub(tail, at, at + ENTRY - 1) end
@@ -128,27 +142,33 @@ return 1
 """
 )
 
-# KEYS: person; ARGV: empty header, tombstone. Returns the number of events forgotten. Works while memory is full.
-PROFILE_ERASE = Script.of(
+# KEYS: person; ARGV: empty header, log id of the mark, what the person allows ('' where that stays as it is), '1' where
+# what came up to the mark is forgotten. Returns the number of events forgotten. Works while memory is full.
+# An older mark never undoes a newer one, so marks may come in any order and again.
+PROFILE_MARK = Script.of(
     "#!lua flags=allow-oom\n"
     + _TAIL
     + """
 local read, head, tail = pcall(stored, KEYS[1], ARGV[1])
-if not read or not head or not tail then
-  redis.call('SET', KEYS[1], ARGV[2])
+local found = read and head and tail
+if not found then head, tail = salvaged(read, head, ARGV[1]), '' end
+local mh, ml = struct.unpack('>I4I4', ARGV[2])
+local eh, el, ch, cl = struct.unpack('>I4I4I4I4', head, 25)
+if ARGV[3] ~= '' and not at_most(mh, ml, ch, cl) then
+  head = string.sub(head, 1, 6) .. ARGV[3] .. string.sub(head, 9, 32) .. ARGV[2]
+end
+if ARGV[4] ~= '1' or at_most(mh, ml, eh, el) then
+  if found then redis.call('SETRANGE', KEYS[1], 0, head) else redis.call('SET', KEYS[1], head) end
   return 0
 end
-local eh, el = struct.unpack('>I4I4', head, 25)
-local nh, nl = struct.unpack('>I4I4', ARGV[2], 25)
-if at_most(nh, nl, eh, el) then return 0 end
 local forgotten = 0
 if struct.unpack('<I4', head, 9) > 0 then
   forgotten = struct.unpack('<I4', redis.call('GETRANGE', KEYS[1], HEADER, HEADER + 3))
 end
-local kept = {ARGV[2]}
+local kept = {string.sub(head, 1, 8), string.sub(ARGV[1], 9, 24), ARGV[2], string.sub(head, 33, HEADER)}
 for at = 1, #tail, ENTRY do
   local h, l = struct.unpack('>I4I4', tail, at)
-  if at_most(h, l, nh, nl) then
+  if at_most(h, l, mh, ml) then
     forgotten = forgotten + 1
   else
     kept[#kept + 1] = string.sub(tail, at, at + ENTRY - 1)
@@ -184,45 +204,93 @@ local function erased(hash, person, at)
   local past = redis.call('HGET', hash, person)
   return past and tonumber(at) <= tonumber(past)
 end
+-- What a person said, as 'purposes id-of-that id-up-to-which-profiles-forget', '-' and '0-0' for nothing yet.
+local function said(people, address)
+  return string.match(redis.call('HGET', people, address) or '- 0-0 0-0', '(%S+) (%S+) (%S+)')
+end
+local function purposes(people, address, default)
+  return tonumber((said(people, address))) or tonumber(default)
+end
 """
 
-# KEYS: stream, seen, index, erased, floor; ARGV: person, time, subject, event id, record, payload, window, index TTL.
-# Returns {0, stream id}, {1, stream id of the first, its record} or {2} for an erased past.
+# KEYS: stream, seen, index, erased, floor, people; ARGV: person, time, subject, event id, record, payload, window,
+# index TTL, address, what those allow who said nothing, '0' where it enters no profile in any case. Returns {0, stream
+# id, 1 or 0 for whether it may enter the profile}, {1, stream id of the first, its record, the same of it}, {2} for an
+# erased past or {3} where nothing is allowed.
 EVENT_APPEND = Script.of(
     _ADD
     + """
 local first = redis.call('GET', KEYS[2])
 if first then
   local entry = redis.call('XRANGE', KEYS[1], first, first)[1]
-  return {1, first, entry and entry[2][6] or ''}
+  return {1, first, entry and entry[2][6] or '', entry and entry[2][9] and 0 or 1}
 end
 if erased(KEYS[4], ARGV[1], ARGV[2]) then return {2} end
-local id = add(KEYS[1], 's', ARGV[3], 'e', ARGV[4], 'r', ARGV[5], 'p', ARGV[6])
+local allowed = purposes(KEYS[6], ARGV[9], ARGV[10])
+if allowed == 0 then return {3} end
+local fields = {'s', ARGV[3], 'e', ARGV[4], 'r', ARGV[5], 'p', ARGV[6]}
+local personal = allowed % 2
+if ARGV[11] == '0' then personal = 0 end
+if personal == 0 then fields[9], fields[10] = 'n', '1' end
+local id = add(KEYS[1], unpack(fields))
 redis.call('SET', KEYS[2], id, 'PX', ARGV[7])
 note(KEYS[3], 'e', id, tonumber(redis.call('GET', KEYS[5]) or 0), ARGV[8])
-return {0, id}
+return {0, id, personal}
 """
 )
 
-# KEYS: stream, index, erased, floor; ARGV: person, time, subject, payload, index TTL. Returns the stream id or false.
+# KEYS: stream, index, erased, floor, people; ARGV: person, time, subject, payload, index TTL, address, what those allow
+# who said nothing. Returns the stream id; false for an erased past and where slates serve no purpose that is allowed.
 IMPRESSION_APPEND = Script.of(
     _ADD
     + """
-if erased(KEYS[3], ARGV[1], ARGV[2]) then return false end
+if erased(KEYS[3], ARGV[1], ARGV[2]) or purposes(KEYS[5], ARGV[6], ARGV[7]) < 2 then return false end
 local id = add(KEYS[1], 's', ARGV[3], 'p', ARGV[4])
 note(KEYS[2], 'i', id, tonumber(redis.call('GET', KEYS[4]) or 0), ARGV[5])
 return id
 """
 )
 
-# KEYS: stream, impressions, index, erased; ARGV: person. Returns {id of the marker, events, impressions deleted}.
+# KEYS: stream, people; ARGV: address, what the person allows ('' where that stays as it is), '1' where profiles forget
+# what came before. Returns the id of the marker, by which consumers meet it in order. Works while memory is full.
+PERSON_MARK = Script.of(
+    "#!lua flags=allow-oom\n"
+    + _ADD
+    + """
+local mark = add(KEYS[1], 'k', ARGV[1], 'c', ARGV[2], 'f', ARGV[3])
+local allowed, at, forgotten = said(KEYS[2], ARGV[1])
+if ARGV[2] ~= '' then allowed, at = ARGV[2], mark end
+if ARGV[3] == '1' then forgotten = mark end
+redis.call('HSET', KEYS[2], ARGV[1], allowed .. ' ' .. at .. ' ' .. forgotten)
+return mark
+"""
+)
+
+# KEYS: stream, index; ARGV: stream id of an event, address. Deletes the event, and tells consumers which it was.
+EVENT_UNDO = Script.of(
+    "#!lua flags=allow-oom\n"
+    + _ADD
+    + """
+add(KEYS[1], 'k', ARGV[2], 'u', ARGV[1])
+redis.call('LREM', KEYS[2], 0, 'e' .. ARGV[1])
+return redis.call('XDEL', KEYS[1], ARGV[1])
+"""
+)
+
+# KEYS: stream, impressions, index, erased, people; ARGV: person, address, '1' where what the person did before now is
+# refused from now on. Returns {id of the marker, events, impressions deleted}.
 # The marker makes consumers meet the erasure in order. Works while memory is full.
 EVENT_ERASE = Script.of(
     "#!lua flags=allow-oom\n"
     + _ADD
     + """
-local marker = add(KEYS[1], 'x', ARGV[1])
-redis.call('HSET', KEYS[4], ARGV[1], string.match(marker, '%d+'))
+local marker = add(KEYS[1], 'x', ARGV[1], 'k', ARGV[2], 'f', '1')
+if ARGV[3] == '1' then
+  redis.call('HSET', KEYS[4], ARGV[1], string.match(marker, '%d+'))
+else
+  local allowed, at = said(KEYS[5], ARGV[2])
+  redis.call('HSET', KEYS[5], ARGV[2], allowed .. ' ' .. at .. ' ' .. marker)
+end
 local deleted = {e = 0, i = 0}
 for _, noted in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
   local kind = string.sub(noted, 1, 1)

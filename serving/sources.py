@@ -13,7 +13,6 @@ from serving.pipeline import POPULAR, Query, Rows, Scores
 _CHUNK = 2048
 _DAY_MS = 86_400_000
 _RECENT = 20
-_NOTHING = (np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 def allowed(query: Query, catalog: Catalog, *, seen: bool) -> npt.NDArray[np.uint8]:

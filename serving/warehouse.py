@@ -22,11 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from features.profile import EVERY_PURPOSE, Purpose
 from serving.catalog_log import CatalogLog
 from serving.consumer import Consumer
+from serving.erasure import Certificates
 from serving.errors import ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog
-from serving.redis_client import connect
+from serving.people import consents
+from serving.redis_client import address_of, connect
 from serving.scripts import SEQUENCE_BITS
 from serving.telemetry import Telemetry
 from serving.warehouse_files import WarehouseFiles, by_day
@@ -96,6 +99,42 @@ class _Intake:
         return sum(map(len, self.held))
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the marks among some entries say of rows that are there already.
+
+    Attributes:
+        log: What names people as marks do.
+        erased: Keyed hash of a person -> log id up to which everything of theirs goes.
+        withdrawn: Address of a person who no longer allows training -> the same.
+        undone: Log ids of events that count no more.
+    """
+
+    log: EventLog
+    erased: dict[bytes, int]
+    withdrawn: dict[bytes, int]
+    undone: frozenset[int]
+
+    @classmethod
+    def by(cls, entries: Sequence[Entry], log: EventLog) -> _Told:
+        marks = [entry.mark for entry in entries if entry.mark and entry.mark.consent is not None]
+        return cls(
+            log,
+            {entry.erased: entry.log_id for entry in entries if entry.erased},
+            {mark.address: mark.log_id for mark in marks if Purpose.TRAIN not in (mark.consent or Purpose(0))},
+            frozenset(entry.undone for entry in entries if entry.undone),
+        )
+
+    def gone_until(self, subject: str) -> int:
+        """Log id up to which the rows of a person go, 0 where all stay."""
+        erased = self.erased.get(self.log.person(subject), 0) if self.erased else 0
+        return max(erased, self.withdrawn.get(address_of(subject), 0) if self.withdrawn else 0)
+
+    def keeps(self, entry: Entry) -> bool:
+        """Whether an event among them is to be written at all."""
+        return entry.log_id not in self.undone and entry.log_id > self.gone_until(entry.subject)
+
+
 @dataclass(slots=True)
 class _Clock:
     """When something was last done."""
@@ -142,6 +181,7 @@ class Warehouse:
             telemetry: Counts `warehouse_events`, `warehouse_impressions`, `warehouse_damaged`, `warehouse_erased`.
         """
         self._log, self._files, self._items = log, files, items
+        self._certificates = Certificates(log)
         owner = f"{os.getpid()}-{uuid.uuid4().hex}"
         self._events = _Intake(log, owner, lease_ms, "events")
         self._impressions = _Intake(log, owner, lease_ms, "impressions")
@@ -245,6 +285,7 @@ class Warehouse:
                 reached = min(self._events.reached[partition], self._impressions.reached[partition])
                 self._written[partition] = max(self._written[partition], reached)
         self._events.recovered = self._impressions.recovered = False
+        self._confirm()
         self._items.follow()
         before = self._files.info()
         said = {
@@ -260,29 +301,39 @@ class Warehouse:
 
     def _write_partition(self, partition: int) -> None:
         events, slates = self._events.held[partition], self._impressions.held[partition]
-        marks = {entry.erased: entry.log_id for entry in events if entry.erased}
+        told = _Told.by(events, self._log)
+        allowed = self._allowing([*events, *slates])
         for cut in by_day([entry.log_id for entry in events]):
             span = events[cut][0].log_id, events[cut][-1].log_id
-            about_items, searches, damaged = event_tables(self._unerased(events[cut], marks))
+            about_items, searches, damaged = event_tables([e for e in events[cut] if told.keeps(e) and allowed(e)])
             self._files.write("events", partition, span, about_items)
             self._files.write("searches", partition, span, searches)
             self._count("events", about_items.num_rows + searches.num_rows, damaged)
         for cut in by_day([entry.log_id for entry in slates]):
             span = slates[cut][0].log_id, slates[cut][-1].log_id
-            rows, damaged = impression_table(slates[cut])
+            rows, damaged = impression_table([entry for entry in slates[cut] if allowed(entry)])
             self._files.write("impressions", partition, span, rows)
             self._count("impressions", rows.num_rows, damaged)
-        if marks:
-            gone = self._files.erase(partition, marks, self._log.person)
+        if told.erased or told.withdrawn or told.undone:
+            gone = self._files.erase(partition, told.gone_until, told.undone)
             self._telemetry.count("warehouse_erased", gone)
         self._events.done(partition)
         self._impressions.done(partition)
 
-    def _unerased(self, entries: Sequence[Entry], marks: dict[bytes, int]) -> list[Entry]:
-        """The entries, less those that an erasure among them is about: these never need to reach a file."""
-        if not marks:
-            return list(entries)
-        return [one for one in entries if one.log_id > marks.get(self._log.person(one.subject), 0)]
+    def _allowing(self, entries: Sequence[Entry]) -> Callable[[Entry], bool]:
+        """Whether the person of an entry allows now that models are trained on it; nobody else is in the warehouse."""
+        subjects = sorted({entry.subject for entry in entries if entry.subject})
+        purposes = [consent.purposes for consent in consents(self._log, subjects)] if subjects else []
+        allowing = {who for who, what in zip(subjects, purposes, strict=True) if Purpose.TRAIN in what}
+        return lambda entry: entry.subject in allowing
+
+    def _confirm(self) -> None:
+        """Dates the erasures that every file of their partition has been through."""
+        for certificate in self._certificates.pending():
+            partition = int(certificate.certificate_id[:4], 16)
+            lacking = any(one.store == GROUP and not one.purged_at for one in certificate.receipts)
+            if lacking and certificate.log_id <= self._written[partition]:
+                self._certificates.confirm(certificate, GROUP)
 
     def _count(self, what: str, written: int, damaged: int) -> None:
         self._telemetry.count(f"warehouse_{what}", written)
@@ -309,6 +360,7 @@ def run(
     *,
     flush_s: float = FLUSH_S,
     once: bool = False,
+    default: Purpose = EVERY_PURPOSE,
     stop: threading.Event | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -321,6 +373,7 @@ def run(
         partitions: Partitions of the event log.
         flush_s: Longest time that an entry waits to be written, in seconds.
         once: Write what the log holds now, then end.
+        default: What a person allows who has said nothing.
         stop: Ends it.
         ready: Told `pid`, `partitions` and `lag` when it begins.
 
@@ -339,7 +392,8 @@ def run(
             signal.signal(number, lambda *_: stop.set())
     telemetry = Telemetry()
     with connect(events_redis_url, _TIMEOUT_S) as client:
-        log, items = EventLog(client, partitions), ItemTable(out / "items.parquet", CatalogLog(client), bundle)
+        log = EventLog(client, partitions, default=default)
+        items = ItemTable(out / "items.parquet", CatalogLog(client), bundle)
         warehouse = Warehouse(log, WarehouseFiles(out), items, flush_s=flush_s, telemetry=telemetry)
         if once:
             warehouse.open()

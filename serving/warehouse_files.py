@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,13 @@ class WarehouseFiles:
             path.unlink()
             _sync(path.parent)
 
-    def erase(self, partition: int, marks: Mapping[bytes, int], person: Callable[[str], bytes]) -> int:
-        """Takes erased people's rows out of every file of a partition.
+    def erase(self, partition: int, gone_until: Callable[[str], int], undone: Collection[int] = ()) -> int:
+        """Takes rows out of every file of a partition.
 
         Args:
-            partition: The one all of them belong to.
-            marks: Keyed hash of a person -> log id up to which their rows go.
-            person: The keyed hash of a subject.
+            partition: The one that they belong to.
+            gone_until: Log id up to which the rows of a person go; 0 where all stay.
+            undone: Log ids of events that go, whoever they are of.
 
         Returns:
             The number of rows that went.
@@ -110,14 +110,14 @@ class WarehouseFiles:
         for name in TABLES:
             for path in sorted(self.out.glob(f"{name}/date=*/p{partition:02d}-*.parquet")):
                 found = _read(path, ["user_id", "log_id"])
-                # Another stream's ids are comparable by their millisecond only.
-                last = {at: mark | _LAST_OF_MS if name == "impressions" else mark for at, mark in marks.items()}
-                limits = {u: last.get(person(subject_of(u)), 0) for u in pc.unique(found["user_id"]).to_pylist()}
-                limits = {user: limit for user, limit in limits.items() if limit}
-                if not limits:
+                limits = {user: gone_until(subject_of(user)) for user in pc.unique(found["user_id"]).to_pylist()}
+                shown = name == "impressions"
+                if shown:  # another stream's ids are comparable by their millisecond only
+                    limits = {user: limit and limit | _LAST_OF_MS for user, limit in limits.items()}
+                if not any(limits.values()) and (shown or not undone):
                     continue
                 pairs = zip(found["user_id"].to_pylist(), found["log_id"].to_numpy().tolist(), strict=True)
-                kept = [log_id > limits.get(user, 0) for user, log_id in pairs]
+                kept = [log_id > limits[user] and (shown or log_id not in undone) for user, log_id in pairs]
                 if all(kept):
                     continue
                 # What was derived goes first: whatever happens now, it cannot stay as it is.

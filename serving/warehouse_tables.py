@@ -135,6 +135,7 @@ def _event(entry: Entry, record: Any, said: dict[str, Any]) -> dict[str, Any]:
         "attributes": list(said["attributes"].items()) if said.get("attributes") else None,
         "category_key": int(record["category"]),
         "creator_key": int(record["creator"]),
+        "personal": entry.personal,
         **{name: said.get(name) for name in _KEPT},
     }
 

@@ -7,14 +7,17 @@ import logging
 import threading
 from collections.abc import Callable
 
+from features.profile import Retention
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Host, Surroundings, open_engine
+from serving.erasure import Certificates
 from serving.errors import Unavailable
 from serving.events import EventLog
 from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hydrators import Progress
+from serving.people import People
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
 from serving.server import Server, Services
@@ -28,7 +31,7 @@ from serving.telemetry import Telemetry, expose
 from serving.turns import Turns
 
 WRITE_TIMEOUT_S = 1.0
-"""Longest wait for the events Redis: it syncs to disk before it answers."""
+"""Longest wait of a call that writes: the events Redis syncs to disk before it answers."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +46,15 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
     telemetry, progress, turns = Telemetry(), Progress(), Turns(config.threads)
     with (
         connect(config.redis, config.redis_timeout_ms / 1000) as profiles,
+        connect(config.redis, WRITE_TIMEOUT_S) as written,
         connect(config.events_redis, WRITE_TIMEOUT_S) as events,
     ):
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
-        log = EventLog(events, config.partitions)
+        # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
+        writer = ProfileStore(written, config.partitions, telemetry=telemetry)
+        log = EventLog(events, config.partitions, default=config.default_consent)
+        certificates = Certificates(log, int(config.purge_hours * 3_600_000))
+        people = People(log, writer, certificates, Retention(config.retention_days))
         _open(log)
         _open(store)
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
@@ -59,8 +67,8 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         holdout = Holdout(config.holdout_share, config.holdout_salt)
         services = Services(
             ranking=RankingService(host, holdout, config.default_deadline_ms / 1000),
-            events=EventService(host, log, store, telemetry, streams),
-            profiles=ProfileService(host, log, store),
+            events=EventService(host, log, writer, telemetry, streams),
+            profiles=ProfileService(host, people, certificates, writer),
             catalog=CatalogService(host, changes, follower),
         )
         server.start(config.listen, services)

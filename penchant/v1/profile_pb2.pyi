@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from penchant.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Purpose:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Purpose.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PURPOSE_UNSPECIFIED: _Purpose.ValueType  # 0
+    """Not set; refused."""
+    PURPOSE_PERSONALISE: _Purpose.ValueType  # 1
+    """Answer the person personally: without it nothing is in their profile and their answers are anonymous."""
+    PURPOSE_TRAIN: _Purpose.ValueType  # 2
+    """Train models: without it their history leaves the next training export."""
+    PURPOSE_MEASURE: _Purpose.ValueType  # 3
+    """Measure what helped: experiments and reports."""
+
+class Purpose(_Purpose, metaclass=_PurposeEnumTypeWrapper):
+    """What a person's data may be used for."""
+
+PURPOSE_UNSPECIFIED: Purpose.ValueType  # 0
+"""Not set; refused."""
+PURPOSE_PERSONALISE: Purpose.ValueType  # 1
+"""Answer the person personally: without it nothing is in their profile and their answers are anonymous."""
+PURPOSE_TRAIN: Purpose.ValueType  # 2
+"""Train models: without it their history leaves the next training export."""
+PURPOSE_MEASURE: Purpose.ValueType  # 3
+"""Measure what helped: experiments and reports."""
+Global___Purpose: _TypeAlias = Purpose  # noqa: Y015
 
 @_typing.final
 class GetProfileRequest(_message.Message):
@@ -121,6 +150,8 @@ class GetProfileResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     CATEGORIES_FIELD_NUMBER: _builtins.int
     SEEN_ONLY_FIELD_NUMBER: _builtins.int
+    PURPOSES_FIELD_NUMBER: _builtins.int
+    CONSENT_GIVEN_FIELD_NUMBER: _builtins.int
     found: _builtins.bool
     """True when there is one."""
     profile_version: _builtins.int
@@ -129,6 +160,8 @@ class GetProfileResponse(_message.Message):
     """Number of events folded into it, ever."""
     seen_only: _builtins.int
     """Number of older items that are remembered only as seen."""
+    consent_given: _builtins.bool
+    """True when the person said so themselves; false when it is the service's default."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileEvent]:
         """The newest remembered events, newest first."""
@@ -136,6 +169,10 @@ class GetProfileResponse(_message.Message):
     @_builtins.property
     def categories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Affinity]:
         """What the person likes, strongest first."""
+
+    @_builtins.property
+    def purposes(self) -> _containers.RepeatedScalarFieldContainer[Global___Purpose.ValueType]:
+        """What the person's data may be used for."""
 
     def __init__(
         self,
@@ -146,14 +183,292 @@ class GetProfileResponse(_message.Message):
         events: _abc.Iterable[Global___ProfileEvent] | None = ...,
         categories: _abc.Iterable[Global___Affinity] | None = ...,
         seen_only: _builtins.int = ...,
+        purposes: _abc.Iterable[Global___Purpose.ValueType] | None = ...,
+        consent_given: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "event_count", b"event_count", "events", b"events", "found", b"found", "profile_version", b"profile_version", "seen_only", b"seen_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "consent_given", b"consent_given", "event_count", b"event_count", "events", b"events", "found", b"found", "profile_version", b"profile_version", "purposes", b"purposes", "seen_only", b"seen_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetProfileResponse: _TypeAlias = GetProfileResponse  # noqa: Y015
+
+@_typing.final
+class SetConsentRequest(_message.Message):
+    """What a person allows from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    PURPOSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def subject(self) -> _common_pb2.Subject:
+        """The person."""
+
+    @_builtins.property
+    def purposes(self) -> _containers.RepeatedScalarFieldContainer[Global___Purpose.ValueType]:
+        """All that they allow; empty means nothing at all, and then nothing is stored."""
+
+    def __init__(
+        self,
+        *,
+        subject: _common_pb2.Subject | None = ...,
+        purposes: _abc.Iterable[Global___Purpose.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["purposes", b"purposes", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetConsentRequest: _TypeAlias = SetConsentRequest  # noqa: Y015
+
+@_typing.final
+class SetConsentResponse(_message.Message):
+    """From when it holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    profile_version: _builtins.int
+    """The version of the profile from which it holds."""
+    applied: _builtins.bool
+    """True when the profile knows already; false when the projector will tell it."""
+    def __init__(
+        self,
+        *,
+        profile_version: _builtins.int = ...,
+        applied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "profile_version", b"profile_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetConsentResponse: _TypeAlias = SetConsentResponse  # noqa: Y015
+
+@_typing.final
+class ResetLearningRequest(_message.Message):
+    """Whose profile is to be empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def subject(self) -> _common_pb2.Subject:
+        """The person."""
+
+    def __init__(
+        self,
+        *,
+        subject: _common_pb2.Subject | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetLearningRequest: _TypeAlias = ResetLearningRequest  # noqa: Y015
+
+@_typing.final
+class ResetLearningResponse(_message.Message):
+    """From when it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    profile_version: _builtins.int
+    """The version of the profile from which only newer events count."""
+    applied: _builtins.bool
+    """True when the profile is empty already; false when the projector will empty it."""
+    def __init__(
+        self,
+        *,
+        profile_version: _builtins.int = ...,
+        applied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "profile_version", b"profile_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetLearningResponse: _TypeAlias = ResetLearningResponse  # noqa: Y015
+
+@_typing.final
+class UndoEventRequest(_message.Message):
+    """Which event is to count no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    event_id: _builtins.str
+    """The event's id, as it was ingested; at most 512 bytes. It must still be in the log: 7 days by default."""
+    @_builtins.property
+    def subject(self) -> _common_pb2.Subject:
+        """The person who did it."""
+
+    def __init__(
+        self,
+        *,
+        subject: _common_pb2.Subject | None = ...,
+        event_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoEventRequest: _TypeAlias = UndoEventRequest  # noqa: Y015
+
+@_typing.final
+class UndoEventResponse(_message.Message):
+    """What became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    profile_version: _builtins.int
+    """The version of the profile without the event; 0 where there is no profile."""
+    def __init__(
+        self,
+        *,
+        profile_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile_version", b"profile_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoEventResponse: _TypeAlias = UndoEventResponse  # noqa: Y015
+
+@_typing.final
+class MergeIdentitiesRequest(_message.Message):
+    """Who turned out to be whom."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANONYMOUS_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    anonymous_id: _builtins.str
+    """The visitor's id, whose events move; required, at most 512 bytes."""
+    user_id: _builtins.str
+    """The known person's id; required, at most 512 bytes."""
+    def __init__(
+        self,
+        *,
+        anonymous_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_id", b"anonymous_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeIdentitiesRequest: _TypeAlias = MergeIdentitiesRequest  # noqa: Y015
+
+@_typing.final
+class MergeIdentitiesResponse(_message.Message):
+    """What moved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    IMPRESSIONS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    LEFT_BEHIND_FIELD_NUMBER: _builtins.int
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    events: _builtins.int
+    """Number of events that are the known person's now."""
+    impressions: _builtins.int
+    """Number of slates that are."""
+    refused: _builtins.int
+    """Number of events from before an erasure of the known person: they are gone."""
+    left_behind: _builtins.int
+    """Number of events in the visitor's profile that had left the log: they are forgotten."""
+    profile_version: _builtins.int
+    """The version of the known person's profile that contains what moved; 0 where nothing did."""
+    def __init__(
+        self,
+        *,
+        events: _builtins.int = ...,
+        impressions: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        left_behind: _builtins.int = ...,
+        profile_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "impressions", b"impressions", "left_behind", b"left_behind", "profile_version", b"profile_version", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeIdentitiesResponse: _TypeAlias = MergeIdentitiesResponse  # noqa: Y015
+
+@_typing.final
+class ExportSubjectRequest(_message.Message):
+    """Whose data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """The next_page_token of the page before; empty for the first."""
+    @_builtins.property
+    def subject(self) -> _common_pb2.Subject:
+        """The person."""
+
+    def __init__(
+        self,
+        *,
+        subject: _common_pb2.Subject | None = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportSubjectRequest: _TypeAlias = ExportSubjectRequest  # noqa: Y015
+
+@_typing.final
+class ExportSubjectResponse(_message.Message):
+    """A page of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Send it for the next page; empty on the last one."""
+    @_builtins.property
+    def documents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """JSON objects; "kind" says of what: "consent", "profile", "event", "impression"."""
+
+    def __init__(
+        self,
+        *,
+        documents: _abc.Iterable[_builtins.str] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportSubjectResponse: _TypeAlias = ExportSubjectResponse  # noqa: Y015
 
 @_typing.final
 class EraseSubjectRequest(_message.Message):
@@ -188,22 +503,26 @@ class ErasureReceipt(_message.Message):
     STORE_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     ERASED_AT_MS_FIELD_NUMBER: _builtins.int
+    PURGED_AT_MS_FIELD_NUMBER: _builtins.int
     store: _builtins.str
-    """Name of the store: "profiles", "events", "impressions"."""
+    """Name of the store: "profiles", "events", "impressions", and each other reader of the log that keeps a copy: "warehouse"."""
     entries: _builtins.int
-    """Number of entries erased."""
+    """Number of entries erased; 0 for a store that does not count them."""
     erased_at_ms: _builtins.int
-    """When they became unreadable to Penchant, in milliseconds since the epoch, UTC."""
+    """When they became unreadable to Penchant, in milliseconds since the epoch, UTC; 0 while a reader of the log has not confirmed it."""
+    purged_at_ms: _builtins.int
+    """When their bytes were gone from the disk, in milliseconds since the epoch, UTC; 0 while they are not."""
     def __init__(
         self,
         *,
         store: _builtins.str = ...,
         entries: _builtins.int = ...,
         erased_at_ms: _builtins.int = ...,
+        purged_at_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "erased_at_ms", b"erased_at_ms", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "erased_at_ms", b"erased_at_ms", "purged_at_ms", b"purged_at_ms", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,11 +530,20 @@ Global___ErasureReceipt: _TypeAlias = ErasureReceipt  # noqa: Y015
 
 @_typing.final
 class EraseSubjectResponse(_message.Message):
-    """The receipt of an erasure."""
+    """The certificate of an erasure."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RECEIPTS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_ID_FIELD_NUMBER: _builtins.int
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    PURGE_DUE_MS_FIELD_NUMBER: _builtins.int
+    certificate_id: _builtins.str
+    """Names the certificate: ask for it again to see the dates that are still to come."""
+    profile_version: _builtins.int
+    """Every event of the person up to this version is refused from now on, wherever it comes from."""
+    purge_due_ms: _builtins.int
+    """When the bytes are to be gone from every disk, in milliseconds since the epoch, UTC."""
     @_builtins.property
     def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureReceipt]:
         """One entry per store."""
@@ -224,11 +552,68 @@ class EraseSubjectResponse(_message.Message):
         self,
         *,
         receipts: _abc.Iterable[Global___ErasureReceipt] | None = ...,
+        certificate_id: _builtins.str = ...,
+        profile_version: _builtins.int = ...,
+        purge_due_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipts", b"receipts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_id", b"certificate_id", "profile_version", b"profile_version", "purge_due_ms", b"purge_due_ms", "receipts", b"receipts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EraseSubjectResponse: _TypeAlias = EraseSubjectResponse  # noqa: Y015
+
+@_typing.final
+class GetErasureCertificateRequest(_message.Message):
+    """Which certificate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_ID_FIELD_NUMBER: _builtins.int
+    certificate_id: _builtins.str
+    """Its id, from EraseSubject."""
+    def __init__(
+        self,
+        *,
+        certificate_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_id", b"certificate_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetErasureCertificateRequest: _TypeAlias = GetErasureCertificateRequest  # noqa: Y015
+
+@_typing.final
+class GetErasureCertificateResponse(_message.Message):
+    """The certificate as it is now; it names nobody."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPTS_FIELD_NUMBER: _builtins.int
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    PURGE_DUE_MS_FIELD_NUMBER: _builtins.int
+    profile_version: _builtins.int
+    """Every event of the person up to this version is refused."""
+    purge_due_ms: _builtins.int
+    """When the bytes are to be gone from every disk, in milliseconds since the epoch, UTC."""
+    @_builtins.property
+    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureReceipt]:
+        """One entry per store."""
+
+    def __init__(
+        self,
+        *,
+        receipts: _abc.Iterable[Global___ErasureReceipt] | None = ...,
+        profile_version: _builtins.int = ...,
+        purge_due_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile_version", b"profile_version", "purge_due_ms", b"purge_due_ms", "receipts", b"receipts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetErasureCertificateResponse: _TypeAlias = GetErasureCertificateResponse  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ProfileServiceStub(object):
-    """Shows and erases profiles.
+    """Does what people may ask for about themselves.
     """
 
     def __init__(self, channel):
@@ -40,6 +40,36 @@ class ProfileServiceStub(object):
                 request_serializer=penchant_dot_v1_dot_profile__pb2.GetProfileRequest.SerializeToString,
                 response_deserializer=penchant_dot_v1_dot_profile__pb2.GetProfileResponse.FromString,
                 _registered_method=True)
+        self.SetConsent = channel.unary_unary(
+                '/penchant.v1.ProfileService/SetConsent',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.SetConsentRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.SetConsentResponse.FromString,
+                _registered_method=True)
+        self.ResetLearning = channel.unary_unary(
+                '/penchant.v1.ProfileService/ResetLearning',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.ResetLearningRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.ResetLearningResponse.FromString,
+                _registered_method=True)
+        self.UndoEvent = channel.unary_unary(
+                '/penchant.v1.ProfileService/UndoEvent',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.UndoEventRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.UndoEventResponse.FromString,
+                _registered_method=True)
+        self.MergeIdentities = channel.unary_unary(
+                '/penchant.v1.ProfileService/MergeIdentities',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.MergeIdentitiesRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.MergeIdentitiesResponse.FromString,
+                _registered_method=True)
+        self.ExportSubject = channel.unary_unary(
+                '/penchant.v1.ProfileService/ExportSubject',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.ExportSubjectRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.ExportSubjectResponse.FromString,
+                _registered_method=True)
+        self.GetErasureCertificate = channel.unary_unary(
+                '/penchant.v1.ProfileService/GetErasureCertificate',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.GetErasureCertificateRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.GetErasureCertificateResponse.FromString,
+                _registered_method=True)
         self.EraseSubject = channel.unary_unary(
                 '/penchant.v1.ProfileService/EraseSubject',
                 request_serializer=penchant_dot_v1_dot_profile__pb2.EraseSubjectRequest.SerializeToString,
@@ -48,11 +78,53 @@ class ProfileServiceStub(object):
 
 
 class ProfileServiceServicer(object):
-    """Shows and erases profiles.
+    """Does what people may ask for about themselves.
     """
 
     def GetProfile(self, request, context):
         """Shows a profile as a person would read it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetConsent(self, request, context):
+        """Sets what a person's data may be used for; the next answer and the next event obey.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetLearning(self, request, context):
+        """Empties a person's profile: what they did until now shapes no answer any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndoEvent(self, request, context):
+        """Makes one event count no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MergeIdentities(self, request, context):
+        """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSubject(self, request, context):
+        """Hands out everything that is held about a person, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetErasureCertificate(self, request, context):
+        """Shows the certificate of an erasure as it is now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,6 +145,36 @@ def add_ProfileServiceServicer_to_server(servicer, server):
                     request_deserializer=penchant_dot_v1_dot_profile__pb2.GetProfileRequest.FromString,
                     response_serializer=penchant_dot_v1_dot_profile__pb2.GetProfileResponse.SerializeToString,
             ),
+            'SetConsent': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetConsent,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.SetConsentRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.SetConsentResponse.SerializeToString,
+            ),
+            'ResetLearning': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetLearning,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.ResetLearningRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.ResetLearningResponse.SerializeToString,
+            ),
+            'UndoEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndoEvent,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.UndoEventRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.UndoEventResponse.SerializeToString,
+            ),
+            'MergeIdentities': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeIdentities,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.MergeIdentitiesRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.MergeIdentitiesResponse.SerializeToString,
+            ),
+            'ExportSubject': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportSubject,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.ExportSubjectRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.ExportSubjectResponse.SerializeToString,
+            ),
+            'GetErasureCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetErasureCertificate,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.GetErasureCertificateRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.GetErasureCertificateResponse.SerializeToString,
+            ),
             'EraseSubject': grpc.unary_unary_rpc_method_handler(
                     servicer.EraseSubject,
                     request_deserializer=penchant_dot_v1_dot_profile__pb2.EraseSubjectRequest.FromString,
@@ -87,7 +189,7 @@ def add_ProfileServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ProfileService(object):
-    """Shows and erases profiles.
+    """Does what people may ask for about themselves.
     """
 
     @staticmethod
@@ -107,6 +209,168 @@ class ProfileService(object):
             '/penchant.v1.ProfileService/GetProfile',
             penchant_dot_v1_dot_profile__pb2.GetProfileRequest.SerializeToString,
             penchant_dot_v1_dot_profile__pb2.GetProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetConsent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/SetConsent',
+            penchant_dot_v1_dot_profile__pb2.SetConsentRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.SetConsentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetLearning(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/ResetLearning',
+            penchant_dot_v1_dot_profile__pb2.ResetLearningRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.ResetLearningResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndoEvent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/UndoEvent',
+            penchant_dot_v1_dot_profile__pb2.UndoEventRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.UndoEventResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeIdentities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/MergeIdentities',
+            penchant_dot_v1_dot_profile__pb2.MergeIdentitiesRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.MergeIdentitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSubject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/ExportSubject',
+            penchant_dot_v1_dot_profile__pb2.ExportSubjectRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.ExportSubjectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetErasureCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/GetErasureCertificate',
+            penchant_dot_v1_dot_profile__pb2.GetErasureCertificateRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.GetErasureCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ProfileServiceStub:
-    """Shows and erases profiles."""
+    """Does what people may ask for about themselves."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,21 +35,45 @@ class ProfileServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ProfileServiceAsyncStub: ...
     GetProfile: _grpc.UnaryUnaryMultiCallable[_profile_pb2.GetProfileRequest, _profile_pb2.GetProfileResponse]
     """Shows a profile as a person would read it."""
+    SetConsent: _grpc.UnaryUnaryMultiCallable[_profile_pb2.SetConsentRequest, _profile_pb2.SetConsentResponse]
+    """Sets what a person's data may be used for; the next answer and the next event obey."""
+    ResetLearning: _grpc.UnaryUnaryMultiCallable[_profile_pb2.ResetLearningRequest, _profile_pb2.ResetLearningResponse]
+    """Empties a person's profile: what they did until now shapes no answer any more."""
+    UndoEvent: _grpc.UnaryUnaryMultiCallable[_profile_pb2.UndoEventRequest, _profile_pb2.UndoEventResponse]
+    """Makes one event count no more."""
+    MergeIdentities: _grpc.UnaryUnaryMultiCallable[_profile_pb2.MergeIdentitiesRequest, _profile_pb2.MergeIdentitiesResponse]
+    """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew."""
+    ExportSubject: _grpc.UnaryUnaryMultiCallable[_profile_pb2.ExportSubjectRequest, _profile_pb2.ExportSubjectResponse]
+    """Hands out everything that is held about a person, in pages."""
+    GetErasureCertificate: _grpc.UnaryUnaryMultiCallable[_profile_pb2.GetErasureCertificateRequest, _profile_pb2.GetErasureCertificateResponse]
+    """Shows the certificate of an erasure as it is now."""
     EraseSubject: _grpc.UnaryUnaryMultiCallable[_profile_pb2.EraseSubjectRequest, _profile_pb2.EraseSubjectResponse]
     """Erases a person from every store of the service; earlier events of theirs are refused from then on."""
 
 @_typing.type_check_only
 class ProfileServiceAsyncStub(ProfileServiceStub):
-    """Shows and erases profiles."""
+    """Does what people may ask for about themselves."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetProfile: _aio.UnaryUnaryMultiCallable[_profile_pb2.GetProfileRequest, _profile_pb2.GetProfileResponse]  # type: ignore[assignment]
     """Shows a profile as a person would read it."""
+    SetConsent: _aio.UnaryUnaryMultiCallable[_profile_pb2.SetConsentRequest, _profile_pb2.SetConsentResponse]  # type: ignore[assignment]
+    """Sets what a person's data may be used for; the next answer and the next event obey."""
+    ResetLearning: _aio.UnaryUnaryMultiCallable[_profile_pb2.ResetLearningRequest, _profile_pb2.ResetLearningResponse]  # type: ignore[assignment]
+    """Empties a person's profile: what they did until now shapes no answer any more."""
+    UndoEvent: _aio.UnaryUnaryMultiCallable[_profile_pb2.UndoEventRequest, _profile_pb2.UndoEventResponse]  # type: ignore[assignment]
+    """Makes one event count no more."""
+    MergeIdentities: _aio.UnaryUnaryMultiCallable[_profile_pb2.MergeIdentitiesRequest, _profile_pb2.MergeIdentitiesResponse]  # type: ignore[assignment]
+    """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew."""
+    ExportSubject: _aio.UnaryUnaryMultiCallable[_profile_pb2.ExportSubjectRequest, _profile_pb2.ExportSubjectResponse]  # type: ignore[assignment]
+    """Hands out everything that is held about a person, in pages."""
+    GetErasureCertificate: _aio.UnaryUnaryMultiCallable[_profile_pb2.GetErasureCertificateRequest, _profile_pb2.GetErasureCertificateResponse]  # type: ignore[assignment]
+    """Shows the certificate of an erasure as it is now."""
     EraseSubject: _aio.UnaryUnaryMultiCallable[_profile_pb2.EraseSubjectRequest, _profile_pb2.EraseSubjectResponse]  # type: ignore[assignment]
     """Erases a person from every store of the service; earlier events of theirs are refused from then on."""
 
 class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Shows and erases profiles."""
+    """Does what people may ask for about themselves."""
 
     @_abc_1.abstractmethod
     def GetProfile(
@@ -58,6 +82,54 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_profile_pb2.GetProfileResponse, _abc.Awaitable[_profile_pb2.GetProfileResponse]]:
         """Shows a profile as a person would read it."""
+
+    @_abc_1.abstractmethod
+    def SetConsent(
+        self,
+        request: _profile_pb2.SetConsentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profile_pb2.SetConsentResponse, _abc.Awaitable[_profile_pb2.SetConsentResponse]]:
+        """Sets what a person's data may be used for; the next answer and the next event obey."""
+
+    @_abc_1.abstractmethod
+    def ResetLearning(
+        self,
+        request: _profile_pb2.ResetLearningRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profile_pb2.ResetLearningResponse, _abc.Awaitable[_profile_pb2.ResetLearningResponse]]:
+        """Empties a person's profile: what they did until now shapes no answer any more."""
+
+    @_abc_1.abstractmethod
+    def UndoEvent(
+        self,
+        request: _profile_pb2.UndoEventRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profile_pb2.UndoEventResponse, _abc.Awaitable[_profile_pb2.UndoEventResponse]]:
+        """Makes one event count no more."""
+
+    @_abc_1.abstractmethod
+    def MergeIdentities(
+        self,
+        request: _profile_pb2.MergeIdentitiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profile_pb2.MergeIdentitiesResponse, _abc.Awaitable[_profile_pb2.MergeIdentitiesResponse]]:
+        """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew."""
+
+    @_abc_1.abstractmethod
+    def ExportSubject(
+        self,
+        request: _profile_pb2.ExportSubjectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profile_pb2.ExportSubjectResponse, _abc.Awaitable[_profile_pb2.ExportSubjectResponse]]:
+        """Hands out everything that is held about a person, in pages."""
+
+    @_abc_1.abstractmethod
+    def GetErasureCertificate(
+        self,
+        request: _profile_pb2.GetErasureCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profile_pb2.GetErasureCertificateResponse, _abc.Awaitable[_profile_pb2.GetErasureCertificateResponse]]:
+        """Shows the certificate of an erasure as it is now."""
 
     @_abc_1.abstractmethod
     def EraseSubject(

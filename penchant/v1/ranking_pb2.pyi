@@ -259,6 +259,7 @@ class Slate(_message.Message):
     STAGE_TIMINGS_FIELD_NUMBER: _builtins.int
     ACTION_NAMES_FIELD_NUMBER: _builtins.int
     PROFILE_FOUND_FIELD_NUMBER: _builtins.int
+    CONSENT_WITHHELD_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The attribution token: events carry it back as request_id."""
     rung: _common_pb2.Rung.ValueType
@@ -271,6 +272,8 @@ class Slate(_message.Message):
     """Version of the catalogue the answer was made from."""
     profile_found: _builtins.bool
     """True when the person's profile was read and held at least one event."""
+    consent_withheld: _builtins.bool
+    """True when the person does not allow personal answers: nothing that is known of them was used."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankedItem]:
         """The answer, best first."""
@@ -315,10 +318,11 @@ class Slate(_message.Message):
         stage_timings: _abc.Iterable[Global___StageTiming] | None = ...,
         action_names: _abc.Iterable[_builtins.str] | None = ...,
         profile_found: _builtins.bool = ...,
+        consent_withheld: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["experiment", b"experiment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action_names", b"action_names", "bundle_id", b"bundle_id", "catalog_version", b"catalog_version", "degraded", b"degraded", "dropped", b"dropped", "experiment", b"experiment", "items", b"items", "missing_item_ids", b"missing_item_ids", "profile_found", b"profile_found", "profile_version", b"profile_version", "request_id", b"request_id", "rung", b"rung", "stage_timings", b"stage_timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action_names", b"action_names", "bundle_id", b"bundle_id", "catalog_version", b"catalog_version", "consent_withheld", b"consent_withheld", "degraded", b"degraded", "dropped", b"dropped", "experiment", b"experiment", "items", b"items", "missing_item_ids", b"missing_item_ids", "profile_found", b"profile_found", "profile_version", b"profile_version", "request_id", b"request_id", "rung", b"rung", "stage_timings", b"stage_timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

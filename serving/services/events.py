@@ -88,23 +88,23 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         """Applies what is durable to the profiles; what fails here the projector does later."""
         by_person: dict[str, list[tuple[int, bytes]]] = {}
         for checked, entry in zip(good, appended, strict=True):
-            if entry.record:
+            if entry.record and entry.personal:
                 by_person.setdefault(checked.subject, []).append((entry.log_id, entry.record))
         outcome: dict[str, Applied | PenchantError] = {}
         try:
             outcome = dict(zip(by_person, self._store.apply_many(list(by_person.items())), strict=True))
         except ServingError:
             self._telemetry.count("events.applied_later", len(good))
-            return [not entry.record for entry in appended]
+            return [entry.personal and not entry.record for entry in appended]
         return [
             # A duplicate whose record is gone from the log was applied before it went.
-            True if not entry.record else _done(outcome[checked.subject])
+            entry.personal and (not entry.record or _done(outcome[checked.subject]))
             for checked, entry in zip(good, appended, strict=True)
         ]
 
 
 def _done(outcome: Applied | PenchantError) -> bool | PenchantError:
-    return True if isinstance(outcome, Applied) else outcome
+    return outcome.refused == 0 if isinstance(outcome, Applied) else outcome
 
 
 def _check(place: int, event: event_pb2.Event, now: int, window_ms: int) -> _Checked:
@@ -179,6 +179,8 @@ def _status(entry: Appended, applied: bool | PenchantError) -> event_pb2.EventSt
     if isinstance(applied, ResourceExhausted):
         status.code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
         status.message = f"durable, but not yet applied: {applied}"
+    elif not entry.personal:
+        status.message = "durable, and kept out of the profile: this person does not allow personal answers"
     return status
 
 

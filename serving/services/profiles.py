@@ -1,71 +1,185 @@
-"""ProfileService: shows people what is known of them, and forgets them."""
+"""ProfileService: shows people what is known of them, and does what they ask for."""
 
 # ruff: noqa: N802 - the contract names the methods
 
 from __future__ import annotations
 
-import time
+import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.json_format import MessageToDict
 
 from features.assemble import HALF_LIFE
 from features.errors import ProfileCorrupt
-from features.profile import Profile
+from features.profile import RING, Profile, Purpose
 from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import profile_pb2, profile_pb2_grpc
 from serving.engine import Engine, Host
-from serving.events import EventLog
+from serving.erasure import Certificate, Certificates
+from serving.errors import InvalidArgument
+from serving.people import Consent, People
 from serving.profiles import ProfileStore
 from serving.services import checks
 
 SHOWN = 100
 """Events that an answer shows at most."""
 
+PAGE_BYTES = 1 << 20
+"""Size above which a page of an export takes nothing more."""
+
+_PURPOSES = {
+    profile_pb2.PURPOSE_PERSONALISE: Purpose.PERSONALISE,
+    profile_pb2.PURPOSE_TRAIN: Purpose.TRAIN,
+    profile_pb2.PURPOSE_MEASURE: Purpose.MEASURE,
+}
+
 
 class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
-    """Shows and erases profiles."""
+    """Does what people may ask for about themselves."""
 
-    def __init__(self, host: Host, log: EventLog, store: ProfileStore) -> None:
-        self._host, self._log, self._store = host, log, store
+    def __init__(self, host: Host, people: People, certificates: Certificates, store: ProfileStore) -> None:
+        self._host, self._people, self._certificates, self._store = host, people, certificates, store
 
     def GetProfile(
         self, request: profile_pb2.GetProfileRequest, context: grpc.ServicerContext
     ) -> profile_pb2.GetProfileResponse:
         """Shows a profile as a person would read it."""
         subject = checks.subject(request.subject, "subject")
-        try:
-            profile = self._store.read(subject)
-        except ProfileCorrupt:
-            return profile_pb2.GetProfileResponse()
-        return _shown(profile, self._host.engine)
+        shown = self._shown(subject, SHOWN)
+        [consent] = self._people.consents([subject])
+        shown.purposes.extend(_named(consent))
+        shown.consent_given = bool(consent.said_at)
+        return shown
+
+    def SetConsent(
+        self, request: profile_pb2.SetConsentRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.SetConsentResponse:
+        """Sets what a person's data may be used for; the next answer and the next event obey."""
+        subject, allowed = checks.subject(request.subject, "subject"), Purpose(0)
+        for place, purpose in enumerate(request.purposes):
+            if purpose not in _PURPOSES:
+                known = ", ".join(profile_pb2.Purpose.Name(one) for one in _PURPOSES)
+                raise InvalidArgument(f"purposes[{place}]", f"must be one of {known}, got {purpose}")
+            allowed |= _PURPOSES[purpose]
+        version, applied = self._people.set_consent(subject, allowed)
+        return profile_pb2.SetConsentResponse(profile_version=version, applied=applied)
+
+    def ResetLearning(
+        self, request: profile_pb2.ResetLearningRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.ResetLearningResponse:
+        """Empties a person's profile."""
+        version, applied = self._people.reset(checks.subject(request.subject, "subject"))
+        return profile_pb2.ResetLearningResponse(profile_version=version, applied=applied)
+
+    def UndoEvent(
+        self, request: profile_pb2.UndoEventRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.UndoEventResponse:
+        """Makes one event count no more."""
+        subject = checks.subject(request.subject, "subject")
+        version = self._people.undo(subject, checks.identifier(request.event_id, "event_id"))
+        return profile_pb2.UndoEventResponse(profile_version=version)
+
+    def MergeIdentities(
+        self, request: profile_pb2.MergeIdentitiesRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.MergeIdentitiesResponse:
+        """Moves what a visitor did to the person they turn out to be."""
+        visitor = checks.identifier(request.anonymous_id, "anonymous_id")
+        merged = self._people.merge(f"a:{visitor}", f"u:{checks.identifier(request.user_id, 'user_id')}")
+        return profile_pb2.MergeIdentitiesResponse(
+            events=merged.events,
+            impressions=merged.impressions,
+            refused=merged.refused,
+            left_behind=merged.left_behind,
+            profile_version=merged.version,
+        )
+
+    def ExportSubject(
+        self, request: profile_pb2.ExportSubjectRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.ExportSubjectResponse:
+        """Hands out everything that is held about a person, in pages."""
+        subject = checks.subject(request.subject, "subject")
+        first, after = _place(request.page_token)
+        page = profile_pb2.ExportSubjectResponse()
+        if not request.page_token:
+            page.documents.extend(self._facts(subject))
+        size = sum(map(len, page.documents))
+        for kind, at, payload in self._people.held(subject, first, after):
+            page.documents.append(json.dumps({"kind": kind} | json.loads(payload), ensure_ascii=False))
+            size += len(payload)
+            if size > PAGE_BYTES:
+                page.next_page_token = f"{kind}:{at}"
+                break
+        return page
 
     def EraseSubject(
         self, request: profile_pb2.EraseSubjectRequest, context: grpc.ServicerContext
     ) -> profile_pb2.EraseSubjectResponse:
-        """Erases a person from every store: the log first, so that nothing can be replayed into the profile."""
-        subject = checks.subject(request.subject, "subject")
-        erased = self._log.erase(subject)
-        forgotten = self._store.erase(subject, erased.log_id)
-        now = int(time.time() * 1000)
-        counts = {"profiles": forgotten, "events": erased.events, "impressions": erased.impressions}
+        """Erases a person from every store; the certificate says when it held, and later when the bytes were gone."""
+        certificate = self._people.erase(checks.subject(request.subject, "subject"))
         return profile_pb2.EraseSubjectResponse(
-            receipts=[
-                profile_pb2.ErasureReceipt(store=store, entries=entries, erased_at_ms=now)
-                for store, entries in counts.items()
-            ]
+            receipts=_receipts(certificate),
+            certificate_id=certificate.certificate_id,
+            profile_version=certificate.log_id,
+            purge_due_ms=certificate.due_at,
         )
 
+    def GetErasureCertificate(
+        self, request: profile_pb2.GetErasureCertificateRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.GetErasureCertificateResponse:
+        """Shows the certificate of an erasure as it is now."""
+        certificate = self._certificates.get(checks.identifier(request.certificate_id, "certificate_id", limit=64))
+        return profile_pb2.GetErasureCertificateResponse(
+            receipts=_receipts(certificate), profile_version=certificate.log_id, purge_due_ms=certificate.due_at
+        )
 
-def _shown(profile: Profile, engine: Engine) -> profile_pb2.GetProfileResponse:
+    def _shown(self, subject: str, limit: int) -> profile_pb2.GetProfileResponse:
+        try:
+            return _shown(self._store.read(subject), self._host.engine, limit)
+        except ProfileCorrupt:
+            return profile_pb2.GetProfileResponse()
+
+    def _facts(self, subject: str) -> Iterator[str]:
+        """What is held about a person beside events and slates."""
+        [consent] = self._people.consents([subject])
+        said = {"kind": "consent", "purposes": consent.purposes.names, "given": bool(consent.said_at)}
+        profile = MessageToDict(self._shown(subject, RING), preserving_proto_field_name=True)
+        for document in (said, {"kind": "profile", **profile}):
+            yield json.dumps(document, ensure_ascii=False)
+
+
+def _named(consent: Consent) -> list[profile_pb2.Purpose.ValueType]:
+    return [purpose for purpose, meant in _PURPOSES.items() if meant in consent.purposes]
+
+
+def _receipts(certificate: Certificate) -> list[profile_pb2.ErasureReceipt]:
+    return [
+        profile_pb2.ErasureReceipt(
+            store=receipt.store, entries=receipt.entries, erased_at_ms=receipt.erased_at, purged_at_ms=receipt.purged_at
+        )
+        for receipt in certificate.receipts
+    ]
+
+
+def _place(token: str) -> tuple[str, int]:
+    """Where a page of an export begins: the kind, and the log id behind which."""
+    found = re.fullmatch(r"(event|impression):(\d{1,19})", token or "event:0")
+    if not found:
+        raise InvalidArgument("page_token", "must be the next_page_token of the page before, or empty")
+    return found[1], int(found[2])
+
+
+def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfileResponse:
     """A profile in words."""
     newest = profile.records[::-1]
     rows = engine.catalog.rows_of_keys(np.ascontiguousarray(newest["item"]))
     items = {row: engine.catalog.item(row) for row in set(rows.tolist()) if row >= 0}
     types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
     events = []
-    for record, row in zip(newest[:SHOWN], rows[:SHOWN].tolist(), strict=True):
+    for record, row in zip(newest[:limit], rows[:limit].tolist(), strict=True):
         item, value = items.get(row, {}), float(record["value"])
         events.append(
             profile_pb2.ProfileEvent(

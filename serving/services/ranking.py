@@ -160,6 +160,7 @@ def _answer(method: str, query: Query, missing: dict[str, None], engine: Engine)
         stage_timings=[ranking_pb2.StageTiming(stage=name, microseconds=spent) for name, spent in slate.timings],
         action_names=engine.actions,
         profile_found=bool(profile and profile.count),
+        consent_withheld=query.withheld,
     )
 
 

@@ -38,7 +38,7 @@ def tail_of(log_ids, events) -> bytes:
 
 
 def test_a_record_has_44_bytes_and_an_entry_52():
-    assert (profile.RECORD.itemsize, profile.ENTRY.itemsize, profile.HEADER_SIZE) == (44, 52, 32)
+    assert (profile.RECORD.itemsize, profile.ENTRY.itemsize, profile.HEADER_SIZE) == (44, 52, 40)
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
@@ -77,6 +77,80 @@ def test_an_entry_that_was_folded_already_counts_once():
     assert same(profile.decode(blob), profile.fold(profile.empty(), events, 5))
 
 
+@pytest.mark.parametrize("consent", [None, *map(profile.Purpose, range(8))])
+def test_what_a_person_allows_is_read_as_it_was_said_and_survives_a_fold(consent):
+    blob = profile.encode(profile.Profile(3, records(3), np.empty(0, np.uint64), 3, consent), 1, 2)
+    stored = profile.split(blob)
+    assert (stored.erased_before, stored.consent_version) == (1, 2)
+    assert profile.fold(profile.decode(blob), records(2), 5).consent == consent
+    for bit in range(16):
+        changed = bytearray(blob)
+        changed[6 + bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ProfileCorrupt):
+            profile.decode(bytes(changed))
+
+
+def test_purposes_have_names():
+    assert profile.Purpose.of(["train", "personalise"]).names == ("personalise", "train")
+    assert profile.Purpose.of([]) == 0
+    with pytest.raises(ValueError, match="choose among personalise, train, measure"):
+        profile.Purpose.of(["sell"])
+
+
+@given(
+    st.integers(0, 600),
+    st.integers(0, 40),
+    st.integers(0, 400),
+    st.sets(st.integers(1, 640)),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left_the_log, undone, seed):
+    """Where the log holds as much as the ring, what is folded anew is exactly what the remaining events fold to."""
+    total = folded + waiting
+    events, ids = records(total, seed, items=5000), np.arange(1, total + 1)
+    # Of the oldest events the log has lost some, but none that the ring would need.
+    lost = min(left_the_log, max(0, total - profile.RING - len(undone)))
+    undone = {one for one in undone if lost < one <= total}
+    state = profile.fold(profile.empty(), events[:folded], folded)
+    stored = profile.split(profile.encode(state, 0) + tail_of(ids[folded:], events[folded:]))
+    logged = np.zeros(total - lost, profile.ENTRY)
+    logged["log_id"], logged["record"] = ids[lost:], events[lost:]
+    stay = [at for at in range(total) if at + 1 not in undone]
+    wanted = profile.fold(profile.empty(), events[stay], total)
+    found = profile.refold(stored, logged, undone)
+    if lost == 0:
+        assert same(found, wanted)
+    assert found.records.tobytes() == wanted.records.tobytes()
+    assert found.count == wanted.count
+    assert set(found.evicted.tolist()) >= set(wanted.evicted.tolist())
+
+
+def test_what_has_left_the_log_stays_when_a_profile_is_folded_anew():
+    events = records(20)
+    stored = profile.split(profile.encode(profile.fold(profile.empty(), events, 20)))
+    logged = np.zeros(5, profile.ENTRY)
+    logged["log_id"], logged["record"] = np.arange(16, 21), events[15:]
+    found = profile.refold(stored, logged, {17})
+    assert found.records.tobytes() == np.delete(events, 16).tobytes()
+    assert (found.count, found.version) == (19, 20)
+    # What was undone comes again, by whoever still had it in hand: it is known already.
+    again = profile.split(profile.encode(found) + tail_of([17], events[16:17]))
+    assert again.tail.size == 0
+
+
+def test_what_is_past_its_retention_leaves_a_profile_folded_anew():
+    events = records(20)
+    stored = profile.split(
+        profile.encode(profile.fold(profile.empty(), events[:18], 18)) + tail_of([19, 20], events[18:])
+    )
+    logged = np.zeros(5, profile.ENTRY)
+    logged["log_id"], logged["record"] = np.arange(16, 21), events[15:]
+    odd = events["timestamp"] % 2000 == 1000
+    found = profile.refold(stored, logged, expired=lambda some: some["timestamp"] % 2000 == 1000)
+    assert found.records.tobytes() == events[~odd].tobytes()
+    assert found.count == 10
+
+
 def test_nobody_is_a_profile():
     assert same(profile.decode(profile.encode(profile.empty())), profile.empty())
 
@@ -85,8 +159,8 @@ def test_nobody_is_a_profile():
 def test_a_changed_byte_is_noticed(at, change):
     events = records(6)
     blob = bytearray(profile.encode(profile.fold(profile.empty(), events[:4], 4)) + tail_of([5, 6], events[4:]))
-    # Versions and the erasure mark are compared, not checksummed; reserved bytes mean nothing.
-    checked = [*range(6), *range(8, 12), *(i for i in range(32, len(blob)) if not _is_log_id(i, len(blob)))]
+    # Versions and marks are compared, not checksummed; reserved bytes mean nothing.
+    checked = [*range(12), *(i for i in range(40, len(blob)) if not _is_log_id(i, len(blob)))]
     blob[checked[at % len(checked)]] ^= change
     with pytest.raises(ProfileCorrupt):
         profile.decode(bytes(blob))
@@ -97,7 +171,7 @@ def _is_log_id(position: int, length: int) -> bool:
     return position >= tail and (position - tail) % profile.ENTRY.itemsize < 8
 
 
-@pytest.mark.parametrize("blob", [b"", b"x" * 31, b"x" * 32, profile.encode(profile.empty())[:-1]])
+@pytest.mark.parametrize("blob", [b"", b"x" * 39, b"x" * 40, profile.encode(profile.empty())[:-1]])
 def test_what_is_no_profile_is_refused(blob):
     with pytest.raises(ProfileCorrupt):
         profile.decode(blob)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from features.profile import Purpose
 from serving.config import ServeConfig
 from serving.errors import ConfigError
 
@@ -42,6 +43,9 @@ def test_a_near_miss_in_the_environment_is_refused_and_what_is_not_ours_is_left(
     "settings",
     [
         {"threads": 0},
+        {"default_purposes": ["sell"]},
+        {"retention_days": {"view_item": 0}},
+        {"purge_hours": 0},
         {"holdout_share": 1.5},
         {"device": "tpu"},
         {"redis": 5},
@@ -83,3 +87,9 @@ def test_the_token_comes_from_its_file_and_is_never_printed(tmp_path):
     assert "secret" not in f"{config.printable()}{config!r}"
     with pytest.raises(ConfigError, match="token_file"):
         load(token_file=tmp_path / "none").secret()
+
+
+def test_what_people_allow_by_default_comes_from_anywhere(monkeypatch):
+    assert load().default_consent == Purpose(7)
+    monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", '["measure", "train"]')
+    assert load().default_consent == Purpose.TRAIN | Purpose.MEASURE

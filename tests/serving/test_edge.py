@@ -21,7 +21,16 @@ MB = 1 << 20
 METHODS = {
     "RankingService": ("Recommend", "Search", "Rank", "SimilarItems"),
     "EventService": ("Ingest",),
-    "ProfileService": ("GetProfile", "EraseSubject"),
+    "ProfileService": (
+        "GetProfile",
+        "SetConsent",
+        "ResetLearning",
+        "UndoEvent",
+        "MergeIdentities",
+        "ExportSubject",
+        "EraseSubject",
+        "GetErasureCertificate",
+    ),
     "CatalogService": ("PutItems", "SetAvailability", "DeleteItems"),
 }
 PATHS = [f"/penchant.v1.{service}/{method}" for service, methods in METHODS.items() for method in methods]
@@ -94,6 +103,14 @@ BAD: dict[str, tuple[Callable[[Client], object], str]] = {
     "many events": (lambda client: client.ingest([event_pb2.Event()] * 1001), "events"),
     "nobody's profile": (lambda client: client.get_profile(""), "subject"),
     "erasing nobody": (lambda client: client.erase(""), "subject"),
+    "nobody's consent": (lambda client: client.set_consent(["train"], ""), "subject"),
+    "nobody's fresh start": (lambda client: client.reset_learning(LONG), "subject.user_id"),
+    "nobody's mistake": (lambda client: client.undo_event("e", ""), "subject"),
+    "no mistake": (lambda client: client.undo_event("", "ann"), "event_id"),
+    "no visitor": (lambda client: client.merge_identities("", "ann"), "anonymous_id"),
+    "a visitor of nobody": (lambda client: client.merge_identities("ann", LONG), "user_id"),
+    "nobody's export": (lambda client: list(client.export_subject("")), "subject"),
+    "no certificate": (lambda client: client.get_erasure_certificate(""), "certificate_id"),
     "no items": (lambda client: client.put_items([]), "items"),
     "many items": (lambda client: client.put_items([catalog_pb2.Item()] * 1001), "items"),
     "no availability": (lambda client: client.set_availability([]), "changes"),

@@ -94,7 +94,9 @@ def test_subjects_are_opaque_and_never_mix(profiles_redis, left, right):
         store.apply(right, entries([2]))
         assert items(store.read(right)) == [2]
     assert items(store.read(left)) == [1]
-    assert all(key.startswith(b"penchant:{p") for key in profiles_redis.scan_iter())
+    keys = list(profiles_redis.scan_iter())
+    assert all(key.startswith(b"penchant:{p") for key in keys)
+    assert not any(name.encode() in key for key in keys for name in (left, right) if len(name) > 9)  # names no person
 
 
 @on_redis
@@ -412,7 +414,7 @@ def test_an_apply_does_not_double_the_memory_of_a_person(store, profiles_redis):
 
 def test_a_rebuild_mends_a_damaged_profile(store, profiles_redis):
     store.put_states([("u:1", expected([1, 2, 3]))])
-    [key] = profiles_redis.keys(b"*u:1")
+    [key] = profiles_redis.keys(b"*:profile:*")
     blob = bytearray(profiles_redis.get(key))
     blob[60] ^= 1
     profiles_redis.set(key, bytes(blob))

@@ -17,11 +17,12 @@ import pytest
 
 from features.profile import make_records
 from serving.consumer import Consumer
+from serving.erasure import PROFILES_GROUP
 from serving.errors import ProfileStoreUnavailable
 from serving.events import EventLog, LoggedEvent
 from serving.profiles import ProfileStore
-from serving.projector import GROUP, Projector
-from serving.redis_client import connect
+from serving.projector import Projector
+from serving.redis_client import address_of, connect
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry
 from tests.serving.faults import insist, kill, wait_until
@@ -99,7 +100,7 @@ def test_long_tails_are_folded_once_they_are_on_disk(log, store, profiles_redis)
     assert sum(projector.lag()) == 0
     after = store.read("u:0")
     assert (after.version, after.count, after.records.tobytes()) == (before.version, 150, before.records.tobytes())
-    [key] = [key for key in profiles_redis.scan_iter() if key.endswith(b"u:0")]
+    [key] = [key for key in profiles_redis.scan_iter() if key.endswith(address_of("u:0"))]
     assert int.from_bytes(profiles_redis.getrange(key, 16, 23), "big") == before.version  # all of it is state now
 
 
@@ -134,7 +135,7 @@ def test_damaged_entries_and_profiles_are_counted_and_passed(log, store, events_
 
 def test_the_erased_do_not_come_back(log, store):
     log.append([event(number) for number in range(5)])
-    other = ready(Consumer(log, GROUP, "the one before", lease_ms=1))
+    other = ready(Consumer(log, PROFILES_GROUP, "the one before", lease_ms=1))
     other.claim([None] * PARTITIONS)  # delivered, and left pending
     erased = log.erase("u:1")
     store.erase("u:1", erased.log_id)
@@ -146,7 +147,7 @@ def test_the_erased_do_not_come_back(log, store):
 
 def test_the_next_owner_applies_what_the_last_one_left_pending(log, store):
     log.append([event(number) for number in range(10)])
-    dead = ready(Consumer(log, GROUP, "dead", lease_ms=50))
+    dead = ready(Consumer(log, PROFILES_GROUP, "dead", lease_ms=50))
     assert sum(len(entries) for entries in dead.claim([None] * PARTITIONS, count=5)) == 5
     projector = ready(Projector(log, store))
     assert projector.step() == 0  # the lease has not run out

@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from penchant.client import event
-from penchant.v1 import catalog_pb2, common_pb2
+from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc
+from tests.serving.faults import wait_until
 from tests.world import COUNT, rows_of
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND.value[0]
@@ -294,7 +295,7 @@ class TestProfile:
     def test_what_is_erased_is_gone_at_once_and_stays_gone(self, client, everywhere, ann):
         before = event(ann, "i0", "view_item", timestamp_ms=int(time.time() * 1000) - 1000)
         client.ingest([before])
-        receipts = {receipt.store: receipt.entries for receipt in client.erase(ann)}
+        receipts = {receipt.store: receipt.entries for receipt in client.erase(ann).receipts}
         assert receipts["profiles"] == receipts["events"] == 1
         assert "impressions" in receipts
         for _ in range(8):
@@ -306,6 +307,108 @@ class TestProfile:
         (status,) = client.ingest([event(ann, "i2", "view_item")])
         assert status.code == 0
         assert client.get_profile(ann).event_count == 1
+
+
+class TestRights:
+    def test_who_allows_no_personal_answers_gets_none_from_any_worker(self, client, everywhere, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        assert client.recommend(user_id=ann).rung == common_pb2.RUNG_SEQUENCE
+        assert client.set_consent(["train"], ann).applied
+        (status,) = client.ingest([event(ann, "i1", "view_item")])
+        assert (status.code, status.applied) == (0, False)
+        assert "does not allow personal answers" in status.message
+        for _ in range(8):
+            slate = everywhere.recommend(user_id=ann, page_size=5, min_profile_version=status.profile_version)
+            assert (slate.rung, slate.consent_withheld) == (common_pb2.RUNG_POPULAR, True)
+            assert ids(slate) == [f"i{row}" for row in range(5)]
+            assert not slate.degraded
+            assert slate.profile_version == 0
+        profile = client.get_profile(ann)
+        assert (profile.event_count, profile.consent_given) == (0, True)
+        assert list(profile.purposes) == [profile_pb2.PURPOSE_TRAIN]
+
+    def test_who_allows_nothing_leaves_nothing_and_may_change_their_mind(self, client, ann):
+        client.set_consent([], ann)
+        (status,) = client.ingest([event(ann, "i1", "view_item")])
+        assert status.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
+        assert "not stored" in status.message
+        assert [one["kind"] for one in client.export_subject(ann)] == ["consent", "profile"]
+        client.set_consent(["personalise", "measure"], ann)
+        client.ingest([event(ann, "i2", "view_item")])
+        slate = client.recommend(user_id=ann)
+        assert (slate.rung, slate.consent_withheld) == (common_pb2.RUNG_SEQUENCE, False)
+
+    def test_an_unknown_purpose_is_refused(self, service, ann):
+        request = profile_pb2.SetConsentRequest(subject=common_pb2.Subject(user_id=ann), purposes=[1, 9])
+        with grpc.insecure_channel(service.target) as channel, pytest.raises(grpc.RpcError) as failure:
+            profile_pb2_grpc.ProfileServiceStub(channel).SetConsent(request, timeout=20)
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "purposes[1]" in failure.value.details()
+
+    def test_an_undone_event_shapes_no_answer(self, client, ann):
+        mistake = event(ann, "i1", "view_item")
+        client.ingest([event(ann, "i0", "view_item"), mistake])
+        before = client.get_profile(ann).profile_version
+        assert client.undo_event(mistake.event_id, ann).profile_version == before
+        assert [one.item_id for one in client.get_profile(ann).events] == ["i0"]
+        assert set(ids(client.recommend(user_id=ann, page_size=9))) == rows_of("western") - {"i0"}
+        with pytest.raises(grpc.RpcError) as failure:
+            client.undo_event(mistake.event_id, ann)
+        assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+    def test_learning_can_begin_anew(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        assert client.reset_learning(ann).applied
+        assert client.recommend(user_id=ann).rung == common_pb2.RUNG_POPULAR
+        client.ingest([event(ann, "i1", "view_item")])
+        assert set(ids(client.recommend(user_id=ann, page_size=9))) == rows_of("space") - {"i1"}
+
+    def test_a_visitor_becomes_known(self, client, ann):
+        visit = event("", "i1", "view_item")
+        visit.subject.anonymous_id = ann
+        client.ingest([visit])
+        merged = client.merge_identities(ann, ann)
+        assert (merged.events, merged.left_behind) == (1, 0)
+        slate = client.recommend(user_id=ann, page_size=9, min_profile_version=merged.profile_version)
+        assert set(ids(slate)) == rows_of("space") - {"i1"}
+        assert client.recommend(anonymous_id=ann).rung == common_pb2.RUNG_POPULAR
+
+    def test_people_get_everything_that_is_held(self, client, ann):
+        shown = client.recommend(user_id=ann, page_size=3)
+        notes = {f"note {number}": "n" * 900 for number in range(10)}
+        many = [event(ann, f"i{row % COUNT}", "view_item", attributes=notes) for row in range(150)]
+        assert {status.code for status in client.ingest(many)} == {0}
+        wait_until(lambda: [one for one in client.export_subject(ann) if one["kind"] == "impression"])
+        found = list(client.export_subject(ann))  # over a megabyte: more than a page
+        assert [one["event_id"] for one in found if one["kind"] == "event"] == [one.event_id for one in many]
+        assert found[2]["attributes"] == notes
+        (slate,) = [one for one in found if one["kind"] == "impression"]
+        assert (slate["request_id"], slate["item_ids"]) == (shown.request_id, ids(shown))
+        assert found[0] == {"kind": "consent", "purposes": ["personalise", "train", "measure"], "given": False}
+        assert int(found[1]["event_count"]) == len(found[1]["events"]) == 150
+
+    def test_an_erasure_is_certified(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        erased = client.erase(ann)
+        found = client.get_erasure_certificate(erased.certificate_id)
+        assert found.receipts == erased.receipts
+        assert (found.profile_version, found.purge_due_ms) == (erased.profile_version, erased.purge_due_ms)
+        assert all(one.erased_at_ms < erased.purge_due_ms for one in found.receipts)
+        with pytest.raises(grpc.RpcError) as failure:
+            client.get_erasure_certificate("nothing")
+        assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+    def test_the_default_is_a_setting_and_the_bytes_leave_by_schedule(self, serve, ann):
+        with serve(default_purposes=["train"], purge_hours=0.0001) as service, service.client() as client:
+            (status,) = client.ingest([event(ann, "i0", "view_item")])
+            assert (status.code, status.applied) == (0, False)
+            assert client.recommend(user_id=ann).consent_withheld
+            assert list(client.get_profile(ann).purposes) == [profile_pb2.PURPOSE_TRAIN]
+            client.set_consent(["personalise"], ann)
+            client.ingest([event(ann, "i1", "view_item")])
+            assert client.recommend(user_id=ann).rung == common_pb2.RUNG_SEQUENCE
+            name = client.erase(ann).certificate_id
+            wait_until(lambda: all(one.purged_at_ms for one in client.get_erasure_certificate(name).receipts))
 
 
 class TestCatalog:

@@ -11,7 +11,7 @@ import pytest
 from features.assemble import history
 from features.bundle import open_bundle
 from features.catalog import Catalog
-from features.profile import empty, fold, make_records
+from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
 from features.schema import ITEMS, event_type_key, item_keys
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
@@ -23,9 +23,9 @@ from serving.index import Index
 from serving.lexical import LexicalIndex
 from serving.model import Model
 from serving.pipeline import Candidates, Query, Slate, merge
-from serving.profiles import ProfileStore
+from serving.profiles import Mark, ProfileStore
 from serving.reasons import Reasons
-from serving.redis_client import connect
+from serving.redis_client import address_of, connect, partition_of
 from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer, cosine, utility
 from serving.selectors import TopK
 from serving.sources import (
@@ -167,12 +167,33 @@ class TestHydrators:
     def test_a_damaged_profile_counts_as_none_and_is_marked(self, catalog, profiles_redis):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i4"])[0].tobytes())])
-        (key,) = profiles_redis.keys("*ann")
-        profiles_redis.setrange(key, 45, b"\xff")
+        (key,) = profiles_redis.keys("*:profile:*")
+        profiles_redis.setrange(key, 60, b"\xff")
         asked = query()
         ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
         assert asked.degraded[0].part == "PROFILE_CORRUPT"
         assert asked.profile is None
+
+    @pytest.mark.parametrize(
+        ("said", "default", "used"),
+        [
+            (None, EVERY_PURPOSE, True),
+            (None, Purpose.TRAIN, False),
+            (Purpose.PERSONALISE, Purpose(0), True),
+            (Purpose.TRAIN | Purpose.MEASURE, EVERY_PURPOSE, False),
+        ],
+    )
+    def test_a_profile_is_used_where_the_person_allows_it(self, catalog, profiles_redis, said, default, used):
+        store = ProfileStore(profiles_redis)
+        store.apply("u:ann", [(1 << 50, records(["i4"])[0].tobytes())])
+        if said is not None:
+            store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), said))
+        # A version that is waited for is not waited for where nothing of it may be used.
+        asked = query(min_profile_version=0 if used else 1 << 62)
+        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, default).hydrate(asked)
+        assert (asked.profile is not None, asked.history is not None, bool(asked.seen.size)) == (used, used, used)
+        assert asked.withheld == (not used)
+        assert asked.degraded == []
 
     def test_a_store_that_is_away_is_the_runners_to_mark(self, catalog, tmp_path):
         with connect(f"unix://{tmp_path}/nobody.sock") as client:

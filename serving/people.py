@@ -1,0 +1,335 @@
+"""What people may ask for about themselves: consent, erasure, a copy of everything, one identity, and a fresh start.
+
+The log is told first, always: it refuses by what it was told, and whatever fails after that the projector does later,
+because what it was told stands among the events as a mark.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from features.errors import PenchantError, ProfileCorrupt
+from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold
+from serving.erasure import Certificate, Certificates
+from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
+from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
+from serving.profiles import Mark, ProfileStore
+from serving.redis_client import Call, address_of, command, partition_of, run
+from serving.scripts import EVENT_UNDO, PERSON_MARK
+
+Piece = tuple[str, int, bytes]
+"""One thing held about a person: "event" or "impression", its log id, and all of it as JSON."""
+
+_KINDS = ("event", "impression")
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """What a person allows.
+
+    Attributes:
+        purposes: What for their data may be used.
+        said_at: Log id at which they said so; 0 where they said nothing and the default holds.
+        forgotten: Log id up to which nothing may be in their profile, whatever other stores still hold; 0 for none.
+    """
+
+    purposes: Purpose
+    said_at: int
+    forgotten: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What moved from one identity to the other.
+
+    Attributes:
+        events: Number of events that belong to the known person now, those of an earlier try included.
+        impressions: Number of slates that do.
+        refused: Number of events that the known person's own erasure refuses; they are gone.
+        left_behind: Number of events in the visitor's profile that the log no longer held; they are forgotten.
+        version: Version of the known person's profile that contains all of it; 0 where nothing moved.
+    """
+
+    events: int
+    impressions: int
+    refused: int
+    left_behind: int
+    version: int
+
+
+class People:
+    """Does what people ask for, in the log and in the profiles; any thread may call anything."""
+
+    def __init__(
+        self, log: EventLog, store: ProfileStore, certificates: Certificates, retention: Retention | None = None
+    ) -> None:
+        """Takes the stores.
+
+        Args:
+            log: The event log.
+            store: The profiles, with a timeout that suits writing.
+            certificates: Where erasures are certified.
+            retention: How long events stay in a profile that is folded anew.
+        """
+        self._log, self._store, self._certificates = log, store, certificates
+        self._retention = retention or Retention({})
+
+    def consents(self, subjects: Sequence[str]) -> list[Consent]:
+        """What each person allows; the one place to ask before data is used for training or for measuring.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        return consents(self._log, subjects)
+
+    def set_consent(self, subject: str, purposes: Purpose) -> tuple[int, bool]:
+        """Sets what a person allows; without PERSONALISE their profile is emptied, and stays empty.
+
+        Returns:
+            The log id from which it holds, and whether the profile knows already.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        return self._mark(subject, purposes, Purpose.PERSONALISE not in purposes)
+
+    def reset(self, subject: str) -> tuple[int, bool]:
+        """Empties a person's profile: what they did until now shapes no answer any more. Returns as `set_consent`.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        return self._mark(subject, None, forget=True)
+
+    def undo(self, subject: str, event_id: str) -> int:
+        """Makes an event count no more: the profile is folded anew without it, the log deletes it.
+
+        Returns:
+            The version of the profile afterwards, 0 where there is none.
+
+        Raises:
+            NotFound: The log holds no such event of this person.
+            Unavailable: A Redis does not answer; a repeat is safe.
+            ProfileCorrupt: The stored profile is damaged; nothing was undone.
+        """
+        entry = self._found(subject, event_id)
+        if entry is None:
+            raise NotFound("the log holds no such event of this person; older ones cannot be undone", field="event_id")
+        # The profile first: a repeat after a crash finds the event still in the log, and undoes it there.
+        profile = self.refold(subject, frozenset((entry.log_id,)))
+        keys = self._log.keys_of(subject)
+        call = Call(
+            EVENT_UNDO,
+            (keys.events, self._log.index_of(subject)),
+            (stream_id(entry.log_id), address_of(subject)),
+        )
+        with self._log.breaker:
+            run(self._log.client, call)
+        return profile.version if profile else 0
+
+    def refold(self, subject: str, undone: frozenset[int] = frozenset()) -> Profile | None:
+        """Folds a profile anew: from what the log holds, less what was undone and what is past its retention.
+
+        Returns:
+            The new profile; None for somebody who has none.
+
+        Raises:
+            Unavailable: A Redis does not answer; a repeat is safe.
+            ProfileCorrupt: The stored profile is damaged.
+        """
+        now = time.time_ns() // 1_000_000
+
+        def anew(stored: Stored) -> Profile:
+            logged = self._logged(subject, stored.erased_before)
+            return refold(stored, logged, undone, lambda records: self._retention.expired(records, now))
+
+        return self._store.replace(subject, anew)
+
+    def merge(self, visitor: str, known: str) -> Merged:
+        """Moves what a visitor did to a known person; the visitor's identity begins anew.
+
+        Args:
+            visitor: Key of the visitor.
+            known: Key of the person.
+
+        Raises:
+            FailedPrecondition: The visitor does not allow what the known person does.
+            ConsentWithheld: The known person allows nothing to be kept; nothing moved.
+            Unavailable: A Redis does not answer; a repeat is safe.
+            ResourceExhausted: The log is full; a repeat is safe.
+        """
+        theirs, own = (consent.purposes for consent in self.consents([visitor, known]))
+        if own & ~int(theirs) & int(EVERY_PURPOSE):
+            missing = ", ".join(Purpose(own & ~int(theirs) & int(EVERY_PURPOSE)).names)
+            raise FailedPrecondition(
+                f"the visitor does not allow all that the person does: set their consent: {missing}"
+            )
+        remembered = self._remembered(visitor)
+        moved = refused = version = 0
+        for entries in self._log.history(visitor):
+            for appended in self._moved(entries, known):
+                if isinstance(appended.error, FailedPrecondition):
+                    refused += 1
+                elif appended.error:
+                    raise appended.error
+                else:
+                    moved, version = moved + 1, max(version, appended.log_id)
+        impressions = self._moved_impressions(visitor, known)
+        erased = self._log.erase(visitor, refuse=False)
+        self._store.erase(visitor, erased.log_id)
+        return Merged(moved, impressions, refused, max(0, remembered - moved - refused), version)
+
+    def erase(self, subject: str) -> Certificate:
+        """Forgets a person in every store: the log first, so that nothing can be replayed into the profile.
+
+        Returns:
+            What was erased when; its bytes leave the disks later, and the certificate will say when that was.
+
+        Raises:
+            Unavailable: A Redis does not answer; a repeat is safe.
+        """
+        remembered = self._remembered(subject)
+        erased = self._log.erase(subject)
+        # The projector, which meets the mark in the log, may have been quicker.
+        forgotten = max(self._store.erase(subject, erased.log_id), remembered)
+        counts = {"profiles": forgotten, "events": erased.events, "impressions": erased.impressions}
+        return self._certificates.issue(partition_of(subject, self._log.partitions), erased.log_id, counts)
+
+    def held(self, subject: str, kind: str = "event", after: int = 0) -> Iterator[Piece]:
+        """Everything that the log holds of a person: first the events, then the impressions, each in log order.
+
+        Args:
+            subject: The person.
+            kind: Where to begin.
+            after: Log id of that kind behind which to begin.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        for one in _KINDS[_KINDS.index(kind) :]:
+            for entries in self._log.history(subject, impressions=one == "impression", after=after):
+                for entry in entries:
+                    yield one, entry.log_id, entry.payload
+            after = 0
+
+    def _remembered(self, subject: str) -> int:
+        """Number of events in a profile; 0 where it is damaged."""
+        try:
+            return self._store.read(subject).count
+        except ProfileCorrupt:
+            return 0
+
+    def _mark(self, subject: str, purposes: Purpose | None, forget: bool) -> tuple[int, bool]:
+        address, keys = address_of(subject), self._log.keys_of(subject)
+        said = b"" if purposes is None else b"%d" % purposes
+        call = Call(PERSON_MARK, (keys.events, keys.people), (address, said, int(forget)))
+        with self._log.breaker:
+            mark = Mark(log_id(run(self._log.client, call)), address, purposes, forget)
+        try:
+            self._store.mark(partition_of(subject, self._log.partitions), mark)
+        except Unavailable:
+            return mark.log_id, False
+        return mark.log_id, True
+
+    def _found(self, subject: str, event_id: str) -> Entry | None:
+        """The event of this id: where its key says, or else by looking through all of the person's events."""
+        keys = self._log.keys_of(subject)
+        with self._log.breaker:
+            place = command(self._log.client, "GET", self._log.seen_of(subject, event_id))
+            if place:
+                found = command(self._log.client, "XRANGE", keys.events, place, place)
+                return Entry.of(*found[0]) if found else None
+        every = (entry for entries in self._log.history(subject) for entry in entries)
+        return next((entry for entry in every if entry.event_id == event_id), None)
+
+    def _logged(self, subject: str, after: int) -> npt.NDArray[np.void]:
+        """What the log holds of a person that belongs into the profile; ENTRY [n]."""
+        own = [
+            entry.log_id.to_bytes(8, "big") + entry.record
+            for entries in self._log.history(subject, after=after)
+            for entry in entries
+            if entry.personal and len(entry.record) == RECORD.itemsize
+        ]
+        return np.frombuffer(b"".join(own), ENTRY)
+
+    def _moved(self, entries: Sequence[Entry], known: str) -> list[Any]:
+        """Events as the known person's own, in the log and in the profile."""
+        events = [
+            LoggedEvent(known, entry.event_id, entry.record, _renamed(entry.payload, known), entry.personal)
+            for entry in entries
+        ]
+        appended = self._log.append(events)
+        refusal = next((one.error for one in appended if isinstance(one.error, ConsentWithheld)), None)
+        if refusal:
+            raise refusal
+        own = [(one.log_id, one.record) for one in appended if one.record and one.personal]
+        try:
+            self._store.apply(known, own)
+        except PenchantError:
+            return list(appended)  # the projector does it later
+        return list(appended)
+
+    def _moved_impressions(self, visitor: str, known: str) -> int:
+        """Slates as the known person's own; those that an earlier try has moved are not moved again."""
+        there = {payload for kind, _, payload in self.held(known, "impression") if kind == "impression"}
+        moved = 0
+        for entries in self._log.history(visitor, impressions=True):
+            own = [_renamed(entry.payload, known) for entry in entries]
+            new = [LoggedImpression(known, int(json.loads(one)["timestamp"]), one) for one in own if one not in there]
+            self._log.append_impressions(new)
+            moved += len(own)
+        return moved
+
+
+def consents(log: EventLog, subjects: Sequence[str]) -> list[Consent]:
+    """What each person allows, the log's default where they said nothing.
+
+    Args:
+        log: The event log, which is what counts.
+        subjects: Keys of people: "u:" and a user id, or "a:" and an anonymous id.
+
+    Raises:
+        EventLogUnavailable: Redis does not answer.
+    """
+    with log.breaker, log.client.pipeline(transaction=False) as pipeline:
+        for subject in subjects:
+            command(pipeline, "HGET", log.keys_of(subject).people, address_of(subject))
+        found = pipeline.execute()
+    return [_consent(value, log.default) for value in found]
+
+
+def marks(log: EventLog) -> Iterator[tuple[int, Mark]]:
+    """What everybody said, by partition: with it, profiles that were lost know again what they may not hold.
+
+    Raises:
+        EventLogUnavailable: Redis does not answer.
+    """
+    for partition, keys in enumerate(log.keys):
+        with log.breaker:
+            found = list(log.client.hscan_iter(keys.people, count=1000))
+        for address, value in found:
+            consent = _consent(value, log.default)
+            if consent.forgotten:
+                yield partition, Mark(consent.forgotten, address, forget=True)
+            if consent.said_at:
+                yield partition, Mark(consent.said_at, address, consent.purposes)
+
+
+def _consent(value: bytes | None, default: Purpose) -> Consent:
+    if value is None:
+        return Consent(default, 0, 0)
+    said, at, forgotten = value.split()
+    return Consent(default if said == b"-" else Purpose(int(said)), log_id(at), log_id(forgotten))
+
+
+def _renamed(payload: bytes, subject: str) -> bytes:
+    """An event or a slate, as another person's."""
+    value = json.loads(payload) | {"user_id": subject[2:], "anonymous": subject.startswith("a:")}
+    return json.dumps(value, ensure_ascii=False).encode()

@@ -1,0 +1,541 @@
+"""What people ask for about themselves, on real stores: it holds at once, and nothing brings the past back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from features.errors import ProfileCorrupt
+from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
+from features.schema import event_type_key, item_key
+from features.tables import write_dataset
+from serving.consumer import Consumer
+from serving.erasure import PROFILES_GROUP, Certificates, Purger
+from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, ProfileStoreUnavailable, ServingError
+from serving.events import EventLog, LoggedEvent, LoggedImpression, stream_id
+from serving.people import Consent, People, consents
+from serving.profiles import ProfileStore
+from serving.projector import Projector
+from serving.rebuild import rebuild
+from serving.redis_client import address_of, connect, partition_of
+from serving.redis_server import RedisServer
+from tests.serving.faults import insist, wait_until
+
+PARTITIONS = 4
+FUTURE = 4_000_000_000_000
+NOTHING = Purpose(0)
+
+
+@pytest.fixture
+def log(events_redis):
+    log = EventLog(events_redis, PARTITIONS)
+    log.open()
+    return log
+
+
+@pytest.fixture
+def store(profiles_redis):
+    return ProfileStore(profiles_redis, PARTITIONS)
+
+
+@pytest.fixture
+def people(log, store):
+    return People(log, store, Certificates(log))
+
+
+def event(number: int, subject: str = "u:ann", timestamp: int = FUTURE, kind: str = "view_item") -> LoggedEvent:
+    """The event whose number is its item."""
+    record = make_records(item_key(f"i{number}"), 0, 0, timestamp, np.nan, event_type_key(kind)).tobytes()
+    payload = {
+        "user_id": subject[2:],
+        "anonymous": subject[0] == "a",
+        "event_id": f"e{number}",
+        "item_id": f"i{number}",
+    }
+    return LoggedEvent(subject, f"e{number}", record, json.dumps(payload).encode())
+
+
+def slate(number: int, subject: str = "u:ann", timestamp: int = FUTURE) -> LoggedImpression:
+    payload = {"request_id": f"r{number}", "user_id": subject[2:], "timestamp": timestamp}
+    return LoggedImpression(subject, timestamp, json.dumps(payload).encode())
+
+
+def ingest(log: EventLog, store: ProfileStore, *events: LoggedEvent) -> list[int]:
+    """What Ingest does; the log ids."""
+    appended = log.append(events)
+    assert [one.error for one in appended] == [None] * len(events)
+    for one, done in zip(events, appended, strict=True):
+        if done.personal:
+            store.apply(one.subject, [(done.log_id, done.record)])
+    return [one.log_id for one in appended]
+
+
+def project(log: EventLog, store: ProfileStore, **options) -> None:
+    """A projector that knows nothing yet brings all that is pending and new, twice as after a restart."""
+    for _ in range(2):
+        projector = Projector(log, store, **{"settle_s": 60, "lease_ms": 1, **options})
+        projector.open()
+        idle = 0
+        while idle < 2:
+            idle = 0 if projector.step() else idle + 1
+        projector.close()
+
+
+def items(store: ProfileStore, subject: str = "u:ann") -> list[int]:
+    names = {item_key(f"i{number}"): number for number in range(2000)}
+    return [names[int(key)] for key in store.read(subject).records["item"]]
+
+
+def held(people: People, subject: str = "u:ann") -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"event": [], "impression": []}
+    for kind, _, payload in people.held(subject):
+        value = json.loads(payload)
+        found[kind].append(value.get("event_id") or value["request_id"])
+    return found
+
+
+class TestConsent:
+    def test_who_said_nothing_allows_the_default(self, people, log, events_redis):
+        assert people.consents(["u:ann", "a:ann"]) == [Consent(EVERY_PURPOSE, 0, 0)] * 2
+        shy = EventLog(events_redis, PARTITIONS, default=Purpose.MEASURE)
+        assert consents(shy, ["u:ann"]) == [Consent(Purpose.MEASURE, 0, 0)]
+        assert not shy.append([event(1)])[0].personal
+
+    @pytest.mark.parametrize("purposes", list(map(Purpose, range(8))))
+    def test_events_and_slates_are_kept_for_what_is_allowed_only(self, people, log, store, purposes):
+        ingest(log, store, event(1))
+        version, applied = people.set_consent("u:ann", purposes)
+        assert applied
+        [consent] = people.consents(["u:ann"])
+        assert (consent.purposes, consent.said_at) == (purposes, version)
+        [appended] = log.append([event(2)])
+        assert isinstance(appended.error, ConsentWithheld) == (purposes == NOTHING)
+        assert log.append_impressions([slate(1)]) == bool(purposes & (Purpose.TRAIN | Purpose.MEASURE))
+        if purposes:
+            assert appended.personal == (Purpose.PERSONALISE in purposes)
+            assert log.append([event(2)])[0].personal == appended.personal  # a retry is told the same
+        project(log, store)
+        assert items(store) == ([1, 2] if Purpose.PERSONALISE in purposes else [])
+        assert store.read("u:ann").consent == purposes
+        assert people.consents(["u:bob"])[0].purposes == EVERY_PURPOSE
+
+    def test_the_profile_refuses_whoever_comes_late(self, people, log, store):
+        [early] = ingest(log, store, event(1))
+        people.set_consent("u:ann", Purpose.TRAIN)
+        assert store.apply("u:ann", [(early, event(1).record)]).refused == 1
+        assert store.apply("u:ann", [(early + (1 << 40), event(1).record)]).refused == 1
+        version, _ = people.set_consent("u:ann", EVERY_PURPOSE)
+        assert store.apply("u:ann", [(early, event(1).record)]).refused == 1  # from before: stays forgotten
+        assert store.apply("u:ann", [(version + 1, event(2).record)]).inserted == 1
+
+    def test_an_older_word_never_undoes_a_newer_one(self, people, log, store):
+        people.set_consent("u:ann", NOTHING)
+        people.set_consent("u:ann", EVERY_PURPOSE)
+        people.set_consent("u:ann", Purpose.MEASURE)
+        marks = [entry.mark for entry in log.read(partition_of("u:ann", PARTITIONS)) if entry.mark]
+        assert [mark.consent for mark in marks] == [NOTHING, EVERY_PURPOSE, Purpose.MEASURE]
+        for mark in reversed(marks):
+            store.mark(partition_of("u:ann", PARTITIONS), mark)
+            assert store.read("u:ann").consent == Purpose.MEASURE
+
+    def test_what_is_said_while_the_profiles_are_away_holds_when_they_are_back(self, log, store, tmp_path):
+        ingest(log, store, event(1))
+        with connect(f"unix://{tmp_path}/nothing.sock", 0.1) as nowhere:
+            away = People(log, ProfileStore(nowhere, PARTITIONS), Certificates(log))
+            assert away.set_consent("u:ann", Purpose.TRAIN)[1] is False
+        assert items(store) == [1]
+        project(log, store)
+        assert items(store) == []
+        assert store.read("u:ann").consent == Purpose.TRAIN
+
+    def test_a_batch_with_a_withdrawal_and_a_grant_ends_as_said(self, log, store, tmp_path):
+        with connect(f"unix://{tmp_path}/nothing.sock", 0.1) as nowhere:
+            away = People(log, ProfileStore(nowhere, PARTITIONS, cooldown_s=0), Certificates(log))
+            log.append([event(1)])
+            away.set_consent("u:ann", Purpose.TRAIN)
+            log.append([event(2)])
+            away.set_consent("u:ann", EVERY_PURPOSE)
+            log.append([event(3)])
+        project(log, store)
+        assert items(store) == [3]
+
+    def test_lost_profiles_know_again_what_they_may_not_hold(self, people, log, store, tmp_path, servers):
+        rows = [
+            {"user_id": user, "item_id": "i1", "event_type": "view_item", "timestamp": 1_700_000_000_000 + n}
+            for n, user in enumerate(("ann", "bob", "cleo", "dora"))
+        ]
+        write_dataset(tmp_path / "data", pa.Table.from_pylist(rows), pa.table({"item_id": ["i1"]}), name="test")
+        people.set_consent("u:ann", Purpose.TRAIN)
+        people.reset("u:bob")
+        people.erase("u:cleo")
+        store._client.flushall()  # the profiles are lost, the log is not
+        answer = rebuild(tmp_path / "data", *servers, partitions=PARTITIONS)
+        assert answer["profiles"] == 1
+        assert [store.read(f"u:{name}").count for name in ("ann", "bob", "cleo", "dora")] == [0, 0, 0, 1]
+        assert store.read("u:ann").consent == Purpose.TRAIN
+
+
+@pytest.fixture
+def servers(profiles_server, events_server):
+    return profiles_server.url, events_server.url
+
+
+class TestUndo:
+    def test_an_undone_event_never_was(self, people, log, store):
+        ingest(log, store, *(event(number) for number in range(5)))
+        store.compact("u:ann", store.read("u:ann").version - 1)
+        version = people.undo("u:ann", "e2")
+        assert version == store.read("u:ann").version
+        assert items(store) == [0, 1, 3, 4]
+        assert store.read("u:ann").count == 4
+        project(log, store)
+        assert items(store) == [0, 1, 3, 4]
+        assert held(people)["event"] == ["e0", "e1", "e3", "e4"]
+        [mark] = [entry for entry in log.read(partition_of("u:ann", PARTITIONS)) if entry.undone]
+        assert mark.subject == ""
+        with pytest.raises(NotFound):
+            people.undo("u:ann", "e2")
+        with pytest.raises(NotFound):
+            people.undo("u:bob", "e1")
+
+    def test_one_that_was_pushed_out_of_the_ring_brings_the_next_one_back(self, people, log, store):
+        ingest(log, store, *(event(number) for number in range(300)))
+        store.compact("u:ann", store.read("u:ann").version)
+        assert items(store)[0] == 44
+        people.undo("u:ann", "e10")
+        people.undo("u:ann", "e200")
+        profile = store.read("u:ann")
+        assert items(store) == [43, *range(44, 200), *range(201, 300)]
+        assert item_key("i10") not in profile.evicted.tolist()
+        assert (profile.count, profile.evicted.size) == (298, 42)
+
+    def test_an_event_whose_key_has_expired_is_found_all_the_same(self, people, log, store, events_redis):
+        ingest(log, store, *(event(number) for number in range(3)))
+        events_redis.delete(log.seen_of("u:ann", "e1"))
+        people.undo("u:ann", "e1")
+        assert items(store) == [0, 2]
+
+    def test_a_repeat_after_a_crash_between_the_stores_finishes_it(self, people, log, store):
+        ids = ingest(log, store, *(event(number) for number in range(4)))
+        people.refold("u:ann", frozenset(ids[1:2]))  # and then it crashed
+        assert items(store) == [0, 2, 3]
+        people.undo("u:ann", "e1")
+        assert items(store) == [0, 2, 3]
+        assert store.read("u:ann").count == 3
+
+    def test_what_another_applies_meanwhile_is_not_lost(self, people, log, store):
+        ingest(log, store, *(event(number) for number in range(50)))
+        done = threading.Event()
+
+        def more() -> None:
+            for number in range(50, 150):
+                ingest(log, store, event(number))
+            done.set()
+
+        thread = threading.Thread(target=more)
+        thread.start()
+        undone = 0
+        while not done.is_set() and undone < 40:
+            insist(lambda number=undone: people.undo("u:ann", f"e{number}"))
+            undone += 1
+        thread.join()
+        assert undone
+        project(log, store)
+        assert items(store) == list(range(undone, 150))
+
+    def test_what_is_past_its_retention_goes_with_it(self, log, store):
+        old = int(time.time() * 1000) - 3 * 86_400_000
+        people = People(log, store, Certificates(log), Retention({"view_item": 2.0}))
+        ingest(log, store, event(1, timestamp=old), event(2, timestamp=old, kind="like"), event(3))
+        people.refold("u:ann")
+        assert items(store) == [2, 3]
+        assert people.refold("u:nobody") is None
+
+
+class TestReset:
+    def test_a_reset_profile_is_empty_and_learns_anew(self, people, log, store):
+        early = ingest(log, store, event(1), event(2))
+        version, applied = people.reset("u:ann")
+        assert applied
+        assert items(store) == []
+        ingest(log, store, event(3))
+        project(log, store)
+        store.apply("u:ann", [(early[0], event(1).record)])
+        assert items(store) == [3]
+        assert people.consents(["u:ann"]) == [Consent(EVERY_PURPOSE, 0, version)]
+        assert held(people)["event"] == ["e1", "e2", "e3"]  # they may still train and measure
+        people.undo("u:ann", "e3")
+        assert items(store) == []  # folded anew, and not from what was forgotten
+
+
+class TestMerge:
+    def test_what_a_visitor_did_is_the_persons(self, people, log, store):
+        ingest(log, store, event(1, "u:ann"), event(2, "a:x"), event(3, "a:x"))
+        log.append_impressions([slate(1, "a:x"), slate(2, "u:ann")])
+        merged = people.merge("a:x", "u:ann")
+        assert (merged.events, merged.impressions, merged.refused, merged.left_behind) == (2, 1, 0, 0)
+        assert store.read("u:ann").version == merged.version
+        project(log, store)
+        assert items(store) == [1, 2, 3]
+        assert items(store, "a:x") == []
+        assert held(people) == {"event": ["e1", "e2", "e3"], "impression": ["r2", "r1"]}
+        assert held(people, "a:x") == {"event": [], "impression": []}
+        users = {json.loads(payload)["user_id"] for _, _, payload in people.held("u:ann")}
+        assert users == {"ann"}
+        assert people.merge("a:x", "u:ann") == type(merged)(0, 0, 0, 0, 0)
+        ingest(log, store, event(4, "a:x", timestamp=int(time.time() * 1000) - 60_000))  # late, and not lost
+        assert items(store, "a:x") == [4]
+        assert people.merge("a:x", "u:ann").events == 1
+        assert items(store) == [1, 2, 3, 4]
+
+    def test_a_repeat_after_a_crash_doubles_nothing(self, people, log, store, monkeypatch):
+        ingest(log, store, *(event(number, "a:x") for number in range(5)))
+        log.append_impressions([slate(1, "a:x")])
+        monkeypatch.setattr(log, "erase", _crash)
+        with pytest.raises(ProfileStoreUnavailable):
+            people.merge("a:x", "u:ann")
+        monkeypatch.undo()
+        merged = people.merge("a:x", "u:ann")
+        assert (merged.events, merged.impressions) == (5, 1)
+        project(log, store)
+        assert items(store) == list(range(5))
+        assert held(people) == {"event": [f"e{number}" for number in range(5)], "impression": ["r1"]}
+
+    def test_the_stricter_word_counts(self, people, log, store):
+        people.set_consent("a:x", Purpose.TRAIN)
+        ingest(log, store, event(1, "a:x"))
+        with pytest.raises(FailedPrecondition, match="personalise, measure"):
+            people.merge("a:x", "u:ann")
+        people.set_consent("a:x", EVERY_PURPOSE)
+        people.merge("a:x", "u:ann")
+        project(log, store)
+        assert items(store) == []  # it came while it might not enter a profile
+        assert held(people)["event"] == ["e1"]
+        ingest(log, store, event(2, "a:x"))
+        people.set_consent("u:ann", NOTHING)
+        with pytest.raises(ConsentWithheld):
+            people.merge("a:x", "u:ann")
+        assert items(store, "a:x") == [2]
+
+    def test_what_an_erasure_of_the_person_refuses_does_not_come_back_by_a_merge(self, people, log, store):
+        now = int(time.time() * 1000)
+        ingest(log, store, event(1, "a:x", timestamp=now - 1000), event(2, "a:x"))
+        people.erase("u:ann")
+        merged = people.merge("a:x", "u:ann")
+        assert (merged.events, merged.refused) == (1, 1)
+        assert items(store) == [2]
+
+
+def _crash(*_, **__):
+    raise ProfileStoreUnavailable("a crash")
+
+
+class TestErase:
+    CANARY = "canary-5fa1c9"
+
+    def live(self, log, store, people):
+        """Somebody with events, slates, words and consent, among others, and with half of it folded."""
+        subject = f"u:{self.CANARY}"
+        for number in range(40):
+            ingest(log, store, *(event(number, f"u:{who}-{number}") for who in range(5)), event(number, subject))
+            log.append_impressions([slate(number, subject), slate(number, f"u:0-{number}")])
+        people.set_consent(subject, EVERY_PURPOSE)
+        store.compact(subject, store.read(subject).version - 1)
+        return subject
+
+    def test_a_scan_of_every_byte_finds_a_person_before_and_not_after(self, tmp_path):
+        with (
+            RedisServer(tmp_path, "events") as events,
+            RedisServer(tmp_path, "profiles") as profiles,
+            connect(events.url, 5) as events_redis,
+            connect(profiles.url, 5) as profiles_redis,
+        ):
+            log, store = EventLog(events_redis, PARTITIONS), ProfileStore(profiles_redis, PARTITIONS)
+            certificates = Certificates(log)
+            people = People(log, store, certificates)
+            reader = Consumer(log, PROFILES_GROUP, "a", lease_ms=60_000)
+            reader.open()
+            subject = self.live(log, store, people)
+            reader.claim([None] * PARTITIONS)  # delivered, and pending
+            record = event(39).record[:8]  # the key of an item that stands in the profile
+            assert self.found(events_redis, tmp_path / "events", self.CANARY.encode())
+            assert self.found(profiles_redis, tmp_path / "profiles", record)
+            profile = profiles_redis.dump(store.key_of(subject))
+            assert record in profile
+
+            before = int(time.time() * 1000)
+            certificate = people.erase(subject)
+            receipts = {receipt.store: receipt for receipt in certificate.receipts}
+            assert {name: one.entries for name, one in receipts.items()} == {
+                "profiles": 40, "events": 40, "impressions": 40,
+            }  # fmt: skip
+            assert all(before <= one.erased_at <= before + 60_000 and not one.purged_at for one in receipts.values())
+            assert self.found(events_redis, tmp_path / "events", self.CANARY.encode()) == ["file"]  # logical at once
+
+            assert Purger(certificates, events_redis, profiles_redis, 1.0).purge() == 1
+            wait_until(lambda: not self.found(events_redis, tmp_path / "events", self.CANARY.encode()))
+            assert not self.found(profiles_redis, tmp_path / "profiles", self.CANARY.encode())
+            assert record not in profiles_redis.dump(store.key_of(subject))
+            dated = certificates.get(certificate.certificate_id)
+            assert dated.log_id == certificate.log_id
+            assert all(one.purged_at >= one.erased_at for one in dated.receipts)
+            assert certificates.pending() == []
+            assert Purger(certificates, events_redis, profiles_redis, 1.0).purge() == 0
+            # The others are all there.
+            assert sum(len(list(log.history(f"u:{who}-{number}"))) for who in range(5) for number in range(40)) == 200
+            assert items(store, "u:3-17") == [17]
+
+    def test_the_scan_finds_what_is_not_purged(self, tmp_path):
+        """The control: with the default nodes of a stream, what was deleted is still in them, also in a new file."""
+        with RedisServer(tmp_path, "events") as events, connect(events.url, 5) as client:
+            client.config_set("stream-node-max-entries", 100)
+            log = EventLog(client, 1)
+            log.append([event(1, f"u:{self.CANARY}"), event(2, "u:other")])
+            log.erase(f"u:{self.CANARY}")
+            client.bgrewriteaof()
+            wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"])
+            assert self.found(client, tmp_path / "events", self.CANARY.encode())
+
+    def found(self, client, folder, canary: bytes) -> list[str]:
+        """Where a canary is: in the name of a key, in its value, in a file of the server."""
+        places = []
+        for key in client.scan_iter(count=1000):
+            places += ["key"] if canary in key else []
+            places += ["value"] if canary in (client.dump(key) or b"") else []
+            places += ["value"] if client.type(key) == b"stream" and canary in repr(client.xrange(key)).encode() else []
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return places + ["file" for path in files if canary in path.read_bytes()]
+
+    def test_nothing_brings_the_erased_back(self, people, log, store, servers, tmp_path):
+        ids = ingest(log, store, *(event(number) for number in range(5)))
+        stalled = Consumer(log, PROFILES_GROUP, "asleep", lease_ms=1)
+        stalled.open()
+        batch = [entry for entries in stalled.claim([None] * PARTITIONS) for entry in entries or ()]
+        data = [
+            {"user_id": "ann", "item_id": "i1", "event_type": "view_item", "timestamp": FUTURE, "log_id": ids[0]},
+            {
+                "user_id": "ann",
+                "item_id": "i2",
+                "event_type": "view_item",
+                "timestamp": 1_700_000_000_000,
+                "log_id": None,
+            },
+        ]
+        write_dataset(tmp_path / "backup", pa.Table.from_pylist(data), pa.table({"item_id": ["i1", "i2"]}), name="test")
+        now = int(time.time() * 1000) - 1
+        certificate = people.erase("u:ann")
+        # Late, from whoever had it in hand; from a client that kept it; from a replay; from a restored backup.
+        assert store.apply("u:ann", [(entry.log_id, entry.record) for entry in batch]).inserted == 0
+        assert isinstance(log.append([event(9, timestamp=now)])[0].error, FailedPrecondition)
+        assert log.append_impressions([slate(9, timestamp=now - 1000)]) == 0
+        project(log, store)
+        rebuild(tmp_path / "backup", *servers, partitions=PARTITIONS)
+        assert items(store) == []
+        store._client.flushall()
+        project(log, store)
+        rebuild(tmp_path / "backup", *servers, partitions=PARTITIONS)
+        assert items(store) == []
+        # What they do from now on is theirs.
+        [new] = ingest(log, store, event(7))
+        assert new > certificate.log_id
+        assert items(store) == [7]
+
+    def test_an_erasure_that_the_profiles_missed_reaches_them_by_the_log(self, people, log, store):
+        ingest(log, store, event(1))
+        log.erase("u:ann")  # and then it crashed
+        assert items(store) == [1]
+        project(log, store)
+        assert items(store) == []
+
+    def test_the_certificate_counts_what_the_projector_was_quicker_to_forget(self, people, log, store, monkeypatch):
+        ingest(log, store, event(1), event(2))
+        slow = store.erase
+
+        def projected_first(subject: str, before: int) -> int:
+            project(log, store)
+            return slow(subject, before)
+
+        monkeypatch.setattr(store, "erase", projected_first)
+        counts = {receipt.store: receipt.entries for receipt in people.erase("u:ann").receipts}
+        assert counts == {"profiles": 2, "events": 2, "impressions": 0}
+
+    def test_who_else_reads_the_log_has_to_confirm(self, people, log, store, servers):
+        other = Consumer(log, "warehouse", "a")
+        other.open()
+        ingest(log, store, event(1))
+        certificate = people.erase("u:ann")
+        assert certificate.receipts[-1].store == "warehouse"
+        assert certificate.receipts[-1].erased_at == 0
+        certificates = Certificates(log)
+        with connect(servers[0], 5) as profiles, connect(servers[1], 5) as events:
+            purger = Purger(certificates, events, profiles, 1.0)
+            assert purger.purge() == 1
+            assert purger.purge() == 0
+        [pending] = certificates.pending()
+        assert [bool(one.purged_at) for one in pending.receipts] == [True, True, True, False]
+        certificates.confirm(pending, "warehouse")
+        assert certificates.pending() == []
+        assert all(one.erased_at and one.purged_at for one in certificates.get(pending.certificate_id).receipts)
+
+    def test_a_server_that_may_not_write_its_files_anew_is_named_and_tried_again(self, people, log, store, servers):
+        ingest(log, store, event(1))
+        people.erase("u:ann")
+        with connect(servers[0], 5) as profiles, connect(servers[1], 5) as events:
+            profiles.execute_command("ACL", "SETUSER", "careful", "on", ">secret", "~*", "+@all", "-bgrewriteaof")
+            with (
+                connect(servers[0].replace("unix://", "unix://careful:secret@"), 5) as careful,
+                pytest.raises(ServingError, match="allow BGREWRITEAOF"),
+            ):
+                Purger(Certificates(log), events, careful, 1.0).purge()
+            [pending] = Certificates(log).pending()
+            assert {one.store: bool(one.purged_at) for one in pending.receipts}["profiles"] is False
+            stop = threading.Event()
+            thread = threading.Thread(target=Purger(Certificates(log), events, profiles, 0.05).run, args=(stop,))
+            thread.start()
+            wait_until(lambda: not Certificates(log).pending())
+            stop.set()
+            thread.join()
+            profiles.execute_command("ACL", "DELUSER", "careful")
+
+    @pytest.mark.parametrize("name", ["", "x", "0001-" + "0" * 32, "ffff-" + "0" * 32, "0001-" + "g" * 32])
+    def test_an_unknown_certificate_is_not_found(self, log, name):
+        with pytest.raises(NotFound):
+            Certificates(log).get(name)
+
+
+class TestExport:
+    def test_everything_is_held_out_in_order_and_from_anywhere(self, people, log, store, events_redis):
+        log.append([event(number) for number in range(1500)])
+        log.append_impressions([slate(number) for number in range(3)])
+        assert held(people) == {
+            "event": [f"e{number}" for number in range(1500)],
+            "impression": ["r0", "r1", "r2"],
+        }
+        pieces = list(people.held("u:ann"))
+        for cut in (0, 1499, 1501):
+            kind, at, _ = pieces[cut]
+            assert list(people.held("u:ann", kind, at)) == pieces[cut + 1 :]
+        assert list(people.held("u:bob")) == []
+        # What the index has forgotten is found one by one.
+        old = EventLog(events_redis, PARTITIONS, retention_ms=0)
+        events_redis.delete(log.index_of("u:ann"))
+        time.sleep(1.1)  # the server tells its time in seconds
+        assert [entry.event_id for entries in old.history("u:ann") for entry in entries][-1] == "e1499"
+
+
+def test_a_damaged_profile_can_be_reset_and_keeps_its_consent(people, log, store, profiles_redis):
+    people.set_consent("u:ann", Purpose.PERSONALISE)
+    ingest(log, store, event(1))
+    key = store.key_of("u:ann")
+    profiles_redis.append(key, b"half an entry")
+    with pytest.raises(ProfileCorrupt):
+        store.read("u:ann")
+    people.reset("u:ann")
+    assert store.read("u:ann").consent == Purpose.PERSONALISE
+    assert address_of("u:ann") in key
+    assert stream_id(people.consents(["u:ann"])[0].said_at)

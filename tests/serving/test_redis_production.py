@@ -1,0 +1,153 @@
+"""Redis as in production: a user that may do what the docs say and no more, and a connection by TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+
+from features.profile import Purpose, make_records
+from serving.catalog_log import CatalogLog, Change
+from serving.erasure import Certificates, Purger
+from serving.errors import ProfileStoreUnavailable
+from serving.events import EventLog, LoggedEvent, LoggedImpression
+from serving.people import People, marks
+from serving.profiles import ProfileStore
+from serving.projector import Projector
+from serving.redis_client import connect, require_safe
+from serving.redis_server import RedisServer
+
+DOCS = Path(__file__).parents[2] / "docs" / "backend.md"
+FUTURE = 4_000_000_000_000
+
+
+def event(number: int) -> LoggedEvent:
+    record = make_records(number + 1, 0, 0, FUTURE, np.nan, 1).tobytes()
+    return LoggedEvent("u:ann", f"e{number}", record, b'{"user_id": "ann", "anonymous": false}')
+
+
+def work(profiles: redis.Redis, events: redis.Redis) -> None:
+    """Something of everything that the service does with its servers."""
+    require_safe(events, "events")
+    require_safe(profiles, "profiles")
+    log, store = EventLog(events, 2), ProfileStore(profiles, 2)
+    certificates = Certificates(log)
+    people = People(log, store, certificates)
+    log.open()
+    store.open()
+    log.append([event(number) for number in range(70)])
+    log.append_impressions([LoggedImpression("u:ann", FUTURE, b'{"timestamp": 1}')])
+    projector = Projector(log, store, settle_s=0, compact_after=20)
+    projector.open()
+    while projector.step():
+        pass
+    projector.step()
+    log.trim(0)
+    projector.close()
+    assert store.read("u:ann").count == 70
+    people.undo("u:ann", "e3")
+    people.set_consent("u:ann", Purpose(7))
+    assert list(marks(log))
+    people.reset("u:ann")
+    assert len(list(people.held("u:ann"))) == 70
+    people.erase("u:ann")
+    assert Purger(certificates, events, profiles, 1.0).purge() == 1
+    catalog = CatalogLog(events)
+    assert catalog.put([Change("delete", "i1")]) == 1
+
+
+def test_the_user_of_the_docs_may_do_all_that_is_needed_and_no_more(tmp_path):
+    (rules,) = re.findall(r"^user penchant (.*)$", DOCS.read_text(), re.MULTILINE)
+    assert "PASSWORD" in rules
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for role in ("profiles", "events"):
+            server = stack.enter_context(RedisServer(tmp_path, role))
+            with connect(server.url, 5) as admin:
+                admin.execute_command("ACL", "SETUSER", "penchant", *rules.replace("PASSWORD", "secret").split())
+            url = server.url.replace("unix://", "unix://penchant:secret@")
+            clients.append(stack.enter_context(connect(url, 5)))
+        work(*clients)
+        for words in (["FLUSHALL"], ["KEYS", "*"], ["CONFIG", "SET", "save", ""], ["GET", "another:key"]):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                clients[0].execute_command(*words)
+
+
+def test_tls(tmp_path):
+    certificate, key = _certificate(tmp_path)
+    with RedisServer(tmp_path, "profiles") as server, _tls(server, certificate, key) as port:
+        url = f"rediss://localhost:{port}/0"
+        with connect(f"{url}?ssl_ca_certs={certificate}", 5) as client:
+            store = ProfileStore(client, 2)
+            store.apply("u:ann", [(5, event(1).record)])
+            for _ in range(3):
+                assert store.read("u:ann").count == 1
+        with connect(url, 5) as stranger, pytest.raises(ProfileStoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            ProfileStore(stranger, 2).read("u:ann")
+
+
+def _certificate(folder: Path) -> tuple[Path, Path]:
+    openssl = shutil.which("openssl")
+    assert openssl, "this test makes a certificate with openssl"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@contextlib.contextmanager
+def _tls(server: RedisServer, certificate: Path, key: Path) -> Iterator[int]:
+    """A port that speaks TLS before a server that does not: the embedded one is built without."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                plain, _ = listener.accept()
+                try:
+                    client = context.wrap_socket(plain, server_side=True)
+                except ssl.SSLError:  # who does not trust us goes
+                    plain.close()
+                    continue
+                behind = socket.socket(socket.AF_UNIX)
+                behind.connect(server.url.removeprefix("unix://"))
+                ends.extend((client, behind))
+                for pair in ((client, behind), (behind, client)):
+                    threads.append(threading.Thread(target=pump, args=pair, daemon=True))
+                    threads[-1].start()
+
+    ends: list[socket.socket] = []
+    threads = [threading.Thread(target=serve, daemon=True)]
+    threads[0].start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(5)
+        for end in ends:
+            end.close()
