@@ -117,7 +117,7 @@ def test_what_was_sent_is_what_stands_there(log, make, out):
         "user_id": "ann", "item_id": "i1", "event_type": "purchase", "timestamp": at, "event_id": "e1",
         "log_id": ids[0], "ingested_at": ids[0] >> 20, "value": 2.5, "session_id": "s1", "request_id": "r1",
         "surface": "home", "query": None, "position": 3, "attributes": {"b": "1", "a": "2"},
-        "category_key": item_key("c1"), "creator_key": item_key("m1"),
+        "category_key": item_key("c1"), "creator_key": item_key("m1"), "personal": True,
     }  # fmt: skip
     told = ("value", "session_id", "request_id", "surface", "query", "position", "attributes")
     assert [second[name] for name in told] == [None] * 7
