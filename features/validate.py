@@ -346,9 +346,9 @@ def _duplicate_ids(evidence: Evidence) -> Iterator[Finding]:
         what = f"{own} of {events.num_rows} rows say again what another says"
         yield Finding(own, events.num_rows, what, "give events an event_id, and write each once")
     if is_present(events["log_id"]):
-        again = _doubled(events, ["log_id"], to_mask(events["log_id"].is_valid()))
+        again = _doubled(events, ["user_id", "log_id"], to_mask(events["log_id"].is_valid()))
         mend = "let one process write the warehouse, into one directory"
-        yield Finding(again, events.num_rows, f"{again} rows repeat the log id of another", mend)
+        yield Finding(again, events.num_rows, f"{again} rows repeat the log id of another of the same person", mend)
     if evidence.impressions is not None and evidence.impressions.num_rows:
         slates = evidence.impressions.num_rows
         again = _doubled(evidence.impressions, ["request_id"])

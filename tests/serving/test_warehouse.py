@@ -151,7 +151,7 @@ def test_it_is_a_data_set_that_duckdb_and_polars_read_as_it_is(log, make, out):
     frame = pl.scan_parquet(f"{out}/events/**/*.parquet", hive_partitioning=True)
     counts = frame.group_by("user_id").len().sort("user_id").collect()
     assert counts["len"].to_list() == [9, 9, 9, 9, 8, 8, 8]
-    assert frame.select(pl.col("log_id").n_unique()).collect().item() == 60
+    assert frame.select(pl.struct("user_id", "log_id").n_unique()).collect().item() == 60
     days = duckdb.sql(f"SELECT item_id, shown, events, people, event_types FROM '{out}/daily/**/*.parquet'").fetchall()
     assert [(item, shown, events) for item, shown, events, _, _ in days] == [(f"i{n}", 7, 6) for n in range(10)]
     assert days[0][4] == {"view_item": 6}
