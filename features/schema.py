@@ -53,6 +53,11 @@ EVENTS = pa.schema(
         _optional("query", pa.string()),
         _optional("position", pa.int32()),
         _optional("attributes", _ATTRIBUTES),
+        # Keys of the item's category and creator as they were when the event came, 0 for none: what the fold has read.
+        _optional("category_key", pa.uint64()),
+        _optional("creator_key", pa.uint64()),
+        # Whether it may be in the profile: decided when it came, by what the person allowed then.
+        _optional("personal", pa.bool_()),
     ]
 )
 EVENTS_REQUIRED: Required = ("user_id", "item_id", "event_type", ("timestamp", "sequence"))

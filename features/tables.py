@@ -120,44 +120,70 @@ def table_path(data: Path, name: str) -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(path: Path, *, until: int | None = None, items_from: Path | None = None) -> Dataset:
     """Read a data set's events, items and users.
+
+    A warehouse grows while it is read: two readings with the same `until` and items have the same rows.
+
+    Args:
+        path: Its directory.
+        until: Log id up to which events are read; as far as `dataset.json` calls it complete when None.
+        items_from: Parquet file of the items, where they are not those of the data set.
 
     Raises:
         TablesError: There are no events, or a file cannot be read.
     """
     path = Path(path)
+    said = _read_info(path)
+    until = said.get("until") if until is None else until
     where = table_path(path, "events")
     if where is None:
         present = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such directory"
         raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {present}")
-    events, named, rejected = _open_events(where)
+    events, named, rejected = _open_events(where, until)
     items, users = (
-        _optional(path, "items", ITEMS, ITEMS_REQUIRED),
+        read_table(items_from, ITEMS, ITEMS_REQUIRED)
+        if items_from
+        else _optional(path, "items", ITEMS, ITEMS_REQUIRED),
         _optional(path, "users", USERS, USERS_REQUIRED),
     )
     if items is None:
         items = conform(pa.table({"item_id": named}), ITEMS, ITEMS_REQUIRED, str(where))
     if users is None:
         users = Loaded(USERS.empty_table(), [])
-    info = {"name": path.name} | _read_info(path) | _facts(events, items.table, users.table)
+    info = {"name": path.name} | said | _facts(events, items.table, users.table)
+    if "until" in said:
+        info["until"] = until
     return Dataset(events, items.table, users.table, info, rejected + items.rejected + users.rejected)
 
 
-def _open_events(where: Path) -> tuple[Events, Array, list[Rejected]]:
+def _open_events(where: Path, until: int | None) -> tuple[Events, Array, list[Rejected]]:
     """The events in order, the items that they name in the order of the files' rows, and what was left out."""
     files = _files(where)
     if sum(map(_row_count, files)) <= HELD_ROWS:
         loaded = read_table(where, EVENTS, EVENTS_REQUIRED)
-        return Events.of(order_events(loaded.table)), pc.unique(loaded.table["item_id"]), loaded.rejected
+        table = loaded.table if until is None else select(loaded.table, _up_to(loaded.table, until))
+        return Events.of(order_events(table)), pc.unique(table["item_id"]), loaded.rejected
 
     def parts() -> Iterator[Part]:
-        return (part for file in files for part in _file_parts(file))
+        return (_part_up_to(part, until) for file in files for part in _file_parts(file))
 
     survey = Survey(parts())
-    as_it_is = survey.in_order() and not survey.rejected and all(map(_is_canonical, files))
+    as_it_is = until is None and survey.in_order() and not survey.rejected and all(map(_is_canonical, files))
     events = Events(_reader(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
     return events, pa.array(survey.items, pa.string()), survey.rejected
+
+
+def _up_to(events: pa.Table, until: int) -> npt.NDArray[np.int64]:
+    """The rows up to a log id; what was never in a log was there before it."""
+    return np.flatnonzero(pc.fill_null(events["log_id"], 0).to_numpy() <= np.uint64(until))
+
+
+def _part_up_to(part: Part, until: int | None) -> Part:
+    if until is None:
+        return part
+    rows = _up_to(part.table, until)
+    return Part(part.source, select(part.table, rows), part.rows[rows], part.rejected)
 
 
 def _row_count(file: Path) -> int:
@@ -355,6 +381,8 @@ def _without_empty(table: pa.Table) -> pa.Table:
 
 
 def _check_target(out: Path) -> None:
+    if "until" in _read_info(out):
+        raise TablesError(f"{out} is the warehouse of a service, which nothing may replace: choose a new directory")
     if out.is_dir() and (not any(out.iterdir()) or (out / "dataset.json").exists()):
         return
     if out.exists():

@@ -109,6 +109,70 @@ def data(
 
 
 @app.command()
+def validate(
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", exists=True, file_okay=False, help="Data set directory.")
+    ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Redis of the event log of a running service, instead of a data set."),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE", exists=True, file_okay=False, help="With --live: the bundle that names the items."
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CHECK=SHARE", help="Share of rows, 0 to 1, that a check lets pass; repeatable."),
+    ] = None,
+) -> None:
+    """Checks a data set, or what a running service logs; a check that fails says what to mend, and the status is 1."""
+    _use_cores()
+    if (data is None) == (live is None):
+        raise typer.BadParameter("give either DATA or --live URL", param_hint="DATA")
+    limits = _parse(allow or [])
+    if wrong := [name for name, share in limits.items() if not isinstance(share, int | float)]:
+        raise typer.BadParameter(f"{wrong[0]} needs a number: write CHECK=SHARE", param_hint="--allow")
+    if data is not None:
+        from features.validate import validate
+
+        said = validate(data, limits)
+    else:
+        from serving.validate import validate_live
+
+        assert live is not None
+        said = validate_live(live, bundle, limits)
+    for check in said["checks"]:
+        print(f"{'PASS' if check['passed'] else 'FAIL'}  {check['name']}: {check['detail']}")
+    for name, why in said["skipped"].items():
+        print(f"SKIP  {name}: {why}")
+    _answer(said)
+    raise typer.Exit(0 if all(check["passed"] for check in said["checks"]) else 1)
+
+
+@app.command()
+def features(
+    data: Annotated[
+        Path | None, typer.Option(metavar="DATA", exists=True, file_okay=False, help="Data set to measure coverage in.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle whose items to measure.")
+    ] = None,
+) -> None:
+    """Lists every feature: type, window, meaning and, over a data set or a bundle, coverage."""
+    _use_cores(1)
+    from features.listing import features
+
+    said = features(data, bundle)
+    for one in said["features"]:
+        share = "" if one["coverage"] is None else f" ({one['coverage']:.0%})"
+        print(f"{one['input']:8}{one['name']:20}{one['type']:9}{one['window']:20}{one['meaning']}{share}")
+    _answer(said)
+
+
+@app.command()
 def train(
     data: DataDir,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; an unfinished one is resumed.")],
@@ -263,6 +327,26 @@ def projector(
 
     _answer({"pid": os.getpid(), "partitions": partitions})
     raise typer.Exit(run(redis, events_redis or redis, partitions))
+
+
+@app.command()
+def warehouse(
+    redis: RedisUrl,
+    out: Annotated[Path, typer.Option(metavar="DATA", help="Directory of the Parquet: a data set that grows.")],
+    events_redis: EventsRedis = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle whose items are in the catalogue."),
+    ] = None,
+    partitions: Partitions = 16,
+    flush: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest wait to be written, in seconds.")] = 30.0,
+    once: Annotated[bool, typer.Option("--once", help="Write what the log holds now, then end.")] = False,
+) -> None:
+    """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
+    _use_cores(1)
+    from serving.warehouse import run
+
+    _answer(run(events_redis or redis, out, bundle, partitions, flush_s=flush, once=once, ready=_answer))
 
 
 @app.command()

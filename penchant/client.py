@@ -13,8 +13,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
@@ -173,6 +175,43 @@ class Client:
             one.event_id = one.event_id or uuid.uuid4().hex
         return self._call(lambda: next(self._events).Ingest, request, timeout_s).statuses
 
+    def ingest_stream(
+        self, events: Iterable[event_pb2.Event], *, batch: int = 500, timeout_s: float = 30.0
+    ) -> Iterator[event_pb2.EventStatus]:
+        """Appends any number of events durably, as fast as the service takes them; one status each, in their order.
+
+        A stream that breaks is opened again, and what it had not answered is sent again with the same ids.
+
+        Args:
+            events: What to append; read no faster than it is sent. Events without an id get one.
+            batch: Events that are sent, and answered, together; at most 1,000.
+            timeout_s: Longest time without an answer.
+
+        Raises:
+            grpc.RpcError: No answer came for so long, or the service refuses a batch as a whole.
+        """
+        feed = _Feed(events, batch)
+        pause, said = _FIRST_PAUSE_S, time.monotonic()
+        while True:
+            call = next(self._events).IngestStream(feed.requests(), timeout=timeout_s, metadata=self._metadata)
+            try:
+                for response in call:
+                    feed.answered()
+                    pause = _FIRST_PAUSE_S
+                    yield from response.statuses
+                    said = time.monotonic()  # the time that the caller took is not the service's
+                return
+            except grpc.RpcError as error:
+                feed.raise_its_error()
+                # A stream lives no longer than its deadline; one that got answers is only continued.
+                again = (*_AWAY, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+                if error.code() not in again or time.monotonic() - said >= timeout_s:
+                    raise
+            finally:
+                call.cancel()  # type: ignore[no-untyped-call]
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, 1.0)
+
     def get_profile(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float | None = None
     ) -> profile_pb2.GetProfileResponse:
@@ -281,6 +320,58 @@ class Client:
                 away = error
             time.sleep(wait)
             pause = min(2 * pause, 0.1)
+
+
+class _Feed:
+    """The batches of a stream: each is kept until it is answered, so that another stream can go on with it."""
+
+    def __init__(self, events: Iterable[event_pb2.Event], size: int) -> None:
+        self._events, self._size = iter(events), size
+        self._waiting: deque[event_pb2.IngestStreamRequest] = deque()
+        self._done = self._stream = 0
+        self._error: BaseException | None = None
+        self._lock, self._taking = threading.Lock(), threading.Lock()
+
+    def requests(self) -> Iterator[event_pb2.IngestStreamRequest]:
+        """What a new stream sends: what is not answered yet, then what follows; ends when a newer stream begins."""
+        with self._lock:
+            self._stream += 1
+            stream, place = self._stream, self._done
+        while (request := self._at(stream, place)) is not None:
+            yield request
+            place += 1
+
+    def answered(self) -> None:
+        """The oldest batch is durable."""
+        with self._lock:
+            self._waiting.popleft()
+            self._done += 1
+
+    def raise_its_error(self) -> None:
+        """Raises what the caller's own events raised, which ended the stream."""
+        if self._error:
+            raise self._error
+
+    def _at(self, stream: int, place: int) -> event_pb2.IngestStreamRequest | None:
+        with self._taking:
+            with self._lock:
+                if stream != self._stream:
+                    return None
+                at = place - self._done
+                if at < len(self._waiting):
+                    return self._waiting[at]
+            try:
+                request = event_pb2.IngestStreamRequest(events=itertools.islice(self._events, self._size))
+            except BaseException as error:
+                self._error = error
+                raise
+            for one in request.events:
+                one.event_id = one.event_id or uuid.uuid4().hex
+            if not request.events:
+                return None
+            with self._lock:
+                self._waiting.append(request)
+            return request
 
 
 def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Channel:

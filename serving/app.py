@@ -64,6 +64,8 @@ def serve(config: ServeConfig) -> int:
         ]
         if config.projector:
             children.append(_Child("projector", orders | {"role": "projector"}))
+        if config.warehouse:
+            children.append(_Child("warehouse", orders | {"role": "warehouse"}))
         stack.callback(_stop, children, config.drain_s)
         for child in children:
             child.start()
@@ -77,6 +79,7 @@ def serve(config: ServeConfig) -> int:
             "redis": printable(redis),
             "events_redis": printable(events),
             "workers": [child.pid for child in children[: config.worker_count]],
+            "warehouse": str(config.warehouse_path) if config.warehouse else None,
         }
         print(json.dumps(ready), flush=True)
         while not stop.wait(0.1):

@@ -1,4 +1,4 @@
-"""The main function of every child of `penchant serve`: a worker, or the projector.
+"""The main function of every child of `penchant serve`: a worker, the projector, or the warehouse.
 
 Its orders come as one line of JSON on standard input; it says `{"ready": true}` or `{"error": ...}` on standard output,
 once, and stops on SIGTERM or when standard input ends because the parent is gone.
@@ -38,6 +38,20 @@ def main() -> int:
 
             _say({"ready": True})
             return run(config.redis, config.events_redis, config.partitions, stop, purge_s=config.purge_hours * 1800)
+        if orders["role"] == "warehouse":
+            from serving import warehouse
+
+            warehouse.run(
+                config.events_redis,
+                config.warehouse_path,
+                config.bundle,
+                config.partitions,
+                flush_s=config.warehouse_flush_s,
+                default=config.default_consent,
+                stop=stop,
+                ready=lambda _: _say({"ready": True}),
+            )
+            return 0
         from serving.worker import work
 
         work(config, orders["number"], stop, lambda: _say({"ready": True}))

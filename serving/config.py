@@ -51,6 +51,11 @@ class ServeConfig(BaseSettings):
     )
 
     projector: bool = Field(True, description="Bring events into profiles here, not in a process of its own.")
+    warehouse: bool = Field(True, description="Write the log to Parquet here, not in a process of its own.")
+    warehouse_dir: Path | None = Field(
+        None, description="Directory of the Parquet; None means `warehouse` in `state_dir`."
+    )
+    warehouse_flush_s: float = Field(30.0, gt=0, description="Longest time until an event is in Parquet, in seconds.")
 
     token: SecretStr | None = Field(None, description="Secret every call must carry as `authorization: Bearer ...`.")
     token_file: Path | None = Field(None, description="File that holds the token.")
@@ -149,6 +154,11 @@ class ServeConfig(BaseSettings):
     def worker_count(self) -> int:
         """Number of worker processes, the default resolved."""
         return self.workers or len(os.sched_getaffinity(0))
+
+    @property
+    def warehouse_path(self) -> Path:
+        """Directory of the Parquet, the default resolved."""
+        return self.warehouse_dir or self.state_dir / "warehouse"
 
     def secret(self) -> str:
         """The token, from the setting or its file; empty where calls need none.

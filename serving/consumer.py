@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from redis.exceptions import ResponseError
 
@@ -19,7 +19,14 @@ class Consumer:
     An entry is delivered until it is acknowledged: after a crash the next owner asks for what is pending first.
     """
 
-    def __init__(self, log: EventLog, group: str, owner: str, lease_ms: int = 10_000) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        group: str,
+        owner: str,
+        lease_ms: int = 10_000,
+        stream: Literal["events", "impressions"] = "events",
+    ) -> None:
         """Names a reader; call `open` before anything else.
 
         Args:
@@ -27,11 +34,13 @@ class Consumer:
             group: The group: each sees every event once, whoever of it reads.
             owner: This reader, different from every other one.
             lease_ms: How long a partition stays with an owner that says nothing more.
+            stream: What of each partition to read; a lease holds for both, so that they stay with one owner.
         """
         self._log = log
         self._group = group
         self._owner = owner
         self._lease_ms = lease_ms
+        self._streams: list[bytes] = [getattr(keys, stream) for keys in log.keys]
         self._leases = [keys.lease + b":" + group.encode() for keys in log.keys]
 
     def open(self) -> None:
@@ -41,7 +50,7 @@ class Consumer:
             EventLogUnavailable: Redis does not answer.
         """
         self._log.open()
-        self._run([Call(LOG_JOIN, (keys.events,), (self._group,)) for keys in self._log.keys])
+        self._run([Call(LOG_JOIN, (stream,), (self._group,)) for stream in self._streams])
 
     def claim(self, after: Sequence[int | None], count: int = 500) -> list[list[Entry] | None]:
         """Takes or keeps every partition that is free or ours and reads on, in one round trip.
@@ -60,10 +69,10 @@ class Consumer:
         calls = [
             Call(
                 LOG_CLAIM,
-                (keys.events, lease),
+                (stream, lease),
                 (self._owner, self._lease_ms, self._group, count, ">" if start is None else stream_id(start)),
             )
-            for keys, lease, start in zip(self._log.keys, self._leases, after, strict=True)
+            for stream, lease, start in zip(self._streams, self._leases, after, strict=True)
         ]
         replies = self._run(calls)
         return [None if reply is None else [_entry(*found) for found in reply] for reply in replies]
@@ -77,7 +86,7 @@ class Consumer:
         if log_ids:
             names = map(stream_id, log_ids)
             with self._log.breaker:
-                command(self._log.client, "XACK", self._log.keys[partition].events, self._group, *names)
+                command(self._log.client, "XACK", self._streams[partition], self._group, *names)
 
     def lag(self) -> list[int]:
         """Number of entries per partition that are not acknowledged yet.
@@ -86,9 +95,9 @@ class Consumer:
             EventLogUnavailable: Redis does not answer.
         """
         lags = []
-        for keys in self._log.keys:
+        for stream in self._streams:
             with self._log.breaker:
-                groups = self._log.client.xinfo_groups(keys.events)
+                groups = self._log.client.xinfo_groups(stream)
             lags += [
                 group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == self._group.encode()
             ]

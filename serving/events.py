@@ -270,6 +270,16 @@ class EventLog:
         """
         return self._range(self.keys[partition].events, after, count)
 
+    def newest(self, partition: int, count: int) -> list[Entry]:
+        """The newest events of a partition, in log order, at most `count`.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        with self.breaker:
+            found = command(self.client, "XREVRANGE", self.keys[partition].events, "+", "-", "COUNT", count)
+        return [Entry.of(name, fields) for name, fields in reversed(found)]
+
     def read_impressions(self, partition: int, after: int = 0, count: int = 1000) -> list[Entry]:
         """The impressions of a partition behind a log id, as `read`.
 
@@ -358,8 +368,20 @@ class EventLog:
                 found = pipeline.execute()
             yield [Entry.of(*entry[0]) for entry in found if entry]
 
+    def now_ms(self) -> int:
+        """The clock that stream ids are made by, ms.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        with self.breaker:
+            seconds, microseconds = self.client.time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
     def trim(self, partition: int) -> int:
-        """Deletes what is past retention and was acknowledged by every group; returns the number of events deleted.
+        """Deletes what is past retention and was acknowledged by every group of both streams.
+
+        Returns the number of events deleted.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -368,12 +390,20 @@ class EventLog:
         with self.breaker:
             seconds, _ = self.client.time()
             limit = int(seconds) * 1000 - self._retention_ms
-            for group in self.client.xinfo_groups(keys.events) if self.client.exists(keys.events) else []:
-                pending = self.client.xpending(keys.events, group["name"])
-                oldest = pending["min"] if pending["pending"] else group["last-delivered-id"]
-                limit = min(limit, int(oldest.partition(b"-")[0]))
+            for stream in (keys.events, keys.impressions):
+                for group in self.client.xinfo_groups(stream) if self.client.exists(stream) else []:
+                    limit = min(limit, self._needed_from(stream, group, limit))
             trim = Call(LOG_TRIM, (keys.events, keys.impressions, keys.floor), (max(limit, 0),))
             return int(run(self.client, trim))
+
+    def _needed_from(self, stream: bytes, group: dict[str, Any], otherwise: int) -> int:
+        """Time in ms of the oldest entry that a group still needs; `otherwise` where it has read and done all."""
+        pending = self.client.xpending(stream, group["name"])
+        oldest: bytes = pending["min"] if pending["pending"] else group["last-delivered-id"]
+        if not pending["pending"] and not command(self.client, "XRANGE", stream, b"(" + oldest, "+", "COUNT", 1):
+            # An idle stream must not hold back the other one.
+            return otherwise
+        return int(oldest.partition(b"-")[0])
 
     def _append_call(self, event: LoggedEvent) -> Call:
         if len(event.record) != RECORD.itemsize:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -17,21 +18,25 @@ from features.bundle import open_bundle
 from features.catalog import columns_of
 from features.columns import pc
 from features.content import codes, is_present
+from features.events import Events
 from features.profile import Profile, Records, Retention, empty, fold, make_records
-from features.schema import EVENT_TYPES, event_type_key, event_type_keys, item_key, item_keys
-from features.tables import Dataset, open_dataset
+from features.schema import EVENT_TYPES, EVENTS, event_type_key, event_type_keys, item_key, item_keys
+from features.tables import Dataset, open_dataset, order_events, read_table, table_path
 from features.vocabulary import Vocabulary
 from serving.events import EventLog
 from serving.people import marks
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
 from serving.scripts import LIVE, SEQUENCE_BITS
+from serving.warehouse_tables import subject_of
 
 SHOWN = 50
 """Events that are shown at most."""
 
 _TIMEOUT_S = 10.0
 _PEOPLE = 1000
+_EVER = 2**64 - 1
+_SEARCHES = pa.schema([EVENTS.field(name) for name in EVENTS.names if name != "item_id"])
 
 
 def rebuild(
@@ -65,7 +70,7 @@ def rebuild(
         Unavailable: A Redis does not answer; a repeat is safe.
     """
     begun = time.monotonic()
-    dataset = open_dataset(data)
+    dataset = _history(data)
     with connect(redis_url, _TIMEOUT_S) as client, connect(events_redis_url or redis_url, _TIMEOUT_S) as events:
         store, log = ProfileStore(client, partitions), EventLog(events, partitions)
         store.open()
@@ -122,13 +127,14 @@ def _states(
     dataset: Dataset, store: ProfileStore, log: EventLog, retention: Retention
 ) -> Iterator[tuple[str, Profile]]:
     """The profile of each person of a data set, less what they erased and what is past its retention."""
+    key = subject_of if "until" in dataset.info else "u:{}".format
     people, who = codes(dataset.events["user_id"])
     records, log_ids = _records(dataset), _log_ids(dataset.events)
     # Each person's events stand together; `codes` numbers people in the order of their first one.
     ends = np.cumsum(np.bincount(who, minlength=len(people)))
     expired = retention.expired(records, time.time_ns() // 1_000_000)
     for chunk in _chunked(len(people), _PEOPLE):
-        subjects = [f"u:{people[person]}" for person in chunk]
+        subjects = [key(people[person]) for person in chunk]
         refused = zip(store.erased_before(subjects), log.erased(subjects), strict=True)
         for person, subject, (erased, past) in zip(chunk, subjects, refused, strict=True):
             start, end = int(ends[person - 1]) if person else 0, int(ends[person])
@@ -148,6 +154,21 @@ def _past(log_ids: npt.NDArray[np.uint64], timestamps: npt.NDArray[np.int64], er
     return np.where(log_ids >= np.uint64(LIVE), logged, timestamps) <= erased
 
 
+def _history(data: Path) -> Dataset:
+    """A data set with all that profiles fold: of a warehouse also what is newer than complete, and searches."""
+    dataset = open_dataset(data, until=_EVER)
+    if "until" not in dataset.info:
+        return dataset
+    events, rejected, searches = dataset.events, dataset.rejected, table_path(data, "searches")
+    if searches is not None:
+        found = read_table(searches, _SEARCHES, ("user_id", "event_type", "log_id"))
+        blank = pa.array([""] * found.table.num_rows, pa.string())
+        about_none = found.table.append_column(EVENTS.field("item_id"), blank).select(EVENTS.names).cast(EVENTS)
+        events, rejected = pa.concat_tables([events, about_none]), [*rejected, *found.rejected]
+    events = order_events(events.filter(pc.fill_null(events["personal"], True)))
+    return dataclasses.replace(dataset, stream=Events.of(events), rejected=rejected)
+
+
 def _chunked(length: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, length)) for start in range(0, length, size))
 
@@ -161,14 +182,24 @@ def _records(dataset: Dataset) -> Records:
     keys = item_keys(named)
     rows = Vocabulary.build([str(name) for name in items["item_id"].to_pylist()]).rows_of_keys(keys)
     timed = is_present(events["timestamp"])
+    # Row -1: an item that nobody described. What was in the log says itself what its item was at that time.
+    category = _as_logged(events["category_key"], np.append(columns.category, np.uint64(0))[rows[what]])
+    creator = _as_logged(events["creator_key"], np.append(columns.creator, np.uint64(0))[rows[what]])
     return make_records(
         keys[what],
-        np.append(columns.category, np.uint64(0))[rows[what]],  # row -1: an item that nobody described
-        np.append(columns.creator, np.uint64(0))[rows[what]],
+        category,
+        creator,
         pc.fill_null(events["timestamp"], 0).to_numpy() if timed else 0,
         events["value"].to_numpy(),
         event_type_keys(type_names)[kind],
     )
+
+
+def _as_logged(keys: pa.ChunkedArray[Any], otherwise: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    if not is_present(keys):
+        return otherwise
+    known = keys.is_valid().to_numpy()
+    return np.where(known, pc.fill_null(keys, 0).to_numpy(), otherwise)
 
 
 def _log_ids(events: pa.Table) -> npt.NDArray[np.uint64]:

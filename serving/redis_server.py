@@ -110,7 +110,7 @@ class RedisServer:
         if self._watcher:
             return self
         binary = find_binary()
-        self._lock = _locked(self.directory)
+        self._lock = locked(self.directory)
         if len(os.fsencode(self._socket)) > _SOCKET_PATH_LIMIT:
             # The kernel allows 107 bytes; data stays where it was asked for, only the socket moves.
             self._socket_directory = Path(tempfile.mkdtemp(prefix="penchant-"))
@@ -225,8 +225,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _locked(directory: Path) -> int:
-    """Takes the directory for ourselves; a predecessor that was just killed is given time to go.
+def locked(directory: Path) -> int:
+    """Takes a directory for this process, as long as the handle returned is open; one just killed is given time to go.
 
     Raises:
         ConfigError: Somebody else holds it, or it cannot be written.

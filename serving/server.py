@@ -135,15 +135,22 @@ class _Guard(Interceptor):
         if known is not None:
             return known
         handler = continuation(handler_call_details)
-        if not handler_call_details.method.startswith("/penchant.") or handler is None or handler.unary_unary is None:
+        if not handler_call_details.method.startswith("/penchant.") or handler is None:
             return handler
-        assert handler.request_deserializer is not None
-        behavior = handler.unary_unary
-        if "RankingService/" in handler_call_details.method:
-            behavior = self._in_turn(behavior)
-        call = self._guard(handler_call_details.method.rpartition("/")[2], handler.request_deserializer, behavior)
+        name, parse = handler_call_details.method.rpartition("/")[2], handler.request_deserializer
+        assert parse is not None
         # Without a deserializer the call gets the bytes, and so a say in what a malformed message is answered with.
-        guarded = grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
+        guarded: Handler
+        if handler.stream_stream is not None:
+            stream = self._guard_stream(name, parse, handler.stream_stream)
+            guarded = grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        else:
+            assert handler.unary_unary is not None
+            behavior = handler.unary_unary
+            if "RankingService/" in handler_call_details.method:
+                behavior = self._in_turn(behavior)
+            call = self._guard(name, parse, behavior)
+            guarded = grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
         self._guarded[handler_call_details.method] = guarded
         return guarded
 
@@ -153,16 +160,29 @@ class _Guard(Interceptor):
         def call(message: bytes, context: grpc.ServicerContext) -> Message:
             try:
                 _require_time(context)
-                try:
-                    request = parse(message)
-                except DecodeError:
-                    raise InvalidArgument("request", "is not a message of this method: check the contract") from None
-                answer: Message = behavior(request, context)
+                answer: Message = behavior(_parsed(parse, message), context)
             except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
                 telemetry.count(f"{method}.{getattr(error, 'code', 'INTERNAL')}")
                 raise _refuse(context, error) from None
             telemetry.count(f"{method}.OK")
             return answer
+
+        return call
+
+    def _guard_stream(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
+        telemetry = self._telemetry
+
+        def call(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Message]:
+            try:
+                _require_time(context)
+                yield from behavior((_parsed(parse, message) for message in messages), context)
+            except grpc.RpcError:  # the caller is gone, or its time is over: there is nobody to tell
+                telemetry.count(f"{method}.CANCELLED")
+                return
+            except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
+                telemetry.count(f"{method}.{getattr(error, 'code', 'INTERNAL')}")
+                raise _refuse(context, error) from None
+            telemetry.count(f"{method}.OK")
 
         return call
 
@@ -174,6 +194,13 @@ class _Guard(Interceptor):
                 return answer
 
         return take_turn
+
+
+def _parsed(parse: Callable[[bytes], Any], message: bytes) -> Any:
+    try:
+        return parse(message)
+    except DecodeError:
+        raise InvalidArgument("request", "is not a message of this method: check the contract") from None
 
 
 def _require_time(context: grpc.ServicerContext) -> None:

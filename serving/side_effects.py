@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from features.assemble import FEATURES
 from features.catalog import Catalog
 from serving.errors import ServingError
 from serving.events import EventLog, LoggedImpression
@@ -120,5 +121,6 @@ def _logged(shown: _Shown) -> LoggedImpression:
         "profile_version": query.profile.version if query.profile else 0,
         "catalog_version": query.catalog_version,
         "degraded": [part for part, _ in query.degraded],
+        "feature_fingerprint": FEATURES.fingerprint(),
     }
     return LoggedImpression(query.subject, query.now_ms, json.dumps(payload, ensure_ascii=False).encode())

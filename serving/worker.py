@@ -25,6 +25,7 @@ from serving.services.catalog import CatalogService
 from serving.services.events import EventService
 from serving.services.profiles import ProfileService
 from serving.services.ranking import RankingService
+from serving.services.streams import Streams
 from serving.side_effects import ImpressionWriter
 from serving.telemetry import Telemetry, expose
 from serving.turns import Turns
@@ -62,10 +63,11 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         follower = Follower(host, changes, progress)
         follower.start()
         server = Server(config, turns, telemetry)
+        streams = Streams(max(1, config.max_concurrent // 4))
         holdout = Holdout(config.holdout_share, config.holdout_salt)
         services = Services(
             ranking=RankingService(host, holdout, config.default_deadline_ms / 1000),
-            events=EventService(host, log, writer, telemetry),
+            events=EventService(host, log, writer, telemetry, streams),
             profiles=ProfileService(host, people, certificates, writer),
             catalog=CatalogService(host, changes, follower),
         )
@@ -77,6 +79,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         gc.freeze()
         ready()
         stop.wait()
+        streams.close()
         server.stop()
         follower.stop()
         if impressions:

@@ -53,9 +53,10 @@ Serve = Callable[..., contextlib.AbstractContextManager[Service]]
 
 @contextlib.contextmanager
 def serving(bundle: Path, state: Path, **settings: Any) -> Iterator[Service]:
-    """Runs a service in a process of its own, on a free port, as `python -m` would."""
+    """Runs a service in a process of its own, on a free port, as `python -m` would; a warehouse where asked for."""
     state.mkdir(parents=True, exist_ok=True)
     here = {"bundle": str(bundle), "listen": "127.0.0.1:0", "state_dir": str(state), "workers": 1}
+    here["warehouse"] = False
     settings = {**here, "redis_timeout_ms": 1000, **settings}
     log = state / "serve.log"
     code = (

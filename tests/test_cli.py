@@ -30,8 +30,8 @@ HEAVY = (
     "training",
     "serving",
 )
-COMMANDS = ["data", "train", "evaluate", "export", "serve", "recommend", "projector", "demo"]
-COMMANDS += ["profiles rebuild", "profiles show"]
+COMMANDS = ["data", "validate", "features", "train", "evaluate", "export", "serve", "recommend", "projector"]
+COMMANDS += ["warehouse", "demo", "profiles rebuild", "profiles show"]
 COMMANDS += ["bench fidelity", "bench growth", "bench kills", "bench latency", "bench stages", "bench training"]
 
 

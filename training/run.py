@@ -6,6 +6,8 @@ RUN/query.safetensors    query encoder
 RUN/ranker.safetensors   ranker, its calibration folded in
 RUN/tables.safetensors   item vectors, popularity, item-to-item neighbours, by row
 RUN/vocabulary.arrow     item id <-> row
+RUN/data.json            fingerprint of the data set and, of a warehouse, log id and catalogue version it was read at
+RUN/items.parquet        the items of a warehouse, as they were then
 RUN/result.json          what `penchant train` printed, and what a bundle must know
 RUN/evaluations.jsonl    every test evaluation ever made of this run
 RUN/log.jsonl            one line per validation
@@ -16,6 +18,7 @@ RUN/checkpoint.safetensors   only while training: everything that an exact resum
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -151,7 +155,7 @@ def load_run(run: Path, data: Path | None = None) -> LoadedRun:
     run = Path(run)
     result = read_result(run)
     config = TrainConfig.model_validate_json((run / "config.json").read_text())
-    dataset = open_dataset(Path(data or result["data"]))
+    dataset = open_moment(Path(data or result["data"]), run)
     if dataset.info["fingerprint"] != result["data_fingerprint"]:
         raise RunError(
             f"{data or result['data']} is not what {run} was trained on: its fingerprint is "
@@ -179,6 +183,28 @@ def load_run(run: Path, data: Path | None = None) -> LoadedRun:
         dataset=dataset,
         **tables,
     )
+
+
+def open_moment(data: Path, run: Path) -> Dataset:
+    """Reads a data set as it was when the run began; a run that has not begun takes it as it is.
+
+    Raises:
+        TablesError: The data set cannot be read.
+    """
+    identity, items = run / "data.json", run / "items.parquet"
+    begun = json.loads(identity.read_text()) if identity.is_file() else {}
+    if "until" not in begun:
+        return open_dataset(data)
+    dataset = open_dataset(data, until=begun["until"], items_from=items)
+    # The items are those of that time, and so is the version of the catalogue that export writes into the bundle.
+    return dataclasses.replace(dataset, info=dataset.info | {"catalog_version": begun["catalog_version"]})
+
+
+def write_items(run: Path, items: pa.Table) -> None:
+    """Keeps the items of a data set whose items may change."""
+    draft = run / "items.parquet.draft"
+    pq.write_table(items, draft, compression="zstd")
+    os.replace(draft, run / "items.parquet")
 
 
 def read_result(run: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from features.assemble import FEATURES
 from features.catalog import Columns, columns_of
 from features.errors import TrainingError
-from features.tables import Dataset, open_dataset
+from features.tables import Dataset
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
 from training.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
@@ -36,7 +36,9 @@ from training.run import (
     build_modules,
     input_shapes,
     load_modules,
+    open_moment,
     save_modules,
+    write_items,
     write_json,
     write_tensors,
 )
@@ -47,6 +49,7 @@ from training.warm_start import near_vectors
 WARM_EVENTS = 1 << 20
 """Events that the vectors to start from are made of at most."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
+_MOMENT = ("fingerprint", "until", "catalog_version")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     with prepared(config.threads):
         device = config.resolved_device()
         torch.manual_seed(config.seed)
-        dataset = open_dataset(data)
+        dataset = open_moment(data, out)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
         modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
@@ -199,12 +202,14 @@ def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     described = json.loads(config.model_dump_json())
     started = out / "config.json"
     identity = out / "data.json"
-    found = {"fingerprint": dataset.info["fingerprint"]}
+    found: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
     if started.exists() and identity.exists():
         same = TrainConfig.model_validate_json(started.read_text()) == config
         if not same or json.loads(identity.read_text()) != found:
             what = "data set" if same else "configuration"
             raise RunError(f"{out} holds an unfinished run with another {what}: give another --out, or delete it")
+    if "until" in found:
+        write_items(out, dataset.items)
     write_json(started, described)
     write_json(identity, found)
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from penchant.v1 import common_pb2 as penchant_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penchant/v1/event.proto\x12\x0bpenchant.v1\x1a\x18penchant/v1/common.proto\"\xf0\x02\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12%\n\x07subject\x18\x02 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x0f\n\x07item_id\x18\x03 \x01(\t\x12\x12\n\nevent_type\x18\x04 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x05 \x01(\x03\x12\x12\n\x05value\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0f\n\x07surface\x18\t \x01(\t\x12\r\n\x05query\x18\n \x01(\t\x12\x15\n\x08position\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x36\n\nattributes\x18\x0c \x03(\x0b\x32\".penchant.v1.Event.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_valueB\x0b\n\t_position\"x\n\x0b\x45ventStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x17\n\x0fprofile_version\x18\x04 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x05 \x01(\x08\x12\x11\n\tduplicate\x18\x06 \x01(\x08\"3\n\rIngestRequest\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.penchant.v1.Event\"<\n\x0eIngestResponse\x12*\n\x08statuses\x18\x01 \x03(\x0b\x32\x18.penchant.v1.EventStatus2Q\n\x0c\x45ventService\x12\x41\n\x06Ingest\x12\x1a.penchant.v1.IngestRequest\x1a\x1b.penchant.v1.IngestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penchant/v1/event.proto\x12\x0bpenchant.v1\x1a\x18penchant/v1/common.proto\"\xf0\x02\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12%\n\x07subject\x18\x02 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x0f\n\x07item_id\x18\x03 \x01(\t\x12\x12\n\nevent_type\x18\x04 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x05 \x01(\x03\x12\x12\n\x05value\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0f\n\x07surface\x18\t \x01(\t\x12\r\n\x05query\x18\n \x01(\t\x12\x15\n\x08position\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x36\n\nattributes\x18\x0c \x03(\x0b\x32\".penchant.v1.Event.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_valueB\x0b\n\t_position\"x\n\x0b\x45ventStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x17\n\x0fprofile_version\x18\x04 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x05 \x01(\x08\x12\x11\n\tduplicate\x18\x06 \x01(\x08\"3\n\rIngestRequest\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.penchant.v1.Event\"<\n\x0eIngestResponse\x12*\n\x08statuses\x18\x01 \x03(\x0b\x32\x18.penchant.v1.EventStatus\"9\n\x13IngestStreamRequest\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.penchant.v1.Event\"B\n\x14IngestStreamResponse\x12*\n\x08statuses\x18\x01 \x03(\x0b\x32\x18.penchant.v1.EventStatus2\xaa\x01\n\x0c\x45ventService\x12\x41\n\x06Ingest\x12\x1a.penchant.v1.IngestRequest\x1a\x1b.penchant.v1.IngestResponse\x12W\n\x0cIngestStream\x12 .penchant.v1.IngestStreamRequest\x1a!.penchant.v1.IngestStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,6 +44,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INGESTREQUEST']._serialized_end=610
   _globals['_INGESTRESPONSE']._serialized_start=612
   _globals['_INGESTRESPONSE']._serialized_end=672
-  _globals['_EVENTSERVICE']._serialized_start=674
-  _globals['_EVENTSERVICE']._serialized_end=755
+  _globals['_INGESTSTREAMREQUEST']._serialized_start=674
+  _globals['_INGESTSTREAMREQUEST']._serialized_end=731
+  _globals['_INGESTSTREAMRESPONSE']._serialized_start=733
+  _globals['_INGESTSTREAMRESPONSE']._serialized_end=799
+  _globals['_EVENTSERVICE']._serialized_start=802
+  _globals['_EVENTSERVICE']._serialized_end=972
 # @@protoc_insertion_point(module_scope)

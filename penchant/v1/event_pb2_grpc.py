@@ -40,6 +40,11 @@ class EventServiceStub(object):
                 request_serializer=penchant_dot_v1_dot_event__pb2.IngestRequest.SerializeToString,
                 response_deserializer=penchant_dot_v1_dot_event__pb2.IngestResponse.FromString,
                 _registered_method=True)
+        self.IngestStream = channel.stream_stream(
+                '/penchant.v1.EventService/IngestStream',
+                request_serializer=penchant_dot_v1_dot_event__pb2.IngestStreamRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_event__pb2.IngestStreamResponse.FromString,
+                _registered_method=True)
 
 
 class EventServiceServicer(object):
@@ -53,6 +58,13 @@ class EventServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IngestStream(self, request_iterator, context):
+        """Takes events in bulk: batch after batch on one stream, each answered once it is durable. The next batch is read only then, so a caller that sends faster than the log takes is slowed down by the flow control of the connection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_EventServiceServicer_to_server(servicer, server):
                     servicer.Ingest,
                     request_deserializer=penchant_dot_v1_dot_event__pb2.IngestRequest.FromString,
                     response_serializer=penchant_dot_v1_dot_event__pb2.IngestResponse.SerializeToString,
+            ),
+            'IngestStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.IngestStream,
+                    request_deserializer=penchant_dot_v1_dot_event__pb2.IngestStreamRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_event__pb2.IngestStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class EventService(object):
             '/penchant.v1.EventService/Ingest',
             penchant_dot_v1_dot_event__pb2.IngestRequest.SerializeToString,
             penchant_dot_v1_dot_event__pb2.IngestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IngestStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/penchant.v1.EventService/IngestStream',
+            penchant_dot_v1_dot_event__pb2.IngestStreamRequest.SerializeToString,
+            penchant_dot_v1_dot_event__pb2.IngestStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

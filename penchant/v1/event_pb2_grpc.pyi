@@ -35,6 +35,8 @@ class EventServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EventServiceAsyncStub: ...
     Ingest: _grpc.UnaryUnaryMultiCallable[_event_pb2.IngestRequest, _event_pb2.IngestResponse]
     """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones."""
+    IngestStream: _grpc.StreamStreamMultiCallable[_event_pb2.IngestStreamRequest, _event_pb2.IngestStreamResponse]
+    """Takes events in bulk: batch after batch on one stream, each answered once it is durable. The next batch is read only then, so a caller that sends faster than the log takes is slowed down by the flow control of the connection."""
 
 @_typing.type_check_only
 class EventServiceAsyncStub(EventServiceStub):
@@ -43,6 +45,8 @@ class EventServiceAsyncStub(EventServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Ingest: _aio.UnaryUnaryMultiCallable[_event_pb2.IngestRequest, _event_pb2.IngestResponse]  # type: ignore[assignment]
     """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones."""
+    IngestStream: _aio.StreamStreamMultiCallable[_event_pb2.IngestStreamRequest, _event_pb2.IngestStreamResponse]  # type: ignore[assignment]
+    """Takes events in bulk: batch after batch on one stream, each answered once it is durable. The next batch is read only then, so a caller that sends faster than the log takes is slowed down by the flow control of the connection."""
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes events durably and applies them to profiles at once."""
@@ -54,5 +58,13 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_event_pb2.IngestResponse, _abc.Awaitable[_event_pb2.IngestResponse]]:
         """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones."""
+
+    @_abc_1.abstractmethod
+    def IngestStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_event_pb2.IngestStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_event_pb2.IngestStreamResponse], _abc.AsyncIterator[_event_pb2.IngestStreamResponse]]:
+        """Takes events in bulk: batch after batch on one stream, each answered once it is durable. The next batch is read only then, so a caller that sends faster than the log takes is slowed down by the flow control of the connection."""
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from serving.errors import InvalidArgument, ResourceExhausted, ServingError
 from serving.events import Appended, EventLog, LoggedEvent
 from serving.profiles import Applied, ProfileStore
 from serving.services import checks
+from serving.services.streams import Streams
 from serving.telemetry import Telemetry
 
 MAX_EVENTS = 1_000
@@ -45,16 +47,30 @@ class _Checked:
 class EventService(event_pb2_grpc.EventServiceServicer):
     """Takes events durably and applies them to profiles at once."""
 
-    def __init__(self, host: Host, log: EventLog, store: ProfileStore, telemetry: Telemetry) -> None:
+    def __init__(self, host: Host, log: EventLog, store: ProfileStore, telemetry: Telemetry, streams: Streams) -> None:
         self._host, self._log, self._store, self._telemetry = host, log, store, telemetry
+        self._streams = streams
 
     def Ingest(self, request: event_pb2.IngestRequest, context: grpc.ServicerContext) -> event_pb2.IngestResponse:
         """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones."""
-        checks.whole(len(request.events), "events", 1, MAX_EVENTS)
+        return event_pb2.IngestResponse(statuses=self._take(request.events))
+
+    def IngestStream(
+        self, request_iterator: Iterator[event_pb2.IngestStreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[event_pb2.IngestStreamResponse]:
+        """Takes batch after batch; the next one is read when the last one is durable, so no caller can run ahead."""
+        with self._streams.entered(context):
+            for request in request_iterator:
+                statuses = self._streams.patiently(partial(self._take, request.events), context)
+                yield event_pb2.IngestStreamResponse(statuses=statuses)
+
+    def _take(self, events: Sequence[event_pb2.Event]) -> list[event_pb2.EventStatus]:
+        """Checks, appends and applies a batch; the only road of an event into the log."""
+        checks.whole(len(events), "events", 1, MAX_EVENTS)
         now = int(time.time() * 1000)
-        statuses = [event_pb2.EventStatus() for _ in request.events]
+        statuses = [event_pb2.EventStatus() for _ in events]
         good: list[_Checked] = []
-        for place, event in enumerate(request.events):
+        for place, event in enumerate(events):
             try:
                 good.append(_check(place, event, now, self._log.window_ms))
             except InvalidArgument as error:
@@ -66,7 +82,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
                 statuses[checked.place] = _status(entry, done)
         self._telemetry.count("events.taken", len(good))
         self._telemetry.count("events.refused", len(statuses) - len(good))
-        return event_pb2.IngestResponse(statuses=statuses)
+        return statuses
 
     def _apply(self, good: Sequence[_Checked], appended: Sequence[Appended]) -> list[bool | PenchantError]:
         """Applies what is durable to the profiles; what fails here the projector does later."""

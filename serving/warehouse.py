@@ -1,0 +1,415 @@
+"""From the log to Parquet: the data that the next model trains on, written as the service runs.
+
+A consumer group of both streams. What was read is held until enough came together, becomes one file per partition and
+day, named by the log ids it spans, and is acknowledged only once it is on disk under its name. What is found delivered
+and not acknowledged, after a crash, becomes a file of its own before anything new is read: had the last owner written
+it already, that is the same file, byte for byte. So a row is there at least once, and never twice.
+
+The mark of an erasure comes in its order: what the person left before it goes from every file of their partition before
+the mark is acknowledged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from features.profile import EVERY_PURPOSE, Purpose
+from serving.catalog_log import CatalogLog
+from serving.consumer import Consumer
+from serving.erasure import Certificates
+from serving.errors import ResourceExhausted, ServingError, Unavailable
+from serving.events import Entry, EventLog
+from serving.people import consents
+from serving.redis_client import address_of, connect
+from serving.scripts import SEQUENCE_BITS
+from serving.telemetry import Telemetry
+from serving.warehouse_files import WarehouseFiles, by_day
+from serving.warehouse_items import ItemTable
+from serving.warehouse_tables import event_tables, impression_table
+
+GROUP = "warehouse"
+FLUSH_S = 30.0
+"""Longest time that an entry waits for others to be written with it."""
+
+FLUSH_ROWS = 20_000
+"""Entries that are written without waiting any longer; all partitions together."""
+
+DERIVE_S = 60.0
+_TRIM_S = 60.0
+_IDLE_S = 0.1
+_RETRY_S = 0.5
+_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class _Intake:
+    """What was read of one stream and is in no file yet, by partition."""
+
+    def __init__(self, log: EventLog, owner: str, lease_ms: int, stream: Literal["events", "impressions"]) -> None:
+        self.consumer = Consumer(log, GROUP, owner, lease_ms, stream)
+        self.held: list[list[Entry]] = [[] for _ in log.keys]
+        self.reached = [0] * log.partitions
+        self.recovered = False
+        self._after: list[int | None] = [0] * log.partitions
+
+    def read(self, count: int, now_ms: int) -> int:
+        """Reads on; `now_ms` is the log's clock before that. Returns the number of entries read."""
+        seen = 0
+        for partition, entries in enumerate(self.consumer.claim(self._after, count)):
+            if entries is None:
+                self.drop(partition)
+                continue
+            seen += len(entries)
+            self.held[partition] += entries
+            if self._after[partition] is not None:
+                self._after[partition] = entries[-1].log_id if entries else None
+                # Nothing new may join what is pending: see the module.
+                self.recovered |= not entries and bool(self.held[partition])
+                continue
+            if entries:
+                self.reached[partition] = entries[-1].log_id
+            if len(entries) < count:
+                self.reached[partition] = max(self.reached[partition], (now_ms << SEQUENCE_BITS) - 1)
+        return seen
+
+    def ready(self, partition: int) -> bool:
+        """Whether all that is pending has been read."""
+        return self._after[partition] is None
+
+    def drop(self, partition: int) -> None:
+        """Forgets what is held of a partition: it is delivered again, to whoever owns it then."""
+        self.held[partition], self._after[partition], self.reached[partition] = [], 0, 0
+
+    def done(self, partition: int) -> None:
+        """Acknowledges what is held."""
+        self.consumer.acknowledge(partition, [entry.log_id for entry in self.held[partition]])
+        self.held[partition] = []
+
+    def size(self) -> int:
+        """Number of entries held."""
+        return sum(map(len, self.held))
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the marks among some entries say of rows that are there already.
+
+    Attributes:
+        log: What names people as marks do.
+        erased: Keyed hash of a person -> log id up to which everything of theirs goes.
+        withdrawn: Address of a person who no longer allows training -> the same.
+        undone: Log ids of events that count no more.
+    """
+
+    log: EventLog
+    erased: dict[bytes, int]
+    withdrawn: dict[bytes, int]
+    undone: frozenset[int]
+
+    @classmethod
+    def by(cls, entries: Sequence[Entry], log: EventLog) -> _Told:
+        marks = [entry.mark for entry in entries if entry.mark and entry.mark.consent is not None]
+        return cls(
+            log,
+            {entry.erased: entry.log_id for entry in entries if entry.erased},
+            {mark.address: mark.log_id for mark in marks if Purpose.TRAIN not in (mark.consent or Purpose(0))},
+            frozenset(entry.undone for entry in entries if entry.undone),
+        )
+
+    def gone_until(self, subject: str) -> int:
+        """Log id up to which the rows of a person go, 0 where all stay."""
+        erased = self.erased.get(self.log.person(subject), 0) if self.erased else 0
+        return max(erased, self.withdrawn.get(address_of(subject), 0) if self.withdrawn else 0)
+
+    def keeps(self, entry: Entry) -> bool:
+        """Whether an event among them is to be written at all."""
+        return entry.log_id not in self.undone and entry.log_id > self.gone_until(entry.subject)
+
+
+@dataclass(slots=True)
+class _Clock:
+    """When something was last done."""
+
+    every_s: float
+    last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        """Whether it is time again; if so, the time begins anew."""
+        now = time.monotonic()
+        if now - self.last < self.every_s:
+            return False
+        self.last = now
+        return True
+
+
+class Warehouse:
+    """Writes the partitions it can get into one directory, which no other process may write at the same time."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        files: WarehouseFiles,
+        items: ItemTable,
+        *,
+        flush_s: float = FLUSH_S,
+        flush_rows: int = FLUSH_ROWS,
+        derive_s: float = DERIVE_S,
+        lease_ms: int = 10_000,
+        batch: int = 1000,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        """Says what to write where; `run` does it.
+
+        Args:
+            log: Where events and impressions come from.
+            files: Where they go.
+            items: The catalogue beside them.
+            flush_s: Longest time that an entry waits to be written.
+            flush_rows: Entries that are written without waiting.
+            derive_s: Time between two looks at what sessions and daily figures are made of.
+            lease_ms: How long a partition stays with a warehouse that is gone.
+            batch: Most entries per stream, partition and step.
+            telemetry: Counts `warehouse_events`, `warehouse_impressions`, `warehouse_damaged`, `warehouse_erased`.
+        """
+        self._log, self._files, self._items = log, files, items
+        self._certificates = Certificates(log)
+        owner = f"{os.getpid()}-{uuid.uuid4().hex}"
+        self._events = _Intake(log, owner, lease_ms, "events")
+        self._impressions = _Intake(log, owner, lease_ms, "impressions")
+        self._flush_rows, self._batch = flush_rows, batch
+        self._flush, self._derive, self._trim = _Clock(flush_s), _Clock(derive_s), _Clock(_TRIM_S)
+        self._written = [0] * log.partitions
+        self._telemetry = telemetry or Telemetry()
+
+    def open(self) -> None:
+        """Takes the directory and joins the consumer group.
+
+        Raises:
+            ConfigError: Another process holds the directory, or the log has another number of partitions.
+            BundleError: The bundle is refused.
+            EventLogUnavailable: The events Redis does not answer.
+        """
+        self._files.open()
+        self._items.open()
+        for intake in (self._events, self._impressions):
+            intake.consumer.open()
+
+    def step(self, flush: bool = False) -> int:
+        """Reads the next entries of every partition, and writes what is held where it is time; returns how many came.
+
+        Args:
+            flush: Write, whether it is time or not.
+
+        Raises:
+            Unavailable: Redis does not answer; nothing is lost, step again later.
+            OSError: The disk is full or gone; nothing is lost either.
+        """
+        try:
+            now_ms = self._log.now_ms()
+            seen = self._events.read(self._batch, now_ms) + self._impressions.read(self._batch, now_ms)
+            held = self._events.size() + self._impressions.size()
+            recovered = self._events.recovered or self._impressions.recovered
+            if self._flush.due() or flush or recovered or held >= self._flush_rows:
+                self._write()
+            return seen
+        except (ServingError, OSError):
+            self._start_over()
+            raise
+
+    def drain(self) -> None:
+        """Writes all that the log holds and makes the derived tables.
+
+        Raises:
+            Unavailable: Redis does not answer.
+            OSError: The disk is full or gone.
+        """
+        idle = 0
+        while idle < 2:
+            idle = 0 if self.step(flush=True) else idle + 1
+        self._files.derive()
+
+    def run(self, stop: threading.Event) -> None:
+        """Steps until `stop` is set, then writes what it holds; what is away or full is waited for."""
+        while not stop.is_set():
+            try:
+                self.open()
+                while not stop.is_set():
+                    seen = self.step()
+                    self._tend()
+                    if not seen:
+                        stop.wait(_IDLE_S)
+                self.step(flush=True)
+                self._files.derive()
+            except (Unavailable, ResourceExhausted, OSError) as error:
+                _log.warning("the warehouse waits: %s", error)
+                stop.wait(_RETRY_S)
+        self.close()
+
+    def close(self) -> None:
+        """Gives up its partitions and the directory; where the first cannot be said, the leases run out."""
+        try:
+            self._events.consumer.release()
+        except Unavailable as error:
+            _log.warning("the leases of the warehouse run out by themselves: %s", error)
+        self._files.close()
+
+    def lag(self) -> list[int]:
+        """Number of events and impressions per partition that are not in a file yet.
+
+        Raises:
+            EventLogUnavailable: The events Redis does not answer.
+        """
+        lags = zip(self._events.consumer.lag(), self._impressions.consumer.lag(), strict=True)
+        return [events + impressions for events, impressions in lags]
+
+    def _start_over(self) -> None:
+        for intake in (self._events, self._impressions):
+            intake.recovered = False
+            for partition in range(self._log.partitions):
+                intake.drop(partition)
+
+    def _write(self) -> None:
+        """Writes and acknowledges what is held, then says how far the tables go."""
+        for partition in range(self._log.partitions):
+            if self._events.ready(partition) and self._impressions.ready(partition):
+                self._write_partition(partition)
+                reached = min(self._events.reached[partition], self._impressions.reached[partition])
+                self._written[partition] = max(self._written[partition], reached)
+        self._events.recovered = self._impressions.recovered = False
+        self._confirm()
+        self._items.follow()
+        before = self._files.info()
+        said = {
+            "format": 1,
+            "name": "warehouse",
+            "notes": "What a running service logged; it grows. Readers go up to the log id `until`.",
+            "partitions": self._log.partitions,
+            "until": max(int(before.get("until", 0)), min(self._written)),
+            "catalog_version": self._items.version,
+        }
+        if said != before:
+            self._files.say(said)
+
+    def _write_partition(self, partition: int) -> None:
+        events, slates = self._events.held[partition], self._impressions.held[partition]
+        told = _Told.by(events, self._log)
+        allowed = self._allowing([*events, *slates])
+        for cut in by_day([entry.log_id for entry in events]):
+            span = events[cut][0].log_id, events[cut][-1].log_id
+            about_items, searches, damaged = event_tables([e for e in events[cut] if told.keeps(e) and allowed(e)])
+            self._files.write("events", partition, span, about_items)
+            self._files.write("searches", partition, span, searches)
+            self._count("events", about_items.num_rows + searches.num_rows, damaged)
+        for cut in by_day([entry.log_id for entry in slates]):
+            span = slates[cut][0].log_id, slates[cut][-1].log_id
+            rows, damaged = impression_table([entry for entry in slates[cut] if allowed(entry)])
+            self._files.write("impressions", partition, span, rows)
+            self._count("impressions", rows.num_rows, damaged)
+        if told.erased or told.withdrawn or told.undone:
+            gone = self._files.erase(partition, told.gone_until, told.undone)
+            self._telemetry.count("warehouse_erased", gone)
+        self._events.done(partition)
+        self._impressions.done(partition)
+
+    def _allowing(self, entries: Sequence[Entry]) -> Callable[[Entry], bool]:
+        """Whether the person of an entry allows now that models are trained on it; nobody else is in the warehouse."""
+        subjects = sorted({entry.subject for entry in entries if entry.subject})
+        purposes = [consent.purposes for consent in consents(self._log, subjects)] if subjects else []
+        allowing = {who for who, what in zip(subjects, purposes, strict=True) if Purpose.TRAIN in what}
+        return lambda entry: entry.subject in allowing
+
+    def _confirm(self) -> None:
+        """Dates the erasures that every file of their partition has been through."""
+        for certificate in self._certificates.pending():
+            partition = int(certificate.certificate_id[:4], 16)
+            lacking = any(one.store == GROUP and not one.purged_at for one in certificate.receipts)
+            if lacking and certificate.log_id <= self._written[partition]:
+                self._certificates.confirm(certificate, GROUP)
+
+    def _count(self, what: str, written: int, damaged: int) -> None:
+        self._telemetry.count(f"warehouse_{what}", written)
+        if damaged:
+            _log.error("%d %s of the log are damaged and left out of the warehouse", damaged, what)
+            self._telemetry.count("warehouse_damaged", damaged)
+
+    def _tend(self) -> None:
+        """What need not be done at once."""
+        if self._derive.due():
+            self._files.derive()
+            self._files.pack(int(self._files.info().get("until", 0)))
+        if self._trim.due():
+            for partition in range(self._log.partitions):
+                if self._events.ready(partition):
+                    self._log.trim(partition)
+
+
+def run(
+    events_redis_url: str,
+    out: Path,
+    bundle: Path | None = None,
+    partitions: int = 16,
+    *,
+    flush_s: float = FLUSH_S,
+    once: bool = False,
+    default: Purpose = EVERY_PURPOSE,
+    stop: threading.Event | None = None,
+    ready: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The warehouse as a process: runs until SIGTERM or SIGINT, or until `stop` is set.
+
+    Args:
+        events_redis_url: The events Redis.
+        out: Directory of the warehouse.
+        bundle: Names the items that were never put while the service ran.
+        partitions: Partitions of the event log.
+        flush_s: Longest time that an entry waits to be written, in seconds.
+        once: Write what the log holds now, then end.
+        default: What a person allows who has said nothing.
+        stop: Ends it.
+        ready: Told `pid`, `partitions` and `lag` when it begins.
+
+    Returns:
+        `partitions`, `lag` (entries that are not in a file, None where the log does not answer), and how many `events`
+        and `impressions` were written, `erased` and `damaged`.
+
+    Raises:
+        ConfigError: The URL is wrong, another process holds the directory, or the log has other partitions.
+        BundleError: The bundle is refused.
+        EventLogUnavailable: With `once`, the events Redis does not answer.
+    """
+    stop = stop or threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    telemetry = Telemetry()
+    with connect(events_redis_url, _TIMEOUT_S) as client:
+        log = EventLog(client, partitions, default=default)
+        items = ItemTable(out / "items.parquet", CatalogLog(client), bundle)
+        warehouse = Warehouse(log, WarehouseFiles(out), items, flush_s=flush_s, telemetry=telemetry)
+        if once:
+            warehouse.open()
+            warehouse.drain()
+            warehouse.close()
+        else:
+            ready({"pid": os.getpid(), "partitions": partitions, "lag": _lag(warehouse)})
+            warehouse.run(stop)
+        counts = telemetry.counters()
+        names = ("events", "impressions", "erased", "damaged")
+        found = {name: counts.get(f"warehouse_{name}", 0) for name in names}
+        return {"out": str(out), "partitions": partitions, "lag": _lag(warehouse), **found}
+
+
+def _lag(warehouse: Warehouse) -> int | None:
+    try:
+        return sum(warehouse.lag())
+    except ServingError:  # it is away, or nobody has ever written to it
+        return None

@@ -1,0 +1,280 @@
+"""The warehouse on disk: where a table's rows lie, and how files come, change and go without a reader seeing a half.
+
+    events/date=2026-11-22/p03-FIRST-LAST.parquet   rows of partition 3 of the log, named by the log ids they span
+    searches/, impressions/                         the same
+    sessions/date=2026-11-22/sessions.parquet       derived from the rows of that day, made anew when they change
+    daily/date=2026-11-22/daily.parquet             derived as well
+    items.parquet                                   the catalogue
+    dataset.json                                    `until`: up to which log id the tables hold everything
+
+A day is that of arrival, in UTC. A file is written under a hidden name, synced and renamed, and never changed in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.columns import pc
+from serving.redis_server import locked
+from serving.scripts import SEQUENCE_BITS
+from serving.warehouse_tables import EVENT_ROWS, IMPRESSION_ROWS, SEARCH_ROWS, daily, sessions, subject_of
+
+TABLES = {"events": EVENT_ROWS, "searches": SEARCH_ROWS, "impressions": IMPRESSION_ROWS}
+"""The tables that hold rows of the log."""
+
+_DERIVED = ("sessions", "daily")
+_SOURCE = b"penchant.source"
+_LAST_OF_MS = (1 << SEQUENCE_BITS) - 1
+
+
+class WarehouseFiles:
+    """One directory; one process at a time writes it."""
+
+    def __init__(self, out: Path) -> None:
+        """Names the directory; `open` takes it."""
+        self.out = Path(out)
+        self._lock = -1
+
+    def open(self) -> None:
+        """Takes the directory for this process and mends what the last one left unfinished.
+
+        Raises:
+            ConfigError: Another process holds it, or it cannot be written.
+        """
+        if self._lock >= 0:
+            return
+        self._lock = locked(self.out)
+        for draft in self.out.rglob(".*.tmp"):
+            draft.unlink()
+        for new in self.out.glob("*/.date=*.new"):
+            shutil.rmtree(new)
+        for old in self.out.glob("*/.date=*.old"):
+            whole = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+            if whole.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(whole)
+
+    def close(self) -> None:
+        """Gives the directory back."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def write(self, name: str, partition: int, span: tuple[int, int], rows: pa.Table) -> None:
+        """Writes the rows that the entries of a span of log ids gave, all of one day; an empty table leaves no file.
+
+        The same span is written over. What another file spans is there already, and is not written again.
+        """
+        folder = self.out / name / f"date={_day(span[0])}"
+        path = folder / f"p{partition:02d}-{span[0]:020d}-{span[1]:020d}.parquet"
+        for other in folder.glob(f"p{partition:02d}-*.parquet"):
+            first, last = _span(other)
+            if other != path and first <= span[1] and span[0] <= last:
+                log_ids = rows["log_id"]
+                rows = rows.filter(
+                    pc.or_(
+                        pc.less(log_ids, pa.scalar(first, pa.uint64())),
+                        pc.greater(log_ids, pa.scalar(last, pa.uint64())),
+                    )
+                )
+        if rows.num_rows:
+            put_table(path, rows)
+        elif path.exists():
+            # What was there has been erased since it was first written.
+            path.unlink()
+            _sync(path.parent)
+
+    def erase(self, partition: int, gone_until: Callable[[str], int], undone: Collection[int] = ()) -> int:
+        """Takes rows out of every file of a partition.
+
+        Args:
+            partition: The one that they belong to.
+            gone_until: Log id up to which the rows of a person go; 0 where all stay.
+            undone: Log ids of events that go, whoever they are of.
+
+        Returns:
+            The number of rows that went.
+        """
+        gone = 0
+        for name in TABLES:
+            for path in sorted(self.out.glob(f"{name}/date=*/p{partition:02d}-*.parquet")):
+                found = _read(path, ["user_id", "log_id"])
+                limits = {user: gone_until(subject_of(user)) for user in pc.unique(found["user_id"]).to_pylist()}
+                shown = name == "impressions"
+                if shown:  # another stream's ids are comparable by their millisecond only
+                    limits = {user: limit and limit | _LAST_OF_MS for user, limit in limits.items()}
+                if not any(limits.values()) and (shown or not undone):
+                    continue
+                pairs = zip(found["user_id"].to_pylist(), found["log_id"].to_numpy().tolist(), strict=True)
+                kept = [log_id > limits[user] and (shown or log_id not in undone) for user, log_id in pairs]
+                if all(kept):
+                    continue
+                # What was derived goes first: whatever happens now, it cannot stay as it is.
+                for derived in _DERIVED:
+                    shutil.rmtree(self.out / derived / path.parent.name, ignore_errors=True)
+                gone += len(kept) - sum(kept)
+                self._rewrite(path, pa.array(kept))
+        return gone
+
+    def derive(self) -> int:
+        """Makes sessions and daily figures anew for every day whose rows changed; returns the number of days."""
+        changed = 0
+        for day in self._days():
+            source = self._source(day)
+            files = [self.out / name / day / f"{name}.parquet" for name in _DERIVED]
+            if all(path.exists() and (pq.read_metadata(path).metadata or {}).get(_SOURCE) == source for path in files):
+                continue
+            columns = ["user_id", "session_id", "timestamp", "item_id", "event_type", "log_id"]
+            events = self._day_rows("events", day, columns)
+            searches = self._day_rows("searches", day, [name for name in columns if name != "item_id"])
+            both = pa.concat_tables([events, searches], promote_options="default")
+            shown = self._day_rows("impressions", day, ["item_ids"])
+            for path, rows in zip(files, (sessions(both), daily(events, shown)), strict=True):
+                put_table(path, rows, {_SOURCE: source})
+            changed += 1
+        return changed
+
+    def pack(self, until: int) -> int:
+        """Joins the many files of days that are over into one per partition; returns the number of days packed.
+
+        A day's directory is replaced as a whole. Its rows, their order and what names them stay as they are.
+
+        Args:
+            until: Log id up to which nothing more will come.
+        """
+        packed = 0
+        for name in TABLES:
+            for path in sorted(self.out.glob(f"{name}/date=*")):
+                over = _first_log_id(path.name, after_days=1) <= until
+                groups = _by_partition(path)
+                if over and any(len(files) > 1 for files in groups.values()):
+                    self._pack_day(name, path, groups)
+                    packed += 1
+        return packed
+
+    def info(self) -> dict[str, Any]:
+        """What `dataset.json` says, nothing where there is none yet."""
+        path = self.out / "dataset.json"
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+
+    def say(self, info: Mapping[str, Any]) -> None:
+        """Writes `dataset.json`."""
+        path = self.out / "dataset.json"
+        draft = path.with_name(".dataset.json.tmp")
+        with draft.open("w") as sink:
+            sink.write(json.dumps(info, indent=2) + "\n")
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(draft, path)
+        _sync(self.out)
+
+    def _rewrite(self, path: Path, kept: Any) -> None:
+        if pc.any(kept).as_py():
+            put_table(path, _read(path).filter(kept))
+        else:
+            path.unlink()
+            _sync(path.parent)
+
+    def _days(self) -> list[str]:
+        """The names of the days' directories, of what is derived as well: what lost its rows is to go."""
+        days = {path.name for name in (*TABLES, *_DERIVED) for path in self.out.glob(f"{name}/date=*")}
+        return sorted(days)
+
+    def _source(self, day: str) -> bytes:
+        """What a day's derived tables depend on."""
+        files = [path for name in TABLES for path in _files(self.out / name / day)]
+        facts = [f"{path.relative_to(self.out)} {path.stat().st_size}" for path in files]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest().encode()
+
+    def _day_rows(self, name: str, day: str, columns: Sequence[str]) -> pa.Table:
+        schema = pa.schema([TABLES[name].field(column) for column in columns])
+        return pa.concat_tables([schema.empty_table(), *(_read(f, columns) for f in _files(self.out / name / day))])
+
+    def _pack_day(self, name: str, path: Path, groups: Mapping[str, Sequence[Path]]) -> None:
+        new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+        for prefix, files in groups.items():
+            first, last = _span(files[0])[0], max(_span(file)[1] for file in files)
+            rows = pa.concat_tables([_read(file) for file in files])
+            put_table(new / f"{prefix}-{first:020d}-{last:020d}.parquet", rows)
+        path.rename(old)
+        new.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old)
+
+
+def put_table(path: Path, rows: pa.Table, metadata: Mapping[bytes, bytes] | None = None) -> None:
+    """Writes a Parquet file that is on disk when this returns; the same rows give the same bytes."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        _sync(path.parent.parent)
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("wb") as sink:
+        writer = pq.ParquetWriter(sink, rows.schema, compression="zstd")
+        writer.write_table(rows)
+        writer.add_key_value_metadata({key.decode(): value.decode() for key, value in (metadata or {}).items()})
+        writer.close()
+        sink.flush()
+        os.fsync(sink.fileno())
+    os.replace(draft, path)
+    _sync(path.parent)
+
+
+def by_day(log_ids: Sequence[int]) -> Iterator[slice]:
+    """Cuts ascending log ids where a day of arrival ends."""
+    start = 0
+    for at in range(1, len(log_ids) + 1):
+        if at == len(log_ids) or _day(log_ids[at]) != _day(log_ids[start]):
+            yield slice(start, at)
+            start = at
+
+
+def _day(log_id: int) -> date:
+    return datetime.fromtimestamp((log_id >> SEQUENCE_BITS) // 1000, UTC).date()
+
+
+def _first_log_id(directory: str, after_days: int) -> int:
+    """The first log id of the day so many days after that of `date=...`."""
+    day = date.fromisoformat(directory.removeprefix("date=")) + timedelta(days=after_days)
+    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000 << SEQUENCE_BITS
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files of a day, by partition and then in log order."""
+    return sorted(path for path in directory.glob("*.parquet") if not path.name.startswith("."))
+
+
+def _span(path: Path) -> tuple[int, int]:
+    """The first and the last log id that a file spans."""
+    _, first, last = path.stem.split("-")
+    return int(first), int(last)
+
+
+def _by_partition(directory: Path) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for path in _files(directory):
+        groups.setdefault(path.name.partition("-")[0], []).append(path)
+    return groups
+
+
+def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=list(columns) if columns else None)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,240 @@
+"""Every check passes on a sound stream and finds the one defect that is planted for it, and says how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.errors import PenchantError, TablesError
+from features.rows import Rejected
+from features.schema import EVENTS, IMPRESSIONS
+from features.validate import LATE_MS, LIMITS, Evidence, judge, validate
+
+NOW = 1_790_000_000_000
+HOUR = 3_600_000
+ITEMS = [f"i{n}" for n in range(12)]
+
+
+def slates() -> list[dict]:
+    return [
+        {
+            "request_id": f"r{person}-{turn}",
+            "user_id": f"p{person}",
+            "timestamp": NOW - 100 * HOUR + turn * HOUR,
+            "item_ids": [ITEMS[(person + turn + at) % 12] for at in range(6)],
+            "propensities": [1.0] * 6,
+        }
+        for person in range(20)
+        for turn in range(10)
+    ]
+
+
+def events() -> list[dict]:
+    """One outcome per slate, at positions 0 to 5, arriving a second after it happened."""
+    rows = []
+    for number, slate in enumerate(slates()):
+        position = number % 6 if number % 3 else 0
+        at = slate["timestamp"] + 60_000
+        rows.append(
+            {
+                "user_id": slate["user_id"],
+                "item_id": slate["item_ids"][position],
+                "event_type": "select_item",
+                "timestamp": at,
+                "event_id": f"e{number}",
+                "log_id": (at + 1000) << 20 | number % 1000,
+                "ingested_at": at + 1000,
+                "request_id": slate["request_id"],
+                "position": position,
+            }
+        )
+    return rows
+
+
+def verdict(rows: list[dict], shown: list[dict] | None = None, items: list[str] | None = ITEMS, **more) -> dict:
+    evidence = Evidence(
+        events=pa.Table.from_pylist(rows, EVENTS),
+        items=None if items is None else pa.array(items),
+        impressions=pa.Table.from_pylist(slates() if shown is None else shown, IMPRESSIONS),
+        now_ms=NOW,
+        **more,
+    )
+    return {check["name"]: check for check in judge(evidence)["checks"]}
+
+
+def failing(found: dict) -> set[str]:
+    return {name for name, check in found.items() if not check["passed"]}
+
+
+def test_a_sound_stream_passes_every_check():
+    found = verdict(events())
+    assert list(found) == list(LIMITS)
+    assert failing(found) == set()
+
+
+def swap_times(rows: list[dict]) -> None:
+    for one, other in zip(rows[::10], rows[5::10], strict=True):
+        one["timestamp"], other["timestamp"] = other["timestamp"], one["timestamp"]
+
+
+def each(rows: list[dict], every: int, **change) -> None:
+    for row in rows[::every]:
+        row.update({name: value(row) if callable(value) else value for name, value in change.items()})
+
+
+DEFECTS = {
+    "an item that is nowhere": (lambda rows: each(rows, 200, item_id="ghost"), "unknown_items", "'ghost'"),
+    "times against the log": (swap_times, "order", "order of log_id"),
+    "a request never answered": (
+        lambda rows: each(rows, 50, request_id="r?"),
+        "unexplained_outcomes",
+        "never answered",
+    ),
+    "an item that was not shown": (
+        lambda rows: each(rows, 50, item_id=lambda row: ITEMS[(ITEMS.index(row["item_id"]) + 6) % 12]),
+        "unexplained_outcomes",
+        "not in the slate",
+    ),
+    "somebody else's slate": (lambda rows: each(rows, 50, user_id="p99"), "unexplained_outcomes", "another person"),
+    "an outcome before its slate": (
+        lambda rows: each(rows, 1, timestamp=lambda row: row["timestamp"] - 62_000, position=None),
+        "unexplained_outcomes",
+        "before the slate",
+    ),
+    "positions from 1": (
+        lambda rows: each(rows, 1, position=lambda row: row["position"] + 1),
+        "positions",
+        "count from 1",
+    ),
+    "one position for all": (lambda rows: each(rows, 1, position=0), "positions", "all 200 positions are 0"),
+    "positions of something else": (
+        lambda rows: each(rows, 20, position=lambda row: (row["position"] + 3) % 6),
+        "positions",
+        "not those of the item",
+    ),
+    "no request ids": (lambda rows: each(rows, 4, request_id=None, position=None), "request_ids", "name no request"),
+    "clicks without a request": (lambda rows: each(rows, 40, request_id=None), "request_ids", "do not say which"),
+    "a clock that is ahead": (
+        lambda rows: each(rows, 30, ingested_at=lambda row: row["timestamp"] - 2 * LATE_MS),
+        "clock_skew",
+        "ahead",
+    ),
+    "local time": (
+        lambda rows: each(rows, 1, ingested_at=lambda row: row["timestamp"] + 2 * HOUR),
+        "clock_skew",
+        "2.0 hours behind",
+    ),
+    "the future": (lambda rows: each(rows, 30, timestamp=NOW + HOUR), "clock_skew", "from the future"),
+    "an event id used twice": (
+        lambda rows: rows[7].update(event_id=rows[6]["event_id"], user_id=rows[6]["user_id"]),
+        "duplicate_ids",
+        "repeat the id",
+    ),
+    "a row written twice": (lambda rows: rows.append(dict(rows[-1])), "duplicate_ids", "repeat the log id"),
+    "another spelling": (lambda rows: each(rows, 60, event_type="Select Item"), "types", "call them 'select_item'"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_found_and_the_line_says_how_to_mend_it(name):
+    plant, check, words = DEFECTS[name]
+    rows = events()
+    plant(rows)
+    found = verdict(rows)
+    assert not found[check]["passed"]
+    assert words in found[check]["detail"]
+    assert "Mend: " in found[check]["detail"]
+
+
+def test_defects_stay_where_they_are():
+    """What one check finds, the others do not blame on something else."""
+    for name, allowed in {
+        "an item that is nowhere": {"unknown_items"},
+        "positions from 1": {"positions"},
+        "local time": {"clock_skew"},
+        "clicks without a request": {"request_ids"},
+    }.items():
+        rows = events()
+        DEFECTS[name][0](rows)
+        assert failing(verdict(rows)) == allowed, name
+
+
+def test_malformed_rows_are_named():
+    found = verdict(events(), rejected=[Rejected("events.parquet", 7, "timestamp is 'x', should be a time")])
+    assert failing(found) == {"types"}
+    assert "events.parquet row 7: timestamp is 'x'" in found["types"]["detail"]
+
+
+def test_slates_logged_twice_are_found():
+    assert failing(verdict(events(), shown=[*slates(), *slates()[:20]])) == {"duplicate_ids"}
+    assert failing(verdict(events(), shown=[*slates(), *slates()[:2]])) == set()
+
+
+def test_a_slate_shown_before_the_login_explains_what_came_after():
+    shown = [slate | {"user_id": "a:visitor"} for slate in slates()]
+    assert failing(verdict(events(), shown=shown)) == set()
+
+
+def test_what_cannot_be_checked_is_said_and_not_passed():
+    rows = [{"user_id": "p", "item_id": "i1", "event_type": "like", "sequence": n} for n in range(3)]
+    said = judge(Evidence(pa.Table.from_pylist(rows, EVENTS)))
+    assert {check["name"] for check in said["checks"]} == {"types", "order", "duplicate_ids"}
+    assert set(said["skipped"]) == set(LIMITS) - {"types", "order", "duplicate_ids"}
+
+
+def test_an_empty_stream_is_no_defect():
+    said = judge(Evidence(EVENTS.empty_table(), pa.array([], pa.string()), IMPRESSIONS.empty_table()))
+    assert all(check["passed"] for check in said["checks"])
+
+
+def test_limits_can_be_moved():
+    rows = events()
+    each(rows, 4, request_id=None, position=None, event_type="purchase")
+    evidence = Evidence(pa.Table.from_pylist(rows, EVENTS), impressions=pa.Table.from_pylist(slates(), IMPRESSIONS))
+    strict, loose = judge(evidence), judge(evidence, {"request_ids": 0.5})
+    name = {check["name"]: check["passed"] for check in strict["checks"]}
+    assert (name["request_ids"], {c["name"]: c["passed"] for c in loose["checks"]}["request_ids"]) == (False, True)
+    with pytest.raises(PenchantError, match="no check 'nonsense'"):
+        judge(evidence, {"nonsense": 1})
+
+
+class TestDirectory:
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> Path:
+        pq.write_table(pa.Table.from_pylist(events(), EVENTS), tmp_path / "events.parquet")
+        pq.write_table(pa.table({"item_id": ITEMS}), tmp_path / "items.parquet")
+        pq.write_table(pa.Table.from_pylist(slates(), IMPRESSIONS), tmp_path / "impressions.parquet")
+        return tmp_path
+
+    def test_is_read_as_everybody_reads_it(self, data):
+        said = validate(data)
+        assert (said["events"], said["impressions"], said["skipped"]) == (200, 200, {})
+        assert all(check["passed"] for check in said["checks"])
+
+    def test_malformed_rows_fail_the_types(self, data):
+        table = pq.read_table(data / "events.parquet")
+        times = table["timestamp"].to_pylist()
+        broken = table.set_column(3, "timestamp", pa.array([str(time) for time in times[:-1]] + ["yesterday"]))
+        pq.write_table(broken, data / "events.parquet")
+        [types] = [check for check in validate(data)["checks"] if not check["passed"]]
+        assert types["name"] == "types"
+        assert "row 199: timestamp is 'yesterday'" in types["detail"]
+
+    def test_a_column_that_cannot_be_right_fails_the_types(self, data):
+        pq.write_table(pa.table({"item_id": ITEMS, "price": [{"eur": 1}] * 12}), data / "items.parquet")
+        failed = [check for check in validate(data)["checks"] if not check["passed"]]
+        assert [check["name"] for check in failed] == ["types"]
+        assert "price" in failed[0]["detail"]
+
+    def test_rows_out_of_order_are_found_in_files_without_a_log(self, data):
+        rows = [{k: row[k] for k in ("user_id", "item_id", "event_type", "timestamp")} for row in events()]
+        pq.write_table(pa.Table.from_pylist(rows[::-1]), data / "events.parquet")
+        (data / "impressions.parquet").unlink()
+        assert [check["name"] for check in validate(data)["checks"] if not check["passed"]] == ["order"]
+
+    def test_what_is_no_data_set_is_a_mistake(self, tmp_path):
+        with pytest.raises(TablesError, match="not a data set"):
+            validate(tmp_path)

@@ -1,0 +1,69 @@
+"""Events and slates as the service logs them, made by its own road, for tests of what reads the log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from features.catalog import Catalog
+from features.schema import ITEMS
+from features.vocabulary import Vocabulary
+from penchant.v1 import common_pb2, event_pb2
+from serving.events import EventLog, LoggedEvent, LoggedImpression
+from serving.pipeline import Candidates, Query, Slate
+from serving.services import events as service
+from serving.side_effects import _logged, _Shown
+
+
+def now_ms() -> int:
+    """Now."""
+    return time.time_ns() // 1_000_000
+
+
+def catalog(items: Sequence[dict[str, Any]]) -> Catalog:
+    """A catalogue of canonical items without vectors."""
+    table = pa.Table.from_pylist(list(items), schema=ITEMS)
+    names = [item["item_id"] for item in items]
+    return Catalog(table, Vocabulary.build(names), np.zeros((len(names), 2), np.float32))
+
+
+ITEMS_OF_TESTS = [
+    {"item_id": f"i{n}", "title": f"thing {n}", "categories": [f"c{n % 3}"], "creator_id": f"m{n % 2}"}
+    for n in range(10)
+]
+CATALOG = catalog(ITEMS_OF_TESTS)
+
+
+def event(user: str, item: str, kind: str = "view_item", *, anonymous: bool = False, **fields: Any) -> event_pb2.Event:
+    """An event in the words of the contract."""
+    subject = common_pb2.Subject(anonymous_id=user) if anonymous else common_pb2.Subject(user_id=user)
+    fields.setdefault("event_id", f"{user}-{item}-{kind}-{time.time_ns()}")
+    return event_pb2.Event(subject=subject, item_id=item, event_type=kind, **fields)
+
+
+def logged(*events: event_pb2.Event, of: Catalog = CATALOG) -> list[LoggedEvent]:
+    """What EventService hands to the log for them."""
+    checked = [service._check(place, one, now_ms(), 10**12) for place, one in enumerate(events)]
+    return service._logged(checked, of)
+
+
+def ingest(log: EventLog, *events: event_pb2.Event, of: Catalog = CATALOG) -> list[int]:
+    """Appends them; their log ids."""
+    appended = log.append(logged(*events, of=of))
+    assert all(one.error is None for one in appended)
+    return [one.log_id for one in appended]
+
+
+def slate(user: str, request_id: str, rows: Sequence[int], **fields: Any) -> LoggedImpression:
+    """What the impression log gets for a slate of these rows of `CATALOG`."""
+    subject = user if user.startswith(("u:", "a:")) else f"u:{user}"
+    query = Query(request_id, subject, fields.pop("at", now_ms()), 0.0, len(rows), surface="home", **fields)
+    shown = np.array(rows, np.int32)
+    scores = np.linspace(1, 0, len(rows)).astype(np.float32)
+    candidates = Candidates(shown, scores[None], ("popular",))
+    answer = Slate(shown, scores, np.ones(len(rows)), candidates, None, {}, [])
+    return _logged(_Shown(query, answer, CATALOG, "bundle-1"))
