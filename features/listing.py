@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.assemble import ENCODER_FEATURES, FEATURES, RANKER_FEATURES, encoder_inputs, history, ranker_features
+from features.assemble import (
+    ENCODER_FEATURES,
+    FEATURES,
+    RANKER_FEATURES,
+    Moment,
+    encoder_inputs,
+    history,
+    ranker_features,
+)
 from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.columns import pc
 from features.content import codes, is_present
+from features.outcomes import Outcomes
 from features.profile import EVICTED_CAP, RECORD, RING, make_records
 from features.schema import event_type_key, event_type_keys, item_keys
 from features.tables import Dataset, open_dataset
@@ -31,7 +40,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
 
     Coverage is the share of rows in which a feature is neither 0 nor missing: of items for what is about an item, of
     people just before their newest event for what is about their past. What cannot be known is None: `relevance` needs
-    a model and a person, and without a data set nobody has a past.
+    a model and a person, what is about an action a model with actions, and without a data set nobody has a past.
 
     Args:
         data: Directory of a data set.
@@ -101,7 +110,9 @@ def _of_items(catalog: Catalog) -> dict[str, float]:
     """Coverage of what is about an item."""
     everything = np.arange(catalog.size, dtype=np.int32)
     nobody = history(make_records([], [], [], [], [], [])[:0], catalog, {})
-    values = ranker_features(nobody, everything, np.zeros(catalog.size, np.float32), catalog.columns)
+    values = ranker_features(
+        nobody, everything, np.zeros(catalog.size, np.float32), catalog.columns, _no_actions(()), Moment()
+    )
     shares = _shares(values)
     covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window == "item"}
     return covered | {"price": covered["price_known"]}
@@ -129,6 +140,7 @@ def _of_people(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
     )
     drawn = np.random.default_rng(0).permutation(len(people))[:SAMPLE]
     lines: list[npt.NDArray[np.float32]] = []
+    outcomes = _no_actions(sorted(kinds))
     known, meant, seen = 0, 0, 0
     for person in np.sort(drawn).tolist():
         start, last = int(starts[person]), int(ends[person]) - 1
@@ -136,10 +148,16 @@ def _of_people(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
         encoded, kinds_encoded = encoder_inputs(past.rows, past.types, RING)
         known, meant, seen = known + encoded.size, meant + int(np.count_nonzero(kinds_encoded)), seen + len(past)
         if rows[last] >= 0:
-            lines.append(ranker_features(past, rows[last : last + 1], np.zeros(1, np.float32), columns))
+            now = Moment(int(records["timestamp"][last]))
+            lines.append(ranker_features(past, rows[last : last + 1], np.zeros(1, np.float32), columns, outcomes, now))
     shares = _shares(np.concatenate(lines)) if lines else {}
     covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window.startswith("newest") and f.name in shares}
     return covered | {"item_vector": known / max(seen, 1), "event_type": meant / max(seen, 1)}
+
+
+def _no_actions(event_types: Sequence[str]) -> Outcomes:
+    """What is about an action is a model's own; here only the common features are looked at."""
+    return Outcomes.of({"event_types": list(event_types), "actions": []})
 
 
 def _shares(values: npt.NDArray[np.float32]) -> Mapping[str, float]:

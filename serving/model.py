@@ -144,6 +144,8 @@ class Model:
         Raises:
             ModelError: The answer is not finite.
         """
+        if not len(items):  # asked of nothing at all, ONNX Runtime divides by zero, and the process ends
+            return np.empty((0, self.actions), np.float32)
         return self._run(self._ranker, {"user": user.reshape(1, -1), "items": items, "features": features})
 
     def _load(self, bundle: Bundle, name: str, inputs: _Shapes, output: list[int | None]) -> Any:
