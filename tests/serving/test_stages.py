@@ -11,6 +11,7 @@ import pytest
 from features.assemble import history
 from features.bundle import open_bundle
 from features.catalog import Catalog
+from features.outcomes import Outcomes
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
 from features.schema import ITEMS, event_type_key, item_keys
 from features.transforms import ItemInputShapes, item_text, text_tokens
@@ -98,6 +99,11 @@ def bundle(world):
 @pytest.fixture(scope="module")
 def model(bundle):
     return Model(bundle)
+
+
+@pytest.fixture(scope="module")
+def outcomes(bundle):
+    return Outcomes.of(bundle.model)
 
 
 @pytest.fixture
@@ -341,10 +347,10 @@ class TestScorers:
         count = len(next(iter(scores.values())))
         return Candidates(np.arange(count, dtype=np.int32), np.array(list(scores.values()), np.float32), tuple(scores))
 
-    def test_a_feed_is_relevance_and_blended_utility(self, catalog, model):
+    def test_a_feed_is_relevance_and_blended_utility(self, catalog, model, outcomes):
         asked = person(catalog, ["i0", "i4"])
         rows = np.array([8, 1, 12], np.int32)
-        score = Personal(model, catalog, [0.5, 0.5], 0.25).score(asked, rows)
+        score = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25).score(asked, rows)
         relevance = small.vectors()[rows] @ asked.user_vector
         affinity = np.array([1.0, 0.0, 1.0])
         odds = np.stack([affinity - 1, 2 * affinity - 2], axis=1)
@@ -353,26 +359,26 @@ class TestScorers:
         np.testing.assert_allclose(score, relevance + 0.25 * np.log(mean / (1 - mean)), rtol=1e-5)
         np.testing.assert_allclose(asked.probabilities, probabilities, rtol=1e-5)
 
-    def test_a_score_never_depends_on_the_other_candidates(self, catalog, model):
-        personal = Personal(model, catalog, [0.5, 0.5], 0.25)
+    def test_a_score_never_depends_on_the_other_candidates(self, catalog, model, outcomes):
+        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
         rows = np.arange(40, dtype=np.int32)
         together = personal.score(person(catalog, ["i0", "i5"]), rows)
         alone = [personal.score(person(catalog, ["i0", "i5"]), rows[at : at + 1])[0] for at in range(40)]
         assert together.tolist() == alone
 
-    def test_without_a_blend_only_the_page_is_judged(self, catalog, model):
+    def test_without_a_blend_only_the_page_is_judged(self, catalog, model, outcomes):
         asked = person(catalog, ["i0", "i4"])
         asked.page_size = 3
-        score = Personal(model, catalog, [0.5, 0.5], 0.0).score(asked, np.arange(40, dtype=np.int32))
+        score = Personal(model, catalog, outcomes, [0.5, 0.5], 0.0).score(asked, np.arange(40, dtype=np.int32))
         judged = np.flatnonzero(np.isfinite(asked.probabilities[:, 0]))
         assert sorted(judged) == sorted(np.argsort(-score, kind="stable")[:3])
 
-    def test_nobody_s_feed_goes_by_popularity(self, catalog, model):
-        scorer = FeedScorer(Personal(model, catalog, [0.5, 0.5], 0.25))
+    def test_nobody_s_feed_goes_by_popularity(self, catalog, model, outcomes):
+        scorer = FeedScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
         assert scorer.score(query(), self.candidates(popular=[1, 3, 2])).tolist() == [1, 3, 2]
 
-    def test_neighbours_go_before_what_is_popular(self, catalog, model):
-        scorer = FeedScorer(Personal(model, catalog, [0.5, 0.5], 0.25))
+    def test_neighbours_go_before_what_is_popular(self, catalog, model, outcomes):
+        scorer = FeedScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
         nan = float("nan")
         found = self.candidates(neighbors=[0.1, nan, 0.9, nan], popular=[nan, 2, nan, 9])
         assert np.argsort(-scorer.score(query(rung="item_to_item"), found)).tolist() == [2, 0, 3, 1]
@@ -388,14 +394,14 @@ class TestScorers:
         assert np.abs(moved).max() <= 0.25 + 1e-6
         assert moved[0] > 0.2 > 0.05 > abs(moved[1])
 
-    def test_nobody_known_the_order_is_the_callers(self, catalog, model):
-        scorer = RankScorer(Personal(model, catalog, [0.5, 0.5], 0.25))
+    def test_nobody_known_the_order_is_the_callers(self, catalog, model, outcomes):
+        scorer = RankScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
         upstream = np.array([0.1, 1e30, -5], np.float32)
         asked = query(rows=np.arange(3, dtype=np.int32), upstream=upstream, upstream_weight=0.0)
         assert scorer.score(asked, self.candidates(upstream=upstream)).tolist() == upstream.tolist()
 
-    def test_a_known_person_adds_to_the_callers_score(self, catalog, model):
-        personal = Personal(model, catalog, [0.5, 0.5], 0.25)
+    def test_a_known_person_adds_to_the_callers_score(self, catalog, model, outcomes):
+        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
         asked = person(catalog, ["i0"])
         asked.rows, asked.upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
         found = Candidates(asked.rows, asked.upstream[None], ("upstream",))
