@@ -126,7 +126,8 @@ class Teller:
 def _summed(keys: npt.NDArray[np.uint64], counts: _F64) -> _F64:
     """The counts of all rows that share each row's key; float64 [N, A]."""
     _, which = np.unique(keys, return_inverse=True)
-    return np.stack([np.bincount(which, column)[which] for column in counts.T], 1)
+    summed: Any = [np.bincount(which, column)[which] for column in counts.T]
+    return np.stack(summed, 1)
 
 
 def line_features(

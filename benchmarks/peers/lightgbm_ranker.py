@@ -6,6 +6,7 @@ with early stopping; the best one is trained anew on training and validation. OU
 [A, T] (log loss on validation) and `choices` (JSON, per action). Needs numpy and lightgbm and nothing of Penchant.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json
