@@ -54,6 +54,20 @@ def quality() -> str:
     return "\n".join(blocks)
 
 
+def impressions() -> str:
+    """Probabilities of actions on the impressions of a test, beside plain rates."""
+    path = RESULTS / "impressions-kuairand.json"
+    result = _read(path)
+    rows = []
+    for action, count in result["actions"].items():
+        ours = {n: result["metrics"][f"{action}/{n}"] for n in ("auc", "gauc", "log_loss", "ece")}
+        cells = [f"{one['mean']:.4f} ({one['low']:.4f} to {one['high']:.4f})" for one in ours.values()]
+        rows.append([f"**{action}**, {count:,} times", *cells])
+        rows += [[name, *(f"{row[f'{action}/{n}']:.4f}" for n in ours)] for name, row in result["baselines"].items()]
+    sizes = f"{result['title']}: {result['impressions']:,} impressions, {result['users']:,} people"
+    return f"{sizes}\n\n" + _table(["", "auc", "gauc", "log loss", "ece"], rows) + _source(path, result)
+
+
 def latency() -> str:
     """Percentiles at half of the highest rate."""
     path = RESULTS / "latency.json"
@@ -129,6 +143,7 @@ def cold() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
+    "impressions": impressions,
     "latency": latency,
     "stages": stages,
     "training-speed": training_speed,
