@@ -16,10 +16,10 @@ import torch
 from benchmarks.report import facts
 from features.errors import TrainingError
 from training.evaluate import columns_of_run
-from training.evaluate_tables import Tested, baselines, judge, measure, read_shown, test
+from training.evaluate_tables import Tested, baselines, judge, read_shown, test
 from training.feed import Feed, read_feed
 from training.machine import exact, prepared
-from training.metrics import Floats, auc, log_loss
+from training.metrics import Floats, auc, log_loss, measure
 from training.run import LoadedRun, load_run
 from training.split import cut_of
 from training.statistics import Teller

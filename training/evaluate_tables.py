@@ -25,7 +25,7 @@ from training.evaluate import columns_of_run
 from training.feed import Lesson, lesson_of, line_users, logits_of
 from training.impressions import NEVER, Shown, read_impressions, shown_lines
 from training.machine import exact, prepared
-from training.metrics import RESAMPLES, Floats, auc, ece, gauc, graded_ndcg, interval, log_loss
+from training.metrics import RESAMPLES, Floats, auc, ece, graded_ndcg, interval, log_loss, measure
 from training.ranking import past_of
 from training.run import LoadedRun, append_line, input_shapes, load_run
 from training.split import before_cut, cut_of
@@ -158,9 +158,10 @@ def baselines(run: LoadedRun, data: Interactions, known: npt.NDArray[np.bool_], 
     item = blocks(run.statistics)[0][lines.rows].astype(np.float64)
     ends = before_cut(data, run.config)
     people, which = np.unique(lines.people, return_inverse=True)
+    columns = columns_of_run(run)
     rates = np.empty((people.size, len(outcomes)))
     for at, person in enumerate(people.tolist()):
-        past = past_of(data, person, int(ends[person]), columns_of_run(run))
+        past = past_of(data, person, int(ends[person]), columns)
         rates[at] = Rates.of(outcomes, past.types, past.values).long - outcomes.base
     user = rates[which]
     surfaces = np.stack([outcomes.surface(name) for name in lines.surfaces])[lines.where]
@@ -171,16 +172,6 @@ def baselines(run: LoadedRun, data: Interactions, known: npt.NDArray[np.bool_], 
         "item_user_surface": outcomes.base + surfaces + item + user,
     }
     return {name: 1 / (1 + np.exp(-logits)) for name, logits in odds.items()}
-
-
-def measure(labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Quality of one action's probabilities."""
-    return {
-        "auc": auc(labels, chances),
-        "gauc": gauc(labels, chances, people),
-        "log_loss": log_loss(labels, chances),
-        "ece": ece(labels, chances),
-    }
 
 
 def judge(labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64]) -> dict[str, dict[str, float]]:

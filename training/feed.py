@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.data import Interactions
 from training.encoders import UserEncoder
 from training.impressions import Shown
-from training.metrics import auc, ece, gauc, log_loss
+from training.metrics import log_loss, measure
 from training.ranker import Ranker, platt
 from training.ranking import user_vectors
 from training.split import DAY_MS, Targets, cut_of
@@ -179,11 +179,5 @@ def _report(logits: Tensor, held: Lesson, train: Lesson, people: npt.NDArray[np.
         labels = held.labels[:, action].numpy() > 0
         chances = torch.sigmoid(logits[:, action]).double().numpy()
         base = np.full(labels.size, float(train.labels[:, action].mean()))
-        found[str(action)] = {
-            "auc": auc(labels, chances),
-            "gauc": gauc(labels, chances, people),
-            "log_loss": log_loss(labels, chances),
-            "ece": ece(labels, chances),
-            "base_log_loss": log_loss(labels, base),
-        }
+        found[str(action)] = measure(labels, chances, people) | {"base_log_loss": log_loss(labels, base)}
     return found

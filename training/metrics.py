@@ -85,6 +85,16 @@ def ece(labels: npt.NDArray[np.bool_], probabilities: Floats, bins: int = 15) ->
     return float(np.sum(gaps) / labels.size)
 
 
+def measure(labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Quality of one action's probabilities: `auc`, `gauc` with `people` as groups, `log_loss` and `ece`."""
+    return {
+        "auc": auc(labels, chances),
+        "gauc": gauc(labels, chances, people),
+        "log_loss": log_loss(labels, chances),
+        "ece": ece(labels, chances),
+    }
+
+
 def interval(values: Floats, groups: npt.NDArray[np.int64], seed: int = 0, level: float = 0.95) -> dict[str, float]:
     """Mean with its percentile bootstrap interval; whole groups (people) are drawn, for their events hang together.
 
