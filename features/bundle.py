@@ -98,11 +98,11 @@ def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
         return str(manifest["bundle_id"])
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
     for name in (*FILES, MANIFEST):
-        _sync(staging / name)
-    _sync(staging)
+        sync(staging / name)
+    sync(staging)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     return str(manifest["bundle_id"])
 
 
@@ -181,7 +181,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a directory, to the disk: what is there survives a loss of power from now on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

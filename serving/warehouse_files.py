@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.bundle import sync
 from features.columns import pc
 from serving.redis_server import locked
 from serving.scripts import SEQUENCE_BITS
@@ -93,7 +94,7 @@ class WarehouseFiles:
         elif path.exists():
             # What was there has been erased since it was first written.
             path.unlink()
-            _sync(path.parent)
+            sync(path.parent)
 
     def erase(self, partition: int, gone_until: Callable[[str], int], undone: Collection[int] = ()) -> int:
         """Takes rows out of every file of a partition.
@@ -177,14 +178,14 @@ class WarehouseFiles:
             sink.flush()
             os.fsync(sink.fileno())
         os.replace(draft, path)
-        _sync(self.out)
+        sync(self.out)
 
     def _rewrite(self, path: Path, kept: Any) -> None:
         if pc.any(kept).as_py():
             put_table(path, _read(path).filter(kept))
         else:
             path.unlink()
-            _sync(path.parent)
+            sync(path.parent)
 
     def _days(self) -> list[str]:
         """The names of the days' directories, of what is derived as well: what lost its rows is to go."""
@@ -209,7 +210,7 @@ class WarehouseFiles:
             put_table(new / f"{prefix}-{first:020d}-{last:020d}.parquet", rows)
         path.rename(old)
         new.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old)
 
 
@@ -217,7 +218,7 @@ def put_table(path: Path, rows: pa.Table, metadata: Mapping[bytes, bytes] | None
     """Writes a Parquet file that is on disk when this returns; the same rows give the same bytes."""
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
-        _sync(path.parent.parent)
+        sync(path.parent.parent)
     draft = path.with_name(f".{path.name}.tmp")
     with draft.open("wb") as sink:
         writer = pq.ParquetWriter(sink, rows.schema, compression="zstd")
@@ -227,7 +228,7 @@ def put_table(path: Path, rows: pa.Table, metadata: Mapping[bytes, bytes] | None
         sink.flush()
         os.fsync(sink.fileno())
     os.replace(draft, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def by_day(log_ids: Sequence[int]) -> Iterator[slice]:
@@ -270,11 +271,3 @@ def _by_partition(directory: Path) -> dict[str, list[Path]]:
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     with pq.ParquetFile(path) as file:
         return file.read(columns=list(columns) if columns else None)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from features.assemble import ranker_width
+from features.bundle import sync
 from features.errors import TrainingError
 from features.tables import Dataset, open_dataset
 from features.transforms import ItemInputShapes
@@ -260,17 +261,9 @@ def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def _put(draft: Path, path: Path) -> None:
     """Gives a finished file its name; both survive a loss of power once this has returned."""
-    _sync(draft)
+    sync(draft)
     os.replace(draft, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    sync(path.parent)
 
 
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:
