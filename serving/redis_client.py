@@ -59,7 +59,7 @@ def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None =
         raise ConfigError(f"{printable(url)!r} is not a Redis URL; it starts with one of {', '.join(_SCHEMES)}")
     try:
         # RESP 2: with RESP 3 redis-py skips its check for unread replies. No driver_info: it costs two round trips.
-        return redis.Redis.from_url(
+        client = redis.Redis.from_url(
             url,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
@@ -72,6 +72,34 @@ def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None =
         raise ConfigError(
             f"{printable(url)!r} is not a Redis URL; check port and options, percent-encode odd signs"
         ) from None
+    if url.startswith("rediss://"):
+        client.connection_pool.connection_class = TLSConnection
+    return client
+
+
+class TLSConnection(redis.SSLConnection):
+    """A TLS connection on which no unread reply can wait before the first command was sent.
+
+    The pool refuses a connection whose socket has something to read. With hiredis, redis-py cannot tell a reply from
+    the session tickets that a TLS 1.3 server sends on its own after the handshake, so it refuses new ones at random.
+    The tickets are taken in with the first reply; from then on whatever can be read is a reply that nobody waited for.
+    """
+
+    asked = False
+
+    def send_packed_command(self, *args: Any, **options: Any) -> None:
+        """Sends a command."""
+        self.asked = True
+        super().send_packed_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    def disconnect(self, *args: Any) -> None:
+        """Closes the socket."""
+        self.asked = False
+        super().disconnect(*args)  # type: ignore[no-untyped-call]
+
+    def can_read(self, timeout: float = 0) -> bool:
+        """Whether a reply, or part of one, waits to be read."""
+        return self.asked and super().can_read(timeout)
 
 
 def printable(url: str) -> str:

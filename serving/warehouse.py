@@ -26,7 +26,7 @@ from features.profile import EVERY_PURPOSE, Purpose
 from serving.catalog_log import CatalogLog
 from serving.consumer import Consumer
 from serving.erasure import Certificates
-from serving.errors import ResourceExhausted, ServingError, Unavailable
+from serving.errors import ConfigError, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog
 from serving.people import consents
 from serving.redis_client import address_of, connect
@@ -59,12 +59,14 @@ class _Intake:
         self.held: list[list[Entry]] = [[] for _ in log.keys]
         self.reached = [0] * log.partitions
         self.recovered = False
+        self.owned = [False] * log.partitions
         self._after: list[int | None] = [0] * log.partitions
 
     def read(self, count: int, now_ms: int) -> int:
         """Reads on; `now_ms` is the log's clock before that. Returns the number of entries read."""
         seen = 0
         for partition, entries in enumerate(self.consumer.claim(self._after, count)):
+            self.owned[partition] = entries is not None
             if entries is None:
                 self.drop(partition)
                 continue
@@ -185,7 +187,7 @@ class Warehouse:
         owner = f"{os.getpid()}-{uuid.uuid4().hex}"
         self._events = _Intake(log, owner, lease_ms, "events")
         self._impressions = _Intake(log, owner, lease_ms, "impressions")
-        self._flush_rows, self._batch = flush_rows, batch
+        self._flush_rows, self._batch, self._lease_s = flush_rows, batch, lease_ms / 1000
         self._flush, self._derive, self._trim = _Clock(flush_s), _Clock(derive_s), _Clock(_TRIM_S)
         self._written = [0] * log.partitions
         self._telemetry = telemetry or Telemetry()
@@ -226,15 +228,21 @@ class Warehouse:
             raise
 
     def drain(self) -> None:
-        """Writes all that the log holds and makes the derived tables.
+        """Writes all that the log holds and makes the derived tables; waits for the leases of warehouses that died.
 
         Raises:
+            ConfigError: A warehouse with another directory keeps a partition.
             Unavailable: Redis does not answer.
             OSError: The disk is full or gone.
         """
-        idle = 0
+        idle, patience = 0, time.monotonic() + 3 * self._lease_s
         while idle < 2:
             idle = 0 if self.step(flush=True) else idle + 1
+            if not all(self._events.owned) or not all(self._impressions.owned):
+                idle = 0
+                if time.monotonic() > patience:
+                    raise ConfigError("another warehouse reads this log into another directory; stop that one first")
+                time.sleep(_IDLE_S)
         self._files.derive()
 
     def run(self, stop: threading.Event) -> None:
@@ -382,7 +390,8 @@ def run(
         and `impressions` were written, `erased` and `damaged`.
 
     Raises:
-        ConfigError: The URL is wrong, another process holds the directory, or the log has other partitions.
+        ConfigError: The URL is wrong, another process holds the directory or, with `once`, a partition, or the log has
+            other partitions.
         BundleError: The bundle is refused.
         EventLogUnavailable: With `once`, the events Redis does not answer.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import shutil
 import socket
 import ssl
@@ -94,6 +95,27 @@ def test_tls(tmp_path):
                 assert store.read("u:ann").count == 1
         with connect(url, 5) as stranger, pytest.raises(ProfileStoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
             ProfileStore(stranger, 2).read("u:ann")
+
+
+def test_tickets_of_tls_are_no_unread_replies(tmp_path):
+    certificate, key = _certificate(tmp_path)
+    with (
+        RedisServer(tmp_path, "profiles") as server,
+        _tls(server, certificate, key) as port,
+        connect(f"rediss://localhost:{port}/0?ssl_ca_certs={certificate}", 5) as client,
+    ):
+        connection = client.connection_pool.make_connection()
+        connection.connect()
+        ready, _, _ = select.select([connection._sock], [], [], 5)
+        assert ready
+        assert redis.SSLConnection.can_read(connection)  # the control: what redis-py itself says of tickets
+        assert not connection.can_read()
+        connection.send_command("PING")
+        assert connection.read_response() == b"PONG"
+        assert not connection.can_read()
+        connection.send_command("PING")
+        assert connection.can_read(5)
+        connection.disconnect()
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:
