@@ -37,7 +37,7 @@ def test_lists_and_actions_come_from_yaml() -> None:
     assert config.target_types == ("rating",)
 
 
-@pytest.mark.parametrize("name", ["default", "movielens", "amazon"])
+@pytest.mark.parametrize("name", ["default", "movielens", "amazon", "feed", "search"])
 def test_the_shipped_configurations_load(name: str) -> None:
     assert load_config(Path(name)).epochs >= 1
 
