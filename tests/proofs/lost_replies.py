@@ -117,8 +117,8 @@ def lost_replies(count: int = 1000, bare: int = 20) -> dict[str, Any]:
         bare: Number of bare XADD by a default client, as a control.
 
     Returns:
-        `lost_replies` {log, profile}, `doubled` {log, profile}, `missing` {log, profile}, and `control` {`xadd`, `lost`,
-        `doubled`}.
+        `lost_replies` {log, profile}, `doubled` {log, profile}, `missing` {log, profile}, and `control` {xadd, lost,
+        doubled}.
     """
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)

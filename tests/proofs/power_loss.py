@@ -2,13 +2,13 @@
 
     python -m tests.proofs.power_loss [--images 20]
 
-The events Redis keeps its data on an ext4 of its own, in a file that a loop device presents as a disk. At random moments,
-writes in flight, the server is frozen for as long as it takes to copy that file: the copy holds what had reached the
-disk, and nothing of what was in the memory of the kernel. (A kill alone proves nothing, as the page cache survives it.)
-What the disk was given counts as written: a disk that lies about that is not part of this. Each copy is mounted, which
-replays the journal of the file system, a server starts on it, and is asked for all that had been acknowledged before the
-copy began: first by reading the log, then by sending every one of those events again. The control, `appendfsync no`,
-loses some.
+The events Redis keeps its data on an ext4 of its own, in a file that a loop device presents as a disk. At random
+moments, writes in flight, the server is frozen for as long as it takes to copy that file: the copy holds what had
+reached the disk, and nothing of what was in the memory of the kernel. (A kill alone proves nothing, as the page cache
+survives it.) What the disk was given counts as written: a disk that lies about that is not part of this. Each copy is
+mounted, which replays the journal of the file system, a server starts on it, and is asked for all that had been
+acknowledged before the copy began: first by reading the log, then by sending every one of those events again. The
+control, `appendfsync no`, loses some.
 """
 
 from __future__ import annotations
@@ -200,15 +200,18 @@ def _digest(path: Path) -> bytes:
 
 def _examined(image: Image, folder: Path) -> dict[str, int]:
     """Starts a server on an image and asks it for what had been acknowledged."""
-    with mounted(image.disk, folder / "image") as at, RedisServer(at, "events") as server:
-        with connect(server.url, 60.0) as client:
-            log = EventLog(client, PARTITIONS)
-            there = _places(log)
-            lost = sum(there.get(name) != [place] for name, place in image.acknowledged.items())
-            kept = [name for name in image.acknowledged if name in there]
-            for start in range(0, len(kept), 500):
-                log.append([event(name) for name in kept[start : start + 500]])
-            doubled = sum(len(places) - 1 for places in _places(log).values())
+    with (
+        mounted(image.disk, folder / "image") as at,
+        RedisServer(at, "events") as server,
+        connect(server.url, 60.0) as client,
+    ):
+        log = EventLog(client, PARTITIONS)
+        there = _places(log)
+        lost = sum(there.get(name) != [place] for name, place in image.acknowledged.items())
+        kept = [name for name in image.acknowledged if name in there]
+        for start in range(0, len(kept), 500):
+            log.append([event(name) for name in kept[start : start + 500]])
+        doubled = sum(len(places) - 1 for places in _places(log).values())
     image.disk.unlink()
     return {"acknowledged": len(image.acknowledged), "lost": lost, "doubled": doubled}
 
