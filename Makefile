@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install protos format check check-code check-protos test demo bench prove-resume clean
+.PHONY: help install protos format check check-code check-protos test demo bench prove-resume prove-durability clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,6 +62,14 @@ bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH
 
 prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end as if left alone
 	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills
+
+prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost replies: nothing lost, nothing doubled
+	$(BIN)/python -m benchmarks.report durability-replies 'Replies lost after Redis did the work' \
+		-- $(BIN)/python -m tests.serving.proofs.lost_replies
+	$(BIN)/python -m benchmarks.report durability-power 'Power losses of the events Redis' \
+		-- $(BIN)/python -m tests.serving.proofs.power_loss
+	$(BIN)/python -m benchmarks.report durability-kills 'Everything killed at random while events come in' \
+		-- $(BIN)/python -m tests.serving.proofs.kills
 
 clean:  ## remove what builds, tests and tools left; .venv stays
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -36,6 +36,9 @@ def _time(name: str, nullable: bool = True) -> pa.Field[Any]:
     return pa.field(name, pa.int64(), nullable=nullable, metadata=_MILLISECONDS)
 
 
+# Whether the person allows that models are trained on a row, and that what helped is measured by it; NULL: both.
+ALLOWED = (_optional("allow_train", pa.bool_()), _optional("allow_measure", pa.bool_()))
+
 EVENTS = pa.schema(
     [
         _required("user_id", pa.string()),
@@ -58,6 +61,7 @@ EVENTS = pa.schema(
         _optional("creator_key", pa.uint64()),
         # Whether it may be in the profile: decided when it came, by what the person allowed then.
         _optional("personal", pa.bool_()),
+        *ALLOWED,
     ]
 )
 EVENTS_REQUIRED: Required = ("user_id", "item_id", "event_type", ("timestamp", "sequence"))
@@ -108,6 +112,7 @@ IMPRESSIONS = pa.schema(
         _optional("features", pa.list_(pa.list_(pa.float32()))),
         # The parts that were degraded, empty when none was.
         _optional("degraded", pa.list_(pa.string())),
+        *ALLOWED,
     ]
 )
 IMPRESSIONS_REQUIRED: Required = ("request_id", "user_id", "timestamp", "item_ids", "propensities")

@@ -120,15 +120,19 @@ def table_path(data: Path, name: str) -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def open_dataset(path: Path, *, until: int | None = None, items_from: Path | None = None) -> Dataset:
+def open_dataset(
+    path: Path, *, until: int | None = None, items_from: Path | None = None, everybody: bool = False
+) -> Dataset:
     """Read a data set's events, items and users.
 
-    A warehouse grows while it is read: two readings with the same `until` and items have the same rows.
+    A warehouse grows while it is read: two readings with the same `until` and items have the same rows. What people do
+    not allow that models are trained on is left out, unless `everybody` is asked for.
 
     Args:
         path: Its directory.
         until: Log id up to which events are read; as far as `dataset.json` calls it complete when None.
         items_from: Parquet file of the items, where they are not those of the data set.
+        everybody: Also what no model may be trained on.
 
     Raises:
         TablesError: There are no events, or a file cannot be read.
@@ -140,7 +144,7 @@ def open_dataset(path: Path, *, until: int | None = None, items_from: Path | Non
     if where is None:
         present = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such directory"
         raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {present}")
-    events, named, rejected = _open_events(where, until)
+    events, named, rejected = _open_events(where, until, everybody)
     items, users = (
         read_table(items_from, ITEMS, ITEMS_REQUIRED)
         if items_from
@@ -157,32 +161,36 @@ def open_dataset(path: Path, *, until: int | None = None, items_from: Path | Non
     return Dataset(events, items.table, users.table, info, rejected + items.rejected + users.rejected)
 
 
-def _open_events(where: Path, until: int | None) -> tuple[Events, Array, list[Rejected]]:
+def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Events, Array, list[Rejected]]:
     """The events in order, the items that they name in the order of the files' rows, and what was left out."""
     files = _files(where)
     if sum(map(_row_count, files)) <= HELD_ROWS:
         loaded = read_table(where, EVENTS, EVENTS_REQUIRED)
-        table = loaded.table if until is None else select(loaded.table, _up_to(loaded.table, until))
+        table = select(loaded.table, _wanted(loaded.table, until, everybody))
         return Events.of(order_events(table)), pc.unique(table["item_id"]), loaded.rejected
 
     def parts() -> Iterator[Part]:
-        return (_part_up_to(part, until) for file in files for part in _file_parts(file))
+        return (_part_of(part, until, everybody) for file in files for part in _file_parts(file))
 
     survey = Survey(parts())
-    as_it_is = until is None and survey.in_order() and not survey.rejected and all(map(_is_canonical, files))
+    whole = survey.rows == sum(map(_row_count, files))
+    as_it_is = whole and survey.in_order() and all(map(_is_canonical, files))
     events = Events(_reader(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
     return events, pa.array(survey.items, pa.string()), survey.rejected
 
 
-def _up_to(events: pa.Table, until: int) -> npt.NDArray[np.int64]:
-    """The rows up to a log id; what was never in a log was there before it."""
-    return np.flatnonzero(pc.fill_null(events["log_id"], 0).to_numpy() <= np.uint64(until))
+def _wanted(events: pa.Table, until: int | None, everybody: bool) -> npt.NDArray[np.int64]:
+    """The rows up to a log id (what was never in a log was there before it), of those who allow training."""
+    wanted = np.ones(events.num_rows, np.bool_)
+    if until is not None:
+        wanted &= pc.fill_null(events["log_id"], 0).to_numpy() <= np.uint64(until)
+    if not everybody:
+        wanted &= pc.fill_null(events["allow_train"], True).to_numpy()
+    return np.flatnonzero(wanted)
 
 
-def _part_up_to(part: Part, until: int | None) -> Part:
-    if until is None:
-        return part
-    rows = _up_to(part.table, until)
+def _part_of(part: Part, until: int | None, everybody: bool) -> Part:
+    rows = _wanted(part.table, until, everybody)
     return Part(part.source, select(part.table, rows), part.rows[rows], part.rejected)
 
 

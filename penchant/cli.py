@@ -332,7 +332,9 @@ def projector(
 @app.command()
 def warehouse(
     redis: RedisUrl,
-    out: Annotated[Path, typer.Option(metavar="DATA", help="Directory of the Parquet: a data set that grows.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Directory of the Parquet: a data set that grows.")
+    ] = None,
     events_redis: EventsRedis = None,
     bundle: Annotated[
         Path | None,
@@ -341,12 +343,66 @@ def warehouse(
     partitions: Partitions = 16,
     flush: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest wait to be written, in seconds.")] = 30.0,
     once: Annotated[bool, typer.Option("--once", help="Write what the log holds now, then end.")] = False,
+    retention: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="DAYS", help="Delete days that are older.", show_default="keep all"),
+    ] = None,
+    default_purposes: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What people allow who have said nothing; as `serve` is told.")
+    ] = "personalise,train,measure",
+    ledger: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The service's ledger of erasures, for files put back from a backup."),
+    ] = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Drop the warehouse for good, so that the log keeps nothing for it; end.")
+    ] = False,
 ) -> None:
     """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
-    from serving.warehouse import run
+    from features.profile import Purpose
+    from serving.erasure import Ledger
+    from serving.warehouse import drop, run
 
-    _answer(run(events_redis or redis, out, bundle, partitions, flush_s=flush, once=once, ready=_answer))
+    if forget:
+        _answer(drop(events_redis or redis, partitions))
+        return
+    if out is None:
+        raise typer.BadParameter("say where the Parquet goes", param_hint="--out")
+    try:
+        default = Purpose.of(name for name in default_purposes.split(",") if name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--default-purposes") from None
+    said = run(
+        events_redis or redis,
+        out,
+        bundle,
+        partitions,
+        flush_s=flush,
+        once=once,
+        days=retention,
+        default=default,
+        ledger=None if ledger is None else Ledger(ledger),
+        ready=_answer,
+    )
+    _answer(said)
+
+
+@app.command()
+def erase(
+    redis: RedisUrl,
+    replay: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Ledger of erasures, one per host; repeatable."),
+    ],
+    events_redis: EventsRedis = None,
+    partitions: Partitions = 16,
+) -> None:
+    """Makes erasures hold again after a Redis was put back from a backup; `serve` does so when it starts."""
+    _use_cores(1)
+    from serving.erasure import replay_ledgers
+
+    _answer(replay_ledgers(replay, redis, events_redis or redis, partitions))
 
 
 @app.command()

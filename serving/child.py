@@ -40,6 +40,7 @@ def main() -> int:
             return run(config.redis, config.events_redis, config.partitions, stop, purge_s=config.purge_hours * 1800)
         if orders["role"] == "warehouse":
             from serving import warehouse
+            from serving.erasure import Ledger
 
             warehouse.run(
                 config.events_redis,
@@ -47,7 +48,9 @@ def main() -> int:
                 config.bundle,
                 config.partitions,
                 flush_s=config.warehouse_flush_s,
+                days=config.warehouse_days,
                 default=config.default_consent,
+                ledger=Ledger(config.ledger_path),
                 stop=stop,
                 ready=lambda _: _say({"ready": True}),
             )

@@ -50,12 +50,19 @@ class ServeConfig(BaseSettings):
         24.0, gt=0, description="Longest time between an erasure and the removal of its bytes from the disks, in hours."
     )
 
+    erasure_ledger: Path | None = Field(
+        None, description="File that erasures are noted in, to keep apart from backups; None: in `state_dir`."
+    )
+
     projector: bool = Field(True, description="Bring events into profiles here, not in a process of its own.")
     warehouse: bool = Field(True, description="Write the log to Parquet here, not in a process of its own.")
     warehouse_dir: Path | None = Field(
         None, description="Directory of the Parquet; None means `warehouse` in `state_dir`."
     )
     warehouse_flush_s: float = Field(30.0, gt=0, description="Longest time until an event is in Parquet, in seconds.")
+    warehouse_days: PositiveFloat | None = Field(
+        None, description="Days after which the Parquet of a day is deleted; None keeps it for ever."
+    )
 
     token: SecretStr | None = Field(None, description="Secret every call must carry as `authorization: Bearer ...`.")
     token_file: Path | None = Field(None, description="File that holds the token.")
@@ -159,6 +166,11 @@ class ServeConfig(BaseSettings):
     def warehouse_path(self) -> Path:
         """Directory of the Parquet, the default resolved."""
         return self.warehouse_dir or self.state_dir / "warehouse"
+
+    @property
+    def ledger_path(self) -> Path:
+        """The file of the erasures, the default resolved."""
+        return self.erasure_ledger or self.state_dir / "erasures.jsonl"
 
     def secret(self) -> str:
         """The token, from the setting or its file; empty where calls need none.

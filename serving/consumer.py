@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from redis.exceptions import ResponseError
 
-from serving.errors import EventLogUnavailable
+from serving.errors import ConfigError, EventLogUnavailable
 from serving.events import Entry, EventLog, stream_id
 from serving.redis_client import Call, command, run_all, serving_error
 from serving.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
@@ -110,6 +110,25 @@ class Consumer:
             EventLogUnavailable: Redis does not answer.
         """
         self._run([Call(LOG_RELEASE, (lease,), (self._owner,)) for lease in self._leases])
+
+    def drop(self) -> int:
+        """Drops the group from every partition; returns in how many it was.
+
+        Raises:
+            ConfigError: Somebody reads for it now.
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        with self._log.breaker, self._log.client.pipeline(transaction=False) as pipeline:
+            for lease in self._leases:
+                command(pipeline, "EXISTS", lease)
+            if any(pipeline.execute()):
+                raise ConfigError(f"{self._group} is still read, or was until a moment ago: stop its process first")
+        dropped = 0
+        for stream in self._streams:
+            with self._log.breaker:
+                if self._log.client.exists(stream):
+                    dropped += int(command(self._log.client, "XGROUP", "DESTROY", stream, self._group))
+        return dropped
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
         with self._log.breaker:

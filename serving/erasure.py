@@ -3,30 +3,40 @@
 An erasure holds at once: nothing of the person is answered, replayed or taken again. Its bytes stay in the append-only
 file of a Redis until that is written anew; what was deleted since is not in the new one. Whoever else reads the log and
 keeps what it says, the warehouse, confirms for itself.
+
+A store that is put back from a backup knows nothing of the erasures since. They are noted in a file beside the stores,
+the ledger, and hold again when it is replayed.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import redis
 from redis.exceptions import RedisError, ResponseError
 
-from serving.errors import EventLogUnavailable, NotFound, ServingError
+from features.bundle import sync
+from serving.errors import ConfigError, EventLogUnavailable, NotFound, ServingError, Unavailable
 from serving.events import EventLog
-from serving.redis_client import command, serving_error
+from serving.profiles import Mark, ProfileStore
+from serving.redis_client import command, connect, serving_error
 
 PROFILES_GROUP = "profiles"
 """The group that brings events into profiles; every other group of the log keeps a copy of its own."""
 
+_ID = re.compile(r"[0-9a-f]{4}-[0-9a-f]{32}")
 _POLL_S = 0.1
 _REWRITE_S = 3600.0
+_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +74,76 @@ class Certificate:
     receipts: tuple[Receipt, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """What it takes to make an erasure hold again; it names nobody.
+
+    Attributes:
+        certificate_id: Its certificate.
+        person: Keyed hash under which the log remembers it; 16 bytes.
+        address: Where the person's profile is found, `redis_client.address_of`; 16 bytes.
+        log_id: Where it stands in the log.
+    """
+
+    certificate_id: str
+    person: bytes
+    address: bytes
+    log_id: int
+
+    @property
+    def partition(self) -> int:
+        """The partition of the person."""
+        return int(self.certificate_id[:4], 16)
+
+
+class Ledger:
+    """The erasures of this service in a file that is kept outside the stores; one line of JSON each."""
+
+    def __init__(self, path: Path) -> None:
+        """Names the file; it comes into being with the first erasure."""
+        self._path = path
+
+    def note(self, erasure: Erasure) -> None:
+        """Adds an erasure; it is on disk when this returns.
+
+        Raises:
+            Unavailable: The file cannot be written; the erasure holds all the same, and a repeat notes it.
+        """
+        line = {"certificate_id": erasure.certificate_id, "log_id": erasure.log_id}
+        line |= {"person": erasure.person.hex(), "address": erasure.address.hex()}
+        try:
+            new = not self._path.exists()
+            with self._path.open("ab", buffering=0) as sink:  # one write: those of several workers do not mix
+                sink.write(json.dumps(line).encode() + b"\n")
+                os.fsync(sink.fileno())
+            if new:
+                sync(self._path.parent)
+        except OSError as error:
+            raise Unavailable(f"the erasure holds, and {self._path} cannot be written ({error}); repeat it") from error
+
+    def erasures(self) -> list[Erasure]:
+        """All that it holds, oldest first.
+
+        Raises:
+            ConfigError: A line of it is damaged.
+        """
+        if not self._path.exists():
+            return []
+        found = []
+        for number, line in enumerate(self._path.read_bytes().splitlines(), 1):
+            try:
+                said = json.loads(line)
+                hashes = bytes.fromhex(said["person"]), bytes.fromhex(said["address"])
+                found.append(Erasure(_require_id(said["certificate_id"]), *hashes, int(said["log_id"])))
+            except (ValueError, KeyError, TypeError) as error:
+                # A crash leaves half of the last line, of an erasure that was not answered yet.
+                raise ConfigError(
+                    f"{self._path}, line {number} is no erasure ({error!r}): take it from a copy, or remove it where "
+                    "it is the last one and cut short"
+                ) from error
+        return found
+
+
 class Certificates:
     """The certificates, beside the events that they are about."""
 
@@ -71,14 +151,22 @@ class Certificates:
         """Takes the log, and the time after an erasure in which its bytes are to leave the disks."""
         self._log, self._due_ms = log, due_ms
 
-    def issue(self, partition: int, log_id: int, counts: Mapping[str, int]) -> Certificate:
+    def issue(
+        self, partition: int, log_id: int, counts: Mapping[str, int], certificate_id: str | None = None
+    ) -> Certificate:
         """Certifies an erasure that holds in these stores; every other reader of the log has yet to confirm it.
+
+        Args:
+            partition: The partition of the person.
+            log_id: Where the erasure stands in the log.
+            counts: Store -> number of entries erased.
+            certificate_id: The certificate that it takes the place of, where the erasure was to be made again.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
         keys, now = self._log.keys[partition], time.time_ns() // 1_000_000
-        certificate_id = f"{partition:04x}-{secrets.token_hex(16)}"
+        certificate_id = certificate_id or f"{partition:04x}-{secrets.token_hex(16)}"
         with self._log.breaker:
             groups = [group["name"].decode() for group in self._log.client.xinfo_groups(keys.events)]
             receipts = [Receipt(store, entries, now) for store, entries in counts.items()]
@@ -98,8 +186,7 @@ class Certificates:
             EventLogUnavailable: Redis does not answer.
         """
         fields: dict[bytes, bytes] = {}
-        named = re.fullmatch(r"([0-9a-f]{4})-[0-9a-f]{32}", certificate_id)
-        if named and int(named[1], 16) < self._log.partitions:
+        if _ID.fullmatch(certificate_id) and int(certificate_id[:4], 16) < self._log.partitions:
             with self._log.breaker:
                 fields = command(self._log.client, "HGETALL", self._key(certificate_id))
         if not fields:
@@ -139,6 +226,66 @@ class Certificates:
 
     def _key(self, certificate_id: str) -> bytes:
         return self._log.keys[int(certificate_id[:4], 16)].certificates + b":" + certificate_id.encode()
+
+
+def replay(erasures: Sequence[Erasure], log: EventLog, store: ProfileStore, due_ms: int = 24 * 3_600_000) -> int:
+    """Makes erasures hold again in a log and in profiles that may have been put back from before them.
+
+    What holds already is left alone. A log that does not know an erasure takes it as made now; the certificate is
+    issued anew under its id, for the bytes are to leave the disks once more.
+
+    Args:
+        erasures: What the ledger holds.
+        log: The event log.
+        store: The profiles.
+        due_ms: Time in which the bytes are to leave the disks.
+
+    Returns:
+        The number of erasures that did not hold.
+
+    Raises:
+        Unavailable: A Redis does not answer; a repeat is safe.
+        ConfigError: The erasures are those of a log with more partitions.
+    """
+    if foreign := [one.certificate_id for one in erasures if one.partition >= log.partitions]:
+        raise ConfigError(f"erasure {foreign[0]} is of a log with more than {log.partitions} partitions: say how many")
+    certificates, again = Certificates(log, due_ms), 0
+    log.open()
+    store.open()
+    marks = [(one.partition, Mark(one.log_id, one.address, forget=True)) for one in erasures]
+    forgotten = dict(zip(erasures, store.mark_many(marks), strict=True))
+    for partition in sorted({one.partition for one in erasures}):
+        own = [one for one in erasures if one.partition == partition]
+        lacking = {one for one, lacks in zip(own, _lacking(log, own), strict=True) if lacks}
+        names = log.names(partition, {one.address for one in lacking}) if lacking else {}
+        for one in own:
+            place, counts = one.log_id, {"profiles": forgotten[one], "events": 0, "impressions": 0}
+            if one in lacking:
+                name = names.get(one.address)
+                erased = log.erase(name) if name else log.erase_again(partition, one.person, one.address)
+                place, counts = erased.log_id, counts | {"events": erased.events, "impressions": erased.impressions}
+                counts["profiles"] += store.mark(partition, Mark(place, one.address, forget=True))
+            if one in lacking or forgotten[one]:
+                certificates.issue(partition, place, counts, one.certificate_id)
+                again += 1
+    return again
+
+
+def replay_ledgers(ledgers: Sequence[Path], redis_url: str, events_redis_url: str, partitions: int) -> dict[str, int]:
+    """`replay` as a command; returns the number of `erasures`, and how many did not hold and do so `again`.
+
+    Raises:
+        ConfigError: A URL is wrong, a ledger is damaged, or it is one of another log.
+        Unavailable: A Redis does not answer; a repeat is safe.
+    """
+    erasures = [one for path in ledgers for one in Ledger(path).erasures()]
+    with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
+        again = replay(erasures, EventLog(events, partitions), ProfileStore(profiles, partitions))
+    return {"erasures": len(erasures), "again": again}
+
+
+def _lacking(log: EventLog, own: Sequence[Erasure]) -> list[bool]:
+    return log.lacks(own[0].partition, [(one.person, one.log_id) for one in own])
 
 
 class Purger:
@@ -223,6 +370,13 @@ def _idle(client: redis.Redis, stop: threading.Event) -> None:
 def _require(client: redis.Redis, status: str, what: str) -> None:
     if str(client.info("persistence")[status]) != "ok":
         raise ServingError(f"{what} failed; the log of that Redis says why")
+
+
+def _require_id(certificate_id: str) -> str:
+    """A certificate id as it is; raises ValueError for what is none."""
+    if not _ID.fullmatch(certificate_id):
+        raise ValueError(f"{certificate_id!r} is no certificate id")
+    return certificate_id
 
 
 def _fields(certificate: Certificate) -> list[str]:

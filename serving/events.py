@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,10 +306,59 @@ class EventLog:
             (self.person(subject), address_of(subject), int(refuse)),
         )
         with self.breaker:
-            marker, events, impressions = run(self.client, call)
+            marker, events, impressions, words = run(self.client, call)
         before = self._indexed_since(log_id(marker))
         deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
+        if refuse:
+            self._forget_retries(subject, log_id(marker) >> SEQUENCE_BITS, words)
         return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
+
+    def erase_again(self, partition: int, person: bytes, address: bytes) -> Erased:
+        """`erase` for somebody whose name only a log of before could tell, and does not: their mark is made anew.
+
+        Args:
+            partition: Theirs.
+            person: The keyed hash that `erase` remembered.
+            address: As `redis_client.address_of` says.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        keys = self.keys[partition]
+        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people)
+        # By the keyed hash, and by the address for a log that has another key.
+        calls = [Call(EVENT_ERASE, streams, (person, address, refuse)) for refuse in (1, 0)]
+        with self.breaker:
+            for call in calls:
+                marker, *_ = run(self.client, call)
+        return Erased(log_id(marker), 0, 0)
+
+    def lacks(self, partition: int, persons: Sequence[tuple[bytes, int]]) -> list[bool]:
+        """For each person (keyed hash, log id of an erasure) whether the log does not know that erasure.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        with self.breaker, self.client.pipeline(transaction=False) as pipeline:
+            for person, _ in persons:
+                command(pipeline, "HGET", self.keys[partition].erased, person)
+            found = pipeline.execute()
+        return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(persons, found, strict=True)]
+
+    def names(self, partition: int, addresses: Collection[bytes]) -> dict[bytes, str]:
+        """Whom the streams of a partition name among the people of some addresses; reads all of it.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        found: dict[bytes, str] = {}
+        for stream in (self.keys[partition].events, self.keys[partition].impressions):
+            after = 0
+            while entries := self._range(stream, after, _PIECE):
+                after = entries[-1].log_id
+                named = {entry.subject for entry in entries if entry.subject} - set(found.values())
+                found |= {address_of(subject): subject for subject in named if address_of(subject) in addresses}
+        return found
 
     def erased(self, subjects: Sequence[str]) -> list[int]:
         """For each person the time, in ms, up to which whatever they did is refused; 0 where they were not erased.
@@ -481,6 +530,21 @@ class EventLog:
         while entries := [entry for entry in self._range(stream, after, _PIECE) if entry.log_id < before]:
             yield entries
             after = entries[-1].log_id
+
+    def _forget_retries(self, subject: str, erased_at: int, words: Sequence[bytes]) -> None:
+        """Deletes the keys by which retries of erased events were recognised.
+
+        The erasure refuses those now, but for an event that was ahead of the clock: its key goes when its time is over,
+        and so do all of them where a crash comes between.
+        """
+        names = [
+            self.seen_of(subject, event_id.decode())
+            for event_id, record in zip(words[::2], words[1::2], strict=True)
+            if len(record) == RECORD.itemsize and int(np.frombuffer(record, RECORD)["timestamp"][0]) <= erased_at
+        ]
+        for start in range(0, len(names), _PIECE):
+            with self.breaker:
+                command(self.client, "DEL", *names[start : start + _PIECE])
 
     def _delete(self, stream: bytes, subject: str, before: int) -> int:
         deleted = 0

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold
-from serving.erasure import Certificate, Certificates
+from serving.erasure import Certificate, Certificates, Erasure, Ledger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
 from serving.profiles import Mark, ProfileStore
@@ -68,7 +68,12 @@ class People:
     """Does what people ask for, in the log and in the profiles; any thread may call anything."""
 
     def __init__(
-        self, log: EventLog, store: ProfileStore, certificates: Certificates, retention: Retention | None = None
+        self,
+        log: EventLog,
+        store: ProfileStore,
+        certificates: Certificates,
+        retention: Retention | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         """Takes the stores.
 
@@ -77,8 +82,9 @@ class People:
             store: The profiles, with a timeout that suits writing.
             certificates: Where erasures are certified.
             retention: How long events stay in a profile that is folded anew.
+            ledger: Where erasures are noted beside the stores.
         """
-        self._log, self._store, self._certificates = log, store, certificates
+        self._log, self._store, self._certificates, self._ledger = log, store, certificates, ledger
         self._retention = retention or Retention({})
 
     def consents(self, subjects: Sequence[str]) -> list[Consent]:
@@ -200,7 +206,12 @@ class People:
         # The projector, which meets the mark in the log, may have been quicker.
         forgotten = max(self._store.erase(subject, erased.log_id), remembered)
         counts = {"profiles": forgotten, "events": erased.events, "impressions": erased.impressions}
-        return self._certificates.issue(partition_of(subject, self._log.partitions), erased.log_id, counts)
+        partition = partition_of(subject, self._log.partitions)
+        certificate = self._certificates.issue(partition, erased.log_id, counts)
+        if self._ledger:
+            person, address = self._log.person(subject), address_of(subject)
+            self._ledger.note(Erasure(certificate.certificate_id, person, address, erased.log_id))
+        return certificate
 
     def held(self, subject: str, kind: str = "event", after: int = 0) -> Iterator[Piece]:
         """Everything that the log holds of a person: first the events, then the impressions, each in log order.

@@ -156,7 +156,7 @@ def _past(log_ids: npt.NDArray[np.uint64], timestamps: npt.NDArray[np.int64], er
 
 def _history(data: Path) -> Dataset:
     """A data set with all that profiles fold: of a warehouse also what is newer than complete, and searches."""
-    dataset = open_dataset(data, until=_EVER)
+    dataset = open_dataset(data, until=_EVER, everybody=True)
     if "until" not in dataset.info:
         return dataset
     events, rejected, searches = dataset.events, dataset.rejected, table_path(data, "searches")

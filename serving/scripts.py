@@ -278,7 +278,7 @@ return redis.call('XDEL', KEYS[1], ARGV[1])
 )
 
 # KEYS: stream, impressions, index, erased, people; ARGV: person, address, '1' where what the person did before now is
-# refused from now on. Returns {id of the marker, events, impressions deleted}.
+# refused from now on. Returns {id of the marker, events, impressions deleted, event id and record of each such event}.
 # The marker makes consumers meet the erasure in order. Works while memory is full.
 EVENT_ERASE = Script.of(
     "#!lua flags=allow-oom\n"
@@ -291,14 +291,19 @@ else
   local allowed, at = said(KEYS[5], ARGV[2])
   redis.call('HSET', KEYS[5], ARGV[2], allowed .. ' ' .. at .. ' ' .. marker)
 end
-local deleted = {e = 0, i = 0}
+local deleted, words = {e = 0, i = 0}, {}
 for _, noted in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
-  local kind = string.sub(noted, 1, 1)
+  local kind, id = string.sub(noted, 1, 1), string.sub(noted, 2)
   local stream = kind == 'e' and KEYS[1] or KEYS[2]
-  deleted[kind] = deleted[kind] + redis.call('XDEL', stream, string.sub(noted, 2))
+  local entry = kind == 'e' and redis.call('XRANGE', stream, id, id)[1]
+  if entry then
+    words[#words + 1] = entry[2][4]
+    words[#words + 1] = entry[2][6]
+  end
+  deleted[kind] = deleted[kind] + redis.call('XDEL', stream, id)
 end
 redis.call('DEL', KEYS[3])
-return {marker, deleted.e, deleted.i}
+return {marker, deleted.e, deleted.i, words}
 """
 )
 

@@ -11,7 +11,9 @@ the mark is acknowledged.
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import os
 import signal
 import threading
@@ -19,22 +21,23 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.catalog_log import CatalogLog
 from serving.consumer import Consumer
-from serving.erasure import Certificates
+from serving.erasure import Certificates, Ledger
 from serving.errors import ConfigError, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog
 from serving.people import consents
 from serving.redis_client import address_of, connect
 from serving.scripts import SEQUENCE_BITS
 from serving.telemetry import Telemetry
-from serving.warehouse_files import WarehouseFiles, by_day
+from serving.warehouse_files import ALLOWS, Limits, WarehouseFiles, by_day
 from serving.warehouse_items import ItemTable
-from serving.warehouse_tables import event_tables, impression_table
+from serving.warehouse_tables import Allowing, event_tables, impression_table
 
 GROUP = "warehouse"
 FLUSH_S = 30.0
@@ -48,6 +51,7 @@ _TRIM_S = 60.0
 _IDLE_S = 0.1
 _RETRY_S = 0.5
 _TIMEOUT_S = 5.0
+_KEPT_FOR = functools.reduce(operator.or_, ALLOWS.values())
 _log = logging.getLogger(__name__)
 
 
@@ -100,41 +104,42 @@ class _Intake:
         """Number of entries held."""
         return sum(map(len, self.held))
 
+    def erases(self) -> bool:
+        """Whether the mark of an erasure is held."""
+        return any(entry.erased for held in self.held for entry in held)
+
 
 @dataclass(frozen=True, slots=True)
 class _Told:
     """What the marks among some entries say of rows that are there already.
 
     Attributes:
-        log: What names people as marks do.
-        erased: Keyed hash of a person -> log id up to which everything of theirs goes.
-        withdrawn: Address of a person who no longer allows training -> the same.
+        allowed: Address of a person -> what of theirs, up to a log id, may serve no more than some purposes.
         undone: Log ids of events that count no more.
     """
 
-    log: EventLog
-    erased: dict[bytes, int]
-    withdrawn: dict[bytes, int]
+    allowed: dict[bytes, list[tuple[int, Purpose]]]
     undone: frozenset[int]
 
     @classmethod
-    def by(cls, entries: Sequence[Entry], log: EventLog) -> _Told:
-        marks = [entry.mark for entry in entries if entry.mark and entry.mark.consent is not None]
-        return cls(
-            log,
-            {entry.erased: entry.log_id for entry in entries if entry.erased},
-            {mark.address: mark.log_id for mark in marks if Purpose.TRAIN not in (mark.consent or Purpose(0))},
-            frozenset(entry.undone for entry in entries if entry.undone),
-        )
+    def by(cls, entries: Sequence[Entry]) -> _Told:
+        allowed: dict[bytes, list[tuple[int, Purpose]]] = {}
+        for entry in entries:
+            purposes = Purpose(0) if entry.erased else entry.mark.consent if entry.mark else None
+            if entry.mark and purposes is not None and purposes & _KEPT_FOR != _KEPT_FOR:
+                allowed.setdefault(entry.mark.address, []).append((entry.log_id, purposes))
+        return cls(allowed, frozenset(entry.undone for entry in entries if entry.undone))
 
-    def gone_until(self, subject: str) -> int:
-        """Log id up to which the rows of a person go, 0 where all stay."""
-        erased = self.erased.get(self.log.person(subject), 0) if self.erased else 0
-        return max(erased, self.withdrawn.get(address_of(subject), 0) if self.withdrawn else 0)
+    def limits(self, subject: str) -> Limits:
+        """What a person allows of what is there already."""
+        return self.allowed.get(address_of(subject), ()) if self.allowed else ()
 
     def keeps(self, entry: Entry) -> bool:
         """Whether an event among them is to be written at all."""
-        return entry.log_id not in self.undone and entry.log_id > self.gone_until(entry.subject)
+        if entry.log_id in self.undone:
+            return False
+        # What a withdrawal leaves is for `revise`; it goes through all that this writes.
+        return not any(entry.log_id <= until and not purposes for until, purposes in self.limits(entry.subject))
 
 
 @dataclass(slots=True)
@@ -167,6 +172,8 @@ class Warehouse:
         derive_s: float = DERIVE_S,
         lease_ms: int = 10_000,
         batch: int = 1000,
+        days: float | None = None,
+        ledger: Ledger | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         """Says what to write where; `run` does it.
@@ -180,6 +187,8 @@ class Warehouse:
             derive_s: Time between two looks at what sessions and daily figures are made of.
             lease_ms: How long a partition stays with a warehouse that is gone.
             batch: Most entries per stream, partition and step.
+            days: Days after which the rows of a day are deleted; None keeps them for ever.
+            ledger: The erasures that the files must have been through, also where they come from a backup.
             telemetry: Counts `warehouse_events`, `warehouse_impressions`, `warehouse_damaged`, `warehouse_erased`.
         """
         self._log, self._files, self._items = log, files, items
@@ -190,6 +199,7 @@ class Warehouse:
         self._flush_rows, self._batch, self._lease_s = flush_rows, batch, lease_ms / 1000
         self._flush, self._derive, self._trim = _Clock(flush_s), _Clock(derive_s), _Clock(_TRIM_S)
         self._written = [0] * log.partitions
+        self._days, self._ledger = days, ledger
         self._telemetry = telemetry or Telemetry()
 
     def open(self) -> None:
@@ -201,6 +211,8 @@ class Warehouse:
             EventLogUnavailable: The events Redis does not answer.
         """
         self._files.open()
+        if self._ledger:
+            self._telemetry.count("warehouse_erased", self._files.hold(self._ledger.erasures()))
         self._items.open()
         for intake in (self._events, self._impressions):
             intake.consumer.open()
@@ -219,8 +231,9 @@ class Warehouse:
             now_ms = self._log.now_ms()
             seen = self._events.read(self._batch, now_ms) + self._impressions.read(self._batch, now_ms)
             held = self._events.size() + self._impressions.size()
-            recovered = self._events.recovered or self._impressions.recovered
-            if self._flush.due() or flush or recovered or held >= self._flush_rows:
+            # An erasure waits for nothing.
+            urgent = self._events.recovered or self._impressions.recovered or self._events.erases()
+            if self._flush.due() or flush or urgent or held >= self._flush_rows:
                 self._write()
             return seen
         except (ServingError, OSError):
@@ -243,6 +256,7 @@ class Warehouse:
                 if time.monotonic() > patience:
                     raise ConfigError("another warehouse reads this log into another directory; stop that one first")
                 time.sleep(_IDLE_S)
+        self._expire()
         self._files.derive()
 
     def run(self, stop: threading.Event) -> None:
@@ -309,31 +323,32 @@ class Warehouse:
 
     def _write_partition(self, partition: int) -> None:
         events, slates = self._events.held[partition], self._impressions.held[partition]
-        told = _Told.by(events, self._log)
-        allowed = self._allowing([*events, *slates])
+        told = _Told.by(events)
+        allowing = self._allowing([*events, *slates])
         for cut in by_day([entry.log_id for entry in events]):
             span = events[cut][0].log_id, events[cut][-1].log_id
-            about_items, searches, damaged = event_tables([e for e in events[cut] if told.keeps(e) and allowed(e)])
+            about_items, searches, damaged = event_tables(
+                [e for e in events[cut] if told.keeps(e) and allowing(e)], allowing
+            )
             self._files.write("events", partition, span, about_items)
             self._files.write("searches", partition, span, searches)
             self._count("events", about_items.num_rows + searches.num_rows, damaged)
         for cut in by_day([entry.log_id for entry in slates]):
             span = slates[cut][0].log_id, slates[cut][-1].log_id
-            rows, damaged = impression_table([entry for entry in slates[cut] if allowed(entry)])
+            rows, damaged = impression_table([entry for entry in slates[cut] if allowing(entry)], allowing)
             self._files.write("impressions", partition, span, rows)
             self._count("impressions", rows.num_rows, damaged)
-        if told.erased or told.withdrawn or told.undone:
-            gone = self._files.erase(partition, told.gone_until, told.undone)
-            self._telemetry.count("warehouse_erased", gone)
+        if told.allowed or told.undone:
+            self._telemetry.count("warehouse_erased", self._files.revise(partition, told.limits, told.undone))
         self._events.done(partition)
         self._impressions.done(partition)
 
-    def _allowing(self, entries: Sequence[Entry]) -> Callable[[Entry], bool]:
-        """Whether the person of an entry allows now that models are trained on it; nobody else is in the warehouse."""
+    def _allowing(self, entries: Sequence[Entry]) -> Allowing:
+        """What of `ALLOWS` the person of an entry allows now; who allows none of it is not in the warehouse."""
         subjects = sorted({entry.subject for entry in entries if entry.subject})
-        purposes = [consent.purposes for consent in consents(self._log, subjects)] if subjects else []
-        allowing = {who for who, what in zip(subjects, purposes, strict=True) if Purpose.TRAIN in what}
-        return lambda entry: entry.subject in allowing
+        said = consents(self._log, subjects) if subjects else []
+        purposes = {who: consent.purposes & _KEPT_FOR for who, consent in zip(subjects, said, strict=True)}
+        return lambda entry: purposes.get(entry.subject, Purpose(0))
 
     def _confirm(self) -> None:
         """Dates the erasures that every file of their partition has been through."""
@@ -342,6 +357,10 @@ class Warehouse:
             lacking = any(one.store == GROUP and not one.purged_at for one in certificate.receipts)
             if lacking and certificate.log_id <= self._written[partition]:
                 self._certificates.confirm(certificate, GROUP)
+
+    def _expire(self) -> None:
+        if self._days is not None:
+            self._files.expire((datetime.fromtimestamp(self._log.now_ms() / 1000, UTC) - timedelta(self._days)).date())
 
     def _count(self, what: str, written: int, damaged: int) -> None:
         self._telemetry.count(f"warehouse_{what}", written)
@@ -352,6 +371,7 @@ class Warehouse:
     def _tend(self) -> None:
         """What need not be done at once."""
         if self._derive.due():
+            self._expire()
             self._files.derive()
             self._files.pack(int(self._files.info().get("until", 0)))
         if self._trim.due():
@@ -368,7 +388,9 @@ def run(
     *,
     flush_s: float = FLUSH_S,
     once: bool = False,
+    days: float | None = None,
     default: Purpose = EVERY_PURPOSE,
+    ledger: Ledger | None = None,
     stop: threading.Event | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -381,7 +403,9 @@ def run(
         partitions: Partitions of the event log.
         flush_s: Longest time that an entry waits to be written, in seconds.
         once: Write what the log holds now, then end.
+        days: Days after which the rows of a day are deleted; None keeps them for ever.
         default: What a person allows who has said nothing.
+        ledger: The erasures that the files must have been through.
         stop: Ends it.
         ready: Told `pid`, `partitions` and `lag` when it begins.
 
@@ -403,7 +427,8 @@ def run(
     with connect(events_redis_url, _TIMEOUT_S) as client:
         log = EventLog(client, partitions, default=default)
         items = ItemTable(out / "items.parquet", CatalogLog(client), bundle)
-        warehouse = Warehouse(log, WarehouseFiles(out), items, flush_s=flush_s, telemetry=telemetry)
+        files = WarehouseFiles(out)
+        warehouse = Warehouse(log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry)
         if once:
             warehouse.open()
             warehouse.drain()
@@ -415,6 +440,34 @@ def run(
         names = ("events", "impressions", "erased", "damaged")
         found = {name: counts.get(f"warehouse_{name}", 0) for name in names}
         return {"out": str(out), "partitions": partitions, "lag": _lag(warehouse), **found}
+
+
+def drop(events_redis_url: str, partitions: int = 16) -> dict[str, Any]:
+    """Drops the warehouse's consumer group for good: the log keeps nothing for it any more.
+
+    A warehouse that is started later begins anew, with the oldest entry that the log still holds.
+
+    Args:
+        events_redis_url: The events Redis.
+        partitions: Partitions of the event log.
+
+    Returns:
+        `partitions`, and how many consumer `groups` were dropped.
+
+    Raises:
+        ConfigError: The URL is wrong, a warehouse runs, or some erasures have not reached its files.
+        EventLogUnavailable: The events Redis does not answer; a repeat is safe.
+    """
+    with connect(events_redis_url, _TIMEOUT_S) as client:
+        log = EventLog(client, partitions)
+        log.open()
+        lacking = [one for one in Certificates(log).pending() if GROUP in {r.store for r in one.receipts}]
+        if lacking := [one for one in lacking if any(r.store == GROUP and not r.purged_at for r in one.receipts)]:
+            raise ConfigError(
+                f"{len(lacking)} erasures have not reached the Parquet: run penchant warehouse --once first"
+            )
+        dropped = Consumer(log, GROUP, "").drop() + Consumer(log, GROUP, "", stream="impressions").drop()
+        return {"partitions": partitions, "groups": dropped}
 
 
 def _lag(warehouse: Warehouse) -> int | None:

@@ -16,16 +16,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.bundle import sync
 from features.columns import pc
+from features.profile import EVERY_PURPOSE, Purpose
+from serving.erasure import Erasure
+from serving.redis_client import address_of
 from serving.redis_server import locked
 from serving.scripts import SEQUENCE_BITS
 from serving.warehouse_tables import EVENT_ROWS, IMPRESSION_ROWS, SEARCH_ROWS, daily, sessions, subject_of
@@ -36,6 +40,12 @@ TABLES = {"events": EVENT_ROWS, "searches": SEARCH_ROWS, "impressions": IMPRESSI
 _DERIVED = ("sessions", "daily")
 _SOURCE = b"penchant.source"
 _LAST_OF_MS = (1 << SEQUENCE_BITS) - 1
+
+Limits = Sequence[tuple[int, Purpose]]
+"""What a person allows: of what stands up to a log id, no more than these purposes; none where all is as it was."""
+
+ALLOWS = {"allow_train": Purpose.TRAIN, "allow_measure": Purpose.MEASURE}
+"""The column that says whether a row may serve a purpose; a row that serves none of these is in no file."""
 
 
 class WarehouseFiles:
@@ -96,12 +106,12 @@ class WarehouseFiles:
             path.unlink()
             sync(path.parent)
 
-    def erase(self, partition: int, gone_until: Callable[[str], int], undone: Collection[int] = ()) -> int:
-        """Takes rows out of every file of a partition.
+    def revise(self, partition: int, limits: Callable[[str], Limits], undone: Collection[int] = ()) -> int:
+        """Takes rows out of every file of a partition, and purposes from those that stay.
 
         Args:
             partition: The one that they belong to.
-            gone_until: Log id up to which the rows of a person go; 0 where all stay.
+            limits: What a person allows.
             undone: Log ids of events that go, whoever they are of.
 
         Returns:
@@ -110,23 +120,52 @@ class WarehouseFiles:
         gone = 0
         for name in TABLES:
             for path in sorted(self.out.glob(f"{name}/date=*/p{partition:02d}-*.parquet")):
-                found = _read(path, ["user_id", "log_id"])
-                limits = {user: gone_until(subject_of(user)) for user in pc.unique(found["user_id"]).to_pylist()}
-                shown = name == "impressions"
-                if shown:  # another stream's ids are comparable by their millisecond only
-                    limits = {user: limit and limit | _LAST_OF_MS for user, limit in limits.items()}
-                if not any(limits.values()) and (shown or not undone):
-                    continue
-                pairs = zip(found["user_id"].to_pylist(), found["log_id"].to_numpy().tolist(), strict=True)
-                kept = [log_id > limits[user] and (shown or log_id not in undone) for user, log_id in pairs]
-                if all(kept):
+                found = self._rows(name, path, ["user_id", "log_id", *ALLOWS])
+                allowed = _allowed(found, limits, slates=name == "impressions")
+                if name != "impressions":
+                    allowed[np.isin(found["log_id"].to_numpy(), np.array(sorted(undone), np.uint64))] = 0
+                columns = {column: (allowed & purpose) > 0 for column, purpose in ALLOWS.items()}
+                kept = np.logical_or.reduce(list(columns.values()))
+                before = [pc.fill_null(found[column], True).to_numpy() for column in ALLOWS]
+                if all(map(np.array_equal, before, columns.values())):
                     continue
                 # What was derived goes first: whatever happens now, it cannot stay as it is.
                 for derived in _DERIVED:
                     shutil.rmtree(self.out / derived / path.parent.name, ignore_errors=True)
-                gone += len(kept) - sum(kept)
-                self._rewrite(path, pa.array(kept))
+                gone += kept.size - int(np.count_nonzero(kept))
+                self._rewrite(name, path, columns, kept)
         return gone
+
+    def hold(self, erasures: Iterable[Erasure]) -> int:
+        """Makes erasures hold that these files have not been through, as after they were put back from a backup.
+
+        Returns:
+            The number of rows that went.
+        """
+        path = self.out / ".erasures"
+        done = set(path.read_text().split()) if path.exists() else set()
+        new = [one for one in erasures if one.certificate_id not in done]
+        gone = 0
+        for partition in sorted({one.partition for one in new}):
+            places = {one.address: one.log_id for one in new if one.partition == partition}
+
+            def limits(subject: str, places: Mapping[bytes, int] = places) -> Limits:
+                place = places.get(address_of(subject))
+                return [(place, Purpose(0))] if place else []
+
+            gone += self.revise(partition, limits)
+        if new:
+            self._put(path, "".join(f"{name}\n" for name in sorted(done | {one.certificate_id for one in new})))
+        return gone
+
+    def expire(self, first: date) -> int:
+        """Deletes the days before one, in every table; returns the number of directories."""
+        gone = [path for name in (*TABLES, *_DERIVED) for path in self.out.glob(f"{name}/date=*")]
+        gone = [path for path in gone if date.fromisoformat(path.name.removeprefix("date=")) < first]
+        for path in gone:
+            shutil.rmtree(path)
+            sync(path.parent)
+        return len(gone)
 
     def derive(self) -> int:
         """Makes sessions and daily figures anew for every day whose rows changed; returns the number of days."""
@@ -171,18 +210,24 @@ class WarehouseFiles:
 
     def say(self, info: Mapping[str, Any]) -> None:
         """Writes `dataset.json`."""
-        path = self.out / "dataset.json"
-        draft = path.with_name(".dataset.json.tmp")
+        self._put(self.out / "dataset.json", json.dumps(info, indent=2) + "\n")
+
+    def _put(self, path: Path, text: str) -> None:
+        """Writes a small file of ours; it is on disk when this returns."""
+        draft = path.with_name(f".{path.name.removeprefix('.')}.tmp")
         with draft.open("w") as sink:
-            sink.write(json.dumps(info, indent=2) + "\n")
+            sink.write(text)
             sink.flush()
             os.fsync(sink.fileno())
         os.replace(draft, path)
         sync(self.out)
 
-    def _rewrite(self, path: Path, kept: Any) -> None:
-        if pc.any(kept).as_py():
-            put_table(path, _read(path).filter(kept))
+    def _rewrite(self, name: str, path: Path, allowed: Mapping[str, Any], kept: Any) -> None:
+        if kept.any():
+            rows = self._rows(name, path)
+            for column, values in allowed.items():
+                rows = rows.set_column(rows.schema.get_field_index(column), rows.schema.field(column), pa.array(values))
+            put_table(path, rows.filter(pa.array(kept)))
         else:
             path.unlink()
             sync(path.parent)
@@ -199,14 +244,27 @@ class WarehouseFiles:
         return hashlib.sha256("\n".join(facts).encode()).hexdigest().encode()
 
     def _day_rows(self, name: str, day: str, columns: Sequence[str]) -> pa.Table:
+        """What a day's figures are made of: the rows of those who allow that."""
+        files = _files(self.out / name / day)
+        parts = [self._rows(name, file, [*columns, "allow_measure"]) for file in files]
         schema = pa.schema([TABLES[name].field(column) for column in columns])
-        return pa.concat_tables([schema.empty_table(), *(_read(f, columns) for f in _files(self.out / name / day))])
+        measured = [part.filter(pc.fill_null(part["allow_measure"], True)).select(columns) for part in parts]
+        return pa.concat_tables([schema.empty_table(), *measured])
+
+    def _rows(self, name: str, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns of a file of a table, all of them where none is named; NULL where an older file has none."""
+        schema = TABLES[name]
+        with pq.ParquetFile(path) as file:
+            present = [column for column in columns or schema.names if column in file.schema_arrow.names]
+            found = file.read(columns=present)
+        wanted = pa.schema([schema.field(column) for column in columns or schema.names])
+        return pa.concat_tables([wanted.empty_table(), found], promote_options="default")
 
     def _pack_day(self, name: str, path: Path, groups: Mapping[str, Sequence[Path]]) -> None:
         new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
         for prefix, files in groups.items():
             first, last = _span(files[0])[0], max(_span(file)[1] for file in files)
-            rows = pa.concat_tables([_read(file) for file in files])
+            rows = pa.concat_tables([self._rows(name, file) for file in files])
             put_table(new / f"{prefix}-{first:020d}-{last:020d}.parquet", rows)
         path.rename(old)
         new.rename(path)
@@ -268,6 +326,17 @@ def _by_partition(directory: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    with pq.ParquetFile(path) as file:
-        return file.read(columns=list(columns) if columns else None)
+def _allowed(rows: pa.Table, limits: Callable[[str], Limits], slates: bool) -> Any:
+    """What each row may serve from now on, as bits of `Purpose`; int64 [n]."""
+    allowed = np.zeros(rows.num_rows, np.int64)
+    for column, purpose in ALLOWS.items():
+        allowed |= np.where(pc.fill_null(rows[column], True).to_numpy(), int(purpose), 0)
+    log_ids = rows["log_id"].to_numpy()
+    for user in pc.unique(rows["user_id"]).to_pylist():
+        found = limits(subject_of(user))
+        own = pc.equal(rows["user_id"], user).to_numpy() if found else None
+        for until, purposes in found:
+            # Another stream's ids are comparable by their millisecond only.
+            last = np.uint64(until | _LAST_OF_MS if slates else until)
+            allowed[own & (log_ids <= last)] &= int(purposes & EVERY_PURPOSE)
+    return allowed

@@ -6,7 +6,7 @@ Everything here is a pure function of its input, so that a repeat writes the sam
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from features.columns import pc
 from features.content import codes
-from features.profile import RECORD, verify
+from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
 from features.schema import EVENTS, IMPRESSIONS
 from serving.events import Entry
 from serving.scripts import SEQUENCE_BITS
@@ -59,7 +59,10 @@ SESSION_ROWS = pa.schema(
         _column("event_types", pa.map_(pa.string(), pa.int64()), False),
     ]
 )
-"""One visit of one day: by its `session_id`, or where events have none by pauses of `SESSION_GAP_MS`."""
+"""One visit of one day, where the person allows measuring.
+
+By its `session_id`, or where events have none by pauses of `SESSION_GAP_MS`.
+"""
 
 DAILY_ROWS = pa.schema(
     [
@@ -70,7 +73,10 @@ DAILY_ROWS = pa.schema(
         _column("event_types", pa.map_(pa.string(), pa.int64()), False),
     ]
 )
-"""One item of one day: how often it stood in a slate, its events by type, and how many people those are of."""
+"""One item of one day: how often it stood in a slate, its events by type, and how many people those are of.
+
+Of those who allow measuring.
+"""
 
 _SUBJECTS = ("u:", "a:")
 _KEPT = ("event_id", "value", "session_id", "request_id", "surface", "query", "position")
@@ -90,7 +96,15 @@ def subject_of(user_id: str) -> str:
     return user_id if user_id.startswith(_SUBJECTS) else f"u:{user_id}"
 
 
-def event_tables(entries: Sequence[Entry]) -> tuple[pa.Table, pa.Table, int]:
+Allowing = Callable[[Entry], Purpose]
+"""What the person of an entry allows."""
+
+
+def _everything(_: Entry) -> Purpose:
+    return EVERY_PURPOSE
+
+
+def event_tables(entries: Sequence[Entry], allowing: Allowing = _everything) -> tuple[pa.Table, pa.Table, int]:
     """`EVENT_ROWS` and `SEARCH_ROWS` of the entries, in their order, and how many of them are damaged.
 
     Damaged is what the profiles refuse as well: a record that fails its checksum, or a payload that is no JSON. Marks
@@ -103,15 +117,24 @@ def event_tables(entries: Sequence[Entry]) -> tuple[pa.Table, pa.Table, int]:
     for entry, record, intact in zip(whole, records, verify(records).tolist(), strict=True):
         said = _said(entry)
         if intact and said is not None:
-            (events if said["item_id"] else searches).append(_event(entry, record, said))
+            row = _event(entry, record, said) | _allowed(allowing(entry))
+            (events if said["item_id"] else searches).append(row)
     damaged = sum(bool(entry.subject) for entry in entries) - len(events) - len(searches)
     return pa.Table.from_pylist(events, EVENT_ROWS), pa.Table.from_pylist(searches, SEARCH_ROWS), damaged
 
 
-def impression_table(entries: Sequence[Entry]) -> tuple[pa.Table, int]:
+def impression_table(entries: Sequence[Entry], allowing: Allowing = _everything) -> tuple[pa.Table, int]:
     """`IMPRESSION_ROWS` of the entries, in their order, and how many of them are damaged."""
-    rows = [_impression(entry, said) for entry in entries if entry.subject and (said := _said(entry)) is not None]
+    rows = [
+        _impression(entry, said) | _allowed(allowing(entry))
+        for entry in entries
+        if entry.subject and (said := _said(entry)) is not None
+    ]
     return pa.Table.from_pylist(rows, IMPRESSION_ROWS), sum(bool(entry.subject) for entry in entries) - len(rows)
+
+
+def _allowed(purposes: Purpose) -> dict[str, bool]:
+    return {"allow_train": Purpose.TRAIN in purposes, "allow_measure": Purpose.MEASURE in purposes}
 
 
 def _said(entry: Entry) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from features.profile import Retention
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Host, Surroundings, open_engine
-from serving.erasure import Certificates
+from serving.erasure import Certificates, Ledger
 from serving.errors import Unavailable
 from serving.events import EventLog
 from serving.experiments import Holdout
@@ -54,7 +54,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         writer = ProfileStore(written, config.partitions, telemetry=telemetry)
         log = EventLog(events, config.partitions, default=config.default_consent)
         certificates = Certificates(log, int(config.purge_hours * 3_600_000))
-        people = People(log, writer, certificates, Retention(config.retention_days))
+        people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
         _open(store)
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None

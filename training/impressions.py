@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.columns import pc
 from features.content import codes, is_present
 from features.outcomes import Outcomes
 from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED, item_keys
@@ -74,9 +75,12 @@ class Shown:
 
 
 def read_impressions(path: Path) -> pa.Table | None:
-    """The impressions of a data set, None where it has none."""
+    """The impressions of a data set that models may be trained on, None where it has none."""
     where = table_path(path, "impressions")
-    return None if where is None else read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
+    if where is None:
+        return None
+    table = read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
+    return table.filter(pc.fill_null(table["allow_train"], True))
 
 
 def shown_lines(

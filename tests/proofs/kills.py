@@ -1,0 +1,438 @@
+"""Everything is killed at random while events come in and clients retry: nothing acknowledged is lost or there twice.
+
+    python -m tests.proofs.kills [--count 200] [--rate 600] [--seed 0]
+
+The service, its workers, the projector, the process that writes Parquet and both Redis are processes of their own and
+get SIGKILL; all start again on the data they left. The clients live in this process, which is never killed, and write
+each acknowledgement into a file. In the end that file is compared with the log, with every profile (which must be, bit
+for bit, the fold of its person's events in log order) and with the Parquet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import grpc
+import numpy as np
+import pyarrow.parquet as pq
+
+from features.profile import RECORD, Profile, empty, fold
+from penchant.client import Client, event
+from serving.consumer import Consumer
+from serving.erasure import PROFILES_GROUP
+from serving.events import Entry, EventLog
+from serving.profiles import ProfileStore
+from serving.redis_client import connect
+from serving.redis_server import RedisServer
+from serving.warehouse import GROUP
+from tests.serving.faults import insist, kill, wait_until
+from tests.world import publish_world
+
+ROOT = Path(__file__).parents[2]
+PARTITIONS = 4
+PEOPLE = 500
+BATCH = 100
+SENDERS = 4
+PATIENCE_S = 300.0
+AGAIN = {grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]}
+VICTIMS = {"worker": 6, "service": 2, "projector": 4, "sink": 4, "events": 2, "profiles": 2}
+"""What is killed, and how often beside the others."""
+
+SERVE = (
+    "import json, sys; from serving.app import serve; from serving.config import ServeConfig; "
+    "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
+)
+PROJECT = "import sys; from serving.projector import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+SINK = (
+    "import sys; from pathlib import Path; from serving.warehouse import run; "
+    "run(sys.argv[1], Path(sys.argv[2]), partitions=int(sys.argv[3]), flush_s=0.5)"
+)
+HASTY_SINK = (
+    "import serving.warehouse as w; read = w._Intake.read\n"
+    "def hasty(self, *words):\n"
+    "    seen = read(self, *words)\n"
+    "    for partition, held in enumerate(self.held):\n"
+    "        self.consumer.acknowledge(partition, [entry.log_id for entry in held])\n"
+    "    return seen\n"
+    "w._Intake.read = hasty\n" + SINK.replace("flush_s=0.5", "flush_s=5.0")
+)
+"""The control: it acknowledges what it has read before it is written."""
+
+
+class ProofError(AssertionError):
+    """The proof failed, or could not be made; the message says at what."""
+
+
+class Victim:
+    """A process of ours that is killed with its children, and kept running otherwise."""
+
+    def __init__(self, words: Sequence[str], log: Path) -> None:
+        self._words, self._log = words, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def keep(self) -> None:
+        """Starts it unless it runs."""
+        if self._process is None or self._process.poll() is not None:
+            with self._log.open("a") as sink:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", *self._words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=sink
+                )
+
+    @property
+    def children(self) -> list[int]:
+        """Process ids of what it has started."""
+        found: list[int] = []
+        if self._process and self._process.poll() is None:
+            for path in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
+                with contextlib.suppress(OSError):  # a thread that has just ended
+                    found += map(int, path.read_text().split())
+        return found
+
+    def kill(self) -> bool:
+        """SIGKILL for it and all its children; False where it does not run."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        children = self.children
+        self._process.kill()
+        self._process.wait()
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return True
+
+    def kill_child(self, rng: random.Random) -> bool:
+        """SIGKILL for one of its children; False where it has none."""
+        children = self.children
+        if not children:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(children), signal.SIGKILL)
+        return True
+
+    def end(self, number: int = signal.SIGTERM, seconds: float = 60.0) -> None:
+        """Asks it to end and waits for that."""
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(number)
+            self._process.wait(seconds)
+
+
+class Senders:
+    """Clients that send events at a rate, repeat what was not answered, and write down what was."""
+
+    def __init__(self, target: str, ledger: Path, rate: float) -> None:
+        """Takes the service, the file of what was acknowledged, and how many events a second to send."""
+        self.sent = self.acknowledged = self.retries = 0
+        self.failed: list[BaseException] = []
+        self._target, self._every_s = target, BATCH * SENDERS / rate
+        self._ledger: TextIO = ledger.open("w")
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._threads = [threading.Thread(target=self._send, args=(number,)) for number in range(SENDERS)]
+        self.begun = time.monotonic()
+
+    def __enter__(self) -> Senders:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Sends nothing new; returns when all that was sent is acknowledged."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._ledger.close()
+
+    def _send(self, number: int) -> None:
+        rng = random.Random(number)
+        due = time.monotonic()
+        try:
+            with Client(self._target, channels=2, timeout_s=5.0) as client:
+                for batch in itertools.count():
+                    due += self._every_s
+                    # Behind the schedule it does not wait: what a fault has delayed is sent all the same.
+                    if self._stop.wait(max(due - time.monotonic(), 0.0)):
+                        return
+                    names = [f"{number}-{batch}-{place}" for place in range(BATCH)]
+                    events = [self._event(rng, name) for name in names]
+                    with self._lock:
+                        self.sent += len(events)
+                    while events:
+                        events = self._try(client, events)
+        except BaseException as error:
+            self.failed.append(error)
+            raise
+
+    def _event(self, rng: random.Random, name: str) -> Any:
+        kind = rng.choice(["view_item", "like", "select_item"])
+        return event(f"p{rng.randrange(PEOPLE)}", f"i{rng.randrange(40)}", kind, event_id=name)
+
+    def _try(self, client: Client, events: list[Any]) -> list[Any]:
+        """Sends events once; those that were not acknowledged."""
+        try:
+            statuses = client.ingest(events)
+        except grpc.RpcError:
+            with self._lock:
+                self.retries += 1
+            time.sleep(0.05)
+            return events
+        left, lines = [], []
+        for one, status in zip(events, statuses, strict=True):
+            if status.code == 0:
+                lines.append(f"{one.event_id} {status.profile_version}\n")
+            elif status.code in AGAIN:
+                left.append(one)
+            else:
+                raise ProofError(f"an event was refused: {status.message}")
+        with self._lock:
+            self.acknowledged += len(lines)
+            self._ledger.write("".join(lines))
+            self._ledger.flush()
+        return left
+
+
+def kills(
+    count: int = 200,
+    *,
+    rate: float = 600.0,
+    pause_s: float = 2.0,
+    seed: int = 0,
+    sink: str = SINK,
+    victims: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Kills `count` times, then compares the ledger with what is there.
+
+    Args:
+        count: Number of kills.
+        rate: Events a second that the clients send.
+        pause_s: Mean time between two kills; at least half a second's events are acknowledged in between.
+        seed: Seed of victims and moments.
+        sink: Program of the process that writes Parquet.
+        victims: What is killed, in this order; drawn by the weights of `VICTIMS` where there is none.
+
+    Returns:
+        `kills` {victim: number}, `acknowledged`, `retries`, `seconds`, `rate` (acknowledged a second while there were
+        kills), `lost` {log, profile, parquet}, `doubled` {log, profile, parquet}.
+
+    Raises:
+        ProofError: Nothing comes through any more, or an event was refused.
+    """
+    rng = random.Random(seed)
+    order = [*victims] or rng.choices(list(VICTIMS), list(VICTIMS.values()), k=count)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        events = stack.enter_context(RedisServer(folder, "events"))
+        profiles = stack.enter_context(RedisServer(folder, "profiles"))
+        log = EventLog(stack.enter_context(connect(events.url, 5.0)), PARTITIONS, cooldown_s=0.05)
+        store = ProfileStore(stack.enter_context(connect(profiles.url, 5.0)), PARTITIONS, cooldown_s=0.05)
+        ledger, out = folder / "ledger", folder / "warehouse"
+        target, settings = _settings(folder, profiles.url, events.url)
+        ours = {
+            "service": Victim([SERVE, json.dumps(settings)], folder / "serve.log"),
+            "projector": Victim([PROJECT, profiles.url, events.url, str(PARTITIONS)], folder / "projector.log"),
+            "sink": Victim([sink, events.url, str(out), str(PARTITIONS)], folder / "sink.log"),
+        }
+        for victim in ours.values():
+            victim.keep()
+            stack.callback(victim.kill)
+        with Client(target) as client:
+            client.wait_ready(PATIENCE_S)
+        with Senders(target, ledger, rate) as senders:
+            done = _kill_all(order, senders, ours, {"events": events, "profiles": profiles}, rng, rate, pause_s)
+            seconds = time.monotonic() - senders.begun
+            while_killed = senders.acknowledged
+            _tended(ours, senders.stop)
+        if senders.failed:
+            raise ProofError(f"a client failed: {senders.failed[0]!r}; {_last_words(folder)}")
+        _tended(ours, lambda: _await_end(log))
+        ours["sink"].end()
+        said = {
+            "kills": dict(sorted(done.items())),
+            "redis_restarts": {"events": events.restarts, "profiles": profiles.restarts},
+            "sent": senders.sent,
+            "acknowledged": senders.acknowledged,
+            "retries": senders.retries,
+            "seconds": round(seconds, 1),
+            "rate": round(while_killed / seconds, 1),
+        }
+        return said | compare(_read_ledger(ledger), logged(log), store, parquet_rows(out))
+
+
+def compare(
+    ledger: dict[str, int], entries: dict[str, list[Entry]], store: ProfileStore, rows: list[tuple[str, int]]
+) -> dict[str, Any]:
+    """Counts what is lost of a ledger, and what is there twice.
+
+    Args:
+        ledger: Event id -> log id of what was acknowledged.
+        entries: The log's events by person, in log order.
+        store: The profiles.
+        rows: Event id and log id of each row of the Parquet.
+    """
+    places = Counter((entry.event_id, entry.log_id) for own in entries.values() for entry in own)
+    names = Counter(event_id for event_id, _ in places.elements())
+    written, in_rows = Counter(rows), Counter(event_id for event_id, _ in rows)
+    missing = extra = 0
+    for subject, own in entries.items():
+        records = np.frombuffer(b"".join(entry.record for entry in own), RECORD)
+        expected, found = fold(empty(), records, own[-1].log_id), store.read(subject)
+        missing += max(expected.count - found.count, 0)
+        extra += max(found.count - expected.count, 0)
+        if expected.count == found.count and _bytes(expected) != _bytes(found):
+            missing, extra = missing + 1, extra + 1  # as many, and not the same
+    return {
+        "lost": {
+            "log": sum(pair not in places for pair in ledger.items()),
+            "profile": missing,
+            "parquet": sum(pair not in written for pair in ledger.items()),
+        },
+        "doubled": {
+            "log": sum(number - 1 for number in names.values()),
+            "profile": extra,
+            "parquet": sum(number - 1 for number in in_rows.values()),
+        },
+    }
+
+
+def _bytes(profile: Profile) -> tuple[bytes, bytes, int]:
+    """What must be the same, bit for bit."""
+    return profile.records.tobytes(), profile.evicted.tobytes(), profile.version
+
+
+def logged(log: EventLog) -> dict[str, list[Entry]]:
+    """The events of a log by person, in log order."""
+    found: dict[str, list[Entry]] = {}
+    for partition in range(log.partitions):
+        after = 0
+        while page := log.read(partition, after, 5000):
+            after = page[-1].log_id
+            for entry in page:
+                if entry.subject:
+                    found.setdefault(entry.subject, []).append(entry)
+    return found
+
+
+def parquet_rows(out: Path) -> list[tuple[str, int]]:
+    """Event id and log id of each row of the events."""
+    found: list[tuple[str, int]] = []
+    for file in sorted(out.glob("events/date=*/*.parquet")):
+        table = pq.ParquetFile(file).read(columns=["event_id", "log_id"])
+        found += zip(table["event_id"].to_pylist(), table["log_id"].to_pylist(), strict=True)
+    return found
+
+
+def _kill_all(
+    order: Sequence[str],
+    senders: Senders,
+    ours: dict[str, Victim],
+    servers: dict[str, RedisServer],
+    rng: random.Random,
+    rate: float,
+    pause_s: float,
+) -> Counter[str]:
+    done: Counter[str] = Counter()
+    for name in order:
+        wanted, due = senders.acknowledged + rate / 2, time.monotonic() + rng.random() * 2 * pause_s
+        late = time.monotonic() + PATIENCE_S
+        while True:
+            for victim in ours.values():
+                victim.keep()
+            if time.monotonic() >= due and senders.acknowledged >= wanted and _killed(name, ours, servers, rng):
+                done[name] += 1
+                break
+            if senders.failed or time.monotonic() > late:
+                raise ProofError(f"nothing comes through any more after {dict(done)}: {senders.failed}")
+            time.sleep(0.02)
+    return done
+
+
+def _killed(name: str, ours: dict[str, Victim], servers: dict[str, RedisServer], rng: random.Random) -> bool:
+    if name in servers:
+        kill(servers[name])
+        return True
+    return ours["service"].kill_child(rng) if name == "worker" else ours[name].kill()
+
+
+def _tended(ours: dict[str, Victim], work: Callable[[], None]) -> None:
+    """Does some work while everything of ours is kept running."""
+    over = threading.Event()
+
+    def tend() -> None:
+        while not over.wait(0.05):
+            for victim in ours.values():
+                victim.keep()
+
+    thread = threading.Thread(target=tend)
+    thread.start()
+    try:
+        work()
+    finally:
+        over.set()
+        thread.join()
+
+
+def _await_end(log: EventLog) -> None:
+    """Waits until both consumers have done all that the log holds."""
+    for group in (PROFILES_GROUP, GROUP):
+        reader = Consumer(log, group, "looks only")
+        insist(reader.open, PATIENCE_S)
+        wait_until(lambda reader=reader: sum(reader.lag()) == 0, PATIENCE_S)
+
+
+def _settings(folder: Path, profiles: str, events: str) -> tuple[str, dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{probe.getsockname()[1]}"
+    bundle = publish_world(folder / "bundle")
+    own = {"listen": target, "redis": profiles, "events_redis": events, "partitions": PARTITIONS, "workers": 2}
+    return target, own | {"bundle": str(bundle), "projector": False, "warehouse": False, "redis_timeout_ms": 1000}
+
+
+def _read_ledger(path: Path) -> dict[str, int]:
+    pairs = (line.split() for line in path.read_text().splitlines())
+    return {event_id: int(log_id) for event_id, log_id in pairs}
+
+
+def _last_words(folder: Path) -> str:
+    return " | ".join(line for path in sorted(folder.glob("*.log")) for line in path.read_text().splitlines()[-3:])
+
+
+def held(said: dict[str, Any]) -> bool:
+    """Whether nothing was lost or doubled."""
+    return not any(number for what in ("lost", "doubled") for number in said[what].values())
+
+
+def _lines() -> Iterator[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=200, help="kills")
+    parser.add_argument("--rate", type=float, default=600.0, help="events a second that are sent")
+    parser.add_argument("--least", type=float, default=500.0, help="events a second that must be acknowledged")
+    parser.add_argument("--seed", type=int, default=0)
+    words = parser.parse_args()
+    said = kills(words.count, rate=words.rate, seed=words.seed)
+    control = kills(4, rate=words.rate, seed=words.seed, sink=HASTY_SINK, victims=["sink"] * 4)
+    yield said | {"control": {"sink that acknowledges first": {"lost": control["lost"]}}}
+    if not held(said) or said["rate"] < words.least or not control["lost"]["parquet"]:
+        raise SystemExit("the proof failed")
+
+
+if __name__ == "__main__":
+    for line in _lines():
+        print(json.dumps(line))
