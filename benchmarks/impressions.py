@@ -6,32 +6,40 @@ import json
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from benchmarks.report import facts
-from features.errors import TrainingError
+from features.errors import ConfigError, TrainingError
 from training.evaluate import columns_of_run
-from training.evaluate_tables import Tested, baselines, judge, read_shown, test
+from training.evaluate_tables import (
+    Chances,
+    Tested,
+    baselines,
+    logged,
+    read_tested,
+    resampled,
+    spread,
+    test,
+    values_of,
+)
 from training.feed import Feed, read_feed
+from training.impressions import Shown
 from training.machine import exact, prepared
-from training.metrics import Floats, auc, log_loss, measure
 from training.run import LoadedRun, load_run
-from training.split import cut_of
 from training.statistics import Teller
-from training.train import read_material
+from training.train import Material
 
 TRIALS = 30
 _PEER = Path(__file__).parent / "peers" / "lightgbm_ranker.py"
-_RESAMPLES = 200
 
 
 def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | None = None) -> dict[str, Any]:
-    """Measures a run on the impressions after its cut.
+    """Measures a run on the impressions after its cut, and logs that in the run.
 
     LightGBM gets the very matrix that the ranker reads, is tuned on the validation day by random search, and is trained
     on the same lines.
@@ -43,97 +51,71 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
         data: The data set, where it has moved.
 
     Returns:
-        `actions` {name: {positives, penchant, lightgbm and plain rates {metric: value}, ahead_of_lightgbm {auc,
-        log_loss: interval}}},
-        `lightgbm` {version, trials, choices}, `lines`, `seconds`.
+        What `evaluate --protocol impressions` answers, `lightgbm` among its baselines; `ahead` {`ACTION/METRIC`: ours
+        minus LightGBM's, {mean, low, high}}; `lightgbm` {version, trials, choices}, `lines`, `seconds`.
 
     Raises:
         TrainingError: The run did not learn from impressions, or LightGBM failed.
+        ConfigError: There is no such interpreter.
     """
     began = time.monotonic()
+    if not python.exists():
+        raise ConfigError(f"{python} is missing: make it as benchmarks/peers/lightgbm.txt says")
     loaded = load_run(run, data)
     if loaded.result["ranker_source"] != "impressions":
         raise TrainingError(f"{run}: its ranker did not learn from impressions, so there is nothing to compare")
-    with prepared(loaded.config.threads), exact():
-        feed, tested, plain = _read(loaded, Path(data or loaded.result["data"]))
-    chances, peer = _lightgbm(feed, tested, python, trials, loaded.config.seed)
-    judged = {"lightgbm": chances, **plain}
-    names = [action["name"] for action in loaded.result["actions"]]
+    material, shown = read_tested([loaded], data)
+    with prepared(loaded.config.threads), exact(), torch.inference_mode():
+        feed = _feed(loaded, material, shown)
+        tested = test([loaded], material.data, shown)
+    peer, said = _lightgbm(feed, tested, python, trials, loaded.config.seed)
+    beside = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.lines)}
+    names = [action.name for action in material.actions]
     return {
-        "run": str(run),
-        "actions": {name: _compared(number, tested, judged) for number, name in enumerate(names)},
-        "lightgbm": peer,
-        "lines": {"train": int((~feed.validates).sum()), "validation": int(feed.validates.sum())}
-        | {"test": len(tested.lines), "people": int(np.unique(tested.lines.people).size)},
+        **logged([loaded], material.data.items, tested, beside),
+        "ahead": _ahead(names, tested, peer),
+        "lightgbm": said,
+        "lines": {"train": int((~feed.validates).sum()), "validation": int(feed.validates.sum())},
         "seconds": round(time.monotonic() - began, 1),
         **facts(),
     }
 
 
-def _read(run: LoadedRun, path: Path) -> tuple[Feed, Tested, dict[str, Floats]]:
-    """What trained the ranker, what tests it, and what plain rates say of the test."""
-    material = read_material(run.dataset, run.config, torch.device("cpu"))
-    actions, events, config = material.actions, material.data, run.config
-    shown = read_shown(path, material)
-    assert shown is not None
-    teller = Teller(events, columns_of_run(run), actions, shown, material.division.fit_end)
-    feed = read_feed(teller, shown, run.user_encoder, torch.from_numpy(run.item_vectors), config)
+def _feed(run: LoadedRun, material: Material, shown: Shown) -> Feed:
+    """What trained the ranker."""
+    teller = Teller(material.data, columns_of_run(run), material.actions, shown, material.division.fit_end)
+    feed = read_feed(teller, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
     assert feed is not None
-    cut = cut_of(events, config)
-    with torch.inference_mode():
-        tested = test([run], events, shown)
-    return feed, tested, baselines(run, events, shown.between(-1, cut).labels(cut), tested.lines)
+    return feed
 
 
-def _lightgbm(feed: Feed, tested: Tested, python: Path, trials: int, seed: int) -> tuple[Floats, dict[str, Any]]:
+def _lightgbm(feed: Feed, tested: Tested, python: Path, trials: int, seed: int) -> tuple[Chances, dict[str, Any]]:
+    """What LightGBM says of the test, and how it was made."""
     features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
     given: dict[str, Any] = {f"{name}_x": features[mask] for name, mask in parts.items()}
     given |= {f"{name}_y": labels[mask] for name, mask in parts.items()}
+    asked = np.concatenate([tested.live.features.numpy(), tested.slate.features.numpy()])
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "in.npz", Path(folder) / "out.npz"
-        np.savez(source, test_x=tested.lesson.features.numpy(), trials=trials, seed=seed, **given)
+        np.savez(source, test_x=asked, trials=trials, seed=seed, **given)
         command = [str(python), str(_PEER), str(source), str(out)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise TrainingError(f"{python} {_PEER.name} failed: it needs an interpreter with numpy and lightgbm")
-        answer = np.load(out)
-        said = {"version": done.stdout.split()[-1], "trials": trials, "choices": json.loads(str(answer["choices"]))}
-        return answer["chances"].astype(np.float64), said
+        with np.load(out) as answer:
+            live, slate = np.split(answer["chances"].astype(np.float64), 2)
+            said = {"version": done.stdout.split()[-1], "trials": trials, "choices": json.loads(str(answer["choices"]))}
+    return Chances(live, slate), said
 
 
-def _compared(number: int, tested: Tested, others: dict[str, Floats]) -> dict[str, Any]:
-    """One action: every scorer's figures, and how far the ranker is ahead of LightGBM."""
-    people, labels = tested.lines.people, tested.lines.labels()[:, number]
-    mine, theirs = tested.probabilities[:, number], others["lightgbm"][:, number]
-    return {
-        "positives": int(labels.sum()),
-        "penchant": judge(labels, mine, people),
-        **{name: measure(labels, chances[:, number], people) for name, chances in others.items()},
-        "ahead_of_lightgbm": _ahead(labels, mine, theirs, people),
-    }
-
-
-def _ahead(
-    labels: npt.NDArray[np.bool_], mine: Floats, theirs: Floats, people: npt.NDArray[np.int64]
-) -> dict[str, dict[str, float]]:
-    """AUC and log loss of ours minus theirs, with intervals by drawing people."""
-
-    def difference(some: npt.NDArray[np.int64]) -> list[float]:
-        y = labels[some]
-        return [auc(y, mine[some]) - auc(y, theirs[some]), log_loss(y, mine[some]) - log_loss(y, theirs[some])]
-
-    rng = np.random.default_rng(0)
-    order = np.argsort(people, kind="stable")
-    _, sizes = np.unique(people, return_counts=True)
-    each = np.split(order, np.cumsum(sizes)[:-1])
-    drawn = [
-        difference(np.concatenate([each[at] for at in rng.integers(0, len(each), len(each))]))
-        for _ in range(_RESAMPLES)
-    ]
-    low, high = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
-    whole = difference(np.arange(labels.size))
-    return {
-        name: {"mean": whole[i], "low": float(low[i]), "high": float(high[i])}
-        for i, name in enumerate(("auc", "log_loss"))
-    }
+def _ahead(names: Sequence[str], tested: Tested, peer: Chances) -> dict[str, dict[str, float]]:
+    """Every metric of ours minus LightGBM's, with intervals by drawing the same people for both."""
+    labels, people = tested.lines.labels(), tested.lines.people
+    found = {}
+    for action, name in enumerate(names):
+        both = tested.chances.of(action), peer.of(action)
+        mine, theirs = (values_of(labels[:, action], chances, people) for chances in both)
+        my_draws, their_draws = (resampled(labels[:, action], chances, people) for chances in both)
+        found |= {f"{name}/{n}": value for n, value in spread(mine - theirs, my_draws - their_draws).items()}
+    return found

@@ -524,6 +524,22 @@ def growth(
 
 
 @bench.command()
+def impressions(
+    run: RunDir,
+    python: Annotated[
+        Path, typer.Option(metavar="FILE", help="Interpreter that has lightgbm, as benchmarks/peers/lightgbm.txt says.")
+    ] = Path("build/peers/lightgbm/bin/python"),
+    trials: Annotated[int, typer.Option(min=1, metavar="N", help="Settings of LightGBM to try for each action.")] = 30,
+    data: Moved = None,
+) -> None:
+    """Measures the ranker on a feed's last day, beside LightGBM on the same features and plain rates."""
+    _use_cores()
+    from benchmarks.impressions import impressions
+
+    _answer(impressions(run, python, trials=trials, data=data))
+
+
+@bench.command()
 def kills(
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings to kill.")] = 20,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the moments.")] = 0,

@@ -32,7 +32,15 @@ HEAVY = (
 )
 COMMANDS = ["data", "validate", "features", "train", "evaluate", "export", "serve", "recommend", "projector"]
 COMMANDS += ["warehouse", "demo", "profiles rebuild", "profiles show"]
-COMMANDS += ["bench fidelity", "bench growth", "bench kills", "bench latency", "bench stages", "bench training"]
+COMMANDS += [
+    "bench fidelity",
+    "bench growth",
+    "bench impressions",
+    "bench kills",
+    "bench latency",
+    "bench stages",
+    "bench training",
+]
 
 
 def penchant_command(*arguments: str) -> subprocess.CompletedProcess[str]:

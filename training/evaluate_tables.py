@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,16 +24,36 @@ from features.transforms import query_inputs
 from training.data import Interactions
 from training.evaluate import columns_of_run
 from training.feed import Lesson, lesson_of, line_users, logits_of
-from training.impressions import NEVER, Shown, read_impressions, shown_lines
+from training.impressions import NEVER, Shown, read_shown
 from training.machine import exact, prepared
-from training.metrics import RESAMPLES, Floats, auc, ece, graded_ndcg, interval, log_loss, measure
+from training.metrics import RESAMPLES, Floats, auc, ece, gauc, graded_ndcg, interval, log_loss, measure
 from training.ranking import past_of
 from training.run import LoadedRun, append_line, input_shapes, load_run
 from training.split import before_cut, cut_of
 from training.statistics import features_of_line
 from training.train import Material, read_material
 
+METRICS = ("auc", "gauc", "slate_gauc", "log_loss", "ece")
+"""What probabilities are judged by: AUC; AUC within people; the same with their lines as one slate; log loss; ECE."""
+DRAWS = RESAMPLES // 5
 SEARCH_DEPTH = 100
+
+
+@dataclass(frozen=True)
+class Chances:
+    """Probabilities of the actions on the same lines; float64 [n, A], or [n] of one action.
+
+    Attributes:
+        live: By what was known just before each line, as the service would say.
+        slate: By what was known of each person at the cut: as if all their lines were the candidates of one request.
+    """
+
+    live: Floats
+    slate: Floats
+
+    def of(self, action: int) -> Chances:
+        """Those of one action."""
+        return Chances(self.live[:, action], self.slate[:, action])
 
 
 @dataclass(frozen=True)
@@ -41,13 +62,15 @@ class Tested:
 
     Attributes:
         lines: What was shown, when and where, and what followed.
-        lesson: The same as the first run's ranker reads it.
-        probabilities: Of each action, the mean of the runs; float64 [n, A].
+        live: The same as the first run's ranker reads it.
+        slate: The same with every person as they were at the cut.
+        chances: The mean of the runs.
     """
 
     lines: Shown
-    lesson: Lesson
-    probabilities: Floats
+    live: Lesson
+    slate: Lesson
+    chances: Chances
 
 
 def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
@@ -57,60 +80,67 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
     impression, as the service would know it.
 
     Returns:
-        `metrics` {`ACTION/auc`, `ACTION/gauc`, `ACTION/log_loss`, `ACTION/ece`: {mean, low, high}} of the mean of the
-        runs' probabilities; `baselines` {base_rate, item_rate, user_rate, item_user_surface: {metric: value}}, learned
-        before the cut; `protocol`, `seeds`, `users`, `items`, `impressions`, `actions` {name: positives}.
+        `metrics` {`ACTION/METRIC`: {mean, low, high}} of the mean of the runs' probabilities, with `METRICS`;
+        `baselines` {base_rate, item_rate, user_rate, item_user_surface: the same}, learned before the cut; `protocol`,
+        `seeds`, `users`, `items`, `impressions`, `actions` {name: positives}.
 
     Raises:
         LeakError: A run was not trained with `protocol: temporal`.
         TrainingError: The data set has no impressions after the cut.
     """
     loaded = [load_run(run, data) for run in runs]
-    for run in loaded:
-        if run.config.protocol != "temporal":
-            raise LeakError(f"{run.path} was trained on the days that are tested: train with --set protocol=temporal")
+    material, shown = read_tested(loaded, data)
     first = loaded[0]
-    material = read_material(first.dataset, first.config, torch.device("cpu"), first.path)
-    shown = read_shown(Path(data or first.result["data"]), material)
-    if shown is None:
-        raise TrainingError(f"{data or first.result['data']} has no table impressions, which this protocol measures on")
     with prepared(first.config.threads), exact(), torch.inference_mode():
         tested = test(loaded, material.data, shown)
-    names = [action.name for action in material.actions]
-    known = shown.between(-1, cut_of(material.data, first.config))
-    compared = baselines(first, material.data, known.labels(cut_of(material.data, first.config)), tested.lines)
+    return logged(loaded, material.data.items, tested, baselines(first, material.data, shown, tested.lines))
+
+
+def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material, Shown]:
+    """What the first run learned from, and all impressions.
+
+    Raises:
+        LeakError: A run was not trained with `protocol: temporal`.
+        TrainingError: The data set has no impressions.
+    """
+    for run in runs:
+        if run.config.protocol != "temporal":
+            raise LeakError(f"{run.path} was trained on the days that are tested: train with --set protocol=temporal")
+    first = runs[0]
+    path = Path(data or first.result["data"])
+    material = read_material(first.dataset, first.config, torch.device("cpu"), first.path)
+    shown = read_shown(path, material.dataset, material.vocabulary, material.data, material.actions)
+    if shown is None:
+        raise TrainingError(f"{path} has no table impressions, which this protocol measures on")
+    return material, shown
+
+
+def logged(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mapping[str, Chances]) -> dict[str, Any]:
+    """What `evaluate_impressions` answers, written into the log of every run; `beside` are the scorers to compare."""
     labels, people = tested.lines.labels(), tested.lines.people
-    metrics: dict[str, Any] = {}
-    beside: dict[str, dict[str, float]] = {name: {} for name in compared}
-    for number, name in enumerate(names):
-        metrics |= {
-            f"{name}/{n}": v for n, v in judge(labels[:, number], tested.probabilities[:, number], people).items()
+    names = [action["name"] for action in runs[0].result["actions"]]
+
+    def figures(chances: Chances) -> dict[str, dict[str, float]]:
+        return {
+            f"{name}/{metric}": value
+            for number, name in enumerate(names)
+            for metric, value in judge(labels[:, number], chances.of(number), people).items()
         }
-        for baseline, chances in compared.items():
-            found = measure(labels[:, number], chances[:, number], people)
-            beside[baseline] |= {f"{name}/{n}": value for n, value in found.items()}
+
     answer = {
         "protocol": "impressions",
-        "runs": [str(run.path) for run in loaded],
-        "seeds": [run.config.seed for run in loaded],
+        "runs": [str(run.path) for run in runs],
+        "seeds": [run.config.seed for run in runs],
         "users": int(np.unique(people).size),
-        "items": material.data.items,
+        "items": items,
         "impressions": len(tested.lines),
         "actions": {name: int(count) for name, count in zip(names, labels.sum(0), strict=True)},
-        "metrics": metrics,
-        "baselines": beside,
+        "metrics": figures(tested.chances),
+        "baselines": {name: figures(chances) for name, chances in beside.items()},
     }
-    for run in loaded:
+    for run in runs:
         append_line(run.path / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
     return answer
-
-
-def read_shown(path: Path, material: Material) -> Shown | None:
-    """The impressions of a data set that a training has read, None where it has none."""
-    slates = read_impressions(path)
-    if slates is None:
-        return None
-    return shown_lines(slates, material.dataset, material.vocabulary, material.data, material.actions)
 
 
 def test(runs: Sequence[LoadedRun], data: Interactions, shown: Shown) -> Tested:
@@ -119,15 +149,18 @@ def test(runs: Sequence[LoadedRun], data: Interactions, shown: Shown) -> Tested:
     Raises:
         TrainingError: There are none.
     """
-    cut = cut_of(data, runs[0].config)
-    lines = shown.between(cut, NEVER)
+    config = runs[0].config
+    lines = shown.between(cut_of(data, config), NEVER)
     if not len(lines):
         raise TrainingError("the data set has no impression of a known person after the cut")
-    lessons = [_lesson(run, data, lines) for run in runs]
+    known = np.minimum(lines.positions, before_cut(data, config)[lines.people])
+    slate = dataclasses.replace(lines, positions=known)
+    lessons = [[_lesson(run, data, some) for some in (lines, slate)] for run in runs]
     chances = [
-        torch.sigmoid(logits_of(run.ranker, lesson)).double().numpy() for run, lesson in zip(runs, lessons, strict=True)
+        [torch.sigmoid(logits_of(run.ranker, lesson)).double().numpy() for lesson in both]
+        for run, both in zip(runs, lessons, strict=True)
     ]
-    return Tested(lines, lessons[0], np.mean(chances, axis=0))
+    return Tested(lines, *lessons[0], Chances(*np.mean(chances, axis=0)))
 
 
 def _lesson(run: LoadedRun, data: Interactions, lines: Shown) -> Lesson:
@@ -141,18 +174,20 @@ def _lesson(run: LoadedRun, data: Interactions, lines: Shown) -> Lesson:
     return lesson_of(users, run.item_vectors[lines.rows], features, lines.labels())
 
 
-def baselines(run: LoadedRun, data: Interactions, known: npt.NDArray[np.bool_], lines: Shown) -> dict[str, Floats]:
+def baselines(run: LoadedRun, data: Interactions, shown: Shown, lines: Shown) -> dict[str, Chances]:
     """What plain rates say, all learned before the cut: of everybody, of items, of people, and of all at once.
 
     Args:
         run: Holds the rates of items and surfaces.
         data: The events, for the rates of people.
-        known: Labels of the impressions before the cut; bool [m, A].
+        shown: All impressions, for everybody's rates.
         lines: What to judge.
 
     Returns:
-        Probabilities by name; float64 [n, A].
+        Probabilities by name.
     """
+    cut = cut_of(data, run.config)
+    known = shown.between(-1, cut).labels(cut)
     outcomes = Outcomes.of(run.result)
     base = np.log((known.mean(0) + 1e-6) / (1 - known.mean(0) + 1e-6))
     item = blocks(run.statistics)[0][lines.rows].astype(np.float64)
@@ -171,28 +206,59 @@ def baselines(run: LoadedRun, data: Interactions, known: npt.NDArray[np.bool_], 
         "user_rate": base + user,
         "item_user_surface": outcomes.base + surfaces + item + user,
     }
-    return {name: 1 / (1 + np.exp(-logits)) for name, logits in odds.items()}
+    chances = {name: 1 / (1 + np.exp(-logits)) for name, logits in odds.items()}
+    return {name: Chances(one, one) for name, one in chances.items()}
 
 
-def judge(labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64]) -> dict[str, dict[str, float]]:
-    """`measure` with intervals, by drawing people."""
+def judge(
+    labels: npt.NDArray[np.bool_], chances: Chances, people: npt.NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """The `METRICS` of one action's probabilities with intervals, by drawing people: {mean, low, high} each."""
+    return spread(values_of(labels, chances, people), resampled(labels, chances, people))
+
+
+def spread(values: Floats, drawn: Floats) -> dict[str, dict[str, float]]:
+    """{mean, low, high} of each of the `METRICS`; values [M], drawn [draws, M]."""
+    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
+    return {
+        name: {"mean": float(values[at]), "low": float(low[at]), "high": float(high[at])}
+        for at, name in enumerate(METRICS)
+    }
+
+
+def values_of(labels: npt.NDArray[np.bool_], chances: Chances, people: npt.NDArray[np.int64]) -> Floats:
+    """The `METRICS` of one action's probabilities; float64 [M]."""
+    found = measure(labels, chances.live, people) | {"slate_gauc": gauc(labels, chances.slate, people)}
+    return np.array([found[name] for name in METRICS])
+
+
+def resampled(labels: npt.NDArray[np.bool_], chances: Chances, people: npt.NDArray[np.int64]) -> Floats:
+    """The `METRICS` of one action in each of the same draws of people; float64 [draws, M], NaN where there is none."""
     rng = np.random.default_rng(0)
-    order = np.argsort(people, kind="stable")
-    _, sizes = np.unique(people, return_counts=True)
-    mine = np.split(order, np.cumsum(sizes)[:-1])
-    alone = np.array([auc(labels[some], chances[some]) for some in mine])
-    weight = np.where(np.isnan(alone), 0, sizes)
-    drawn = []
-    for _ in range(RESAMPLES // 5):
-        picked = rng.integers(0, sizes.size, sizes.size)
-        some = np.concatenate([mine[at] for at in picked])
-        mass = weight[picked].sum()
-        grouped = float(weight[picked] @ np.nan_to_num(alone[picked])) / mass if mass else float("nan")
-        y, p = labels[some], chances[some]
-        drawn.append([auc(y, p), grouped, log_loss(y, p), ece(y, p)])
-    low, high = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
-    whole = measure(labels, chances, people)
-    return {n: {"mean": v, "low": float(low[i]), "high": float(high[i])} for i, (n, v) in enumerate(whole.items())}
+    _, who, sizes = np.unique(people, return_inverse=True, return_counts=True)
+    within = [_within(labels, scores, who) for scores in (chances.live, chances.slate)]
+    order = np.argsort(chances.live, kind="stable")
+    out = np.empty((DRAWS, len(METRICS)))
+    for draw in out:
+        times = np.bincount(rng.integers(0, sizes.size, sizes.size), minlength=sizes.size)
+        some = np.repeat(order, times[who[order]])
+        y, p = labels[some], chances.live[some]
+        grouped = [_weighted(alone, times * sizes) for alone in within]
+        draw[:] = auc(y, p), *grouped, log_loss(y, p), ece(y, p)
+    return out
+
+
+def _within(labels: npt.NDArray[np.bool_], scores: Floats, who: npt.NDArray[np.int64]) -> Floats:
+    """AUC inside each person's lines, NaN where one kind is missing; people are numbered from 0."""
+    order = np.argsort(who, kind="stable")
+    return np.array([auc(labels[some], scores[some]) for some in np.split(order, np.cumsum(np.bincount(who))[:-1])])
+
+
+def _weighted(values: Floats, weights: npt.NDArray[np.int64]) -> float:
+    """Weighted mean of what is not NaN; NaN where nothing is."""
+    known = ~np.isnan(values)
+    mass = weights[known].sum()
+    return float(values[known] @ weights[known] / mass) if mass else float("nan")
 
 
 def _table(data: Path, name: str, schema: pa.Schema, required: Required) -> pa.Table:

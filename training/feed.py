@@ -20,7 +20,7 @@ from training.data import Interactions
 from training.encoders import UserEncoder
 from training.impressions import Shown
 from training.metrics import log_loss, measure
-from training.ranker import Ranker, platt
+from training.ranker import Ranker, level, platt
 from training.ranking import user_vectors
 from training.split import DAY_MS, Targets, cut_of
 from training.statistics import Teller, line_features
@@ -28,7 +28,10 @@ from training.statistics import Teller, line_features
 BATCH = 1024
 FEWEST_LINES = 1000
 """With fewer impressions the ranker learns from retrieved candidates instead."""
+STEADY = 30.0
+"""Precision of the prior that holds the slope of the calibration at 1: few events cannot move it far."""
 _WARM_UP = 0.1
+_RAREST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,10 @@ def line_users(
 
 
 def learn(ranker: Ranker, feed: Feed, config: TrainConfig) -> dict[str, Any]:
-    """Trains the ranker in place: validation says how long and calibrates, then all lines train it anew.
+    """Trains the ranker in place: validation says how long and how surely, then all lines train it anew.
+
+    Validation tells how steep the logits should be, but not how high: one day's rate of an action says less of the next
+    day's than the rate of all days, which is what the mean of the probabilities becomes.
 
     Returns:
         `epochs`, `lines`, and `validation` {action number: {auc, gauc, log_loss, ece, base_log_loss}} of the ranker
@@ -117,12 +123,13 @@ def learn(ranker: Ranker, feed: Feed, config: TrainConfig) -> dict[str, Any]:
     epochs, best = _pass(ranker, train, config, config.ranker_epochs, held)
     ranker.load_state_dict(best)
     logits = logits_of(ranker, held)
-    calibration = [platt(logits[:, a], held.labels[:, a]) for a in range(logits.shape[1])]
+    slopes = [platt(logits[:, a], held.labels[:, a], steady=STEADY)[0] for a in range(logits.shape[1])]
     report = _report(logits, held, train, feed.lines.people[feed.validates])
     ranker.load_state_dict(start)
     _pass(ranker, feed.lesson, config, epochs, None)
-    for action, (slope, shift) in enumerate(calibration):
-        ranker.recalibrate(action, slope, shift)
+    for action, (slope, own) in enumerate(zip(slopes, logits_of(ranker, feed.lesson).T, strict=True)):
+        rate = float(feed.lesson.labels[:, action].mean().clamp(_RAREST, 1 - _RAREST))
+        ranker.recalibrate(action, slope, level(slope * own, rate))
     return {"epochs": epochs, "lines": len(feed.lesson), "validation": report}
 
 

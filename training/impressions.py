@@ -74,31 +74,32 @@ class Shown:
         return self.take(np.flatnonzero((self.times > after) & (self.times <= until)))
 
 
-def read_impressions(path: Path) -> pa.Table | None:
-    """The impressions of a data set that models may be trained on, None where it has none."""
-    where = table_path(path, "impressions")
-    if where is None:
-        return None
-    table = read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
-    return table.filter(pc.fill_null(table["allow_train"], True))
+def read_shown(
+    path: Path, dataset: Dataset, vocabulary: Vocabulary, data: Interactions, actions: Sequence[Action]
+) -> Shown | None:
+    """What was shown to people who have events, and what followed; None without a table of impressions.
 
-
-def shown_lines(
-    slates: pa.Table,
-    dataset: Dataset,
-    vocabulary: Vocabulary,
-    data: Interactions,
-    actions: Sequence[Action],
-) -> Shown:
-    """The items of all slates shown to people who have events, and what followed.
+    Slates of people who do not allow training are left out.
 
     Args:
-        slates: The table of impressions.
-        dataset: Where the events say which request they follow from.
+        path: Directory of the data set.
+        dataset: The same, read: where the events say which request they follow from.
         vocabulary: Item id <-> row.
         data: The events as arrays, in the order of `dataset.events`.
         actions: What to look for.
     """
+    where = table_path(path, "impressions")
+    if where is None:
+        return None
+    slates = read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
+    slates = slates.filter(pc.fill_null(slates["allow_train"], True))
+    lines, requests = _lines(slates, vocabulary, data, len(actions))
+    _follow(lines, requests, dataset, data, actions)
+    return lines
+
+
+def _lines(slates: pa.Table, vocabulary: Vocabulary, data: Interactions, actions: int) -> tuple[Shown, list[str]]:
+    """What was shown, nothing done yet, and the request of each line."""
     listed: Any = slates["item_ids"].combine_chunks()
     sizes = np.diff(listed.offsets.to_numpy())
     slate = np.repeat(np.arange(slates.num_rows), sizes)
@@ -121,11 +122,10 @@ def shown_lines(
         times=times,
         where=where[slate[kept]],
         surfaces=surfaces,
-        done=np.full((kept.size, len(actions)), NEVER),
+        done=np.full((kept.size, actions), NEVER),
     )
     requests = slates["request_id"].to_pylist()
-    _follow(lines, [requests[at] for at in slate[kept].tolist()], dataset, data, actions)
-    return lines
+    return lines, [requests[at] for at in slate[kept].tolist()]
 
 
 def _positions(data: Interactions, people: _I64, times: _I64) -> _I64:

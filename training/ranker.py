@@ -115,6 +115,17 @@ class Ranker(nn.Module):
         self.bias[action] += shift
 
 
+def level(logits: Tensor, rate: float, steps: int = 50) -> float:
+    """The shift of the logits that makes `rate`, between 0 and 1, their mean probability; by bisection."""
+    x = logits.double()
+    aim = float(torch.logit(torch.tensor(rate, dtype=torch.float64)))
+    low, high = aim - float(x.max()), aim - float(x.min())
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(torch.sigmoid(x + middle).mean()) < rate else (low, middle)
+    return (low + high) / 2
+
+
 def utility(logits: Tensor, weights: Tensor) -> Tensor:
     """What showing an item is worth: the log-odds of the weighted sum of the actions' probabilities.
 
@@ -129,14 +140,17 @@ def utility(logits: Tensor, weights: Tensor) -> Tensor:
     return torch.logit(share.clamp(_SMALLEST, 1 - _SMALLEST))
 
 
-def platt(logits: Tensor, labels: Tensor, steps: int = 25) -> tuple[float, float]:
-    """Slope (at least 0.05) and shift of the logits with the highest likelihood, by Newton's method (Platt, 1999)."""
+def platt(logits: Tensor, labels: Tensor, steady: float = 1e-2, steps: int = 25) -> tuple[float, float]:
+    """Slope (at least 0.05) and shift of the logits with the highest likelihood, by Newton's method (Platt, 1999).
+
+    The slope is pulled to 1 by a normal prior of precision `steady`.
+    """
     x, y = logits.double(), labels.double()
     centre = x.mean()
     design = torch.stack([x - centre, torch.ones_like(x)], 1)
     # A weak pull to slope 1 and the mean rate keeps the answer finite where the labels are all alike.
     prior = torch.stack([torch.ones_like(centre), torch.logit(y.mean().clamp(1e-6, 1 - 1e-6))])
-    pull = 1e-2 * torch.eye(2, dtype=torch.float64)
+    pull = torch.diag(torch.tensor([steady, 1e-2], dtype=torch.float64))
     answer = prior.clone()
     for _ in range(steps):
         p = torch.sigmoid(design @ answer)

@@ -26,7 +26,7 @@ from training.encoders import ItemBags
 from training.feed import learn, read_feed
 from training.fit import Fit, OnStep
 from training.heads import Asker, fit_query_encoder, fit_ranker
-from training.impressions import read_impressions, shown_lines
+from training.impressions import read_shown
 from training.machine import circumstances, exact, prepared
 from training.report import write_report
 from training.run import (
@@ -140,13 +140,10 @@ def _learn_from_impressions(
         What was learned up to the test, and what `learn` says of the ranker, empty where it learned nothing here.
     """
     data, said = material.data, {}
-    slates = None
+    shown = None
     # Impressions are cut by time: one that is not later than another's test could tell of it.
     if config.ranker_steps and not config.hide_items and config.protocol != "leave-one-out" and not data.ordered_only:
-        slates = read_impressions(path)
-    shown = None
-    if slates is not None:
-        shown = shown_lines(slates, material.dataset, material.vocabulary, data, material.actions)
+        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions)
     teller = Teller(data, columns, material.actions, shown, material.division.fit_end)
     if shown is not None:
         feed = read_feed(teller, shown, modules.user, table, config)

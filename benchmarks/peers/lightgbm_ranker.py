@@ -38,18 +38,19 @@ def draw(rng: np.random.Generator) -> dict[str, Any]:
 def main(source: str, out: str) -> None:
     """Tunes, trains and predicts."""
     given = np.load(source)
-    fixed = {"objective": "binary", "verbose": -1, "seed": int(given["seed"]), "deterministic": True}
+    # What is binned holds for every trial only where no trial's settings leave features out of it.
+    binned = {"verbose": -1, "seed": int(given["seed"]), "feature_pre_filter": False}
+    fixed = binned | {"objective": "binary", "deterministic": True, "force_col_wise": True}
     chances, losses, choices = [], [], []
     for action in range(given["train_y"].shape[1]):
         rng = np.random.default_rng([int(given["seed"]), action])
         train_y, validation_y = given["train_y"][:, action], given["validation_y"][:, action]
         best: tuple[float, int, dict[str, Any]] | None = None
         tried = []
+        train = lgb.Dataset(given["train_x"], train_y, params=binned)
+        held = lgb.Dataset(given["validation_x"], validation_y, reference=train)
         for trial in range(int(given["trials"])):
             settings = draw(rng)
-            # What is fixed when a set is binned differs from trial to trial, so each has a set of its own.
-            train = lgb.Dataset(given["train_x"], train_y)
-            held = lgb.Dataset(given["validation_x"], validation_y, reference=train)
             stop = lgb.early_stopping(PATIENCE, verbose=False)
             model = lgb.train(settings | fixed, train, ROUNDS, [held], callbacks=[stop])
             loss = float(model.best_score["valid_0"]["binary_logloss"])
@@ -59,7 +60,7 @@ def main(source: str, out: str) -> None:
             print(f"action {action} trial {trial} log loss {loss:.5f} best {best[0]:.5f}", file=sys.stderr, flush=True)
         assert best is not None
         x, y = (np.concatenate([given[f"train_{one}"], given[f"validation_{one}"]]) for one in "xy")
-        model = lgb.train(best[2] | fixed, lgb.Dataset(x, y[:, action]), best[1])
+        model = lgb.train(best[2] | fixed, lgb.Dataset(x, y[:, action], params=binned), best[1])
         chances.append(model.predict(given["test_x"]))
         losses.append(tried)
         choices.append({"log_loss": best[0], "rounds": best[1], **best[2]})

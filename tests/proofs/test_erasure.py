@@ -162,7 +162,8 @@ def erased(backup, tmp_path_factory) -> Path:
 
 def test_a_service_erases_at_once_and_from_the_disks_by_schedule(state, world):
     # Files that are written every ten minutes: an erasure does not wait for that.
-    with serving(world, state, **SERVED | {"warehouse_flush_s": 600.0}) as service, service.client(timeout_s=60.0) as client:
+    settings = SERVED | {"warehouse_flush_s": 600.0}
+    with serving(world, state, **settings) as service, service.client(timeout_s=60.0) as client:
         assert client.recommend(user_id=CANARY).rung == common_pb2.RUNG_SEQUENCE
         began = int(time.time() * 1000)
         erased = client.erase(CANARY, timeout_s=60.0)
@@ -172,7 +173,8 @@ def test_a_service_erases_at_once_and_from_the_disks_by_schedule(state, world):
         assert client.get_profile(BIRD).event_count == 6
 
         def receipts() -> dict[str, Any]:
-            return {one.store: one for one in client.get_erasure_certificate(erased.certificate_id, timeout_s=60.0).receipts}
+            certificate = client.get_erasure_certificate(erased.certificate_id, timeout_s=60.0)
+            return {one.store: one for one in certificate.receipts}
 
         in_call = [one.erased_at_ms for one in receipts().values() if one.store != "warehouse"]
         assert len(in_call) == 3

@@ -18,7 +18,7 @@ from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
 from training.feed import Feed, learn, lesson_of
-from training.impressions import NEVER, Shown, read_impressions, shown_lines
+from training.impressions import NEVER, Shown, read_shown
 from training.metrics import auc
 from training.ranker import Ranker
 from training.statistics import Teller, line_features
@@ -71,9 +71,8 @@ def world(path: Path) -> World:
     dataset = open_dataset(path)
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, CONFIG)
-    slates = read_impressions(path)
-    assert slates is not None
-    shown = shown_lines(slates, dataset, vocabulary, data, ACTIONS)
+    shown = read_shown(path, dataset, vocabulary, data, ACTIONS)
+    assert shown is not None
     columns = columns_of(items, np.zeros((data.items, 4), np.float32))
     return World(dataset, data, shown, lambda d, s: Teller(d, columns, ACTIONS, s, np.diff(d.offsets)))
 

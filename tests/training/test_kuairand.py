@@ -15,7 +15,7 @@ from tests.real_data import real_data
 from training.config import load_config
 from training.data import item_vocabulary, read_interactions
 from training.datasets import DatasetError, prepare
-from training.impressions import read_impressions, shown_lines
+from training.impressions import read_shown
 from training.kuairand import ACTIONS
 from training.split import cut_of
 
@@ -94,9 +94,8 @@ def test_the_real_feed_has_its_known_size_and_days(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "out")
     _, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config)
-    slates = read_impressions(tmp_path / "out")
-    assert slates is not None
-    shown = shown_lines(slates, dataset, vocabulary, data, config.actions)
+    shown = read_shown(tmp_path / "out", dataset, vocabulary, data, config.actions)
+    assert shown is not None
     sums = [pc.sum(raw[name]).as_py() for name in ("is_click", "long_view", "is_like", "is_hate")]
     assert shown.labels().sum(0).tolist() == sums
     # The last day by the clock is the publisher's 30 April but for a few minutes round midnight.
