@@ -80,11 +80,17 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit, `-dirty` where any file but the results differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        said = [
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in ([*git, "describe", "--always", "--abbrev=12"], changed)
+        ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return said[0] + ("-dirty" if said[1] else "")
 
 
 if __name__ == "__main__":
