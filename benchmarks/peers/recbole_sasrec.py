@@ -123,9 +123,7 @@ def main() -> None:
         config = configuration(Path(folder), asked.settings)
         init_seed(config["seed"], config["reproducibility"])
         dataset = create_dataset(config)
-        dataset._change_feat_format()
-        dataset.inter_feat.sort(["user_id", "timestamp"])
-        dataset.data_augmentation()
+        dataset._change_feat_format()  # orders the events and augments them
         loader = TrainDataLoader(config, dataset, None, shuffle=True)
         model = SASRec(config, dataset)
         known = dataset.field2token_id["item_id"]
