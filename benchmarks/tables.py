@@ -58,14 +58,21 @@ def impressions() -> str:
     """Probabilities of actions on the impressions of a test, beside plain rates."""
     path = RESULTS / "impressions-kuairand.json"
     result = _read(path)
+    names = {"auc": "auc", "slate_gauc": "gauc, one slate", "gauc": "gauc, live", "log_loss": "log loss", "ece": "ece"}
     rows = []
     for action, count in result["actions"].items():
-        ours = {n: result["metrics"][f"{action}/{n}"] for n in ("auc", "gauc", "log_loss", "ece")}
-        cells = [f"{one['mean']:.4f} ({one['low']:.4f} to {one['high']:.4f})" for one in ours.values()]
-        rows.append([f"**{action}**, {count:,} times", *cells])
-        rows += [[name, *(f"{row[f'{action}/{n}']:.4f}" for n in ours)] for name, row in result["baselines"].items()]
+        keys = [f"{action}/{name}" for name in names]
+        rows.append([f"**{action}**, {count:,} times", *(_interval(result["metrics"][key]) for key in keys)])
+        for name, row in result["baselines"].items():
+            borders = [result["baseline_intervals"][name][key] for key in keys]
+            figures = [
+                {"mean": row[key], "low": low, "high": high} for key, (low, high) in zip(keys, borders, strict=True)
+            ]
+            rows.append([name, *map(_interval, figures)])
+        if "ahead" in result:
+            rows.append(["ours minus lightgbm's", *(_interval(result["ahead"][key]) for key in keys)])
     sizes = f"{result['title']}: {result['impressions']:,} impressions, {result['users']:,} people"
-    return f"{sizes}\n\n" + _table(["", "auc", "gauc", "log loss", "ece"], rows) + _source(path, result)
+    return f"{sizes}\n\n" + _table(["", *names.values()], rows) + _source(path, result)
 
 
 def latency() -> str:

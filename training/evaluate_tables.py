@@ -81,8 +81,9 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
 
     Returns:
         `metrics` {`ACTION/METRIC`: {mean, low, high}} of the mean of the runs' probabilities, with `METRICS`;
-        `baselines` {base_rate, item_rate, user_rate, item_user_surface: the same}, learned before the cut; `protocol`,
-        `seeds`, `users`, `items`, `impressions`, `actions` {name: positives}.
+        `baselines` {base_rate, item_rate, user_rate, item_user_surface: {`ACTION/METRIC`: value}}, learned before the
+        cut, and their `baseline_intervals` {name: {`ACTION/METRIC`: [low, high]}}; `protocol`, `seeds`, `users`,
+        `items`, `impressions`, `actions` {name: positives}.
 
     Raises:
         LeakError: A run was not trained with `protocol: temporal`.
@@ -127,6 +128,7 @@ def logged(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mappin
             for metric, value in judge(labels[:, number], chances.of(number), people).items()
         }
 
+    compared = {name: figures(chances) for name, chances in beside.items()}
     answer = {
         "protocol": "impressions",
         "runs": [str(run.path) for run in runs],
@@ -136,7 +138,10 @@ def logged(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mappin
         "impressions": len(tested.lines),
         "actions": {name: int(count) for name, count in zip(names, labels.sum(0), strict=True)},
         "metrics": figures(tested.chances),
-        "baselines": {name: figures(chances) for name, chances in beside.items()},
+        "baselines": {name: {n: value["mean"] for n, value in one.items()} for name, one in compared.items()},
+        "baseline_intervals": {
+            name: {n: [value["low"], value["high"]] for n, value in one.items()} for name, one in compared.items()
+        },
     }
     for run in runs:
         append_line(run.path / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)

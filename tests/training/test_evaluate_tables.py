@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.datasets import prepare
 from training.evaluate import evaluate
+from training.evaluate_tables import DRAWS, METRICS, Chances, judge, resampled, values_of
 from training.train import train
 
 
@@ -34,7 +36,47 @@ def test_impressions_are_judged_by_what_followed(simulated: tuple[Path, Path]) -
         assert 0 < area["low"] <= area["mean"] <= area["high"] < 1
         assert 0 <= found["metrics"][f"{action}/ece"]["mean"] < 1
         assert found["baselines"]["base_rate"][f"{action}/log_loss"] > 0
+        rates = found["baselines"]["item_rate"]
+        low, high = found["baseline_intervals"]["item_rate"][f"{action}/auc"]
+        assert low <= rates[f"{action}/auc"] <= high
+        # What was learned before the cut is the same at every moment after it.
+        assert rates[f"{action}/gauc"] == pytest.approx(rates[f"{action}/slate_gauc"], nan_ok=True)
     json.dumps(found)
+
+
+def test_a_true_probability_orders_a_person_against_the_truth_unless_asked_at_one_moment() -> None:
+    # Half of all people click each of their two impressions, nearly always; the others hardly ever.
+    rng = np.random.default_rng(0)
+    eager = np.repeat(rng.random(20_000) < 0.5, 2)
+    labels = rng.random(40_000) < np.where(eager, 0.9, 0.1)
+    people = np.repeat(np.arange(20_000), 2)
+    # After a click a person is eager with probability .9, so .82 click again; nothing is known of them before it.
+    live = np.full(40_000, 0.5)
+    live[1::2] = np.where(labels[::2], 0.82, 0.18)
+    found = judge(labels, Chances(live, np.full(40_000, 0.5)), people)
+    assert found["ece"]["mean"] < 0.01
+    assert found["auc"]["low"] > 0.6
+    # Of two impressions of which one is clicked, the second always stands on the wrong side of the first.
+    assert found["gauc"]["high"] == 0.0
+    assert found["slate_gauc"]["mean"] == 0.5
+    # An item that is truly better is found at one moment, whatever is known of the person.
+    better = np.where(labels, 0.6, 0.4)
+    assert judge(labels, Chances(live, better), people)["slate_gauc"]["low"] == 1.0
+
+
+def test_intervals_cover_the_whole_and_weigh_people() -> None:
+    rng = np.random.default_rng(1)
+    people = rng.integers(0, 80, 600)
+    scores = rng.normal(size=600)
+    labels = rng.random(600) < 1 / (1 + np.exp(-scores))
+    chances = Chances(1 / (1 + np.exp(-scores)), rng.random(600))
+    drawn, whole = resampled(labels, chances, people), values_of(labels, chances, people)
+    assert drawn.shape == (DRAWS, len(METRICS))
+    # The error of calibration alone is biased by drawing with repetition.
+    for at, name in enumerate(METRICS[:4]):
+        assert abs(drawn[:, at].mean() - whole[at]) < drawn[:, at].std(), name
+    same = resampled(labels, chances, people)
+    assert same.tobytes() == drawn.tobytes()
 
 
 def test_search_ranks_the_catalogue_for_judged_queries(circles: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from features.tables import Dataset, open_dataset, write_dataset
 from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
-from training.feed import Feed, learn, lesson_of
+from training.feed import Feed, learn, lesson_of, logits_of
 from training.impressions import NEVER, Shown, read_shown
 from training.metrics import auc
 from training.ranker import Ranker
@@ -212,3 +212,5 @@ def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     assert found["log_loss"] < found["base_log_loss"]
     assert found["ece"] < 0.15
     assert said["lines"] == len(lines)
+    mean = torch.sigmoid(logits_of(ranker, lesson)).mean(0)
+    assert torch.allclose(mean, lesson.labels.mean(0), atol=1e-4)

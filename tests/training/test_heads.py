@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.heads import Candidates, _choose_blend, _some_words
-from training.ranker import Ranker, platt, utility
+from training.ranker import Ranker, level, platt, utility
 
 
 def test_platt_finds_the_true_slope_and_shift() -> None:
@@ -21,6 +21,22 @@ def test_platt_stays_finite_where_all_labels_are_alike(label: float) -> None:
     slope, shift = platt(torch.randn(100), torch.full((100,), label))
     assert abs(slope) < 100
     assert abs(shift) < 100
+
+
+def test_few_events_do_not_move_the_slope_far() -> None:
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(4_000) - 8
+    labels = torch.zeros(4_000)
+    labels[logits.topk(3).indices] = 1  # three hides, all where they were expected most
+    assert platt(logits, labels)[0] > 1.5
+    assert 1 < platt(logits, labels, steady=100.0)[0] < 1.2
+
+
+@pytest.mark.parametrize("rate", [1e-6, 0.003, 0.4, 0.999])
+def test_the_level_makes_the_rate_the_mean_probability(rate: float) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1_000)
+    assert float(torch.sigmoid(logits.double() + level(logits, rate)).mean()) == pytest.approx(rate, rel=1e-6)
 
 
 def test_an_untrained_ranker_passes_relevance_through() -> None:
