@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from redis.exceptions import ResponseError
-
-from serving.errors import EventLogUnavailable
-from serving.events import Entry, EventLog, stream_id
-from serving.redis_client import Call, command, run_all, serving_error
+from features.errors import PenchantError
+from serving.errors import Unavailable
+from serving.events import Entry, EventLog, LogReplaced, stream_id
+from serving.redis_client import Call
 from serving.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
 
 
@@ -17,6 +16,9 @@ class Consumer:
     """Reads the partitions that it can get the lease of.
 
     An entry is delivered until it is acknowledged: after a crash the next owner asks for what is pending first.
+
+    Attributes:
+        away: Why some partitions could not be had the last time, None where all servers answered.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Consumer:
             lease_ms: How long a partition stays with an owner that says nothing more.
             stream: What of each partition to read; a lease holds for both, so that they stay with one owner.
         """
+        self.away: Unavailable | None = None
         self._log = log
         self._group = group
         self._owner = owner
@@ -44,7 +47,7 @@ class Consumer:
         self._leases = [keys.lease + b":" + group.encode() for keys in log.keys]
 
     def open(self) -> None:
-        """Makes the group, beginning with the oldest entry of every partition, unless it is there.
+        """Makes the group, beginning with the oldest entry of every partition that can be had, unless it is there.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -61,7 +64,7 @@ class Consumer:
             count: Most entries per partition.
 
         Returns:
-            Per partition its entries in log order, None where somebody else owns it.
+            Per partition its entries in log order, None where somebody else owns it or its server is away: `away` says.
 
         Raises:
             EventLogUnavailable: Redis does not answer; what was read meanwhile is pending.
@@ -74,8 +77,7 @@ class Consumer:
             )
             for stream, lease, start in zip(self._streams, self._leases, after, strict=True)
         ]
-        replies = self._run(calls)
-        return [None if reply is None else [_entry(*found) for found in reply] for reply in replies]
+        return [None if reply is None else [_entry(*found) for found in reply] for reply in self._run(calls)]
 
     def acknowledge(self, partition: int, log_ids: Sequence[int]) -> None:
         """Says that entries need not be delivered again.
@@ -85,8 +87,7 @@ class Consumer:
         """
         if log_ids:
             names = map(stream_id, log_ids)
-            with self._log.breaker:
-                command(self._log.client, "XACK", self._streams[partition], self._group, *names)
+            self._log.nodes.command("XACK", self._streams[partition], self._group, *names)
 
     def lag(self) -> list[int]:
         """Number of entries per partition that are not acknowledged yet.
@@ -96,8 +97,7 @@ class Consumer:
         """
         lags = []
         for stream in self._streams:
-            with self._log.breaker:
-                groups = self._log.client.xinfo_groups(stream)
+            groups = self._log.nodes.command("XINFO GROUPS", stream)
             lags += [
                 group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == self._group.encode()
             ]
@@ -112,14 +112,14 @@ class Consumer:
         self._run([Call(LOG_RELEASE, (lease,), (self._owner,)) for lease in self._leases])
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
-        with self._log.breaker:
-            replies = run_all(self._log.client, calls)
+        """The reply of each partition, None where its server is away."""
+        replies = self._log.nodes.run_all(calls)
+        away = [reply for reply in replies if isinstance(reply, Unavailable) and not isinstance(reply, LogReplaced)]
         for reply in replies:
-            if isinstance(reply, ResponseError) and str(reply).startswith("NOGROUP"):
-                raise EventLogUnavailable("this log is a new one; open it again")
-            if isinstance(reply, ResponseError):
-                raise serving_error(reply, EventLogUnavailable) from reply
-        return replies
+            if isinstance(reply, PenchantError) and reply not in away:
+                raise reply
+        self.away = away[0] if away else None
+        return [None if isinstance(reply, PenchantError) else reply for reply in replies]
 
 
 def _entry(name: bytes, words: Sequence[bytes] | None) -> Entry:
