@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from features.errors import PenchantError
-from serving.errors import Unavailable
 from serving.events import Entry, EventLog, LogReplaced, stream_id
 from serving.redis_client import Call
 from serving.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
+
+_log = logging.getLogger(__name__)
 
 
 class Consumer:
@@ -18,7 +20,7 @@ class Consumer:
     An entry is delivered until it is acknowledged: after a crash the next owner asks for what is pending first.
 
     Attributes:
-        away: Why some partitions could not be had the last time, None where all servers answered.
+        missing: Why some partitions could not be had the last time, None where all servers answered.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Consumer:
             lease_ms: How long a partition stays with an owner that says nothing more.
             stream: What of each partition to read; a lease holds for both, so that they stay with one owner.
         """
-        self.away: Unavailable | None = None
+        self.missing: PenchantError | None = None
         self._log = log
         self._group = group
         self._owner = owner
@@ -64,7 +66,7 @@ class Consumer:
             count: Most entries per partition.
 
         Returns:
-            Per partition its entries in log order, None where somebody else owns it or its server is away: `away` says.
+            Per partition its entries in log order, None where somebody else owns it, or where it cannot be read now.
 
         Raises:
             EventLogUnavailable: Redis does not answer; what was read meanwhile is pending.
@@ -112,13 +114,17 @@ class Consumer:
         self._run([Call(LOG_RELEASE, (lease,), (self._owner,)) for lease in self._leases])
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
-        """The reply of each partition, None where its server is away."""
+        """The reply of each partition, None where its server is away or its stream is damaged."""
         replies = self._log.nodes.run_all(calls)
-        away = [reply for reply in replies if isinstance(reply, Unavailable) and not isinstance(reply, LogReplaced)]
-        for reply in replies:
-            if isinstance(reply, PenchantError) and reply not in away:
-                raise reply
-        self.away = away[0] if away else None
+        failures = [reply for reply in replies if isinstance(reply, PenchantError)]
+        replaced = [failure for failure in failures if isinstance(failure, LogReplaced)]
+        if replaced or len(failures) == len(calls):
+            raise (replaced or failures)[0]
+        if failures and not self.missing:
+            _log.error(
+                "%d of %d partitions cannot be read, the others go on: %s", len(failures), len(calls), failures[0]
+            )
+        self.missing = failures[0] if failures else None
         return [None if isinstance(reply, PenchantError) else reply for reply in replies]
 
 

@@ -240,8 +240,8 @@ class Warehouse:
         while idle < 2:
             idle = 0 if self.step(flush=True) else idle + 1
             if not all(self._events.owned) or not all(self._impressions.owned):
-                if away := self._events.consumer.away or self._impressions.consumer.away:
-                    raise away
+                if missing := self._events.consumer.missing or self._impressions.consumer.missing:
+                    raise missing
                 idle = 0
                 if time.monotonic() > patience:
                     raise ConfigError("another warehouse reads this log into another directory; stop that one first")

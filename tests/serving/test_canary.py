@@ -20,11 +20,10 @@ import pytest
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 from serving import redis_client
-from serving.config import ServeConfig
 from serving.profiles import ProfileStore
 from serving.redis_server import RedisServer
-from serving.worker import work
 from tests.serving.faults import FULL, Proxy, wait_until
+from tests.serving.inside import inside
 
 PEOPLE = 200
 ENDED = 10_000 if FULL else 300
@@ -40,22 +39,9 @@ def stage(world, tmp_path, monkeypatch) -> Iterator[tuple[str, Proxy]]:
     with contextlib.ExitStack() as stack:
         profiles, events = (stack.enter_context(RedisServer(tmp_path, role)) for role in ("profiles", "events"))
         front = stack.enter_context(Proxy(profiles))
-        settings = {
-            "bundle": str(world),
-            "listen": f"127.0.0.1:{_free_port()}",
-            "redis": f"redis://127.0.0.1:{front.port}",
-            "events_redis": events.url,
-            "redis_timeout_ms": TIMEOUT_MS,
-            "workers": 1,
-        }
-        stop, ready = threading.Event(), threading.Event()
-        config = ServeConfig.load(**settings)
-        thread = threading.Thread(target=work, args=(config, 0, stop, ready.set))
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(stop.set)
-        assert ready.wait(60)
-        with Client(config.listen, timeout_s=20.0) as client:
+        url = f"redis://127.0.0.1:{front.port}"
+        service = stack.enter_context(inside(world, url, events.url, redis_timeout_ms=TIMEOUT_MS))
+        with service.client() as client:
             items = [
                 catalog_pb2.Item(item_id=canary(n), title=f"bird {n}", categories=["western"]) for n in range(PEOPLE)
             ]
@@ -63,18 +49,11 @@ def stage(world, tmp_path, monkeypatch) -> Iterator[tuple[str, Proxy]]:
             statuses = client.ingest([event(f"p{number}", canary(number), "view_item") for number in range(PEOPLE)])
             assert {status.code for status in statuses} == {0}
             wait_until(lambda: all(client.get_profile(f"p{n}").event_count == 1 for n in range(PEOPLE)))
-        yield config.listen, front
+        yield service.target, front
 
 
 def canary(number: int) -> str:
     return f"canary{number}"
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Callers:

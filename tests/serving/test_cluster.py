@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from pathlib import Path
 
 import grpc
 import pyarrow.parquet as pq
@@ -22,9 +21,12 @@ from serving.redis_client import Call, Script, connect, partition_of, partition_
 from serving.redis_nodes import Nodes
 from tests.serving.clusters import SLOTS, ClusterNode, cluster, url_of
 from tests.serving.faults import FULL, Proxy, frozen, wait_until
+from tests.serving.inside import inside
 from tests.serving.test_redis_production import _certificate, _tls, user_of_the_docs, work
 
 PARTITIONS = 16
+TIMEOUT_MS = 100
+BACK_S = 2.0
 PEOPLE = [f"p{number}" for number in range(40)]
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 ADD = Script.of("return redis.call('INCRBY', KEYS[1], ARGV[1])")
@@ -116,7 +118,7 @@ def test_a_cluster_and_a_single_server_are_not_taken_for_each_other(empty, profi
 
 def loved(client: Client, person: str) -> bool:
     """Whether the answer is personal."""
-    slate = client.recommend(user_id=person, page_size=5, timeout_s=2.0)
+    slate = client.recommend(user_id=person, page_size=5)
     assert bool(slate.degraded) == (slate.rung == common_pb2.RUNG_POPULAR)
     return slate.rung == common_pb2.RUNG_SEQUENCE
 
@@ -136,43 +138,46 @@ def stopped(node: ClusterNode):
 
 
 @pytest.mark.parametrize("trouble", [stopped, frozen], ids=["killed", "frozen"])
-def test_a_node_that_is_away_is_missed_by_its_own_people_only(serve, empty, trouble):
+def test_a_node_that_is_away_is_missed_by_its_own_people_only(world, empty, trouble):
     url = url_of(empty)
     here = [person for person in PEOPLE if owner_of(empty, person) is empty[1]]
     others = [person for person in PEOPLE if person not in here]
     assert here
     assert others
-    with serve(redis=url, events_redis=url, redis_timeout_ms=50, workers=1) as service, service.client() as client:
+    with inside(world, url, url, redis_timeout_ms=TIMEOUT_MS) as service, service.client() as client:
         ingest_all(client, "i0")
-        assert all(loved(client, person) for person in PEOPLE)
+        begun = time.monotonic()
+        wait_until(lambda: all(loved(client, person) for person in PEOPLE))
+        usual = time.monotonic() - begun
         with trouble(empty[1]):
-            for _ in range(10 if FULL else 2):
-                assert [person for person in PEOPLE if loved(client, person)] == others
+            wait_until(lambda: [person for person in PEOPLE if loved(client, person)] == others)
+            for _ in range(100 if FULL else 2):
+                assert not any(loved(client, person) for person in here)
             statuses = dict(zip(PEOPLE, client.ingest([event(p, "i4", "view_item") for p in PEOPLE]), strict=True))
             assert {statuses[person].code for person in here} == {UNAVAILABLE.value[0]}
             assert {statuses[person].code for person in others} == {0}
-            assert all(statuses[person].applied for person in others)
         wait_until(empty[1].well)
         back = time.monotonic()
-        while not all(loved(client, person) for person in here):
-            assert time.monotonic() - back < 2.0
-        print(f"{trouble.__name__}: personal again after {time.monotonic() - back:.2f} s")
-        ingest_all(client, "i8")
-        assert [client.get_profile(person).event_count for person in here] == [2] * len(here)
-        assert [client.get_profile(person).event_count for person in others] == [3] * len(others)
+        wait_until(lambda: all(loved(client, person) for person in PEOPLE))
+        seconds = time.monotonic() - back
+        print(f"{trouble.__name__}: {len(here)} of {len(PEOPLE)} people; personal again after {seconds:.2f} s")
+        assert seconds < BACK_S + usual
+        wait_until(lambda: {s.code for s in client.ingest([event(p, "i8", "view_item") for p in here])} == {0})
+        wait_until(lambda: [client.get_profile(person).event_count for person in here] == [2] * len(here))
+        wait_until(lambda: [client.get_profile(person).event_count for person in others] == [2] * len(others))
 
 
-def test_the_service_the_warehouse_and_a_rebuild(serve, empty, tmp_path):
+def test_the_service_the_warehouse_and_a_rebuild(world, empty, tmp_path):
     url = url_of(empty[1:2])  # one node is enough to find the others
-    settings = {"redis": url, "events_redis": url, "warehouse": True, "warehouse_flush_s": 0.5, "purge_hours": 0.001}
-    with serve(**settings) as service, service.client() as client:
+    out = tmp_path / "warehouse"
+    settings = {"warehouse_flush_s": 0.5, "purge_hours": 0.001, "redis_timeout_ms": 1000}
+    with inside(world, url, url, out, **settings) as service, service.client() as client:
         ingest_all(client, "i0")
         slate = client.recommend(user_id="p1", page_size=5)
         client.ingest([event("p1", slate.items[0].item_id, "like", request_id=slate.request_id)])
         answer = client.put_items([catalog_pb2.Item(item_id="new", title="keepsake", categories=["western"])])
         assert answer.visible_everywhere
         assert [item.item_id for item in client.search("keepsake", page_size=1).items] == ["new"]
-        out = Path(service.ready["warehouse"])
 
         def written() -> set[str]:
             files = out.glob("events/date=*/*.parquet")
@@ -216,14 +221,14 @@ def owns(node: ClusterNode, slot: int) -> bool:
 
 
 @pytest.mark.parametrize("move", [_moved_at_once, _moved_by_hand])
-def test_a_slot_that_moves_under_traffic_loses_and_doubles_nothing(serve, empty, move):
+def test_a_slot_that_moves_under_traffic_loses_and_doubles_nothing(world, empty, move):
     url, partition = url_of(empty), partition_of("u:p0", PARTITIONS)
     slot, source = key_slot(partition_prefix(partition)), owner(empty, partition)
     target = empty[(empty.index(source) + 1) % 3]
     people = [f"p{n}" for n in range(400) if partition_of(f"u:p{n}", PARTITIONS) == partition][:8]
     taken = dict.fromkeys(people, 0)
     stop, personal = threading.Event(), []
-    with serve(redis=url, events_redis=url, redis_timeout_ms=200) as service, service.client() as client:
+    with inside(world, url, url, redis_timeout_ms=1000) as service, service.client() as client:
         assert {s.code for s in client.ingest([event(person, "i0", "view_item") for person in people])} == {0}
 
         def write() -> None:
