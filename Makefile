@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install protos format check check-code check-protos test demo bench prove-resume prove-durability clean
+.PHONY: help install protos format check check-code check-protos test demo bench prove-durability prove-redis prove-resume clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -59,6 +59,10 @@ demo: $(VENV)/.ready-demo  ## the whole road in minutes: data, training, bundle,
 bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH takes another bundle than the demo's
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo
 	$(BIN)/penchant bench stages $(BUNDLE)
+
+prove-redis: $(VENV)/.ready-dev  ## Redis in trouble, a cluster, 10,000 calls that end early: the tests at their full size
+	FULL=1 $(BIN)/python -m pytest -s --timeout 3600 tests/serving/test_redis_trouble.py \
+		tests/serving/test_cluster.py tests/serving/test_canary.py
 
 prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end as if left alone
 	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills

@@ -29,7 +29,7 @@ from serving.engine import Engine, Surroundings, open_engine
 from serving.hydrators import Progress
 from serving.pipeline import Query
 from serving.profiles import ProfileStore
-from serving.redis_client import Line, connect
+from serving.redis_client import Line, connect_one
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry
 
@@ -61,7 +61,7 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
     Raises:
         BundleError: The bundle is refused.
     """
-    with _store(redis) as url, connect(url, timeout_s=1.0) as client:
+    with _store(redis) as url, connect_one(url, timeout_s=1.0) as client:
         store = ProfileStore(client)
         config = ServeConfig.load(bundle=bundle, candidates=candidates)
         engine = open_engine(bundle, Surroundings(config, store, Progress(), Telemetry()))

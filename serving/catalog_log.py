@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import redis
-
 from serving.errors import CatalogLogUnavailable
-from serving.redis_client import Breaker, Call, command, run
+from serving.redis_client import Call, Client
+from serving.redis_nodes import Nodes
 from serving.scripts import CATALOG_APPLIED, CATALOG_LOWEST, CATALOG_PUT
 
 Kind = Literal["put", "availability", "delete"]
@@ -53,7 +52,7 @@ class CatalogLog:
     """The log in the events Redis; any thread may call anything."""
 
     def __init__(
-        self, client: redis.Redis, *, stream_length: int = 10_000, live_ms: int = LIVE_MS, cooldown_s: float = 0.5
+        self, client: Client, *, stream_length: int = 10_000, live_ms: int = LIVE_MS, cooldown_s: float = 0.5
     ) -> None:
         """Takes a client of `redis_client.connect`.
 
@@ -63,13 +62,11 @@ class CatalogLog:
             live_ms: Time since its last sign for which a worker counts as alive.
             cooldown_s: Pause between looks at a failed Redis.
         """
-        self._client = client
+        self._nodes = Nodes(client, CatalogLogUnavailable, cooldown_s)
         self._length = stream_length
         self._live_ms = live_ms
-        self._breaker = Breaker(CatalogLogUnavailable, cooldown_s)
         # Half a client's timeout is left for the way there and back.
-        timeout_s = client.connection_pool.connection_kwargs.get("socket_timeout") or 1.0
-        self._longest_block_ms = max(1, int(500 * timeout_s))
+        self._longest_block_ms = max(1, int(500 * self._nodes.timeout_s))
 
     def put(self, changes: Sequence[Change]) -> int:
         """Makes changes durable, in their order; returns the version of the catalogue that holds them all.
@@ -84,8 +81,7 @@ class CatalogLog:
         for start in range(0, len(changes), _BATCH):
             batch = changes[start : start + _BATCH]
             words = [word for change in batch for word in (change.kind, change.item_id, change.payload)]
-            with self._breaker:
-                version = int(run(self._client, Call(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))))
+            version = int(self._nodes.run(Call(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))))
         return version or self.version()
 
     def version(self) -> int:
@@ -94,8 +90,7 @@ class CatalogLog:
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        with self._breaker:
-            return int(command(self._client, "GET", _VERSION) or 0)
+        return int(self._nodes.command("GET", _VERSION) or 0)
 
     def snapshot(self, after: int = 0) -> tuple[int, list[Change]]:
         """A version, and what is to be applied, in this order, to get there from version `after`.
@@ -105,13 +100,7 @@ class CatalogLog:
         """
         # The version first: what changes during the scan is of a later one, and comes again with `tail`.
         version = self.version()
-        found: list[tuple[tuple[int, int], Change]] = []
-        cursor = -1
-        while cursor:
-            with self._breaker:
-                cursor, page = command(self._client, "HSCAN", _ITEMS, max(cursor, 0), "COUNT", _PAGE)
-            found += _changes(page.items())
-        return version, _ordered(found, after)
+        return version, _ordered(_changes(self._nodes.scan(_ITEMS, _PAGE)), after)
 
     def tail(self, after: int, block_ms: int = 0) -> tuple[int, list[Change]]:
         """Follows the log.
@@ -137,9 +126,8 @@ class CatalogLog:
             left_ms = int(1000 * (deadline - time.monotonic()))
             if left_ms <= 0:
                 return after, []
-            with self._breaker:
-                block = min(left_ms, self._longest_block_ms)
-                command(self._client, "XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0")
+            block = min(left_ms, self._longest_block_ms)
+            self._nodes.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0", at=_STREAM)
 
     def applied(self, worker: str, version: int) -> None:
         """Says that a worker has applied everything up to a version, and is alive; say it at least every second.
@@ -147,8 +135,7 @@ class CatalogLog:
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        with self._breaker:
-            run(self._client, Call(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
+        self._nodes.run(Call(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
 
     def leave(self, worker: str) -> None:
         """Says that a worker is gone and need not be waited for.
@@ -156,8 +143,7 @@ class CatalogLog:
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        with self._breaker:
-            command(self._client, "HDEL", _WORKERS, worker)
+        self._nodes.command("HDEL", _WORKERS, worker)
 
     def wait_all_applied(self, version: int, timeout_s: float) -> bool:
         """Waits until every live worker has applied a version; false when one had not in time.
@@ -167,8 +153,7 @@ class CatalogLog:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            with self._breaker:
-                lowest = run(self._client, Call(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
+            lowest = self._nodes.run(Call(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
             if lowest is None or lowest >= version:
                 return True
             if time.monotonic() + _POLL_S > deadline:
@@ -177,13 +162,11 @@ class CatalogLog:
 
     def _news(self, after: int) -> tuple[int, list[Change]]:
         """What the versions behind `after` changed; everything that is newer where the stream begins later."""
-        with self._breaker:
-            entries = command(self._client, "XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
+        entries = self._nodes.command("XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
         if not entries or _version(entries[0][0]) != after + 1:
             return self.snapshot(after)
         names = list(dict.fromkeys(name for _, fields in entries for name in fields))
-        with self._breaker:
-            payloads = command(self._client, "HMGET", _ITEMS, *names)
+        payloads = self._nodes.command("HMGET", _ITEMS, *names)
         # A payload that is gone was replaced by a later version, which comes in its turn.
         found = _changes((name, payload) for name, payload in zip(names, payloads, strict=True) if payload is not None)
         return _version(entries[-1][0]), _ordered(found, after)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from redis.exceptions import ResponseError
-
-from serving.errors import ConfigError, EventLogUnavailable
-from serving.events import Entry, EventLog, stream_id
-from serving.redis_client import Call, command, run_all, serving_error
+from features.errors import PenchantError
+from serving.errors import ConfigError
+from serving.events import Entry, EventLog, LogReplaced, stream_id
+from serving.redis_client import Call
+from serving.redis_nodes import required
 from serving.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
+
+_log = logging.getLogger(__name__)
 
 
 class Consumer:
     """Reads the partitions that it can get the lease of.
 
     An entry is delivered until it is acknowledged: after a crash the next owner asks for what is pending first.
+
+    Attributes:
+        missing: Why some partitions could not be had the last time, None where all servers answered.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class Consumer:
             lease_ms: How long a partition stays with an owner that says nothing more.
             stream: What of each partition to read; a lease holds for both, so that they stay with one owner.
         """
+        self.missing: PenchantError | None = None
         self._log = log
         self._group = group
         self._owner = owner
@@ -44,7 +51,7 @@ class Consumer:
         self._leases = [keys.lease + b":" + group.encode() for keys in log.keys]
 
     def open(self) -> None:
-        """Makes the group, beginning with the oldest entry of every partition, unless it is there.
+        """Makes the group, beginning with the oldest entry of every partition that can be had, unless it is there.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -61,7 +68,7 @@ class Consumer:
             count: Most entries per partition.
 
         Returns:
-            Per partition its entries in log order, None where somebody else owns it.
+            Per partition its entries in log order, None where somebody else owns it, or where it cannot be read now.
 
         Raises:
             EventLogUnavailable: Redis does not answer; what was read meanwhile is pending.
@@ -74,8 +81,7 @@ class Consumer:
             )
             for stream, lease, start in zip(self._streams, self._leases, after, strict=True)
         ]
-        replies = self._run(calls)
-        return [None if reply is None else [_entry(*found) for found in reply] for reply in replies]
+        return [None if reply is None else [_entry(*found) for found in reply] for reply in self._run(calls)]
 
     def acknowledge(self, partition: int, log_ids: Sequence[int]) -> None:
         """Says that entries need not be delivered again.
@@ -85,8 +91,7 @@ class Consumer:
         """
         if log_ids:
             names = map(stream_id, log_ids)
-            with self._log.breaker:
-                command(self._log.client, "XACK", self._streams[partition], self._group, *names)
+            self._log.nodes.command("XACK", self._streams[partition], self._group, *names)
 
     def lag(self) -> list[int]:
         """Number of entries per partition that are not acknowledged yet.
@@ -96,8 +101,7 @@ class Consumer:
         """
         lags = []
         for stream in self._streams:
-            with self._log.breaker:
-                groups = self._log.client.xinfo_groups(stream)
+            groups = self._log.nodes.command("XINFO GROUPS", stream)
             lags += [
                 group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == self._group.encode()
             ]
@@ -118,27 +122,27 @@ class Consumer:
             ConfigError: Somebody reads for it now.
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        with self._log.breaker, self._log.client.pipeline(transaction=False) as pipeline:
-            for lease in self._leases:
-                command(pipeline, "EXISTS", lease)
-            if any(pipeline.execute()):
-                raise ConfigError(f"{self._group} is still read, or was until a moment ago: stop its process first")
+        if any(required(self._log.nodes.run_all([("EXISTS", lease) for lease in self._leases]))):
+            raise ConfigError(f"{self._group} is still read, or was until a moment ago: stop its process first")
         dropped = 0
         for stream in self._streams:
-            with self._log.breaker:
-                if self._log.client.exists(stream):
-                    dropped += int(command(self._log.client, "XGROUP", "DESTROY", stream, self._group))
+            if self._log.nodes.command("EXISTS", stream):
+                dropped += int(self._log.nodes.command("XGROUP", "DESTROY", stream, self._group, at=stream))
         return dropped
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
-        with self._log.breaker:
-            replies = run_all(self._log.client, calls)
-        for reply in replies:
-            if isinstance(reply, ResponseError) and str(reply).startswith("NOGROUP"):
-                raise EventLogUnavailable("this log is a new one; open it again")
-            if isinstance(reply, ResponseError):
-                raise serving_error(reply, EventLogUnavailable) from reply
-        return replies
+        """The reply of each partition, None where its server is away or its stream is damaged."""
+        replies = self._log.nodes.run_all(calls)
+        failures = [reply for reply in replies if isinstance(reply, PenchantError)]
+        replaced = [failure for failure in failures if isinstance(failure, LogReplaced)]
+        if replaced or len(failures) == len(calls):
+            raise (replaced or failures)[0]
+        if failures and not self.missing:
+            _log.error(
+                "%d of %d partitions cannot be read, the others go on: %s", len(failures), len(calls), failures[0]
+            )
+        self.missing = failures[0] if failures else None
+        return [None if isinstance(reply, PenchantError) else reply for reply in replies]
 
 
 def _entry(name: bytes, words: Sequence[bytes] | None) -> Entry:

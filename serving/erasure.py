@@ -28,7 +28,8 @@ from features.bundle import sync
 from serving.errors import ConfigError, EventLogUnavailable, NotFound, ServingError, Unavailable
 from serving.events import EventLog
 from serving.profiles import Mark, ProfileStore
-from serving.redis_client import command, connect, serving_error
+from serving.redis_client import Call, Client, command, connect, servers, serving_error
+from serving.scripts import CERTIFICATE_ISSUE
 
 PROFILES_GROUP = "profiles"
 """The group that brings events into profiles; every other group of the log keeps a copy of its own."""
@@ -167,15 +168,12 @@ class Certificates:
         """
         keys, now = self._log.keys[partition], time.time_ns() // 1_000_000
         certificate_id = certificate_id or f"{partition:04x}-{secrets.token_hex(16)}"
-        with self._log.breaker:
-            groups = [group["name"].decode() for group in self._log.client.xinfo_groups(keys.events)]
-            receipts = [Receipt(store, entries, now) for store, entries in counts.items()]
-            receipts += [Receipt(group, 0, 0) for group in groups if group != PROFILES_GROUP]
-            certificate = Certificate(certificate_id, log_id, now + self._due_ms, tuple(receipts))
-            with self._log.client.pipeline(transaction=True) as pipeline:
-                command(pipeline, "HSET", self._key(certificate_id), *_fields(certificate))
-                command(pipeline, "SADD", keys.purging, certificate_id)
-                pipeline.execute()
+        groups = [group["name"].decode() for group in self._log.groups(keys.events)]
+        receipts = [Receipt(store, entries, now) for store, entries in counts.items()]
+        receipts += [Receipt(group, 0, 0) for group in groups if group != PROFILES_GROUP]
+        certificate = Certificate(certificate_id, log_id, now + self._due_ms, tuple(receipts))
+        arguments = (certificate_id, *_fields(certificate))
+        self._log.nodes.run(Call(CERTIFICATE_ISSUE, (self._key(certificate_id), keys.purging), arguments))
         return certificate
 
     def get(self, certificate_id: str) -> Certificate:
@@ -187,8 +185,7 @@ class Certificates:
         """
         fields: dict[bytes, bytes] = {}
         if _ID.fullmatch(certificate_id) and int(certificate_id[:4], 16) < self._log.partitions:
-            with self._log.breaker:
-                fields = command(self._log.client, "HGETALL", self._key(certificate_id))
+            fields = self._log.nodes.command("HGETALL", self._key(certificate_id))
         if not fields:
             raise NotFound("there is no certificate of this id", field="certificate_id")
         return _certificate(certificate_id, fields)
@@ -201,9 +198,8 @@ class Certificates:
         """
         found = []
         for keys in self._log.keys:
-            with self._log.breaker:
-                names = [name.decode() for name in command(self._log.client, "SMEMBERS", keys.purging)]
-            found += [self.get(name) for name in names]
+            names = self._log.nodes.command("SMEMBERS", keys.purging)
+            found += [self.get(name.decode()) for name in names]
         return found
 
     def confirm(self, certificate: Certificate, *stores: str) -> None:
@@ -213,16 +209,13 @@ class Certificates:
             EventLogUnavailable: Redis does not answer.
         """
         now, key = time.time_ns() // 1_000_000, self._key(certificate.certificate_id)
-        with self._log.breaker, self._log.client.pipeline(transaction=True) as pipeline:
-            for receipt in certificate.receipts:
-                if receipt.store in stores:
-                    erased = receipt.erased_at or now
-                    command(pipeline, "HSET", key, f"store:{receipt.store}", f"{receipt.entries} {erased} {now}")
-            command(pipeline, "HGETALL", key)
-            fields = pipeline.execute()[-1]
-            if all(one.purged_at for one in _certificate(certificate.certificate_id, fields).receipts):
-                partition = int(certificate.certificate_id[:4], 16)
-                command(self._log.client, "SREM", self._log.keys[partition].purging, certificate.certificate_id)
+        for one in certificate.receipts:
+            if one.store in stores:
+                said = f"{one.entries} {one.erased_at or now} {now}"
+                self._log.nodes.command("HSET", key, f"store:{one.store}", said)
+        if all(one.purged_at for one in self.get(certificate.certificate_id).receipts):
+            keys = self._log.keys[int(certificate.certificate_id[:4], 16)]
+            self._log.nodes.command("SREM", keys.purging, certificate.certificate_id)
 
     def _key(self, certificate_id: str) -> bytes:
         return self._log.keys[int(certificate_id[:4], 16)].certificates + b":" + certificate_id.encode()
@@ -291,7 +284,7 @@ def _lacking(log: EventLog, own: Sequence[Erasure]) -> list[bool]:
 class Purger:
     """Writes the files of both Redis anew whenever something was erased from them."""
 
-    def __init__(self, certificates: Certificates, events: redis.Redis, profiles: redis.Redis, period_s: float) -> None:
+    def __init__(self, certificates: Certificates, events: Client, profiles: Client, period_s: float) -> None:
         """Says what to purge; `run` does it.
 
         Args:
@@ -323,35 +316,40 @@ class Purger:
             lacking = [one for one in pending if any(r.store in stores and not r.purged_at for r in one.receipts)]
             if not lacking:
                 continue
-            _rewrite(client, stop or threading.Event())
+            _rewrite_all(client, stop or threading.Event())
             for certificate in lacking:
                 self._certificates.confirm(certificate, *stores)
             dated |= {one.certificate_id for one in lacking}
         return len(dated)
 
 
-def _rewrite(client: redis.Redis, stop: threading.Event) -> None:
-    """Lets Redis write its files anew, from what it holds now; returns when the old ones are gone.
+def _rewrite_all(client: Client, stop: threading.Event) -> None:
+    """Lets every server write its files anew, from what it holds now; returns when the old ones are gone.
 
     Raises:
-        ServingError: It does not answer, or could not.
+        ServingError: One does not answer, or could not.
     """
     try:
-        _idle(client, stop)
-        if int(client.info("persistence")["aof_enabled"]):
-            command(client, "BGREWRITEAOF")
-            _idle(client, stop)
-            _require(client, "aof_last_bgrewrite_status", "BGREWRITEAOF")
-        if client.config_get("save").get("save"):
-            command(client, "BGSAVE")
-            _idle(client, stop)
-            _require(client, "rdb_last_bgsave_status", "BGSAVE")
+        for node in servers(client, replicas=True):
+            _rewrite(node, stop)
     except ResponseError as error:
         raise ServingError(
             f"Redis does not write its files anew ({error}); allow BGREWRITEAOF, BGSAVE, CONFIG GET"
         ) from (error)
     except RedisError as error:
         raise serving_error(error, EventLogUnavailable) from error
+
+
+def _rewrite(client: redis.Redis, stop: threading.Event) -> None:
+    _idle(client, stop)
+    if int(client.info("persistence")["aof_enabled"]):
+        command(client, "BGREWRITEAOF")
+        _idle(client, stop)
+        _require(client, "aof_last_bgrewrite_status", "BGREWRITEAOF")
+    if client.config_get("save").get("save"):
+        command(client, "BGSAVE")
+        _idle(client, stop)
+        _require(client, "rdb_last_bgsave_status", "BGSAVE")
 
 
 def _idle(client: redis.Redis, stop: threading.Event) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import redis
@@ -26,26 +26,28 @@ from serving.errors import (
     FailedPrecondition,
     ResourceExhausted,
     ServingError,
+    Unavailable,
 )
 from serving.profiles import Mark
 from serving.redis_client import (
-    Breaker,
     Call,
+    Client,
+    Request,
     address_of,
-    command,
     partition_of,
     partition_prefix,
-    remembered,
-    require_partitions,
-    run,
-    run_all,
     serving_error,
 )
+from serving.redis_nodes import Nodes, remembered, require_partitions, required
 from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, SEQUENCE_BITS
 
 HOUR_MS = 3_600_000
 _MEMORY_CHECK_S = 0.25
 _PIECE = 1000
+
+
+class LogReplaced(EventLogUnavailable):
+    """The log is a new one, without the groups of the old; open it again."""
 
 
 def log_id(stream_id: bytes) -> int:
@@ -85,6 +87,9 @@ class LoggedImpression:
     subject: str
     timestamp: int
     payload: bytes
+
+
+_New = TypeVar("_New", LoggedEvent, LoggedImpression)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +188,11 @@ class PartitionKeys:
 
 
 class EventLog:
-    """The log in one Redis; any thread may call anything."""
+    """The log in one Redis or cluster; any thread may call anything."""
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         partitions: int = 16,
         *,
         window_ms: int = 24 * HOUR_MS,
@@ -203,7 +208,7 @@ class EventLog:
             partitions: Number of streams, fixed when the log is created.
             window_ms: How long retries are recognised; older events must be refused before they come here.
             retention_ms: How long entries stay that every consumer has read.
-            memory_mark: Share of Redis' `maxmemory` above which events are refused; impressions at 5/6 of it.
+            memory_mark: Share of a server's `maxmemory` above which its events are refused; impressions at 5/6 of it.
             cooldown_s: Pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
         """
@@ -213,10 +218,10 @@ class EventLog:
         self.client = client
         self._retention_ms = retention_ms
         self._mark = memory_mark
-        self.breaker = Breaker(EventLogUnavailable, cooldown_s)
+        self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal)
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
         self._salt = b""
-        self._memory_used = 0.0
+        self._memory_used = [0.0] * partitions
         self._memory_checked = 0.0
 
     def open(self) -> None:
@@ -226,24 +231,21 @@ class EventLog:
             ConfigError: The log has another number of partitions.
             EventLogUnavailable: Redis does not answer.
         """
-        with self.breaker:
-            require_partitions(self.client, self.partitions)
-            # Tombstones hold a keyed hash: the name of who was erased must not survive in them.
-            self._salt = remembered(self.client, "salt", os.urandom(16).hex())
+        require_partitions(self.nodes, self.partitions)
+        # Tombstones hold a keyed hash: the name of who was erased must not survive in them.
+        self._salt = remembered(self.nodes, "salt", os.urandom(16).hex())
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Appended]:
         """Appends events in their order, in one round trip; each that is answered without error is on disk.
 
-        What serves no purpose that the person allows is refused; what may not enter the profile is marked so.
+        What serves no purpose that the person allows is refused; what may not enter the profile is marked so. Of a
+        cluster, one server may be away or full: its events bear that error, the others are in.
 
         Raises:
             EventLogUnavailable: Redis does not answer; any of them may be durable, a retry is safe.
             ResourceExhausted: The log is full; nothing was appended.
         """
-        self._require_memory(self._mark)
-        calls = [self._append_call(event) for event in events]
-        with self.breaker:
-            replies = run_all(self.client, calls)
+        replies = self._with_room(events, self._append_call, self._mark)
         return [_appended(event, reply) for event, reply in zip(events, replies, strict=True)]
 
     def append_impressions(self, impressions: Sequence[LoggedImpression]) -> int:
@@ -253,14 +255,8 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
             ResourceExhausted: The log is nearly full; the rest of it is kept for events.
         """
-        self._require_memory(self._mark * 5 / 6)
-        calls = [self._impression_call(impression) for impression in impressions]
-        with self.breaker:
-            replies = run_all(self.client, calls)
-        for reply in replies:
-            if isinstance(reply, ResponseError):
-                raise serving_error(reply, EventLogUnavailable) from reply
-        return sum(reply is not None for reply in replies)
+        replies = self._with_room(impressions, self._impression_call, self._mark * 5 / 6)
+        return sum(reply is not None for reply in required(replies))
 
     def read(self, partition: int, after: int = 0, count: int = 1000) -> list[Entry]:
         """The events of a partition behind a log id, in log order, at most `count`.
@@ -276,8 +272,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        with self.breaker:
-            found = command(self.client, "XREVRANGE", self.keys[partition].events, "+", "-", "COUNT", count)
+        found = self.nodes.command("XREVRANGE", self.keys[partition].events, "+", "-", "COUNT", count)
         return [Entry.of(name, fields) for name, fields in reversed(found)]
 
     def read_impressions(self, partition: int, after: int = 0, count: int = 1000) -> list[Entry]:
@@ -305,8 +300,7 @@ class EventLog:
             (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people),
             (self.person(subject), address_of(subject), int(refuse)),
         )
-        with self.breaker:
-            marker, events, impressions, words = run(self.client, call)
+        marker, events, impressions, words = self.nodes.run(call)
         before = self._indexed_since(log_id(marker))
         deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
         if refuse:
@@ -328,9 +322,8 @@ class EventLog:
         streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people)
         # By the keyed hash, and by the address for a log that has another key.
         calls = [Call(EVENT_ERASE, streams, (person, address, refuse)) for refuse in (1, 0)]
-        with self.breaker:
-            for call in calls:
-                marker, *_ = run(self.client, call)
+        for call in calls:
+            marker, *_ = self.nodes.run(call)
         return Erased(log_id(marker), 0, 0)
 
     def lacks(self, partition: int, persons: Sequence[tuple[bytes, int]]) -> list[bool]:
@@ -339,10 +332,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        with self.breaker, self.client.pipeline(transaction=False) as pipeline:
-            for person, _ in persons:
-                command(pipeline, "HGET", self.keys[partition].erased, person)
-            found = pipeline.execute()
+        found = required(self.nodes.run_all([("HGET", self.keys[partition].erased, person) for person, _ in persons]))
         return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(persons, found, strict=True)]
 
     def names(self, partition: int, addresses: Collection[bytes]) -> dict[bytes, str]:
@@ -366,10 +356,8 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        with self.breaker, self.client.pipeline(transaction=False) as pipeline:
-            for subject in subjects:
-                command(pipeline, "HGET", self.keys_of(subject).erased, self.person(subject))
-            return [int(found or 0) for found in pipeline.execute()]
+        wanted: list[Request] = [("HGET", self.keys_of(subject).erased, self.person(subject)) for subject in subjects]
+        return [int(found or 0) for found in required(self.nodes.run_all(wanted))]
 
     def person(self, subject: str) -> bytes:
         """The keyed hash under which an erasure is remembered; 16 bytes.
@@ -402,30 +390,33 @@ class EventLog:
         """
         keys = self.keys_of(subject)
         stream, wanted = (keys.impressions, b"i") if impressions else (keys.events, b"e")
-        with self.breaker:
-            noted = command(self.client, "LRANGE", self.index_of(subject), 0, -1)
-            seconds, _ = self.client.time()
-        before = self._indexed_since(int(seconds) * 1000 << SEQUENCE_BITS)
+        noted = self.nodes.command("LRANGE", self.index_of(subject), 0, -1)
+        before = self._indexed_since(self.now_ms(partition_of(subject, self.partitions)) << SEQUENCE_BITS)
         for entries in self._unindexed(stream, before):
             yield [entry for entry in entries if entry.subject == subject and entry.log_id > after]
         oldest = max(before, after + 1)
         names = [name[1:] for name in noted if name[:1] == wanted and log_id(name[1:]) >= oldest]
         for start in range(0, len(names), _PIECE):
-            with self.breaker, self.client.pipeline(transaction=False) as pipeline:
-                for name in names[start : start + _PIECE]:
-                    command(pipeline, "XRANGE", stream, name, name)
-                found = pipeline.execute()
-            yield [Entry.of(*entry[0]) for entry in found if entry]
+            requests: list[Request] = [("XRANGE", stream, name, name) for name in names[start : start + _PIECE]]
+            yield [Entry.of(*entry[0]) for entry in required(self.nodes.run_all(requests)) if entry]
 
-    def now_ms(self) -> int:
-        """The clock that stream ids are made by, ms.
+    def now_ms(self, partition: int = 0) -> int:
+        """The clock that the stream ids of a partition are made by, ms.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        with self.breaker:
-            seconds, microseconds = self.client.time()
-        return int(seconds) * 1000 + int(microseconds) // 1000
+        [clock] = required(self.nodes.at_each([self.keys[partition].events], _clock))
+        return int(clock)
+
+    def clocks(self) -> list[int | None]:
+        """`now_ms` of every partition; None where its server is away.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        found = self.nodes.at_each([keys.events for keys in self.keys], _clock)
+        return [None if isinstance(clock, Unavailable) else clock for clock in found]
 
     def trim(self, partition: int) -> int:
         """Deletes what is past retention and was acknowledged by every group of both streams.
@@ -436,20 +427,26 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
         """
         keys = self.keys[partition]
-        with self.breaker:
-            seconds, _ = self.client.time()
-            limit = int(seconds) * 1000 - self._retention_ms
-            for stream in (keys.events, keys.impressions):
-                for group in self.client.xinfo_groups(stream) if self.client.exists(stream) else []:
-                    limit = min(limit, self._needed_from(stream, group, limit))
-            trim = Call(LOG_TRIM, (keys.events, keys.impressions, keys.floor), (max(limit, 0),))
-            return int(run(self.client, trim))
+        limit = self.now_ms(partition) - self._retention_ms
+        for stream in (keys.events, keys.impressions):
+            for group in self.groups(stream):
+                limit = min(limit, self._needed_from(stream, group, limit))
+        trim = Call(LOG_TRIM, (keys.events, keys.impressions, keys.floor), (max(limit, 0),))
+        return int(self.nodes.run(trim))
+
+    def groups(self, stream: bytes) -> list[dict[str, Any]]:
+        """What XINFO GROUPS says of a stream; nothing of one that is not there.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        return list(self.nodes.command("XINFO GROUPS", stream)) if self.nodes.command("EXISTS", stream) else []
 
     def _needed_from(self, stream: bytes, group: dict[str, Any], otherwise: int) -> int:
         """Time in ms of the oldest entry that a group still needs; `otherwise` where it has read and done all."""
-        pending = self.client.xpending(stream, group["name"])
+        pending = self.nodes.command("XPENDING", stream, group["name"])
         oldest: bytes = pending["min"] if pending["pending"] else group["last-delivered-id"]
-        if not pending["pending"] and not command(self.client, "XRANGE", stream, b"(" + oldest, "+", "COUNT", 1):
+        if not pending["pending"] and not self.nodes.command("XRANGE", stream, b"(" + oldest, "+", "COUNT", 1):
             # An idle stream must not hold back the other one.
             return otherwise
         return int(oldest.partition(b"-")[0])
@@ -502,23 +499,29 @@ class EventLog:
             ),
         )
 
-    def _require_memory(self, mark: float) -> None:
+    def _with_room(self, new: Sequence[_New], call: Callable[[_New], Call], mark: float) -> list[Any]:
+        """Sends what is new to the servers that have memory for it; see `Nodes.run_all` for what it returns.
+
+        Raises:
+            EventLogUnavailable: None of them answers.
+            ResourceExhausted: None of them has memory.
+        """
         now = time.monotonic()
         if now - self._memory_checked > _MEMORY_CHECK_S:
             self._memory_checked = now
-            with self.breaker:
-                memory = self.client.info("memory")
-            self._memory_used = memory["used_memory"] / memory["maxmemory"] if memory["maxmemory"] else 0.0
-        if self._memory_used > mark:
-            raise ResourceExhausted(
-                f"the event log uses {self._memory_used:.0%} of its memory and takes no more above {mark:.0%}; "
-                "look whether its consumers run, or raise maxmemory",
-                retry_after_ms=1000,
-            )
+            used = self.nodes.at_each([keys.events for keys in self.keys], _memory_used)
+            self._memory_used = [0.0 if isinstance(share, Unavailable) else share for share in used]
+        shares = [self._memory_used[partition_of(one.subject, self.partitions)] for one in new]
+        replies: list[Any] = [_full(share, mark) if share > mark else None for share in shares]
+        places = [place for place, reply in enumerate(replies) if reply is None]
+        if new and not places:
+            raise replies[0]
+        for place, reply in zip(places, self.nodes.run_all([call(new[place]) for place in places]), strict=True):
+            replies[place] = reply
+        return replies
 
     def _range(self, stream: bytes, after: int, count: int) -> list[Entry]:
-        with self.breaker:
-            found = command(self.client, "XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
+        found = self.nodes.command("XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
         return [Entry.of(name, fields) for name, fields in found]
 
     def _indexed_since(self, now: int) -> int:
@@ -543,22 +546,44 @@ class EventLog:
             if len(record) == RECORD.itemsize and int(np.frombuffer(record, RECORD)["timestamp"][0]) <= erased_at
         ]
         for start in range(0, len(names), _PIECE):
-            with self.breaker:
-                command(self.client, "DEL", *names[start : start + _PIECE])
+            self.nodes.command("DEL", *names[start : start + _PIECE])
 
     def _delete(self, stream: bytes, subject: str, before: int) -> int:
         deleted = 0
         for entries in self._unindexed(stream, before):
             own = [stream_id(entry.log_id) for entry in entries if entry.subject == subject]
             if own:
-                with self.breaker:
-                    deleted += int(command(self.client, "XDEL", stream, *own))
+                deleted += int(self.nodes.command("XDEL", stream, *own))
         return deleted
 
 
+def _refusal(error: ResponseError) -> ServingError:
+    if str(error).startswith("NOGROUP"):
+        return LogReplaced("this log is a new one; open it again")
+    return serving_error(error, EventLogUnavailable)
+
+
+def _clock(node: redis.Redis) -> int:
+    seconds, microseconds = node.time()
+    return int(seconds) * 1000 + int(microseconds) // 1000
+
+
+def _memory_used(node: redis.Redis) -> float:
+    memory = node.info("memory")
+    return float(memory["used_memory"] / memory["maxmemory"]) if memory["maxmemory"] else 0.0
+
+
+def _full(share: float, mark: float) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"the event log uses {share:.0%} of its memory and takes no more above {mark:.0%}; "
+        "look whether its consumers run, or raise maxmemory",
+        retry_after_ms=1000,
+    )
+
+
 def _appended(event: LoggedEvent, reply: Any) -> Appended:
-    if isinstance(reply, ResponseError):
-        return Appended(0, error=serving_error(reply, EventLogUnavailable))
+    if isinstance(reply, ServingError):
+        return Appended(0, error=reply)
     if reply[0] == 0:
         return Appended(log_id(reply[1]), False, event.record, personal=bool(reply[2]))
     if reply[0] == 1:

@@ -21,7 +21,8 @@ from serving.erasure import Certificate, Certificates, Erasure, Ledger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
 from serving.profiles import Mark, ProfileStore
-from serving.redis_client import Call, address_of, command, partition_of, run
+from serving.redis_client import Call, Request, address_of, partition_of
+from serving.redis_nodes import required
 from serving.scripts import EVENT_UNDO, PERSON_MARK
 
 Piece = tuple[str, int, bytes]
@@ -136,8 +137,7 @@ class People:
             (keys.events, self._log.index_of(subject)),
             (stream_id(entry.log_id), address_of(subject)),
         )
-        with self._log.breaker:
-            run(self._log.client, call)
+        self._log.nodes.run(call)
         return profile.version if profile else 0
 
     def refold(self, subject: str, undone: frozenset[int] = frozenset()) -> Profile | None:
@@ -241,8 +241,7 @@ class People:
         address, keys = address_of(subject), self._log.keys_of(subject)
         said = b"" if purposes is None else b"%d" % purposes
         call = Call(PERSON_MARK, (keys.events, keys.people), (address, said, int(forget)))
-        with self._log.breaker:
-            mark = Mark(log_id(run(self._log.client, call)), address, purposes, forget)
+        mark = Mark(log_id(self._log.nodes.run(call)), address, purposes, forget)
         try:
             self._store.mark(partition_of(subject, self._log.partitions), mark)
         except Unavailable:
@@ -252,11 +251,10 @@ class People:
     def _found(self, subject: str, event_id: str) -> Entry | None:
         """The event of this id: where its key says, or else by looking through all of the person's events."""
         keys = self._log.keys_of(subject)
-        with self._log.breaker:
-            place = command(self._log.client, "GET", self._log.seen_of(subject, event_id))
-            if place:
-                found = command(self._log.client, "XRANGE", keys.events, place, place)
-                return Entry.of(*found[0]) if found else None
+        place = self._log.nodes.command("GET", self._log.seen_of(subject, event_id))
+        if place:
+            found = self._log.nodes.command("XRANGE", keys.events, place, place)
+            return Entry.of(*found[0]) if found else None
         every = (entry for entries in self._log.history(subject) for entry in entries)
         return next((entry for entry in every if entry.event_id == event_id), None)
 
@@ -309,11 +307,8 @@ def consents(log: EventLog, subjects: Sequence[str]) -> list[Consent]:
     Raises:
         EventLogUnavailable: Redis does not answer.
     """
-    with log.breaker, log.client.pipeline(transaction=False) as pipeline:
-        for subject in subjects:
-            command(pipeline, "HGET", log.keys_of(subject).people, address_of(subject))
-        found = pipeline.execute()
-    return [_consent(value, log.default) for value in found]
+    wanted: list[Request] = [("HGET", log.keys_of(subject).people, address_of(subject)) for subject in subjects]
+    return [_consent(value, log.default) for value in required(log.nodes.run_all(wanted))]
 
 
 def marks(log: EventLog) -> Iterator[tuple[int, Mark]]:
@@ -323,9 +318,7 @@ def marks(log: EventLog) -> Iterator[tuple[int, Mark]]:
         EventLogUnavailable: Redis does not answer.
     """
     for partition, keys in enumerate(log.keys):
-        with log.breaker:
-            found = list(log.client.hscan_iter(keys.people, count=1000))
-        for address, value in found:
+        for address, value in log.nodes.scan(keys.people):
             consent = _consent(value, log.default)
             if consent.forgotten:
                 yield partition, Mark(consent.forgotten, address, forget=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
-import redis
 from redis.exceptions import ResponseError
 
 from features.errors import PenchantError, ProfileCorrupt
@@ -32,21 +31,18 @@ from features.profile import (
     fold,
     split,
 )
-from serving.errors import ProfileStoreUnavailable, ResourceExhausted
+from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.redis_client import (
-    Breaker,
     Call,
-    Line,
+    Client,
+    Request,
     Script,
     address_of,
-    command,
     partition_of,
     partition_prefix,
-    require_partitions,
-    run,
-    run_all,
     serving_error,
 )
+from serving.redis_nodes import Nodes, require_partitions, required
 from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_MARK, PROFILE_PUT, PROFILE_REPLACE
 from serving.telemetry import Telemetry
 
@@ -115,11 +111,11 @@ Entries = Sequence[tuple[int, bytes]]
 
 
 class ProfileStore:
-    """The profiles of everybody, in one Redis; any thread may call anything."""
+    """The profiles of everybody, in one Redis or cluster; any thread may call anything."""
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         partitions: int = 16,
         *,
         tail_cap: int = TAIL_CAP,
@@ -135,10 +131,8 @@ class ProfileStore:
             cooldown_s: Pause between looks at a failed Redis; personal answers are back that long after it is.
             telemetry: Counts `profile_corrupt`.
         """
-        self._client = client
-        self._line = Line(client)
+        self._nodes = Nodes(client, ProfileStoreUnavailable, cooldown_s, self._refusal)
         self._tail_cap = tail_cap
-        self._breaker = Breaker(ProfileStoreUnavailable, cooldown_s)
         self._telemetry = telemetry or Telemetry()
         self._prefixes = [partition_prefix(partition) + b"profile:" for partition in range(partitions)]
         self._giant = HEADER_SIZE + _LARGEST_STATE + 2 * TAIL_CAP * ENTRY.itemsize
@@ -150,8 +144,7 @@ class ProfileStore:
             ConfigError: They are not.
             ProfileStoreUnavailable: Redis does not answer.
         """
-        with self._breaker:
-            require_partitions(self._client, len(self._prefixes))
+        require_partitions(self._nodes, len(self._prefixes))
 
     def read(self, subject: str) -> Profile:
         """The profile of a person, with every applied event; the empty one for nobody. One round trip.
@@ -178,21 +171,16 @@ class ProfileStore:
             ResourceExhausted: Redis is full.
             ProfileCorrupt: What is stored is damaged; nothing was inserted.
         """
-        with self._breaker:
-            try:
-                return Applied(*run(self._client, self._application(subject, entries)))
-            except ResponseError as error:
-                raise self._refusal(error) from error
+        return Applied(*self._nodes.run(self._application(subject, entries)))
 
     def apply_many(self, batch: Sequence[tuple[str, Entries]]) -> list[Applied | PenchantError]:
-        """`apply` for many people in one round trip; an error that concerns one person stands in their place.
+        """`apply` for many people in one round trip; an error that concerns some of them stands in their place.
 
         Raises:
             ProfileStoreUnavailable: Redis does not answer; some may have been inserted, a repeat is safe.
         """
-        with self._breaker:
-            replies = run_all(self._client, [self._application(subject, entries) for subject, entries in batch])
-        return [self._refusal(reply) if isinstance(reply, ResponseError) else Applied(*reply) for reply in replies]
+        replies = self._nodes.run_all([self._application(subject, entries) for subject, entries in batch])
+        return [reply if isinstance(reply, PenchantError) else Applied(*reply) for reply in replies]
 
     def compact(self, subject: str, up_to: int, at_least: int = 1) -> int:
         """Folds the entries of a tail with log ids up to `up_to` into the state; only the projector may call it.
@@ -221,9 +209,8 @@ class ProfileStore:
             end = HEADER_SIZE + int.from_bytes(blob[8:12], "little")
             new = encode(folded, stored.erased_before, stored.consent_version)
             seen = (blob[:HEADER_SIZE], blob[end - 4 : end])
-            with self._breaker:
-                if run(self._client, self._call(PROFILE_COMPACT, subject, *seen, new, due["log_id"].tobytes())):
-                    return int(due.size)
+            if self._nodes.run(self._call(PROFILE_COMPACT, subject, *seen, new, due["log_id"].tobytes())):
+                return int(due.size)
         return 0
 
     def erase(self, subject: str, before: int) -> int:
@@ -257,12 +244,7 @@ class ProfileStore:
         forgotten: list[int] = []
         for chunk in _chunks(marks, _CHUNK):
             calls = [self._marking(partition, mark) for partition, mark in chunk]
-            with self._breaker:
-                replies = run_all(self._client, calls)
-            for reply in replies:
-                if isinstance(reply, ResponseError):
-                    raise serving_error(reply, ProfileStoreUnavailable) from reply
-                forgotten.append(int(reply))
+            forgotten += map(int, required(self._nodes.run_all(calls)))
         return forgotten
 
     def replace(self, subject: str, change: Callable[[Stored], Profile]) -> Profile | None:
@@ -286,9 +268,8 @@ class ProfileStore:
             stored = split(blob)
             profile = change(stored)
             new = encode(profile, stored.erased_before, stored.consent_version)
-            with self._breaker:
-                if run(self._client, self._call(PROFILE_REPLACE, subject, blob, new)):
-                    return profile
+            if self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, new)):
+                return profile
         raise ProfileStoreUnavailable("this profile keeps changing; try again", retry_after_ms=1000)
 
     def erased_before(self, subjects: Sequence[str]) -> list[int]:
@@ -297,11 +278,11 @@ class ProfileStore:
         Raises:
             ProfileStoreUnavailable: Redis does not answer.
         """
-        with self._breaker, self._client.pipeline(transaction=False) as pipeline:
-            for subject in subjects:
-                command(pipeline, "GETRANGE", self.key_of(subject), _ERASED.start, _ERASED.stop - 1)
-            replies = pipeline.execute(raise_on_error=False)
-        return [int.from_bytes(reply, "big") if isinstance(reply, bytes) else 0 for reply in replies]
+        places = (_ERASED.start, _ERASED.stop - 1)
+        wanted: list[Request] = [("GETRANGE", self.key_of(subject), *places) for subject in subjects]
+        replies = self._nodes.run_all(wanted)
+        found = required([b"" if isinstance(reply, ProfileCorrupt) else reply for reply in replies])
+        return [int.from_bytes(reply, "big") for reply in found]
 
     def put_states(self, states: Iterable[tuple[str, Profile]]) -> Loaded:
         """Stores states made elsewhere, many in a round trip; entries of tails that they do not contain stay.
@@ -313,44 +294,36 @@ class ProfileStore:
         written = total = 0
         for chunk in _chunks(states, _CHUNK):
             calls = [self._call(PROFILE_PUT, subject, encode(profile)) for subject, profile in chunk]
-            with self._breaker:
-                replies = run_all(self._client, calls)
-            for (subject, profile), reply in zip(chunk, replies, strict=True):
-                if isinstance(reply, ResponseError):
-                    raise serving_error(reply, ProfileStoreUnavailable) from reply
+            for (subject, profile), reply in zip(chunk, required(self._nodes.run_all(calls)), strict=True):
                 written += reply or self._mend(subject, profile)
             total += len(calls)
         return Loaded(written, total - written)
 
     def _mend(self, subject: str, profile: Profile) -> int:
         """Replaces a profile that was kept although it is damaged; 1 where it was, else 0."""
-        with self._breaker:
-            blob = command(self._client, "GET", self.key_of(subject)) or b""
+        blob = self._nodes.command("GET", self.key_of(subject)) or b""
         try:
             split(blob)
         except ProfileCorrupt:
             consent = _consent(blob)
             kept = profile if consent is None or Purpose.PERSONALISE in consent else empty()
             new = encode(replace(kept, consent=consent), *_marks(blob))
-            with self._breaker:
-                return int(run(self._client, self._call(PROFILE_REPLACE, subject, blob, new)))
+            return int(self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, new)))
         return 0
 
-    def run_id(self) -> str:
-        """Changes when Redis was started again, and so may have lost its last two seconds.
+    def run_ids(self) -> list[str]:
+        """Per partition, what changes when its Redis was started again, and so may have lost its last two seconds.
+
+        Empty where it is away.
 
         Raises:
             ProfileStoreUnavailable: Redis does not answer.
         """
-        with self._breaker:
-            return str(self._client.info("server")["run_id"])
+        found = self._nodes.at_each(self._prefixes, lambda node: str(node.info("server")["run_id"]))
+        return ["" if isinstance(one, Unavailable) else one for one in found]
 
     def _blob(self, subject: str) -> bytes:
-        with self._breaker:
-            try:
-                blob: bytes = self._line.ask(b"GETRANGE", self.key_of(subject), b"0", b"%d" % self._giant)
-            except ResponseError as error:
-                raise self._refusal(error) from error
+        blob: bytes = self._nodes.ask(b"GETRANGE", self.key_of(subject), b"0", b"%d" % self._giant)
         if len(blob) > self._giant:
             self._telemetry.count("profile_corrupt")
             raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have")

@@ -24,7 +24,7 @@ from features.errors import ProfileCorrupt
 from features.profile import RECORD, verify
 from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Purger
-from serving.errors import ResourceExhausted, ServingError, Unavailable
+from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
@@ -87,7 +87,7 @@ class Projector:
         self._settle_s = settle_s
         self._batch = batch
         self._telemetry = telemetry or Telemetry()
-        self._run_id = ""
+        self._run_ids = [""] * log.partitions
         self._trimmed = 0.0
         self._settling: deque[_Batch] = deque()
         self._after: list[int | None] = []
@@ -110,10 +110,11 @@ class Projector:
             ResourceExhausted: The profiles Redis is full, or a person's tail; step again later.
         """
         try:
-            run_id = self._profiles.run_id()
-            if run_id != self._run_id:
-                self._start_over()
-                self._run_id = run_id
+            run_ids = self._profiles.run_ids()
+            for partition, (before, now) in enumerate(zip(self._run_ids, run_ids, strict=True)):
+                if before != now:
+                    self._forget(partition)
+            self._run_ids = run_ids
             self._settle()
             return self._advance()
         except ServingError:
@@ -155,6 +156,11 @@ class Projector:
         self._settling.clear()
         self._after = [0] * self._log.partitions
 
+    def _forget(self, partition: int) -> None:
+        """Starts over with one partition."""
+        self._settling = deque(batch for batch in self._settling if batch.partition != partition)
+        self._after[partition] = 0
+
     def _settle(self) -> None:
         """Acknowledges what was applied long enough ago, and folds the long tails of it."""
         now = time.monotonic()
@@ -165,12 +171,19 @@ class Projector:
             self._consumer.acknowledge(batch.partition, batch.log_ids)
 
     def _advance(self) -> int:
+        """Applies what is next in each partition; those whose profiles are away do not keep the others waiting."""
         seen = 0
+        away: ProfileStoreUnavailable | None = None
         for partition, entries in enumerate(self._consumer.claim(self._after, self._batch)):
             if entries is None:
-                self._after[partition] = 0
+                self._forget(partition)
             elif entries:
-                long = self._apply(partition, entries)
+                try:
+                    long = self._apply(partition, entries)
+                except ProfileStoreUnavailable as error:
+                    self._forget(partition)
+                    away = error
+                    continue
                 log_ids = [entry.log_id for entry in entries]
                 self._settling.append(_Batch(time.monotonic(), partition, log_ids, long))
                 if self._after[partition] is not None:
@@ -178,6 +191,8 @@ class Projector:
                 seen += len(entries)
             else:
                 self._after[partition] = None
+        if away and not seen:
+            raise away
         return seen
 
     def _apply(self, partition: int, entries: Sequence[Entry]) -> list[str]:

@@ -16,47 +16,100 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
 
 import hiredis
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from serving.errors import ConfigError, FailedPrecondition, ResourceExhausted, ServingError, Unavailable
+from serving.redis_cluster import Cluster
 
 Argument: TypeAlias = bytes | str | int
+Client: TypeAlias = redis.Redis | Cluster
 META = b"penchant:meta"
 _SCHEMES = ("redis://", "rediss://", "unix://")
+_CLUSTERS = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
+_PORT = 6379
 _OLDEST = (7, 0)
 _READ_SIZE = 1 << 16
-_PASSING = ("READONLY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN")  # what a server says that is about to be replaced
+# What a server says that is about to be replaced, or whose keys are moving; MASTERDOWN is a kind of CLUSTERDOWN.
+_REPLACED: dict[str, type[ResponseError]] = {
+    "MOVED": MovedError,
+    "ASK": AskError,
+    "TRYAGAIN": TryAgainError,
+    "CLUSTERDOWN": ClusterDownError,
+    "MASTERDOWN": MasterDownError,
+    "READONLY": ReadOnlyError,
+}
 
 
-def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None = None) -> redis.Redis:
+def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None = None) -> Client:
     """Makes a client that never retries and never waits longer than its timeout; opens no connection yet.
 
     Args:
-        url: `unix:///path/to.sock`, `redis://[user:password@]host:port/db` or `rediss://...` for TLS.
+        url: `unix:///path/to.sock`, `redis://[user:password@]host:port/db` or `rediss://...` for TLS; a cluster by some
+            of its nodes, `redis+cluster://[user:password@]host:port,host:port` or `rediss+cluster://...`.
         timeout_s: Longest wait for a reply.
         connect_timeout_s: Longest wait for a connection, as `timeout_s` when None.
 
     Raises:
         ConfigError: The URL is none of these.
     """
+    parts = urlsplit(url)
+    if parts.scheme not in _CLUSTERS:
+        return connect_one(url, timeout_s, connect_timeout_s)
+    user, at, hosts = parts.netloc.rpartition("@")
+
+    def opened(host: str, port: int) -> redis.Redis:
+        name = f"[{host}]" if ":" in host else host
+        node = parts._replace(scheme=_CLUSTERS[parts.scheme], netloc=f"{user}{at}{name}:{port}", path="/0")
+        return connect_one(node.geturl(), timeout_s, connect_timeout_s)
+
+    try:
+        seeds = [_seed(host) for host in hosts.split(",")]
+        if parts.path.strip("/0"):
+            raise ValueError
+        opened(*seeds[0])
+    except ValueError:
+        raise ConfigError(
+            f"{printable(url)!r} is not a Redis URL of a cluster; write host:port,host:port and no database but 0"
+        ) from None
+    return Cluster(seeds, opened, timeout_s)
+
+
+def _seed(host: str) -> tuple[str, int]:
+    """Host and port of one node."""
+    parts = urlsplit(f"//{host}")
+    if not parts.hostname:
+        raise ValueError
+    return parts.hostname, parts.port or _PORT
+
+
+def connect_one(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None = None) -> redis.Redis:
+    """`connect` for one server, or one node of a cluster."""
     if not url.startswith(_SCHEMES):
-        raise ConfigError(f"{printable(url)!r} is not a Redis URL; it starts with one of {', '.join(_SCHEMES)}")
+        schemes = [*_SCHEMES, *(f"{name}://" for name in _CLUSTERS)]
+        raise ConfigError(f"{printable(url)!r} is not a Redis URL; it starts with one of {', '.join(schemes)}")
     try:
         # RESP 2: with RESP 3 redis-py skips its check for unread replies. No driver_info: it costs two round trips.
         client = redis.Redis.from_url(
@@ -104,8 +157,8 @@ class TLSConnection(redis.SSLConnection):
 
 def printable(url: str) -> str:
     """The URL without user, password and options, for messages; one that is not understood loses all but its scheme."""
-    clean = re.fullmatch(r"(\w+://)(?:[^@/?]*@)?([^@?]*)(?:\?[^@]*)?", url)
-    return "".join(clean.groups()) if clean else "".join(re.findall(r"^\w+://", url)) + "..."
+    clean = re.fullmatch(r"([\w+]+://)(?:[^@/?]*@)?([^@?]*)(?:\?[^@]*)?", url)
+    return "".join(clean.groups()) if clean else "".join(re.findall(r"^[\w+]+://", url)) + "..."
 
 
 def partition_of(subject: str, partitions: int) -> int:
@@ -159,6 +212,10 @@ class Call:
         return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)
 
 
+Request: TypeAlias = Call | tuple[Argument, ...]
+"""A script or a command with its words, of which the second is its key."""
+
+
 def command(client: redis.Redis, *words: Argument) -> Any:
     """Sends one command.
 
@@ -166,6 +223,15 @@ def command(client: redis.Redis, *words: Argument) -> Any:
         RedisError: The server is away or refuses.
     """
     return client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def servers(client: Client, *, replicas: bool = False) -> list[redis.Redis]:
+    """The server, or the nodes of a cluster, with those that stand by for them where these count as well.
+
+    Raises:
+        RedisError: No node of the cluster says which there are.
+    """
+    return client.nodes(replicas=replicas) if isinstance(client, Cluster) else [client]
 
 
 class _Open(NamedTuple):
@@ -252,47 +318,51 @@ def _readable(connected: socket.socket) -> bool:
 
 
 def _reply_error(message: str) -> RedisError:
+    code, _, rest = message.partition(" ")
+    if code in _REPLACED:
+        return _REPLACED[code](rest)
     kinds = {"LOADING": BusyLoadingError, "NOPERM": NoPermissionError, "OOM": OutOfMemoryError}
-    return kinds.get(message.partition(" ")[0], ResponseError)(message)
+    return kinds.get(code, ResponseError)(message)
 
 
-def run(client: redis.Redis, call: Call) -> Any:
-    """Runs one script, teaching it to the server first where that is needed.
+def run_all(client: redis.Redis, requests: Sequence[Request]) -> list[Any]:
+    """Asks one server several things in their order in one round trip, and teaches it the scripts that it lacks.
 
-    Raises:
-        RedisError: The server is away or refuses.
-    """
-    try:
-        return command(client, *call.words)
-    except NoScriptError:
-        command(client, "SCRIPT LOAD", call.script.source)
-        return command(client, *call.words)
-
-
-def run_all(client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
-    """Runs scripts in their order in one round trip; a refused one leaves its ResponseError in its place.
+    What it refuses has its ResponseError in its place.
 
     Raises:
-        RedisError: The server is away; any of the scripts may have run.
+        RedisError: The server is away; anything may have been done.
     """
-    if not calls:
-        return []
-    replies = _pipeline(client, calls)
+    replies = _pipeline(client, requests)
     missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
     if missing:
-        for script in {calls[place].script for place in missing}:
+        lacking = [request for place in missing if isinstance(request := requests[place], Call)]
+        for script in {call.script for call in lacking}:
             command(client, "SCRIPT LOAD", script.source)
-        for place, reply in zip(missing, _pipeline(client, [calls[place] for place in missing]), strict=True):
+        for place, reply in zip(missing, _pipeline(client, lacking), strict=True):
             replies[place] = reply
     return replies
 
 
-def _pipeline(client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+def _pipeline(client: redis.Redis, requests: Sequence[Request]) -> list[Any]:
     with client.pipeline(transaction=False) as pipeline:
-        for call in calls:
-            command(pipeline, *call.words)
+        for request in requests:
+            command(pipeline, *(request.words if isinstance(request, Call) else request))
         replies: list[Any] = pipeline.execute(raise_on_error=False)
     return replies
+
+
+def run_asking(client: redis.Redis, request: Request) -> Any:
+    """Asks a server something about keys that are just moving to it; a refusal is returned as its ResponseError.
+
+    Raises:
+        RedisError: The server is away.
+    """
+    reply = _pipeline(client, [("ASKING",), request])[1]
+    if isinstance(reply, NoScriptError) and isinstance(request, Call):
+        command(client, "SCRIPT LOAD", request.script.source)
+        reply = _pipeline(client, [("ASKING",), request])[1]
+    return reply
 
 
 def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:
@@ -306,7 +376,7 @@ def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:
         return ResourceExhausted(f"Redis takes no writes: {error}; give it memory or disk space", retry_after_ms=1000)
     if isinstance(error, (AuthenticationError, AuthorizationError, NoPermissionError)):
         return FailedPrecondition(f"Redis refuses these credentials: {error}; check the user and password in its URL")
-    if isinstance(error, ResponseError) and not str(error).startswith(_PASSING):
+    if isinstance(error, ResponseError) and not isinstance(error, tuple(_REPLACED.values())):
         return ServingError(f"Redis answered: {error}")
     return away(f"Redis does not answer: {error}; check that it runs and can be reached", retry_after_ms=1000)
 
@@ -353,37 +423,8 @@ class Breaker:
         raise serving_error(error, self._away) from error
 
 
-def remembered(client: redis.Redis, name: str, value: str) -> bytes:
-    """A fact about this Redis that is fixed when it is first asked for.
-
-    Raises:
-        RedisError: The server is away or refuses.
-    """
-    # Asked first and written only when new, so that a full Redis can still be opened.
-    known = command(client, "HGET", META, name)
-    if known is None:
-        command(client, "HSETNX", META, name, value)
-        known = command(client, "HGET", META, name)
-    return bytes(known)
-
-
-def require_partitions(client: redis.Redis, partitions: int) -> None:
-    """Writes the number of partitions into a new Redis and checks it in an old one.
-
-    Raises:
-        ConfigError: The data there has another number of partitions.
-        RedisError: The server is away or refuses.
-    """
-    found = int(remembered(client, "partitions", str(partitions)))
-    if found != partitions:
-        raise ConfigError(
-            f"this Redis holds data in {found} partitions and {partitions} were asked for; "
-            f"the number is fixed at creation: set partitions to {found}, or start with an empty Redis"
-        )
-
-
-def require_safe(client: redis.Redis, role: str, unsafe: bool = False) -> None:
-    """Refuses a Redis that would lose data by its configuration.
+def require_safe(client: Client, role: str, unsafe: bool = False) -> None:
+    """Refuses a Redis that would lose data by its configuration; of a cluster every node is looked at.
 
     Args:
         client: The Redis to look at.
@@ -393,14 +434,30 @@ def require_safe(client: redis.Redis, role: str, unsafe: bool = False) -> None:
 
     Raises:
         ConfigError: A setting is unsafe or cannot be read; the message names it and what it must be.
-        RedisError: The server is away.
+        RedisError: A server is away; the others are safe.
     """
-    version = str(client.info("server")["redis_version"])
+    away: RedisError | None = None
+    for node in servers(client, replicas=True):
+        try:
+            _require_safe(node, role, unsafe, clustered=isinstance(client, Cluster))
+        except RedisError as error:
+            away = error
+    if away:
+        raise away
+
+
+def _require_safe(client: redis.Redis, role: str, unsafe: bool, clustered: bool) -> None:
+    about = client.info("server")
+    version = str(about["redis_version"])
+    if not clustered and "cluster" in (about.get("redis_mode"), about.get("server_mode")):
+        raise ConfigError("this Redis is a node of a cluster: begin its URL with redis+cluster:// or rediss+cluster://")
     if tuple(map(int, version.split(".")[:2])) < _OLDEST:
         raise ConfigError(f"this Redis is {version}; Penchant needs Redis 7.0 or Valkey 7.2, or newer")
     if unsafe:
         return
     wanted = {"maxmemory-policy": "noeviction"}
+    if clustered:  # or one node that is away takes all the others with it
+        wanted |= {"cluster-require-full-coverage": "no"}
     if role == "events":
         wanted |= {"appendonly": "yes", "appendfsync": "always", "stream-node-max-entries": "1"}
     try:
@@ -413,8 +470,8 @@ def require_safe(client: redis.Redis, role: str, unsafe: bool = False) -> None:
     wrong = {name: value for name, value in wanted.items() if found.get(name) != value}
     if wrong:
         raise ConfigError(
-            f"the {role} Redis may lose data, or keep erased data: it has "
-            f"{_settings({name: found.get(name, '') for name in wrong})}; "
+            f"the {role} Redis may lose data, keep erased data, or go away as a whole for the sake of one node: "
+            f"it has {_settings({name: found.get(name, '') for name in wrong})}; "
             f"set {_settings(wrong)} (CONFIG SET), or accept that: PENCHANT_UNSAFE_REDIS=true"
         )
 

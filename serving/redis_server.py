@@ -24,7 +24,7 @@ import redis
 from redis.exceptions import RedisError
 
 from serving.errors import ConfigError
-from serving.redis_client import connect
+from serving.redis_client import connect_one
 
 Role = Literal["events", "profiles"]
 
@@ -195,7 +195,7 @@ class RedisServer:
 
     def _wait_ready(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        with connect(self.url, timeout_s=0.5) as client:
+        with connect_one(self.url, timeout_s=0.5) as client:
             while not _answers(client):
                 if self.restarts or time.monotonic() > deadline:
                     raise ConfigError(f"the {self.role} Redis does not come up: {self._last_words()}")

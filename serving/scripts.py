@@ -336,6 +336,12 @@ redis.call('XTRIM', KEYS[2], 'MINID', ARGV[1])
 return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
 """)
 
+# KEYS: certificate, certificates that lack a date; ARGV: name of the certificate, names and values of its fields.
+CERTIFICATE_ISSUE = Script.of("""#!lua flags=allow-oom
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+return redis.call('SADD', KEYS[2], ARGV[1])
+""")
+
 # KEYS: version, items, stream; ARGV: length of the stream, then kind, item and payload of each change.
 # Returns the version. What changed stands in the hash, the latest only, one field per item and kind: a put or a delete
 # is the whole truth of an item, an availability adds to it. The stream only names the fields that a version changed.

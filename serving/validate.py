@@ -15,7 +15,8 @@ from features.validate import Evidence, judge
 from serving.catalog_log import CatalogLog
 from serving.errors import ConfigError, EventLogUnavailable
 from serving.events import Entry, EventLog
-from serving.redis_client import META, Breaker, command, connect
+from serving.redis_client import META, connect
+from serving.redis_nodes import Nodes
 from serving.warehouse_tables import event_tables, impression_table
 
 MOST = 100_000
@@ -45,8 +46,7 @@ def validate_live(
         BundleError: The bundle is refused.
     """
     with connect(events_redis_url, _TIMEOUT_S) as client:
-        with Breaker(EventLogUnavailable):
-            partitions = command(client, "HGET", META, "partitions")
+        partitions = Nodes(client, EventLogUnavailable).command("HGET", META, "partitions")
         if partitions is None:
             raise ConfigError("this Redis holds no event log: give the one that `penchant serve` calls events_redis")
         log = EventLog(client, int(partitions))

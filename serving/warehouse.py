@@ -66,8 +66,8 @@ class _Intake:
         self.owned = [False] * log.partitions
         self._after: list[int | None] = [0] * log.partitions
 
-    def read(self, count: int, now_ms: int) -> int:
-        """Reads on; `now_ms` is the log's clock before that. Returns the number of entries read."""
+    def read(self, count: int, clocks: Sequence[int | None]) -> int:
+        """Reads on; `clocks` are those of the log's partitions before that. Returns the number of entries read."""
         seen = 0
         for partition, entries in enumerate(self.consumer.claim(self._after, count)):
             self.owned[partition] = entries is not None
@@ -84,7 +84,8 @@ class _Intake:
             if entries:
                 self.reached[partition] = entries[-1].log_id
             if len(entries) < count:
-                self.reached[partition] = max(self.reached[partition], (now_ms << SEQUENCE_BITS) - 1)
+                now_ms = clocks[partition]
+                self.reached[partition] = max(self.reached[partition], ((now_ms or 0) << SEQUENCE_BITS) - 1)
         return seen
 
     def ready(self, partition: int) -> bool:
@@ -228,8 +229,8 @@ class Warehouse:
             OSError: The disk is full or gone; nothing is lost either.
         """
         try:
-            now_ms = self._log.now_ms()
-            seen = self._events.read(self._batch, now_ms) + self._impressions.read(self._batch, now_ms)
+            clocks = self._log.clocks()
+            seen = self._events.read(self._batch, clocks) + self._impressions.read(self._batch, clocks)
             held = self._events.size() + self._impressions.size()
             # An erasure waits for nothing.
             urgent = self._events.recovered or self._impressions.recovered or self._events.erases()
@@ -252,6 +253,8 @@ class Warehouse:
         while idle < 2:
             idle = 0 if self.step(flush=True) else idle + 1
             if not all(self._events.owned) or not all(self._impressions.owned):
+                if missing := self._events.consumer.missing or self._impressions.consumer.missing:
+                    raise missing
                 idle = 0
                 if time.monotonic() > patience:
                     raise ConfigError("another warehouse reads this log into another directory; stop that one first")

@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import ssl
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from serving.errors import Unavailable
 from serving.redis_server import RedisServer
 
 T = TypeVar("T")
+FULL = bool(os.environ.get("FULL"))
+"""Whether tests that have a full size run at it."""
+
+_CLOSING = threading.Lock()
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -52,3 +60,111 @@ def frozen(server: RedisServer) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+class Proxy:
+    """A port before a server, on which its replies come late, in slices, or not at all.
+
+    Attributes:
+        port: Where it listens.
+        delay_s: Says, for each piece of a reply, how long it is kept back.
+        slice_s: Pause between two bytes of a reply; None where replies are not sliced.
+    """
+
+    def __init__(self, server: RedisServer, tls: ssl.SSLContext | None = None) -> None:
+        """Takes a server, which need not run yet, and what makes clients speak TLS."""
+        self.delay_s: Callable[[], float] = lambda: 0.0
+        self.slice_s: float | None = None
+        self._server, self._tls = server, tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._cut = False
+        self._ends: set[socket.socket] = set()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._reset()
+        for thread in self._threads:
+            thread.join(10)
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Resets every connection, and each new one."""
+        self._cut = True
+        self._reset()
+        try:
+            yield
+        finally:
+            self._cut = False
+
+    def _reset(self) -> None:
+        for end in list(self._ends):
+            with contextlib.suppress(OSError):
+                if end.family == socket.AF_INET:
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            behind = socket.socket(socket.AF_UNIX)
+            try:
+                if self._cut:
+                    raise OSError("cut")
+                behind.connect(str(self._server._socket))
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls:
+                    client = self._tls.wrap_socket(client, server_side=True)
+            except OSError:  # the server is down, or the client does not trust us
+                behind.close()
+                client.close()
+                continue
+            self._ends |= {client, behind}
+            alive = [2]  # directions; who ends the second one closes both
+            for source, sink, pump in ((client, behind, self._requests), (behind, client, self._replies)):
+                thread = threading.Thread(target=self._pump, args=(source, sink, pump, alive), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+        pump: Callable[[socket.socket, bytes], None],
+        alive: list[int],
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                pump(sink, data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        with _CLOSING:
+            alive[0] -= 1
+            if not alive[0]:
+                self._ends -= {source, sink}
+                source.close()
+                sink.close()
+
+    def _requests(self, sink: socket.socket, data: bytes) -> None:
+        sink.sendall(data)
+
+    def _replies(self, sink: socket.socket, data: bytes) -> None:
+        if delay := self.delay_s():
+            time.sleep(delay)
+        if self.slice_s is None:
+            sink.sendall(data)
+            return
+        for byte in data:
+            sink.sendall(bytes((byte,)))
+            if self.slice_s:
+                time.sleep(self.slice_s)

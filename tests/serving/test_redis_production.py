@@ -6,11 +6,8 @@ import contextlib
 import re
 import select
 import shutil
-import socket
 import ssl
 import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +22,9 @@ from serving.events import EventLog, LoggedEvent, LoggedImpression
 from serving.people import People, marks
 from serving.profiles import ProfileStore
 from serving.projector import Projector
-from serving.redis_client import connect, require_safe
+from serving.redis_client import Client, connect, require_safe
 from serving.redis_server import RedisServer
+from tests.serving.faults import Proxy
 
 DOCS = Path(__file__).parents[2] / "docs" / "backend.md"
 FUTURE = 4_000_000_000_000
@@ -37,11 +35,11 @@ def event(number: int) -> LoggedEvent:
     return LoggedEvent("u:ann", f"e{number}", record, b'{"user_id": "ann", "anonymous": false}')
 
 
-def work(profiles: redis.Redis, events: redis.Redis) -> None:
+def work(profiles: Client, events: Client, partitions: int = 2) -> None:
     """Something of everything that the service does with its servers."""
     require_safe(events, "events")
     require_safe(profiles, "profiles")
-    log, store = EventLog(events, 2), ProfileStore(profiles, 2)
+    log, store = EventLog(events, partitions), ProfileStore(profiles, partitions)
     certificates = Certificates(log)
     people = People(log, store, certificates)
     log.open()
@@ -53,7 +51,8 @@ def work(profiles: redis.Redis, events: redis.Redis) -> None:
     while projector.step():
         pass
     projector.step()
-    log.trim(0)
+    for partition in range(partitions):
+        log.trim(partition)
     projector.close()
     assert store.read("u:ann").count == 70
     people.undo("u:ann", "e3")
@@ -67,15 +66,19 @@ def work(profiles: redis.Redis, events: redis.Redis) -> None:
     assert catalog.put([Change("delete", "i1")]) == 1
 
 
-def test_the_user_of_the_docs_may_do_all_that_is_needed_and_no_more(tmp_path):
+def user_of_the_docs(password: str) -> list[str]:
     (rules,) = re.findall(r"^user penchant (.*)$", DOCS.read_text(), re.MULTILINE)
     assert "PASSWORD" in rules
+    return rules.replace("PASSWORD", password).split()
+
+
+def test_the_user_of_the_docs_may_do_all_that_is_needed_and_no_more(tmp_path):
     with contextlib.ExitStack() as stack:
         clients = []
         for role in ("profiles", "events"):
             server = stack.enter_context(RedisServer(tmp_path, role))
             with connect(server.url, 5) as admin:
-                admin.execute_command("ACL", "SETUSER", "penchant", *rules.replace("PASSWORD", "secret").split())
+                admin.execute_command("ACL", "SETUSER", "penchant", *user_of_the_docs("secret"))
             url = server.url.replace("unix://", "unix://penchant:secret@")
             clients.append(stack.enter_context(connect(url, 5)))
         work(*clients)
@@ -86,8 +89,8 @@ def test_the_user_of_the_docs_may_do_all_that_is_needed_and_no_more(tmp_path):
 
 def test_tls(tmp_path):
     certificate, key = _certificate(tmp_path)
-    with RedisServer(tmp_path, "profiles") as server, _tls(server, certificate, key) as port:
-        url = f"rediss://localhost:{port}/0"
+    with RedisServer(tmp_path, "profiles") as server, _tls(server, certificate, key) as front:
+        url = f"rediss://localhost:{front.port}/0"
         with connect(f"{url}?ssl_ca_certs={certificate}", 5) as client:
             store = ProfileStore(client, 2)
             store.apply("u:ann", [(5, event(1).record)])
@@ -101,8 +104,8 @@ def test_tickets_of_tls_are_no_unread_replies(tmp_path):
     certificate, key = _certificate(tmp_path)
     with (
         RedisServer(tmp_path, "profiles") as server,
-        _tls(server, certificate, key) as port,
-        connect(f"rediss://localhost:{port}/0?ssl_ca_certs={certificate}", 5) as client,
+        _tls(server, certificate, key) as front,
+        connect(f"rediss://localhost:{front.port}/0?ssl_ca_certs={certificate}", 5) as client,
     ):
         connection = client.connection_pool.make_connection()
         connection.connect()
@@ -127,49 +130,8 @@ def _certificate(folder: Path) -> tuple[Path, Path]:
     return folder / "cert.pem", folder / "key.pem"
 
 
-@contextlib.contextmanager
-def _tls(server: RedisServer, certificate: Path, key: Path) -> Iterator[int]:
+def _tls(server: RedisServer, certificate: Path, key: Path) -> Proxy:
     """A port that speaks TLS before a server that does not: the embedded one is built without."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def pump(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                plain, _ = listener.accept()
-                try:
-                    client = context.wrap_socket(plain, server_side=True)
-                except ssl.SSLError:  # who does not trust us goes
-                    plain.close()
-                    continue
-                behind = socket.socket(socket.AF_UNIX)
-                behind.connect(server.url.removeprefix("unix://"))
-                ends.extend((client, behind))
-                for pair in ((client, behind), (behind, client)):
-                    threads.append(threading.Thread(target=pump, args=pair, daemon=True))
-                    threads[-1].start()
-
-    ends: list[socket.socket] = []
-    threads = [threading.Thread(target=serve, daemon=True)]
-    threads[0].start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        for end in ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in threads:
-            thread.join(5)
-        for end in ends:
-            end.close()
+    return Proxy(server, context)

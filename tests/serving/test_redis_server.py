@@ -14,19 +14,24 @@ import pytest
 import redis
 
 from serving import redis_server
-from serving.errors import ConfigError, FailedPrecondition, ProfileStoreUnavailable, ResourceExhausted
+from serving.errors import (
+    ConfigError,
+    EventLogUnavailable,
+    FailedPrecondition,
+    ProfileStoreUnavailable,
+    ResourceExhausted,
+)
 from serving.redis_client import (
     Breaker,
     Call,
     Script,
     connect,
     printable,
-    require_partitions,
     require_safe,
-    run,
     run_all,
     serving_error,
 )
+from serving.redis_nodes import Nodes, require_partitions
 from serving.redis_server import RedisServer, find_binary
 from tests.serving.faults import kill, wait_until
 
@@ -175,13 +180,14 @@ def test_unsafe_settings_are_refused_by_name(tmp_path):
 
 
 def test_the_number_of_partitions_is_fixed_at_creation(events_redis):
-    require_partitions(events_redis, 16)
-    require_partitions(events_redis, 16)
+    nodes = Nodes(events_redis, EventLogUnavailable)
+    require_partitions(nodes, 16)
+    require_partitions(nodes, 16)
     with pytest.raises(ConfigError, match="set partitions to 16"):
-        require_partitions(events_redis, 8)
+        require_partitions(nodes, 8)
 
 
-@pytest.mark.parametrize("url", ["localhost:6379", "http://x", "", "redis://host:port", "redis+cluster://x"])
+@pytest.mark.parametrize("url", ["localhost:6379", "http://x", "", "redis://host:port", "redis+cluster://"])
 def test_a_bad_url_is_refused(url):
     with pytest.raises(ConfigError, match="not a Redis URL"):
         connect(url)
@@ -212,18 +218,16 @@ def test_scripts_are_taught_once_and_again_after_they_were_forgotten(events_redi
     for expected in ([1, 3, 6], [7, 9, 12]):
         events_redis.script_flush()
         assert run_all(events_redis, calls) == expected
-    assert run(events_redis, calls[0]) == 13
-    events_redis.script_flush()
-    assert run(events_redis, calls[0]) == 14
-    replies = run_all(events_redis, [calls[0], Call(fail, ()), calls[1]])
-    assert replies[::2] == [15, 17]
+    replies = run_all(events_redis, [calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
+    assert replies[0] == 13
     assert isinstance(replies[1], redis.ResponseError)
+    assert replies[2:] == [b"13", 15]
     assert run_all(events_redis, []) == []
 
 
 def test_errors_of_redis_become_errors_of_the_service():
-    for message, kind in (("MISCONF disk full", ResourceExhausted), ("READONLY no", ProfileStoreUnavailable)):
-        assert isinstance(serving_error(redis.ResponseError(message), ProfileStoreUnavailable), kind)
+    assert isinstance(serving_error(redis.ResponseError("MISCONF full"), ProfileStoreUnavailable), ResourceExhausted)
+    assert isinstance(serving_error(redis.ReadOnlyError("no"), ProfileStoreUnavailable), ProfileStoreUnavailable)
     assert serving_error(redis.ResponseError("WRONGTYPE"), ProfileStoreUnavailable).code == "INTERNAL"
     assert isinstance(serving_error(redis.TimeoutError("late"), ProfileStoreUnavailable), ProfileStoreUnavailable)
 

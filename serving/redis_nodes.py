@@ -1,0 +1,298 @@
+"""The one road from a store to its Redis, be that one server or a cluster of them.
+
+A store names keys and never a server. What concerns keys of several nodes is sent to each node in one piece; a node
+that is away costs one timeout and then nothing for a while, and only what is on it is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import redis
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
+
+from features.errors import PenchantError
+from serving.errors import ConfigError, Unavailable
+from serving.redis_client import (
+    META,
+    Argument,
+    Breaker,
+    Call,
+    Client,
+    Line,
+    Request,
+    run_all,
+    run_asking,
+    serving_error,
+)
+from serving.redis_cluster import Cluster
+
+T = TypeVar("T")
+_HOPS = 3
+
+
+class _Node:
+    """One server: its client, its breaker, and its line."""
+
+    def __init__(self, client: redis.Redis, breaker: Breaker) -> None:
+        self.client, self.breaker, self.line = client, breaker, Line(client)
+
+
+class Nodes:
+    """The servers that hold the keys of one store; any thread may call anything."""
+
+    def __init__(
+        self,
+        client: Client,
+        away: type[Unavailable],
+        cooldown_s: float = 0.5,
+        refusal: Callable[[ResponseError], PenchantError] | None = None,
+    ) -> None:
+        """Takes a client of `redis_client.connect`.
+
+        Args:
+            client: The server, or the cluster.
+            away: The class of error that means "this Redis does not answer".
+            cooldown_s: Pause between looks at a server that failed.
+            refusal: What an error reply means, by default `redis_client.serving_error`.
+        """
+        self._client, self._away, self._cooldown_s = client, away, cooldown_s
+        self._refusal = refusal or (lambda error: serving_error(error, away))
+        self._nodes: dict[redis.Redis, _Node] = {}
+        self._map = Breaker(away, cooldown_s)
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest wait for a reply."""
+        if isinstance(self._client, Cluster):
+            return self._client.timeout_s
+        return float(self._client.connection_pool.connection_kwargs["socket_timeout"])
+
+    def ask(self, *words: bytes) -> Any:
+        """Sends a command that may be lost, the second word being its key; see `Line`.
+
+        Raises:
+            Unavailable: The server is away; of the class given.
+            PenchantError: It refuses.
+        """
+        node = self._node_of(words[1])
+        reply = self._exchange(node, lambda: node.line.ask(*words))
+        if isinstance(reply, AskError) and isinstance(self._client, Cluster):
+            return self.command(*words)
+        if isinstance(reply, ResponseError):
+            raise self._refusal(reply) from reply
+        return reply
+
+    def command(self, *words: Argument, at: bytes | None = None) -> Any:
+        """Sends one command.
+
+        Args:
+            *words: The command.
+            at: Its key, where that is not the second word.
+
+        Raises:
+            Unavailable: The server is away; of the class given.
+            PenchantError: It refuses.
+        """
+        return required(self._all([words], [_key(words) if at is None else at]))[0]
+
+    def run(self, call: Call) -> Any:
+        """Runs one script.
+
+        Raises:
+            Unavailable: The server is away; of the class given.
+            PenchantError: It refuses.
+        """
+        return required(self.run_all([call]))[0]
+
+    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+        """Asks several things, those of one node in their order and in one round trip.
+
+        Returns:
+            The replies. In the place of a refused one stands the PenchantError that it means, and that of one whose
+            server is away the error of the class given.
+
+        Raises:
+            Unavailable: All that was asked for is away; anything may have been done.
+        """
+        return self._all(requests, [_key(request) for request in requests])
+
+    def scan(self, key: bytes, count: int = 1000) -> list[tuple[bytes, bytes]]:
+        """The fields of a hash with their values, read in pieces; one that changes meanwhile may come twice.
+
+        Raises:
+            Unavailable: The server is away; of the class given.
+            PenchantError: It refuses.
+        """
+        found: list[tuple[bytes, bytes]] = []
+        cursor = -1
+        while cursor:
+            cursor, page = self.command("HSCAN", key, max(cursor, 0), "COUNT", count)
+            found += page.items()
+        return found
+
+    def at_each(self, keys: Sequence[bytes], work: Callable[[redis.Redis], T]) -> list[T | Unavailable]:
+        """Does something once with every server that has one of some keys.
+
+        Returns:
+            Per key the result, or the error of the class given where its server is away.
+
+        Raises:
+            Unavailable: All servers are away.
+            PenchantError: One refuses.
+        """
+        results: dict[_Node, T | Unavailable] = {}
+        found: list[T | Unavailable] = []
+        for key in keys:
+            try:
+                node = self._node_of(key)
+                if node not in results:
+                    results[node] = self._done(node, work)
+                found.append(results[node])
+            except Unavailable as error:
+                found.append(error)
+        return _not_all_away(found)
+
+    def _done(self, node: _Node, work: Callable[[redis.Redis], T]) -> T | Unavailable:
+        try:
+            reply: T | ResponseError = self._exchange(node, lambda: work(node.client))
+        except Unavailable as error:
+            return error
+        if isinstance(reply, ResponseError):
+            raise self._refusal(reply) from reply
+        return reply
+
+    def _all(self, requests: Sequence[Request], keys: Sequence[bytes]) -> list[Any]:
+        replies: list[Any] = [None] * len(requests)
+        places: Iterable[int] = range(len(requests))
+        for _ in range(_HOPS):
+            for node, own in self._by_node(keys, places, replies):
+                found = self._exchanged(node, [requests[place] for place in own])
+                for place, reply in zip(own, found, strict=True):
+                    asked = isinstance(reply, AskError)
+                    replies[place] = self._redirected(node, requests[place], reply) if asked else reply
+            places = [place for place in places if isinstance(replies[place], AskError)]
+            if not places:
+                break
+        return _not_all_away([self._told(reply) if isinstance(reply, RedisError) else reply for reply in replies])
+
+    def _by_node(
+        self, keys: Sequence[bytes], places: Iterable[int], replies: list[Any]
+    ) -> Iterable[tuple[_Node, list[int]]]:
+        """Which of the requests in these places go to which node; where there is none, the error is the reply."""
+        groups: dict[_Node, list[int]] = {}
+        for place in places:
+            try:
+                groups.setdefault(self._node_of(keys[place]), []).append(place)
+            except Unavailable as error:
+                replies[place] = error
+        return groups.items()
+
+    def _exchanged(self, node: _Node, requests: Sequence[Request]) -> Sequence[Any]:
+        try:
+            replies: Sequence[Any] = self._exchange(node, lambda: run_all(node.client, requests))
+        except Unavailable as error:
+            return [error] * len(requests)
+        # An error reply to SCRIPT LOAD, and so to all of them.
+        return [replies] * len(requests) if isinstance(replies, ResponseError) else replies
+
+    def _redirected(self, node: _Node, request: Request, error: AskError) -> Any:
+        """What the node says that an answer names; of a slot that has moved, the answer again, as we know it now."""
+        if not isinstance(self._client, Cluster):  # a single server that is part of one
+            return self._told(error)
+        other = self._client.redirected(error, node.client)
+        if isinstance(error, MovedError):
+            return error
+        try:
+            return self._exchange(self._node(other), lambda: run_asking(other, request))
+        except Unavailable as away:
+            return away
+
+    def _exchange(self, node: _Node, work: Callable[[], Any]) -> Any:
+        """Talks with one server; what it refuses is returned, as the ResponseError."""
+        with node.breaker:
+            try:
+                return work()
+            except ResponseError as error:
+                return error
+            except RedisError:
+                if isinstance(self._client, Cluster):
+                    self._client.failed(node.client)
+                raise
+
+    def _node_of(self, key: bytes) -> _Node:
+        if not isinstance(self._client, Cluster):
+            return self._node(self._client)
+        with self._map:
+            client = self._client.node_of(key)
+        if client is None:
+            raise self._away("no node of the cluster has this key now", retry_after_ms=1000)
+        return self._node(client)
+
+    def _node(self, client: redis.Redis) -> _Node:
+        node = self._nodes.get(client)
+        if node is None:
+            node = self._nodes.setdefault(client, _Node(client, Breaker(self._away, self._cooldown_s)))
+        return node
+
+    def _told(self, error: RedisError) -> PenchantError:
+        """What a refusal means, with the reply as its cause."""
+        told = self._refusal(error) if isinstance(error, ResponseError) else serving_error(error, self._away)
+        told.__cause__ = error
+        return told
+
+
+def required(replies: Sequence[Any]) -> Sequence[Any]:
+    """The replies, where none of them is an error.
+
+    Raises:
+        PenchantError: The first of those that are.
+    """
+    for reply in replies:
+        if isinstance(reply, PenchantError):
+            raise reply
+    return replies
+
+
+def _not_all_away(replies: list[T]) -> list[T]:
+    if replies and isinstance(replies[0], Unavailable) and all(isinstance(reply, Unavailable) for reply in replies):
+        raise replies[0]
+    return replies
+
+
+def _key(request: Request) -> bytes:
+    key = request.keys[0] if isinstance(request, Call) else request[1]
+    assert isinstance(key, bytes), "a key is bytes"
+    return key
+
+
+def remembered(nodes: Nodes, name: str, value: str) -> bytes:
+    """A fact about this Redis that is fixed when it is first asked for.
+
+    Raises:
+        Unavailable: It is away.
+        PenchantError: It refuses.
+    """
+    # Asked first and written only when new, so that a full Redis can still be opened.
+    known = nodes.command("HGET", META, name)
+    if known is None:
+        nodes.command("HSETNX", META, name, value)
+        known = nodes.command("HGET", META, name)
+    return bytes(known)
+
+
+def require_partitions(nodes: Nodes, partitions: int) -> None:
+    """Writes the number of partitions into a new Redis and checks it in an old one.
+
+    Raises:
+        ConfigError: The data there has another number of partitions.
+        Unavailable: It is away.
+        PenchantError: It refuses.
+    """
+    found = int(remembered(nodes, "partitions", str(partitions)))
+    if found != partitions:
+        raise ConfigError(
+            f"this Redis holds data in {found} partitions and {partitions} were asked for; "
+            f"the number is fixed at creation: set partitions to {found}, or start with an empty Redis"
+        )

@@ -1,0 +1,159 @@
+"""Nobody ever gets another person's profile, whenever calls are cancelled, time out, or replies come late or in slices.
+
+Each of 200 people has touched one item that nobody else has: their canary. `FULL=1` (`make prove-redis`) makes 10,000
+calls that end before their answer instead of a few hundred.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from penchant.client import Client, event
+from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
+from serving import redis_client
+from serving.profiles import ProfileStore
+from serving.redis_server import RedisServer
+from tests.serving.faults import FULL, Proxy, wait_until
+from tests.serving.inside import inside
+
+PEOPLE = 200
+ENDED = 10_000 if FULL else 300
+CALLERS = 8
+TIMEOUT_MS = 20
+
+
+@pytest.fixture
+def stage(world, tmp_path, monkeypatch) -> Iterator[tuple[str, Proxy]]:
+    """A worker whose profiles come through a proxy, and where it listens; all 200 canaries are in."""
+    # The pause after a failure would hide what is looked for: with it hardly anything is read after a late reply.
+    monkeypatch.setitem(ProfileStore.__init__.__kwdefaults__, "cooldown_s", 0.0)
+    with contextlib.ExitStack() as stack:
+        profiles, events = (stack.enter_context(RedisServer(tmp_path, role)) for role in ("profiles", "events"))
+        front = stack.enter_context(Proxy(profiles))
+        url = f"redis://127.0.0.1:{front.port}"
+        service = stack.enter_context(inside(world, url, events.url, redis_timeout_ms=TIMEOUT_MS))
+        with service.client() as client:
+            items = [
+                catalog_pb2.Item(item_id=canary(n), title=f"bird {n}", categories=["western"]) for n in range(PEOPLE)
+            ]
+            assert client.put_items(items).visible_everywhere
+            statuses = client.ingest([event(f"p{number}", canary(number), "view_item") for number in range(PEOPLE)])
+            assert {status.code for status in statuses} == {0}
+            wait_until(lambda: all(client.get_profile(f"p{n}").event_count == 1 for n in range(PEOPLE)))
+        yield service.target, front
+
+
+def canary(number: int) -> str:
+    return f"canary{number}"
+
+
+class Callers:
+    """Calls about random people that are cancelled or time out at random moments; every answer is looked at."""
+
+    def __init__(self, target: str, ended: int, seed: int = 7) -> None:
+        self.counts: Counter[str] = Counter()
+        self._target, self._ended, self._seed = target, ended, seed
+        self._lock = threading.Lock()
+        self._versions: dict[int, int] = {}
+
+    def run(self) -> Counter[str]:
+        """Calls until enough ended early, or somebody got what is another's."""
+        with Client(self._target, timeout_s=20.0) as client:
+            self._versions = {n: client.get_profile(f"p{n}").profile_version for n in range(PEOPLE)}
+        assert len(set(self._versions.values())) == PEOPLE
+        with ThreadPoolExecutor(CALLERS) as pool:
+            for one in [pool.submit(self._call_on, self._seed + number) for number in range(CALLERS)]:
+                one.result()
+        return self.counts
+
+    def _call_on(self, seed: int) -> None:
+        rng = random.Random(seed)
+        with grpc.insecure_channel(self._target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            ranking = ranking_pb2_grpc.RankingServiceStub(channel)
+            profiles = profile_pb2_grpc.ProfileServiceStub(channel)
+            while self.counts["ended early"] < self._ended and not self.counts["foreign"]:
+                person = rng.randrange(PEOPLE)
+                subject = common_pb2.Subject(user_id=f"p{person}")
+                if rng.random() < 0.8:
+                    options = ranking_pb2.RankingOptions(subject=subject, page_size=5, explain=True)
+                    method, request = ranking.Recommend, ranking_pb2.RecommendRequest(options=options)
+                else:
+                    method, request = profiles.GetProfile, profile_pb2.GetProfileRequest(subject=subject)
+                self._one(rng, person, method, request)
+
+    def _one(self, rng: random.Random, person: int, method, request) -> None:
+        fate = rng.random()
+        call = method.future(request, timeout=rng.uniform(0.001, 0.06) if fate < 0.4 else 10.0)
+        if 0.4 <= fate < 0.8:
+            time.sleep(rng.uniform(0.0, 0.04))
+            call.cancel()
+        try:
+            answer = call.result()
+        except (grpc.RpcError, grpc.FutureCancelledError):
+            kind = "ended early" if fate < 0.8 else "failed"
+        else:
+            own = self._is_own(person, answer)
+            kind = {None: "not personal", True: "personal", False: "foreign"}[own]
+        with self._lock:
+            self.counts[kind] += 1
+
+    def _is_own(self, person: int, answer) -> bool | None:
+        """Whether an answer is about the asker; None where it is about nobody."""
+        if isinstance(answer, profile_pb2.GetProfileResponse):
+            named = {one.item_id for one in answer.events}
+            return (named, answer.profile_version) == ({canary(person)}, self._versions[person])
+        slate = answer.slate
+        if not slate.profile_version:
+            assert slate.rung == common_pb2.RUNG_POPULAR
+            return None
+        reasons = [reason for item in slate.items for reason in item.reasons]
+        liked = {reason.text for reason in reasons if reason.text.startswith("like ")}
+        shown = {item.item_id for item in slate.items}
+        return (
+            slate.profile_version == self._versions[person]
+            and liked <= {f"like bird {person}"}
+            and canary(person) not in shown
+        )
+
+
+def trouble(front: Proxy, seed: int = 11) -> None:
+    """Replies late by up to twice the timeout, half of them in time; as bytes, which take their own time."""
+    rng = random.Random(seed)
+    front.delay_s = lambda: max(0.0, rng.uniform(-2, 2)) * TIMEOUT_MS / 1000
+    front.slice_s = 0.0
+
+
+def test_nobody_gets_another_persons_profile(stage):
+    target, front = stage
+    trouble(front)
+    counts = Callers(target, ENDED).run()
+    print(f"canaries: {dict(counts)}")
+    assert counts["foreign"] == 0
+    assert counts["ended early"] >= ENDED
+    assert counts["personal"] > ENDED / 20
+    assert counts["not personal"] > ENDED / 20  # replies were late indeed
+
+
+def test_the_canaries_notice_a_connection_that_is_used_again_after_a_read_that_was_given_up(stage, monkeypatch):
+    """The control: without the check for unread replies, the next reader gets the late reply."""
+    target, front = stage
+
+    def take(line):
+        with contextlib.suppress(IndexError):
+            return line._idle.pop()
+        connection = line._pool.get_connection()
+        return redis_client._Open(connection, connection._sock, redis_client.hiredis.Reader(notEnoughData=False))
+
+    monkeypatch.setattr(redis_client.Line, "_take", take)
+    monkeypatch.setattr(redis_client.Line, "_discard", lambda line, used: line._idle.append(used))
+    trouble(front)
+    assert Callers(target, 10_000).run()["foreign"] > 0
