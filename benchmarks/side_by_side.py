@@ -237,7 +237,7 @@ def _interpreter(place: Path, name: str) -> Path:
     if not found.exists():
         file = PEERS / f"{name.removesuffix('_equal')}.txt"
         raise ConfigError(f"{found} is missing: {file} says how to make the environment, or leave it out with --only")
-    return found
+    return found.absolute()  # not resolved: an environment is known by the place of its interpreter
 
 
 def _start(command: Sequence[str], threads: int) -> subprocess.Popen[str]:
