@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install protos format check check-code check-protos test demo bench prove-durability prove-redis prove-resume clean
+.PHONY: help install protos format check check-code check-protos test demo bench
+.PHONY: prove-durability prove-freshness prove-redis prove-resume prove-skew clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -69,11 +70,23 @@ prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must e
 
 prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost replies: nothing lost, nothing doubled
 	$(BIN)/python -m benchmarks.report durability-replies 'Replies lost after Redis did the work' \
-		-- $(BIN)/python -m tests.serving.proofs.lost_replies
+		-- $(BIN)/python -m tests.proofs.lost_replies
 	$(BIN)/python -m benchmarks.report durability-power 'Power losses of the events Redis' \
-		-- $(BIN)/python -m tests.serving.proofs.power_loss
+		-- $(BIN)/python -m tests.proofs.power_loss
 	$(BIN)/python -m benchmarks.report durability-kills 'Everything killed at random while events come in' \
-		-- $(BIN)/python -m tests.serving.proofs.kills
+		-- $(BIN)/python -m tests.proofs.kills
+
+LIVES ?= 2000
+prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N
+	$(BIN)/python -m benchmarks.report no-skew 'One history, read four ways' -- \
+		$(BIN)/python -m tests.proofs.skew --lives $(LIVES) --seed $(or $(SEED),1)
+
+prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
+	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo
+	$(BIN)/python -m benchmarks.report read-your-writes 'What one worker writes, the other one answers with' -- \
+		$(BIN)/penchant bench freshness $(BUNDLE) --pairs 100000 --callers 8
+	$(BIN)/python -m benchmarks.report freshness 'From an event to the next answer' -- \
+		$(BIN)/penchant bench freshness $(BUNDLE) --pairs 5000
 
 clean:  ## remove what builds, tests and tools left; .venv stays
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -47,6 +47,9 @@ def running(bundle: Path, *options: str) -> Iterator[dict[str, Any]]:
         except subprocess.TimeoutExpired:
             process.kill()
             raise ServiceError(f"the service did not stop within {STOP_S:.0f} s of SIGTERM") from None
+        finally:
+            if process.stdout:
+                process.stdout.close()
         if status and sys.exc_info()[0] is None:
             raise ServiceError(f"the service ended with status {status}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from features.catalog import Catalog, Columns, blocks
 from features.kernels import affinity, matched_weights, pack_newest
 from features.outcomes import Outcomes, Rates
 from features.profile import RING, Profile, Records
-from features.schema import Feature, FeatureSet
+from features.schema import Feature, FeatureSet, event_type_key
 
 HALF_LIFE = 20
 """Number of events after which an event weighs half in an affinity."""
@@ -146,6 +147,17 @@ def history(records: Records, catalog: Catalog, type_index: Mapping[int, int]) -
         np.ascontiguousarray(records["timestamp"]),
         np.ascontiguousarray(records["value"]),
     )
+
+
+def type_index(event_types: Sequence[str]) -> dict[int, int]:
+    """Event type key -> 1 + position among a bundle's event types."""
+    return {event_type_key(name): 1 + place for place, name in enumerate(event_types)}
+
+
+def encoder_digest(items: npt.NDArray[np.uint64], types: npt.NDArray[np.int64]) -> str:
+    """Sixteen letters that stand for what the user encoder read: the keys of the items, uint64 [n], and their types."""
+    said = items.astype("<u8").tobytes() + types.astype("<i8").tobytes()
+    return hashlib.blake2b(said, digest_size=8).hexdigest()
 
 
 def types_of_keys(keys: npt.NDArray[np.uint32], type_index: Mapping[int, int]) -> npt.NDArray[np.int32]:

@@ -120,7 +120,10 @@ def validate(
     bundle: Annotated[
         Path | None,
         typer.Option(
-            metavar="BUNDLE", exists=True, file_okay=False, help="With --live: the bundle that names the items."
+            metavar="BUNDLE",
+            exists=True,
+            file_okay=False,
+            help="With --live, the bundle that names the items; with a warehouse, the one whose inputs to replay.",
         ),
     ] = None,
     allow: Annotated[
@@ -138,7 +141,12 @@ def validate(
     if data is not None:
         from features.validate import validate
 
+        replayed = limits.pop("served_features", None) if bundle else None
         said = validate(data, limits)
+        if bundle is not None:
+            from serving.replay import ALLOWED, replay
+
+            said["checks"].append(replay(data, bundle, ALLOWED if replayed is None else replayed))
     else:
         from serving.validate import validate_live
 
@@ -501,6 +509,21 @@ def fidelity(
     from benchmarks.fidelity import fidelity
 
     _answer(fidelity(run, bundle, protocol=protocol, people=people))
+
+
+@bench.command()
+def freshness(
+    bundle: BundleDir,
+    pairs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Events, each followed by another worker's answer.")
+    ] = 2000,
+    callers: Annotated[int, typer.Option(min=1, metavar="N", help="Callers at once.")] = 1,
+) -> None:
+    """Measures how long it takes until an event counts in answers, and checks that it does every time."""
+    _use_cores(1)
+    from benchmarks.freshness import freshness
+
+    _answer(freshness(bundle, pairs=pairs, callers=callers))
 
 
 @bench.command()

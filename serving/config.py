@@ -87,6 +87,9 @@ class ServeConfig(BaseSettings):
 
     impressions: bool = Field(True, description="Write every live slate to the impression log.")
     impression_queue: int = Field(10_000, ge=1, description="Slates that may wait for the log before they are dropped.")
+    log_features: float = Field(
+        0.01, ge=0, le=1, description="Share of slates that are logged with the values the models read; 0 is off."
+    )
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Prometheus port of the first worker, next ones follow; 0 is off."
     )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.assemble import FEATURES, statistics_width
+from features.assemble import FEATURES, statistics_width, type_index
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
 from features.columns import pc
@@ -127,7 +127,7 @@ def open_engine(path: Path, around: Surroundings) -> Engine:
     fingerprint = bundle.manifest["feature_set"]["fingerprint"]
     if fingerprint != FEATURES.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
-    catalog, lexical = _items(bundle)
+    catalog, lexical = read_items(bundle)
     model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
     replay(bundle, model, catalog, index)
     _warm_up(catalog, lexical)
@@ -153,9 +153,8 @@ class _Builder:
         # As many as evaluation ranked, so that what was measured is what is served.
         self._count = around.config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
         self._neighbors = _neighbors(bundle, len(catalog.vocabulary))
-        facts = bundle.model
-        self._repeats = bool(facts["repeats"])
-        self._personal = Personal(model, catalog, Outcomes.of(facts), facts["action_weights"], float(facts["blend"]))
+        self._repeats = bool(bundle.model["repeats"])
+        self._personal = personal(bundle, model, catalog, around.config.log_features if around.impressions else 0.0)
 
     def pipelines(self) -> Mapping[str, Pipeline]:
         """The pipeline of each method."""
@@ -213,8 +212,7 @@ class _Builder:
     def _person(self) -> list[Hydrator]:
         """What finds out about the person."""
         facts = self._bundle.model
-        places = {name: 1 + place for place, name in enumerate(facts["event_types"])}
-        keys = {event_type_key(name): place for name, place in places.items()}
+        keys = type_index(facts["event_types"])
         # A live event of a type that training never saw counts as well; what is refused stays away in any case.
         told = CHOICES if not self._repeats else ()
         unknown = [name for name in told if name not in facts["event_types"]]
@@ -251,6 +249,13 @@ class _Builder:
         )
 
 
+def personal(bundle: Bundle, model: Model, catalog: Catalog, logged: float = 0.0) -> Personal:
+    """What a bundle's ranker thinks of rows; `logged` is the share of requests whose features are kept for the log."""
+    facts = bundle.model
+    weights, blend = facts["action_weights"], float(facts["blend"])
+    return Personal(model, catalog, Outcomes.of(facts), weights, blend, logged)
+
+
 def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
     """Compiles what the golden requests do not reach, so that no caller waits for it."""
     rows = np.arange(min(1, catalog.size), dtype=np.int32)
@@ -264,7 +269,7 @@ def _shapes(bundle: Bundle) -> ItemInputShapes:
     return ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})
 
 
-def _items(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:
+def read_items(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:
     """The items of a bundle, and their words."""
     path = bundle.path
     vectors = _array(bundle, "vectors.npy", np.float32, (None, int(bundle.model["dim"])))

@@ -151,6 +151,7 @@ class UserVector:
         assert query.history is not None
         query.rung = "item_to_item"
         rows, types = encoder_inputs(query.history.rows, query.history.types, self._model.max_length)
+        query.encoded = rows, types
         query.user_vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
         query.rung = "sequence"
 

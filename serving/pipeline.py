@@ -87,7 +87,9 @@ class Query:
         user_vector: The person in the embedding space; float32 [D].
         query_vector: The words in the embedding space; float32 [D].
         tokens: The text tokens of the words; uint32.
+        encoded: What the user encoder read: rows and types, two int64 [length].
         probabilities: Probability per action of the candidates that were scored; float32 [n, A].
+        features: What the ranker read of them, where that is to be logged; float32 [n, F].
         rung: The level of personalisation reached.
         catalog_version: Version of the catalogue the answer is made from.
         degraded: What was given up.
@@ -120,7 +122,9 @@ class Query:
     user_vector: Scores | None = None
     query_vector: Scores | None = None
     tokens: npt.NDArray[np.uint32] | None = None
+    encoded: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
     probabilities: Scores | None = None
+    features: Scores | None = None
     rung: str = "popular"
     catalog_version: int = 0
     degraded: list[Degraded] = field(default_factory=list)
@@ -170,6 +174,7 @@ class Slate:
         propensities: Probability that the policy shows the item in its position, NaN where not exact; float64 [k].
         candidates: What the sources said of them.
         probabilities: Probability per action; float32 [k, A], or None where the ranker did not run.
+        features: What the ranker read of each item; float32 [k, F], None where that is not to be logged.
         reasons: Reasons per item, empty unless asked for.
         dropped: Number of candidates dropped, by filter.
         timings: Microseconds per stage, in order.
@@ -183,6 +188,7 @@ class Slate:
     dropped: dict[str, int]
     timings: list[tuple[str, int]]
     reasons: list[list[Reason]] = field(default_factory=list)
+    features: Scores | None = None
 
 
 class Stage(Protocol):
@@ -324,7 +330,7 @@ class Pipeline:
             try:
                 scores = _sunk(scorer.score(query, candidates), candidates.rows.size)
             except Exception as error:
-                query.probabilities = None
+                query.probabilities = query.features = None
                 watch.failed(scorer, "SCORER", error)
         if scores is None:
             scores = interleaved(candidates)
@@ -345,6 +351,7 @@ class Pipeline:
             probabilities=None if query.probabilities is None else query.probabilities[positions],
             dropped=dropped,
             timings=watch.timings,
+            features=None if query.features is None else query.features[positions],
         )
 
         for explainer in watch.enabled(self.explainers if query.explain else ()):

@@ -1,10 +1,11 @@
-"""Makes profiles anew from a data set, and shows one as a person would read it."""
+"""Makes profiles anew from a data set, of now or of any earlier version, and shows one as a person would read it."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,54 @@ _TIMEOUT_S = 10.0
 _PEOPLE = 1000
 _EVER = 2**64 - 1
 _SEARCHES = pa.schema([EVENTS.field(name) for name in EVENTS.names if name != "item_id"])
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """One person's events in log order: RECORD [n] and their log ids, uint64 [n]."""
+
+    records: Records
+    log_ids: npt.NDArray[np.uint64]
+
+    def between(self, after: int, until: int = _EVER) -> History:
+        """The events behind one log id and up to another."""
+        # As uint64: numpy would compare a Python integer as float64, which cannot tell neighbouring log ids apart.
+        start, end = (int(np.searchsorted(self.log_ids, np.uint64(at), side="right")) for at in (after, until))
+        return History(self.records[start:end], self.log_ids[start:end])
+
+    def replayed(self, version: int, after: int = 0) -> Profile:
+        """The profile as it was at a version, made of the events behind a log id; what it says is of that version."""
+        return fold(empty(), self.between(after, version).records, version)
+
+
+class Histories:
+    """The events of everybody in a data set.
+
+    Attributes:
+        subjects: Keys of the people, in the order of their first row.
+        events: Number of events.
+        rejected: Number of rows that were left out.
+    """
+
+    def __init__(self, data: Path) -> None:
+        """Reads a data set.
+
+        Raises:
+            TablesError: It cannot be read.
+        """
+        dataset = _history(data)
+        people, who = codes(dataset.events["user_id"])
+        self.events, self.rejected = dataset.events.num_rows, len(dataset.rejected)
+        self.subjects = [subject_of(name) if "until" in dataset.info else f"u:{name}" for name in people]
+        self._records, self._log_ids = _records(dataset), _log_ids(dataset.events)
+        # Each person's events stand together; `codes` numbers people in the order of their first one.
+        ends = np.cumsum(np.bincount(who, minlength=len(people)))
+        self._spans = dict(zip(self.subjects, zip([0, *ends.tolist()], ends.tolist(), strict=False), strict=True))
+
+    def of(self, subject: str) -> History:
+        """The events of a person, none where nobody knows them."""
+        start, end = self._spans.get(subject, (0, 0))
+        return History(self._records[start:end], self._log_ids[start:end])
 
 
 def rebuild(

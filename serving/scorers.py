@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,10 +26,17 @@ class Personal:
     """What one person thinks of rows: relevance + blend * utility, the score that evaluation measures."""
 
     def __init__(
-        self, model: Model, catalog: Catalog, outcomes: Outcomes, weights: Sequence[float], blend: float
+        self,
+        model: Model,
+        catalog: Catalog,
+        outcomes: Outcomes,
+        weights: Sequence[float],
+        blend: float,
+        logged: float = 0.0,
     ) -> None:
-        """Takes how actions are read, the weight of each and the weight of their sum."""
+        """Takes how actions are read, the weight of each, that of their sum, and the share of logged features."""
         self._model, self._catalog, self._outcomes = model, catalog, outcomes
+        self._logged = round(logged * 2**32)
         self._weights, self._blend = np.array(weights, np.float64), blend
 
     def score(self, query: Query, rows: Rows) -> Scores:
@@ -42,8 +50,10 @@ class Personal:
         # Where the ranker does not move the order, only the items of the page need their probabilities.
         at = np.arange(rows.size) if self._blend else np.argsort(-relevance, kind="stable")[: query.page_size]
         judged = rows[at]
-        moment = Moment(query.now_ms, query.surface)
-        features = ranker_features(query.history, judged, relevance[at], columns, self._outcomes, moment)
+        features = self.read(query, judged, relevance[at])
+        if zlib.crc32(query.request_id.encode()) < self._logged:
+            query.features = np.full((rows.size, features.shape[1]), np.nan, np.float32)
+            query.features[at] = features
         logits = self._model.rank(query.user_vector, columns.vectors[judged], features)
         probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
         query.probabilities = np.full((rows.size, probabilities.shape[1]), np.nan, np.float32)
@@ -51,6 +61,12 @@ class Personal:
         if not self._blend:
             return relevance
         return (relevance + self._blend * utility(probabilities, self._weights)).astype(np.float32)
+
+    def read(self, query: Query, rows: Rows, relevance: Scores) -> Scores:
+        """What the ranker reads of rows; float32 [n, F]."""
+        assert query.history is not None
+        moment = Moment(query.now_ms, query.surface)
+        return ranker_features(query.history, rows, relevance, self._catalog.columns, self._outcomes, moment)
 
 
 class FeedScorer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import queue
@@ -9,8 +10,9 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from features.assemble import FEATURES
+from features.assemble import FEATURES, encoder_digest
 from features.catalog import Catalog
+from features.schema import item_keys
 from serving.errors import ServingError
 from serving.events import EventLog, LoggedImpression
 from serving.pipeline import Query, Slate
@@ -123,4 +125,9 @@ def _logged(shown: _Shown) -> LoggedImpression:
         "degraded": [part for part, _ in query.degraded],
         "feature_fingerprint": FEATURES.fingerprint(),
     }
+    if slate.features is not None and query.encoded is not None:
+        rows, types = query.encoded
+        # As text, for the entry is JSON; a number of the table takes four bytes.
+        payload["features"] = base64.b64encode(slate.features.astype("<f4").tobytes()).decode()
+        payload["encoder_digest"] = encoder_digest(item_keys(shown.catalog.ids(rows)), types)
     return LoggedImpression(query.subject, query.now_ms, json.dumps(payload, ensure_ascii=False).encode())

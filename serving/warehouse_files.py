@@ -103,8 +103,7 @@ class WarehouseFiles:
             put_table(path, rows)
         elif path.exists():
             # What was there has been erased since it was first written.
-            path.unlink()
-            sync(path.parent)
+            _remove(path)
 
     def revise(self, partition: int, limits: Callable[[str], Limits], undone: Collection[int] = ()) -> int:
         """Takes rows out of every file of a partition, and purposes from those that stay.
@@ -229,8 +228,7 @@ class WarehouseFiles:
                 rows = rows.set_column(rows.schema.get_field_index(column), rows.schema.field(column), pa.array(values))
             put_table(path, rows.filter(pa.array(kept)))
         else:
-            path.unlink()
-            sync(path.parent)
+            _remove(path)
 
     def _days(self) -> list[str]:
         """The names of the days' directories, of what is derived as well: what lost its rows is to go."""
@@ -287,6 +285,17 @@ def put_table(path: Path, rows: pa.Table, metadata: Mapping[bytes, bytes] | None
         os.fsync(sink.fileno())
     os.replace(draft, path)
     sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, and the directories of its day and table where it was the last: a table is never an empty one."""
+    path.unlink()
+    sync(path.parent)
+    for directory in (path.parent, path.parent.parent):
+        if any(directory.iterdir()):
+            return
+        directory.rmdir()
+        sync(directory.parent)
 
 
 def by_day(log_ids: Sequence[int]) -> Iterator[slice]:

@@ -5,6 +5,7 @@ Everything here is a pure function of its input, so that a repeat writes the sam
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ SEARCH_ROWS = pa.schema([EVENTS.field(name) for name in EVENT_ROWS.names if name
 
 IMPRESSION_ROWS = pa.schema(
     [
-        *(IMPRESSIONS.field(name) for name in IMPRESSIONS.names if name != "features"),
+        *(IMPRESSIONS.field(name) for name in IMPRESSIONS.names),
         _column("log_id", pa.uint64()),
         _column("session_id", pa.string()),
         _column("query", pa.string()),
@@ -44,6 +45,7 @@ IMPRESSION_ROWS = pa.schema(
         _column("bucket", pa.int32()),
         _column("catalog_version", pa.uint64()),
         _column("feature_fingerprint", pa.string()),
+        _column("encoder_digest", pa.string()),
     ]
 )
 """A slate of the log."""
@@ -141,7 +143,10 @@ def _said(entry: Entry) -> dict[str, Any] | None:
     """The payload of an entry, None where it is damaged."""
     try:
         said = json.loads(entry.payload)
-    except ValueError:
+        if isinstance(said, dict) and "features" in said:
+            values = np.frombuffer(base64.b64decode(said["features"]), "<f4")
+            said["features"] = values.reshape(len(said["item_ids"]), -1).tolist()
+    except (ValueError, TypeError, KeyError):
         return None
     needed = {"item_ids", "request_id", "timestamp"} if not entry.record else {"item_id", "event_type", "timestamp"}
     return said if isinstance(said, dict) and needed <= said.keys() else None

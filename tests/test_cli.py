@@ -34,6 +34,7 @@ COMMANDS = ["data", "validate", "features", "train", "evaluate", "export", "serv
 COMMANDS += ["warehouse", "demo", "profiles rebuild", "profiles show"]
 COMMANDS += [
     "bench fidelity",
+    "bench freshness",
     "bench growth",
     "bench impressions",
     "bench kills",

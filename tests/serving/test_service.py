@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from penchant.client import event
-from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc
+from penchant.v1 import catalog_pb2, common_pb2, event_pb2, profile_pb2, profile_pb2_grpc
 from tests.serving.faults import wait_until
 from tests.world import COUNT, rows_of
 
@@ -252,6 +252,50 @@ class TestEvents:
         assert all(status.message for status in statuses[:-1])
         assert statuses[-1].code == 0
         assert client.get_profile(ann).event_count == 1
+
+    @pytest.mark.parametrize(
+        ("field", "fields"),
+        [
+            ("subject", {"subject": common_pb2.Subject()}),
+            ("subject.user_id", {"subject": common_pb2.Subject(user_id="x" * 513)}),
+            ("timestamp_ms", {"timestamp_ms": -1}),
+            ("timestamp_ms", {"timestamp_ms": 2**63 - 1}),
+            ("timestamp_ms", {"timestamp_ms": -(2**63)}),
+            ("attributes", {"attributes": {"k": "v" * (1 << 20)}}),
+            ("attributes", {"attributes": {f"k{number}": "v" for number in range(65)}}),
+            ("value", {"value": float("nan")}),
+            ("value", {"value": float("-inf")}),
+            ("item_id", {"item_id": "i" * 513}),
+            ("event_id", {"event_id": "e" * 513}),
+        ],
+    )
+    def test_a_bad_event_is_named_and_its_neighbours_are_in_the_profile(self, client, ann, field, fields):
+        bad, before, after = (event(ann, f"i{row}", "view_item") for row in (1, 0, 2))
+        bad.ClearField("subject" if "subject" in fields else field)
+        bad.MergeFrom(event_pb2.Event(**fields))
+        first, status, last = client.ingest([before, bad, after])
+        assert (first.code, last.code) == (0, 0)
+        assert (status.code, status.field, status.profile_version) == (INVALID, field, 0)
+        assert status.message
+        profile = client.get_profile(ann)
+        assert [one.item_id for one in profile.events] == ["i2", "i0"]
+        assert profile.profile_version == last.profile_version
+
+    def test_braces_and_nul_in_ids_are_ids_like_others(self, client, ann):
+        odd = ("{}", "{p00}", "\0", "a\0b", "penchant:{p00}:events")
+        names = [f"{ann}{text}" for text in odd]
+        events = [
+            event(name, text, "view_item", event_id=text, session_id=text)
+            for name, text in zip(names, odd, strict=True)
+        ]
+        good = event(ann, "i0", "view_item")
+        assert {status.code for status in client.ingest([*events, good])} == {0}
+        again = client.ingest(events)
+        assert all(status.duplicate for status in again)
+        for name, status in zip(names, again, strict=True):
+            profile = client.get_profile(name)
+            assert (profile.event_count, profile.profile_version) == (1, status.profile_version)
+        assert [one.item_id for one in client.get_profile(ann).events] == ["i0"]
 
     def test_every_field_is_taken(self, client, ann):
         full = event(

@@ -10,6 +10,7 @@ from serving.erasure import Certificates
 from serving.events import EventLog
 from serving.people import People
 from serving.profiles import ProfileStore
+from serving.rebuild import Histories
 from serving.warehouse import GROUP, Warehouse
 from serving.warehouse_files import WarehouseFiles
 from serving.warehouse_items import ItemTable
@@ -45,6 +46,15 @@ def test_what_was_undone_is_gone(log, people, warehouse, tmp_path):
     warehouse.drain()
     assert sorted(row["event_id"] for row in rows(tmp_path) if row["user_id"] == "ann") == ["two"]
     assert len(rows(tmp_path)) == 2
+
+
+def test_a_table_whose_last_row_was_undone_is_no_table_rather_than_an_empty_one(log, people, warehouse, tmp_path):
+    ingest(log, event("ann", "i1"), event("ann", "", "search", query="tea", event_id="asked"))
+    warehouse.drain()
+    people.undo("u:ann", "asked")
+    warehouse.drain()
+    assert not (tmp_path / "searches").exists()
+    assert Histories(tmp_path).of("u:ann").records.size == 1
 
 
 def test_who_allows_no_training_is_not_in_it(log, people, warehouse, tmp_path):

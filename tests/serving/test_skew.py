@@ -1,0 +1,118 @@
+"""No skew: what is served, what is replayed from Parquet and what an oracle says are the same, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import features.assemble
+import features.outcomes
+import features.profile
+from features.profile import RING
+from penchant.client import event
+from penchant.v1 import common_pb2
+from serving.replay import replay
+from tests.proofs.skew import Ask, Burst, Consent, Fold, Life, Patch, Undo, World, lived, prove
+from tests.serving.test_loop import penchant
+
+
+@pytest.fixture(scope="module")
+def there(profiles_server: Any, events_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with contextlib.ExitStack() as stack:
+        yield World(stack, tmp_path_factory.mktemp("skew"), profiles_server.url, events_server.url)
+
+
+def burst(count: int, item: int = 0, stride: int = 1, kind: int = 0, late: int = 0, person: int = 0) -> Burst:
+    return Burst(person, count, item, stride, kind, late, None, 2, False)
+
+
+LIFE = [
+    burst(130),
+    Fold(),
+    Patch(3, "noir", "c77"),
+    burst(130, 2, 3, kind=1, late=3),
+    Ask(0),
+    Fold(),
+    Burst(0, 20, 1, 1, 4, 0, 3.25, 2, unapplied=True),
+    Fold(),
+    burst(60, 5, 7, kind=2, late=4),
+    Fold(),
+    Ask(0),
+]
+"""Long enough that the ring pushes events out."""
+
+
+def test_lives_drawn_at_random(there: World) -> None:
+    tally = prove(there, 20, 0)
+    assert tally["fewest_compactions"] >= 3
+    assert all(tally[what] for what in ("late", "patched", "slates"))
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_life_with_everything_in_it(there: World, small: bool) -> None:
+    taken_back = [Undo(0, 7), burst(9, 2), Ask(0), Consent(0, False), burst(5), Consent(0, True), burst(3, 8), Ask(0)]
+    assert lived(there, small, [*LIFE, *taken_back]) == []
+
+
+@contextlib.contextmanager
+def altered(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Another constant, but only while Parquet is read: as if training had it."""
+    compare = Life.compare
+
+    def otherwise(life: Life) -> list[str]:
+        with mock.patch.object(module, name, value):
+            return compare(life)
+
+    with mock.patch.object(Life, "compare", otherwise):
+        yield
+
+
+_DECAY = 0.5 ** (np.arange(RING, dtype=np.float64) / 21)
+_DECAYS = {half: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / (half + 1)) for half in features.outcomes.HALF_LIVES}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "small"),
+    [
+        (features.profile, "RING", RING - 1, False),
+        (features.profile, "RING", 15, True),
+        (features.profile, "EVICTED_CAP", 11, True),
+        (features.profile, "_PASSIVE", np.empty(0, np.uint32), True),
+        (features.assemble, "_DECAY", _DECAY, False),
+        (features.assemble, "_HOUR_MS", 3_600_100, False),
+        (features.outcomes, "_DECAYS", _DECAYS, False),
+    ],
+)
+def test_one_changed_constant_offline_is_caught(there: World, module: Any, name: str, value: Any, small: bool) -> None:
+    with altered(module, name, value):
+        found = lived(there, small, LIFE)
+    assert any("offline" in one for one in found), found
+
+
+def test_the_service_logs_what_it_served_and_the_warehouse_gives_the_same(
+    serve: Any, world: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with serve(state=state, warehouse=True, warehouse_flush_s=0.5, log_features=1.0) as service:
+        with service.client(channels=1) as client:
+            for number in range(30):
+                person = f"p{number % 3}"
+                client.ingest([event(person, f"i{number}", ("view_item", "like")[number % 2])])
+                slate = client.recommend(user_id=person, page_size=5, surface="home")
+                assert slate.rung == common_pb2.RUNG_SEQUENCE
+        assert service.stop() == 0
+    said = replay(state / "warehouse", world)
+    assert (said["slates"], said["differing"], said["elsewhere"]) == (30, 0, 0)
+    answer, lines = penchant("validate", state / "warehouse", "--bundle", world)
+    assert "PASS  served_features: 0 of 30 slates" in lines
+    assert answer["checks"][-1]["name"] == "served_features"
+    with mock.patch.object(features.assemble, "_DECAY", _DECAY):
+        said = replay(state / "warehouse", world)
+    assert not said["passed"]
+    assert said["inputs"].keys() == {"category_affinity", "creator_affinity"}
