@@ -39,7 +39,7 @@ from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 from serving.events import EventLog, LoggedEvent
 from serving.profiles import ProfileStore
-from serving.redis_client import connect
+from serving.redis_client import connect_one
 
 REGULARS = 16
 """People who come again and again, so that their tails are folded meanwhile; in every other turn somebody new comes."""
@@ -224,7 +224,7 @@ def _connections(pid: int) -> set[tuple[int, int]]:
 def _bare(ready: Mapping[str, Any]) -> Iterator[dict[str, Callable[[], object]]]:
     """What the two Redis servers need without a service: bare commands, and Penchant's stores."""
     urls = ready["redis"], ready["events_redis"]
-    with connect(urls[0], _TIMEOUT_S) as profiles, connect(urls[1], _TIMEOUT_S) as events:
+    with connect_one(urls[0], _TIMEOUT_S) as profiles, connect_one(urls[1], _TIMEOUT_S) as events:
         profiles.set("bare", bytes(ENTRY.itemsize))
         now = time.time_ns() // 1_000_000
         record = make_records(item_key("bare"), 0, 0, now, 0, event_type_key("view_item"))[0].tobytes()

@@ -112,7 +112,7 @@ def _lightgbm(feed: Feed, tested: Tested, python: Path, trials: int, seed: int) 
 def _ahead(names: Sequence[str], tested: Tested, peer: Chances) -> dict[str, dict[str, float]]:
     """Every metric of ours minus LightGBM's, with intervals by drawing the same people for both."""
     labels, people = tested.lines.labels(), tested.lines.people
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for action, name in enumerate(names):
         both = tested.chances.of(action), peer.of(action)
         mine, theirs = (values_of(labels[:, action], chances, people) for chances in both)

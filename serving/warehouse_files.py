@@ -343,7 +343,9 @@ def _allowed(rows: pa.Table, limits: Callable[[str], Limits], slates: bool) -> A
     log_ids = rows["log_id"].to_numpy()
     for user in pc.unique(rows["user_id"]).to_pylist():
         found = limits(subject_of(user))
-        own = pc.equal(rows["user_id"], user).to_numpy() if found else None
+        if not found:
+            continue
+        own = pc.equal(rows["user_id"], user).to_numpy()
         for until, purposes in found:
             # Another stream's ids are comparable by their millisecond only.
             last = np.uint64(until | _LAST_OF_MS if slates else until)

@@ -165,7 +165,8 @@ def test(runs: Sequence[LoadedRun], data: Interactions, shown: Shown) -> Tested:
         [torch.sigmoid(logits_of(run.ranker, lesson)).double().numpy() for lesson in both]
         for run, both in zip(runs, lessons, strict=True)
     ]
-    return Tested(lines, *lessons[0], Chances(*np.mean(chances, axis=0)))
+    live, still = lessons[0]
+    return Tested(lines, live, still, Chances(*np.mean(chances, axis=0)))
 
 
 def _lesson(run: LoadedRun, data: Interactions, lines: Shown) -> Lesson:

@@ -164,7 +164,9 @@ class TestConsent:
         project(log, store)
         assert items(store) == [3]
 
-    def test_lost_profiles_know_again_what_they_may_not_hold(self, people, log, store, tmp_path, servers):
+    def test_lost_profiles_know_again_what_they_may_not_hold(
+        self, people, log, store, tmp_path, servers, profiles_redis
+    ):
         rows = [
             {"user_id": user, "item_id": "i1", "event_type": "view_item", "timestamp": 1_700_000_000_000 + n}
             for n, user in enumerate(("ann", "bob", "cleo", "dora"))
@@ -173,7 +175,7 @@ class TestConsent:
         people.set_consent("u:ann", Purpose.TRAIN)
         people.reset("u:bob")
         people.erase("u:cleo")
-        store._client.flushall()  # the profiles are lost, the log is not
+        profiles_redis.flushall()  # the profiles are lost, the log is not
         answer = rebuild(tmp_path / "data", *servers, partitions=PARTITIONS)
         assert answer["profiles"] == 1
         assert [store.read(f"u:{name}").count for name in ("ann", "bob", "cleo", "dora")] == [0, 0, 0, 1]
@@ -411,7 +413,7 @@ class TestErase:
         files = [path for path in folder.rglob("*") if path.is_file()]
         return places + ["file" for path in files if canary in path.read_bytes()]
 
-    def test_nothing_brings_the_erased_back(self, people, log, store, servers, tmp_path):
+    def test_nothing_brings_the_erased_back(self, people, log, store, servers, tmp_path, profiles_redis):
         ids = ingest(log, store, *(event(number) for number in range(5)))
         stalled = Consumer(log, PROFILES_GROUP, "asleep", lease_ms=1)
         stalled.open()
@@ -436,7 +438,7 @@ class TestErase:
         project(log, store)
         rebuild(tmp_path / "backup", *servers, partitions=PARTITIONS)
         assert items(store) == []
-        store._client.flushall()
+        profiles_redis.flushall()
         project(log, store)
         rebuild(tmp_path / "backup", *servers, partitions=PARTITIONS)
         assert items(store) == []
