@@ -25,13 +25,13 @@ from training.ranking import user_vectors
 from training.split import DAY_MS, Targets, cut_of
 from training.statistics import Teller, line_features
 
-BATCH = 1024
+BATCH = 256
+LINES_AT_ONCE = 8192
 FEWEST_LINES = 1000
 """With fewer impressions the ranker learns from retrieved candidates instead."""
 STEADY = 30.0
 """Precision of the prior that holds the slope of the calibration at 1: few events cannot move it far."""
 _WARM_UP = 0.1
-_RAREST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,10 @@ def learn(ranker: Ranker, feed: Feed, config: TrainConfig) -> dict[str, Any]:
     report = _report(logits, held, train, feed.lines.people[feed.validates])
     ranker.load_state_dict(start)
     _pass(ranker, feed.lesson, config, epochs, None)
-    for action, (slope, own) in enumerate(zip(slopes, logits_of(ranker, feed.lesson).T, strict=True)):
-        rate = float(feed.lesson.labels[:, action].mean().clamp(_RAREST, 1 - _RAREST))
-        ranker.recalibrate(action, slope, level(slope * own, rate))
+    # Half an event more of both kinds, for what nobody has done yet may still be done.
+    rates = (feed.lesson.labels.sum(0) + 0.5) / (len(feed.lesson) + 1)
+    for action, own in enumerate(logits_of(ranker, feed.lesson).T):
+        ranker.recalibrate(action, slopes[action], level(slopes[action] * own, float(rates[action])))
     return {"epochs": epochs, "lines": len(feed.lesson), "validation": report}
 
 
@@ -137,7 +138,7 @@ def learn(ranker: Ranker, feed: Feed, config: TrainConfig) -> dict[str, Any]:
 def logits_of(ranker: Ranker, lesson: Lesson) -> Tensor:
     """The ranker's logits of each line; float `[n, A]`."""
     ranker.eval()
-    parts = [lesson.take(some) for some in torch.arange(len(lesson)).split(8 * BATCH)]  # type: ignore[no-untyped-call]
+    parts = [lesson.take(some) for some in torch.arange(len(lesson)).split(LINES_AT_ONCE)]  # type: ignore[no-untyped-call]
     # As one person with many candidates, but each line with its own user.
     return torch.cat([ranker(part.users, part.items, part.features) for part in parts])
 
@@ -151,7 +152,9 @@ def _pass(
         ranker.standardise(lesson.features)
         ranker.scale.zero_()
         ranker.bias.copy_(torch.logit(lesson.labels.mean(0).clamp(1e-4, 1 - 1e-4)))
-    optimizer = torch.optim.AdamW(ranker.parameters(), lr=config.ranker_rate, weight_decay=config.ranker_decay)
+    optimizer = torch.optim.AdamW(
+        ranker.parameters(), lr=config.ranker_rate, weight_decay=config.ranker_decay, fused=True
+    )
     steps = max(1, len(lesson) // BATCH)
     best, kept, chosen = float("inf"), {}, epochs
     for epoch in range(epochs):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features.errors import LeakError, TrainingError
+from benchmarks.impressions import impressions
+from features.errors import ConfigError, LeakError, TrainingError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.datasets import prepare
@@ -77,6 +79,41 @@ def test_intervals_cover_the_whole_and_weigh_people() -> None:
         assert abs(drawn[:, at].mean() - whole[at]) < drawn[:, at].std(), name
     same = resampled(labels, chances, people)
     assert same.tobytes() == drawn.tobytes()
+
+
+STAND_IN = """#!{python}
+# Answers for LightGBM: everybody's rates in training.
+import json, sys
+import numpy as np
+
+given = np.load(sys.argv[2])
+assert sys.argv[1].endswith("lightgbm_ranker.py")
+assert given["train_x"].shape[1] == given["validation_x"].shape[1] == given["test_x"].shape[1]
+assert len(given["train_x"]) == len(given["train_y"]) > len(given["validation_y"]) > 0
+rates = given["train_y"].mean(0)
+np.savez(sys.argv[3], chances=np.tile(rates, (len(given["test_x"]), 1)), choices=json.dumps([int(given["trials"])]))
+print("0.0")
+"""
+
+
+def test_a_peer_gets_the_rankers_lines_and_stands_beside_it(simulated: tuple[Path, Path], tmp_path: Path) -> None:
+    peer = tmp_path / "python"
+    peer.write_text(STAND_IN.format(python=sys.executable))
+    peer.chmod(0o755)
+    found = impressions(simulated[1], peer, trials=2)
+    assert (found["lightgbm"]["version"], found["lightgbm"]["choices"]) == ("0.0", [2])
+    for action in found["actions"]:
+        ours, ahead = found["metrics"][f"{action}/auc"]["mean"], found["ahead"][f"{action}/auc"]
+        assert found["baselines"]["lightgbm"][f"{action}/auc"] == 0.5
+        assert ahead["mean"] == pytest.approx(ours - 0.5)
+        assert ahead["low"] <= ahead["mean"] <= ahead["high"]
+    logged = json.loads((simulated[1] / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert logged["baselines"] == found["baselines"]
+    with pytest.raises(ConfigError, match=r"lightgbm\.txt"):
+        impressions(simulated[1], tmp_path / "gone")
+    peer.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(TrainingError, match="lightgbm"):
+        impressions(simulated[1], peer)
 
 
 def test_search_ranks_the_catalogue_for_judged_queries(circles: Path, tmp_path: Path) -> None:

@@ -213,4 +213,4 @@ def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     assert found["ece"] < 0.15
     assert said["lines"] == len(lines)
     mean = torch.sigmoid(logits_of(ranker, lesson)).mean(0)
-    assert torch.allclose(mean, lesson.labels.mean(0), atol=1e-4)
+    assert torch.allclose(mean, lesson.labels.mean(0), atol=1e-3)
