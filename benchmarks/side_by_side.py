@@ -124,8 +124,9 @@ def speed(
 
     Returns:
         `trainers` {name: {tokens_per_second, targets_per_second, seconds_to_goal, best, setup_seconds, curve}}, `goal`
-        (validation NDCG@10), `ratios` {peer: {tokens_per_second, seconds_to_goal}}, Penchant's figure over the peer's
-        and the peer's seconds over Penchant's.
+        (validation NDCG@10), `ratios` {peer: {tokens_per_second, targets_per_second, seconds_to_goal,
+        seconds_to_its_best}}, Penchant's figure over the peer's and the peer's seconds over Penchant's; the last of
+        them to the highest NDCG@10 that this peer reached.
 
     Raises:
         ConfigError: A peer's environment is missing.
@@ -206,11 +207,19 @@ def _compare(curves: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "tokens_per_second": round(ours["tokens_per_second"] / one["tokens_per_second"], 2),
             "targets_per_second": round(ours["targets_per_second"] / one["targets_per_second"], 2),
             "seconds_to_goal": round(one["seconds_to_goal"] / ours["seconds_to_goal"], 2),
+            "seconds_to_its_best": _to_its_best(ours, one),
         }
         for name, one in trainers.items()
         if ours is not None and name != "penchant"
     }
     return {"goal": goal, "trainers": trainers, "ratios": ratios}
+
+
+def _to_its_best(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> float | None:
+    """A peer's seconds to the best NDCG@10 that it reached, over ours to the same; None where ours did not get there."""
+    theirs = next(line["seconds"] for line in peer["curve"] if line["ndcg@10"] >= peer["best"])
+    mine = next((line["seconds"] for line in ours["curve"] if line["ndcg@10"] >= peer["best"]), None)
+    return None if mine is None else round(theirs / mine, 2)
 
 
 def _histories(data: Path, config: TrainConfig) -> tuple[Histories, dict[str, Any]]:

@@ -53,9 +53,19 @@ def test_the_goal_is_what_everybody_reaches() -> None:
     assert found["trainers"]["penchant"]["tokens_per_second"] == 100.0
     assert found["trainers"]["penchant"]["seconds_to_goal"] == 8
     assert found["trainers"]["other"]["tokens_per_second"] == 5.0
-    assert found["ratios"] == {
-        "other": {"tokens_per_second": 20.0, "targets_per_second": 20.0, "seconds_to_goal": 5.25}
-    }
+    ratios = {"tokens_per_second": 20.0, "targets_per_second": 20.0, "seconds_to_goal": 5.25}
+    assert found["ratios"] == {"other": ratios | {"seconds_to_its_best": 5.25}}
+
+
+def test_a_slow_peer_does_not_hide_how_far_another_one_came() -> None:
+    ours = [_line(4, 200, 0.05), _line(8, 600, 0.12)]
+    good = [_line(22, 100, 0.04), _line(42, 200, 0.1)]
+    ratios = _compare({"penchant": ours, "good": good, "slow": [_line(20, 50, 0.03)], "far": [_line(9, 50, 0.2)]})[
+        "ratios"
+    ]
+    assert [ratios["good"][name] for name in ("seconds_to_goal", "seconds_to_its_best")] == [5.5, 5.25]
+    assert ratios["slow"]["seconds_to_its_best"] == 5.0
+    assert ratios["far"]["seconds_to_its_best"] is None
 
 
 def test_a_trainer_without_a_validation_is_named() -> None:
