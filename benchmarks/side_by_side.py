@@ -216,7 +216,7 @@ def _compare(curves: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _to_its_best(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> float | None:
-    """A peer's seconds to the best NDCG@10 that it reached, over ours to the same; None where ours did not get there."""
+    """A peer's seconds to the best NDCG@10 that it reached, over ours to it; None where ours did not get there."""
     theirs = next(line["seconds"] for line in peer["curve"] if line["ndcg@10"] >= peer["best"])
     mine = next((line["seconds"] for line in ours["curve"] if line["ndcg@10"] >= peer["best"]), None)
     return None if mine is None else round(theirs / mine, 2)
