@@ -33,6 +33,7 @@ from tests.serving.inside import inside
 PEOPLE = 200
 ENDED = 10_000 if FULL else 300
 CALLERS = 8
+READERS = 32
 TIMEOUT_MS = 100
 
 
@@ -183,14 +184,14 @@ def front(tmp_path) -> Iterator[Proxy]:
         yield front
 
 
-def read_on(front: Proxy, given_up: int, timeout_s: float = 0.02) -> Counter[str]:
+def read_on(front: Proxy, given_up: int, timeout_s: float = TIMEOUT_MS / 1000) -> Counter[str]:
     """Reads of random people by many threads, until so many were given up in the middle or one got another's."""
     counts: Counter[str] = Counter()
     trouble(front, timeout_s)
 
     def read(seed: int) -> None:
         rng = random.Random(seed)
-        while counts["given up"] < given_up and not counts["foreign"]:
+        while not counts["foreign"] and (counts["given up"] < given_up or counts["own"] < given_up / 10):
             person = rng.randrange(PEOPLE)
             try:
                 found = store.read(f"u:p{person}").records["item"].tolist()
@@ -203,9 +204,9 @@ def read_on(front: Proxy, given_up: int, timeout_s: float = 0.02) -> Counter[str
                 counts[kind] += 1
 
     lock = threading.Lock()
-    with connect(f"redis://127.0.0.1:{front.port}", timeout_s) as client, ThreadPoolExecutor(CALLERS) as pool:
+    with connect(f"redis://127.0.0.1:{front.port}", timeout_s) as client, ThreadPoolExecutor(READERS) as pool:
         store = ProfileStore(client, cooldown_s=0.0)
-        for one in [pool.submit(read, seed) for seed in range(CALLERS)]:
+        for one in [pool.submit(read, seed) for seed in range(READERS)]:
             one.result()
     return counts
 
@@ -215,7 +216,7 @@ def test_a_read_that_was_given_up_leaves_nothing_to_the_next_one(front):
     print(f"reads: {dict(counts)}")
     assert counts["foreign"] == 0
     assert counts["given up"] >= ENDED
-    assert counts["own"] > 0
+    assert counts["own"] >= ENDED / 10
 
 
 def test_reads_notice_a_connection_that_is_used_again(front, monkeypatch):
