@@ -51,7 +51,7 @@ class Stage:
     client: Client
     servers: dict[str, RedisServer]
     fronts: dict[str, Proxy]
-    deadline_s: float = 20.0
+    deadline_s: float = 60.0
     people: Iterator[str] = field(default_factory=lambda: (f"person{number}" for number in range(10**6)))
 
     def admin(self, role: str) -> redis.Redis:
@@ -70,8 +70,13 @@ def stage(world, tmp_path_factory):
             admin.config_set("appendfsync", "always")
         service = stack.enter_context(inside(world, urls["profiles"], urls["events"], redis_timeout_ms=TIMEOUT_MS))
         found = Stage(stack.enter_context(service.client()), servers, fronts)
+        found.client.ingest([event("first", "i0", "view_item")])
+        wait_until(lambda: seen(found, "first") == WELL)  # the first answer compiles
+        found.client.search("space", user_id="first")
+        found.client.rank(["i9"], user_id="first")
         begun = time.monotonic()
-        assert [seen(found, "nobody") for _ in range(20)] == [(POPULAR,)] * 20
+        for _ in range(20):
+            seen(found, "first")
         found.deadline_s = max(2.0, 50 * (time.monotonic() - begun) / 20)
         yield found
 
