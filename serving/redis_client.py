@@ -75,25 +75,27 @@ def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None =
     Raises:
         ConfigError: The URL is none of these.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in _CLUSTERS:
+    scheme, _, rest = url.partition("://")
+    if scheme not in _CLUSTERS:
         return connect_one(url, timeout_s, connect_timeout_s)
-    user, at, hosts = parts.netloc.rpartition("@")
+    where, options, chosen = rest.partition("?")
+    user, at, hosts = where.rpartition("@")
 
     def opened(host: str, port: int) -> redis.Redis:
         name = f"[{host}]" if ":" in host else host
-        node = parts._replace(scheme=_CLUSTERS[parts.scheme], netloc=f"{user}{at}{name}:{port}", path="/0")
-        return connect_one(node.geturl(), timeout_s, connect_timeout_s)
+        node = f"{_CLUSTERS[scheme]}://{user}{at}{name}:{port}/0{options}{chosen}"
+        return connect_one(node, timeout_s, connect_timeout_s)
 
     try:
+        hosts, _, database = hosts.partition("/")
         seeds = [_seed(host) for host in hosts.split(",")]
-        if parts.path.strip("/0"):
+        if database not in ("", "0"):
             raise ValueError
-        opened(*seeds[0])
     except ValueError:
         raise ConfigError(
             f"{printable(url)!r} is not a Redis URL of a cluster; write host:port,host:port and no database but 0"
         ) from None
+    opened(*seeds[0]).close()  # says what is wrong with the options
     return Cluster(seeds, opened, timeout_s)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from serving.errors import ConfigError
 Address = tuple[str, int]
 
 _PAUSE_S = 0.1
-_UNWELL_S = 2.0
+_LONG_PAUSE_S = 0.5  # after a look that nobody answered
 
 
 class Cluster:
@@ -48,7 +48,7 @@ class Cluster:
         self._replicas: list[redis.Redis] = []
         self._unwell: dict[Address, float] = {}
         self._lock, self._looking = threading.Lock(), threading.Lock()
-        self._stale, self._looked = True, float("-inf")
+        self._stale, self._next_look = True, float("-inf")
 
     def node_of(self, key: bytes) -> redis.Redis | None:
         """The client of the node that has a key; None where no node has it now.
@@ -116,7 +116,7 @@ class Cluster:
                 return
             raise RedisConnectionError("no node of the cluster says yet who has which keys")
         try:
-            if not self._slots or time.monotonic() - self._looked > _PAUSE_S:
+            if not self._slots or time.monotonic() > self._next_look:
                 self._learn_from_any()
         finally:
             self._looking.release()
@@ -128,7 +128,9 @@ class Cluster:
                 # Not in one word: redis-py would make something else of the answer.
                 ranges: Any = self._client(address).execute_command("CLUSTER", "SLOTS")  # type: ignore[no-untyped-call]
                 self._learn(ranges, address)
-                break
+                self._unwell.pop(address, None)
+                self._next_look = time.monotonic() + _PAUSE_S
+                return
             except RedisError as error:
                 if isinstance(error, ResponseError) and "cluster support disabled" in str(error):
                     raise ConfigError("this Redis is no cluster; give its URL without `+cluster`") from None
@@ -136,15 +138,14 @@ class Cluster:
                 failure = error
             if time.monotonic() > end:
                 break
-        self._looked = time.monotonic()
+        self._next_look = time.monotonic() + _LONG_PAUSE_S
         if not self._slots:
             raise failure
 
-    def _in_turn(self) -> Iterator[Address]:
-        """Whom to ask: who has failed lately comes last."""
+    def _in_turn(self) -> list[Address]:
+        """Whom to ask: who has failed comes last."""
         known = dict.fromkeys([self._addresses[node] for node in [*self._masters, *self._replicas]] + self._seeds)
-        limit = time.monotonic() - _UNWELL_S
-        return iter(sorted(known, key=lambda address: max(self._unwell.get(address, 0.0), limit)))
+        return sorted(known, key=lambda address: self._unwell.get(address, 0.0))
 
     def _learn(self, ranges: Sequence[Sequence[Any]], asked: Address) -> None:
         """Takes over the answer to CLUSTER SLOTS: first slot, last slot, the node that has them, its replicas."""
