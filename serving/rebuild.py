@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -161,7 +162,9 @@ def rehydrate(
     """
     if table_path(warehouse, "events") is None:
         raise TablesError(f"{warehouse} is not a warehouse: it has no events")
-    folded = store.dropped(subjects)
+    until = int(json.loads((warehouse / "dataset.json").read_bytes()).get("until", 0))
+    # Whoever the warehouse has not caught up with waits for their next event.
+    folded = {subject: version for subject, version in store.dropped(subjects).items() if version <= until}
     states = {subject: dataclasses.replace(empty(), version=version) for subject, version in folded.items()}
     for partition, own in _by_partition(folded, log.partitions).items():
         events = _events_of(warehouse, partition, own)

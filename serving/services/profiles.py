@@ -187,11 +187,11 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             return {}
         engine, found = self._host.engine, dict[str, Any](as_of_ms=memory.newest, horizons=list(HORIZONS))
         types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
-        names = {"category": lambda key: _category(key, engine), "event_type": lambda key: types.get(key, "")}
         for dimension in DIMENSIONS:
-            part, named = memory.of(dimension), names.get(dimension, lambda key: "")
-            cells = zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True)
-            found[dimension] = {named(key) or f"key {key:016x}": counts for key, counts in cells}
+            part, counts = memory.of(dimension), found.setdefault(dimension, {})
+            for key, cell in zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True):
+                name = _category(key, engine) if dimension == "category" else types.get(key, "")
+                counts[name or f"key {key:016x}"] = cell
         return found
 
 
@@ -277,8 +277,8 @@ def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
 
 def _category(key: int, engine: Engine) -> str:
     """The name of a category, "" where no item of the catalogue has it first."""
-    rows = np.flatnonzero(engine.catalog.columns.category[: engine.catalog.size] == np.uint64(key)) if key else ()
-    return str(engine.catalog.item(int(rows[0]))["categories"][0]) if len(rows) else ""
+    rows = np.flatnonzero(engine.catalog.columns.category[: engine.catalog.size] == np.uint64(key))
+    return str(engine.catalog.item(int(rows[0]))["categories"][0]) if key and rows.size else ""
 
 
 def _affinities(profile: Profile, items: dict[int, dict[str, Any]]) -> list[profile_pb2.Affinity]:

@@ -568,14 +568,15 @@ class TestComingBack:
         people.set_rules("u:ann", [Rule(Kind.ITEM, "i3")])
         projecting(log, store, None)
         assert people.undo("u:dan", entry_of(log, "u:dan", 7))
-        make().drain()
+        sink = make()
+        sink.drain()
         before = {user: store.read(f"u:{user}") for user in who}
         for user in who:
             store.compact(f"u:{user}", before[user].version)
         assert store.leave(now_ms() + 1000) == 4
         people.erase("u:bob")
         people.set_consent("u:cleo", Purpose.TRAIN)
-        make().drain()
+        sink.drain()
         assert store.read("u:ann").count == 0
         assert store.read("u:ann").rules.size == 1
         time.sleep(0.01)
