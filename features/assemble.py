@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog, Columns, blocks
-from features.kernels import affinity, matched_weights, pack_newest
-from features.outcomes import Outcomes, Rates
-from features.profile import RING, Profile, Records
+from features.kernels import affinity, log_odds, matched_weights, pack_newest
+from features.memory import Memory
+from features.memory import empty as nothing_remembered
+from features.outcomes import PERSON_STRENGTH, Outcomes, Rates
+from features.profile import RING, Events, Profile
 from features.schema import Feature, FeatureSet, event_type_key
 
 HALF_LIFE = 20
@@ -45,6 +47,17 @@ RANKER_FEATURES = FeatureSet(
         Feature("position", "log1p of the place in the slate, 0 when serving: as if it came first"),
         Feature("item_shown", "log1p of how often the item was shown to anybody", "item"),
         Feature("creator_shown", "log1p of how often the creator's items were shown to anybody", "item"),
+        Feature("category_hour", "log1p of the person's choices in the item's category", "half-life an hour"),
+        Feature("category_day", "log1p of the person's choices in the item's category", "half-life a day"),
+        Feature("category_month", "log1p of the person's choices in the item's category", "half-life 30 days"),
+        Feature("creator_hour", "log1p of the person's choices by the item's creator", "half-life an hour"),
+        Feature("creator_day", "log1p of the person's choices by the item's creator", "half-life a day"),
+        Feature("creator_month", "log1p of the person's choices by the item's creator", "half-life 30 days"),
+        Feature("activity_day", "log1p of the person's events", "half-life a day"),
+        Feature("activity_month", "log1p of the person's events", "half-life 30 days"),
+        Feature("visit_length", "log1p of the events of the person's visit, 0 where it is over", "visit"),
+        Feature("visit_minutes", "log1p of the minutes since it began, 0 where it is over", "visit"),
+        Feature("visit_category", "share of the visit's events in the item's category", "visit"),
     )
 )
 ACTION_FEATURES = FeatureSet(
@@ -59,13 +72,14 @@ ACTION_FEATURES = FeatureSet(
         Feature("creator_rate", "the creator's log-odds above everybody's, pulled to the category's", "item"),
         Feature("category_rate", "the category's log-odds above everybody's", "item"),
         Feature("surface_rate", "the surface's log-odds above everybody's"),
+        Feature("person_month_rate", "the person's log-odds above everybody's, by event type", "half-life 30 days"),
     )
 )
 """What the ranker reads for each of a bundle's actions, after `RANKER_FEATURES`."""
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
 
 _HALF_POWER = 0.5**0.5  # two classes of duration per doubling
-_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
+_MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 
 # Computed once in float64, so that training and serving read the same bits.
 _DECAY = 0.5 ** (np.arange(RING, dtype=np.float64) / HALF_LIFE)
@@ -82,6 +96,8 @@ class History:
         creators: Key of the creator as it was when the event came; uint64.
         timestamps: Time of the event, ms; int64.
         values: Value of the event, NaN where it has none; float32.
+        memory: What all events of the profile add up to, also older ones.
+        kinds: As `types`, of the event types in the memory; int32 [k].
     """
 
     rows: npt.NDArray[np.int32]
@@ -90,6 +106,8 @@ class History:
     creators: npt.NDArray[np.uint64]
     timestamps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
+    memory: Memory = field(default_factory=nothing_remembered)
+    kinds: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     def __len__(self) -> int:
         """The number of events."""
@@ -126,13 +144,14 @@ def statistics_width(actions: int) -> int:
     return 2 + 3 * actions
 
 
-def history(records: Records, catalog: Catalog, type_index: Mapping[int, int]) -> History:
-    """Resolves records against a catalogue.
+def history(records: Events, catalog: Catalog, type_index: Mapping[int, int], memory: Memory | None = None) -> History:
+    """Resolves what a profile holds against a catalogue.
 
     Args:
-        records: RECORD [n], oldest first.
+        records: RECORD or EVENT [n], oldest first.
         catalog: Where keys become rows.
         type_index: Event type key -> 1 + position among the bundle's event types.
+        memory: What all of the events, and older ones, add up to.
 
     An event without an item (a search) is no part of it, as it is none of a training history.
     """
@@ -146,7 +165,13 @@ def history(records: Records, catalog: Catalog, type_index: Mapping[int, int]) -
         np.ascontiguousarray(records["creator"]),
         np.ascontiguousarray(records["timestamp"]),
         np.ascontiguousarray(records["value"]),
+        *remembered(memory or nothing_remembered(), type_index),
     )
+
+
+def remembered(memory: Memory, type_index: Mapping[int, int]) -> tuple[Memory, npt.NDArray[np.int32]]:
+    """A memory, and its event types as a bundle sees them; int32 [k]."""
+    return memory, types_of_keys(memory.keys[memory.of("event_type")].astype(np.uint32), type_index)
 
 
 def type_index(event_types: Sequence[str]) -> dict[int, int]:
@@ -281,7 +306,11 @@ def ranker_features(
     statistics = columns.statistics[rows]
     known = statistics.shape[1] == statistics_width(actions)
     if known:
-        out[:, 15:common] = statistics[:, :2]
+        out[:, 15:17] = statistics[:, :2]
+    if moment.now_ms:
+        out[:, 17:common], month_rate = _lasting(past, columns, rows, outcomes, moment.now_ms)
+    else:
+        month_rate = np.zeros(actions, np.float64)
     rates = Rates.of(outcomes, past.types, past.values)
     lengths = _length_keys(np.where(past.rows >= 0, columns.duration[past.rows], np.float32(np.nan)))
     parts = [
@@ -293,10 +322,36 @@ def ranker_features(
         rates.among(_length_keys(duration), lengths),
         *(blocks(statistics) if known else (0.0, 0.0, 0.0)),
         outcomes.surface(moment.surface),
+        month_rate,
     ]
     for number, part in enumerate(parts):
         out[:, common + number * actions : common + (number + 1) * actions] = part
     return out
+
+
+def _lasting(
+    past: History, columns: Columns, rows: npt.NDArray[np.int32], outcomes: Outcomes, now_ms: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """What the decayed counts and the visit say at a time, ms: float64 [n, 11] of the items, [A] of the person."""
+    memory, counts = past.memory, past.memory.at(now_ms)
+    out = np.zeros((rows.size, 11), np.float64)
+    for place, name in enumerate(("category", "creator")):
+        part = memory.of(name)
+        keys = getattr(columns, name)[rows]
+        out[:, 3 * place : 3 * place + 3] = matched_weights(keys, memory.keys[part], counts[part])
+    events = counts[memory.of("event_type")]
+    out[:, 6:8] = events[:, 1:].sum(axis=0)
+    if memory.visiting(now_ms):
+        out[:, 8] = memory.visit_events
+        out[:, 9] = max(now_ms - memory.visit_began, 0) / _MINUTE_MS
+    np.log1p(out, out=out)
+    if memory.visiting(now_ms):
+        here = (past.timestamps >= memory.visit_began).astype(np.float64)
+        out[:, 10] = affinity(columns.category[rows], past.categories, here)
+    month = np.ascontiguousarray(events[:, 2])
+    shown, acted = ((marks[:, past.kinds] * month).sum(axis=1) for marks in (outcomes.shown, outcomes.acted))
+    base = outcomes.base[None]
+    return out, log_odds(acted[None], shown[None], base, PERSON_STRENGTH)[0] - outcomes.base
 
 
 def _item_keys(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:

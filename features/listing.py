@@ -25,8 +25,9 @@ from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.columns import pc
 from features.content import codes, is_present
+from features.memory import DIMENSIONS, HORIZONS, VISIT_MS
 from features.outcomes import Outcomes
-from features.profile import EVICTED_CAP, RECORD, RING, make_records
+from features.profile import EVICTED_CAP, RECORD, RING, empty, fold, make_records
 from features.schema import event_type_key, event_type_keys, item_keys
 from features.tables import Dataset, open_dataset
 from features.vocabulary import Vocabulary
@@ -88,6 +89,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
 def state_fingerprint() -> str:
     """Sha256 over everything that changes what is folded: the record's fields and how much is remembered."""
     facts = {"record": RECORD.descr, "ring": RING, "evicted": EVICTED_CAP}
+    facts |= {"horizons": HORIZONS, "dimensions": DIMENSIONS, "visit": VISIT_MS}
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -144,14 +146,15 @@ def _of_people(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
     known, meant, seen = 0, 0, 0
     for person in np.sort(drawn).tolist():
         start, last = int(starts[person]), int(ends[person]) - 1
-        past = history(records[max(start, last - RING) : last], catalog, types)
+        earlier = records[start:last]
+        past = history(earlier[-RING:], catalog, types, fold(empty(), earlier, last - start).memory)
         encoded, kinds_encoded = encoder_inputs(past.rows, past.types, RING)
         known, meant, seen = known + encoded.size, meant + int(np.count_nonzero(kinds_encoded)), seen + len(past)
         if rows[last] >= 0:
             now = Moment(int(records["timestamp"][last]))
             lines.append(ranker_features(past, rows[last : last + 1], np.zeros(1, np.float32), columns, outcomes, now))
     shares = _shares(np.concatenate(lines)) if lines else {}
-    covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window.startswith("newest") and f.name in shares}
+    covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window not in ("item", "request") and shares}
     return covered | {"item_vector": known / max(seen, 1), "event_type": meant / max(seen, 1)}
 
 

@@ -1,8 +1,9 @@
 """A profile is a fold over events: what is remembered of a person, and how it is stored.
 
-A stored profile is one string, `header | state | tail`: the state is what has been folded, the tail what arrived
-since. Reading folds the tail on the spot with the same function that replays history for training, so an event is
-visible to the very next request. Fold order is log order; the time of an event is only a value.
+A stored profile is one string, `header | state | rules | tail`: the state is what has been folded, the tail what
+arrived since, the rules what the person never wants to be shown. Reading folds the tail on the spot with the same
+function that replays history for training, so an event is visible to the very next request. Fold order is log order;
+the time of an event is only a value.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from features import controls
+from features import memory as memories
+from features.controls import Rules, no_rules
 from features.errors import ProfileCorrupt
 from features.kernels import crc32_rows, evict
+from features.memory import Memory
 from features.schema import PASSIVE_EVENT_TYPES, event_type_key
 
 RING = 256
@@ -27,7 +32,7 @@ RING = 256
 EVICTED_CAP = 8192
 """Number of older items remembered only as seen."""
 
-RECORD = np.dtype(
+EVENT = np.dtype(
     [
         ("item", "<u8"),
         ("category", "<u8"),
@@ -35,25 +40,27 @@ RECORD = np.dtype(
         ("timestamp", "<i8"),
         ("value", "<f4"),
         ("event_type", "<u4"),
-        ("checksum", "<u4"),
     ]
 )
-"""One event as the fold reads it: 44 bytes, keys as resolved at ingest, CRC-32 of the first 40 bytes."""
+"""One event as the fold reads it: 40 bytes, keys as resolved at ingest."""
+
+RECORD = np.dtype([*((name, EVENT[name]) for name in EVENT.fields or ()), ("checksum", "<u4")])
+"""An event on its way into a profile: 44 bytes, the last four a CRC-32 of the others. A state has one of its own."""
 
 ENTRY = np.dtype([("log_id", ">u8"), ("record", RECORD)])
 """One entry of a tail: the log id and its record, 52 bytes."""
 
-_CHECKED = RECORD.itemsize - 4
 # Who only stood before an item has not had it: such events leave no trace when they leave the ring.
 _PASSIVE = np.array([event_type_key(name) for name in PASSIVE_EVENT_TYPES], np.uint32)
-_HEADER = struct.Struct("<4sH2sII8s8s8s")
+_HEADER = struct.Struct("<4sBB2sII8s8s8s8s")
 _STATE = struct.Struct("<QII")
 _MAGIC = b"PNCH"
-_FORMAT = 2
+_FORMAT = 3
 _SAID = 8
 
 HEADER_SIZE = _HEADER.size
 Records = npt.NDArray[np.void]
+Events = npt.NDArray[np.void]
 
 
 class Purpose(enum.IntFlag):
@@ -92,17 +99,21 @@ class Profile:
 
     Attributes:
         version: Log id up to and including which events are folded; 0 for nobody.
-        records: The newest events, oldest first; RECORD [<= RING].
+        records: The newest events, oldest first; EVENT [<= RING].
         evicted: Items pushed out of `records`, oldest first, without repeats; uint64 [<= EVICTED_CAP].
         count: Number of events ever folded.
         consent: What the person allows; None where they said nothing, so that the service's default holds.
+        memory: What all of their events add up to.
+        rules: What they never want to be shown; RULE [n].
     """
 
     version: int
-    records: Records
+    records: Events
     evicted: npt.NDArray[np.uint64]
     count: int
     consent: Purpose | None = None
+    memory: Memory = dataclasses.field(default_factory=memories.empty)
+    rules: Rules = dataclasses.field(default_factory=no_rules)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,12 +125,21 @@ class Stored:
         tail: What arrived since, sorted by log id; ENTRY [n].
         erased_before: Log id up to and including which entries are refused, 0 where nothing was erased.
         consent_version: Log id at which the person said what they allow, 0 where they did not.
+        rules_version: Log id at which they set their rules, 0 where they did not.
+        away: Whether the state was dropped because the person stayed away, so that it has to be made anew.
     """
 
     state: Profile
     tail: npt.NDArray[np.void]
-    erased_before: int
-    consent_version: int
+    erased_before: int = 0
+    consent_version: int = 0
+    rules_version: int = 0
+    away: bool = False
+
+    @property
+    def versions(self) -> tuple[int, int, int]:
+        """What `encode` is to be told beside a new state."""
+        return self.erased_before, self.consent_version, self.rules_version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,7 +149,7 @@ class Retention:
     days: Mapping[str, float]
 
     def expired(self, records: Records, now_ms: int) -> npt.NDArray[np.bool_]:
-        """Which of RECORD [n] are too old at a time in ms; bool [n]."""
+        """Which events [n] are too old at a time in ms; bool [n]."""
         gone = np.zeros(records.size, np.bool_)
         for name, days in self.days.items():
             oldest = now_ms - int(days * 86_400_000)
@@ -139,7 +159,7 @@ class Retention:
 
 def empty() -> Profile:
     """The profile of somebody nobody knows."""
-    return Profile(0, np.empty(0, RECORD), np.empty(0, np.uint64), 0)
+    return Profile(0, np.empty(0, EVENT), np.empty(0, np.uint64), 0)
 
 
 def make_records(
@@ -178,19 +198,23 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
 
     Args:
         profile: What was known before.
-        records: The events that follow; RECORD [n].
+        records: The events that follow; RECORD or EVENT [n].
         last_id: Log id of the last of them.
 
     Returns:
         The profile after them. Folding a history in pieces gives the same as folding it at once.
     """
-    joined = _joined(profile.records, records)
+    events = events_of(records)
+    joined = _joined(profile.records, events)
     cut = max(0, joined.size - RING)
     evicted = profile.evicted
     if cut:
         pushed = np.where(np.isin(joined["event_type"][:cut], _PASSIVE), np.uint64(0), joined["item"][:cut])
         evicted = evict(evicted, pushed, EVICTED_CAP)
-    return Profile(last_id, joined[cut:], evicted, profile.count + records.size, profile.consent)
+    columns = (events[name] for name in ("item", "category", "creator", "event_type", "timestamp"))
+    memory = memories.fold(profile.memory, *columns)
+    count = profile.count + records.size
+    return Profile(last_id, joined[cut:], evicted, count, profile.consent, memory, profile.rules)
 
 
 def refold(
@@ -201,26 +225,27 @@ def refold(
 ) -> Profile:
     """The profile as if some events had never come. A fold has no inverse, so what the log still holds is folded anew.
 
-    What has left the log stays as it was folded: the records of it that are in the ring, and what is known as seen.
+    What has left the log stays as it was folded: the events of it that are in the ring, and what is known as seen. The
+    decayed counts keep what of all this can be folded again: a rebuild from the warehouse brings the rest.
 
     Args:
         stored: The profile as it is.
         logged: Everything of the person that the log holds and that may be in the profile, in log order; ENTRY [n].
         undone: Log ids of the events that are to have no effect.
-        expired: Which of RECORD [n] are past their retention; bool [n].
+        expired: Which events [n] are past their retention; bool [n].
 
     Returns:
         A profile with everything folded: whatever of `logged` comes again is known already.
     """
-    state, records = stored.state, records_of(logged)
+    state, records = stored.state, events_of(records_of(logged))
     ids = logged["log_id"].astype(np.uint64)
     folded = int(np.searchsorted(ids, np.uint64(state.version), side="right"))
     known, first = _still_logged(state.records, records[:folded])
-    older, evicted, count = state.records[: state.records.size - known], state.evicted, state.count - known
+    older, evicted, count = events_of(state.records)[: state.records.size - known], state.evicted, state.count - known
     gone = np.array([one in undone for one in ids.tolist()], np.bool_)
     # What waits in the tail and has left the log already is as good as what the log holds.
     rest = stored.tail[~np.isin(stored.tail["log_id"].astype(np.uint64), ids)]
-    waiting, before = records_of(rest), older.size
+    waiting, before = events_of(records_of(rest)), older.size
     if expired is not None:
         gone |= expired(records)
         older, waiting, rest = older[~expired(older)], waiting[~expired(waiting)], rest[~expired(waiting)]
@@ -228,13 +253,15 @@ def refold(
         evicted, count = evicted[~np.isin(evicted, records["item"][:first])], count - first
     order = np.argsort(np.concatenate([ids[~gone], rest["log_id"].astype(np.uint64)]), kind="stable")
     events = _joined(records[~gone], waiting)[order]
-    base = Profile(state.version, older, evicted, max(count - before, 0) + older.size, state.consent)
+    count = max(count - before, 0) + older.size
+    base = fold(dataclasses.replace(empty(), consent=state.consent, rules=state.rules), older, state.version)
+    base = dataclasses.replace(base, evicted=evicted, count=count)
     newest = [state.version, *ids[-1:].tolist(), *stored.tail["log_id"][-1:].tolist()]
     return fold(base, events, max(newest))
 
 
-def _still_logged(ring: Records, logged: Records) -> tuple[int, int]:
-    """How many of the newest records of a ring stand in the log, and the place there of the oldest of them."""
+def _still_logged(ring: Events, logged: Events) -> tuple[int, int]:
+    """How many of the newest events of a ring stand in the log, and the place there of the oldest of them."""
     wanted, place = [record.tobytes() for record in ring], len(logged)
     have = [record.tobytes() for record in logged]
     for known, record in enumerate(reversed(wanted)):
@@ -249,7 +276,8 @@ def encode_state(profile: Profile) -> bytes:
     """The state as bytes, with a checksum over all of it."""
     body = (
         _STATE.pack(profile.count, profile.records.size, profile.evicted.size)
-        + profile.records.tobytes()
+        + memories.encode(profile.memory)
+        + events_of(profile.records).tobytes()
         + profile.evicted.astype("<u8").tobytes()
     )
     return body + zlib.crc32(body).to_bytes(4, "little")
@@ -263,14 +291,17 @@ def decode_state(state: bytes | memoryview, version: int) -> Profile:
     """
     if not state:
         return dataclasses.replace(empty(), version=version)
-    if len(state) < _STATE.size + 4 or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
+    least = _STATE.size + memories.FACTS_SIZE + 4
+    if len(state) < least or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
         raise ProfileCorrupt("the state of a profile fails its checksum")
     count, ring, seen = _STATE.unpack_from(state)
-    if len(state) != _STATE.size + ring * RECORD.itemsize + seen * 8 + 4:
+    begin = _STATE.size + memories.size_of(state[_STATE.size :])
+    if len(state) != begin + ring * EVENT.itemsize + seen * 8 + 4:
         raise ProfileCorrupt("the state of a profile has the wrong length")
-    records = np.frombuffer(state, RECORD, ring, _STATE.size)
-    evicted = np.frombuffer(state, "<u8", seen, _STATE.size + ring * RECORD.itemsize)
-    return Profile(version, records, evicted.astype(np.uint64), count)
+    records = np.frombuffer(state, EVENT, ring, begin)
+    evicted = np.frombuffer(state, "<u8", seen, begin + ring * EVENT.itemsize)
+    memory = memories.decode(state[_STATE.size : begin])
+    return Profile(version, records, evicted.astype(np.uint64), count, memory=memory)
 
 
 def encode_consent(consent: Purpose | None) -> bytes:
@@ -291,14 +322,16 @@ def decode_consent(consent: bytes) -> Purpose | None:
     return Purpose(consent[0] & EVERY_PURPOSE)
 
 
-def encode(profile: Profile, erased_before: int = 0, consent_version: int = 0) -> bytes:
+def encode(profile: Profile, erased_before: int = 0, consent_version: int = 0, rules_version: int = 0) -> bytes:
     """A stored profile with everything folded and an empty tail; log ids are big endian: bytes compare as numbers do.
 
-    A header of 40 bytes comes first, then the state; without events there is no state.
+    A header of 48 bytes comes first, then the state and the rules; without events there is no state.
     """
-    state = encode_state(profile) if profile.count else b""
-    versions = (number.to_bytes(8, "big") for number in (profile.version, erased_before, consent_version))
-    return _HEADER.pack(_MAGIC, _FORMAT, encode_consent(profile.consent), len(state), 0, *versions) + state
+    state, rules = encode_state(profile) if profile.count else b"", controls.encode(profile.rules)
+    numbers = (profile.version, erased_before, consent_version, rules_version)
+    versions = (number.to_bytes(8, "big") for number in numbers)
+    consent = encode_consent(profile.consent)
+    return _HEADER.pack(_MAGIC, _FORMAT, 0, consent, len(state), len(rules), *versions) + state + rules
 
 
 def split(blob: bytes) -> Stored:
@@ -309,20 +342,26 @@ def split(blob: bytes) -> Stored:
     """
     if len(blob) < HEADER_SIZE:
         raise ProfileCorrupt(f"a stored profile has at least {HEADER_SIZE} bytes, this one {len(blob)}")
-    magic, version, consent, state_length, _, state_version, erased, said = _HEADER.unpack_from(blob)
-    if magic != _MAGIC or version != _FORMAT:
-        raise ProfileCorrupt("not a stored profile of this format")
-    start = HEADER_SIZE + state_length
+    magic, version, away, consent, state_length, rules_length, *versions = _HEADER.unpack_from(blob)
+    if magic == _MAGIC and version != _FORMAT:
+        raise ProfileCorrupt(f"a profile of format {version}, not {_FORMAT}: make it anew: penchant profiles rebuild")
+    if magic != _MAGIC or away > (not state_length):
+        raise ProfileCorrupt("not a stored profile")
+    middle = HEADER_SIZE + state_length
+    start = middle + rules_length
     if len(blob) < start or (len(blob) - start) % ENTRY.itemsize:
         raise ProfileCorrupt("a stored profile is cut short")
-    state = decode_state(memoryview(blob)[HEADER_SIZE:start], int.from_bytes(state_version, "big"))
-    state = dataclasses.replace(state, consent=decode_consent(consent)) if any(consent) else state
+    folded, erased, said, ruled = (int.from_bytes(number, "big") for number in versions)
+    state = decode_state(memoryview(blob)[HEADER_SIZE:middle], folded)
+    if rules_length or any(consent):
+        rules = controls.decode(memoryview(blob)[middle:start])
+        state = dataclasses.replace(state, consent=decode_consent(consent), rules=rules)
     tail = np.frombuffer(blob, ENTRY, offset=start)
     if tail.size:
         if not verify(records_of(tail)).all():
             raise ProfileCorrupt("an entry in the tail of a profile fails its checksum")
         tail = _unfolded(tail, state.version)
-    return Stored(state, tail, int.from_bytes(erased, "big"), int.from_bytes(said, "big"))
+    return Stored(state, tail, erased, said, ruled, bool(away))
 
 
 def decode(blob: bytes) -> Profile:
@@ -343,10 +382,17 @@ def records_of(tail: npt.NDArray[np.void]) -> Records:
     return np.ascontiguousarray(raw).view(RECORD).reshape(tail.size)
 
 
-def _joined(older: Records, newer: Records) -> Records:
+def events_of(records: Records) -> Events:
+    """Records without their checksums; EVENT [n]."""
+    if records.dtype == EVENT:
+        return records
+    return np.ascontiguousarray(_checked_bytes(records)).view(EVENT).reshape(records.size)
+
+
+def _joined(older: Events, newer: Events) -> Events:
     """Both, as opaque bytes: numpy copies a structured type field by field, seven times slower."""
-    opaque = f"V{RECORD.itemsize}"
-    return np.concatenate([np.ascontiguousarray(part).view(opaque) for part in (older, newer)]).view(RECORD)
+    opaque = f"V{EVENT.itemsize}"
+    return np.concatenate([np.ascontiguousarray(part).view(opaque) for part in (older, newer)]).view(EVENT)
 
 
 def _unfolded(tail: npt.NDArray[np.void], version: int) -> npt.NDArray[np.void]:
@@ -361,4 +407,4 @@ def _unfolded(tail: npt.NDArray[np.void], version: int) -> npt.NDArray[np.void]:
 def _checked_bytes(records: Records) -> npt.NDArray[np.uint8]:
     """The bytes that a checksum covers; uint8 [n, 40]."""
     flat = np.ascontiguousarray(records).view(np.uint8).reshape(records.size, RECORD.itemsize)
-    return flat[:, :_CHECKED]
+    return flat[:, : EVENT.itemsize]

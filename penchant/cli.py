@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -328,13 +329,28 @@ def projector(
     redis: RedisUrl,
     events_redis: EventsRedis = None,
     partitions: Partitions = 16,
+    idle_days: Annotated[
+        float, typer.Option(min=0, metavar="DAYS", help="Days after which an untouched profile is dropped; 0 is never.")
+    ] = 0.0,
+    warehouse: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", exists=True, file_okay=False, help="With --idle-days: makes them anew."),
+    ] = None,
 ) -> None:
     """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
-    from serving.projector import run
+    if idle_days and warehouse is None:
+        raise typer.BadParameter("needs --warehouse, which profiles are made of anew", param_hint="--idle-days")
+    from serving.projector import Idle, run
 
+    idle = None
+    if idle_days and warehouse:
+        from features.profile import Retention
+        from serving.rebuild import rehydrate
+
+        idle = Idle(idle_days, partial(rehydrate, warehouse, Retention({})))
     _answer({"pid": os.getpid(), "partitions": partitions})
-    raise typer.Exit(run(redis, events_redis or redis, partitions))
+    raise typer.Exit(run(redis, events_redis or redis, partitions, idle=idle))
 
 
 @app.command()
@@ -495,6 +511,19 @@ def stages(
     from benchmarks.stages import stages
 
     _answer(stages(bundle, requests=requests, redis=redis))
+
+
+@bench.command("profiles")
+def bench_profiles(
+    people: Annotated[int, typer.Option(min=1, metavar="N", help="People to store.")] = 1_000_000,
+    events: Annotated[int, typer.Option(min=1, metavar="N", help="Events of each.")] = 100,
+    reads: Annotated[int, typer.Option(min=1, metavar="N", help="Turns of each measurement.")] = 2000,
+) -> None:
+    """Measures what a profile costs: bytes, reading, folding, ingesting, and whether more people make it dearer."""
+    _use_cores(1)
+    from benchmarks.profiles import profiles
+
+    _answer(profiles(people=people, events=events, reads=reads))
 
 
 @bench.command()

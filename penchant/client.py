@@ -244,6 +244,40 @@ class Client:
         request = profile_pb2.SetConsentRequest(subject=subject, purposes=allowed)
         return self._call(lambda: next(self._profiles).SetConsent, request, timeout_s)
 
+    def set_controls(
+        self,
+        hidden: Iterable[tuple[str, str, int]],
+        user_id: str = "",
+        *,
+        anonymous_id: str = "",
+        timeout_s: float = 5.0,
+    ) -> profile_pb2.SetControlsResponse:
+        """Sets all that a person does not want to be shown.
+
+        Args:
+            hidden: For each thing "item", "creator" or "category", its id or name, and until when, ms; 0 is for ever.
+            user_id: The person.
+            anonymous_id: Or the visitor.
+            timeout_s: Longest wait.
+        """
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        controls = [
+            profile_pb2.Control(
+                kind=profile_pb2.ControlKind.Value(f"CONTROL_KIND_{kind.upper()}"), id=name, until_ms=until
+            )
+            for kind, name, until in hidden
+        ]
+        request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls)
+        return self._call(lambda: next(self._profiles).SetControls, request, timeout_s)
+
+    def get_controls(
+        self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
+    ) -> profile_pb2.GetControlsResponse:
+        """Shows what a person does not want to be shown."""
+        subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
+        request = profile_pb2.GetControlsRequest(subject=subject)
+        return self._call(lambda: next(self._profiles).GetControls, request, timeout_s)
+
     def reset_learning(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
     ) -> profile_pb2.ResetLearningResponse:

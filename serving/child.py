@@ -12,10 +12,14 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from features.errors import PenchantError
 from serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from serving.projector import Idle
 
 LOG_FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
 
@@ -37,7 +41,14 @@ def main() -> int:
             from serving.projector import run
 
             _say({"ready": True})
-            return run(config.redis, config.events_redis, config.partitions, stop, purge_s=config.purge_hours * 1800)
+            return run(
+                config.redis,
+                config.events_redis,
+                config.partitions,
+                stop,
+                purge_s=config.purge_hours * 1800,
+                idle=_idle(config) if config.idle_days else None,
+            )
         if orders["role"] == "warehouse":
             from serving import warehouse
             from serving.erasure import Ledger
@@ -62,6 +73,16 @@ def main() -> int:
         _say({"error": str(error)})
         return 2
     return 0
+
+
+def _idle(config: ServeConfig) -> Idle:
+    """When profiles are dropped, and how they come back."""
+    # Imported where it is needed: a projector that drops nothing has no use for Arrow.
+    from features.profile import Retention
+    from serving.projector import Idle
+    from serving.rebuild import rehydrate
+
+    return Idle(config.idle_days, partial(rehydrate, config.warehouse_path, Retention(config.retention_days)))
 
 
 def _watch_parent(stop: threading.Event) -> None:

@@ -46,6 +46,15 @@ class ServeConfig(BaseSettings):
     retention_days: dict[str, PositiveFloat] = Field(
         {}, description="Days after which events of a type leave profiles that are folded anew."
     )
+    person_cap: int = Field(
+        100_000, ge=1, description="Events and slates of one person that the log holds; more events are refused."
+    )
+    idle_days: float = Field(
+        0.0,
+        ge=0,
+        description="Days without an event after which a profile is dropped, and made anew from the warehouse when the "
+        "person comes back; 0 is never. Only where the warehouse holds all that profiles were made of.",
+    )
     purge_hours: float = Field(
         24.0, gt=0, description="Longest time between an erasure and the removal of its bytes from the disks, in hours."
     )

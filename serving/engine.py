@@ -22,7 +22,7 @@ from features.schema import NEGATIVE_EVENT_TYPES, event_type_key
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.config import ServeConfig
-from serving.filters import Eligible, Excluded, Seen
+from serving.filters import Blocked, Eligible, Excluded, Seen
 from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
 from serving.index import Index
@@ -240,7 +240,7 @@ class _Builder:
         return Pipeline(
             hydrators=hydrators,
             sources=sources,
-            filters=[Eligible(self._catalog), Excluded(self._catalog), *filters],
+            filters=[Eligible(self._catalog), Excluded(self._catalog), Blocked(self._catalog), *filters],
             scorer=scorer,
             selector=TopK(self._catalog, keep_order=keep_order),
             explainers=[Reasons(self._catalog)],

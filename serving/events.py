@@ -42,6 +42,9 @@ from serving.redis_nodes import Nodes, remembered, require_partitions, required
 from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, SEQUENCE_BITS
 
 HOUR_MS = 3_600_000
+PERSON_CAP = 100_000
+"""Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
+
 _MEMORY_CHECK_S = 0.25
 _PIECE = 1000
 
@@ -143,7 +146,8 @@ class Entry:
         place, mark, undone = log_id(stream_id), None, found.get(b"u", b"")
         if b"k" in found and not undone:
             consent = found.get(b"c", b"")
-            mark = Mark(place, found[b"k"], Purpose(int(consent)) if consent else None, found.get(b"f") == b"1")
+            allowed, forget = Purpose(int(consent)) if consent else None, found.get(b"f") == b"1"
+            mark = Mark(place, found[b"k"], allowed, forget, found.get(b"b"))
         return cls(
             place,
             found.get(b"s", b"").decode(),
@@ -178,6 +182,7 @@ class PartitionKeys:
     floor: bytes
     lease: bytes
     people: bytes
+    rules: bytes
     certificates: bytes
     purging: bytes
 
@@ -200,6 +205,7 @@ class EventLog:
         memory_mark: float = 0.9,
         cooldown_s: float = 0.5,
         default: Purpose = EVERY_PURPOSE,
+        person_cap: int = PERSON_CAP,
     ) -> None:
         """Takes a client of `redis_client.connect`; call `open` before anything else.
 
@@ -211,7 +217,9 @@ class EventLog:
             memory_mark: Share of a server's `maxmemory` above which its events are refused; impressions at 5/6 of it.
             cooldown_s: Pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
+            person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
         """
+        self._person_cap = person_cap
         self.default = default
         self.partitions = partitions
         self.window_ms = window_ms
@@ -297,7 +305,7 @@ class EventLog:
         keys = self.keys_of(subject)
         call = Call(
             EVENT_ERASE,
-            (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people),
+            (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people, keys.rules),
             (self.person(subject), address_of(subject), int(refuse)),
         )
         marker, events, impressions, words = self.nodes.run(call)
@@ -319,7 +327,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         keys = self.keys[partition]
-        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people)
+        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people, keys.rules)
         # By the keyed hash, and by the address for a log that has another key.
         calls = [Call(EVENT_ERASE, streams, (person, address, refuse)) for refuse in (1, 0)]
         for call in calls:
@@ -473,6 +481,7 @@ class EventLog:
                 address_of(event.subject),
                 int(self.default),
                 int(event.personal),
+                self._person_cap,
             ),
         )
 
@@ -588,6 +597,9 @@ def _appended(event: LoggedEvent, reply: Any) -> Appended:
         return Appended(log_id(reply[1]), False, event.record, personal=bool(reply[2]))
     if reply[0] == 1:
         return Appended(log_id(reply[1]), True, reply[2], personal=bool(reply[3]))
+    if reply[0] == 4:
+        reason = "the log holds more of this person than of anybody who is one; is it a bot? Raise person_cap if not"
+        return Appended(0, error=ResourceExhausted(reason, field="subject", retry_after_ms=HOUR_MS))
     if reply[0] == 3:
         return Appended(0, error=ConsentWithheld("this person allows none of its purposes: the event was not stored"))
     return Appended(0, error=FailedPrecondition("this person was erased after the time of this event; do not send it"))

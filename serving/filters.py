@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from features.catalog import Catalog
+from features.controls import Kind, blocked
 from serving.pipeline import Mask, Query, Rows
 
 
@@ -42,6 +43,29 @@ class Seen:
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that are new to the person."""
         return absent(rows, query.seen, self._catalog.size)
+
+
+class Blocked:
+    """Nothing that the person's own rules hold back: an item, all of a creator, all of a primary category."""
+
+    name = "blocked"
+    required = False
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def enable(self, query: Query) -> bool:
+        """Where the person has rules."""
+        return bool(query.rules.size)
+
+    def keep(self, query: Query, rows: Rows) -> Mask:
+        """True for the rows that no rule holds back at the time of the request."""
+        columns, now = self._catalog.columns, query.now_ms
+        items = self._catalog.rows_of_keys(blocked(query.rules, Kind.ITEM, now))
+        kept = absent(rows, items[items >= 0], self._catalog.size)
+        kept &= ~np.isin(columns.creator[rows], blocked(query.rules, Kind.CREATOR, now))
+        kept &= ~np.isin(columns.category[rows], blocked(query.rules, Kind.CATEGORY, now))
+        return kept
 
 
 class Excluded:

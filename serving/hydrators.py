@@ -92,10 +92,13 @@ class Profile:
 
     def enable(self, query: Query) -> bool:
         """Where a person is named, whose profile may be used."""
-        return bool(query.subject) and query.personalize and not query.holdout
+        return bool(query.subject) and query.personalize
 
     def hydrate(self, query: Query) -> None:
-        """Fills `profile`, `history` and `seen`; only `withheld` where the person does not allow personal answers."""
+        """Fills `rules`, and `profile`, `history` and `seen` where the person is not held out.
+
+        Where they do not allow personal answers, only `withheld`.
+        """
         try:
             profile = self._read(query)
         except ProfileCorrupt as error:
@@ -104,7 +107,10 @@ class Profile:
         if not self._allows(profile):
             query.withheld = True
             return
-        past = history(profile.records, self._catalog, self._type_index)
+        query.rules = profile.rules
+        if query.holdout:
+            return
+        past = history(profile.records, self._catalog, self._type_index, profile.memory)
         query.seen = seen_rows(profile, self._catalog, self._seen_keys)
         query.profile, query.history = profile, past
 

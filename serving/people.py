@@ -1,4 +1,4 @@
-"""What people may ask for about themselves: consent, erasure, a copy of everything, one identity, and a fresh start.
+"""What people may ask for about themselves: consent, rules, erasure, a copy of everything, one identity, a fresh start.
 
 The log is told first, always: it refuses by what it was told, and whatever fails after that the projector does later,
 because what it was told stands among the events as a mark.
@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from features import controls
+from features.controls import RULE, Kind
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold
+from features.schema import item_key
 from serving.erasure import Certificate, Certificates, Erasure, Ledger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
@@ -44,6 +47,21 @@ class Consent:
     purposes: Purpose
     said_at: int
     forgotten: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a person does not want to be shown.
+
+    Attributes:
+        kind: What it is about.
+        name: External id of the item or the creator, or the name of the category.
+        until: When it ends, ms; 0 for never.
+    """
+
+    kind: Kind
+    name: str
+    until: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +123,28 @@ class People:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        return self._mark(subject, purposes, Purpose.PERSONALISE not in purposes)
+        withheld = Purpose.PERSONALISE not in purposes
+        return self._mark(subject, purposes, withheld, () if withheld else None)
+
+    def rules(self, subject: str) -> tuple[list[Rule], int]:
+        """What a person does not want to be shown, and the log id at which they said so, 0 where they did not.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        return _rules(self._log.nodes.command("HGET", self._log.keys_of(subject).rules, address_of(subject)))
+
+    def set_rules(self, subject: str, rules: Sequence[Rule]) -> tuple[int, bool]:
+        """Sets all that a person does not want to be shown. Returns as `set_consent`.
+
+        Raises:
+            ConsentWithheld: The person allows no personal answers, so none of this may be kept.
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        [consent] = self.consents([subject])
+        if rules and Purpose.PERSONALISE not in consent.purposes:
+            raise ConsentWithheld("this person allows no personal answers, so their rules are not kept")
+        return self._mark(subject, None, forget=False, rules=rules)
 
     def reset(self, subject: str) -> tuple[int, bool]:
         """Empties a person's profile: what they did until now shapes no answer any more. Returns as `set_consent`.
@@ -188,6 +227,7 @@ class People:
                 else:
                     moved, version = moved + 1, max(version, appended.log_id)
         impressions = self._moved_impressions(visitor, known)
+        self._move_rules(visitor, known)
         erased = self._log.erase(visitor, refuse=False)
         self._store.erase(visitor, erased.log_id)
         return Merged(moved, impressions, refused, max(0, remembered - moved - refused), version)
@@ -237,11 +277,15 @@ class People:
         except ProfileCorrupt:
             return 0
 
-    def _mark(self, subject: str, purposes: Purpose | None, forget: bool) -> tuple[int, bool]:
+    def _mark(
+        self, subject: str, purposes: Purpose | None, forget: bool, rules: Sequence[Rule] | None = None
+    ) -> tuple[int, bool]:
         address, keys = address_of(subject), self._log.keys_of(subject)
         said = b"" if purposes is None else b"%d" % purposes
-        call = Call(PERSON_MARK, (keys.events, keys.people), (address, said, int(forget)))
-        mark = Mark(log_id(self._log.nodes.run(call)), address, purposes, forget)
+        stored = None if rules is None else _stored(rules)
+        ruled = () if stored is None else (stored, _in_words(rules or ()))
+        call = Call(PERSON_MARK, (keys.events, keys.people, keys.rules), (address, said, int(forget), *ruled))
+        mark = Mark(log_id(self._log.nodes.run(call)), address, purposes, forget, stored)
         try:
             self._store.mark(partition_of(subject, self._log.partitions), mark)
         except Unavailable:
@@ -285,6 +329,17 @@ class People:
             return list(appended)  # the projector does it later
         return list(appended)
 
+    def _move_rules(self, visitor: str, known: str) -> None:
+        """Adds the visitor's rules to the known person's; where both speak of one thing, the later end holds."""
+        theirs, own = self.rules(visitor)[0], self.rules(known)[0]
+        if theirs:
+            ends = {(rule.kind, rule.name): rule.until or controls.FOR_EVER for rule in own}
+            for rule in theirs:
+                about = (rule.kind, rule.name)
+                ends[about] = max(ends.get(about, 0), rule.until or controls.FOR_EVER)
+            both = [Rule(*about, 0 if end == controls.FOR_EVER else end) for about, end in ends.items()]
+            self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
+
     def _moved_impressions(self, visitor: str, known: str) -> int:
         """Slates as the known person's own; those that an earlier try has moved are not moved again."""
         there = {payload for kind, _, payload in self.held(known, "impression") if kind == "impression"}
@@ -324,6 +379,9 @@ def marks(log: EventLog) -> Iterator[tuple[int, Mark]]:
                 yield partition, Mark(consent.forgotten, address, forget=True)
             if consent.said_at:
                 yield partition, Mark(consent.said_at, address, consent.purposes)
+        for address, value in log.nodes.scan(keys.rules):
+            rules, said_at = _rules(value)
+            yield partition, Mark(said_at, address, rules=_stored(rules))
 
 
 def _consent(value: bytes | None, default: Purpose) -> Consent:
@@ -331,6 +389,23 @@ def _consent(value: bytes | None, default: Purpose) -> Consent:
         return Consent(default, 0, 0)
     said, at, forgotten = value.split()
     return Consent(default if said == b"-" else Purpose(int(said)), log_id(at), log_id(forgotten))
+
+
+def _rules(value: bytes | None) -> tuple[list[Rule], int]:
+    """Rules as the log holds them in words, and where it does."""
+    if value is None:
+        return [], 0
+    at, _, words = value.partition(b" ")
+    return [Rule(Kind[kind], name, until) for kind, name, until in json.loads(words)], log_id(at)
+
+
+def _in_words(rules: Sequence[Rule]) -> bytes:
+    return json.dumps([[rule.kind.name, rule.name, rule.until] for rule in rules], ensure_ascii=False).encode()
+
+
+def _stored(rules: Sequence[Rule]) -> bytes:
+    """Rules as a profile holds them."""
+    return controls.encode(np.array([(item_key(rule.name), rule.until, rule.kind) for rule in rules], RULE))
 
 
 def _renamed(payload: bytes, subject: str) -> bytes:

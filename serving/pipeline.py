@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.assemble import History
+from features.controls import Rules, no_rules
 from features.profile import Profile
 from serving.errors import DeadlineExceeded, ServingError
 
@@ -82,6 +83,7 @@ class Query:
         min_catalog_version: Catalogue version to wait for, 0 for none.
         profile: The person's profile, once read.
         withheld: Whether the person does not allow personal answers.
+        rules: What the person never wants to be shown; RULE [n].
         history: Its events as this bundle sees them.
         seen: Rows the person need not be shown again.
         user_vector: The person in the embedding space; float32 [D].
@@ -117,6 +119,7 @@ class Query:
     min_catalog_version: int = 0
     profile: Profile | None = None
     withheld: bool = False
+    rules: Rules = field(default_factory=no_rules)
     history: History | None = None
     seen: Rows = field(default_factory=lambda: _NO_ROWS)
     user_vector: Scores | None = None

@@ -1,7 +1,8 @@
 """Profiles on Redis: one round trip to read one, one idempotent insert to apply an event.
 
-A person is one string, laid out in `features/profile.py`: `header | state | tail`. Applying an event appends it to the
-tail unless it is there, is folded already or was erased; only compaction moves entries from the tail into the state.
+A person is one string, laid out in `features/profile.py`: `header | state | rules | tail`. Applying an event appends it
+to the tail unless it is there, is folded already or was erased; only compaction moves entries from the tail into the
+state.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
+import redis
 from redis.exceptions import ResponseError
 
+from features.controls import MOST_RULES, RULE
 from features.errors import PenchantError, ProfileCorrupt
+from features.memory import LARGEST_MEMORY
 from features.profile import (
     ENTRY,
+    EVENT,
     EVICTED_CAP,
     HEADER_SIZE,
     RECORD,
@@ -43,7 +48,16 @@ from serving.redis_client import (
     serving_error,
 )
 from serving.redis_nodes import Nodes, require_partitions, required
-from serving.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_MARK, PROFILE_PUT, PROFILE_REPLACE
+from serving.scripts import (
+    LIVE,
+    PROFILE_APPLY,
+    PROFILE_COMPACT,
+    PROFILE_LEAVE,
+    PROFILE_MARK,
+    PROFILE_PUT,
+    PROFILE_REPLACE,
+    SEQUENCE_BITS,
+)
 from serving.telemetry import Telemetry
 
 TAIL_CAP = 4096
@@ -54,8 +68,13 @@ _ATTEMPTS = 3
 _PATIENT_ATTEMPTS = 30
 _CHUNK = 256
 _EMPTY = encode(empty())
+_NEVER = 1 << 63
+_EVERYBODY = b"penchant:{p*}:profile:*"
+_AWAY = 5  # where in a header it stands that the state was dropped
+_FOLDED = slice(16, 24)  # where in a header it stands up to which log id the state goes
 _ERASED = slice(24, 32)  # where in a header it stands up to which log id events are refused
-_LARGEST_STATE = RING * RECORD.itemsize + EVICTED_CAP * 8 + 64
+_LARGEST_STATE = RING * EVENT.itemsize + EVICTED_CAP * 8 + LARGEST_MEMORY + MOST_RULES * RULE.itemsize + 64
+_FRONT = HEADER_SIZE + 24  # what tells of the last event: the header, and the newest time in the state
 
 
 class TailFull(ResourceExhausted):
@@ -70,11 +89,13 @@ class Applied:
         inserted: Number that are new; the others were there already or refused.
         refused: Number that belong to an erased past, or to a person who allows no personal answers.
         tail: Number of entries in the tail afterwards.
+        away: Whether their state was dropped because they stayed away, and is to be made anew.
     """
 
     inserted: int
     refused: int
     tail: int
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +107,14 @@ class Mark:
         address: Whose it is, as `redis_client.address_of` says.
         consent: What the person allows from now on; None where that stays as it is.
         forget: Whether the profile forgets everything up to here.
+        rules: What the person never wants to be shown, as `features.controls.encode` says; None where that stays.
     """
 
     log_id: int
     address: bytes
     consent: Purpose | None = None
     forget: bool = False
+    rules: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +194,7 @@ class ProfileStore:
             ResourceExhausted: Redis is full.
             ProfileCorrupt: What is stored is damaged; nothing was inserted.
         """
-        return Applied(*self._nodes.run(self._application(subject, entries)))
+        return _applied(self._nodes.run(self._application(subject, entries)))
 
     def apply_many(self, batch: Sequence[tuple[str, Entries]]) -> list[Applied | PenchantError]:
         """`apply` for many people in one round trip; an error that concerns some of them stands in their place.
@@ -180,15 +203,16 @@ class ProfileStore:
             ProfileStoreUnavailable: Redis does not answer; some may have been inserted, a repeat is safe.
         """
         replies = self._nodes.run_all([self._application(subject, entries) for subject, entries in batch])
-        return [reply if isinstance(reply, PenchantError) else Applied(*reply) for reply in replies]
+        return [reply if isinstance(reply, PenchantError) else _applied(reply) for reply in replies]
 
-    def compact(self, subject: str, up_to: int, at_least: int = 1) -> int:
+    def compact(self, subject: str, up_to: int, at_least: int = 1, *, dropped_too: bool = True) -> int:
         """Folds the entries of a tail with log ids up to `up_to` into the state; only the projector may call it.
 
         Args:
             subject: The person.
             up_to: Every event of the person's partition up to here has been applied: none may come late.
             at_least: Number of entries below which it is not worth it.
+            dropped_too: Whether to fold also where the state was dropped and not made anew; it never is then.
 
         Returns:
             The number folded; 0 where there are too few, or others kept changing the profile.
@@ -203,11 +227,11 @@ class ProfileStore:
                 return 0
             stored = split(blob)
             due = stored.tail[stored.tail["log_id"] <= up_to]
-            if due.size < at_least:
+            if due.size < at_least or (stored.away and not dropped_too):
                 return 0
             folded = fold(stored.state, due["record"], int(due["log_id"][-1]))
             end = HEADER_SIZE + int.from_bytes(blob[8:12], "little")
-            new = encode(folded, stored.erased_before, stored.consent_version)
+            new = encode(folded, *stored.versions)
             seen = (blob[:HEADER_SIZE], blob[end - 4 : end])
             if self._nodes.run(self._call(PROFILE_COMPACT, subject, *seen, new, due["log_id"].tobytes())):
                 return int(due.size)
@@ -222,7 +246,8 @@ class ProfileStore:
         Raises:
             ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
         """
-        return self.mark(partition_of(subject, len(self._prefixes)), Mark(before, address_of(subject), forget=True))
+        mark = Mark(before, address_of(subject), forget=True, rules=b"")
+        return self.mark(partition_of(subject, len(self._prefixes)), mark)
 
     def mark(self, partition: int, mark: Mark) -> int:
         """Brings a mark of the log into a profile; in any order, a repeat is safe.
@@ -267,7 +292,7 @@ class ProfileStore:
                 return None
             stored = split(blob)
             profile = change(stored)
-            new = encode(profile, stored.erased_before, stored.consent_version)
+            new = encode(profile, *stored.versions)
             if self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, new)):
                 return profile
         raise ProfileStoreUnavailable("this profile keeps changing; try again", retry_after_ms=1000)
@@ -278,11 +303,22 @@ class ProfileStore:
         Raises:
             ProfileStoreUnavailable: Redis does not answer.
         """
-        places = (_ERASED.start, _ERASED.stop - 1)
-        wanted: list[Request] = [("GETRANGE", self.key_of(subject), *places) for subject in subjects]
-        replies = self._nodes.run_all(wanted)
-        found = required([b"" if isinstance(reply, ProfileCorrupt) else reply for reply in replies])
-        return [int.from_bytes(reply, "big") for reply in found]
+        return [int.from_bytes(head[_ERASED], "big") for head in self._heads(subjects)]
+
+    def dropped(self, subjects: Sequence[str]) -> dict[str, int]:
+        """Those whose state was dropped because they stayed away, with the log id up to which it went.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer.
+        """
+        heads = dict(zip(subjects, self._heads(subjects), strict=True))
+        away = {subject: head for subject, head in heads.items() if len(head) == HEADER_SIZE and head[_AWAY] == 1}
+        return {subject: int.from_bytes(head[_FOLDED], "big") for subject, head in away.items()}
+
+    def _heads(self, subjects: Sequence[str]) -> Sequence[bytes]:
+        """The header of each person's profile, nothing for nobody."""
+        wanted: list[Request] = [("GETRANGE", self.key_of(subject), 0, HEADER_SIZE - 1) for subject in subjects]
+        return required([b"" if isinstance(reply, ProfileCorrupt) else reply for reply in self._nodes.run_all(wanted)])
 
     def put_states(self, states: Iterable[tuple[str, Profile]]) -> Loaded:
         """Stores states made elsewhere, many in a round trip; entries of tails that they do not contain stay.
@@ -311,6 +347,36 @@ class ProfileStore:
             return int(self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, new)))
         return 0
 
+    def leave(self, before_ms: int) -> int:
+        """Drops the state of everybody whose newest event is from before a time; what they allow and want stays.
+
+        Args:
+            before_ms: The time, ms: of arrival for what came live, of the event itself for what was imported.
+
+        Returns:
+            The number of states dropped; those of a Redis that is away wait for the next time.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+        """
+        dropped: list[int] = []
+
+        def sweep(client: redis.Redis) -> None:
+            for keys in _chunks(client.scan_iter(_EVERYBODY, count=1000), _CHUNK):
+                dropped.append(self._leave(keys, before_ms))
+
+        self._nodes.at_each(self._prefixes, sweep)
+        return sum(dropped)
+
+    def _leave(self, keys: Sequence[bytes], before_ms: int) -> int:
+        wanted: list[Request] = [("GETRANGE", key, 0, _FRONT - 1) for key in keys]
+        idle = [
+            Call(PROFILE_LEAVE, (key,), (_EMPTY, front[:HEADER_SIZE]))
+            for key, front in zip(keys, self._nodes.run_all(wanted), strict=True)
+            if isinstance(front, bytes) and len(front) == _FRONT and _last_seen(front) < before_ms
+        ]
+        return sum(reply == 1 for reply in self._nodes.run_all(idle)) if idle else 0
+
     def run_ids(self) -> list[str]:
         """Per partition, what changes when its Redis was started again, and so may have lost its last two seconds.
 
@@ -337,7 +403,8 @@ class ProfileStore:
 
     def _marking(self, partition: int, mark: Mark) -> Call:
         consent = b"" if mark.consent is None else encode_consent(mark.consent)
-        arguments = (_EMPTY, mark.log_id.to_bytes(8, "big"), consent, int(mark.forget))
+        rules = (0, b"") if mark.rules is None else (1, mark.rules)
+        arguments = (_EMPTY, mark.log_id.to_bytes(8, "big"), consent, int(mark.forget), *rules)
         return Call(PROFILE_MARK, (self._prefixes[partition] + mark.address,), arguments)
 
     def _call(self, script: Script, subject: str, *arguments: bytes | int) -> Call:
@@ -354,7 +421,8 @@ class ProfileStore:
             self._telemetry.count("profile_corrupt")
             return ProfileCorrupt(f"the stored profile is damaged ({message}); rebuild it: penchant profiles rebuild")
         if "TAILFULL" in message:
-            return TailFull("this person sends events faster than they are folded; slow down", retry_after_ms=1000)
+            reason = "this person sends events faster than they are folded; slow down"
+            return TailFull(reason, field="subject", retry_after_ms=1000)
         return serving_error(error, ProfileStoreUnavailable)
 
 
@@ -368,7 +436,21 @@ def _consent(blob: bytes) -> Purpose | None:
 
 def _marks(blob: bytes) -> tuple[int, int]:
     """Up to where a damaged profile forgets, and when the person said what they allow."""
-    return int.from_bytes(blob[_ERASED], "big"), int.from_bytes(blob[_ERASED.stop : HEADER_SIZE], "big")
+    return int.from_bytes(blob[_ERASED], "big"), int.from_bytes(blob[_ERASED.stop : _ERASED.stop + 8], "big")
+
+
+def _last_seen(front: bytes) -> int:
+    """When somebody's newest event came, ms; now and for ever where there is nothing to drop."""
+    if not int.from_bytes(front[8:12], "little"):
+        return _NEVER
+    version = int.from_bytes(front[_FOLDED], "big")
+    newest = int.from_bytes(front[HEADER_SIZE + 16 : _FRONT], "little", signed=True)
+    return version >> SEQUENCE_BITS if version >= LIVE else newest
+
+
+def _applied(reply: Sequence[int]) -> Applied:
+    inserted, refused, tail, away = reply
+    return Applied(inserted, refused, tail, bool(away))
 
 
 def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:

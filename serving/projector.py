@@ -15,12 +15,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from features.errors import ProfileCorrupt
+from features.errors import ProfileCorrupt, TablesError
 from features.profile import RECORD, verify
 from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Purger
@@ -42,6 +43,7 @@ PURGE_S = 12 * 3600.0
 _IDLE_S = 0.1
 _RETRY_S = 0.5
 _TRIM_S = 60.0
+_SWEEP_S = 3600.0
 _TIMEOUT_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -53,6 +55,19 @@ class _Batch(NamedTuple):
     partition: int
     log_ids: list[int]
     long: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """When a profile is dropped, and how it is made anew when the person comes back.
+
+    Attributes:
+        days: Days without an event.
+        rehydrate: Makes the states of people anew and returns how many, as `rebuild.rehydrate` of a warehouse.
+    """
+
+    days: float
+    rehydrate: Callable[[Sequence[str], ProfileStore, EventLog], int]
 
 
 class Projector:
@@ -67,6 +82,7 @@ class Projector:
         settle_s: float = SETTLE_S,
         lease_ms: int = 10_000,
         batch: int = 500,
+        idle: Idle | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         """Says what to project; `run` does it.
@@ -78,8 +94,11 @@ class Projector:
             settle_s: Time after which an applied event counts as being on disk.
             lease_ms: How long a partition stays with a projector that is gone.
             batch: Most events per partition and step.
-            telemetry: Counts `events_projected`, `events_damaged` and `profiles_compacted`.
+            idle: When profiles are dropped, and how they are made anew; None keeps them.
+            telemetry: Counts `events_projected`, `events_damaged`, `profiles_compacted`, `profiles_dropped` and
+                `profiles_returned`.
         """
+        self._idle, self._returned, self._swept = idle, dict[str, None](), -_SWEEP_S
         self._log = log
         self._profiles = profiles
         self._consumer = Consumer(log, PROFILES_GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
@@ -116,7 +135,9 @@ class Projector:
                     self._forget(partition)
             self._run_ids = run_ids
             self._settle()
-            return self._advance()
+            seen = self._advance()
+            self._welcome()
+            return seen
         except ServingError:
             self._start_over()
             raise
@@ -129,6 +150,7 @@ class Projector:
                 while not stop.is_set():
                     idle = not self.step()
                     self._trim()
+                    self._sweep()
                     if idle:
                         stop.wait(_IDLE_S)
             except (Unavailable, ResourceExhausted) as error:
@@ -208,6 +230,8 @@ class Projector:
         long = []
         for (subject, own), reply in zip(batch, self._profiles.apply_many(batch), strict=True):
             if isinstance(reply, TailFull):
+                self._returned[subject] = None
+                self._welcome()
                 # No time to wait for the disk: this tail takes no more before it is folded.
                 self._compact(subject, own[0][0] - 1)
                 reply = self._profiles.apply(subject, own)
@@ -215,6 +239,8 @@ class Projector:
                 self._telemetry.count("events_projected", reply.inserted)
                 if reply.tail > self._compact_after:
                     long.append(subject)
+                if reply.away:
+                    self._returned[subject] = None
             elif not isinstance(reply, ProfileCorrupt):  # which is counted; a rebuild mends it
                 raise reply
         return long
@@ -228,10 +254,29 @@ class Projector:
 
     def _compact(self, subject: str, up_to: int, at_least: int = 1) -> None:
         try:
-            if self._profiles.compact(subject, up_to, at_least):
+            if self._profiles.compact(subject, up_to, at_least, dropped_too=self._idle is None):
                 self._telemetry.count("profiles_compacted")
         except ProfileCorrupt as error:
             _log.error("%s", error)
+
+    def _welcome(self) -> None:
+        """Makes the states of those anew who came back; what fails is tried again when they do something more."""
+        returned, self._returned = list(self._returned), {}
+        if self._idle is None or not returned:
+            return
+        try:
+            back = self._idle.rehydrate(returned, self._profiles, self._log)
+            self._telemetry.count("profiles_returned", back)
+        except (TablesError, OSError) as error:
+            _log.error("%d people came back, and the warehouse cannot be read: %s", len(returned), error)
+
+    def _sweep(self) -> None:
+        """Drops the states of those who stayed away for long."""
+        if self._idle is None or time.monotonic() - self._swept < _SWEEP_S:
+            return
+        self._swept = time.monotonic()
+        before_ms = self._log.now_ms() - int(self._idle.days * 86_400_000)
+        self._telemetry.count("profiles_dropped", self._profiles.leave(before_ms))
 
     def _trim(self) -> None:
         if time.monotonic() - self._trimmed < _TRIM_S:
@@ -249,6 +294,7 @@ def run(
     stop: threading.Event | None = None,
     *,
     purge_s: float = PURGE_S,
+    idle: Idle | None = None,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
@@ -267,6 +313,6 @@ def run(
         log = EventLog(events, partitions)
         purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
         purger.start()
-        Projector(log, store).run(stop)
+        Projector(log, store, idle=idle).run(stop)
         purger.join()
     return 0

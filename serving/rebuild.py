@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,23 +14,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from features.assemble import HALF_LIFE
 from features.bundle import open_bundle
 from features.catalog import columns_of
 from features.columns import pc
 from features.content import codes, is_present
-from features.events import Events
+from features.errors import TablesError
+from features.events import Events, complete
 from features.profile import Profile, Records, Retention, empty, fold, make_records
-from features.schema import EVENT_TYPES, EVENTS, event_type_key, event_type_keys, item_key, item_keys
+from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_table, table_path
 from features.vocabulary import Vocabulary
 from serving.events import EventLog
 from serving.people import marks
 from serving.profiles import ProfileStore
-from serving.redis_client import connect
+from serving.redis_client import connect, partition_of
 from serving.scripts import LIVE, SEQUENCE_BITS
-from serving.warehouse_tables import subject_of
+from serving.warehouse_tables import subject_of, user_id_of
 
 SHOWN = 50
 """Events that are shown at most."""
@@ -137,6 +140,41 @@ def rebuild(
     }
 
 
+def rehydrate(
+    warehouse: Path, retention: Retention, subjects: Sequence[str], store: ProfileStore, log: EventLog
+) -> int:
+    """Makes the states of people anew whose own were dropped because they stayed away; what came since stays.
+
+    Args:
+        warehouse: Directory of the warehouse.
+        retention: How long events stay in profiles.
+        subjects: The people; those who still have their state keep it.
+        store: The profiles.
+        log: The event log: what was erased, and what is not allowed, does not come back.
+
+    Returns:
+        The number of profiles made.
+
+    Raises:
+        TablesError: The warehouse is no data set.
+        OSError: A file of it cannot be read; a repeat is safe.
+        Unavailable: A Redis does not answer; a repeat is safe.
+    """
+    if table_path(warehouse, "events") is None:
+        raise TablesError(f"{warehouse} is not a warehouse: it has no events")
+    until = int(json.loads((warehouse / "dataset.json").read_bytes()).get("until", 0))
+    # Whoever the warehouse has not caught up with waits for their next event.
+    folded = {subject: version for subject, version in store.dropped(subjects).items() if version <= until}
+    states = {subject: dataclasses.replace(empty(), version=version) for subject, version in folded.items()}
+    for partition, own in _by_partition(folded, log.partitions).items():
+        events = _events_of(warehouse, partition, own)
+        dataset = Dataset(Events.of(events), ITEMS.empty_table(), USERS.empty_table(), {"until": _EVER}, [])
+        for subject, state in _states(dataset, store, log, retention) if events.num_rows else ():
+            # The state that was dropped had everything up to its version, whatever of it has gone since.
+            states[subject] = dataclasses.replace(state, version=max(state.version, folded[subject]))
+    return store.put_states(states.items()).written
+
+
 def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: int = 16) -> dict[str, Any]:
     """One profile as a person would read it.
 
@@ -193,6 +231,27 @@ def _states(
             own = own[~expired[own] & ~_past(log_ids[own], records["timestamp"][own], past)]
             if own.size:
                 yield subject, fold(empty(), records[own], int(log_ids[end - 1]))
+
+
+def _by_partition(subjects: Iterable[str], partitions: int) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for subject in subjects:
+        found.setdefault(partition_of(subject, partitions), []).append(subject)
+    return found
+
+
+def _events_of(warehouse: Path, partition: int, subjects: Sequence[str]) -> pa.Table:
+    """What a warehouse holds of some people of a partition that belongs into profiles, in order, searches too."""
+    names = [user_id_of(subject) for subject in subjects]
+    tables = [EVENTS.empty_table()]
+    for name in ("events", "searches"):
+        for file in sorted(warehouse.glob(f"{name}/date=*/p{partition:02d}-*.parquet")):
+            found = pq.read_table(file, filters=[("user_id", "in", names)], partitioning=None)
+            blank = pa.array([""] * found.num_rows, pa.string())
+            found = found if "item_id" in found.column_names else found.append_column("item_id", blank)
+            tables.append(complete(found, EVENTS.names).cast(EVENTS))
+    events = pa.concat_tables(tables)
+    return order_events(events.filter(pc.fill_null(events["personal"], True)))
 
 
 def _past(log_ids: npt.NDArray[np.uint64], timestamps: npt.NDArray[np.int64], erased: int) -> npt.NDArray[np.bool_]:

@@ -18,10 +18,12 @@ SEQUENCE_BITS = 20
 _TAIL = f"""
 local ENTRY, HEADER = {ENTRY.itemsize}, {HEADER_SIZE}
 local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
+local function ours(head, blank) return #head >= HEADER and string.sub(head, 1, 5) == string.sub(blank, 1, 5) end
 -- Of a damaged profile: what its header says the person allows, and up to where it forgets, where that is to be read.
 local function salvaged(read, head, blank)
-  if not read or not head or #head < HEADER or string.sub(head, 1, 6) ~= string.sub(blank, 1, 6) then return blank end
-  return string.sub(head, 1, 8) .. string.sub(blank, 9, 24) .. string.sub(head, 25, HEADER)
+  if not read or not head or not ours(head, blank) then return blank end
+  return string.sub(blank, 1, 6) .. string.sub(head, 7, 8) .. string.sub(blank, 9, 24) .. string.sub(head, 25, 40)
+    .. string.sub(blank, 41, HEADER)
 end
 local function personal(head)
   local said = string.byte(head, 7)
@@ -35,14 +37,21 @@ end
 local function stored(key, blank)
   local head = redis.call('GETRANGE', key, 0, HEADER - 1)
   if head == '' then return nil, '' end
-  if #head < HEADER or string.sub(head, 1, 6) ~= string.sub(blank, 1, 6) then return head, nil end
-  local tail = redis.call('GETRANGE', key, HEADER + struct.unpack('<I4', head, 9), -1)
+  if not ours(head, blank) then return head, nil end
+  local state, rules = struct.unpack('<I4I4', head, 9)
+  local tail = redis.call('GETRANGE', key, HEADER + state + rules, -1)
   if #tail % ENTRY ~= 0 then return head, nil end
   return head, tail
 end
+-- The rules in a profile that is not damaged.
+local function rules_of(key, head)
+  local state, rules = struct.unpack('<I4I4', head, 9)
+  return rules > 0 and redis.call('GETRANGE', key, HEADER + state, HEADER + state + rules - 1) or ''
+end
 """
 
-# KEYS: person; ARGV: empty header, entries, cap. Returns {inserted, refused, entries in the tail}.
+# KEYS: person; ARGV: empty header, entries, cap. Returns {inserted, refused, entries in the tail, 1 where the person
+# stayed away so long that their state is to be made anew}.
 PROFILE_APPLY = Script.of(
     _TAIL
     + """
@@ -50,7 +59,7 @@ local head, tail = stored(KEYS[1], ARGV[1])
 if not tail then return redis.error_reply('CORRUPT not a stored profile') end
 local vh, vl, eh, el = 0, 0, 0, 0
 if head then
-  if not personal(head) then return {0, #ARGV[2] / ENTRY, #tail / ENTRY} end
+  if not personal(head) then return {0, #ARGV[2] / ENTRY, #tail / ENTRY, 0} end
   vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17)
 end
 local new, refused = {}, 0
@@ -76,12 +85,12 @@ if #new > 0 then
     redis.call('SET', KEYS[1], ARGV[1] .. tail)
   end
 end
-return {#new, refused, #tail / ENTRY}
+return {#new, refused, #tail / ENTRY, head and string.byte(head, 6) or 0}
 """
 )
 
-# KEYS: person; ARGV: empty header, header and end of the state as read, new header and state, ids folded into it.
-# Returns 1, or 0 where the state or the entries to fold are no longer those that were read.
+# KEYS: person; ARGV: empty header, header and end of the state as read, new header, state and rules, ids folded into
+# it. Returns 1, or 0 where the state or the entries to fold are no longer those that were read.
 PROFILE_COMPACT = Script.of(
     _TAIL
     + """
@@ -121,9 +130,10 @@ local nh, nl = struct.unpack('>I4I4', ARGV[2], 17)
 local vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17)
 if (eh > 0 or el > 0) and at_most(nh, nl, eh, el) then return 0 end
 if found and vh >= LIVE and not at_most(vh, vl, nh, nl) then return 0 end
-local new = ARGV[2]
-local parts = {string.sub(new, 1, 6), string.sub(head, 7, 8), string.sub(new, 9, 24), string.sub(head, 25, HEADER)}
-parts[#parts + 1] = string.sub(new, HEADER + 1)
+local new, rules = ARGV[2], found and rules_of(KEYS[1], head) or ''
+local parts = {string.sub(new, 1, 6), string.sub(head, 7, 8), string.sub(new, 9, 12), string.sub(head, 13, 16)}
+parts[#parts + 1] = string.sub(new, 17, 24) .. string.sub(head, 25, HEADER)
+parts[#parts + 1] = string.sub(new, HEADER + 1) .. rules
 for at = 1, #tail, ENTRY do
   local h, l = struct.unpack('>I4I4', tail, at)
   if not at_most(h, l, nh, nl) then parts[#parts + 1] = string.sub(tail, at, at + ENTRY - 1) end
@@ -142,8 +152,23 @@ return 1
 """
 )
 
+# KEYS: person; ARGV: empty header, header as read. Drops the state of somebody who stayed away, and remembers that.
+# Returns 1, or 0 where the profile changed or has a tail.
+PROFILE_LEAVE = Script.of(
+    _TAIL
+    + """
+local head, tail = stored(KEYS[1], ARGV[1])
+if not head or tail ~= '' or head ~= ARGV[2] then return 0 end
+local parts = {string.sub(head, 1, 5), '\\1', string.sub(head, 7, 8), string.sub(ARGV[1], 9, 12)}
+parts[#parts + 1] = string.sub(head, 13, HEADER) .. rules_of(KEYS[1], head)
+redis.call('SET', KEYS[1], table.concat(parts))
+return 1
+"""
+)
+
 # KEYS: person; ARGV: empty header, log id of the mark, what the person allows ('' where that stays as it is), '1' where
-# what came up to the mark is forgotten. Returns the number of events forgotten. Works while memory is full.
+# what came up to the mark is forgotten, '1' where the rules that follow are theirs from now on. Returns the number of
+# events forgotten. Works while memory is full.
 # An older mark never undoes a newer one, so marks may come in any order and again.
 PROFILE_MARK = Script.of(
     "#!lua flags=allow-oom\n"
@@ -153,19 +178,33 @@ local read, head, tail = pcall(stored, KEYS[1], ARGV[1])
 local found = read and head and tail
 if not found then head, tail = salvaged(read, head, ARGV[1]), '' end
 local mh, ml = struct.unpack('>I4I4', ARGV[2])
-local eh, el, ch, cl = struct.unpack('>I4I4I4I4', head, 25)
+local eh, el, ch, cl, rh, rl = struct.unpack('>I4I4I4I4I4I4', head, 25)
+local length = struct.unpack('<I4', head, 9)
+local rules, ruled = found and rules_of(KEYS[1], head) or '', false
 if ARGV[3] ~= '' and not at_most(mh, ml, ch, cl) then
-  head = string.sub(head, 1, 6) .. ARGV[3] .. string.sub(head, 9, 32) .. ARGV[2]
+  head = string.sub(head, 1, 6) .. ARGV[3] .. string.sub(head, 9, 32) .. ARGV[2] .. string.sub(head, 41, HEADER)
+end
+if ARGV[5] == '1' and not at_most(mh, ml, rh, rl) then
+  rules, ruled = ARGV[6], true
+  head = string.sub(head, 1, 12) .. struct.pack('<I4', #rules) .. string.sub(head, 17, 40) .. ARGV[2]
 end
 if ARGV[4] ~= '1' or at_most(mh, ml, eh, el) then
-  if found then redis.call('SETRANGE', KEYS[1], 0, head) else redis.call('SET', KEYS[1], head) end
+  if not found then
+    redis.call('SET', KEYS[1], head .. rules)
+  elseif ruled then
+    local state = length > 0 and redis.call('GETRANGE', KEYS[1], HEADER, HEADER + length - 1) or ''
+    redis.call('SET', KEYS[1], head .. state .. rules .. tail)
+  else
+    redis.call('SETRANGE', KEYS[1], 0, head)
+  end
   return 0
 end
 local forgotten = 0
-if struct.unpack('<I4', head, 9) > 0 then
+if length > 0 then
   forgotten = struct.unpack('<I4', redis.call('GETRANGE', KEYS[1], HEADER, HEADER + 3))
 end
-local kept = {string.sub(head, 1, 8), string.sub(ARGV[1], 9, 24), ARGV[2], string.sub(head, 33, HEADER)}
+local kept = {string.sub(ARGV[1], 1, 6), string.sub(head, 7, 8), string.sub(ARGV[1], 9, 12), string.sub(head, 13, 16)}
+kept[#kept + 1] = string.sub(ARGV[1], 17, 24) .. ARGV[2] .. string.sub(head, 33, HEADER) .. rules
 for at = 1, #tail, ENTRY do
   local h, l = struct.unpack('>I4I4', tail, at)
   if at_most(h, l, mh, ml) then
@@ -191,13 +230,16 @@ local function add(stream, ...)
   end
   return id
 end
-local function note(index, kind, id, floor, ttl)
-  redis.call('RPUSH', index, kind .. id)
+local function forget(index, floor)
   for _ = 1, 4 do
     local oldest = redis.call('LINDEX', index, 0)
     if not oldest or tonumber(string.match(oldest, '%d+')) >= floor then break end
     redis.call('LPOP', index)
   end
+end
+local function note(index, kind, id, floor, ttl)
+  redis.call('RPUSH', index, kind .. id)
+  forget(index, floor)
   redis.call('PEXPIRE', index, ttl)
 end
 local function erased(hash, person, at)
@@ -214,9 +256,9 @@ end
 """
 
 # KEYS: stream, seen, index, erased, floor, people; ARGV: person, time, subject, event id, record, payload, window,
-# index TTL, address, what those allow who said nothing, '0' where it enters no profile in any case. Returns {0, stream
-# id, 1 or 0 for whether it may enter the profile}, {1, stream id of the first, its record, the same of it}, {2} for an
-# erased past or {3} where nothing is allowed.
+# index TTL, address, what those allow who said nothing, '0' where it enters no profile in any case, the most that the
+# log may hold of a person. Returns {0, stream id, 1 or 0 for whether it may enter the profile}, {1, stream id of the
+# first, its record, the same of it}, {2} for an erased past, {3} where nothing is allowed or {4} where it is too much.
 EVENT_APPEND = Script.of(
     _ADD
     + """
@@ -228,13 +270,16 @@ end
 if erased(KEYS[4], ARGV[1], ARGV[2]) then return {2} end
 local allowed = purposes(KEYS[6], ARGV[9], ARGV[10])
 if allowed == 0 then return {3} end
+local floor = tonumber(redis.call('GET', KEYS[5]) or 0)
+forget(KEYS[3], floor)
+if redis.call('LLEN', KEYS[3]) >= tonumber(ARGV[12]) then return {4} end
 local fields = {'s', ARGV[3], 'e', ARGV[4], 'r', ARGV[5], 'p', ARGV[6]}
 local personal = allowed % 2
 if ARGV[11] == '0' then personal = 0 end
 if personal == 0 then fields[9], fields[10] = 'n', '1' end
 local id = add(KEYS[1], unpack(fields))
 redis.call('SET', KEYS[2], id, 'PX', ARGV[7])
-note(KEYS[3], 'e', id, tonumber(redis.call('GET', KEYS[5]) or 0), ARGV[8])
+note(KEYS[3], 'e', id, floor, ARGV[8])
 return {0, id, personal}
 """
 )
@@ -251,13 +296,17 @@ return id
 """
 )
 
-# KEYS: stream, people; ARGV: address, what the person allows ('' where that stays as it is), '1' where profiles forget
-# what came before. Returns the id of the marker, by which consumers meet it in order. Works while memory is full.
+# KEYS: stream, people, rules; ARGV: address, what the person allows ('' where that stays as it is), '1' where profiles
+# forget what came before; and where their rules change the new ones, for profiles and in words ('' for none). Returns
+# the id of the marker, by which consumers meet it in order. Works while memory is full.
 PERSON_MARK = Script.of(
     "#!lua flags=allow-oom\n"
     + _ADD
     + """
-local mark = add(KEYS[1], 'k', ARGV[1], 'c', ARGV[2], 'f', ARGV[3])
+local fields = {'k', ARGV[1], 'c', ARGV[2], 'f', ARGV[3]}
+if ARGV[4] then fields[7], fields[8] = 'b', ARGV[4] end
+local mark = add(KEYS[1], unpack(fields))
+if ARGV[4] then redis.call('HSET', KEYS[3], ARGV[1], mark .. ' ' .. ARGV[5]) end
 local allowed, at, forgotten = said(KEYS[2], ARGV[1])
 if ARGV[2] ~= '' then allowed, at = ARGV[2], mark end
 if ARGV[3] == '1' then forgotten = mark end
@@ -277,14 +326,15 @@ return redis.call('XDEL', KEYS[1], ARGV[1])
 """
 )
 
-# KEYS: stream, impressions, index, erased, people; ARGV: person, address, '1' where what the person did before now is
+# KEYS: stream, impressions, index, erased, people, rules; ARGV: person, address, '1' where what they did before now is
 # refused from now on. Returns {id of the marker, events, impressions deleted, event id and record of each such event}.
 # The marker makes consumers meet the erasure in order. Works while memory is full.
 EVENT_ERASE = Script.of(
     "#!lua flags=allow-oom\n"
     + _ADD
     + """
-local marker = add(KEYS[1], 'x', ARGV[1], 'k', ARGV[2], 'f', '1')
+local marker = add(KEYS[1], 'x', ARGV[1], 'k', ARGV[2], 'f', '1', 'b', '')
+redis.call('HDEL', KEYS[6], ARGV[2])
 if ARGV[3] == '1' then
   redis.call('HSET', KEYS[4], ARGV[1], string.match(marker, '%d+'))
 else

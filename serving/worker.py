@@ -52,7 +52,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
         # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
         writer = ProfileStore(written, config.partitions, telemetry=telemetry)
-        log = EventLog(events, config.partitions, default=config.default_consent)
+        log = EventLog(events, config.partitions, default=config.default_consent, person_cap=config.person_cap)
         certificates = Certificates(log, int(config.purge_hours * 3_600_000))
         people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)

@@ -16,6 +16,7 @@ from features.catalog import Catalog
 from features.events import Events
 from features.golden import TOP, profile_of
 from features.kernels import dot_rows
+from features.memory import Memory
 from features.outcomes import Outcomes
 from features.profile import RING
 from features.schema import EVENTS, event_type_key
@@ -90,7 +91,8 @@ def online(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
     index = {event_type_key(name): 1 + at for at, name in enumerate(world.event_types)}
     made = []
     for events in people:
-        past = history(profile_of(events, world.catalog).records, world.catalog, index)
+        profile = profile_of(events, world.catalog)
+        past = history(profile.records, world.catalog, index, profile.memory)
         made.append(Assembled(*encoder_inputs(past.rows, past.types, world.config.max_length), past))
     return made
 
@@ -119,8 +121,11 @@ def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assemb
     count = 0
     for one, other in zip(mine, others, strict=True):
         count += _unequal(one.rows, other.rows) + _unequal(one.types, other.types)
-        for field in dataclasses.fields(History):
-            count += _unequal(getattr(one.past, field.name), getattr(other.past, field.name))
+        for part in (History, Memory):
+            pasts = [o.past if part is History else o.past.memory for o in (one, other)]
+            for field in dataclasses.fields(part):
+                if field.name != "memory":
+                    count += _unequal(*(getattr(past, field.name) for past in pasts))
         moment = moment_of(world)
         features = [ranker_features(o.past, rows, relevance, columns, world.outcomes, moment) for o in (one, other)]
         count += _unequal(*features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from features.assemble import History
+from features.assemble import History, remembered, type_index
 from features.catalog import Columns
+from features.memory import empty, fold
 from features.profile import RING
+from features.schema import event_type_keys
 from training.data import Batch, Interactions, in_batches, to_batch
 from training.encoders import UserEncoder
 from training.split import Targets
@@ -114,9 +117,9 @@ def lines(count: int, size: int = RANK_ROWS) -> Iterator[slice]:
 
 
 def past_of(data: Interactions, person: int, position: int, columns: Columns) -> History:
-    """A person's newest events just before `position`, as serving reads them from a profile."""
-    end = int(data.offsets[person]) + position
-    part = slice(max(int(data.offsets[person]), end - RING), end)
+    """A person's past just before `position`, as serving reads it from a profile."""
+    start, end = int(data.offsets[person]), int(data.offsets[person]) + position
+    part = slice(max(start, end - RING), end)
     rows = data.rows[part]
     return History(
         rows=rows,
@@ -125,4 +128,13 @@ def past_of(data: Interactions, person: int, position: int, columns: Columns) ->
         creators=columns.creator[rows],
         timestamps=data.timestamps[part],
         values=data.values[part],
+        **_remembered(data, slice(start, end), columns),
     )
+
+
+def _remembered(data: Interactions, part: slice, columns: Columns) -> dict[str, Any]:
+    """What all events of a part add up to; every event is about an item here."""
+    rows, keys = data.rows[part], event_type_keys(data.event_types)
+    types, times = keys[data.types[part] - 1], data.timestamps[part]
+    memory = fold(empty(), np.ones(rows.size, np.uint64), columns.category[rows], columns.creator[rows], types, times)
+    return dict(zip(("memory", "kinds"), remembered(memory, type_index(data.event_types)), strict=True))

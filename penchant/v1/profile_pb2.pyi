@@ -20,6 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ControlKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ControlKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ControlKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONTROL_KIND_UNSPECIFIED: _ControlKind.ValueType  # 0
+    """Not set; refused."""
+    CONTROL_KIND_ITEM: _ControlKind.ValueType  # 1
+    """One item."""
+    CONTROL_KIND_CREATOR: _ControlKind.ValueType  # 2
+    """Everything of one creator."""
+    CONTROL_KIND_CATEGORY: _ControlKind.ValueType  # 3
+    """Everything whose first category it is."""
+
+class ControlKind(_ControlKind, metaclass=_ControlKindEnumTypeWrapper):
+    """What a control is about."""
+
+CONTROL_KIND_UNSPECIFIED: ControlKind.ValueType  # 0
+"""Not set; refused."""
+CONTROL_KIND_ITEM: ControlKind.ValueType  # 1
+"""One item."""
+CONTROL_KIND_CREATOR: ControlKind.ValueType  # 2
+"""Everything of one creator."""
+CONTROL_KIND_CATEGORY: ControlKind.ValueType  # 3
+"""Everything whose first category it is."""
+Global___ControlKind: _TypeAlias = ControlKind  # noqa: Y015
+
 class _Purpose:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -139,6 +167,36 @@ class Affinity(_message.Message):
 Global___Affinity: _TypeAlias = Affinity  # noqa: Y015
 
 @_typing.final
+class Visit(_message.Message):
+    """What a person is doing now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGAN_MS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    CATEGORY_FIELD_NUMBER: _builtins.int
+    began_ms: _builtins.int
+    """When it began, in milliseconds since the epoch, UTC. A visit is over after 30 minutes without an event."""
+    events: _builtins.int
+    """Number of events in it."""
+    category: _builtins.str
+    """Name of the category that most of its events are about; empty where they are about none that is known."""
+    def __init__(
+        self,
+        *,
+        began_ms: _builtins.int = ...,
+        events: _builtins.int = ...,
+        category: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_ms", b"began_ms", "category", b"category", "events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Visit: _TypeAlias = Visit  # noqa: Y015
+
+@_typing.final
 class GetProfileResponse(_message.Message):
     """A profile."""
 
@@ -152,6 +210,8 @@ class GetProfileResponse(_message.Message):
     SEEN_ONLY_FIELD_NUMBER: _builtins.int
     PURPOSES_FIELD_NUMBER: _builtins.int
     CONSENT_GIVEN_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    VISIT_FIELD_NUMBER: _builtins.int
     found: _builtins.bool
     """True when there is one."""
     profile_version: _builtins.int
@@ -162,6 +222,8 @@ class GetProfileResponse(_message.Message):
     """Number of older items that are remembered only as seen."""
     consent_given: _builtins.bool
     """True when the person said so themselves; false when it is the service's default."""
+    segment: _builtins.str
+    """Who they are, in one word: the category that they chose most often over the last months; empty where it is not known."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileEvent]:
         """The newest remembered events, newest first."""
@@ -174,6 +236,10 @@ class GetProfileResponse(_message.Message):
     def purposes(self) -> _containers.RepeatedScalarFieldContainer[Global___Purpose.ValueType]:
         """What the person's data may be used for."""
 
+    @_builtins.property
+    def visit(self) -> Global___Visit:
+        """What they are doing now; absent where they are not here."""
+
     def __init__(
         self,
         *,
@@ -185,14 +251,156 @@ class GetProfileResponse(_message.Message):
         seen_only: _builtins.int = ...,
         purposes: _abc.Iterable[Global___Purpose.ValueType] | None = ...,
         consent_given: _builtins.bool = ...,
+        segment: _builtins.str = ...,
+        visit: Global___Visit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_visit", b"_visit", "visit", b"visit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_visit", b"_visit", "categories", b"categories", "consent_given", b"consent_given", "event_count", b"event_count", "events", b"events", "found", b"found", "profile_version", b"profile_version", "purposes", b"purposes", "seen_only", b"seen_only", "segment", b"segment", "visit", b"visit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__visit: _TypeAlias = _typing.Literal["visit"]  # noqa: Y015
+    _WhichOneofArgType__visit: _TypeAlias = _typing.Literal["_visit", b"_visit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__visit) -> _WhichOneofReturnType__visit | None: ...
+
+Global___GetProfileResponse: _TypeAlias = GetProfileResponse  # noqa: Y015
+
+@_typing.final
+class Control(_message.Message):
+    """One thing that a person does not want to be shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    UNTIL_MS_FIELD_NUMBER: _builtins.int
+    kind: Global___ControlKind.ValueType
+    """What it is about."""
+    id: _builtins.str
+    """External id of the item or of the creator, or the name of the category; required, at most 512 bytes."""
+    until_ms: _builtins.int
+    """When it ends, in milliseconds since the epoch, UTC: a mute; 0 for never: a block."""
+    def __init__(
+        self,
+        *,
+        kind: Global___ControlKind.ValueType = ...,
+        id: _builtins.str = ...,
+        until_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "consent_given", b"consent_given", "event_count", b"event_count", "events", b"events", "found", b"found", "profile_version", b"profile_version", "purposes", b"purposes", "seen_only", b"seen_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kind", b"kind", "until_ms", b"until_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetProfileResponse: _TypeAlias = GetProfileResponse  # noqa: Y015
+Global___Control: _TypeAlias = Control  # noqa: Y015
+
+@_typing.final
+class GetControlsRequest(_message.Message):
+    """Whose controls."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def subject(self) -> _common_pb2.Subject:
+        """The person."""
+
+    def __init__(
+        self,
+        *,
+        subject: _common_pb2.Subject | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetControlsRequest: _TypeAlias = GetControlsRequest  # noqa: Y015
+
+@_typing.final
+class GetControlsResponse(_message.Message):
+    """What the person does not want to be shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    profile_version: _builtins.int
+    """The version of the profile from which it holds; 0 where they never said anything."""
+    @_builtins.property
+    def hidden(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
+        """All of it; none of it appears in their feeds, search results and re-ranked answers."""
+
+    def __init__(
+        self,
+        *,
+        hidden: _abc.Iterable[Global___Control] | None = ...,
+        profile_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "profile_version", b"profile_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetControlsResponse: _TypeAlias = GetControlsResponse  # noqa: Y015
+
+@_typing.final
+class SetControlsRequest(_message.Message):
+    """What a person does not want to be shown from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def subject(self) -> _common_pb2.Subject:
+        """The person."""
+
+    @_builtins.property
+    def hidden(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
+        """All of it, in place of what was set before; at most 1,000."""
+
+    def __init__(
+        self,
+        *,
+        subject: _common_pb2.Subject | None = ...,
+        hidden: _abc.Iterable[Global___Control] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetControlsRequest: _TypeAlias = SetControlsRequest  # noqa: Y015
+
+@_typing.final
+class SetControlsResponse(_message.Message):
+    """From when it holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    profile_version: _builtins.int
+    """The version of the profile from which it holds."""
+    applied: _builtins.bool
+    """True when the profile knows already; false when the projector will tell it."""
+    def __init__(
+        self,
+        *,
+        profile_version: _builtins.int = ...,
+        applied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "profile_version", b"profile_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetControlsResponse: _TypeAlias = SetControlsResponse  # noqa: Y015
 
 @_typing.final
 class SetConsentRequest(_message.Message):
@@ -454,7 +662,7 @@ class ExportSubjectResponse(_message.Message):
     """Send it for the next page; empty on the last one."""
     @_builtins.property
     def documents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """JSON objects; "kind" says of what: "consent", "profile", "event", "impression"."""
+        """JSON objects; "kind" says of what: "consent", "controls", "profile", "counts", "event", "impression"."""
 
     def __init__(
         self,

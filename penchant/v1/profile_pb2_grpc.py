@@ -40,6 +40,16 @@ class ProfileServiceStub(object):
                 request_serializer=penchant_dot_v1_dot_profile__pb2.GetProfileRequest.SerializeToString,
                 response_deserializer=penchant_dot_v1_dot_profile__pb2.GetProfileResponse.FromString,
                 _registered_method=True)
+        self.GetControls = channel.unary_unary(
+                '/penchant.v1.ProfileService/GetControls',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.GetControlsRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.GetControlsResponse.FromString,
+                _registered_method=True)
+        self.SetControls = channel.unary_unary(
+                '/penchant.v1.ProfileService/SetControls',
+                request_serializer=penchant_dot_v1_dot_profile__pb2.SetControlsRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_profile__pb2.SetControlsResponse.FromString,
+                _registered_method=True)
         self.SetConsent = channel.unary_unary(
                 '/penchant.v1.ProfileService/SetConsent',
                 request_serializer=penchant_dot_v1_dot_profile__pb2.SetConsentRequest.SerializeToString,
@@ -83,6 +93,20 @@ class ProfileServiceServicer(object):
 
     def GetProfile(self, request, context):
         """Shows a profile as a person would read it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetControls(self, request, context):
+        """Shows what a person does not want to be shown.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetControls(self, request, context):
+        """Sets all that a person does not want to be shown; the very next answer obeys.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,6 +168,16 @@ def add_ProfileServiceServicer_to_server(servicer, server):
                     servicer.GetProfile,
                     request_deserializer=penchant_dot_v1_dot_profile__pb2.GetProfileRequest.FromString,
                     response_serializer=penchant_dot_v1_dot_profile__pb2.GetProfileResponse.SerializeToString,
+            ),
+            'GetControls': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetControls,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.GetControlsRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.GetControlsResponse.SerializeToString,
+            ),
+            'SetControls': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetControls,
+                    request_deserializer=penchant_dot_v1_dot_profile__pb2.SetControlsRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_profile__pb2.SetControlsResponse.SerializeToString,
             ),
             'SetConsent': grpc.unary_unary_rpc_method_handler(
                     servicer.SetConsent,
@@ -209,6 +243,60 @@ class ProfileService(object):
             '/penchant.v1.ProfileService/GetProfile',
             penchant_dot_v1_dot_profile__pb2.GetProfileRequest.SerializeToString,
             penchant_dot_v1_dot_profile__pb2.GetProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetControls(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/GetControls',
+            penchant_dot_v1_dot_profile__pb2.GetControlsRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.GetControlsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetControls(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.ProfileService/SetControls',
+            penchant_dot_v1_dot_profile__pb2.SetControlsRequest.SerializeToString,
+            penchant_dot_v1_dot_profile__pb2.SetControlsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -178,7 +178,7 @@ def _status(entry: Appended, applied: bool | PenchantError) -> event_pb2.EventSt
     status = event_pb2.EventStatus(profile_version=entry.log_id, applied=applied is True, duplicate=entry.duplicate)
     if isinstance(applied, ResourceExhausted):
         status.code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-        status.message = f"durable, but not yet applied: {applied}"
+        status.message, status.field = f"durable, but not yet applied: {applied}", applied.field
     elif not entry.personal:
         status.message = "durable, and kept out of the profile: this person does not allow personal answers"
     return status

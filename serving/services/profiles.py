@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,14 +15,16 @@ import numpy as np
 from google.protobuf.json_format import MessageToDict
 
 from features.assemble import HALF_LIFE
+from features.controls import FOR_EVER, MOST_RULES, Kind
 from features.errors import ProfileCorrupt
+from features.memory import DIMENSIONS, HORIZONS
 from features.profile import RING, Profile, Purpose
 from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import profile_pb2, profile_pb2_grpc
 from serving.engine import Engine, Host
 from serving.erasure import Certificate, Certificates
 from serving.errors import InvalidArgument
-from serving.people import Consent, People
+from serving.people import Consent, People, Rule
 from serving.profiles import ProfileStore
 from serving.services import checks
 
@@ -35,6 +38,13 @@ _PURPOSES = {
     profile_pb2.PURPOSE_PERSONALISE: Purpose.PERSONALISE,
     profile_pb2.PURPOSE_TRAIN: Purpose.TRAIN,
     profile_pb2.PURPOSE_MEASURE: Purpose.MEASURE,
+}
+
+
+_KINDS = {
+    profile_pb2.CONTROL_KIND_ITEM: Kind.ITEM,
+    profile_pb2.CONTROL_KIND_CREATOR: Kind.CREATOR,
+    profile_pb2.CONTROL_KIND_CATEGORY: Kind.CATEGORY,
 }
 
 
@@ -54,6 +64,23 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         shown.purposes.extend(_named(consent))
         shown.consent_given = bool(consent.said_at)
         return shown
+
+    def GetControls(
+        self, request: profile_pb2.GetControlsRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.GetControlsResponse:
+        """Shows what a person does not want to be shown."""
+        rules, version = self._people.rules(checks.subject(request.subject, "subject"))
+        return profile_pb2.GetControlsResponse(hidden=map(_control, rules), profile_version=version)
+
+    def SetControls(
+        self, request: profile_pb2.SetControlsRequest, context: grpc.ServicerContext
+    ) -> profile_pb2.SetControlsResponse:
+        """Sets all that a person does not want to be shown; the very next answer obeys."""
+        subject = checks.subject(request.subject, "subject")
+        checks.whole(len(request.hidden), "hidden", 0, MOST_RULES)
+        rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
+        version, applied = self._people.set_rules(subject, rules)
+        return profile_pb2.SetControlsResponse(profile_version=version, applied=applied)
 
     def SetConsent(
         self, request: profile_pb2.SetConsentRequest, context: grpc.ServicerContext
@@ -146,9 +173,44 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         """What is held about a person beside events and slates."""
         [consent] = self._people.consents([subject])
         said = {"kind": "consent", "purposes": consent.purposes.names, "given": bool(consent.said_at)}
+        rules = [MessageToDict(_control(rule)) for rule in self._people.rules(subject)[0]]
         profile = MessageToDict(self._shown(subject, RING), preserving_proto_field_name=True)
-        for document in (said, {"kind": "profile", **profile}):
+        for document in (said, {"kind": "controls", "hidden": rules}, {"kind": "profile", **profile}):
             yield json.dumps(document, ensure_ascii=False)
+        yield json.dumps({"kind": "counts", **self._counts(subject)}, ensure_ascii=False)
+
+    def _counts(self, subject: str) -> dict[str, Any]:
+        """The decayed counts, by name where the catalogue and the bundle know it, else by key."""
+        try:
+            memory = self._store.read(subject).memory
+        except ProfileCorrupt:
+            return {}
+        engine, found = self._host.engine, dict[str, Any](as_of_ms=memory.newest, horizons=list(HORIZONS))
+        types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
+        for dimension in DIMENSIONS:
+            part, counts = memory.of(dimension), found.setdefault(dimension, {})
+            for key, cell in zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True):
+                name = _category(key, engine) if dimension == "category" else types.get(key, "")
+                counts[name or f"key {key:016x}"] = cell
+        return found
+
+
+def _control(rule: Rule) -> profile_pb2.Control:
+    kind = next(kind for kind, meant in _KINDS.items() if meant is rule.kind)
+    return profile_pb2.Control(kind=kind, id=rule.name, until_ms=rule.until)
+
+
+def _rule(control: profile_pb2.Control, field: str) -> Rule:
+    """A control, checked.
+
+    Raises:
+        InvalidArgument: A field is wrong.
+    """
+    if control.kind not in _KINDS:
+        known = ", ".join(profile_pb2.ControlKind.Name(one) for one in _KINDS)
+        raise InvalidArgument(f"{field}.kind", f"must be one of {known}, got {control.kind}")
+    name = checks.identifier(control.id, f"{field}.id")
+    return Rule(_KINDS[control.kind], name, checks.whole(control.until_ms, f"{field}.until_ms", 0, FOR_EVER - 1))
 
 
 def _named(consent: Consent) -> list[profile_pb2.Purpose.ValueType]:
@@ -197,7 +259,26 @@ def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfi
         events=events,
         categories=_affinities(profile, items),
         seen_only=profile.evicted.size,
+        segment=_category(profile.memory.segment(), engine),
+        visit=_visit(profile, engine),
     )
+
+
+def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
+    """What the person is doing now, None where they are not here."""
+    memory = profile.memory
+    if not memory.visiting(time.time_ns() // 1_000_000):
+        return None
+    here = profile.records[profile.records["timestamp"] >= memory.visit_began]["category"]
+    keys, counts = np.unique(here[here != 0], return_counts=True)
+    most = _category(int(keys[counts.argmax()]), engine) if keys.size else ""
+    return profile_pb2.Visit(began_ms=memory.visit_began, events=memory.visit_events, category=most)
+
+
+def _category(key: int, engine: Engine) -> str:
+    """The name of a category, "" where no item of the catalogue has it first."""
+    rows = np.flatnonzero(engine.catalog.columns.category[: engine.catalog.size] == np.uint64(key))
+    return str(engine.catalog.item(int(rows[0]))["categories"][0]) if key and rows.size else ""
 
 
 def _affinities(profile: Profile, items: dict[int, dict[str, Any]]) -> list[profile_pb2.Affinity]:

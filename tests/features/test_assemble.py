@@ -94,8 +94,43 @@ def test_ranker_features_by_hand(catalog):
     np.testing.assert_allclose(named["history_length"], np.log(3), rtol=1e-6)
 
 
+def remembered(catalog, *named: tuple[str, str]) -> assemble.History:
+    known = profile.fold(profile.empty(), events(*named), len(named))
+    return assemble.history(known.records, catalog, TYPES, known.memory)
+
+
+def test_what_lasts_by_hand(catalog):
+    past = remembered(catalog, ("a", "view_item"), ("b", "purchase"), ("a", "hide"), ("", "search"))
+    rows, nothing = np.array([0, 1, 2], np.int32), np.zeros(3, np.float32)
+
+    def told(now: int) -> dict[str, np.ndarray]:
+        table = assemble.ranker_features(past, rows, nothing, catalog.columns, OUTCOMES, assemble.Moment(now))
+        return dict(zip(assemble.ranker_names(["buy", "view"]), table.T.astype(np.float64), strict=True))
+
+    soon = told(2000 + 600_000)
+    for horizon in ("day", "month"):
+        np.testing.assert_allclose(soon[f"category_{horizon}"], np.log1p([1, 1, 1]), rtol=0.01)
+        np.testing.assert_allclose(soon[f"creator_{horizon}"], np.log1p([1, 1, 0]), rtol=0.01)
+        np.testing.assert_allclose(soon[f"activity_{horizon}"], np.log1p(3), rtol=0.01)
+    tenth = 0.5 ** (1 / 6)
+    np.testing.assert_allclose(soon["category_hour"], np.log1p([tenth, tenth, tenth]), rtol=0.01)
+    np.testing.assert_allclose(soon["visit_length"], np.log1p(3), rtol=1e-6)
+    np.testing.assert_allclose(soon["visit_minutes"], np.log1p(602 / 60), rtol=1e-6)
+    np.testing.assert_allclose(soon["visit_category"], [2 / 3, 1 / 3, 2 / 3], rtol=1e-6)
+    expected = 1 / (1 + np.exp(1.0))
+    bought = (1 + 4 * expected) / (1 + 4)  # one purchase, one item seen
+    np.testing.assert_allclose(soon["buy/person_month_rate"], np.log(bought / (1 - bought)) + 1, rtol=0.02)
+    later = told(2000 + assemble._DAY_MS)
+    np.testing.assert_allclose(later["category_day"], np.log1p([0.5, 0.5, 0.5]), rtol=0.01)
+    for name in ("visit_length", "visit_minutes", "visit_category"):
+        assert not later[name].any()
+    unknown = told(0)
+    assert all(not unknown[name].any() for name in assemble.RANKER_FEATURES.names[17:])
+    assert not unknown["view/person_month_rate"].any()
+
+
 def test_a_candidate_does_not_depend_on_the_others(catalog):
-    past = assemble.history(events(("a", "view_item"), ("b", "purchase"), ("a", "purchase")), catalog, TYPES)
+    past = remembered(catalog, ("a", "view_item"), ("b", "purchase"), ("a", "purchase"))
     rows, relevance = np.array([2, 0, 1], np.int32), np.array([1, 2, 3], np.float32)
     together = assemble.ranker_features(past, rows, relevance, catalog.columns, OUTCOMES, MOMENT)
     alone = [

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features import profile
+from features import controls, memory, profile
 from features.errors import ProfileCorrupt
+from features.schema import event_type_key
+
+TYPES = np.array([*map(event_type_key, ("view_item", "purchase", "hide")), *range(6)], np.uint32)
 
 
 def records(count: int, seed: int = 0, items: int = 1000):
@@ -17,9 +22,9 @@ def records(count: int, seed: int = 0, items: int = 1000):
         random.integers(1, items, count),
         random.integers(0, 9, count),
         random.integers(0, 9, count),
-        np.arange(count) * 1000,
+        np.arange(count) * 1000 + np.arange(count) // 7 * 4_000_000,
         random.standard_normal(count),
-        random.integers(0, 2**32, count),
+        random.choice(TYPES, count),
     )
 
 
@@ -28,6 +33,8 @@ def same(left: profile.Profile, right: profile.Profile) -> bool:
         (left.version, left.count) == (right.version, right.count)
         and left.records.tobytes() == right.records.tobytes()
         and left.evicted.tolist() == right.evicted.tolist()
+        and memory.encode(left.memory) == memory.encode(right.memory)
+        and left.rules.tobytes() == right.rules.tobytes()
     )
 
 
@@ -38,7 +45,7 @@ def tail_of(log_ids, events) -> bytes:
 
 
 def test_a_record_has_44_bytes_and_an_entry_52():
-    assert (profile.RECORD.itemsize, profile.ENTRY.itemsize, profile.HEADER_SIZE) == (44, 52, 40)
+    assert (profile.RECORD.itemsize, profile.ENTRY.itemsize, profile.HEADER_SIZE) == (44, 52, 48)
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
@@ -55,7 +62,7 @@ def test_the_ring_keeps_the_newest_and_remembers_the_others_as_seen():
     events = records(profile.RING + 10)
     folded = profile.fold(profile.empty(), events, 7)
     assert folded.count == profile.RING + 10
-    assert folded.records.tobytes() == events[10:].tobytes()
+    assert folded.records.tobytes() == profile.events_of(events[10:]).tobytes()
     assert folded.evicted.tolist() == list(dict.fromkeys(events["item"][:10].tolist()))
 
 
@@ -131,7 +138,7 @@ def test_what_has_left_the_log_stays_when_a_profile_is_folded_anew():
     logged = np.zeros(5, profile.ENTRY)
     logged["log_id"], logged["record"] = np.arange(16, 21), events[15:]
     found = profile.refold(stored, logged, {17})
-    assert found.records.tobytes() == np.delete(events, 16).tobytes()
+    assert found.records.tobytes() == profile.events_of(np.delete(events, 16)).tobytes()
     assert (found.count, found.version) == (19, 20)
     # What was undone comes again, by whoever still had it in hand: it is known already.
     again = profile.split(profile.encode(found) + tail_of([17], events[16:17]))
@@ -147,8 +154,15 @@ def test_what_is_past_its_retention_leaves_a_profile_folded_anew():
     logged["log_id"], logged["record"] = np.arange(16, 21), events[15:]
     odd = events["timestamp"] % 2000 == 1000
     found = profile.refold(stored, logged, expired=lambda some: some["timestamp"] % 2000 == 1000)
-    assert found.records.tobytes() == events[~odd].tobytes()
+    assert found.records.tobytes() == profile.events_of(events[~odd]).tobytes()
     assert found.count == 10
+
+
+def test_a_profile_of_an_older_format_says_how_to_mend_it():
+    blob = bytearray(profile.encode(profile.fold(profile.empty(), records(3), 3)))
+    blob[4] = 2
+    with pytest.raises(ProfileCorrupt, match="penchant profiles rebuild"):
+        profile.decode(bytes(blob))
 
 
 def test_nobody_is_a_profile():
@@ -158,9 +172,10 @@ def test_nobody_is_a_profile():
 @given(st.integers(0, 2**31), st.integers(1, 255))
 def test_a_changed_byte_is_noticed(at, change):
     events = records(6)
-    blob = bytearray(profile.encode(profile.fold(profile.empty(), events[:4], 4)) + tail_of([5, 6], events[4:]))
-    # Versions and marks are compared, not checksummed; reserved bytes mean nothing.
-    checked = [*range(12), *(i for i in range(40, len(blob)) if not _is_log_id(i, len(blob)))]
+    known = dataclasses.replace(profile.empty(), rules=np.array([(7, 0, 1), (8, 9, 2)], controls.RULE))
+    blob = bytearray(profile.encode(profile.fold(known, events[:4], 4)) + tail_of([5, 6], events[4:]))
+    # Versions and marks are compared, not checksummed.
+    checked = [*range(16), *(i for i in range(48, len(blob)) if not _is_log_id(i, len(blob)))]
     blob[checked[at % len(checked)]] ^= change
     with pytest.raises(ProfileCorrupt):
         profile.decode(bytes(blob))
@@ -171,7 +186,7 @@ def _is_log_id(position: int, length: int) -> bool:
     return position >= tail and (position - tail) % profile.ENTRY.itemsize < 8
 
 
-@pytest.mark.parametrize("blob", [b"", b"x" * 39, b"x" * 40, profile.encode(profile.empty())[:-1]])
+@pytest.mark.parametrize("blob", [b"", b"x" * 47, b"x" * 48, profile.encode(profile.empty())[:-1]])
 def test_what_is_no_profile_is_refused(blob):
     with pytest.raises(ProfileCorrupt):
         profile.decode(blob)

@@ -34,7 +34,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import features.assemble
+import features.decay
 import features.kernels
+import features.memory
 import features.outcomes
 import features.profile
 from features.bundle import open_bundle
@@ -440,7 +442,7 @@ class Life:
 def _encoded(world: World, profile: Profile) -> tuple[list[int], list[int]]:
     """What the user encoder reads of a profile."""
     types = features.assemble.type_index(MODEL["event_types"])
-    past = features.assemble.history(profile.records, world.offline, types)
+    past = features.assemble.history(profile.records, world.offline, types, profile.memory)
     rows, kinds = features.assemble.encoder_inputs(past.rows, past.types, MODEL["max_length"])
     return rows.tolist(), kinds.tolist()
 
@@ -449,9 +451,10 @@ def _encoded(world: World, profile: Profile) -> tuple[list[int], list[int]]:
 def plain_kernels() -> Iterator[None]:
     """Every kernel replaced by its plain twin, wherever it is used."""
     with contextlib.ExitStack() as stack:
-        users: Sequence[ModuleType] = (features.profile, features.assemble, features.outcomes)
-        for name, module in itertools.product(dir(features.kernels), users):
-            twin = getattr(features.kernels, f"{name}_plain", None)
+        users: Sequence[ModuleType] = (features.profile, features.memory, features.assemble, features.outcomes)
+        kernels = vars(features.kernels) | vars(features.decay)
+        for name, module in itertools.product(kernels, users):
+            twin = kernels.get(f"{name}_plain")
             if twin is not None and hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, twin))
         yield

@@ -71,6 +71,19 @@ def test_a_retry_gets_the_answer_of_the_first_and_its_record(log, events_redis):
     assert log.append([event(1)])[0].record == b""
 
 
+def test_one_person_fills_no_more_than_their_share_and_has_it_again_when_it_is_trimmed(events_redis):
+    log = EventLog(events_redis, 1, person_cap=5)
+    log.open()
+    appended = log.append([event(number) for number in range(7)] + [event(0, "u:2")])
+    assert [one.error is None for one in appended] == [True] * 5 + [False] * 2 + [True]
+    assert isinstance(appended[5].error, ResourceExhausted)
+    assert (appended[5].error.field, appended[5].log_id) == ("subject", 0)
+    assert "bot" in str(appended[5].error)
+    assert log.append([event(1)])[0].duplicate  # a retry of what was taken is told so all the same
+    events_redis.set(log.keys[0].floor, (appended[4].log_id >> 20) + 1)  # what a trim of all this leaves
+    assert log.append([event(number) for number in (7, 8)])[0].error is None
+
+
 @on_redis
 @given(st.lists(st.tuples(OPAQUE, OPAQUE), min_size=1, max_size=8))
 def test_ids_are_opaque_and_never_mix(events_redis, pairs):

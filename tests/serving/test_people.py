@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from features.controls import Kind, blocked
 from features.errors import ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
 from features.schema import event_type_key, item_key
@@ -18,7 +19,7 @@ from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Purger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, ProfileStoreUnavailable, ServingError
 from serving.events import EventLog, LoggedEvent, LoggedImpression, stream_id
-from serving.people import Consent, People, consents
+from serving.people import Consent, People, Rule, consents
 from serving.profiles import ProfileStore
 from serving.projector import Projector
 from serving.rebuild import rebuild
@@ -185,6 +186,65 @@ class TestConsent:
 @pytest.fixture
 def servers(profiles_server, events_server):
     return profiles_server.url, events_server.url
+
+
+class TestRules:
+    RULES = (Rule(Kind.ITEM, "i1"), Rule(Kind.CREATOR, "m\0{}", 5000), Rule(Kind.CATEGORY, "tea"))
+
+    def stored(self, store, subject="u:ann"):
+        rules = store.read(subject).rules
+        return [blocked(rules, kind, 4999).tolist() for kind in Kind]
+
+    def test_they_are_known_in_words_by_the_log_and_as_keys_by_the_profile(self, people, log, store):
+        assert people.rules("u:ann") == ([], 0)
+        version, applied = people.set_rules("u:ann", self.RULES)
+        assert applied
+        assert people.rules("u:ann") == (list(self.RULES), version)
+        assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
+        assert blocked(store.read("u:ann").rules, Kind.CREATOR, 5000).size == 0
+        project(log, store)
+        assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
+        people.set_rules("u:ann", ())
+        assert self.stored(store) == [[], [], []]
+        project(log, store)
+        assert self.stored(store) == [[], [], []]
+
+    def test_they_stay_through_a_reset_and_a_loss_of_the_profiles(self, people, log, store, servers, tmp_path):
+        write_dataset(
+            tmp_path / "data",
+            pa.table({"user_id": ["bob"], "item_id": ["i1"], "event_type": ["like"], "timestamp": [1_700_000_000_000]}),
+            pa.table({"item_id": ["i1"]}),
+            name="test",
+        )
+        people.set_rules("u:ann", self.RULES)
+        people.reset("u:ann")
+        assert self.stored(store)[0]
+        store._client.flushall()
+        rebuild(tmp_path / "data", *servers, partitions=PARTITIONS)
+        assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
+
+    @pytest.mark.parametrize("projected", [False, True])
+    def test_they_go_with_the_person_and_with_the_consent(self, people, log, store, projected):
+        for person in ("u:ann", "u:bob"):
+            people.set_rules(person, self.RULES)
+        people.erase("u:ann")
+        people.set_consent("u:bob", Purpose.TRAIN)
+        if projected:
+            project(log, store)
+        for person in ("u:ann", "u:bob"):
+            assert people.rules(person)[0] == []
+            assert self.stored(store, person) == [[], [], []]
+        with pytest.raises(ConsentWithheld):
+            people.set_rules("u:bob", self.RULES)
+
+    def test_a_merge_joins_them_and_the_later_end_holds(self, people, store):
+        people.set_rules("a:tab", [Rule(Kind.ITEM, "i1", 50), Rule(Kind.ITEM, "i2", 50), Rule(Kind.CREATOR, "i3")])
+        people.set_rules("u:ann", [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", 40)])
+        people.merge("a:tab", "u:ann")
+        joined = [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", 50), Rule(Kind.CREATOR, "i3")]
+        assert people.rules("u:ann")[0] == joined
+        assert people.rules("a:tab")[0] == []
+        assert self.stored(store) == [[item_key("i1")], [item_key("i3")], []]
 
 
 class TestUndo:

@@ -7,17 +7,19 @@ import random
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features import controls, memory
 from features.errors import ProfileCorrupt
 from features.profile import Profile, empty, encode, fold, make_records
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
-from serving.profiles import Applied, Loaded, ProfileStore, TailFull
-from serving.redis_client import connect
+from serving.profiles import Applied, Loaded, Mark, ProfileStore, TailFull
+from serving.redis_client import address_of, connect, partition_of
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry
 from tests.serving.faults import frozen, insist, kill
@@ -54,12 +56,11 @@ def expected(numbers, start: int = NOW) -> Profile:
 
 
 def same(left: Profile, right: Profile) -> bool:
-    return (left.version, left.count, left.records.tobytes(), left.evicted.tolist()) == (
-        right.version,
-        right.count,
-        right.records.tobytes(),
-        right.evicted.tolist(),
+    one, other = (
+        (p.version, p.count, p.records.tobytes(), p.evicted.tolist(), memory.encode(p.memory), p.rules.tobytes())
+        for p in (left, right)
     )
+    return one == other
 
 
 def test_nobody_has_the_empty_profile(store):
@@ -185,7 +186,7 @@ def test_a_tail_is_never_cut_and_its_owner_is_slowed_down(profiles_redis):
     store.apply("u:bot", entries(range(50)))
     with pytest.raises(TailFull) as failure:
         store.apply("u:bot", entries([50]))
-    assert failure.value.code == "RESOURCE_EXHAUSTED"
+    assert (failure.value.code, failure.value.field) == ("RESOURCE_EXHAUSTED", "subject")
     replies = store.apply_many([("u:bot", entries([50])), ("u:1", entries([1]))])
     assert isinstance(replies[0], TailFull)
     assert replies[1] == Applied(1, 0, 1)
@@ -215,6 +216,81 @@ def test_somebody_without_a_profile_can_be_erased(store):
     assert store.erase("u:new", NOW) == 0
     assert store.read("u:new").count == 0
     assert store.apply("u:new", entries([0, 1])) == Applied(1, 1, 1)
+
+
+RULES = np.array([(7, 0, controls.Kind.ITEM), (8, 1000, controls.Kind.CREATOR)], controls.RULE)
+
+
+def ruled(log_id: int, rules=RULES) -> Mark:
+    return Mark(log_id, address_of("u:1"), rules=controls.encode(rules))
+
+
+def test_rules_survive_all_that_happens_to_events_and_the_newest_word_counts(store):
+    place = partition_of("u:1", 16)
+    store.mark(place, ruled(NOW))  # before there is anything else
+    assert store.read("u:1").rules.tobytes() == RULES.tobytes()
+    store.apply("u:1", entries([1, 2]))
+    store.compact("u:1", NOW + 1)
+    assert same(store.read("u:1"), replace(expected([1, 2]), rules=RULES))
+    store.mark(place, ruled(NOW + 3, RULES[:1]))
+    store.mark(place, ruled(NOW + 2))  # late
+    assert same(store.read("u:1"), replace(expected([1, 2]), rules=RULES[:1]))
+    store.put_states([("u:1", expected([1, 2, 3]))])
+    assert same(store.read("u:1"), replace(expected([1, 2, 3]), rules=RULES[:1]))
+    store.mark(place, Mark(NOW + 3, address_of("u:1"), forget=True))  # a reset
+    assert same(store.read("u:1"), replace(empty(), rules=RULES[:1]))
+    store.apply("u:1", entries([5]))
+    store.erase("u:1", NOW + 9)
+    assert same(store.read("u:1"), empty())
+    store.mark(place, ruled(NOW + 3))
+    assert not store.read("u:1").rules.size
+
+
+def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, monkeypatch):
+    store.apply("u:1", entries([1, 2]))
+    read, looks = store._blob, []
+
+    def read_then_rule(subject):
+        blob = read(subject)
+        looks.append(blob)
+        if len(looks) == 1:
+            ProfileStore(profiles_redis).mark(partition_of("u:1", 16), ruled(NOW))
+        return blob
+
+    monkeypatch.setattr(store, "_blob", read_then_rule)
+    assert store.compact("u:1", NOW + 2) == 2
+    assert len(looks) == 2
+    monkeypatch.undo()
+    assert same(store.read("u:1"), replace(expected([1, 2]), rules=RULES))
+
+
+def test_who_stays_away_leaves_a_state_behind_and_nothing_else(store):
+    before = NOW >> 20
+    for person in ("u:idle", "u:waiting", "u:1"):
+        store.apply(person, entries([1, 2]))
+    for person in ("u:idle", "u:1"):
+        store.compact(person, NOW + 2)
+    store.mark(partition_of("u:1", 16), ruled(NOW))
+    imported = expected([1, 2], start=1)
+    store.put_states([("u:old", imported), ("u:new", expected([3], start=1 << 62))])
+    assert store.leave(2000) == 0  # the imported events are from 1000 and 2000
+    assert store.leave(before + 1) == 3  # that of "u:waiting" has a tail
+    assert store.dropped(["u:idle", "u:1", "u:old", "u:waiting", "u:new", "u:nobody"]) == {
+        "u:idle": NOW + 2,
+        "u:1": NOW + 2,
+        "u:old": 3,
+    }
+    assert store.read("u:idle").count == 0
+    assert store.read("u:1").rules.tobytes() == RULES.tobytes()
+    assert store.leave(before + 1) == 0
+    # What was folded once does not come again; what is new waits for the state that is made anew.
+    assert store.apply("u:idle", entries([1, 2, 3])) == Applied(1, 0, 1, away=True)
+    assert store.compact("u:idle", NOW + 3, dropped_too=False) == 0
+    assert store.put_states([("u:idle", expected([1, 2])), ("u:old", imported)]) == Loaded(2, 0)
+    assert same(store.read("u:idle"), expected([1, 2, 3]))
+    assert store.apply("u:idle", entries([4])) == Applied(1, 0, 2)
+    assert store.compact("u:idle", NOW + 4, dropped_too=False) == 2
+    assert store.dropped(["u:idle", "u:old"]) == {}
 
 
 def test_bulk_states_are_replaced_and_live_ones_are_not_undone(store):

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from features import memory
 from features.errors import PenchantError
-from features.profile import Profile, empty, fold, make_records
+from features.profile import Profile, empty, events_of, fold, make_records
 from features.schema import event_type_key, item_key
 from features.tables import write_dataset
 from serving.errors import ConfigError, ProfileStoreUnavailable
@@ -45,8 +46,8 @@ def record(item: str, minute: int, kind: str = "view_item", category="", creator
     return make_records(*keys, NOW + 60_000 * minute, value, event_type_key(kind))
 
 
-def bytes_of(profile: Profile) -> tuple[int, bytes, list[int]]:
-    return profile.count, profile.records.tobytes(), profile.evicted.tolist()
+def bytes_of(profile: Profile) -> tuple[int, bytes, list[int], bytes]:
+    return profile.count, profile.records.tobytes(), profile.evicted.tolist(), memory.encode(profile.memory)
 
 
 def test_each_person_gets_their_own_events_in_order(tmp_path, store, profiles_server):
@@ -59,8 +60,8 @@ def test_each_person_gets_their_own_events_in_order(tmp_path, store, profiles_se
     answer = rebuild(dataset(tmp_path / "data", events), profiles_server.url)
     assert (answer["profiles"], answer["kept"], answer["events"], answer["rejected"]) == (2, 0, 4, 0)
     expected = [record("i0", 2, "purchase", "Drinks", "c"), record("i1", 5, value=4.0), record("unknown", 9)]
-    assert store.read("u:ann").records.tobytes() == np.concatenate(expected).tobytes()
-    assert store.read("u:\0*{}\r\n😀").records.tobytes() == record("i2", 1, "my own type").tobytes()
+    assert store.read("u:ann").records.tobytes() == events_of(np.concatenate(expected)).tobytes()
+    assert store.read("u:\0*{}\r\n😀").records.tobytes() == events_of(record("i2", 1, "my own type")).tobytes()
 
 
 def test_the_result_is_the_fold_of_the_events_one_by_one(tmp_path, store, profiles_server):

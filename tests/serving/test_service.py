@@ -353,6 +353,49 @@ class TestProfile:
         assert client.get_profile(ann).event_count == 1
 
 
+class TestControls:
+    def test_the_next_answer_of_any_worker_obeys(self, client, everywhere, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        first = ids(client.recommend(user_id=ann, page_size=9))
+        version = client.set_controls([("item", first[0], 0), ("item", first[1], 1)], ann).profile_version
+        for _ in range(8):
+            slate = everywhere.recommend(user_id=ann, page_size=8)
+            assert ids(slate)[0] == first[1]
+            assert first[0] not in ids(slate)
+            assert slate.dropped["blocked"] == 1
+        said = client.get_controls(ann)
+        assert [(one.id, one.until_ms) for one in said.hidden] == [(first[0], 0), (first[1], 1)]
+        assert said.profile_version == version
+        whole = set(ids(client.recommend(user_id=ann, page_size=9)))
+        client.set_controls([("category", "western", 0)], ann)
+        left = set(ids(client.recommend(user_id=ann, page_size=9)))
+        assert left
+        assert not left & rows_of("western")
+        assert left != whole
+        assert set(ids(client.rank(["i0", "i1"], user_id=ann))) == {"i0", "i1"} - rows_of("western")
+
+    def test_mistakes_name_their_field(self, client, ann):
+        with pytest.raises(grpc.RpcError, match=r"hidden\[1\]\.id"):
+            client.set_controls([("item", "i1", 0), ("item", "", 0)], ann)
+        with pytest.raises(grpc.RpcError, match=r"hidden\[0\]\.until_ms"):
+            client.set_controls([("item", "i1", -1)], ann)
+
+    def test_a_profile_says_who_they_are_and_what_they_are_doing(self, client, ann):
+        now = int(time.time() * 1000)
+        done = [("i0", 90), ("i4", 80), ("i1", 2), ("i5", 1)]
+        client.ingest([event(ann, item, "view_item", timestamp_ms=now - 60_000 * minutes) for item, minutes in done])
+        client.ingest([event(ann, "i8", "like", timestamp_ms=now - 60_000)])
+        profile = client.get_profile(ann)
+        assert profile.segment == "western"
+        assert (profile.visit.events, profile.visit.category) == (3, "space")
+        assert profile.visit.began_ms == now - 120_000
+        assert not client.get_profile("nobody").HasField("visit")
+        [counts] = [one for one in client.export_subject(ann) if one["kind"] == "counts"]
+        assert counts["horizons"] == ["hour", "day", "month"]
+        assert counts["event_type"]["view_item"][2] == pytest.approx(4, rel=0.01)
+        assert set(counts["category"]) == {"western", "space"}
+
+
 class TestRights:
     def test_who_allows_no_personal_answers_gets_none_from_any_worker(self, client, everywhere, ann):
         client.ingest([event(ann, "i0", "view_item")])
@@ -376,7 +419,8 @@ class TestRights:
         (status,) = client.ingest([event(ann, "i1", "view_item")])
         assert status.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
         assert "not stored" in status.message
-        assert [one["kind"] for one in client.export_subject(ann)] == ["consent", "profile"]
+        kinds = ["consent", "controls", "profile", "counts"]
+        assert [one["kind"] for one in client.export_subject(ann)] == kinds
         client.set_consent(["personalise", "measure"], ann)
         client.ingest([event(ann, "i2", "view_item")])
         slate = client.recommend(user_id=ann)

@@ -11,13 +11,15 @@ import pytest
 from features.assemble import history
 from features.bundle import open_bundle
 from features.catalog import Catalog
+from features.controls import RULE, Kind
+from features.controls import encode as encode_rules
 from features.outcomes import Outcomes
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
-from features.schema import ITEMS, event_type_key, item_keys
+from features.schema import ITEMS, event_type_key, item_key, item_keys
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.errors import ProfileStoreUnavailable
-from serving.filters import Eligible, Excluded, Seen
+from serving.filters import Blocked, Eligible, Excluded, Seen
 from serving.hydrators import CatalogVersion, Progress, QueryVector, UserVector
 from serving.hydrators import Profile as ProfileHydrator
 from serving.index import Index
@@ -207,7 +209,18 @@ class TestHydrators:
             with pytest.raises(ProfileStoreUnavailable):
                 hydrator.hydrate(query())
 
-    @pytest.mark.parametrize("fields", [{"subject": ""}, {"personalize": False}, {"holdout": True}])
+    def test_of_who_is_held_out_only_the_rules_are_read(self, catalog, profiles_redis):
+        store = ProfileStore(profiles_redis)
+        store.apply("u:ann", [(1 << 50, records(["i1"]).tobytes())])
+        rules = np.array([(1, 0, Kind.ITEM)], RULE)
+        store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=encode_rules(rules)))
+        for holdout in (True, False):
+            asked = query(holdout=holdout)
+            ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
+            assert asked.rules.tobytes() == rules.tobytes()
+            assert (asked.profile is None, asked.history is None, not asked.seen.size) == (holdout, holdout, holdout)
+
+    @pytest.mark.parametrize("fields", [{"subject": ""}, {"personalize": False}])
     def test_nobody_s_profile_is_not_read(self, catalog, fields):
         assert not ProfileHydrator(None, catalog, TYPES, SEEN, TURNS).enable(query(**fields))
 
@@ -320,6 +333,23 @@ class TestSources:
 
 
 class TestFilters:
+    def test_what_a_person_blocked_stays_away_until_the_rule_ends(self, catalog):
+        rows = np.arange(8, dtype=np.int32)
+        genre = item_key(small.GENRES[2])
+        rules = [
+            (item_key("i1"), 0, Kind.ITEM),
+            (item_key("gone"), 0, Kind.ITEM),
+            (genre, NOW + 1, Kind.CATEGORY),
+            (item_key(small.GENRES[3]), NOW, Kind.CATEGORY),  # over by now
+            (item_key("i4"), 0, Kind.CREATOR),
+        ]
+        catalog.columns.creator[4:6] = item_key("i4"), item_key("another")
+        asked = query(rules=np.array(rules, RULE))
+        assert Blocked(catalog).enable(asked)
+        assert rows[~Blocked(catalog).keep(asked, rows)].tolist() == [1, 2, 4, 6]
+        assert not Blocked(catalog).enable(query())
+        assert not Blocked(catalog).required
+
     ROWS = np.array([3, 0, 7], np.int32)
 
     def test_what_may_not_be_shown_goes(self, catalog):

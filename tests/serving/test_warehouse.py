@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -20,16 +21,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features import memory
+from features.controls import Kind
 from features.errors import TablesError
-from features.profile import empty, fold
+from features.profile import RECORD, Purpose, Retention, empty, fold
 from features.schema import EVENTS, item_key
 from features.tables import open_dataset, read_table, write_dataset
 from serving.catalog_log import CatalogLog, Change
 from serving.consumer import Consumer
+from serving.erasure import Certificates
 from serving.errors import ConfigError
 from serving.events import EventLog, log_id
+from serving.people import People, Rule
 from serving.profiles import ProfileStore
-from serving.rebuild import rebuild
+from serving.projector import Idle, Projector
+from serving.rebuild import rebuild, rehydrate
 from serving.redis_client import connect, partition_of
 from serving.redis_server import RedisServer
 from serving.services.catalog import _item, _json
@@ -531,12 +537,13 @@ def test_profiles_made_of_it_are_those_that_live_folding_made(log, make, out, pr
     answer = rebuild(out, profiles_server.url, partitions=PARTITIONS)
     assert (answer["profiles"], answer["events"], answer["rejected"]) == (len(told), 700, 0)
     for subject, entries in told.items():
-        records = np.frombuffer(b"".join(record for _, record in entries), store.read(subject).records.dtype)
+        records = np.frombuffer(b"".join(record for _, record in entries), RECORD)
         expected = fold(empty(), records, entries[-1][0])
         found = store.read(subject)
         assert found.records.tobytes() == expected.records.tobytes()
         assert (found.version, found.count) == (expected.version, expected.count)
         assert found.evicted.tolist() == expected.evicted.tolist()
+        assert memory.encode(found.memory) == memory.encode(expected.memory)
 
 
 def test_a_row_that_differs_by_one_key_is_another_profile(log, make, out, profiles_server, profiles_redis):
@@ -548,7 +555,70 @@ def test_a_row_that_differs_by_one_key_is_another_profile(log, make, out, profil
     table = pq.ParquetFile(file).read()
     pq.write_table(table.drop_columns(["category_key"]), file)
     rebuild(out, profiles_server.url, partitions=PARTITIONS)
-    assert ProfileStore(profiles_redis, PARTITIONS).read("u:ann").records.tobytes() != entry.record
+    assert ProfileStore(profiles_redis, PARTITIONS).read("u:ann").records.tobytes() != entry.record[:40]
+
+
+class TestComingBack:
+    def test_a_state_that_was_dropped_is_made_anew_when_the_person_returns(self, log, make, out, profiles_redis):
+        store = ProfileStore(profiles_redis, PARTITIONS)
+        people = People(log, store, Certificates(log))
+        who = ["ann", "bob", "cleo", "dan"]
+        ingest(log, *(event(user, f"i{n % 10}", timestamp_ms=now_ms() - 400 + n) for n in range(300) for user in who))
+        ingest(log, event("ann", "", "search", query="tea"))
+        people.set_rules("u:ann", [Rule(Kind.ITEM, "i3")])
+        projecting(log, store, None)
+        assert people.undo("u:dan", entry_of(log, "u:dan", 7))
+        sink = make()
+        sink.drain()
+        before = {user: store.read(f"u:{user}") for user in who}
+        for user in who:
+            store.compact(f"u:{user}", before[user].version)
+        assert store.leave(now_ms() + 1000) == 4
+        people.erase("u:bob")
+        people.set_consent("u:cleo", Purpose.TRAIN)
+        sink.drain()
+        assert store.read("u:ann").count == 0
+        assert store.read("u:ann").rules.size == 1
+        time.sleep(0.01)
+        ingest(log, *(event(user, "i1", "like") for user in who))
+        telemetry = Telemetry()
+        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))), telemetry)
+        assert telemetry.counters()["profiles_returned"] == 2  # of the others nothing may come back
+        assert [store.read(f"u:{user}").count for user in who] == [302, 1, 0, 300]
+        for user in ("ann", "dan"):
+            found, old = store.read(f"u:{user}"), before[user]
+            like = logged(event(user, "i1", "like"))[0].record
+            again = fold(old, np.frombuffer(like, RECORD), found.version)
+            assert found.records[:-1].tobytes() == again.records[:-1].tobytes()
+            assert found.evicted.tolist() == again.evicted.tolist()
+            assert found.rules.tobytes() == old.rules.tobytes()
+            part = old.memory.of("category")
+            assert set(old.memory.keys[part].tolist()) == set(found.memory.keys[found.memory.of("category")].tolist())
+
+    def test_a_warehouse_that_is_not_there_loses_nothing(self, log, profiles_redis, tmp_path):
+        store = ProfileStore(profiles_redis, PARTITIONS)
+        ingest(log, *(event("ann", f"i{n}") for n in range(5)))
+        projecting(log, store, None)
+        store.compact("u:ann", store.read("u:ann").version)
+        assert store.leave(now_ms() + 1000) == 1
+        ingest(log, *(event("ann", f"i{n}") for n in range(9)))
+        projecting(log, store, Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({}))))
+        assert store.dropped(["u:ann"])
+        assert store.read("u:ann").count == 9  # what is new is there, and is not folded without the past
+
+
+def entry_of(log, subject, place) -> str:
+    return [entry.event_id for entries in log.history(subject) for entry in entries][place]
+
+
+def projecting(log, store, idle, telemetry=None) -> None:
+    """A projector brings all that is pending and new, and ends."""
+    projector = Projector(log, store, settle_s=0, lease_ms=1, compact_after=4, idle=idle, telemetry=telemetry)
+    projector.open()
+    while projector.step():
+        pass
+    projector.step()
+    projector.close()
 
 
 class TestTrimming:
