@@ -7,7 +7,7 @@ item to the person before; in either case within the action's window.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,14 @@ def read_shown(
         return None
     slates = read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
     slates = slates.filter(pc.fill_null(slates["allow_train"], True))
-    lines, requests = _lines(slates, vocabulary, data, len(actions))
+    lines, requests = _lines(slates, vocabulary, data, len(actions), dataset.events["log_id"])
     _follow(lines, requests, dataset, data, actions)
     return lines
 
 
-def _lines(slates: pa.Table, vocabulary: Vocabulary, data: Interactions, actions: int) -> tuple[Shown, list[str]]:
+def _lines(
+    slates: pa.Table, vocabulary: Vocabulary, data: Interactions, actions: int, log_ids: pa.ChunkedArray[Any]
+) -> tuple[Shown, list[str]]:
     """What was shown, nothing done yet, and the request of each line."""
     listed: Any = slates["item_ids"].combine_chunks()
     sizes = np.diff(listed.offsets.to_numpy())
@@ -114,9 +116,14 @@ def _lines(slates: pa.Table, vocabulary: Vocabulary, data: Interactions, actions
     kept = kept[np.argsort(times[kept], kind="stable")]
     first = np.cumsum(sizes) - sizes
     people, times = people[kept], times[kept]
+    positions = _positions(data, people, times)
+    if is_present(log_ids) and is_present(slates["profile_version"]):
+        versions = pc.fill_null(slates["profile_version"], 0).to_numpy()[slate][kept]
+        logged = pc.fill_null(log_ids, 0).to_numpy()
+        positions = np.where(versions > 0, _folded(data, people, versions, logged), positions)
     lines = Shown(
         people=people,
-        positions=_positions(data, people, times),
+        positions=positions,
         rows=rows[kept],
         places=(kept - first[slate[kept]]).astype(np.int32),
         times=times,
@@ -131,13 +138,28 @@ def _lines(slates: pa.Table, vocabulary: Vocabulary, data: Interactions, actions
 def _positions(data: Interactions, people: _I64, times: _I64) -> _I64:
     """How many events each person had before each time."""
     out = np.empty(people.size, np.int64)
+    for some, own in _by_person(data, people):
+        out[some] = np.searchsorted(data.timestamps[own], times[some], side="left")
+    return out
+
+
+def _folded(
+    data: Interactions, people: _I64, versions: npt.NDArray[np.uint64], log_ids: npt.NDArray[np.uint64]
+) -> _I64:
+    """How many events were in each person's profile at each version: what serving read, whenever they happened."""
+    out = np.empty(people.size, np.int64)
+    for some, own in _by_person(data, people):
+        out[some] = np.searchsorted(log_ids[own], versions[some], side="right")
+    return out
+
+
+def _by_person(data: Interactions, people: _I64) -> Iterator[tuple[_I64, slice]]:
+    """The lines of each person, and their events."""
     order = np.argsort(people, kind="stable")
     borders = np.flatnonzero(np.diff(people[order])) + 1
     for some in np.split(order, borders) if people.size else ():
         person = int(people[some[0]])
-        mine = data.timestamps[data.offsets[person] : data.offsets[person + 1]]
-        out[some] = np.searchsorted(mine, times[some], side="left")
-    return out
+        yield some, slice(int(data.offsets[person]), int(data.offsets[person + 1]))
 
 
 def _follow(

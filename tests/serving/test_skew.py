@@ -33,19 +33,19 @@ def burst(count: int, item: int = 0, stride: int = 1, kind: int = 0, late: int =
 
 
 LIFE = [
-    burst(130),
+    burst(130, 0, 4),
     Fold(),
-    Patch(3, "noir", "c77"),
-    burst(130, 2, 3, kind=1, late=3),
+    Patch(4, "noir", "c77"),
+    burst(130, 2, 6, kind=1, late=3),
     Ask(0),
     Fold(),
-    Burst(0, 20, 1, 1, 4, 0, 3.25, 2, unapplied=True),
+    Burst(0, 20, 1, 2, 4, 0, 3.25, 2, unapplied=True),
     Fold(),
-    burst(60, 5, 7, kind=2, late=4),
+    burst(60, 6, 8, kind=2, late=4),
     Fold(),
     Ask(0),
 ]
-"""Long enough that the ring pushes events out."""
+"""Long enough that the ring pushes events out; about every other item, so that there is something left to show."""
 
 
 def test_lives_drawn_at_random(there: World) -> None:

@@ -31,14 +31,22 @@ ACTIONS = (CLICK, LIKE)
 CONFIG = TrainConfig(**{**TINY, "actions": ACTIONS, "target_types": ("click",)})
 
 
-def write(folder: Path, events: list[tuple], slates: list[tuple], items: int) -> Path:
-    """Events (user, item, type, hour, request) and slates (request, user, hour, items, surface)."""
+def write(
+    folder: Path,
+    events: list[tuple],
+    slates: list[tuple],
+    items: int,
+    log_ids: list[int | None] | None = None,
+    versions: list[int] | None = None,
+) -> Path:
+    """Events (user, item, type, hour, request) and slates (request, user, hour, items, surface), as logged or not."""
     table = {
         "user_id": [e[0] for e in events],
         "item_id": [e[1] for e in events],
         "event_type": [e[2] for e in events],
         "timestamp": [START + round(e[3] * HOUR) for e in events],
         "request_id": pa.array([e[4] for e in events], pa.string()),
+        "log_id": pa.array(log_ids or [None] * len(events), pa.uint64()),
     }
     shown = {
         "request_id": [s[0] for s in slates],
@@ -47,6 +55,7 @@ def write(folder: Path, events: list[tuple], slates: list[tuple], items: int) ->
         "item_ids": [s[3] for s in slates],
         "propensities": [[float("nan")] * len(s[3]) for s in slates],
         "surface": [s[4] for s in slates],
+        "profile_version": pa.array(versions or [None] * len(slates), pa.uint64()),
     }
     things = {"item_id": [f"i{n}" for n in range(items)], "creator_id": [f"c{n % 3}" for n in range(items)]}
     write_dataset(
@@ -117,6 +126,19 @@ def test_labels_join_by_person_where_events_name_no_request(tmp_path: Path) -> N
         for p, t, done in zip(lines.people, lines.times, lines.labels()[:, 0], strict=True)
     }
     assert [asked[key] for key in sorted(asked)] == [True, False, False, True]
+
+
+def test_a_line_has_the_events_of_the_version_that_its_impression_names(tmp_path: Path) -> None:
+    # Events in the order of the log: one that had happened before the slates came behind the first of them.
+    hours = [0.0, 1.0, 0.5, 4.0]
+    hours = [0.0, 1.0, 0.5, 4.0]
+    events = [("ann", f"i{n}", "click", hour, None) for n, hour in enumerate(hours)] + [("bob", "i0", "click", 2, None)]
+    slates = [(f"r{n}", "ann", 3 + n / 10, ["i5"], "home") for n in range(4)] + [("rb", "bob", 3.05, ["i5"], "home")]
+    log_ids = [2**60 + n for n in (1, 5, 9, 12, 3)]
+    versions = [2**60 + n for n in (5, 9, 11)]
+    # Of an answer that did not read the profile nothing is known but its time.
+    made = world(write(tmp_path, events, slates, 6, log_ids, [*versions, 0, 2**60 + 2]))
+    assert made.shown.positions.tolist() == [2, 0, 3, 3, 3]
 
 
 def random_feed(folder: Path, people: int = 60, items: int = 12, hours: int = 96) -> Path:
