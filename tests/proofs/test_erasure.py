@@ -71,6 +71,8 @@ def backup(tmp_path_factory, world) -> Path:
         for name in (CANARY, BIRD):
             live(client, name)
         assert service.stop() == 0
+    with opened(state) as stores:  # the last slate may have come when the Parquet was already closed
+        stores.warehouse()
     return state
 
 
