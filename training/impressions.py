@@ -88,14 +88,21 @@ def read_shown(
         data: The events as arrays, in the order of `dataset.events`.
         actions: What to look for.
     """
+    slates = _slates(path)
+    if slates is None:
+        return None
+    lines, requests = _lines(slates, vocabulary, data, len(actions), dataset.events["log_id"])
+    _follow(lines, requests, dataset, data, actions)
+    return lines
+
+
+def _slates(path: Path) -> pa.Table | None:
+    """The impressions of a data set that models may be trained on."""
     where = table_path(path, "impressions")
     if where is None:
         return None
     slates = read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
-    slates = slates.filter(pc.fill_null(slates["allow_train"], True))
-    lines, requests = _lines(slates, vocabulary, data, len(actions), dataset.events["log_id"])
-    _follow(lines, requests, dataset, data, actions)
-    return lines
+    return slates.filter(pc.fill_null(slates["allow_train"], True))
 
 
 def _lines(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from datetime import UTC, date, datetime, timedelta
+
+import pyarrow.parquet as pq
 import pytest
 
 from features.profile import EVERY_PURPOSE, Purpose
+from features.tables import open_dataset
 from serving.catalog_log import CatalogLog
 from serving.erasure import Certificates
 from serving.events import EventLog
@@ -14,8 +21,9 @@ from serving.rebuild import Histories
 from serving.warehouse import GROUP, Warehouse
 from serving.warehouse_files import WarehouseFiles
 from serving.warehouse_items import ItemTable
-from tests.serving.logged import event, ingest, slate
-from tests.serving.test_warehouse import PARTITIONS, rows
+from tests.serving.logged import event, ingest, logged, slate
+from tests.serving.test_warehouse import PARTITIONS, ROOT, at, rows
+from training.impressions import _slates
 
 
 @pytest.fixture
@@ -81,3 +89,113 @@ def test_the_certificate_gets_its_date_when_the_files_are_clean(log, people, war
     [after] = [one for one in Certificates(log).get(certificate.certificate_id).receipts if one.store == GROUP]
     assert after.purged_at > 0
     assert rows(tmp_path) == []
+
+
+def allowed(out, table: str = "events") -> dict[str, tuple[bool, bool]]:
+    return {row["user_id"]: (row.get("allow_train"), row.get("allow_measure")) for row in rows(out, table)}
+
+
+def trained_on(out) -> tuple[set[str], set[str]]:
+    """Whose events and whose slates a training reads."""
+    slates = _slates(out)
+    return set(open_dataset(out).events["user_id"].to_pylist()), set(slates["user_id"].to_pylist())
+
+
+def measured(out) -> set[str]:
+    return {row["user_id"] for row in rows(out, "sessions")}
+
+
+def test_who_allows_only_measuring_is_measured_and_never_trained_on(log, people, warehouse, tmp_path):
+    people.set_consent("u:ann", Purpose.MEASURE)
+    people.set_consent("u:bob", Purpose.TRAIN)
+    names = ("ann", "bob", "eve")
+    ingest(log, *(event(who, "i1") for who in names), *(event(who, "", "search", query="tea") for who in names))
+    log.append_impressions([slate(who, f"r-{who}", [1]) for who in names])
+    warehouse.drain()
+    for table in ("events", "searches", "impressions"):
+        assert allowed(tmp_path, table) == {"ann": (False, True), "bob": (True, False), "eve": (True, True)}
+    assert trained_on(tmp_path) == ({"bob", "eve"}, {"bob", "eve"})
+    assert measured(tmp_path) == {"ann", "eve"}
+    [day] = rows(tmp_path, "daily")
+    assert (day["item_id"], day["shown"], day["events"], day["people"]) == ("i1", 2, 2, 2)
+    assert set(open_dataset(tmp_path, everybody=True).events["user_id"].to_pylist()) == set(names)
+
+
+def test_a_withdrawal_takes_a_purpose_from_the_rows_that_are_there(log, people, warehouse, tmp_path):
+    ingest(log, event("ann", "i1"), event("bob", "i1"))
+    log.append_impressions([slate("ann", "r1", [1]), slate("bob", "r2", [1])])
+    warehouse.drain()
+    people.set_consent("u:ann", Purpose.MEASURE)
+    warehouse.drain()
+    assert allowed(tmp_path) == allowed(tmp_path, "impressions") == {"ann": (False, True), "bob": (True, True)}
+    assert (trained_on(tmp_path), measured(tmp_path)) == (({"bob"}, {"bob"}), {"ann", "bob"})
+    # A grant concerns what comes after it, and the next withdrawal takes the rest.
+    people.set_consent("u:ann", EVERY_PURPOSE)
+    warehouse.drain()
+    assert allowed(tmp_path)["ann"] == (False, True)
+    people.set_consent("u:ann", Purpose.TRAIN)
+    ingest(log, event("ann", "i2"))
+    warehouse.drain()
+    assert [(row["item_id"], row["allow_train"]) for row in rows(tmp_path) if row["user_id"] == "ann"] == [("i2", True)]
+    assert measured(tmp_path) == {"bob"}
+
+
+def test_files_of_before_say_nothing_and_allow_all(log, people, warehouse, tmp_path):
+    ingest(log, event("ann", "i1"), event("bob", "i1"))
+    warehouse.drain()
+    for path in tmp_path.glob("events/*/*.parquet"):
+        pq.write_table(pq.ParquetFile(path).read().drop_columns(["allow_train", "allow_measure"]), path)
+    warehouse.drain()
+    assert set(open_dataset(tmp_path).events["user_id"].to_pylist()) == measured(tmp_path) == {"ann", "bob"}
+    people.set_consent("u:ann", Purpose.TRAIN)
+    warehouse.drain()
+    assert allowed(tmp_path)["ann"] == (True, False)
+    assert measured(tmp_path) == {"bob"}
+
+
+def test_an_erasure_does_not_wait_for_the_next_flush(log, people, warehouse, tmp_path):
+    ingest(log, event("ann", "i1"), event("bob", "i1"))
+    warehouse.drain()
+    ingest(log, event("bob", "i2"))
+    warehouse.step()
+    assert len(rows(tmp_path)) == 2  # nothing is due for an hour
+    people.erase("u:ann")
+    warehouse.step()
+    assert {row["user_id"] for row in rows(tmp_path)} == {"bob"}
+
+
+def test_days_past_retention_go_from_every_table(log, tmp_path, events_redis):
+    [one] = logged(event("ann", "i1"))
+    keys = log.keys_of("u:ann")
+    for day in (0, 1):
+        events_redis.xadd(keys.events, {"s": "u:ann", "e": f"e{day}", "r": one.record, "p": one.payload}, id=at(day))
+    ingest(log, event("ann", "i2"))
+    items = ItemTable(tmp_path / "items.parquet", CatalogLog(log.client))
+    age = (datetime.now(UTC).date() - date(2026, 1, 2)) / timedelta(days=1)
+    files = WarehouseFiles(tmp_path)
+    made = Warehouse(log, files, items, flush_s=3600, days=age)
+    made.open()
+    made.drain()
+    files.close()
+    days = {path.name for table in ("events", "sessions", "daily") for path in tmp_path.glob(f"{table}/*")}
+    assert days == {"date=2026-01-02", f"date={datetime.now(UTC).date()}"}
+    assert [row["item_id"] for row in rows(tmp_path)] == ["i1", "i2"]
+
+
+def test_the_command_takes_the_default_and_drops_the_group(log, tmp_path, events_server):
+    ingest(log, event("ann", "i1"))
+    command = [sys.executable, "-m", "penchant", "warehouse", "--redis", events_server.url]
+    command += ["--partitions", str(PARTITIONS)]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *words], capture_output=True, text=True, check=False, cwd=ROOT)
+
+    out = ("--out", str(tmp_path), "--once")
+    wrong = run(*out, "--default-purposes", "mesure")
+    assert wrong.returncode == 2
+    assert "mesure" in wrong.stderr
+    done = run(*out, "--default-purposes", "measure", "--retention", "30")
+    assert done.returncode == 0, done.stderr
+    assert allowed(tmp_path) == {"ann": (False, True)}
+    done = run("--forget")
+    assert json.loads(done.stdout.splitlines()[-1]) == {"partitions": PARTITIONS, "groups": 2 * PARTITIONS}
