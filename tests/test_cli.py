@@ -31,7 +31,7 @@ HEAVY = (
     "serving",
 )
 COMMANDS = ["data", "validate", "features", "train", "evaluate", "export", "serve", "recommend", "projector"]
-COMMANDS += ["warehouse", "demo", "profiles rebuild", "profiles show"]
+COMMANDS += ["warehouse", "erase", "demo", "profiles rebuild", "profiles show"]
 COMMANDS += [
     "bench fidelity",
     "bench freshness",
@@ -39,6 +39,7 @@ COMMANDS += [
     "bench impressions",
     "bench kills",
     "bench latency",
+    "bench profiles",
     "bench stages",
     "bench training",
 ]
@@ -84,10 +85,12 @@ def test_every_parameter_is_explained(command: str) -> None:
 
 
 def test_every_command_is_listed() -> None:
-    listed = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    def names(app: typer.Typer) -> set[str]:
+        return {one.name or one.callback.__name__ for one in app.registered_commands if one.callback}
+
+    listed = names(cli.app)
     for group in cli.app.registered_groups:
-        commands = group.typer_instance.registered_commands if group.typer_instance else []
-        listed |= {f"{group.name} {command.callback.__name__}" for command in commands if command.callback}
+        listed |= {f"{group.name} {name}" for name in (names(group.typer_instance) if group.typer_instance else ())}
     assert listed == set(COMMANDS)
 
 
