@@ -70,8 +70,10 @@ class Gates:
     def _check(self, name: str, value: float, limit: float, passed: bool, side: str) -> None:
         self.found[name] = {"value": value, "limit": limit, "passed": passed}
         if not passed:
-            gap = f"{value:.4g} is {abs(value - limit):.4g} {side} the limit {limit:.4g}"
-            raise ExportError(f"gate {name}: {gap}; nothing was published")
+            said, gap, edge = (
+                f"{one}" if isinstance(one, int) else f"{one:.4g}" for one in (value, abs(value - limit), limit)
+            )
+            raise ExportError(f"gate {name}: {said} is {gap} {side} the limit {edge}; nothing was published")
 
 
 def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RECALL) -> dict[str, Any]:

@@ -24,6 +24,8 @@ METHODS = {
     "ProfileService": (
         "GetProfile",
         "SetConsent",
+        "SetControls",
+        "GetControls",
         "ResetLearning",
         "UndoEvent",
         "MergeIdentities",

@@ -26,7 +26,7 @@ SETTINGS += ["warmup_steps=2", "candidates=20"]
 def penchant(*words: str, status: int = 0) -> tuple[dict, str]:
     command = [sys.executable, "-c", "from penchant.cli import main; main()", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == status, done.stderr[-3000:]
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
@@ -98,7 +98,7 @@ def test_train_on_what_the_service_wrote_export_and_serve_again(serve, world, tm
         assert not slate.degraded
         # What was put is known from the bundle or from the changes since; each is there once.
         for item in ("fresh", "later"):
-            found = [one.item_id for one in client.search(f"story {item}", page_size=20).items]
+            found = [one.item_id for one in client.search(f"story {item}", page_size=50).items]
             assert found.count(item) == 1
         with pytest.raises(grpc.RpcError):
             client.search("")

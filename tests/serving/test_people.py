@@ -209,7 +209,9 @@ class TestRules:
         project(log, store)
         assert self.stored(store) == [[], [], []]
 
-    def test_they_stay_through_a_reset_and_a_loss_of_the_profiles(self, people, log, store, servers, tmp_path):
+    def test_they_stay_through_a_reset_and_a_loss_of_the_profiles(
+        self, people, log, store, servers, tmp_path, profiles_redis
+    ):
         write_dataset(
             tmp_path / "data",
             pa.table({"user_id": ["bob"], "item_id": ["i1"], "event_type": ["like"], "timestamp": [1_700_000_000_000]}),
@@ -219,7 +221,7 @@ class TestRules:
         people.set_rules("u:ann", self.RULES)
         people.reset("u:ann")
         assert self.stored(store)[0]
-        store._client.flushall()
+        profiles_redis.flushall()
         rebuild(tmp_path / "data", *servers, partitions=PARTITIONS)
         assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
 

@@ -468,8 +468,9 @@ class TestRights:
         assert {status.code for status in client.ingest(many)} == {0}
         wait_until(lambda: [one for one in client.export_subject(ann) if one["kind"] == "impression"])
         found = list(client.export_subject(ann))  # over a megabyte: more than a page
-        assert [one["event_id"] for one in found if one["kind"] == "event"] == [one.event_id for one in many]
-        assert found[2]["attributes"] == notes
+        events = [one for one in found if one["kind"] == "event"]
+        assert [one["event_id"] for one in events] == [one.event_id for one in many]
+        assert events[2]["attributes"] == notes
         (slate,) = [one for one in found if one["kind"] == "impression"]
         assert (slate["request_id"], slate["item_ids"]) == (shown.request_id, ids(shown))
         assert found[0] == {"kind": "consent", "purposes": ["personalise", "train", "measure"], "given": False}

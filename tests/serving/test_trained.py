@@ -10,8 +10,8 @@ import pytest
 
 from features.assemble import Moment, encoder_inputs, history, ranker_features
 from features.outcomes import Outcomes
+from features.profile import Profile, fold, make_records
 from features.profile import empty as nobody
-from features.profile import fold, make_records
 from features.schema import event_type_key, event_type_keys, item_keys
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
@@ -34,11 +34,11 @@ def engine(request, profiles_redis) -> Engine:
     return open_engine(path, around)
 
 
-def expected(engine: Engine, records, page: int) -> list[int]:
+def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
     """The best rows for a person by the definition of the score, without index, pipeline or kernels for retrieval."""
     facts, columns = engine.bundle.model, engine.catalog.columns
     places = {event_type_key(name): place for place, name in enumerate(facts["event_types"], 1)}
-    past = history(records, engine.catalog, places)
+    past = history(profile.records, engine.catalog, places, profile.memory)
     rows, types = encoder_inputs(past.rows, past.types, facts["max_length"])
     user = engine.model.encode_user(columns.vectors[rows], types)
     every = np.setdiff1d(np.arange(engine.catalog.size, dtype=np.int32), past.rows)
@@ -64,12 +64,13 @@ def test_the_feed_is_that_of_the_definition(engine, profiles_redis):
         category, creator = engine.catalog.columns.category[rows], engine.catalog.columns.creator[rows]
         kinds = event_type_keys([types[at] for at in rng.integers(0, len(types), length)])
         records = make_records(item_keys(ids), category, creator, NOW, np.nan, kinds)
-        store.put_states([(f"u:{number}", fold(nobody(), records, length))])
+        profile = fold(nobody(), records, length)
+        store.put_states([(f"u:{number}", profile)])
         query = Query("r", f"u:{number}", NOW, time.monotonic() + PATIENCE_S, 10)
         slate = engine.pipelines["recommend"].run(query)
         assert query.rung == "sequence"
         assert not query.degraded
-        assert slate.rows.tolist() == expected(engine, records, 10)
+        assert slate.rows.tolist() == expected(engine, profile, 10)
 
 
 def test_the_whole_road_is_served(trained, serve):

@@ -124,6 +124,7 @@ def test_what_was_sent_is_what_stands_there(log, make, out):
         "log_id": ids[0], "ingested_at": ids[0] >> 20, "value": 2.5, "session_id": "s1", "request_id": "r1",
         "surface": "home", "query": None, "position": 3, "attributes": {"b": "1", "a": "2"},
         "category_key": item_key("c1"), "creator_key": item_key("m1"), "personal": True,
+        "allow_train": True, "allow_measure": True,
     }  # fmt: skip
     told = ("value", "session_id", "request_id", "surface", "query", "position", "attributes")
     assert [second[name] for name in told] == [None] * 7
@@ -315,7 +316,7 @@ class TestErasure:
         ingest(log, event("ann", "i1"))
         first.drain()
         log.erase("u:ann")
-        monkeypatch.setattr(WarehouseFiles, "erase", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
+        monkeypatch.setattr(WarehouseFiles, "revise", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
         with pytest.raises(OSError, match="killed here"):
             first.drain()
         crash(first)
@@ -401,7 +402,7 @@ def test_readers_go_as_far_as_everything_is_there(log, make, out):
     ingest(log, *(event(f"p{n}", "i2") for n in range(30)))
     # Some partitions are ahead: their new rows are not for readers yet.
     for partition in range(2):
-        warehouse._events.read(1000, 0)
+        warehouse._events.read(1000, [0] * PARTITIONS)
         warehouse._write_partition(partition)
     assert len(rows(out)) > 20
     assert open_dataset(out).info["fingerprint"] == moment.info["fingerprint"]
