@@ -150,6 +150,22 @@ def cold() -> str:
     return "\n".join(blocks)
 
 
+def growth() -> str:
+    """Training at several sizes."""
+    blocks = []
+    for path in sorted(RESULTS.glob("training-growth*.json")):
+        result = _read(path)
+        rows = [
+            [f"{int(events):,}", *(f"{one[name]:,.0f}" for name in ("tokens_per_second", "peak_anonymous_mib"))]
+            + [f"{one['prepare_cpu_seconds']:,.0f}"]
+            for events, one in result["sizes"].items()
+        ]
+        table = _table(["events", "tokens/s", "peak memory, MiB", "CPU s until the first step"], rows)
+        said = f"\nthe slowest trains at {result['slowest_to_fastest']:.2f} of the fastest one's rate.\n"
+        blocks.append(f"{result['title']}\n\n{table}{said}{_source(path, result)}")
+    return "\n".join(blocks)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "impressions": impressions,
@@ -157,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stages": stages,
     "training-speed": training_speed,
     "training-cold": cold,
+    "training-growth": growth,
 }
 
 

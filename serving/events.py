@@ -329,10 +329,8 @@ class EventLog:
         keys = self.keys[partition]
         streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people, keys.rules)
         # By the keyed hash, and by the address for a log that has another key.
-        calls = [Call(EVENT_ERASE, streams, (person, address, refuse)) for refuse in (1, 0)]
-        for call in calls:
-            marker, *_ = self.nodes.run(call)
-        return Erased(log_id(marker), 0, 0)
+        replies = [self.nodes.run(Call(EVENT_ERASE, streams, (person, address, refuse))) for refuse in (1, 0)]
+        return Erased(log_id(replies[-1][0]), 0, 0)
 
     def lacks(self, partition: int, persons: Sequence[tuple[bytes, int]]) -> list[bool]:
         """For each person (keyed hash, log id of an erasure) whether the log does not know that erasure.
