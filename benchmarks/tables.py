@@ -155,10 +155,9 @@ def growth() -> str:
     blocks = []
     for path in sorted(RESULTS.glob("training-growth*.json")):
         result = _read(path)
+        names = ("tokens_per_second", "peak_anonymous_mib", "prepare_cpu_seconds")
         rows = [
-            [f"{int(events):,}", *(f"{one[name]:,.0f}" for name in ("tokens_per_second", "peak_anonymous_mib"))]
-            + [f"{one['prepare_cpu_seconds']:,.0f}"]
-            for events, one in result["sizes"].items()
+            [f"{int(events):,}", *(f"{one[name]:,.0f}" for name in names)] for events, one in result["sizes"].items()
         ]
         table = _table(["events", "tokens/s", "peak memory, MiB", "CPU s until the first step"], rows)
         said = f"\nthe slowest trains at {result['slowest_to_fastest']:.2f} of the fastest one's rate.\n"
