@@ -404,6 +404,7 @@ def _settings(folder: Path, profiles: str, events: str) -> tuple[str, dict[str, 
         target = f"127.0.0.1:{probe.getsockname()[1]}"
     bundle = publish_world(folder / "bundle")
     own = {"listen": target, "redis": profiles, "events_redis": events, "partitions": PARTITIONS, "workers": 2}
+    own["state_dir"] = str(folder / "state")
     return target, own | {"bundle": str(bundle), "projector": False, "warehouse": False, "redis_timeout_ms": 1000}
 
 

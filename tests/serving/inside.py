@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ def inside(
     """Runs a worker and a projector between two Redis, and a warehouse where `out` says into which directory."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         listen = f"127.0.0.1:{free.getsockname()[1]}"
-    config = ServeConfig.load(bundle=bundle, listen=listen, redis=profiles_url, events_redis=events_url, **settings)
+    state = tempfile.TemporaryDirectory()
+    addresses = {"listen": listen, "redis": profiles_url, "events_redis": events_url}
+    config = ServeConfig.load(bundle=bundle, **addresses, **{"state_dir": state.name, **settings})
     stop, ready = threading.Event(), threading.Event()
     purge_s = config.purge_hours * 1800
     threads = [
@@ -56,3 +59,4 @@ def inside(
         stop.set()
         for thread in threads:
             thread.join()
+        state.cleanup()
