@@ -177,7 +177,7 @@ def _people(engine: Engine) -> dict[str, Profile]:
 
 def _encoder_feed(engine: Engine, profile: Profile) -> dict[str, npt.NDArray[Any]]:
     types = {key: 1 + at for at, key in enumerate(engine.event_types)}
-    past = history(profile.records, engine.catalog, types)
+    past = history(profile, engine.catalog, types)
     rows, kinds = encoder_inputs(past.rows, past.types, engine.model.max_length)
     vectors = engine.catalog.columns.vectors[rows]
     return {"vectors": vectors[None], "types": kinds[None], "lengths": np.array([rows.size], np.int64)}

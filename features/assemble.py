@@ -15,7 +15,7 @@ from features.kernels import affinity, log_odds, matched_weights, pack_newest
 from features.memory import Memory
 from features.memory import empty as nothing_remembered
 from features.outcomes import PERSON_STRENGTH, Outcomes, Rates
-from features.profile import RING, Events, Profile
+from features.profile import RING, Profile
 from features.schema import Feature, FeatureSet, event_type_key
 
 HALF_LIFE = 20
@@ -144,17 +144,17 @@ def statistics_width(actions: int) -> int:
     return 2 + 3 * actions
 
 
-def history(records: Events, catalog: Catalog, type_index: Mapping[int, int], memory: Memory | None = None) -> History:
+def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -> History:
     """Resolves what a profile holds against a catalogue.
 
     Args:
-        records: RECORD or EVENT [n], oldest first.
+        profile: Whose past.
         catalog: Where keys become rows.
         type_index: Event type key -> 1 + position among the bundle's event types.
-        memory: What all of the events, and older ones, add up to.
 
     An event without an item (a search) is no part of it, as it is none of a training history.
     """
+    records = profile.records
     about_items = records["item"] != 0
     if not about_items.all():
         records = records[about_items]
@@ -165,7 +165,7 @@ def history(records: Events, catalog: Catalog, type_index: Mapping[int, int], me
         np.ascontiguousarray(records["creator"]),
         np.ascontiguousarray(records["timestamp"]),
         np.ascontiguousarray(records["value"]),
-        *remembered(memory or nothing_remembered(), type_index),
+        *remembered(profile.memory, type_index),
     )
 
 

@@ -20,6 +20,7 @@ from features.assemble import (
     encoder_inputs,
     history,
     ranker_features,
+    type_index,
 )
 from features.bundle import open_bundle
 from features.catalog import Catalog
@@ -27,8 +28,8 @@ from features.columns import pc
 from features.content import codes, is_present
 from features.memory import DIMENSIONS, HORIZONS, VISIT_MS
 from features.outcomes import Outcomes
-from features.profile import EVICTED_CAP, RECORD, RING, empty, fold, make_records
-from features.schema import event_type_key, event_type_keys, item_keys
+from features.profile import EVICTED_CAP, FORMAT, RECORD, RING, empty, fold, make_records
+from features.schema import event_type_keys, item_keys
 from features.tables import Dataset, open_dataset
 from features.vocabulary import Vocabulary
 
@@ -88,7 +89,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
 
 def state_fingerprint() -> str:
     """Sha256 over everything that changes what is folded: the record's fields and how much is remembered."""
-    facts = {"record": RECORD.descr, "ring": RING, "evicted": EVICTED_CAP}
+    facts = {"format": FORMAT, "record": RECORD.descr, "ring": RING, "evicted": EVICTED_CAP}
     facts |= {"horizons": HORIZONS, "dimensions": DIMENSIONS, "visit": VISIT_MS}
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
@@ -111,7 +112,7 @@ def _counted(dataset: Dataset) -> pa.Table:
 def _of_items(catalog: Catalog) -> dict[str, float]:
     """Coverage of what is about an item."""
     everything = np.arange(catalog.size, dtype=np.int32)
-    nobody = history(make_records([], [], [], [], [], [])[:0], catalog, {})
+    nobody = history(empty(), catalog, {})
     values = ranker_features(
         nobody, everything, np.zeros(catalog.size, np.float32), catalog.columns, _no_actions(()), Moment()
     )
@@ -129,7 +130,7 @@ def _of_people(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
     named, what = codes(events["item_id"])
     kinds, kind = codes(events["event_type"])
     rows = catalog.rows(named)[what]
-    types = {event_type_key(name): place for place, name in enumerate(sorted(kinds), 1)}
+    types = type_index(sorted(kinds))
     columns = catalog.columns
     timed = is_present(events["timestamp"])
     records = make_records(
@@ -147,7 +148,7 @@ def _of_people(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
     for person in np.sort(drawn).tolist():
         start, last = int(starts[person]), int(ends[person]) - 1
         earlier = records[start:last]
-        past = history(earlier[-RING:], catalog, types, fold(empty(), earlier, last - start).memory)
+        past = history(fold(empty(), earlier, last - start), catalog, types)
         encoded, kinds_encoded = encoder_inputs(past.rows, past.types, RING)
         known, meant, seen = known + encoded.size, meant + int(np.count_nonzero(kinds_encoded)), seen + len(past)
         if rows[last] >= 0:

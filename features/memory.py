@@ -2,9 +2,8 @@
 
 The ring of a profile keeps the newest events; this keeps what they add up to, also of those that have left the ring.
 State, fold and read are defined here once, and serving and training call them alike. A count is the sum of its events,
-each halved with every half-life that has passed since. Half-lives are counted in whole ticks since the epoch, so decays
-compose exactly, and every number is made of products of correctly rounded roots: the same bits on every machine, which
-no library's `exp` promises.
+each halved with every half-life that has passed since; `features.decay` says how that comes to the same bits on every
+machine, which no library's `exp` promises.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Memory:
         facts: Time of the newest event, ms; beginning of the visit, ms; events in it; number of keys of each of
             `DIMENSIONS`; int64 [6].
         keys: The keys, one dimension after the other; uint64 [n].
-        counts: By key and horizon, decayed to the newest event; float32 [n, 3].
+        counts: By key and horizon, at the beginning of the half-life that the newest event lies in; float32 [n, 3].
     """
 
     facts: npt.NDArray[np.int64]

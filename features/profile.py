@@ -26,6 +26,9 @@ from features.kernels import crc32_rows, evict
 from features.memory import Memory
 from features.schema import PASSIVE_EVENT_TYPES, event_type_key
 
+FORMAT = 4
+"""Version of a stored profile's layout and of what its numbers mean."""
+
 RING = 256
 """Number of newest events kept whole; at least the length of any encoder."""
 
@@ -55,7 +58,6 @@ _PASSIVE = np.array([event_type_key(name) for name in PASSIVE_EVENT_TYPES], np.u
 _HEADER = struct.Struct("<4sBB2sII8s8s8s8s")
 _STATE = struct.Struct("<QII")
 _MAGIC = b"PNCH"
-_FORMAT = 3
 _SAID = 8
 
 HEADER_SIZE = _HEADER.size
@@ -250,7 +252,11 @@ def refold(
         gone |= expired(records)
         older, waiting, rest = older[~expired(older)], waiting[~expired(waiting)], rest[~expired(waiting)]
     if not before:  # the ring and some of what it pushed out stand in the log
-        evicted, count = evicted[~np.isin(evicted, records["item"][:first])], count - first
+        count -= first
+        # As many events are older than the log: each of the first so many items may be known by one of them too.
+        mine = np.isin(evicted, records["item"][:first])
+        mine[:count] = False
+        evicted = evicted[~mine]
     order = np.argsort(np.concatenate([ids[~gone], rest["log_id"].astype(np.uint64)]), kind="stable")
     events = _joined(records[~gone], waiting)[order]
     count = max(count - before, 0) + older.size
@@ -331,7 +337,7 @@ def encode(profile: Profile, erased_before: int = 0, consent_version: int = 0, r
     numbers = (profile.version, erased_before, consent_version, rules_version)
     versions = (number.to_bytes(8, "big") for number in numbers)
     consent = encode_consent(profile.consent)
-    return _HEADER.pack(_MAGIC, _FORMAT, 0, consent, len(state), len(rules), *versions) + state + rules
+    return _HEADER.pack(_MAGIC, FORMAT, 0, consent, len(state), len(rules), *versions) + state + rules
 
 
 def split(blob: bytes) -> Stored:
@@ -343,8 +349,8 @@ def split(blob: bytes) -> Stored:
     if len(blob) < HEADER_SIZE:
         raise ProfileCorrupt(f"a stored profile has at least {HEADER_SIZE} bytes, this one {len(blob)}")
     magic, version, away, consent, state_length, rules_length, *versions = _HEADER.unpack_from(blob)
-    if magic == _MAGIC and version != _FORMAT:
-        raise ProfileCorrupt(f"a profile of format {version}, not {_FORMAT}: make it anew: penchant profiles rebuild")
+    if magic == _MAGIC and version != FORMAT:
+        raise ProfileCorrupt(f"a profile of format {version}, not {FORMAT}: make it anew: penchant profiles rebuild")
     if magic != _MAGIC or away > (not state_length):
         raise ProfileCorrupt("not a stored profile")
     middle = HEADER_SIZE + state_length

@@ -64,7 +64,7 @@ class _Replay:
     def _person(self, name: str, golden: Mapping[str, Any]) -> None:
         columns = self._catalog.columns
         profile = profile_of(golden["events"], self._catalog)
-        past = history(profile.records, self._catalog, self._types, profile.memory)
+        past = history(profile, self._catalog, self._types)
         rows, types = encoder_inputs(past.rows, past.types, self._model.max_length)
         user = self._model.encode_user(columns.vectors[rows], types)
         self._close(f"{name}.vector", user, golden["vector"])

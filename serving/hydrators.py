@@ -110,7 +110,7 @@ class Profile:
         query.rules = profile.rules
         if query.holdout:
             return
-        past = history(profile.records, self._catalog, self._type_index, profile.memory)
+        past = history(profile, self._catalog, self._type_index)
         query.seen = seen_rows(profile, self._catalog, self._seen_keys)
         query.profile, query.history = profile, past
 

@@ -57,7 +57,7 @@ class Replay:
         """
         query = Query(slate["request_id"], subject_of(slate["user_id"]), slate["timestamp"], math.inf, 1)
         query.surface = slate["surface"] or ""
-        query.profile, query.history = profile, history(profile.records, self._catalog, self._types, profile.memory)
+        query.profile, query.history = profile, history(profile, self._catalog, self._types)
         if not self._user.enable(query):
             return ["history"]
         self._user.hydrate(query)

@@ -27,7 +27,7 @@ from training.heads import moment_of
 from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
-from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
+from training.ranking import Pasts, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.report import write_report
 from training.run import LoadedRun, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
@@ -64,6 +64,7 @@ class ModelScorer:
         self.users = user_vectors(run.user_encoder, table, data, targets, run.config.max_length)
         self.sunk = ~run.trained & (not run.result["content"])
         self.columns = columns_of_run(run)
+        self.pasts = Pasts(data, self.columns)
         self.outcomes, self.timed = Outcomes.of(run.result), run.result["ranker_source"] == "impressions"
         self.weights = torch.tensor(run.result["action_weights"])
 
@@ -98,7 +99,7 @@ class ModelScorer:
         relevance = np.einsum("nd,ncd->nc", users, vectors)
         features = [
             ranker_features(
-                past_of(self.data, int(person), int(position), self.columns),
+                self.pasts.before(int(person), int(position)),
                 rows[at],
                 relevance[at],
                 self.columns,

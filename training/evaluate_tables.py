@@ -27,7 +27,7 @@ from training.feed import Lesson, lesson_of, line_users, logits_of
 from training.impressions import NEVER, Shown, read_shown
 from training.machine import exact, prepared
 from training.metrics import RESAMPLES, Floats, auc, ece, gauc, graded_ndcg, interval, log_loss, measure
-from training.ranking import past_of
+from training.ranking import Pasts
 from training.run import LoadedRun, append_line, input_shapes, load_run
 from training.split import before_cut, cut_of
 from training.statistics import features_of_line
@@ -175,8 +175,9 @@ def _lesson(run: LoadedRun, data: Interactions, lines: Shown) -> Lesson:
     table = torch.from_numpy(run.item_vectors)
     users = line_users(run.user_encoder, table, data, lines, run.config)
     features = np.empty((len(lines), ranker_width(len(outcomes))), np.float32)
+    pasts = Pasts(data, columns)
     for at in range(len(lines)):
-        features[at] = features_of_line(data, lines, at, users[at], columns, outcomes)
+        features[at] = features_of_line(pasts, lines, at, users[at], columns, outcomes)
     return lesson_of(users, run.item_vectors[lines.rows], features, lines.labels())
 
 
@@ -200,9 +201,9 @@ def baselines(run: LoadedRun, data: Interactions, shown: Shown, lines: Shown) ->
     ends = before_cut(data, run.config)
     people, which = np.unique(lines.people, return_inverse=True)
     columns = columns_of_run(run)
-    rates = np.empty((people.size, len(outcomes)))
+    rates, pasts = np.empty((people.size, len(outcomes))), Pasts(data, columns)
     for at, person in enumerate(people.tolist()):
-        past = past_of(data, person, int(ends[person]), columns)
+        past = pasts.before(person, int(ends[person]))
         rates[at] = Rates.of(outcomes, past.types, past.values).long - outcomes.base
     user = rates[which]
     surfaces = np.stack([outcomes.surface(name) for name in lines.surfaces])[lines.where]

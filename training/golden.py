@@ -24,7 +24,7 @@ from features.tables import Dataset
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from training.config import TrainConfig
 from training.data import read_interactions
-from training.ranking import past_of
+from training.ranking import Pasts
 
 Event = dict[str, Any]
 Ask = Callable[[str, Mapping[str, npt.NDArray[Any]]], npt.NDArray[np.float32]]
@@ -92,7 +92,7 @@ def online(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
     made = []
     for events in people:
         profile = profile_of(events, world.catalog)
-        past = history(profile.records, world.catalog, index, profile.memory)
+        past = history(profile, world.catalog, index)
         made.append(Assembled(*encoder_inputs(past.rows, past.types, world.config.max_length), past))
     return made
 
@@ -106,7 +106,8 @@ def offline(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
     data = read_interactions(dataset, world.catalog.vocabulary, world.config)
     starts, ends = data.offsets[:-1], data.offsets[1:]
     rows, types, lengths = encoder_batch(data.rows, data.types, starts, ends, world.config.max_length)
-    pasts = [past_of(data, at, len(events), world.catalog.columns) for at, events in enumerate(people)]
+    known = Pasts(data, world.catalog.columns)
+    pasts = [known.before(at, len(events)) for at, events in enumerate(people)]
     return [
         Assembled(rows[at, :length], types[at, :length], past)
         for at, (length, past) in enumerate(zip(lengths.tolist(), pasts, strict=True))

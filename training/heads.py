@@ -24,7 +24,7 @@ from training.encoders import ItemEncoder, QueryEncoder
 from training.losses import sample_items, softmax_loss
 from training.metrics import ndcg
 from training.ranker import BLENDS, Ranker, platt, utility
-from training.ranking import lines, mask_seen, past_of, ranks_of, seen_before, user_vectors
+from training.ranking import Pasts, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.run import Modules
 from training.split import Split, Targets
 
@@ -154,6 +154,7 @@ class Asker:
         self.user, self.ranker = modules.user.eval(), modules.ranker.cpu()
         self.device_table, self.table = table, table.cpu()
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
+        self.pasts = Pasts(data, columns)
         self.outcomes, self.learned = outcomes, learned
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
 
@@ -214,7 +215,7 @@ class Asker:
     def _features(
         self, targets: Targets, users: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], at: int
     ) -> npt.NDArray[np.float32]:
-        past = past_of(self.data, int(targets.people[at]), int(targets.positions[at]), self.columns)
+        past = self.pasts.before(int(targets.people[at]), int(targets.positions[at]))
         relevance = self.columns.vectors[rows[at]] @ users[at]
         moment = moment_of(self.data, targets, at) if self.learned else Moment()
         return ranker_features(past, rows[at], relevance, self.columns, self.outcomes, moment)

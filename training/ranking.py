@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from features.assemble import History, remembered, type_index
 from features.catalog import Columns
-from features.memory import empty, fold
+from features.memory import Memory, empty, fold
 from features.profile import RING
 from features.schema import event_type_keys
 from training.data import Batch, Interactions, in_batches, to_batch
@@ -116,25 +115,43 @@ def lines(count: int, size: int = RANK_ROWS) -> Iterator[slice]:
         yield slice(start, min(count, start + size))
 
 
-def past_of(data: Interactions, person: int, position: int, columns: Columns) -> History:
-    """A person's past just before `position`, as serving reads it from a profile."""
-    start, end = int(data.offsets[person]), int(data.offsets[person]) + position
-    part = slice(max(start, end - RING), end)
-    rows = data.rows[part]
-    return History(
-        rows=rows,
-        types=data.types[part].astype(np.int32),
-        categories=columns.category[rows],
-        creators=columns.creator[rows],
-        timestamps=data.timestamps[part],
-        values=data.values[part],
-        **_remembered(data, slice(start, end), columns),
-    )
+class Pasts:
+    """People's pasts as serving reads them from profiles.
 
+    Whoever is asked for again, later in their history, is folded on from there: in order of time every event of a
+    person is folded once.
+    """
 
-def _remembered(data: Interactions, part: slice, columns: Columns) -> dict[str, Any]:
-    """What all events of a part add up to; every event is about an item here."""
-    rows, keys = data.rows[part], event_type_keys(data.event_types)
-    types, times = keys[data.types[part] - 1], data.timestamps[part]
-    memory = fold(empty(), np.ones(rows.size, np.uint64), columns.category[rows], columns.creator[rows], types, times)
-    return dict(zip(("memory", "kinds"), remembered(memory, type_index(data.event_types)), strict=True))
+    def __init__(self, data: Interactions, columns: Columns) -> None:
+        """Takes the events, all about items, and the catalogue's columns."""
+        self._data, self._categories, self._creators = data, columns.category, columns.creator
+        self._keys, self._index = event_type_keys(data.event_types), type_index(data.event_types)
+        self._known: dict[int, tuple[int, Memory]] = {}
+
+    def before(self, person: int, position: int) -> History:
+        """A person's past just before their event number `position`."""
+        start, end = int(self._data.offsets[person]), int(self._data.offsets[person]) + position
+        part = slice(max(start, end - RING), end)
+        rows = self._data.rows[part]
+        memory, kinds = remembered(self._memory(person, start, end), self._index)
+        return History(
+            rows=rows,
+            types=self._data.types[part].astype(np.int32),
+            categories=self._categories[rows],
+            creators=self._creators[rows],
+            timestamps=self._data.timestamps[part],
+            values=self._data.values[part],
+            memory=memory,
+            kinds=kinds,
+        )
+
+    def _memory(self, person: int, start: int, end: int) -> Memory:
+        """What the events from `start` to `end`, all of one person, add up to."""
+        folded, memory = self._known.get(person, (start, empty()))
+        if folded > end:
+            folded, memory = start, empty()
+        rows, types = self._data.rows[folded:end], self._keys[self._data.types[folded:end] - 1]
+        times, items = self._data.timestamps[folded:end], np.ones(rows.size, np.uint64)
+        memory = fold(memory, items, self._categories[rows], self._creators[rows], types, times)
+        self._known[person] = end, memory
+        return memory

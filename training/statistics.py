@@ -21,7 +21,7 @@ from features.outcomes import Outcomes
 from training.config import Action
 from training.data import Interactions
 from training.impressions import HOUR_MS, Shown
-from training.ranking import past_of
+from training.ranking import Pasts
 
 ITEM_STRENGTH, CREATOR_STRENGTH, CATEGORY_STRENGTH, SURFACE_STRENGTH = 20.0, 20.0, 100.0, 50.0
 """Showings that the expectation of a rate is worth."""
@@ -148,14 +148,15 @@ def line_features(
         last: The last such moment, ms; lines after it see what was known then.
     """
     out = np.empty((len(lines), ranker_width(len(teller.outcomes))), np.float32)
+    pasts = Pasts(teller.data, teller.columns)
     for part, columns, outcomes in _replay(teller, lines, round(every_hours * HOUR_MS), last):
         for at in range(part.start, part.stop):
-            out[at] = features_of_line(teller.data, lines, at, users[at], columns, outcomes)
+            out[at] = features_of_line(pasts, lines, at, users[at], columns, outcomes)
     return out
 
 
 def features_of_line(
-    data: Interactions,
+    pasts: Pasts,
     lines: Shown,
     at: int,
     user: npt.NDArray[np.float32],
@@ -164,7 +165,7 @@ def features_of_line(
 ) -> npt.NDArray[np.float32]:
     """What the ranker reads of line `at`, where `columns` and `outcomes` hold what is known of items; float32 [F]."""
     row = lines.rows[at : at + 1]
-    past = past_of(data, int(lines.people[at]), int(lines.positions[at]), columns)
+    past = pasts.before(int(lines.people[at]), int(lines.positions[at]))
     moment = Moment(int(lines.times[at]), lines.surfaces[lines.where[at]], lines.places[at : at + 1])
     found = ranker_features(past, row, dot_rows(columns.vectors, row, user), columns, outcomes, moment)
     only: npt.NDArray[np.float32] = found[0]

@@ -189,7 +189,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
         for dimension in DIMENSIONS:
             part, counts = memory.of(dimension), found.setdefault(dimension, {})
-            for key, cell in zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True):
+            for key, cell in zip(memory.keys[part].tolist(), memory.at(memory.newest)[part].tolist(), strict=True):
                 name = _category(key, engine) if dimension == "category" else types.get(key, "")
                 counts[name or f"key {key:016x}"] = cell
         return found

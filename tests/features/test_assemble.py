@@ -41,16 +41,19 @@ def events(*named: tuple[str, str]):
     )
 
 
+def remembered(catalog, *named: tuple[str, str]) -> assemble.History:
+    known = profile.fold(profile.empty(), events(*named), len(named))
+    return assemble.history(known, catalog, TYPES)
+
+
 def test_history_resolves_against_catalogue_and_bundle(catalog):
-    past = assemble.history(events(("b", "view_item"), ("gone", "purchase"), ("a", "wink")), catalog, TYPES)
+    past = remembered(catalog, ("b", "view_item"), ("gone", "purchase"), ("a", "wink"))
     assert past.rows.tolist() == [1, -1, 0]
     assert past.types.tolist() == [1, 2, 0]
 
 
 def test_encoder_inputs_keep_the_newest_known_events_and_their_repeats(catalog):
-    past = assemble.history(
-        events(("a", "view_item"), ("b", "view_item"), ("gone", "purchase"), ("b", "purchase")), catalog, TYPES
-    )
+    past = remembered(catalog, ("a", "view_item"), ("b", "view_item"), ("gone", "purchase"), ("b", "purchase"))
     rows, types = assemble.encoder_inputs(past.rows, past.types, 2)
     assert (rows.tolist(), types.tolist()) == ([1, 1], [1, 2])
     assert assemble.encoder_inputs(past.rows[:0], past.types[:0], 2)[0].tolist() == []
@@ -80,7 +83,7 @@ MOMENT = assemble.Moment(20_000 * assemble._DAY_MS, "home")
 
 
 def test_ranker_features_by_hand(catalog):
-    past = assemble.history(events(("a", "view_item"), ("b", "purchase")), catalog, TYPES)
+    past = remembered(catalog, ("a", "view_item"), ("b", "purchase"))
     relevance = np.array([0.5, -1.0, 2.0], np.float32)
     table = assemble.ranker_features(past, np.array([0, 1, 2], np.int32), relevance, catalog.columns, OUTCOMES, MOMENT)
     named = dict(zip(assemble.ranker_names(["buy", "view"]), table.T, strict=True))
@@ -92,11 +95,6 @@ def test_ranker_features_by_hand(catalog):
     assert named["price_known"].tolist() == [1, 0, 1]
     assert named["trained"].tolist() == [1, 1, 0]
     np.testing.assert_allclose(named["history_length"], np.log(3), rtol=1e-6)
-
-
-def remembered(catalog, *named: tuple[str, str]) -> assemble.History:
-    known = profile.fold(profile.empty(), events(*named), len(named))
-    return assemble.history(known.records, catalog, TYPES, known.memory)
 
 
 def test_what_lasts_by_hand(catalog):
@@ -149,7 +147,7 @@ def test_seen_is_what_was_touched_and_what_left_the_ring(catalog):
 
 
 def test_a_search_is_no_part_of_a_history(catalog):
-    past = assemble.history(events(("a", "view_item"), ("", "search"), ("b", "purchase")), catalog, TYPES)
+    past = remembered(catalog, ("a", "view_item"), ("", "search"), ("b", "purchase"))
     assert past.rows.tolist() == [0, 1]
 
 

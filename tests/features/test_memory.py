@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
 from itertools import pairwise
 
 import numpy as np
@@ -56,15 +57,21 @@ def test_what_is_left_is_the_same_by_the_plain_twin(now, then):
     assert ((found >= 0) & (found <= 1)).all()
 
 
-@given(st.integers(0, 200 * DAY), st.integers(0, 200 * DAY))
-def test_decays_compose_and_halve_with_every_half_life(one, two):
+@given(st.integers(0, 200 * DAY))
+def test_what_was_one_halves_with_every_half_life(passed):
     ticks = memory._TICKS
-    first, second = NOW + one, NOW + one + two
-    together = decay.left(first, NOW, ticks) * decay.left(second, first, ticks)
-    np.testing.assert_allclose(decay.left(second, NOW, ticks), together, rtol=1e-12, atol=1e-70)
-    exact = 0.5 ** ((second - NOW) / np.array([HOUR, DAY, MONTH]))
-    np.testing.assert_allclose(decay.left(second, NOW, ticks), exact, rtol=0.011, atol=1e-70)  # at most a tick away
-    assert decay.left(NOW + MONTH, NOW, ticks)[2] == 0.5
+    began = NOW // MONTH * MONTH  # all half-lives begin then
+    assert decay.left(began, began, ticks).tolist() == [1, 1, 1]
+    exact = 0.5 ** (passed / np.array([HOUR, DAY, MONTH]))
+    np.testing.assert_allclose(decay.left(began + passed, began, ticks), exact, rtol=0.011, atol=1e-70)  # within a tick
+    assert decay.left(began + MONTH, began, ticks)[2] == 0.5
+    assert decay.left(began - passed, began, ticks).tolist() == [1, 1, 1]
+
+
+def test_the_roots_are_correctly_rounded():
+    with localcontext(prec=60):
+        exact = [float(Decimal(2) ** (Decimal(i) / 128)) for i in range(128)]
+    assert decay._ROOTS.tolist() == exact
 
 
 @given(events)
@@ -79,11 +86,11 @@ def test_the_counts_are_those_of_the_definition_while_there_is_room(rows):
         for row in real:
             chosen = name == "event_type" or (row[3] in TYPES[:2] and row[place])
             if chosen:
-                weight = decay.left(newest, row[4], memory._TICKS)
+                weight = 0.5 ** ((newest // memory._TICKS - row[4] // memory._TICKS) / 128)
                 sums[row[place]] = sums.get(row[place], np.zeros(3)) + weight
         part = found.of(name)
         assert set(found.keys[part].tolist()) == set(sums)
-        for key, counts in zip(found.keys[part].tolist(), found.counts[part], strict=True):
+        for key, counts in zip(found.keys[part].tolist(), found.at(newest)[part], strict=True):
             np.testing.assert_allclose(counts, sums[key], rtol=1e-5, atol=1e-30)
 
 

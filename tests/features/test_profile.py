@@ -110,11 +110,12 @@ def test_purposes_have_names():
     st.integers(0, 400),
     st.sets(st.integers(1, 640)),
     st.integers(0, 2**32 - 1),
+    st.sampled_from([150, 5000]),
 )
-def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left_the_log, undone, seed):
+def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left_the_log, undone, seed, items):
     """Where the log holds as much as the ring, what is folded anew is exactly what the remaining events fold to."""
     total = folded + waiting
-    events, ids = records(total, seed, items=5000), np.arange(1, total + 1)
+    events, ids = records(total, seed, items=items), np.arange(1, total + 1)
     # Of the oldest events the log has lost some, but none that the ring would need.
     lost = min(left_the_log, max(0, total - profile.RING - len(undone)))
     undone = {one for one in undone if lost < one <= total}

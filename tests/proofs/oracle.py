@@ -9,12 +9,17 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal, localcontext
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
 PASSIVE = ("view_item_list", "search")
+REFUSING = ("dislike", "hide")
 HALF_LIFE = 20
+HALF_LIVES_MS = (3_600_000, 86_400_000, 30 * 86_400_000)
+PAUSE_MS = 1_800_000
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ def crc(kind: str) -> int:
     return zlib.crc32(kind.encode())
 
 
-def state(events: Sequence[Told], ring: int, cap: int) -> dict[str, Any]:
-    """What is remembered after these events, one by one: `count`, `records` and `evicted`."""
+def state(events: Sequence[Told], ring: int, cap: int, rooms: Mapping[str, int]) -> dict[str, Any]:
+    """What is remembered after these events, one by one: `count`, `records`, `evicted` and `past`."""
     kept: list[Told] = []
     evicted: list[int] = []
     for event in events:
@@ -61,7 +66,79 @@ def state(events: Sequence[Told], ring: int, cap: int) -> dict[str, Any]:
             if gone and oldest.kind not in PASSIVE and gone not in evicted:
                 evicted = [*evicted, gone][-cap:]
     # A state has one checksum, not one per event.
-    return {"count": len(events), "records": b"".join(record(event)[:-4] for event in kept), "evicted": evicted}
+    return {
+        "count": len(events),
+        "records": b"".join(record(event)[:-4] for event in kept),
+        "evicted": evicted,
+        "past": past_of(events, rooms),
+    }
+
+
+@dataclass
+class Past:
+    """What all events add up to: `counts` by kind and key, as they were when the half-life of the newest began."""
+
+    newest: int = 0
+    began: int = 0
+    visit: int = 0
+    counts: dict[str, dict[int, list[float]]] = field(
+        default_factory=lambda: {name: {} for name in ("category", "creator", "event_type")}
+    )
+
+    def at(self, name: str, now_ms: int) -> dict[int, list[float]]:
+        """The counts of a kind, decayed to a time."""
+        now = max(now_ms, self.newest)
+        shares = [power(self.newest // n * 128 - now // (n // 128)) for n in HALF_LIVES_MS]
+        return {
+            one: [c * share for c, share in zip(cell, shares, strict=True)] for one, cell in self.counts[name].items()
+        }
+
+
+def past_of(events: Sequence[Told], rooms: Mapping[str, int]) -> Past:
+    """What these events add up to, with room for so many keys of each kind."""
+    past = Past()
+    for event in events:
+        if not event.item:
+            continue
+        before = past.newest if past.visit else event.timestamp
+        past.newest = max(before, event.timestamp)
+        if not past.visit or event.timestamp - before > PAUSE_MS:
+            past.began, past.visit = event.timestamp, 0
+        past.visit += event.timestamp >= past.began
+        for table in past.counts.values():
+            for cell in table.values():
+                for at, length in enumerate(HALF_LIVES_MS):
+                    cell[at] = rounded(cell[at] / 2 ** (past.newest // length - before // length))
+        keys = {"event_type": crc(event.kind)}
+        if event.kind not in (*PASSIVE, *REFUSING):
+            keys |= {"category": key(event.category), "creator": key(event.creator)}
+        for name, one in keys.items():
+            table = past.counts[name]
+            if name != "event_type" and not one:
+                continue
+            if one not in table and len(table) == rooms[name]:
+                _, least = min((cell[-1], other) for other, cell in table.items())
+                table = {one if other == least else other: table[other] for other in table}
+                table[one] = [0.0] * len(HALF_LIVES_MS)
+                past.counts[name] = table
+            cell = table.setdefault(one, [0.0] * len(HALF_LIVES_MS))
+            for at, length in enumerate(HALF_LIVES_MS):
+                cell[at] = rounded(cell[at] + power(event.timestamp // (length // 128) - past.newest // length * 128))
+    return past
+
+
+@cache
+def power(ticks: int) -> float:
+    """2 ** (ticks / 128), the root correctly rounded."""
+    with localcontext(prec=50):
+        root = float(Decimal(2) ** (Decimal(ticks % 128) / 128))
+    return math.ldexp(root, ticks // 128)
+
+
+def rounded(number: float) -> float:
+    """The nearest number of single precision."""
+    (found,) = struct.unpack("<f", struct.pack("<f", number))
+    return float(found)
 
 
 def remembered(events: Sequence[Told], ring: int) -> list[Told]:
@@ -75,8 +152,8 @@ def encoder(past: Sequence[Told], rows: Mapping[str, int], types: Sequence[str],
     return [(rows[event.item], types.index(event.kind) + 1 if event.kind in types else 0) for event in known]
 
 
-def ranker(past: Sequence[Told], item: Mapping[str, str], now_ms: int) -> dict[str, float]:
-    """Some of what the ranker reads of an item, by name; `item` has `item_id`, `category` and `creator`."""
+def ranker(past: Sequence[Told], lasts: Past, item: Mapping[str, str], now_ms: int) -> dict[str, float]:
+    """What the ranker reads of a past for an item, by name; `item` has `item_id`, `category` and `creator`."""
     weights = [0.5 ** (age / HALF_LIFE) for age in range(len(past))][::-1]
     total = math.nan if not past else sum_in_order(weights)
     found = {}
@@ -85,7 +162,26 @@ def ranker(past: Sequence[Told], item: Mapping[str, str], now_ms: int) -> dict[s
         found[f"{name}_affinity"] = sum_in_order(same) / total if same else 0.0
     found["history_length"] = math.log1p(len(past))
     found["shown_before"] = math.log1p(sum(event.item == item["item_id"] for event in past))
+    found |= lasting(past, lasts, item, now_ms)
     found["recency"] = math.log1p(max(now_ms - past[-1].timestamp, 0) / 3_600_000) if past else 0.0
+    return found
+
+
+def lasting(ring: Sequence[Told], past: Past, item: Mapping[str, str], now_ms: int) -> dict[str, float]:
+    """What the decayed counts and the visit say of an item."""
+    found = {}
+    for name in ("category", "creator"):
+        cell = past.at(name, now_ms).get(key(item[name]) or -1, [0.0] * 3)
+        found |= {f"{name}_{span}": math.log1p(c) for span, c in zip(("hour", "day", "month"), cell, strict=True)}
+    cells = list(past.at("event_type", now_ms).values())
+    for at, span in ((1, "day"), (2, "month")):
+        found[f"activity_{span}"] = math.log1p(sum_in_order([cell[at] for cell in cells]))
+    goes_on = past.visit > 0 and now_ms - past.newest <= PAUSE_MS
+    here = [event for event in ring if event.timestamp >= past.began] if goes_on else []
+    same = [event for event in here if event.category == item["category"] != ""]
+    found["visit_length"] = math.log1p(past.visit) if goes_on else 0.0
+    found["visit_minutes"] = math.log1p(max(now_ms - past.began, 0) / 60_000) if goes_on else 0.0
+    found["visit_category"] = len(same) / len(here) if same else 0.0
     return found
 
 

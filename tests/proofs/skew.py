@@ -69,8 +69,14 @@ from tests.world import COUNT, MODEL, items, publish_world, vectors
 
 PARTITIONS = 4
 KINDS = ("view_item", "like", "purchase", "hide", "view_item_list", "search", "rating of my own")
-LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000)
-SMALL = {"RING": 16, "EVICTED_CAP": 12}
+LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000, -1_200_000)
+_FEW = {"category": 2, "creator": 3, "event_type": 3}
+SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
+    (features.profile, "RING", 16),
+    (features.profile, "EVICTED_CAP", 12),
+    (features.memory, "DIMENSIONS", _FEW),
+    (features.memory, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
+)
 """Sizes at which a short life goes through everything; every other life has the real ones."""
 
 _HOUR_S = 3600.0
@@ -401,11 +407,13 @@ class Life:
 
     def _compare_profile(self, moment: Moment, histories: Histories | None) -> Iterator[str]:
         profile = dataclasses.replace(moment.profile, consent=None)
-        expected = oracle.state(moment.events, features.profile.RING, features.profile.EVICTED_CAP)
+        rooms = features.memory.DIMENSIONS
+        expected = oracle.state(moment.events, features.profile.RING, features.profile.EVICTED_CAP, rooms)
         if expected != {
             "count": profile.count,
             "records": profile.records.tobytes(),
             "evicted": profile.evicted.tolist(),
+            "past": _past(profile),
         }:
             yield "online is not what the oracle says"
         if histories is None:
@@ -428,21 +436,33 @@ class Life:
             for name in self.world.replay.differing(slate, profile):
                 yield f"the plain twins assemble otherwise: {name}"
         past = oracle.remembered(served.events, features.profile.RING)
+        lasts = oracle.past_of(served.events, features.memory.DIMENSIONS)
         if oracle.encoder(past, {f"i{n}": n for n in range(COUNT)}, MODEL["event_types"], MODEL["max_length"]) != list(
             zip(*_encoded(self.world, profile), strict=True)
         ):
             yield "the oracle encodes another sequence"
         names = self.world.replay.names
         for item, values in zip(slate["item_ids"], slate["features"], strict=True):
-            for name, value in oracle.ranker(past, served.known[item], slate["timestamp"]).items():
+            for name, value in oracle.ranker(past, lasts, served.known[item], slate["timestamp"]).items():
                 if np.float32(value) != np.float32(values[names.index(name)]):
                     yield f"the oracle says otherwise: {name}"
+
+
+def _past(profile: Profile) -> oracle.Past:
+    """The memory of a profile as the oracle tells it."""
+    memory = profile.memory
+    cells = {name: memory.of(name) for name in features.memory.DIMENSIONS}
+    counts = {
+        name: dict(zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True))
+        for name, part in cells.items()
+    }
+    return oracle.Past(memory.newest, memory.visit_began, memory.visit_events, counts)
 
 
 def _encoded(world: World, profile: Profile) -> tuple[list[int], list[int]]:
     """What the user encoder reads of a profile."""
     types = features.assemble.type_index(MODEL["event_types"])
-    past = features.assemble.history(profile.records, world.offline, types, profile.memory)
+    past = features.assemble.history(profile, world.offline, types)
     rows, kinds = features.assemble.encoder_inputs(past.rows, past.types, MODEL["max_length"])
     return rows.tolist(), kinds.tolist()
 
@@ -464,8 +484,8 @@ def lived(world: World, small: bool, steps: Sequence[Step], tally: Counter[str] 
     """Lives one life; what differs."""
     tally = Counter() if tally is None else tally
     with contextlib.ExitStack() as stack:
-        for name, value in SMALL.items() if small else ():
-            stack.enter_context(mock.patch.object(features.profile, name, value))
+        for change in SMALL if small else ():
+            stack.enter_context(mock.patch.object(*change))
         life = Life(world, stack.enter_context(world.warehouse()), tally)
         found = life.live(steps)
     tally["lives"] += 1

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import features.assemble
+import features.memory
 import features.outcomes
 import features.profile
 from features.profile import RING
@@ -33,7 +34,7 @@ def burst(count: int, item: int = 0, stride: int = 1, kind: int = 0, late: int =
 
 
 LIFE = [
-    burst(130, 0, 4),
+    burst(130, 0, 4, late=6),
     Fold(),
     Patch(4, "noir", "c77"),
     burst(130, 2, 6, kind=1, late=3),
@@ -84,6 +85,9 @@ _DECAYS = {half: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / (half + 1)) for
         (features.profile, "RING", 15, True),
         (features.profile, "EVICTED_CAP", 11, True),
         (features.profile, "_PASSIVE", np.empty(0, np.uint32), True),
+        (features.memory, "_TICKS", features.memory._TICKS + np.array([1, 0, 0]), False),
+        (features.memory, "VISIT_MS", features.memory.VISIT_MS // 2, False),
+        (features.memory, "_UNCHOSEN", features.memory._UNCHOSEN[1:], True),
         (features.assemble, "_DECAY", _DECAY, False),
         (features.assemble, "_HOUR_MS", 3_600_100, False),
         (features.outcomes, "_DECAYS", _DECAYS, False),

@@ -74,7 +74,7 @@ def records(ids: list[str]):
 def person(catalog: Catalog, ids: list[str]) -> Query:
     """A query of somebody who touched `ids`, their vector the mean of those of the items."""
     profile = fold(empty(), records(ids), len(ids))
-    past = history(profile.records, catalog, TYPES)
+    past = history(profile, catalog, TYPES)
     return query(
         profile=profile,
         history=past,
@@ -240,7 +240,7 @@ class TestHydrators:
         assert (asked.rung, asked.user_vector) == ("item_to_item", None)
 
     def test_items_that_nobody_knows_make_no_person(self, catalog, model):
-        asked = query(history=history(make_records(item_keys(["?"]), 0, 0, 0, 0, 0), catalog, TYPES))
+        asked = query(history=history(fold(empty(), make_records(item_keys(["?"]), 0, 0, 0, 0, 0), 1), catalog, TYPES))
         assert not UserVector(model, catalog).enable(asked)
 
     def test_words_lie_where_their_genre_does(self, model):

@@ -38,7 +38,7 @@ def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
     """The best rows for a person by the definition of the score, without index, pipeline or kernels for retrieval."""
     facts, columns = engine.bundle.model, engine.catalog.columns
     places = {event_type_key(name): place for place, name in enumerate(facts["event_types"], 1)}
-    past = history(profile.records, engine.catalog, places, profile.memory)
+    past = history(profile, engine.catalog, places)
     rows, types = encoder_inputs(past.rows, past.types, facts["max_length"])
     user = engine.model.encode_user(columns.vectors[rows], types)
     every = np.setdiff1d(np.arange(engine.catalog.size, dtype=np.int32), past.rows)
