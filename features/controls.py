@@ -1,9 +1,10 @@
-"""What a person never wants to be shown, or not for now: their own rules, which no model may overrule."""
+"""What a person said of their answers: what is never shown, or not for now, and their dials. No model overrules it."""
 
 from __future__ import annotations
 
 import enum
 import zlib
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,16 @@ import numpy.typing as npt
 from features.errors import ProfileCorrupt
 
 MOST_RULES = 1000
-"""Rules that one person may have."""
+"""Rules, dials among them, that one person may have."""
 
 FOR_EVER = 1 << 62
 """Later than any end of a rule, ms."""
 
 RULE = np.dtype([("key", "<u8"), ("until", "<i8"), ("kind", "u1")])
 """One rule: the key of what it is about, when it ends (ms, 0 for never), and a `Kind`; 17 bytes."""
+
+DIAL = np.dtype([("key", "<u8"), ("value", "<f8"), ("kind", "u1")])
+"""A rule that is a dial, in the same 17 bytes: how it is turned in place of an end, and a `Dial` as its kind."""
 
 Rules = npt.NDArray[np.void]
 
@@ -30,6 +34,25 @@ class Kind(enum.IntEnum):
     CATEGORY = 3
 
 
+class Dial(enum.IntEnum):
+    """What a person may turn; 0 changes nothing."""
+
+    NOVELTY = 16
+    DIVERSITY = 17
+    FRESHNESS = 18
+    CREATOR_WEIGHT = 19
+    CATEGORY_WEIGHT = 20
+
+    @property
+    def least(self) -> float:
+        """How far it can be turned down; up it is 1."""
+        return 0.0 if self is Dial.DIVERSITY else -1.0
+
+
+Dials = Mapping[tuple[Dial, int], float]
+"""How dials are turned: by dial, and by the key of what it is about, 0 where it is about everything."""
+
+
 def no_rules() -> Rules:
     """Those of somebody who said nothing."""
     return np.empty(0, RULE)
@@ -39,6 +62,19 @@ def blocked(rules: Rules, kind: Kind, now_ms: int) -> npt.NDArray[np.uint64]:
     """The keys of one kind that rules hold back at a time, ms; uint64 [n]."""
     holds = (rules["kind"] == kind) & ((rules["until"] == 0) | (rules["until"] > now_ms))
     return np.ascontiguousarray(rules["key"][holds])
+
+
+def dials(rules: Rules) -> Dials:
+    """How the dials among the rules are turned."""
+    if not rules.size:
+        return {}
+    turned = rules[(rules["kind"] >= min(Dial)) & (rules["kind"] <= max(Dial))]
+    return {(Dial(kind), key): value for key, value, kind in turned.view(DIAL).tolist()}
+
+
+def dial_rules(turned: Iterable[tuple[Dial, int, float]]) -> Rules:
+    """Dials, the key of what each is about, and how they are turned, as rules; RULE [n]."""
+    return np.array([(key, value, dial) for dial, key, value in turned], DIAL).view(RULE)
 
 
 def encode(rules: Rules) -> bytes:

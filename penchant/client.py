@@ -58,6 +58,7 @@ class Options(TypedDict, total=False):
     min_profile_version: int
     min_catalog_version: int
     explain: bool
+    dials: common_pb2.Dials
     request_id: str
     context: common_pb2.RequestContext
     timeout_s: float
@@ -249,14 +250,16 @@ class Client:
         hidden: Iterable[tuple[str, str, int]],
         user_id: str = "",
         *,
+        dials: common_pb2.Dials | None = None,
         anonymous_id: str = "",
         timeout_s: float = 5.0,
     ) -> profile_pb2.SetControlsResponse:
-        """Sets all that a person does not want to be shown.
+        """Sets how a person wants their answers made, in place of all that was set before.
 
         Args:
             hidden: For each thing "item", "creator" or "category", its id or name, and until when, ms; 0 is for ever.
             user_id: The person.
+            dials: Their dials, for example `Dials(novelty=0.5, categories={"Horror": -1})`.
             anonymous_id: Or the visitor.
             timeout_s: Longest wait.
         """
@@ -267,13 +270,13 @@ class Client:
             )
             for kind, name, until in hidden
         ]
-        request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls)
+        request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls, dials=dials)
         return self._call(lambda: next(self._profiles).SetControls, request, timeout_s)
 
     def get_controls(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
     ) -> profile_pb2.GetControlsResponse:
-        """Shows what a person does not want to be shown."""
+        """Shows how a person wants their answers made."""
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.GetControlsRequest(subject=subject)
         return self._call(lambda: next(self._profiles).GetControls, request, timeout_s)
@@ -437,4 +440,5 @@ def _options(options: Options) -> ranking_pb2.RankingOptions:
         min_profile_version=options.get("min_profile_version", 0),
         min_catalog_version=options.get("min_catalog_version", 0),
         explain=options.get("explain", False),
+        dials=options.get("dials"),
     )

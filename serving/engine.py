@@ -18,9 +18,10 @@ from features.catalog import Catalog
 from features.columns import pc
 from features.errors import BundleError
 from features.outcomes import Outcomes
-from features.schema import NEGATIVE_EVENT_TYPES, event_type_key
+from features.schema import NEGATIVE_EVENT_TYPES, event_type_key, item_key
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
+from serving.adjusters import Dialled
 from serving.config import ServeConfig
 from serving.filters import Blocked, Eligible, Excluded, Seen
 from serving.golden import replay
@@ -44,7 +45,9 @@ from serving.sources import (
     Neighbors,
     NeighborsOfSeeds,
     Popular,
+    PopularInSegment,
     SimilarToSeeds,
+    Wanted,
 )
 from serving.telemetry import Telemetry
 from serving.turns import Turns
@@ -167,14 +170,17 @@ class _Builder:
 
     def _recommend(self) -> Pipeline:
         catalog, repeats = self._catalog, self._repeats
-        rows, scores = _popular(self._bundle, len(catalog.vocabulary))
+        tables = _popular(self._bundle, len(catalog.vocabulary))
+        everybody = tables.pop("")
         return self._pipeline(
-            hydrators=self._person(),
+            hydrators=self._person({item_key(name): name for name in tables}),
             sources=[
                 NearestToUser(self._index, catalog, self._count, repeats=repeats),
                 ItemNeighbors(self._neighbors, self._count),
+                PopularInSegment(tables, catalog, repeats=repeats),
                 Fresh(catalog, self._around.config.fresh_days, _FRESH),
-                Popular(rows, scores, catalog, repeats=repeats),
+                Popular(*everybody, catalog, repeats=repeats),
+                Wanted(catalog, repeats=repeats),
             ],
             filters=[Seen(catalog)],
             scorer=FeedScorer(self._personal),
@@ -201,7 +207,7 @@ class _Builder:
 
     def _similar(self) -> Pipeline:
         return self._pipeline(
-            hydrators=[CatalogVersion(self._around.progress, self._around.turns)],
+            hydrators=self._person()[:-1],
             sources=[
                 SimilarToSeeds(self._index, self._catalog, self._count),
                 NeighborsOfSeeds(self._neighbors, self._count),
@@ -209,8 +215,8 @@ class _Builder:
             scorer=SimilarScorer(self._catalog),
         )
 
-    def _person(self) -> list[Hydrator]:
-        """What finds out about the person."""
+    def _person(self, segments: Mapping[int, str] | None = None) -> list[Hydrator]:
+        """What finds out about the person; `segments` are those that the pipeline has tables of, key -> name."""
         facts = self._bundle.model
         keys = type_index(facts["event_types"])
         # A live event of a type that training never saw counts as well; what is refused stays away in any case.
@@ -221,7 +227,13 @@ class _Builder:
         return [
             CatalogVersion(self._around.progress, self._around.turns),
             Profile(
-                self._around.store, self._catalog, keys, seen, self._around.turns, self._around.config.default_consent
+                self._around.store,
+                self._catalog,
+                keys,
+                seen,
+                self._around.turns,
+                self._around.config.default_consent,
+                segments,
             ),
             UserVector(self._model, self._catalog),
         ]
@@ -242,6 +254,7 @@ class _Builder:
             sources=sources,
             filters=[Eligible(self._catalog), Excluded(self._catalog), Blocked(self._catalog), *filters],
             scorer=scorer,
+            adjusters=[Dialled(self._catalog)],
             selector=TopK(self._catalog, keep_order=keep_order),
             explainers=[Reasons(self._catalog)],
             side_effects=[Impressions(writer, self._catalog, self._bundle.bundle_id)] if writer else [],
@@ -322,14 +335,20 @@ def _array(bundle: Bundle, name: str, dtype: Any, shape: tuple[int | None, ...])
     return array
 
 
-def _popular(bundle: Bundle, size: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The rows that most people like, and their scores."""
+def _popular(bundle: Bundle, size: int) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+    """The rows that most people of a segment like, best first, and their scores; everybody is the segment ""."""
     table = _table(bundle, "popular.arrow")
-    everybody = np.array(table.column("segment").to_pylist(), object) == ""
-    rows = table.column("row").to_numpy().astype(np.int32)[everybody]
-    scores = table.column("score").to_numpy().astype(np.float32)[everybody]
+    segments = table.column("segment").combine_chunks().dictionary_encode()
+    rows = table.column("row").to_numpy().astype(np.int32)
+    scores = table.column("score").to_numpy().astype(np.float32)
     _check_rows(bundle, "popular.arrow", rows, 0, size)
-    return rows, scores
+    of = segments.indices.to_numpy()
+    order = np.argsort(of, kind="stable")
+    parts = np.split(order, np.searchsorted(of[order], np.arange(1, len(segments.dictionary))))
+    tables = {"": (rows[:0], scores[:0])}
+    for name, part in zip(segments.dictionary.to_pylist(), parts, strict=False):
+        tables[str(name)] = rows[part], scores[part]
+    return tables
 
 
 def _neighbors(bundle: Bundle, size: int) -> Neighbors:

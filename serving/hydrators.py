@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from features.assemble import encoder_inputs, history, seen_rows
 from features.catalog import Catalog
+from features.controls import Dial, Dials, dials
 from features.errors import ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose
 from features.profile import Profile as Stored
@@ -86,18 +87,22 @@ class Profile:
         seen_keys: npt.NDArray[np.uint32],
         turns: Turns,
         default: Purpose = EVERY_PURPOSE,
+        segments: Mapping[int, str] | None = None,
     ) -> None:
+        """Takes the store, how a bundle sees events, and the segments, key -> name, that it has a table of."""
         self._store, self._catalog, self._turns = store, catalog, turns
         self._type_index, self._seen_keys, self._default = type_index, seen_keys, default
+        self._segments = segments or {}
 
     def enable(self, query: Query) -> bool:
-        """Where a person is named, whose profile may be used."""
-        return bool(query.subject) and query.personalize
+        """Where a person is named."""
+        return bool(query.subject)
 
     def hydrate(self, query: Query) -> None:
-        """Fills `rules`, and `profile`, `history` and `seen` where the person is not held out.
+        """Fills `rules` and `dials`: what the person said. Then what they did, where that may shape the answer.
 
-        Where they do not allow personal answers, only `withheld`.
+        That is `profile`, `history`, `seen` and `segment`, of nobody who is held out or whose answer is not to be
+        personal. Where they do not allow personal answers, nothing was kept of either, and only `withheld` is filled.
         """
         try:
             profile = self._read(query)
@@ -107,12 +112,22 @@ class Profile:
         if not self._allows(profile):
             query.withheld = True
             return
-        query.rules = profile.rules
-        if query.holdout:
+        query.rules, query.dials = profile.rules, {**dials(profile.rules), **query.dials}
+        if query.holdout or not query.personalize:
             return
         past = history(profile, self._catalog, self._type_index)
         query.seen = seen_rows(profile, self._catalog, self._seen_keys)
         query.profile, query.history = profile, past
+        query.segment = self._segment(profile, query.dials)
+        query.rung = query.lowest_rung
+
+    def _segment(self, profile: Stored, turned: Dials) -> str:
+        """The name of the category they choose most; of who chose nothing yet, of the one they turned up most."""
+        key = profile.memory.segment()
+        if not key:
+            wanted = {key: value for (dial, key), value in turned.items() if dial is Dial.CATEGORY_WEIGHT and value > 0}
+            key = max(wanted, key=lambda one: (wanted[one], one), default=0)
+        return self._segments.get(key, "")
 
     def _read(self, query: Query) -> Stored:
         profile = self._store.read(query.subject)

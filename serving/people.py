@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features import controls
-from features.controls import RULE, Kind
+from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold
 from features.schema import item_key
@@ -62,6 +62,21 @@ class Rule:
     kind: Kind
     name: str
     until: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a person turned a dial.
+
+    Attributes:
+        dial: The dial.
+        name: External id of the creator, or name of the category that it is about; "" where it is about everything.
+        value: How far.
+    """
+
+    dial: Dial
+    name: str
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +141,16 @@ class People:
         withheld = Purpose.PERSONALISE not in purposes
         return self._mark(subject, purposes, withheld, () if withheld else None)
 
-    def rules(self, subject: str) -> tuple[list[Rule], int]:
-        """What a person does not want to be shown, and the log id at which they said so, 0 where they did not.
+    def rules(self, subject: str) -> tuple[list[Rule | Setting], int]:
+        """How a person wants their answers made, and the log id at which they said so, 0 where they did not.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
         return _rules(self._log.nodes.command("HGET", self._log.keys_of(subject).rules, address_of(subject)))
 
-    def set_rules(self, subject: str, rules: Sequence[Rule]) -> tuple[int, bool]:
-        """Sets all that a person does not want to be shown. Returns as `set_consent`.
+    def set_rules(self, subject: str, rules: Sequence[Rule | Setting]) -> tuple[int, bool]:
+        """Sets all that a person does not want to be shown, and all their dials. Returns as `set_consent`.
 
         Raises:
             ConsentWithheld: The person allows no personal answers, so none of this may be kept.
@@ -278,7 +293,7 @@ class People:
             return 0
 
     def _mark(
-        self, subject: str, purposes: Purpose | None, forget: bool, rules: Sequence[Rule] | None = None
+        self, subject: str, purposes: Purpose | None, forget: bool, rules: Sequence[Rule | Setting] | None = None
     ) -> tuple[int, bool]:
         address, keys = address_of(subject), self._log.keys_of(subject)
         said = b"" if purposes is None else b"%d" % purposes
@@ -330,14 +345,19 @@ class People:
         return list(appended)
 
     def _move_rules(self, visitor: str, known: str) -> None:
-        """Adds the visitor's rules to the known person's; where both speak of one thing, the later end holds."""
+        """Adds the visitor's rules to the known person's, whose own dials stay; of two ends the later holds."""
         theirs, own = self.rules(visitor)[0], self.rules(known)[0]
         if theirs:
-            ends = {(rule.kind, rule.name): rule.until or controls.FOR_EVER for rule in own}
-            for rule in theirs:
-                about = (rule.kind, rule.name)
-                ends[about] = max(ends.get(about, 0), rule.until or controls.FOR_EVER)
-            both = [Rule(*about, 0 if end == controls.FOR_EVER else end) for about, end in ends.items()]
+            ends: dict[tuple[Kind, str], int] = {}
+            for rule in (*own, *theirs):
+                if isinstance(rule, Rule):
+                    about = (rule.kind, rule.name)
+                    ends[about] = max(ends.get(about, 0), rule.until or controls.FOR_EVER)
+            turned = {(one.dial, one.name): one for one in (*theirs, *own) if isinstance(one, Setting)}
+            both: list[Rule | Setting] = [
+                Rule(*about, 0 if end == controls.FOR_EVER else end) for about, end in ends.items()
+            ]
+            both += turned.values()
             self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
 
     def _moved_impressions(self, visitor: str, known: str) -> int:
@@ -391,21 +411,31 @@ def _consent(value: bytes | None, default: Purpose) -> Consent:
     return Consent(default if said == b"-" else Purpose(int(said)), log_id(at), log_id(forgotten))
 
 
-def _rules(value: bytes | None) -> tuple[list[Rule], int]:
+def _rules(value: bytes | None) -> tuple[list[Rule | Setting], int]:
     """Rules as the log holds them in words, and where it does."""
     if value is None:
         return [], 0
     at, _, words = value.partition(b" ")
-    return [Rule(Kind[kind], name, until) for kind, name, until in json.loads(words)], log_id(at)
+    said: list[tuple[str, str, Any]] = json.loads(words)
+    return [
+        Rule(Kind[kind], name, value) if kind in Kind.__members__ else Setting(Dial[kind], name, value)
+        for kind, name, value in said
+    ], log_id(at)
 
 
-def _in_words(rules: Sequence[Rule]) -> bytes:
-    return json.dumps([[rule.kind.name, rule.name, rule.until] for rule in rules], ensure_ascii=False).encode()
+def _in_words(rules: Sequence[Rule | Setting]) -> bytes:
+    said = [
+        [rule.kind.name, rule.name, rule.until] if isinstance(rule, Rule) else [rule.dial.name, rule.name, rule.value]
+        for rule in rules
+    ]
+    return json.dumps(said, ensure_ascii=False).encode()
 
 
-def _stored(rules: Sequence[Rule]) -> bytes:
+def _stored(rules: Sequence[Rule | Setting]) -> bytes:
     """Rules as a profile holds them."""
-    return controls.encode(np.array([(item_key(rule.name), rule.until, rule.kind) for rule in rules], RULE))
+    hidden = [(item_key(rule.name), rule.until, rule.kind) for rule in rules if isinstance(rule, Rule)]
+    turned = [(one.dial, item_key(one.name), one.value) for one in rules if isinstance(one, Setting)]
+    return controls.encode(np.concatenate([np.array(hidden, RULE), controls.dial_rules(turned)]))
 
 
 def _renamed(payload: bytes, subject: str) -> bytes:

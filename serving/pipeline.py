@@ -10,6 +10,7 @@ failure is to be read here:
 | Source     | rows, scores            | skipped, marked                                                      |
 | Filter     | bool mask               | required: the request fails; personal: the popular pool only, marked |
 | Scorer     | float32, same length    | interleaved source ranks, marked                                     |
+| Adjuster   | float32, same length    | the scores stay as they are, marked                                  |
 | Selector   | positions, propensities | plain top-k, marked                                                  |
 | Explainer  | reasons per item        | no reasons, counted                                                  |
 | SideEffect | nothing; never blocks   | counted                                                              |
@@ -27,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.assemble import History
-from features.controls import Rules, no_rules
+from features.controls import Dial, Dials, Rules, no_rules
 from features.profile import Profile
 from serving.errors import DeadlineExceeded, ServingError
 
@@ -37,6 +38,9 @@ Mask = npt.NDArray[np.bool_]
 
 POPULAR = "popular"
 """Name of the source whose items may be shown to anybody, also when personal blocks cannot be read."""
+
+NEIGHBORS, SEGMENT, WANTED = "neighbors", "popular_in_segment", "wanted"
+"""Names of sources whose scores the feed reads where there is no user vector."""
 
 _NO_ROWS = np.empty(0, np.int32)
 _log = logging.getLogger(__name__)
@@ -76,7 +80,7 @@ class Query:
         upstream_weight: Weight of `upstream` against the personal score.
         seeds: Rows to find neighbours of.
         exclude: Rows never to return.
-        personalize: Whether the profile may be used.
+        personalize: Whether what the person did may be used.
         explain: Whether reasons are wanted.
         arm: Name of the holdout arm; `holdout` says whether the person is held out, `bucket` the hash that decided it.
         min_profile_version: Profile version to wait for, 0 for none.
@@ -84,6 +88,9 @@ class Query:
         profile: The person's profile, once read.
         withheld: Whether the person does not allow personal answers.
         rules: What the person never wants to be shown; RULE [n].
+        dials: How the person, or this request, wants the answer made.
+        moves: How far each turned dial moved each candidate's score, where reasons are wanted; float32 [n].
+        segment: Who they are: the category they choose most, where there is a table of what such people like, else "".
         history: Its events as this bundle sees them.
         seen: Rows the person need not be shown again.
         user_vector: The person in the embedding space; float32 [D].
@@ -120,6 +127,9 @@ class Query:
     profile: Profile | None = None
     withheld: bool = False
     rules: Rules = field(default_factory=no_rules)
+    dials: Dials = field(default_factory=dict)
+    moves: dict[tuple[Dial, int], Scores] = field(default_factory=dict)
+    segment: str = ""
     history: History | None = None
     seen: Rows = field(default_factory=lambda: _NO_ROWS)
     user_vector: Scores | None = None
@@ -135,6 +145,11 @@ class Query:
     def degrade(self, part: str, reason: str) -> None:
         """Marks the answer: it did without `part` because of `reason`."""
         self.degraded.append(Degraded(part, reason))
+
+    @property
+    def lowest_rung(self) -> str:
+        """The rung below those that need items of the person's past."""
+        return "segment" if self.segment else "popular"
 
     def seconds_left(self) -> float:
         """Time until the deadline in seconds; negative when it is over."""
@@ -179,6 +194,7 @@ class Slate:
         probabilities: Probability per action; float32 [k, A], or None where the ranker did not run.
         features: What the ranker read of each item; float32 [k, F], None where that is not to be logged.
         reasons: Reasons per item, empty unless asked for.
+        moves: How far each turned dial moved each score; float32 [k], none unless reasons are wanted.
         dropped: Number of candidates dropped, by filter.
         timings: Microseconds per stage, in order.
     """
@@ -192,6 +208,7 @@ class Slate:
     timings: list[tuple[str, int]]
     reasons: list[list[Reason]] = field(default_factory=list)
     features: Scores | None = None
+    moves: dict[tuple[Dial, int], Scores] = field(default_factory=dict)
 
 
 class Stage(Protocol):
@@ -237,6 +254,16 @@ class Scorer(Stage, Protocol):
 
     def score(self, query: Query, candidates: Candidates) -> Scores:
         """One score per candidate, higher is better; one that is not finite sinks to the end."""
+        ...
+
+
+class Adjuster(Stage, Protocol):
+    """Moves scores; it may look at all the candidates together."""
+
+    part: str
+
+    def adjust(self, query: Query, candidates: Candidates, scores: Scores) -> Scores:
+        """The moved scores; one that is not finite sinks to the end."""
         ...
 
 
@@ -286,6 +313,7 @@ class Pipeline:
     sources: Sequence[Source]
     filters: Sequence[Filter]
     scorer: Scorer
+    adjusters: Sequence[Adjuster]
     selector: Selector
     explainers: Sequence[Explainer]
     side_effects: Sequence[SideEffect]
@@ -338,6 +366,13 @@ class Pipeline:
         if scores is None:
             scores = interleaved(candidates)
 
+        for adjuster in watch.enabled(self.adjusters):
+            try:
+                scores = _sunk(adjuster.adjust(query, candidates, scores), candidates.rows.size)
+            except Exception as error:
+                query.moves.clear()
+                watch.failed(adjuster, adjuster.part, error)
+
         selected = None
         for selector in watch.enabled((self.selector,)):
             try:
@@ -355,6 +390,7 @@ class Pipeline:
             dropped=dropped,
             timings=watch.timings,
             features=None if query.features is None else query.features[positions],
+            moves={dial: move[positions] for dial, move in query.moves.items()},
         )
 
         for explainer in watch.enabled(self.explainers if query.explain else ()):

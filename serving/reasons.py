@@ -5,14 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from features.catalog import Catalog
+from features.controls import Dial
 from features.transforms import item_text, text_tokens, words
-from serving.pipeline import POPULAR, Query, Reason, Rows, Scores, Slate
+from serving.pipeline import POPULAR, SEGMENT, Query, Reason, Rows, Scores, Slate
 
 _NONE = -1
+_ASKED = {
+    Dial.NOVELTY: ("for the familiar", "for what you do not know yet"),
+    Dial.DIVERSITY: ("", "for a mix of topics"),
+    Dial.FRESHNESS: ("for what is older", "for what is new"),
+    Dial.CREATOR_WEIGHT: ("for less of {creator_id}", "for more of {creator_id}"),
+    Dial.CATEGORY_WEIGHT: ("for less of {category}", "for more of {category}"),
+}
 
 
 class Reasons:
-    """Reasons read from the answer itself: the nearest item of the history, the words, the seed, the sources."""
+    """Reasons read from the answer itself: the nearest item of the history, the words, seeds, sources and dials."""
 
     name = "reasons"
 
@@ -32,7 +40,9 @@ class Reasons:
         if query.user_vector is not None and query.history is not None:
             known = np.unique(query.history.rows[query.history.rows >= 0])
             self._nearest(known.astype(np.int32), "like_history", "like", slate, reasons)
+        self._segment(query, slate, reasons)
         self._popular(slate, reasons)
+        self._dials(query, slate, reasons)
         return reasons
 
     def _upstream(self, query: Query, slate: Slate, reasons: list[list[Reason]]) -> None:
@@ -65,6 +75,22 @@ class Reasons:
                 item = self._catalog.item(int(rows[at]))
                 title = item.get("title") or item["item_id"]
                 mine.append(Reason(kind, int(rows[at]), f"{text} {title}", weight))
+
+    def _segment(self, query: Query, slate: Slate, reasons: list[list[Reason]]) -> None:
+        for mine, score in zip(reasons, slate.candidates.of(SEGMENT).tolist(), strict=True):
+            if score == score:
+                mine.append(Reason(SEGMENT, _NONE, f"popular with those who like {query.segment}", score))
+
+    def _dials(self, query: Query, slate: Slate, reasons: list[list[Reason]]) -> None:
+        """Each dial that moved an item, and how far."""
+        for (dial, key), moved in slate.moves.items():
+            text = "you asked " + _ASKED[dial][query.dials[dial, key] > 0]
+            for mine, row, move in zip(reasons, slate.rows.tolist(), moved.tolist(), strict=True):
+                if move:
+                    item = self._catalog.item(row)
+                    category = (item.get("categories") or [""])[0]
+                    said = text.format(category=category, creator_id=item.get("creator_id"))
+                    mine.append(Reason("dial", _NONE, said, move))
 
     def _popular(self, slate: Slate, reasons: list[list[Reason]]) -> None:
         if POPULAR not in slate.candidates.names:

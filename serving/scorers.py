@@ -14,12 +14,13 @@ from features.kernels import dot_rows
 from features.outcomes import Outcomes
 from serving.lexical import LexicalIndex
 from serving.model import Model
-from serving.pipeline import POPULAR, Candidates, Query, Rows, Scores
+from serving.pipeline import NEIGHBORS, POPULAR, SEGMENT, WANTED, Candidates, Query, Rows, Scores
 
 MEANING_SHARE = 0.4
 """Share of the cosine in a text match; the rest is words."""
 
 _LEAST = 1e-6
+_OF_RUNG = {"item_to_item": NEIGHBORS, "segment": SEGMENT}
 
 
 class Personal:
@@ -47,8 +48,9 @@ class Personal:
             return np.empty(0, np.float32)
         columns = self._catalog.columns
         relevance: Scores = dot_rows(columns.vectors, rows, query.user_vector)
-        # Where the ranker does not move the order, only the items of the page need their probabilities.
-        at = np.arange(rows.size) if self._blend else np.argsort(-relevance, kind="stable")[: query.page_size]
+        # Where nothing moves the order, only the items of the page need their probabilities.
+        moved = self._blend or any(query.dials.values())
+        at = np.arange(rows.size) if moved else np.argsort(-relevance, kind="stable")[: query.page_size]
         judged = rows[at]
         features = self.read(query, judged, relevance[at])
         if zlib.crc32(query.request_id.encode()) < self._logged:
@@ -70,7 +72,7 @@ class Personal:
 
 
 class FeedScorer:
-    """A feed: the personal score; without a user vector the neighbours' score, below them what is popular."""
+    """A feed: the personal score; without a user vector the neighbours' or the segment's, then what is popular."""
 
     name = "score"
 
@@ -85,11 +87,12 @@ class FeedScorer:
         """Scores a feed's candidates."""
         if query.user_vector is not None:
             return self._personal.score(query, candidates.rows)
-        popular = candidates.of(POPULAR)
-        if query.rung != "item_to_item":
+        popular, wanted = candidates.of(POPULAR), candidates.of(WANTED)
+        popular = np.where(np.isnan(popular), wanted, popular)
+        if query.rung not in _OF_RUNG:
             return popular
-        near = candidates.of("neighbors")
-        # Cosines are above 0; this brings any popularity below it, its order kept.
+        near = candidates.of(_OF_RUNG[query.rung])
+        # These scores are not below 0; this brings any popularity below it, its order kept.
         below = -1 / (1 + np.maximum(popular, 0))
         return np.where(np.isnan(near), below, near)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
+from features.controls import Dial
 from serving.index import Index
 from serving.lexical import LexicalIndex
-from serving.pipeline import POPULAR, Query, Rows, Scores
+from serving.pipeline import NEIGHBORS, POPULAR, SEGMENT, WANTED, Query, Rows, Scores
 
 _CHUNK = 2048
 _DAY_MS = 86_400_000
 _RECENT = 20
+_WANTED = 100
+_WEIGHTS = {Dial.CATEGORY_WEIGHT: "category", Dial.CREATOR_WEIGHT: "creator"}
 
 
 def allowed(query: Query, catalog: Catalog, *, seen: bool) -> npt.NDArray[np.uint8]:
@@ -27,6 +32,19 @@ def allowed(query: Query, catalog: Catalog, *, seen: bool) -> npt.NDArray[np.uin
         bitmap = bitmap.copy()
         np.bitwise_and.at(bitmap, out >> 3, ~(np.uint8(1) << (out & 7).astype(np.uint8)))
     return bitmap
+
+
+def first_allowed(rows: Rows, bitmap: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.intp]:
+    """Places of the first `count` of `rows` whose bit is set."""
+    wanted, found = count, [np.empty(0, np.intp)]
+    for start in range(0, rows.size, _CHUNK):
+        part = rows[start : start + _CHUNK]
+        at = np.flatnonzero((bitmap[part >> 3] >> (part & 7).astype(np.uint8)) & 1)[:wanted] + start
+        found.append(at)
+        wanted -= at.size
+        if not wanted:
+            break
+    return np.concatenate(found)
 
 
 class NearestToUser:
@@ -74,7 +92,7 @@ class Neighbors:
 class ItemNeighbors:
     """Neighbours of the items a person touched last: what serves when the encoder cannot."""
 
-    name = "neighbors"
+    name = NEIGHBORS
 
     def __init__(self, neighbors: Neighbors, count: int) -> None:
         self._neighbors, self._count = neighbors, count
@@ -84,17 +102,21 @@ class ItemNeighbors:
         return query.rung == "item_to_item"
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """Neighbours of the newest items, newer ones weighing more."""
+        """Neighbours of the newest items, newer ones weighing more; where there is none, the rung is the next lower."""
         assert query.history is not None
+        query.rung = query.lowest_rung
         rows = query.history.rows[query.history.rows >= 0][-_RECENT:]
         weights = (0.9 ** np.arange(rows.size)[::-1]).astype(np.float32)
-        return self._neighbors.of(rows, weights, self._count)
+        near, scores = self._neighbors.of(rows, weights, self._count)
+        if near.size:
+            query.rung = "item_to_item"
+        return near, scores
 
 
 class NeighborsOfSeeds:
     """Neighbours of the seeds by the exported table."""
 
-    name = "neighbors"
+    name = NEIGHBORS
 
     def __init__(self, neighbors: Neighbors, count: int) -> None:
         self._neighbors, self._count = neighbors, count
@@ -184,16 +206,56 @@ class Popular:
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """A page of allowed popular items: enough to fill the answer, whatever the later stages take away."""
         bitmap = allowed(query, self._catalog, seen=not self._repeats)
-        wanted, found = 2 * query.page_size, []
-        for start in range(0, self._rows.size, _CHUNK):
-            rows = self._rows[start : start + _CHUNK]
-            at = np.flatnonzero((bitmap[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1)[:wanted] + start
-            found.append(at)
-            wanted -= at.size
-            if not wanted:
-                break
-        places = np.concatenate(found) if found else np.empty(0, np.intp)
+        places = first_allowed(self._rows, bitmap, 2 * query.page_size)
         return self._rows[places], self._scores[places]
+
+
+class PopularInSegment:
+    """What people like who choose the same category most."""
+
+    name = SEGMENT
+
+    def __init__(self, tables: Mapping[str, tuple[Rows, Scores]], catalog: Catalog, *, repeats: bool) -> None:
+        """Takes, by the name of the category, the items that such people like, best first, and their scores."""
+        self._tables, self._catalog, self._repeats = tables, catalog, repeats
+
+    def enable(self, query: Query) -> bool:
+        """On the rung below the neighbours of items."""
+        return query.rung == "segment"
+
+    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
+        """A page of allowed ones, as `Popular` does; where there is none, the rung is the lowest."""
+        rows, scores = self._tables[query.segment]
+        places = first_allowed(rows, allowed(query, self._catalog, seen=not self._repeats), 2 * query.page_size)
+        if not places.size:
+            query.rung = "popular"
+        return rows[places], scores[places]
+
+
+class Wanted:
+    """What the person's dials ask more of: the most popular items of those creators and categories."""
+
+    name = WANTED
+
+    def __init__(self, catalog: Catalog, *, repeats: bool) -> None:
+        self._catalog, self._repeats = catalog, repeats
+
+    def enable(self, query: Query) -> bool:
+        """Where a creator or a category is turned up."""
+        return any(dial in _WEIGHTS and value > 0 for (dial, _), value in query.dials.items())
+
+    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
+        """The most popular allowed ones, live items last."""
+        columns, bitmap = self._catalog.columns, allowed(query, self._catalog, seen=not self._repeats)
+        asked = np.unpackbits(bitmap, bitorder="little")[: columns.capacity].view(np.bool_)
+        hits = np.zeros(asked.size, np.bool_)
+        for (dial, key), value in query.dials.items():
+            if dial in _WEIGHTS and value > 0:
+                hits |= getattr(columns, _WEIGHTS[dial])[: hits.size] == np.uint64(key)
+        rows = np.flatnonzero(asked & hits)
+        popularity = columns.recent_popularity[rows] + np.float32(1e-3) * columns.popularity[rows]
+        best = np.argsort(-popularity, kind="stable")[:_WANTED]
+        return rows[best].astype(np.int32), popularity[best]
 
 
 class Fresh:

@@ -30,7 +30,7 @@ class _RungEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rung.ValueType],
     RUNG_POPULAR: _Rung.ValueType  # 1
     """What most people like: nothing was known of this person, or nothing was asked to be used."""
     RUNG_SEGMENT: _Rung.ValueType  # 2
-    """What people of this person's segment like."""
+    """What people of this person's segment like: of those who choose the same category most."""
     RUNG_ITEM_TO_ITEM: _Rung.ValueType  # 3
     """Neighbours of single items this person touched."""
     RUNG_SEQUENCE: _Rung.ValueType  # 4
@@ -44,7 +44,7 @@ RUNG_UNSPECIFIED: Rung.ValueType  # 0
 RUNG_POPULAR: Rung.ValueType  # 1
 """What most people like: nothing was known of this person, or nothing was asked to be used."""
 RUNG_SEGMENT: Rung.ValueType  # 2
-"""What people of this person's segment like."""
+"""What people of this person's segment like: of those who choose the same category most."""
 RUNG_ITEM_TO_ITEM: Rung.ValueType  # 3
 """Neighbours of single items this person touched."""
 RUNG_SEQUENCE: Rung.ValueType  # 4
@@ -77,6 +77,8 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     """The catalogue here is older than min_catalog_version asked for."""
     PART_DEADLINE: _Part.ValueType  # 9
     """Parts were left out to answer before the deadline."""
+    PART_DIALS: _Part.ValueType  # 10
+    """The person's dials could not be applied: the order is that without them."""
 
 class Part(_Part, metaclass=_PartEnumTypeWrapper):
     """A part of the system that an answer did without."""
@@ -101,6 +103,8 @@ PART_CATALOG_STALE: Part.ValueType  # 8
 """The catalogue here is older than min_catalog_version asked for."""
 PART_DEADLINE: Part.ValueType  # 9
 """Parts were left out to answer before the deadline."""
+PART_DIALS: Part.ValueType  # 10
+"""The person's dials could not be applied: the order is that without them."""
 Global___Part: _TypeAlias = Part  # noqa: Y015
 
 @_typing.final
@@ -188,6 +192,101 @@ class RequestContext(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestContext: _TypeAlias = RequestContext  # noqa: Y015
+
+@_typing.final
+class Dials(_message.Message):
+    """How a person wants their answers made. A dial at 0, or one that is not set, changes nothing. A weight of 1 lifts, and one of -1
+    sinks, by three times the spread of the scores of the candidates; every dial has about that reach.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CategoriesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class CreatorsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NOVELTY_FIELD_NUMBER: _builtins.int
+    DIVERSITY_FIELD_NUMBER: _builtins.int
+    FRESHNESS_FIELD_NUMBER: _builtins.int
+    CATEGORIES_FIELD_NUMBER: _builtins.int
+    CREATORS_FIELD_NUMBER: _builtins.int
+    novelty: _builtins.float
+    """Above 0 more of what the person does not know, below 0 more of the familiar; -1 to 1."""
+    diversity: _builtins.float
+    """How much topics (first categories) are mixed; 0 to 1, 0 is the order by score alone."""
+    freshness: _builtins.float
+    """Above 0 newer items, below 0 older ones; -1 to 1."""
+    @_builtins.property
+    def categories(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Less or more of what has this first category, by name; -1 to 1 each."""
+
+    @_builtins.property
+    def creators(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Less or more of this creator, by external id; -1 to 1 each."""
+
+    def __init__(
+        self,
+        *,
+        novelty: _builtins.float | None = ...,
+        diversity: _builtins.float | None = ...,
+        freshness: _builtins.float | None = ...,
+        categories: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        creators: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_freshness", b"_freshness", "_novelty", b"_novelty", "diversity", b"diversity", "freshness", b"freshness", "novelty", b"novelty"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_freshness", b"_freshness", "_novelty", b"_novelty", "categories", b"categories", "creators", b"creators", "diversity", b"diversity", "freshness", b"freshness", "novelty", b"novelty"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
+    _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
+    _WhichOneofReturnType__freshness: _TypeAlias = _typing.Literal["freshness"]  # noqa: Y015
+    _WhichOneofArgType__freshness: _TypeAlias = _typing.Literal["_freshness", b"_freshness"]  # noqa: Y015
+    _WhichOneofReturnType__novelty: _TypeAlias = _typing.Literal["novelty"]  # noqa: Y015
+    _WhichOneofArgType__novelty: _TypeAlias = _typing.Literal["_novelty", b"_novelty"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__diversity) -> _WhichOneofReturnType__diversity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__freshness) -> _WhichOneofReturnType__freshness | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__novelty) -> _WhichOneofReturnType__novelty | None: ...
+
+Global___Dials: _TypeAlias = Dials  # noqa: Y015
 
 @_typing.final
 class Degradation(_message.Message):

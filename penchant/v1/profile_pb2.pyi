@@ -320,27 +320,33 @@ Global___GetControlsRequest: _TypeAlias = GetControlsRequest  # noqa: Y015
 
 @_typing.final
 class GetControlsResponse(_message.Message):
-    """What the person does not want to be shown."""
+    """How the person wants their answers made."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HIDDEN_FIELD_NUMBER: _builtins.int
     PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    DIALS_FIELD_NUMBER: _builtins.int
     profile_version: _builtins.int
     """The version of the profile from which it holds; 0 where they never said anything."""
     @_builtins.property
     def hidden(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
-        """All of it; none of it appears in their feeds, search results and re-ranked answers."""
+        """All that they do not want to be shown; none of it appears in an answer that names them."""
+
+    @_builtins.property
+    def dials(self) -> _common_pb2.Dials:
+        """The dials that they turned."""
 
     def __init__(
         self,
         *,
         hidden: _abc.Iterable[Global___Control] | None = ...,
         profile_version: _builtins.int = ...,
+        dials: _common_pb2.Dials | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dials", b"dials"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "profile_version", b"profile_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dials", b"dials", "hidden", b"hidden", "profile_version", b"profile_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,29 +354,35 @@ Global___GetControlsResponse: _TypeAlias = GetControlsResponse  # noqa: Y015
 
 @_typing.final
 class SetControlsRequest(_message.Message):
-    """What a person does not want to be shown from now on."""
+    """How a person wants their answers made from now on, in place of all that was set before; at most 1,000 things together."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBJECT_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
+    DIALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def subject(self) -> _common_pb2.Subject:
         """The person."""
 
     @_builtins.property
     def hidden(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
-        """All of it, in place of what was set before; at most 1,000."""
+        """All that they do not want to be shown."""
+
+    @_builtins.property
+    def dials(self) -> _common_pb2.Dials:
+        """Their dials; a category weighted above 0 also tells the taste of somebody who did nothing yet, as interests picked at sign-up do."""
 
     def __init__(
         self,
         *,
         subject: _common_pb2.Subject | None = ...,
         hidden: _abc.Iterable[Global___Control] | None = ...,
+        dials: _common_pb2.Dials | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dials", b"dials", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dials", b"dials", "hidden", b"hidden", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -99,14 +99,14 @@ class ProfileServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetControls(self, request, context):
-        """Shows what a person does not want to be shown.
+        """Shows how a person wants their answers made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetControls(self, request, context):
-        """Sets all that a person does not want to be shown; the very next answer obeys.
+        """Sets how a person wants their answers made: what is never shown, and their dials; the very next answer obeys.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,9 +36,9 @@ class ProfileServiceStub:
     GetProfile: _grpc.UnaryUnaryMultiCallable[_profile_pb2.GetProfileRequest, _profile_pb2.GetProfileResponse]
     """Shows a profile as a person would read it."""
     GetControls: _grpc.UnaryUnaryMultiCallable[_profile_pb2.GetControlsRequest, _profile_pb2.GetControlsResponse]
-    """Shows what a person does not want to be shown."""
+    """Shows how a person wants their answers made."""
     SetControls: _grpc.UnaryUnaryMultiCallable[_profile_pb2.SetControlsRequest, _profile_pb2.SetControlsResponse]
-    """Sets all that a person does not want to be shown; the very next answer obeys."""
+    """Sets how a person wants their answers made: what is never shown, and their dials; the very next answer obeys."""
     SetConsent: _grpc.UnaryUnaryMultiCallable[_profile_pb2.SetConsentRequest, _profile_pb2.SetConsentResponse]
     """Sets what a person's data may be used for; the next answer and the next event obey."""
     ResetLearning: _grpc.UnaryUnaryMultiCallable[_profile_pb2.ResetLearningRequest, _profile_pb2.ResetLearningResponse]
@@ -62,9 +62,9 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     GetProfile: _aio.UnaryUnaryMultiCallable[_profile_pb2.GetProfileRequest, _profile_pb2.GetProfileResponse]  # type: ignore[assignment]
     """Shows a profile as a person would read it."""
     GetControls: _aio.UnaryUnaryMultiCallable[_profile_pb2.GetControlsRequest, _profile_pb2.GetControlsResponse]  # type: ignore[assignment]
-    """Shows what a person does not want to be shown."""
+    """Shows how a person wants their answers made."""
     SetControls: _aio.UnaryUnaryMultiCallable[_profile_pb2.SetControlsRequest, _profile_pb2.SetControlsResponse]  # type: ignore[assignment]
-    """Sets all that a person does not want to be shown; the very next answer obeys."""
+    """Sets how a person wants their answers made: what is never shown, and their dials; the very next answer obeys."""
     SetConsent: _aio.UnaryUnaryMultiCallable[_profile_pb2.SetConsentRequest, _profile_pb2.SetConsentResponse]  # type: ignore[assignment]
     """Sets what a person's data may be used for; the next answer and the next event obey."""
     ResetLearning: _aio.UnaryUnaryMultiCallable[_profile_pb2.ResetLearningRequest, _profile_pb2.ResetLearningResponse]  # type: ignore[assignment]
@@ -97,7 +97,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_pb2.GetControlsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_pb2.GetControlsResponse, _abc.Awaitable[_profile_pb2.GetControlsResponse]]:
-        """Shows what a person does not want to be shown."""
+        """Shows how a person wants their answers made."""
 
     @_abc_1.abstractmethod
     def SetControls(
@@ -105,7 +105,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_pb2.SetControlsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_pb2.SetControlsResponse, _abc.Awaitable[_profile_pb2.SetControlsResponse]]:
-        """Sets all that a person does not want to be shown; the very next answer obeys."""
+        """Sets how a person wants their answers made: what is never shown, and their dials; the very next answer obeys."""
 
     @_abc_1.abstractmethod
     def SetConsent(

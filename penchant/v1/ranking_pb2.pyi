@@ -31,17 +31,17 @@ class _PersonalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Perso
     PERSONALIZATION_AUTO: _Personalization.ValueType  # 1
     """Use the profile where there is one."""
     PERSONALIZATION_DISABLED: _Personalization.ValueType  # 2
-    """Do not read the profile."""
+    """Use nothing of what the person did."""
 
 class Personalization(_Personalization, metaclass=_PersonalizationEnumTypeWrapper):
-    """Whether the answer may use what is known of the person."""
+    """Whether the answer may use what is known of what the person did. What they said holds in any case: blocks, mutes and dials."""
 
 PERSONALIZATION_UNSPECIFIED: Personalization.ValueType  # 0
 """The same as AUTO."""
 PERSONALIZATION_AUTO: Personalization.ValueType  # 1
 """Use the profile where there is one."""
 PERSONALIZATION_DISABLED: Personalization.ValueType  # 2
-"""Do not read the profile."""
+"""Use nothing of what the person did."""
 Global___Personalization: _TypeAlias = Personalization  # noqa: Y015
 
 @_typing.final
@@ -61,6 +61,7 @@ class RankingOptions(_message.Message):
     MIN_PROFILE_VERSION_FIELD_NUMBER: _builtins.int
     MIN_CATALOG_VERSION_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    DIALS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's id of this request, returned in the answer and carried back by the events it causes; made by the server when empty."""
     session_id: _builtins.str
@@ -89,6 +90,12 @@ class RankingOptions(_message.Message):
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items never to return; at most 10,000."""
 
+    @_builtins.property
+    def dials(self) -> _common_pb2.Dials:
+        """Dials for this answer only: each that is set, 0 included, holds in place of the one that the person set with SetControls; at most
+        1,000 categories and creators together.
+        """
+
     def __init__(
         self,
         *,
@@ -103,10 +110,11 @@ class RankingOptions(_message.Message):
         min_profile_version: _builtins.int = ...,
         min_catalog_version: _builtins.int = ...,
         explain: _builtins.bool = ...,
+        dials: _common_pb2.Dials | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "subject", b"subject"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "dials", b"dials", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "min_catalog_version", b"min_catalog_version", "min_profile_version", b"min_profile_version", "page_size", b"page_size", "personalization", b"personalization", "request_id", b"request_id", "session_id", b"session_id", "subject", b"subject", "surface", b"surface"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "dials", b"dials", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "min_catalog_version", b"min_catalog_version", "min_profile_version", b"min_profile_version", "page_size", b"page_size", "personalization", b"personalization", "request_id", b"request_id", "session_id", b"session_id", "subject", b"subject", "surface", b"surface"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -171,13 +179,13 @@ class Reason(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """Kind of reason: "like_history", "popular", "matches_query", "similar_to_seed", "upstream"."""
+    """Kind of reason: "like_history", "popular", "popular_in_segment", "matches_query", "similar_to_seed", "upstream", "dial"."""
     item_id: _builtins.str
     """The item the reason points at, if any."""
     text: _builtins.str
     """The reason in words."""
     weight: _builtins.float
-    """Strength of the reason: cosine similarity, normalised text score or upstream score, as the kind says."""
+    """Strength of the reason: cosine similarity, normalised text score, upstream score, or how far a dial moved the score, as the kind says."""
     def __init__(
         self,
         *,

@@ -9,12 +9,19 @@ from collections.abc import Mapping, Sequence, Sized
 import numpy as np
 import numpy.typing as npt
 
-from penchant.v1.common_pb2 import Subject
+from features.controls import MOST_RULES, Dial
+from penchant.v1.common_pb2 import Dials, Subject
 from serving.errors import InvalidArgument
+from serving.people import Setting
 
 MAX_ID_BYTES = 512
 MAX_QUERY_CHARACTERS = 1024
 YEAR_2100_MS = 4_102_444_800_000
+WHOLE_DIALS = {"novelty": Dial.NOVELTY, "diversity": Dial.DIVERSITY, "freshness": Dial.FRESHNESS}
+"""Dials about everything, by their name in the contract."""
+
+NAMED_DIALS = {"categories": Dial.CATEGORY_WEIGHT, "creators": Dial.CREATOR_WEIGHT}
+"""Dials about one category or creator each, by the name in the contract of all of a kind."""
 
 
 def whole(value: int, field: str, low: int, high: int) -> int:
@@ -83,6 +90,29 @@ def number(value: float, field: str, low: float = -math.inf) -> float:
         allowed = "finite" if low == -math.inf else f"finite and at least {low:g}"
         raise InvalidArgument(field, f"must be {allowed}, got {value}")
     return value
+
+
+def within(value: float, field: str, low: float, high: float) -> float:
+    """One number in [low, high]."""
+    if not low <= value <= high:
+        raise InvalidArgument(field, f"must be {low:g} to {high:g}, got {value}")
+    return value
+
+
+def dials(value: Dials, field: str) -> list[Setting]:
+    """The dials that are set, each in its range; at most as many as a person may have rules."""
+    whole(len(value.categories) + len(value.creators), field, 0, MOST_RULES)
+    said = {name.name for name, _ in value.ListFields()}
+    turned = [
+        Setting(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))
+        for name, dial in WHOLE_DIALS.items()
+        if name in said
+    ]
+    for name, dial in NAMED_DIALS.items():
+        for about, weight in getattr(value, name).items():
+            identifier(about, f"{field}.{name} (a key)")
+            turned.append(Setting(dial, about, within(weight, f"{field}.{name}[{about!r}]", dial.least, 1)))
+    return turned
 
 
 def timestamp(value: int, field: str) -> int:

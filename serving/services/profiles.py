@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -20,11 +20,11 @@ from features.errors import ProfileCorrupt
 from features.memory import DIMENSIONS, HORIZONS
 from features.profile import RING, Profile, Purpose
 from features.schema import EVENT_TYPES, event_type_key, item_key
-from penchant.v1 import profile_pb2, profile_pb2_grpc
+from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine import Engine, Host
 from serving.erasure import Certificate, Certificates
 from serving.errors import InvalidArgument
-from serving.people import Consent, People, Rule
+from serving.people import Consent, People, Rule, Setting
 from serving.profiles import ProfileStore
 from serving.services import checks
 
@@ -68,18 +68,19 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     def GetControls(
         self, request: profile_pb2.GetControlsRequest, context: grpc.ServicerContext
     ) -> profile_pb2.GetControlsResponse:
-        """Shows what a person does not want to be shown."""
+        """Shows how a person wants their answers made."""
         rules, version = self._people.rules(checks.subject(request.subject, "subject"))
-        return profile_pb2.GetControlsResponse(hidden=map(_control, rules), profile_version=version)
+        return profile_pb2.GetControlsResponse(hidden=_hidden(rules), dials=_dials(rules), profile_version=version)
 
     def SetControls(
         self, request: profile_pb2.SetControlsRequest, context: grpc.ServicerContext
     ) -> profile_pb2.SetControlsResponse:
-        """Sets all that a person does not want to be shown; the very next answer obeys."""
+        """Sets how a person wants their answers made; the very next answer obeys."""
         subject = checks.subject(request.subject, "subject")
-        checks.whole(len(request.hidden), "hidden", 0, MOST_RULES)
+        turned = [setting for setting in checks.dials(request.dials, "dials") if setting.value]
+        checks.whole(len(request.hidden), "hidden", 0, MOST_RULES - len(turned))
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
-        version, applied = self._people.set_rules(subject, rules)
+        version, applied = self._people.set_rules(subject, [*rules, *turned])
         return profile_pb2.SetControlsResponse(profile_version=version, applied=applied)
 
     def SetConsent(
@@ -173,9 +174,10 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         """What is held about a person beside events and slates."""
         [consent] = self._people.consents([subject])
         said = {"kind": "consent", "purposes": consent.purposes.names, "given": bool(consent.said_at)}
-        rules = [MessageToDict(_control(rule)) for rule in self._people.rules(subject)[0]]
+        rules = self._people.rules(subject)[0]
+        wanted = {"hidden": [MessageToDict(one) for one in _hidden(rules)], "dials": MessageToDict(_dials(rules))}
         profile = MessageToDict(self._shown(subject, RING), preserving_proto_field_name=True)
-        for document in (said, {"kind": "controls", "hidden": rules}, {"kind": "profile", **profile}):
+        for document in (said, {"kind": "controls", **wanted}, {"kind": "profile", **profile}):
             yield json.dumps(document, ensure_ascii=False)
         yield json.dumps({"kind": "counts", **self._counts(subject)}, ensure_ascii=False)
 
@@ -195,9 +197,26 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         return found
 
 
-def _control(rule: Rule) -> profile_pb2.Control:
-    kind = next(kind for kind, meant in _KINDS.items() if meant is rule.kind)
-    return profile_pb2.Control(kind=kind, id=rule.name, until_ms=rule.until)
+def _hidden(rules: Sequence[Rule | Setting]) -> list[profile_pb2.Control]:
+    """What is never shown, in the words of the contract."""
+    kinds = {meant: kind for kind, meant in _KINDS.items()}
+    return [
+        profile_pb2.Control(kind=kinds[rule.kind], id=rule.name, until_ms=rule.until)
+        for rule in rules
+        if isinstance(rule, Rule)
+    ]
+
+
+def _dials(rules: Sequence[Rule | Setting]) -> common_pb2.Dials:
+    """The dials, in the words of the contract."""
+    found = common_pb2.Dials()
+    names = {dial: name for name, dial in (checks.WHOLE_DIALS | checks.NAMED_DIALS).items()}
+    for one in rules:
+        if isinstance(one, Setting) and one.name:
+            getattr(found, names[one.dial])[one.name] = one.value
+        elif isinstance(one, Setting):
+            setattr(found, names[one.dial], one.value)
+    return found
 
 
 def _rule(control: profile_pb2.Control, field: str) -> Rule:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
+from features.schema import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.engine import Engine, Host
 from serving.experiments import Holdout
@@ -113,6 +114,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             session_id=options.session_id,
             exclude=rows[rows >= 0],
             personalize=options.personalization != ranking_pb2.PERSONALIZATION_DISABLED,
+            dials={(one.dial, item_key(one.name)): one.value for one in checks.dials(options.dials, "options.dials")},
             explain=options.explain,
             arm=assignment.arm,
             holdout=assignment.holdout,

@@ -37,7 +37,7 @@ class Stage:
             raise self.result
         return self.result(*arguments) if callable(self.result) else self.result
 
-    hydrate = retrieve = keep = score = select = explain = apply = _act
+    hydrate = retrieve = keep = score = adjust = select = explain = apply = _act
 
 
 def rows(*values):
@@ -58,6 +58,7 @@ def pipeline(**changes):
         "sources": [Stage("near", (rows(4, 5, 6), scores(3, 2, 1))), Stage(p.POPULAR, (rows(6, 7), scores(9, 8)))],
         "filters": [],
         "scorer": Stage("scorer", lambda query, candidates: candidates.rows.astype(np.float32)),
+        "adjusters": [],
         "selector": Stage("selector", lambda query, candidates, scores: p.top_k(scores, query.page_size)),
         "explainers": [],
         "side_effects": [],
