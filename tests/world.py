@@ -24,6 +24,8 @@ from features.transforms import item_text, text_tokens, token_buckets
 from features.vocabulary import Vocabulary
 
 GENRES = ("western", "space", "romance", "comedy")
+SEGMENTS = GENRES[:3]
+"""Genres of which it is known what people like who like them: other items of the genre."""
 ITEMS_PER_GENRE = 10
 COUNT = len(GENRES) * ITEMS_PER_GENRE
 DIM = 8
@@ -120,11 +122,10 @@ def _tables(staging: Path) -> None:
     index = faiss.IndexFlatIP(DIM)
     index.add(space)
     (staging / "index.faiss").write_bytes(faiss.serialize_index(index).tobytes())
-    popular = {
-        "segment": pa.array([""] * COUNT),
-        "row": pa.array(np.arange(COUNT, dtype=np.int32)),
-        "score": pa.array(popularity),
-    }
+    own = [np.array([row for row in range(COUNT) if GENRES[row % 4] == genre], np.int32) for genre in SEGMENTS]
+    rows = np.concatenate([np.arange(COUNT, dtype=np.int32), *own])
+    segments = [""] * COUNT + [genre for genre in SEGMENTS for _ in range(ITEMS_PER_GENRE)]
+    popular = {"segment": segments, "row": rows, "score": popularity[rows]}
     _write(staging / "popular.arrow", pa.table(popular))
     lengths = np.linalg.norm(space, axis=1, keepdims=True)
     cosines = (space / lengths) @ (space / lengths).T

@@ -24,11 +24,12 @@ from features.errors import ExportError
 from features.outcomes import Outcomes
 from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
 from training import golden
-from training.data import read_interactions
+from training.data import Interactions, read_interactions
 from training.graphs import Arrays, Graph, LastHidden, parity, session_of, to_onnx
 from training.index_build import CUTOFFS, build
 from training.ranking import user_vectors
 from training.run import LoadedRun, input_shapes, load_run
+from training.segments import popular_in_segments
 from training.split import Targets
 
 PARITY = 1e-5
@@ -113,10 +114,11 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         world, sessions = _world(loaded, catalog)
         _check_assembly(world, gates)
         _write_models(loaded, world, sessions, staging, gates)
-        index = _write_index(loaded, world, staging, recall, gates)
+        data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
+        index = _write_index(loaded, data, world, staging, recall, gates)
         people = golden.answers(world, golden.make_people(world))
         (staging / "golden.json").write_text(json.dumps(people, allow_nan=False))
-        _write_tables(loaded, staging)
+        _write_tables(loaded, data, catalog, staging)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
     return {
@@ -250,18 +252,19 @@ def _ranker_graph(loaded: LoadedRun, world: golden.World) -> Graph:
     return Graph("ranker", loaded.ranker, "logits", axes, ["candidates", actions], cases)
 
 
-def _write_index(loaded: LoadedRun, world: golden.World, staging: Path, target: float, gates: Gates) -> dict[str, Any]:
-    built = build(loaded.item_vectors, _likely_queries(loaded, world), target)
+def _write_index(
+    loaded: LoadedRun, data: Interactions, world: golden.World, staging: Path, target: float, gates: Gates
+) -> dict[str, Any]:
+    built = build(loaded.item_vectors, _likely_queries(loaded, data, world), target)
     for cut in CUTOFFS:
         gates.at_least(f"index_recall@{cut}", built.recall[cut], target)
     (staging / "index.faiss").write_bytes(built.data)
     return {"kind": built.kind, "lists": built.lists, "probes": built.probes}
 
 
-def _likely_queries(loaded: LoadedRun, world: golden.World) -> _F32:
+def _likely_queries(loaded: LoadedRun, data: Interactions, world: golden.World) -> _F32:
     """Vectors like those that the index will be asked for: of real people, of texts as queries, and of items."""
     rng = np.random.default_rng(0)
-    data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
     people = rng.permutation(len(data.people))[:_QUERIES]
     targets = Targets(people, np.diff(data.offsets)[people])
     table = torch.from_numpy(loaded.item_vectors)
@@ -272,14 +275,25 @@ def _likely_queries(loaded: LoadedRun, world: golden.World) -> _F32:
     return np.concatenate([users, world.ask("query_encoder", {"tokens": tokens}), loaded.item_vectors[some]])
 
 
-def _write_tables(loaded: LoadedRun, staging: Path) -> None:
+def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, staging: Path) -> None:
     """The tables of the lower rungs and of search by words."""
     np.save(staging / "neighbors.npy", loaded.neighbors.astype(np.int32))
     np.save(staging / "neighbor_scores.npy", loaded.neighbor_scores.astype(np.float32))
     # What is popular now, and among equals what was always popular.
     scores = (loaded.recent_popularity + 1e-3 * loaded.popularity).astype(np.float32)
     rows = np.argsort(-scores, kind="stable")[:POPULAR].astype(np.int32)
-    popular = pa.table({"segment": [""] * rows.size, "row": rows, "score": scores[rows]})
+    tables = {"": (rows, scores[rows])}
+    keys, first = np.unique(catalog.columns.category, return_index=True)
+    for key, table in popular_in_segments(data, catalog.columns, loaded.config.recent_days).items():
+        item = catalog.item(int(first[keys.searchsorted(np.uint64(key))]))
+        tables[item["categories"][0]] = table
+    popular = pa.table(
+        {
+            "segment": np.repeat(list(tables), [own.size for own, _ in tables.values()]),
+            "row": np.concatenate([own for own, _ in tables.values()]),
+            "score": np.concatenate([own for _, own in tables.values()]),
+        }
+    )
     with pa.OSFile(str(staging / "popular.arrow"), "wb") as sink, pa.ipc.new_file(sink, popular.schema) as writer:
         writer.write_table(popular)
     words = [

@@ -1,0 +1,305 @@
+"""The person's dials: each moves the answer its way, on any rung, and what nobody turned changes nothing."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penchant.client import Client, event
+from penchant.v1 import catalog_pb2, common_pb2
+from serving.adjusters import mix
+from tests.fixtures import serving
+from tests.world import COUNT, rows_of
+
+Dials = common_pb2.Dials
+STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+
+@pytest.fixture
+def ann() -> str:
+    """A person nobody has met."""
+    return f"ann-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def everywhere(service):
+    """A client with so many connections that every worker is asked."""
+    with service.client(channels=16) as client:
+        client.wait_ready()
+        yield client
+
+
+def ids(slate) -> list[str]:
+    return [item.item_id for item in slate.items]
+
+
+def said(slate) -> list[bytes]:
+    return [item.SerializeToString(deterministic=True) for item in slate.items]
+
+
+class TestMix:
+    def test_by_hand(self):
+        scores, topics = np.array([9, 8, 7, 3, 2], np.float32), np.array([1, 1, 1, 2, 0], np.uint64)
+        # 9, then 8 - 2, then the third of its topic at 7 - 4 before the first of another at 3: equals go by place.
+        assert mix(scores, topics, 3, np.float32(2)).tolist() == [9, 6, 3, 3, 2]
+        assert np.argsort(-mix(scores, topics, 4, np.float32(20)), kind="stable")[:3].tolist() == [0, 3, 4]
+
+    def test_what_has_no_topic_costs_nobody_and_what_sank_stays_sunk(self):
+        scores = np.array([3, 2, -np.inf, 1], np.float32)
+        assert mix(scores, np.zeros(4, np.uint64), 4, np.float32(9)).tolist() == scores.tolist()
+        assert mix(scores, np.ones(4, np.uint64), 4, np.float32(1)).tolist() == [3, 1, -np.inf, -1]
+
+    @given(
+        st.lists(st.tuples(st.floats(-9, 9, width=32), st.integers(0, 4)), max_size=40),
+        st.integers(1, 12),
+        st.floats(0, 9, width=32),
+    )
+    def test_the_best_by_what_is_left_are_those_that_were_chosen(self, items, count, cost):
+        scores = np.array([score for score, _ in items], np.float32)
+        topics = np.array([topic for _, topic in items], np.uint64)
+        found = mix(scores, topics, count, np.float32(cost))
+        chosen, left = [], scores.copy()
+        for _ in range(min(count, scores.size)):
+            one = max((at for at in range(scores.size) if at not in chosen), key=lambda at: (left[at], -at))
+            assert found[one] == left[one]
+            chosen.append(one)
+            left[(topics == topics[one]) & (topics > 0)] -= np.float32(cost)
+        assert (np.diff(found[chosen]) <= 0).all()
+        assert all(found[at] <= found[chosen[-1]] for at in range(scores.size) if at not in chosen)
+
+
+class TestStored:
+    def test_the_next_answer_of_any_worker_obeys_and_0_takes_it_back(self, client, everywhere, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        before = client.recommend(user_id=ann, page_size=20)
+        assert ids(before)[0] in rows_of("western")
+        wanted = Dials(novelty=0.5, categories={"western": -1, "space": 1})
+        version = client.set_controls([("item", "i1", 0)], ann, dials=wanted).profile_version
+        for _ in range(8):
+            slate = everywhere.recommend(user_id=ann, page_size=9)
+            assert set(ids(slate)) == rows_of("space") - {"i1"}
+            assert not slate.degraded
+        stored = client.get_controls(ann)
+        assert (stored.dials, stored.profile_version) == (wanted, version)
+        assert [one.id for one in stored.hidden] == ["i1"]
+        client.set_controls([], ann, dials=Dials(novelty=0, diversity=0, freshness=0, categories={"western": 0}))
+        assert client.get_controls(ann).dials == Dials()
+        assert said(client.recommend(user_id=ann, page_size=20)) == said(before)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_dials_at_0_change_no_bit(self, client, ann, known):
+        if known:
+            client.ingest([event(ann, "i0", "view_item"), event(ann, "i1", "like")])
+        neutral = Dials(novelty=0, diversity=0, freshness=0, categories={"western": 0}, creators={"c1": 0})
+        calls = [client.recommend, lambda **options: client.search("story", **options)]
+        calls.append(lambda **options: client.rank([f"i{row}" for row in range(20)], **options))
+        calls.append(lambda **options: client.similar_items(["i3"], **options))
+        for call in calls:
+            plain = call(user_id=ann, page_size=20)
+            slate = call(user_id=ann, page_size=20, dials=neutral)
+            assert said(slate) == said(plain)
+            assert slate.rung == plain.rung
+            assert "dials" not in {timing.stage for timing in slate.stage_timings}
+
+    def test_those_of_a_request_hold_for_it_alone_each_in_place_of_the_stored_one(self, client, ann):
+        client.set_controls([], ann, dials=Dials(categories={"space": 1, "western": -1}))
+        stored = ids(client.recommend(user_id=ann, page_size=10))
+        assert set(stored) == rows_of("space")
+        now = client.recommend(user_id=ann, page_size=10, dials=Dials(categories={"space": -1, "romance": 1}))
+        assert not set(ids(now)) & rows_of("space")
+        assert not set(ids(now)[:5]) & rows_of("western")
+        assert ids(client.recommend(user_id=ann, page_size=10)) == stored
+        # Nobody need be named for those of a request.
+        slate = client.rank([f"i{row}" for row in range(COUNT)], dials=Dials(creators={"c3": 1}), page_size=6)
+        assert {int(name[1:]) % 5 for name in ids(slate)} == {3}
+
+    def test_they_go_with_erasure_stay_through_a_reset_and_move_in_a_merge(self, client, ann):
+        client.set_controls([], anonymous_id=ann, dials=Dials(novelty=1, freshness=0.5))
+        client.set_controls([("item", "i2", 0)], ann, dials=Dials(novelty=-1, categories={"space": 0.5}))
+        client.merge_identities(ann, ann)
+        assert client.get_controls(ann).dials == Dials(novelty=-1, freshness=0.5, categories={"space": 0.5})
+        client.reset_learning(ann)
+        assert client.get_controls(ann).dials.freshness == 0.5
+        [document] = [one for one in client.export_subject(ann) if one["kind"] == "controls"]
+        assert document["dials"] == {"novelty": -1, "freshness": 0.5, "categories": {"space": 0.5}}
+        client.erase(ann)
+        assert client.get_controls(ann).dials == Dials()
+        assert ids(client.recommend(user_id=ann, page_size=5)) == [f"i{row}" for row in range(5)]
+
+    def test_reasons_name_the_dials_that_moved_an_item(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        wanted = Dials(diversity=0.2, categories={"space": 1, "comedy": -0.5}, creators={"c1": 0.1})
+        slate = client.recommend(user_id=ann, page_size=COUNT, dials=wanted, explain=True)
+        texts = {
+            item.item_id: {reason.text: reason.weight for reason in item.reasons if reason.kind == "dial"}
+            for item in slate.items
+        }
+        assert texts["i1"]["you asked for more of space"] > 0
+        assert texts["i3"]["you asked for less of comedy"] == pytest.approx(
+            -texts["i1"]["you asked for more of space"] / 2
+        )
+        assert texts["i1"]["you asked for more of c1"] > 0
+        assert "you asked for less of comedy" not in texts["i1"]
+        assert any(texts[name].get("you asked for a mix of topics", 0) < 0 for name in texts)
+        plain = client.recommend(user_id=ann, page_size=COUNT, explain=True)
+        assert not any(reason.kind == "dial" for item in plain.items for reason in item.reasons)
+        scores = {item.item_id: item.score for item in plain.items}
+        for item in slate.items:
+            assert item.score == pytest.approx(scores[item.item_id] + sum(texts[item.item_id].values()), abs=1e-4)
+
+
+class TestWhatAPersonSaid:
+    """Blocks, mutes and dials hold wherever the person is named; what they did only where it may."""
+
+    @pytest.fixture
+    def who_said(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        client.set_controls([("category", "western", 0), ("item", "i2", 0)], ann, dials=Dials(categories={"comedy": 1}))
+        return ann
+
+    def test_without_personalisation(self, client, who_said):
+        slate = client.recommend(user_id=who_said, page_size=7, personalize=False)
+        assert set(ids(slate)) < rows_of("comedy")
+        assert (slate.rung, slate.profile_version) == (common_pb2.RUNG_POPULAR, 0)
+        everything = ids(client.recommend(user_id=who_said, page_size=100, personalize=False))
+        assert not set(everything) & (rows_of("western") | {"i2"})
+
+    def test_among_similar_items(self, client, who_said):
+        seeds = ["i6", "i4"]
+        assert {"i2", "i8"} < set(ids(client.similar_items(seeds, page_size=30)))
+        slate = client.similar_items(seeds, page_size=30, user_id=who_said)
+        assert not set(ids(slate)) & (rows_of("western") | {"i2"})
+        assert slate.dropped["blocked"]
+
+    def test_of_who_is_held_out(self, serve, ann):
+        with serve(holdout_share=1.0) as service, service.client() as client:
+            client.ingest([event(ann, "i0", "view_item")])
+            client.set_controls([("item", "i3", 0)], ann, dials=Dials(categories={"comedy": 1}))
+            slate = client.recommend(user_id=ann, page_size=7)
+            assert slate.experiment.holdout
+            assert set(ids(slate)) < rows_of("comedy") - {"i3"}
+
+    def test_none_of_it_of_who_allows_no_personal_answers(self, client, who_said):
+        client.set_consent(["train"], who_said)
+        slate = client.recommend(user_id=who_said, page_size=5)
+        assert slate.consent_withheld
+        assert ids(slate) == [f"i{row}" for row in range(5)]
+        assert client.get_controls(who_said).dials == Dials()
+
+
+class TestSegment:
+    def test_interests_picked_at_sign_up_serve_who_did_nothing_yet(self, client, ann):
+        client.set_controls([], ann, dials=Dials(categories={"space": 0.1, "romance": 0.2}))
+        slate = client.recommend(user_id=ann, page_size=30, explain=True)
+        assert slate.rung == common_pb2.RUNG_SEGMENT
+        assert set(ids(slate)[:10]) == rows_of("romance")
+        assert slate.items[0].sources[0] == "popular_in_segment"
+        assert "popular with those who like romance" in {reason.text for reason in slate.items[0].reasons}
+        client.ingest([event(ann, "i1", "view_item")])
+        assert client.recommend(user_id=ann, page_size=5).rung == common_pb2.RUNG_SEQUENCE
+
+    def test_without_a_table_it_is_what_everybody_likes(self, client, ann):
+        client.set_controls([], ann, dials=Dials(categories={"comedy": 1}))
+        slate = client.recommend(user_id=ann, page_size=7)
+        assert slate.rung == common_pb2.RUNG_POPULAR
+        assert set(ids(slate)) < rows_of("comedy")
+
+
+class TestOnATrainedBundle:
+    """Turning a dial moves the answer its way, never back, for people who did many things and for the mean of them."""
+
+    @pytest.fixture(scope="class")
+    def running(self, trained, tmp_path_factory) -> Iterator[Client]:
+        state = tmp_path_factory.mktemp("dials")
+        with serving(trained / "bundle", state) as service, service.client() as client:
+            client.wait_ready()
+            yield client
+
+    @pytest.fixture(scope="class")
+    def items(self, trained):
+        rows = pq.ParquetDataset(trained / "data" / "items").read().to_pylist()
+        return {row["item_id"]: row for row in rows}
+
+    @pytest.fixture(scope="class")
+    def people(self, running, items) -> dict[str, list[str]]:
+        rng = np.random.default_rng(3)
+        names = {f"person-{number}": rng.choice(sorted(items), 12, replace=False).tolist() for number in range(12)}
+        for name, touched in names.items():
+            assert {one.code for one in running.ingest([event(name, item, "view_item") for item in touched])} == {0}
+        return names
+
+    def answers(self, running, people, dials):
+        return {name: ids(running.recommend(user_id=name, page_size=20, dials=dials)) for name in people}
+
+    def measured(self, running, people, turned, measure):
+        found = []
+        for dials in turned:
+            answers = self.answers(running, people, dials)
+            found.append(np.mean([measure(name, answer) for name, answer in answers.items()]))
+        return found
+
+    def test_novelty(self, running, people, items):
+        known = {name: Counter(items[item]["categories"][0] for item in touched) for name, touched in people.items()}
+
+        def unknown(name, answer):
+            return -np.mean([known[name][items[item]["categories"][0]] for item in answer])
+
+        rising(self.measured(running, people, [Dials(novelty=step) for step in STEPS], unknown))
+
+    def test_freshness(self, running, people, items):
+        born = np.array(sorted(row["available_from"] for row in items.values() if row["available_from"]))
+        assert born.size > 20
+
+        def new(name, answer):
+            dates = [items[item]["available_from"] for item in answer]
+            return np.mean([born.searchsorted(date) / born.size if date else 0.5 for date in dates])
+
+        rising(self.measured(running, people, [Dials(freshness=step) for step in STEPS], new))
+
+    def test_diversity(self, running, people, items):
+        def topics(name, answer):
+            return len({items[item]["categories"][0] for item in answer})
+
+        rising(self.measured(running, people, [Dials(diversity=step) for step in (0, 0.1, 0.3, 0.6, 1)], topics))
+
+    @pytest.mark.parametrize("kind", ["categories", "creators"])
+    def test_weights(self, running, people, items, kind):
+        def about(row):
+            return row["categories"][0] if kind == "categories" else row["creator_id"]
+
+        for name, _ in Counter(map(about, items.values())).most_common(2):
+
+            def share(_, answer, name=name):
+                return np.mean([about(items[item]) == name for item in answer])
+
+            turned = [Dials(**{kind: {name: step}}) for step in STEPS]
+            found = self.measured(running, people, turned, share)
+            rising(found)
+            assert found[0] < found[2] < found[-1]
+
+    def test_a_dial_does_not_move_who_did_not_turn_it(self, running, people):
+        ann, bob = list(people)[:2]
+        before = said(running.recommend(user_id=bob, page_size=20))
+        running.set_controls([], ann, dials=Dials(novelty=1, diversity=1))
+        assert said(running.recommend(user_id=bob, page_size=20)) == before
+        running.set_controls([], ann)
+
+    def test_a_creator_of_the_live_catalogue_is_found(self, running, people):
+        item = catalog_pb2.Item(item_id="live-dial", title="unheard of", creator_id="a new voice")
+        running.put_items([item])
+        slate = running.recommend(user_id=next(iter(people)), page_size=20, dials=Dials(creators={"a new voice": 1}))
+        assert "live-dial" in ids(slate)
+        running.delete_items(["live-dial"])
+
+
+def rising(values: list[float]) -> None:
+    """Each step goes up or stays, and the ends are apart."""
+    assert (np.diff(values) >= -1e-9).all(), values
+    assert values[-1] > values[0], values
