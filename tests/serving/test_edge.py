@@ -63,6 +63,7 @@ def refused(call: Callable[[], object]) -> grpc.RpcError:
     return caught.value
 
 
+Dials = common_pb2.Dials
 NAN, INFINITY = float("nan"), float("inf")
 LONG = "x" * 513
 
@@ -87,6 +88,34 @@ BAD: dict[str, tuple[Callable[[Client], object], str]] = {
     "empty exclusion": (
         lambda client: client.recommend(user_id="u", exclude_item_ids=["i1", ""]),
         "options.exclude_item_ids[1]",
+    ),
+    "a novelty beyond its range": (
+        lambda client: client.recommend(user_id="u", dials=Dials(novelty=1.5)),
+        "options.dials.novelty",
+    ),
+    "a diversity that is none": (
+        lambda client: client.rank(["i1"], dials=Dials(diversity=-0.5)),
+        "options.dials.diversity",
+    ),
+    "a NaN freshness": (lambda client: client.search("x", dials=Dials(freshness=NAN)), "options.dials.freshness"),
+    "too little of a category": (
+        lambda client: client.similar_items(["i1"], dials=Dials(categories={"western": -2})),
+        "options.dials.categories['western']",
+    ),
+    "a weight of no creator": (
+        lambda client: client.recommend(user_id="u", dials=Dials(creators={"": 1})),
+        "options.dials.creators (a key)",
+    ),
+    "many weights": (
+        lambda client: client.recommend(user_id="u", dials=Dials(creators={f"c{one}": 1 for one in range(1001)})),
+        "options.dials",
+    ),
+    "an infinite dial": (lambda client: client.set_controls([], "u", dials=Dials(novelty=INFINITY)), "dials.novelty"),
+    "more rules than there may be": (
+        lambda client: client.set_controls(
+            [("item", f"i{one}", 0) for one in range(1000)], "u", dials=Dials(novelty=1)
+        ),
+        "hidden",
     ),
     "no words": (lambda client: client.search(""), "query"),
     "only signs": (lambda client: client.search(" \t?! "), "query"),

@@ -135,6 +135,23 @@ def test_a_scorer_that_fails_leaves_interleaved_ranks(bad):
     assert asked.degraded[0].part == "SCORER"
 
 
+def test_adjusters_move_what_the_scorer_said_one_after_the_other():
+    half = Stage("half", lambda q, c, s: s / 2)
+    turned = Stage("turned", lambda q, c, s: np.float32(4) - s)
+    built = pipeline(adjusters=[half, turned])
+    slate = built.run(query())
+    assert (slate.rows.tolist(), slate.scores.tolist()) == ([4, 5], [2, 1.5])
+    assert [name for name, _ in slate.timings][-3:] == ["half", "turned", "selector"]
+
+
+@pytest.mark.parametrize("bad", [Unavailable("down"), lambda q, c, s: scores(1)])
+def test_an_adjuster_that_fails_leaves_the_scores(bad):
+    asked = query()
+    slate = pipeline(adjusters=[Stage("adjuster", bad)]).run(asked)
+    assert (slate.rows.tolist(), slate.scores.tolist()) == ([7, 6], [7, 6])
+    assert asked.degraded[0].part == "PROFILE_STORE"
+
+
 def test_a_score_that_is_not_finite_sinks():
     bad = Stage("scorer", lambda q, c: scores(np.nan, 1, np.inf, 2))
     assert pipeline(scorer=bad).run(query()).rows.tolist() == [7, 5]

@@ -11,7 +11,7 @@ import pytest
 from features.assemble import history
 from features.bundle import open_bundle
 from features.catalog import Catalog
-from features.controls import RULE, Kind
+from features.controls import RULE, Dial, Kind, dial_rules
 from features.controls import encode as encode_rules
 from features.outcomes import Outcomes
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
@@ -41,7 +41,9 @@ from serving.sources import (
     Neighbors,
     NeighborsOfSeeds,
     Popular,
+    PopularInSegment,
     SimilarToSeeds,
+    Wanted,
     allowed,
 )
 from serving.turns import Turns
@@ -209,20 +211,40 @@ class TestHydrators:
             with pytest.raises(ProfileStoreUnavailable):
                 hydrator.hydrate(query())
 
-    def test_of_who_is_held_out_only_the_rules_are_read(self, catalog, profiles_redis):
+    @pytest.mark.parametrize("fields", [{"holdout": True}, {"personalize": False}, {}])
+    def test_what_somebody_said_holds_where_what_they_did_is_not_read(self, catalog, profiles_redis, fields):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i1"]).tobytes())])
-        rules = np.array([(1, 0, Kind.ITEM)], RULE)
+        turned = dial_rules([(Dial.NOVELTY, 0, 0.5), (Dial.CREATOR_WEIGHT, 7, -1)])
+        rules = np.concatenate([np.array([(1, 0, Kind.ITEM)], RULE), turned])
         store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=encode_rules(rules)))
-        for holdout in (True, False):
-            asked = query(holdout=holdout)
-            ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
-            assert asked.rules.tobytes() == rules.tobytes()
-            assert (asked.profile is None, asked.history is None, not asked.seen.size) == (holdout, holdout, holdout)
+        asked = query(**fields, dials={(Dial.NOVELTY, 0): -1.0})
+        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments={item_key("space"): "space"}).hydrate(asked)
+        assert asked.rules.tobytes() == rules.tobytes()
+        assert asked.dials == {(Dial.NOVELTY, 0): -1.0, (Dial.CREATOR_WEIGHT, 7): -1.0}
+        known = not fields
+        assert (asked.profile is not None, asked.history is not None, bool(asked.seen.size)) == (known, known, known)
+        assert (asked.segment, asked.rung) == (("space", "segment") if known else ("", "popular"))
 
-    @pytest.mark.parametrize("fields", [{"subject": ""}, {"personalize": False}])
-    def test_nobody_s_profile_is_not_read(self, catalog, fields):
-        assert not ProfileHydrator(None, catalog, TYPES, SEEN, TURNS).enable(query(**fields))
+    def test_nobody_s_profile_is_not_read(self, catalog):
+        assert not ProfileHydrator(None, catalog, TYPES, SEEN, TURNS).enable(query(subject=""))
+
+    def test_a_segment_is_what_was_chosen_most_or_else_turned_up_most(self, catalog, profiles_redis):
+        store = ProfileStore(profiles_redis)
+        segments = {item_key(name): name for name in ("space", "romance")}
+        rules = encode_rules(
+            dial_rules([(Dial.CATEGORY_WEIGHT, item_key(n), v) for n, v in (("space", 0.1), ("romance", 1))])
+        )
+        hydrator, found = ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments=segments), []
+        store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=rules))
+        for item in ("", "i1", "i0", "i4"):
+            if item:
+                store.apply("u:ann", [((1 << 50) + len(found), records([item]).tobytes())])
+            asked = query()
+            hydrator.hydrate(asked)
+            found.append(asked.segment)
+        # Of westerns there is no table here, and nobody who chose something is taken for what they once said.
+        assert found == ["romance", "space", found[2], ""]
 
     def test_the_person_lies_where_their_items_do(self, catalog, model):
         asked = person(catalog, ["i0", "i4"])
@@ -303,6 +325,39 @@ class TestSources:
         catalog.set_available(0, False)
         rows, _ = popular.retrieve(query(page_size=2, seen=np.array([1, 2], np.int32)))
         assert rows.tolist() == [3, 4, 5, 6]
+
+    def test_neighbours_of_nothing_leave_the_rung_below(self, catalog):
+        table = Neighbors(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
+        for segment, rung in (("space", "segment"), ("", "popular")):
+            asked = person(catalog, ["i0", "i1"])
+            asked.rung, asked.segment = "item_to_item", segment
+            assert not ItemNeighbors(table, 9).retrieve(asked)[0].size
+            assert asked.rung == rung
+
+    def test_a_segment_s_page_is_what_may_be_shown_of_its_table(self, catalog):
+        rows = np.array([9, 1, 5, 13, 17], np.int32)
+        source = PopularInSegment({"space": (rows, np.arange(5, 0, -1, dtype=np.float32))}, catalog, repeats=False)
+        catalog.set_available(1, False)
+        asked = query(segment="space", rung="segment", page_size=1, seen=np.array([5], np.int32))
+        assert source.enable(asked)
+        assert [part.tolist() for part in source.retrieve(asked)] == [[9, 13], [5, 2]]
+        assert asked.rung == "segment"
+        asked.seen = rows
+        assert not source.retrieve(asked)[0].size
+        assert asked.rung == "popular"
+        assert not source.enable(asked)
+
+    def test_what_a_dial_asks_more_of_is_proposed_wherever_it_stands(self, catalog):
+        row = put(catalog, "new", "comedy")
+        source = Wanted(catalog, repeats=False)
+        asked = query(dials={(Dial.CATEGORY_WEIGHT, item_key("comedy")): 0.5}, seen=np.array([3], np.int32))
+        assert source.enable(asked)
+        rows, scores = source.retrieve(asked)
+        assert rows.tolist() == [*range(7, small.COUNT, 4), row]
+        assert (np.diff(scores) < 0).all()
+        asked.dials = {(Dial.CREATOR_WEIGHT, item_key("c0")): 1.0, (Dial.CATEGORY_WEIGHT, item_key("comedy")): -1.0}
+        assert source.retrieve(asked)[0].tolist() == list(range(0, small.COUNT, 5))
+        assert not source.enable(query(dials={(Dial.CREATOR_WEIGHT, 1): -1.0, (Dial.NOVELTY, 0): 1.0}))
 
     def test_popular_of_nothing_is_nothing(self, catalog, popular):
         assert popular.retrieve(query(seen=np.arange(small.COUNT, dtype=np.int32)))[0].size == 0
