@@ -72,12 +72,25 @@ def test_the_tables_are_the_runs(bundle, run):
     for row, item in enumerate(items.to_pylist()):
         np.testing.assert_array_equal(tokens[offsets[row] : offsets[row + 1]], text_tokens(item_text(item)))
     popular = table(bundle, "popular.arrow")
-    rows = popular["row"].to_numpy()
+    everybody = np.array([segment == "" for segment in popular["segment"].to_pylist()])
+    rows = popular["row"].to_numpy()[everybody]
     assert sorted(rows) == list(range(80))
     recent = run.recent_popularity[rows]
     assert (np.diff(recent) <= 0).all()
     ties = np.flatnonzero(np.diff(recent) == 0)
     assert (run.popularity[rows[ties]] >= run.popularity[rows[ties + 1]]).all()
+
+
+def test_each_segment_of_enough_people_has_its_table(bundle, run):
+    popular = table(bundle, "popular.arrow")
+    firsts = {item["categories"][0] for item in run.items.to_pylist() if item["categories"]}
+    tables = {}
+    for line in popular.to_pylist():
+        tables.setdefault(line["segment"], []).append(line["score"])
+    assert "" in tables
+    assert len(tables) > 1
+    assert set(tables) - {""} <= firsts
+    assert all((np.diff(scores) <= 0).all() for scores in tables.values())
 
 
 def test_exporting_twice_gives_the_same_bundle(bundle, run):
