@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from features.controls import Kind, blocked
+from features.controls import Dial, Kind, blocked, dials
 from features.errors import ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
 from features.schema import event_type_key, item_key
@@ -19,7 +19,7 @@ from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Purger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, ProfileStoreUnavailable, ServingError
 from serving.events import EventLog, LoggedEvent, LoggedImpression, stream_id
-from serving.people import Consent, People, Rule, consents
+from serving.people import Consent, People, Rule, Setting, consents
 from serving.profiles import ProfileStore
 from serving.projector import Projector
 from serving.rebuild import rebuild
@@ -189,10 +189,18 @@ def servers(profiles_server, events_server):
 
 
 class TestRules:
-    RULES = (Rule(Kind.ITEM, "i1"), Rule(Kind.CREATOR, "m\0{}", 5000), Rule(Kind.CATEGORY, "tea"))
+    RULES = (
+        Rule(Kind.ITEM, "i1"),
+        Rule(Kind.CREATOR, "m\0{}", 5000),
+        Rule(Kind.CATEGORY, "tea"),
+        Setting(Dial.NOVELTY, "", -0.5),
+        Setting(Dial.CATEGORY_WEIGHT, "tea", 0.25),
+    )
 
     def stored(self, store, subject="u:ann"):
         rules = store.read(subject).rules
+        turned = {(Dial.NOVELTY, 0): -0.5, (Dial.CATEGORY_WEIGHT, item_key("tea")): 0.25} if rules.size > 3 else {}
+        assert dials(rules) == turned
         return [blocked(rules, kind, 4999).tolist() for kind in Kind]
 
     def test_they_are_known_in_words_by_the_log_and_as_keys_by_the_profile(self, people, log, store):
@@ -247,6 +255,13 @@ class TestRules:
         assert people.rules("u:ann")[0] == joined
         assert people.rules("a:tab")[0] == []
         assert self.stored(store) == [[item_key("i1")], [item_key("i3")], []]
+
+    def test_a_merge_keeps_the_known_person_s_dials_and_adds_the_visitor_s(self, people):
+        taste = Setting(Dial.CREATOR_WEIGHT, "maker", 1.0)
+        people.set_rules("a:tab", [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 1.0), taste])
+        people.set_rules("u:ann", [Setting(Dial.NOVELTY, "", -1.0)])
+        people.merge("a:tab", "u:ann")
+        assert people.rules("u:ann")[0] == [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", -1.0), taste]
 
 
 class TestUndo:
