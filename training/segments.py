@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from features.catalog import Columns
 from training.data import Interactions
-from training.ranking import past_of
+from training.ranking import Pasts
 
 PEOPLE = 10
 """People that a segment needs: what fewer like would be theirs to tell."""
@@ -24,7 +24,8 @@ Table = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 def segments_of(data: Interactions, columns: Columns) -> npt.NDArray[np.uint64]:
     """The segment of each person after all of their events, as serving reads it; 0 for none; uint64 `[U]`."""
     ends = np.diff(data.offsets).tolist()
-    found = [past_of(data, person, end, columns).memory.segment() for person, end in enumerate(ends)]
+    # Anew for each: it would keep the memory of everybody.
+    found = [Pasts(data, columns).before(person, end).memory.segment() for person, end in enumerate(ends)]
     return np.array(found, np.uint64)
 
 
