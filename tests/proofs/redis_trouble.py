@@ -7,6 +7,7 @@ The last line of stdout is one JSON object: a row per trouble, per trouble of a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -38,7 +39,8 @@ def main() -> int:
     import pytest
 
     findings = Findings()
-    status = pytest.main(["-s", "--timeout", "3600", *map(str, TESTS), *sys.argv[1:]], plugins=[findings])
+    with contextlib.redirect_stdout(sys.stderr):
+        status = pytest.main(["-s", "--timeout", "3600", *map(str, TESTS), *sys.argv[1:]], plugins=[findings])
     print(json.dumps(findings.found))
     return int(status)
 
