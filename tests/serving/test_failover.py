@@ -32,7 +32,7 @@ from tests.serving.inside import inside
 
 PARTITIONS = 16
 TIMEOUT_MS = 100
-WRITE_TIMEOUT_S = 1.0
+WRITE_TIMEOUT_S = 1.0  # of the log and of the profiles, each of which waits for a frozen node once
 BACK_S = 2.0
 ROUNDS = 5 if FULL else 1
 AWAY_S = 5.0 if FULL else 0.5
@@ -224,7 +224,7 @@ def test_a_node_that_is_away_is_missed_by_its_own_people_only(stage, trouble, re
             wait_until(lambda name=name: not stage.missed(name))
             written.append(time.monotonic() - there)
             assert backs[-1] < BACK_S + usual
-            assert written[-1] < BACK_S + WRITE_TIMEOUT_S + 4 * usual
+            assert written[-1] < BACK_S + 2 * WRITE_TIMEOUT_S + 4 * usual
         asked.append(askers)
     report(record_property, trouble.__name__, asked, {"personal_again_s": backs, "writes_s": written})
     # Everybody's event of each round is there once, however often it was sent.
@@ -257,7 +257,7 @@ def test_a_replica_takes_over(world, tmp_path, trouble, record_property):
             wait_until(lambda: not stage.missed("without the master"))
             written = time.monotonic() - there
             assert back < BACK_S + usual
-            assert written < BACK_S + WRITE_TIMEOUT_S + 4 * usual
+            assert written < BACK_S + 2 * WRITE_TIMEOUT_S + 4 * usual
             assert all(personal(client, person) for person in PEOPLE)
         wait_until(lambda: follows(master))
         after = time.monotonic()
