@@ -85,6 +85,34 @@ def evict_plain(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64],
 
 
 @nb.njit(cache=True)
+def _place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
+    """Where a key stands in an open hash table, or would stand; 0 is a free slot."""
+    last = np.uint64(slots.size - 1)
+    at = ((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & last
+    while slots[at] != np.uint64(0) and slots[at] != key:
+        at = (at + np.uint64(1)) & last
+    return at
+
+
+@nb.njit(cache=True)
+def _tallied(
+    history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
+    """The weights [h, w] summed by key, in the order of the history: a hash table and the sums of its slots."""
+    size = 16
+    while size < 2 * history.size:
+        size *= 2
+    slots, sums = np.zeros(size, np.uint64), np.zeros((size, weights.shape[1]), np.float64)
+    for j in range(history.size):
+        if history[j] != np.uint64(0):
+            at = _place(slots, history[j])
+            slots[at] = history[j]
+            for k in range(weights.shape[1]):
+                sums[at, k] += weights[j, k]
+    return slots, sums
+
+
+@nb.njit(cache=True)
 def affinity(
     keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float32]:
@@ -104,13 +132,10 @@ def affinity(
     out = np.zeros(keys.size, np.float32)
     if total <= 0.0:
         return out
+    slots, sums = _tallied(history, weights.copy().reshape(-1, 1))
     for i in range(keys.size):
         if keys[i] != np.uint64(0):
-            share = 0.0
-            for j in range(history.size):
-                if history[j] == keys[i]:
-                    share += weights[j]
-            out[i] = share / total
+            out[i] = sums[_place(slots, keys[i]), 0] / total
     return out
 
 
@@ -141,13 +166,13 @@ def matched_weights(
     Returns:
         float64 [n, w].
     """
+    slots, sums = _tallied(history, weights)
     out = np.zeros((keys.size, weights.shape[1]), np.float64)
     for i in range(keys.size):
         if keys[i] != np.uint64(0):
-            for j in range(history.size):
-                if history[j] == keys[i]:
-                    for k in range(weights.shape[1]):
-                        out[i, k] += weights[j, k]
+            at = _place(slots, keys[i])
+            for k in range(weights.shape[1]):
+                out[i, k] = sums[at, k]
     return out
 
 
@@ -174,11 +199,13 @@ def log_odds(
         strength: How many showings the expectation is worth.
 
     Returns:
-        float64 [n, a]; where nothing was shown, the prior but for rounding.
+        float64 [n, a]; where nothing was shown, the prior.
     """
-    out = np.empty(acted.shape, np.float64)
+    out = prior.copy()
     for i in range(acted.shape[0]):
         for k in range(acted.shape[1]):
+            if shown[i, k] == 0.0:
+                continue
             expected = 1.0 / (1.0 + math.exp(-prior[i, k]))
             # Who acts more than they were shown has done so all but always.
             rate = (min(acted[i, k], shown[i, k]) + strength * expected) / (shown[i, k] + strength)
@@ -191,8 +218,8 @@ def log_odds_plain(
     acted: npt.NDArray[np.float64], shown: npt.NDArray[np.float64], prior: npt.NDArray[np.float64], strength: float
 ) -> npt.NDArray[np.float64]:
     """The plain twin of `log_odds`."""
-    out = np.empty(acted.shape, np.float64)
-    for at in np.ndindex(*acted.shape):
+    out = prior.copy()
+    for at in map(tuple, np.argwhere(shown).tolist()):
         weight, expected = float(shown[at]), 1.0 / (1.0 + math.exp(-float(prior[at])))
         rate = (min(float(acted[at]), weight) + strength * expected) / (weight + strength)
         rate = min(max(rate, _RAREST), 1.0 - _RAREST)

@@ -82,13 +82,18 @@ class Outcomes:
         enough = np.isneginf(self.least)[:, None] | (values.astype(np.float64) >= self.least[:, None])
         return self.shown[:, types], self.acted[:, types] & enough
 
-    def weights(self, types: npt.NDArray[np.int32], values: npt.NDArray[np.float32], half_life: int) -> _F64:
-        """The weight of each event among the showings, then among the actions; float64 [h, 2A], oldest first."""
+    def weights(self, types: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> tuple[_F64, ...]:
+        """The weight of each event among the showings, then among the actions, oldest first.
+
+        Returns:
+            For each of `HALF_LIVES` float64 [h, 2A].
+        """
         shown, acted = self.marks(types, values)
         known = np.cumsum(shown, axis=1)
         later: npt.NDArray[np.int64] = known[:, -1:] - known
-        weight = _DECAYS[half_life][later] * (known > 0)
-        return np.ascontiguousarray(np.concatenate([weight * shown, weight * acted]).T)
+        counts = np.concatenate([shown, acted & (known > 0)]).T.astype(np.float64, order="C")
+        decays = (np.tile(_DECAYS[half_life][later].T, 2) for half_life in HALF_LIVES)
+        return tuple(decay * counts for decay in decays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +115,8 @@ class Rates:
         """Reads them from the types and values of a person's events, oldest first."""
         if not types.size:
             return cls(outcomes.base, outcomes.base, np.zeros((0, 2 * len(outcomes)), np.float64))
-        weights = outcomes.weights(types, values, HALF_LIVES[0])
+        weights, brief = outcomes.weights(types, values)
         long = _rate(weights.sum(axis=0)[None], outcomes.base[None], PERSON_STRENGTH)
-        brief = outcomes.weights(types, values, HALF_LIVES[1])
         return cls(long[0], _rate(brief.sum(axis=0)[None], long, PERSON_STRENGTH)[0], weights)
 
     def among(self, keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64]) -> _F64:

@@ -46,6 +46,11 @@ class ServeConfig(BaseSettings):
     retention_days: dict[str, PositiveFloat] = Field(
         {}, description="Days after which events of a type leave profiles that are folded anew."
     )
+    refused_in_ids: str = Field(
+        "\0{}",
+        description="Characters that no id of an event may hold: signs of a cut string or of a template that nobody "
+        "filled in. Empty where ids do hold them.",
+    )
     person_cap: int = Field(
         100_000, ge=1, description="Events and slates of one person that the log holds; more events are refused."
     )

@@ -67,7 +67,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         holdout = Holdout(config.holdout_share, config.holdout_salt)
         services = Services(
             ranking=RankingService(host, holdout, config.default_deadline_ms / 1000),
-            events=EventService(host, log, writer, telemetry, streams),
+            events=EventService(host, log, writer, telemetry, streams, config.refused_in_ids),
             profiles=ProfileService(host, people, certificates, writer),
             catalog=CatalogService(host, changes, follower),
         )

@@ -33,6 +33,15 @@ def identifier(value: str, field: str, *, required: bool = True, limit: int = MA
     return value
 
 
+def without(refused: str, value: str, field: str) -> None:
+    """An id that holds none of some characters."""
+    for character in refused:
+        if character in value:
+            raise InvalidArgument(
+                field, f"must not hold {character!r}: was it cut, or a template not filled in? See refused_in_ids"
+            )
+
+
 def identifiers(values: Sequence[str], field: str, low: int, high: int) -> list[str]:
     """Between low and high ids, none empty, none too long."""
     if not low <= len(values) <= high:

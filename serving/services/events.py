@@ -47,9 +47,18 @@ class _Checked:
 class EventService(event_pb2_grpc.EventServiceServicer):
     """Takes events durably and applies them to profiles at once."""
 
-    def __init__(self, host: Host, log: EventLog, store: ProfileStore, telemetry: Telemetry, streams: Streams) -> None:
+    def __init__(
+        self,
+        host: Host,
+        log: EventLog,
+        store: ProfileStore,
+        telemetry: Telemetry,
+        streams: Streams,
+        refused_in_ids: str = "",
+    ) -> None:
+        """Takes the characters that no id of an event may hold beside what it works with."""
         self._host, self._log, self._store, self._telemetry = host, log, store, telemetry
-        self._streams = streams
+        self._streams, self._refused_in_ids = streams, refused_in_ids
 
     def Ingest(self, request: event_pb2.IngestRequest, context: grpc.ServicerContext) -> event_pb2.IngestResponse:
         """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones."""
@@ -72,7 +81,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         good: list[_Checked] = []
         for place, event in enumerate(events):
             try:
-                good.append(_check(place, event, now, self._log.window_ms))
+                good.append(_check(place, event, now, self._log.window_ms, self._refused_in_ids))
             except InvalidArgument as error:
                 statuses[place] = _refused(error)
         if good:
@@ -107,7 +116,7 @@ def _done(outcome: Applied | PenchantError) -> bool | PenchantError:
     return outcome.refused == 0 if isinstance(outcome, Applied) else outcome
 
 
-def _check(place: int, event: event_pb2.Event, now: int, window_ms: int) -> _Checked:
+def _check(place: int, event: event_pb2.Event, now: int, window_ms: int, refused_in_ids: str) -> _Checked:
     """Checks one event.
 
     Raises:
@@ -119,6 +128,14 @@ def _check(place: int, event: event_pb2.Event, now: int, window_ms: int) -> _Che
     checks.identifier(event.item_id, "item_id", required=event.event_type != "search")
     checks.identifier(event.session_id, "session_id", required=False)
     checks.identifier(event.request_id, "request_id", required=False)
+    for name, value in (
+        ("subject.user_id" if event.subject.user_id else "subject.anonymous_id", subject[2:]),
+        ("event_id", event.event_id),
+        ("item_id", event.item_id),
+        ("session_id", event.session_id),
+        ("request_id", event.request_id),
+    ):
+        checks.without(refused_in_ids, value, name)
     checks.identifier(event.surface, "surface", required=False, limit=64)
     checks.text(event.query, "query", required=event.event_type == "search")
     timestamp = event.timestamp_ms or now

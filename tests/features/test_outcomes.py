@@ -36,7 +36,7 @@ def test_events_show_items_and_are_actions() -> None:
 
 def test_what_came_before_the_first_showing_does_not_count_and_the_new_counts_more() -> None:
     types = np.array([CLICK, SHOWN, CLICK, SHOWN], np.int32)
-    weights = Outcomes.of(FACTS).weights(types, np.full(4, 5, np.float32), 4)
+    _, weights = Outcomes.of(FACTS).weights(types, np.full(4, 5, np.float32))
     older = 0.5**0.25
     np.testing.assert_allclose(weights[:, 0], [0, older, 0, 1])
     np.testing.assert_allclose(weights[:, 2], [0, 0, older, 0])
