@@ -196,11 +196,13 @@ def redis_trouble() -> str:
     ]
     head = ["a node of a cluster", "answers", "late", "slowest, s", "personal again after s", "events taken after s"]
     tables.append(_table(head, rows))
-    names = ("ended early", "personal", "own", "foreign", "seconds")
+    columns = (("ended early", "given up"), ("personal", "own"), ("foreign",), ("seconds",))
     rows = [
-        [one["name"], *(f"{one[name]:,.0f}" if name in one else "" for name in names)] for one in result["canaries"]
+        [one["name"], *(f"{next(one[name] for name in names if name in one):,.0f}" for names in columns)]
+        for one in result["canaries"]
     ]
-    tables.append(_table(["calls that end early", *names[:3], "another person's", "seconds"], rows))
+    head = ["calls that end early", "ended early", "answers of their own", "answers of another's", "seconds"]
+    tables.append(_table(head, rows))
     return "\n".join(tables) + _source(path, result)
 
 
