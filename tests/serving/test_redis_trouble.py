@@ -391,3 +391,36 @@ def test_a_service_in_trouble_is_not_held_up(stage):
             wait_until(lambda: answers[AWAY] > 50)
         stop.set()
     assert set(answers) == {WELL, AWAY}
+
+
+@pytest.fixture
+def careless(world, tmp_path, monkeypatch) -> Iterator[Stage]:
+    """A service that waits for a profile longer than its callers wait for an answer, and stays away for long after."""
+    monkeypatch.setitem(ProfileStore.__init__.__kwdefaults__, "cooldown_s", 60.0)
+    with (
+        PatientServer(tmp_path, "profiles") as profiles,
+        PatientServer(tmp_path, "events") as events,
+        Proxy(profiles) as front,
+        inside(world, f"redis://127.0.0.1:{front.port}", events.url, redis_timeout_ms=60_000) as service,
+        service.client() as client,
+    ):
+        stage = Stage(client, {"profiles": profiles, "events": events}, {"profiles": front})
+        client.ingest([event("first", "i0", "view_item")])
+        wait_until(lambda: seen(stage, "first") == WELL)
+        stage.deadline_s = BACK_S
+        yield stage
+
+
+def test_the_table_notices_answers_that_come_too_late(careless):
+    """The control of the deadline."""
+    with frozen(careless.servers["profiles"]), pytest.raises(grpc.RpcError) as failure:
+        seen(careless, "first")
+    assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_the_table_notices_who_is_not_personal_again(careless):
+    """The control of the time until answers are personal again."""
+    with careless.fronts["profiles"].cut():
+        become(careless, AWAY, "first")
+    with pytest.raises(AssertionError, match="never became true"):
+        wait_until(lambda: seen(careless, "first") == WELL, BACK_S)
