@@ -34,6 +34,7 @@ UNAVAILABLE, EXHAUSTED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_E
 INTERNAL = grpc.StatusCode.INTERNAL
 TIMEOUT_MS = 100
 BACK_S = 2.0
+COMPILE_S = 120.0  # the first answer compiles
 ROUNDS = 3 if FULL else 1
 CALLS = 100 if FULL else 3
 
@@ -79,7 +80,7 @@ def stage(world, tmp_path_factory):
         service = stack.enter_context(inside(world, urls["profiles"], urls["events"], redis_timeout_ms=TIMEOUT_MS))
         found = Stage(stack.enter_context(service.client()), servers, fronts)
         found.client.ingest([event("first", "i0", "view_item")])
-        wait_until(lambda: seen(found, "first") == WELL)  # the first answer compiles
+        wait_until(lambda: seen(found, "first") == WELL, COMPILE_S)
         found.client.search("space", user_id="first")
         found.client.rank(["i9"], user_id="first")
         begun = time.monotonic()
@@ -406,7 +407,7 @@ def careless(world, tmp_path, monkeypatch) -> Iterator[Stage]:
     ):
         stage = Stage(client, {"profiles": profiles, "events": events}, {"profiles": front})
         client.ingest([event("first", "i0", "view_item")])
-        wait_until(lambda: seen(stage, "first") == WELL)
+        wait_until(lambda: seen(stage, "first") == WELL, COMPILE_S)
         stage.deadline_s = BACK_S
         yield stage
 
