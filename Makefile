@@ -62,8 +62,7 @@ bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH
 	$(BIN)/penchant bench stages $(BUNDLE)
 
 prove-redis: $(VENV)/.ready-dev  ## Redis in trouble, a cluster, 10,000 calls that end early: the tests at their full size
-	FULL=1 $(BIN)/python -m pytest -s --timeout 3600 tests/serving/test_redis_trouble.py \
-		tests/serving/test_cluster.py tests/serving/test_canary.py
+	$(BIN)/python -m benchmarks.report redis-trouble 'Redis in trouble' -- $(BIN)/python -m tests.proofs.redis_trouble
 
 prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end as if left alone
 	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.report import RESULTS
 
 ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "load-testing.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("backend.md", "training.md", "load-testing.md")))
 _FASTER = ("seconds_to_goal", "seconds_to_its_best")
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -165,6 +165,56 @@ def growth() -> str:
     return "\n".join(blocks)
 
 
+def redis_trouble() -> str:
+    """What callers saw of Redis in trouble, of nodes of a cluster in trouble, and of calls that end early."""
+    path = RESULTS / "redis-trouble.json"
+    result = _read(path)
+    rows = [
+        [
+            f"{one['redis']}: {one['trouble']}",
+            *_in_time(one),
+            *(_saw(one[name]) for name in ("during", "others")),
+            one["event"],
+            f"{one['personal_again_s']:.2f}",
+        ]
+        for one in result["troubles"]
+    ]
+    head = [
+        "Redis of the",
+        "answers",
+        "late",
+        "slowest, s",
+        "that person saw",
+        "others saw",
+        "an event",
+        "again after s",
+    ]
+    tables = [_table(head, rows)]
+    rows = [
+        [one["trouble"], *_in_time(one), *(f"{one[name]:.2f}" for name in ("personal_again_s", "writes_s"))]
+        for one in result["cluster"]
+    ]
+    head = ["a node of a cluster", "answers", "late", "slowest, s", "personal again after s", "events taken after s"]
+    tables.append(_table(head, rows))
+    columns = (("ended early", "given up"), ("personal", "own"), ("foreign",), ("seconds",))
+    rows = [
+        [one["name"], *(f"{next(one[name] for name in names if name in one):,.0f}" for names in columns)]
+        for one in result["canaries"]
+    ]
+    head = ["calls that end early", "ended early", "answers of their own", "answers of another's", "seconds"]
+    tables.append(_table(head, rows))
+    return "\n".join(tables) + _source(path, result)
+
+
+def _in_time(one: dict[str, Any]) -> list[str]:
+    return [f"{one['answers']:,}", f"{one['late']:,}", f"{one['slowest_s']:.2f}"]
+
+
+def _saw(seen: str) -> str:
+    rung, *parts = seen.split()
+    return ", ".join([rung.removeprefix("RUNG_").lower(), *(part.removeprefix("PART_") for part in parts)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "impressions": impressions,
@@ -173,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-speed": training_speed,
     "training-cold": cold,
     "training-growth": growth,
+    "redis-trouble": redis_trouble,
 }
 
 

@@ -378,7 +378,8 @@ def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:
         return ResourceExhausted(f"Redis takes no writes: {error}; give it memory or disk space", retry_after_ms=1000)
     if isinstance(error, (AuthenticationError, AuthorizationError, NoPermissionError)):
         return FailedPrecondition(f"Redis refuses these credentials: {error}; check the user and password in its URL")
-    if isinstance(error, ResponseError) and not isinstance(error, tuple(_REPLACED.values())):
+    alone = str(error).startswith("NOREPLICAS")
+    if isinstance(error, ResponseError) and not (alone or isinstance(error, tuple(_REPLACED.values()))):
         return ServingError(f"Redis answered: {error}")
     return away(f"Redis does not answer: {error}; check that it runs and can be reached", retry_after_ms=1000)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +44,7 @@ class ClusterNode(RedisServer):
             "cluster-preferred-endpoint-type": "hostname",
             "cluster-require-full-coverage": "no",
             "cluster-node-timeout": "1000",
+            "repl-diskless-sync-delay": "0",
         }
         return [
             *super()._arguments(),
@@ -57,6 +60,20 @@ class ClusterNode(RedisServer):
         """What the cluster calls it."""
         return self.say("CLUSTER", "MYID").decode()
 
+    def has(self, key: bytes) -> bool:
+        """Whether a client that asks nobody else finds a key here, within a short time."""
+        try:
+            with connect_one(self.url, 0.1) as client:
+                return bool(client.exists(key))
+        except redis.RedisError:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL; it stays away until it is started."""
+        assert self.pid
+        os.kill(self.pid, signal.SIGKILL)
+        self.stop()
+
     def well(self) -> bool:
         """Whether it takes commands about its keys."""
         try:
@@ -69,13 +86,16 @@ Front = Callable[["ClusterNode"], contextlib.AbstractContextManager[int]]
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, role: Role, front: Front | None = None) -> Iterator[list[ClusterNode]]:
+def cluster(
+    folder: Path, role: Role, front: Front | None = None, *, replica: bool = False
+) -> Iterator[list[ClusterNode]]:
     """Three nodes, each with a third of the slots, all well.
 
     Args:
         folder: Where they keep their data.
         role: As of an embedded server.
         front: Opens the port by which clients come to a node, where that is not its own.
+        replica: Whether a fourth node stands by for the second.
     """
     with contextlib.ExitStack() as stack:
         nodes = [ClusterNode(folder / str(number), role) for number in range(3)]
@@ -89,7 +109,29 @@ def cluster(folder: Path, role: Role, front: Front | None = None) -> Iterator[li
         for node in nodes[1:]:
             nodes[0].say("CLUSTER", "MEET", "127.0.0.1", node.port, node._bus)
         wait_until(lambda: all(node.well() and len(node.say("CLUSTER", "SLOTS")) == len(nodes) for node in nodes))
+        if replica:
+            nodes.append(stack.enter_context(ClusterNode(folder / "3", role)))
+            nodes[0].say("CLUSTER", "MEET", "127.0.0.1", nodes[3].port, nodes[3]._bus)
+            wait_until(lambda: nodes[1].name().encode() in nodes[3].say("CLUSTER", "NODES"))
+            nodes[3].say("CLUSTER", "REPLICATE", nodes[1].name())
+            wait_until(lambda: in_step(nodes[1], nodes[3]))
+            wait_until(lambda: all(_stands_by(node, nodes[3]) for node in nodes[:3]))
         yield nodes
+
+
+def follows(node: ClusterNode) -> bool:
+    """Whether it is a replica whose master has told it everything at least once."""
+    role, *_, link, _ = node.say("ROLE")
+    return role == b"slave" and link == b"connected"
+
+
+def in_step(master: ClusterNode, replica: ClusterNode) -> bool:
+    """Whether a replica has everything that its master has."""
+    return follows(replica) and replica.say("ROLE")[-1] == master.say("ROLE")[1]
+
+
+def _stands_by(node: ClusterNode, replica: ClusterNode) -> bool:
+    return any(one[1] == replica.port for _, _, _, *replicas in node.say("CLUSTER", "SLOTS") for one in replicas)
 
 
 def url_of(nodes: list[ClusterNode], scheme: str = "redis+cluster", options: str = "") -> str:

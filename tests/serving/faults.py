@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
 
 from serving.errors import Unavailable
+from serving.redis_client import connect
 from serving.redis_server import RedisServer
 
 T = TypeVar("T")
@@ -21,6 +22,7 @@ FULL = bool(os.environ.get("FULL"))
 """Whether tests that have a full size run at it."""
 
 _CLOSING = threading.Lock()
+_REST, _LOAD_US = 10_000, 5_000
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -62,6 +64,33 @@ def frozen(server: RedisServer) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+class PatientServer(RedisServer):
+    """An embedded server that lets its tests say how it reads its data."""
+
+    def _arguments(self) -> list[str]:
+        return [*super()._arguments(), "--enable-debug-command", "local"]
+
+
+@contextlib.contextmanager
+def loading(server: PatientServer) -> Iterator[None]:
+    """It reads its data anew, slowly, and answers everything with LOADING meanwhile."""
+    rest = [f"rest:{number}" for number in range(_REST)]
+    with connect(server.url, 60.0) as client, connect(server.url, 60.0) as reader:
+        client.mset(dict.fromkeys(rest, bytes(1024)))
+        client.config_set("loading-process-events-interval-bytes", 1024)
+        client.config_set("key-load-delay", _LOAD_US)
+        thread = threading.Thread(target=reader.execute_command, args=("DEBUG", "RELOAD"))
+        thread.start()
+        try:
+            wait_until(lambda: client.info("persistence")["loading"])
+            yield
+            assert client.info("persistence")["loading"], "it was over too soon"
+        finally:
+            client.config_set("key-load-delay", 0)
+            thread.join()
+            client.delete(*rest)
+
+
 class Proxy:
     """A port before a server, on which its replies come late, in slices, or not at all.
 
@@ -69,12 +98,14 @@ class Proxy:
         port: Where it listens.
         delay_s: Says, for each piece of a reply, how long it is kept back.
         slice_s: Pause between two bytes of a reply; None where replies are not sliced.
+        halved: Whether only half of a reply comes, and then the end of the connection.
     """
 
     def __init__(self, server: RedisServer, tls: ssl.SSLContext | None = None) -> None:
         """Takes a server, which need not run yet, and what makes clients speak TLS."""
         self.delay_s: Callable[[], float] = lambda: 0.0
         self.slice_s: float | None = None
+        self.halved = False
         self._server, self._tls = server, tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -161,6 +192,9 @@ class Proxy:
     def _replies(self, sink: socket.socket, data: bytes) -> None:
         if delay := self.delay_s():
             time.sleep(delay)
+        if self.halved:
+            sink.sendall(data[: len(data) // 2])
+            raise OSError("cut")
         if self.slice_s is None:
             sink.sendall(data)
             return
