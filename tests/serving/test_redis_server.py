@@ -24,11 +24,11 @@ from serving.errors import (
 from serving.redis_client import (
     Breaker,
     Call,
+    Line,
     Script,
     connect,
     printable,
     require_safe,
-    run_all,
     serving_error,
 )
 from serving.redis_nodes import Nodes, require_partitions
@@ -217,12 +217,12 @@ def test_scripts_are_taught_once_and_again_after_they_were_forgotten(events_redi
     calls = [Call(add, (b"sum",), (number,)) for number in (1, 2, 3)]
     for expected in ([1, 3, 6], [7, 9, 12]):
         events_redis.script_flush()
-        assert run_all(events_redis, calls) == expected
-    replies = run_all(events_redis, [calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
+        assert Line(events_redis).run_all(calls) == expected
+    replies = Line(events_redis).run_all([calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
     assert replies[0] == 13
     assert isinstance(replies[1], redis.ResponseError)
     assert replies[2:] == [b"13", 15]
-    assert run_all(events_redis, []) == []
+    assert Line(events_redis).run_all([]) == []
 
 
 def test_errors_of_redis_become_errors_of_the_service():
