@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import redis
@@ -39,14 +39,18 @@ from serving.redis_client import (
     serving_error,
 )
 from serving.redis_nodes import Nodes, remembered, require_partitions, required
-from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, SEQUENCE_BITS
+from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, MEMORY_USED, SEQUENCE_BITS
 
 HOUR_MS = 3_600_000
 PERSON_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
 
-_MEMORY_CHECK_S = 0.25
+_MEMORY_CHECK_S = 1.0
+"""Time after which an append brings news of the memory with it."""
+_MEMORY_KNOWN_S = 5.0
+"""Time for which such news counts; who sends so seldom can wait for newer ones."""
 _PIECE = 1000
+_TIMESTAMP = slice((RECORD.fields or {})["timestamp"][1], (RECORD.fields or {})["timestamp"][1] + 8)
 
 
 class LogReplaced(EventLogUnavailable):
@@ -229,8 +233,7 @@ class EventLog:
         self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal)
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
         self._salt = b""
-        self._memory_used = [0.0] * partitions
-        self._memory_checked = 0.0
+        self._memory = [_Memory(0.0, -_MEMORY_KNOWN_S)] * partitions
 
     def open(self) -> None:
         """Creates the log or checks that it is ours; done again by whoever finds it not done, so it may fail at start.
@@ -460,16 +463,16 @@ class EventLog:
     def _append_call(self, event: LoggedEvent) -> Call:
         if len(event.record) != RECORD.itemsize:
             raise ValueError(f"a record has {RECORD.itemsize} bytes")
-        keys = self.keys_of(event.subject)
-        timestamp = int(np.frombuffer(event.record, RECORD)["timestamp"][0])
-        index = self.index_of(event.subject)
+        keys, name = self.keys_of(event.subject), event.subject.encode()
+        timestamp = int.from_bytes(event.record[_TIMESTAMP], "little", signed=True)
+        seen, index = keys.seen + _seen(name, event.event_id), keys.index + b":" + name
         return Call(
             EVENT_APPEND,
-            (keys.events, self.seen_of(event.subject, event.event_id), index, keys.erased, keys.floor, keys.people),
+            (keys.events, seen, index, keys.erased, keys.floor, keys.people),
             (
                 self.person(event.subject),
                 timestamp,
-                event.subject,
+                name,
                 event.event_id,
                 event.record,
                 event.payload,
@@ -485,10 +488,7 @@ class EventLog:
 
     def seen_of(self, subject: str, event_id: str) -> bytes:
         """The key that holds the place of an event in the log, for as long as a retry of it can be taken."""
-        # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
-        name = subject.encode()
-        seen = hashlib.blake2b(len(name).to_bytes(4, "little") + name + event_id.encode(), digest_size=16).digest()
-        return self.keys_of(subject).seen + b":" + seen
+        return self.keys_of(subject).seen + _seen(subject.encode(), event_id)
 
     def _impression_call(self, impression: LoggedImpression) -> Call:
         keys = self.keys_of(impression.subject)
@@ -513,19 +513,32 @@ class EventLog:
             EventLogUnavailable: None of them answers.
             ResourceExhausted: None of them has memory.
         """
-        now = time.monotonic()
-        if now - self._memory_checked > _MEMORY_CHECK_S:
-            self._memory_checked = now
-            used = self.nodes.at_each([keys.events for keys in self.keys], _memory_used)
-            self._memory_used = [0.0 if isinstance(share, Unavailable) else share for share in used]
-        shares = [self._memory_used[partition_of(one.subject, self.partitions)] for one in new]
+        partitions = [partition_of(one.subject, self.partitions) for one in new]
+        self._look({partition for partition in partitions if self._memory[partition].unknown(mark)})
+        shares = [self._memory[partition].share for partition in partitions]
         replies: list[Any] = [_full(share, mark) if share > mark else None for share in shares]
         places = [place for place, reply in enumerate(replies) if reply is None]
         if new and not places:
             raise replies[0]
-        for place, reply in zip(places, self.nodes.run_all([call(new[place]) for place in places]), strict=True):
+        # News of the memory come with what is sent: nothing waits for them.
+        stale = {partitions[place] for place in places if self._memory[partitions[place]].age > _MEMORY_CHECK_S}
+        found = self._look(stale, [call(new[place]) for place in places])
+        for place, reply in zip(places, found, strict=True):
             replies[place] = reply
         return replies
+
+    def _look(self, partitions: Collection[int], beside: Sequence[Call] = ()) -> list[Any]:
+        """Learns how much memory the servers of some partitions use; returns the replies to what is asked beside that.
+
+        Raises:
+            EventLogUnavailable: None of them answers.
+        """
+        looks = [Call(MEMORY_USED, (self.keys[partition].events,)) for partition in partitions]
+        replies = self.nodes.run_all([*beside, *looks])
+        for partition, reply in zip(partitions, replies[len(beside) :], strict=True):
+            share = 0.0 if isinstance(reply, Unavailable) else _share(*required([reply])[0])
+            self._memory[partition] = _Memory(share, time.monotonic())
+        return replies[: len(beside)]
 
     def _range(self, stream: bytes, after: int, count: int) -> list[Entry]:
         found = self.nodes.command("XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
@@ -575,9 +588,31 @@ def _clock(node: redis.Redis) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
-def _memory_used(node: redis.Redis) -> float:
-    memory = node.info("memory")
-    return float(memory["used_memory"] / memory["maxmemory"]) if memory["maxmemory"] else 0.0
+class _Memory(NamedTuple):
+    """The share of its memory that a server used, and when that was found out."""
+
+    share: float
+    at: float
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was found out."""
+        return time.monotonic() - self.at
+
+    def unknown(self, mark: float) -> bool:
+        """Whether this is too old to go by; what is refused for it is refused for what is so now."""
+        return self.age > (_MEMORY_CHECK_S / 4 if self.share > mark else _MEMORY_KNOWN_S)
+
+
+def _share(used: int, most: int) -> float:
+    return used / most if most else 0.0
+
+
+def _seen(subject: bytes, event_id: str) -> bytes:
+    """What the key continues with that says that an event is there."""
+    # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
+    name = len(subject).to_bytes(4, "little") + subject + event_id.encode()
+    return b":" + hashlib.blake2b(name, digest_size=16).digest()
 
 
 def _full(share: float, mark: float) -> ResourceExhausted:

@@ -30,6 +30,7 @@ from serving.telemetry import Telemetry
 MAX_EVENTS = 1_000
 FUTURE_MS = 5 * 60_000
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _OPTIONAL = ("session_id", "request_id", "surface", "query")
 
 
@@ -186,7 +187,7 @@ def _payload(checked: _Checked) -> bytes:
     payload |= {name: getattr(event, name) for name in ("value", "position") if event.HasField(name)}
     if checked.attributes:
         payload["attributes"] = checked.attributes
-    return json.dumps(payload, ensure_ascii=False).encode()
+    return _JSON.encode(payload).encode()
 
 
 def _status(entry: Appended, applied: bool | PenchantError) -> event_pb2.EventStatus:
