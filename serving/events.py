@@ -50,7 +50,7 @@ _MEMORY_CHECK_S = 1.0
 _MEMORY_KNOWN_S = 5.0
 """Time for which such news counts; who sends so seldom can wait for newer ones."""
 _PIECE = 1000
-_TIMESTAMP = slice((RECORD.fields or {})["timestamp"][1], (RECORD.fields or {})["timestamp"][1] + 8)
+_TIMESTAMP_AT: int = RECORD.fields["timestamp"][1] if RECORD.fields else 0
 
 
 class LogReplaced(EventLogUnavailable):
@@ -464,7 +464,7 @@ class EventLog:
         if len(event.record) != RECORD.itemsize:
             raise ValueError(f"a record has {RECORD.itemsize} bytes")
         keys, name = self.keys_of(event.subject), event.subject.encode()
-        timestamp = int.from_bytes(event.record[_TIMESTAMP], "little", signed=True)
+        timestamp = int.from_bytes(event.record[_TIMESTAMP_AT : _TIMESTAMP_AT + 8], "little", signed=True)
         seen, index = keys.seen + _seen(name, event.event_id), keys.index + b":" + name
         return Call(
             EVENT_APPEND,

@@ -386,7 +386,8 @@ def _packed(words: tuple[Argument, ...]) -> bytes:
     """A command as it is sent; its name may be of two words."""
     if isinstance(words[0], str) and " " in words[0]:
         words = (*words[0].split(), *words[1:])
-    return hiredis.pack_command(words)  # type: ignore[arg-type] # its stub knows one word only
+    packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type] # its stub knows one word only
+    return packed
 
 
 def _reply_error(message: str) -> RedisError:

@@ -237,9 +237,8 @@ local function forget(index, floor)
     redis.call('LPOP', index)
   end
 end
-local function note(index, kind, id, floor, ttl)
+local function note(index, kind, id, ttl)
   redis.call('RPUSH', index, kind .. id)
-  forget(index, floor)
   redis.call('PEXPIRE', index, ttl)
 end
 local function erased(hash, person, at)
@@ -279,7 +278,7 @@ if ARGV[11] == '0' then personal = 0 end
 if personal == 0 then fields[9], fields[10] = 'n', '1' end
 local id = add(KEYS[1], unpack(fields))
 redis.call('SET', KEYS[2], id, 'PX', ARGV[7])
-note(KEYS[3], 'e', id, floor, ARGV[8])
+note(KEYS[3], 'e', id, ARGV[8])
 return {0, id, personal}
 """
 )
@@ -291,7 +290,8 @@ IMPRESSION_APPEND = Script.of(
     + """
 if erased(KEYS[3], ARGV[1], ARGV[2]) or purposes(KEYS[5], ARGV[6], ARGV[7]) < 2 then return false end
 local id = add(KEYS[1], 's', ARGV[3], 'p', ARGV[4])
-note(KEYS[2], 'i', id, tonumber(redis.call('GET', KEYS[4]) or 0), ARGV[5])
+forget(KEYS[2], tonumber(redis.call('GET', KEYS[4]) or 0))
+note(KEYS[2], 'i', id, ARGV[5])
 return id
 """
 )
