@@ -27,6 +27,7 @@ from serving.redis_client import (
     Line,
     Script,
     connect,
+    connect_one,
     printable,
     require_safe,
     serving_error,
@@ -256,3 +257,14 @@ def test_a_breaker_lets_one_caller_look_at_a_time():
     with pytest.raises(ValueError, match="mine"), breaker:
         raise ValueError("mine")
     assert call() == "ok"
+
+
+def test_a_line_gives_each_refusal_its_place_and_raises_what_the_server_says_of_itself(tmp_path):
+    with RedisServer(tmp_path, "profiles") as server, connect_one(server.url, 1) as client:
+        replies = Line(client).ask_all([("SET", "a", 1), ("LPUSH", "a", 1), ("GET", "a"), ("HGETALL", "b")])
+        assert isinstance(replies[1], redis.ResponseError)
+        assert [replies[0], *replies[2:]] == [True, b"1", {}]  # as redis-py reads them
+        client.config_set("requirepass", "secret")
+        with connect_one(server.url, 1) as stranger, pytest.raises(redis.AuthenticationError) as failure:
+            Line(stranger).ask_all([("GET", "a")])
+        assert isinstance(serving_error(failure.value, ProfileStoreUnavailable), FailedPrecondition)
