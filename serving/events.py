@@ -19,6 +19,7 @@ import numpy as np
 import redis
 from redis.exceptions import ResponseError
 
+from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
 from serving.errors import (
     ConsentWithheld,
@@ -36,6 +37,7 @@ from serving.redis_client import (
     address_of,
     partition_of,
     partition_prefix,
+    reply_error,
     serving_error,
 )
 from serving.redis_nodes import Nodes, remembered, require_partitions, required
@@ -50,6 +52,8 @@ _MEMORY_CHECK_S = 1.0
 _MEMORY_KNOWN_S = 5.0
 """Time for which such news counts; who sends so seldom can wait for newer ones."""
 _PIECE = 1000
+_TOGETHER = 64
+"""Entries of a partition that are appended in one step: others wait behind a step, and each is a write to disk."""
 _TIMESTAMP_AT: int = RECORD.fields["timestamp"][1] if RECORD.fields else 0
 
 
@@ -256,7 +260,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer; any of them may be durable, a retry is safe.
             ResourceExhausted: The log is full; nothing was appended.
         """
-        replies = self._with_room(events, self._append_call, self._mark)
+        replies = self._with_room(events, self._event_call, self._mark)
         return [_appended(event, reply) for event, reply in zip(events, replies, strict=True)]
 
     def append_impressions(self, impressions: Sequence[LoggedImpression]) -> int:
@@ -460,16 +464,17 @@ class EventLog:
             return otherwise
         return int(oldest.partition(b"-")[0])
 
-    def _append_call(self, event: LoggedEvent) -> Call:
-        if len(event.record) != RECORD.itemsize:
-            raise ValueError(f"a record has {RECORD.itemsize} bytes")
-        keys, name = self.keys_of(event.subject), event.subject.encode()
-        timestamp = int.from_bytes(event.record[_TIMESTAMP_AT : _TIMESTAMP_AT + 8], "little", signed=True)
-        seen, index = keys.seen + _seen(name, event.event_id), keys.index + b":" + name
-        return Call(
-            EVENT_APPEND,
-            (keys.events, seen, index, keys.erased, keys.floor, keys.people),
-            (
+    def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> Call:
+        keys, now = self.keys[partition], time.time_ns() // 1_000_000
+        names: list[bytes] = []
+        words: list[bytes | str | int] = []
+        for event in events:
+            if len(event.record) != RECORD.itemsize:
+                raise ValueError(f"a record has {RECORD.itemsize} bytes")
+            name = event.subject.encode()
+            timestamp = int.from_bytes(event.record[_TIMESTAMP_AT : _TIMESTAMP_AT + 8], "little", signed=True)
+            names += (keys.seen + _seen(name, event.event_id), keys.index + b":" + name)
+            words += (
                 self.person(event.subject),
                 timestamp,
                 name,
@@ -477,54 +482,60 @@ class EventLog:
                 event.record,
                 event.payload,
                 # As long as a retry can be taken: an event that is ahead of the clock is taken for longer.
-                self.window_ms + max(0, timestamp - time.time_ns() // 1_000_000),
-                2 * self._retention_ms,
+                self.window_ms + max(0, timestamp - now),
                 address_of(event.subject),
-                int(self.default),
                 int(event.personal),
-                self._person_cap,
-            ),
-        )
+            )
+        common = (2 * self._retention_ms, int(self.default), self._person_cap)
+        return Call(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
 
     def seen_of(self, subject: str, event_id: str) -> bytes:
         """The key that holds the place of an event in the log, for as long as a retry of it can be taken."""
         return self.keys_of(subject).seen + _seen(subject.encode(), event_id)
 
-    def _impression_call(self, impression: LoggedImpression) -> Call:
-        keys = self.keys_of(impression.subject)
+    def _impression_call(self, partition: int, impressions: Sequence[LoggedImpression]) -> Call:
+        keys = self.keys[partition]
+        names = [keys.index + b":" + one.subject.encode() for one in impressions]
+        words = [
+            word
+            for one in impressions
+            for word in (self.person(one.subject), one.timestamp, one.subject, one.payload, address_of(one.subject))
+        ]
+        common = (2 * self._retention_ms, int(self.default))
         return Call(
-            IMPRESSION_APPEND,
-            (keys.impressions, self.index_of(impression.subject), keys.erased, keys.floor, keys.people),
-            (
-                self.person(impression.subject),
-                impression.timestamp,
-                impression.subject,
-                impression.payload,
-                2 * self._retention_ms,
-                address_of(impression.subject),
-                int(self.default),
-            ),
+            IMPRESSION_APPEND, (keys.impressions, keys.erased, keys.floor, keys.people, *names), (*common, *words)
         )
 
-    def _with_room(self, new: Sequence[_New], call: Callable[[_New], Call], mark: float) -> list[Any]:
-        """Sends what is new to the servers that have memory for it; see `Nodes.run_all` for what it returns.
+    def _with_room(self, new: Sequence[_New], call: Callable[[int, Sequence[_New]], Call], mark: float) -> list[Any]:
+        """Sends what is new to the servers that have memory for it; what came of each, or the error that kept it away.
 
         Raises:
             EventLogUnavailable: None of them answers.
             ResourceExhausted: None of them has memory.
         """
-        partitions = [partition_of(one.subject, self.partitions) for one in new]
-        self._look({partition for partition in partitions if self._memory[partition].unknown(mark)})
-        shares = [self._memory[partition].share for partition in partitions]
-        replies: list[Any] = [_full(share, mark) if share > mark else None for share in shares]
-        places = [place for place, reply in enumerate(replies) if reply is None]
+        replies: list[Any] = [None] * len(new)
+        places: dict[int, list[int]] = {}
+        for place, one in enumerate(new):
+            places.setdefault(partition_of(one.subject, self.partitions), []).append(place)
+        self._look([partition for partition in places if self._memory[partition].unknown(mark)])
+        for partition in [partition for partition in places if self._memory[partition].share > mark]:
+            refused = _full(self._memory[partition].share, mark)
+            for place in places.pop(partition):
+                replies[place] = refused
         if new and not places:
             raise replies[0]
+        pieces = [
+            (partition, own[start : start + _TOGETHER])
+            for partition, own in places.items()
+            for start in range(0, len(own), _TOGETHER)
+        ]
         # News of the memory come with what is sent: nothing waits for them.
-        stale = {partitions[place] for place in places if self._memory[partitions[place]].age > _MEMORY_CHECK_S}
-        found = self._look(stale, [call(new[place]) for place in places])
-        for place, reply in zip(places, found, strict=True):
-            replies[place] = reply
+        stale = [partition for partition in places if self._memory[partition].age > _MEMORY_CHECK_S]
+        found = self._look(stale, [call(partition, [new[place] for place in own]) for partition, own in pieces])
+        for (_, own), answer in zip(pieces, found, strict=True):
+            answers = [answer] * len(own) if isinstance(answer, PenchantError) else answer
+            for place, reply in zip(own, answers, strict=True):
+                replies[place] = reply
         return replies
 
     def _look(self, partitions: Collection[int], beside: Sequence[Call] = ()) -> list[Any]:
@@ -630,6 +641,8 @@ def _appended(event: LoggedEvent, reply: Any) -> Appended:
         return Appended(log_id(reply[1]), False, event.record, personal=bool(reply[2]))
     if reply[0] == 1:
         return Appended(log_id(reply[1]), True, reply[2], personal=bool(reply[3]))
+    if reply[0] == 5:
+        return Appended(0, error=serving_error(reply_error(reply[1].decode()), EventLogUnavailable))
     if reply[0] == 4:
         reason = "the log holds more of this person than of anybody who is one; is it a bot? Raise person_cap if not"
         return Appended(0, error=ResourceExhausted(reason, field="subject", retry_after_ms=HOUR_MS))

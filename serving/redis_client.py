@@ -347,7 +347,7 @@ class Line:
     def _understood(self, name: Argument, reply: Any) -> Any:
         """A reply as redis-py gives it to the callers of its commands."""
         if isinstance(reply, hiredis.ReplyError):
-            error = _reply_error(str(reply))
+            error = reply_error(str(reply))
             if not isinstance(error, ResponseError):  # it loads its data, or lets nobody in: as good as away
                 raise error
             return error
@@ -390,7 +390,8 @@ def _packed(words: tuple[Argument, ...]) -> bytes:
     return packed
 
 
-def _reply_error(message: str) -> RedisError:
+def reply_error(message: str) -> RedisError:
+    """What an error reply is raised as."""
     code, _, rest = message.partition(" ")
     if code in _REPLACED:
         return _REPLACED[code](rest)
