@@ -163,7 +163,7 @@ def test_a_node_that_is_away_is_missed_by_its_own_people_only(world, empty, trou
         print(f"{trouble.__name__}: {len(here)} of {len(PEOPLE)} people; personal again after {seconds:.2f} s")
         assert seconds < BACK_S + usual
         wait_until(lambda: {s.code for s in client.ingest([event(p, "i8", "view_item") for p in here])} == {0})
-        # What nobody acknowledged may have been done all the same: it waited at the frozen server, and it is there once.
+        # What nobody acknowledged may have been done all the same, once: it waited at the frozen server.
         possible = {2, 3} if trouble is frozen else {2}
         wait_until(lambda: {client.get_profile(person).event_count for person in here} <= possible)
         wait_until(lambda: [client.get_profile(person).event_count for person in others] == [2] * len(others))
