@@ -18,6 +18,7 @@ import functools
 import json
 import operator
 import os
+import sys
 import tempfile
 import time
 import uuid
@@ -100,7 +101,9 @@ def freshness(bundle: Path, *, pairs: int = 2000, callers: int = 1) -> dict[str,
         begun = time.perf_counter()
         with ThreadPoolExecutor(callers) as pool:
             shares = [len(range(caller, pairs, callers)) for caller in range(callers)]
-            parts = list(pool.map(lambda share: read_your_writes(clients, items, share, bare), shares))
+            told = [_progress(share) if caller == 0 else None for caller, share in enumerate(shares)]
+            work = functools.partial(read_your_writes, clients, items, beside=bare)
+            parts = list(pool.map(lambda share, tell: work(share, tell=tell), shares, told))
         seconds = time.perf_counter() - begun
     found = functools.reduce(operator.iadd, parts)
     latency = {name: _percentiles(times) for name, times in found.times.items()}
@@ -143,6 +146,7 @@ def read_your_writes(
     items: Sequence[str],
     pairs: int,
     beside: Sequence[Mapping[str, Callable[[], object]]] = (),
+    tell: Callable[[int], None] | None = None,
 ) -> Found:
     """Writes through one client and reads through the next, which reaches another worker.
 
@@ -151,6 +155,7 @@ def read_your_writes(
         items: Ids that the catalogue knows.
         pairs: Number of turns.
         beside: What else is timed in between, by name.
+        tell: Hears in between how many turns are over.
     """
     found, run = Found(), uuid.uuid4().hex
     every = max(1, pairs // _SAMPLES)
@@ -170,6 +175,8 @@ def read_your_writes(
         found.faults.update(faults(status, slate))
         if turn % every:
             continue
+        if tell:
+            tell(turn)
         for name, call in (pair for calls in beside for pair in calls.items()):
             with _timed(found.times[name]):
                 call()
@@ -177,6 +184,19 @@ def read_your_writes(
         if newest.profile_version != status.profile_version or newest.events[0].item_id != item:
             found.faults["profile"] += 1
     return found
+
+
+def _progress(turns: int) -> Callable[[int], None]:
+    """Says on stderr how far one caller is, at every tenth of their turns."""
+    said = 0
+
+    def tell(turn: int) -> None:
+        nonlocal said
+        if 10 * turn // turns > said:
+            said = 10 * turn // turns
+            print(f"freshness: {10 * said} %", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def faults(status: event_pb2.EventStatus, slate: ranking_pb2.Slate) -> Iterator[str]:
