@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
@@ -52,6 +52,7 @@ _CLUSTERS = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
 _PORT = 6379
 _OLDEST = (7, 0)
 _READ_SIZE = 1 << 16
+_CONNECTIONS = 1 << 16  # no limit: who calls is limited elsewhere, and must not wait or fail here
 # What a server says that is about to be replaced, or whose keys are moving; MASTERDOWN is a kind of CLUSTERDOWN.
 _REPLACED: dict[str, type[ResponseError]] = {
     "MOVED": MovedError,
@@ -130,6 +131,7 @@ def connect_one(url: str, timeout_s: float = 0.05, connect_timeout_s: float | No
             socket_connect_timeout=timeout_s if connect_timeout_s is None else connect_timeout_s,
             decode_responses=False,
             driver_info=None,
+            max_connections=_CONNECTIONS,
         )
     except ValueError:  # its text may hold the password
         raise ConfigError(
@@ -262,7 +264,7 @@ class Line:
     def __init__(self, client: redis.Redis) -> None:
         """Takes its connections, and so their security and their timeout, from a client of `connect`."""
         self._pool = client.connection_pool
-        self._readers: Mapping[str, Callable[[Any], Any]] = client.response_callbacks
+        self._readers: dict[Argument, Callable[[Any], Any]] = dict(client.response_callbacks)
         self._timeout_s: float = self._pool.connection_kwargs["socket_timeout"]
         self._idle: list[_Open] = []
 
@@ -351,7 +353,7 @@ class Line:
             if not isinstance(error, ResponseError):  # it loads its data, or lets nobody in: as good as away
                 raise error
             return error
-        reader = self._readers.get(name) if isinstance(name, str) else None
+        reader = self._readers.get(name)
         return reader(reply) if reader else reply
 
     def _take(self) -> _Open:
