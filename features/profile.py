@@ -59,6 +59,7 @@ _EVENT = slice(-RECORD.itemsize, EVENT.itemsize - RECORD.itemsize)
 _PASSIVE = np.array([event_type_key(name) for name in PASSIVE_EVENT_TYPES], np.uint32)
 _HEADER = struct.Struct("<4sBB2sII8s8s8s8s")
 _STATE = struct.Struct("<QII")
+_PACKED = struct.Struct("<QQQqfI")
 _MAGIC = b"PNCH"
 _SAID = 8
 
@@ -189,6 +190,12 @@ def make_records(
         records[name] = column
     records["checksum"] = crc32_rows(_bytes_of(records)[:, _EVENT])
     return records
+
+
+def pack_record(item: int, category: int, creator: int, timestamp: int, value: float, event_type: int) -> bytes:
+    """The bytes of one RECORD, as `make_records` makes it: numpy takes ten times as long for a single one."""
+    event = _PACKED.pack(item, category, creator, timestamp, value, event_type)
+    return event + zlib.crc32(event).to_bytes(4, "little")
 
 
 def verify(records: Records) -> npt.NDArray[np.bool_]:
