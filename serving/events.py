@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from serving.redis_client import (
     serving_error,
 )
 from serving.redis_nodes import Nodes, remembered, require_partitions, required
-from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, MEMORY_USED, SEQUENCE_BITS
+from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, SEQUENCE_BITS
 
 HOUR_MS = 3_600_000
 PERSON_CAP = 100_000
@@ -544,10 +545,11 @@ class EventLog:
         Raises:
             EventLogUnavailable: None of them answers.
         """
-        looks = [Call(MEMORY_USED, (self.keys[partition].events,)) for partition in partitions]
-        replies = self.nodes.run_all([*beside, *looks])
+        asked: list[Request] = [*beside, *[(b"INFO", b"memory")] * len(partitions)]
+        keys = [call.keys[0] for call in beside] + [self.keys[partition].events for partition in partitions]
+        replies = self.nodes.run_all(asked, keys)
         for partition, reply in zip(partitions, replies[len(beside) :], strict=True):
-            share = 0.0 if isinstance(reply, Unavailable) else _share(*required([reply])[0])
+            share = 0.0 if isinstance(reply, Unavailable) else _memory_used(required([reply])[0])
             self._memory[partition] = _Memory(share, time.monotonic())
         return replies[: len(beside)]
 
@@ -615,7 +617,10 @@ class _Memory(NamedTuple):
         return self.age > (_MEMORY_CHECK_S / 4 if self.share > mark else _MEMORY_KNOWN_S)
 
 
-def _share(used: int, most: int) -> float:
+def _memory_used(said: bytes) -> float:
+    """The share of its memory that a server uses, by what INFO says; 0 where it may use any."""
+    numbers = dict(re.findall(rb"^(used_memory|maxmemory):(\d+)", said, re.MULTILINE))
+    used, most = int(numbers[b"used_memory"]), int(numbers[b"maxmemory"])
     return used / most if most else 0.0
 
 

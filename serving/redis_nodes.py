@@ -89,8 +89,12 @@ class Nodes:
         """
         return self._one(call, call.keys[0])
 
-    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+    def run_all(self, requests: Sequence[Request], keys: Sequence[bytes] | None = None) -> list[Any]:
         """Asks several things, those of one node in their order and in one round trip.
+
+        Args:
+            requests: Scripts and commands.
+            keys: The key of each that says which node is meant, where that is not to be seen from the request itself.
 
         Returns:
             The replies. In the place of a refused one stands the PenchantError that it means, and that of one whose
@@ -99,7 +103,7 @@ class Nodes:
         Raises:
             Unavailable: All that was asked for is away; anything may have been done.
         """
-        return self._all(requests, [_key(request) for request in requests])
+        return self._all(requests, [_key(request) for request in requests] if keys is None else keys)
 
     def scan(self, key: bytes, count: int = 1000) -> list[tuple[bytes, bytes]]:
         """The fields of a hash with their values, read in pieces; one that changes meanwhile may come twice.

@@ -317,12 +317,6 @@ return replies
 """
 )
 
-# KEYS: one that says which server is meant. Returns {bytes of memory it uses, bytes it may use or 0 for any number}.
-MEMORY_USED = Script.of("""#!lua flags=no-writes
-local said = redis.call('INFO', 'memory')
-return {tonumber(string.match(said, 'used_memory:(%d+)')), tonumber(string.match(said, 'maxmemory:(%d+)'))}
-""")
-
 # KEYS: stream, people, rules; ARGV: address, what the person allows ('' where that stays as it is), '1' where profiles
 # forget what came before; and where their rules change the new ones, for profiles and in words ('' for none). Returns
 # the id of the marker, by which consumers meet it in order. Works while memory is full.
