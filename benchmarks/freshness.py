@@ -1,11 +1,13 @@
 """From an event to the next answer: how long until it counts, and whether it counts every time, on any worker.
 
 Each turn writes an event through one worker of a running service and asks another one, naming the `profile_version`
-that the write returned. The event has to be in the features of that answer. Bare round trips to the same two Redis
-servers are measured in between, so that a slow moment of the machine hits all of them.
+that the write returned. The event has to be in the features of that answer. An event is visible to everybody from the
+moment its write is answered with `applied`: the answers prove that.
 
-An event is visible to everybody from the moment its write is answered with `applied`: the answers prove that. How long
-it takes is told twice, since a bare round trip has no service around it either: for the stores alone, and for a caller.
+How long it takes is compared with bare round trips of the same process to the same two servers, in between, so that a
+slow moment of the machine hits all of them, and by the same quick client that the service uses. There are two, for they
+promise different things: a GET, which touches no disk, and an XADD that is on disk before it is answered, as every
+event is. A bare gRPC call that does nothing stands beside them: neither of the two has a service around it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import functools
 import json
 import operator
 import os
+import sys
 import tempfile
 import time
 import uuid
@@ -26,8 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import grpc
 import numpy as np
 import redis
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.report import BenchmarkError, facts
 from benchmarks.service import running
@@ -39,7 +44,7 @@ from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 from serving.events import EventLog, LoggedEvent
 from serving.profiles import ProfileStore
-from serving.redis_client import connect_one
+from serving.redis_client import Line, connect_one
 
 REGULARS = 16
 """People who come again and again, so that their tails are folded meanwhile; in every other turn somebody new comes."""
@@ -47,8 +52,11 @@ REGULARS = 16
 LIMIT = 5.0
 """Most that the 99th percentile until an event is visible may be, in 99th percentiles of a bare round trip."""
 
+FLOORS = ("get", "durable_xadd")
+"""The bare round trips that others are compared with."""
+
 TIMED = ("stores", "service", "answer")
-"""What is compared with a bare round trip."""
+"""What is compared with them."""
 
 CANDIDATES = 3
 """Items that an answer ranks: what is measured is not the ranking."""
@@ -69,13 +77,13 @@ def freshness(bundle: Path, *, pairs: int = 2000, callers: int = 1) -> dict[str,
         callers: Number of callers at once, each of whom waits for its answer; with several, latencies hold queues too.
 
     Returns:
-        `pairs`, `callers`, `faults` {what was wrong: number} (empty where every event counted), `latency_ms`
-        {what: {p50, p99}}, `ratio` {what: {p50, p99}} over those of `round_trip`, `limit` of a ratio at p99,
-        `within_limit` {what: bool}, and the circumstances. What is timed:
-        `round_trip` (a bare GET at the profiles Redis), `durable` (a bare XADD at the events Redis, synced to disk),
-        `stores` (an event is appended, applied and read back by Penchant's own code without a service around it),
-        `service` (a caller sends an event, until it hears that every worker sees it), `answer` (until another worker's
-        answer that contains it has come).
+        `pairs`, `callers`, `pairs_per_second`, `faults` {what was wrong: number} (empty where every event counted),
+        `latency_ms` {what: {p50, p99}}, `ratio` {bare round trip: {what: {p50, p99}}}, `limit` of a ratio at p99,
+        `within_limit` {bare round trip: {what: bool}}, and the circumstances. What is timed:
+        `get` (a bare GET at the profiles Redis), `durable_xadd` (a bare XADD at the events Redis, synced to disk),
+        `call` (a gRPC call that does nothing), `stores` (an event is appended, applied and read back by Penchant's own
+        code without a service around it), `service` (a caller sends an event, until it hears that every worker sees
+        it), `answer` (until another worker's answer that contains it has come as well).
 
     Raises:
         BundleError: The bundle is damaged.
@@ -90,21 +98,27 @@ def freshness(bundle: Path, *, pairs: int = 2000, callers: int = 1) -> dict[str,
         clients = [stack.enter_context(client_of(ready, worker)) for worker in ready["workers"]]
         bare = [stack.enter_context(_bare(ready))]
         read_your_writes(clients, items, _WARM_UP, bare)
+        begun = time.perf_counter()
         with ThreadPoolExecutor(callers) as pool:
             shares = [len(range(caller, pairs, callers)) for caller in range(callers)]
-            parts = list(pool.map(lambda share: read_your_writes(clients, items, share, bare), shares))
+            told = [_progress(share) if caller == 0 else None for caller, share in enumerate(shares)]
+            work = functools.partial(read_your_writes, clients, items, beside=bare)
+            parts = list(pool.map(lambda share, tell: work(share, tell=tell), shares, told))
+        seconds = time.perf_counter() - begun
     found = functools.reduce(operator.iadd, parts)
     latency = {name: _percentiles(times) for name, times in found.times.items()}
-    bare_trip = latency["round_trip"]
-    ratio = {name: {p: round(latency[name][p] / bare_trip[p], 2) for p in bare_trip} for name in TIMED}
+    ratio = {floor: {name: _ratio(latency[name], latency[floor]) for name in TIMED} for floor in FLOORS}
     return {
         "pairs": found.pairs,
         "callers": callers,
+        "pairs_per_second": round(found.pairs / seconds, 1),
         "faults": dict(found.faults),
         "latency_ms": latency,
         "ratio": ratio,
         "limit": LIMIT,
-        "within_limit": {name: ratio[name]["p99"] <= LIMIT for name in TIMED},
+        "within_limit": {
+            floor: {name: one["p99"] <= LIMIT for name, one in ratios.items()} for floor, ratios in ratio.items()
+        },
         "method": "closed loop, two workers, bare round trips between the turns",
         **facts(),
     }
@@ -132,6 +146,7 @@ def read_your_writes(
     items: Sequence[str],
     pairs: int,
     beside: Sequence[Mapping[str, Callable[[], object]]] = (),
+    tell: Callable[[int], None] | None = None,
 ) -> Found:
     """Writes through one client and reads through the next, which reaches another worker.
 
@@ -140,6 +155,7 @@ def read_your_writes(
         items: Ids that the catalogue knows.
         pairs: Number of turns.
         beside: What else is timed in between, by name.
+        tell: Hears in between how many turns are over.
     """
     found, run = Found(), uuid.uuid4().hex
     every = max(1, pairs // _SAMPLES)
@@ -159,6 +175,8 @@ def read_your_writes(
         found.faults.update(faults(status, slate))
         if turn % every:
             continue
+        if tell:
+            tell(turn)
         for name, call in (pair for calls in beside for pair in calls.items()):
             with _timed(found.times[name]):
                 call()
@@ -166,6 +184,19 @@ def read_your_writes(
         if newest.profile_version != status.profile_version or newest.events[0].item_id != item:
             found.faults["profile"] += 1
     return found
+
+
+def _progress(turns: int) -> Callable[[int], None]:
+    """Says on stderr how far one caller is, at every tenth of their turns."""
+    said = 0
+
+    def tell(turn: int) -> None:
+        nonlocal said
+        if 10 * turn // turns > said:
+            said = 10 * turn // turns
+            print(f"freshness: {10 * said} %", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def faults(status: event_pb2.EventStatus, slate: ranking_pb2.Slate) -> Iterator[str]:
@@ -222,17 +253,23 @@ def _connections(pid: int) -> set[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _bare(ready: Mapping[str, Any]) -> Iterator[dict[str, Callable[[], object]]]:
-    """What the two Redis servers need without a service: bare commands, and Penchant's stores."""
+    """What is timed beside the turns: bare commands, a bare call, and Penchant's stores without a service."""
     urls = ready["redis"], ready["events_redis"]
-    with connect_one(urls[0], _TIMEOUT_S) as profiles, connect_one(urls[1], _TIMEOUT_S) as events:
-        profiles.set("bare", bytes(ENTRY.itemsize))
+    with (
+        connect_one(urls[0], _TIMEOUT_S) as profiles,
+        connect_one(urls[1], _TIMEOUT_S) as events,
+        grpc.insecure_channel(ready["listen"]) as channel,
+    ):
+        reading, writing, nothing = Line(profiles), Line(events), health_pb2_grpc.HealthStub(channel)
+        reading.ask("SET", "bare", bytes(ENTRY.itemsize))
         now = time.time_ns() // 1_000_000
         record = make_records(item_key("bare"), 0, 0, now, 0, event_type_key("view_item"))[0].tobytes()
         payload = json.dumps({"item_id": "bare", "event_type": "view_item", "timestamp": now}).encode()
         one = LoggedEvent("", "bare", record, payload)
         yield {
-            "round_trip": lambda: profiles.get("bare"),
-            "durable": lambda: events.xadd("bare", {"r": record}, maxlen=1000),
+            "get": lambda: reading.ask("GET", "bare"),
+            "durable_xadd": lambda: writing.ask("XADD", "bare", "MAXLEN", 1000, "*", "r", record),
+            "call": lambda: nothing.Check(health_pb2.HealthCheckRequest()),
             "stores": _stores(profiles, events, one),
         }
 
@@ -257,6 +294,10 @@ def _timed(times: list[float]) -> Iterator[None]:
     begun = time.perf_counter()
     yield
     times.append(time.perf_counter() - begun)
+
+
+def _ratio(mine: Mapping[str, float], bare: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(mine[name] / bare[name], 2) for name in mine}
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from features.profile import RECORD, Profile, Records, empty, fold, make_records
 from features.schema import event_type_key
 from serving.events import EventLog, LoggedEvent
 from serving.profiles import ProfileStore
-from serving.redis_client import Line, command, connect_one
+from serving.redis_client import Line, connect_one
 from serving.redis_server import RedisServer
 from serving.scripts import LIVE
 
@@ -168,17 +168,12 @@ def _applying(client: redis.Redis, store: ProfileStore, draw: np.random.Generato
         pairs = zip(who.tolist(), records[: who.size], strict=True)
         batches.append([(_name(one), [(LIVE + number, record.tobytes())]) for one, record in pairs])
     keys = [[b"bare:" + store.key_of(name) for name, _ in batch] for batch in batches]
-    blob = bytes(int(client.strlen(store.key_of(_name(0)))))
-    with client.pipeline(transaction=False) as pipeline:
-        for key in {key for batch in keys for key in batch}:
-            command(pipeline, "SET", key, blob)
-        pipeline.execute()
+    line, blob = Line(client), bytes(int(client.strlen(store.key_of(_name(0)))))
+    line.ask_all([("SET", key, blob) for key in {key for batch in keys for key in batch}])
 
     def bare(at: int) -> None:
-        with client.pipeline(transaction=False) as pipeline:
-            for key, (_, entries) in zip(keys[at], batches[at], strict=True):
-                command(pipeline, "APPEND", key, entries[0][0].to_bytes(8, "big") + entries[0][1])
-            pipeline.execute()
+        pairs = zip(keys[at], batches[at], strict=True)
+        line.ask_all([("APPEND", key, own[0][0].to_bytes(8, "big") + own[0][1]) for key, (_, own) in pairs])
 
     return _rates(client, lambda at: store.apply_many(batches[at]), bare, len(batches[0]))
 
@@ -197,12 +192,15 @@ def _logging(client: redis.Redis, draw: np.random.Generator, people: int) -> dic
         events = enumerate(zip(who, records, strict=True))
         batches.append([LoggedEvent(one, f"{number}-{at}", r.tobytes(), payload % at) for at, (one, r) in events])
 
+    line = Line(client)
+
     def bare(at: int) -> None:
-        with client.pipeline(transaction=False) as pipeline:
-            for event in batches[at]:
-                words = ("s", event.subject, "e", event.event_id, "r", event.record, "p", event.payload)
-                command(pipeline, "XADD", "bare", "*", *words)
-            pipeline.execute()
+        line.ask_all(
+            [
+                ("XADD", "bare", "*", "s", one.subject, "e", one.event_id, "r", one.record, "p", one.payload)
+                for one in batches[at]
+            ]
+        )
 
     return _rates(client, lambda at: log.append(batches[at]), bare, BATCH)
 

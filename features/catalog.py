@@ -105,6 +105,13 @@ class Catalog:
                 rows[at] = self._live_rows.get(int(keys[at]), -1)
         return rows
 
+    def kin_of(self, key: int) -> tuple[int, int]:
+        """The category and the creator that the item of a key has now; 0 where it has none or is unknown."""
+        row = self.vocabulary.row_of_key(key)
+        if row < 0 and (row := self._live_rows.get(key, -1)) < 0:
+            return 0, 0
+        return int(self.columns.category[row]), int(self.columns.creator[row])
+
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """The ids of `rows`, each in [0, size)."""
         wanted = np.asarray(rows, np.int64)

@@ -18,24 +18,38 @@ _LANES = 16
 _RAREST = 1e-6
 
 
-def _crc_table() -> npt.NDArray[np.uint32]:
+def _crc_tables() -> npt.NDArray[np.uint32]:
+    """What a byte adds to a CRC-32, by how many more bytes follow it in its group; uint32 [8, 256]."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, np.uint32(0xEDB88320) ^ (table >> np.uint32(1)), table >> np.uint32(1))
-    return table.astype(np.uint32)
+    tables = [table.astype(np.uint32)]
+    for _ in range(7):
+        tables.append(tables[0][tables[-1] & np.uint32(0xFF)] ^ (tables[-1] >> np.uint32(8)))
+    return np.array(tables)
 
 
-_CRC_TABLE = _crc_table()
+_CRC_TABLES = _crc_tables()
 
 
 @nb.njit(cache=True)
 def crc32_rows(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """CRC-32 (the one of zlib) of each row of `rows` uint8 [n, width]; uint32 [n]."""
+    """CRC-32 (the one of zlib) of each row of `rows` uint8 [n, width]; uint32 [n]. Eight bytes at a time."""
     out = np.empty(rows.shape[0], np.uint32)
+    width = rows.shape[1]
     for i in range(rows.shape[0]):
         crc = np.uint32(0xFFFFFFFF)
-        for j in range(rows.shape[1]):
-            crc = _CRC_TABLE[(crc ^ rows[i, j]) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
+        j = 0
+        while j + 8 <= width:
+            mixed = np.uint32(0)
+            for k in range(4):
+                byte = rows[i, j + k] ^ ((crc >> np.uint32(8 * k)) & np.uint32(0xFF))
+                mixed ^= _CRC_TABLES[7 - k, byte] ^ _CRC_TABLES[3 - k, rows[i, j + k + 4]]
+            crc = mixed
+            j += 8
+        while j < width:
+            crc = _CRC_TABLES[0, (crc ^ rows[i, j]) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
+            j += 1
         out[i] = crc ^ np.uint32(0xFFFFFFFF)
     return out
 

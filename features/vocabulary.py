@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,11 @@ class Vocabulary:
         at = np.searchsorted(self._sorted_keys, keys)
         at[at == len(self)] = 0
         return np.where(self._sorted_keys[at] == keys, self._sorted_rows[at], np.int32(-1)).astype(np.int32)
+
+    def row_of_key(self, key: int) -> int:
+        """The row of one key, -1 where it is unknown."""
+        at = bisect_left(self._sorted_keys, key)
+        return int(self._sorted_rows[at]) if at < len(self) and self._sorted_keys[at] == key else -1
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """The ids of `rows`, each in [0, len)."""

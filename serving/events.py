@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import redis
 from redis.exceptions import ResponseError
 
+from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
 from serving.errors import (
     ConsentWithheld,
@@ -36,6 +38,7 @@ from serving.redis_client import (
     address_of,
     partition_of,
     partition_prefix,
+    reply_error,
     serving_error,
 )
 from serving.redis_nodes import Nodes, remembered, require_partitions, required
@@ -45,8 +48,14 @@ HOUR_MS = 3_600_000
 PERSON_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
 
-_MEMORY_CHECK_S = 0.25
+_MEMORY_CHECK_S = 1.0
+"""Time after which an append brings news of the memory with it."""
+_MEMORY_KNOWN_S = 5.0
+"""Time for which such news counts; who sends so seldom can wait for newer ones."""
 _PIECE = 1000
+_TOGETHER = 64
+"""Entries of a partition that are appended in one step: others wait behind a step, and each is a write to disk."""
+_TIMESTAMP_AT: int = RECORD.fields["timestamp"][1] if RECORD.fields else 0
 
 
 class LogReplaced(EventLogUnavailable):
@@ -229,8 +238,7 @@ class EventLog:
         self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal)
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
         self._salt = b""
-        self._memory_used = [0.0] * partitions
-        self._memory_checked = 0.0
+        self._memory = [_Memory(0.0, -_MEMORY_KNOWN_S)] * partitions
 
     def open(self) -> None:
         """Creates the log or checks that it is ours; done again by whoever finds it not done, so it may fail at start.
@@ -253,7 +261,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer; any of them may be durable, a retry is safe.
             ResourceExhausted: The log is full; nothing was appended.
         """
-        replies = self._with_room(events, self._append_call, self._mark)
+        replies = self._with_room(events, self._event_call, self._mark)
         return [_appended(event, reply) for event, reply in zip(events, replies, strict=True)]
 
     def append_impressions(self, impressions: Sequence[LoggedImpression]) -> int:
@@ -457,75 +465,93 @@ class EventLog:
             return otherwise
         return int(oldest.partition(b"-")[0])
 
-    def _append_call(self, event: LoggedEvent) -> Call:
-        if len(event.record) != RECORD.itemsize:
-            raise ValueError(f"a record has {RECORD.itemsize} bytes")
-        keys = self.keys_of(event.subject)
-        timestamp = int(np.frombuffer(event.record, RECORD)["timestamp"][0])
-        index = self.index_of(event.subject)
-        return Call(
-            EVENT_APPEND,
-            (keys.events, self.seen_of(event.subject, event.event_id), index, keys.erased, keys.floor, keys.people),
-            (
+    def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> Call:
+        keys, now = self.keys[partition], time.time_ns() // 1_000_000
+        names: list[bytes] = []
+        words: list[bytes | str | int] = []
+        for event in events:
+            if len(event.record) != RECORD.itemsize:
+                raise ValueError(f"a record has {RECORD.itemsize} bytes")
+            name = event.subject.encode()
+            timestamp = int.from_bytes(event.record[_TIMESTAMP_AT : _TIMESTAMP_AT + 8], "little", signed=True)
+            names += (keys.seen + _seen(name, event.event_id), keys.index + b":" + name)
+            words += (
                 self.person(event.subject),
                 timestamp,
-                event.subject,
+                name,
                 event.event_id,
                 event.record,
                 event.payload,
                 # As long as a retry can be taken: an event that is ahead of the clock is taken for longer.
-                self.window_ms + max(0, timestamp - time.time_ns() // 1_000_000),
-                2 * self._retention_ms,
+                self.window_ms + max(0, timestamp - now),
                 address_of(event.subject),
-                int(self.default),
                 int(event.personal),
-                self._person_cap,
-            ),
-        )
+            )
+        common = (2 * self._retention_ms, int(self.default), self._person_cap)
+        return Call(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
 
     def seen_of(self, subject: str, event_id: str) -> bytes:
         """The key that holds the place of an event in the log, for as long as a retry of it can be taken."""
-        # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
-        name = subject.encode()
-        seen = hashlib.blake2b(len(name).to_bytes(4, "little") + name + event_id.encode(), digest_size=16).digest()
-        return self.keys_of(subject).seen + b":" + seen
+        return self.keys_of(subject).seen + _seen(subject.encode(), event_id)
 
-    def _impression_call(self, impression: LoggedImpression) -> Call:
-        keys = self.keys_of(impression.subject)
+    def _impression_call(self, partition: int, impressions: Sequence[LoggedImpression]) -> Call:
+        keys = self.keys[partition]
+        names = [keys.index + b":" + one.subject.encode() for one in impressions]
+        words = [
+            word
+            for one in impressions
+            for word in (self.person(one.subject), one.timestamp, one.subject, one.payload, address_of(one.subject))
+        ]
+        common = (2 * self._retention_ms, int(self.default))
         return Call(
-            IMPRESSION_APPEND,
-            (keys.impressions, self.index_of(impression.subject), keys.erased, keys.floor, keys.people),
-            (
-                self.person(impression.subject),
-                impression.timestamp,
-                impression.subject,
-                impression.payload,
-                2 * self._retention_ms,
-                address_of(impression.subject),
-                int(self.default),
-            ),
+            IMPRESSION_APPEND, (keys.impressions, keys.erased, keys.floor, keys.people, *names), (*common, *words)
         )
 
-    def _with_room(self, new: Sequence[_New], call: Callable[[_New], Call], mark: float) -> list[Any]:
-        """Sends what is new to the servers that have memory for it; see `Nodes.run_all` for what it returns.
+    def _with_room(self, new: Sequence[_New], call: Callable[[int, Sequence[_New]], Call], mark: float) -> list[Any]:
+        """Sends what is new to the servers that have memory for it; what came of each, or the error that kept it away.
 
         Raises:
             EventLogUnavailable: None of them answers.
             ResourceExhausted: None of them has memory.
         """
-        now = time.monotonic()
-        if now - self._memory_checked > _MEMORY_CHECK_S:
-            self._memory_checked = now
-            used = self.nodes.at_each([keys.events for keys in self.keys], _memory_used)
-            self._memory_used = [0.0 if isinstance(share, Unavailable) else share for share in used]
-        shares = [self._memory_used[partition_of(one.subject, self.partitions)] for one in new]
-        replies: list[Any] = [_full(share, mark) if share > mark else None for share in shares]
-        places = [place for place, reply in enumerate(replies) if reply is None]
+        replies: list[Any] = [None] * len(new)
+        places: dict[int, list[int]] = {}
+        for place, one in enumerate(new):
+            places.setdefault(partition_of(one.subject, self.partitions), []).append(place)
+        self._look([partition for partition in places if self._memory[partition].unknown(mark)])
+        for partition in [partition for partition in places if self._memory[partition].share > mark]:
+            refused = _full(self._memory[partition].share, mark)
+            for place in places.pop(partition):
+                replies[place] = refused
         if new and not places:
             raise replies[0]
-        for place, reply in zip(places, self.nodes.run_all([call(new[place]) for place in places]), strict=True):
-            replies[place] = reply
+        pieces = [
+            (partition, own[start : start + _TOGETHER])
+            for partition, own in places.items()
+            for start in range(0, len(own), _TOGETHER)
+        ]
+        # News of the memory come with what is sent: nothing waits for them.
+        stale = [partition for partition in places if self._memory[partition].age > _MEMORY_CHECK_S]
+        found = self._look(stale, [call(partition, [new[place] for place in own]) for partition, own in pieces])
+        for (_, own), answer in zip(pieces, found, strict=True):
+            answers = [answer] * len(own) if isinstance(answer, PenchantError) else answer
+            for place, reply in zip(own, answers, strict=True):
+                replies[place] = reply
         return replies
+
+    def _look(self, partitions: Collection[int], beside: Sequence[Call] = ()) -> list[Any]:
+        """Learns how much memory the servers of some partitions use; returns the replies to what is asked beside that.
+
+        Raises:
+            EventLogUnavailable: None of them answers.
+        """
+        asked: list[Request] = [*beside, *[(b"INFO", b"memory")] * len(partitions)]
+        keys = [call.keys[0] for call in beside] + [self.keys[partition].events for partition in partitions]
+        replies = self.nodes.run_all(asked, keys)
+        for partition, reply in zip(partitions, replies[len(beside) :], strict=True):
+            share = 0.0 if isinstance(reply, Unavailable) else _memory_used(required([reply])[0])
+            self._memory[partition] = _Memory(share, time.monotonic())
+        return replies[: len(beside)]
 
     def _range(self, stream: bytes, after: int, count: int) -> list[Entry]:
         found = self.nodes.command("XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
@@ -575,9 +601,34 @@ def _clock(node: redis.Redis) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
-def _memory_used(node: redis.Redis) -> float:
-    memory = node.info("memory")
-    return float(memory["used_memory"] / memory["maxmemory"]) if memory["maxmemory"] else 0.0
+class _Memory(NamedTuple):
+    """The share of its memory that a server used, and when that was found out."""
+
+    share: float
+    at: float
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was found out."""
+        return time.monotonic() - self.at
+
+    def unknown(self, mark: float) -> bool:
+        """Whether this is too old to go by; what is refused for it is refused for what is so now."""
+        return self.age > (_MEMORY_CHECK_S / 4 if self.share > mark else _MEMORY_KNOWN_S)
+
+
+def _memory_used(said: bytes) -> float:
+    """The share of its memory that a server uses, by what INFO says; 0 where it may use any."""
+    numbers = dict(re.findall(rb"^(used_memory|maxmemory):(\d+)", said, re.MULTILINE))
+    used, most = int(numbers[b"used_memory"]), int(numbers[b"maxmemory"])
+    return used / most if most else 0.0
+
+
+def _seen(subject: bytes, event_id: str) -> bytes:
+    """What the key continues with that says that an event is there."""
+    # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
+    name = len(subject).to_bytes(4, "little") + subject + event_id.encode()
+    return b":" + hashlib.blake2b(name, digest_size=16).digest()
 
 
 def _full(share: float, mark: float) -> ResourceExhausted:
@@ -595,6 +646,8 @@ def _appended(event: LoggedEvent, reply: Any) -> Appended:
         return Appended(log_id(reply[1]), False, event.record, personal=bool(reply[2]))
     if reply[0] == 1:
         return Appended(log_id(reply[1]), True, reply[2], personal=bool(reply[3]))
+    if reply[0] == 5:
+        return Appended(0, error=serving_error(reply_error(reply[1].decode()), EventLogUnavailable))
     if reply[0] == 4:
         reason = "the log holds more of this person than of anybody who is one; is it a bot? Raise person_cap if not"
         return Appended(0, error=ResourceExhausted(reason, field="subject", retry_after_ms=HOUR_MS))

@@ -389,7 +389,7 @@ class ProfileStore:
         return ["" if isinstance(one, Unavailable) else one for one in found]
 
     def _blob(self, subject: str) -> bytes:
-        blob: bytes = self._nodes.ask(b"GETRANGE", self.key_of(subject), b"0", b"%d" % self._giant)
+        blob: bytes = self._nodes.command("GETRANGE", self.key_of(subject), 0, self._giant)
         if len(blob) > self._giant:
             self._telemetry.count("profile_corrupt")
             raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have")

@@ -40,7 +40,8 @@ SETTLE_S = 5.0
 PURGE_S = 12 * 3600.0
 """Pause between two rounds in which the bytes of what was erased leave the disks: half of what is promised."""
 
-_IDLE_S = 0.1
+_PAUSE_S = 0.1
+"""Pause between two looks at a log that has less than a batch: new events wait behind every look."""
 _RETRY_S = 0.5
 _TRIM_S = 60.0
 _SWEEP_S = 3600.0
@@ -148,11 +149,11 @@ class Projector:
             try:
                 self.open()
                 while not stop.is_set():
-                    idle = not self.step()
+                    seen = self.step()
                     self._trim()
                     self._sweep()
-                    if idle:
-                        stop.wait(_IDLE_S)
+                    if seen < self._batch:
+                        stop.wait(_PAUSE_S)
             except (Unavailable, ResourceExhausted) as error:
                 _log.warning("the projector waits: %s", error)
                 stop.wait(_RETRY_S)

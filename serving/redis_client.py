@@ -51,7 +51,8 @@ _SCHEMES = ("redis://", "rediss://", "unix://")
 _CLUSTERS = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
 _PORT = 6379
 _OLDEST = (7, 0)
-_READ_SIZE = 1 << 16
+_PIECE = 1 << 16
+_CONNECTIONS = 1 << 16  # no limit: who calls is limited elsewhere, and must not wait or fail here
 # What a server says that is about to be replaced, or whose keys are moving; MASTERDOWN is a kind of CLUSTERDOWN.
 _REPLACED: dict[str, type[ResponseError]] = {
     "MOVED": MovedError,
@@ -60,6 +61,14 @@ _REPLACED: dict[str, type[ResponseError]] = {
     "CLUSTERDOWN": ClusterDownError,
     "MASTERDOWN": MasterDownError,
     "READONLY": ReadOnlyError,
+}
+_REFUSALS: dict[str, type[RedisError]] = {
+    "LOADING": BusyLoadingError,
+    "NOAUTH": AuthenticationError,
+    "NOPERM": NoPermissionError,
+    "NOSCRIPT": NoScriptError,
+    "OOM": OutOfMemoryError,
+    "WRONGPASS": AuthenticationError,
 }
 
 
@@ -122,6 +131,7 @@ def connect_one(url: str, timeout_s: float = 0.05, connect_timeout_s: float | No
             socket_connect_timeout=timeout_s if connect_timeout_s is None else connect_timeout_s,
             decode_responses=False,
             driver_info=None,
+            max_connections=_CONNECTIONS,
         )
     except ValueError:  # its text may hold the password
         raise ConfigError(
@@ -245,55 +255,109 @@ class _Open(NamedTuple):
 
 
 class Line:
-    """Asks Redis one thing at a time, four times as fast as a client does, and never waits longer than its timeout.
+    """Asks one server several things in one round trip, four times as fast as redis-py, and never waits too long.
 
-    redis-py bounds each piece of a reply; here the timeout bounds the whole of it, however thinly it is sliced. Only
-    for commands that may be lost: a connection on which anything went wrong is closed, and never used again.
+    redis-py bounds each piece of a reply; here the timeout bounds the whole of each, however thinly it is sliced, and
+    each piece of what is sent. A connection on which anything went wrong is closed and never used again, and nothing is
+    sent a second time.
     """
 
     def __init__(self, client: redis.Redis) -> None:
         """Takes its connections, and so their security and their timeout, from a client of `connect`."""
         self._pool = client.connection_pool
+        self._readers: dict[Argument, Callable[[Any], Any]] = dict(client.response_callbacks)
         self._timeout_s: float = self._pool.connection_kwargs["socket_timeout"]
         self._idle: list[_Open] = []
 
-    def ask(self, *words: bytes) -> Any:
-        """Sends one command and returns the reply; any thread may.
+    def ask(self, *words: Argument) -> Any:
+        """Sends one command and returns the reply, as redis-py reads it; any thread may.
 
         Raises:
             RedisError: The server is away, too slow, or refuses.
         """
+        [reply] = self.ask_all([words])
+        if isinstance(reply, ResponseError):
+            raise reply
+        return reply
+
+    def ask_all(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        """`ask` for several, in their order and in one round trip; a refusal stands in the place of the reply.
+
+        Raises:
+            RedisError: The server is away or too slow; anything may have been done.
+        """
         line = self._take()
         try:
-            reply = self._exchange(line, words)
+            replies = self._exchange(line, commands)
         except BaseException:  # also where the caller is interrupted: a reply may still come
             self._discard(line)
             raise
         self._idle.append(line)
-        if isinstance(reply, hiredis.ReplyError):
-            raise _reply_error(str(reply))
+        return [self._understood(words[0], reply) for words, reply in zip(commands, replies, strict=True)]
+
+    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+        """`ask_all` for scripts and commands; teaches the server the scripts that it lacks.
+
+        Raises:
+            RedisError: The server is away or too slow; anything may have been done.
+        """
+        replies = self.ask_all([_words(request) for request in requests]) if requests else []
+        missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if missing:
+            lacking = [request for place in missing if isinstance(request := requests[place], Call)]
+            for script in {call.script for call in lacking}:
+                self.ask("SCRIPT LOAD", script.source)
+            for place, reply in zip(missing, self.ask_all([call.words for call in lacking]), strict=True):
+                replies[place] = reply
+        return replies
+
+    def run_asking(self, request: Request) -> Any:
+        """Asks something about keys that are just moving to this server; a refusal is returned.
+
+        Raises:
+            RedisError: The server is away or too slow; it may have been done.
+        """
+        reply = self.ask_all([("ASKING",), _words(request)])[1]
+        if isinstance(reply, NoScriptError) and isinstance(request, Call):
+            self.ask("SCRIPT LOAD", request.script.source)
+            reply = self.ask_all([("ASKING",), request.words])[1]
         return reply
 
-    def _exchange(self, line: _Open, words: tuple[bytes, ...]) -> Any:
-        deadline = time.monotonic() + self._timeout_s
-        left = self._timeout_s
+    def _exchange(self, line: _Open, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        packed = memoryview(b"".join([_packed(words) for words in commands]))
+        end, replies = 0.0, list[Any]()
         try:
-            line.socket.settimeout(left)
-            line.socket.sendall(hiredis.pack_command(words))  # type: ignore[arg-type] # its stub knows one word only
-            while (reply := line.reader.gets()) is False:
-                if left <= 0:
+            line.socket.settimeout(self._timeout_s)
+            for start in range(0, len(packed), _PIECE):  # a server that does much of what it is sent may take its time
+                end = time.monotonic() + self._timeout_s
+                line.socket.sendall(packed[start : start + _PIECE])
+            while len(replies) < len(commands):
+                if (reply := line.reader.gets()) is not False:
+                    replies.append(reply)
+                    end = time.monotonic() + self._timeout_s
+                    continue
+                if (left := end - time.monotonic()) <= 0:
                     raise TimeoutError
                 line.socket.settimeout(left)
-                received = line.socket.recv(_READ_SIZE)
+                received = line.socket.recv(_PIECE)
                 if not received:
                     raise RedisConnectionError("Redis closed the connection")
                 line.reader.feed(received)
-                left = deadline - time.monotonic()
         except TimeoutError:
             raise RedisTimeoutError(f"no whole reply within {self._timeout_s} s") from None
         except (OSError, hiredis.ProtocolError) as error:
             raise RedisConnectionError(str(error)) from error
-        return reply
+        return replies
+
+    def _understood(self, name: Argument, reply: Any) -> Any:
+        """A reply as redis-py gives it to the callers of its commands."""
+        if isinstance(reply, hiredis.ReplyError):
+            error = reply_error(str(reply))
+            if not isinstance(error, ResponseError):  # it loads its data, or lets nobody in: as good as away
+                raise error
+            return error
+        reader = self._readers.get(name)
+        return reader(reply) if reader else reply
 
     def _take(self) -> _Open:
         while self._idle:
@@ -319,52 +383,26 @@ def _readable(connected: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _reply_error(message: str) -> RedisError:
+def _words(request: Request) -> tuple[Argument, ...]:
+    return request.words if isinstance(request, Call) else request
+
+
+def _packed(words: tuple[Argument, ...]) -> bytes:
+    """A command as it is sent; its name may be of two words."""
+    if isinstance(words[0], str) and " " in words[0]:
+        words = (*words[0].split(), *words[1:])
+    packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type] # its stub knows one word only
+    return packed
+
+
+def reply_error(message: str) -> RedisError:
+    """What an error reply is raised as."""
     code, _, rest = message.partition(" ")
     if code in _REPLACED:
         return _REPLACED[code](rest)
-    kinds = {"LOADING": BusyLoadingError, "NOPERM": NoPermissionError, "OOM": OutOfMemoryError}
-    return kinds.get(code, ResponseError)(message)
-
-
-def run_all(client: redis.Redis, requests: Sequence[Request]) -> list[Any]:
-    """Asks one server several things in their order in one round trip, and teaches it the scripts that it lacks.
-
-    What it refuses has its ResponseError in its place.
-
-    Raises:
-        RedisError: The server is away; anything may have been done.
-    """
-    replies = _pipeline(client, requests)
-    missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-    if missing:
-        lacking = [request for place in missing if isinstance(request := requests[place], Call)]
-        for script in {call.script for call in lacking}:
-            command(client, "SCRIPT LOAD", script.source)
-        for place, reply in zip(missing, _pipeline(client, lacking), strict=True):
-            replies[place] = reply
-    return replies
-
-
-def _pipeline(client: redis.Redis, requests: Sequence[Request]) -> list[Any]:
-    with client.pipeline(transaction=False) as pipeline:
-        for request in requests:
-            command(pipeline, *(request.words if isinstance(request, Call) else request))
-        replies: list[Any] = pipeline.execute(raise_on_error=False)
-    return replies
-
-
-def run_asking(client: redis.Redis, request: Request) -> Any:
-    """Asks a server something about keys that are just moving to it; a refusal is returned as its ResponseError.
-
-    Raises:
-        RedisError: The server is away.
-    """
-    reply = _pipeline(client, [("ASKING",), request])[1]
-    if isinstance(reply, NoScriptError) and isinstance(request, Call):
-        command(client, "SCRIPT LOAD", request.script.source)
-        reply = _pipeline(client, [("ASKING",), request])[1]
-    return reply
+    if rest == "max number of clients reached":
+        return RedisConnectionError(message)
+    return _REFUSALS.get(code, ResponseError)(message)
 
 
 def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:

@@ -22,8 +22,6 @@ from serving.redis_client import (
     Client,
     Line,
     Request,
-    run_all,
-    run_asking,
     serving_error,
 )
 from serving.redis_cluster import Cluster
@@ -69,21 +67,6 @@ class Nodes:
             return self._client.timeout_s
         return float(self._client.connection_pool.connection_kwargs["socket_timeout"])
 
-    def ask(self, *words: bytes) -> Any:
-        """Sends a command that may be lost, the second word being its key; see `Line`.
-
-        Raises:
-            Unavailable: The server is away; of the class given.
-            PenchantError: It refuses.
-        """
-        node = self._node_of(words[1])
-        reply = self._exchange(node, lambda: node.line.ask(*words))
-        if isinstance(reply, AskError) and isinstance(self._client, Cluster):
-            return self.command(*words)
-        if isinstance(reply, ResponseError):
-            raise self._refusal(reply) from reply
-        return reply
-
     def command(self, *words: Argument, at: bytes | None = None) -> Any:
         """Sends one command.
 
@@ -95,7 +78,7 @@ class Nodes:
             Unavailable: The server is away; of the class given.
             PenchantError: It refuses.
         """
-        return required(self._all([words], [_key(words) if at is None else at]))[0]
+        return self._one(words, _key(words) if at is None else at)
 
     def run(self, call: Call) -> Any:
         """Runs one script.
@@ -104,10 +87,14 @@ class Nodes:
             Unavailable: The server is away; of the class given.
             PenchantError: It refuses.
         """
-        return required(self.run_all([call]))[0]
+        return self._one(call, call.keys[0])
 
-    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+    def run_all(self, requests: Sequence[Request], keys: Sequence[bytes] | None = None) -> list[Any]:
         """Asks several things, those of one node in their order and in one round trip.
+
+        Args:
+            requests: Scripts and commands.
+            keys: The key of each that says which node is meant, where that is not to be seen from the request itself.
 
         Returns:
             The replies. In the place of a refused one stands the PenchantError that it means, and that of one whose
@@ -116,7 +103,7 @@ class Nodes:
         Raises:
             Unavailable: All that was asked for is away; anything may have been done.
         """
-        return self._all(requests, [_key(request) for request in requests])
+        return self._all(requests, [_key(request) for request in requests] if keys is None else keys)
 
     def scan(self, key: bytes, count: int = 1000) -> list[tuple[bytes, bytes]]:
         """The fields of a hash with their values, read in pieces; one that changes meanwhile may come twice.
@@ -163,6 +150,16 @@ class Nodes:
             raise self._refusal(reply) from reply
         return reply
 
+    def _one(self, request: Request, key: bytes) -> Any:
+        """`_all` for one request; nearly always there is one server to ask, once."""
+        node = self._node_of(key)
+        reply = self._exchange(node, lambda: node.line.run_all([request])[0])
+        if isinstance(reply, AskError):
+            return required(self._all([request], [key]))[0]
+        if isinstance(reply, ResponseError):
+            raise self._told(reply)
+        return reply
+
     def _all(self, requests: Sequence[Request], keys: Sequence[bytes]) -> list[Any]:
         replies: list[Any] = [None] * len(requests)
         places: Iterable[int] = range(len(requests))
@@ -191,7 +188,7 @@ class Nodes:
 
     def _exchanged(self, node: _Node, requests: Sequence[Request]) -> Sequence[Any]:
         try:
-            replies: Sequence[Any] = self._exchange(node, lambda: run_all(node.client, requests))
+            replies: Sequence[Any] = self._exchange(node, lambda: node.line.run_all(requests))
         except Unavailable as error:
             return [error] * len(requests)
         # An error reply to SCRIPT LOAD, and so to all of them.
@@ -204,8 +201,9 @@ class Nodes:
         other = self._client.redirected(error, node.client)
         if isinstance(error, MovedError):
             return error
+        there = self._node(other)
         try:
-            return self._exchange(self._node(other), lambda: run_asking(other, request))
+            return self._exchange(there, lambda: there.line.run_asking(request))
         except Unavailable as away:
             return away
 

@@ -237,9 +237,8 @@ local function forget(index, floor)
     redis.call('LPOP', index)
   end
 end
-local function note(index, kind, id, floor, ttl)
+local function note(index, kind, id, ttl)
   redis.call('RPUSH', index, kind .. id)
-  forget(index, floor)
   redis.call('PEXPIRE', index, ttl)
 end
 local function erased(hash, person, at)
@@ -255,44 +254,66 @@ local function purposes(people, address, default)
 end
 """
 
-# KEYS: stream, seen, index, erased, floor, people; ARGV: person, time, subject, event id, record, payload, window,
-# index TTL, address, what those allow who said nothing, '0' where it enters no profile in any case, the most that the
-# log may hold of a person. Returns {0, stream id, 1 or 0 for whether it may enter the profile}, {1, stream id of the
-# first, its record, the same of it}, {2} for an erased past, {3} where nothing is allowed or {4} where it is too much.
+# KEYS: stream, erased, floor, people, then seen and index of each event; ARGV: index TTL, what those allow who said
+# nothing, the most that the log may hold of a person, then of each event person, time, subject, event id, record,
+# payload, window, address and '0' where it enters no profile in any case. Returns for each {0, stream id, 1 or 0 for
+# whether it may enter the profile}, {1, stream id of the first, its record, the same of it}, {2} for an erased past,
+# {3} where nothing is allowed, {4} where it is too much or {5, why} where Redis refused it.
+# Several in one step, for each step is a write to disk, and each by itself: one that is refused keeps none away.
 EVENT_APPEND = Script.of(
     _ADD
     + """
-local first = redis.call('GET', KEYS[2])
-if first then
-  local entry = redis.call('XRANGE', KEYS[1], first, first)[1]
-  return {1, first, entry and entry[2][6] or '', entry and entry[2][9] and 0 or 1}
+local floor = tonumber(redis.call('GET', KEYS[3]) or 0)
+local function append(seen, index, person, at, subject, event, record, payload, window, address, personal)
+  local first = redis.call('GET', seen)
+  if first then
+    local entry = redis.call('XRANGE', KEYS[1], first, first)[1]
+    return {1, first, entry and entry[2][6] or '', entry and entry[2][9] and 0 or 1}
+  end
+  if erased(KEYS[2], person, at) then return {2} end
+  local allowed = purposes(KEYS[4], address, ARGV[2])
+  if allowed == 0 then return {3} end
+  forget(index, floor)
+  if redis.call('LLEN', index) >= tonumber(ARGV[3]) then return {4} end
+  local fields = {'s', subject, 'e', event, 'r', record, 'p', payload}
+  local enters = personal == '0' and 0 or allowed % 2
+  if enters == 0 then fields[9], fields[10] = 'n', '1' end
+  local id = add(KEYS[1], unpack(fields))
+  redis.call('SET', seen, id, 'PX', window)
+  note(index, 'e', id, ARGV[1])
+  return {0, id, enters}
 end
-if erased(KEYS[4], ARGV[1], ARGV[2]) then return {2} end
-local allowed = purposes(KEYS[6], ARGV[9], ARGV[10])
-if allowed == 0 then return {3} end
-local floor = tonumber(redis.call('GET', KEYS[5]) or 0)
-forget(KEYS[3], floor)
-if redis.call('LLEN', KEYS[3]) >= tonumber(ARGV[12]) then return {4} end
-local fields = {'s', ARGV[3], 'e', ARGV[4], 'r', ARGV[5], 'p', ARGV[6]}
-local personal = allowed % 2
-if ARGV[11] == '0' then personal = 0 end
-if personal == 0 then fields[9], fields[10] = 'n', '1' end
-local id = add(KEYS[1], unpack(fields))
-redis.call('SET', KEYS[2], id, 'PX', ARGV[7])
-note(KEYS[3], 'e', id, floor, ARGV[8])
-return {0, id, personal}
+local replies = {}
+for n = 1, (#KEYS - 4) / 2 do
+  local done, reply = pcall(append, KEYS[2 * n + 3], KEYS[2 * n + 4], unpack(ARGV, 9 * n - 5, 9 * n + 3))
+  if not done then  -- Redis raises a table, Valkey a text that begins with the place
+    reply = {5, type(reply) == 'table' and reply.err or (string.gsub(reply, '^user_script:%d+: ', ''))}
+  end
+  replies[n] = reply
+end
+return replies
 """
 )
 
-# KEYS: stream, index, erased, floor, people; ARGV: person, time, subject, payload, index TTL, address, what those allow
-# who said nothing. Returns the stream id; false for an erased past and where slates serve no purpose that is allowed.
+# KEYS: stream, erased, floor, people, then the index of each slate; ARGV: index TTL, what those allow who said nothing,
+# then of each slate person, time, subject, payload and address. Returns for each the stream id, or false for an erased
+# past and where slates serve no purpose that is allowed.
 IMPRESSION_APPEND = Script.of(
     _ADD
     + """
-if erased(KEYS[3], ARGV[1], ARGV[2]) or purposes(KEYS[5], ARGV[6], ARGV[7]) < 2 then return false end
-local id = add(KEYS[1], 's', ARGV[3], 'p', ARGV[4])
-note(KEYS[2], 'i', id, tonumber(redis.call('GET', KEYS[4]) or 0), ARGV[5])
-return id
+local floor = tonumber(redis.call('GET', KEYS[3]) or 0)
+local function append(index, person, at, subject, payload, address)
+  if erased(KEYS[2], person, at) or purposes(KEYS[4], address, ARGV[2]) < 2 then return false end
+  local id = add(KEYS[1], 's', subject, 'p', payload)
+  forget(index, floor)
+  note(index, 'i', id, ARGV[1])
+  return id
+end
+local replies = {}
+for n = 1, #KEYS - 4 do
+  replies[n] = append(KEYS[n + 4], unpack(ARGV, 5 * n - 2, 5 * n + 2))
+end
+return replies
 """
 )
 

@@ -48,7 +48,8 @@ FLUSH_ROWS = 20_000
 
 DERIVE_S = 60.0
 _TRIM_S = 60.0
-_IDLE_S = 0.1
+_PAUSE_S = 0.1
+"""Pause between two looks at a log that has less than a batch: new events wait behind every look."""
 _RETRY_S = 0.5
 _TIMEOUT_S = 5.0
 _KEPT_FOR = functools.reduce(operator.or_, ALLOWS.values())
@@ -258,7 +259,7 @@ class Warehouse:
                 idle = 0
                 if time.monotonic() > patience:
                     raise ConfigError("another warehouse reads this log into another directory; stop that one first")
-                time.sleep(_IDLE_S)
+                time.sleep(_PAUSE_S)
         self._expire()
         self._files.derive()
 
@@ -270,8 +271,8 @@ class Warehouse:
                 while not stop.is_set():
                     seen = self.step()
                     self._tend()
-                    if not seen:
-                        stop.wait(_IDLE_S)
+                    if seen < self._batch:
+                        stop.wait(_PAUSE_S)
                 self.step(flush=True)
                 self._files.derive()
             except (Unavailable, ResourceExhausted, OSError) as error:

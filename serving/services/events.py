@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,11 @@ from functools import partial
 from typing import Any
 
 import grpc
-import numpy as np
 
 from features.catalog import Catalog
 from features.errors import PenchantError
-from features.profile import make_records
-from features.schema import event_type_keys, item_keys
+from features.profile import pack_record
+from features.schema import event_type_key, item_key
 from penchant.v1 import event_pb2, event_pb2_grpc
 from serving.engine import Host
 from serving.errors import InvalidArgument, ResourceExhausted, ServingError
@@ -30,6 +30,7 @@ from serving.telemetry import Telemetry
 MAX_EVENTS = 1_000
 FUTURE_MS = 5 * 60_000
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _OPTIONAL = ("session_id", "request_id", "surface", "query")
 
 
@@ -154,21 +155,13 @@ def _check(place: int, event: event_pb2.Event, now: int, window_ms: int, refused
 
 def _logged(good: Sequence[_Checked], catalog: Catalog) -> list[LoggedEvent]:
     """The events as the log takes them; category and creator are those the item has now."""
-    items = item_keys([checked.event.item_id for checked in good])
-    rows = catalog.rows_of_keys(items)
-    columns, known = catalog.columns, rows >= 0
-    records = make_records(
-        item=items,
-        category=np.where(known, columns.category[rows], np.uint64(0)),
-        creator=np.where(known, columns.creator[rows], np.uint64(0)),
-        timestamp=[checked.timestamp for checked in good],
-        value=[checked.event.value if checked.event.HasField("value") else np.nan for checked in good],
-        event_type=event_type_keys([checked.event.event_type for checked in good]),
-    )
-    return [
-        LoggedEvent(checked.subject, checked.event.event_id, record.tobytes(), _payload(checked))
-        for checked, record in zip(good, records, strict=True)
-    ]
+    logged = []
+    for checked in good:
+        event, item = checked.event, item_key(checked.event.item_id)
+        value = event.value if event.HasField("value") else math.nan
+        record = pack_record(item, *catalog.kin_of(item), checked.timestamp, value, event_type_key(event.event_type))
+        logged.append(LoggedEvent(checked.subject, event.event_id, record, _payload(checked)))
+    return logged
 
 
 def _payload(checked: _Checked) -> bytes:
@@ -186,7 +179,7 @@ def _payload(checked: _Checked) -> bytes:
     payload |= {name: getattr(event, name) for name in ("value", "position") if event.HasField(name)}
     if checked.attributes:
         payload["attributes"] = checked.attributes
-    return json.dumps(payload, ensure_ascii=False).encode()
+    return _JSON.encode(payload).encode()
 
 
 def _status(entry: Appended, applied: bool | PenchantError) -> event_pb2.EventStatus:

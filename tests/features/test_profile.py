@@ -28,6 +28,19 @@ def records(count: int, seed: int = 0, items: int = 1000):
     )
 
 
+KEYS = st.integers(0, 2**64 - 1)
+TIMES = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(st.tuples(KEYS, KEYS, KEYS, TIMES, st.floats(width=32), st.integers(0, 2**32 - 1)))
+def test_a_single_record_is_packed_as_many_are(fields):
+    packed = profile.pack_record(*fields)
+    made = profile.make_records(*fields)
+    assert profile.verify(np.frombuffer(packed, profile.RECORD)).all()
+    if fields[4] == fields[4]:  # which NaN it is does not matter
+        assert packed == made.tobytes()
+
+
 def same(left: profile.Profile, right: profile.Profile) -> bool:
     return (
         (left.version, left.count) == (right.version, right.count)

@@ -20,6 +20,8 @@ def test_ids_and_rows_are_inverse(names):
     assert vocabulary.rows(names).tolist() == list(range(len(names)))
     assert vocabulary.ids(np.arange(len(names))) == names
     assert vocabulary.rows_of_keys(item_keys(names)).tolist() == list(range(len(names)))
+    assert [vocabulary.row_of_key(key) for key in item_keys(names).tolist()] == list(range(len(names)))
+    assert {vocabulary.row_of_key(key) for key in (0, 2**64 - 1)} == {-1}
 
 
 def _encodable(name: str) -> bool:

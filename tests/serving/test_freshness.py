@@ -47,6 +47,7 @@ def test_an_answer_without_the_event_would_be_noticed(by_worker):
 def test_the_bench_says_what_it_measured(world):
     said = freshness(world, pairs=20)
     assert (said["pairs"], said["faults"]) == (20, {})
-    assert set(said["latency_ms"]) == {"round_trip", "durable", "stores", "service", "answer"}
+    assert set(said["latency_ms"]) == {"get", "durable_xadd", "call", "stores", "service", "answer"}
     assert all(0 < one["p50"] <= one["p99"] for one in said["latency_ms"].values())
-    assert set(said["ratio"]) == set(said["within_limit"])
+    assert set(said["ratio"]) == set(said["within_limit"]) == {"get", "durable_xadd"}
+    assert all(set(one) == {"stores", "service", "answer"} for one in said["ratio"].values())

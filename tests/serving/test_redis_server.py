@@ -24,11 +24,12 @@ from serving.errors import (
 from serving.redis_client import (
     Breaker,
     Call,
+    Line,
     Script,
     connect,
+    connect_one,
     printable,
     require_safe,
-    run_all,
     serving_error,
 )
 from serving.redis_nodes import Nodes, require_partitions
@@ -217,12 +218,12 @@ def test_scripts_are_taught_once_and_again_after_they_were_forgotten(events_redi
     calls = [Call(add, (b"sum",), (number,)) for number in (1, 2, 3)]
     for expected in ([1, 3, 6], [7, 9, 12]):
         events_redis.script_flush()
-        assert run_all(events_redis, calls) == expected
-    replies = run_all(events_redis, [calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
+        assert Line(events_redis).run_all(calls) == expected
+    replies = Line(events_redis).run_all([calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
     assert replies[0] == 13
     assert isinstance(replies[1], redis.ResponseError)
     assert replies[2:] == [b"13", 15]
-    assert run_all(events_redis, []) == []
+    assert Line(events_redis).run_all([]) == []
 
 
 def test_errors_of_redis_become_errors_of_the_service():
@@ -256,3 +257,14 @@ def test_a_breaker_lets_one_caller_look_at_a_time():
     with pytest.raises(ValueError, match="mine"), breaker:
         raise ValueError("mine")
     assert call() == "ok"
+
+
+def test_a_line_gives_each_refusal_its_place_and_raises_what_the_server_says_of_itself(tmp_path):
+    with RedisServer(tmp_path, "profiles") as server, connect_one(server.url, 1) as client:
+        replies = Line(client).ask_all([("SET", "a", 1), ("LPUSH", "a", 1), ("GET", "a"), ("HGETALL", "b")])
+        assert isinstance(replies[1], redis.ResponseError)
+        assert [replies[0], *replies[2:]] == [True, b"1", {}]  # as redis-py reads them
+        client.config_set("requirepass", "secret")
+        with connect_one(server.url, 1) as stranger, pytest.raises(redis.AuthenticationError) as failure:
+            Line(stranger).ask_all([("GET", "a")])
+        assert isinstance(serving_error(failure.value, ProfileStoreUnavailable), FailedPrecondition)
