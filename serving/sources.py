@@ -253,7 +253,7 @@ class Wanted:
             if dial in _WEIGHTS and value > 0:
                 hits |= getattr(columns, _WEIGHTS[dial])[: hits.size] == np.uint64(key)
         rows = np.flatnonzero(asked & hits)
-        popularity = columns.recent_popularity[rows] + np.float32(1e-3) * columns.popularity[rows]
+        popularity = (columns.recent_popularity[rows] + 1e-3 * columns.popularity[rows]).astype(np.float32)
         best = np.argsort(-popularity, kind="stable")[:_WANTED]
         return rows[best].astype(np.int32), popularity[best]
 
