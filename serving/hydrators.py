@@ -16,6 +16,7 @@ from features.errors import ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose
 from features.profile import Profile as Stored
 from features.transforms import ItemInputShapes, query_inputs, text_tokens
+from serving.errors import ProfileStoreUnavailable
 from serving.model import Model
 from serving.pipeline import Query
 from serving.profiles import ProfileStore
@@ -130,28 +131,46 @@ class Profile:
         return self._segments.get(key, "")
 
     def _read(self, query: Query) -> Stored:
-        profile = self._store.read(query.subject)
-        if profile.version < query.min_profile_version and self._allows(profile):
+        found = self._looked(query)
+        if not self._enough(query, found):
             with self._turns.given_up():
-                profile = self._awaited(query, profile)
-        return profile
+                found = self._awaited(query, found)
+        if isinstance(found, ProfileStoreUnavailable):
+            raise found
+        return found
+
+    def _looked(self, query: Query) -> Stored | ProfileStoreUnavailable:
+        try:
+            return self._store.read(query.subject)
+        except ProfileStoreUnavailable as error:
+            return error
+
+    def _enough(self, query: Query, found: Stored | ProfileStoreUnavailable) -> bool:
+        """Whether there is nothing to wait for: who named no version takes what there is."""
+        if isinstance(found, ProfileStoreUnavailable):
+            return not query.min_profile_version
+        return found.version >= query.min_profile_version or not self._allows(found)
 
     def _allows(self, profile: Stored) -> bool:
         return Purpose.PERSONALISE in (self._default if profile.consent is None else profile.consent)
 
-    def _awaited(self, query: Query, profile: Stored) -> Stored:
-        """The profile with the event that is waited for, or the one there is when the time is over."""
-        wanted = query.min_profile_version
+    def _awaited(self, query: Query, found: Stored | ProfileStoreUnavailable) -> Stored | ProfileStoreUnavailable:
+        """The profile with the event that is waited for, or what there is when the time is over.
+
+        A store that does not answer is waited for as an event is: for a moment it may have had to write.
+        """
         end = time.monotonic() + query.seconds_left() * WAIT_SHARE
         pause = _FIRST_PAUSE_S
         while time.monotonic() + pause < end:
             time.sleep(pause)
-            profile = self._store.read(query.subject)
-            if profile.version >= wanted:
-                return profile
+            found = self._looked(query)
+            if self._enough(query, found):
+                return found
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-        query.degrade("PROFILE_STALE", f"the profile is at version {profile.version}, not yet at {wanted}")
-        return profile
+        if not isinstance(found, ProfileStoreUnavailable):
+            wanted = query.min_profile_version
+            query.degrade("PROFILE_STALE", f"the profile is at version {found.version}, not yet at {wanted}")
+        return found
 
 
 class UserVector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +49,7 @@ from serving.sources import (
 )
 from serving.turns import Turns
 from tests import world as small
+from tests.serving.faults import frozen
 
 NOW = 1_800_000_000_000
 TURNS = Turns(1)
@@ -173,6 +175,24 @@ class TestHydrators:
         ProfileHydrator(ProfileStore(profiles_redis), catalog, TYPES, SEEN, TURNS).hydrate(asked)
         assert asked.degraded[0].part == "PROFILE_STALE"
         assert asked.profile is not None
+
+    def test_who_waits_for_a_version_waits_for_a_store_that_pauses(self, catalog, profiles_redis, profiles_server):
+        with connect(profiles_server.url, 0.05) as client:
+            store = ProfileStore(client, cooldown_s=0.05)
+            store.apply("u:ann", [(1 << 50, records(["i4"])[0].tobytes())])
+            hydrator = ProfileHydrator(store, catalog, TYPES, SEEN, TURNS)
+            asked = query(min_profile_version=1 << 50, deadline=time.monotonic() + 60)
+            with ThreadPoolExecutor(1) as pool, frozen(profiles_server):
+                with pytest.raises(ProfileStoreUnavailable):
+                    hydrator.hydrate(query())
+                waits = pool.submit(hydrator.hydrate, asked)
+                time.sleep(0.3)
+                assert not waits.done()
+            assert waits.result() is None
+            assert (asked.degraded, asked.profile.version) == ([], 1 << 50)
+            late = query(min_profile_version=1 << 50, deadline=time.monotonic() + 0.2)
+            with frozen(profiles_server), pytest.raises(ProfileStoreUnavailable):
+                hydrator.hydrate(late)
 
     def test_a_damaged_profile_counts_as_none_and_is_marked(self, catalog, profiles_redis):
         store = ProfileStore(profiles_redis)
