@@ -16,7 +16,10 @@ from typing import Any
 from benchmarks.report import RESULTS
 
 ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("backend.md", "training.md", "load-testing.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("backend.md", "data.md", "training.md", "load-testing.md")),
+)
 _FASTER = ("seconds_to_goal", "seconds_to_its_best")
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -206,6 +209,90 @@ def redis_trouble() -> str:
     return "\n".join(tables) + _source(path, result)
 
 
+def durability() -> str:
+    """What was lost and what was there twice, and what a control that must fail lost or doubled."""
+    kills, power, replies = (RESULTS / f"durability-{name}.json" for name in ("kills", "power", "replies"))
+    killed, dark, unheard = map(_read, (kills, power, replies))
+    control = dark["control"]
+    rows = [
+        [
+            f"{sum(killed['kills'].values())} kills at {killed['rate']:.0f} events/s",
+            f"{killed['acknowledged']:,}",
+            *(f"{sum(killed[what].values()):,}" for what in ("lost", "doubled")),
+            "",
+        ],
+        [
+            f"{len(dark['images'])} losses of power",
+            f"{dark['acknowledged']:,}",
+            *(f"{dark[what]:,}" for what in ("lost", "doubled")),
+            f"`appendfsync {control['appendfsync']}` lost {control['lost']:,} of {control['acknowledged']:,}",
+        ],
+        [
+            "replies that were lost",
+            f"{unheard['events']:,}",
+            *(f"{sum(unheard[what].values()):,}" for what in ("missing", "doubled")),
+            f"a bare XADD by a client that retries doubled {unheard['control']['doubled']} of {unheard['control']['xadd']}",
+        ],
+    ]
+    table = _table(["", "acknowledged", "lost", "doubled", "control"], rows)
+    return table + "".join(_source(path, _read(path)) for path in (kills, power, replies))
+
+
+def no_skew() -> str:
+    """How much of how many lives was compared, and what differed."""
+    path = RESULTS / "no-skew.json"
+    result = _read(path)
+    names = ("lives", "events", "late", "patched", "undone", "compactions", "prefixes", "slates", "differences")
+    return _table(names, [[f"{result[name]:,}" for name in names]]) + _source(path, result)
+
+
+def freshness() -> str:
+    """Read-your-writes, and how soon an event is seen, in bare round trips of the same run."""
+    pairs, path = RESULTS / "read-your-writes.json", RESULTS / "freshness.json"
+    many, result = _read(pairs), _read(path)
+    said = f"{many['pairs']:,} pairs, the write and the read on different workers; faults: {len(many['faults'])}.\n"
+    what = {
+        "stores": "the stores alone",
+        "service": "every worker sees it",
+        "answer": "another worker's answer has come",
+    }
+    rows = [
+        [
+            told,
+            *(f"{result['latency_ms'][name][at]:.2f}" for at in ("p50", "p99")),
+            *(f"{result['ratio'][floor][name][at]:.1f}" for floor in ("get", "durable_xadd") for at in ("p50", "p99")),
+        ]
+        for name, told in what.items()
+    ]
+    head = ["until", "p50, ms", "p99, ms", "in GETs: p50", "p99", "in durable XADDs: p50", "p99"]
+    return f"{said}\n{_table(head, rows)}{_source(pairs, many)}{_source(path, result)}"
+
+
+def profiles() -> str:
+    """What people cost: bytes, reads beside a GET, ingest beside the server's own rate."""
+    path = RESULTS / "profiles.json"
+    result = _read(path)
+    reads = [(f"{result[name]['people']:,} people, folded", result[name]) for name in ("few", "many")]
+    reads.append((f"{result['tail']['events']} events to fold at the read", result["tail"]))
+    rows = [
+        [told, *(f"{one[name]:.0f}" for name in ("read_us", "get_us")), f"{one['ratio']:.1f}"] for told, one in reads
+    ]
+    said = (
+        f"{result['people']:,} people of {result['events']} events: {result['bytes_per_person']:,.0f} bytes each, the limit "
+        f"is {result['limit_bytes_per_person']:,.0f}; folding {result['tail']['events']} events alone takes "
+        f"{result['tail']['fold_us']:.0f} us.\n"
+    )
+    rates = [
+        [name, *(f"{one[f'{whose}_per_core_second']:,}" for whose in ("events", "bare")), f"{one['ratio']:.1f}"]
+        for name, one in result["ingest"].items()
+    ]
+    tables = (
+        _table(["a read", "us", "a GET of as many bytes, us", "ratio"], rows),
+        _table(["a core's second of ingest into the", "events", "the bare command", "ratio"], rates),
+    )
+    return f"{said}\n" + "\n".join(tables) + _source(path, result)
+
+
 def _in_time(one: dict[str, Any]) -> list[str]:
     return [f"{one['answers']:,}", f"{one['late']:,}", f"{one['slowest_s']:.2f}"]
 
@@ -224,6 +311,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-cold": cold,
     "training-growth": growth,
     "redis-trouble": redis_trouble,
+    "durability": durability,
+    "no-skew": no_skew,
+    "freshness": freshness,
+    "profiles": profiles,
 }
 
 
