@@ -231,7 +231,7 @@ def durability() -> str:
             "replies that were lost",
             f"{unheard['events']:,}",
             *(f"{sum(unheard[what].values()):,}" for what in ("missing", "doubled")),
-            f"a bare XADD by a client that retries doubled {unheard['control']['doubled']} of {unheard['control']['xadd']}",
+            f"a bare XADD, sent again, doubled {unheard['control']['doubled']} of {unheard['control']['xadd']}",
         ],
     ]
     table = _table(["", "acknowledged", "lost", "doubled", "control"], rows)
@@ -278,8 +278,8 @@ def profiles() -> str:
         [told, *(f"{one[name]:.0f}" for name in ("read_us", "get_us")), f"{one['ratio']:.1f}"] for told, one in reads
     ]
     said = (
-        f"{result['people']:,} people of {result['events']} events: {result['bytes_per_person']:,.0f} bytes each, the limit "
-        f"is {result['limit_bytes_per_person']:,.0f}; folding {result['tail']['events']} events alone takes "
+        f"{result['people']:,} people of {result['events']} events: {result['bytes_per_person']:,.0f} bytes each "
+        f"(the limit: {result['limit_bytes_per_person']:,.0f}); folding {result['tail']['events']} events alone takes "
         f"{result['tail']['fold_us']:.0f} us.\n"
     )
     rates = [
