@@ -145,13 +145,21 @@ class Pasts:
             kinds=kinds,
         )
 
+    def whole(self, person: int) -> Memory:
+        """What all events of a person add up to; of everybody in turn that is too much to keep."""
+        return self._folded(empty(), int(self._data.offsets[person]), int(self._data.offsets[person + 1]))
+
     def _memory(self, person: int, start: int, end: int) -> Memory:
         """What the events from `start` to `end`, all of one person, add up to."""
         folded, memory = self._known.get(person, (start, empty()))
         if folded > end:
             folded, memory = start, empty()
-        rows, types = self._data.rows[folded:end], self._keys[self._data.types[folded:end] - 1]
-        times, items = self._data.timestamps[folded:end], np.ones(rows.size, np.uint64)
-        memory = fold(memory, items, self._categories[rows], self._creators[rows], types, times)
+        memory = self._folded(memory, folded, end)
         self._known[person] = end, memory
         return memory
+
+    def _folded(self, memory: Memory, start: int, end: int) -> Memory:
+        """A memory after the events from `start` to `end`."""
+        rows, types = self._data.rows[start:end], self._keys[self._data.types[start:end] - 1]
+        times, items = self._data.timestamps[start:end], np.ones(rows.size, np.uint64)
+        return fold(memory, items, self._categories[rows], self._creators[rows], types, times)
