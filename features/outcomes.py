@@ -121,7 +121,7 @@ class Rates:
 
     def among(self, keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64]) -> _F64:
         """Log-odds above the person's own, among the events that share a candidate's key; float64 [n, A]."""
-        expected = np.broadcast_to(self.long, (keys.size, self.long.size))
+        expected = np.full((keys.size, self.long.size), self.long)
         return _rate(matched_weights(keys, history, self.weights), expected, MATCH_STRENGTH) - self.long
 
 
