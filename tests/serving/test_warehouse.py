@@ -631,6 +631,7 @@ class TestTrimming:
         for number in range(6):
             time.sleep(0.002)
             ingest(log, event("ann", f"i{number}"))
+            time.sleep(0.002)  # an entry of the same millisecond as the oldest one needed is kept too
             log.append_impressions([slate("ann", f"r{number}", [number])])
         time.sleep(1.1)  # the server tells its time in seconds
         for reader, count in zip(readers, (6, 4), strict=True):
