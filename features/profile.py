@@ -120,6 +120,11 @@ class Profile:
     memory: Memory = dataclasses.field(default_factory=memories.empty)
     rules: Rules = dataclasses.field(default_factory=no_rules)
 
+    @property
+    def vacant(self) -> bool:
+        """Whether there were events and none is left: they stayed away and their state was dropped, or undid all."""
+        return self.version > 0 and not self.count
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:

@@ -194,6 +194,7 @@ class PartitionKeys:
     rules: bytes
     certificates: bytes
     purging: bytes
+    returned: bytes
 
     @classmethod
     def of(cls, partition: int) -> PartitionKeys:
@@ -319,6 +320,7 @@ class EventLog:
         marker, events, impressions, words = self.nodes.run(call)
         before = self._indexed_since(log_id(marker))
         deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
+        self.nodes.command("SREM", keys.returned, subject)
         if refuse:
             self._forget_retries(subject, log_id(marker) >> SEQUENCE_BITS, words)
         return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
@@ -348,6 +350,24 @@ class EventLog:
         """
         found = required(self.nodes.run_all([("HGET", self.keys[partition].erased, person) for person, _ in persons]))
         return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(persons, found, strict=True)]
+
+    def call_back(self, subjects: Collection[str]) -> None:
+        """Asks the projector for states that were dropped because people stayed away; asking again changes nothing.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+            ResourceExhausted: The log is full.
+        """
+        required(self.nodes.run_all([("SADD", self.keys_of(subject).returned, subject) for subject in subjects]))
+
+    def called_back(self) -> list[str]:
+        """Takes those for whom `call_back` asked, of every server that answers; some of them where they are many.
+
+        Raises:
+            EventLogUnavailable: None of them answers.
+        """
+        replies = self.nodes.run_all([("SPOP", keys.returned, _PIECE) for keys in self.keys])
+        return [name.decode() for reply in replies if not isinstance(reply, PenchantError) for name in reply]
 
     def names(self, partition: int, addresses: Collection[bytes]) -> dict[bytes, str]:
         """Whom the streams of a partition name among the people of some addresses; reads all of it.

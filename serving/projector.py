@@ -45,6 +45,8 @@ _PAUSE_S = 0.1
 _RETRY_S = 0.5
 _TRIM_S = 60.0
 _SWEEP_S = 3600.0
+_CALLED_S = 1.0
+"""Pause between two looks for those who came back and have done nothing yet."""
 _TIMEOUT_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ class Projector:
             telemetry: Counts `events_projected`, `events_damaged`, `profiles_compacted`, `profiles_dropped` and
                 `profiles_returned`.
         """
-        self._idle, self._returned, self._swept = idle, dict[str, None](), -_SWEEP_S
+        self._idle, self._returned, self._swept, self._called = idle, dict[str, None](), -_SWEEP_S, -_CALLED_S
         self._log = log
         self._profiles = profiles
         self._consumer = Consumer(log, PROFILES_GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
@@ -261,12 +263,17 @@ class Projector:
             _log.error("%s", error)
 
     def _welcome(self) -> None:
-        """Makes the states of those anew who came back; what fails is tried again when they do something more."""
-        returned, self._returned = list(self._returned), {}
-        if self._idle is None or not returned:
+        """Makes the states of those anew who came back; what fails is tried again when they do or ask more."""
+        returned, self._returned = self._returned, {}
+        if self._idle is None:
+            return
+        if time.monotonic() - self._called >= _CALLED_S:
+            self._called = time.monotonic()
+            returned |= dict.fromkeys(self._log.called_back())
+        if not returned:
             return
         try:
-            back = self._idle.rehydrate(returned, self._profiles, self._log)
+            back = self._idle.rehydrate(list(returned), self._profiles, self._log)
             self._telemetry.count("profiles_returned", back)
         except (TablesError, OSError) as error:
             _log.error("%d people came back, and the warehouse cannot be read: %s", len(returned), error)

@@ -36,9 +36,9 @@ class _Shown:
 class ImpressionWriter:
     """Writes slates to the log from a thread of its own; what does not fit its queue is dropped and counted."""
 
-    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry) -> None:
-        """Takes the log and how many slates may wait."""
-        self._log, self._telemetry = log, telemetry
+    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry, *, calls_back: bool = False) -> None:
+        """Takes the log, how many slates may wait, and whether those who stayed away are to be known again."""
+        self._log, self._telemetry, self._calls_back = log, telemetry, calls_back
         self._waiting: queue.Queue[_Shown | None] = queue.Queue(limit)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
@@ -68,7 +68,11 @@ class ImpressionWriter:
             self._closing.wait(_GATHER_S)
             while len(batch) < _BATCH and batch[-1] is not None and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            self._write([_logged(shown) for shown in batch if shown is not None])
+            shown = [one for one in batch if one is not None]
+            self._write([_logged(one) for one in shown])
+            back = {one.query.subject for one in shown if one.query.profile and one.query.profile.vacant}
+            if back and self._calls_back:
+                self._call_back(back)
             if batch[-1] is None:
                 return
 
@@ -83,6 +87,13 @@ class ImpressionWriter:
             self._telemetry.count("impressions.dropped", len(batch))
             return
         self._telemetry.count("impressions.written", written)
+
+    def _call_back(self, subjects: set[str]) -> None:
+        """Asks for the states of those who are back and have done nothing yet; their next answer asks again."""
+        try:
+            self._log.call_back(subjects)
+        except ServingError as error:
+            _log.warning("%d people who came back stay unknown for now: %s", len(subjects), error)
 
 
 class Impressions:

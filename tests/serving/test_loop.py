@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import grpc
 import numpy as np
@@ -17,6 +18,9 @@ from features.validate import validate
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
+from serving.profiles import ProfileStore
+from serving.redis_client import connect
+from tests.serving.faults import wait_until
 from tests.world import GENRES, rows_of
 
 SETTINGS = ["epochs=1", "dim=8", "layers=1", "heads=1", "max_length=16", "query_steps=5", "ranker_steps=5"]
@@ -102,3 +106,26 @@ def test_train_on_what_the_service_wrote_export_and_serve_again(serve, world, tm
             assert found.count(item) == 1
         with pytest.raises(grpc.RpcError):
             client.search("")
+
+
+def test_who_stayed_away_is_known_again_once_they_ask(serve, tmp_path):
+    """The state is dropped as after long idleness; the answers to somebody who does nothing bring it back."""
+    warehouse = tmp_path / "state" / "warehouse"
+    with serve(warehouse=True, warehouse_flush_s=0.2, idle_days=1) as service, service.client() as client:
+        client.ingest([event("ann", item, "like") for item in sorted(rows_of(GENRES[0]))[:6]])
+        version = client.get_profile("ann").profile_version
+        before = client.recommend(user_id="ann", page_size=5)
+        assert before.rung == common_pb2.RUNG_SEQUENCE
+        until = warehouse / "dataset.json"
+        wait_until(lambda: until.exists() and json.loads(until.read_text())["until"] >= version)
+        with connect(service.ready["redis"], 5) as profiles:
+            store = ProfileStore(profiles)
+            store.compact("u:ann", version)
+            assert store.leave(time.time_ns() // 1_000_000 + 60_000) == 1
+        # The answer that meets the dropped state, and those before the projector has looked, know nothing of them.
+        answers = [client.recommend(user_id="ann", page_size=5)]
+        assert answers[0].rung != common_pb2.RUNG_SEQUENCE
+        wait_until(lambda: client.recommend(user_id="ann", page_size=5).rung == common_pb2.RUNG_SEQUENCE)
+        after = client.recommend(user_id="ann", page_size=5)
+        assert after.profile_version == version
+        assert [one.item_id for one in after.items] == [one.item_id for one in before.items]

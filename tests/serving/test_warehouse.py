@@ -596,6 +596,26 @@ class TestComingBack:
             assert found.memory.keys.tolist() == again.memory.keys.tolist()
             np.testing.assert_allclose(found.memory.counts, again.memory.counts, rtol=0.02)  # likes of two moments
 
+    def test_who_only_asks_is_called_back_too(self, log, make, out, profiles_redis):
+        store = ProfileStore(profiles_redis, PARTITIONS)
+        who = ["ann", "bob", "cleo", "dan"]
+        ingest(log, *(event(user, f"i{n}") for n in range(9) for user in who))
+        projecting(log, store, None)
+        make().drain()
+        before = {user: store.read(f"u:{user}") for user in who}
+        for user in who:
+            store.compact(f"u:{user}", before[user].version)
+        assert store.leave(now_ms() + 1000) == 4
+        assert all(store.read(f"u:{user}").vacant for user in who)
+        log.call_back(["u:ann", "u:bob", "u:cleo", "u:nobody"])
+        People(log, store, Certificates(log)).erase("u:bob")
+        assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
+        log.call_back(["u:ann", "u:bob", "u:cleo", "u:nobody"])
+        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        assert [store.read(f"u:{user}").count for user in who] == [9, 0, 9, 0]
+        assert store.read("u:ann").records.tobytes() == before["ann"].records.tobytes()
+        assert store.read("u:nobody").version == 0
+
     def test_a_warehouse_that_is_not_there_loses_nothing(self, log, profiles_redis, tmp_path):
         store = ProfileStore(profiles_redis, PARTITIONS)
         ingest(log, *(event("ann", f"i{n}") for n in range(5)))
