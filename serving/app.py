@@ -36,6 +36,8 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 _HEALTHY_S = 30.0
 _PATIENCE_S = 10.0
+_STOP_S = 5.0
+"""Time beside the drain that a process is given to end."""
 _log = logging.getLogger(__name__)
 
 
@@ -63,15 +65,16 @@ def serve(config: ServeConfig) -> int:
         _hold_erasures(config, redis, events)
         address = stack.enter_context(_reserved(config))
         orders = _orders(config, address, redis, events)
-        children = [
+        workers = [
             _Child(f"worker {number}", orders | {"role": "worker", "number": number})
             for number in range(config.worker_count)
         ]
-        if config.projector:
-            children.append(_Child("projector", orders | {"role": "projector"}))
-        if config.warehouse:
-            children.append(_Child("warehouse", orders | {"role": "warehouse"}))
-        stack.callback(_stop, children, config.drain_s)
+        roles = {"projector": config.projector, "warehouse": config.warehouse}
+        readers = [_Child(role, orders | {"role": role}) for role, wanted in roles.items() if wanted]
+        children = workers + readers
+        # The workers end first, and those who read the log take in what they logged last.
+        stack.callback(_stop, readers, config.drain_s)
+        stack.callback(_stop, workers, config.drain_s)
         for child in children:
             child.start()
         for child in children:
@@ -83,7 +86,7 @@ def serve(config: ServeConfig) -> int:
             "pid": os.getpid(),
             "redis": printable(redis),
             "events_redis": printable(events),
-            "workers": [child.pid for child in children[: config.worker_count]],
+            "workers": [child.pid for child in workers],
             "warehouse": str(config.warehouse_path) if config.warehouse else None,
         }
         print(json.dumps(ready), flush=True)
@@ -198,7 +201,7 @@ def _stdout(process: subprocess.Popen[str] | None) -> IO[str]:
 def _stop(children: list[_Child], drain_s: float) -> None:
     for child in children:
         child.terminate()
-    end = time.monotonic() + drain_s + 5
+    end = time.monotonic() + drain_s + _STOP_S
     for child in children:
         child.end(end - time.monotonic())
 
