@@ -60,7 +60,7 @@ class CatalogLog:
             client: The events Redis.
             stream_length: Number of versions, at least, that a reader may be behind without reading all again.
             live_ms: Time since its last sign for which a worker counts as alive.
-            cooldown_s: Pause between looks at a failed Redis.
+            cooldown_s: Longest pause between looks at a failed Redis.
         """
         self._nodes = Nodes(client, CatalogLogUnavailable, cooldown_s)
         self._length = stream_length

@@ -225,7 +225,7 @@ class EventLog:
             window_ms: How long retries are recognised; older events must be refused before they come here.
             retention_ms: How long entries stay that every consumer has read.
             memory_mark: Share of a server's `maxmemory` above which its events are refused; impressions at 5/6 of it.
-            cooldown_s: Pause between looks at a failed Redis.
+            cooldown_s: Longest pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
             person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
         """

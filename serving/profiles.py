@@ -151,7 +151,7 @@ class ProfileStore:
             client: The profiles Redis.
             partitions: Partitions of the event log.
             tail_cap: Entries a tail may hold.
-            cooldown_s: Pause between looks at a failed Redis; personal answers are back that long after it is.
+            cooldown_s: Longest pause between looks at a failed Redis; personal answers are back that long after it is.
             telemetry: Counts `profile_corrupt`.
         """
         self._nodes = Nodes(client, ProfileStoreUnavailable, cooldown_s, self._refusal)

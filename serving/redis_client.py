@@ -425,8 +425,9 @@ def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:
 class Breaker:
     """A context in which Redis is called: it names errors, and keeps callers away from a server that just failed.
 
-    After a failure one caller in each `cooldown_s` looks whether the server is back and the others are refused at once,
-    so a dead or frozen server costs no more than one timeout in that time.
+    After a failure one caller at a time looks whether the server is back and the others are refused at once. The pause
+    between two looks doubles from an eighth of `cooldown_s` up to it: a single late reply keeps people from their
+    profiles for a moment only, and a dead or frozen server soon costs no more than one timeout in `cooldown_s`.
     """
 
     def __init__(
@@ -436,7 +437,7 @@ class Breaker:
 
         Args:
             away: The class of error that means "this Redis does not answer".
-            cooldown_s: Pause between looks at a failed server.
+            cooldown_s: Longest pause between looks at a failed server.
             clock: What tells the time, in seconds.
         """
         self._away = away
@@ -444,6 +445,7 @@ class Breaker:
         self._clock = clock
         self._lock = threading.Lock()
         self._open_until = 0.0
+        self._pause_s = self._first_s = cooldown_s / 8
 
     def __enter__(self) -> None:
         if not self._open_until:
@@ -454,14 +456,15 @@ class Breaker:
                 wait_ms = int(1000 * (self._open_until - now)) + 1
                 raise self._away("Redis failed a moment ago and is not asked again yet", retry_after_ms=wait_ms)
             self._open_until = now + self._cooldown_s
+            self._pause_s = min(2 * self._pause_s, self._cooldown_s)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or not isinstance(error, RedisError):
-            self._open_until = 0.0
-            return
-        answered = isinstance(error, ResponseError)
-        self._open_until = 0.0 if answered else self._clock() + self._cooldown_s
-        raise serving_error(error, self._away) from error
+        if error is None or not isinstance(error, RedisError) or isinstance(error, ResponseError):
+            self._open_until, self._pause_s = 0.0, self._first_s
+        else:
+            self._open_until = self._clock() + self._pause_s
+        if isinstance(error, RedisError):
+            raise serving_error(error, self._away) from error
 
 
 def require_safe(client: Client, role: str, unsafe: bool = False) -> None:

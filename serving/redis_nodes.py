@@ -52,7 +52,7 @@ class Nodes:
         Args:
             client: The server, or the cluster.
             away: The class of error that means "this Redis does not answer".
-            cooldown_s: Pause between looks at a server that failed.
+            cooldown_s: Longest pause between looks at a server that failed.
             refusal: What an error reply means, by default `redis_client.serving_error`.
         """
         self._client, self._away, self._cooldown_s = client, away, cooldown_s

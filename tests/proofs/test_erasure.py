@@ -35,7 +35,7 @@ from tests.serving.logged import logged
 PARTITIONS = 4
 CANARY, BIRD = "canary-5fa1c9", "starling-77d0b2"
 ITEMS = {CANARY: "i3", BIRD: "i5"}
-DUE_S = 40.0
+DUE_S = 24.0
 SERVED = {"partitions": PARTITIONS, "warehouse": True, "warehouse_flush_s": 0.3, "purge_hours": DUE_S / 3600}
 LOGGED = {"events", "impressions", "index", "seen", "events file"}
 PROFILE = {"profile", "profiles file"}

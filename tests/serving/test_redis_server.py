@@ -248,11 +248,17 @@ def test_a_breaker_lets_one_caller_look_at_a_time():
 
     lost = redis.ConnectionError("lost")
     assert [call(), call(lost), call(), call()] == ["ok", "away", "refused", "refused"]
-    now[0] += 0.6
-    assert [call(lost), call()] == ["away", "refused"]
+    for pause in (0.0625, 0.125, 0.25, 0.5, 0.5):  # twice as long each time
+        now[0] += pause - 0.01
+        assert call(lost) == "refused"
+        now[0] += 0.02
+        assert [call(lost), call()] == ["away", "refused"]
     now[0] += 0.6
     with breaker:
         assert call() == "refused"  # while one looks
+    assert call() == "ok"
+    assert call(lost) == "away"
+    now[0] += 0.07  # a single failure costs a moment only
     assert call() == "ok"
     with pytest.raises(ValueError, match="mine"), breaker:
         raise ValueError("mine")
