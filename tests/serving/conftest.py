@@ -1,15 +1,21 @@
-"""Real servers for the tests of the stores: an embedded Redis per role, emptied before each test."""
+"""Real servers for the tests of the stores: an embedded Redis per role, emptied before each test; and who asks."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
+from penchant.client import Client
+from serving.events import EventLog
+from serving.profiles import ProfileStore
 from serving.redis_client import connect
 from serving.redis_server import RedisServer
+from tests.fixtures import Service
+from tests.serving.logged import PARTITIONS
 
 
 @pytest.fixture(scope="session")
@@ -40,4 +46,30 @@ def profiles_redis(profiles_server: RedisServer) -> Iterator[redis.Redis]:
 def events_redis(events_server: RedisServer) -> Iterator[redis.Redis]:
     with connect(events_server.url, timeout_s=2.0) as client:
         client.flushall()
+        yield client
+
+
+@pytest.fixture
+def log(events_redis: redis.Redis) -> EventLog:
+    log = EventLog(events_redis, PARTITIONS)
+    log.open()
+    return log
+
+
+@pytest.fixture
+def store(profiles_redis: redis.Redis) -> ProfileStore:
+    return ProfileStore(profiles_redis, PARTITIONS)
+
+
+@pytest.fixture
+def ann() -> str:
+    """A person nobody has met."""
+    return f"ann-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def everywhere(service: Service) -> Iterator[Client]:
+    """A client with so many connections that every worker is asked."""
+    with service.client(channels=16) as client:
+        client.wait_ready()
         yield client

@@ -18,6 +18,9 @@ from serving.pipeline import Candidates, Query, Slate
 from serving.services import events as service
 from serving.side_effects import _logged, _Shown
 
+PARTITIONS = 4
+"""Of the logs and profiles of tests that need several and read all of them."""
+
 
 def now_ms() -> int:
     """Now."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 
@@ -29,20 +28,6 @@ from tests.world import COUNT, DIM, rows_of
 
 Dials = common_pb2.Dials
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-
-
-@pytest.fixture
-def ann() -> str:
-    """A person nobody has met."""
-    return f"ann-{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def everywhere(service):
-    """A client with so many connections that every worker is asked."""
-    with service.client(channels=16) as client:
-        client.wait_ready()
-        yield client
 
 
 @pytest.fixture(scope="module")

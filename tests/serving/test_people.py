@@ -26,22 +26,10 @@ from serving.rebuild import rebuild
 from serving.redis_client import address_of, connect, partition_of
 from serving.redis_server import RedisServer
 from tests.serving.faults import insist, wait_until
+from tests.serving.logged import PARTITIONS
 
-PARTITIONS = 4
 FUTURE = 4_000_000_000_000
 NOTHING = Purpose(0)
-
-
-@pytest.fixture
-def log(events_redis):
-    log = EventLog(events_redis, PARTITIONS)
-    log.open()
-    return log
-
-
-@pytest.fixture
-def store(profiles_redis):
-    return ProfileStore(profiles_redis, PARTITIONS)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from features.profile import make_records
 from serving.consumer import Consumer
@@ -26,21 +25,9 @@ from serving.redis_client import address_of, connect
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry
 from tests.serving.faults import insist, kill, wait_until
+from tests.serving.logged import PARTITIONS
 
 ROOT = Path(__file__).parents[2]
-PARTITIONS = 4
-
-
-@pytest.fixture
-def log(events_redis):
-    log = EventLog(events_redis, PARTITIONS)
-    log.open()
-    return log
-
-
-@pytest.fixture
-def store(profiles_redis):
-    return ProfileStore(profiles_redis, PARTITIONS)
 
 
 def event(number: int, subject: str = "u:1") -> LoggedEvent:

@@ -21,20 +21,6 @@ NOT_FOUND = grpc.StatusCode.NOT_FOUND.value[0]
 INVALID = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
 
-@pytest.fixture
-def ann() -> str:
-    """A person nobody has met."""
-    return f"ann-{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def everywhere(service):
-    """A client with so many connections that every worker is asked."""
-    with service.client(channels=16) as client:
-        client.wait_ready()
-        yield client
-
-
 def ids(slate) -> list[str]:
     return [item.item_id for item in slate.items]
 

@@ -52,19 +52,11 @@ from serving.warehouse_tables import (
     user_id_of,
 )
 from tests.serving.faults import insist, kill, wait_until
-from tests.serving.logged import CATALOG, catalog, event, ingest, logged, now_ms, slate
+from tests.serving.logged import CATALOG, PARTITIONS, catalog, event, ingest, logged, now_ms, slate
 from tests.world import publish_world
 
 ROOT = Path(__file__).parents[2]
-PARTITIONS = 4
 DAY_MS = 86_400_000
-
-
-@pytest.fixture
-def log(events_redis):
-    log = EventLog(events_redis, PARTITIONS)
-    log.open()
-    return log
 
 
 @pytest.fixture

@@ -14,23 +14,15 @@ from features.profile import EVERY_PURPOSE, Purpose
 from features.tables import open_dataset
 from serving.catalog_log import CatalogLog
 from serving.erasure import Certificates
-from serving.events import EventLog
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.rebuild import Histories
 from serving.warehouse import GROUP, Warehouse
 from serving.warehouse_files import WarehouseFiles
 from serving.warehouse_items import ItemTable
-from tests.serving.logged import event, ingest, logged, slate
-from tests.serving.test_warehouse import PARTITIONS, ROOT, at, rows
+from tests.serving.logged import PARTITIONS, event, ingest, logged, slate
+from tests.serving.test_warehouse import ROOT, at, rows
 from training.impressions import _slates
-
-
-@pytest.fixture
-def log(events_redis):
-    log = EventLog(events_redis, PARTITIONS)
-    log.open()
-    return log
 
 
 @pytest.fixture
