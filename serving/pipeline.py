@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -74,6 +74,7 @@ class Query:
         page_size: Number of items wanted.
         surface: Where the answer is shown.
         session_id: The visit.
+        context: What the caller says of the request, to be logged with the impression; by column of that table.
         text: The words searched for.
         rows: The caller's candidates, where it brought some.
         upstream: The caller's scores of `rows`.
@@ -111,6 +112,7 @@ class Query:
     page_size: int
     surface: str = ""
     session_id: str = ""
+    context: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     rows: Rows | None = None
     upstream: Scores | None = None

@@ -135,6 +135,7 @@ def _logged(shown: _Shown) -> LoggedImpression:
         "catalog_version": query.catalog_version,
         "degraded": [part for part, _ in query.degraded],
         "feature_fingerprint": FEATURES.fingerprint(),
+        **query.context,
     }
     if slate.features is not None and query.encoded is not None:
         rows, types = query.encoded

@@ -46,6 +46,12 @@ IMPRESSION_ROWS = pa.schema(
         _column("catalog_version", pa.uint64()),
         _column("feature_fingerprint", pa.string()),
         _column("encoder_digest", pa.string()),
+        # What the caller said of the request.
+        _column("asked_at", pa.int64(), unit="ms"),
+        _column("device", pa.string()),
+        _column("channel", pa.string()),
+        _column("locale", pa.string()),
+        EVENTS.field("attributes"),
     ]
 )
 """A slate of the log."""
@@ -160,7 +166,7 @@ def _event(entry: Entry, record: Any, said: dict[str, Any]) -> dict[str, Any]:
         "timestamp": said["timestamp"],
         "log_id": entry.log_id,
         "ingested_at": entry.log_id >> SEQUENCE_BITS,
-        "attributes": list(said["attributes"].items()) if said.get("attributes") else None,
+        "attributes": _attributes(said),
         "category_key": int(record["category"]),
         "creator_key": int(record["creator"]),
         "personal": entry.personal,
@@ -168,8 +174,12 @@ def _event(entry: Entry, record: Any, said: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _attributes(said: dict[str, Any]) -> list[tuple[str, str]] | None:
+    return list(said["attributes"].items()) if said.get("attributes") else None
+
+
 def _impression(entry: Entry, said: dict[str, Any]) -> dict[str, Any]:
-    row = {name: said.get(name) for name in IMPRESSION_ROWS.names}
+    row = {name: said.get(name) for name in IMPRESSION_ROWS.names} | {"attributes": _attributes(said)}
     for name in ("propensities", "scores"):
         row[name] = [float("nan") if value is None else value for value in said.get(name) or ()]
     for name in ("surface", "session_id", "query", "arm"):

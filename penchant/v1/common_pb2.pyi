@@ -165,9 +165,11 @@ class RequestContext(_message.Message):
     LOCALE_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
     timestamp_ms: _builtins.int
-    """Time of the request in milliseconds since the epoch, UTC; 0 means the server's clock."""
+    """Time of the request by the caller's clock, in milliseconds since the epoch, UTC; 0 where it is not said. What may be
+    shown is decided by the server's clock.
+    """
     device: _builtins.str
-    """Device family, as the product names it: "phone", "tv"."""
+    """Device family, as the product names it: "phone", "tv"; at most 64 bytes, as the next two."""
     channel: _builtins.str
     """Channel, as the product names it: "web", "email"."""
     locale: _builtins.str

@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import numpy as np
@@ -95,8 +96,6 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         checks.identifier(options.request_id, "options.request_id", required=False)
         checks.identifier(options.session_id, "options.session_id", required=False)
         checks.identifier(options.surface, "options.surface", required=False, limit=64)
-        checks.timestamp(options.context.timestamp_ms, "options.context.timestamp_ms")
-        checks.attributes(options.context.attributes, "options.context.attributes")
         subject = checks.subject(options.subject, "options.subject", required=subject_required)
         page_size = checks.whole(options.page_size, "options.page_size", 1, MAX_PAGE)
         excluded = checks.identifiers(options.exclude_item_ids, "options.exclude_item_ids", 0, MAX_EXCLUDED)
@@ -112,6 +111,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             page_size=page_size,
             surface=options.surface,
             session_id=options.session_id,
+            context=_context(options.context),
             exclude=rows[rows >= 0],
             personalize=options.personalization != ranking_pb2.PERSONALIZATION_DISABLED,
             dials={(one.dial, item_key(one.name)): one.value for one in checks.dials(options.dials, "options.dials")},
@@ -123,6 +123,17 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             min_catalog_version=options.min_catalog_version,
         )
         return query, missing
+
+
+def _context(said: common_pb2.RequestContext) -> dict[str, Any]:
+    """What is said of a request, by column of the impressions; nothing for what is not said."""
+    context: dict[str, Any] = {
+        name: checks.identifier(getattr(said, name), f"options.context.{name}", required=False, limit=64)
+        for name in ("device", "channel", "locale")
+    }
+    context["asked_at"] = checks.timestamp(said.timestamp_ms, "options.context.timestamp_ms")
+    context["attributes"] = checks.attributes(said.attributes, "options.context.attributes")
+    return {name: value for name, value in context.items() if value}
 
 
 def seconds_left(context: grpc.ServicerContext, default: float) -> float:

@@ -81,6 +81,16 @@ BAD: dict[str, tuple[Callable[[Client], object], str]] = {
         lambda client: client.recommend(user_id="u", context=common_pb2.RequestContext(timestamp_ms=-1)),
         "options.context.timestamp_ms",
     ),
+    "long device": (
+        lambda client: client.recommend(user_id="u", context=common_pb2.RequestContext(device="x" * 65)),
+        "options.context.device",
+    ),
+    "too many attributes": (
+        lambda client: client.recommend(
+            user_id="u", context=common_pb2.RequestContext(attributes={str(n): "" for n in range(65)})
+        ),
+        "options.context.attributes",
+    ),
     "many exclusions": (
         lambda client: client.recommend(user_id="u", exclude_item_ids=["x"] * 10_001),
         "options.exclude_item_ids",

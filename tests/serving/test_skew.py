@@ -21,6 +21,7 @@ from penchant.v1 import common_pb2
 from serving.replay import replay
 from tests.proofs.skew import Ask, Burst, Consent, Fold, Life, Patch, Undo, World, lived, prove
 from tests.serving.test_loop import penchant
+from tests.serving.test_warehouse import rows
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +104,19 @@ def test_the_service_logs_what_it_served_and_the_warehouse_gives_the_same(
     serve: Any, world: Path, tmp_path: Path
 ) -> None:
     state = tmp_path / "state"
+    said = common_pb2.RequestContext(device="phone", channel="web", timestamp_ms=5, attributes={"shelf": "2", "b": "1"})
     with serve(state=state, warehouse=True, warehouse_flush_s=0.5, log_features=1.0) as service:
         with service.client(channels=1) as client:
+            client.recommend(user_id="p0", surface="told", context=said)
             for number in range(30):
                 person = f"p{number % 3}"
                 client.ingest([event(person, f"i{number}", ("view_item", "like")[number % 2])])
                 slate = client.recommend(user_id=person, page_size=5, surface="home")
                 assert slate.rung == common_pb2.RUNG_SEQUENCE
         assert service.stop() == 0
+    [told] = [row for row in rows(state / "warehouse", "impressions") if row["surface"] == "told"]
+    assert [told[name] for name in ("device", "channel", "locale", "asked_at")] == ["phone", "web", None, 5]
+    assert sorted(told["attributes"]) == [("b", "1"), ("shelf", "2")]
     said = replay(state / "warehouse", world)
     assert (said["slates"], said["differing"], said["elsewhere"]) == (30, 0, 0)
     allowed = ("--allow", "request_ids=1")  # nothing here follows from a slate
