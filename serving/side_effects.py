@@ -36,9 +36,9 @@ class _Shown:
 class ImpressionWriter:
     """Writes slates to the log from a thread of its own; what does not fit its queue is dropped and counted."""
 
-    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry, *, calls_back: bool = False) -> None:
-        """Takes the log, how many slates may wait, and whether those who stayed away are to be known again."""
-        self._log, self._telemetry, self._calls_back = log, telemetry, calls_back
+    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry) -> None:
+        """Takes the log and how many slates may wait."""
+        self._log, self._telemetry = log, telemetry
         self._waiting: queue.Queue[_Shown | None] = queue.Queue(limit)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
@@ -71,7 +71,7 @@ class ImpressionWriter:
             shown = [one for one in batch if one is not None]
             self._write([_logged(one) for one in shown])
             back = {one.query.subject for one in shown if one.query.profile and one.query.profile.vacant}
-            if back and self._calls_back:
+            if back:
                 self._call_back(back)
             if batch[-1] is None:
                 return

@@ -57,10 +57,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
         _open(store)
-        impressions = None
-        if config.impressions:
-            queue = config.impression_queue
-            impressions = ImpressionWriter(log, queue, telemetry, calls_back=config.idle_days > 0)
+        impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
         host = Host(open_engine(config.bundle, Surroundings(config, store, progress, telemetry, impressions, turns)))
         changes = CatalogLog(events)
         follower = Follower(host, changes, progress)
