@@ -64,6 +64,7 @@ _MAGIC = b"PNCH"
 _SAID = 8
 
 HEADER_SIZE = _HEADER.size
+SMALLEST_STATE = _STATE.size + memories.FACTS_SIZE + 4
 Records = npt.NDArray[np.void]
 Events = npt.NDArray[np.void]
 
@@ -314,8 +315,7 @@ def decode_state(state: bytes | memoryview, version: int) -> Profile:
     """
     if not state:
         return empty(version)
-    least = _STATE.size + memories.FACTS_SIZE + 4
-    if len(state) < least or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
+    if len(state) < SMALLEST_STATE or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
         raise ProfileCorrupt("the state of a profile fails its checksum")
     count, ring, seen = _STATE.unpack_from(state)
     begin = _STATE.size + memories.size_of(state[_STATE.size :])

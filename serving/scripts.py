@@ -6,7 +6,7 @@ and are compared as two halves of 32 bits (Lua compares strings by locale).
 
 from __future__ import annotations
 
-from features.profile import ENTRY, HEADER_SIZE
+from features.profile import ENTRY, HEADER_SIZE, SMALLEST_STATE
 from serving.redis_client import Script
 
 LIVE = 1 << 40
@@ -16,7 +16,7 @@ SEQUENCE_BITS = 20
 """Bits of a log id that count within its millisecond."""
 
 _TAIL = f"""
-local ENTRY, HEADER = {ENTRY.itemsize}, {HEADER_SIZE}
+local ENTRY, HEADER, STATE = {ENTRY.itemsize}, {HEADER_SIZE}, {SMALLEST_STATE}
 local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
 local function ours(head, blank) return #head >= HEADER and string.sub(head, 1, 5) == string.sub(blank, 1, 5) end
 -- Of a damaged profile: what its header says the person allows, and up to where it forgets, where that is to be read.
@@ -39,8 +39,9 @@ local function stored(key, blank)
   if head == '' then return nil, '' end
   if not ours(head, blank) then return head, nil end
   local state, rules = struct.unpack('<I4I4', head, 9)
+  local rest = redis.call('STRLEN', key) - HEADER - state - rules
+  if rest < 0 or rest % ENTRY ~= 0 or (state > 0 and state < STATE) then return head, nil end
   local tail = redis.call('GETRANGE', key, HEADER + state + rules, -1)
-  if #tail % ENTRY ~= 0 then return head, nil end
   return head, tail
 end
 -- The rules in a profile that is not damaged.

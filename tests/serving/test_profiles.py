@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from features import controls, memory
 from features.errors import ProfileCorrupt
-from features.profile import Profile, empty, encode, fold, make_records
+from features.profile import Profile, Purpose, empty, encode, fold, make_records
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.profiles import Applied, Loaded, Mark, ProfileStore, TailFull
 from serving.redis_client import address_of, connect, partition_of
@@ -291,6 +291,45 @@ def test_who_stays_away_leaves_a_state_behind_and_nothing_else(store):
     assert store.apply("u:idle", entries([4])) == Applied(1, 0, 2)
     assert store.compact("u:idle", NOW + 4, dropped_too=False) == 2
     assert store.dropped(["u:idle", "u:old"]) == {}
+
+
+@on_redis
+@given(length=st.integers(44, 60) | st.integers(0, 600) | st.just(1 << 20), place=st.integers(0, 600), flip=st.integers(0, 255))
+def test_damage_of_any_kind_keeps_no_mark_from_a_profile(store, profiles_redis, length, place, flip):
+    """The projector meets every mark: one that could not be brought in would keep everybody's events waiting."""
+    partition, key = partition_of("u:1", 16), store.key_of("u:1")
+    profiles_redis.delete(key)
+    store.put_states([("u:1", expected(range(1, 4)))])
+    store.mark(partition, ruled(NOW))
+    store.apply("u:1", entries([20, 21]))
+    blob = bytearray(profiles_redis.get(key))[:length]
+    if place < len(blob):
+        blob[place] ^= flip
+    damaged = bytes(blob)
+    for done in (
+        lambda: store.mark(partition, Mark(NOW + 30, address_of("u:1"), Purpose.TRAIN, forget=True)),
+        lambda: store.mark(partition, Mark(NOW + 30, address_of("u:1"), rules=b"")),
+        lambda: store.leave(1 << 50),
+        lambda: store.put_states([("u:1", expected(range(1, 41)))]),
+    ):
+        profiles_redis.set(key, damaged)
+        done()
+    profiles_redis.set(key, damaged)
+    with contextlib.suppress(ProfileCorrupt):
+        store.apply("u:1", entries([40]))
+
+
+def test_a_profile_that_is_cut_short_takes_nothing_and_can_be_erased(store, profiles_redis):
+    store.put_states([("u:1", expected(range(1, 9)))])
+    key = store.key_of("u:1")
+    for length in (48, 49, 51, 60):
+        profiles_redis.set(key, encode(expected(range(1, 9)))[:length])
+        with pytest.raises(ProfileCorrupt):
+            store.apply("u:1", entries([10]))
+        assert profiles_redis.strlen(key) == length
+        store.erase("u:1", NOW + 20)
+        assert same(store.read("u:1"), empty())
+        assert store.erased_before(["u:1"]) == [NOW + 20]
 
 
 def test_bulk_states_are_replaced_and_live_ones_are_not_undone(store):
