@@ -153,15 +153,26 @@ return 1
 """
 )
 
-# KEYS: person; ARGV: empty header, header as read. Drops the state of somebody who stayed away, and remembers that.
-# Returns 1, or 0 where the profile changed or has a tail.
+# KEYS: person; ARGV: empty header, header as read, time in ms. Drops all that is known of somebody who stayed away, and
+# remembers that, and up to where it went. Returns 1, or 0 where the header changed, an event came since that time, or
+# nothing is there.
 PROFILE_LEAVE = Script.of(
     _TAIL
+    + f"local BITS = {SEQUENCE_BITS}"
     + """
 local head, tail = stored(KEYS[1], ARGV[1])
-if not head or tail ~= '' or head ~= ARGV[2] then return 0 end
+if not tail or head ~= ARGV[2] then return 0 end
+local length = struct.unpack('<I4', head, 9)
+if length == 0 and tail == '' then return 0 end
+local vh, vl = struct.unpack('>I4I4', head, 17)
+for at = 1, #tail, ENTRY do
+  local h, l = struct.unpack('>I4I4', tail, at)
+  if h * 2 ^ (32 - BITS) + math.floor(l / 2 ^ BITS) >= tonumber(ARGV[3]) then return 0 end
+  if not at_most(h, l, vh, vl) then vh, vl = h, l end
+end
 local parts = {string.sub(head, 1, 5), '\\1', string.sub(head, 7, 8), string.sub(ARGV[1], 9, 12)}
-parts[#parts + 1] = string.sub(head, 13, HEADER) .. rules_of(KEYS[1], head)
+parts[#parts + 1] = string.sub(head, 13, 16) .. struct.pack('>I4I4', vh, vl) .. string.sub(head, 25, HEADER)
+parts[#parts + 1] = rules_of(KEYS[1], head)
 redis.call('SET', KEYS[1], table.concat(parts))
 return 1
 """

@@ -619,6 +619,48 @@ class TestComingBack:
         assert store.dropped(["u:ann"])
         assert store.read("u:ann").count == 9  # what is new is there, and is not folded without the past
 
+    def test_who_did_little_is_dropped_and_comes_back_as_well(self, log, make, out, profiles_redis):
+        """Their events were never folded into a state; those of most people are not."""
+        store, telemetry = ProfileStore(profiles_redis, PARTITIONS), Telemetry()
+        people = People(log, store, Certificates(log))
+        people.set_consent("u:cleo", Purpose.PERSONALISE)  # whom no warehouse may keep
+        ingest(log, *(event(user, f"i{n}") for n in range(5) for user in ("ann", "bob", "cleo")))
+        projecting(log, store, None)
+        make().drain()
+        before = store.read("u:ann")
+        time.sleep(1.1)  # the server tells its time in seconds
+        projector = Projector(
+            log, store, settle_s=0, idle=Idle(1e-9, partial(rehydrate, out, Retention({}))), telemetry=telemetry
+        )
+        projector.open()
+        projector._sweep()
+        assert telemetry.counters()["profiles_dropped"] == 2
+        assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
+        log.call_back(["u:ann"])
+        projector.step()
+        projector.close()
+        assert store.read("u:ann").records.tobytes() == before.records.tobytes()
+        assert memory.encode(store.read("u:ann").memory) == memory.encode(before.memory)
+
+    def test_one_whose_past_cannot_be_had_keeps_nobody_waiting(self, log, make, out, profiles_redis, tmp_path):
+        store = ProfileStore(profiles_redis, PARTITIONS, tail_cap=50)
+        ingest(log, event("ann", "i1"))
+        projecting(log, store, None)
+        assert store.leave(now_ms() + 1000) == 1
+        ingest(log, *(event("ann", f"i{n % 10}", event_id=f"e{n}") for n in range(120)), event("bob", "i1"))
+        projector = Projector(
+            log, store, settle_s=0, batch=20, idle=Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({})))
+        )
+        projector.open()
+        wait_until(lambda: projector.step() == 0 and sum(projector.lag()) == 0)
+        projector.close()
+        assert store.read("u:bob").count == 1
+        assert store.dropped(["u:ann"])
+        make().drain()
+        log.call_back(["u:ann"])
+        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        assert store.read("u:ann").count == 121
+
 
 def entry_of(log, subject, place) -> str:
     return [entry.event_id for entries in log.history(subject) for entry in entries][place]
