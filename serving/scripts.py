@@ -360,12 +360,14 @@ return redis.call('XDEL', KEYS[1], ARGV[1])
 )
 
 # KEYS: stream, impressions, index, erased, people, rules; ARGV: person, address, '1' where what they did before now is
-# refused from now on. Returns {id of the marker, events, impressions deleted, event id and record of each such event}.
-# The marker makes consumers meet the erasure in order. Works while memory is full.
+# refused from now on; and where nothing newer may be there, the newest of their index as it was read. Returns {id of
+# the marker, events, impressions deleted, event id and record of each such event}, or false where there is something
+# newer. The marker makes consumers meet the erasure in order. Works while memory is full.
 EVENT_ERASE = Script.of(
     "#!lua flags=allow-oom\n"
     + _ADD
     + """
+if ARGV[4] and (redis.call('LINDEX', KEYS[3], -1) or '') ~= ARGV[4] then return false end
 local marker = add(KEYS[1], 'x', ARGV[1], 'k', ARGV[2], 'f', '1', 'b', '')
 redis.call('HDEL', KEYS[6], ARGV[2])
 if ARGV[3] == '1' then
@@ -387,6 +389,18 @@ for _, noted in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
 end
 redis.call('DEL', KEYS[3])
 return {marker, deleted.e, deleted.i, words}
+"""
+)
+
+# KEYS: returned, erased; ARGV: time in ms after which nobody is waited for any more, then of each who is back their name,
+# person and the time of that. An erased name waits nowhere.
+PERSON_RETURN = Script.of(
+    _ADD
+    + """
+for at = 2, #ARGV, 3 do
+  if not erased(KEYS[2], ARGV[at + 1], ARGV[at + 2]) then redis.call('SADD', KEYS[1], ARGV[at]) end
+end
+return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 """
 )
 

@@ -599,10 +599,10 @@ class TestComingBack:
             store.compact(f"u:{user}", before[user].version)
         assert store.leave(now_ms() + 1000) == 4
         assert all(store.read(f"u:{user}").vacant for user in who)
-        log.call_back(["u:ann", "u:bob", "u:cleo", "u:nobody"])
+        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         People(log, store, Certificates(log)).erase("u:bob")
         assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
-        log.call_back(["u:ann", "u:bob", "u:cleo", "u:nobody"])
+        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
         assert [store.read(f"u:{user}").count for user in who] == [9, 0, 9, 0]
         assert store.read("u:ann").records.tobytes() == before["ann"].records.tobytes()
@@ -636,7 +636,7 @@ class TestComingBack:
         projector._sweep()
         assert telemetry.counters()["profiles_dropped"] == 2
         assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
-        log.call_back(["u:ann"])
+        log.call_back({"u:ann": now_ms()})
         projector.step()
         projector.close()
         assert store.read("u:ann").records.tobytes() == before.records.tobytes()
@@ -657,7 +657,7 @@ class TestComingBack:
         assert store.read("u:bob").count == 1
         assert store.dropped(["u:ann"])
         make().drain()
-        log.call_back(["u:ann"])
+        log.call_back({"u:ann": now_ms()})
         projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
         assert store.read("u:ann").count == 121
 
