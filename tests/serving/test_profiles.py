@@ -321,7 +321,11 @@ def test_what_came_since_may_go_the_way_of_a_state_that_was_dropped(store):
 
 
 @on_redis
-@given(length=st.integers(44, 60) | st.integers(0, 600) | st.just(1 << 20), place=st.integers(0, 600), flip=st.integers(0, 255))
+@given(
+    length=st.integers(44, 60) | st.integers(0, 600) | st.just(1 << 20),
+    place=st.integers(0, 600),
+    flip=st.integers(0, 255),
+)
 def test_damage_of_any_kind_keeps_no_mark_from_a_profile(store, profiles_redis, length, place, flip):
     """The projector meets every mark: one that could not be brought in would keep everybody's events waiting."""
     partition, key = partition_of("u:1", 16), store.key_of("u:1")
