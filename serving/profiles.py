@@ -453,7 +453,7 @@ def _marks(blob: bytes) -> tuple[int, int]:
 
 
 def _last_seen(front: bytes) -> int:
-    """When the newest event of a state came, ms; without one, when the first of the tail did; 0 where rules hide that."""
+    """When the newest event of a state came, ms; without one, when the first of the tail did, 0 where rules hide it."""
     if not int.from_bytes(front[8:12], "little"):
         hidden = int.from_bytes(front[12:16], "little")
         return 0 if hidden else int.from_bytes(front[HEADER_SIZE : HEADER_SIZE + 8], "big") >> SEQUENCE_BITS

@@ -392,8 +392,8 @@ return {marker, deleted.e, deleted.i, words}
 """
 )
 
-# KEYS: returned, erased; ARGV: time in ms after which nobody is waited for any more, then of each who is back their name,
-# person and the time of that. An erased name waits nowhere.
+# KEYS: returned, erased; ARGV: time in ms after which nobody is waited for any more, then of each who is back their
+# name, person and the time of that. An erased name waits nowhere.
 PERSON_RETURN = Script.of(
     _ADD
     + """
