@@ -207,9 +207,13 @@ def test_what_is_damaged_beside_the_rows_is_named(log, tmp_path, name, warehouse
     file = tmp_path / name
     file.write_bytes(file.read_bytes()[:3])
     again = Warehouse(log, WarehouseFiles(tmp_path), ItemTable(tmp_path / "items.parquet", CatalogLog(log.client)))
-    with pytest.raises(TablesError, match=name):
+
+    def goes_on():
         again.open()
         again.drain()
+
+    with pytest.raises(TablesError, match=name):
+        goes_on()
     again._files.close()
 
 
