@@ -64,6 +64,7 @@ _MAGIC = b"PNCH"
 _SAID = 8
 
 HEADER_SIZE = _HEADER.size
+SMALLEST_STATE = _STATE.size + memories.FACTS_SIZE + 4
 Records = npt.NDArray[np.void]
 Events = npt.NDArray[np.void]
 
@@ -110,6 +111,8 @@ class Profile:
         consent: What the person allows; None where they said nothing, so that the service's default holds.
         memory: What all of their events add up to.
         rules: What they never want to be shown; RULE [n].
+        marks: Log ids up to which events are forgotten, and at which they said what they allow and what they never want
+            to be shown; 0 for none.
     """
 
     version: int
@@ -119,6 +122,11 @@ class Profile:
     consent: Purpose | None = None
     memory: Memory = dataclasses.field(default_factory=memories.empty)
     rules: Rules = dataclasses.field(default_factory=no_rules)
+    marks: tuple[int, int, int] = (0, 0, 0)
+
+    def has(self, log_id: int) -> bool:
+        """Whether what stands there in the log has had its effect: an event that is forgotten by now has as well."""
+        return log_id <= max(self.version, self.marks[0]) or log_id in self.marks
 
     @property
     def vacant(self) -> bool:
@@ -233,7 +241,7 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     columns = (events[name] for name in ("item", "category", "creator", "event_type", "timestamp"))
     memory = memories.fold(profile.memory, *columns)
     count = profile.count + records.size
-    return Profile(last_id, joined[cut:], evicted, count, profile.consent, memory, profile.rules)
+    return Profile(last_id, joined[cut:], evicted, count, profile.consent, memory, profile.rules, profile.marks)
 
 
 def refold(
@@ -314,8 +322,7 @@ def decode_state(state: bytes | memoryview, version: int) -> Profile:
     """
     if not state:
         return empty(version)
-    least = _STATE.size + memories.FACTS_SIZE + 4
-    if len(state) < least or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
+    if len(state) < SMALLEST_STATE or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
         raise ProfileCorrupt("the state of a profile fails its checksum")
     count, ring, seen = _STATE.unpack_from(state)
     begin = _STATE.size + memories.size_of(state[_STATE.size :])
@@ -379,6 +386,8 @@ def split(blob: bytes) -> Stored:
     if rules_length or any(consent):
         rules = controls.decode(memoryview(blob)[middle:start])
         state = dataclasses.replace(state, consent=decode_consent(consent), rules=rules)
+    if erased or said or ruled:
+        state = dataclasses.replace(state, marks=(erased, said, ruled))
     tail = np.frombuffer(blob, ENTRY, offset=start)
     if tail.size:
         if not verify(tail).all():

@@ -120,6 +120,24 @@ def table_path(data: Path, name: str) -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
+def read_info(path: Path) -> dict[str, Any]:
+    """What `dataset.json` of a data set says, nothing where it has none.
+
+    Raises:
+        TablesError: It is damaged.
+    """
+    file = path / "dataset.json"
+    if not file.exists():
+        return {}
+    try:
+        info = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise TablesError(f"{file} is not JSON ({error}): remove it, or prepare the data set again") from error
+    if not isinstance(info, dict):
+        raise TablesError(f"{file} must hold a JSON object: remove it, or prepare the data set again")
+    return info
+
+
 def open_dataset(
     path: Path, *, until: int | None = None, items_from: Path | None = None, everybody: bool = False
 ) -> Dataset:
@@ -138,7 +156,7 @@ def open_dataset(
         TablesError: There are no events, or a file cannot be read.
     """
     path = Path(path)
-    said = _read_info(path)
+    said = read_info(path)
     until = said.get("until") if until is None else until
     where = table_path(path, "events")
     if where is None:
@@ -306,19 +324,6 @@ def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
     }
 
 
-def _read_info(path: Path) -> dict[str, Any]:
-    file = path / "dataset.json"
-    if not file.exists():
-        return {}
-    try:
-        info = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise TablesError(f"{file} is not JSON ({error}): remove it, or prepare the data set again") from error
-    if not isinstance(info, dict):
-        raise TablesError(f"{file} must hold a JSON object: remove it, or prepare the data set again")
-    return info
-
-
 def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> Loaded | None:
     where = table_path(path, name)
     return None if where is None else read_table(where, schema, required)
@@ -389,7 +394,7 @@ def _without_empty(table: pa.Table) -> pa.Table:
 
 
 def _check_target(out: Path) -> None:
-    if "until" in _read_info(out):
+    if "until" in read_info(out):
         raise TablesError(f"{out} is the warehouse of a service, which nothing may replace: choose a new directory")
     if out.is_dir() and (not any(out.iterdir()) or (out / "dataset.json").exists()):
         return

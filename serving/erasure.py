@@ -245,7 +245,7 @@ def replay(erasures: Sequence[Erasure], log: EventLog, store: ProfileStore, due_
     certificates, again = Certificates(log, due_ms), 0
     log.open()
     store.open()
-    marks = [(one.partition, Mark(one.log_id, one.address, forget=True)) for one in erasures]
+    marks = [(one.partition, Mark(one.log_id, one.address, forget=True, rules=b"")) for one in erasures]
     forgotten = dict(zip(erasures, store.mark_many(marks), strict=True))
     for partition in sorted({one.partition for one in erasures}):
         own = [one for one in erasures if one.partition == partition]
@@ -257,7 +257,7 @@ def replay(erasures: Sequence[Erasure], log: EventLog, store: ProfileStore, due_
                 name = names.get(one.address)
                 erased = log.erase(name) if name else log.erase_again(partition, one.person, one.address)
                 place, counts = erased.log_id, counts | {"events": erased.events, "impressions": erased.impressions}
-                counts["profiles"] += store.mark(partition, Mark(place, one.address, forget=True))
+                counts["profiles"] += store.mark(partition, Mark(place, one.address, forget=True, rules=b""))
             if one in lacking or forgotten[one]:
                 certificates.issue(partition, place, counts, one.certificate_id)
                 again += 1

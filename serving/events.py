@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,7 +42,14 @@ from serving.redis_client import (
     serving_error,
 )
 from serving.redis_nodes import Nodes, remembered, require_partitions, required
-from serving.scripts import EVENT_APPEND, EVENT_ERASE, IMPRESSION_APPEND, LOG_TRIM, SEQUENCE_BITS
+from serving.scripts import (
+    EVENT_APPEND,
+    EVENT_ERASE,
+    IMPRESSION_APPEND,
+    LOG_TRIM,
+    PERSON_RETURN,
+    SEQUENCE_BITS,
+)
 
 HOUR_MS = 3_600_000
 PERSON_CAP = 100_000
@@ -300,30 +307,40 @@ class EventLog:
         """
         return self._range(self.keys[partition].impressions, after, count)
 
-    def erase(self, subject: str, *, refuse: bool = True) -> Erased:
+    def erase(self, subject: str) -> Erased:
         """Deletes the person's events and impressions, and refuses everything of theirs from before this moment.
-
-        Args:
-            subject: The person.
-            refuse: Whether later events that tell of before this moment are refused; else they are the first of a new
-                history.
 
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        keys = self.keys_of(subject)
-        call = Call(
-            EVENT_ERASE,
-            (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people, keys.rules),
-            (self.person(subject), address_of(subject), int(refuse)),
-        )
-        marker, events, impressions, words = self.nodes.run(call)
-        before = self._indexed_since(log_id(marker))
-        deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
-        self.nodes.command("SREM", keys.returned, subject)
-        if refuse:
-            self._forget_retries(subject, log_id(marker) >> SEQUENCE_BITS, words)
-        return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
+        marker, events, impressions, words = self.nodes.run(self._erasure(subject, 1))
+        erased = self._rid_of(subject, marker, events, impressions)
+        self._forget_retries(subject, erased.log_id >> SEQUENCE_BITS, words)
+        return erased
+
+    def newest_of(self, subject: str) -> bytes:
+        """What tells whether the log has got anything more of a person; nothing where it holds nothing.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        return self.nodes.command("LINDEX", self.index_of(subject), -1) or b""
+
+    def begin_anew(self, subject: str, newest: bytes) -> Erased | None:
+        """Deletes the person's events and impressions; what comes then is the first of a new history, however old.
+
+        Args:
+            subject: The person.
+            newest: What `newest_of` said.
+
+        Returns:
+            None where something has come since, and nothing was deleted.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        reply = self.nodes.run(self._erasure(subject, 0, newest))
+        return self._rid_of(subject, *reply[:3]) if reply else None
 
     def erase_again(self, partition: int, person: bytes, address: bytes) -> Erased:
         """`erase` for somebody whose name only a log of before could tell, and does not: their mark is made anew.
@@ -351,14 +368,26 @@ class EventLog:
         found = required(self.nodes.run_all([("HGET", self.keys[partition].erased, person) for person, _ in persons]))
         return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(persons, found, strict=True)]
 
-    def call_back(self, subjects: Collection[str]) -> None:
+    def call_back(self, seen: Mapping[str, int]) -> None:
         """Asks the projector for states that were dropped because people stayed away; asking again changes nothing.
+
+        Where no projector answers within an hour, their next answer asks again.
+
+        Args:
+            seen: Person -> when they were here, ms. Who was erased since is not asked for.
 
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
             ResourceExhausted: The log is full.
         """
-        required(self.nodes.run_all([("SADD", self.keys_of(subject).returned, subject) for subject in subjects]))
+        told: dict[int, list[bytes | str | int]] = {}
+        for subject, at in seen.items():
+            told.setdefault(partition_of(subject, self.partitions), []).extend((subject, self.person(subject), at))
+        calls = [
+            Call(PERSON_RETURN, (self.keys[partition].returned, self.keys[partition].erased), (HOUR_MS, *words))
+            for partition, words in told.items()
+        ]
+        required(self.nodes.run_all(calls))
 
     def called_back(self) -> list[str]:
         """Takes those for whom `call_back` asked, of every server that answers; some of them where they are many.
@@ -586,6 +615,19 @@ class EventLog:
         while entries := [entry for entry in self._range(stream, after, _PIECE) if entry.log_id < before]:
             yield entries
             after = entries[-1].log_id
+
+    def _erasure(self, subject: str, *how: int | bytes) -> Call:
+        keys = self.keys_of(subject)
+        names = (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people, keys.rules)
+        return Call(EVENT_ERASE, names, (self.person(subject), address_of(subject), *how))
+
+    def _rid_of(self, subject: str, marker: bytes, events: int, impressions: int) -> Erased:
+        """Deletes what no index tells of as well."""
+        keys = self.keys_of(subject)
+        before = self._indexed_since(log_id(marker))
+        deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
+        self.nodes.command("SREM", keys.returned, subject)
+        return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
 
     def _forget_retries(self, subject: str, erased_at: int, words: Sequence[bytes]) -> None:
         """Deletes the keys by which retries of erased events were recognised.

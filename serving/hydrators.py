@@ -149,7 +149,7 @@ class Profile:
         """Whether there is nothing to wait for: who named no version takes what there is."""
         if isinstance(found, ProfileStoreUnavailable):
             return not query.min_profile_version
-        return found.version >= query.min_profile_version or not self._allows(found)
+        return found.has(query.min_profile_version) or not self._allows(found)
 
     def _allows(self, profile: Stored) -> bool:
         return Purpose.PERSONALISE in (self._default if profile.consent is None else profile.consent)

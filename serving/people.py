@@ -18,7 +18,7 @@ import numpy.typing as npt
 from features import controls
 from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
-from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold
+from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold, verify
 from features.schema import item_key
 from serving.erasure import Certificate, Certificates, Erasure, Ledger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
@@ -32,6 +32,7 @@ Piece = tuple[str, int, bytes]
 """One thing held about a person: "event" or "impression", its log id, and all of it as JSON."""
 
 _KINDS = ("event", "impression")
+_ATTEMPTS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class People:
 
         Raises:
             NotFound: The log holds no such event of this person.
-            Unavailable: A Redis does not answer; a repeat is safe.
+            Unavailable: A Redis does not answer, or the profile is just being made anew; a repeat is safe.
             ProfileCorrupt: The stored profile is damaged; nothing was undone.
         """
         entry = self._found(subject, event_id)
@@ -201,12 +202,15 @@ class People:
             The new profile; None for somebody who has none.
 
         Raises:
-            Unavailable: A Redis does not answer; a repeat is safe.
+            Unavailable: A Redis does not answer, or the profile is just being made anew; a repeat is safe.
             ProfileCorrupt: The stored profile is damaged.
         """
         now = time.time_ns() // 1_000_000
 
         def anew(stored: Stored) -> Profile:
+            if stored.away:  # what the log still holds is not all of their past
+                self._log.call_back({subject: now})
+                raise Unavailable("this person was away, and their profile is being made anew", retry_after_ms=1000)
             logged = self._logged(subject, stored.erased_before)
             return refold(stored, logged, undone, lambda records: self._retention.expired(records, now))
 
@@ -232,6 +236,18 @@ class People:
                 f"the visitor does not allow all that the person does: set their consent: {missing}"
             )
         remembered = self._remembered(visitor)
+        for _ in range(_ATTEMPTS):
+            newest = self._log.newest_of(visitor)
+            merged = self._copied(visitor, known, remembered)
+            erased = self._log.begin_anew(visitor, newest)
+            if erased:
+                self._store.erase(visitor, erased.log_id)
+                return merged
+            # They have done more meanwhile: what was copied is known again, and counts once.
+        raise Unavailable("this visitor does more all the time: repeat it", retry_after_ms=1000)
+
+    def _copied(self, visitor: str, known: str, remembered: int) -> Merged:
+        """Makes what a visitor did, said and saw the known person's own."""
         moved = refused = version = 0
         for entries in self._log.history(visitor):
             for appended in self._moved(entries, known):
@@ -243,8 +259,6 @@ class People:
                     moved, version = moved + 1, max(version, appended.log_id)
         impressions = self._moved_impressions(visitor, known)
         self._move_rules(visitor, known)
-        erased = self._log.erase(visitor, refuse=False)
-        self._store.erase(visitor, erased.log_id)
         return Merged(moved, impressions, refused, max(0, remembered - moved - refused), version)
 
     def erase(self, subject: str) -> Certificate:
@@ -325,7 +339,8 @@ class People:
             for entry in entries
             if entry.personal and len(entry.record) == RECORD.itemsize
         ]
-        return np.frombuffer(b"".join(own), ENTRY)
+        found = np.frombuffer(b"".join(own), ENTRY)
+        return found[verify(found)]
 
     def _moved(self, entries: Sequence[Entry], known: str) -> list[Any]:
         """Events as the known person's own, in the log and in the profile."""

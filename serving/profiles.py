@@ -68,13 +68,13 @@ _ATTEMPTS = 3
 _PATIENT_ATTEMPTS = 30
 _CHUNK = 256
 _EMPTY = encode(empty())
-_NEVER = 1 << 63
+_NEVER = 1 << 52  # later than anything, ms
 _EVERYBODY = b"penchant:{p*}:profile:*"
 _AWAY = 5  # where in a header it stands that the state was dropped
 _FOLDED = slice(16, 24)  # where in a header it stands up to which log id the state goes
 _ERASED = slice(24, 32)  # where in a header it stands up to which log id events are refused
 _LARGEST_STATE = RING * EVENT.itemsize + EVICTED_CAP * 8 + LARGEST_MEMORY + MOST_RULES * RULE.itemsize + 64
-_FRONT = HEADER_SIZE + 24  # what tells of the last event: the header, and the newest time in the state
+_FRONT = HEADER_SIZE + 24  # what tells of the last event: the header, and the newest time in the state or a log id
 
 
 class TailFull(ResourceExhausted):
@@ -348,13 +348,15 @@ class ProfileStore:
         return 0
 
     def leave(self, before_ms: int) -> int:
-        """Drops the state of everybody whose newest event is from before a time; what they allow and want stays.
+        """Drops the events of everybody whose newest one is from before a time; what they allow and want stays.
+
+        Who allows personal answers and nothing else is in no warehouse, from which they could come back: they stay.
 
         Args:
             before_ms: The time, ms: of arrival for what came live, of the event itself for what was imported.
 
         Returns:
-            The number of states dropped; those of a Redis that is away wait for the next time.
+            The number of profiles dropped; those of a Redis that is away wait for the next time.
 
         Raises:
             ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
@@ -371,11 +373,22 @@ class ProfileStore:
     def _leave(self, keys: Sequence[bytes], before_ms: int) -> int:
         wanted: list[Request] = [("GETRANGE", key, 0, _FRONT - 1) for key in keys]
         idle = [
-            Call(PROFILE_LEAVE, (key,), (_EMPTY, front[:HEADER_SIZE]))
+            Call(PROFILE_LEAVE, (key,), (_EMPTY, front[:HEADER_SIZE], before_ms))
             for key, front in zip(keys, self._nodes.run_all(wanted), strict=True)
-            if isinstance(front, bytes) and len(front) == _FRONT and _last_seen(front) < before_ms
+            if isinstance(front, bytes) and len(front) == _FRONT and _last_seen(front) < before_ms and _elsewhere(front)
         ]
         return sum(reply == 1 for reply in self._nodes.run_all(idle)) if idle else 0
+
+    def leave_again(self, subject: str) -> bool:
+        """Drops also what came since from somebody whose state was dropped, to be made anew with it; whether it did.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+        """
+        [head] = self._heads([subject])
+        if len(head) < HEADER_SIZE or head[_AWAY] != 1:
+            return False
+        return bool(self._nodes.run(self._call(PROFILE_LEAVE, subject, head, _NEVER)))
 
     def run_ids(self) -> list[str]:
         """Per partition, what changes when its Redis was started again, and so may have lost its last two seconds.
@@ -440,12 +453,19 @@ def _marks(blob: bytes) -> tuple[int, int]:
 
 
 def _last_seen(front: bytes) -> int:
-    """When somebody's newest event came, ms; now and for ever where there is nothing to drop."""
+    """When the newest event of a state came, ms; without one, when the first of the tail did, 0 where rules hide it."""
     if not int.from_bytes(front[8:12], "little"):
-        return _NEVER
+        hidden = int.from_bytes(front[12:16], "little")
+        return 0 if hidden else int.from_bytes(front[HEADER_SIZE : HEADER_SIZE + 8], "big") >> SEQUENCE_BITS
     version = int.from_bytes(front[_FOLDED], "big")
     newest = int.from_bytes(front[HEADER_SIZE + 16 : _FRONT], "little", signed=True)
     return version >> SEQUENCE_BITS if version >= LIVE else newest
+
+
+def _elsewhere(front: bytes) -> bool:
+    """Whether the person lets anybody but the profile keep their events."""
+    consent = _consent(front)
+    return consent is None or bool(consent & (Purpose.TRAIN | Purpose.MEASURE))
 
 
 def _applied(reply: Sequence[int]) -> Applied:

@@ -233,10 +233,7 @@ class Projector:
         long = []
         for (subject, own), reply in zip(batch, self._profiles.apply_many(batch), strict=True):
             if isinstance(reply, TailFull):
-                self._returned[subject] = None
-                self._welcome()
-                # No time to wait for the disk: this tail takes no more before it is folded.
-                self._compact(subject, own[0][0] - 1)
+                self._make_room(subject, own[0][0])
                 reply = self._profiles.apply(subject, own)
             if isinstance(reply, Applied):
                 self._telemetry.count("events_projected", reply.inserted)
@@ -247,6 +244,15 @@ class Projector:
             elif not isinstance(reply, ProfileCorrupt):  # which is counted; a rebuild mends it
                 raise reply
         return long
+
+    def _make_room(self, subject: str, log_id: int) -> None:
+        """Folds all before an event at once: there is no time to wait for the disk."""
+        self._returned[subject] = None
+        self._welcome()
+        self._compact(subject, log_id - 1)
+        # Whose past cannot be had now gets it later, with all that would have to be folded without it.
+        if self._idle is not None:
+            self._profiles.leave_again(subject)
 
     def _sound(self, entries: Sequence[Entry]) -> list[Entry]:
         """The entries that are events for a profile, less those whose record was damaged."""

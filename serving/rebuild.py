@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,15 +20,15 @@ from features.bundle import open_bundle
 from features.catalog import columns_of
 from features.columns import pc
 from features.content import codes, is_present
-from features.errors import TablesError
+from features.errors import ProfileCorrupt, TablesError
 from features.events import Events, complete
-from features.profile import Profile, Records, Retention, empty, fold, make_records
+from features.profile import RECORD, Profile, Records, Retention, empty, fold, make_records, verify
 from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
-from features.tables import Dataset, open_dataset, order_events, read_table, table_path
+from features.tables import Dataset, open_dataset, order_events, read_info, read_table, table_path
 from features.vocabulary import Vocabulary
-from serving.events import EventLog
+from serving.events import Entry, EventLog
 from serving.people import marks
-from serving.profiles import ProfileStore
+from serving.profiles import Applied, ProfileStore, TailFull
 from serving.redis_client import connect, partition_of
 from serving.scripts import LIVE, SEQUENCE_BITS
 from serving.warehouse_tables import subject_of, user_id_of
@@ -103,8 +102,8 @@ def rebuild(
 
     Events that came in live since stay: a profile that goes further than the data set is left as it is, one that
     stores newer events beside its state keeps them. What the log says of people holds, also where the profiles were
-    lost: what was erased, or forgotten by a reset, is not brought back from any data set, and who allows no personal
-    answers gets no profile.
+    lost: what was erased, undone, or forgotten by a reset, is not brought back from any data set, and who allows no
+    personal answers gets no profile. What the log has got since the data set was written is applied as well.
 
     Args:
         data: Directory of the data set.
@@ -114,7 +113,8 @@ def rebuild(
         retention: How long events stay in profiles.
 
     Returns:
-        `profiles` written, `kept` as they were, `events` folded, `rejected` rows of the data set, `seconds`.
+        `profiles` written, `kept` as they were, `events` folded, `applied` from the log, `rejected` rows of the data
+        set, `seconds`.
 
     Raises:
         TablesError: The data set cannot be read.
@@ -122,19 +122,25 @@ def rebuild(
         Unavailable: A Redis does not answer; a repeat is safe.
     """
     begun = time.monotonic()
-    dataset = _history(data)
+    since = int(read_info(data).get("until", 0))
+    dataset, kept = _history(data), retention or Retention({})
     with connect(redis_url, _TIMEOUT_S) as client, connect(events_redis_url or redis_url, _TIMEOUT_S) as events:
         store, log = ProfileStore(client, partitions), EventLog(events, partitions)
         store.open()
         log.open()
         # First what may not be there: from then on the store itself refuses it.
-        for partition, mark in marks(log):
-            store.mark(partition, mark)
-        loaded = store.put_states(_states(dataset, store, log, retention or Retention({})))
+        said = list(marks(log))
+        store.mark_many(said)
+        undone = frozenset(entry.undone for entries in _logged(log, since) for entry in entries)
+        loaded = store.put_states(_states(dataset, store, log, kept, undone))
+        # Who takes the place of a damaged profile knows nothing of it yet.
+        store.mark_many(said)
+        applied = sum(_apply(entries, store, kept) for entries in _logged(log, since))
     return {
         "profiles": loaded.written,
         "kept": loaded.kept,
         "events": dataset.events.num_rows,
+        "applied": applied,
         "rejected": len(dataset.rejected),
         "seconds": round(time.monotonic() - begun, 3),
     }
@@ -156,13 +162,13 @@ def rehydrate(
         The number of profiles made.
 
     Raises:
-        TablesError: The warehouse is no data set.
+        TablesError: The warehouse is no data set, or a file of it is damaged.
         OSError: A file of it cannot be read; a repeat is safe.
         Unavailable: A Redis does not answer; a repeat is safe.
     """
     if table_path(warehouse, "events") is None:
         raise TablesError(f"{warehouse} is not a warehouse: it has no events")
-    until = int(json.loads((warehouse / "dataset.json").read_bytes()).get("until", 0))
+    until = int(read_info(warehouse).get("until", 0))
     # Whoever the warehouse has not caught up with waits for their next event.
     folded = {subject: version for subject, version in store.dropped(subjects).items() if version <= until}
     states = {subject: dataclasses.replace(empty(), version=version) for subject, version in folded.items()}
@@ -210,16 +216,48 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
     }
 
 
+def _logged(log: EventLog, after: int) -> Iterator[list[Entry]]:
+    """The events of the log behind a log id, one partition after the other, each in log order and in pieces."""
+    for partition in range(log.partitions):
+        place = after
+        while entries := log.read(partition, place):
+            yield entries
+            place = entries[-1].log_id
+
+
+def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) -> int:
+    """Applies events of one partition to the profiles that lack them; returns the number of those."""
+    own: dict[str, list[tuple[int, bytes]]] = {}
+    events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
+    records = np.frombuffer(b"".join(entry.record for entry in events), RECORD)
+    fit = verify(records) & ~retention.expired(records, time.time_ns() // 1_000_000)
+    for entry, applies in zip(events, fit.tolist(), strict=True):
+        if applies:
+            own.setdefault(entry.subject, []).append((entry.log_id, entry.record))
+    applied = 0
+    for (subject, news), reply in zip(own.items(), store.apply_many(list(own.items())), strict=True):
+        if isinstance(reply, TailFull):
+            # All before this is in the profile, from the data set or from here: it may be folded.
+            store.compact(subject, news[0][0] - 1)
+            reply = store.apply(subject, news)
+        if isinstance(reply, Applied):
+            applied += reply.inserted
+        elif not isinstance(reply, ProfileCorrupt):  # of somebody who is not in the data set
+            raise reply
+    return applied
+
+
 def _states(
-    dataset: Dataset, store: ProfileStore, log: EventLog, retention: Retention
+    dataset: Dataset, store: ProfileStore, log: EventLog, retention: Retention, undone: Collection[int] = ()
 ) -> Iterator[tuple[str, Profile]]:
-    """The profile of each person of a data set, less what they erased and what is past its retention."""
+    """The profile of each person of a data set, less what they erased or undid and what is past its retention."""
     key = subject_of if "until" in dataset.info else "u:{}".format
     people, who = codes(dataset.events["user_id"])
     records, log_ids = _records(dataset), _log_ids(dataset.events)
     # Each person's events stand together; `codes` numbers people in the order of their first one.
     ends = np.cumsum(np.bincount(who, minlength=len(people)))
-    expired = retention.expired(records, time.time_ns() // 1_000_000)
+    gone = retention.expired(records, time.time_ns() // 1_000_000)
+    gone |= np.isin(log_ids, np.array(sorted(undone), np.uint64))
     for chunk in _chunked(len(people), _PEOPLE):
         subjects = [key(people[person]) for person in chunk]
         refused = zip(store.erased_before(subjects), log.erased(subjects), strict=True)
@@ -228,7 +266,7 @@ def _states(
             # As uint64: numpy would compare a Python integer as float64, which cannot tell neighbouring log ids apart.
             start += int(np.searchsorted(log_ids[start:end], np.uint64(erased), side="right"))
             own = np.arange(start, end)
-            own = own[~expired[own] & ~_past(log_ids[own], records["timestamp"][own], past)]
+            own = own[~gone[own] & ~_past(log_ids[own], records["timestamp"][own], past)]
             if own.size:
                 yield subject, fold(empty(), records[own], int(log_ids[end - 1]))
 
@@ -246,10 +284,13 @@ def _events_of(warehouse: Path, partition: int, subjects: Sequence[str]) -> pa.T
     tables = [EVENTS.empty_table()]
     for name in ("events", "searches"):
         for file in sorted(warehouse.glob(f"{name}/date=*/p{partition:02d}-*.parquet")):
-            found = pq.read_table(file, filters=[("user_id", "in", names)], partitioning=None)
-            blank = pa.array([""] * found.num_rows, pa.string())
-            found = found if "item_id" in found.column_names else found.append_column("item_id", blank)
-            tables.append(complete(found, EVENTS.names).cast(EVENTS))
+            try:
+                found = pq.read_table(file, filters=[("user_id", "in", names)], partitioning=None)
+                blank = pa.array([""] * found.num_rows, pa.string())
+                found = found if "item_id" in found.column_names else found.append_column("item_id", blank)
+                tables.append(complete(found, EVENTS.names).cast(EVENTS))
+            except pa.ArrowException as error:
+                raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
     events = pa.concat_tables(tables)
     return order_events(events.filter(pc.fill_null(events["personal"], True)))
 

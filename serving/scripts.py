@@ -6,7 +6,7 @@ and are compared as two halves of 32 bits (Lua compares strings by locale).
 
 from __future__ import annotations
 
-from features.profile import ENTRY, HEADER_SIZE
+from features.profile import ENTRY, HEADER_SIZE, SMALLEST_STATE
 from serving.redis_client import Script
 
 LIVE = 1 << 40
@@ -16,7 +16,7 @@ SEQUENCE_BITS = 20
 """Bits of a log id that count within its millisecond."""
 
 _TAIL = f"""
-local ENTRY, HEADER = {ENTRY.itemsize}, {HEADER_SIZE}
+local ENTRY, HEADER, STATE = {ENTRY.itemsize}, {HEADER_SIZE}, {SMALLEST_STATE}
 local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
 local function ours(head, blank) return #head >= HEADER and string.sub(head, 1, 5) == string.sub(blank, 1, 5) end
 -- Of a damaged profile: what its header says the person allows, and up to where it forgets, where that is to be read.
@@ -39,8 +39,9 @@ local function stored(key, blank)
   if head == '' then return nil, '' end
   if not ours(head, blank) then return head, nil end
   local state, rules = struct.unpack('<I4I4', head, 9)
+  local rest = redis.call('STRLEN', key) - HEADER - state - rules
+  if rest < 0 or rest % ENTRY ~= 0 or (state > 0 and state < STATE) then return head, nil end
   local tail = redis.call('GETRANGE', key, HEADER + state + rules, -1)
-  if #tail % ENTRY ~= 0 then return head, nil end
   return head, tail
 end
 -- The rules in a profile that is not damaged.
@@ -152,15 +153,26 @@ return 1
 """
 )
 
-# KEYS: person; ARGV: empty header, header as read. Drops the state of somebody who stayed away, and remembers that.
-# Returns 1, or 0 where the profile changed or has a tail.
+# KEYS: person; ARGV: empty header, header as read, time in ms. Drops all that is known of somebody who stayed away, and
+# remembers that, and up to where it went. Returns 1, or 0 where the header changed, an event came since that time, or
+# nothing is there.
 PROFILE_LEAVE = Script.of(
     _TAIL
+    + f"local BITS = {SEQUENCE_BITS}"
     + """
 local head, tail = stored(KEYS[1], ARGV[1])
-if not head or tail ~= '' or head ~= ARGV[2] then return 0 end
+if not tail or head ~= ARGV[2] then return 0 end
+local length = struct.unpack('<I4', head, 9)
+if length == 0 and tail == '' then return 0 end
+local vh, vl = struct.unpack('>I4I4', head, 17)
+for at = 1, #tail, ENTRY do
+  local h, l = struct.unpack('>I4I4', tail, at)
+  if h * 2 ^ (32 - BITS) + math.floor(l / 2 ^ BITS) >= tonumber(ARGV[3]) then return 0 end
+  if not at_most(h, l, vh, vl) then vh, vl = h, l end
+end
 local parts = {string.sub(head, 1, 5), '\\1', string.sub(head, 7, 8), string.sub(ARGV[1], 9, 12)}
-parts[#parts + 1] = string.sub(head, 13, HEADER) .. rules_of(KEYS[1], head)
+parts[#parts + 1] = string.sub(head, 13, 16) .. struct.pack('>I4I4', vh, vl) .. string.sub(head, 25, HEADER)
+parts[#parts + 1] = rules_of(KEYS[1], head)
 redis.call('SET', KEYS[1], table.concat(parts))
 return 1
 """
@@ -348,12 +360,14 @@ return redis.call('XDEL', KEYS[1], ARGV[1])
 )
 
 # KEYS: stream, impressions, index, erased, people, rules; ARGV: person, address, '1' where what they did before now is
-# refused from now on. Returns {id of the marker, events, impressions deleted, event id and record of each such event}.
-# The marker makes consumers meet the erasure in order. Works while memory is full.
+# refused from now on; and where nothing newer may be there, the newest of their index as it was read. Returns {id of
+# the marker, events, impressions deleted, event id and record of each such event}, or false where there is something
+# newer. The marker makes consumers meet the erasure in order. Works while memory is full.
 EVENT_ERASE = Script.of(
     "#!lua flags=allow-oom\n"
     + _ADD
     + """
+if ARGV[4] and (redis.call('LINDEX', KEYS[3], -1) or '') ~= ARGV[4] then return false end
 local marker = add(KEYS[1], 'x', ARGV[1], 'k', ARGV[2], 'f', '1', 'b', '')
 redis.call('HDEL', KEYS[6], ARGV[2])
 if ARGV[3] == '1' then
@@ -375,6 +389,18 @@ for _, noted in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
 end
 redis.call('DEL', KEYS[3])
 return {marker, deleted.e, deleted.i, words}
+"""
+)
+
+# KEYS: returned, erased; ARGV: time in ms after which nobody is waited for any more, then of each who is back their
+# name, person and the time of that. An erased name waits nowhere.
+PERSON_RETURN = Script.of(
+    _ADD
+    + """
+for at = 2, #ARGV, 3 do
+  if not erased(KEYS[2], ARGV[at + 1], ARGV[at + 2]) then redis.call('SADD', KEYS[1], ARGV[at]) end
+end
+return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 """
 )
 

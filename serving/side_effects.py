@@ -7,6 +7,7 @@ import json
 import logging
 import queue
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,8 @@ class ImpressionWriter:
                 batch.append(self._waiting.get_nowait())
             shown = [one for one in batch if one is not None]
             self._write([_logged(one) for one in shown])
-            back = {one.query.subject for one in shown if one.query.profile and one.query.profile.vacant}
+            queries = [one.query for one in shown]
+            back = {query.subject: query.now_ms for query in queries if query.profile and query.profile.vacant}
             if back:
                 self._call_back(back)
             if batch[-1] is None:
@@ -88,12 +90,12 @@ class ImpressionWriter:
             return
         self._telemetry.count("impressions.written", written)
 
-    def _call_back(self, subjects: set[str]) -> None:
+    def _call_back(self, seen: Mapping[str, int]) -> None:
         """Asks for the states of those who are back and have done nothing yet; their next answer asks again."""
         try:
-            self._log.call_back(subjects)
+            self._log.call_back(seen)
         except ServingError as error:
-            _log.warning("%d people who came back stay unknown for now: %s", len(subjects), error)
+            _log.warning("%d people who came back stay unknown for now: %s", len(seen), error)
 
 
 class Impressions:

@@ -25,6 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from features.errors import PenchantError, TablesError
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.catalog_log import CatalogLog
 from serving.consumer import Consumer
@@ -228,6 +229,7 @@ class Warehouse:
         Raises:
             Unavailable: Redis does not answer; nothing is lost, step again later.
             OSError: The disk is full or gone; nothing is lost either.
+            TablesError: A file from which something is to be erased is damaged; what concerns others is written.
         """
         try:
             clocks = self._log.clocks()
@@ -238,7 +240,7 @@ class Warehouse:
             if self._flush.due() or flush or urgent or held >= self._flush_rows:
                 self._write()
             return seen
-        except (ServingError, OSError):
+        except (PenchantError, OSError):
             self._start_over()
             raise
 
@@ -249,6 +251,7 @@ class Warehouse:
             ConfigError: A warehouse with another directory keeps a partition.
             Unavailable: Redis does not answer.
             OSError: The disk is full or gone.
+            TablesError: A file of the warehouse is damaged.
         """
         idle, patience = 0, time.monotonic() + 3 * self._lease_s
         while idle < 2:
@@ -275,7 +278,7 @@ class Warehouse:
                         stop.wait(_PAUSE_S)
                 self.step(flush=True)
                 self._files.derive()
-            except (Unavailable, ResourceExhausted, OSError) as error:
+            except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
                 _log.warning("the warehouse waits: %s", error)
                 stop.wait(_RETRY_S)
         self.close()
@@ -305,9 +308,14 @@ class Warehouse:
 
     def _write(self) -> None:
         """Writes and acknowledges what is held, then says how far the tables go."""
+        damaged: TablesError | None = None
         for partition in range(self._log.partitions):
             if self._events.ready(partition) and self._impressions.ready(partition):
-                self._write_partition(partition)
+                try:
+                    self._write_partition(partition)
+                except TablesError as error:  # the others need not wait for it
+                    damaged = error
+                    continue
                 reached = min(self._events.reached[partition], self._impressions.reached[partition])
                 self._written[partition] = max(self._written[partition], reached)
         self._events.recovered = self._impressions.recovered = False
@@ -324,6 +332,8 @@ class Warehouse:
         }
         if said != before:
             self._files.say(said)
+        if damaged:
+            raise damaged
 
     def _write_partition(self, partition: int) -> None:
         events, slates = self._events.held[partition], self._impressions.held[partition]

@@ -27,7 +27,9 @@ import pyarrow.parquet as pq
 
 from features.bundle import sync
 from features.columns import pc
+from features.errors import TablesError
 from features.profile import EVERY_PURPOSE, Purpose
+from features.tables import read_info
 from serving.erasure import Erasure
 from serving.redis_client import address_of
 from serving.redis_server import locked
@@ -172,7 +174,7 @@ class WarehouseFiles:
         for day in self._days():
             source = self._source(day)
             files = [self.out / name / day / f"{name}.parquet" for name in _DERIVED]
-            if all(path.exists() and (pq.read_metadata(path).metadata or {}).get(_SOURCE) == source for path in files):
+            if all(_made_of(path) == source for path in files):
                 continue
             columns = ["user_id", "session_id", "timestamp", "item_id", "event_type", "log_id"]
             events = self._day_rows("events", day, columns)
@@ -203,9 +205,8 @@ class WarehouseFiles:
         return packed
 
     def info(self) -> dict[str, Any]:
-        """What `dataset.json` says, nothing where there is none yet."""
-        path = self.out / "dataset.json"
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        """What `dataset.json` says, nothing where there is none yet; raises TablesError where it is damaged."""
+        return read_info(self.out)
 
     def say(self, info: Mapping[str, Any]) -> None:
         """Writes `dataset.json`."""
@@ -250,11 +251,18 @@ class WarehouseFiles:
         return pa.concat_tables([schema.empty_table(), *measured])
 
     def _rows(self, name: str, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns of a file of a table, all of them where none is named; NULL where an older file has none."""
+        """Columns of a file of a table, all of them where none is named; NULL where an older file has none.
+
+        Raises:
+            TablesError: The file is damaged.
+        """
         schema = TABLES[name]
-        with pq.ParquetFile(path) as file:
-            present = [column for column in columns or schema.names if column in file.schema_arrow.names]
-            found = file.read(columns=present)
+        try:
+            with pq.ParquetFile(path) as file:
+                present = [column for column in columns or schema.names if column in file.schema_arrow.names]
+                found = file.read(columns=present)
+        except (pa.ArrowException, OSError) as error:
+            raise TablesError(f"{path} cannot be read ({error}): put it back from a copy, or remove it") from error
         wanted = pa.schema([schema.field(column) for column in columns or schema.names])
         return pa.concat_tables([wanted.empty_table(), found], promote_options="default")
 
@@ -320,6 +328,14 @@ def _first_log_id(directory: str, after_days: int) -> int:
 def _files(directory: Path) -> list[Path]:
     """The files of a day, by partition and then in log order."""
     return sorted(path for path in directory.glob("*.parquet") if not path.name.startswith("."))
+
+
+def _made_of(path: Path) -> bytes:
+    """What a derived file was made of; nothing where it is not there, or damaged: it is made anew."""
+    try:
+        return bytes((pq.read_metadata(path).metadata or {}).get(_SOURCE, b""))
+    except (pa.ArrowException, OSError):
+        return b""
 
 
 def _span(path: Path) -> tuple[int, int]:

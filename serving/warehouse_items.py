@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from features.bundle import open_bundle
 from features.columns import pc
 from features.schema import ITEMS, ITEMS_REQUIRED
-from features.tables import conform
+from features.tables import conform, read_table
 from serving.catalog_log import CatalogLog, Change
 from serving.warehouse_files import put_table
 
@@ -32,13 +31,13 @@ class ItemTable:
 
         Raises:
             BundleError: The bundle is refused.
+            TablesError: The file is damaged.
         """
         if self._opened:
             return
         self._changed = not self._path.exists()
         if self._path.exists():
-            with pq.ParquetFile(self._path) as file:
-                self._items = _as_items(file.read())
+            self._items = read_table(self._path, ITEMS, ITEMS_REQUIRED).table
         if self._bundle:
             bundle = open_bundle(self._bundle)
             self.version = int(bundle.manifest.get("catalog_version", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,15 @@ from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
 from features.schema import event_type_key, item_key
 from features.tables import write_dataset
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP, Certificates, Purger
-from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, ProfileStoreUnavailable, ServingError
+from serving.erasure import PROFILES_GROUP, Certificates, Ledger, Purger, replay
+from serving.errors import (
+    ConsentWithheld,
+    FailedPrecondition,
+    NotFound,
+    ProfileStoreUnavailable,
+    ServingError,
+    Unavailable,
+)
 from serving.events import EventLog, LoggedEvent, LoggedImpression, stream_id
 from serving.people import Consent, People, Rule, Setting, consents
 from serving.profiles import ProfileStore
@@ -270,6 +278,28 @@ class TestUndo:
         with pytest.raises(NotFound):
             people.undo("u:bob", "e1")
 
+    def test_of_somebody_who_is_just_back_it_waits_for_their_past(self, people, log, store):
+        ingest(log, store, *(event(number) for number in range(3)))
+        past = store.read("u:ann")
+        store.leave(FUTURE)
+        ingest(log, store, event(3))
+        with pytest.raises(Unavailable, match="made anew"):
+            people.undo("u:ann", "e3")
+        assert log.called_back() == ["u:ann"]
+        assert items(store) == [3]
+        assert held(people)["event"] == ["e0", "e1", "e2", "e3"]
+        store.put_states([("u:ann", past)])
+        people.undo("u:ann", "e3")
+        assert items(store) == [0, 1, 2]
+
+    def test_what_is_damaged_in_the_log_is_not_folded_by_it(self, people, log, store):
+        ingest(log, store, event(1), event(2))
+        whole = event(3)
+        log.append([replace(whole, record=bytes([whole.record[0] ^ 1]) + whole.record[1:])])
+        project(log, store)
+        people.undo("u:ann", "e1")
+        assert items(store) == [2]
+
     def test_one_that_was_pushed_out_of_the_ring_brings_the_next_one_back(self, people, log, store):
         ingest(log, store, *(event(number) for number in range(300)))
         store.compact("u:ann", store.read("u:ann").version)
@@ -363,7 +393,7 @@ class TestMerge:
     def test_a_repeat_after_a_crash_doubles_nothing(self, people, log, store, monkeypatch):
         ingest(log, store, *(event(number, "a:x") for number in range(5)))
         log.append_impressions([slate(1, "a:x")])
-        monkeypatch.setattr(log, "erase", _crash)
+        monkeypatch.setattr(log, "begin_anew", _crash)
         with pytest.raises(ProfileStoreUnavailable):
             people.merge("a:x", "u:ann")
         monkeypatch.undo()
@@ -372,6 +402,39 @@ class TestMerge:
         project(log, store)
         assert items(store) == list(range(5))
         assert held(people) == {"event": [f"e{number}" for number in range(5)], "impression": ["r1"]}
+
+    def test_what_a_visitor_does_meanwhile_moves_too(self, people, log, store, monkeypatch):
+        ingest(log, store, event(1, "a:x"))
+        begin_anew, late = log.begin_anew, [2, 3]
+
+        def meanwhile(subject, newest):
+            if late:
+                number = late.pop(0)
+                ingest(log, store, event(number, "a:x"))
+                log.append_impressions([slate(number, "a:x")])
+            return begin_anew(subject, newest)
+
+        monkeypatch.setattr(log, "begin_anew", meanwhile)
+        merged = people.merge("a:x", "u:ann")
+        assert (merged.events, merged.impressions) == (3, 2)
+        project(log, store)
+        assert (items(store), items(store, "a:x")) == ([1, 2, 3], [])
+        assert held(people) == {"event": ["e1", "e2", "e3"], "impression": ["r2", "r3"]}
+        assert held(people, "a:x") == {"event": [], "impression": []}
+
+    def test_a_visitor_who_never_stops_is_named(self, people, log, store, monkeypatch):
+        number, begin_anew = iter(range(100)), log.begin_anew
+
+        def meanwhile(subject, newest):
+            ingest(log, store, event(next(number), "a:x"))
+            return begin_anew(subject, newest)
+
+        monkeypatch.setattr(log, "begin_anew", meanwhile)
+        with pytest.raises(Unavailable, match="repeat"):
+            people.merge("a:x", "u:ann")
+        monkeypatch.undo()
+        people.merge("a:x", "u:ann")
+        assert items(store) == list(range(next(number)))
 
     def test_the_stricter_word_counts(self, people, log, store):
         people.set_consent("a:x", Purpose.TRAIN)
@@ -403,6 +466,29 @@ def _crash(*_, **__):
 
 
 class TestErase:
+    def test_a_name_that_was_erased_waits_nowhere(self, people, log, events_redis):
+        before = int(time.time() * 1000) - 50
+        people.erase("u:ann")
+        log.call_back({"u:ann": before, "u:bob": before})  # an answer to them was on its way
+        assert sorted(log.called_back()) == ["u:bob"]
+        log.call_back({"u:ann": before + 3_600_000})  # they are back
+        [key] = [keys.returned for keys in log.keys if events_redis.exists(keys.returned)]
+        assert 0 < events_redis.pttl(key) <= 3_600_000  # where nobody looks for them, they wait for no more than that
+        assert sorted(log.called_back()) == ["u:ann"]
+
+    def test_rules_of_a_backup_go_as_events_do(self, log, store, profiles_redis, tmp_path):
+        ledger = Ledger(tmp_path / "erasures.jsonl")
+        people = People(log, store, Certificates(log), ledger=ledger)
+        people.set_rules("u:ann", TestRules.RULES)
+        backup = profiles_redis.get(store.key_of("u:ann"))
+        people.erase("u:ann")
+        profiles_redis.set(store.key_of("u:ann"), backup)
+        replay(ledger.erasures(), log, store)
+        assert store.read("u:ann").rules.size == 0
+        people.set_rules("u:ann", TestRules.RULES)  # of their new life
+        replay(ledger.erasures(), log, store)
+        assert store.read("u:ann").rules.size == len(TestRules.RULES)
+
     CANARY = "canary-5fa1c9"
 
     def live(self, log, store, people):

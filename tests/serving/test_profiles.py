@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from features import controls, memory
 from features.errors import ProfileCorrupt
-from features.profile import Profile, empty, encode, fold, make_records
+from features.profile import Profile, Purpose, empty, encode, fold, make_records
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.profiles import Applied, Loaded, Mark, ProfileStore, TailFull
 from serving.redis_client import address_of, connect, partition_of
@@ -264,33 +264,103 @@ def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, m
     assert same(store.read("u:1"), replace(expected([1, 2]), rules=RULES))
 
 
-def test_who_stays_away_leaves_a_state_behind_and_nothing_else(store):
+def test_who_stays_away_leaves_nothing_of_their_events(store):
     before = NOW >> 20
-    for person in ("u:idle", "u:waiting", "u:1"):
-        store.apply(person, entries([1, 2]))
+    for person in ("u:idle", "u:waiting", "u:1", "u:few"):
+        store.apply(person, entries([2, 1]))
     for person in ("u:idle", "u:1"):
         store.compact(person, NOW + 2)
+    store.apply("u:1", entries([3]))
     store.mark(partition_of("u:1", 16), ruled(NOW))
+    store.mark(partition_of("u:only", 16), Mark(NOW, address_of("u:only"), Purpose.PERSONALISE))
+    store.apply("u:only", entries([1, 2]))
+    store.apply("u:waiting", [((before + 1) << 20, record(7))])
     imported = expected([1, 2], start=1)
     store.put_states([("u:old", imported), ("u:new", expected([3], start=1 << 62))])
     assert store.leave(2000) == 0  # the imported events are from 1000 and 2000
-    assert store.leave(before + 1) == 3  # that of "u:waiting" has a tail
-    assert store.dropped(["u:idle", "u:1", "u:old", "u:waiting", "u:new", "u:nobody"]) == {
+    assert store.leave(before) == 1
+    assert store.leave(before + 1) == 3  # "u:waiting" has done something since, and no warehouse has "u:only"
+    assert store.dropped(["u:idle", "u:1", "u:few", "u:old", "u:waiting", "u:only", "u:new", "u:nobody"]) == {
         "u:idle": NOW + 2,
-        "u:1": NOW + 2,
+        "u:1": NOW + 3,
+        "u:few": NOW + 2,
         "u:old": 3,
     }
-    assert store.read("u:idle").count == 0
+    assert [store.read(person).count for person in ("u:idle", "u:few", "u:waiting", "u:only")] == [0, 0, 3, 2]
     assert store.read("u:1").rules.tobytes() == RULES.tobytes()
     assert store.leave(before + 1) == 0
-    # What was folded once does not come again; what is new waits for the state that is made anew.
+    # What was there once does not come again; what is new waits for the state that is made anew.
     assert store.apply("u:idle", entries([1, 2, 3])) == Applied(1, 0, 1, away=True)
+    assert store.apply("u:1", entries([2, 3, 4])) == Applied(1, 0, 1, away=True)
     assert store.compact("u:idle", NOW + 3, dropped_too=False) == 0
     assert store.put_states([("u:idle", expected([1, 2])), ("u:old", imported)]) == Loaded(2, 0)
     assert same(store.read("u:idle"), expected([1, 2, 3]))
     assert store.apply("u:idle", entries([4])) == Applied(1, 0, 2)
     assert store.compact("u:idle", NOW + 4, dropped_too=False) == 2
     assert store.dropped(["u:idle", "u:old"]) == {}
+
+
+def test_what_came_since_may_go_the_way_of_a_state_that_was_dropped(store):
+    store.apply("u:here", entries([1, 2]))
+    store.apply("u:away", entries([1, 2]))
+    assert not store.leave_again("u:away")
+    store.leave((NOW >> 20) + 1)
+    store.apply("u:here", entries([4]))
+    store.put_states([("u:here", expected([1, 2]))])
+    assert store.apply("u:away", entries([4, 3])) == Applied(2, 0, 2, away=True)
+    assert [store.leave_again(person) for person in ("u:away", "u:away", "u:here", "u:nobody")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert store.dropped(["u:away", "u:here"]) == {"u:away": NOW + 4}
+    assert store.put_states([("u:away", expected([1, 2, 3, 4]))]) == Loaded(1, 0)
+    assert same(store.read("u:away"), expected([1, 2, 3, 4]))
+    assert same(store.read("u:here"), expected([1, 2, 4]))
+
+
+@on_redis
+@given(
+    length=st.integers(44, 60) | st.integers(0, 600) | st.just(1 << 20),
+    place=st.integers(0, 600),
+    flip=st.integers(0, 255),
+)
+def test_damage_of_any_kind_keeps_no_mark_from_a_profile(store, profiles_redis, length, place, flip):
+    """The projector meets every mark: one that could not be brought in would keep everybody's events waiting."""
+    partition, key = partition_of("u:1", 16), store.key_of("u:1")
+    profiles_redis.delete(key)
+    store.put_states([("u:1", expected(range(1, 4)))])
+    store.mark(partition, ruled(NOW))
+    store.apply("u:1", entries([20, 21]))
+    blob = bytearray(profiles_redis.get(key))[:length]
+    if place < len(blob):
+        blob[place] ^= flip
+    damaged = bytes(blob)
+    for done in (
+        lambda: store.mark(partition, Mark(NOW + 30, address_of("u:1"), Purpose.TRAIN, forget=True)),
+        lambda: store.mark(partition, Mark(NOW + 30, address_of("u:1"), rules=b"")),
+        lambda: store.leave(1 << 50),
+        lambda: store.put_states([("u:1", expected(range(1, 41)))]),
+    ):
+        profiles_redis.set(key, damaged)
+        done()
+    profiles_redis.set(key, damaged)
+    with contextlib.suppress(ProfileCorrupt):
+        store.apply("u:1", entries([40]))
+
+
+def test_a_profile_that_is_cut_short_takes_nothing_and_can_be_erased(store, profiles_redis):
+    store.put_states([("u:1", expected(range(1, 9)))])
+    key = store.key_of("u:1")
+    for length in (48, 49, 51, 60):
+        profiles_redis.set(key, encode(expected(range(1, 9)))[:length])
+        with pytest.raises(ProfileCorrupt):
+            store.apply("u:1", entries([10]))
+        assert profiles_redis.strlen(key) == length
+        store.erase("u:1", NOW + 20)
+        assert same(store.read("u:1"), empty())
+        assert store.erased_before(["u:1"]) == [NOW + 20]
 
 
 def test_bulk_states_are_replaced_and_live_ones_are_not_undone(store):

@@ -46,7 +46,7 @@ def work(profiles: Client, events: Client, partitions: int = 2) -> None:
     store.open()
     log.append([event(number) for number in range(70)])
     log.append_impressions([LoggedImpression("u:ann", FUTURE, b'{"timestamp": 1}')])
-    log.call_back(["u:ann", "u:bob"])
+    log.call_back({"u:ann": 1, "u:bob": 1})
     assert sorted(log.called_back()) == ["u:ann", "u:bob"]
     assert log.called_back() == []
     projector = Projector(log, store, settle_s=0, compact_after=20)

@@ -176,6 +176,29 @@ class TestHydrators:
         assert asked.degraded[0].part == "PROFILE_STALE"
         assert asked.profile is not None
 
+    def test_the_version_of_what_a_person_said_is_there_with_it(self, catalog, profiles_redis):
+        """What such calls answer is a version as well, and an event that was forgotten is not waited for."""
+        store, address = ProfileStore(profiles_redis), address_of("u:ann")
+        first = 1 << 50
+        store.apply("u:ann", [(first, records(["i4"])[0].tobytes())])
+        said = [
+            Mark(first + 2, address, rules=b""),
+            Mark(first + 4, address, EVERY_PURPOSE),
+            Mark(first + 6, address, forget=True),
+        ]
+        for mark in said:
+            store.mark(partition_of("u:ann", 16), mark)
+            store.apply("u:ann", [(mark.log_id - 1, records(["i7"])[0].tobytes())])
+            for version, stale in ((first, []), (mark.log_id, []), (mark.log_id + 1, ["PROFILE_STALE"])):
+                asked = query(min_profile_version=version, deadline=time.monotonic() + 0.1)
+                ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
+                assert [entry.part for entry in asked.degraded] == stale
+        # An event that is late is waited for, whatever was said since.
+        store.mark(partition_of("u:ann", 16), Mark(first + 20, address, rules=b""))
+        late = query(min_profile_version=first + 12, deadline=time.monotonic() + 0.1)
+        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(late)
+        assert [entry.part for entry in late.degraded] == ["PROFILE_STALE"]
+
     def test_who_waits_for_a_version_waits_for_a_store_that_pauses(self, catalog, profiles_redis, profiles_server):
         with connect(profiles_server.url, 0.05) as client:
             store = ProfileStore(client, cooldown_s=0.05)

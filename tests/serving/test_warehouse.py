@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -551,6 +552,62 @@ def test_a_row_that_differs_by_one_key_is_another_profile(log, make, out, profil
     assert ProfileStore(profiles_redis, PARTITIONS).read("u:ann").records.tobytes() != entry.record[:40]
 
 
+class TestRebuilding:
+    """What the log holds and the warehouse does not yet counts as well."""
+
+    @pytest.fixture
+    def again(self, out, profiles_server, events_server):
+        return partial(rebuild, out, profiles_server.url, events_server.url, partitions=PARTITIONS)
+
+    def test_lost_profiles_are_those_of_the_warehouse_and_the_log(self, log, make, out, again, profiles_redis):
+        store = ProfileStore(profiles_redis, PARTITIONS)
+        ingest(log, *(event(user, f"i{n}", event_id=f"{n}") for n in range(5) for user in ("ann", "bob")))
+        make().drain()
+        ingest(log, *(event("ann", f"i{n % 10}", event_id=f"late-{n}") for n in range(4200)))  # more than a tail takes
+        [damaged] = logged(event("bob", "i1"))
+        log.append([replace(damaged, record=bytes([damaged.record[0] ^ 1]) + damaged.record[1:])])
+        People(log, store, Certificates(log)).set_consent("u:cleo", Purpose.TRAIN)
+        ingest(log, event("cleo", "i1"))
+        projecting(log, store, None)
+        before = {user: store.read(f"u:{user}") for user in ("ann", "bob")}
+        profiles_redis.flushall()
+        for applied in (4200, 0):
+            assert again()["applied"] == applied
+        for user, profile in before.items():
+            found = store.read(f"u:{user}")
+            assert (found.version, found.count) == (profile.version, profile.count)
+            assert found.records.tobytes() == profile.records.tobytes()
+            assert memory.encode(found.memory) == memory.encode(profile.memory)
+        assert store.read("u:cleo").count == 0
+
+    def test_what_was_undone_does_not_come_back(self, log, make, out, again, profiles_redis):
+        store = ProfileStore(profiles_redis, PARTITIONS)
+        ingest(log, *(event("ann", f"i{n}", event_id=f"e{n}") for n in range(5)))
+        projecting(log, store, None)
+        make().drain()
+        People(log, store, Certificates(log)).undo("u:ann", "e2")
+        again()
+        assert store.read("u:ann").records["item"].tolist() == [item_key(f"i{n}") for n in (0, 1, 3, 4)]
+
+    def test_a_damaged_profile_gets_its_rules_and_its_newest_events_again(self, log, make, out, again, profiles_redis):
+        store, rule = ProfileStore(profiles_redis, PARTITIONS), Rule(Kind.ITEM, "i9")
+        people = People(log, store, Certificates(log))
+        people.set_rules("u:ann", [rule])
+        ingest(log, *(event("ann", f"i{n}") for n in range(3)))
+        make().drain()
+        ingest(log, event("ann", "i4"), event("cleo", "i4"))
+        projecting(log, store, None)
+        for user in ("ann", "cleo"):  # she is in no file yet
+            store.compact(f"u:{user}", store.read(f"u:{user}").version)
+        whole = store.read("u:ann")
+        for key in map(store.key_of, ("u:ann", "u:cleo")):
+            profiles_redis.setrange(key, 100, bytes([profiles_redis.get(key)[100] ^ 1]))
+        again()
+        found = store.read("u:ann")
+        assert (found.count, found.records.tobytes()) == (4, whole.records.tobytes())
+        assert found.rules.tobytes() == whole.rules.tobytes()
+
+
 class TestComingBack:
     def test_a_state_that_was_dropped_is_made_anew_when_the_person_returns(self, log, make, out, profiles_redis):
         store = ProfileStore(profiles_redis, PARTITIONS)
@@ -599,14 +656,32 @@ class TestComingBack:
             store.compact(f"u:{user}", before[user].version)
         assert store.leave(now_ms() + 1000) == 4
         assert all(store.read(f"u:{user}").vacant for user in who)
-        log.call_back(["u:ann", "u:bob", "u:cleo", "u:nobody"])
+        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         People(log, store, Certificates(log)).erase("u:bob")
         assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
-        log.call_back(["u:ann", "u:bob", "u:cleo", "u:nobody"])
+        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
         assert [store.read(f"u:{user}").count for user in who] == [9, 0, 9, 0]
         assert store.read("u:ann").records.tobytes() == before["ann"].records.tobytes()
         assert store.read("u:nobody").version == 0
+
+    @pytest.mark.parametrize("damaged", ["events/*/*.parquet", "dataset.json"])
+    def test_a_damaged_warehouse_keeps_nobody_else_waiting(self, log, make, out, profiles_redis, damaged):
+        store = ProfileStore(profiles_redis, PARTITIONS)
+        ingest(log, *(event("ann", f"i{n}") for n in range(5)))
+        projecting(log, store, None)
+        make().drain()
+        assert store.leave(now_ms() + 1000) == 1
+        [file] = out.glob(damaged)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        ingest(log, event("ann", "i1", "like"), event("bob", "i1"))
+        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        assert [store.read(user).count for user in ("u:ann", "u:bob")] == [1, 1]
+        file.write_bytes(whole)
+        ingest(log, event("ann", "i2", "like"))
+        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        assert store.read("u:ann").count == 7
 
     def test_a_warehouse_that_is_not_there_loses_nothing(self, log, profiles_redis, tmp_path):
         store = ProfileStore(profiles_redis, PARTITIONS)
@@ -618,6 +693,48 @@ class TestComingBack:
         projecting(log, store, Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({}))))
         assert store.dropped(["u:ann"])
         assert store.read("u:ann").count == 9  # what is new is there, and is not folded without the past
+
+    def test_who_did_little_is_dropped_and_comes_back_as_well(self, log, make, out, profiles_redis):
+        """Their events were never folded into a state; those of most people are not."""
+        store, telemetry = ProfileStore(profiles_redis, PARTITIONS), Telemetry()
+        people = People(log, store, Certificates(log))
+        people.set_consent("u:cleo", Purpose.PERSONALISE)  # whom no warehouse may keep
+        ingest(log, *(event(user, f"i{n}") for n in range(5) for user in ("ann", "bob", "cleo")))
+        projecting(log, store, None)
+        make().drain()
+        before = store.read("u:ann")
+        time.sleep(1.1)  # the server tells its time in seconds
+        projector = Projector(
+            log, store, settle_s=0, idle=Idle(1e-9, partial(rehydrate, out, Retention({}))), telemetry=telemetry
+        )
+        projector.open()
+        projector._sweep()
+        assert telemetry.counters()["profiles_dropped"] == 2
+        assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
+        log.call_back({"u:ann": now_ms()})
+        projector.step()
+        projector.close()
+        assert store.read("u:ann").records.tobytes() == before.records.tobytes()
+        assert memory.encode(store.read("u:ann").memory) == memory.encode(before.memory)
+
+    def test_one_whose_past_cannot_be_had_keeps_nobody_waiting(self, log, make, out, profiles_redis, tmp_path):
+        store = ProfileStore(profiles_redis, PARTITIONS, tail_cap=50)
+        ingest(log, event("ann", "i1"))
+        projecting(log, store, None)
+        assert store.leave(now_ms() + 1000) == 1
+        ingest(log, *(event("ann", f"i{n % 10}", event_id=f"e{n}") for n in range(120)), event("bob", "i1"))
+        projector = Projector(
+            log, store, settle_s=0, batch=20, idle=Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({})))
+        )
+        projector.open()
+        wait_until(lambda: projector.step() == 0 and sum(projector.lag()) == 0)
+        projector.close()
+        assert store.read("u:bob").count == 1
+        assert store.dropped(["u:ann"])
+        make().drain()
+        log.call_back({"u:ann": now_ms()})
+        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        assert store.read("u:ann").count == 121
 
 
 def entry_of(log, subject, place) -> str:

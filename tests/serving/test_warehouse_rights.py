@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+import threading
 from datetime import UTC, date, datetime, timedelta
 
 import pyarrow.parquet as pq
 import pytest
 
+from features.errors import TablesError
 from features.profile import EVERY_PURPOSE, Purpose
 from features.tables import open_dataset
 from serving.catalog_log import CatalogLog
@@ -17,9 +20,11 @@ from serving.erasure import Certificates
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.rebuild import Histories
+from serving.redis_client import partition_of
 from serving.warehouse import GROUP, Warehouse
 from serving.warehouse_files import WarehouseFiles
 from serving.warehouse_items import ItemTable
+from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, event, ingest, logged, slate
 from tests.serving.test_warehouse import ROOT, at, rows
 from training.impressions import _slates
@@ -154,6 +159,62 @@ def test_an_erasure_does_not_wait_for_the_next_flush(log, people, warehouse, tmp
     people.erase("u:ann")
     warehouse.step()
     assert {row["user_id"] for row in rows(tmp_path)} == {"bob"}
+
+
+def test_an_erasure_that_meets_a_damaged_file_keeps_nobody_else_waiting(log, people, warehouse, tmp_path):
+    others = [f"user{number}" for number in range(20)]
+    ingest(log, event("ann", "i1"), *(event(user, "i1") for user in others))
+    warehouse.drain()
+    [file] = tmp_path.glob(f"events/*/p{partition_of('u:ann', PARTITIONS):02d}-*.parquet")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TablesError, match=f"{file.name}.*from a copy, or remove it"):
+        warehouse._files.derive()
+    certificate = people.erase("u:ann")
+    ingest(log, *(event(user, "i2") for user in others))
+    warehouse.close()
+    items = ItemTable(tmp_path / "items.parquet", CatalogLog(log.client))
+    quick, stop = Warehouse(log, WarehouseFiles(tmp_path), items, flush_s=0.1), threading.Event()
+    process = threading.Thread(target=quick.run, args=(stop,))
+    process.start()
+    elsewhere = {user for user in others if partition_of(f"u:{user}", PARTITIONS) != partition_of("u:ann", PARTITIONS)}
+    try:
+        written = functools.partial(rows_of_others, tmp_path, file)
+        wait_until(lambda: elsewhere <= {row["user_id"] for row in written() if row["item_id"] == "i2"})
+        assert any(receipt.store == GROUP and not receipt.purged_at for receipt in confirmed(log, certificate))
+        file.write_bytes(whole)
+        wait_until(lambda: all(receipt.purged_at for receipt in confirmed(log, certificate) if receipt.store == GROUP))
+    finally:
+        stop.set()
+        process.join()
+    found = sorted((row["user_id"], row["item_id"]) for row in rows(tmp_path))
+    assert found == sorted((user, item) for user in others for item in ("i1", "i2"))
+
+
+def rows_of_others(out, damaged):
+    files = [file for file in out.glob("events/date=*/*.parquet") if file != damaged]
+    return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+
+
+def confirmed(log, certificate):
+    return Certificates(log).get(certificate.certificate_id).receipts
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "items.parquet"])
+def test_what_is_damaged_beside_the_rows_is_named(log, tmp_path, name, warehouse):
+    warehouse.drain()
+    warehouse._files.close()
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[:3])
+    again = Warehouse(log, WarehouseFiles(tmp_path), ItemTable(tmp_path / "items.parquet", CatalogLog(log.client)))
+
+    def goes_on():
+        again.open()
+        again.drain()
+
+    with pytest.raises(TablesError, match=name):
+        goes_on()
+    again._files.close()
 
 
 def test_days_past_retention_go_from_every_table(log, tmp_path, events_redis):
