@@ -313,9 +313,9 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        marker, events, impressions, words = self.nodes.run(self._erasure(subject, 1))
-        erased = self._rid_of(subject, marker, events, impressions)
-        self._forget_retries(subject, erased.log_id >> SEQUENCE_BITS, words)
+        retries = self._retries_of(subject)
+        erased = self._rid_of(subject, *self.nodes.run(self._erasure(subject, 1)))
+        self._forget_retries(retries, erased.log_id >> SEQUENCE_BITS)
         return erased
 
     def newest_of(self, subject: str) -> bytes:
@@ -340,7 +340,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         reply = self.nodes.run(self._erasure(subject, 0, newest))
-        return self._rid_of(subject, *reply[:3]) if reply else None
+        return self._rid_of(subject, *reply) if reply else None
 
     def erase_again(self, partition: int, person: bytes, address: bytes) -> Erased:
         """`erase` for somebody whose name only a log of before could tell, and does not: their mark is made anew.
@@ -629,17 +629,22 @@ class EventLog:
         self.nodes.command("SREM", keys.returned, subject)
         return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
 
-    def _forget_retries(self, subject: str, erased_at: int, words: Sequence[bytes]) -> None:
+    def _retries_of(self, subject: str) -> dict[bytes, int]:
+        """The keys by which retries of a person's events are recognised, each with the time of the event, ms."""
+        return {
+            self.seen_of(subject, entry.event_id): int(np.frombuffer(entry.record, RECORD)["timestamp"][0])
+            for entries in self.history(subject)
+            for entry in entries
+            if len(entry.record) == RECORD.itemsize
+        }
+
+    def _forget_retries(self, retries: Mapping[bytes, int], erased_at: int) -> None:
         """Deletes the keys by which retries of erased events were recognised.
 
         The erasure refuses those now, but for an event that was ahead of the clock: its key goes when its time is over,
-        and so do all of them where a crash comes between.
+        and so does that of one that came while it was erased, and all of them where a crash comes between.
         """
-        names = [
-            self.seen_of(subject, event_id.decode())
-            for event_id, record in zip(words[::2], words[1::2], strict=True)
-            if len(record) == RECORD.itemsize and int(np.frombuffer(record, RECORD)["timestamp"][0]) <= erased_at
-        ]
+        names = [name for name, timestamp in retries.items() if timestamp <= erased_at]
         for start in range(0, len(names), _PIECE):
             self.nodes.command("DEL", *names[start : start + _PIECE])
 

@@ -271,10 +271,12 @@ class Projector:
     def _welcome(self) -> None:
         """Makes the states of those anew who came back; what fails is tried again when they do or ask more."""
         returned, self._returned = self._returned, {}
+        if self._idle is None:
+            return
         if time.monotonic() - self._called >= _CALLED_S:
             self._called = time.monotonic()
             returned |= dict.fromkeys(self._log.called_back())
-        if self._idle is None or not returned:
+        if not returned:
             return
         try:
             back = self._idle.rehydrate(list(returned), self._profiles, self._log)

@@ -361,8 +361,8 @@ return redis.call('XDEL', KEYS[1], ARGV[1])
 
 # KEYS: stream, impressions, index, erased, people, rules; ARGV: person, address, '1' where what they did before now is
 # refused from now on; and where nothing newer may be there, the newest of their index as it was read. Returns {id of
-# the marker, events, impressions deleted, event id and record of each such event}, or false where there is something
-# newer. The marker makes consumers meet the erasure in order. Works while memory is full.
+# the marker, events, impressions deleted}, or false where there is something newer. The marker makes consumers meet the
+# erasure in order. Many are deleted at a time, for everybody on this server waits meanwhile. Works while memory is full.
 EVENT_ERASE = Script.of(
     "#!lua flags=allow-oom\n"
     + _ADD
@@ -376,19 +376,19 @@ else
   local allowed, at = said(KEYS[5], ARGV[2])
   redis.call('HSET', KEYS[5], ARGV[2], allowed .. ' ' .. at .. ' ' .. marker)
 end
-local deleted, words = {e = 0, i = 0}, {}
-for _, noted in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
-  local kind, id = string.sub(noted, 1, 1), string.sub(noted, 2)
-  local stream = kind == 'e' and KEYS[1] or KEYS[2]
-  local entry = kind == 'e' and redis.call('XRANGE', stream, id, id)[1]
-  if entry then
-    words[#words + 1] = entry[2][4]
-    words[#words + 1] = entry[2][6]
+local noted, deleted = {e = {}, i = {}}, {e = 0, i = 0}
+for _, name in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
+  local ids = noted[string.sub(name, 1, 1)]
+  ids[#ids + 1] = string.sub(name, 2)
+end
+for kind, ids in pairs(noted) do
+  for at = 1, #ids, 1000 do
+    local gone = redis.call('XDEL', kind == 'e' and KEYS[1] or KEYS[2], unpack(ids, at, math.min(at + 999, #ids)))
+    deleted[kind] = deleted[kind] + gone
   end
-  deleted[kind] = deleted[kind] + redis.call('XDEL', stream, id)
 end
 redis.call('DEL', KEYS[3])
-return {marker, deleted.e, deleted.i, words}
+return {marker, deleted.e, deleted.i}
 """
 )
 

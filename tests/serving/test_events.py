@@ -143,6 +143,22 @@ def test_the_past_of_an_erased_person_is_refused_and_their_future_is_not(log, ev
     assert not any(b"u:1" in key for key in events_redis.scan_iter())
 
 
+def test_an_erasure_takes_all_of_somebody_who_did_much(log, events_redis):
+    """More than one call to Redis can delete."""
+    now, keys = log.now_ms(), set(events_redis.scan_iter("*"))
+    for start in range(0, 2300, 100):
+        log.append([event(number, timestamp=now) for number in range(start, start + 100)])
+        log.append_impressions([LoggedImpression("u:1", now, b"{}")] * 100)
+    log.append([event(1, "u:2", now)])
+    time.sleep(0.002)
+    erased = log.erase("u:1")
+    assert (erased.events, erased.impressions) == (2300, 2300)
+    assert [entry.subject for entry in everything(log) if entry.subject] == ["u:2"]
+    assert everything(log, log.read_impressions) == []
+    left = {key for key in events_redis.scan_iter("*") if b"seen" in key or b"index" in key} - keys
+    assert left == {log.seen_of("u:2", "e1"), log.index_of("u:2")}
+
+
 def test_an_erasure_finds_what_its_index_has_forgotten(events_redis):
     log = EventLog(events_redis, 4, retention_ms=0)
     log.append([event(number, subject) for number in range(3) for subject in ("u:1", "u:2")])
