@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,6 +103,9 @@ class Projector:
                 `profiles_returned`.
         """
         self._idle, self._returned, self._swept, self._called = idle, dict[str, None](), -_SWEEP_S, -_CALLED_S
+        # The past of a few people may be spread over a large warehouse: events do not wait for it.
+        self._aside = ThreadPoolExecutor(1, "rehydrate")
+        self._welcomed: Future[None] | None = None
         self._log = log
         self._profiles = profiles
         self._consumer = Consumer(log, PROFILES_GROUP, f"{os.getpid()}-{uuid.uuid4().hex}", lease_ms)
@@ -162,7 +166,11 @@ class Projector:
         self.close()
 
     def close(self) -> None:
-        """Gives up its partitions; where that cannot be said, their leases run out."""
+        """Makes the last states anew and gives up its partitions; where that cannot be said, their leases run out."""
+        if self._welcomed:
+            self._welcomed.result()
+        self._rehydrate(list(self._returned))
+        self._aside.shutdown()
         try:
             self._consumer.release()
         except Unavailable as error:
@@ -239,7 +247,7 @@ class Projector:
                 self._telemetry.count("events_projected", reply.inserted)
                 if reply.tail > self._compact_after:
                     long.append(subject)
-                if reply.away:
+                if reply.away and self._idle:
                     self._returned[subject] = None
             elif not isinstance(reply, ProfileCorrupt):  # which is counted; a rebuild mends it
                 raise reply
@@ -247,8 +255,7 @@ class Projector:
 
     def _make_room(self, subject: str, log_id: int) -> None:
         """Folds all before an event at once: there is no time to wait for the disk."""
-        self._returned[subject] = None
-        self._welcome()
+        self._rehydrate([subject])
         self._compact(subject, log_id - 1)
         # Whose past cannot be had now gets it later, with all that would have to be folded without it.
         if self._idle is not None:
@@ -269,20 +276,29 @@ class Projector:
             _log.error("%s", error)
 
     def _welcome(self) -> None:
-        """Makes the states of those anew who came back; what fails is tried again when they do or ask more."""
-        returned, self._returned = self._returned, {}
+        """Has the states of those made anew who came back since the last ones were."""
+        if self._welcomed:
+            if not self._welcomed.done():
+                return
+            self._welcomed.result()
         if self._idle is None:
             return
         if time.monotonic() - self._called >= _CALLED_S:
             self._called = time.monotonic()
-            returned |= dict.fromkeys(self._log.called_back())
-        if not returned:
+            self._returned |= dict.fromkeys(self._log.called_back())
+        if self._returned:
+            self._welcomed = self._aside.submit(self._rehydrate, list(self._returned))
+            self._returned = {}
+
+    def _rehydrate(self, returned: Sequence[str]) -> None:
+        """Makes states anew; what fails is tried again when these people do or ask more."""
+        if self._idle is None or not returned:
             return
         try:
-            back = self._idle.rehydrate(list(returned), self._profiles, self._log)
+            back = self._idle.rehydrate(returned, self._profiles, self._log)
             self._telemetry.count("profiles_returned", back)
-        except (TablesError, OSError) as error:
-            _log.error("%d people came back, and the warehouse cannot be read: %s", len(returned), error)
+        except (TablesError, ServingError, OSError) as error:
+            _log.error("%d people came back, and their past cannot be had: %s", len(returned), error)
 
     def _sweep(self) -> None:
         """Drops the states of those who stayed away for long."""

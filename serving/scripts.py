@@ -362,7 +362,7 @@ return redis.call('XDEL', KEYS[1], ARGV[1])
 # KEYS: stream, impressions, index, erased, people, rules; ARGV: person, address, '1' where what they did before now is
 # refused from now on; and where nothing newer may be there, the newest of their index as it was read. Returns {id of
 # the marker, events, impressions deleted}, or false where there is something newer. The marker makes consumers meet the
-# erasure in order. Many are deleted at a time, for everybody on this server waits meanwhile. Works while memory is full.
+# erasure in order. Many are deleted at a time, for everybody on this server waits. Works while memory is full.
 EVENT_ERASE = Script.of(
     "#!lua flags=allow-oom\n"
     + _ADD
