@@ -463,7 +463,7 @@ def rebuild(
 
 @profiles.command()
 def show(
-    user: Annotated[str, typer.Argument(metavar="USER", help="Id of the person.")],
+    user: Annotated[str, typer.Argument(metavar="USER", help="Id of the person; of a visitor a: and the anonymous id.")],
     redis: RedisUrl,
     bundle: Annotated[
         Path | None,
