@@ -147,7 +147,11 @@ def validate(
         if bundle is not None:
             from serving.replay import ALLOWED, replay
 
-            said["checks"].append(replay(data, bundle, ALLOWED if replayed is None else replayed))
+            found = replay(data, bundle, ALLOWED if replayed is None else replayed)
+            if found["slates"]:
+                said["checks"].append(found)
+            else:
+                said["skipped"][found["name"]] = "no slate of this bundle was logged with its features (log_features)"
     else:
         from serving.validate import validate_live
 
@@ -463,7 +467,9 @@ def rebuild(
 
 @profiles.command()
 def show(
-    user: Annotated[str, typer.Argument(metavar="USER", help="Id of the person; of a visitor a: and the anonymous id.")],
+    user: Annotated[
+        str, typer.Argument(metavar="USER", help="Id of the person; of a visitor a: and the anonymous id.")
+    ],
     redis: RedisUrl,
     bundle: Annotated[
         Path | None,

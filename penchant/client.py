@@ -41,6 +41,9 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 _FIRST_PAUSE_S = 0.005
 
+# Half of what a service takes in one message unless it is told otherwise.
+_BATCH_BYTES = 2 << 20
+
 # A server that stops cancels the calls that it has not begun.
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
@@ -185,7 +188,7 @@ class Client:
 
         Args:
             events: What to append; read no faster than it is sent. Events without an id get one.
-            batch: Events that are sent, and answered, together; at most 1,000.
+            batch: Events that are sent, and answered, together; at most 1,000, and fewer where they are large.
             timeout_s: Longest time without an answer.
 
         Raises:
@@ -205,8 +208,8 @@ class Client:
             except grpc.RpcError as error:
                 feed.raise_its_error()
                 # A stream lives no longer than its deadline; one that got answers is only continued.
-                again = (*_AWAY, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-                if error.code() not in again or time.monotonic() - said >= timeout_s:
+                again = error.code() in (*_AWAY, grpc.StatusCode.DEADLINE_EXCEEDED) or _has_room_later(error)
+                if not again or time.monotonic() - said >= timeout_s:
                     raise
             finally:
                 call.cancel()  # type: ignore[no-untyped-call]
@@ -397,8 +400,9 @@ class _Feed:
                 at = place - self._done
                 if at < len(self._waiting):
                     return self._waiting[at]
+            request = event_pb2.IngestStreamRequest()
             try:
-                request = event_pb2.IngestStreamRequest(events=itertools.islice(self._events, self._size))
+                self._fill(request)
             except BaseException as error:
                 self._error = error
                 raise
@@ -409,6 +413,22 @@ class _Feed:
             with self._lock:
                 self._waiting.append(request)
             return request
+
+    def _fill(self, request: event_pb2.IngestStreamRequest) -> None:
+        """Adds the next events, until it holds as many as a batch may, or as many bytes."""
+        size = 0
+        for one in itertools.islice(self._events, self._size):
+            request.events.append(one)
+            size += one.ByteSize()
+            if size >= _BATCH_BYTES:
+                return
+
+
+def _has_room_later(error: grpc.RpcError) -> bool:
+    """Whether the service is full for now; a message that is too large for it comes without a time to come back."""
+    hints = error.trailing_metadata() or ()
+    full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return full and any(hint.key == "grpc-retry-pushback-ms" for hint in hints)
 
 
 def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Channel:

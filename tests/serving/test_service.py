@@ -273,6 +273,22 @@ class TestEvents:
         assert [one.item_id for one in profile.events] == ["i2", "i0"]
         assert profile.profile_version == last.profile_version
 
+    @pytest.mark.parametrize(
+        ("off", "scale", "mend"),
+        [
+            (0, 0.001, "look like seconds"),
+            (0, 1000, "send milliseconds"),
+            (3_600_000, 1, "set the caller's clock"),
+            (-25 * 3_600_000, 1, "bulk import"),
+        ],
+    )
+    def test_a_time_that_cannot_be_is_told_how_to_mend(self, client, ann, off, scale, mend):
+        at = int((time.time() * 1000 + off) * scale)
+        [status] = client.ingest([event(ann, "i0", "view_item", timestamp_ms=at)])
+        assert (status.code, status.field) == (INVALID, "timestamp_ms")
+        assert f"got {at}: " in status.message
+        assert mend in status.message
+
     def test_where_ids_hold_braces_and_nul_they_are_ids_like_others(self, serve, ann):
         with serve(refused_in_ids="") as service, service.client() as client:
             self.take_odd_ids(client, ann)
