@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
@@ -39,7 +39,19 @@ from penchant.v1 import (
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Meaning = TypeVar("Meaning")
 _FIRST_PAUSE_S = 0.005
+
+_PURPOSES = {
+    "personalise": profile_pb2.PURPOSE_PERSONALISE,
+    "train": profile_pb2.PURPOSE_TRAIN,
+    "measure": profile_pb2.PURPOSE_MEASURE,
+}
+_KINDS = {
+    "item": profile_pb2.CONTROL_KIND_ITEM,
+    "creator": profile_pb2.CONTROL_KIND_CREATOR,
+    "category": profile_pb2.CONTROL_KIND_CATEGORY,
+}
 
 # Half of what a service takes in one message unless it is told otherwise.
 _BATCH_BYTES = 2 << 20
@@ -242,9 +254,13 @@ class Client:
     def set_consent(
         self, purposes: Iterable[str], user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
     ) -> profile_pb2.SetConsentResponse:
-        """Sets what a person's data may be used for: any of "personalise", "train", "measure", or nothing."""
+        """Sets what a person's data may be used for: any of "personalise", "train", "measure", or nothing.
+
+        Raises:
+            ValueError: A purpose is none of these.
+        """
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
-        allowed = [profile_pb2.Purpose.Value(f"PURPOSE_{purpose.upper()}") for purpose in purposes]
+        allowed = [_named(purpose, _PURPOSES) for purpose in purposes]
         request = profile_pb2.SetConsentRequest(subject=subject, purposes=allowed)
         return self._call(lambda: next(self._profiles).SetConsent, request, timeout_s)
 
@@ -265,12 +281,13 @@ class Client:
             dials: Their dials, for example `Dials(novelty=0.5, categories={"Horror": -1})`.
             anonymous_id: Or the visitor.
             timeout_s: Longest wait.
+
+        Raises:
+            ValueError: A thing is none of these.
         """
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         controls = [
-            profile_pb2.Control(
-                kind=profile_pb2.ControlKind.Value(f"CONTROL_KIND_{kind.upper()}"), id=name, until_ms=until
-            )
+            profile_pb2.Control(kind=_named(kind, _KINDS), id=name, until_ms=until)
             for kind, name, until in hidden
         ]
         request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls, dials=dials)
@@ -422,6 +439,12 @@ class _Feed:
             size += one.ByteSize()
             if size >= _BATCH_BYTES:
                 return
+
+
+def _named(name: str, known: Mapping[str, Meaning]) -> Meaning:
+    if name not in known:
+        raise ValueError(f"{name!r} is none of {', '.join(known)}")
+    return known[name]
 
 
 def _has_room_later(error: grpc.RpcError) -> bool:

@@ -427,6 +427,8 @@ class TestRights:
         assert list(profile.purposes) == [profile_pb2.PURPOSE_TRAIN]
 
     def test_who_allows_nothing_leaves_nothing_and_may_change_their_mind(self, client, ann):
+        with pytest.raises(ValueError, match="'personalize' is none of personalise, train, measure"):
+            client.set_consent(["personalize"], ann)
         client.set_consent([], ann)
         (status,) = client.ingest([event(ann, "i1", "view_item")])
         assert status.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
