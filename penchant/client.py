@@ -287,8 +287,7 @@ class Client:
         """
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         controls = [
-            profile_pb2.Control(kind=_named(kind, _KINDS), id=name, until_ms=until)
-            for kind, name, until in hidden
+            profile_pb2.Control(kind=_named(kind, _KINDS), id=name, until_ms=until) for kind, name, until in hidden
         ]
         request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls, dials=dials)
         return self._call(lambda: next(self._profiles).SetControls, request, timeout_s)

@@ -43,7 +43,7 @@ def test_a_list_in_the_environment_is_json(monkeypatch):
     monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", '["train"]')
     assert load().default_consent is Purpose.TRAIN
     monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", "train,measure")
-    with pytest.raises(ConfigError, match="default_purposes.*as JSON"):
+    with pytest.raises(ConfigError, match=r"default_purposes.*as JSON"):
         load()
 
 
