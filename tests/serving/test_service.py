@@ -426,6 +426,20 @@ class TestRights:
         assert (profile.event_count, profile.consent_given) == (0, True)
         assert list(profile.purposes) == [profile_pb2.PURPOSE_TRAIN]
 
+    def test_the_version_of_what_a_person_said_is_one_to_wait_for(self, client, everywhere, ann):
+        told = [
+            lambda: client.set_controls([("item", "i3", 0)], ann),
+            lambda: client.set_consent(["personalise"], ann),
+            lambda: client.reset_learning(ann),
+            lambda: client.erase(ann),
+        ]
+        for tell in told:
+            client.ingest([event(ann, "i0", "view_item")])
+            slate = everywhere.recommend(user_id=ann, page_size=5, min_profile_version=tell().profile_version)
+            assert not slate.degraded
+        late = everywhere.recommend(user_id=ann, min_profile_version=tell().profile_version + 1, timeout_s=1.0)
+        assert [one.part for one in late.degraded] == [common_pb2.PART_PROFILE_STALE]
+
     def test_who_allows_nothing_leaves_nothing_and_may_change_their_mind(self, client, ann):
         with pytest.raises(ValueError, match="'personalize' is none of personalise, train, measure"):
             client.set_consent(["personalize"], ann)
