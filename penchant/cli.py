@@ -181,7 +181,7 @@ def features(
     said = features(data, bundle)
     for one in said["features"]:
         share = "" if one["coverage"] is None else f" ({one['coverage']:.0%})"
-        print(f"{one['input']:8}{one['name']:20}{one['type']:9}{one['window']:20}{one['meaning']}{share}")
+        print(f"{one['input']:8}{one['name']:22}{one['type']:9}{one['window']:20}{one['meaning']}{share}")
     _answer(said)
 
 
