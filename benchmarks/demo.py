@@ -77,7 +77,7 @@ def demo(dataset: str = "completejourney", out: Path = Path("build/demo")) -> di
     measured = _learn(dataset, story, out, screen)
     with running(out / "bundle", "--state-dir", str(out / "state")) as service:
         cast = _Cast(out / "data")
-        rebuild(out / "data", service["redis"])
+        rebuild(out / "data", service["redis"], service["events_redis"])
         with Client(service["listen"], timeout_s=TIMEOUT_S) as client:
             moved = _show(client, cast, story, screen)
         screen.rule("latency")

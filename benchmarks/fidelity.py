@@ -97,7 +97,7 @@ def _online(
         state = Path(folder) / "state"
         write_dataset(Path(folder) / "data", _before(run, data, targets), run.dataset.items, name="histories")
         with running(bundle, "--state-dir", str(state)) as service:
-            rebuild(Path(folder) / "data", service["redis"])
+            rebuild(Path(folder) / "data", service["redis"], service["events_redis"])
             with Client(service["listen"], timeout_s=TIMEOUT_S) as client, ThreadPoolExecutor(CALLERS) as callers:
                 slates = list(callers.map(lambda name: client.recommend(user_id=name, page_size=PAGE), names))
     rungs: dict[str, int] = {}

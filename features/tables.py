@@ -50,6 +50,9 @@ __all__ = [
     "write_dataset",
 ]
 
+_NAMED = 5
+"""Files of a directory that a message names at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -160,8 +163,9 @@ def open_dataset(
     until = said.get("until") if until is None else until
     where = table_path(path, "events")
     if where is None:
-        present = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such directory"
-        raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {present}")
+        names = sorted(p.name for p in path.iterdir()) if path.is_dir() else ["no such directory"]
+        found = ", ".join([*names[:_NAMED], "…"] if len(names) > _NAMED else names) or "nothing"
+        raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {found}")
     events, named, rejected = _open_events(where, until, everybody)
     items, users = (
         read_table(items_from, ITEMS, ITEMS_REQUIRED)

@@ -147,7 +147,11 @@ def validate(
         if bundle is not None:
             from serving.replay import ALLOWED, replay
 
-            said["checks"].append(replay(data, bundle, ALLOWED if replayed is None else replayed))
+            found = replay(data, bundle, ALLOWED if replayed is None else replayed)
+            if found["slates"]:
+                said["checks"].append(found)
+            else:
+                said["skipped"][found["name"]] = "no slate of this bundle was logged with its features (log_features)"
     else:
         from serving.validate import validate_live
 
@@ -177,7 +181,7 @@ def features(
     said = features(data, bundle)
     for one in said["features"]:
         share = "" if one["coverage"] is None else f" ({one['coverage']:.0%})"
-        print(f"{one['input']:8}{one['name']:20}{one['type']:9}{one['window']:20}{one['meaning']}{share}")
+        print(f"{one['input']:8}{one['name']:22}{one['type']:9}{one['window']:20}{one['meaning']}{share}")
     _answer(said)
 
 
@@ -463,7 +467,9 @@ def rebuild(
 
 @profiles.command()
 def show(
-    user: Annotated[str, typer.Argument(metavar="USER", help="Id of the person.")],
+    user: Annotated[
+        str, typer.Argument(metavar="USER", help="Id of the person; of a visitor a: and the anonymous id.")
+    ],
     redis: RedisUrl,
     bundle: Annotated[
         Path | None,

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
@@ -39,7 +39,22 @@ from penchant.v1 import (
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Meaning = TypeVar("Meaning")
 _FIRST_PAUSE_S = 0.005
+
+_PURPOSES = {
+    "personalise": profile_pb2.PURPOSE_PERSONALISE,
+    "train": profile_pb2.PURPOSE_TRAIN,
+    "measure": profile_pb2.PURPOSE_MEASURE,
+}
+_KINDS = {
+    "item": profile_pb2.CONTROL_KIND_ITEM,
+    "creator": profile_pb2.CONTROL_KIND_CREATOR,
+    "category": profile_pb2.CONTROL_KIND_CATEGORY,
+}
+
+# Half of what a service takes in one message unless it is told otherwise.
+_BATCH_BYTES = 2 << 20
 
 # A server that stops cancels the calls that it has not begun.
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -185,7 +200,7 @@ class Client:
 
         Args:
             events: What to append; read no faster than it is sent. Events without an id get one.
-            batch: Events that are sent, and answered, together; at most 1,000.
+            batch: Events that are sent, and answered, together; at most 1,000, and fewer where they are large.
             timeout_s: Longest time without an answer.
 
         Raises:
@@ -205,8 +220,8 @@ class Client:
             except grpc.RpcError as error:
                 feed.raise_its_error()
                 # A stream lives no longer than its deadline; one that got answers is only continued.
-                again = (*_AWAY, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-                if error.code() not in again or time.monotonic() - said >= timeout_s:
+                again = error.code() in (*_AWAY, grpc.StatusCode.DEADLINE_EXCEEDED) or _has_room_later(error)
+                if not again or time.monotonic() - said >= timeout_s:
                     raise
             finally:
                 call.cancel()  # type: ignore[no-untyped-call]
@@ -239,9 +254,13 @@ class Client:
     def set_consent(
         self, purposes: Iterable[str], user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
     ) -> profile_pb2.SetConsentResponse:
-        """Sets what a person's data may be used for: any of "personalise", "train", "measure", or nothing."""
+        """Sets what a person's data may be used for: any of "personalise", "train", "measure", or nothing.
+
+        Raises:
+            ValueError: A purpose is none of these.
+        """
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
-        allowed = [profile_pb2.Purpose.Value(f"PURPOSE_{purpose.upper()}") for purpose in purposes]
+        allowed = [_named(purpose, _PURPOSES) for purpose in purposes]
         request = profile_pb2.SetConsentRequest(subject=subject, purposes=allowed)
         return self._call(lambda: next(self._profiles).SetConsent, request, timeout_s)
 
@@ -262,13 +281,13 @@ class Client:
             dials: Their dials, for example `Dials(novelty=0.5, categories={"Horror": -1})`.
             anonymous_id: Or the visitor.
             timeout_s: Longest wait.
+
+        Raises:
+            ValueError: A thing is none of these.
         """
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         controls = [
-            profile_pb2.Control(
-                kind=profile_pb2.ControlKind.Value(f"CONTROL_KIND_{kind.upper()}"), id=name, until_ms=until
-            )
-            for kind, name, until in hidden
+            profile_pb2.Control(kind=_named(kind, _KINDS), id=name, until_ms=until) for kind, name, until in hidden
         ]
         request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls, dials=dials)
         return self._call(lambda: next(self._profiles).SetControls, request, timeout_s)
@@ -397,8 +416,9 @@ class _Feed:
                 at = place - self._done
                 if at < len(self._waiting):
                     return self._waiting[at]
+            request = event_pb2.IngestStreamRequest()
             try:
-                request = event_pb2.IngestStreamRequest(events=itertools.islice(self._events, self._size))
+                self._fill(request)
             except BaseException as error:
                 self._error = error
                 raise
@@ -409,6 +429,28 @@ class _Feed:
             with self._lock:
                 self._waiting.append(request)
             return request
+
+    def _fill(self, request: event_pb2.IngestStreamRequest) -> None:
+        """Adds the next events, until it holds as many as a batch may, or as many bytes."""
+        size = 0
+        for one in itertools.islice(self._events, self._size):
+            request.events.append(one)
+            size += one.ByteSize()
+            if size >= _BATCH_BYTES:
+                return
+
+
+def _named(name: str, known: Mapping[str, Meaning]) -> Meaning:
+    if name not in known:
+        raise ValueError(f"{name!r} is none of {', '.join(known)}")
+    return known[name]
+
+
+def _has_room_later(error: grpc.RpcError) -> bool:
+    """Whether the service is full for now; a message that is too large for it comes without a time to come back."""
+    hints = error.trailing_metadata() or ()
+    full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return full and any(hint.key == "grpc-retry-pushback-ms" for hint in hints)
 
 
 def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Channel:

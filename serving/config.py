@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, PositiveFloat, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError
@@ -133,6 +133,8 @@ class ServeConfig(BaseSettings):
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"{'.'.join(map(str, first['loc'])) or 'configuration'}: {first['msg']}") from None
+        except SettingsError as error:
+            raise ConfigError(f"{error}: write lists and mappings in the environment as JSON") from None
 
     @field_validator("listen")
     @classmethod
@@ -153,6 +155,8 @@ class ServeConfig(BaseSettings):
             raise ValueError("tls_certificate and tls_key belong together: give both or none")
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        if self.idle_days and not (self.warehouse or self.warehouse_dir):
+            raise ValueError("idle_days needs the warehouse to make profiles anew: set warehouse, or its warehouse_dir")
         if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
             raise ValueError(
                 f"{self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set insecure"

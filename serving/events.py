@@ -23,6 +23,7 @@ from redis.exceptions import ResponseError
 from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
 from serving.errors import (
+    ConfigError,
     ConsentWithheld,
     EventLogUnavailable,
     FailedPrecondition,
@@ -32,6 +33,7 @@ from serving.errors import (
 )
 from serving.profiles import Mark
 from serving.redis_client import (
+    META,
     Call,
     Client,
     Request,
@@ -78,6 +80,19 @@ def log_id(stream_id: bytes) -> int:
 def stream_id(log_id: int) -> bytes:
     """The stream id of a log id."""
     return b"%d-%d" % (log_id >> SEQUENCE_BITS, log_id & ((1 << SEQUENCE_BITS) - 1))
+
+
+def partitions_of(client: Client) -> int:
+    """The number of partitions of the log that a Redis holds.
+
+    Raises:
+        ConfigError: It holds none: profiles alone, or nothing.
+        EventLogUnavailable: Redis does not answer.
+    """
+    partitions, salt = Nodes(client, EventLogUnavailable).command("HMGET", META, "partitions", "salt")
+    if partitions is None or salt is None:
+        raise ConfigError("this Redis holds no event log: give the one that `penchant serve` calls events_redis")
+    return int(partitions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -360,9 +360,12 @@ class People:
         return list(appended)
 
     def _move_rules(self, visitor: str, known: str) -> None:
-        """Adds the visitor's rules to the known person's, whose own dials stay; of two ends the later holds."""
+        """Adds the visitor's rules to the known person's, whose own dials stay; of two ends the later holds.
+
+        Who allows no personal answers gets none.
+        """
         theirs, own = self.rules(visitor)[0], self.rules(known)[0]
-        if theirs:
+        if theirs and Purpose.PERSONALISE in self.consents([known])[0].purposes:
             ends: dict[tuple[Kind, str], int] = {}
             for rule in (*own, *theirs):
                 if isinstance(rule, Rule):

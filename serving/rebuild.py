@@ -26,7 +26,7 @@ from features.profile import RECORD, Profile, Records, Retention, empty, fold, m
 from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_info, read_table, table_path
 from features.vocabulary import Vocabulary
-from serving.events import Entry, EventLog
+from serving.events import Entry, EventLog, partitions_of
 from serving.people import marks
 from serving.profiles import Applied, ProfileStore, TailFull
 from serving.redis_client import connect, partition_of
@@ -108,7 +108,7 @@ def rebuild(
     Args:
         data: Directory of the data set.
         redis_url: The profiles Redis.
-        events_redis_url: The events Redis, where it is another.
+        events_redis_url: The Redis of the event log, where it is another; there must be a log, as `serve` makes it.
         partitions: Partitions of the event log.
         retention: How long events stay in profiles.
 
@@ -118,13 +118,15 @@ def rebuild(
 
     Raises:
         TablesError: The data set cannot be read.
-        ConfigError: The URL is wrong, or the profiles have another number of partitions.
+        ConfigError: The URL is wrong, no event log is there, or it has another number of partitions.
         Unavailable: A Redis does not answer; a repeat is safe.
     """
     begun = time.monotonic()
     since = int(read_info(data).get("until", 0))
     dataset, kept = _history(data), retention or Retention({})
     with connect(redis_url, _TIMEOUT_S) as client, connect(events_redis_url or redis_url, _TIMEOUT_S) as events:
+        # Without the log, whoever was erased or withdrew their consent would have a profile again.
+        partitions_of(events)
         store, log = ProfileStore(client, partitions), EventLog(events, partitions)
         store.open()
         log.open()
@@ -185,7 +187,7 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
     """One profile as a person would read it.
 
     Args:
-        user: Id of the person.
+        user: The person, as the warehouse names them: `a:` and the anonymous id of a visitor.
         redis_url: The profiles Redis.
         bundle: Names items, categories and event types; without it items are shown by their key.
         partitions: Partitions of the event log.
@@ -203,7 +205,7 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
     with connect(redis_url, _TIMEOUT_S) as client:
         store = ProfileStore(client, partitions)
         store.open()
-        profile = store.read(f"u:{user}")
+        profile = store.read(subject_of(user))
     items, types = _names(profile, bundle)
     return {
         "user": user,

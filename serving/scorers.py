@@ -158,8 +158,8 @@ class SimilarScorer:
         self._catalog = catalog
 
     def enable(self, query: Query) -> bool:
-        """Always."""
-        return True
+        """Where the catalogue knows a seed."""
+        return query.seeds.size > 0
 
     def score(self, query: Query, candidates: Candidates) -> Scores:
         """Scores neighbours."""

@@ -200,7 +200,8 @@ def _parsed(parse: Callable[[bytes], Any], message: bytes) -> Any:
     try:
         return parse(message)
     except DecodeError:
-        raise InvalidArgument("request", "is not a message of this method: check the contract") from None
+        why = "is not a message of this method, or a string in it is not UTF-8: check the contract"
+        raise InvalidArgument("request", why) from None
 
 
 def _require_time(context: grpc.ServicerContext) -> None:

@@ -13,10 +13,8 @@ from features.schema import EVENTS, EVENTS_REQUIRED, IMPRESSIONS, IMPRESSIONS_RE
 from features.tables import conform
 from features.validate import Evidence, judge
 from serving.catalog_log import CatalogLog
-from serving.errors import ConfigError, EventLogUnavailable
-from serving.events import Entry, EventLog
-from serving.redis_client import META, connect
-from serving.redis_nodes import Nodes
+from serving.events import Entry, EventLog, partitions_of
+from serving.redis_client import connect
 from serving.warehouse_tables import event_tables, impression_table
 
 MOST = 100_000
@@ -46,10 +44,7 @@ def validate_live(
         BundleError: The bundle is refused.
     """
     with connect(events_redis_url, _TIMEOUT_S) as client:
-        partitions = Nodes(client, EventLogUnavailable).command("HGET", META, "partitions")
-        if partitions is None:
-            raise ConfigError("this Redis holds no event log: give the one that `penchant serve` calls events_redis")
-        log = EventLog(client, int(partitions))
+        log = EventLog(client, partitions_of(client))
         entries = _newest(log, most)
         slates = [entry for partition in range(log.partitions) for entry in _slates(log, partition)]
         items = None if bundle is None else _items(CatalogLog(client), bundle)

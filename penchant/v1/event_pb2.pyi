@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Event(_message.Message):
-    """One thing a person did."""
+    """One thing a person did. Its ids may not hold NUL, "{" or "}", unless the service is told otherwise (refused_in_ids)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -68,13 +68,13 @@ class Event(_message.Message):
     value: _builtins.float
     """The value of the event: stars, price, seconds; finite; absent where it has none."""
     session_id: _builtins.str
-    """Id of the visit."""
+    """Id of the visit; at most 512 bytes."""
     request_id: _builtins.str
-    """The request_id of the answer that led to this event."""
+    """The request_id of the answer that led to this event; at most 512 bytes."""
     surface: _builtins.str
-    """Where it happened."""
+    """Where it happened; at most 64 bytes."""
     query: _builtins.str
-    """The words searched for, for "search"; at most 1,024 characters."""
+    """The words searched for, required for "search"; at most 1,024 characters."""
     position: _builtins.int
     """Position of the item in the slate, 0-based; absent where it has none."""
     @_builtins.property
@@ -83,7 +83,7 @@ class Event(_message.Message):
 
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Anything else to be kept with the event; at most 64 entries of 1,024 bytes."""
+        """Anything else to be kept with the event; at most 64 entries of 1,024 bytes each, key and value together."""
 
     def __init__(
         self,
@@ -129,9 +129,9 @@ class EventStatus(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
     code: _builtins.int
-    """The google.rpc.Code: 0 is OK and means the event is durable."""
+    """The google.rpc.Code: 0 is OK and means the event is durable. Another one with a profile_version: durable, but not yet in the profile."""
     message: _builtins.str
-    """What is wrong and how to mend it; empty when OK."""
+    """What is wrong and how to mend it; with OK only where the event was kept out of the profile, and why."""
     field: _builtins.str
     """The field that is wrong; empty when OK."""
     profile_version: _builtins.int

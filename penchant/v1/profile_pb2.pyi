@@ -529,7 +529,7 @@ class UndoEventRequest(_message.Message):
     SUBJECT_FIELD_NUMBER: _builtins.int
     EVENT_ID_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
-    """The event's id, as it was ingested; at most 512 bytes. It must still be in the log: 7 days by default."""
+    """The event's id, as it was ingested; at most 512 bytes. It must still be in the log, which keeps 7 days, else NOT_FOUND: also for a repeat."""
     @_builtins.property
     def subject(self) -> _common_pb2.Subject:
         """The person who did it."""

@@ -73,7 +73,7 @@ class RankingOptions(_message.Message):
     personalization: Global___Personalization.ValueType
     """Whether the profile may be used."""
     min_profile_version: _builtins.int
-    """Wait, a bounded share of the time left, until the profile has folded the event with this version; 0 means do not wait."""
+    """Wait, a bounded share of the time left, until the profile has folded the event with this version, or knows what the person said at it; 0 means do not wait."""
     min_catalog_version: _builtins.int
     """Wait, a bounded share of the time left, until this worker has applied this version of the catalogue; 0 means do not wait."""
     explain: _builtins.bool

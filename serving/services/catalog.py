@@ -36,7 +36,7 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
         self, request: catalog_pb2.PutItemsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.PutItemsResponse:
         """Puts items, new or changed; bad ones do not hurt good ones."""
-        checks.whole(len(request.items), "items", 1, MAX_CHANGES)
+        checks.count(request.items, "items", 1, MAX_CHANGES, "items")
         now = int(time.time() * 1000)
 
         def change(item: catalog_pb2.Item) -> Change:
@@ -50,7 +50,7 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
         self, request: catalog_pb2.SetAvailabilityRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.SetAvailabilityResponse:
         """Sets whether and when items may be shown."""
-        checks.whole(len(request.changes), "changes", 1, MAX_CHANGES)
+        checks.count(request.changes, "changes", 1, MAX_CHANGES, "changes")
 
         def change(wanted: catalog_pb2.Availability) -> Change:
             self._known(checks.identifier(wanted.item_id, "item_id"))
@@ -67,7 +67,7 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
         self, request: catalog_pb2.DeleteItemsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.DeleteItemsResponse:
         """Deletes items: they are never shown again, unless they are put again."""
-        checks.whole(len(request.item_ids), "item_ids", 1, MAX_CHANGES)
+        checks.count(request.item_ids, "item_ids", 1, MAX_CHANGES, "ids")
 
         def change(item_id: str) -> Change:
             self._known(checks.identifier(item_id, "item_ids"))

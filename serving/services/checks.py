@@ -31,6 +31,12 @@ def whole(value: int, field: str, low: int, high: int) -> int:
     return value
 
 
+def count(values: Sized, field: str, low: int, high: int, of: str) -> None:
+    """Between low and high things are there."""
+    if not low <= len(values) <= high:
+        raise InvalidArgument(field, f"must hold {low} to {high} {of}, got {len(values)}")
+
+
 def identifier(value: str, field: str, *, required: bool = True, limit: int = MAX_ID_BYTES) -> str:
     """An opaque id of at most `limit` bytes."""
     if required and not value:
@@ -51,8 +57,7 @@ def without(refused: str, value: str, field: str) -> None:
 
 def identifiers(values: Sequence[str], field: str, low: int, high: int) -> list[str]:
     """Between low and high ids, none empty, none too long."""
-    if not low <= len(values) <= high:
-        raise InvalidArgument(field, f"must hold {low} to {high} ids, got {len(values)}")
+    count(values, field, low, high, "ids")
     ids = list(values)
     if ids and not (min(map(len, ids)) and max(map(len, ids)) * 4 <= MAX_ID_BYTES):
         for at, value in enumerate(ids):
@@ -101,7 +106,7 @@ def within(value: float, field: str, low: float, high: float) -> float:
 
 def dials(value: Dials, field: str) -> list[Setting]:
     """The dials that are set, each in its range; at most as many as a person may have rules."""
-    whole(len(value.categories) + len(value.creators), field, 0, MOST_RULES)
+    count([*value.categories, *value.creators], field, 0, MOST_RULES, "categories and creators")
     said = {name.name for name, _ in value.ListFields()}
     turned = [
         Setting(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))
@@ -122,8 +127,7 @@ def timestamp(value: int, field: str) -> int:
 
 def attributes(values: Mapping[str, str], field: str, entries: int = 64, limit: int = 1024) -> dict[str, str]:
     """At most `entries` attributes of at most `limit` bytes, key and value together."""
-    if len(values) > entries:
-        raise InvalidArgument(field, f"must hold at most {entries} entries, got {len(values)}")
+    count(values, field, 0, entries, "entries")
     for key, value in values.items():
         if len(key.encode()) + len(value.encode()) > limit:
             raise InvalidArgument(field, f"{key[:40]!r} must be at most {limit} bytes, key and value together")

@@ -29,6 +29,7 @@ from serving.telemetry import Telemetry
 
 MAX_EVENTS = 1_000
 FUTURE_MS = 5 * 60_000
+_LONG_AGO_MS = 30 * 365 * 24 * 3_600_000
 
 _JSON = json.JSONEncoder(ensure_ascii=False)
 _OPTIONAL = ("session_id", "request_id", "surface", "query")
@@ -76,7 +77,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
 
     def _take(self, events: Sequence[event_pb2.Event]) -> list[event_pb2.EventStatus]:
         """Checks, appends and applies a batch; the only road of an event into the log."""
-        checks.whole(len(events), "events", 1, MAX_EVENTS)
+        checks.count(events, "events", 1, MAX_EVENTS, "events")
         now = int(time.time() * 1000)
         statuses = [event_pb2.EventStatus() for _ in events]
         good: list[_Checked] = []
@@ -140,17 +141,23 @@ def _check(place: int, event: event_pb2.Event, now: int, window_ms: int, refused
     checks.identifier(event.surface, "surface", required=False, limit=64)
     checks.text(event.query, "query", required=event.event_type == "search")
     timestamp = event.timestamp_ms or now
-    oldest = now - window_ms
-    if not oldest <= timestamp <= now + FUTURE_MS:
-        raise InvalidArgument(
-            "timestamp_ms",
-            f"must be {oldest} to {now + FUTURE_MS}, got {timestamp}: older history belongs to bulk import",
-        )
+    oldest, newest = now - window_ms, now + FUTURE_MS
+    if not oldest <= timestamp <= newest:
+        raise InvalidArgument("timestamp_ms", f"must be {oldest} to {newest}, got {timestamp}: {_why(timestamp, now)}")
     if event.HasField("value"):
         checks.number(event.value, "value")
     if event.HasField("position"):
         checks.whole(event.position, "position", 0, 2**31 - 1)
     return _Checked(place, subject, event, timestamp, checks.attributes(event.attributes, "attributes"))
+
+
+def _why(timestamp: int, now: int) -> str:
+    """What is wrong with a time that an event cannot have, and how to mend it."""
+    if timestamp < 0 or timestamp > now:
+        return "send milliseconds since 1970, UTC, and set the caller's clock"
+    if now - _LONG_AGO_MS < timestamp * 1000 < now + FUTURE_MS:
+        return "send milliseconds; these look like seconds"
+    return "older history belongs to bulk import, `penchant profiles rebuild`"
 
 
 def _logged(good: Sequence[_Checked], catalog: Catalog) -> list[LoggedEvent]:

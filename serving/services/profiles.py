@@ -78,7 +78,8 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         """Sets how a person wants their answers made; the very next answer obeys."""
         subject = checks.subject(request.subject, "subject")
         turned = [setting for setting in checks.dials(request.dials, "dials") if setting.value]
-        checks.whole(len(request.hidden), "hidden", 0, MOST_RULES - len(turned))
+        of = f"things, {len(turned)} dials beside them" if turned else "things"
+        checks.count(request.hidden, "hidden", 0, MOST_RULES - len(turned), of)
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
         version, applied = self._people.set_rules(subject, [*rules, *turned])
         return profile_pb2.SetControlsResponse(profile_version=version, applied=applied)

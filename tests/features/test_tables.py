@@ -329,7 +329,11 @@ def test_a_path_without_tables_is_named(tmp_path: Path) -> None:
         read_table(tmp_path / "nothing", EVENTS, EVENTS_REQUIRED)
     with pytest.raises(TablesError, match=r"holds no \*\.parquet file"):
         read_table(tmp_path, EVENTS, EVENTS_REQUIRED)
-    with pytest.raises(TablesError, match=r"is not a data set: it needs events\.parquet or events/, found \[\]"):
+    with pytest.raises(TablesError, match=r"is not a data set: it needs events\.parquet or events/, found nothing"):
+        open_dataset(tmp_path)
+    for number in range(9):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(TablesError, match=r"found 0\.txt, 1\.txt, 2\.txt, 3\.txt, 4\.txt, …$"):
         open_dataset(tmp_path)
 
 

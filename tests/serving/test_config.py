@@ -39,6 +39,21 @@ def test_a_near_miss_in_the_environment_is_refused_and_what_is_not_ours_is_left(
         load()
 
 
+def test_a_list_in_the_environment_is_json(monkeypatch):
+    monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", '["train"]')
+    assert load().default_consent is Purpose.TRAIN
+    monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", "train,measure")
+    with pytest.raises(ConfigError, match=r"default_purposes.*as JSON"):
+        load()
+
+
+def test_profiles_are_dropped_only_where_they_can_be_made_anew():
+    with pytest.raises(ConfigError, match="idle_days needs the warehouse"):
+        load(idle_days=30, warehouse=False)
+    load(idle_days=30)
+    load(idle_days=30, warehouse=False, warehouse_dir="elsewhere")
+
+
 @pytest.mark.parametrize(
     "settings",
     [

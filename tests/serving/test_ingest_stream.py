@@ -58,6 +58,22 @@ def test_a_repeat_has_no_second_effect_whichever_way_it_comes(client, who):
     assert count(client, who) == 50
 
 
+def test_large_events_go_in_smaller_batches(client, who):
+    events = [event(who, "i1", "view_item", attributes={str(n): "x" * 1000 for n in range(20)}) for _ in range(500)]
+    events[100].attributes["huge"] = "x" * (1 << 20)
+    statuses = list(client.ingest_stream(events, batch=500, timeout_s=PATIENCE_S))
+    assert [(place, status.field) for place, status in enumerate(statuses) if status.code] == [(100, "attributes")]
+    assert count(client, who) == 499
+
+
+def test_what_no_message_can_hold_is_not_sent_again_and_again(client, who):
+    events = [*many(who, 1), event(who, "i1", "view_item", attributes={"huge": "x" * (5 << 20)})]
+    with pytest.raises(grpc.RpcError) as error:
+        list(client.ingest_stream(events, batch=1, timeout_s=100 * PATIENCE_S))  # longer than this test may take
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert count(client, who) == 1
+
+
 def test_nothing_to_send_is_no_error(client):
     assert list(client.ingest_stream([], timeout_s=PATIENCE_S)) == []
 

@@ -93,6 +93,10 @@ def test_train_on_what_the_service_wrote_export_and_serve_again(serve, world, tm
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["catalog_version"] == 1
     assert pq.read_table(run / "items.parquet").num_rows == 41
+    # Nothing was served by it yet: there is nothing to replay, and that is not said to be sound.
+    said, lines = penchant("validate", warehouse, "--bundle", bundle, status=1)
+    assert "SKIP  served_features: no slate of this bundle" in lines
+    assert said["checks"][-1]["name"] != "served_features"
 
     with serve(bundle, state=state, warehouse=True) as service, service.client(channels=4) as client:
         assert service.ready["bundle_id"] == exported["bundle_id"]

@@ -452,6 +452,15 @@ class TestMerge:
             people.merge("a:x", "u:ann")
         assert items(store, "a:x") == [2]
 
+    @pytest.mark.parametrize("allowed", [Purpose.TRAIN, NOTHING])
+    def test_what_a_visitor_said_goes_to_nobody_who_allows_no_personal_answers(self, people, store, allowed):
+        people.set_rules("a:x", [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 0.5)])
+        people.set_consent("u:ann", allowed)
+        people.merge("a:x", "u:ann")
+        assert people.rules("u:ann")[0] == []
+        assert people.rules("a:x")[0] == []
+        assert store.read("u:ann").rules.size == 0
+
     def test_what_an_erasure_of_the_person_refuses_does_not_come_back_by_a_merge(self, people, log, store):
         now = int(time.time() * 1000)
         ingest(log, store, event(1, "a:x", timestamp=now - 1000), event(2, "a:x"))

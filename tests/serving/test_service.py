@@ -273,6 +273,22 @@ class TestEvents:
         assert [one.item_id for one in profile.events] == ["i2", "i0"]
         assert profile.profile_version == last.profile_version
 
+    @pytest.mark.parametrize(
+        ("off", "scale", "mend"),
+        [
+            (0, 0.001, "look like seconds"),
+            (0, 1000, "send milliseconds"),
+            (3_600_000, 1, "set the caller's clock"),
+            (-25 * 3_600_000, 1, "bulk import"),
+        ],
+    )
+    def test_a_time_that_cannot_be_is_told_how_to_mend(self, client, ann, off, scale, mend):
+        at = int((time.time() * 1000 + off) * scale)
+        [status] = client.ingest([event(ann, "i0", "view_item", timestamp_ms=at)])
+        assert (status.code, status.field) == (INVALID, "timestamp_ms")
+        assert f"got {at}: " in status.message
+        assert mend in status.message
+
     def test_where_ids_hold_braces_and_nul_they_are_ids_like_others(self, serve, ann):
         with serve(refused_in_ids="") as service, service.client() as client:
             self.take_odd_ids(client, ann)
@@ -410,7 +426,23 @@ class TestRights:
         assert (profile.event_count, profile.consent_given) == (0, True)
         assert list(profile.purposes) == [profile_pb2.PURPOSE_TRAIN]
 
+    def test_the_version_of_what_a_person_said_is_one_to_wait_for(self, client, everywhere, ann):
+        told = [
+            lambda: client.set_controls([("item", "i3", 0)], ann),
+            lambda: client.set_consent(["personalise"], ann),
+            lambda: client.reset_learning(ann),
+            lambda: client.erase(ann),
+        ]
+        for tell in told:
+            client.ingest([event(ann, "i0", "view_item")])
+            slate = everywhere.recommend(user_id=ann, page_size=5, min_profile_version=tell().profile_version)
+            assert not slate.degraded
+        late = everywhere.recommend(user_id=ann, min_profile_version=tell().profile_version + 1, timeout_s=1.0)
+        assert [one.part for one in late.degraded] == [common_pb2.PART_PROFILE_STALE]
+
     def test_who_allows_nothing_leaves_nothing_and_may_change_their_mind(self, client, ann):
+        with pytest.raises(ValueError, match="'personalize' is none of personalise, train, measure"):
+            client.set_consent(["personalize"], ann)
         client.set_consent([], ann)
         (status,) = client.ingest([event(ann, "i1", "view_item")])
         assert status.code == grpc.StatusCode.PERMISSION_DENIED.value[0]

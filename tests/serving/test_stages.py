@@ -545,6 +545,8 @@ class TestScorers:
         unit = small.vectors() / np.linalg.norm(small.vectors(), axis=1, keepdims=True)
         expected = (unit @ unit[[0, 1]].T).mean(axis=1)
         np.testing.assert_allclose(SimilarScorer(catalog).score(asked, found), expected, rtol=1e-4, atol=1e-6)
+        assert SimilarScorer(catalog).enable(asked)
+        assert not SimilarScorer(catalog).enable(query(seeds=np.zeros(0, np.int32)))
 
     def test_nothing_has_no_direction(self):
         assert cosine(

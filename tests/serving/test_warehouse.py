@@ -511,7 +511,9 @@ def test_sessions_and_daily_figures_by_hand(log, make, out):
     assert contents(out, "sessions", "daily") == before
 
 
-def test_profiles_made_of_it_are_those_that_live_folding_made(log, make, out, profiles_redis, profiles_server):
+def test_profiles_made_of_it_are_those_that_live_folding_made(
+    log, make, out, profiles_redis, profiles_server, events_server
+):
     """Bit by bit: searches, anonymous people and items that changed since are all in it."""
     rng = random.Random(3)
     store = ProfileStore(profiles_redis, PARTITIONS)
@@ -528,7 +530,7 @@ def test_profiles_made_of_it_are_those_that_live_folding_made(log, make, out, pr
         [done] = log.append([entry])
         told.setdefault(entry.subject, []).append((done.log_id, entry.record))
     make().drain()
-    answer = rebuild(out, profiles_server.url, partitions=PARTITIONS)
+    answer = rebuild(out, profiles_server.url, events_server.url, partitions=PARTITIONS)
     assert (answer["profiles"], answer["events"], answer["rejected"]) == (len(told), 700, 0)
     for subject, entries in told.items():
         records = np.frombuffer(b"".join(record for _, record in entries), RECORD)
@@ -540,7 +542,9 @@ def test_profiles_made_of_it_are_those_that_live_folding_made(log, make, out, pr
         assert memory.encode(found.memory) == memory.encode(expected.memory)
 
 
-def test_a_row_that_differs_by_one_key_is_another_profile(log, make, out, profiles_server, profiles_redis):
+def test_a_row_that_differs_by_one_key_is_another_profile(
+    log, make, out, profiles_server, events_server, profiles_redis
+):
     """The control of the test above: a warehouse without the keys as logged would be told from one with them."""
     [entry] = logged(event("ann", "i1"), of=catalog([{"item_id": "i1", "categories": ["moved"]}]))
     log.append([entry])
@@ -548,7 +552,7 @@ def test_a_row_that_differs_by_one_key_is_another_profile(log, make, out, profil
     [file] = out.glob("events/*/*.parquet")
     table = pq.ParquetFile(file).read()
     pq.write_table(table.drop_columns(["category_key"]), file)
-    rebuild(out, profiles_server.url, partitions=PARTITIONS)
+    rebuild(out, profiles_server.url, events_server.url, partitions=PARTITIONS)
     assert ProfileStore(profiles_redis, PARTITIONS).read("u:ann").records.tobytes() != entry.record[:40]
 
 
