@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ Piece = tuple[str, int, bytes]
 
 _KINDS = ("event", "impression")
 _ATTEMPTS = 30
+_OF_A_PROFILE = frozenset({"profile_version", "features", "encoder_digest"})
+"""Parts of a slate that say which profile it was made from: nobody else's is the same at that version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +385,7 @@ class People:
         there = {payload for kind, _, payload in self.held(known, "impression") if kind == "impression"}
         moved = 0
         for entries in self._log.history(visitor, impressions=True):
-            own = [_renamed(entry.payload, known) for entry in entries]
+            own = [_renamed(entry.payload, known, _OF_A_PROFILE) for entry in entries]
             new = [LoggedImpression(known, int(json.loads(one)["timestamp"]), one) for one in own if one not in there]
             self._log.append_impressions(new)
             moved += len(own)
@@ -456,7 +458,8 @@ def _stored(rules: Sequence[Rule | Setting]) -> bytes:
     return controls.encode(np.concatenate([np.array(hidden, RULE), controls.dial_rules(turned)]))
 
 
-def _renamed(payload: bytes, subject: str) -> bytes:
-    """An event or a slate, as another person's."""
+def _renamed(payload: bytes, subject: str, without: Collection[str] = ()) -> bytes:
+    """An event or a slate, as another person's, without some of its parts."""
     value = json.loads(payload) | {"user_id": subject[2:], "anonymous": subject.startswith("a:")}
+    value = {name: part for name, part in value.items() if name not in without}
     return json.dumps(value, ensure_ascii=False).encode()

@@ -58,7 +58,7 @@ def event(number: int, subject: str = "u:ann", timestamp: int = FUTURE, kind: st
 
 
 def slate(number: int, subject: str = "u:ann", timestamp: int = FUTURE) -> LoggedImpression:
-    payload = {"request_id": f"r{number}", "user_id": subject[2:], "timestamp": timestamp}
+    payload = {"request_id": f"r{number}", "user_id": subject[2:], "timestamp": timestamp, "profile_version": 3}
     return LoggedImpression(subject, timestamp, json.dumps(payload).encode())
 
 
@@ -382,6 +382,13 @@ class TestMerge:
         assert items(store, "a:x") == []
         assert held(people) == {"event": ["e1", "e2", "e3"], "impression": ["r2", "r1"]}
         assert held(people, "a:x") == {"event": [], "impression": []}
+        slates = {
+            one["request_id"]: one
+            for kind, _, said in people.held("u:ann")
+            if (one := json.loads(said)) and kind != "event"
+        }
+        assert "profile_version" in slates["r2"]
+        assert "profile_version" not in slates["r1"]  # that of the visitor
         users = {json.loads(payload)["user_id"] for _, _, payload in people.held("u:ann")}
         assert users == {"ann"}
         assert people.merge("a:x", "u:ann") == type(merged)(0, 0, 0, 0, 0)
