@@ -107,10 +107,16 @@ class Catalog:
 
     def kin_of(self, key: int) -> tuple[int, int]:
         """The category and the creator that the item of a key has now; 0 where it has none or is unknown."""
+        row = self._row_of(key)
+        return (0, 0) if row < 0 else (int(self.columns.category[row]), int(self.columns.creator[row]))
+
+    def knows(self, key: int) -> bool:
+        """Whether there is an item of this key."""
+        return self._row_of(key) >= 0
+
+    def _row_of(self, key: int) -> int:
         row = self.vocabulary.row_of_key(key)
-        if row < 0 and (row := self._live_rows.get(key, -1)) < 0:
-            return 0, 0
-        return int(self.columns.category[row]), int(self.columns.creator[row])
+        return row if row >= 0 else self._live_rows.get(key, -1)
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """The ids of `rows`, each in [0, size)."""

@@ -131,7 +131,9 @@ class EventStatus(_message.Message):
     code: _builtins.int
     """The google.rpc.Code: 0 is OK and means the event is durable. Another one with a profile_version: durable, but not yet in the profile."""
     message: _builtins.str
-    """What is wrong and how to mend it; with OK only where the event was kept out of the profile, and why."""
+    """What is wrong and how to mend it; with OK where the event was kept out of the profile, and why, and where the catalogue does
+    not have its item.
+    """
     field: _builtins.str
     """The field that is wrong; empty when OK."""
     profile_version: _builtins.int

@@ -29,6 +29,8 @@ from serving.telemetry import Telemetry
 
 MAX_EVENTS = 1_000
 FUTURE_MS = 5 * 60_000
+_SHOWN = 80
+"""Characters of an id that a message shows at most."""
 _LONG_AGO_MS = 30 * 365 * 24 * 3_600_000
 
 _JSON = json.JSONEncoder(ensure_ascii=False)
@@ -87,10 +89,15 @@ class EventService(event_pb2_grpc.EventServiceServicer):
             except InvalidArgument as error:
                 statuses[place] = _refused(error)
         if good:
-            appended = self._log.append(_logged(good, self._host.engine.catalog))
+            catalog = self._host.engine.catalog
+            appended = self._log.append(_logged(good, catalog))
             applied = self._apply(good, appended)
             for checked, entry, done in zip(good, appended, applied, strict=True):
-                statuses[checked.place] = _status(entry, done)
+                statuses[checked.place] = status = _status(entry, done)
+                item = checked.event.item_id
+                if item and not (status.message or catalog.knows(item_key(item))):
+                    self._telemetry.count("events.unknown_item")
+                    status.message = f"durable, but the catalogue has no item {item[:_SHOWN]!r}: put it, or mend the id"
         self._telemetry.count("events.taken", len(good))
         self._telemetry.count("events.refused", len(statuses) - len(good))
         return statuses

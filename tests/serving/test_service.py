@@ -233,6 +233,7 @@ class TestEvents:
             "attributes": event(ann, "i0", "view_item", attributes={"k": "v" * 2000}),
         }
         statuses = client.ingest([*bad.values(), event(ann, "i0", "view_item")])
+        assert not statuses[-1].message
         assert [status.field for status in statuses[:-1]] == list(bad)
         assert {status.code for status in statuses[:-1]} == {INVALID}
         assert all(status.message for status in statuses[:-1])
@@ -406,6 +407,12 @@ class TestControls:
         assert counts["horizons"] == ["hour", "day", "month"]
         assert counts["event_type"]["view_item"][2] == pytest.approx(4, rel=0.01)
         assert set(counts["category"]) == {"western", "space"}
+
+    def test_an_item_that_nobody_put_is_taken_and_told(self, client, ann):
+        (status,) = client.ingest([event(ann, "no such item", "view_item")])
+        assert (status.code, status.field, status.applied) == (0, "", True)
+        assert "no item 'no such item'" in status.message
+        assert not client.ingest([event(ann, "", "search", query="tea")])[0].message
 
 
 class TestRights:
