@@ -41,6 +41,7 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 Meaning = TypeVar("Meaning")
 _FIRST_PAUSE_S = 0.005
+_WRITE_S = 5.0
 
 _PURPOSES = {
     "personalise": profile_pb2.PURPOSE_PERSONALISE,
@@ -185,11 +186,15 @@ class Client:
     def ingest(
         self, events: Iterable[event_pb2.Event], *, timeout_s: float | None = None
     ) -> Sequence[event_pb2.EventStatus]:
-        """Appends events durably; one status each. Events without an id get one."""
+        """Appends events durably; one status each. Events without an id get one.
+
+        Unless the call says otherwise it may take five seconds: a thousand events are on disk when it ends.
+        """
         request = event_pb2.IngestRequest(events=events)
         for one in request.events:
             one.event_id = one.event_id or uuid.uuid4().hex
-        return self._call(lambda: next(self._events).Ingest, request, timeout_s).statuses
+        patience = max(self._timeout_s, _WRITE_S) if timeout_s is None else timeout_s
+        return self._call(lambda: next(self._events).Ingest, request, patience).statuses
 
     def ingest_stream(
         self, events: Iterable[event_pb2.Event], *, batch: int = 500, timeout_s: float = 30.0
