@@ -157,6 +157,8 @@ class ServeConfig(BaseSettings):
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
         if self.idle_days and not (self.warehouse or self.warehouse_dir):
             raise ValueError("idle_days needs the warehouse to make profiles anew: set warehouse, or its warehouse_dir")
+        if self.idle_days and not self.default_consent & (Purpose.TRAIN | Purpose.MEASURE):
+            raise ValueError("idle_days needs people in the warehouse: let default_purposes hold train or measure")
         if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
             raise ValueError(
                 f"{self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set insecure"

@@ -50,6 +50,8 @@ def test_a_list_in_the_environment_is_json(monkeypatch):
 def test_profiles_are_dropped_only_where_they_can_be_made_anew():
     with pytest.raises(ConfigError, match="idle_days needs the warehouse"):
         load(idle_days=30, warehouse=False)
+    with pytest.raises(ConfigError, match="idle_days needs people in the warehouse"):
+        load(idle_days=30, default_purposes=["personalise"])
     load(idle_days=30)
     load(idle_days=30, warehouse=False, warehouse_dir="elsewhere")
 
