@@ -145,16 +145,22 @@ class CatalogLog:
         """
         self._nodes.command("HDEL", _WORKERS, worker)
 
-    def wait_all_applied(self, version: int, timeout_s: float) -> bool:
+    def wait_all_applied(self, version: int, timeout_s: float, at_least: int = 0) -> bool:
         """Waits until every live worker has applied a version; false when one had not in time.
+
+        Args:
+            version: The version.
+            timeout_s: Longest wait.
+            at_least: Number of workers that there are known to be: one that has not come back from an absence of Redis
+                has given no sign of life yet.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            lowest = self._nodes.run(Call(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
-            if lowest is None or lowest >= version:
+            count, lowest = self._nodes.run(Call(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
+            if count >= at_least and (lowest is None or lowest >= version):
                 return True
             if time.monotonic() + _POLL_S > deadline:
                 return False

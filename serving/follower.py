@@ -30,8 +30,9 @@ _log = logging.getLogger(__name__)
 class Follower:
     """Applies the log to the engine in use; one thread, the only writer of its catalogue."""
 
-    def __init__(self, host: Host, log: CatalogLog, progress: Progress) -> None:
-        self._host, self._log, self._progress = host, log, progress
+    def __init__(self, host: Host, log: CatalogLog, progress: Progress, workers: int = 1) -> None:
+        """Takes what is to follow which log, who is to know how far, and how many workers the service has."""
+        self._host, self._log, self._progress, self._workers = host, log, progress, workers
         self._worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._deleted: set[int] = set()
         self._stop = threading.Event()
@@ -90,7 +91,9 @@ class Follower:
         """Waits until this worker and every other live one has applied a version; False when one had not in time."""
         end = time.monotonic() + seconds
         try:
-            return self._progress.wait(version, seconds) and self._log.wait_all_applied(version, end - time.monotonic())
+            return self._progress.wait(version, seconds) and self._log.wait_all_applied(
+                version, end - time.monotonic(), self._workers
+            )
         except Unavailable as error:
             _log.warning("it is not known whether every worker has version %d: %s", version, error)
             return False

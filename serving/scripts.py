@@ -471,14 +471,17 @@ end
 return 1
 """)
 
-# KEYS: workers; ARGV: time in ms since its last sign for which a worker counts. Returns the lowest version or false.
+# KEYS: workers; ARGV: time in ms since its last sign for which a worker counts. Returns how many count, and the lowest
+# version of these or false.
 CATALOG_LOWEST = Script.of("""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local lowest = false
+local count, lowest = 0, false
 for _, said in ipairs(redis.call('HVALS', KEYS[1])) do
   local version, at = string.match(said, '(%d+):(%d+)')
-  if now - tonumber(at) <= tonumber(ARGV[1]) then lowest = math.min(lowest or tonumber(version), tonumber(version)) end
+  if now - tonumber(at) <= tonumber(ARGV[1]) then
+    count, lowest = count + 1, math.min(lowest or tonumber(version), tonumber(version))
+  end
 end
-return lowest
+return {count, lowest}
 """)

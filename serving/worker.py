@@ -60,7 +60,7 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
         host = Host(open_engine(config.bundle, Surroundings(config, store, progress, telemetry, impressions, turns)))
         changes = CatalogLog(events)
-        follower = Follower(host, changes, progress)
+        follower = Follower(host, changes, progress, config.worker_count)
         follower.start()
         server = Server(config, turns, telemetry)
         streams = Streams(max(1, config.max_concurrent // 4))
