@@ -210,6 +210,7 @@ def _orders(config: ServeConfig, address: str, redis: str, events: str) -> dict[
     """The settings of the children: everything found out here is in place of what it was found from."""
     settings = config.model_dump(mode="json", exclude={"token", "token_file"})
     settings |= {"listen": address, "redis": redis, "events_redis": events, "insecure": True}
+    settings["workers"] = config.worker_count
     settings["bundle"] = str(config.bundle.absolute())
     return {"settings": settings, "token": config.secret()}
 

@@ -37,7 +37,7 @@ def inside(
     with socket.create_server(("127.0.0.1", 0)) as free:
         listen = f"127.0.0.1:{free.getsockname()[1]}"
     state = tempfile.TemporaryDirectory()
-    addresses = {"listen": listen, "redis": profiles_url, "events_redis": events_url}
+    addresses = {"workers": 1, "listen": listen, "redis": profiles_url, "events_redis": events_url}
     config = ServeConfig.load(bundle=bundle, **addresses, **{"state_dir": state.name, **settings})
     stop, ready = threading.Event(), threading.Event()
     purge_s = config.purge_hours * 1800
