@@ -105,18 +105,12 @@ class Catalog:
                 rows[at] = self._live_rows.get(int(keys[at]), -1)
         return rows
 
-    def kin_of(self, key: int) -> tuple[int, int]:
-        """The category and the creator that the item of a key has now; 0 where it has none or is unknown."""
-        row = self._row_of(key)
-        return (0, 0) if row < 0 else (int(self.columns.category[row]), int(self.columns.creator[row]))
-
-    def knows(self, key: int) -> bool:
-        """Whether there is an item of this key."""
-        return self._row_of(key) >= 0
-
-    def _row_of(self, key: int) -> int:
+    def kin_of(self, key: int) -> tuple[int, int] | None:
+        """The category and the creator that the item of a key has now, 0 for none; None where it is unknown."""
         row = self.vocabulary.row_of_key(key)
-        return row if row >= 0 else self._live_rows.get(key, -1)
+        if row < 0 and (row := self._live_rows.get(key, -1)) < 0:
+            return None
+        return int(self.columns.category[row]), int(self.columns.creator[row])
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """The ids of `rows`, each in [0, size)."""

@@ -21,7 +21,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from features.errors import PenchantError
-from features.profile import EVERY_PURPOSE, RECORD, Purpose
+from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
 from serving.errors import (
     ConfigError,
     ConsentWithheld,
@@ -190,6 +190,13 @@ class Entry:
             log_id(undone) if undone else 0,
             b"n" not in found,
         )
+
+
+def sound(entries: Sequence[Entry]) -> tuple[list[Entry], int]:
+    """The entries that are events for a profile, and how many more would be, had their record not been damaged."""
+    events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
+    intact = verify(np.frombuffer(b"".join(entry.record for entry in events), RECORD)).tolist()
+    return [entry for entry, whole in zip(events, intact, strict=True) if whole], intact.count(False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,11 @@ import numpy.typing as npt
 from features import controls
 from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
-from features.profile import ENTRY, EVERY_PURPOSE, RECORD, Profile, Purpose, Retention, Stored, refold, verify
+from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
 from features.schema import item_key
 from serving.erasure import Certificate, Certificates, Erasure, Ledger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
-from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
+from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Call, Request, address_of, partition_of
 from serving.redis_nodes import required
@@ -338,11 +338,9 @@ class People:
         own = [
             entry.log_id.to_bytes(8, "big") + entry.record
             for entries in self._log.history(subject, after=after)
-            for entry in entries
-            if entry.personal and len(entry.record) == RECORD.itemsize
+            for entry in sound(entries)[0]
         ]
-        found = np.frombuffer(b"".join(own), ENTRY)
-        return found[verify(found)]
+        return np.frombuffer(b"".join(own), ENTRY)
 
     def _moved(self, entries: Sequence[Entry], known: str) -> list[Any]:
         """Events as the known person's own, in the log and in the profile."""

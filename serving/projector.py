@@ -20,14 +20,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from features.errors import ProfileCorrupt, TablesError
-from features.profile import RECORD, verify
 from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Purger
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
-from serving.events import Entry, EventLog
+from serving.events import Entry, EventLog, sound
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
 from serving.telemetry import Telemetry
@@ -235,7 +232,9 @@ class Projector:
             if entry.mark:
                 self._profiles.mark(partition, entry.mark)
         grouped: dict[str, list[tuple[int, bytes]]] = {}
-        for entry in self._sound(entries):
+        events, damaged = sound(entries)
+        self._telemetry.count("events_damaged", damaged)
+        for entry in events:
             grouped.setdefault(entry.subject, []).append((entry.log_id, entry.record))
         batch = list(grouped.items())
         long = []
@@ -260,13 +259,6 @@ class Projector:
         # Whose past cannot be had now gets it later, with all that would have to be folded without it.
         if self._idle is not None:
             self._profiles.leave_again(subject)
-
-    def _sound(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries that are events for a profile, less those whose record was damaged."""
-        events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
-        intact = verify(np.frombuffer(b"".join(entry.record for entry in events), RECORD))
-        self._telemetry.count("events_damaged", int(np.count_nonzero(~intact)))
-        return [entry for entry, sound in zip(events, intact, strict=True) if sound]
 
     def _compact(self, subject: str, up_to: int, at_least: int = 1) -> None:
         try:

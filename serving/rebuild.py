@@ -22,11 +22,11 @@ from features.columns import pc
 from features.content import codes, is_present
 from features.errors import ProfileCorrupt, TablesError
 from features.events import Events, complete
-from features.profile import RECORD, Profile, Records, Retention, empty, fold, make_records, verify
+from features.profile import RECORD, Profile, Records, Retention, empty, fold, make_records
 from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_info, read_table, table_path
 from features.vocabulary import Vocabulary
-from serving.events import Entry, EventLog, partitions_of
+from serving.events import Entry, EventLog, partitions_of, sound
 from serving.people import marks
 from serving.profiles import Applied, ProfileStore, TailFull
 from serving.redis_client import connect, partition_of
@@ -230,11 +230,11 @@ def _logged(log: EventLog, after: int) -> Iterator[list[Entry]]:
 def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) -> int:
     """Applies events of one partition to the profiles that lack them; returns the number of those."""
     own: dict[str, list[tuple[int, bytes]]] = {}
-    events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
+    events, _ = sound(entries)
     records = np.frombuffer(b"".join(entry.record for entry in events), RECORD)
-    fit = verify(records) & ~retention.expired(records, time.time_ns() // 1_000_000)
-    for entry, applies in zip(events, fit.tolist(), strict=True):
-        if applies:
+    expired = retention.expired(records, time.time_ns() // 1_000_000)
+    for entry, gone in zip(events, expired.tolist(), strict=True):
+        if not gone:
             own.setdefault(entry.subject, []).append((entry.log_id, entry.record))
     applied = 0
     for (subject, news), reply in zip(own.items(), store.apply_many(list(own.items())), strict=True):

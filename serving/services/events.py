@@ -89,15 +89,15 @@ class EventService(event_pb2_grpc.EventServiceServicer):
             except InvalidArgument as error:
                 statuses[place] = _refused(error)
         if good:
-            catalog = self._host.engine.catalog
-            appended = self._log.append(_logged(good, catalog))
+            logged, unknown = _logged(good, self._host.engine.catalog)
+            appended = self._log.append(logged)
             applied = self._apply(good, appended)
             for checked, entry, done in zip(good, appended, applied, strict=True):
                 statuses[checked.place] = status = _status(entry, done)
-                item = checked.event.item_id
-                if item and not (status.message or catalog.knows(item_key(item))):
-                    self._telemetry.count("events.unknown_item")
-                    status.message = f"durable, but the catalogue has no item {item[:_SHOWN]!r}: put it, or mend the id"
+                if checked.place in unknown and not status.message:
+                    item = checked.event.item_id[:_SHOWN]
+                    status.message = f"durable, but the catalogue has no item {item!r}: put it, or mend the id"
+            self._telemetry.count("events.unknown_item", len(unknown))
         self._telemetry.count("events.taken", len(good))
         self._telemetry.count("events.refused", len(statuses) - len(good))
         return statuses
@@ -167,15 +167,20 @@ def _why(timestamp: int, now: int) -> str:
     return "older history belongs to bulk import, `penchant profiles rebuild`"
 
 
-def _logged(good: Sequence[_Checked], catalog: Catalog) -> list[LoggedEvent]:
-    """The events as the log takes them; category and creator are those the item has now."""
-    logged = []
+def _logged(good: Sequence[_Checked], catalog: Catalog) -> tuple[list[LoggedEvent], set[int]]:
+    """The events as the log takes them, and the places of those whose item the catalogue does not have.
+
+    Category and creator are those the item has now.
+    """
+    logged, unknown = [], set()
     for checked in good:
         event, item = checked.event, item_key(checked.event.item_id)
-        value = event.value if event.HasField("value") else math.nan
-        record = pack_record(item, *catalog.kin_of(item), checked.timestamp, value, event_type_key(event.event_type))
+        value, kin = event.value if event.HasField("value") else math.nan, catalog.kin_of(item)
+        if kin is None and event.item_id:
+            unknown.add(checked.place)
+        record = pack_record(item, *(kin or (0, 0)), checked.timestamp, value, event_type_key(event.event_type))
         logged.append(LoggedEvent(checked.subject, event.event_id, record, _payload(checked)))
-    return logged
+    return logged, unknown
 
 
 def _payload(checked: _Checked) -> bytes:

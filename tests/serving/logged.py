@@ -51,7 +51,7 @@ def event(user: str, item: str, kind: str = "view_item", *, anonymous: bool = Fa
 def logged(*events: event_pb2.Event, of: Catalog = CATALOG) -> list[LoggedEvent]:
     """What EventService hands to the log for them."""
     checked = [service._check(place, one, now_ms(), 10**12, "") for place, one in enumerate(events)]
-    return service._logged(checked, of)
+    return service._logged(checked, of)[0]
 
 
 def ingest(log: EventLog, *events: event_pb2.Event, of: Catalog = CATALOG) -> list[int]:
