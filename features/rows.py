@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,40 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Unread:
+    """The cells of one optional column of one file that could not be read and are NULL; their rows stay.
+
+    Attributes:
+        file: The file.
+        column: The column, by its canonical name.
+        count: How many cells.
+        row: The first of them, 0-based in the file.
+        reason: What that cell holds and what would be right.
+    """
+
+    file: str
+    column: str
+    count: int
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """The fate of a table's rows.
+
+    Attributes:
+        kept: Number of rows in the table.
+        rejected: The rows that were left out.
+        unread: The cells that were left out of the kept rows.
+    """
+
+    kept: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One file's good rows, and where in the file each of them stands."""
 
@@ -42,6 +76,7 @@ class Part:
     table: pa.Table
     rows: npt.NDArray[np.int64]
     rejected: list[Rejected]
+    unread: list[Unread] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from features.columns import Array, pc
 from features.content import codes, fingerprint, is_present, order_events, select
 from features.errors import TablesError
 from features.events import BATCH_ROWS, Events, Survey, arrange, complete
-from features.rows import Part, Rejected, fit, origins
+from features.rows import Intake, Part, Rejected, Unread, fit, origins
 from features.schema import (
     EVENTS,
     EVENTS_REQUIRED,
@@ -60,6 +60,12 @@ class Loaded:
 
     table: pa.Table
     rejected: list[Rejected]
+    unread: list[Unread] = field(default_factory=list)
+
+    @property
+    def intake(self) -> Intake:
+        """The fate of its rows."""
+        return Intake(self.table.num_rows, self.rejected, self.unread)
 
 
 HELD_ROWS = 1 << 20
@@ -76,14 +82,24 @@ class Dataset:
         users: `USERS`, one row per person; empty where the data set has no such table.
         info: What `dataset.json` says, with `name`, `fingerprint`, `users`, `items`, `events`, `ordered_only`,
             `event_types` {name: count} and `first_timestamp`, `last_timestamp` (ms) computed from the rows.
-        rejected: The rows of all tables that were left out.
+        intake: The fate of each table's rows: "events", "items", "users", where the data set has them.
     """
 
     stream: Events
     items: pa.Table
     users: pa.Table
     info: dict[str, Any]
-    rejected: list[Rejected]
+    intake: dict[str, Intake] = field(default_factory=dict)
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        """The rows of all tables that were left out."""
+        return [row for intake in self.intake.values() for row in intake.rejected]
+
+    @property
+    def unread(self) -> list[Unread]:
+        """The cells of all tables that were left out of kept rows."""
+        return [cells for intake in self.intake.values() for cells in intake.unread]
 
     @property
     def events(self) -> pa.Table:
@@ -180,7 +196,8 @@ def open_dataset(
     info = {"name": path.name} | said | _facts(events, items.table, users.table)
     if "until" in said:
         info["until"] = until
-    return Dataset(events, items.table, users.table, info, rejected + items.rejected + users.rejected)
+    intake = {"events": Intake(events.num_rows, rejected), "items": items.intake, "users": users.intake}
+    return Dataset(events, items.table, users.table, info, intake)
 
 
 def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Events, Array, list[Rejected]]:

@@ -176,7 +176,7 @@ def rehydrate(
     states = {subject: dataclasses.replace(empty(), version=version) for subject, version in folded.items()}
     for partition, own in _by_partition(folded, log.partitions).items():
         events = _events_of(warehouse, partition, own)
-        dataset = Dataset(Events.of(events), ITEMS.empty_table(), USERS.empty_table(), {"until": _EVER}, [])
+        dataset = Dataset(Events.of(events), ITEMS.empty_table(), USERS.empty_table(), {"until": _EVER})
         for subject, state in _states(dataset, store, log, retention) if events.num_rows else ():
             # The state that was dropped had everything up to its version, whatever of it has gone since.
             states[subject] = dataclasses.replace(state, version=max(state.version, folded[subject]))
@@ -310,14 +310,14 @@ def _history(data: Path) -> Dataset:
     dataset = open_dataset(data, until=_EVER, everybody=True)
     if "until" not in dataset.info:
         return dataset
-    events, rejected, searches = dataset.events, dataset.rejected, table_path(data, "searches")
+    events, intake, searches = dataset.events, dataset.intake, table_path(data, "searches")
     if searches is not None:
         found = read_table(searches, _SEARCHES, ("user_id", "event_type", "log_id"))
         blank = pa.array([""] * found.table.num_rows, pa.string())
         about_none = found.table.append_column(EVENTS.field("item_id"), blank).select(EVENTS.names).cast(EVENTS)
-        events, rejected = pa.concat_tables([events, about_none]), [*rejected, *found.rejected]
+        events, intake = pa.concat_tables([events, about_none]), {**intake, "searches": found.intake}
     events = order_events(events.filter(pc.fill_null(events["personal"], True)))
-    return dataclasses.replace(dataset, stream=Events.of(events), rejected=rejected)
+    return dataclasses.replace(dataset, stream=Events.of(events), intake=intake)
 
 
 def _chunked(length: int, size: int) -> Iterator[range]:

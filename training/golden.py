@@ -102,7 +102,7 @@ def offline(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
     table = pa.Table.from_pylist(
         [{"user_id": f"golden-{at}", **event} for at, events in enumerate(people) for event in events], schema=EVENTS
     )
-    dataset = Dataset(Events.of(table), items=table.slice(0, 0), users=table.slice(0, 0), info={}, rejected=[])
+    dataset = Dataset(Events.of(table), items=table.slice(0, 0), users=table.slice(0, 0), info={})
     data = read_interactions(dataset, world.catalog.vocabulary, world.config)
     starts, ends = data.offsets[:-1], data.offsets[1:]
     rows, types, lengths = encoder_batch(data.rows, data.types, starts, ends, world.config.max_length)
