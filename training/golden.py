@@ -15,11 +15,12 @@ from features.assemble import History, Moment, encoder_batch, encoder_inputs, hi
 from features.catalog import Catalog
 from features.events import Events
 from features.golden import TOP, profile_of
+from features.histories import KEYS
 from features.kernels import dot_rows
 from features.memory import Memory
 from features.outcomes import Outcomes
 from features.profile import RING
-from features.schema import EVENTS, event_type_key
+from features.schema import EVENTS, event_type_key, item_key
 from features.tables import Dataset
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from training.config import TrainConfig
@@ -75,7 +76,8 @@ class Assembled:
 def make_people(world: World) -> list[list[Event]]:
     """Made-up histories, oldest first, of every length that matters; every event type occurs.
 
-    Each is a walk over similar items with leaps to popular ones, so its vector lies where those of real people do.
+    Each is a walk over similar items with leaps to popular ones, so its vector lies where those of real people do. Some
+    items were others when their events came, and some events came before their item.
     """
     rng = np.random.default_rng(0)
     longest = world.config.max_length
@@ -83,6 +85,8 @@ def make_people(world: World) -> list[list[Event]]:
     people = [_walk(world, rng, length) for length in lengths]
     for at, name in enumerate(world.event_types):
         people[-1][at]["event_type"] = name
+    for events in people:
+        _apart_from_catalog(events)
     return people
 
 
@@ -181,6 +185,15 @@ def _walk(world: World, rng: np.random.Generator, length: int) -> list[Event]:
         (item,) = world.catalog.ids([row])
         events.append({"item_id": item, "event_type": name, "timestamp": moment, "value": value})
     return events
+
+
+def _apart_from_catalog(events: list[Event]) -> None:
+    """Makes some events carry other keys than the catalogue has: their item was patched since, or put only later."""
+    patched, early = {name: item_key("golden") for name in KEYS}, dict.fromkeys(KEYS, 0)
+    for event in events[1::4]:
+        event.update(patched)
+    for event in events[3::4]:
+        event.update(early)
 
 
 def _person(world: World, events: Sequence[Event], made: Assembled) -> dict[str, Any]:
