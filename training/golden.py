@@ -126,15 +126,24 @@ def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assemb
     count = 0
     for one, other in zip(mine, others, strict=True):
         count += _unequal(one.rows, other.rows) + _unequal(one.types, other.types)
-        for part in (History, Memory):
-            pasts = [o.past if part is History else o.past.memory for o in (one, other)]
-            for field in dataclasses.fields(part):
-                if field.name != "memory":
-                    count += _unequal(*(getattr(past, field.name) for past in pasts))
+        count += sum(past_differences(one.past, other.past).values())
         moment = moment_of(world)
         features = [ranker_features(o.past, rows, relevance, columns, world.outcomes, moment) for o in (one, other)]
         count += _unequal(*features)
     return count
+
+
+def past_differences(one: History, other: History) -> dict[str, int]:
+    """Returns the number of values in which two pasts differ, to the bit, by the name of what differs."""
+    pairs: list[tuple[type, History | Memory, History | Memory]]
+    pairs = [(History, one, other), (Memory, one.memory, other.memory)]
+    found = {
+        field.name: _unequal(getattr(left, field.name), getattr(right, field.name))
+        for part, left, right in pairs
+        for field in dataclasses.fields(part)
+        if field.name != "memory"
+    }
+    return {name: count for name, count in found.items() if count}
 
 
 def answers(world: World, people: Sequence[Sequence[Event]]) -> dict[str, Any]:
@@ -250,5 +259,7 @@ def _numbers(values: _F32) -> list[float]:
 def _unequal(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:
     if one.shape != other.shape or one.dtype != other.dtype:
         return max(one.size, other.size, 1)
+    if not one.size:
+        return 0
     bits = [np.ascontiguousarray(array).reshape(array.size, -1).view(np.uint8) for array in (one, other)]
-    return int((bits[0] != bits[1]).any(axis=1).sum()) if one.size else 0
+    return int((bits[0] != bits[1]).any(axis=1).sum())
