@@ -233,7 +233,7 @@ def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:
             if column.flags.writeable:  # else it holds one and the same value everywhere
                 column[size:end] = column[block.events][kept]
         size = end
-    left = {name: column[:size] for name, column in zip(names, columns, strict=True)}
+    left: dict[str, Any] = {name: column[:size] for name, column in zip(names, columns, strict=True)}
     return dataclasses.replace(data, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), **left)
 
 

@@ -171,7 +171,13 @@ _patches = st.builds(
 _long = _bursts(2, 5, 20, 60, 130)
 _short = _bursts(1, 1, 1, 2, 3, 7, 20)
 _steps: st.SearchStrategy[Step] = st.one_of(
-    _short, _short, _patches, st.just(Fold()), st.builds(Ask, _people), st.builds(Undo, _people, st.integers(0, 300))
+    _short,
+    _short,
+    _patches,
+    _patches,
+    st.just(Fold()),
+    st.builds(Ask, _people),
+    st.builds(Undo, _people, st.integers(0, 300)),
 )
 _last: st.SearchStrategy[Step] = st.one_of(_steps, st.builds(Consent, _people, st.booleans()))
 
