@@ -77,7 +77,7 @@ prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost 
 
 LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N
-	$(BIN)/python -m benchmarks.report no-skew 'One history, read four ways' -- \
+	$(BIN)/python -m benchmarks.report no-skew 'One history, read five ways' -- \
 		$(BIN)/python -m tests.proofs.skew --lives $(LIVES) --seed $(or $(SEED),1)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
