@@ -20,6 +20,7 @@ from features.transforms import item_text, text_tokens
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
 from training import export as exporting
 from training import golden, ranking
+from training.data import read_interactions
 from training.export import Gates, publish_run
 from training.graphs import Graph
 from training.index_build import build
@@ -170,10 +171,12 @@ def test_a_category_that_no_item_has_any_more_has_no_table(run, tmp_path, monkey
     lost = {key: (np.array([0], np.int32), np.ones(1, np.float32)) for key in (1, 2**64 - 1)}
     honest = exporting.popular_in_segments
     monkeypatch.setattr(exporting, "popular_in_segments", lambda *given: honest(*given) | lost)
-    publish_run(run, tmp_path / "b")
-    plain = pa.ipc.open_file(pa.BufferReader(open_bundle(tmp_path / "b").read("popular.arrow"))).read_all()
+    catalog = exporting._write_items(run, tmp_path)
+    exporting._write_tables(run, read_interactions(run.dataset, run.vocabulary, run.config), catalog, tmp_path)
+    segments = pa.ipc.open_file(tmp_path / "popular.arrow").read_all()["segment"].to_pylist()
     named = {name for names in run.items["categories"].to_pylist() for name in names or ()}
-    assert set(plain["segment"].to_pylist()) <= named | {""}
+    assert set(segments) <= named | {""}
+    assert len(set(segments)) > 1
 
 
 def test_another_bundle_is_never_overwritten(bundle, run):
