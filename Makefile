@@ -51,8 +51,10 @@ check-protos: $(VENV)/.ready-dev $(VENV_PROTOS)/.ready
 	@diff -r --exclude=__init__.py --exclude=__pycache__ $(BUILD)/stubs/penchant/v1 penchant/v1 \
 		|| { echo 'penchant/v1 is not what protos/ makes: run `make protos`' >&2; exit 1; }
 
-test: $(VENV)/.ready-dev  ## every test; TESTS='tests/features -k fold' runs some
-	$(BIN)/python -m pytest $(TESTS)
+# A file's tests stay together, for they share servers and models. JOBS=0 runs them all in one process.
+JOBS ?= 2
+test: $(VENV)/.ready-dev  ## every test, two files at a time; TESTS='tests/features -k fold' runs some, JOBS=N more at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 demo: $(VENV)/.ready-demo  ## the whole road in minutes: data, training, bundle, service, measurement
 	$(BIN)/penchant demo
