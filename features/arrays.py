@@ -90,7 +90,7 @@ def _uuid_text(storage: Array) -> Array:
     text[:, _UUID_DIGITS[0::2]] = _HEX[data.reshape(length, 16) >> 4]
     text[:, _UUID_DIGITS[1::2]] = _HEX[data.reshape(length, 16) & 15]
     ends = np.arange(length + 1, dtype=np.int32) * 36
-    made: Array = pa.StringArray.from_buffers(length, pa.py_buffer(ends), pa.py_buffer(text.tobytes()))
+    made: Array = pa.StringArray.from_buffers(length, pa.py_buffer(ends.tobytes()), pa.py_buffer(text.tobytes()))
     return only(made, to_mask(storage.is_valid()))
 
 

@@ -1,8 +1,8 @@
 """One column of somebody's Parquet file -> the canonical type, and which of its cells cannot be read.
 
-Everything here works on whole columns. A cell that cannot be read becomes NULL and is marked; a column whose type can never
-fit raises `Misfit`. NULL, NaN and, in a column that does not hold text, the empty text are missing cells: nobody wrote a
-value there.
+Everything here works on whole columns. A cell that cannot be read becomes NULL and is marked; a column whose type can
+never fit raises `Misfit`. NULL, NaN and, in a column that does not hold text, the empty text are missing cells: no value
+was written there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ _INTEGER_TEXT = r"^[+-]?\d{1,18}(\.0*)?$"
 _NUMBER_TEXT = r"^[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?$"
 
 
-def convert(column: Array, field: pa.Field[Any], dialect: Dialect | None = None, *, nan_allowed: bool = False) -> Converted:
+def convert(
+    column: Array, field: pa.Field[Any], dialect: Dialect | None = None, *, nan_allowed: bool = False
+) -> Converted:
     """Convert a column to a field's type.
 
     Args:
@@ -136,7 +138,9 @@ def _booleans(column: Array) -> Converted:
 
 def _numbers(column: Array, dtype: pa.DataType, nan_allowed: bool, priced: bool = False) -> Converted:
     integer = pa.types.is_integer(dtype)
-    should = f"a whole number that fits {dtype}" if integer else "a price, such as 12.99" if priced else "a finite number"
+    should = (
+        f"a whole number that fits {dtype}" if integer else "a price, such as 12.99" if priced else "a finite number"
+    )
     present = to_mask(column.is_valid())
     if is_text(column.type):
         text, empty, _ = trimmed(column)

@@ -1,4 +1,4 @@
-"""How the writer of a table counted time and wrote lists: seen from all files of a column, before any of it is converted."""
+"""How the writer of a table counted time and wrote lists, seen from all files before any of them is converted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Dialect:
     """The decisions about the columns of one table, by canonical name.
 
     Attributes:
-        units: The unit of numbers that are times, a key of `features.times.UNIT_WORDS` or `RELATIVE`; without the columns
-            whose type or metadata says it.
+        units: The unit of numbers that are times, a key of `features.times.UNIT_WORDS` or `RELATIVE`; without the
+            columns whose type or metadata says it.
         styles: How lists are written that are one text.
     """
 

@@ -154,6 +154,8 @@ def arrange(parts: Parts, survey: Survey) -> Events:
     People are numbered by their first row and their rows dealt into buckets of consecutive people; each bucket is then
     put in order by itself.
     """
+    if not survey.rows:
+        return Events.of(EVENTS.empty_table())
     columns = [name for name in EVENTS.names if name in survey.present]
     with tempfile.TemporaryDirectory(prefix="penchant-") as folder:
         buckets = [Path(folder) / f"{number}.arrow" for number in range(_deal(parts, columns, Path(folder)))]

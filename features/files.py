@@ -1,7 +1,7 @@
 """Finds the Parquet files of a table and reads them, as other tools that read a folder of Parquet do.
 
-Links are followed, and the values in the names of folders (`event_type=purchase/`) are columns. The folder of a table whose
-log says which files count is refused by name: read as bare files it would hold rows that were deleted.
+Links are followed, and the values in the names of folders (`event_type=purchase/`) are columns. The folder of a table
+whose log says which files count is refused by name: read as bare files it would hold rows that were deleted.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class TableFile:
         return schema
 
     def _check(self, name: str, column: pa.ChunkedArray[Any], start: int) -> None:
-        """Refuses a text or whole number that is not the one of the folder; a folder's date may be coarser than a time."""
+        """Refuses a text or whole number that is not the folder's; a folder's date may be coarser than a time."""
         values, folder = plain(column.combine_chunks()), self.partition[name]
         if not (pa.types.is_string(values.type) or pa.types.is_integer(values.type)):
             return
@@ -107,8 +107,8 @@ class TableFile:
         if wrong.size:
             row = int(wrong[0])
             raise TablesError(
-                f"{self.path} row {start + row}: {name} is {texts[row].as_py()!r}, but its folder says {name}={folder}: "
-                "keep the column or the folder's name, not both"
+                f"{self.path} row {start + row}: {name} is {texts[row].as_py()!r}, but its folder says "
+                f"{name}={folder}: keep the column or the folder's name, not both"
             )
 
 
@@ -116,7 +116,7 @@ def find_files(path: Path) -> list[TableFile]:
     """Returns the Parquet files of a table, which is one file or all below a folder in the order of their names.
 
     Raises:
-        TablesError: There is none, or the folder belongs to Delta Lake, Iceberg or Hudi, or holds data in another format.
+        TablesError: There is none, or the folder belongs to Delta Lake, Iceberg or Hudi, or holds another format.
     """
     if path.is_file():
         return [TableFile(path, {})]
@@ -135,7 +135,7 @@ def find_files(path: Path) -> list[TableFile]:
 
 
 def _walk(root: Path, below: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """The files below a folder, relative to the root. `above` are the real folders on the way, which a link may not enter."""
+    """The files below a folder, relative to the root; a link to one of the real folders `above` it is not entered."""
     folder = root / below
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -165,8 +165,8 @@ def _refuse_log(folder: Path, names: set[str]) -> None:
         kind, read = "Hudi", "spark.read.format('hudi').load(PATH).write.parquet(FOLDER)"
     if kind:
         raise TablesError(
-            f"{folder} is a table of {kind}, whose log says which of its files count: write its rows out as Parquet first, "
-            f"for example with {read}"
+            f"{folder} is a table of {kind}, whose log says which of its files count: write its rows out as Parquet "
+            f"first, for example with {read}"
         )
 
 

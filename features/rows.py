@@ -16,8 +16,8 @@ from features.columns import convert
 from features.content import nulls, select
 from features.dialect import Dialect, DialectSurvey, is_marked, is_time
 from features.errors import TablesError
-from features.times import RELATIVE
 from features.schema import Required
+from features.times import RELATIVE
 
 # Letter case is ignored before this, so USER_ID and Timestamp need no line here.
 ALIASES = {
@@ -119,7 +119,7 @@ def _canonical(name: str) -> str:
 
 @dataclass(slots=True)
 class _Cells:
-    """One column while its faults are looked for: what the file holds, the values, and the faulty rows with what is right."""
+    """One column while its faults are looked for: as the file has it, its values, faulty rows with what is right."""
 
     given: Array
     values: Array
@@ -129,7 +129,7 @@ class _Cells:
     @property
     def bad(self) -> Mask:
         """The rows with any fault."""
-        return np.logical_or.reduce([mask for mask, _ in self.faults])
+        return np.asarray(np.logical_or.reduce([mask for mask, _ in self.faults]), bool)
 
     def reason(self, name: str, row: int) -> str:
         """What is wrong with the cell of a row."""
@@ -182,13 +182,14 @@ def fit(
 
 
 def merge_unread(parts: Iterable[Unread]) -> list[Unread]:
-    """Returns one line per file and column for what parts of files say, in their order."""
+    """Returns one line per file and column for what parts of files say: files in their order, by first row, by column."""
     merged: dict[tuple[str, str], Unread] = {}
     for cells in parts:
         key = (cells.file, cells.column)
         before = merged.get(key)
         merged[key] = replace(before, count=before.count + cells.count) if before else cells
-    return list(merged.values())
+    files = {file: place for place, file in enumerate(dict.fromkeys(file for file, _ in merged))}
+    return sorted(merged.values(), key=lambda cells: (files[cells.file], cells.row, cells.column))
 
 
 def dialect_of(tables: Sequence[tuple[pa.Table, str]], schema: pa.Schema, required: Required) -> Dialect:
@@ -214,17 +215,11 @@ def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dia
     except pa.ArrowException as error:
         raise TablesError(f"{source}: column {origin} ({given.type}): {error}") from error
     cells = _Cells(column, converted.values, [(converted.bad, converted.should)], converted.late)
-    if is_time(wanted) and not is_marked(known) and dialect.units.get(wanted.name) != RELATIVE:
-        _forget_zeros(wanted.name, cells)
-    elif wanted.name == "available_until":
-        _forget_zeros(wanted.name, cells)
-    return cells
-
-
-def _forget_zeros(name: str, cells: _Cells) -> None:
-    """A time of 0 is no time: in the contract an end at 0 is none. A beginning at 0 stays, for it means the same."""
-    if name != "available_from":
+    relative = is_marked(known) or dialect.units.get(wanted.name) == RELATIVE
+    # A time of 0 is none: in the contract an end at 0 is no end. A beginning at 0 stays, because it means the same.
+    if wanted.name == "available_until" or (is_time(wanted) and not relative and wanted.name != "available_from"):
         cells.values = only(cells.values, ~to_mask(pc.equal(cells.values, 0)))
+    return cells
 
 
 def _settle_times(cells: Mapping[str, _Cells], schema: pa.Schema) -> None:

@@ -124,8 +124,8 @@ def read_table(path: Path, schema: pa.Schema, required: Required) -> Loaded:
     """Read one Parquet file, or all below a directory in the order of their names.
 
     Columns are found by name, alias or either in any letter case; others are ignored. A table whose only required
-    column is its id has one row per id: later ones are rejected, and an item whose rows disagree on when it may be shown
-    is not shown.
+    column is its id has one row per id: later ones are rejected, and an item whose rows disagree on when it may be
+    shown is not shown.
 
     Raises:
         TablesError: A file is not Parquet, lacks a required column or holds one of a type that cannot fit.
@@ -216,10 +216,8 @@ def open_dataset(
     return Dataset(events, items.table, users.table, info, intake)
 
 
-def _open_events(
-    where: Path, until: int | None, everybody: bool
-) -> tuple[Events, Array, Intake, Mapping[str, str]]:
-    """The events in order, the items that they name in the order of the files' rows, their fate, and the units of time."""
+def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Events, Array, Intake, Mapping[str, str]]:
+    """The events in order, the items that they name in the order of the files' rows, the rows' fate, units of time."""
     files = find_files(where)
     count = sum(file.row_count() for file in files)
     if count <= HELD_ROWS:

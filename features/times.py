@@ -1,8 +1,8 @@
 """Times in every form that people write, as milliseconds since 1970 in UTC.
 
-Arrow times and ISO text say what they mean. Numbers do not: their unit is told from all values of a column that can be a
-time of this age, in all files of the table (`UnitVotes`). 0, -1, dates such as 9999-12-31 and the limits of the integer
-types stand for "none" or "for ever" and tell nothing about the unit.
+Arrow times and ISO text say what they mean. Numbers do not: their unit is told from all values of a column that can be
+a time of this age, in all files of the table (`UnitVotes`). 0, -1, dates such as 9999-12-31 and the limits of the
+integer types stand for "none" or "for ever" and tell nothing about the unit.
 """
 
 from __future__ import annotations
@@ -151,14 +151,16 @@ class UnitVotes:
             unit, most = self.votes.most_common(1)[0]
             if most >= _CLEAR * self.votes.total():
                 return unit
-            told = ", ".join(f"{UNIT_WORDS[unit]} ({count}, such as {self._seen[unit]})" for unit, count in self.votes.items())
+            told = ", ".join(
+                f"{UNIT_WORDS[unit]} ({count}, such as {self._seen[unit]})" for unit, count in self.votes.items()
+            )
             raise TablesError(
                 f"column {self.name} mixes times in {told}: write one unit, or better a column of type timestamp"
             )
         if self._stray:
             raise TablesError(
-                f"column {self.name} holds {self._stray}, which is no time from 1995 up to 2100 in seconds, milliseconds, "
-                "microseconds or nanoseconds: write a column of type timestamp"
+                f"column {self.name} holds {self._stray}, which is no time from 1995 up to 2100 in seconds, "
+                "milliseconds, microseconds or nanoseconds: write a column of type timestamp"
             )
         return RELATIVE if self._small else None
 
@@ -189,7 +191,9 @@ def _of_digits(values: _I64) -> tuple[_I64, Mask]:
     days, clock = np.where(values >= 10**8, values // 10**6, values), np.where(values >= 10**8, values % 10**6, 0)
     day, good = _days(days // 10_000, days // 100 % 100, days % 100)
     hour, minute, second = clock // 10_000, clock // 100 % 100, clock % 100
-    return (day * 86_400 + hour * 3600 + minute * 60 + second) * 1000, good & (hour < 24) & (minute < 60) & (second < 60)
+    return (day * 86_400 + hour * 3600 + minute * 60 + second) * 1000, good & (hour < 24) & (minute < 60) & (
+        second < 60
+    )
 
 
 def _days(year: _I64, month: _I64, day: _I64) -> tuple[_I64, Mask]:
@@ -204,8 +208,8 @@ def _days(year: _I64, month: _I64, day: _I64) -> tuple[_I64, Mask]:
 def read_times(column: Array, unit: str | None) -> Converted:
     """Converts a column to milliseconds since 1970, UTC; int64.
 
-    Fractions of a millisecond are cut off. `late` marks times of 2100 or later, which are NULL and not `bad`. In a column
-    whose unit is told by its values, and in Arrow times and text, 0 is a value like any other: the caller decides.
+    Fractions of a millisecond are cut off. `late` marks times of 2100 or later, which are NULL and not `bad`. 0 is a
+    value like any other: the caller decides.
 
     Args:
         column: A column as `plain` makes it.

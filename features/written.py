@@ -24,7 +24,7 @@ _CURRENCY = r"(?:[A-Z]{0,3}\p{Sc}|[A-Z]{3}|kr\.?|zł|Kč|Ft|Fr\.|lei)"
 _AMOUNTS = {
     r"\d{1,25}(?:\.\d{0,2}|\.\d{4,25})?": "",
     r"\d{1,25},\d{1,2}": "",
-    r"\d{1,3}(?:[ \x{a0}\x{202f}'’]\d{3})+(?:[.,]\d{1,2})?": r"[ \x{a0}\x{202f}'’]",
+    r"\d{1,3}(?:[ \x{a0}\x{202f}'\x{2019}]\d{3})+(?:[.,]\d{1,2})?": r"[ \x{a0}\x{202f}'\x{2019}]",
     r"\d{1,3}(?:,\d{3})+\.\d{1,2}|\d{1,3}(?:,\d{3}){2,}": ",",
     r"\d{1,3}(?:\.\d{3})+,\d{1,2}|\d{1,3}(?:\.\d{3}){2,}": r"\.",
 }
@@ -40,8 +40,8 @@ _AND = re.compile(r"(&|\b(and|und|et|y|e|og|och|en)\b)")
 def prices(text: Array) -> tuple[Array, Mask]:
     """The amounts of texts that are one price, NULL elsewhere, and where they are: `$12.99`, `1,299.00`, `12,99 €`.
 
-    Not read are more or less than one amount (`from 14.99`), and a last group of three digits that may be thousands or a
-    fraction: `1,299`, and `1.299` where a currency stands with it, for alone it is a number as programs write it.
+    Not read are more or less than one amount (`from 14.99`), and a last group of three digits that may be thousands or
+    a fraction: `1,299`, and `1.299` where a currency stands with it, for alone it is a number as programs write it.
     """
     amount = pa.array([None] * len(text), pa.string())
     for pattern, groups in _AMOUNTS.items():
@@ -139,7 +139,10 @@ def _loaded(cell: str) -> Any:
         return json.loads(cell, parse_int=str, parse_float=str, parse_constant=str)
     if _JUXTAPOSED.search(cell):
         return None
-    with warnings.catch_warnings(), contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    with (
+        warnings.catch_warnings(),
+        contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
+    ):
         warnings.simplefilter("ignore")
         return ast.literal_eval(cell)
     return None
@@ -178,4 +181,3 @@ def as_bools(text: Array) -> Array:
 
 _TRUE = ("true", "t", "yes", "y", "on", "1", "1.0", "in stock", "instock", "available")
 _FALSE = ("false", "f", "no", "n", "off", "0", "0.0", "out of stock", "outofstock", "sold out", "unavailable")
-

@@ -150,9 +150,7 @@ def test_times_in_every_usual_form_become_milliseconds(times: Any, expected: int
 def test_one_wrong_time_does_not_change_the_unit_of_the_others() -> None:
     loaded = events(timestamp=[NOON // 1000] * 3 + [NOON])
     assert loaded.table["timestamp"].to_pylist() == [NOON] * 3
-    assert reasons(loaded) == [
-        (3, "timestamp is 1600000000000, should be a time from 1970 up to 2100 in seconds UTC")
-    ]
+    assert reasons(loaded) == [(3, "timestamp is 1600000000000, should be a time from 1970 up to 2100 in seconds UTC")]
 
 
 def test_a_column_that_says_milliseconds_is_believed() -> None:
