@@ -72,8 +72,7 @@ class TableFile:
             shadowed = [name for name in columns if name in self.partition and name in names]
             inside = [name for name in columns if name in names]
             start = 0
-            for batch in parquet.iter_batches(rows, columns=inside or names[:1]):
-                table = pa.Table.from_batches([batch])
+            for table in _tables(parquet, inside or names[:1], rows):
                 for name in shadowed:
                     self._check(name, table[name], start)
                 for name in folders:
@@ -110,6 +109,15 @@ class TableFile:
                 f"{self.path} row {start + row}: {name} is {texts[row].as_py()!r}, but its folder says "
                 f"{name}={folder}: keep the column or the folder's name, not both"
             )
+
+
+def _tables(parquet: pq.ParquetFile, columns: list[str], rows: int) -> Iterator[pa.Table]:
+    # Arrow cannot join lists of dictionaries from two row groups, so that such lists come by row group.
+    nested = any(pa.types.is_nested(parquet.schema_arrow.field(name).type) for name in columns)
+    groups = [[number] for number in range(parquet.num_row_groups)] if nested else [list(range(parquet.num_row_groups))]
+    for chosen in groups:
+        for batch in parquet.iter_batches(rows, row_groups=chosen, columns=columns):
+            yield pa.Table.from_batches([batch])
 
 
 def find_files(path: Path) -> list[TableFile]:

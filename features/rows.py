@@ -182,7 +182,7 @@ def fit(
 
 
 def merge_unread(parts: Iterable[Unread]) -> list[Unread]:
-    """Returns one line per file and column for what parts of files say: files in their order, by first row, by column."""
+    """Returns one line per file and column: files in their order, then by first row and column."""
     merged: dict[tuple[str, str], Unread] = {}
     for cells in parts:
         key = (cells.file, cells.column)

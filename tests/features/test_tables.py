@@ -281,8 +281,8 @@ def test_what_may_be_learned_from_is_not_guessed() -> None:
     assert loaded.table["allow_train"].to_pylist() == [True, False, False, None]
     assert loaded.table["allow_measure"].to_pylist() == [True, False, False, None]
     assert [(cells.column, cells.count, cells.row) for cells in loaded.unread] == [
-        ("allow_train", 1, 2),
         ("allow_measure", 1, 2),
+        ("allow_train", 1, 2),
     ]
 
 

@@ -507,7 +507,9 @@ _POLARS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa
 
 def raw_rows(file: Path, use_polars: bool) -> dict[str, Raw]:
     """The cells of a file as another library reads them; times of Arrow as integers, with their type beside."""
-    table = pq.ParquetFile(file, coerce_int96_timestamp_unit="us").read()
+    parquet = pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
+    groups = [parquet.read_row_group(number) for number in range(parquet.num_row_groups)]
+    table = pa.concat_tables(groups) if groups else parquet.read()
     if use_polars and all(any(is_type(f.type) for is_type in _POLARS) for f in table.schema):
         with contextlib.suppress(pl.exceptions.ComputeError):  # polars refuses texts that are not UTF-8
             return pl.read_parquet(file, hive_partitioning=False).to_dict(as_series=False)
