@@ -220,8 +220,9 @@ def test_every_product_that_was_bought_is_kept_on_demand(journey: Path, tmp_path
 def test_a_bad_line_is_rejected_by_its_row_in_the_publishers_file(journey: Path, tmp_path: Path) -> None:
     file = journey / "transactions.parquet"
     table = pq.read_table(file)
-    paid = pa.array([0.0, 3.0, 99.0, 1.0, float("nan"), 0.0])
-    pq.write_table(table.set_column(table.schema.get_field_index("sales_value"), "sales_value", paid), file)
+    at = table.schema.get_field_index("product_id")
+    bought = pa.array([None if row == 4 else name for row, name in enumerate(table["product_id"].to_pylist())])
+    pq.write_table(table.set_column(at, "product_id", bought), file)
     answer = prepare("completejourney", journey, tmp_path / "out", min_households=2)
     assert [(r["file"], r["row"]) for r in answer["rejections"]] == [(str(file), 4)]
 
@@ -286,11 +287,11 @@ def test_an_unknown_name_or_option_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_the_answer_is_json_and_nothing_is_printed_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ratings = "".join(f"1::{n}::x::978300760\n" for n in range(30)) + PUBLISHED["ratings.dat"]
+    ratings = "".join(f"::{n}::5::978300760\n" for n in range(30)) + PUBLISHED["ratings.dat"]
     answer = prepare("movielens-1m", published(tmp_path, ratings=ratings), tmp_path / "out")
     out, err = capfd.readouterr()
     assert out == ""
-    assert "rejected ratings.dat row 0: value is 'x', should be a finite number" in err
+    assert "rejected ratings.dat row 0: user_id is '', should be given in every row" in err
     assert "rejected 10 more rows" in err
     assert answer["rejected"] == 30
     assert len(json.loads(json.dumps(answer))["rejections"]) == 20
