@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from features.errors import TablesError
 from features.schema import Required
 from features.times import RELATIVE
 
-# Letter case is ignored before this, so USER_ID and Timestamp need no line here.
+# Letter case, underscores, hyphens and spaces are ignored, so USER_ID and userId need no line here.
 ALIASES = {
     "datetime": "timestamp",
     "rating": "value",
@@ -101,7 +102,8 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     """Canonical column -> the file's column."""
     chosen: dict[str, str] = {}
     for name in schema.names:
-        same = [n for n in found.names if n == name] or [n for n in found.names if _canonical(n) == name]
+        names = {_bare(name), *(_bare(alias) for alias, meant in ALIASES.items() if meant == name)}
+        same = [n for n in found.names if n == name] or [n for n in found.names if _bare(n) in names]
         if len(same) > 1:
             raise TablesError(f"{source}: columns {same} all mean {name}: keep one of them")
         if same:
@@ -113,8 +115,8 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     return chosen
 
 
-def _canonical(name: str) -> str:
-    return ALIASES.get(name.lower(), name.lower())
+def _bare(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
 
 
 @dataclass(slots=True)

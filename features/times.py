@@ -231,7 +231,9 @@ def read_times(column: Array, unit: str | None) -> Converted:
         if is_text(column.type):
             text, empty, _ = trimmed(column)
             spelt, is_iso = _iso(only(text, ~numbers.given))
-            values, good = np.where(is_iso, spelt, values), good | is_iso
+            for_ever = matches(text, r"(?i)^\+?inf(inity)?$")  # as Postgres writes it
+            values = np.where(for_ever, END_OF_TIME_MS, np.where(is_iso, spelt, values))
+            good = good | is_iso | for_ever
             present &= ~empty
         elif pa.types.is_floating(column.type):
             present &= ~to_mask(pc.is_nan(column))
