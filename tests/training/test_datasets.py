@@ -220,9 +220,10 @@ def test_every_product_that_was_bought_is_kept_on_demand(journey: Path, tmp_path
 def test_a_bad_line_is_rejected_by_its_row_in_the_publishers_file(journey: Path, tmp_path: Path) -> None:
     file = journey / "transactions.parquet"
     table = pq.read_table(file)
-    at = table.schema.get_field_index("product_id")
-    bought = pa.array([None if row == 4 else name for row, name in enumerate(table["product_id"].to_pylist())])
-    pq.write_table(table.set_column(at, "product_id", bought), file)
+    name = "transaction_timestamp"
+    times = [None if row == 4 else time for row, time in enumerate(table[name].to_pylist())]
+    at = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(at, name, pa.array(times, table.schema.field(at).type)), file)
     answer = prepare("completejourney", journey, tmp_path / "out", min_households=2)
     assert [(r["file"], r["row"]) for r in answer["rejections"]] == [(str(file), 4)]
 
