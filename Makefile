@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-durability prove-freshness prove-redis prove-resume prove-skew clean
+.PHONY: prove-durability prove-freshness prove-reading prove-redis prove-resume prove-skew clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -81,6 +81,11 @@ LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N
 	$(BIN)/python -m benchmarks.report no-skew 'One history, read five ways' -- \
 		$(BIN)/python -m tests.proofs.skew --lives $(LIVES) --seed $(or $(SEED),1)
+
+FILES ?= 2000
+prove-reading: $(VENV)/.ready-dev  ## tables in every form, read by Penchant and by pyarrow or polars; FILES=N, SEED=N
+	$(BIN)/python -m benchmarks.report reading 'Tables in every form, read by two readers' -- \
+		$(BIN)/python -m tests.proofs.reading --files $(FILES) --seed $(or $(SEED),1)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo
