@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 
 from redis.exceptions import RedisError
 
-from features.bundle import open_bundle
+from features.bundle import Bundle, open_bundle
 from serving.child import LOG_FORMAT
 from serving.config import ServeConfig
 from serving.erasure import Ledger, replay
@@ -58,13 +58,14 @@ def serve(config: ServeConfig) -> int:
             settings[name] = printable(settings[name])
     _log.info("settings beside the defaults: %s", json.dumps(settings))
     bundle = open_bundle(config.bundle)
+    _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stop))
         redis, events = stack.enter_context(_stores(config))
         _hold_erasures(config, redis, events)
         address = stack.enter_context(_reserved(config))
-        orders = _orders(config, address, redis, events)
+        orders = _orders(config, bundle, address, redis, events)
         workers = [
             _Child(f"worker {number}", orders | {"role": "worker", "number": number})
             for number in range(config.worker_count)
@@ -206,13 +207,16 @@ def _stop(children: list[_Child], drain_s: float) -> None:
         child.end(end - time.monotonic())
 
 
-def _orders(config: ServeConfig, address: str, redis: str, events: str) -> dict[str, Any]:
-    """The settings of the children: everything found out here is in place of what it was found from."""
+def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, events: str) -> dict[str, Any]:
+    """The settings of the children: everything found out here is in place of what it was found from.
+
+    They open the very bundle that was verified here, by its real path and its id: a link may move while they run.
+    """
     settings = config.model_dump(mode="json", exclude={"token", "token_file"})
     settings |= {"listen": address, "redis": redis, "events_redis": events, "insecure": True}
     settings["workers"] = config.worker_count
-    settings["bundle"] = str(config.bundle.absolute())
-    return {"settings": settings, "token": config.secret()}
+    settings["bundle"] = str(bundle.path)
+    return {"settings": settings, "token": config.secret(), "bundle_id": bundle.bundle_id}
 
 
 def _environment() -> dict[str, str]:
