@@ -220,10 +220,10 @@ def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, event
 
 
 def _environment() -> dict[str, str]:
-    """One thread per library and none that spins: the service scales by processes."""
+    """One thread per library and none that spins: the service scales by processes. No library reports to its maker."""
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     ours = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    return {**os.environ, **ours}
+    return {"ORT_DISABLE_TELEMETRY": "1", **os.environ, **ours}
 
 
 @contextlib.contextmanager
