@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import stat
 import sys
 from typing import TextIO
 
@@ -19,7 +20,9 @@ class _Lasting(io.FileIO):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._gone = {errno.EPIPE, errno.EIO} if os.isatty(descriptor) else {errno.EPIPE}
+        # A pipe says EPIPE; a terminal says EIO, which means a broken disk where the stream goes into a file.
+        terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode)
+        self._gone = {errno.EPIPE, errno.EIO} if terminal else {errno.EPIPE}
 
     def write(self, data: object, /) -> int:
         """Writes bytes."""

@@ -115,15 +115,15 @@ class RedisServer:
             return self
         binary = find_binary()
         self._lock = locked(self.directory)
-        self._socket = self.directory / "redis.sock"
-        if len(os.fsencode(self._socket)) > _SOCKET_PATH_LIMIT:
-            # Data stays where it was asked for, only the socket moves.
-            self._socket_directory = _short_directory()
-            self._socket = self._socket_directory / "redis.sock"
         self._stopping.clear()
-        self._watcher = threading.Thread(target=self._watch, args=(binary,), name=f"redis-{self.role}", daemon=True)
-        self._watcher.start()
         try:
+            self._socket = self.directory / "redis.sock"
+            if len(os.fsencode(self._socket)) > _SOCKET_PATH_LIMIT:
+                # Data stays where it was asked for, only the socket moves.
+                self._socket_directory = _short_directory()
+                self._socket = self._socket_directory / "redis.sock"
+            self._watcher = threading.Thread(target=self._watch, args=(binary,), name=f"redis-{self.role}", daemon=True)
+            self._watcher.start()
             self._wait_ready(timeout_s)
         except ConfigError:
             self.stop()
