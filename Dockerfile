@@ -27,8 +27,8 @@ FROM serving-packages AS training-packages
 RUN pip install -c constraints.txt '.[cpu,training]'
 
 FROM python:3.11-slim AS image
-# Compiled kernels are kept below /tmp where the image is read-only; without a /tmp each process compiles its own.
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE ORT_DISABLE_TELEMETRY=1
+# Compiled kernels are cached where a read-only image can write; without a /tmp each process compiles its own.
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE NUMBA_CACHE_DIR=/tmp/numba ORT_DISABLE_TELEMETRY=1
 RUN useradd --uid 10001 --create-home penchant && install -d -o penchant /state /data
 USER penchant
 

@@ -284,16 +284,17 @@ def _reserved(config: ServeConfig) -> Iterator[str]:
         ConfigError: Somebody else uses it.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe, socket.socket(family, socket.SOCK_STREAM) as keeper:
+    with contextlib.ExitStack() as stack:
         try:
             # Without SO_REUSEPORT first: with it, two services would share one port without a word.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((config.host, config.port))
-            port = probe.getsockname()[1]
-            probe.close()
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((config.host, config.port))
+                port = probe.getsockname()[1]
+            keeper = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             keeper.bind((config.host, port))
-        except OSError as error:
+        except OSError as error:  # in use, of another machine, or of a family that the kernel has not
             raise ConfigError(f"cannot listen on {config.listen}: {error.strerror}; choose another address") from None
         yield f"[{config.host}]:{port}" if family == socket.AF_INET6 else f"{config.host}:{port}"
 

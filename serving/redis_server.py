@@ -114,7 +114,8 @@ class RedisServer:
         if self._watcher:
             return self
         binary = find_binary()
-        self._lock = locked(self.directory)
+        # Other users of the machine have no business with what people did, whatever the umask says.
+        self._lock = locked(self.directory, mode=0o700)
         self._stopping.clear()
         try:
             self._socket = self.directory / "redis.sock"
@@ -245,14 +246,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def locked(directory: Path) -> int:
+def locked(directory: Path, mode: int = 0o777) -> int:
     """Takes a directory for this process, as long as the handle returned is open; one just killed is given time to go.
+
+    Args:
+        directory: Made where it is missing.
+        mode: Its permissions, less those of the umask, if it is made.
 
     Raises:
         ConfigError: Somebody else holds it, or it cannot be written.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode, parents=True, exist_ok=True)
         handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None

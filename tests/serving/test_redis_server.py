@@ -54,8 +54,16 @@ def answer(client: redis.Redis, key: str) -> bytes | None:
         return None
 
 
+@pytest.fixture
+def open_to_all():
+    """A umask that closes nothing."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
 @pytest.mark.parametrize(("role", "fsync"), [("events", "always"), ("profiles", "everysec")])
-def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync):
+def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync, open_to_all):
     with RedisServer(tmp_path, role) as server, connect(server.url, 1) as client:
         assert client.config_get("appendonly", "appendfsync", "maxmemory-policy", "port") == {
             "appendonly": "yes",
@@ -65,6 +73,7 @@ def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync
         }
         assert int(client.config_get("maxmemory")["maxmemory"]) > 0
         assert (tmp_path / role / "redis.sock").stat().st_mode & 0o077 == 0
+        assert (tmp_path / role).stat().st_mode & 0o077 == 0
         require_safe(client, role)
         assert os.getpgid(server.pid) == server.pid
     assert server.pid is None

@@ -87,7 +87,8 @@ def test_it_answers_and_keeps_its_data_where_it_was_told(surrounded, place):
         [status] = client.ingest([event("ann", "i1", "like")])
         assert client.recommend(user_id="ann", min_profile_version=status.profile_version).profile_found
     written = state / "warehouse"
-    wait_until(lambda: (written / "dataset.json").exists() and open_dataset(written).info["events"] == 1)
+    wait_until(lambda: any(written.glob("events/*/*.parquet")) and (written / "dataset.json").exists())
+    wait_until(lambda: open_dataset(written).info["events"] == 1)
 
 
 def test_it_says_once_what_it_ignores(surrounded):
