@@ -63,5 +63,11 @@ def variables(
     return found
 
 
+def set_by(told: Mapping[str, Variable], message: str) -> str:
+    """Returns which variables a message is about that names settings, as an addition to it; nothing if about none."""
+    about = [variable.name for name, variable in told.items() if re.search(rf"\b{name}\b", message)]
+    return f" (set by {', '.join(sorted(about))})" if about else ""
+
+
 def _is_of_a_service(rest: str, text: str) -> bool:
     return bool(_OF_A_SERVICE.fullmatch(rest) or (_PORT.fullmatch(rest) and _ADDRESS.fullmatch(text)))

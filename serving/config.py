@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from features.environment import Variable, variables
+from features.environment import Variable, set_by, variables
 from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError
@@ -145,7 +145,7 @@ class ServeConfig(BaseModel):
             if first["loc"] and (variable := told.get(str(first["loc"][0]))):
                 meaning = cls.model_fields[str(first["loc"][0])].description
                 raise ConfigError(f"{variable.name}: {first['msg']}; it sets {where}: {meaning}") from None
-            raise ConfigError(f"{where}: {first['msg']}") from None
+            raise ConfigError(f"{where}: {first['msg']}{set_by(told, first['msg'])}") from None
 
     @field_validator("listen")
     @classmethod
@@ -172,7 +172,8 @@ class ServeConfig(BaseModel):
             raise ValueError("idle_days needs people in the warehouse: let default_purposes hold train or measure")
         if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
             raise ValueError(
-                f"{self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set insecure"
+                f"listen: {self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set "
+                "insecure"
             )
         return self
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from features.environment import Variable, variables
+from features.environment import Variable, set_by, variables
 from features.errors import ConfigError
 from features.profile import RING
 from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
@@ -172,7 +172,8 @@ def load_config(
         where = ".".join(map(str, first["loc"])) or "settings"
         if first["loc"] and (variable := told.get(str(first["loc"][0]))):
             where = f"{variable.name}: sets {where}"
-        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+        got = f" (got {first['input']!r})" if first["loc"] else set_by(told, first["msg"])
+        raise ConfigError(f"{where}: {first['msg']}{got}") from None
 
 
 def _from_file(file: Path) -> dict[str, Any]:

@@ -72,6 +72,15 @@ def test_a_wrong_value_of_a_variable_names_the_variable(monkeypatch, name, value
     load(**{name.lower(): field})
 
 
+def test_settings_that_do_not_fit_each_other_name_the_variables(monkeypatch):
+    monkeypatch.setenv("PENCHANT_LISTEN", "0.0.0.0:50051")
+    monkeypatch.setenv("PENCHANT_TLS_CERTIFICATE", "c")
+    with pytest.raises(ConfigError, match=r"belong together.* \(set by PENCHANT_TLS_CERTIFICATE\)"):
+        load()
+    with pytest.raises(ConfigError, match=r"not a loopback address.* \(set by PENCHANT_LISTEN, PENCHANT_TLS_"):
+        load(tls_key="k")
+
+
 def test_a_secret_of_the_environment_is_not_told(monkeypatch):
     monkeypatch.setenv("PENCHANT_TOKEN", "s3cret")
     assert load().secret() == "s3cret"

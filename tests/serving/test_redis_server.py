@@ -79,6 +79,14 @@ def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync
     assert server.pid is None
 
 
+def test_its_memory_is_a_share_of_what_the_container_grants(tmp_path, monkeypatch):
+    monkeypatch.setattr(redis_server, "memory", lambda: 1 << 30)
+    shares = {"events": 1 << 28, "profiles": 1 << 29}
+    for role, most in shares.items():
+        with RedisServer(tmp_path, role) as server, connect(server.url, 1) as client:
+            assert int(client.config_get("maxmemory")["maxmemory"]) == most
+
+
 def test_killed_it_comes_back_with_its_data(tmp_path):
     with RedisServer(tmp_path, "events") as server, connect(server.url, 1) as client:
         for number in range(3):

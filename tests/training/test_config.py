@@ -73,6 +73,12 @@ def test_a_wrong_value_of_a_variable_names_the_variable(monkeypatch: pytest.Monk
     assert load_config(None, ["epochs=2"]).epochs == 2
 
 
+def test_settings_that_do_not_fit_each_other_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENCHANT_TRAIN_HEADS", "3")
+    with pytest.raises(ConfigError, match=r"must divide dim \(64\) \(set by PENCHANT_TRAIN_HEADS\)"):
+        load_config()
+
+
 def test_a_variable_that_looks_like_a_setting_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
