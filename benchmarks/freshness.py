@@ -40,7 +40,8 @@ from features.bundle import open_bundle
 from features.profile import ENTRY, make_records
 from features.schema import event_type_key, item_key
 from features.vocabulary import Vocabulary
-from penchant.client import Client, channel_options, event
+from penchant.channels import channel_options
+from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 from serving.events import EventLog, LoggedEvent
 from serving.profiles import ProfileStore

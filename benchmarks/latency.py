@@ -23,7 +23,7 @@ import grpc.aio
 from hdrh.histogram import HdrHistogram
 
 from benchmarks.report import BenchmarkError, facts
-from penchant.client import channel_options
+from penchant.channels import channel_options
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
 CHANNELS = 8

@@ -10,12 +10,9 @@ so that a retry never counts twice. A client may be shared by threads.
 
 from __future__ import annotations
 
-import ipaddress
 import itertools
 import json
 import random
-import re
-import socket
 import threading
 import time
 import uuid
@@ -28,6 +25,7 @@ import grpc
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from penchant.channels import channel_options
 from penchant.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -60,7 +58,6 @@ _KINDS = {
 # Half of what a service takes in one message unless it is told otherwise.
 _BATCH_BYTES = 2 << 20
 
-_LOCAL_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 
 # A server that stops cancels the calls that it has not begun.
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -91,24 +88,6 @@ def event(user_id: str, item_id: str, event_type: str, **fields: Any) -> event_p
     return event_pb2.Event(
         subject=common_pb2.Subject(user_id=user_id), item_id=item_id, event_type=event_type, **fields
     )
-
-
-def channel_options(target: str) -> list[tuple[str, int]]:
-    """Returns what a gRPC channel to `target` needs: no proxy reaches what runs on this machine.
-
-    gRPC sends every connection to the proxy that `grpc_proxy`, `https_proxy` or `http_proxy` names, also those to
-    loopback addresses, unless `no_proxy` lists them.
-    """
-    return [("grpc.enable_http_proxy", 0)] if is_local(target) else []
-
-
-def is_local(target: str) -> bool:
-    """Returns True if every address of a gRPC target, such as `localhost:50051`, is on this machine."""
-    if target.lower().startswith(("unix:", "unix-abstract:")):
-        return True
-    named = re.match(r"dns:(//[^/]*/|/)?|ipv[46]:/*", target, re.IGNORECASE)
-    addresses = target[named.end() :] if named else target
-    return all(_is_loopback(_host(address)) for address in addresses.split(","))
 
 
 def violations(error: grpc.RpcError) -> dict[str, str]:
@@ -479,30 +458,6 @@ def _has_room_later(error: grpc.RpcError) -> bool:
     hints = error.trailing_metadata() or ()
     full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     return full and any(hint.key == "grpc-retry-pushback-ms" for hint in hints)
-
-
-def _host(address: str) -> str:
-    """The host of `HOST`, `HOST:PORT`, `[V6]:PORT` or a bare V6 address."""
-    bracketed = re.match(r"\[([^\]]*)\]", address)
-    if bracketed:
-        return bracketed[1]
-    return address if address.count(":") > 1 else address.partition(":")[0]
-
-
-def _is_loopback(host: str) -> bool:
-    name = host.rstrip(".").lower()
-    if name in _LOCAL_NAMES or name.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:
-        try:  # as a resolver reads 127.1
-            address = ipaddress.ip_address(socket.inet_aton(name))
-        except OSError:
-            return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    # A service that listens on every address is called by what it says it listens on.
-    return address.is_loopback or address.is_unspecified
 
 
 def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Channel:

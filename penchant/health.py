@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from penchant.client import channel_options
+from penchant.channels import channel_options
 
 _LISTEN = "127.0.0.1:50051"
 _EVERYWHERE = ("0.0.0.0", "::", "")

@@ -16,7 +16,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from penchant.client import Client, event, is_local, violations
+from penchant.channels import is_local
+from penchant.client import Client, event, violations
 from penchant.v1 import (
     catalog_pb2_grpc,
     event_pb2,
@@ -323,3 +324,18 @@ class TestProxies:
 )
 def test_what_is_on_this_machine(target, local):
     assert is_local(target) is local
+
+
+def test_names_that_the_machine_gives_itself_are_on_this_machine(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# 127.0.0.1 remark\n127.0.1.1 Box box.lan # ours\n10.0.0.1 far both\n::1 both\n\n")
+    monkeypatch.setattr("penchant.channels._HOSTS", hosts)
+    assert [is_local(f"{name}:1") for name in ("box", "Box.LAN", "far", "both", "remark")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    monkeypatch.setattr("penchant.channels._HOSTS", tmp_path / "none")
+    assert not is_local("box:1")
