@@ -1,4 +1,4 @@
-"""Settings in environment variables, told apart from variables that only begin like them.
+"""Settings in environment variables, by_setting apart from variables that only begin like them.
 
 Kubernetes and Docker give every container variables about the services around it, named after them: a service called
 `penchant-metrics` makes PENCHANT_METRICS_PORT=tcp://10.0.0.1:9090 in all containers of its namespace, and that name is
@@ -43,7 +43,7 @@ def variables(
         environment: All variables.
         foreign: What follows the prefix in names of other programs, in capitals; the start of it is enough.
     """
-    found = {}
+    by_setting = {}
     for name in sorted(environment, reverse=True):  # of the same name in capitals and not, the capitals win
         variable = Variable(name, environment[name])
         rest = name.upper().removeprefix(prefix)
@@ -51,7 +51,7 @@ def variables(
             continue
         service = _is_of_a_service(rest, variable.text)
         if rest.lower() in settings and not service:
-            found[rest.lower()] = variable
+            by_setting[rest.lower()] = variable
         elif rest.lower() in settings:
             _log.warning(
                 "%s=%s is ignored: it is the address of a service of that name, as Kubernetes sets it, and no value of "
@@ -60,12 +60,12 @@ def variables(
             )
         elif not service and (near := difflib.get_close_matches(rest.lower(), settings, n=1, cutoff=_LIKENESS)):
             _log.warning("%s is ignored: there is no such setting; did you mean %s%s?", name, prefix, near[0].upper())
-    return found
+    return by_setting
 
 
-def set_by(told: Mapping[str, Variable], message: str) -> str:
+def set_by(by_setting: Mapping[str, Variable], message: str) -> str:
     """Returns which variables a message is about that names settings, as an addition to it; nothing if about none."""
-    about = [variable.name for name, variable in told.items() if re.search(rf"\b{name}\b", message)]
+    about = [variable.name for name, variable in by_setting.items() if re.search(rf"\b{name}\b", message)]
     return f" (set by {', '.join(sorted(about))})" if about else ""
 
 

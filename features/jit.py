@@ -85,7 +85,7 @@ def private_directory(parent: Path) -> Path | None:
 
 
 def _cache(function: Callable[..., Any]) -> _Cache | None:
-    """A cache for a kernel: where numba would keep it, else in a private directory; None where nothing can be written.
+    """Returns a cache where numba would keep it, else in a private directory; None where nothing can be written.
 
     The private directory is handed on to child processes by the environment.
     """

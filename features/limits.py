@@ -55,7 +55,7 @@ def memory(root: Path = _ROOT) -> int:
 
 
 def _processors(group: Path) -> float | None:
-    """The processors' worth of time that a group grants; None without a limit."""
+    """Returns the processors' worth of time that a group grants; None without a limit."""
     quota, _, period = _text(group / "cpu.max").partition(" ")
     if not quota:
         quota, period = (_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
@@ -64,7 +64,7 @@ def _processors(group: Path) -> float | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The directories of the groups that this process is in, with those around them, of both versions."""
+    """Yields the directories of the groups that this process is in, with those around them, of both versions."""
     for mount in _mounts(root, controller):
         top = here = root / mount.place
         own = _own(root, mount.controller)
@@ -78,19 +78,19 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _mounts(root: Path, controller: str) -> list[_Mount]:
-    found = []
+    mounts = []
     for line in _text(root / "proc/self/mountinfo").splitlines():
         mounted, _, source = line.partition(" - ")
         fields, (kind, *_, options) = mounted.split(" "), source.split(" ")
         if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
             place, inside = _unescaped(fields[4]).lstrip("/"), _unescaped(fields[3])
-            found.append(_Mount(place, inside, controller if kind == "cgroup" else ""))
+            mounts.append(_Mount(place, inside, controller if kind == "cgroup" else ""))
     usual = [_Mount("sys/fs/cgroup", "/", ""), _Mount(f"sys/fs/cgroup/{controller}", "/", controller)]
-    return found or usual
+    return mounts or usual
 
 
 def _own(root: Path, controller: str) -> PurePosixPath:
-    """The group of this process in the hierarchy with a controller; the outermost where the kernel does not say."""
+    """Returns the group of this process in the hierarchy of a controller; the outermost if the kernel names none."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -100,7 +100,7 @@ def _own(root: Path, controller: str) -> PurePosixPath:
 
 
 def _unescaped(name: str) -> str:
-    """A path of mountinfo, where blanks and the like are octal numbers."""
+    """Returns a path of mountinfo, where blanks and the like are octal numbers."""
     for written, sign in _ESCAPES.items():
         name = name.replace(written, sign)
     return name
@@ -114,7 +114,7 @@ def _text(file: Path) -> str:
 
 
 def _number(text: str) -> float | None:
-    """A limit; None for "max", -1 and whatever else is none."""
+    """Returns a limit; None for "max", -1 and whatever else is none."""
     try:
         number = float(text)
     except ValueError:

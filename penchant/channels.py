@@ -30,7 +30,7 @@ def is_local(target: str) -> bool:
 
 
 def _host(address: str) -> str:
-    """The host of `HOST`, `HOST:PORT`, `[V6]:PORT` or a bare V6 address."""
+    """Returns the host of `HOST`, `HOST:PORT`, `[V6]:PORT` or a bare V6 address."""
     bracketed = re.match(r"\[([^\]]*)\]", address)
     if bracketed:
         return bracketed[1]
@@ -54,7 +54,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _names_of_loopback() -> set[str]:
-    """The names that this machine gives its loopback addresses itself, as Debian does with its own."""
+    """Returns the names that this machine gives its loopback addresses itself, as Debian does with its own."""
     try:
         lines = _HOSTS.read_text(encoding="utf-8", errors="replace").lower().splitlines()
     except OSError:

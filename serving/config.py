@@ -134,18 +134,18 @@ class ServeConfig(BaseModel):
         for name in (*values, *given):
             if name not in cls.model_fields:
                 raise ConfigError(f"unknown setting {name!r}; {_nearest(name, cls)}")
-        told = variables(PREFIX, cls.model_fields, os.environ, _FOREIGN)
-        told = {name: variable for name, variable in told.items() if name not in given}
-        values |= {name: _parsed(name, variable) for name, variable in told.items()}
+        environment = variables(PREFIX, cls.model_fields, os.environ, _FOREIGN)
+        environment = {name: variable for name, variable in environment.items() if name not in given}
+        values |= {name: _parsed(name, variable) for name, variable in environment.items()}
         try:
             return cls(**{**values, **given})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "configuration"
-            if first["loc"] and (variable := told.get(str(first["loc"][0]))):
+            if first["loc"] and (variable := environment.get(str(first["loc"][0]))):
                 meaning = cls.model_fields[str(first["loc"][0])].description
                 raise ConfigError(f"{variable.name}: {first['msg']}; it sets {where}: {meaning}") from None
-            raise ConfigError(f"{where}: {first['msg']}{set_by(told, first['msg'])}") from None
+            raise ConfigError(f"{where}: {first['msg']}{set_by(environment, first['msg'])}") from None
 
     @field_validator("listen")
     @classmethod
@@ -239,7 +239,7 @@ def _from_file(file: Path) -> dict[str, Any]:
 
 
 def _parsed(name: str, variable: Variable) -> Any:
-    """The value of a variable, as text unless its setting is a list or a mapping.
+    """Returns the value of a variable, as text unless its setting is a list or a mapping.
 
     Raises:
         ConfigError: A list or a mapping is not JSON.

@@ -159,9 +159,9 @@ def load_config(
     values = _from_file(file) if file is not None else {}
     given = dict(overrides) if isinstance(overrides, Mapping) else dict(_parse(text) for text in overrides)
     given |= {name: value for name, value in (("device", device), ("seed", seed)) if value is not None}
-    told = variables(PREFIX, TrainConfig.model_fields, os.environ)
-    told = {name: variable for name, variable in told.items() if name not in given}
-    values |= {name: _parsed(variable) for name, variable in told.items()} | given
+    environment = variables(PREFIX, TrainConfig.model_fields, os.environ)
+    environment = {name: variable for name, variable in environment.items() if name not in given}
+    values |= {name: _parsed(variable) for name, variable in environment.items()} | given
     for name in values:
         if name not in TrainConfig.model_fields:
             raise ConfigError(f"unknown setting {name!r}{_nearest(name)}")
@@ -170,9 +170,9 @@ def load_config(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "settings"
-        if first["loc"] and (variable := told.get(str(first["loc"][0]))):
+        if first["loc"] and (variable := environment.get(str(first["loc"][0]))):
             where = f"{variable.name}: sets {where}"
-        got = f" (got {first['input']!r})" if first["loc"] else set_by(told, first["msg"])
+        got = f" (got {first['input']!r})" if first["loc"] else set_by(environment, first["msg"])
         raise ConfigError(f"{where}: {first['msg']}{got}") from None
 
 
