@@ -343,7 +343,7 @@ def write_dataset(
         for label, table in tables.items():
             if label != "users" or table.num_rows:
                 pq.write_table(_without_empty(table), staging / f"{label}.parquet", compression="zstd")
-        (staging / "dataset.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        (staging / "dataset.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

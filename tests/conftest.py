@@ -29,6 +29,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 settings.register_profile("penchant", deadline=None)
 settings.load_profile("penchant")
 
+# Tests call servers on loopback by every client there is, and most clients would ask a proxy even for those.
+for _name in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
+
 # What a machine may lack with good reason; everything else that a test needs, the machine must have.
 EXCUSES = ("no GPU", "cannot mount")
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
-import numba as _numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,13 +21,12 @@ from features.content import codes
 from features.errors import TrainingError
 from features.events import Events
 from features.histories import KEYS, Distinct, Logged
+from features.jit import kernel
 from features.schema import NEGATIVE_EVENT_TYPES
 from features.tables import Dataset
 from features.vocabulary import Vocabulary
 from training.config import PASSIVE_TYPES, TrainConfig
 from training.hidden import hidden_items
-
-numba: Any = _numba
 
 BLOCK_EVENTS = 1 << 20
 """Events that are worked on at once; a person with more comes at once all the same."""
@@ -471,8 +469,8 @@ class Plan(Sequence[Windows]):
         return np.random.default_rng([self._batches.config.seed, self._number, part])
 
 
-@numba.njit(cache=True)
-def _any_inside(flags, starts, ends):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+@kernel()
+def _any_inside(flags: Any, starts: Any, ends: Any) -> npt.NDArray[np.bool_]:
     """Whether any of `flags[starts[i]:ends[i]]` is set; bool `[n]`."""
     found = np.zeros(starts.size, np.bool_)
     for part in range(starts.size):

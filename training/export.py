@@ -117,7 +117,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
         index = _write_index(loaded, data, world, staging, recall, gates)
         people = golden.answers(world, golden.make_people(world))
-        (staging / "golden.json").write_text(json.dumps(people, allow_nan=False))
+        (staging / "golden.json").write_text(json.dumps(people, allow_nan=False), encoding="utf-8")
         _write_tables(loaded, data, catalog, staging)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
