@@ -455,6 +455,12 @@ def rebuild(
         list[str] | None,
         typer.Option(metavar="TYPE=DAYS", help="Leave out events of a type that are older than this; repeatable."),
     ] = None,
+    max_rejected_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="Share of a table's rows that may be malformed.", show_default="0.01"
+        ),
+    ] = None,
 ) -> None:
     """Makes the profiles anew from a data set, such as the warehouse."""
     _use_cores(1)
@@ -462,7 +468,8 @@ def rebuild(
     from serving.rebuild import rebuild
 
     days = {name: _days(name, value) for name, value in _parse(retention or []).items()}
-    _answer(rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days)))
+    more = {} if max_rejected_share is None else {"max_rejected_share": max_rejected_share}
+    _answer(rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days), **more))
 
 
 @profiles.command()

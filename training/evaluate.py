@@ -29,7 +29,7 @@ from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
 from training.ranking import Pasts, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.report import write_report
-from training.run import LoadedRun, append_line, load_run
+from training.run import LoadedRun, admit_run, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
 
 SHOWN = 10
@@ -134,7 +134,7 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         `protocol`, `runs`, `seeds`, `users`, `targets`, `items`, `cold` (targets that no training event names; they are
         left out of everything but `with_cold`), `metrics` {name: {mean, low, high}}, `by_seed`, `baselines` {name:
         {metric: value}}, `paired` {baseline: {metric: interval of model minus baseline}}, `with_cold`, `segments`,
-        `coverage@10`, `novelty@10`, `blend`, `seconds`.
+        `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with what `features.intake.summary` says.
 
     Raises:
         LeakError: A run was trained on what the protocol tests.
@@ -170,8 +170,9 @@ def _events(runs: Sequence[Path], protocol: str, data: Path | None) -> dict[str,
         _refuse_leak(run, protocol)
         if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
             raise TrainingError(f"{run.path} and {loaded[0].path} were trained on different data sets")
+    left_out = admit_run(loaded[0])
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
-        return _measure(loaded, protocol)  # type: ignore[arg-type]
+        return _measure(loaded, protocol) | left_out  # type: ignore[arg-type]
 
 
 def _refuse_leak(run: LoadedRun, protocol: str) -> None:

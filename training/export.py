@@ -28,7 +28,7 @@ from training.data import Interactions, read_interactions
 from training.graphs import Arrays, Graph, LastHidden, parity, session_of, to_onnx
 from training.index_build import CUTOFFS, build
 from training.ranking import user_vectors
-from training.run import LoadedRun, input_shapes, load_run
+from training.run import LoadedRun, admit_run, input_shapes, load_run
 from training.segments import popular_in_segments
 from training.split import Targets
 
@@ -87,7 +87,7 @@ def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RE
         recall: Share of the truly best items that the index must find.
 
     Returns:
-        See `publish_run`.
+        See `publish_run`; with what `features.intake.summary` says.
 
     Raises:
         ExportError: A gate is not passed, or the run does not fit this version; nothing is published.
@@ -96,7 +96,8 @@ def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RE
     loaded = load_run(run, data)
     if loaded.result["feature_fingerprint"] != FEATURES.fingerprint():
         raise ExportError(f"{run}: trained on other features than this version has; train again")
-    return publish_run(loaded, out, recall)
+    left_out = admit_run(loaded)
+    return publish_run(loaded, out, recall) | left_out
 
 
 def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[str, Any]:
