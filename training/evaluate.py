@@ -22,6 +22,7 @@ from features.catalog import Columns, columns_of
 from features.errors import LeakError, TrainingError
 from features.outcomes import Outcomes
 from training.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
+from training.clock import tell_future
 from training.data import Interactions, read_interactions
 from training.heads import moment_of
 from training.machine import exact, prepared
@@ -207,6 +208,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
         "items": data.items,
         "blend": [one.result["blend"] for one in runs],
         **_summary(ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm),
+        **tell_future(data),
         "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in ours])),
         "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in ours])),
     }

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from features.errors import LeakError, TrainingError
+from training.clock import newest_of, tell_future
 from training.data import Interactions, read_interactions
 from training.hidden import hidden_items
 from training.machine import exact, prepared
@@ -87,6 +88,7 @@ def evaluate_cold(runs: Sequence[Path], data: Path | None = None) -> dict[str, A
         "over_chance": metrics[f"recall@{NEAR}"]["mean"] / chance,
         "baselines": {},
         **left_out,
+        **tell_future(asked[0].visible),
     }
 
 
@@ -100,9 +102,7 @@ def cold_targets(run: LoadedRun) -> Asked:
     ends = split(visible, config).fit_end
     chosen = hidden & whole.target & (before > 0) & (before >= ends[owner])
     if config.protocol == "temporal":
-        known = visible.timestamps
-        newest = max(known[b.events][b.position < ends[b.owner]].max(initial=0) for b in visible.blocks())
-        chosen &= whole.timestamps > newest
+        chosen &= whole.timestamps > newest_of(visible, ends)
     at = np.flatnonzero(chosen)
     return Asked(visible, Targets(owner[at], before[at]), whole.rows[at])
 

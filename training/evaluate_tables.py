@@ -21,6 +21,7 @@ from features.outcomes import Outcomes, Rates
 from features.schema import JUDGMENTS, JUDGMENTS_REQUIRED, Required
 from features.tables import Loaded, read_table, table_path
 from features.transforms import query_inputs
+from training.clock import tell_future
 from training.data import Interactions
 from training.evaluate import columns_of_run
 from training.feed import Lesson, lesson_of, line_users, logits_of
@@ -96,6 +97,7 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
     first = loaded[0]
     with prepared(first.config.threads), exact(), torch.inference_mode():
         tested = test(loaded, material.data, shown)
+    left_out |= tell_future(material.data)
     return logged(loaded, material.data.items, tested, baselines(first, material.data, shown, tested.lines)) | left_out
 
 

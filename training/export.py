@@ -24,6 +24,7 @@ from features.errors import ExportError
 from features.outcomes import Outcomes
 from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
 from training import golden
+from training.clock import tell_future
 from training.data import Interactions, read_interactions
 from training.graphs import Arrays, Graph, LastHidden, parity, session_of, to_onnx
 from training.index_build import CUTOFFS, build
@@ -105,7 +106,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
 
     Returns:
         `bundle_id`, `path`, `gates` {name: {`value`, `limit`, `passed`}}, `index` {`kind`, `lists`, `probes`}, `items`,
-        `bytes`.
+        `bytes`, `future_events`.
     """
     if out.exists():
         open_bundle(out)  # so that nobody waits for an export that cannot be published
@@ -120,6 +121,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         people = golden.answers(world, golden.make_people(world))
         (staging / "golden.json").write_text(json.dumps(people, allow_nan=False))
         _write_tables(loaded, data, catalog, staging)
+        future = tell_future(data)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
     return {
@@ -129,6 +131,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         "index": index,
         "items": catalog.size,
         "bytes": size,
+        **future,
     }
 
 

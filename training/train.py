@@ -21,6 +21,7 @@ from features.tables import Dataset
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
 from training.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
+from training.clock import tell_future
 from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
@@ -102,6 +103,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         left_out = _admit(data, dataset, config)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
+        left_out |= tell_future(material.data)
         modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         progress = Fit(out, config, material.data, material.division, modules, bags, on_step).run()
