@@ -320,7 +320,11 @@ def recommend(
     bundle: BundleDir,
     users: Annotated[
         Path,
-        typer.Option(metavar="FILE", exists=True, help="People: Parquet or JSON lines with user_id, or one id a line."),
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Users: one id a line, or user_id in CSV, TSV, JSON, JSON lines or Parquet.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
     redis: Redis = "embedded",
@@ -501,7 +505,12 @@ def show(
 def latency(
     target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Service to measure.")],
     users: Annotated[
-        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to ask for: one id a line.")
+        Path,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Users to ask for: one id a line, or user_id in CSV, TSV, JSON, JSON lines or Parquet.",
+        ),
     ],
     requests: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests to send.")] = None,
     rate: Annotated[

@@ -301,7 +301,9 @@ def test_the_answer_is_json_and_nothing_is_printed_on_stdout(tmp_path: Path, cap
 def test_a_source_that_is_mostly_malformed_is_refused_and_nothing_written(tmp_path: Path) -> None:
     ratings = "".join(f"1::{n}::4::x\n" for n in range(30)) + PUBLISHED["ratings.dat"]
     source = published(tmp_path, ratings=ratings)
-    with pytest.raises(TablesError, match=r"90\.9 % where 1 % is allowed.*allow it with --set max_rejected_share=0\.91"):
+    with pytest.raises(
+        TablesError, match=r"90\.9 % where 1 % is allowed.*allow it with --set max_rejected_share=0\.91"
+    ):
         prepare("movielens-1m", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(DatasetError, match="max_rejected_share is 7, should be a number from 0 to 1"):
