@@ -53,6 +53,7 @@ _FOREIGN = {
     b"PK\x03\x04": "a zip archive or a spreadsheet: save it as CSV",
     b"\x28\xb5\x2f\xfd": "zstandard: unpack it first",
 }
+_JSON = (".json", ".jsonl", ".ndjson")
 _LISTS = ("userid", "userids", "users")
 _DELIMITERS = (",", "\t", ";", "|")
 _WHOLE_LINE = "\x1f"
@@ -145,7 +146,7 @@ def _of_text(path: Path) -> UserIds:
     text, suffix = _decoded(path), path.suffix.lower()
     if suffix == ".json":
         place, found = _of_json(path, text)
-    elif suffix in (".jsonl", ".ndjson"):
+    elif suffix in _JSON:
         place, found = "line", _of_lines(path, text)
     else:
         place, found = "line", _of_csv(path, text, suffix)
@@ -158,7 +159,7 @@ def _of_text(path: Path) -> UserIds:
         if not name:
             missing.append(Rejected(str(path), at, "user_id is missing, should be given in every row"))
             continue
-        if trouble := _trouble(name):
+        if trouble := _trouble(name, text=suffix not in _JSON):
             _refuse(path, place, at, trouble)
         kept += 1
         ids[name] = None
@@ -301,13 +302,15 @@ def _id_of(value: Any) -> str | None:
     return str(value)
 
 
-def _trouble(name: str) -> str:
-    """What is wrong with an id, "" where nothing is."""
+def _trouble(name: str, text: bool = False) -> str:
+    """What is wrong with an id, "" where nothing is; in a text, a control character says that it is something else."""
     size = len(name.encode(errors="surrogatepass"))
     if size > MAX_ID_BYTES:
         return f"an id of {size} bytes, at most {MAX_ID_BYTES} are taken: name users by a shorter id"
-    if any(ord(sign) < 32 or "\ud800" <= sign <= "\udfff" for sign in name):
-        return f"{_shown(name)} is no id: it holds a control character, save the file as UTF-8 text"
+    if text and any(ord(sign) < 32 for sign in name):
+        return f"{_shown(name)} holds a control character: save the file as UTF-8, or give such ids in JSON or Parquet"
+    if any("\ud800" <= sign <= "\udfff" for sign in name):
+        return f"{_shown(name)} is no id: it is not Unicode text"
     return ""
 
 

@@ -323,7 +323,7 @@ def recommend(
         typer.Option(
             metavar="FILE",
             exists=True,
-            help="Users: one id a line, or user_id in CSV, TSV, JSON, JSON lines or Parquet.",
+            help="Users: one id a line, or user_id in CSV, TSV, JSON (lines) or Parquet.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],

@@ -100,8 +100,9 @@ def test_every_form_names_the_five_users(tmp_path: Path, name: str, capsys: pyte
     assert capsys.readouterr() == ("", "")
 
 
-# What no text file can hold without being another file: control characters, and what looks like a header.
-WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=12)
+# Without what makes another file of a text: control characters, a byte-order mark, and what looks like a header.
+SIGNS = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"], exclude_characters="\ufeff")
+WORDS = st.text(SIGNS, min_size=1, max_size=12)
 IDS = st.lists(
     WORDS.filter(lambda name: name == name.strip() and "".join(filter(str.isalnum, name.lower())) != "userid"),
     min_size=1,
@@ -119,6 +120,15 @@ def test_ids_come_back_from_every_form(tmp_path_factory: pytest.TempPathFactory,
         ids = [one for one in ids if not one.startswith('"')] or ["p1"]
     folder = tmp_path_factory.mktemp("ids")
     assert read_user_ids(written(folder, name, ids)) == ids
+
+
+@given(
+    ids=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=1, unique=True),
+    name=st.sampled_from([*COLUMNS, *(name for name, (suffix, _) in TEXTS.items() if suffix in ("json", "jsonl"))]),
+)
+@settings(max_examples=100, deadline=None)
+def test_json_and_parquet_hold_any_id(tmp_path_factory: pytest.TempPathFactory, ids: list[str], name: str) -> None:
+    assert read_user_ids(written(tmp_path_factory.mktemp("ids"), name, ids)) == ids
 
 
 @pytest.mark.parametrize(
@@ -225,7 +235,7 @@ def test_parquet_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TablesError, match=r"users\.parquet row 1: user_id is 1\.5"):
         read_user_ids(file)
     pq.write_table(pa.table({"user_id": ["x" * 513]}), file)
-    with pytest.raises(TablesError, match="513 bytes|512"):
+    with pytest.raises(TablesError, match=r"\b51[23]\b"):
         read_user_ids(file)
     pq.write_table(pa.table({"customer": ["p1"]}), file)
     with pytest.raises(TablesError, match=r"no column user_id; it has \['customer'\]"):
