@@ -28,7 +28,7 @@ class Evidence:
         impressions: `IMPRESSIONS`; None where there are none.
         rejected: Rows that are not in the tables because they are malformed.
         now_ms: The time now.
-        unread: The fate of the rows of each table, by its name, for the cells that could not be read.
+        intakes: The fate of the rows of each table, by its name, for the cells that could not be read.
         empty: What is wrong with tables that are there and hold no row.
         place: Names an event by its row in `events`.
     """
@@ -38,7 +38,7 @@ class Evidence:
     impressions: pa.Table | None = None
     rejected: list[Rejected] = field(default_factory=list)
     now_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    unread: Mapping[str, Intake] = field(default_factory=dict)
+    intakes: Mapping[str, Intake] = field(default_factory=dict)
     empty: Sequence[str] = ()
     place: Callable[[int], str] = "row {}".format
 

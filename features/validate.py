@@ -107,7 +107,7 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
         items=items.table["item_id"] if items else None,
         impressions=impressions.table if impressions else None,
         rejected=unreadable + rejected,
-        unread={name: loaded.intake for name, loaded in tables.items()},
+        intakes={name: loaded.intake for name, loaded in tables.items()},
         empty=empty,
         place=partial(_place, where, events),
     )
@@ -213,7 +213,7 @@ def _types(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         wrong, rows, f"{wrong} malformed rows of {rows}{example}", "write the columns as the row's reason says"
     )
-    for name, intake in evidence.unread.items():
+    for name, intake in evidence.intakes.items():
         for column in {cells.column: None for cells in intake.unread}:
             cells = [one for one in intake.unread if one.column == column]
             count, unread = sum(one.count for one in cells), cells[0]
