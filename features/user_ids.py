@@ -208,7 +208,7 @@ def _layout(text: str, suffix: str) -> tuple[str, int | None]:
     usual = {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(suffix)
     if len(first) > csv.field_size_limit() or _plain(first) == "userid":
         return usual or _WHOLE_LINE, 0 if _plain(first) == "userid" else None
-    for delimiter in dict.fromkeys([*([usual] if usual else []), *_DELIMITERS]):
+    for delimiter in (*((usual,) if usual else ()), *_DELIMITERS):
         names = [_plain(name) for name in next(csv.reader([first], delimiter=delimiter), [])]
         if names.count("userid") == 1:
             return delimiter, names.index("userid")
