@@ -135,7 +135,10 @@ def validate(
         typer.Option(metavar="CHECK=SHARE", help="Share of rows, 0 to 1, that a check lets pass; repeatable."),
     ] = None,
 ) -> None:
-    """Checks a data set, or what a running service logs; a check that fails says what to mend, and the status is 1."""
+    """Checks a data set, or what a running service logs.
+
+    A check that fails says what to correct. The status is 1 if one fails, or if there was nothing to check.
+    """
     _use_cores()
     if (data is None) == (live is None):
         raise typer.BadParameter("give either DATA or --live URL", param_hint="DATA")
@@ -164,8 +167,11 @@ def validate(
         print(f"{'PASS' if check['passed'] else 'FAIL'}  {check['name']}: {check['detail']}")
     for name, why in said["skipped"].items():
         print(f"SKIP  {name}: {why}")
+    said["passed"] = bool(said["checks"]) and all(check["passed"] for check in said["checks"])
+    if not said["checks"]:
+        print("FAIL  nothing was checked: a data set or a log needs events")
     _answer(said)
-    raise typer.Exit(0 if all(check["passed"] for check in said["checks"]) else 1)
+    raise typer.Exit(0 if said["passed"] else 1)
 
 
 @app.command()
@@ -317,7 +323,11 @@ def recommend(
     bundle: BundleDir,
     users: Annotated[
         Path,
-        typer.Option(metavar="FILE", exists=True, help="People: Parquet or JSON lines with user_id, or one id a line."),
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Users: one id a line, or user_id in CSV, TSV, JSON (lines) or Parquet.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
     redis: Redis = "embedded",
@@ -458,6 +468,12 @@ def rebuild(
         list[str] | None,
         typer.Option(metavar="TYPE=DAYS", help="Leave out events of a type that are older than this; repeatable."),
     ] = None,
+    max_rejected_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="Share of a table's rows that may be malformed.", show_default="0.01"
+        ),
+    ] = None,
 ) -> None:
     """Makes the profiles anew from a data set, such as the warehouse."""
     _use_cores(1)
@@ -465,7 +481,8 @@ def rebuild(
     from serving.rebuild import rebuild
 
     days = {name: _days(name, value) for name, value in _parse(retention or []).items()}
-    _answer(rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days)))
+    more = {} if max_rejected_share is None else {"max_rejected_share": max_rejected_share}
+    _answer(rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days), **more))
 
 
 @profiles.command()
@@ -491,7 +508,12 @@ def show(
 def latency(
     target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Service to measure.")],
     users: Annotated[
-        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to ask for: one id a line.")
+        Path,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Users to ask for: one id a line, or user_id in CSV, TSV, JSON, JSON lines or Parquet.",
+        ),
     ],
     requests: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests to send.")] = None,
     rate: Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import uuid
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from features.errors import TablesError
+from features.user_ids import read_user_ids
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Engine, Host, Surroundings, open_engine
@@ -58,7 +57,7 @@ def recommend(
 
     Args:
         bundle: Directory of the bundle.
-        users: Parquet with a column `user_id`, JSON lines with a field `user_id`, or a text file with one id a line.
+        users: File of users, or a folder of Parquet: see `features.user_ids`.
         out: Parquet file to write, whole or not at all: `SCHEMA`.
         redis_url: URL of the profiles Redis, or "embedded" to start one on the data of a service that is stopped.
         events_redis_url: URL of the events Redis, which holds the live catalogue; the same one where empty.
@@ -68,12 +67,12 @@ def recommend(
         `users`, `items_per_user` (mean), `seconds`, `personal` (people whose history was used).
 
     Raises:
-        TablesError: The people cannot be read.
+        TablesError: The users cannot be read.
         BundleError: The bundle is refused.
         Unavailable: A Redis does not answer: nothing is written, as nobody should get what was not meant for them.
     """
     begun = time.monotonic()
-    people = _people(users)
+    people = read_user_ids(users)
     config = ServeConfig.load(bundle=bundle)
     batch = out.with_name(out.name + ".part")
     with _opened(config, redis_url, events_redis_url) as engine, pq.ParquetWriter(batch, SCHEMA) as writer:
@@ -146,25 +145,3 @@ def _opened(config: ServeConfig, redis_url: str, events_redis_url: str) -> Itera
         engine = open_engine(config.bundle, Surroundings(config, store, progress, Telemetry()))
         Follower(Host(engine), CatalogLog(events), progress).catch_up()
         yield engine
-
-
-def _people(users: Path) -> list[str]:
-    """The ids in a file, each once, in order.
-
-    Raises:
-        TablesError: The file cannot be read, or names nobody.
-    """
-    try:
-        if users.suffix == ".parquet":
-            found = pq.read_table(users, columns=["user_id"]).column("user_id").cast(pa.string()).to_pylist()
-        else:
-            lines = [line.strip() for line in users.read_text(encoding="utf-8").splitlines()]
-            found = [json.loads(line)["user_id"] if users.suffix == ".jsonl" else line for line in lines if line]
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise TablesError(
-            f"{users}: no people in it ({error!r}); give Parquet or JSON lines with user_id, or text"
-        ) from None
-    people = list(dict.fromkeys(str(person) for person in found if person))
-    if not people:
-        raise TablesError(f"{users}: names nobody; give Parquet or JSON lines with user_id, or one id a line")
-    return people

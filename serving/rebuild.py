@@ -23,6 +23,7 @@ from features.content import codes, is_present
 from features.errors import ProfileCorrupt, TablesError
 from features.events import Events, complete
 from features.histories import Logged, history_keys
+from features.intake import REJECTED_SHARE, admit
 from features.profile import RECORD, Profile, Records, Retention, empty, fold, make_records
 from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_info, read_table, table_path
@@ -98,6 +99,7 @@ def rebuild(
     *,
     partitions: int = 16,
     retention: Retention | None = None,
+    max_rejected_share: float = REJECTED_SHARE,
 ) -> dict[str, Any]:
     """Folds the events of a data set, the warehouse among them, into profiles and stores those.
 
@@ -112,19 +114,21 @@ def rebuild(
         events_redis_url: The Redis of the event log, where it is another; there must be a log, as `serve` makes it.
         partitions: Partitions of the event log.
         retention: How long events stay in profiles.
+        max_rejected_share: Share of a table's rows that may be malformed.
 
     Returns:
-        `profiles` written, `kept` as they were, `events` folded, `applied` from the log, `rejected` rows of the data
-        set, `seconds`.
+        `profiles` written, `kept` as they were, `events` folded, `applied` from the log, `seconds`, and what was left
+        out of the data set, as `features.intake.summary` says.
 
     Raises:
-        TablesError: The data set cannot be read.
+        TablesError: The data set cannot be read, or too many of its rows are malformed; nothing is stored.
         ConfigError: The URL is wrong, no event log is there, or it has another number of partitions.
         Unavailable: A Redis does not answer; a repeat is safe.
     """
     begun = time.monotonic()
     since = int(read_info(data).get("until", 0))
     dataset, kept = _history(data), retention or Retention({})
+    left_out = admit(dataset.intake, max_rejected_share, "--max-rejected-share ", dataset.info.get("time_units"))
     with connect(redis_url, _TIMEOUT_S) as client, connect(events_redis_url or redis_url, _TIMEOUT_S) as events:
         # Without the log, whoever was erased or withdrew their consent would have a profile again.
         partitions_of(events)
@@ -144,7 +148,7 @@ def rebuild(
         "kept": loaded.kept,
         "events": dataset.events.num_rows,
         "applied": applied,
-        "rejected": len(dataset.rejected),
+        **left_out,
         "seconds": round(time.monotonic() - begun, 3),
     }
 

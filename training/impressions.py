@@ -20,7 +20,7 @@ from features.columns import pc
 from features.content import codes, is_present
 from features.outcomes import Outcomes
 from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED, item_keys
-from features.tables import Dataset, read_table, table_path
+from features.tables import Dataset, Loaded, read_table, table_path
 from features.vocabulary import Vocabulary
 from training.config import Action
 from training.data import Interactions
@@ -96,12 +96,22 @@ def read_shown(
     return lines
 
 
+def read_slates(path: Path) -> Loaded | None:
+    """Reads the table of impressions of a data set; None where there is none.
+
+    Raises:
+        TablesError: It cannot be read.
+    """
+    where = table_path(path, "impressions")
+    return None if where is None else read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED)
+
+
 def _slates(path: Path) -> pa.Table | None:
     """The impressions of a data set that models may be trained on."""
-    where = table_path(path, "impressions")
-    if where is None:
+    loaded = read_slates(path)
+    if loaded is None:
         return None
-    slates = read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
+    slates = loaded.table
     return slates.filter(pc.fill_null(slates["allow_train"], True))
 
 
