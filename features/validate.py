@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
         rejected=unreadable + rejected,
         intakes={name: loaded.intake for name, loaded in tables.items()},
         empty=empty,
-        place=partial(_place, where, events),
+        place=events.place,
     )
     return judge(evidence, allow)
 
@@ -164,21 +163,6 @@ def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[
 def passed(checks: Sequence[Mapping[str, Any]]) -> bool:
     """Returns True if some check was made and none failed: where nothing was looked at, nothing is known."""
     return bool(checks) and all(check["passed"] for check in checks)
-
-
-def _place(where: Path, loaded: Loaded, row: int) -> str:
-    """Names the file of an event, and its row there; `row` counts the rows that were kept."""
-    files = [where] if where.is_file() else sorted(where.rglob("*.parquet"))
-    parts = [loaded] if where.is_file() else [read_table(file, EVENTS, EVENTS_REQUIRED) for file in files]
-    if sum(part.table.num_rows for part in parts) != loaded.table.num_rows:
-        return f"{where} row {row} of those that were kept"
-    for file, part in zip(files, parts, strict=True):
-        if row < part.table.num_rows:
-            left_out = np.array([one.row for one in part.rejected], np.int64)
-            kept = np.setdiff1d(np.arange(part.table.num_rows + left_out.size), left_out)
-            return f"{file} row {kept[row]}"
-        row -= part.table.num_rows
-    raise IndexError(row)
 
 
 def _lacking(name: str, evidence: Evidence) -> str:
