@@ -23,6 +23,7 @@ from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.adjusters import Dialled
 from serving.config import ServeConfig
+from serving.experiments import Holdout
 from serving.filters import Blocked, Eligible, Excluded, Seen
 from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
@@ -34,7 +35,7 @@ from serving.profiles import ProfileStore
 from serving.reasons import Reasons
 from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer
 from serving.selectors import TopK
-from serving.side_effects import Impressions, ImpressionWriter
+from serving.side_effects import Impressions, SlateSink
 from serving.sources import (
     Fresh,
     GivenCandidates,
@@ -115,7 +116,7 @@ class Surroundings:
     store: ProfileStore
     progress: Progress
     telemetry: Telemetry
-    impressions: ImpressionWriter | None = None
+    impressions: SlateSink | None = None
     turns: Turns = field(default_factory=lambda: Turns(1))
 
 
@@ -234,6 +235,7 @@ class _Builder:
                 self._around.turns,
                 self._around.config.default_consent,
                 segments,
+                Holdout(self._around.config.holdout_share, self._around.config.holdout_salt),
             ),
             UserVector(self._model, self._catalog),
         ]

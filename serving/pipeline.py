@@ -73,6 +73,7 @@ class Query:
         deadline: When the answer must be there, on the clock of `time.monotonic`, seconds.
         page_size: Number of items wanted.
         surface: Where the answer is shown.
+        method: The method that answers: "recommend", "search", "rank" or "similar".
         session_id: The visit.
         context: What the caller says of the request, to be logged with the impression; by column of that table.
         text: The words searched for.
@@ -111,6 +112,7 @@ class Query:
     deadline: float
     page_size: int
     surface: str = ""
+    method: str = ""
     session_id: str = ""
     context: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""

@@ -24,6 +24,7 @@ from features.profile import (
     EVICTED_CAP,
     HEADER_SIZE,
     RECORD,
+    REPAIR,
     RING,
     Profile,
     Purpose,
@@ -342,10 +343,23 @@ class ProfileStore:
             split(blob)
         except ProfileCorrupt:
             consent = _consent(blob)
-            kept = profile if consent is None or Purpose.PERSONALISE in consent else empty()
+            kept = profile if consent is None or Purpose.PERSONALISE in consent else replace(empty(), lost=profile.lost)
             new = encode(replace(kept, consent=consent), *_marks(blob))
             return int(self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, new)))
         return 0
+
+    def set_aside(self, subject: str) -> bool:
+        """Puts a profile whose past is lost in the place of a damaged one, so that what the user says next holds.
+
+        It keeps what the damaged header says of consent, and up to where it forgets.
+
+        Returns:
+            True where it was damaged.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+        """
+        return bool(self._mend(subject, replace(empty(), lost=True)))
 
     def leave(self, before_ms: int) -> int:
         """Drops the events of everybody whose newest one is from before a time; what they allow and want stays.
@@ -405,7 +419,7 @@ class ProfileStore:
         blob: bytes = self._nodes.command("GETRANGE", self.key_of(subject), 0, self._giant)
         if len(blob) > self._giant:
             self._telemetry.count("profile_corrupt")
-            raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have")
+            raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have; {REPAIR}")
         return blob
 
     def _application(self, subject: str, entries: Entries) -> Call:
@@ -432,7 +446,7 @@ class ProfileStore:
         message = str(error)
         if "CORRUPT" in message or "WRONGTYPE" in message:
             self._telemetry.count("profile_corrupt")
-            return ProfileCorrupt(f"the stored profile is damaged ({message}); rebuild it: penchant profiles rebuild")
+            return ProfileCorrupt(f"the stored profile is damaged ({message}); {REPAIR}")
         if "TAILFULL" in message:
             reason = "this person sends events faster than they are folded; slow down"
             return TailFull(reason, field="subject", retry_after_ms=1000)

@@ -22,14 +22,16 @@ from features.columns import pc
 from features.content import codes, is_present
 from features.errors import ProfileCorrupt, TablesError
 from features.events import Events, complete
-from features.profile import RECORD, Profile, Records, Retention, empty, fold, make_records
+from features.profile import PAST_LOST, RECORD, Profile, Records, Retention, empty, fold, make_records
 from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_info, read_table, table_path
 from features.vocabulary import Vocabulary
-from serving.events import Entry, EventLog, partitions_of, sound
+from serving.errors import ProfileStoreUnavailable
+from serving.events import Entry, EventLog, partitions_for, partitions_of, sound
 from serving.people import marks
 from serving.profiles import Applied, ProfileStore, TailFull
 from serving.redis_client import connect, partition_of
+from serving.redis_nodes import Nodes, agreed_partitions
 from serving.scripts import LIVE, SEQUENCE_BITS
 from serving.warehouse_tables import subject_of, user_id_of
 
@@ -95,7 +97,7 @@ def rebuild(
     redis_url: str,
     events_redis_url: str | None = None,
     *,
-    partitions: int = 16,
+    partitions: int | None = None,
     retention: Retention | None = None,
 ) -> dict[str, Any]:
     """Folds the events of a data set, the warehouse among them, into profiles and stores those.
@@ -109,7 +111,7 @@ def rebuild(
         data: Directory of the data set.
         redis_url: The profiles Redis.
         events_redis_url: The Redis of the event log, where it is another; there must be a log, as `serve` makes it.
-        partitions: Partitions of the event log.
+        partitions: Partitions of the event log; None: as the log says.
         retention: How long events stay in profiles.
 
     Returns:
@@ -127,6 +129,7 @@ def rebuild(
     with connect(redis_url, _TIMEOUT_S) as client, connect(events_redis_url or redis_url, _TIMEOUT_S) as events:
         # Without the log, whoever was erased or withdrew their consent would have a profile again.
         partitions_of(events)
+        partitions = partitions_for(events, partitions)
         store, log = ProfileStore(client, partitions), EventLog(events, partitions)
         store.open()
         log.open()
@@ -183,33 +186,37 @@ def rehydrate(
     return store.put_states(states.items()).written
 
 
-def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: int = 16) -> dict[str, Any]:
+def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: int | None = None) -> dict[str, Any]:
     """One profile as a person would read it.
 
     Args:
         user: The person, as the warehouse names them: `a:` and the anonymous id of a visitor.
         redis_url: The profiles Redis.
         bundle: Names items, categories and event types; without it items are shown by their key.
-        partitions: Partitions of the event log.
+        partitions: Partitions of the event log; None: as the profiles say.
 
     Returns:
-        `user`, `found`, `profile_version`, `event_count`, `seen_only` (items remembered only as seen), `categories`
-        {name: share} and the newest `events`, newest first.
+        `user`, `found`, `damage` (what is wrong with the stored profile and how it is repaired; "" where it is whole),
+        `profile_version`, `event_count`, `seen_only` (items remembered only as seen), `categories` {name: share} and the
+        newest `events`, newest first. Of a profile that cannot be read, the first three.
 
     Raises:
-        ProfileCorrupt: The stored profile is damaged.
         BundleError: The bundle is damaged.
         ConfigError: The URL is wrong.
         ProfileStoreUnavailable: Redis does not answer.
     """
     with connect(redis_url, _TIMEOUT_S) as client:
-        store = ProfileStore(client, partitions)
+        store = ProfileStore(client, agreed_partitions(Nodes(client, ProfileStoreUnavailable), partitions))
         store.open()
-        profile = store.read(subject_of(user))
+        try:
+            profile = store.read(subject_of(user))
+        except ProfileCorrupt as error:
+            return {"user": user, "found": True, "damage": str(error)}
     items, types = _names(profile, bundle)
     return {
         "user": user,
-        "found": profile.count > 0,
+        "found": profile.count > 0 or profile.lost,
+        "damage": PAST_LOST if profile.lost else "",
         "profile_version": profile.version,
         "event_count": profile.count,
         "seen_only": int(profile.evicted.size),

@@ -143,7 +143,7 @@ def _learn_from_impressions(
     shown = None
     # Impressions are cut by time: one that is not later than another's test could tell of it.
     if config.ranker_steps and not config.hide_items and config.protocol != "leave-one-out" and not data.ordered_only:
-        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions)
+        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
     teller = Teller(data, columns, material.actions, shown, material.division.fit_end)
     if shown is not None:
         feed = read_feed(teller, shown, modules.user, table, config)

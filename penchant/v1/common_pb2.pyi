@@ -64,7 +64,9 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_PROFILE_STALE: _Part.ValueType  # 2
     """The profile is older than min_profile_version asked for."""
     PART_PROFILE_CORRUPT: _Part.ValueType  # 3
-    """The person's stored profile failed its checksum and was not used."""
+    """The person's stored profile failed its checksum and was not used, or its past is lost and only what came since was; the reason
+    says how it is repaired.
+    """
     PART_USER_ENCODER: _Part.ValueType  # 4
     """The user encoder failed: a lower rung served."""
     PART_SOURCE: _Part.ValueType  # 5
@@ -90,7 +92,9 @@ PART_PROFILE_STORE: Part.ValueType  # 1
 PART_PROFILE_STALE: Part.ValueType  # 2
 """The profile is older than min_profile_version asked for."""
 PART_PROFILE_CORRUPT: Part.ValueType  # 3
-"""The person's stored profile failed its checksum and was not used."""
+"""The person's stored profile failed its checksum and was not used, or its past is lost and only what came since was; the reason
+says how it is repaired.
+"""
 PART_USER_ENCODER: Part.ValueType  # 4
 """The user encoder failed: a lower rung served."""
 PART_SOURCE: Part.ValueType  # 5
@@ -318,7 +322,9 @@ Global___Degradation: _TypeAlias = Degradation  # noqa: Y015
 
 @_typing.final
 class Experiment(_message.Message):
-    """Which arm of the holdout this person is in, assigned by a hash of the person's id."""
+    """Which arm of the holdout this person is in, assigned by a hash of the person's id: of the user id, or of the anonymous id until
+    MergeIdentities moves it to a user; from then on the anonymous id is in that user's arm.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -154,6 +154,7 @@ def _known(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> np
 
 def _answer(method: str, query: Query, missing: dict[str, None], engine: Engine) -> ranking_pb2.Slate:
     """Runs a query and puts the slate into the words of the contract."""
+    query.method = method
     slate = engine.pipelines[method].run(query)
     profile = query.profile
     return ranking_pb2.Slate(

@@ -64,9 +64,11 @@ def ingest(log: EventLog, *events: event_pb2.Event, of: Catalog = CATALOG) -> li
 def slate(user: str, request_id: str, rows: Sequence[int], **fields: Any) -> LoggedImpression:
     """What the impression log gets for a slate of these rows of `CATALOG`."""
     subject = user if user.startswith(("u:", "a:")) else f"u:{user}"
+    sources = fields.pop("sources", None)
     query = Query(request_id, subject, fields.pop("at", now_ms()), 0.0, len(rows), surface="home", **fields)
     shown = np.array(rows, np.int32)
     scores = np.linspace(1, 0, len(rows)).astype(np.float32)
-    candidates = Candidates(shown, scores[None], ("popular",))
+    proposed = np.array(list(sources.values()), np.float32) if sources else scores[None]
+    candidates = Candidates(shown, proposed, tuple(sources or ("popular",)))
     answer = Slate(shown, scores, np.ones(len(rows)), candidates, None, {}, [])
     return _logged(_Shown(query, answer, CATALOG, "bundle-1"))
