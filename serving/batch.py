@@ -132,9 +132,8 @@ def recommend(
         facts: dict[str, Any] = {"finished": finish(out, service.log)}
         kept = stack.enter_context(SlateFile(out, run))
         part = out.with_name(f"{out.name}.part")
-        facts |= _write(
-            service, people, _Asked(items, channel, surface), part, run, kept if log and config.impressions else None
-        )
+        logged = kept if log and config.impressions else None
+        facts |= _write(service, people, _Asked(items, channel, surface), part, run, logged)
         kept.sync()
         sync(part)
         os.replace(part, out)

@@ -1,8 +1,8 @@
 """The slates of a batch on their way into the log: in a file until the output is delivered, then logged once each.
 
-A run writes its slates beside its output, under a name that holds the id of the run; the output holds the id too. So one
-rename decides: once the output is in its place it counts as delivered, and what a crash leaves to log is logged by the
-next run into the same output. The slates of an output that never came into its place are deleted.
+A run writes its slates beside its output, under a name that holds the id of the run; the output holds the id too. So
+one rename decides: once the output is in its place it counts as delivered, and what a crash leaves to log is logged by
+the next run into the same output. The slates of an output that never came into its place are deleted.
 """
 
 from __future__ import annotations

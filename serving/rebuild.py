@@ -197,8 +197,8 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
 
     Returns:
         `user`, `found`, `damage` (what is wrong with the stored profile and how it is repaired; "" where it is whole),
-        `profile_version`, `event_count`, `seen_only` (items remembered only as seen), `categories` {name: share} and the
-        newest `events`, newest first. Of a profile that cannot be read, the first three.
+        `profile_version`, `event_count`, `seen_only` (items remembered only as seen), `categories` {name: share} and
+        the newest `events`, newest first. Of a profile that cannot be read, the first three.
 
     Raises:
         BundleError: The bundle is damaged.
