@@ -19,9 +19,7 @@ from serving.config import ServeConfig
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
 from serving.events import EventLog
 from serving.redis_client import connect
-from serving.redis_server import RedisServer
 from tests.proofs import batch as proof
-from tests.serving.inside import inside
 from tests.serving.logged import slate
 from tests.world import rows_of
 
@@ -50,9 +48,7 @@ def slates_of(url, names):
         log = EventLog(client)
         return {
             name: [
-                json.loads(entry.payload)
-                for entries in log.history(f"u:{name}", impressions=True)
-                for entry in entries
+                json.loads(entry.payload) for entries in log.history(f"u:{name}", impressions=True) for entry in entries
             ]
             for name in names
         }
@@ -205,8 +201,3 @@ def test_a_file_without_people_is_refused_by_name(world, tmp_path, name, content
     (tmp_path / name).write_text(content)
     with pytest.raises(TablesError, match=name):
         recommend(ServeConfig.load(bundle=world), tmp_path / name, tmp_path / "out.parquet")
-
-
-def test_a_device_stays_in_one_arm_over_a_login(world, tmp_path, profiles_server, events_server):
-    """Whatever worker is asked, before and after a restart, and after the salt has changed."""
-    del inside, RedisServer
