@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Self
 
@@ -153,8 +154,8 @@ def _held(slate: LoggedImpression, log: EventLog) -> set[bytes]:
 def _read(path: Path) -> Iterator[list[LoggedImpression]]:
     """The slates of a file, some at a time."""
     with path.open("rb") as file:
-        while lines := [line.rstrip(b"\n") for line, _ in zip(file, range(_TOGETHER), strict=False)]:
-            yield [_slate(line) for line in lines]
+        while lines := list(islice(file, _TOGETHER)):
+            yield [_slate(line.rstrip(b"\n")) for line in lines]
 
 
 def _slate(payload: bytes) -> LoggedImpression:

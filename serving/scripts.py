@@ -89,7 +89,7 @@ if #new > 0 then
     redis.call('SET', KEYS[1], ARGV[1] .. tail)
   end
 end
-return {#new, refused, #tail / ENTRY, head and string.byte(head, 6) == 1 and 1 or 0}
+return {#new, refused, #tail / ENTRY, head and string.byte(head, 6) or 0}
 """
 )
 

@@ -156,6 +156,8 @@ def compare(bundle: Path, redis: str, events_redis: str, folder: Path, users: in
             recommend(config.model_copy(update={"holdout_share": 0.0}), listed, careless, PAGE, log=False)
         differences = _differences(answers, batch)
         control = _differences(answers, pq.read_table(careless).to_pylist())
+        if facts["logged"] + facts["not_logged"] != len(batch):
+            differences.append(f"of {len(batch)} slates {facts['logged']} are logged, {facts['not_logged']} may not be")
         differences += _in_the_warehouse(warehouse, batch, facts["logged"])
         own = Holdout(settings["holdout_share"], settings["holdout_salt"])
         merged = [(f"a:{device}", name) for device, name in everybody.merged.items()]

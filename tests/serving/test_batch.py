@@ -146,7 +146,7 @@ def test_what_was_delivered_is_logged_once_whatever_happens_in_between(config, t
     monkeypatch.setattr("serving.batch_log._ATTEMPTS", 3)
     monkeypatch.setattr(EventLog, "append_impressions", lossy)
     left[0] = 1  # everything is lost: the first request, then the replies
-    with pytest.raises(EventLogUnavailable, match="in its place, but not all of its slates are logged"):
+    with pytest.raises(EventLogUnavailable, match="in its place, and not all of its slates are logged"):
         recommend(config, file, out, items=1)
     first = pq.read_table(out).to_pylist()
     assert len(first) == 300

@@ -19,7 +19,7 @@ def test_the_share_is_met(share):
 
 
 def test_the_draw_is_steady_and_the_salt_draws_anew():
-    assert Holdout(0.5, "s").assign("u:ann") == Holdout(0.5, "s").assign("u:ann") == Assignment("treatment", False, 5214)
+    assert Holdout(0.5, "s").assign("u:ann") == Assignment("treatment", False, 5214)
     first = [Holdout(0.5, "s").assign(f"u:{person}").holdout for person in range(1000)]
     second = [Holdout(0.5, "t").assign(f"u:{person}").holdout for person in range(1000)]
     assert 400 < sum(a != b for a, b in zip(first, second, strict=True)) < 600
