@@ -361,6 +361,38 @@ class ProfileStore:
         """
         return bool(self._mend(subject, replace(empty(), lost=True)))
 
+    def damaged(self, subjects: Sequence[str]) -> list[str]:
+        """Those whose profile cannot be read, or has lost its past.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer.
+        """
+        wanted: list[Request] = [("GETRANGE", self.key_of(subject), 0, self._giant) for subject in subjects]
+        replies = self._nodes.run_all(wanted)
+        broken = [isinstance(reply, ProfileCorrupt) for reply in replies]
+        required([reply for reply, bad in zip(replies, broken, strict=True) if not bad])
+        return [
+            subject
+            for subject, bad, blob in zip(subjects, broken, replies, strict=True)
+            if bad or (blob and _is_damaged(blob))
+        ]
+
+    def start_over(self, subject: str) -> None:
+        """Leaves of a damaged profile what can be read and has lost nothing, so that the rest can be applied again.
+
+        That is its state, or else nothing but consent; marks of the log bring the rest of what the user said.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer, or others will not stop changing it; a repeat is safe.
+        """
+        # A mark of nothing: a value that is no profile at all gives way to one whose past is lost.
+        self.mark(partition_of(subject, len(self._prefixes)), Mark(0, address_of(subject)))
+        for _ in range(_PATIENT_ATTEMPTS):
+            blob = self._blob(subject)
+            if self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, _readable(blob))):
+                return
+        raise ProfileStoreUnavailable("this profile keeps changing; try again", retry_after_ms=1000)
+
     def leave(self, before_ms: int) -> int:
         """Drops the events of everybody whose newest one is from before a time; what they allow and want stays.
 
@@ -451,6 +483,25 @@ class ProfileStore:
             reason = "this person sends events faster than they are folded; slow down"
             return TailFull(reason, field="subject", retry_after_ms=1000)
         return serving_error(error, ProfileStoreUnavailable)
+
+
+def _is_damaged(blob: bytes) -> bool:
+    try:
+        return split(blob).state.lost
+    except ProfileCorrupt:
+        return True
+
+
+def _readable(blob: bytes) -> bytes:
+    """A stored profile without its tail, and without a state that is damaged or has lost its past."""
+    end = HEADER_SIZE + int.from_bytes(blob[8:12], "little") + int.from_bytes(blob[12:16], "little")
+    try:
+        stored = split(blob[:end])
+    except ProfileCorrupt:
+        return encode(replace(empty(), consent=_consent(blob)), *_marks(blob))
+    state = stored.state
+    kept = replace(empty(), consent=state.consent, rules=state.rules) if state.lost else state
+    return encode(kept, *stored.versions)
 
 
 def _consent(blob: bytes) -> Purpose | None:

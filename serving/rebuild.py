@@ -29,8 +29,8 @@ from features.vocabulary import Vocabulary
 from serving.errors import ProfileStoreUnavailable
 from serving.events import Entry, EventLog, partitions_for, partitions_of, sound
 from serving.people import marks
-from serving.profiles import Applied, ProfileStore, TailFull
-from serving.redis_client import connect, partition_of
+from serving.profiles import Applied, Mark, ProfileStore, TailFull
+from serving.redis_client import address_of, connect, partition_of
 from serving.redis_nodes import Nodes, agreed_partitions
 from serving.scripts import LIVE, SEQUENCE_BITS
 from serving.warehouse_tables import subject_of, user_id_of
@@ -140,7 +140,7 @@ def rebuild(
         loaded = store.put_states(_states(dataset, store, log, kept, undone))
         # Who takes the place of a damaged profile knows nothing of it yet.
         store.mark_many(said)
-        applied = sum(_apply(entries, store, kept) for entries in _logged(log, since))
+        applied = sum(_apply(entries, store, kept, said) for entries in _logged(log, since))
     return {
         "profiles": loaded.written,
         "kept": loaded.kept,
@@ -234,8 +234,14 @@ def _logged(log: EventLog, after: int) -> Iterator[list[Entry]]:
             place = entries[-1].log_id
 
 
-def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) -> int:
-    """Applies events of one partition to the profiles that lack them; returns the number of those."""
+def _apply(
+    entries: Sequence[Entry], store: ProfileStore, retention: Retention, said: Sequence[tuple[int, Mark]]
+) -> int:
+    """Applies events of one partition to the profiles that lack them; returns the number of those.
+
+    What is damaged still, a tail or the profile of a user whom the data set does not have, the log has all of; `said`
+    is what it knows these users to have said.
+    """
     own: dict[str, list[tuple[int, bytes]]] = {}
     events, _ = sound(entries)
     records = np.frombuffer(b"".join(entry.record for entry in events), RECORD)
@@ -243,6 +249,9 @@ def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) 
     for entry, gone in zip(events, expired.tolist(), strict=True):
         if not gone:
             own.setdefault(entry.subject, []).append((entry.log_id, entry.record))
+    for subject in store.damaged(list(own)):
+        store.start_over(subject)
+        store.mark_many([one for one in said if one[1].address == address_of(subject)])
     applied = 0
     for (subject, news), reply in zip(own.items(), store.apply_many(list(own.items())), strict=True):
         if isinstance(reply, TailFull):
@@ -251,7 +260,7 @@ def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) 
             reply = store.apply(subject, news)
         if isinstance(reply, Applied):
             applied += reply.inserted
-        elif not isinstance(reply, ProfileCorrupt):  # of somebody who is not in the data set
+        else:
             raise reply
     return applied
 
