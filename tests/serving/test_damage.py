@@ -87,7 +87,8 @@ def test_every_call_about_a_damaged_profile_says_so(client, service, ann, damage
     assert [one.part for one in slate.degraded] == [common_pb2.PART_PROFILE_CORRUPT]
     assert slate.profile_found
     shown = client.get_profile(ann)
-    assert (shown.found, shown.event_count) == (True, 1)
+    assert shown.found
+    assert shown.event_count >= 1  # the projector may be late with the others
     assert REPAIR in shown.damage
     assert client.merge_identities(f"tab-{ann}", ann).damaged is False  # this one can be read, and takes what moves
     assert client.reset_learning(ann).applied
