@@ -37,9 +37,8 @@ def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
         assert Holdout(0.5, salt).drawn(seed_of(USER)) == Holdout(0.5, salt).assign(USER)
     assert people.rules(DEVICE) == ([], 0)  # nothing that the user has set
     # What was shown before keeps its arm, and can be told from what was shown in that of the user.
-    found = {
-        one["request_id"]: one for kind, _, text in people.held(USER) if (one := json.loads(text)) and kind != "event"
-    }
+    held = [json.loads(text) for kind, _, text in people.held(USER) if kind == "impression"]
+    found = {one["request_id"]: one for one in held}
     assert [(found[name]["arm"], found[name].get("merged")) for name in ("r1", "r2")] == [
         ("holdout", True),
         ("treatment", None),
