@@ -24,8 +24,8 @@ from serving.errors import ProfileStoreUnavailable
 from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hydrators import Progress
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.redis_client import connect
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry

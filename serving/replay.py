@@ -25,7 +25,7 @@ from features.tables import table_path
 from serving.engine import personal, read_items
 from serving.hydrators import UserVector
 from serving.model import Model
-from serving.pipeline import Query
+from serving.query import Query
 from serving.rebuild import Histories
 from serving.warehouse_tables import subject_of
 

@@ -16,7 +16,7 @@ from features.catalog import Catalog
 from features.schema import item_keys
 from serving.errors import ServingError
 from serving.events import EventLog, LoggedImpression
-from serving.pipeline import Query, Slate
+from serving.query import Query, Slate
 from serving.telemetry import Telemetry
 
 _BATCH = 256

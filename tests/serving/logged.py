@@ -14,7 +14,7 @@ from features.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
 from serving.events import EventLog, LoggedEvent, LoggedImpression
-from serving.pipeline import Candidates, Query, Slate
+from serving.query import Candidates, Query, Slate
 from serving.services import events as service
 from serving.side_effects import _logged, _Shown
 
