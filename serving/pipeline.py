@@ -234,6 +234,7 @@ class Pipeline:
                 if screen.enable(query):
                     with run.reading(screen):
                         run.held_back[screen.name] = screen.hold_back(query, query.allowed)
+        run.dropped = dict(run.held_back)
 
     def _retrieve(self, run: _Run) -> Candidates:
         """Goes down the tiers until their candidates fill the page."""
