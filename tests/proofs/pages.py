@@ -1,11 +1,11 @@
-"""The page is full whenever enough is eligible: generated users, catalogues and requests against a plain loop over sets.
+"""The page is full whenever enough is eligible: generated users, catalogues and requests against plain sets.
 
     python -m tests.proofs.pages --examples 2000 --seed 1
 
-Bundles of 0 to 5,000 items of four genres, with live items, are served by the real engine and the real service over a
-real Redis; only the network is left out. Each example has its own availability, rules, seen items, exclusions, seeds and
-candidates, and asks all four methods, with and without personalisation. What may be on a page is computed from those
-with Python sets. The last line of stdout is one JSON object.
+Bundles of 0 to 5,000 items, with live items, are served by the real engine and the real service over a real Redis; only
+the network is left out. Each example has its own availability, rules, seen items, exclusions, seeds and candidates, and
+asks all four methods, with and without personalisation. What may be on a page is computed from those with Python sets.
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,20 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
-import pyarrow as pa
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from features.assemble import FEATURES
-from features.bundle import publish
 from features.controls import RULE, Kind, dial_rules, encode
 from features.controls import Dial as DialKind
 from features.profile import empty, fold, make_records
-from features.schema import ITEMS, event_type_keys, item_key, item_keys
-from features.transforms import item_text, text_tokens
-from features.vocabulary import Vocabulary
+from features.schema import event_type_keys, item_key, item_keys
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bitmap import Bitmap
 from serving.config import ServeConfig
@@ -51,13 +45,9 @@ from serving.services.ranking import RankingService
 from serving.sources import Popular
 from serving.telemetry import Telemetry
 from tests import world
-from training.index_build import build
+from tests.proofs.page_world import item_of, publish_items, put_live
 
 SIZES = (0, 1, 7, 60, 700, 5000)
-LIVE = 80
-"""Items put while the service runs, on top of those of the bundle."""
-
-_EXACT = 1000
 _HOUR_MS = 3_600_000
 _PARTITIONS = 16
 _SEEN_TYPES = ("view_item", "like", "purchase", "hide")
@@ -184,7 +174,7 @@ class Proof:
             config = ServeConfig.load(bundle=path, candidates=depth)
             engine = open_engine(path, Surroundings(config, self._store, Progress(), Telemetry()))
             items = [item_of(number) for number in range(size)]
-            self._served[size, depth] = Served(engine, [*items, *_put_live(engine, items)])
+            self._served[size, depth] = Served(engine, [*items, *put_live(engine, items)])
         return self._served[size, depth]
 
     def faults(self, case: Case) -> list[str]:
@@ -344,92 +334,6 @@ def _some(every: list[str], count: int, draw: np.random.Generator) -> list[str]:
     return [str(pool[draw.integers(len(pool))]) for pool in pools]
 
 
-def item_of(number: int, prefix: str = "i") -> dict[str, Any]:
-    """An item of a genre; the first words are of the genre."""
-    genre = world.GENRES[number % 4]
-    return {
-        "item_id": f"{prefix}{number}",
-        "title": f"{genre} story number{number}",
-        "description": None,
-        "categories": [genre],
-        "creator_id": f"c{number % 5}",
-        "price": 1.0,
-    }
-
-
-def _vectors(count: int) -> Any:
-    """Vectors of items: their genre, and a little of their own; float32 [n, D]."""
-    own = np.random.default_rng(count).normal(scale=0.05, size=(count, world.DIM)).astype(np.float32)
-    genres = [world.direction(world.GENRES[number % 4]) for number in range(count)]
-    return own + np.array(genres, np.float32).reshape(count, world.DIM)
-
-
-def _index(vectors: Any) -> bytes:
-    """An index as export makes it: exact for few items, an inverted file for many."""
-    if len(vectors) > _EXACT:
-        return build(vectors, _vectors(100), 0.98, exact_up_to=_EXACT).data
-    index = faiss.IndexFlatIP(world.DIM)
-    index.add(vectors)
-    return bytes(faiss.serialize_index(index))
-
-
-def publish_items(out: Path, count: int) -> None:
-    """Writes a bundle of `count` items; a tenth of them are in the table of the popular ones."""
-    staging = out.with_name(out.name + ".staging")
-    staging.mkdir(parents=True)
-    items, vectors = [item_of(number) for number in range(count)], _vectors(count)
-    popularity = np.log1p(np.arange(count, 0, -1, dtype=np.float32))
-    table = pa.Table.from_pylist(items, schema=ITEMS)
-    for name, values in (("popularity", popularity), ("recent_popularity", popularity)):
-        table = table.append_column(name, pa.array(values))
-    world._write(staging / "items.arrow", table)
-    Vocabulary.build([item["item_id"] for item in items]).save(staging / "vocabulary.arrow")
-    np.save(staging / "vectors.npy", vectors)
-    (staging / "index.faiss").write_bytes(_index(vectors))
-    top = np.arange(count // 10, dtype=np.int32)
-    own = [top[top % 4 == at] for at in range(3)]
-    segments = [""] * top.size + [world.GENRES[at] for at in range(3) for _ in own[at]]
-    rows = np.concatenate([top, *own])
-    world._write(
-        staging / "popular.arrow",
-        pa.table({"segment": pa.array(segments, pa.string()), "row": rows, "score": popularity[rows]}),
-    )
-    near = np.random.default_rng(1).integers(0, max(count, 1), (count, 5)).astype(np.int32)
-    np.save(staging / "neighbors.npy", near)
-    np.save(staging / "neighbor_scores.npy", np.full(near.shape, 0.5, np.float32))
-    words = [text_tokens(item_text(item)) for item in items]
-    np.save(staging / "token_offsets.npy", np.cumsum([0, *map(len, words)]).astype(np.int64))
-    np.save(staging / "tokens.npy", np.concatenate([np.empty(0, np.uint32), *words]))
-    world._models(staging)
-    (staging / "golden.json").write_text(json.dumps(world.golden()))
-    manifest = {
-        "created": "2026-01-01T00:00:00Z",
-        "model": world.MODEL,
-        "configuration": {},
-        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": list(FEATURES.names)},
-        "data_fingerprint": "pages",
-        "metrics": {},
-        "gates": {},
-        "catalog_version": 0,
-    }
-    publish(staging, out, manifest)
-
-
-def _put_live(engine: Engine, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Puts the live items, and changes the category of some of the bundle's; `items` are changed with them."""
-    live = [item_of(number, "live") for number in range(LIVE)]
-    for item in items[:: max(len(items) // 20, 1)]:
-        item["categories"] = [world.GENRES[(world.GENRES.index(item["categories"][0]) + 1) % 4]]
-        engine.catalog.put([item], np.zeros((1, world.DIM), np.float32), 0)
-    now = int(time.time() * 1000)
-    vectors = _vectors(LIVE)
-    rows = [
-        int(engine.catalog.put([item], vectors[at : at + 1], now - at * _HOUR_MS)[0]) for at, item in enumerate(live)
-    ]
-    engine.lexical.put(rows, [text_tokens(item_text(item)) for item in live])
-    return live
-
-
 def hold_nothing_back(self: Any, query: Query, allowed: Bitmap) -> int:
     """What a filter does that only judges what was retrieved."""
     return 0
@@ -503,25 +407,31 @@ def run(proof: Proof, examples: int, number: int = 1, *, shrink: bool = True) ->
     serve()
 
 
+def _found(proof: Proof, name: str, number: int) -> str:
+    """What the proof says of a planted fault."""
+    with planted(name):
+        try:
+            run(proof, 200, number, shrink=False)
+        except AssertionError as fault:
+            return str(fault).splitlines()[0][:120]
+    return "not found"
+
+
 def main() -> int:
     """Runs the proof and its controls at full size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--examples", type=int, default=2000, help="number of generated cases")
     parser.add_argument("--seed", type=int, default=1, help="seed of the cases")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder) / "redis", "profiles") as server:
-        with connect(server.url, 5.0) as client:
-            proof = Proof(Path(folder), ProfileStore(client, _PARTITIONS))
-            run(proof, arguments.examples, arguments.seed)
-            pages = dict(sorted(proof.tally.pages.items()))
-            controls = {}
-            for name in CONTROLS:
-                with planted(name):
-                    try:
-                        run(proof, 200, arguments.seed, shrink=False)
-                        controls[name] = "not found"
-                    except AssertionError as fault:
-                        controls[name] = str(fault).splitlines()[0][:120]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RedisServer(Path(folder) / "redis", "profiles") as server,
+        connect(server.url, 5.0) as client,
+    ):
+        proof = Proof(Path(folder), ProfileStore(client, _PARTITIONS))
+        run(proof, arguments.examples, arguments.seed)
+        pages = dict(sorted(proof.tally.pages.items()))
+        controls = {name: _found(proof, name, arguments.seed) for name in CONTROLS}
     print(json.dumps({"examples": arguments.examples, "seed": arguments.seed, "pages": pages, "controls": controls}))
     return int("not found" in controls.values())
 
