@@ -33,8 +33,8 @@ from serving.events import EventLog, partitions_for, partitions_of
 from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hydrators import Progress
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.redis_client import connect, require_safe
 from serving.redis_server import RedisServer
 from serving.side_effects import SlateCollector

@@ -19,8 +19,8 @@ from features.transforms import ItemInputShapes, query_inputs, text_tokens
 from serving.errors import ProfileStoreUnavailable
 from serving.experiments import Holdout
 from serving.model import Model
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.turns import Turns
 
 WAIT_SHARE = 0.5
@@ -125,7 +125,6 @@ class Profile:
         query.seen = seen_rows(profile, self._catalog, self._seen_keys)
         query.profile, query.history = profile, past
         query.segment = self._segment(profile, query.dials)
-        query.rung = query.lowest_rung
 
     def _share_arm(self, query: Query, profile: Stored) -> None:
         """Puts an anonymous user who was merged into a user into that user's arm."""
@@ -199,13 +198,11 @@ class UserVector:
         return query.history is not None and bool((query.history.rows >= 0).any())
 
     def hydrate(self, query: Query) -> None:
-        """Fills `user_vector`; the rung is `item_to_item` where that fails and `sequence` where it works."""
+        """Fills `user_vector`, and `encoded`, from which it is made."""
         assert query.history is not None
-        query.rung = "item_to_item"
         rows, types = encoder_inputs(query.history.rows, query.history.types, self._model.max_length)
         query.encoded = rows, types
         query.user_vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
-        query.rung = "sequence"
 
 
 class QueryVector:

@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from features.controls import Dial, Dials
 from features.schema import item_keys
 from serving.errors import ServingError
 from serving.events import EventLog, LoggedImpression
-from serving.pipeline import Query, Slate
+from serving.query import Query, Slate
 from serving.telemetry import Telemetry
 
 MOST_EXCLUDED = 100
@@ -34,6 +34,7 @@ _UPSTREAM = "upstream"
 
 _ABOUT = {Dial.CATEGORY_WEIGHT: "categories", Dial.CREATOR_WEIGHT: "creators"}
 _BATCH = 256
+_T = TypeVar("_T")
 _GATHER_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -166,9 +167,9 @@ def _logged(shown: _Shown) -> LoggedImpression:
         "method": query.method,
         "query": query.text,
         "page_size": query.page_size,
-        "item_ids": shown.catalog.ids(slate.rows),
-        "scores": _numbers(slate.scores),
-        "propensities": [chance if chance == chance else None for chance in slate.propensities.tolist()],
+        "item_ids": slate.item_ids(shown.catalog.ids(slate.rows)),
+        "scores": _page(slate, _numbers(slate.scores), None),
+        "propensities": _page(slate, [p if p == p else None for p in slate.propensities.tolist()], 1.0),
         "arm": query.arm,
         "bucket": query.bucket,
         "rung": query.rung,
@@ -184,10 +185,17 @@ def _logged(shown: _Shown) -> LoggedImpression:
     if slate.features is not None and query.encoded is not None:
         rows, types = query.encoded
         # As text, for the entry is JSON; a number of the table takes four bytes.
-        payload["features"] = base64.b64encode(slate.features.astype("<f4").tobytes()).decode()
+        unknown = np.full(slate.features.shape[1], np.nan, np.float32)
+        features = np.array(_page(slate, list(slate.features), unknown), "<f4")
+        payload["features"] = base64.b64encode(features.tobytes()).decode()
         payload["encoder_digest"] = encoder_digest(item_keys(shown.catalog.ids(rows)), types)
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
     return LoggedImpression(query.subject, query.now_ms, text.encode())
+
+
+def _page(slate: Slate, known: list[_T], unknown: _T) -> list[_T]:
+    """What is said of the items of a page in the order shown: of those of `rows`, and of those without a row."""
+    return [known[at] if at >= 0 else unknown for at in slate.order()]
 
 
 def _sources(slate: Slate) -> dict[str, Any]:
@@ -197,7 +205,7 @@ def _sources(slate: Slate) -> dict[str, Any]:
     bits = np.left_shift(1, np.arange(some.size))
     return {
         "source_names": [slate.candidates.names[at] for at in some.tolist()],
-        "sources": (bits @ named[some]).tolist() if some.size else [0] * slate.rows.size,
+        "sources": _page(slate, (bits @ named[some]).tolist() if some.size else [0] * slate.rows.size, 0),
     }
 
 
@@ -207,7 +215,7 @@ def _asked(query: Query, slate: Slate, catalog: Catalog) -> dict[str, Any]:
     if query.seeds.size:
         asked["seed_item_ids"] = catalog.ids(query.seeds)
     if query.upstream is not None:
-        asked["upstream_scores"] = _numbers(slate.candidates.of(_UPSTREAM))
+        asked["upstream_scores"] = _page(slate, _numbers(slate.candidates.of(_UPSTREAM)), None)
         asked["upstream_weight"] = query.upstream_weight
     if query.exclude.size:
         asked["excluded"] = query.exclude.size

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from features.controls import Dial
 from features.schema import item_key
 from serving.events import Entry
+from serving.query import Unknown
 from serving.side_effects import MOST_DIALS, MOST_EXCLUDED
 from serving.warehouse_tables import impression_table
 from tests.serving.logged import slate
@@ -86,3 +87,14 @@ def test_a_payload_whose_sources_make_no_sense_is_damaged():
     for sources in (["?"], None, 3):
         broken = json.dumps(payload | {"sources": sources}).encode()
         assert impression_table([Entry(1, "u:ann", payload=broken)])[1] == 1
+
+
+def test_items_that_the_catalogue_does_not_know_stand_at_their_places():
+    unknown = (Unknown("new-1", 0), Unknown("new-2", 2))
+    payload = slate("ann", "r1", [1, 2], unknown=unknown, upstream=np.ones(2, np.float32)).payload
+    [row] = table(payload).to_pylist()
+    assert row["item_ids"] == ["new-1", "i1", "new-2", "i2"]
+    assert row["sources"] == [[], ["popular"], [], ["popular"]]
+    assert [np.isnan(score) for score in row["scores"]] == [True, False, True, False]
+    assert row["propensities"] == [1.0] * 4
+    assert len(row["upstream_scores"]) == 4
