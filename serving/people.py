@@ -358,7 +358,7 @@ class People:
         partition = partition_of(subject, self._log.partitions)
         try:
             self._store.mark(partition, mark)
-            if not forget and self._damaged(subject):
+            if not forget and self._store.damaged([subject]):
                 self._store.set_aside(subject)
                 self._store.mark_many([(partition, one) for one in self._said_before(subject)])
         except Unavailable:
@@ -366,7 +366,7 @@ class People:
         return mark.log_id, True
 
     def _damaged(self, subject: str) -> bool:
-        """Returns True where the stored profile cannot be read, so that no answer obeys what it holds."""
+        """Returns True where the stored profile cannot be read."""
         try:
             self._store.read(subject)
         except ProfileCorrupt:

@@ -36,6 +36,7 @@ from serving.batch import recommend
 from serving.config import ServeConfig
 from serving.experiments import Holdout
 from serving.redis_server import RedisServer
+from tests.fixtures import PATIENCE_S
 from tests.serving.faults import wait_until
 from tests.serving.inside import inside
 from tests.world import publish_world
@@ -81,16 +82,18 @@ class Users:
         for start in range(0, len(events), 1000):
             statuses = client.ingest(events[start : start + 1000])
             assert all(status.code == 0 for status in statuses)
+        _answer(client, self.names[0])  # compiles, for which writes have no patience
         for number, name in enumerate(self.names):
             if number % 5 == 1:
-                client.set_controls([("category", self._category(), 0)], name)
+                client.set_controls([("category", self._category(), 0)], name, timeout_s=PATIENCE_S)
             if number % 5 == 2:
-                client.set_controls([], name, dials=common_pb2.Dials(novelty=0.5, categories={self._category(): 1.0}))
+                dials = common_pb2.Dials(novelty=0.5, categories={self._category(): 1.0})
+                client.set_controls([], name, dials=dials, timeout_s=PATIENCE_S)
         for device, name in self.merged.items():
-            client.merge_identities(device, name)
+            client.merge_identities(device, name, timeout_s=PATIENCE_S)
         for number, name in enumerate(self.names):
             if number % 7 == 3:
-                client.set_consent(["measure"] if number % 2 else [], name)
+                client.set_consent(["measure"] if number % 2 else [], name, timeout_s=PATIENCE_S)
         after = [self._event(name, anonymous=True) for name in self.merged]
         assert all(status.code == 0 for status in client.ingest(after))
 
