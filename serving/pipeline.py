@@ -33,7 +33,6 @@ order is that of the interleaved source ranks, and the answer is marked DEADLINE
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -228,19 +227,20 @@ class Pipeline:
     def _hold_back(self, run: _Run) -> None:
         """Makes the bitmap of the rows that sources may name, and counts those that each filter keeps out of it."""
         query = run.query
-        with run.timed("allowed"):
-            query.allowed, run.held_back[self.eligibility.name] = self.eligibility.bitmap(query)
-            for screen in self.filters:
-                if screen.enable(query):
-                    with run.reading(screen):
-                        run.held_back[screen.name] = screen.hold_back(query, query.allowed)
+        begun = run.begin("allowed")
+        query.allowed, run.held_back[self.eligibility.name] = self.eligibility.bitmap(query)
+        for screen in self.filters:
+            if screen.enable(query):
+                with run.reading(screen):
+                    run.held_back[screen.name] = screen.hold_back(query, query.allowed)
         run.dropped = dict(run.held_back)
+        run.end("allowed", begun)
 
     def _retrieve(self, run: _Run) -> Candidates:
         """Goes down the tiers until their candidates fill the page."""
         proposals: list[Proposal] = []
         extras: list[Proposal] | None = None
-        kept = merge(proposals)
+        kept = Candidates(_NO_ROWS, np.empty((0, 0), np.float32), ())
         for at, tier in enumerate(self.tiers):
             named = self._named(run, tier.sources, at)
             if not any(proposal.rows.size for proposal in named):
@@ -265,13 +265,15 @@ class Pipeline:
         """The candidates that every filter lets stay; those of the popular pool where a personal one cannot say."""
         run.dropped = dict(run.held_back)
         for screen in run.enabled((self.eligibility, *self.filters)):
-            mask = np.isfinite(candidates.of(POPULAR)) if screen.name in run.blind else None
-            if mask is None:
+            mask: Mask | None = None
+            if screen.name not in run.blind:
                 with run.reading(screen):
                     mask = screen.keep(run.query, candidates.rows)
-            kept = candidates.take(np.isfinite(candidates.of(POPULAR)) if mask is None else mask)
-            run.drop(screen.name, candidates.rows.size - kept.rows.size)
-            candidates = kept
+            if mask is None:
+                mask = np.isfinite(candidates.of(POPULAR))
+            if not mask.all():
+                run.drop(screen.name, int((~mask).sum()))
+                candidates = candidates.take(mask)
         return candidates
 
     def _score(self, run: _Run, candidates: Candidates) -> Scores:
@@ -338,7 +340,9 @@ class Pipeline:
         """The rung of the highest tier with an item on the page."""
         if not chosen.rows.size:
             return "popular"
-        tier = min(int(chosen.tier_of_each().min()), len(self.tiers) - 1)
+        tier = int(chosen.tier_of_each().min())
+        if tier == len(self.tiers):
+            tier = min(chosen.tiers)  # extras alone: they were chosen beside the candidates of this tier
         return self.tiers[tier].rung or ("popular" if query.user_vector is None else "sequence")
 
     def _explain(self, run: _Run, slate: Slate) -> None:
@@ -365,7 +369,7 @@ def merge(proposals: Sequence[Proposal]) -> Candidates:
     if len(proposals) == 1:
         _, rows, scores, _ = proposals[0]
         return Candidates(rows.astype(np.int32, copy=False), scores.astype(np.float32, copy=False)[None], names, levels)
-    joined = np.concatenate([proposal.rows for proposal in proposals]) if proposals else _NO_ROWS
+    joined = np.concatenate([proposal.rows for proposal in proposals])
     # Of a row that comes again the last write stands, so written backwards the first place of each remains; no cell is
     # read that was not written. Several times as quick as sorting.
     first_at = np.empty(int(joined.max(initial=-1)) + 1, np.intp)
@@ -432,16 +436,19 @@ class _Run:
         """Yields each stage that is enabled and takes the time until it is done with."""
         for stage in stages:
             if stage.enable(self.query):
-                with self.timed(stage.name):
-                    yield stage
+                begun = self.begin(stage.name)
+                yield stage
+                self.end(stage.name, begun)
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Takes the time of a stage, which does not start after the deadline."""
+    def begin(self, name: str) -> float:
+        """Starts a stage, unless the deadline has passed; returns the time."""
         begun = time.monotonic()
         if begun > self.query.deadline:
             raise DeadlineExceeded(f"the deadline passed before {name}; give the call more time")
-        yield
+        return begun
+
+    def end(self, name: str, begun: float) -> None:
+        """Notes how long a stage took."""
         spent = int((time.monotonic() - begun) * 1e6)
         self.timings.append((name, spent))
         self._recorder.stage(name, spent)
@@ -456,24 +463,13 @@ class _Run:
             query.degrade("DEADLINE", f"{', '.join(left_out)} left out: less than {RESERVE:.0%} of the time was left")
         return ()
 
-    @contextlib.contextmanager
-    def without(self, stage: Stage, part: str = "") -> Iterator[None]:
+    def without(self, stage: Stage, part: str = "") -> _Guard:
         """Lets the request go on without a stage that fails; `part` names it in the answer."""
-        try:
-            yield
-        except Exception as error:
-            self.failed(stage, part, error)
+        return _Guard(self, stage, part)
 
-    @contextlib.contextmanager
-    def reading(self, screen: Screen) -> Iterator[None]:
+    def reading(self, screen: Screen) -> _Guard:
         """Lets the request go on without a filter that fails, the popular pool alone staying; never a required one."""
-        try:
-            yield
-        except Exception as error:
-            if screen.required:
-                raise
-            self.blind.add(screen.name)
-            self.failed(screen, "PROFILE_STORE", error)
+        return _Guard(self, screen, "PROFILE_STORE", screen)
 
     def drop(self, name: str, count: int) -> None:
         """Counts items that a filter held back."""
@@ -488,3 +484,25 @@ class _Run:
             _log.error("stage %s failed; the answer goes on without it", stage.name, exc_info=error)
         if part:
             self.query.degrade(part, str(error))
+
+
+class _Guard:
+    """A `with` block around a stage that may fail; a class, as a generator would cost more than some stages."""
+
+    __slots__ = ("_part", "_run", "_screen", "_stage")
+
+    def __init__(self, run: _Run, stage: Stage, part: str, screen: Screen | None = None) -> None:
+        self._run, self._stage, self._part, self._screen = run, stage, part, screen
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if self._screen is not None:
+            if self._screen.required:
+                return False
+            self._run.blind.add(self._screen.name)
+        self._run.failed(self._stage, self._part, error)
+        return True

@@ -218,7 +218,8 @@ class Popular:
         others = self._others[first_allowed(self._others, bitmap, count - rows.size - live.size)]
         age = np.maximum(self._live.age(live, query.now_ms), 0)
         rest = -1 - 1 / (1 + self._popularity[others])
-        return np.concatenate([rows, live, others]), np.concatenate([scores, -age / (1 + age), rest])
+        every: Scores = np.concatenate([scores, -age / (1 + age), rest]).astype(np.float32, copy=False)
+        return np.concatenate([rows, live, others]), every
 
 
 class PopularBeside:
