@@ -48,6 +48,7 @@ SETTINGS: dict[str, Any] = {
     "default_purposes": ["personalise", "measure", "train"],
     "log_features": 0.5,
     "warehouse_flush_s": 0.1,
+    "redis_timeout_ms": 10_000,  # a busy machine is no fault
 }
 PARTITIONS = 5
 """Of the log: not the usual number, and not in the settings file."""
