@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-durability prove-freshness prove-reading prove-redis prove-resume prove-skew clean
+.PHONY: prove-batch prove-durability prove-freshness prove-reading prove-redis prove-resume prove-skew clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -76,6 +76,9 @@ prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost 
 		-- $(BIN)/python -m tests.proofs.power_loss
 	$(BIN)/python -m benchmarks.report durability-kills 'Everything killed at random while events come in' \
 		-- $(BIN)/python -m tests.proofs.kills
+
+prove-batch: $(VENV)/.ready-dev  ## a batch answers as the service does; USERS=N
+	$(BIN)/python -m tests.proofs.batch --users $(or $(USERS),1000)
 
 LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N

@@ -109,6 +109,11 @@ class TrainConfig(_Frozen):
     ranker_days: float = Field(
         0, ge=0, description="Days of impressions that train the ranker and not the encoders; 0: all, and both."
     )
+    methods: tuple[str, ...] = Field(
+        ("recommend", "rank"),
+        description="Methods whose impressions the ranker learns from, `rank` only without a query; impressions that "
+        "name no method count in any case.",
+    )
     ranker_validation_days: float = Field(
         0, ge=0, description="Days of impressions, the last but the test, that validate the ranker; 0: the last tenth."
     )

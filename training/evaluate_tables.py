@@ -114,7 +114,9 @@ def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material,
     first = runs[0]
     path = Path(data or first.result["data"])
     material = read_material(first.dataset, first.config, torch.device("cpu"), first.path)
-    shown = read_shown(path, material.dataset, material.vocabulary, material.data, material.actions)
+    shown = read_shown(
+        path, material.dataset, material.vocabulary, material.data, material.actions, first.config.methods
+    )
     if shown is None:
         raise TrainingError(f"{path} has no table impressions, which this protocol measures on")
     return material, shown

@@ -166,7 +166,7 @@ def _learn_from_impressions(
     data, said = material.data, {}
     shown = None
     if _reads_impressions(config) and not data.ordered_only:
-        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions)
+        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
     teller = Teller(data, columns, material.actions, shown, material.division.fit_end)
     if shown is not None:
         feed = read_feed(teller, shown, modules.user, table, config)

@@ -1,0 +1,126 @@
+"""Sets of rows as bitmaps: one bit a row, lowest bit first, uint8 [ceil(rows / 8)]; rows behind the end are not in it.
+
+A million rows are 125 kB, so a set is copied, cut down and searched in microseconds.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+Bitmap = npt.NDArray[np.uint8]
+
+_I32 = npt.NDArray[np.int32]
+_U64 = npt.NDArray[np.uint64]
+_SCREEN = 4096
+
+
+def allowed_rows(allowed: Bitmap, start: int, stop: int) -> _I32:
+    """The rows in [start, stop) whose bit is set; rows behind the bitmap are not allowed; int32 [n]."""
+    first = start // 8
+    part = allowed[first : -(-stop // 8)]
+    some = np.flatnonzero(part)
+    place, bit = np.nonzero(np.unpackbits(part[some, None], axis=1, bitorder="little"))
+    rows = ((some[place] + first) * 8 + bit).astype(np.int32)
+    return rows[(rows >= start) & (rows < stop)]
+
+
+def allowed_count(allowed: Bitmap, stop: int) -> int:
+    """The number of rows in [0, stop) whose bit is set."""
+    whole, rest = divmod(stop, 8)
+    count = int(np.bitwise_count(allowed[:whole]).sum(dtype=np.int64))
+    if rest and whole < allowed.size:
+        count += int(allowed[whole] & ((1 << rest) - 1)).bit_count()
+    return count
+
+
+@nb.njit(cache=True, nogil=True)
+def clear_rows(bitmap: Bitmap, rows: _I32) -> int:
+    """Takes `rows` int32 [n] out of a bitmap, in place.
+
+    Returns:
+        How many of them were in it.
+    """
+    count = 0
+    for i in range(rows.size):
+        place, bit = rows[i] >> 3, np.uint8(1 << (rows[i] & 7))
+        if place < bitmap.size and bitmap[place] & bit:
+            bitmap[place] ^= bit
+            count += 1
+    return count
+
+
+def clear_rows_plain(bitmap: Bitmap, rows: _I32) -> int:
+    """The plain twin of `clear_rows`."""
+    bits = np.unpackbits(bitmap, bitorder="little")
+    before = int(bits.sum())
+    bits[rows[rows < bits.size]] = 0
+    bitmap[:] = np.packbits(bits, bitorder="little")
+    return before - int(bits.sum())
+
+
+def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
+    """Takes the rows out of a bitmap whose key is one of `keys`, in place; one pass, however many keys there are.
+
+    Args:
+        bitmap: The rows.
+        column: The key of each row; uint64 [at least as many as there are rows].
+        keys: The keys; uint64 [k].
+
+    Returns:
+        How many rows were in it that are no longer.
+    """
+    if not keys.size:
+        return 0
+    # Keys are hashes, so their lowest bits tell nearly all others apart without a search.
+    screen = np.zeros(_SCREEN, np.bool_)
+    screen[(keys & np.uint64(_SCREEN - 1)).astype(np.intp)] = True
+    return int(clear_sorted_keys(bitmap, column, np.sort(keys), screen))
+
+
+@nb.njit(cache=True, nogil=True)
+def clear_sorted_keys(bitmap: Bitmap, column: _U64, keys: _U64, screen: npt.NDArray[np.bool_]) -> int:
+    """The pass of `clear_keys`: `keys` ascending, `screen` bool [power of 2] true where a key ends in these bits."""
+    count, last = 0, np.uint64(screen.size - 1)
+    for place in range(bitmap.size):
+        if bitmap[place] == 0:
+            continue
+        for bit in range(8):
+            row = 8 * place + bit
+            if row >= column.size or not (bitmap[place] >> bit) & 1:
+                continue
+            key = column[row]
+            if not screen[key & last]:
+                continue
+            at = np.searchsorted(keys, key)
+            if at < keys.size and keys[at] == key:
+                bitmap[place] ^= np.uint8(1 << bit)
+                count += 1
+    return count
+
+
+def clear_keys_plain(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
+    """The plain twin of `clear_keys`."""
+    return clear_rows_plain(bitmap, np.flatnonzero(np.isin(column, keys)).astype(np.int32))
+
+
+@nb.njit(cache=True, nogil=True)
+def first_allowed(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp]:
+    """The positions of the first `count` of `rows` int32 [n] whose bit is set; intp [at most `count`]."""
+    places = np.empty(min(count, rows.size), np.intp)
+    taken = 0
+    for i in range(rows.size):
+        if taken == count:
+            break
+        place = rows[i] >> 3
+        if place < bitmap.size and (bitmap[place] >> (rows[i] & 7)) & 1:
+            places[taken] = i
+            taken += 1
+    return places[:taken]
+
+
+def first_allowed_plain(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp]:
+    """The plain twin of `first_allowed`."""
+    bits = np.append(np.unpackbits(bitmap, bitorder="little"), np.uint8(0))
+    return np.flatnonzero(bits[np.minimum(rows, bits.size - 1)])[:count]
