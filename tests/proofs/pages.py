@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from features.controls import RULE, Kind, dial_rules, encode
 from features.controls import Dial as DialKind
-from features.profile import empty, fold, make_records
+from features.profile import RING, empty, fold, make_records
 from features.schema import event_type_keys, item_key, item_keys
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bitmap import Bitmap
@@ -217,7 +217,10 @@ class _User:
         pool = pool if case.focused else [item["item_id"] for item in items]
         self.events = [str(name) for name in draw.choice(pool, case.events)] if pool else []
         self.types = [str(name) for name in draw.choice([*_SEEN_TYPES, "scroll"], len(self.events))]
-        self.seen = {name for name, kind in zip(self.events, self.types, strict=True) if kind != "scroll"}
+        # Of what is older than the ring only the item is known, so it counts whatever was done.
+        old = len(self.events) - RING
+        lived = enumerate(zip(self.events, self.types, strict=True))
+        self.seen = {name for at, (name, kind) in lived if kind != "scroll" or at < old}
         ended = [(kind, number) for kind, number in case.rules if number < 0]
         holding = [(kind, number) for kind, number in case.rules if number >= 0]
         rules = [(item_key(_about(kind, number)), 0, kind) for kind, number in holding]
