@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-durability prove-freshness prove-redis prove-resume prove-skew clean
+.PHONY: prove-durability prove-freshness prove-pages prove-redis prove-resume prove-skew clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -79,6 +79,10 @@ LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N
 	$(BIN)/python -m benchmarks.report no-skew 'One history, read four ways' -- \
 		$(BIN)/python -m tests.proofs.skew --lives $(LIVES) --seed $(or $(SEED),1)
+
+EXAMPLES ?= 2000
+prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every page is full or says why; EXAMPLES=N, SEED=N
+	$(BIN)/python -m tests.proofs.pages --examples $(EXAMPLES) --seed $(or $(SEED),1)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo
