@@ -427,7 +427,7 @@ def _found(proof: Proof, name: str, number: int) -> str:
     """What the proof says of a planted fault."""
     with planted(name):
         try:
-            run(proof, 100, number, control=True)
+            run(proof, 400, number, control=True)
         except AssertionError as fault:
             return str(fault).splitlines()[0][:120]
     return "not found"
