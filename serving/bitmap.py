@@ -13,7 +13,6 @@ Bitmap = npt.NDArray[np.uint8]
 
 _I32 = npt.NDArray[np.int32]
 _U64 = npt.NDArray[np.uint64]
-_SCREEN = 4096
 
 
 def allowed_rows(allowed: Bitmap, start: int, stop: int) -> _I32:
@@ -60,43 +59,46 @@ def clear_rows_plain(bitmap: Bitmap, rows: _I32) -> int:
     return before - int(bits.sum())
 
 
+@nb.njit(cache=True, nogil=True)
 def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
     """Takes the rows out of a bitmap whose key is one of `keys`, in place; one pass, however many keys there are.
 
     Args:
         bitmap: The rows.
-        column: The key of each row; uint64 [at least as many as there are rows].
-        keys: The keys; uint64 [k].
+        column: The key of each row, 0 for none; uint64 [at least as many as there are rows].
+        keys: The keys, none of them 0; uint64 [k].
 
     Returns:
         How many rows were in it that are no longer.
     """
-    if not keys.size:
-        return 0
-    # Keys are hashes, so their lowest bits tell nearly all others apart without a search.
-    screen = np.zeros(_SCREEN, np.bool_)
-    screen[(keys & np.uint64(_SCREEN - 1)).astype(np.intp)] = True
-    return int(clear_sorted_keys(bitmap, column, np.sort(keys), screen))
-
-
-@nb.njit(cache=True, nogil=True)
-def clear_sorted_keys(bitmap: Bitmap, column: _U64, keys: _U64, screen: npt.NDArray[np.bool_]) -> int:
-    """The pass of `clear_keys`: `keys` ascending, `screen` bool [power of 2] true where a key ends in these bits."""
-    count, last = 0, np.uint64(screen.size - 1)
+    count = 0
+    if keys.size == 0:
+        return count
+    # An open hash table: keys are hashes, so their lowest bits spread them well; 0 is a free slot.
+    size = 64
+    while size < 4 * keys.size:
+        size *= 2
+    slots, last = np.zeros(size, np.uint64), np.uint64(size - 1)
+    for i in range(keys.size):
+        at = keys[i] & last
+        while slots[at] != np.uint64(0) and slots[at] != keys[i]:
+            at = (at + np.uint64(1)) & last
+        slots[at] = keys[i]
     for place in range(bitmap.size):
-        if bitmap[place] == 0:
+        bits = bitmap[place]
+        if bits == 0:
             continue
-        for bit in range(8):
-            row = 8 * place + bit
-            if row >= column.size or not (bitmap[place] >> bit) & 1:
+        for bit in range(min(8, column.size - 8 * place)):
+            if not (bits >> bit) & 1:
                 continue
-            key = column[row]
-            if not screen[key & last]:
-                continue
-            at = np.searchsorted(keys, key)
-            if at < keys.size and keys[at] == key:
-                bitmap[place] ^= np.uint8(1 << bit)
+            key = column[8 * place + bit]
+            at = key & last
+            while slots[at] != np.uint64(0) and slots[at] != key:
+                at = (at + np.uint64(1)) & last
+            if slots[at] == key and key != np.uint64(0):
+                bits ^= np.uint8(1 << bit)
                 count += 1
+        bitmap[place] = bits
     return count
 
 

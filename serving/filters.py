@@ -78,8 +78,8 @@ class Blocked:
         columns, now = self._catalog.columns, query.now_ms
         items = self._catalog.rows_of_keys(blocked(query.rules, Kind.ITEM, now))
         count = int(clear_rows(allowed, items[items >= 0]))
-        count += clear_keys(allowed, columns.creator, blocked(query.rules, Kind.CREATOR, now))
-        return count + clear_keys(allowed, columns.category, blocked(query.rules, Kind.CATEGORY, now))
+        count += int(clear_keys(allowed, columns.creator, blocked(query.rules, Kind.CREATOR, now)))
+        return count + int(clear_keys(allowed, columns.category, blocked(query.rules, Kind.CATEGORY, now)))
 
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that no rule holds back at the time of the request."""

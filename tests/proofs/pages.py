@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from features.controls import RULE, Kind, dial_rules, encode
 from features.controls import Dial as DialKind
-from features.profile import empty, fold, make_records
+from features.profile import RING, empty, fold, make_records
 from features.schema import event_type_keys, item_key, item_keys
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bitmap import Bitmap
@@ -110,6 +110,19 @@ CASES = st.builds(
     scored=st.booleans(),
     page=st.integers(1, 100),
 )
+
+
+HARD_CASES = st.builds(
+    lambda case, size, base, events, page: replace(
+        case, size=size, depth=20, base=base, events=events, focused=True, page=page
+    ),
+    CASES,
+    st.sampled_from((700, 5000)),
+    st.sampled_from((0.5, 1.0)),
+    st.sampled_from((60, 400)),
+    st.integers(20, 100),
+)
+"""Cases in which most of what is near to the user may not be shown: the controls need few of them."""
 
 
 @dataclass
@@ -217,7 +230,10 @@ class _User:
         pool = pool if case.focused else [item["item_id"] for item in items]
         self.events = [str(name) for name in draw.choice(pool, case.events)] if pool else []
         self.types = [str(name) for name in draw.choice([*_SEEN_TYPES, "scroll"], len(self.events))]
-        self.seen = {name for name, kind in zip(self.events, self.types, strict=True) if kind != "scroll"}
+        # Of what is older than the ring only the item is known, so it counts whatever was done.
+        old = len(self.events) - RING
+        lived = enumerate(zip(self.events, self.types, strict=True))
+        self.seen = {name for at, (name, kind) in lived if kind != "scroll" or at < old}
         ended = [(kind, number) for kind, number in case.rules if number < 0]
         holding = [(kind, number) for kind, number in case.rules if number >= 0]
         rules = [(item_key(_about(kind, number)), 0, kind) for kind, number in holding]
@@ -384,8 +400,8 @@ def planted(name: str) -> Iterator[None]:
         setattr(where, attribute, healthy)
 
 
-def run(proof: Proof, examples: int, number: int = 1, *, shrink: bool = True) -> None:
-    """Serves generated cases.
+def run(proof: Proof, examples: int, number: int = 1, *, control: bool = False) -> None:
+    """Serves generated cases; for a control, hard ones.
 
     Raises:
         AssertionError: A page of one is wrong; the message holds the smallest such case.
@@ -397,9 +413,9 @@ def run(proof: Proof, examples: int, number: int = 1, *, shrink: bool = True) ->
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        phases=[Phase.generate] if control else [Phase.generate, Phase.shrink],
     )
-    @given(CASES)
+    @given(HARD_CASES if control else CASES)
     def serve(case: Case) -> None:
         faults = proof.faults(case)
         assert not faults, "; ".join(faults[:5])
@@ -411,7 +427,7 @@ def _found(proof: Proof, name: str, number: int) -> str:
     """What the proof says of a planted fault."""
     with planted(name):
         try:
-            run(proof, 200, number, shrink=False)
+            run(proof, 400, number, control=True)
         except AssertionError as fault:
             return str(fault).splitlines()[0][:120]
     return "not found"

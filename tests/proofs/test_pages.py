@@ -39,7 +39,7 @@ def test_the_page_is_full_whenever_enough_is_eligible(proof):
 @pytest.mark.parametrize("name", pages.CONTROLS)
 def test_the_proof_finds(proof, name):
     with pages.planted(name), pytest.raises(AssertionError):
-        pages.run(proof, 200, shrink=False)
+        pages.run(proof, 100, control=True)
 
 
 class TestThroughTheService:
