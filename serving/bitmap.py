@@ -5,9 +5,10 @@ A million rows are 125 kB, so a set is copied, cut down and searched in microsec
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from features.jit import kernel
 
 Bitmap = npt.NDArray[np.uint8]
 
@@ -34,7 +35,7 @@ def allowed_count(allowed: Bitmap, stop: int) -> int:
     return count
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def clear_rows(bitmap: Bitmap, rows: _I32) -> int:
     """Takes `rows` int32 [n] out of a bitmap, in place.
 
@@ -59,7 +60,7 @@ def clear_rows_plain(bitmap: Bitmap, rows: _I32) -> int:
     return before - int(bits.sum())
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
     """Takes the rows out of a bitmap whose key is one of `keys`, in place; one pass, however many keys there are.
 
@@ -107,7 +108,7 @@ def clear_keys_plain(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
     return clear_rows_plain(bitmap, np.flatnonzero(np.isin(column, keys)).astype(np.int32))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def first_allowed(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp]:
     """The positions of the first `count` of `rows` int32 [n] whose bit is set; intp [at most `count`]."""
     places = np.empty(min(count, rows.size), np.intp)
