@@ -163,7 +163,8 @@ def cut_of(data: Interactions, config: TrainConfig) -> int:
         return last
     if config.test_days:
         return last - round(config.test_days * DAY_MS)
-    return _smallest(data, int((data.timestamps.size - 1) * (1 - config.test_share)))
+    # `1 - 0.9` is a little below 0.1, and the place of a quantile that falls on an event must not lie before it.
+    return _smallest(data, int((data.timestamps.size - 1) * (1 - config.test_share) + 1e-6))
 
 
 _BINS = 1 << 16
