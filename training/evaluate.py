@@ -27,7 +27,7 @@ from training.heads import moment_of
 from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
-from training.ranking import Pasts, lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.ranking import Pasts, had_before, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.report import write_report
 from training.run import LoadedRun, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
@@ -43,6 +43,8 @@ METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
 }
 _NEEDS = {"leave-one-out": "leave-one-out", "temporal-successive": "temporal", "temporal-last": "temporal"}
 _HISTORY_BORDERS = (1, 10, 50, 200)
+_Values = dict[str, npt.NDArray[np.float64]]
+"""Values of each metric, one per target."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         `protocol`, `runs`, `seeds`, `users`, `targets`, `items`, `cold` (targets that no training event names; they are
         left out of everything but `with_cold`), `metrics` {name: {mean, low, high}}, `by_seed`, `baselines` {name:
         {metric: value}}, `paired` {baseline: {metric: interval of model minus baseline}}, `with_cold`, `segments`,
-        `coverage@10`, `novelty@10`, `blend`, `seconds`.
+        `coverage@10`, `novelty@10`, `blend`, `seconds`; where repeats count also `parts` {"repeats", "new"}: `targets`,
+        `metrics`, `baselines` and `paired` of the items that their user had before and of those that are new to them,
+        each ranked among all items as they are served.
 
     Raises:
         LeakError: A run was trained on what the protocol tests.
@@ -196,6 +200,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
     ours, beside = placed[: len(models)], placed[len(models) :]
     warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
     counts = popularity_of(data, division.train_end)
+    parts = had_before(data, targets)[warm] if run.config.repeats else None
     return {
         "protocol": protocol,
         "runs": [str(one.path) for one in runs],
@@ -205,35 +210,58 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
         "cold": len(targets) - warm.size,
         "items": data.items,
         "blend": [one.result["blend"] for one in runs],
-        **_summary(ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm),
+        **_summary(
+            ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm, parts
+        ),
         "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in ours])),
         "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in ours])),
     }
 
 
 def _summary(
-    ours: Sequence[Ranked], beside: Mapping[str, Ranked], targets: Targets, warm: npt.NDArray[np.int64]
+    ours: Sequence[Ranked],
+    beside: Mapping[str, Ranked],
+    targets: Targets,
+    warm: npt.NDArray[np.int64],
+    again: npt.NDArray[np.bool_] | None,
 ) -> dict[str, Any]:
-    """Means over seeds and people, with intervals, and the differences to each baseline."""
-    model = {metric: np.mean([values(one.ranks) for one in ours], axis=0) for metric, values in METRICS.items()}
-    others = {name: {metric: values(one.ranks) for metric, values in METRICS.items()} for name, one in beside.items()}
-    people = targets.people[warm]
-    return {
-        "metrics": {metric: interval(values[warm], people) for metric, values in model.items()},
+    """Means over seeds and users, with intervals, and the differences to each baseline; `again` marks repeats."""
+    model: _Values = {metric: np.mean([of(one.ranks) for one in ours], axis=0) for metric, of in METRICS.items()}
+    others = {name: {metric: of(one.ranks) for metric, of in METRICS.items()} for name, one in beside.items()}
+    answer = {
+        **_compared(model, others, targets, warm),
         "by_seed": {metric: [float(of(one.ranks)[warm].mean()) for one in ours] for metric, of in METRICS.items()},
-        "baselines": {
-            name: {metric: float(values[warm].mean()) for metric, values in metrics.items()}
-            for name, metrics in others.items()
-        },
-        "paired": {
-            name: {metric: interval(model[metric][warm] - values[warm], people) for metric, values in metrics.items()}
-            for name, metrics in others.items()
-        },
         "with_cold": {
             name: {metric: float(values.mean()) for metric, values in metrics.items()}
             for name, metrics in {"model": model, **others}.items()
         },
         "segments": _by_history(targets.positions[warm], model["ndcg@10"][warm]),
+    }
+    if again is not None:
+        parts = {"repeats": warm[again], "new": warm[~again]}
+        answer["parts"] = {
+            name: {"targets": int(at.size), **_compared(model, others, targets, at)}
+            for name, at in parts.items()
+            if at.size
+        }
+    return answer
+
+
+def _compared(
+    model: _Values, others: Mapping[str, _Values], targets: Targets, at: npt.NDArray[np.int64]
+) -> dict[str, dict[str, Any]]:
+    """The model's metrics on some targets, the baselines', and the differences between them."""
+    people = targets.people[at]
+    return {
+        "metrics": {metric: interval(values[at], people) for metric, values in model.items()},
+        "baselines": {
+            name: {metric: float(values[at].mean()) for metric, values in metrics.items()}
+            for name, metrics in others.items()
+        },
+        "paired": {
+            name: {metric: interval(model[metric][at] - values[at], people) for metric, values in metrics.items()}
+            for name, metrics in others.items()
+        },
     }
 
 
