@@ -73,9 +73,9 @@ def demo(dataset: str = "movielens-1m", out: Path = Path("build/demo"), source: 
 
     Returns:
         `quality` {metric: {mean, low, high}}, `baselines` {name: {metric: value}}, `margins` {baseline: the interval
-        {mean, low, high} by which NDCG@10 is above it}, `ahead` (of every baseline, the whole interval above zero),
-        `parts` {"repeats", "new": the same four and `targets`} where repeats count, `latency_ms`, `same_titles`
-        (titles that stand twice on a page), how far the feeds moved, `phases` {name: seconds} and `seconds`.
+        {mean, low, high} by which NDCG@10 is above it}, `ahead` (of every baseline, the whole interval above zero);
+        `parts` {"repeats", "new", "new_alone": the same four and `targets`} where repeats count; `latency_ms`,
+        `same_titles` (titles that stand twice on a page), how far the feeds moved, `phases` {name: seconds}, `seconds`.
 
     Raises:
         BenchmarkError: There is no story for the data set.
@@ -146,7 +146,7 @@ def _learn(
     screen.rule(f"quality: the last {what} of each of {measured['targets']:,} users, found among all items")
     _judge(measured, "", screen)
     for name, part in parts.items():
-        _judge(part, f"{name}: {part['targets']:,} of these items were {_PARTS[name]}", screen)
+        _judge(part, f"{name}: {part['targets']:,} items {_PARTS[name]}", screen)
     screen.rule("export")
     exported = export(out / "run", out / "bundle")
     for name, gate in exported["gates"].items():
@@ -155,7 +155,11 @@ def _learn(
     return measured
 
 
-_PARTS = {"repeats": "had by their user before", "new": "new to their user"}
+_PARTS = {
+    "repeats": "were had by their user before",
+    "new": "are new to their user, on the same page",
+    "new_alone": "are new to their user, among what is new to them",
+}
 
 
 def _parts(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:

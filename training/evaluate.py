@@ -136,9 +136,10 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         `protocol`, `runs`, `seeds`, `users`, `targets`, `items`, `cold` (targets that no training event names; they are
         left out of everything but `with_cold`), `metrics` {name: {mean, low, high}}, `by_seed`, `baselines` {name:
         {metric: value}}, `paired` {baseline: {metric: interval of model minus baseline}}, `with_cold`, `segments`,
-        `coverage@10`, `novelty@10`, `blend`, `seconds`; where repeats count also `parts` {"repeats", "new"}: `targets`,
-        `metrics`, `baselines` and `paired` of the items that their user had before and of those that are new to them,
-        each ranked among all items as they are served.
+        `coverage@10`, `novelty@10`, `blend`, `seconds`; where repeats count also `parts`, of which each has `targets`,
+        `metrics`, `baselines` and `paired`: "repeats", the items that their user had before, and "new", those that are
+        new to them, both ranked among all items as they are served; and "new_alone", the new ones ranked among what is
+        new to their user.
 
     Raises:
         LeakError: A run was trained on what the protocol tests.
@@ -200,7 +201,9 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
     ours, beside = placed[: len(models)], placed[len(models) :]
     warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
     counts = popularity_of(data, division.train_end)
-    parts = had_before(data, targets)[warm] if run.config.repeats else None
+    answer = _summary(ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm)
+    if run.config.repeats:
+        answer["parts"] = _parts(runs, baselines, placed, data, targets, warm)
     return {
         "protocol": protocol,
         "runs": [str(one.path) for one in runs],
@@ -210,25 +213,53 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
         "cold": len(targets) - warm.size,
         "items": data.items,
         "blend": [one.result["blend"] for one in runs],
-        **_summary(
-            ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm, parts
-        ),
+        **answer,
         "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in ours])),
         "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in ours])),
     }
 
 
-def _summary(
-    ours: Sequence[Ranked],
-    beside: Mapping[str, Ranked],
+def _parts(
+    runs: Sequence[LoadedRun],
+    baselines: Sequence[Baseline],
+    placed: Sequence[Ranked],
+    data: Interactions,
     targets: Targets,
     warm: npt.NDArray[np.int64],
-    again: npt.NDArray[np.bool_] | None,
 ) -> dict[str, Any]:
-    """Means over seeds and users, with intervals, and the differences to each baseline; `again` marks repeats."""
-    model: _Values = {metric: np.mean([of(one.ranks) for one in ours], axis=0) for metric, of in METRICS.items()}
-    others = {name: {metric: of(one.ranks) for metric, of in METRICS.items()} for name, one in beside.items()}
-    answer = {
+    """Repeats and new items apart, as they are served together, and new items without what their user had."""
+    again = had_before(data, targets)[warm]
+    alone = targets.take(warm[~again])
+    models = [ModelScorer(one, data, alone) for one in runs]
+    parts = {
+        "repeats": (placed, targets, warm[again]),
+        "new": (placed, targets, warm[~again]),
+        "new_alone": (place_all(models, baselines, data, alone, repeats=False), alone, np.arange(len(alone))),
+    }
+    answer = {}
+    for name, (ranked, those, at) in parts.items():
+        if at.size:
+            pairs = zip(baselines, ranked[len(runs) :], strict=True)
+            beside = {baseline.name: _values(one) for baseline, one in pairs}
+            compared = _compared(_mean_values(ranked[: len(runs)]), beside, those, at)
+            answer[name] = {"targets": int(at.size), **compared}
+    return answer
+
+
+def _values(ranked: Ranked) -> _Values:
+    return {metric: of(ranked.ranks) for metric, of in METRICS.items()}
+
+
+def _mean_values(ranked: Sequence[Ranked]) -> _Values:
+    return {metric: np.mean([of(one.ranks) for one in ranked], axis=0) for metric, of in METRICS.items()}
+
+
+def _summary(
+    ours: Sequence[Ranked], beside: Mapping[str, Ranked], targets: Targets, warm: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """Means over seeds and users, with intervals, and the differences to each baseline."""
+    model, others = _mean_values(ours), {name: _values(one) for name, one in beside.items()}
+    return {
         **_compared(model, others, targets, warm),
         "by_seed": {metric: [float(of(one.ranks)[warm].mean()) for one in ours] for metric, of in METRICS.items()},
         "with_cold": {
@@ -237,14 +268,6 @@ def _summary(
         },
         "segments": _by_history(targets.positions[warm], model["ndcg@10"][warm]),
     }
-    if again is not None:
-        parts = {"repeats": warm[again], "new": warm[~again]}
-        answer["parts"] = {
-            name: {"targets": int(at.size), **_compared(model, others, targets, at)}
-            for name, at in parts.items()
-            if at.size
-        }
-    return answer
 
 
 def _compared(

@@ -280,7 +280,7 @@ def test_a_cache_that_cannot_be_written_costs_the_copy_alone(
 
 @pytest.fixture
 def journey(tmp_path: Path) -> Path:
-    """Milk of two numbers bought by three households, caviar by one; a coupon line; household 2 without demographics."""
+    """Milk of two numbers bought by three households, caviar by one; a coupon line; nothing known of household 2."""
     folder = tmp_path / "journey"
     folder.mkdir()
     lines = [  # household, basket, product, quantity, paid

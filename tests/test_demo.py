@@ -1,0 +1,94 @@
+"""The demo, gone through on a small simulated world, and what it says of figures that are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import demo as module
+from benchmarks import latency
+from benchmarks.demo import STORIES, demo
+from benchmarks.report import BenchmarkError
+from penchant.v1 import ranking_pb2
+from training.config import load_config
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "WARM_UP_S", 0.2)
+        patch.setattr(latency, "CEILING_S", 0.5)
+        patch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115 - as CI runs it: nobody presses Enter
+        return demo("simulated", tmp_path_factory.mktemp("demo"))
+
+
+def test_the_demo_goes_from_data_to_answers(answer: dict[str, Any]) -> None:
+    json.dumps(answer)
+    assert answer["errors"] == {}
+    assert answer["rungs"].keys() <= {"personalized"}
+    assert answer["other_unchanged"] is True
+    assert list(answer["phases"]) == ["data", "training", "evaluation", "export", "service", "requests"]
+    assert answer["seconds"] == pytest.approx(sum(answer["phases"].values()), abs=0.1)
+
+
+def test_no_title_stands_twice_on_a_page(answer: dict[str, Any]) -> None:
+    assert answer["same_titles"] == 0
+    # Control: a page that says the same twice is counted.
+    cast = module._Cast.__new__(module._Cast)
+    cast._titles = {"1": "Psycho", "2": "Psycho", "3": "Vertigo"}
+    slate = ranking_pb2.Slate(items=[{"item_id": item} for item in ("1", "3", "2")])  # type: ignore[list-item]
+    assert cast.same_titles(slate) == 1
+
+
+def test_every_baseline_has_its_margin(answer: dict[str, Any]) -> None:
+    assert set(answer["margins"]) == set(answer["baselines"])
+    for name, margin in answer["margins"].items():
+        assert margin["low"] <= margin["mean"] <= margin["high"]
+        difference = answer["quality"]["ndcg@10"]["mean"] - answer["baselines"][name]["ndcg@10"]
+        assert math.isclose(margin["mean"], difference, abs_tol=1e-9)
+    assert answer["ahead"] == all(margin["low"] > 0 for margin in answer["margins"].values())
+    assert answer["parts"] == {}
+
+
+def figures(low: float) -> dict[str, Any]:
+    """An evaluation in which the model is ahead of popularity, and of Markov from `low` on."""
+    value = {"ndcg@10": {"mean": 0.3, "low": 0.2, "high": 0.4}, "hit@10": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+    baseline = {"ndcg@10": 0.1, "hit@10": 0.2}
+    paired = {"popular": 0.1, "markov": low}
+    return {
+        "metrics": value,
+        "baselines": dict.fromkeys(paired, baseline),
+        "paired": {name: {"ndcg@10": {"mean": 0.2, "low": at, "high": 0.3}} for name, at in paired.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("low", "says"),
+    [
+        (0.001, "ahead of every baseline, the whole 95 % interval"),
+        (0.0, "NOT surely ahead of markov (0.2000 (0.0000 to 0.3000))"),
+        (-0.1, "NOT surely ahead of markov (0.2000 (-0.1000 to 0.3000))"),
+    ],
+)
+def test_it_says_no_more_than_is_true(low: float, says: str) -> None:
+    screen = Console(record=True, width=200)
+    module._judge(figures(low), "", screen)
+    assert says in screen.export_text()
+    assert module._figures(figures(low))["ahead"] is (low > 0)
+
+
+def test_every_story_has_settings_that_train_and_hold_out() -> None:
+    for story in STORIES.values():
+        config = load_config(story.config, {"protocol": module.PROTOCOL, **story.settings})
+        assert config.protocol == "leave-one-out"
+    assert load_config(STORIES["completejourney"].config).repeats is True
+
+
+def test_a_data_set_without_a_story_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="choose one of movielens-1m, completejourney, simulated"):
+        demo("kuairand", tmp_path)
