@@ -180,22 +180,22 @@ def _figures(measured: dict[str, Any]) -> dict[str, Any]:
 
 def _judge(measured: dict[str, Any], title: str, screen: Console) -> None:
     """Prints model and baselines, and in one line what their difference proves."""
-    table = Table("", "ndcg@10", "hit@10", "penchant's ndcg@10 is higher by", title=title, title_justify="left")
+    table = Table("", "ndcg@10", "hit@10", "penchant's lead", title=title, title_justify="left")
     margins = _figures(measured)["margins"]
     for name, row in measured["baselines"].items():
-        table.add_row(name, f"{row['ndcg@10']:.4f}", f"{row['hit@10']:.4f}", _interval(margins[name]))
-    ours = (_interval(measured["metrics"][name]) for name in ("ndcg@10", "hit@10"))
-    table.add_row("penchant", *ours, "", style="bold")
+        table.add_row(name, f"{row['ndcg@10']:.3f}", f"{row['hit@10']:.3f}", _interval(margins[name]))
+    ours = measured["metrics"]
+    table.add_row("penchant", _interval(ours["ndcg@10"]), f"{ours['hit@10']['mean']:.3f}", "", style="bold")
     screen.print(table)
-    doubtful = [f"{name} ({_interval(margin)})" for name, margin in margins.items() if margin["low"] <= 0]
+    doubtful = [f"{name}: {_interval(margin)}" for name, margin in margins.items() if margin["low"] <= 0]
     if doubtful:
-        screen.print(f"penchant is NOT surely ahead of {', '.join(doubtful)}; of the others it is.")
+        screen.print(f"penchant is NOT surely ahead of {'; '.join(doubtful)}.")
     else:
-        screen.print("penchant is ahead of every baseline, the whole 95 % interval of the difference above zero.")
+        screen.print("penchant is ahead of every baseline, the 95 % interval of each difference above zero.")
 
 
 def _interval(figure: dict[str, float]) -> str:
-    return f"{figure['mean']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
+    return f"{figure['mean']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
 
 
 def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[st
     screen.print(cast.table(matching, f"search “{query}” by {story.user} {first}"))
 
     screen.rule("events, and the very next answer")
-    touched = [item.item_id for item in matching.items[:5]]
+    touched = cast.named(_ids(matching), query)[:5]
     values = {} if story.value is None else {"value": story.value}
     statuses = client.ingest([event(first, item, story.action, **values) for item in touched])
     screen.print(f"{story.user} {first}, {story.action}: {'; '.join(map(cast.title, touched))}")
@@ -266,6 +266,11 @@ class _Cast:
     def title(self, item_id: str) -> str:
         """The title of an item, or its id where it has none."""
         return str(self._titles.get(item_id, item_id))
+
+    def named(self, item_ids: list[str], query: str) -> list[str]:
+        """The items that bear the words of a query in their title, in their order; all where none does."""
+        bearing = [item for item in item_ids if query.lower() in self.title(item).lower()]
+        return bearing or item_ids
 
     def same_titles(self, slate: ranking_pb2.Slate) -> int:
         """How many lines of a slate say again what stands above them."""

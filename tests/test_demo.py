@@ -70,9 +70,9 @@ def figures(low: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("low", "says"),
     [
-        (0.001, "ahead of every baseline, the whole 95 % interval"),
-        (0.0, "NOT surely ahead of markov (0.2000 (0.0000 to 0.3000))"),
-        (-0.1, "NOT surely ahead of markov (0.2000 (-0.1000 to 0.3000))"),
+        (0.001, "ahead of every baseline, the 95 % interval of each difference above zero"),
+        (0.0, "NOT surely ahead of markov: 0.200 (0.000 to 0.300)."),
+        (-0.1, "NOT surely ahead of markov: 0.200 (-0.100 to 0.300)."),
     ],
 )
 def test_it_says_no_more_than_is_true(low: float, says: str) -> None:

@@ -89,6 +89,8 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     assert parts["new"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 10)
     assert parts["new_alone"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 5)
     assert parts["new_alone"]["metrics"]["mrr@10"]["mean"] >= parts["new"]["metrics"]["mrr@10"]["mean"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f"leave-one-out: {name}" in page for name in parts)
 
 
 def test_what_is_shown_are_the_best() -> None:
