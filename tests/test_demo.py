@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,19 @@ from benchmarks.report import BenchmarkError
 from penchant.v1 import ranking_pb2
 from training.config import load_config
 
+SMALL = {"users": 100, "items": 120, "days": 60}
+QUICK: dict[str, Any] = {"dim": 16, "layers": 1, "heads": 1, "feed_forward": 32, "epochs": 1, "batch_tokens": 1024}
+QUICK |= {"token_buckets": 256, "query_steps": 20, "ranker_steps": 20, "ranker_hidden": 4, "candidates": 50}
+
 
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "WARM_UP_S", 0.2)
         patch.setattr(latency, "CEILING_S", 0.5)
-        patch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115 - as CI runs it: nobody presses Enter
+        patch.setattr(module, "HISTORY", 30)
+        patch.setitem(STORIES, "simulated", replace(STORIES["simulated"], options=SMALL, settings=QUICK))
+        patch.setattr("sys.stdin", io.StringIO())  # no terminal, so that it ends by itself
         return demo("simulated", tmp_path_factory.mktemp("demo"))
 
 
