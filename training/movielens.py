@@ -63,9 +63,9 @@ _PUBLISHED = ("ratings.dat", "movies.dat", "users.dat")
 _ATOMIC = ("ml-1m.inter", "ml-1m.item", "ml-1m.user")
 _RATING = ("user_id", "item_id", "value", "timestamp")
 _MOVIE = ("item_id", "title", "categories")
-_PERSON = ("user_id", "gender", "age", "occupation")
+_USER = ("user_id", "gender", "age", "occupation")
 _ATOMIC_MOVIE = ("item_id", "title", "year", "categories")
-_ATOMIC_PERSON = ("user_id", "age", "gender", "occupation")
+_ATOMIC_USER = ("user_id", "age", "gender", "occupation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class _MovieLens:
 
     ratings: pa.Table
     movies: pa.Table
-    people: pa.Table
+    users: pa.Table
     files: tuple[str, ...]
 
 
@@ -98,7 +98,7 @@ def movielens(source: Path | None, progress: Progress) -> Made:
         raw = _archive(source, progress)
     print(TERMS, file=sys.stderr)
     progress.advance(task)
-    of_ratings, of_movies, of_people = raw.files
+    of_ratings, of_movies, of_users = raw.files
     rated = raw.ratings.append_column("event_type", constant("rating", raw.ratings.num_rows))
     events = conform(rated, EVENTS, EVENTS_REQUIRED, of_ratings)
     year = raw.movies["year"].combine_chunks()
@@ -108,9 +108,9 @@ def movielens(source: Path | None, progress: Progress) -> Made:
         told_apart(raw.movies["title"].to_pylist(), year.to_pylist()),
     )
     items = movies.append_column("attributes", pack_map({"year": year}))
-    ages = _named(raw.people["age"], list(_AGES), list(_AGES.values()))
-    traits = {name: raw.people[name].combine_chunks() for name in ("gender", "occupation")} | {"age": ages}
-    users = conform(raw.people.append_column("attributes", pack_map(traits)), USERS, USERS_REQUIRED, of_people)
+    ages = _named(raw.users["age"], list(_AGES), list(_AGES.values()))
+    traits = {name: raw.users[name].combine_chunks() for name in ("gender", "occupation")} | {"age": ages}
+    users = conform(raw.users.append_column("attributes", pack_map(traits)), USERS, USERS_REQUIRED, of_users)
     progress.advance(task)
     return Made("movielens-1m", TERMS, events, conform(items, ITEMS, ITEMS_REQUIRED, of_movies), users)
 
@@ -118,10 +118,10 @@ def movielens(source: Path | None, progress: Progress) -> Made:
 def _tidy(folder: Path) -> _MovieLens:
     files = tuple(folder / f"{name}.parquet" for name in ("ratings", "movies", "users"))
     movie = {"movie_id": "item_id", "title": "title", "genres": "categories", "year": "year", "abstract": "description"}
-    person = {"user_id": "user_id", "gender": "gender", "age": "age", "occupation_name": "occupation"}
+    user = {"user_id": "user_id", "gender": "gender", "age": "age", "occupation_name": "occupation"}
     rating = {"user_id": "user_id", "movie_id": "item_id", "rating": "value", "timestamp": "timestamp"}
-    ratings, movies, people = (read_parquet(f, c) for f, c in zip(files, (rating, movie, person), strict=True))
-    return _MovieLens(ratings, movies, people, tuple(map(str, files)))
+    ratings, movies, users = (read_parquet(f, c) for f, c in zip(files, (rating, movie, user), strict=True))
+    return _MovieLens(ratings, movies, users, tuple(map(str, files)))
 
 
 def _folder(folder: Path) -> _MovieLens:
@@ -156,17 +156,17 @@ def _archive(source: Path | None, progress: Progress) -> _MovieLens:
 
 
 def _published(raw: Sequence[bytes]) -> _MovieLens:
-    columns = (_RATING, _MOVIE, _PERSON)
-    ratings, movies, people = (_lines(b.decode("latin-1"), "::", c) for b, c in zip(raw, columns, strict=True))
+    columns = (_RATING, _MOVIE, _USER)
+    ratings, movies, users = (_lines(b.decode("latin-1"), "::", c) for b, c in zip(raw, columns, strict=True))
     title, year = _title_and_year(movies["title"].combine_chunks())
     movies = _genres(movies.set_column(1, "title", title).append_column("year", year), "|")
-    return _MovieLens(ratings, movies, _employed(people), _PUBLISHED)
+    return _MovieLens(ratings, movies, _employed(users), _PUBLISHED)
 
 
 def _atomic(raw: Sequence[bytes]) -> _MovieLens:
     """RecBole's files: a header, then lines of tabs; users are called `1m_NUMBER`, films by title and year."""
-    columns = (_RATING, _ATOMIC_MOVIE, _ATOMIC_PERSON)
-    ratings, movies, people = (_lines(b.decode("utf-8"), "\t", c).slice(1) for b, c in zip(raw, columns, strict=True))
+    columns = (_RATING, _ATOMIC_MOVIE, _ATOMIC_USER)
+    ratings, movies, users = (_lines(b.decode("utf-8"), "\t", c).slice(1) for b, c in zip(raw, columns, strict=True))
     names = movies["item_id"].combine_chunks()
     numbers = np.setdiff1d(np.arange(1, len(names) + len(_NO_FILM) + 1), _NO_FILM)[: len(names)]
     ids = pa.array(numbers.astype(str), pa.string())
@@ -174,7 +174,7 @@ def _atomic(raw: Sequence[bytes]) -> _MovieLens:
     movies = movies.set_column(1, "title", _closed(movies["title"].combine_chunks()))
     rated = pc.take(ids, pc.index_in(ratings["item_id"].combine_chunks(), names))
     ratings = _numbered(ratings.set_column(1, "item_id", rated))
-    return _MovieLens(ratings, movies, _employed(_numbered(people)), _ATOMIC)
+    return _MovieLens(ratings, movies, _employed(_numbered(users)), _ATOMIC)
 
 
 def _lines(text: str, separator: str, columns: tuple[str, ...]) -> pa.Table:
@@ -208,10 +208,10 @@ def _numbered(table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index("user_id"), "user_id", ids)
 
 
-def _employed(people: pa.Table) -> pa.Table:
-    at = people.column_names.index("occupation")
-    jobs = _named(people["occupation"], [str(code) for code in range(len(_OCCUPATIONS))], _OCCUPATIONS)
-    return people.set_column(at, "occupation", jobs)
+def _employed(users: pa.Table) -> pa.Table:
+    at = users.column_names.index("occupation")
+    jobs = _named(users["occupation"], [str(code) for code in range(len(_OCCUPATIONS))], _OCCUPATIONS)
+    return users.set_column(at, "occupation", jobs)
 
 
 def _named(codes: pa.ChunkedArray[Any], known: Sequence[str], names: Sequence[str]) -> Array:
