@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-durability prove-freshness prove-redis prove-resume prove-skew clean
+.PHONY: prove-durability prove-freshness prove-reading prove-redis prove-resume prove-skew clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,8 +51,10 @@ check-protos: $(VENV)/.ready-dev $(VENV_PROTOS)/.ready
 	@diff -r --exclude=__init__.py --exclude=__pycache__ $(BUILD)/stubs/penchant/v1 penchant/v1 \
 		|| { echo 'penchant/v1 is not what protos/ makes: run `make protos`' >&2; exit 1; }
 
-test: $(VENV)/.ready-dev  ## every test; TESTS='tests/features -k fold' runs some
-	$(BIN)/python -m pytest $(TESTS)
+# A file's tests stay together, for they share servers and models. JOBS=0 runs them all in one process.
+JOBS ?= 2
+test: $(VENV)/.ready-dev  ## every test, two files at a time; TESTS='tests/features -k fold' runs some, JOBS=N more at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 demo: $(VENV)/.ready-demo  ## the whole road in minutes: data, training, bundle, service, measurement
 	$(BIN)/penchant demo
@@ -77,8 +79,13 @@ prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost 
 
 LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N
-	$(BIN)/python -m benchmarks.report no-skew 'One history, read four ways' -- \
+	$(BIN)/python -m benchmarks.report no-skew 'One history, read five ways' -- \
 		$(BIN)/python -m tests.proofs.skew --lives $(LIVES) --seed $(or $(SEED),1)
+
+FILES ?= 2000
+prove-reading: $(VENV)/.ready-dev  ## tables in every form, read by Penchant and by pyarrow or polars; FILES=N, SEED=N
+	$(BIN)/python -m benchmarks.report reading 'Tables in every form, read by two readers' -- \
+		$(BIN)/python -m tests.proofs.reading --files $(FILES) --seed $(or $(SEED),1)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

@@ -40,6 +40,7 @@ from features.bundle import open_bundle
 from features.profile import ENTRY, make_records
 from features.schema import event_type_key, item_key
 from features.vocabulary import Vocabulary
+from penchant.channels import channel_options
 from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 from serving.events import EventLog, LoggedEvent
@@ -243,7 +244,7 @@ def _connections(pid: int) -> set[tuple[int, int]]:
             sockets.add(os.readlink(descriptor))
     found = set()
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{pid}/net/{table}").read_text(encoding="utf-8").splitlines()[1:]:
             words = line.split()
             if words[3] == _ESTABLISHED and f"socket:[{words[9]}]" in sockets:
                 near, far = (int(word.rpartition(":")[2], 16) for word in words[1:3])
@@ -258,7 +259,7 @@ def _bare(ready: Mapping[str, Any]) -> Iterator[dict[str, Callable[[], object]]]
     with (
         connect_one(urls[0], _TIMEOUT_S) as profiles,
         connect_one(urls[1], _TIMEOUT_S) as events,
-        grpc.insecure_channel(ready["listen"]) as channel,
+        grpc.insecure_channel(ready["listen"], options=channel_options(ready["listen"])) as channel,
     ):
         reading, writing, nothing = Line(profiles), Line(events), health_pb2_grpc.HealthStub(channel)
         reading.ask("SET", "bare", bytes(ENTRY.itemsize))

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.report import BenchmarkError, facts
+from features.limits import cores
 from features.schema import EVENTS, ITEMS
 from features.tables import open_dataset
 from training.config import load_config
@@ -86,7 +87,7 @@ def growth(
     peaks = [training.peak_kib for training in trainings]
     return {
         "items": items,
-        "threads": threads or len(os.sched_getaffinity(0)),
+        "threads": threads or cores(),
         "sizes": {str(training.size): training.figures() for training in trainings},
         "slowest_to_fastest": round(min(rates) / max(rates), 4),
         "memory_ratio": round(max(peaks) / min(peaks), 4),

@@ -220,8 +220,8 @@ def _says_finished(checkpoint: Path, changed: int) -> bool:
 
 def _end(out: Path) -> dict[str, Any]:
     """What must be the same."""
-    result = json.loads((out / "result.json").read_text())
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     digests = result["sha256"] | {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in FILES}
     kept: Sequence[str] = ("steps", "epochs", "best_validation", "blend", "ranker_ndcg@10")
     return {

@@ -23,6 +23,7 @@ import grpc.aio
 from hdrh.histogram import HdrHistogram
 
 from benchmarks.report import BenchmarkError, facts
+from penchant.channels import channel_options
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
 CHANNELS = 8
@@ -141,6 +142,7 @@ class _Caller:
         """
         for number in range(CHANNELS):
             options = [("penchant.channel", number), ("grpc.use_local_subchannel_pool", 1)]
+            options += channel_options(self.target)
             channel = grpc.aio.insecure_channel(self.target, options=options)
             self._channels.append(channel)
             self._stubs.append(ranking_pb2_grpc.RankingServiceStub(channel))

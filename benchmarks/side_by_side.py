@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.peers.turns import Histories
 from features.errors import ConfigError
+from features.limits import cores
 from features.tables import open_dataset
 from training.config import TrainConfig
 from training.train import read_material
@@ -145,7 +146,7 @@ def speed(
             "recbole_equal": (peers / "recbole", "recbole_sasrec", sizes.recbole()),
         }
         asked = {name: one for name, one in asked.items() if not names or name in names}
-        threads = config.threads or len(os.sched_getaffinity(0))
+        threads = config.threads or cores()
         commands = {
             name: [
                 *(str(_interpreter(place, name)), "-m", f"benchmarks.peers.{module}", str(file)),

@@ -242,7 +242,8 @@ def no_skew() -> str:
     """How much of how many lives was compared, and what differed."""
     path = RESULTS / "no-skew.json"
     result = _read(path)
-    names = ("lives", "events", "late", "patched", "undone", "compactions", "prefixes", "slates", "differences")
+    every = "lives events late patched before_patch put early undone compactions prefixes slates differences"
+    names = [name for name in every.split() if name in result]
     return _table(names, [[f"{result[name]:,}" for name in names]]) + _source(path, result)
 
 

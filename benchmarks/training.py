@@ -76,7 +76,7 @@ def _runs(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> l
     for seed in seeds:
         run, wanted = out / f"seed-{seed}", config.model_copy(update={"seed": seed})
         if (run / "result.json").exists():
-            if TrainConfig.model_validate_json((run / "config.json").read_text()) != wanted:
+            if TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8")) != wanted:
                 raise ConfigError(f"{run} was trained with another configuration: give another --out, or delete it")
         else:
             train(data, run, wanted)
@@ -86,7 +86,7 @@ def _runs(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> l
 
 def _trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """What each training cost."""
-    results = [json.loads((run / "result.json").read_text()) for run in runs]
+    results = [json.loads((run / "result.json").read_text(encoding="utf-8")) for run in runs]
     names = ("seconds", "tokens_per_second", "epochs", "best_validation", "parameters")
     return [{name: result[name] for name in names} for result in results]
 

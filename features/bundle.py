@@ -96,7 +96,7 @@ def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
             raise BundleError(f"{out}: holds another bundle; a bundle is never changed, choose another directory")
         shutil.rmtree(staging)
         return str(manifest["bundle_id"])
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
     for name in (*FILES, MANIFEST):
         sync(staging / name)
     sync(staging)
@@ -106,14 +106,24 @@ def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
     return str(manifest["bundle_id"])
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path, bundle_id: str = "") -> Bundle:
     """Verifies every file of a bundle, before anybody parses one.
+
+    Args:
+        path: The directory, or a link to it; the link is followed once, and may move afterwards.
+        bundle_id: The bundle that has to be there; empty where any will do.
 
     Raises:
         BundleError: The directory is no bundle, is half copied, was changed, or holds links, files of another bundle or
-            files of none.
+            files of none; or it is another bundle than the one asked for.
     """
+    path = path.resolve()
     manifest = _manifest(path)
+    if bundle_id and manifest["bundle_id"] != bundle_id:
+        raise BundleError(
+            f"{path}: holds the bundle {manifest['bundle_id']}, and the running service serves {bundle_id}; restart "
+            "the service to serve the other one, or put this one back"
+        )
     files = manifest["files"]
     if sorted(files) != sorted(FILES):
         raise BundleError(f"{path / MANIFEST}: lists {sorted(files)}, a bundle of format {FORMAT} has {list(FILES)}")

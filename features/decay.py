@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from itertools import islice, pairwise
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from features.jit import kernel
 
 TICKS = 128
 """Ticks per half-life."""
@@ -41,7 +42,7 @@ _ROOTS = _roots()
 _HALVED = 2.0 ** -np.arange(256, dtype=np.float64)  # exact; what was halved more often than this is nothing
 
 
-@nb.njit(cache=True)
+@kernel()
 def _power(ticks: int) -> float:
     """2 ** (ticks / 128), of less than 128 ticks."""
     halvings = -(ticks >> _BITS)
@@ -56,7 +57,7 @@ def _power_plain(ticks: int) -> float:
     return float(_ROOTS[ticks % TICKS] * _HALVED[halvings]) if halvings < _HALVED.size else 0.0
 
 
-@nb.njit(cache=True)
+@kernel()
 def left(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
     """What is left, at a time, of what was 1 at the beginning of the half-life that another time lies in.
 
@@ -85,7 +86,7 @@ def left_plain(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
     )
 
 
-@nb.njit(cache=True)
+@kernel()
 def _place(keys: _Keys, counts: _Counts, start: int, size: int, room: int, key: np.uint64) -> int:
     """Where a key's counts are; where it has none and there is no room, in the place of the least one."""
     for place in range(start, start + size):
@@ -104,7 +105,7 @@ def _place(keys: _Keys, counts: _Counts, start: int, size: int, room: int, key: 
     return place
 
 
-@nb.njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def remember(
     facts: _Ints,
     keys: _Keys,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.content import codes, event_keys, is_present, nulls, order_events, select
-from features.rows import Part, Rejected
+from features.rows import Part, Rejected, Unread
 from features.schema import EVENTS, item_keys
 
 BATCH_ROWS = 1 << 17
@@ -94,6 +94,8 @@ class Survey:
     Attributes:
         rows: Number of rows that are kept.
         rejected: The others.
+        unread: The cells that were left out of the kept rows, by part.
+        altered: A kept row has a NULL where its file has something else.
         present: The columns that have a value in some row.
     """
 
@@ -101,6 +103,8 @@ class Survey:
         """Goes through the parts."""
         self.rows = 0
         self.rejected: list[Rejected] = []
+        self.unread: list[Unread] = []
+        self.altered = False
         self.present: set[str] = set()
         self._items: dict[str, int] = {}
         self._runs: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
@@ -109,6 +113,8 @@ class Survey:
         for part in parts:
             self.rows += part.table.num_rows
             self.rejected += part.rejected
+            self.unread += part.unread
+            self.altered |= part.altered
             self.present |= {name for name in part.table.column_names if is_present(part.table[name])}
             if part.table.num_rows:
                 self._follow(part.table)
@@ -148,6 +154,8 @@ def arrange(parts: Parts, survey: Survey) -> Events:
     People are numbered by their first row and their rows dealt into buckets of consecutive people; each bucket is then
     put in order by itself.
     """
+    if not survey.rows:
+        return Events.of(EVENTS.empty_table())
     columns = [name for name in EVENTS.names if name in survey.present]
     with tempfile.TemporaryDirectory(prefix="penchant-") as folder:
         buckets = [Path(folder) / f"{number}.arrow" for number in range(_deal(parts, columns, Path(folder)))]

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from features.catalog import Catalog
+from features.histories import KEYS, Logged, history_keys
 from features.profile import ENTRY, Profile, Records, decode, empty, encode, fold, make_records
 from features.schema import event_type_keys, item_keys
 
@@ -26,7 +28,8 @@ def profile_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Profile
     The older half is folded, the newer half still lies in the tail, in no order.
 
     Args:
-        events: `item_id`, `event_type`, `timestamp` (ms) and `value` (None where there is none), oldest first.
+        events: `item_id`, `event_type`, `timestamp` (ms) and `value` (None where there is none), oldest first; and
+            `category_key` and `creator_key`, where the item was another one when the event came.
         catalog: Where the items' categories and creators are looked up, as at ingest.
     """
     records = records_of(events, catalog)
@@ -39,12 +42,10 @@ def profile_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Profile
 def records_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Records:
     """The records that ingest would write; RECORD [n]."""
     ids = [event["item_id"] for event in events]
-    rows = catalog.rows(ids)
-    known, columns = rows >= 0, catalog.columns
+    logged = Logged.of(pa.table({name: pa.array([event.get(name) for event in events], pa.uint64()) for name in KEYS}))
     return make_records(
         item_keys(ids),
-        np.where(known, columns.category[rows], np.uint64(0)),
-        np.where(known, columns.creator[rows], np.uint64(0)),
+        *history_keys(catalog.rows(ids), catalog.columns, logged),
         [event["timestamp"] for event in events],
         [np.nan if event["value"] is None else event["value"] for event in events],
         event_type_keys([event["event_type"] for event in events]),

@@ -10,9 +10,10 @@ import math
 import zlib
 from typing import Any
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from features.jit import kernel
 
 _LANES = 16
 _RAREST = 1e-6
@@ -32,7 +33,7 @@ def _crc_tables() -> npt.NDArray[np.uint32]:
 _CRC_TABLES = _crc_tables()
 
 
-@nb.njit(cache=True)
+@kernel()
 def crc32_rows(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
     """CRC-32 (the one of zlib) of each row of `rows` uint8 [n, width]; uint32 [n]. Eight bytes at a time."""
     out = np.empty(rows.shape[0], np.uint32)
@@ -59,7 +60,7 @@ def crc32_rows_plain(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
     return np.array([zlib.crc32(row.tobytes()) for row in rows], dtype=np.uint32)
 
 
-@nb.njit(cache=True)
+@kernel()
 def evict(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int) -> npt.NDArray[np.uint64]:
     """Appends to `evicted` those of `pushed` that it lacks, one by one, and keeps the newest `cap`.
 
@@ -98,7 +99,7 @@ def evict_plain(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64],
     return np.array(kept, dtype=np.uint64)
 
 
-@nb.njit(cache=True)
+@kernel()
 def _place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
     """Where a key stands in an open hash table, or would stand; 0 is a free slot."""
     last = np.uint64(slots.size - 1)
@@ -108,7 +109,7 @@ def _place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
     return at
 
 
-@nb.njit(cache=True)
+@kernel()
 def _tallied(
     history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
@@ -126,7 +127,7 @@ def _tallied(
     return slots, sums
 
 
-@nb.njit(cache=True)
+@kernel()
 def affinity(
     keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float32]:
@@ -166,7 +167,7 @@ def affinity_plain(
     return np.where(keys == 0, 0.0, shares / total).astype(np.float32)
 
 
-@nb.njit(cache=True)
+@kernel()
 def matched_weights(
     keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
@@ -200,7 +201,7 @@ def matched_weights_plain(
     return out
 
 
-@nb.njit(cache=True)
+@kernel()
 def log_odds(
     acted: npt.NDArray[np.float64], shown: npt.NDArray[np.float64], prior: npt.NDArray[np.float64], strength: float
 ) -> npt.NDArray[np.float64]:
@@ -241,7 +242,7 @@ def log_odds_plain(
     return out
 
 
-@nb.njit(cache=True)
+@kernel()
 def dot_rows(
     vectors: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], query: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
@@ -289,7 +290,7 @@ def dot_rows_plain(
     return out
 
 
-@nb.njit(cache=True)
+@kernel()
 def pack_newest(
     rows: npt.NDArray[np.int32],
     types: npt.NDArray[Any],

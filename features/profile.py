@@ -30,7 +30,7 @@ FORMAT = 4
 """Version of a stored profile's layout and of what its numbers mean."""
 
 RING = 256
-"""Number of newest events kept whole; at least the length of any encoder."""
+"""Number of newest events about items kept whole; at least the length of any encoder."""
 
 EVICTED_CAP = 8192
 """Number of older items remembered only as seen."""
@@ -105,7 +105,7 @@ class Profile:
 
     Attributes:
         version: Log id up to and including which events are folded; 0 for nobody.
-        records: The newest events, oldest first; EVENT [<= RING].
+        records: The newest events about items, oldest first; EVENT [<= RING].
         evicted: Items pushed out of `records`, oldest first, without repeats; uint64 [<= EVICTED_CAP].
         count: Number of events ever folded.
         consent: What the person allows; None where they said nothing, so that the service's default holds.
@@ -222,6 +222,9 @@ def verify(records: Records) -> npt.NDArray[np.bool_]:
 def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     """Folds `records`, in log order, into `profile`; a pure function.
 
+    An event about no item (a search) is counted and leaves nothing else: it is in no history, so it may not push what
+    is in one out of the ring. Training, which never meets it, remembers as much.
+
     Args:
         profile: What was known before.
         records: The events that follow; EVENT, RECORD or ENTRY [n].
@@ -231,7 +234,7 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
         The profile after them. Folding a history in pieces gives the same as folding it at once.
     """
     events = events_of(records)
-    joined = _joined(profile.records, events)
+    joined = _joined(profile.records, _about_items(events))
     cut = max(0, joined.size - RING)
     evicted = profile.evicted
     if cut:
@@ -267,8 +270,9 @@ def refold(
     state, records = stored.state, events_of(logged)
     ids = logged["log_id"].astype(np.uint64)
     folded = int(np.searchsorted(ids, np.uint64(state.version), side="right"))
-    known, first = _still_logged(state.records, records[:folded])
-    older, evicted, count = events_of(state.records)[: state.records.size - known], state.evicted, state.count - known
+    ring = _about_items(state.records)
+    known, first = _still_logged(ring, records[:folded])
+    older, evicted, count = ring[: ring.size - known], state.evicted, state.count - known
     gone = np.array([one in undone for one in ids.tolist()], np.bool_)
     # What waits in the tail and has left the log already is as good as what the log holds.
     rest = stored.tail[~np.isin(stored.tail["log_id"].astype(np.uint64), ids)]
@@ -282,6 +286,9 @@ def refold(
         mine = np.isin(evicted, records["item"][:first])
         mine[:count] = False
         evicted = evicted[~mine]
+    else:
+        first = 0
+    count -= int((records[first:folded]["item"] == 0).sum())  # counted, but in no ring
     order = np.argsort(np.concatenate([ids[~gone], rest["log_id"].astype(np.uint64)]), kind="stable")
     events = _joined(records[~gone], waiting)[order]
     count = max(count - before, 0) + older.size
@@ -413,6 +420,12 @@ def events_of(records: Records) -> Events:
     if records.dtype == EVENT:
         return records
     return np.ascontiguousarray(_bytes_of(records)[:, _EVENT]).view(EVENT).reshape(records.size)
+
+
+def _about_items(events: Events) -> Events:
+    """Returns the events that are about an item; EVENT [<= n]."""
+    about = events["item"] != 0
+    return events if about.all() else events[about]
 
 
 def _joined(older: Events, newer: Events) -> Events:

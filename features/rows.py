@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.columns import Array, Mask, Misfit, convert, owners, pc, to_mask
+from features.arrays import Array, Mask, Misfit, only, owners, pc, plain, to_mask
+from features.columns import convert
 from features.content import nulls, select
+from features.dialect import Dialect, DialectSurvey, is_marked, is_time
 from features.errors import TablesError
 from features.schema import Required
+from features.times import RELATIVE
 
-# Letter case is ignored before this, so USER_ID and Timestamp need no line here.
+# Letter case, underscores, hyphens and spaces are ignored, so USER_ID and userId need no line here.
 ALIASES = {
     "datetime": "timestamp",
     "rating": "value",
@@ -23,6 +29,9 @@ ALIASES = {
     "genres": "categories",
 }
 _NOT_NEGATIVE = ("price", "position")
+_CLOSED = ("available", "allow_train", "allow_measure", "personal")
+"""Columns of permissions: what cannot be read is no permission, and neither is a NULL there, which would be one."""
+_WINDOW = ("available_from", "available_until")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,30 +79,31 @@ class Intake:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file's good rows, and where in the file each of them stands."""
+    """Some of a file's good rows, and where in the file each of them stands.
+
+    Attributes:
+        source: The file.
+        table: The rows.
+        rows: Where each of them stands, 0-based in the file; int64.
+        rejected: The rows that were left out.
+        unread: The cells that were left out of the rows.
+        altered: A cell is NULL here and not in the file, so the file cannot stand for the table.
+    """
 
     source: str
     table: pa.Table
     rows: npt.NDArray[np.int64]
     rejected: list[Rejected]
     unread: list[Unread] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Fault:
-    """The rows in which one field is wrong."""
-
-    name: str
-    bad: Mask
-    should: str
-    column: Array
+    altered: bool = False
 
 
 def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str) -> dict[str, str]:
     """Canonical column -> the file's column."""
     chosen: dict[str, str] = {}
     for name in schema.names:
-        same = [n for n in found.names if n == name] or [n for n in found.names if _canonical(n) == name]
+        names = {_bare(name), *(_bare(alias) for alias, meant in ALIASES.items() if meant == name)}
+        same = [n for n in found.names if n == name] or [n for n in found.names if _bare(n) in names]
         if len(same) > 1:
             raise TablesError(f"{source}: columns {same} all mean {name}: keep one of them")
         if same:
@@ -105,45 +115,139 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     return chosen
 
 
-def _canonical(name: str) -> str:
-    return ALIASES.get(name.lower(), name.lower())
+def _bare(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+@dataclass(slots=True)
+class _Cells:
+    """One column while its faults are looked for: as the file has it, its values, faulty rows with what is right."""
+
+    given: Array
+    values: Array
+    faults: list[tuple[Mask, str]]
+    late: Mask | None = None
+
+    @property
+    def bad(self) -> Mask:
+        """The rows with any fault."""
+        return np.asarray(np.logical_or.reduce([mask for mask, _ in self.faults]), bool)
+
+    def reason(self, name: str, row: int) -> str:
+        """What is wrong with the cell of a row."""
+        should = next(should for mask, should in self.faults if mask[row])
+        return f"{name} is {_shown(self.given, row)}, should be {should}"
 
 
 def fit(
-    table: pa.Table, schema: pa.Schema, required: Required, source: str, numbers: npt.NDArray[np.int64] | None = None
+    table: pa.Table,
+    schema: pa.Schema,
+    required: Required,
+    source: str,
+    numbers: npt.NDArray[np.int64] | None = None,
+    dialect: Dialect | None = None,
 ) -> Part:
-    """Convert the columns, find every row with a fault, keep the others.
+    """Converts the columns, leaves out every row without a required cell, and every other cell that cannot be read.
 
-    `numbers` says where in the source each row stands, for a table that is not all of it.
+    Where the cells say whether something is permitted (that an item is shown, that a model is trained on a row), a cell
+    that cannot be read forbids it.
+
+    Args:
+        table: Any number of rows of a file.
+        schema: The canonical columns.
+        required: Those that a row needs.
+        source: The file.
+        numbers: Where in the file each row stands, for a table that is not all of it.
+        dialect: How the writer counted time and wrote lists; None asks the table.
     """
-    columns: dict[str, Array] = {}
-    faults: list[_Fault] = []
-    for name, origin in origins(table.schema, schema, required, source).items():
-        given = table.column(origin).combine_chunks()
-        known = (table.schema.field(origin).metadata or {}).get(b"unit") == b"ms"
-        try:
-            converted = convert(given, schema.field(name), unit_known=known)
-        except Misfit as misfit:
-            raise TablesError(f"{source}: column {origin} is {given.type}, should be {misfit}") from None
-        except pa.ArrowException as error:
-            raise TablesError(f"{source}: column {origin} ({given.type}): {error}") from error
-        columns[name] = converted.values
-        faults.append(_Fault(name, converted.bad, converted.should, given))
-    faults += [*_missing(columns, required, faults), *_broken_rules(columns)]
-    bad = np.logical_or.reduce([fault.bad for fault in faults])
+    dialect = dialect_of([(table, source)], schema, required) if dialect is None else dialect
     numbers = np.arange(table.num_rows) if numbers is None else numbers
-    rejected = [Rejected(source, int(numbers[row]), _reason(faults, int(row))) for row in np.flatnonzero(bad)]
-    given_or_null = [columns.get(f.name, nulls(table.num_rows, f.type)) for f in schema]
-    full, good = pa.table(given_or_null, schema=schema), np.flatnonzero(~bad)
-    return Part(source, select(full, good) if bad.any() else full, numbers[good], rejected)
+    cells = {
+        name: _cells(table, origin, schema.field(name), source, dialect)
+        for name, origin in origins(table.schema, schema, required, source).items()
+    }
+    _settle_times(cells, schema)
+    _apply_rules(cells)
+    faults = list(_row_faults(cells, required))
+    bad = np.logical_or.reduce([mask for mask, _ in faults]) if faults else np.zeros(table.num_rows, bool)
+    rejected = [
+        Rejected(source, int(numbers[row]), "; ".join(tell(int(row)) for mask, tell in faults if mask[row]))
+        for row in np.flatnonzero(bad)
+    ]
+    unread = list(_unread(cells, bad, source, numbers))
+    _close(cells, schema, table.num_rows)
+    altered = any(cell.values.null_count > plain(cell.given).null_count for cell in cells.values())
+    columns = [cells[f.name].values if f.name in cells else nulls(table.num_rows, f.type) for f in schema]
+    full, good = pa.table(columns, schema=schema), np.flatnonzero(~bad)
+    kept = select(full, good) if bad.any() else full
+    return Part(source, kept, numbers[good], rejected, unread, altered)
 
 
-def _missing(columns: Mapping[str, Array], required: Required, faults: list[_Fault]) -> Iterator[_Fault]:
-    unusable = {fault.name: fault.bad for fault in faults}
+def merge_unread(parts: Iterable[Unread]) -> list[Unread]:
+    """Returns one line per file and column: files in their order, then by first row and column."""
+    merged: dict[tuple[str, str], Unread] = {}
+    for cells in parts:
+        key = (cells.file, cells.column)
+        before = merged.get(key)
+        merged[key] = replace(before, count=before.count + cells.count) if before else cells
+    files = {file: place for place, file in enumerate(dict.fromkeys(file for file, _ in merged))}
+    return sorted(merged.values(), key=lambda cells: (files[cells.file], cells.row, cells.column))
+
+
+def dialect_of(tables: Sequence[tuple[pa.Table, str]], schema: pa.Schema, required: Required) -> Dialect:
+    """Returns the dialect of tables in memory, each with the name of its file."""
+    survey = DialectSurvey(schema)
+    for table, source in tables:
+        for name, origin in origins(table.schema, schema, required, source).items():
+            if survey.asks(name, table.schema.field(origin)):
+                for chunk in table.column(origin).chunks:
+                    survey.add(name, chunk, source)
+    return survey.dialect()
+
+
+def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dialect: Dialect) -> _Cells:
+    given, known = table.column(origin), table.schema.field(origin)
+    if is_time(wanted) and is_marked(known):
+        dialect = Dialect(units={wanted.name: "ms"})
+    try:
+        column = given.combine_chunks()
+        converted = convert(column, wanted, dialect)
+    except Misfit as misfit:
+        raise TablesError(f"{source}: column {origin} is {given.type}, should be {misfit}") from None
+    except pa.ArrowException as error:
+        raise TablesError(f"{source}: column {origin} ({given.type}): {error}") from error
+    cells = _Cells(column, converted.values, [(converted.bad, converted.should)], converted.late)
+    relative = is_marked(known) or dialect.units.get(wanted.name) == RELATIVE
+    # A time of 0 is none: in the contract an end at 0 is no end. A beginning at 0 stays, because it means the same.
+    if wanted.name == "available_until" or (is_time(wanted) and not relative and wanted.name != "available_from"):
+        cells.values = only(cells.values, ~to_mask(pc.equal(cells.values, 0)))
+    return cells
+
+
+def _settle_times(cells: Mapping[str, _Cells], schema: pa.Schema) -> None:
+    """A time of 2100 or later is none, but for an end of availability, which it takes away, and a beginning."""
+    for name, cell in cells.items():
+        if is_time(schema.field(name)) and name not in _WINDOW and cell.late is not None:
+            cell.faults.append((cell.late, cell.faults[0][1]))
+
+
+def _row_faults(cells: Mapping[str, _Cells], required: Required) -> Iterator[tuple[Mask, Callable[[int], str]]]:
+    """The rows that a required cell costs, with the words for one of them."""
     for need in required:
-        names = [n for n in ((need,) if isinstance(need, str) else need) if n in columns]
-        absent = np.logical_and.reduce([_is_absent(columns[n]) & ~unusable[n] for n in names])
-        yield _Fault(" or ".join(names), absent, "given in every row", columns[names[0]])
+        names = [name for name in ((need,) if isinstance(need, str) else need) if name in cells]
+        satisfied = np.zeros(len(cells[names[0]].values), bool)
+        absent = ~satisfied
+        for name in names:
+            # Of cells that can stand for one another, one that comes later costs the row only where it is needed.
+            yield cells[name].bad & ~satisfied, partial(cells[name].reason, name)
+            satisfied |= ~_is_absent(cells[name].values) & ~cells[name].bad
+            absent &= _is_absent(cells[name].values) & ~cells[name].bad
+        told = f"{' or '.join(names)} is "
+        yield absent, partial(_absence, told, cells[names[0]].given)
+
+
+def _absence(told: str, column: Array, row: int) -> str:
+    return f"{told}{_shown(column, row)}, should be given in every row"
 
 
 def _is_absent(values: Array) -> Mask:
@@ -151,30 +255,56 @@ def _is_absent(values: Array) -> Mask:
     return to_mask(values.is_null()) | (False if empty is None else to_mask(empty))
 
 
-def _broken_rules(columns: Mapping[str, Array]) -> Iterator[_Fault]:
+def _unread(
+    cells: Mapping[str, _Cells], left_out: Mask, source: str, numbers: npt.NDArray[np.int64]
+) -> Iterator[Unread]:
+    """The cells of kept rows that cannot be read, which become NULL."""
+    for name, cell in cells.items():
+        bad = cell.bad & ~left_out
+        if bad.any():
+            first = int(np.argmax(bad))
+            cell.values = only(cell.values, ~bad)
+            yield Unread(source, name, int(np.count_nonzero(bad)), int(numbers[first]), cell.reason(name, first))
+
+
+def _close(cells: dict[str, _Cells], schema: pa.Schema, length: int) -> None:
+    """Forbids what a cell may permit that cannot be read; an item that begins after the end of time is never shown."""
+    for name in _CLOSED:
+        if name not in schema.names:
+            continue
+        shut = [cells[name].bad] if name in cells else []
+        if name == "available":
+            shut += [cells[part].bad for part in _WINDOW if part in cells]
+            begins = cells["available_from"].late if "available_from" in cells else None
+            shut += [] if begins is None else [begins]
+        closed = np.logical_or.reduce(shut) if shut else np.zeros(length, bool)
+        if closed.any():
+            unknown = pa.nulls(length, pa.bool_())
+            cell = cells.setdefault(name, _Cells(unknown, unknown, [(np.zeros(length, bool), "true or false")]))
+            cell.values = pc.if_else(pa.array(closed), False, cell.values)
+
+
+def _apply_rules(cells: Mapping[str, _Cells]) -> None:
+    """Adds the faults of values that have the right type and cannot be right."""
     for name in _NOT_NEGATIVE:
-        if name in columns:
-            yield _Fault(name, to_mask(pc.less(columns[name], 0)), "0 or more", columns[name])
-    if "propensities" not in columns:
+        if name in cells:
+            cells[name].faults.append((to_mask(pc.less(cells[name].values, 0)), "0 or more"))
+    if "propensities" not in cells:
         return
-    propensities, size = columns["propensities"], pc.list_value_length(columns["item_ids"])
+    propensities, size = cells["propensities"].values, pc.list_value_length(cells["item_ids"].values)
     for name in ("propensities", "scores", "features"):
-        if name in columns:
-            uneven = to_mask(pc.not_equal(pc.list_value_length(columns[name]), size))
-            yield _Fault(name, uneven, "as long as item_ids", columns[name])
+        if name in cells:
+            uneven = to_mask(pc.not_equal(pc.list_value_length(cells[name].values), size))
+            cells[name].faults.append((uneven, "as long as item_ids"))
     flat = propensities.flatten().to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.list_value_length(propensities), 0).to_numpy()
     impossible = owners((flat <= 0) | (flat > 1), lengths)
-    yield _Fault("propensities", impossible, "probabilities above 0 and up to 1, or NaN", propensities)
-
-
-def _reason(faults: list[_Fault], row: int) -> str:
-    return "; ".join(f"{f.name} is {_shown(f.column, row)}, should be {f.should}" for f in faults if f.bad[row])
+    cells["propensities"].faults.append((impossible, "probabilities above 0 and up to 1, or NaN"))
 
 
 def _shown(column: Array, row: int) -> str:
     """A value as the file holds it, whatever that is, short enough for a line."""
-    value = column.slice(row, 1)
+    value = plain(column.slice(row, 1))
     if not value.is_valid()[0].as_py():
         return "missing"
     if pa.types.is_temporal(value.type):
@@ -182,8 +312,8 @@ def _shown(column: Array, row: int) -> str:
     if pa.types.is_string(value.type) or pa.types.is_large_string(value.type):
         value = pc.cast(value, pa.large_binary())
     try:
-        plain = value[0].as_py()
+        held = value[0].as_py()
     except (UnicodeDecodeError, ValueError, OverflowError):
         return f"an unreadable {value.type}"
-    text = repr(plain.decode(errors="backslashreplace") if isinstance(plain, bytes) else plain)
+    text = repr(held.decode(errors="backslashreplace") if isinstance(held, bytes) else held)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,11 +6,12 @@ Parquet file or a directory of them, and `dataset.json` where Penchant wrote it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.columns import Array, pc
+from features.arrays import Array, only, pc
 from features.content import codes, fingerprint, is_present, order_events, select
+from features.dialect import Dialect, DialectSurvey
 from features.errors import TablesError
 from features.events import BATCH_ROWS, Events, Survey, arrange, complete
-from features.rows import Intake, Part, Rejected, Unread, fit, origins
+from features.files import TableFile, find_files, table_path
+from features.rows import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
 from features.schema import (
     EVENTS,
     EVENTS_REQUIRED,
@@ -41,6 +44,7 @@ __all__ = [
     "Dataset",
     "Loaded",
     "Rejected",
+    "Unread",
     "conform",
     "fingerprint",
     "open_dataset",
@@ -56,11 +60,19 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A table with exactly its schema's columns (all NULL where the file has none), and the rows left out of it."""
+    """A table with exactly its schema's columns (all NULL where the file has none), and what was left out of it.
+
+    Attributes:
+        table: The rows that are kept.
+        rejected: The rows that were left out.
+        unread: The cells that were left out of kept rows.
+        units: The unit in which a column counts time, where its values had to tell: {column: unit}.
+    """
 
     table: pa.Table
     rejected: list[Rejected]
     unread: list[Unread] = field(default_factory=list)
+    units: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def intake(self) -> Intake:
@@ -81,7 +93,8 @@ class Dataset:
         items: `ITEMS`, one row per item; made of the events' items where the data set has no such table.
         users: `USERS`, one row per person; empty where the data set has no such table.
         info: What `dataset.json` says, with `name`, `fingerprint`, `users`, `items`, `events`, `ordered_only`,
-            `event_types` {name: count} and `first_timestamp`, `last_timestamp` (ms) computed from the rows.
+            `event_types` {name: count} and `first_timestamp`, `last_timestamp` (ms) computed from the rows;
+            `time_units` {"events.timestamp": unit} where values had to tell in which unit a column counts time.
         intake: The fate of each table's rows: "events", "items", "users", where the data set has them.
     """
 
@@ -111,12 +124,16 @@ def read_table(path: Path, schema: pa.Schema, required: Required) -> Loaded:
     """Read one Parquet file, or all below a directory in the order of their names.
 
     Columns are found by name, alias or either in any letter case; others are ignored. A table whose only required
-    column is its id has one row per id: later ones are rejected.
+    column is its id has one row per id: later ones are rejected, and an item whose rows disagree on when it may be
+    shown is not shown.
 
     Raises:
         TablesError: A file is not Parquet, lacks a required column or holds one of a type that cannot fit.
     """
-    return _merge([_read_file(file, schema, required) for file in _files(Path(path))], required)
+    files = find_files(Path(path))
+    dialect = _dialect(files, schema, required)
+    parts = [part for file in files for part in _parts(file, schema, required, dialect)]
+    return _merge(parts, schema, required, dialect)
 
 
 def conform(
@@ -130,13 +147,8 @@ def conform(
 
     `source` names it in the rejected rows, `numbers` says where each row stands there (None: in the same place).
     """
-    return _merge([fit(table, schema, required, source, numbers)], required)
-
-
-def table_path(data: Path, name: str) -> Path | None:
-    """Where a data set keeps a table: `NAME.parquet` (a file or a directory) or `NAME/`; None if it has none."""
-    found = (Path(data) / f"{name}.parquet", Path(data) / name)
-    return next((path for path in found if path.exists()), None)
+    dialect = dialect_of([(table, source)], schema, required)
+    return _merge([fit(table, schema, required, source, numbers, dialect)], schema, required, dialect)
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def open_dataset(
         names = sorted(p.name for p in path.iterdir()) if path.is_dir() else ["no such directory"]
         found = ", ".join([*names[:_NAMED], "…"] if len(names) > _NAMED else names) or "nothing"
         raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {found}")
-    events, named, rejected = _open_events(where, until, everybody)
+    events, named, fate, units = _open_events(where, until, everybody)
     items, users = (
         read_table(items_from, ITEMS, ITEMS_REQUIRED)
         if items_from
@@ -196,26 +208,36 @@ def open_dataset(
     info = {"name": path.name} | said | _facts(events, items.table, users.table)
     if "until" in said:
         info["until"] = until
-    intake = {"events": Intake(events.num_rows, rejected), "items": items.intake, "users": users.intake}
+    told = {f"events.{name}": unit for name, unit in units.items()}
+    told |= {f"items.{name}": unit for name, unit in items.units.items()}
+    if told:
+        info["time_units"] = told
+    intake = {"events": fate, "items": items.intake, "users": users.intake}
     return Dataset(events, items.table, users.table, info, intake)
 
 
-def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Events, Array, list[Rejected]]:
-    """The events in order, the items that they name in the order of the files' rows, and what was left out."""
-    files = _files(where)
-    if sum(map(_row_count, files)) <= HELD_ROWS:
+def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Events, Array, Intake, Mapping[str, str]]:
+    """The events in order, the items that they name in the order of the files' rows, the rows' fate, units of time."""
+    files = find_files(where)
+    count = sum(file.row_count() for file in files)
+    if count <= HELD_ROWS:
         loaded = read_table(where, EVENTS, EVENTS_REQUIRED)
         table = select(loaded.table, _wanted(loaded.table, until, everybody))
-        return Events.of(order_events(table)), pc.unique(table["item_id"]), loaded.rejected
+        fate = Intake(table.num_rows, loaded.rejected, loaded.unread)
+        return Events.of(order_events(table)), pc.unique(table["item_id"]), fate, loaded.units
+    dialect = _dialect(files, EVENTS, EVENTS_REQUIRED)
 
     def parts() -> Iterator[Part]:
-        return (_part_of(part, until, everybody) for file in files for part in _file_parts(file))
+        for file in files:
+            for part in _parts(file, EVENTS, EVENTS_REQUIRED, dialect):
+                yield _part_of(part, until, everybody)
 
     survey = Survey(parts())
-    whole = survey.rows == sum(map(_row_count, files))
+    whole = survey.rows == count and not survey.altered
     as_it_is = whole and survey.in_order() and all(map(_is_canonical, files))
     events = Events(_reader(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
-    return events, pa.array(survey.items, pa.string()), survey.rejected
+    fate = Intake(survey.rows, survey.rejected, merge_unread(survey.unread))
+    return events, pa.array(survey.items, pa.string()), fate, dialect.units
 
 
 def _wanted(events: pa.Table, until: int | None, everybody: bool) -> npt.NDArray[np.int64]:
@@ -230,19 +252,41 @@ def _wanted(events: pa.Table, until: int | None, everybody: bool) -> npt.NDArray
 
 def _part_of(part: Part, until: int | None, everybody: bool) -> Part:
     rows = _wanted(part.table, until, everybody)
-    return Part(part.source, select(part.table, rows), part.rows[rows], part.rejected)
+    return dataclasses.replace(part, table=select(part.table, rows), rows=part.rows[rows])
 
 
-def _row_count(file: Path) -> int:
-    with _opened(file) as parquet:
-        return int(parquet.metadata.num_rows)
+def _dialect(files: Sequence[TableFile], schema: pa.Schema, required: Required) -> Dialect:
+    """How the writer of all the files counted time and wrote lists; reads the columns that decide it."""
+    survey = DialectSurvey(schema)
+    for file in files:
+        given = file.schema()
+        columns = origins(given, schema, required, str(file.path))
+        asked = {name: origin for name, origin in columns.items() if survey.asks(name, given.field(origin))}
+        if not asked:
+            continue
+        for table in file.batches(list(asked.values()), BATCH_ROWS):
+            for name, origin in asked.items():
+                survey.add(name, table[origin].combine_chunks(), str(file.path))
+    return survey.dialect()
 
 
-def _is_canonical(file: Path) -> bool:
-    """Whether a part of the file's rows can be read as well as all of them: its types and its unit of time are ours."""
-    with _opened(file) as parquet:
-        schema = parquet.schema_arrow
-    found = origins(schema, EVENTS, EVENTS_REQUIRED, str(file))
+def _parts(file: TableFile, schema: pa.Schema, required: Required, dialect: Dialect) -> Iterator[Part]:
+    """The rows of a file, some at a time."""
+    given = file.schema()
+    columns = list(origins(given, schema, required, str(file.path)).values())
+    start = 0
+    for table in file.batches(columns, BATCH_ROWS):
+        # What a column says of itself (its unit) stands in the file's schema.
+        table = table.cast(pa.schema([given.field(name) for name in table.column_names]))
+        numbers = np.arange(start, start + table.num_rows)
+        yield fit(table, schema, required, str(file.path), numbers, dialect)
+        start += table.num_rows
+
+
+def _is_canonical(file: TableFile) -> bool:
+    """Returns True if the file's columns are ours, unit of time included."""
+    schema = file.schema()
+    found = origins(schema, EVENTS, EVENTS_REQUIRED, str(file.path))
     return all(
         name == origin and schema.field(origin).type == EVENTS.field(name).type and _unit(schema, name)
         for name, origin in found.items()
@@ -254,29 +298,13 @@ def _unit(schema: pa.Schema, name: str) -> bool:
     return wanted is None or (schema.field(name).metadata or {}).get(b"unit") == wanted
 
 
-def _file_parts(file: Path) -> Iterator[Part]:
-    """The rows of a file, some at a time where that is the same as all at once."""
-    if not _is_canonical(file):
-        yield _read_file(file, EVENTS, EVENTS_REQUIRED)
-        return
-    at = 0
-    for table in _reader([file])(EVENTS.names):
-        yield fit(table, EVENTS, EVENTS_REQUIRED, str(file), np.arange(at, at + table.num_rows))
-        at += table.num_rows
-
-
-def _reader(files: Sequence[Path]) -> Callable[[Sequence[str]], Iterator[pa.Table]]:
+def _reader(files: Sequence[TableFile]) -> Callable[[Sequence[str]], Iterator[pa.Table]]:
     """Reads columns of canonical files; what a file lacks is NULL."""
 
     def read(columns: Sequence[str]) -> Iterator[pa.Table]:
         for file in files:
-            with _opened(file) as parquet:
-                names = [name for name in columns if name in parquet.schema_arrow.names]
-                try:
-                    for batch in parquet.iter_batches(BATCH_ROWS, columns=names or ["user_id"]):
-                        yield complete(pa.Table.from_batches([batch]), columns)
-                except (pa.ArrowException, OSError) as error:
-                    raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
+            for table in file.batches(columns, BATCH_ROWS):
+                yield complete(table, columns)
 
     return read
 
@@ -315,7 +343,7 @@ def write_dataset(
         for label, table in tables.items():
             if label != "users" or table.num_rows:
                 pq.write_table(_without_empty(table), staging / f"{label}.parquet", compression="zstd")
-        (staging / "dataset.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        (staging / "dataset.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -350,54 +378,39 @@ def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> L
     return None if where is None else read_table(where, schema, required)
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise TablesError(f"{path} does not exist: name a Parquet file or a directory of them")
-    # A leading dot or underscore marks what somebody is still writing, by the convention of Hadoop and Spark.
-    hidden = (".", "_")
-    found = sorted(p.relative_to(path) for p in path.rglob("*.parquet") if p.is_file())
-    files = [path / p for p in found if not any(part.startswith(hidden) for part in p.parts)]
-    if not files:
-        raise TablesError(f"{path} holds no *.parquet file")
-    return files
-
-
-def _read_file(file: Path, schema: pa.Schema, required: Required) -> Part:
-    with _opened(file) as parquet:
-        columns = origins(parquet.schema_arrow, schema, required, str(file))
-        try:
-            table = parquet.read(columns=list(columns.values()))
-        except (pa.ArrowException, OSError) as error:
-            raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
-    return fit(table, schema, required, str(file))
-
-
-def _opened(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise TablesError(f"{file} cannot be read as Parquet: {error}") from error
-
-
-def _merge(parts: list[Part], required: Required) -> Loaded:
-    table = pa.concat_tables([part.table for part in parts])
-    rejected = [one for part in parts for one in part.rejected]
+def _merge(parts: list[Part], schema: pa.Schema, required: Required, dialect: Dialect) -> Loaded:
+    table = pa.concat_tables([part.table for part in parts] or [schema.empty_table()])
+    rejected = [row for part in parts for row in part.rejected]
+    unread = merge_unread(cells for part in parts for cells in part.unread)
     if len(required) != 1 or not isinstance(required[0], str):
-        return Loaded(table, rejected)
+        return Loaded(table, rejected, unread, dialect.units)
     ids, which = codes(table[required[0]])
     _, first = np.unique(which, return_index=True)
     again = np.flatnonzero(first[which] != np.arange(len(which)))
     if not len(again):
-        return Loaded(table, rejected)
+        return Loaded(table, rejected, unread, dialect.units)
     sources = np.repeat([part.source for part in parts], [len(part.rows) for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     for at in again.tolist():
         earlier = first[which[at]]
         reason = f"{required[0]} {ids[which[at]]!r} stands already in {sources[earlier]} row {rows[earlier]}"
         rejected.append(Rejected(str(sources[at]), int(rows[at]), f"{reason}: give each one row"))
-    return Loaded(select(table, first), rejected)
+    if "available" in schema.names:
+        table = _agreed(table, first[which])
+    return Loaded(select(table, first), rejected, unread, dialect.units)
+
+
+def _agreed(items: pa.Table, first: npt.NDArray[np.int64]) -> pa.Table:
+    """The items, those not available whose row says something else about that than the first one of the same id."""
+    disputed = np.zeros(items.num_rows, np.bool_)
+    for name, absent in (("available", True), ("available_from", 0), ("available_until", 0)):
+        values = pc.fill_null(items[name], absent).to_numpy()
+        disputed[first[values != values[first]]] = True
+    if not disputed.any():
+        return items
+    at = items.schema.get_field_index("available")
+    available = only(items["available"].combine_chunks(), ~disputed)
+    return items.set_column(at, items.schema.field(at), pc.if_else(pa.array(disputed), False, available))
 
 
 def _strict(table: pa.Table, schema: pa.Schema, required: Required, name: str) -> pa.Table:

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from features.errors import PenchantError
+from features.limits import cores
+from penchant.streams import secure_streams
 
 app = typer.Typer(
     name="penchant",
@@ -76,6 +78,7 @@ _EXTRAS = {
 
 def main() -> None:
     """Runs the command line; ends the process."""
+    secure_streams()
     try:
         app()
     except PenchantError as error:
@@ -668,13 +671,16 @@ def training(
 
 
 def _use_cores(count: int | None = None) -> None:
-    """Sets the number of threads (all cores unless said) before a numeric library reads it; what is set already stands.
+    """Sets the number of threads before a numeric library reads it; what is set already stands.
 
-    Threads that spin while they wait take the cores of everything else, so they must sleep.
+    Without a count it is every core that this process may use. Threads that spin while they wait take the cores of
+    everything else, so they must sleep.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # ONNX Runtime reports to its maker unless it is told not to before it is loaded.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ.setdefault(name, str(count or len(os.sched_getaffinity(0))))
+        os.environ.setdefault(name, str(count or cores()))
 
 
 def _parse(settings: list[str]) -> dict[str, Any]:
@@ -697,7 +703,12 @@ def _days(name: str, value: Any) -> float:
 def _answer(result: Mapping[str, Any]) -> None:
     """Prints the answer as the last line of stdout."""
     sys.stderr.flush()
-    print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(_plain(result), ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal without these letters, or a file's name that is no text
+        text = json.dumps(_plain(result), allow_nan=False)
+    print(text, flush=True)
 
 
 def _plain(value: Any) -> Any:

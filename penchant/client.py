@@ -25,6 +25,7 @@ import grpc
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from penchant.channels import channel_options
 from penchant.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -56,6 +57,7 @@ _KINDS = {
 
 # Half of what a service takes in one message unless it is told otherwise.
 _BATCH_BYTES = 2 << 20
+
 
 # A server that stops cancels the calls that it has not begun.
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -459,7 +461,12 @@ def _has_room_later(error: grpc.RpcError) -> bool:
 
 
 def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Channel:
-    options = [("penchant.channel", number), ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    options = [
+        ("penchant.channel", number),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        *channel_options(target),
+    ]
     if root_certificates is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, grpc.ssl_channel_credentials(root_certificates), options=options)

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 
 from redis.exceptions import RedisError
 
-from features.bundle import open_bundle
+from features.bundle import Bundle, open_bundle
 from serving.child import LOG_FORMAT
 from serving.config import ServeConfig
 from serving.erasure import Ledger, replay
@@ -58,13 +58,14 @@ def serve(config: ServeConfig) -> int:
             settings[name] = printable(settings[name])
     _log.info("settings beside the defaults: %s", json.dumps(settings))
     bundle = open_bundle(config.bundle)
+    _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stop))
         redis, events = stack.enter_context(_stores(config))
         _hold_erasures(config, redis, events)
         address = stack.enter_context(_reserved(config))
-        orders = _orders(config, address, redis, events)
+        orders = _orders(config, bundle, address, redis, events)
         workers = [
             _Child(f"worker {number}", orders | {"role": "worker", "number": number})
             for number in range(config.worker_count)
@@ -206,20 +207,23 @@ def _stop(children: list[_Child], drain_s: float) -> None:
         child.end(end - time.monotonic())
 
 
-def _orders(config: ServeConfig, address: str, redis: str, events: str) -> dict[str, Any]:
-    """The settings of the children: everything found out here is in place of what it was found from."""
+def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, events: str) -> dict[str, Any]:
+    """The settings of the children: everything found out here is in place of what it was found from.
+
+    They open the very bundle that was verified here, by its real path and its id: a link may move while they run.
+    """
     settings = config.model_dump(mode="json", exclude={"token", "token_file"})
     settings |= {"listen": address, "redis": redis, "events_redis": events, "insecure": True}
     settings["workers"] = config.worker_count
-    settings["bundle"] = str(config.bundle.absolute())
-    return {"settings": settings, "token": config.secret()}
+    settings["bundle"] = str(bundle.path)
+    return {"settings": settings, "token": config.secret(), "bundle_id": bundle.bundle_id}
 
 
 def _environment() -> dict[str, str]:
-    """One thread per library and none that spins: the service scales by processes."""
+    """One thread per library and none that spins: the service scales by processes. No library reports to its maker."""
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     ours = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    return {**os.environ, **ours}
+    return {"ORT_DISABLE_TELEMETRY": "1", **os.environ, **ours}
 
 
 @contextlib.contextmanager
@@ -280,16 +284,17 @@ def _reserved(config: ServeConfig) -> Iterator[str]:
         ConfigError: Somebody else uses it.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe, socket.socket(family, socket.SOCK_STREAM) as keeper:
+    with contextlib.ExitStack() as stack:
         try:
             # Without SO_REUSEPORT first: with it, two services would share one port without a word.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((config.host, config.port))
-            port = probe.getsockname()[1]
-            probe.close()
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((config.host, config.port))
+                port = probe.getsockname()[1]
+            keeper = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             keeper.bind((config.host, port))
-        except OSError as error:
+        except OSError as error:  # in use, of another machine, or of a family that the kernel has not
             raise ConfigError(f"cannot listen on {config.listen}: {error.strerror}; choose another address") from None
         yield f"[{config.host}]:{port}" if family == socket.AF_INET6 else f"{config.host}:{port}"
 

@@ -35,7 +35,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
     try:
-        config = ServeConfig.load(**orders["settings"], token=orders["token"] or None)
+        config = ServeConfig(**orders["settings"], token=orders["token"] or None)
         if orders["role"] == "projector":
             # Imported where they are needed: a projector has no use for models, an index or gRPC.
             from serving.projector import run
@@ -64,11 +64,12 @@ def main() -> int:
                 ledger=Ledger(config.ledger_path),
                 stop=stop,
                 ready=lambda _: _say({"ready": True}),
+                bundle_id=orders["bundle_id"],
             )
             return 0
         from serving.worker import work
 
-        work(config, orders["number"], stop, lambda: _say({"ready": True}))
+        work(config, orders["number"], stop, lambda: _say({"ready": True}), orders["bundle_id"])
     except PenchantError as error:
         _say({"error": str(error)})
         return 2

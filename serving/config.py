@@ -9,24 +9,37 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import Field, PositiveFloat, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from features.environment import Variable, set_by, variables
+from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError
 
 PREFIX = "PENCHANT_"
+_FOREIGN = ("DATA", "TRAIN_")
+"""Variables of the tests and of training."""
 
 
-class ServeConfig(BaseSettings):
+class ServeConfig(BaseModel):
     """Everything that `penchant serve` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bundle: Path = Field(description="Directory of the bundle to serve.")
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT to listen on; port 0 picks a free one.")
@@ -109,8 +122,6 @@ class ServeConfig(BaseSettings):
     )
     reflection: bool = Field(True, description="Serve gRPC reflection.")
 
-    ignored_environment: ClassVar[frozenset[str]] = frozenset({"data"})
-
     @classmethod
     def load(cls, file: Path | None = None, **overrides: Any) -> Self:
         """Builds the configuration; overrides that are None count as not given.
@@ -123,18 +134,18 @@ class ServeConfig(BaseSettings):
         for name in (*values, *given):
             if name not in cls.model_fields:
                 raise ConfigError(f"unknown setting {name!r}; {_nearest(name, cls)}")
-        present = {name[len(PREFIX) :].lower() for name in os.environ if name.upper().startswith(PREFIX)}
-        for name in present - set(cls.model_fields) - cls.ignored_environment:
-            if difflib.get_close_matches(name, cls.model_fields, cutoff=0.8):
-                raise ConfigError(f"unknown environment variable {PREFIX}{name.upper()}; {_nearest(name, cls)}")
-        values = {name: value for name, value in values.items() if name not in present}
+        environment = variables(PREFIX, cls.model_fields, os.environ, _FOREIGN)
+        environment = {name: variable for name, variable in environment.items() if name not in given}
+        values |= {name: _parsed(name, variable) for name, variable in environment.items()}
         try:
             return cls(**{**values, **given})
         except ValidationError as error:
             first = error.errors()[0]
-            raise ConfigError(f"{'.'.join(map(str, first['loc'])) or 'configuration'}: {first['msg']}") from None
-        except SettingsError as error:
-            raise ConfigError(f"{error}: write lists and mappings in the environment as JSON") from None
+            where = ".".join(map(str, first["loc"])) or "configuration"
+            if first["loc"] and (variable := environment.get(str(first["loc"][0]))):
+                meaning = cls.model_fields[str(first["loc"][0])].description
+                raise ConfigError(f"{variable.name}: {first['msg']}; it sets {where}: {meaning}") from None
+            raise ConfigError(f"{where}: {first['msg']}{set_by(environment, first['msg'])}") from None
 
     @field_validator("listen")
     @classmethod
@@ -161,7 +172,8 @@ class ServeConfig(BaseSettings):
             raise ValueError("idle_days needs people in the warehouse: let default_purposes hold train or measure")
         if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
             raise ValueError(
-                f"{self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set insecure"
+                f"listen: {self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set "
+                "insecure"
             )
         return self
 
@@ -183,7 +195,7 @@ class ServeConfig(BaseSettings):
     @property
     def worker_count(self) -> int:
         """Number of worker processes, the default resolved."""
-        return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or cores()
 
     @property
     def warehouse_path(self) -> Path:
@@ -224,6 +236,22 @@ def _from_file(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected a mapping of settings")
     return values
+
+
+def _parsed(name: str, variable: Variable) -> Any:
+    """Returns the value of a variable, as text unless its setting is a list or a mapping.
+
+    Raises:
+        ConfigError: A list or a mapping is not JSON.
+    """
+    if get_origin(ServeConfig.model_fields[name].annotation) not in (tuple, dict):
+        return variable.text
+    try:
+        return json.loads(variable.text)
+    except ValueError:
+        raise ConfigError(
+            f"{variable.name}: sets {name}; write lists and mappings in the environment as JSON"
+        ) from None
 
 
 def _nearest(name: str, config: type[ServeConfig]) -> str:

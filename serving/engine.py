@@ -119,14 +119,19 @@ class Surroundings:
     turns: Turns = field(default_factory=lambda: Turns(1))
 
 
-def open_engine(path: Path, around: Surroundings) -> Engine:
+def open_engine(path: Path, around: Surroundings, bundle_id: str = "") -> Engine:
     """Opens a bundle, replays its golden requests and builds its pipelines.
+
+    Args:
+        path: Directory of the bundle.
+        around: The process that it is opened in.
+        bundle_id: The bundle that has to be there; empty where any will do.
 
     Raises:
         BundleError: The bundle is damaged, contradicts itself, or answers its golden requests wrongly.
         ConfigError: The device asked for is not there.
     """
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, bundle_id)
     fingerprint = bundle.manifest["feature_set"]["fingerprint"]
     if fingerprint != FEATURES.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from features.jit import kernel
 
 K1 = 1.2
 B = 0.75
@@ -176,7 +177,7 @@ class LexicalIndex:
         )
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def accumulate(postings: Postings, words: Words, sums: _F32, touched: _I32, count: int) -> int:
     """Adds what the postings say about a query's words into `sums` and notes each item met first in `touched`.
 
@@ -221,7 +222,7 @@ def accumulate_plain(postings: Postings, words: Words, sums: _F32, touched: _I32
     return count
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def look_up(postings: Postings, words: Words, rows: _I32, out: _F32) -> None:
     """Adds what the postings say about `rows` int32 [n] to `out` float32 [n]."""
     for word in range(words.positions.size):

@@ -22,6 +22,7 @@ from features.columns import pc
 from features.content import codes, is_present
 from features.errors import ProfileCorrupt, TablesError
 from features.events import Events, complete
+from features.histories import Logged, history_keys
 from features.profile import RECORD, Profile, Records, Retention, empty, fold, make_records
 from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_info, read_table, table_path
@@ -333,24 +334,13 @@ def _records(dataset: Dataset) -> Records:
     keys = item_keys(named)
     rows = Vocabulary.build([str(name) for name in items["item_id"].to_pylist()]).rows_of_keys(keys)
     timed = is_present(events["timestamp"])
-    # Row -1: an item that nobody described. What was in the log says itself what its item was at that time.
-    category = _as_logged(events["category_key"], np.append(columns.category, np.uint64(0))[rows[what]])
-    creator = _as_logged(events["creator_key"], np.append(columns.creator, np.uint64(0))[rows[what]])
     return make_records(
         keys[what],
-        category,
-        creator,
+        *history_keys(rows[what], columns, Logged.of(events)),
         pc.fill_null(events["timestamp"], 0).to_numpy() if timed else 0,
         events["value"].to_numpy(),
         event_type_keys(type_names)[kind],
     )
-
-
-def _as_logged(keys: pa.ChunkedArray[Any], otherwise: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    if not is_present(keys):
-        return otherwise
-    known = keys.is_valid().to_numpy()
-    return np.where(known, pc.fill_null(keys, 0).to_numpy(), otherwise)
 
 
 def _log_ids(events: pa.Table) -> npt.NDArray[np.uint64]:

@@ -7,6 +7,7 @@ GET for a minute. Here nothing is ever retried behind the caller's back and noth
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import select
 import socket
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import hiredis
 import redis
@@ -137,6 +138,8 @@ def connect_one(url: str, timeout_s: float = 0.05, connect_timeout_s: float | No
         raise ConfigError(
             f"{printable(url)!r} is not a Redis URL; check port and options, percent-encode odd signs"
         ) from None
+    if url.startswith("unix://"):  # a name of a file need not be UTF-8, as which redis-py reads it
+        client.connection_pool.connection_kwargs["path"] = os.fsdecode(unquote_to_bytes(urlsplit(url).path))
     if url.startswith("rediss://"):
         client.connection_pool.connection_class = TLSConnection
     return client

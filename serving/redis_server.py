@@ -6,6 +6,7 @@ dies, even by SIGKILL. A lock on its directory, shared with the server, keeps tw
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import logging
@@ -19,10 +20,12 @@ import threading
 import time
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import quote
 
 import redis
 from redis.exceptions import RedisError
 
+from features.limits import memory
 from serving.errors import ConfigError
 from serving.redis_client import connect_one
 
@@ -30,7 +33,8 @@ Role = Literal["events", "profiles"]
 
 _FSYNC: dict[Role, str] = {"events": "always", "profiles": "everysec"}
 _MEMORY_SHARE: dict[Role, float] = {"events": 0.25, "profiles": 0.5}
-_SOCKET_PATH_LIMIT = 100
+_SOCKET_PATH_LIMIT = 107
+"""Bytes of a path that the kernel allows a socket."""
 _STOP_S = 5.0
 _LOCK_S = 10.0
 _LONGEST_PAUSE_S = 1.0
@@ -77,12 +81,12 @@ class RedisServer:
         Args:
             state_dir: The server keeps its data in the folder `role` below it.
             role: "events" syncs every write to disk before it answers, "profiles" once a second.
-            max_memory: Bytes of data it may hold, a share of the machine's memory when None.
+            max_memory: Bytes of data it may hold, a share of the memory that this process may use when None.
         """
         self.role: Role = role
         self.directory = state_dir.absolute() / role
         self.restarts = 0
-        self._max_memory = max_memory or int(_memory() * _MEMORY_SHARE[role])
+        self._max_memory = max_memory or int(memory() * _MEMORY_SHARE[role])
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -92,8 +96,8 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
-        return f"unix://{self._socket}"
+        """Where it listens; signs that mean something in a URL are percent-encoded."""
+        return f"unix://{quote(os.fsencode(self._socket))}"
 
     @property
     def pid(self) -> int | None:
@@ -110,15 +114,17 @@ class RedisServer:
         if self._watcher:
             return self
         binary = find_binary()
-        self._lock = locked(self.directory)
-        if len(os.fsencode(self._socket)) > _SOCKET_PATH_LIMIT:
-            # The kernel allows 107 bytes; data stays where it was asked for, only the socket moves.
-            self._socket_directory = Path(tempfile.mkdtemp(prefix="penchant-"))
-            self._socket = self._socket_directory / "redis.sock"
+        # Other users of the machine have no business with what people did, whatever the umask says.
+        self._lock = locked(self.directory, mode=0o700)
         self._stopping.clear()
-        self._watcher = threading.Thread(target=self._watch, args=(binary,), name=f"redis-{self.role}", daemon=True)
-        self._watcher.start()
         try:
+            self._socket = self.directory / "redis.sock"
+            if len(os.fsencode(self._socket)) > _SOCKET_PATH_LIMIT:
+                # Data stays where it was asked for, only the socket moves.
+                self._socket_directory = _short_directory()
+                self._socket = self._socket_directory / "redis.sock"
+            self._watcher = threading.Thread(target=self._watch, args=(binary,), name=f"redis-{self.role}", daemon=True)
+            self._watcher.start()
             self._wait_ready(timeout_s)
         except ConfigError:
             self.stop()
@@ -204,9 +210,24 @@ class RedisServer:
     def _last_words(self) -> str:
         log = self.directory / "redis.log"
         try:
-            return " | ".join(log.read_text(errors="replace").splitlines()[-3:]) or f"see {log}"
+            return " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]) or f"see {log}"
         except OSError as error:
             return f"it left no log ({error})"
+
+
+def _short_directory() -> Path:
+    """Makes a private directory whose path leaves room for a socket.
+
+    Raises:
+        ConfigError: None can be made.
+    """
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        with contextlib.suppress(OSError):
+            made = Path(tempfile.mkdtemp(prefix="penchant-", dir=parent))
+            if len(os.fsencode(made / "redis.sock")) <= _SOCKET_PATH_LIMIT:
+                return made
+            made.rmdir()
+    raise ConfigError("no directory is short enough for a socket: choose a shorter state directory, or set TMPDIR")
 
 
 def _answers(client: redis.Redis) -> bool:
@@ -225,14 +246,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def locked(directory: Path) -> int:
+def locked(directory: Path, mode: int = 0o777) -> int:
     """Takes a directory for this process, as long as the handle returned is open; one just killed is given time to go.
+
+    Args:
+        directory: Made where it is missing.
+        mode: Its permissions, less those of the umask, if it is made.
 
     Raises:
         ConfigError: Somebody else holds it, or it cannot be written.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode, parents=True, exist_ok=True)
         handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None
@@ -248,13 +273,3 @@ def locked(directory: Path) -> int:
                     f"{directory} is in use by another Penchant; stop that one, or choose another state directory"
                 ) from None
         time.sleep(0.02)
-
-
-def _memory() -> int:
-    """Bytes of memory this process may use: the machine's, or its container's where that is less."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return whole
-    return min(whole, int(limit)) if limit.isdigit() else whole

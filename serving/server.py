@@ -52,6 +52,8 @@ Behavior = Callable[[Any, grpc.ServicerContext], Any]
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _RETRY_AFTER_MS = 100
 _STREAMS = 1024
+_PING_MS = 100
+"""Shortest time between pings of an idle client; libraries allow 1 to 10 seconds at the least."""
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -276,7 +278,10 @@ class Server:
                 ("grpc.max_concurrent_streams", _STREAMS),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                # Clients ping to keep a way through NAT open, also between calls; gRPC's own limit of a ping in five
+                # minutes would end their connections.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
             ],
         )
         self._health = health.HealthServicer(

@@ -25,6 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from features.bundle import open_bundle
 from features.errors import PenchantError, TablesError
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.catalog_log import CatalogLog
@@ -407,6 +408,7 @@ def run(
     ledger: Ledger | None = None,
     stop: threading.Event | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
+    bundle_id: str = "",
 ) -> dict[str, Any]:
     """The warehouse as a process: runs until SIGTERM or SIGINT, or until `stop` is set.
 
@@ -422,6 +424,7 @@ def run(
         ledger: The erasures that the files must have been through.
         stop: Ends it.
         ready: Told `pid`, `partitions` and `lag` when it begins.
+        bundle_id: The bundle that `bundle` has to hold; empty where any will do.
 
     Returns:
         `partitions`, `lag` (entries that are not in a file, None where the log does not answer), and how many `events`
@@ -438,9 +441,11 @@ def run(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     telemetry = Telemetry()
+    # Opened now and not when the log first answers: until then a link may have moved.
+    opened = open_bundle(bundle, bundle_id) if bundle else None
     with connect(events_redis_url, _TIMEOUT_S) as client:
         log = EventLog(client, partitions, default=default)
-        items = ItemTable(out / "items.parquet", CatalogLog(client), bundle)
+        items = ItemTable(out / "items.parquet", CatalogLog(client), opened)
         files = WarehouseFiles(out)
         warehouse = Warehouse(log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry)
         if once:

@@ -144,7 +144,7 @@ class WarehouseFiles:
             The number of rows that went.
         """
         path = self.out / ".erasures"
-        done = set(path.read_text().split()) if path.exists() else set()
+        done = set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
         new = [one for one in erasures if one.certificate_id not in done]
         gone = 0
         for partition in sorted({one.partition for one in new}):
@@ -215,7 +215,7 @@ class WarehouseFiles:
     def _put(self, path: Path, text: str) -> None:
         """Writes a small file of ours; it is on disk when this returns."""
         draft = path.with_name(f".{path.name.removeprefix('.')}.tmp")
-        with draft.open("w") as sink:
+        with draft.open("w", encoding="utf-8") as sink:
             sink.write(text)
             sink.flush()
             os.fsync(sink.fileno())

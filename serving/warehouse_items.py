@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from features.bundle import open_bundle
+from features.bundle import Bundle
 from features.columns import pc
 from features.schema import ITEMS, ITEMS_REQUIRED
 from features.tables import conform, read_table
@@ -19,7 +19,7 @@ from serving.warehouse_files import put_table
 class ItemTable:
     """Keeps `items.parquet` as the catalogue is; an item that was once there stays, as events name it."""
 
-    def __init__(self, path: Path, log: CatalogLog, bundle: Path | None = None) -> None:
+    def __init__(self, path: Path, log: CatalogLog, bundle: Bundle | None = None) -> None:
         """Takes the file, the changes, and the bundle that holds what no change ever said."""
         self.version = 0
         self._path, self._log, self._bundle = path, log, bundle
@@ -39,7 +39,7 @@ class ItemTable:
         if self._path.exists():
             self._items = read_table(self._path, ITEMS, ITEMS_REQUIRED).table
         if self._bundle:
-            bundle = open_bundle(self._bundle)
+            bundle = self._bundle
             self.version = int(bundle.manifest.get("catalog_version", 0))
             before = self._items
             told = _as_items(pa.ipc.open_file(pa.BufferReader(bundle.read("items.arrow"))).read_all())

@@ -36,8 +36,17 @@ WRITE_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callable[[], None]) -> None:
+def work(
+    config: ServeConfig, number: int, stop: threading.Event, ready: Callable[[], None], bundle_id: str = ""
+) -> None:
     """Answers until `stop` is set; calls `ready` when it begins to.
+
+    Args:
+        config: The settings.
+        number: Number of the worker, from 0.
+        stop: Set when it shall end.
+        ready: Called once.
+        bundle_id: The bundle that `config.bundle` has to hold; empty where any will do.
 
     Raises:
         BundleError: The bundle is refused.
@@ -58,7 +67,8 @@ def work(config: ServeConfig, number: int, stop: threading.Event, ready: Callabl
         _open(log)
         _open(store)
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
-        host = Host(open_engine(config.bundle, Surroundings(config, store, progress, telemetry, impressions, turns)))
+        around = Surroundings(config, store, progress, telemetry, impressions, turns)
+        host = Host(open_engine(config.bundle, around, bundle_id))
         changes = CatalogLog(events)
         follower = Follower(host, changes, progress, config.worker_count)
         follower.start()

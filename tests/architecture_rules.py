@@ -16,9 +16,16 @@ from pathlib import Path
 
 PACKAGES = ("penchant", "features", "training", "serving", "benchmarks")
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
-LIGHT = {"typer", "features.errors"}  # what the command line may import besides the standard library
+LIGHT = {
+    "typer",
+    "features.errors",
+    "features.limits",
+    "penchant.streams",
+}  # what the command line may import besides the standard library
 SHARED = {"features", "numpy", "pyarrow", "numba"}  # what training and serving may have in common
 FORBIDDEN_IN_SERVING = ("torch", "onnx", "onnxscript", "safetensors", "training")
+
+_TEXT_MODES = ("r", "w", "a", "x", "r+", "w+", "a+")
 
 Violation = tuple[str, int, str]
 
@@ -80,6 +87,27 @@ def rule_6(path: str, tree: ast.Module) -> Iterator[Violation]:
             yield path, node.lineno, "Rule 6: nothing happens at import; move this into a function"
 
 
+def rule_7(path: str, tree: ast.Module) -> Iterator[Violation]:
+    """Text in files is UTF-8, whatever the locale of the machine would have it be."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = ast.unparse(node.func).split(".")[-1]
+        modes = [one.value for one in node.args if isinstance(one, ast.Constant) and one.value in _TEXT_MODES]
+        if name in ("read_text", "write_text") or (name in ("open", "fdopen") and modes) or _is_builtin_open(node):
+            yield path, node.lineno, 'Rule 7: say encoding="utf-8", for the locale of a machine may be another'
+
+
+def rule_8(path: str, tree: ast.Module) -> Iterator[Violation]:
+    """Numba's own decorators fail where no cache can be written."""
+    if path == "features/jit.py":
+        return
+    for node in ast.walk(tree):
+        for decorator in getattr(node, "decorator_list", ()):
+            if ast.unparse(decorator).partition("(")[0].split(".")[-1] in ("jit", "njit", "vectorize", "guvectorize"):
+                yield path, decorator.lineno, "Rule 8: decorate with features.jit.kernel, which needs no cache folder"
+
+
 def no_hidden_imports(path: str, tree: ast.Module) -> Iterator[Violation]:
     """Imports are statements, so that every rule sees them; the lazy names of `penchant` alone are not."""
     if path == "penchant/__init__.py":
@@ -89,6 +117,9 @@ def no_hidden_imports(path: str, tree: ast.Module) -> Iterator[Violation]:
             yield path, node.lineno, "Rule 5: write an import statement, so that the import rules see it"
 
 
+RULES = (rule_1, rule_5, rule_6, rule_7, rule_8, no_hidden_imports)
+
+
 def violations(root: Path) -> Iterator[Violation]:
     """Every violation below `root`: file, line (0 = the whole file), what to do."""
     for package in PACKAGES:
@@ -96,7 +127,7 @@ def violations(root: Path) -> Iterator[Violation]:
             path = file.relative_to(root).as_posix()
             if not path.endswith(GENERATED):
                 tree = ast.parse(file.read_text(encoding="utf-8"), filename=path)
-                for rule in (rule_1, rule_5, rule_6, no_hidden_imports):
+                for rule in RULES:
                     yield from rule(path, tree)
     yield from rule_2(root)
 
@@ -121,6 +152,13 @@ def _imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+
+
+def _is_builtin_open(node: ast.Call) -> bool:
+    """A call of `open` itself, in a mode that is not said to be binary."""
+    if not (isinstance(node.func, ast.Name) and node.func.id == "open"):
+        return False
+    return not any(isinstance(one, ast.Constant) and "b" in str(one.value) for one in node.args[1:])
 
 
 def _is_action(node: ast.stmt) -> bool:

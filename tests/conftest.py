@@ -8,11 +8,31 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
+from tests import once
+
 pytest_plugins = ["tests.fixtures"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Opens what all processes of this run share; those that xdist starts have it from the one that starts them."""
+    if not hasattr(config, "workerinput"):
+        once.begin()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes it when the last of them has ended."""
+    if not hasattr(config, "workerinput"):
+        once.end()
+
 
 # A first call compiles a kernel, and the machine is shared: no test asserts an absolute time.
 settings.register_profile("penchant", deadline=None)
 settings.load_profile("penchant")
+
+# Tests call servers on loopback by every client there is, and most clients would ask a proxy even for those.
+for _name in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
 
 # What a machine may lack with good reason; everything else that a test needs, the machine must have.
 EXCUSES = ("no GPU", "cannot mount")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from penchant.client import Client
+from tests.once import once
 from tests.world import publish_world
 
 START_S = 90.0
@@ -94,19 +95,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained() -> Path:
     """The whole road on a small simulated world: the directory that holds `data`, `run` and `bundle`."""
+    return once("trained", _train)
+
+
+def _train(root: Path) -> None:
     from training.config import load_config
     from training.datasets import prepare
     from training.export import export
     from training.train import train
 
-    root = tmp_path_factory.mktemp("trained")
     prepare("simulated", None, root / "data", users=400, items=300, seed=1)
     settings = ["epochs=4", "dim=32", "layers=1", "max_length=32", "query_steps=100", "ranker_steps=100"]
     train(root / "data", root / "run", load_config(None, [*settings, "warmup_steps=20", "candidates=100"], "cpu", 1))
     export(root / "run", root / "bundle")
-    return root
 
 
 @pytest.fixture

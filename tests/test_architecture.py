@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.architecture_rules import PACKAGES
+from tests.architecture_rules import PACKAGES, rule_7, rule_8
 
 ROOT = Path(__file__).parent.parent
 LINTER, SCRIPT = "import-linter", "architecture_rules.py"
@@ -84,6 +87,21 @@ def test_planted_violation_is_named(copy: Path, planted: Planted) -> None:
     old = file.read_text() if file.exists() else ""
     file.write_text(f"{old}\n{planted.statement}\n")
     assert planted.rule in check(copy, planted.by)
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong", "right"),
+    [
+        (rule_7, "path.read_text()", "path.read_text(encoding='utf-8')"),
+        (rule_7, "path.write_text(text)", "path.write_bytes(text)"),
+        (rule_7, "path.open('w')", "path.open('wb')"),
+        (rule_7, "open(path)", "open(path, 'rb')"),
+        (rule_8, "@nb.njit(cache=True)\ndef f(): ...", "@kernel()\ndef f(): ..."),
+    ],
+)
+def test_what_depends_on_the_machine_is_named(rule: Callable[..., Any], wrong: str, right: str) -> None:
+    assert len(list(rule("features/planted.py", ast.parse(wrong)))) == 1
+    assert not list(rule("features/planted.py", ast.parse(right)))
 
 
 def test_no_contract_has_exceptions() -> None:

@@ -165,10 +165,17 @@ def test_broken_bundle_is_a_message(tmp_path: Path) -> None:
 
 
 def test_cores_are_set_unless_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    for name in (
+        "ORT_DISABLE_TELEMETRY",
+        "OMP_WAIT_POLICY",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "NUMBA_NUM_THREADS",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     cli._use_cores(1)
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert os.environ["MKL_NUM_THREADS"] == "1"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from features.assemble import FEATURES, statistics_width
 from features.schema import EVENTS, ITEMS
 from features.tables import Dataset, open_dataset, write_dataset
 from features.vocabulary import Vocabulary
+from tests.once import once
 from training.config import Action, TrainConfig
 from training.export import publish_run
 from training.run import LoadedRun, build_modules
@@ -108,10 +106,6 @@ def untrained_run(config: TrainConfig = CONFIG, **options: int) -> LoadedRun:
     )
 
 
-@cache
 def untrained_bundle() -> Path:
-    """The bundle of that run, made once per process; never change it, copy it."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    publish_run(untrained_run(), Path(folder) / "bundle")
-    return Path(folder) / "bundle"
+    """The bundle of that run, made once; never change it, copy it."""
+    return once("untrained", lambda folder: publish_run(untrained_run(), folder / "bundle")) / "bundle"

@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numba as _numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from features.jit import kernel
 from training.config import TrainConfig
 from training.data import Interactions
 from training.split import Split, Targets
-
-numba: Any = _numba
 
 Scores = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 DAY_MS = 86_400_000
@@ -225,7 +223,7 @@ def neighbors_of(
     person_starts = np.searchsorted(people, np.arange(len(data.people) + 1))
     by_item = np.argsort(rows, kind="stable")
     item_starts = np.searchsorted(rows[by_item], np.arange(data.items + 1))
-    return _cosines(rows, person_starts, people[by_item], item_starts, min(keep, max(1, data.items - 1)))  # type: ignore[no-any-return]
+    return _cosines(rows, person_starts, people[by_item], item_starts, min(keep, max(1, data.items - 1)))
 
 
 def _among_newest(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -235,8 +233,10 @@ def _among_newest(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     return newest
 
 
-@numba.njit(cache=True)
-def _cosines(rows, person_starts, people, item_starts, keep):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+@kernel()
+def _cosines(
+    rows: Any, person_starts: Any, people: Any, item_starts: Any, keep: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     items = item_starts.size - 1
     out = np.full((items, keep), -1, np.int32)
     scores = np.zeros((items, keep), np.float32)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from features.environment import Variable, set_by, variables
 from features.errors import ConfigError
 from features.profile import RING
 from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
@@ -153,12 +154,14 @@ def load_config(
         seed: Replaces `seed` when given.
 
     Raises:
-        ConfigError: A key is unknown, or a value is not allowed.
+        ConfigError: A key is unknown, or a value is not allowed; that of a variable is named by the variable.
     """
     values = _from_file(file) if file is not None else {}
-    values |= _from_environment()
-    values |= dict(overrides) if isinstance(overrides, Mapping) else dict(_parse(text) for text in overrides)
-    values |= {name: value for name, value in (("device", device), ("seed", seed)) if value is not None}
+    given = dict(overrides) if isinstance(overrides, Mapping) else dict(_parse(text) for text in overrides)
+    given |= {name: value for name, value in (("device", device), ("seed", seed)) if value is not None}
+    environment = variables(PREFIX, TrainConfig.model_fields, os.environ)
+    environment = {name: variable for name, variable in environment.items() if name not in given}
+    values |= {name: _parsed(variable) for name, variable in environment.items()} | given
     for name in values:
         if name not in TrainConfig.model_fields:
             raise ConfigError(f"unknown setting {name!r}{_nearest(name)}")
@@ -167,14 +170,17 @@ def load_config(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "settings"
-        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+        if first["loc"] and (variable := environment.get(str(first["loc"][0]))):
+            where = f"{variable.name}: sets {where}"
+        got = f" (got {first['input']!r})" if first["loc"] else set_by(environment, first["msg"])
+        raise ConfigError(f"{where}: {first['msg']}{got}") from None
 
 
 def _from_file(file: Path) -> dict[str, Any]:
     shipped = Path(__file__).parent / "configs" / f"{file}.yaml"
     path = shipped if not file.exists() and shipped.is_file() else file
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
     if not isinstance(values, dict):
@@ -182,9 +188,11 @@ def _from_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def _from_environment() -> dict[str, Any]:
-    given = {name: text for name, text in os.environ.items() if name.startswith(PREFIX)}
-    return {name.removeprefix(PREFIX).lower(): yaml.safe_load(text) for name, text in given.items()}
+def _parsed(variable: Variable) -> Any:
+    try:
+        return yaml.safe_load(variable.text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{variable.name}: not YAML ({error}); write a number, a word or [a, list]") from None
 
 
 def _parse(text: str) -> tuple[str, Any]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
-import numba as _numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -21,13 +20,13 @@ from features.columns import pc
 from features.content import codes
 from features.errors import TrainingError
 from features.events import Events
+from features.histories import KEYS, Distinct, Logged
+from features.jit import kernel
 from features.schema import NEGATIVE_EVENT_TYPES
 from features.tables import Dataset
 from features.vocabulary import Vocabulary
 from training.config import PASSIVE_TYPES, TrainConfig
 from training.hidden import hidden_items
-
-numba: Any = _numba
 
 BLOCK_EVENTS = 1 << 20
 """Events that are worked on at once; a person with more comes at once all the same."""
@@ -92,6 +91,8 @@ class Interactions:
         event_types: Names.
         items: Number of rows of the catalogue.
         ordered_only: There are no times.
+        origins: Line of `resolved` that holds the keys each event carries; uint32 `[E]`.
+        resolved: The different keys that events carry; line 0 is of events that carry none.
     """
 
     people: Sequence[str]
@@ -105,6 +106,12 @@ class Interactions:
     event_types: list[str]
     items: int
     ordered_only: bool
+    origins: npt.NDArray[np.uint32]
+    resolved: Logged
+
+    def logged(self, part: slice) -> Logged:
+        """Returns the keys that some events carry, for `features.histories.history_keys`."""
+        return self.resolved.take(self.origins[part])
 
     def owner(self) -> npt.NDArray[np.int64]:
         """The person of each event; int64 `[E]`: for data that fits into memory."""
@@ -133,7 +140,7 @@ class Interactions:
             chosen = np.sort(chosen[: max(1, int(np.searchsorted(np.cumsum(ends[chosen]), most, side="right")))])
         offsets = np.concatenate([[0], np.cumsum(ends[chosen])]).astype(np.int64)
         at = np.repeat(self.offsets[chosen] - offsets[:-1], ends[chosen]) + np.arange(offsets[-1])
-        arrays = ("rows", "types", "timestamps", "values", "target", "seen")
+        arrays = ("rows", "types", "timestamps", "values", "target", "seen", "origins")
         taken = {name: getattr(self, name)[at] for name in arrays}
         return dataclasses.replace(self, people=[""] * chosen.size, offsets=offsets, **taken)
 
@@ -185,7 +192,7 @@ def read_interactions(
         dataset: The data set.
         vocabulary: Where item ids become rows.
         config: Which types of events count.
-        folder: Where there is room for 15 to 19 bytes an event; None is the system's place for temporary files.
+        folder: Where there is room for 15 to 23 bytes an event; None is the system's place for temporary files.
 
     Raises:
         TrainingError: There is no event, or none of a type that could be predicted; or the disk is full.
@@ -213,7 +220,8 @@ def read_interactions(
 
 def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:
     """The same people without the events of the hidden items; what is left moves together where it stands."""
-    columns: list[npt.NDArray[Any]] = [data.rows, data.types, data.timestamps, data.values, data.target, data.seen]
+    names = ("rows", "types", "timestamps", "values", "target", "seen", "origins")
+    columns: list[npt.NDArray[Any]] = [getattr(data, name) for name in names]
     counts, size = np.zeros(len(data.people), np.int64), 0
     for block in data.blocks():
         kept = ~hidden[data.rows[block.events]]
@@ -223,17 +231,8 @@ def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:
             if column.flags.writeable:  # else it holds one and the same value everywhere
                 column[size:end] = column[block.events][kept]
         size = end
-    rows, types, timestamps, values, target, seen = (column[:size] for column in columns)
-    return dataclasses.replace(
-        data,
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        rows=rows,
-        types=types,
-        timestamps=timestamps,
-        values=values,
-        target=target,
-        seen=seen,
-    )
+    left: dict[str, Any] = {name: column[:size] for name, column in zip(names, columns, strict=True)}
+    return dataclasses.replace(data, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), **left)
 
 
 def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interactions, list[str]]:
@@ -243,12 +242,15 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
     timed, valued = "timestamp" in events.present, "value" in events.present
     timestamps = disk.array(np.int64, size) if timed else np.broadcast_to(np.int64(0), size)
     values = disk.array(np.float32, size) if valued else np.broadcast_to(np.float32(np.nan), size)
-    items = _Numbers(vocabulary.rows)
+    resolved = any(name in events.present for name in KEYS)
+    origins = disk.array(np.uint32, size) if resolved else np.broadcast_to(np.uint32(0), size)
+    items, keys = _Numbers(vocabulary.rows), Distinct()
     kinds = _Numbers(lambda names: range(len(kinds.known), len(kinds.known) + len(names)))
     people: list[Any] = []
     begins: list[npt.NDArray[np.int64]] = []
     at, last = 0, None
-    for batch in events.batches(("user_id", "item_id", "event_type", "timestamp", "value")):
+    columns = ("user_id", "item_id", "event_type", "timestamp", "value", *(KEYS if resolved else ()))
+    for batch in events.batches(columns):
         part = slice(at, at + batch.num_rows)
         rows[part], types[part] = items(batch["item_id"]), kinds(batch["event_type"])
         if len(kinds.known) > MOST_TYPES:
@@ -257,6 +259,8 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
             timestamps[part] = pc.fill_null(batch["timestamp"], 0).to_numpy()
         if valued:
             values[part] = batch["value"].to_numpy()
+        if resolved:
+            origins[part] = keys.numbers(Logged.of(batch))
         named = batch["user_id"].combine_chunks()
         other = pc.not_equal(named.slice(1), named.slice(0, len(named) - 1)).to_numpy(zero_copy_only=False)
         begin = np.flatnonzero(np.concatenate([[named[0].as_py() != last], other]))
@@ -277,6 +281,8 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
         event_types=[],
         items=len(vocabulary),
         ordered_only=not timed,
+        origins=origins,
+        resolved=keys.table(),
     ), list(kinds.known)
 
 
@@ -463,8 +469,8 @@ class Plan(Sequence[Windows]):
         return np.random.default_rng([self._batches.config.seed, self._number, part])
 
 
-@numba.njit(cache=True)
-def _any_inside(flags, starts, ends):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+@kernel()
+def _any_inside(flags: Any, starts: Any, ends: Any) -> npt.NDArray[np.bool_]:
     """Whether any of `flags[starts[i]:ends[i]]` is set; bool `[n]`."""
     found = np.zeros(starts.size, np.bool_)
     for part in range(starts.size):

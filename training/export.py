@@ -117,7 +117,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
         index = _write_index(loaded, data, world, staging, recall, gates)
         people = golden.answers(world, golden.make_people(world))
-        (staging / "golden.json").write_text(json.dumps(people, allow_nan=False))
+        (staging / "golden.json").write_text(json.dumps(people, allow_nan=False), encoding="utf-8")
         _write_tables(loaded, data, catalog, staging)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
@@ -284,9 +284,11 @@ def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, stagi
     rows = np.argsort(-scores, kind="stable")[:POPULAR].astype(np.int32)
     tables = {"": (rows, scores[rows])}
     keys, first = np.unique(catalog.columns.category, return_index=True)
+    named = dict(zip(keys.tolist(), first.tolist(), strict=True))
     for key, table in popular_in_segments(data, catalog.columns, loaded.config.recent_days).items():
-        item = catalog.item(int(first[keys.searchsorted(np.uint64(key))]))
-        tables[item["categories"][0]] = table
+        # A category that no item has any more is in histories still, but has lost its name.
+        if key in named:
+            tables[catalog.item(named[key])["categories"][0]] = table
     popular = pa.table(
         {
             "segment": np.repeat(list(tables), [own.size for own, _ in tables.values()]),

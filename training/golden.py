@@ -15,11 +15,12 @@ from features.assemble import History, Moment, encoder_batch, encoder_inputs, hi
 from features.catalog import Catalog
 from features.events import Events
 from features.golden import TOP, profile_of
+from features.histories import KEYS
 from features.kernels import dot_rows
 from features.memory import Memory
 from features.outcomes import Outcomes
 from features.profile import RING
-from features.schema import EVENTS, event_type_key
+from features.schema import EVENTS, event_type_key, item_key
 from features.tables import Dataset
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from training.config import TrainConfig
@@ -75,7 +76,8 @@ class Assembled:
 def make_people(world: World) -> list[list[Event]]:
     """Made-up histories, oldest first, of every length that matters; every event type occurs.
 
-    Each is a walk over similar items with leaps to popular ones, so its vector lies where those of real people do.
+    Each is a walk over similar items with leaps to popular ones, so its vector lies where those of real people do. Some
+    items were others when their events came, and some events came before their item.
     """
     rng = np.random.default_rng(0)
     longest = world.config.max_length
@@ -83,6 +85,8 @@ def make_people(world: World) -> list[list[Event]]:
     people = [_walk(world, rng, length) for length in lengths]
     for at, name in enumerate(world.event_types):
         people[-1][at]["event_type"] = name
+    for events in people:
+        _apart_from_catalog(events)
     return people
 
 
@@ -122,15 +126,24 @@ def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assemb
     count = 0
     for one, other in zip(mine, others, strict=True):
         count += _unequal(one.rows, other.rows) + _unequal(one.types, other.types)
-        for part in (History, Memory):
-            pasts = [o.past if part is History else o.past.memory for o in (one, other)]
-            for field in dataclasses.fields(part):
-                if field.name != "memory":
-                    count += _unequal(*(getattr(past, field.name) for past in pasts))
+        count += sum(past_differences(one.past, other.past).values())
         moment = moment_of(world)
         features = [ranker_features(o.past, rows, relevance, columns, world.outcomes, moment) for o in (one, other)]
         count += _unequal(*features)
     return count
+
+
+def past_differences(one: History, other: History) -> dict[str, int]:
+    """Returns the number of values in which two pasts differ, to the bit, by the name of what differs."""
+    pairs: list[tuple[type, History | Memory, History | Memory]]
+    pairs = [(History, one, other), (Memory, one.memory, other.memory)]
+    found = {
+        field.name: _unequal(getattr(left, field.name), getattr(right, field.name))
+        for part, left, right in pairs
+        for field in dataclasses.fields(part)
+        if field.name != "memory"
+    }
+    return {name: count for name, count in found.items() if count}
 
 
 def answers(world: World, people: Sequence[Sequence[Event]]) -> dict[str, Any]:
@@ -181,6 +194,15 @@ def _walk(world: World, rng: np.random.Generator, length: int) -> list[Event]:
         (item,) = world.catalog.ids([row])
         events.append({"item_id": item, "event_type": name, "timestamp": moment, "value": value})
     return events
+
+
+def _apart_from_catalog(events: list[Event]) -> None:
+    """Makes some events carry other keys than the catalogue has: their item was patched since, or put only later."""
+    patched, early = {name: item_key("golden") for name in KEYS}, dict.fromkeys(KEYS, 0)
+    for event in events[1::4]:
+        event.update(patched)
+    for event in events[3::4]:
+        event.update(early)
 
 
 def _person(world: World, events: Sequence[Event], made: Assembled) -> dict[str, Any]:
@@ -237,5 +259,7 @@ def _numbers(values: _F32) -> list[float]:
 def _unequal(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:
     if one.shape != other.shape or one.dtype != other.dtype:
         return max(one.size, other.size, 1)
+    if not one.size:
+        return 0
     bits = [np.ascontiguousarray(array).reshape(array.size, -1).view(np.uint8) for array in (one, other)]
-    return int((bits[0] != bits[1]).any(axis=1).sum()) if one.size else 0
+    return int((bits[0] != bits[1]).any(axis=1).sum())

@@ -16,6 +16,8 @@ import torch
 from llvmlite import ir
 from numba.extending import intrinsic
 
+from features.jit import kernel
+
 numba: Any = _numba
 
 _HALF = np.int32(16)
@@ -38,8 +40,8 @@ _float: Any = intrinsic(_as_float)
 _bits: Any = intrinsic(_as_bits)
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
-def _exponentials(scores, tops, sums):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+@kernel(fastmath=True, nogil=True)
+def _exponentials(scores: Any, tops: Any, sums: Any) -> None:
     for line in range(scores.shape[0]):
         row = scores[line]
         # As whole numbers the bits of positive floats are in order, and those of negative ones are below them.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from features.limits import cores
 
 
 @contextmanager
@@ -16,10 +17,10 @@ def prepared(threads: int) -> Iterator[None]:
     """Sets torch up for training, and puts its settings back afterwards.
 
     Args:
-        threads: Threads on the CPU; 0 means one per core.
+        threads: Threads on the CPU; 0 means one per core that this process may use.
     """
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or cores())
     # Matrix products of float32 in bf16 (TF32 on a GPU), summed in float32: with AMX ten times as fast. Where a
     # processor has no such instructions, this changes nothing.
     torch.set_float32_matmul_precision("medium")
@@ -50,4 +51,4 @@ def circumstances() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # run from a checkout
-    return found | {"system": platform.platform(terse=True), "cores": str(len(os.sched_getaffinity(0)))}
+    return found | {"system": platform.platform(terse=True), "cores": str(cores())}

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from features.assemble import History, remembered, type_index
 from features.catalog import Columns
+from features.histories import history_keys
 from features.memory import Memory, empty, fold
 from features.profile import RING
 from features.schema import event_type_keys
@@ -131,7 +132,7 @@ class Pasts:
 
     def __init__(self, data: Interactions, columns: Columns) -> None:
         """Takes the events, all about items, and the catalogue's columns."""
-        self._data, self._categories, self._creators = data, columns.category, columns.creator
+        self._data, self._columns = data, columns
         self._keys, self._index = event_type_keys(data.event_types), type_index(data.event_types)
         self._known: dict[int, tuple[int, Memory]] = {}
 
@@ -139,13 +140,13 @@ class Pasts:
         """A person's past just before their event number `position`."""
         start, end = int(self._data.offsets[person]), int(self._data.offsets[person]) + position
         part = slice(max(start, end - RING), end)
-        rows = self._data.rows[part]
+        categories, creators = self._history_keys(part)
         memory, kinds = remembered(self._memory(person, start, end), self._index)
         return History(
-            rows=rows,
+            rows=self._data.rows[part],
             types=self._data.types[part].astype(np.int32),
-            categories=self._categories[rows],
-            creators=self._creators[rows],
+            categories=categories,
+            creators=creators,
             timestamps=self._data.timestamps[part],
             values=self._data.values[part],
             memory=memory,
@@ -167,6 +168,9 @@ class Pasts:
 
     def _folded(self, memory: Memory, start: int, end: int) -> Memory:
         """A memory after the events from `start` to `end`."""
-        rows, types = self._data.rows[start:end], self._keys[self._data.types[start:end] - 1]
-        times, items = self._data.timestamps[start:end], np.ones(rows.size, np.uint64)
-        return fold(memory, items, self._categories[rows], self._creators[rows], types, times)
+        types, times = self._keys[self._data.types[start:end] - 1], self._data.timestamps[start:end]
+        return fold(memory, np.ones(types.size, np.uint64), *self._history_keys(slice(start, end)), types, times)
+
+    def _history_keys(self, part: slice) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """Returns the category and the creator of some events; two uint64 [n]."""
+        return history_keys(self._data.rows[part], self._columns, self._data.logged(part))

@@ -57,7 +57,7 @@ def write_report(runs: Sequence[Path], into: Path | None = None) -> Path:
         into: The run in whose directory it is written and whose evaluations are shown; the first, if not said.
     """
     run = into or runs[0]
-    config, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+    config, result = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("config.json", "result.json"))
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
@@ -219,4 +219,4 @@ def _svg(figure: Figure) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

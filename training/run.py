@@ -155,7 +155,7 @@ def load_run(run: Path, data: Path | None = None) -> LoadedRun:
     """
     run = Path(run)
     result = read_result(run)
-    config = TrainConfig.model_validate_json((run / "config.json").read_text())
+    config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
     dataset = open_moment(Path(data or result["data"]), run)
     if dataset.info["fingerprint"] != result["data_fingerprint"]:
         raise RunError(
@@ -193,7 +193,7 @@ def open_moment(data: Path, run: Path) -> Dataset:
         TablesError: The data set cannot be read.
     """
     identity, items = run / "data.json", run / "items.parquet"
-    begun = json.loads(identity.read_text()) if identity.is_file() else {}
+    begun = json.loads(identity.read_text(encoding="utf-8")) if identity.is_file() else {}
     if "until" not in begun:
         return open_dataset(data)
     dataset = open_dataset(data, until=begun["until"], items_from=items)
@@ -217,7 +217,7 @@ def read_result(run: Path) -> dict[str, Any]:
     file = run / "result.json"
     if not file.is_file():
         raise RunError(f"{run} holds no finished run (no result.json): run `penchant train DATA --out {run}`")
-    result: dict[str, Any] = json.loads(file.read_text())
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if result.get("format") != FORMAT:
         raise RunError(f"{run} has format {result.get('format')}, this Penchant reads {FORMAT}: train again")
     return result
@@ -255,7 +255,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes JSON in one step."""
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _put(draft, path)
 
 
@@ -278,7 +278,7 @@ def sha256_of(tensors: Mapping[str, Tensor]) -> str:
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:
     """Adds one line of JSON to a log."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(content) + "\n")
 
 
@@ -286,9 +286,9 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Takes out of a log what is not wanted, and a last line that was cut off; in one step."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text("".join(line for line in lines if wanted(json.loads(line))))
+    draft.write_text("".join(line for line in lines if wanted(json.loads(line))), encoding="utf-8")
     _put(draft, path)
 
 

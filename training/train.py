@@ -201,8 +201,8 @@ def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     identity = out / "data.json"
     found: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
     if started.exists() and identity.exists():
-        same = TrainConfig.model_validate_json(started.read_text()) == config
-        if not same or json.loads(identity.read_text()) != found:
+        same = TrainConfig.model_validate_json(started.read_text(encoding="utf-8")) == config
+        if not same or json.loads(identity.read_text(encoding="utf-8")) != found:
             what = "data set" if same else "configuration"
             raise RunError(f"{out} holds an unfinished run with another {what}: give another --out, or delete it")
     if "until" in found:

@@ -32,7 +32,7 @@ def main() -> None:
 
         def on_step(step: int) -> None:
             nonlocal seen
-            lines = log.read_text().splitlines() if log.exists() else []
+            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
             for line in map(json.loads, lines[seen:]):
                 turns.tokens, turns.targets = line["tokens"], line["tokens"]
                 turns.report(line["ndcg@10"])

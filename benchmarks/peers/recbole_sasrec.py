@@ -89,7 +89,7 @@ def write_inter(histories: Histories, folder: Path) -> None:
     """RecBole's own file of interactions, one line each."""
     (folder / "speed").mkdir()
     owner = np.repeat(np.arange(histories.offsets.size - 1), np.diff(histories.offsets))
-    with (folder / "speed" / "speed.inter").open("w") as file:
+    with (folder / "speed" / "speed.inter").open("w", encoding="utf-8") as file:
         file.write("user_id:token\titem_id:token\ttimestamp:float\n")
         position = np.arange(owner.size) - histories.offsets[owner]
         file.writelines(f"{u}\t{i}\t{t}\n" for u, i, t in zip(owner, histories.rows, position, strict=True))

@@ -91,7 +91,7 @@ class Turns:
     def __init__(self, validate_every: float) -> None:
         self.validate_every = validate_every
         # Libraries print what they like; stdout is for the lines that the caller reads.
-        self._out = os.fdopen(os.dup(1), "w")
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self.tokens = self.targets = self.steps = 0
         self.setup = self._away = 0.0

@@ -132,3 +132,22 @@ def test_a_file_that_changes_between_verification_and_parsing(published):
     flip(published)
     with pytest.raises(BundleError, match="changed while"):
         opened.read("index.faiss")
+
+
+def test_a_link_that_moves_moves_no_opened_bundle(published, tmp_path):
+    other = bundle.publish(staged(tmp_path / "other-staging", "!"), tmp_path / "other", MANIFEST)
+    link = tmp_path / "current"
+    link.symlink_to("bundle")
+    opened = bundle.open_bundle(link)
+    (tmp_path / "next").symlink_to("other")
+    (tmp_path / "next").rename(link)
+    assert opened.path == published.resolve()
+    assert opened.read("index.faiss") == b"index.faiss" * 100
+    assert bundle.open_bundle(link).bundle_id == other != opened.bundle_id
+
+
+def test_another_bundle_than_the_one_asked_for_is_refused_with_both_names(published):
+    there = bundle.open_bundle(published).bundle_id
+    assert bundle.open_bundle(published, there).bundle_id == there
+    with pytest.raises(BundleError, match=rf"holds the bundle {there}, and the running service serves other; restart"):
+        bundle.open_bundle(published, "other")

@@ -28,6 +28,13 @@ def records(count: int, seed: int = 0, items: int = 1000):
     )
 
 
+def searching(events, share: float, seed: int = 0):
+    """The same events, a share of which are about no item."""
+    items = np.where(np.random.default_rng(seed).random(events.size) < share, np.uint64(0), events["item"])
+    names = ("category", "creator", "timestamp", "value", "event_type")
+    return profile.make_records(items, *(events[name] for name in names))[: events.size]
+
+
 KEYS = st.integers(0, 2**64 - 1)
 TIMES = st.integers(-(2**63), 2**63 - 1)
 
@@ -79,6 +86,15 @@ def test_the_ring_keeps_the_newest_and_remembers_the_others_as_seen():
     assert folded.evicted.tolist() == list(dict.fromkeys(events["item"][:10].tolist()))
 
 
+def test_a_search_is_counted_and_pushes_nothing_out_of_the_ring():
+    events = searching(records(profile.RING + 200), 0.5)
+    folded = profile.fold(profile.empty(), events, 7)
+    without = profile.fold(profile.empty(), events[events["item"] != 0], 7)
+    assert 0 < without.count < profile.RING < folded.count == profile.RING + 200
+    assert same(folded, dataclasses.replace(without, count=folded.count))
+    assert folded.evicted.size == 0
+
+
 @given(st.integers(0, 300), st.integers(0, 40), st.randoms())
 def test_a_stored_profile_reads_as_state_and_tail_in_log_order(folded, waiting, shuffler):
     events = records(folded + waiting)
@@ -124,13 +140,15 @@ def test_purposes_have_names():
     st.sets(st.integers(1, 640)),
     st.integers(0, 2**32 - 1),
     st.sampled_from([150, 5000]),
+    st.sampled_from([0, 0.2, 0.7]),
 )
-def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left_the_log, undone, seed, items):
+def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left_the_log, undone, seed, items, asking):
     """Where the log holds as much as the ring, what is folded anew is exactly what the remaining events fold to."""
     total = folded + waiting
-    events, ids = records(total, seed, items=items), np.arange(1, total + 1)
+    events, ids = searching(records(total, seed, items=items), asking, seed), np.arange(1, total + 1)
     # Of the oldest events the log has lost some, but none that the ring would need.
-    lost = min(left_the_log, max(0, total - profile.RING - len(undone)))
+    needed = np.flatnonzero(events["item"])[-profile.RING - len(undone) :]
+    lost = min(left_the_log, int(needed[0]) if needed.size == profile.RING + len(undone) else 0)
     undone = {one for one in undone if lost < one <= total}
     state = profile.fold(profile.empty(), events[:folded], folded)
     stored = profile.split(profile.encode(state, 0) + tail_of(ids[folded:], events[folded:]))

@@ -32,6 +32,7 @@ from features.schema import (
 from features.tables import (
     Loaded,
     Rejected,
+    Unread,
     conform,
     fingerprint,
     open_dataset,
@@ -84,6 +85,9 @@ def test_a_loaded_table_has_exactly_the_schema(tmp_path: Path) -> None:
         ("EVENT_TYPE", "event_type", "x"),
         ("TIMESTAMP", "timestamp", NOON),
         ("datetime", "timestamp", NOON),
+        ("userId", "user_id", "x"),
+        ("Item ID", "item_id", "x"),
+        ("event-type", "event_type", "x"),
         ("rating", "value", 4.0),
         ("weight", "value", 4.0),
         ("EVENT_VALUE", "value", 4.0),
@@ -136,7 +140,7 @@ def test_ids_are_opaque() -> None:
         (pa.array([dt.date(2020, 9, 13)]), 1_599_955_200_000),
         (pa.array([str(NOON // 1000)]), NOON),
         (pa.array(["2020-09-13T12:26:40Z"]), NOON),
-        (pa.array(["2020-09-13 12:26:40.5"]), NOON),
+        (pa.array(["2020-09-13 12:26:40.5"]), NOON + 500),
         (pa.array(["2020-09-13"]), 1_599_955_200_000),
         (pa.array([decimal.Decimal(NOON)]), NOON),
     ],
@@ -149,9 +153,7 @@ def test_times_in_every_usual_form_become_milliseconds(times: Any, expected: int
 def test_one_wrong_time_does_not_change_the_unit_of_the_others() -> None:
     loaded = events(timestamp=[NOON // 1000] * 3 + [NOON])
     assert loaded.table["timestamp"].to_pylist() == [NOON] * 3
-    assert reasons(loaded) == [
-        (3, "timestamp is 1600000000000, should be a time from 1970 up to 2100, in milliseconds or seconds UTC")
-    ]
+    assert reasons(loaded) == [(3, "timestamp is 1600000000000, should be a time from 1970 up to 2100 in seconds UTC")]
 
 
 def test_a_column_that_says_milliseconds_is_believed() -> None:
@@ -169,7 +171,7 @@ def test_lists_and_maps_in_every_usual_form() -> None:
         "attributes": pa.array([[{"key": "year", "value": "1999"}], [], None], pairs),
     }
     table = conform(pa.table(items), ITEMS, ITEMS_REQUIRED, "f").table
-    assert table["categories"].to_pylist() == [["Comedy", "War"], [""], None]
+    assert table["categories"].to_pylist() == [["Comedy", "War"], None, None]
     assert table["attributes"].to_pylist() == [[("year", "1999")], [], None]
     numbers = pa.array([[("year", 1999)], None, []], pa.map_(pa.string(), pa.int64()))
     table = conform(pa.table({"item_id": [1, 2, 3], "attributes": numbers}), ITEMS, ITEMS_REQUIRED, "f").table
@@ -200,7 +202,7 @@ def test_files_of_one_table_may_have_different_columns(tmp_path: Path) -> None:
     [
         ("user_id", ["u", None], "user_id is missing, should be given in every row"),
         ("user_id", ["u", ""], "user_id is '', should be given in every row"),
-        ("user_id", [1.0, math.nan], "user_id is missing, should be given in every row"),
+        ("user_id", [1.0, math.nan], "user_id is nan, should be given in every row"),
         ("user_id", [1.0, 1.5], "user_id is 1.5, should be text, or a whole number"),
         ("item_id", [b"i", b"\xff"], "item_id is '\\\\xff', should be text in UTF-8"),
         ("event_type", ["like", None], "event_type is missing, should be given in every row"),
@@ -208,19 +210,14 @@ def test_files_of_one_table_may_have_different_columns(tmp_path: Path) -> None:
         ("timestamp", [NOON, -1], "timestamp is -1, should be a time from 1970 up to 2100"),
         ("timestamp", [NOON, 4_102_444_800_000], "timestamp is 4102444800000, should be a time from 1970 up to 2100"),
         ("timestamp", [NOON, 2**62], "timestamp is 4611686018427387904, should be a time"),
-        ("timestamp", [float(NOON), math.nan], "timestamp is nan, should be a time"),
+        ("timestamp", [float(NOON), math.nan], "timestamp is nan, should be given in every row"),
+        ("timestamp", [NOON, 0], "timestamp is 0, should be given in every row"),
+        ("timestamp", ["2020-09-13", ""], "timestamp is '', should be given in every row"),
+        ("user_id", ["u", "é" * 257], "user_id is 'éééé"),
         ("timestamp", ["2020-09-13", "2020-13-09"], "timestamp is '2020-13-09', should be a time"),
-        ("value", [1.0, math.nan], "value is nan, should be a finite number"),
-        ("value", [1.0, math.inf], "value is inf, should be a finite number"),
-        ("value", [1.0, 1e300], "value is 1e+300, should be a finite number"),
-        ("value", ["1.5", "many"], "value is 'many', should be a finite number"),
-        ("position", [0, -1], "position is -1, should be 0 or more"),
-        ("position", [0, 2**31], "position is 2147483648, should be a whole number that fits int32"),
-        ("position", [0.0, 0.5], "position is 0.5, should be a whole number that fits int32"),
-        ("log_id", [1, -1], "log_id is -1, should be a whole number that fits uint64"),
     ],
 )
-def test_a_malformed_row_is_rejected_with_its_field_and_what_would_be_right(
+def test_a_row_without_a_required_cell_is_rejected_with_its_field_and_what_would_be_right(
     column: str, values: list[Any], reason: str
 ) -> None:
     loaded = events(**{column: pa.array(values)})
@@ -228,21 +225,89 @@ def test_a_malformed_row_is_rejected_with_its_field_and_what_would_be_right(
     assert [r.row for r in loaded.rejected] == [1]
     assert loaded.rejected[0].file == "f"
     assert loaded.rejected[0].reason.startswith(reason)
+    assert loaded.unread == []
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "reason"),
+    [
+        ("value", [1.0, math.inf], "value is inf, should be a finite number"),
+        ("value", [1.0, 1e300], "value is 1e+300, should be a finite number"),
+        ("value", ["1.5", "many"], "value is 'many', should be a finite number"),
+        ("value", ["1.5", "1,5"], "value is '1,5', should be a finite number"),
+        ("position", [0, -1], "position is -1, should be 0 or more"),
+        ("position", [0, 2**31], "position is 2147483648, should be a whole number that fits int32"),
+        ("position", [0.0, 0.5], "position is 0.5, should be a whole number that fits int32"),
+        ("log_id", [1, -1], "log_id is -1, should be a whole number that fits uint64"),
+        ("query", [b"tea", b"\xff"], "query is '\\\\xff', should be text in UTF-8"),
+        ("session_id", ["s", "s" * 513], "session_id is 'sss"),
+        ("ingested_at", [NOON, -5], "ingested_at is -5, should be a time from 1970 up to 2100"),
+        ("attributes", ['{"a": "b"}', "red"], "attributes is 'red', should be a map from text to text, or a flat"),
+        ("personal", ["yes", "perhaps"], "personal is 'perhaps', should be true or false"),
+    ],
+)
+def test_an_optional_cell_that_cannot_be_read_costs_that_cell_only_and_is_counted(
+    column: str, values: list[Any], reason: str
+) -> None:
+    loaded = events(**{column: pa.array(values)})
+    assert loaded.rejected == []
+    kept = loaded.table[column].to_pylist()
+    assert kept[0] is not None
+    assert kept[1] is (False if column == "personal" else None)
+    (cells,) = loaded.unread
+    assert (cells.file, cells.column, cells.count, cells.row) == ("f", column, 1, 1)
+    assert cells.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("value", [1.0, math.nan]),
+        ("value", ["1", ""]),
+        ("value", ["1", "NaN"]),
+        ("position", ["1", " "]),
+        ("position", [1.0, math.nan]),
+        ("ingested_at", [NOON, 0]),
+        ("session_id", [1.0, math.nan]),
+        ("attributes", ['{"a": "b"}', ""]),
+        ("allow_train", ["true", ""]),
+    ],
+)
+def test_a_cell_that_nobody_wrote_is_missing_and_not_unread(column: str, values: list[Any]) -> None:
+    loaded = events(**{column: pa.array(values)})
+    assert (loaded.rejected, loaded.unread) == ([], [])
+    assert [value is None for value in loaded.table[column].to_pylist()] == [False, True]
+
+
+def test_what_may_be_learned_from_is_not_guessed() -> None:
+    loaded = events(allow_train=["yes", "no", "maybe", None], allow_measure=[1, 0, 7, None])
+    assert loaded.table["allow_train"].to_pylist() == [True, False, False, None]
+    assert loaded.table["allow_measure"].to_pylist() == [True, False, False, None]
+    assert [(cells.column, cells.count, cells.row) for cells in loaded.unread] == [
+        ("allow_measure", 1, 2),
+        ("allow_train", 1, 2),
+    ]
 
 
 def test_a_row_with_two_faults_names_both() -> None:
-    loaded = events(user_id=[None], value=[math.nan])
+    loaded = events(user_id=[None], item_id=[1.5], value=["many"])
     assert reasons(loaded) == [
-        (0, "value is nan, should be a finite number; user_id is missing, should be given in every row")
+        (0, "user_id is missing, should be given in every row; item_id is 1.5, should be text, or a whole number")
     ]
+    assert loaded.unread == []
 
 
 def test_rows_are_counted_in_their_own_file(tmp_path: Path) -> None:
     for name in ("1.parquet", "2.parquet"):
-        write(tmp_path / name, {k: [v] * 3 for k, v in GOOD.items()} | {"value": [1.0, 2.0, math.nan]})
-    rejected = read_table(tmp_path, EVENTS, EVENTS_REQUIRED).rejected
-    reason = "value is nan, should be a finite number"
-    assert rejected == [Rejected(str(tmp_path / n), 2, reason) for n in ("1.parquet", "2.parquet")]
+        columns = {k: [v] * 3 for k, v in GOOD.items()} | {"user_id": ["u", "v", ""], "value": ["1", "x", "1"]}
+        write(tmp_path / name, columns)
+    loaded = read_table(tmp_path, EVENTS, EVENTS_REQUIRED)
+    files = [str(tmp_path / name) for name in ("1.parquet", "2.parquet")]
+    reason = "user_id is '', should be given in every row"
+    assert loaded.rejected == [Rejected(file, 2, reason) for file in files]
+    reason = "value is 'x', should be a finite number"
+    assert loaded.unread == [Unread(file, "value", 1, 1, reason) for file in files]
+    assert loaded.intake.kept == 4
 
 
 def test_an_event_needs_a_time_or_a_place_in_an_order() -> None:
@@ -264,11 +329,11 @@ def test_the_second_row_of_an_id_is_rejected_across_files(tmp_path: Path) -> Non
     ]
 
 
-def test_a_broken_entry_breaks_its_row_only() -> None:
+def test_a_broken_entry_breaks_its_list_only() -> None:
     items = {"item_id": ["a", "b", "c"], "categories": [["x"], ["x", None], []]}
     loaded = conform(pa.table(items), ITEMS, ITEMS_REQUIRED, "f")
-    assert loaded.table["categories"].to_pylist() == [["x"], []]
-    assert loaded.rejected[0].reason == "categories is ['x', None], should be a list of text without missing entries"
+    assert loaded.table["categories"].to_pylist() == [["x"], None, []]
+    assert loaded.unread[0].reason == "categories is ['x', None], should be a list of text without missing entries"
 
 
 def test_impressions_are_checked_as_a_whole() -> None:
@@ -316,10 +381,11 @@ def test_a_missing_column_is_named_with_what_is_there(tmp_path: Path) -> None:
         ("user_id", [dt.date(2020, 1, 1)], "text, or a whole number"),
         ("timestamp", [["x"]], "a time"),
         ("value", [{"a": 1}], "a finite number"),
-        ("attributes", ["x"], "a map from text to text"),
+        ("attributes", pa.array([1]), "a map from text to text"),
+        ("ingested_at", [dt.timedelta(1)], "a time"),
     ],
 )
-def test_a_column_of_a_type_that_cannot_fit_is_named(column: str, values: list[Any], should: str) -> None:
+def test_a_column_of_a_type_that_cannot_fit_is_named(column: str, values: Any, should: str) -> None:
     with pytest.raises(TablesError, match=rf"f: column {column} is .*, should be {should}"):
         events(**{column: values})
 
@@ -340,12 +406,17 @@ def test_a_path_without_tables_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- whatever comes in
 
 
+def is_finite(value: float | None) -> bool:
+    with np.errstate(over="ignore"):
+        return value is not None and bool(np.isfinite(np.float32(value)))
+
+
 def is_good(row: dict[str, Any]) -> bool:
     """The plain twin of the checks, for millisecond times."""
-    value, time = row["value"], row["timestamp"]
+    time = row["timestamp"]
     named = all(row[name] not in (None, "") for name in ("user_id", "item_id", "event_type"))
     timed = time is not None and 0 <= time < 4_102_444_800_000
-    return named and timed and (value is None or bool(np.isfinite(np.float32(value))))
+    return named and timed
 
 
 names = st.none() | st.text(st.characters(codec="utf-8"), max_size=4)
@@ -362,12 +433,15 @@ rows = st.fixed_dictionaries(
 
 @given(st.lists(rows, max_size=12))
 def test_exactly_the_good_rows_are_kept_and_the_others_named(given_rows: list[dict[str, Any]]) -> None:
-    with np.errstate(over="ignore"):
-        good = [row for row in given_rows if is_good(row)]
+    good = [row for row in given_rows if is_good(row)]
     table = pa.Table.from_pylist(given_rows, pa.schema([EVENTS.field(n) for n in GOOD] + [("value", pa.float64())]))
     loaded = conform(table, EVENTS, EVENTS_REQUIRED, "f")
     assert [r.row for r in loaded.rejected] == [n for n, row in enumerate(given_rows) if row not in good]
+    assert sum(cells.count for cells in loaded.unread) == sum(
+        not is_finite(row["value"]) and row["value"] is not None and not math.isnan(row["value"]) for row in good
+    )
     kept = loaded.table.select([*GOOD, "value"]).to_pylist()
+    assert [row["value"] is None for row in kept] == [not is_finite(row["value"]) for row in good]
     assert [row | {"value": None} for row in kept] == [row | {"value": None} for row in good]
     loaded.table.validate(full=True)
 
@@ -421,6 +495,8 @@ def test_any_column_of_any_type_is_read_rejected_or_refused(data: st.DataObject,
         return
     loaded.table.validate(full=True)
     assert loaded.table.num_rows + len(loaded.rejected) == length
+    assert all(0 < cells.count <= loaded.table.num_rows + length for cells in loaded.unread)
+    assert not {cells.column for cells in loaded.unread} & needed
     assert loaded.table.schema.equals(schema)
     assert all(loaded.table[name].null_count == 0 for name in needed)
 

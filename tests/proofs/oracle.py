@@ -59,6 +59,8 @@ def state(events: Sequence[Told], ring: int, cap: int, rooms: Mapping[str, int])
     kept: list[Told] = []
     evicted: list[int] = []
     for event in events:
+        if not event.item:
+            continue
         kept.append(event)
         if len(kept) > ring:
             oldest = kept.pop(0)
@@ -143,7 +145,7 @@ def rounded(number: float) -> float:
 
 def remembered(events: Sequence[Told], ring: int) -> list[Told]:
     """The newest events that are about an item."""
-    return [event for event in events[-ring:] if event.item]
+    return [event for event in events if event.item][-ring:]
 
 
 def encoder(past: Sequence[Told], rows: Mapping[str, int], types: Sequence[str], longest: int) -> list[tuple[int, int]]:

@@ -1,9 +1,10 @@
-"""One history, read four ways: folded as it comes, replayed from Parquet, by plain twins of the kernels, by an oracle.
+"""One history, read five ways: as it comes, replayed from Parquet, by plain twins, by an oracle, and by training.
 
 A life is a list of steps that hypothesis draws. It is lived on real stores, by the roads of the service: events are
-taken, applied (or left to the projector), folded by it, patched items change the keys of what follows, some events are
-taken back, consent goes and comes, and the person asks for slates. After every step the profile is kept as it was
-then. Whenever something is about to be taken back, and at the end, everything is read from the sink's Parquet.
+taken, applied (or left to the projector), folded by it, patched items change the keys of what follows, items are put
+after events about them, some events are taken back, consent goes and comes, and the person asks for slates. After every
+step the profile is kept as it was then. Whenever something is about to be taken back, and at the end, everything is
+read from the sink's Parquet: by the replay, and by the road that a training takes.
 
     python -m tests.proofs.skew --lives 2000 --seed 1
 
@@ -39,8 +40,9 @@ import features.kernels
 import features.memory
 import features.outcomes
 import features.profile
+import training.ranking
 from features.bundle import open_bundle
-from features.catalog import Columns
+from features.catalog import Catalog, Columns
 from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.catalog_log import CatalogLog
@@ -65,7 +67,9 @@ from serving.warehouse_files import WarehouseFiles
 from serving.warehouse_items import ItemTable
 from tests.proofs import oracle
 from tests.proofs.oracle import Told
+from tests.proofs.trained import Trained
 from tests.world import COUNT, MODEL, items, publish_world, vectors
+from training.config import Action
 
 PARTITIONS = 4
 KINDS = ("view_item", "like", "purchase", "hide", "view_item_list", "search", "rating of my own")
@@ -73,6 +77,7 @@ LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000, -1_200_000)
 _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
+    (training.ranking, "RING", 16),
     (features.profile, "EVICTED_CAP", 12),
     (features.memory, "DIMENSIONS", _FEW),
     (features.memory, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
@@ -80,6 +85,9 @@ SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
 """Sizes at which a short life goes through everything; every other life has the real ones."""
 
 _HOUR_S = 3600.0
+_LATER = 6
+"""Items that events are about before the catalogue knows them; in each life others."""
+_ACTIONS = tuple(Action(**action) for action in MODEL["actions"])
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Burst:
 
 @dataclass(frozen=True)
 class Patch:
-    """An item gets another category and creator, or loses them."""
+    """An item gets another category and creator, or loses them; one of the last few is put with them, if only now."""
 
     item: int
     category: str
@@ -144,7 +152,7 @@ def _bursts(*counts: int) -> st.SearchStrategy[Burst]:
         Burst,
         _people,
         st.sampled_from(counts),
-        st.integers(0, COUNT + 5),
+        st.integers(0, COUNT + _LATER - 1),
         st.integers(0, 7),
         st.integers(0, len(KINDS) - 1),
         st.integers(0, len(LATE_MS) - 1),
@@ -155,12 +163,21 @@ def _bursts(*counts: int) -> st.SearchStrategy[Burst]:
 
 
 _patches = st.builds(
-    Patch, st.integers(0, COUNT - 1), st.sampled_from(["", "western", "noir"]), st.sampled_from(["", "c1", "c77"])
+    Patch,
+    st.one_of(st.integers(0, COUNT - 1), st.integers(COUNT, COUNT + _LATER - 1)),
+    st.sampled_from(["", "western", "noir"]),
+    st.sampled_from(["", "c1", "c77"]),
 )
 _long = _bursts(2, 5, 20, 60, 130)
 _short = _bursts(1, 1, 1, 2, 3, 7, 20)
 _steps: st.SearchStrategy[Step] = st.one_of(
-    _short, _short, _patches, st.just(Fold()), st.builds(Ask, _people), st.builds(Undo, _people, st.integers(0, 300))
+    _short,
+    _short,
+    _patches,
+    _patches,
+    st.just(Fold()),
+    st.builds(Ask, _people),
+    st.builds(Undo, _people, st.integers(0, 300)),
 )
 _last: st.SearchStrategy[Step] = st.one_of(_steps, st.builds(Consent, _people, st.booleans()))
 
@@ -184,13 +201,34 @@ class Moment:
 
 @dataclass(frozen=True)
 class Served:
-    """A slate, the catalogue's columns of that moment, and the events the person then had."""
+    """A slate, the catalogue's columns and the rows of its items at that moment, and the events the person then had."""
 
     request_id: str
     columns: Columns
+    rows: dict[str, int]
+    size: int
     events: tuple[Told, ...]
     forgotten: int
     known: dict[str, dict[str, str]]
+
+
+class AsOf(Catalog):
+    """A catalogue that can be read as it was before."""
+
+    _limit = 1 << 31
+
+    @contextlib.contextmanager
+    def as_of(self, columns: Columns, size: int) -> Iterator[None]:
+        """Has the columns and the number of items of an earlier moment."""
+        now, self.columns, self._limit = self.columns, columns, size
+        try:
+            yield
+        finally:
+            self.columns, self._limit = now, AsOf._limit
+
+    def rows_of_keys(self, keys: Any) -> Any:
+        rows = super().rows_of_keys(keys)
+        return np.where(rows < self._limit, rows, -1).astype(np.int32)
 
 
 class World:
@@ -213,7 +251,8 @@ class World:
         stack.callback(self.projector.close)
         opened = open_bundle(bundle)
         # Training's side: a catalogue of its own.
-        self.offline, _ = read_items(opened)
+        read, _ = read_items(opened)
+        self.offline = AsOf(read._items, read.vocabulary, read.columns.vectors)
         self.replay = Replay(opened, self.engine.model, self.offline)
 
     def put(self, shown: _Shown) -> None:
@@ -259,10 +298,17 @@ class Life:
     served: list[Served] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        name = uuid.uuid4().hex
+        self.name = name = uuid.uuid4().hex
         self.subjects = [f"u:{name}", f"a:{name}"]
         self.known = {one["item_id"]: one for one in items()}
-        self.world.engine.catalog.put(list(self.known.values()), vectors(), 0)
+        self._put(list(self.known.values()), vectors())
+
+    def _put(self, some: list[dict[str, Any]], vectors: Any) -> None:
+        for catalog in (self.world.engine.catalog, self.world.offline):
+            catalog.put(some, vectors, 0)
+
+    def _item(self, number: int) -> str:
+        return f"i{number}" if number < COUNT else f"n{number}-{self.name}"
 
     def live(self, steps: Sequence[Step]) -> list[str]:
         """Goes through the steps; what differs anywhere, nothing where all agree."""
@@ -277,18 +323,18 @@ class Life:
         self._look()
         return differences + self.compare()
 
+    def end(self) -> None:
+        """Takes the items that were put later away from the lives to come."""
+        catalog = self.world.engine.catalog
+        for row in catalog.rows([name for name in self.known if not name.startswith("i")]).tolist():
+            catalog.delete(row)
+
     def _do(self, step: Step) -> None:
         match step:
             case Burst():
                 self._burst(step)
-            case Patch(item, category, creator):
-                name = f"i{item}"
-                self.known[name] = self.known[name] | {
-                    "categories": [category] if category else [],
-                    "creator_id": creator,
-                }
-                self.world.engine.catalog.put([self.known[name]], vectors()[item : item + 1], 0)
-                self.tally["patched"] += 1
+            case Patch():
+                self._patch(step)
             case Fold():
                 self.fold()
             case Ask(person):
@@ -297,6 +343,19 @@ class Life:
                 self._undo(person, which)
             case Consent(person, given):
                 self._consent(person, given)
+
+    def _patch(self, patch: Patch) -> None:
+        name, at = self._item(patch.item), patch.item % COUNT
+        had = [event for own in self.events for event in own if event.item == name]
+        if name not in self.known:
+            self.tally["put"] += 1
+            self.tally["early"] += len(had)
+        else:
+            self.tally["patched"] += 1
+            self.tally["before_patch"] += len(had)
+        kin = {"categories": [patch.category] if patch.category else [], "creator_id": patch.creator}
+        self.known[name] = self.known.get(name, {"item_id": name, "title": "put later"}) | kin
+        self._put([self.known[name]], vectors()[at : at + 1])
 
     def fold(self) -> None:
         """Lets the projector catch up: it applies what is missing, and folds what is long."""
@@ -309,7 +368,7 @@ class Life:
 
     def _burst(self, burst: Burst) -> None:
         kind = KINDS[burst.kind]
-        at = [(burst.item + number * burst.stride) % (COUNT + 6) for number in range(burst.count)]
+        at = [(burst.item + number * burst.stride) % (COUNT + _LATER) for number in range(burst.count)]
         late = LATE_MS[burst.late]
         self.tally["late"] += burst.count * (late < 0)
         for part in np.array_split(np.array(at), min(burst.parts, burst.count)):
@@ -332,7 +391,7 @@ class Life:
     def _event(self, burst: Burst, kind: str, item: int, timestamp: int) -> event_pb2.Event:
         name = self.subjects[burst.person][2:]
         subject = common_pb2.Subject(anonymous_id=name) if burst.person else common_pb2.Subject(user_id=name)
-        about: dict[str, Any] = {"query": "words"} if kind == "search" else {"item_id": f"i{item}"}
+        about: dict[str, Any] = {"query": "words"} if kind == "search" else {"item_id": self._item(item)}
         about |= {} if burst.value is None else {"value": burst.value}
         return event_pb2.Event(
             subject=subject, event_id=uuid.uuid4().hex, event_type=kind, timestamp_ms=timestamp, **about
@@ -353,7 +412,8 @@ class Life:
         if query.user_vector is None or not slate.rows.size:
             return
         assert not query.degraded
-        columns = self.world.engine.catalog.columns
+        catalog = self.world.engine.catalog
+        columns = catalog.columns
         then = dataclasses.replace(
             columns, **{f.name: getattr(columns, f.name).copy() for f in dataclasses.fields(columns)}
         )
@@ -361,7 +421,9 @@ class Life:
             name: {"item_id": name, "category": (one["categories"] or [""])[0], "creator": one["creator_id"]}
             for name, one in self.known.items()
         }
-        self.served.append(Served(query.request_id, then, tuple(self.events[person]), self.forgotten[person], facts))
+        rows = dict(zip(facts, catalog.rows(list(facts)).tolist(), strict=True))
+        events = tuple(self.events[person])
+        self.served.append(Served(query.request_id, then, rows, catalog.size, events, self.forgotten[person], facts))
 
     def _undo(self, person: int, which: int) -> None:
         if not self.events[person]:
@@ -399,6 +461,8 @@ class Life:
         slates = {one["request_id"]: one for file in out.glob("impressions/*/*.parquet") for one in logged_slates(file)}
         for served in self.served:
             found += self._compare_slate(served, slates[served.request_id], histories)
+        if histories is not None:
+            found += self._compare_trained(out, slates)
         self.tally["prefixes"] += len(self.moments)
         self.tally["slates"] += len(self.served)
         self.moments.clear()
@@ -425,11 +489,28 @@ class Life:
             if encode(own.replayed(profile.version, moment.forgotten)) != encode(profile):
                 yield "the plain twins fold otherwise"
 
+    def _compare_trained(self, out: Path, slates: dict[str, dict[str, Any]]) -> Iterator[str]:
+        """Training's own road: every past at every version, and what the ranker reads of every slate."""
+        forgotten = dict(zip(self.subjects, self.forgotten, strict=True))
+        trained = Trained(out, forgotten, KINDS, self.world.engine.catalog)
+        for moment in self.moments:
+            assert moment.forgotten == self.forgotten[moment.person]
+            for name in trained.differing(self.subjects[moment.person], moment.profile):
+                yield f"training remembers otherwise: {name}"
+        if self.served:
+            then = [(served.columns, served.size) for served in self.served]
+            rows = [slates[served.request_id] for served in self.served]
+            for name in trained.differing_slates(rows, then, _ACTIONS):
+                yield f"training assembles otherwise: {name}"
+
     def _compare_slate(self, served: Served, slate: dict[str, Any], histories: Histories | None) -> Iterator[str]:
         assert histories is not None
         subject = next(one for one in self.subjects if one.removeprefix("u:") == slate["user_id"])
         profile = histories.of(subject).replayed(slate["profile_version"], served.forgotten)
-        self.world.offline.columns = served.columns
+        with self.world.offline.as_of(served.columns, served.size):
+            yield from self._compare_served(served, slate, profile)
+
+    def _compare_served(self, served: Served, slate: dict[str, Any], profile: Profile) -> Iterator[str]:
         for name in self.world.replay.differing(slate, profile):
             yield f"served otherwise than assembled offline: {name}"
         with plain_kernels():
@@ -437,7 +518,7 @@ class Life:
                 yield f"the plain twins assemble otherwise: {name}"
         past = oracle.remembered(served.events, features.profile.RING)
         lasts = oracle.past_of(served.events, features.memory.DIMENSIONS)
-        if oracle.encoder(past, {f"i{n}": n for n in range(COUNT)}, MODEL["event_types"], MODEL["max_length"]) != list(
+        if oracle.encoder(past, served.rows, MODEL["event_types"], MODEL["max_length"]) != list(
             zip(*_encoded(self.world, profile), strict=True)
         ):
             yield "the oracle encodes another sequence"
@@ -487,7 +568,10 @@ def lived(world: World, small: bool, steps: Sequence[Step], tally: Counter[str] 
         for change in SMALL if small else ():
             stack.enter_context(mock.patch.object(*change))
         life = Life(world, stack.enter_context(world.warehouse()), tally)
-        found = life.live(steps)
+        try:
+            found = life.live(steps)
+        finally:
+            life.end()
     tally["lives"] += 1
     return found
 

@@ -31,19 +31,70 @@ def test_an_unknown_setting_names_the_nearest(tmp_path):
         ServeConfig.load(file, bundle="b")
 
 
-def test_a_near_miss_in_the_environment_is_refused_and_what_is_not_ours_is_left(monkeypatch):
-    monkeypatch.setenv("PENCHANT_DATA", "/data")
+def test_a_near_miss_in_the_environment_is_told_and_what_is_not_ours_is_left(monkeypatch, caplog):
+    for name, value in (("DATA", "/data"), ("TRAIN_THREADS", "3"), ("WAREHOUSE_PORT", "tcp://10.0.0.1:80")):
+        monkeypatch.setenv(f"PENCHANT_{name}", value)
     load()
+    assert not caplog.records
     monkeypatch.setenv("PENCHANT_WORKRES", "3")
-    with pytest.raises(ConfigError, match="PENCHANT_WORKRES; did you mean 'workers'"):
+    assert load().workers == 0
+    assert "PENCHANT_WORKRES is ignored: there is no such setting; did you mean PENCHANT_WORKERS?" in caplog.text
+
+
+def test_the_address_of_a_service_called_penchant_metrics_is_no_port_to_listen_on(monkeypatch, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("metrics_port: 9100\n")
+    monkeypatch.setenv("PENCHANT_METRICS_PORT", "tcp://10.0.0.1:9090")
+    assert ServeConfig.load(file, bundle="b").metrics_port == 9100
+    monkeypatch.setenv("PENCHANT_METRICS_PORT", "9090")
+    assert ServeConfig.load(file, bundle="b").metrics_port == 9090
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("METRICS_PORT", "tcp:9090"),
+        ("METRICS_PORT", "http://10.0.0.1:9090"),
+        ("METRICS_PORT", ""),
+        ("WORKERS", "two"),
+        ("LISTEN", "50051"),
+        ("DEFAULT_PURPOSES", '["sell"]'),
+        ("RETENTION_DAYS", "view_item: 3"),
+    ],
+)
+def test_a_wrong_value_of_a_variable_names_the_variable(monkeypatch, name, value):
+    monkeypatch.setenv(f"PENCHANT_{name}", value)
+    with pytest.raises(ConfigError, match=rf"^PENCHANT_{name}: .*sets {name.lower()}") as failure:
         load()
+    assert len(str(failure.value).splitlines()) == 1
+    # Given at the command line as well, the variable does not count.
+    field = {"DEFAULT_PURPOSES": ["train"], "RETENTION_DAYS": {}, "LISTEN": "127.0.0.1:1"}.get(name, 3)
+    load(**{name.lower(): field})
+
+
+def test_settings_that_do_not_fit_each_other_name_the_variables(monkeypatch):
+    monkeypatch.setenv("PENCHANT_LISTEN", "0.0.0.0:50051")
+    monkeypatch.setenv("PENCHANT_TLS_CERTIFICATE", "c")
+    with pytest.raises(ConfigError, match=r"belong together.* \(set by PENCHANT_TLS_CERTIFICATE\)"):
+        load()
+    with pytest.raises(ConfigError, match=r"not a loopback address.* \(set by PENCHANT_LISTEN, PENCHANT_TLS_"):
+        load(tls_key="k")
+
+
+def test_a_secret_of_the_environment_is_not_told(monkeypatch):
+    monkeypatch.setenv("PENCHANT_TOKEN", "s3cret")
+    assert load().secret() == "s3cret"
+    monkeypatch.setenv("PENCHANT_WORKERS", "two")
+    with pytest.raises(ConfigError) as failure:
+        load()
+    assert "s3cret" not in str(failure.value)
 
 
 def test_a_list_in_the_environment_is_json(monkeypatch):
     monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", '["train"]')
     assert load().default_consent is Purpose.TRAIN
     monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", "train,measure")
-    with pytest.raises(ConfigError, match=r"default_purposes.*as JSON"):
+    with pytest.raises(ConfigError, match=r"PENCHANT_DEFAULT_PURPOSES.*as JSON"):
         load()
 
 
@@ -88,6 +139,12 @@ def test_an_address_beyond_this_machine_needs_protection(listen, tmp_path):
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:50051", "[::1]:50051", "127.8.9.1:1"])
 def test_this_machine_is_open(listen):
     assert load(listen=listen).port >= 0
+
+
+def test_workers_are_as_many_as_the_container_grants(monkeypatch):
+    monkeypatch.setattr("serving.config.cores", lambda: 3)
+    assert load().worker_count == 3
+    assert load(workers=5).worker_count == 5
 
 
 def test_half_a_key_pair_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,8 +54,16 @@ def answer(client: redis.Redis, key: str) -> bytes | None:
         return None
 
 
+@pytest.fixture
+def open_to_all():
+    """A umask that closes nothing."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
 @pytest.mark.parametrize(("role", "fsync"), [("events", "always"), ("profiles", "everysec")])
-def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync):
+def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync, open_to_all):
     with RedisServer(tmp_path, role) as server, connect(server.url, 1) as client:
         assert client.config_get("appendonly", "appendfsync", "maxmemory-policy", "port") == {
             "appendonly": "yes",
@@ -64,9 +73,18 @@ def test_it_is_set_up_for_its_role_and_for_its_owner_alone(tmp_path, role, fsync
         }
         assert int(client.config_get("maxmemory")["maxmemory"]) > 0
         assert (tmp_path / role / "redis.sock").stat().st_mode & 0o077 == 0
+        assert (tmp_path / role).stat().st_mode & 0o077 == 0
         require_safe(client, role)
         assert os.getpgid(server.pid) == server.pid
     assert server.pid is None
+
+
+def test_its_memory_is_a_share_of_what_the_container_grants(tmp_path, monkeypatch):
+    monkeypatch.setattr(redis_server, "memory", lambda: 1 << 30)
+    shares = {"events": 1 << 28, "profiles": 1 << 29}
+    for role, most in shares.items():
+        with RedisServer(tmp_path, role) as server, connect(server.url, 1) as client:
+            assert int(client.config_get("maxmemory")["maxmemory"]) == most
 
 
 def test_killed_it_comes_back_with_its_data(tmp_path):
@@ -134,12 +152,38 @@ def test_two_never_share_a_directory(tmp_path, monkeypatch):
         RedisServer(tmp_path, "events").start()
 
 
-def test_a_long_directory_is_no_hindrance(tmp_path):
-    long = tmp_path / ("d" * 120)
-    with RedisServer(long, "events") as server, connect(server.url, 1) as client:
-        client.set("key", "value")
-    with RedisServer(long, "events") as server, connect(server.url, 1) as client:
-        assert client.get("key") == b"value"
+ODD = ["a#b", "a%41", "a?b=c", "a\nb", "a@b:c", " \"'\\$*[x]\t", "-x", "Käse 日本", os.fsdecode(b"\xff\xfe"), "d" * 120]
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_any_legal_directory_will_do(tmp_path, name):
+    server = RedisServer(tmp_path / name, "events")
+    for turn in range(2):  # the second finds what the first one kept
+        with server, connect(server.url, 1) as client:
+            assert client.get("key") == (b"value" if turn else None)
+            client.set("key", "value")
+            assert (tmp_path / name / "events" / "appendonlydir").is_dir()
+            assert printable(server.url) == server.url
+            assert server.url.isascii()
+            assert server.url.isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_url_names_the_very_socket(tmp_path):
+    # The control: as text, the name would mean another socket.
+    with RedisServer(tmp_path / "a%41", "profiles") as server:
+        for url, there in ((server.url, True), (f"unix://{server.directory}/redis.sock", False)):
+            with connect(url, 1) as client, contextlib.nullcontext() if there else pytest.raises(redis.RedisError):
+                client.ping()
+
+
+def test_without_a_short_directory_for_its_socket_it_says_what_to_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(redis_server, "_SOCKET_PATH_LIMIT", 3)
+    with pytest.raises(ConfigError, match="choose a shorter state directory, or set TMPDIR"):
+        RedisServer(tmp_path, "events").start()
+    monkeypatch.undo()
+    with RedisServer(tmp_path, "events"):  # and it let go of the directory
+        pass
 
 
 def test_one_that_cannot_start_says_why(tmp_path):

@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from penchant.channels import is_local
 from penchant.client import Client, event, violations
 from penchant.v1 import (
     catalog_pb2_grpc,
@@ -182,6 +185,56 @@ def test_a_stop_lets_calls_in_hand_finish():
         assert refused(lambda: server.client.search("0", timeout_s=0.5)).code() is grpc.StatusCode.UNAVAILABLE
 
 
+def frames(connection: socket.socket, seconds: float) -> list[tuple[int, int]]:
+    """Type and flags of the HTTP/2 frames that come in a time."""
+    end, received, found = time.monotonic() + seconds, b"", []
+    while (left := end - time.monotonic()) > 0:
+        connection.settimeout(left)
+        try:
+            received += connection.recv(4096)
+        except TimeoutError:
+            break
+        while len(received) >= 9 and len(received) >= 9 + int.from_bytes(received[:3]):
+            found.append((received[3], received[4]))
+            received = received[9 + int.from_bytes(received[:3]) :]
+    return found
+
+
+def pinged(target: str, *, within_a_call: bool, pings: int = 6, pause_s: float = 0.25) -> tuple[int, int]:
+    """How many pings are answered, and how many GOAWAY come; a client of any library, as the wire sees it."""
+    host, _, port = target.rpartition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        if within_a_call:  # :method POST, :scheme http, :path; the body never comes, so the call stays open
+            path = b"/penchant.v1.RankingService/Search"
+            head = b"\x83\x86\x04" + bytes([len(path)]) + path + b"\x40\x02te\x08trailers"
+            head += b"\x40\x0ccontent-type\x10application/grpc"
+            connection.sendall(len(head).to_bytes(3) + bytes([1, 4, 0, 0, 0, 1]) + head)
+        came: list[tuple[int, int]] = []
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # after a GOAWAY
+            for number in range(pings):
+                connection.sendall(bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + number.to_bytes(8))
+                came += frames(connection, pause_s)
+    return came.count((6, 1)), sum(kind == 7 for kind, _ in came)
+
+
+@pytest.mark.parametrize("within_a_call", [False, True])
+def test_pings_of_clients_are_answered_and_end_no_connection(running, within_a_call):
+    assert pinged(running.target, within_a_call=within_a_call) == (6, 0)
+
+
+def test_a_server_as_grpc_makes_it_ends_such_connections():
+    # The control: without our options the very same pings are "too many".
+    server = grpc.server(ThreadPoolExecutor(1))
+    target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        assert pinged(target, within_a_call=False)[1]
+    finally:
+        server.stop(None)
+
+
 class TestClient:
     def test_what_is_away_is_asked_again_with_the_same_ids(self, running):
         running.events.away = 3
@@ -211,3 +264,78 @@ class TestClient:
             for _ in range(6):
                 client.get_profile("u")
             assert len(set(server.profiles.peers)) == 3
+
+
+PROXIES = [
+    name for lower in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper())
+]
+
+
+@pytest.fixture
+def proxies(monkeypatch):
+    """Every usual variable names a proxy that nobody runs."""
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy", "NO_GRPC_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in PROXIES:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+class TestProxies:
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "dns:///localhost", "ipv4:127.0.0.1"])
+    def test_what_runs_on_this_machine_is_called_without(self, running, proxies, host):
+        port = running.target.rpartition(":")[2]
+        with Client(f"{host}:{port}", timeout_s=10.0) as client:
+            assert client.get_profile("u").found
+
+    def test_grpc_itself_would_ask_the_proxy(self, running, proxies):
+        # The control: the proxy is one that the library heeds.
+        with grpc.insecure_channel(running.target) as channel, pytest.raises(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(channel).result(timeout=1.0)
+
+    def test_what_runs_elsewhere_is_called_through_the_proxy(self, monkeypatch):
+        with socket.socket() as proxy:
+            proxy.bind(("127.0.0.1", 0))
+            proxy.listen()
+            proxy.settimeout(10.0)
+            monkeypatch.setenv("grpc_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+            with Client("penchant.example:50051", channels=1, timeout_s=1.0) as client:
+                call = threading.Thread(target=lambda: refused(lambda: client.get_profile("u")))
+                call.start()
+                asked, _ = proxy.accept()
+                with asked:
+                    assert asked.recv(100).startswith(b"CONNECT penchant.example:50051")
+                call.join()
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        *[(f"{host}:50051", True) for host in ("127.0.0.1", "127.8.9.1", "127.1", "[::1]", "[::ffff:127.0.0.1]")],
+        *[(f"{host}:50051", True) for host in ("localhost", "LocalHost.", "a.localhost", "0.0.0.0", "[::]")],
+        *[(target, True) for target in ("localhost", "::1", "[::1]", "unix:/run/x", "unix:x", "unix-abstract:x")],
+        *[(f"{scheme}localhost:1", True) for scheme in ("dns:", "dns:/", "dns:///", "DNS:///", "dns://8.8.8.8/")],
+        *[(target, True) for target in ("ipv4:127.0.0.1:1,127.0.0.2:2", "ipv6:[::1]:1", "ipv6:[::1%25lo]:1")],
+        *[(f"{host}:50051", False) for host in ("10.0.0.1", "128.0.0.1", "[fd00::1]", "localhost.example", "penchant")],
+        *[
+            (target, False)
+            for target in ("ipv4:127.0.0.1:1,10.0.0.1:2", "dns:///example.org:1", "xds:///localhost", "")
+        ],
+    ],
+)
+def test_what_is_on_this_machine(target, local):
+    assert is_local(target) is local
+
+
+def test_names_that_the_machine_gives_itself_are_on_this_machine(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# 127.0.0.1 remark\n127.0.1.1 Box box.lan # ours\n10.0.0.1 far both\n::1 both\n\n")
+    monkeypatch.setattr("penchant.channels._HOSTS", hosts)
+    assert [is_local(f"{name}:1") for name in ("box", "Box.LAN", "far", "both", "remark")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    monkeypatch.setattr("penchant.channels._HOSTS", tmp_path / "none")
+    assert not is_local("box:1")

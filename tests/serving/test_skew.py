@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ import features.assemble
 import features.memory
 import features.outcomes
 import features.profile
+import training.ranking
+from features.catalog import Columns
+from features.histories import Logged, history_keys
 from features.profile import RING
 from penchant.client import event
 from penchant.v1 import common_pb2
 from serving.replay import replay
-from tests.proofs.skew import Ask, Burst, Consent, Fold, Life, Patch, Undo, World, lived, prove
+from tests.proofs.skew import KINDS, Ask, Burst, Consent, Fold, Life, Patch, Step, Undo, World, lived, prove
 from tests.serving.test_loop import penchant
 from tests.serving.test_warehouse import rows
+from tests.world import COUNT
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,36 @@ LIFE = [
 def test_lives_drawn_at_random(there: World) -> None:
     tally = prove(there, 20, 0)
     assert tally["fewest_compactions"] >= 3
-    assert all(tally[what] for what in ("late", "patched", "slates"))
+    assert all(tally[what] for what in ("late", "before_patch", "early", "slates"))
+
+
+@pytest.mark.parametrize(
+    "life",
+    [
+        [burst(3, 4, 0), Patch(4, "noir", "c77"), Ask(0)],  # an event, and then its item is patched
+        [burst(3, COUNT, 0), Patch(COUNT, "western", "c1"), burst(2), Ask(0)],  # an event that came before its item
+    ],
+)
+def test_a_training_that_asks_todays_catalogue_is_caught(there: World, life: list[Step]) -> None:
+    assert lived(there, False, life) == []
+
+    def todays(rows: Any, columns: Columns, logged: Logged) -> Any:
+        return history_keys(rows, columns, dataclasses.replace(logged, carried=np.zeros_like(logged.carried)))
+
+    with mock.patch.object(training.ranking, "history_keys", todays):
+        found = lived(there, False, life)
+    assert {"training remembers otherwise: categories", "training remembers otherwise: creators"} <= set(found)
+    assert "training remembers otherwise: keys" in found
+    assert any(one.startswith("training assembles otherwise: category") for one in found)
+    assert all(one.startswith("training ") for one in found)
+
+
+def test_a_ring_that_searches_fill_is_caught(there: World) -> None:
+    life = [burst(30), burst(20, kind=KINDS.index("search")), Ask(0)]
+    assert lived(there, True, life) == []
+    with mock.patch.object(features.profile, "_about_items", lambda events: events):
+        found = lived(there, True, life)
+    assert "training remembers otherwise: rows" in found
 
 
 @pytest.mark.parametrize("small", [True, False])

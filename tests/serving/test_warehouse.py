@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features import memory
+from features.bundle import open_bundle
 from features.controls import Kind
 from features.errors import TablesError
 from features.profile import RECORD, Purpose, Retention, empty, fold
@@ -68,7 +69,8 @@ def make(log, tmp_path):
         def build(out: Path = tmp_path / "warehouse", **options) -> Warehouse:
             files = WarehouseFiles(out)
             stack.callback(files.close)
-            items = ItemTable(out / "items.parquet", CatalogLog(log.client), options.pop("bundle", None))
+            bundle = options.pop("bundle", None)
+            items = ItemTable(out / "items.parquet", CatalogLog(log.client), bundle and open_bundle(bundle))
             warehouse = Warehouse(log, files, items, flush_s=3600, **options)
             warehouse.open()
             return warehouse

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from features.histories import Distinct
 from features.schema import EVENTS, ITEMS
 from features.tables import write_dataset
 from training.config import TrainConfig
@@ -68,6 +69,8 @@ def interactions(
         event_types=["view_item"],
         items=items,
         ordered_only=times is None,
+        origins=np.zeros(rows.size, np.uint32),
+        resolved=Distinct().table(),
     )
 
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from features.errors import ConfigError
-from training.config import load_config
+from training.config import TrainConfig, load_config
+from training.machine import prepared
 
 
 def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +56,40 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     file.write_text("- 1\n")
     with pytest.raises(ConfigError, match="key: value"):
         load_config(file)
+
+
+def test_a_service_called_penchant_train_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = {"PORT": "tcp://10.0.0.1:80", "SERVICE_HOST": "10.0.0.1", "PORT_80_TCP_ADDR": "10.0.0.1"}
+    for name, value in services.items():
+        monkeypatch.setenv(f"PENCHANT_TRAIN_{name}", value)
+    assert load_config() == TrainConfig()
+
+
+@pytest.mark.parametrize("value", ["many", "0", "[", ""])
+def test_a_wrong_value_of_a_variable_names_the_variable(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PENCHANT_TRAIN_EPOCHS", value)
+    with pytest.raises(ConfigError, match=r"^PENCHANT_TRAIN_EPOCHS: "):
+        load_config()
+    assert load_config(None, ["epochs=2"]).epochs == 2
+
+
+def test_settings_that_do_not_fit_each_other_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENCHANT_TRAIN_HEADS", "3")
+    with pytest.raises(ConfigError, match=r"must divide dim \(64\) \(set by PENCHANT_TRAIN_HEADS\)"):
+        load_config()
+
+
+def test_a_variable_that_looks_like_a_setting_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PENCHANT_TRAIN_EPOCH", "2")
+    assert load_config().epochs == TrainConfig().epochs
+    assert "did you mean PENCHANT_TRAIN_EPOCHS?" in caplog.text
+
+
+def test_threads_are_as_many_as_the_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.machine.cores", lambda: 3)
+    before = torch.get_num_threads()
+    with prepared(0):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before

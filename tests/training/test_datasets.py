@@ -88,12 +88,11 @@ def test_an_unpacked_archive_is_read_alike(tmp_path: Path) -> None:
 def test_a_malformed_line_is_rejected_by_its_number_and_the_rest_kept(tmp_path: Path) -> None:
     ratings = "1::20::5::978300760\n1::10::3\n1::10::good::978300760\n\n2::20::4::978300761\n"
     answer = prepare("movielens-1m", published(tmp_path, ratings=ratings), tmp_path / "out")
-    assert (answer["events"], answer["rejected"]) == (2, 3)
+    assert (answer["events"], answer["rejected"]) == (3, 2)  # a rating that is no number costs the rating only
     reasons = [(r["file"], r["row"], r["reason"]) for r in answer["rejections"]]
     assert reasons[0] == ("ratings.dat", 1, "timestamp is missing, should be given in every row")
-    assert reasons[1] == ("ratings.dat", 2, "value is 'good', should be a finite number")
-    assert reasons[2][1] == 3
-    assert reasons[2][2].startswith("user_id is '', should be given in every row; item_id is missing")
+    assert reasons[1][1] == 3
+    assert reasons[1][2].startswith("user_id is '', should be given in every row; item_id is missing")
 
 
 def test_a_source_that_is_not_the_data_set_is_named(tmp_path: Path) -> None:
@@ -347,8 +346,10 @@ def test_every_product_that_was_bought_is_kept_on_demand(journey: Path, tmp_path
 def test_a_bad_line_is_rejected_by_its_row_in_the_publishers_file(journey: Path, tmp_path: Path) -> None:
     file = journey / "transactions.parquet"
     table = pq.read_table(file)
-    paid = pa.array([0.0, 3.0, 99.0, 1.0, float("nan"), 2.0, 0.0, 2.0])
-    pq.write_table(table.set_column(table.schema.get_field_index("sales_value"), "sales_value", paid), file)
+    name = "transaction_timestamp"
+    times = [None if row == 4 else time for row, time in enumerate(table[name].to_pylist())]
+    at = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(at, name, pa.array(times, table.schema.field(at).type)), file)
     answer = prepare("completejourney", journey, tmp_path / "out", min_households=2)
     assert [(r["file"], r["row"]) for r in answer["rejections"]] == [(str(file), 4)]
 
@@ -413,11 +414,11 @@ def test_an_unknown_name_or_option_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_the_answer_is_json_and_nothing_is_printed_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ratings = "".join(f"1::{n}::x::978300760\n" for n in range(30)) + PUBLISHED["ratings.dat"]
+    ratings = "".join(f"::{n}::5::978300760\n" for n in range(30)) + PUBLISHED["ratings.dat"]
     answer = prepare("movielens-1m", published(tmp_path, ratings=ratings), tmp_path / "out")
     out, err = capfd.readouterr()
     assert out == ""
-    assert "rejected ratings.dat row 0: value is 'x', should be a finite number" in err
+    assert "rejected ratings.dat row 0: user_id is '', should be given in every row" in err
     assert "rejected 10 more rows" in err
     assert answer["rejected"] == 30
     assert len(json.loads(json.dumps(answer))["rejections"]) == 20

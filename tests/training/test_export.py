@@ -15,10 +15,12 @@ import torch
 from features.assemble import FEATURES
 from features.bundle import open_bundle
 from features.errors import BundleError, ExportError
+from features.histories import history_keys
 from features.transforms import item_text, text_tokens
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
 from training import export as exporting
-from training import golden
+from training import golden, ranking
+from training.data import read_interactions
 from training.export import Gates, publish_run
 from training.graphs import Graph
 from training.index_build import build
@@ -153,6 +155,28 @@ def test_roads_that_part_are_refused(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(golden, "Pasts", OffByOne)
     refused(run, tmp_path / "b", r"gate assembly_differences: \d+ is \d+ above the limit 0")
+
+
+def test_a_training_that_asks_todays_catalogue_for_keys_is_refused(run, tmp_path, monkeypatch):
+    """Golden people had events about items that were patched since, and events that came before their item."""
+
+    def todays(rows, columns, logged):
+        return history_keys(rows, columns, dataclasses.replace(logged, carried=np.zeros_like(logged.carried)))
+
+    monkeypatch.setattr(ranking, "history_keys", todays)
+    refused(run, tmp_path / "b", r"gate assembly_differences: \d+ is \d+ above the limit 0")
+
+
+def test_a_category_that_no_item_has_any_more_has_no_table(run, tmp_path, monkeypatch):
+    lost = {key: (np.array([0], np.int32), np.ones(1, np.float32)) for key in (1, 2**64 - 1)}
+    honest = exporting.popular_in_segments
+    monkeypatch.setattr(exporting, "popular_in_segments", lambda *given: honest(*given) | lost)
+    catalog = exporting._write_items(run, tmp_path)
+    exporting._write_tables(run, read_interactions(run.dataset, run.vocabulary, run.config), catalog, tmp_path)
+    segments = pa.ipc.open_file(tmp_path / "popular.arrow").read_all()["segment"].to_pylist()
+    named = {name for names in run.items["categories"].to_pylist() for name in names or ()}
+    assert set(segments) <= named | {""}
+    assert len(set(segments)) > 1
 
 
 def test_another_bundle_is_never_overwritten(bundle, run):

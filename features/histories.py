@@ -1,0 +1,101 @@
+"""The category and the creator of each event of a user's history: one rule for serving, rebuilding and training.
+
+An event that comes in live is resolved against the catalogue of that moment and keeps those keys, whatever its item
+becomes later. The warehouse writes them down as `category_key` and `creator_key`. A training or a rebuild that asked
+today's catalogue instead would learn from other histories than are served: of items that were changed since, and of
+events that came before their item was put.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.catalog import Columns
+from features.columns import pc
+
+KEYS = ("category_key", "creator_key")
+"""The columns of `EVENTS` that hold what an event was resolved to: NULL where it never was, 0 where there was none."""
+
+_LINE = np.dtype([("keys", "<u8", len(KEYS)), ("carried", "?", len(KEYS))])
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """The keys that events carry themselves.
+
+    Attributes:
+        keys: Category and creator of each event's item as the event came, 0 for none; uint64 [n, 2].
+        carried: Which of them the event carries at all; bool [n, 2].
+    """
+
+    keys: npt.NDArray[np.uint64]
+    carried: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, events: pa.Table) -> Logged:
+        """Reads the columns `KEYS` of a table of n events."""
+        columns = [events[name] for name in KEYS]
+        keys = [pc.fill_null(column, 0).to_numpy() for column in columns]
+        carried = [column.is_valid().to_numpy() for column in columns]
+        return cls(np.stack(keys, 1).astype(np.uint64), np.stack(carried, 1).astype(np.bool_))
+
+    def take(self, at: npt.NDArray[Any]) -> Logged:
+        """Returns some of the lines, in the order of `at`."""
+        return Logged(self.keys[at], self.carried[at])
+
+
+class Distinct:
+    """Numbers for what events carry, equal for equal keys: four bytes tell all of an event. 0 is for nothing at all."""
+
+    def __init__(self) -> None:
+        """Begins with the number 0."""
+        self._numbers: dict[bytes, int] = {bytes(_LINE.itemsize): 0}
+
+    def numbers(self, logged: Logged) -> npt.NDArray[np.int64]:
+        """Returns the number of each line, new ones by first appearance; int64 [n]."""
+        halves = [_encoded(column) for column in logged.keys.T]
+        (categories, category), (creators, creator) = halves
+        carried = logged.carried @ np.array([1, 2])
+        codes, which = _encoded((category * max(creators.size, 1) + creator) * 4 + carried)
+        pair, bits = np.divmod(codes, 4)
+        lines = np.zeros(codes.size, _LINE)
+        lines["keys"][:, 0] = categories[pair // max(creators.size, 1)]
+        lines["keys"][:, 1] = creators[pair % max(creators.size, 1)]
+        lines["carried"] = bits[:, None] & np.array([1, 2])
+        found = [self._numbers.setdefault(line.tobytes(), len(self._numbers)) for line in lines]
+        return np.array(found, np.int64)[which]
+
+    def table(self) -> Logged:
+        """Returns what each number stands for."""
+        lines = np.frombuffer(b"".join(self._numbers), _LINE)
+        return Logged(lines["keys"].copy(), lines["carried"].copy())
+
+
+def _encoded(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Returns the distinct values by first appearance, and the place of each value among them; int64 [n]."""
+    encoded: Any = pc.dictionary_encode(pa.array(np.ascontiguousarray(values)))
+    return encoded.dictionary.to_numpy(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def history_keys(
+    rows: npt.NDArray[np.int32], columns: Columns, logged: Logged
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Returns the category and the creator of events as every history has them; two uint64 [n].
+
+    Args:
+        rows: Row of each event's item, -1 where the catalogue does not know it; int32 [n].
+        columns: The catalogue's columns: they answer for what an event does not carry itself.
+        logged: What the events carry.
+    """
+    known = rows >= 0
+    found = []
+    for place, column in enumerate((columns.category, columns.creator)):
+        keys = np.zeros(rows.size, np.uint64)
+        keys[known] = column[rows[known]]
+        found.append(np.where(logged.carried[:, place], logged.keys[:, place], keys))
+    return found[0], found[1]

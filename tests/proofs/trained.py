@@ -1,0 +1,108 @@
+"""Training's own road over a warehouse: data set, arrays, pasts and inputs, as `penchant train` makes them.
+
+Only the catalogue is handed in, as it was when a slate was served: what items were like then is in no warehouse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from features.assemble import history, ranker_names, type_index
+from features.catalog import Catalog, Columns
+from features.columns import pc
+from features.events import Events
+from features.outcomes import Outcomes
+from features.profile import Profile
+from features.tables import open_dataset, order_events
+from features.vocabulary import Vocabulary
+from serving.warehouse_tables import user_id_of
+from training.config import Action, TrainConfig
+from training.data import read_interactions
+from training.golden import past_differences
+from training.impressions import _folded, read_shown
+from training.ranking import Pasts
+from training.statistics import features_of_line
+
+NOT_COMPARED = ("relevance", "position")
+"""The one comes out of a model; of the other serving knows nothing, and says that every item comes first."""
+
+_EVER = 2**64 - 1
+
+
+class Trained:
+    """What training reads of a warehouse."""
+
+    def __init__(self, out: Path, forgotten: Mapping[str, int], types: Sequence[str], catalog: Catalog) -> None:
+        """Reads it.
+
+        Args:
+            out: The warehouse.
+            forgotten: By subject, up to which log id the profile was made to forget; what came while personal answers
+                were not allowed is left out as well.
+            types: Names of all event types that may be predicted.
+            catalog: The catalogue of now.
+        """
+        self._out, self._catalog = out, catalog
+        dataset = open_dataset(out, until=_EVER)
+        marks = {user_id_of(subject): log_id for subject, log_id in forgotten.items()}
+        events = dataset.events
+        after = pa.array([marks.get(name, 0) for name in events["user_id"].to_pylist()], pa.uint64())
+        kept = pc.and_(pc.greater(events["log_id"], after), pc.fill_null(events["personal"], True))
+        self._dataset = dataclasses.replace(dataset, stream=Events.of(order_events(events.filter(kept))))
+        self._vocabulary = Vocabulary.build(catalog.ids(range(catalog.size)))
+        self.numbers: dict[str, int] = {}
+        if self._dataset.events.num_rows:
+            config = TrainConfig(target_types=list(types))
+            self._data = read_interactions(self._dataset, self._vocabulary, config)
+            self._pasts = Pasts(self._data, catalog.columns)
+            self.numbers = {name: number for number, name in enumerate(self._data.people)}
+            self._log_ids = self._dataset.events["log_id"].to_numpy()
+
+    def differing(self, subject: str, profile: Profile) -> list[str]:
+        """What training's past at the version of a profile has otherwise than serving's history of it."""
+        person = self.numbers.get(user_id_of(subject))
+        if person is None:
+            return ["rows"] * int((profile.records["item"] != 0).any())
+        versions = np.array([profile.version], np.uint64)
+        [position] = _folded(self._data, np.array([person]), versions, self._log_ids)
+        served = history(profile, self._catalog, type_index(self._data.event_types))
+        return list(past_differences(self._pasts.before(person, int(position)), served))
+
+    def differing_slates(
+        self, slates: Sequence[Mapping[str, Any]], then: Sequence[tuple[Columns, int]], actions: Sequence[Action]
+    ) -> Iterator[str]:
+        """The ranker's inputs that training makes otherwise than they were served.
+
+        Args:
+            slates: Rows of the impressions, with their features.
+            then: The catalogue's columns and its number of items when each was served.
+            actions: The actions of the bundle.
+        """
+        shown = read_shown(self._out, self._dataset, self._vocabulary, self._data, actions)
+        assert shown is not None
+        names = ranker_names([action.name for action in actions])
+        facts = {"event_types": self._data.event_types, "actions": [action.model_dump() for action in actions]}
+        outcomes = Outcomes.of(facts)
+        for slate, (columns, size) in zip(slates, then, strict=True):
+            # What was put later was unknown then: the catalogue's doing, not the history's.
+            rows = np.where(self._data.rows < size, self._data.rows, -1).astype(np.int32)
+            pasts = Pasts(dataclasses.replace(self._data, rows=rows), columns)
+            own = (shown.people == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
+            lines = shown.take(np.flatnonzero(own))
+            assert len(lines) == len(slate["item_ids"])
+            for at in range(len(lines)):
+                user = np.zeros(columns.vectors.shape[1], np.float32)
+                found = features_of_line(pasts, lines, at, user, columns, outcomes)
+                served = np.array(slate["features"][lines.places[at]], np.float32)
+                differs = found.view(np.uint32) != served.view(np.uint32)
+                yield from (
+                    name
+                    for name, other in zip(names, differs.tolist(), strict=True)
+                    if other and name not in NOT_COMPARED and not np.isnan(served).all()
+                )
