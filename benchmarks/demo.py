@@ -250,7 +250,7 @@ class _Cast:
     def __init__(self, data: Path, search: str) -> None:
         dataset = open_dataset(data)
         ids, titles = dataset.items["item_id"].to_pylist(), dataset.items["title"].to_pylist()
-        self._titles = {item: title or item for item, title in zip(ids, titles, strict=True)}
+        self._titles = {str(item): str(title or item) for item, title in zip(ids, titles, strict=True)}
         who, what = dataset.events["user_id"].to_pylist(), dataset.events["item_id"].to_pylist()
         counts = Counter(map(str, who))
         wanted = {item for item, title in self._titles.items() if search and search in title.lower()}
@@ -265,7 +265,7 @@ class _Cast:
 
     def title(self, item_id: str) -> str:
         """The title of an item, or its id where it has none."""
-        return str(self._titles.get(item_id, item_id))
+        return self._titles.get(item_id, item_id)
 
     def named(self, item_ids: list[str], query: str) -> list[str]:
         """The items that bear the words of a query in their title, in their order; all where none does."""

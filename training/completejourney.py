@@ -8,6 +8,7 @@ they are one item here, called by the number that was sold most often. What a ba
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _described(folder: Path, lines: pa.Table) -> pa.Table:
     # The first of a title is the one sold most; without a title, each product is known by its number alone.
     own = pc.cast(products["product_id"].combine_chunks(), pa.string())
     _, first, which = np.unique(pc.coalesce(title, own).to_numpy(False), return_index=True, return_inverse=True)
-    same = products["product_id"].combine_chunks().take(pa.array(first[which]))
+    same = pc.take(products["product_id"].combine_chunks(), pa.array(first[which]))
     texts = {"title": title, "department": department, "category": category, "package_size": size}
     kept = products.select(["product_id", "creator_id"])
     return pa.table({"product_id": kept["product_id"], "creator_id": kept["creator_id"], "item_id": same} | texts)
@@ -121,7 +122,7 @@ def _one_per_basket(events: Loaded) -> Loaded:
         merged[field.name].cast(field.type) if field.name in merged.column_names else pa.nulls(len(merged), field.type)
         for field in table.schema
     ]
-    return Loaded(pa.table(columns, schema=table.schema).combine_chunks(), events.rejected, events.unread)
+    return replace(events, table=pa.table(columns, schema=table.schema).combine_chunks())
 
 
 def _items(products: pa.Table, lines: pa.Table) -> pa.Table:
