@@ -187,10 +187,15 @@ def _judge(measured: dict[str, Any], title: str, screen: Console) -> None:
     ours = measured["metrics"]
     table.add_row("penchant", _interval(ours["ndcg@10"]), f"{ours['hit@10']['mean']:.3f}", "", style="bold")
     screen.print(table)
-    doubtful = [f"{name}: {_interval(margin)}" for name, margin in margins.items() if margin["low"] <= 0]
-    if doubtful:
-        screen.print(f"penchant is NOT surely ahead of {'; '.join(doubtful)}.")
-    else:
+    behind = [f"{name}: {_interval(margin)}" for name, margin in margins.items() if margin["high"] < 0]
+    undecided = [
+        f"{name}: {_interval(margin)}" for name, margin in margins.items() if margin["low"] <= 0 <= margin["high"]
+    ]
+    if behind:
+        screen.print(f"penchant is BEHIND {'; '.join(behind)}.")
+    if undecided:
+        screen.print(f"penchant is NOT surely ahead of {'; '.join(undecided)}.")
+    if not behind and not undecided:
         screen.print("penchant is ahead of every baseline, the 95 % interval of each difference above zero.")
 
 
