@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-durability prove-freshness prove-reading prove-redis prove-resume prove-skew clean
+.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,6 +78,10 @@ prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost 
 	$(BIN)/python -m benchmarks.report durability-kills 'Everything killed at random while events come in' \
 		-- $(BIN)/python -m tests.proofs.kills
 
+prove-batch: $(VENV)/.ready-dev  ## a batch answers as the service does; USERS=N
+	$(BIN)/python -m benchmarks.report batch 'A batch answers as the service does' -- \
+		$(BIN)/python -m tests.proofs.batch --users $(or $(USERS),1000)
+
 LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N
 	$(BIN)/python -m benchmarks.report no-skew 'One history, read five ways' -- \
@@ -86,6 +91,11 @@ FILES ?= 2000
 prove-reading: $(VENV)/.ready-dev  ## tables in every form, read by Penchant and by pyarrow or polars; FILES=N, SEED=N
 	$(BIN)/python -m benchmarks.report reading 'Tables in every form, read by two readers' -- \
 		$(BIN)/python -m tests.proofs.reading --files $(FILES) --seed $(or $(SEED),1)
+
+EXAMPLES ?= 2000
+prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every page is full or says why; EXAMPLES=N, SEED=N
+	$(BIN)/python -m benchmarks.report pages 'Every page is full, or says why it is not' -- \
+		$(BIN)/python -m tests.proofs.pages --examples $(EXAMPLES) --seed $(or $(SEED),1)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

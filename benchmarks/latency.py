@@ -23,6 +23,7 @@ import grpc.aio
 from hdrh.histogram import HdrHistogram
 
 from benchmarks.report import BenchmarkError, facts
+from features.user_ids import read_user_ids
 from penchant.channels import channel_options
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
@@ -90,7 +91,7 @@ def latency(
 
     Args:
         target: `HOST:PORT`.
-        users: People to ask for, drawn at random: their ids, or a text file with one id a line.
+        users: Users to ask for, drawn at random: their ids, or a file of users (`features.user_ids`).
         requests: Number of requests; 5,000 unless `duration` says otherwise.
         rate: Requests per second, or "half" for half of the highest rate, measured first.
         duration: Length of the measurement in seconds, instead of `requests`.
@@ -228,13 +229,9 @@ async def _closed_loop(caller: _Caller, seconds: float) -> float:
 
 
 def _people(users: Path | Sequence[str]) -> list[str]:
-    if isinstance(users, Path):
-        lines = users.read_text(encoding="utf-8").splitlines()
-        people = [line.strip() for line in lines if line.strip()]
-    else:
-        people = list(users)
+    people = read_user_ids(users) if isinstance(users, Path) else list(users)
     if not people:
-        raise BenchmarkError(f"{users} names nobody: give a text file with one user id a line")
+        raise BenchmarkError("no user to ask for: name at least one")
     return people
 
 

@@ -27,8 +27,8 @@ from features.schema import event_type_key
 from serving.config import ServeConfig
 from serving.engine import Engine, Surroundings, open_engine
 from serving.hydrators import Progress
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.redis_client import Line, connect_one
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry

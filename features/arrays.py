@@ -33,12 +33,14 @@ class Converted:
         bad: The rows whose value cannot be read.
         should: What would be right.
         late: The rows with a time of 2100 or later, which are NULL; None if the column holds no times.
+        early: The rows with a date before 1970, which are NULL and bad; None if the column holds no times.
     """
 
     values: Array
     bad: Mask
     should: str
     late: Mask | None = None
+    early: Mask | None = None
 
 
 def plain(column: Array) -> Array:

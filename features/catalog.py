@@ -93,6 +93,11 @@ class Catalog:
         self.columns = columns_of(items, vectors)
         self._kin = Kin(self.columns)
 
+    @property
+    def change(self) -> int:
+        """The number of changes so far: what was made of the catalogue at another number may be out of date."""
+        return self._change
+
     def rows(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """The row of each id, -1 where it is unknown; int32 [n]."""
         return self.rows_of_keys(item_keys(ids))

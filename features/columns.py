@@ -76,7 +76,7 @@ def _strings(column: Array, is_id: bool) -> Converted:
     bad = np.zeros(len(column), dtype=bool)
     if is_text(column.type):
         column, bad = decoded(column)
-        should = "text in UTF-8"
+        should = f"text in UTF-8 of at most {MOST_ID_BYTES} bytes" if is_id else "text in UTF-8"
     elif pa.types.is_floating(column.type):
         column, bad = _text_of_floats(column, is_id)
     elif pa.types.is_decimal(column.type):
@@ -89,7 +89,6 @@ def _strings(column: Array, is_id: bool) -> Converted:
         long = to_mask(pc.greater(pc.binary_length(column), MOST_ID_BYTES))
         if long.any():
             column, bad = only(column, ~long), bad | long
-            should += f" of at most {MOST_ID_BYTES} bytes"
     return Converted(column, bad, should)
 
 

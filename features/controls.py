@@ -23,6 +23,9 @@ RULE = np.dtype([("key", "<u8"), ("until", "<i8"), ("kind", "u1")])
 DIAL = np.dtype([("key", "<u8"), ("value", "<f8"), ("kind", "u1")])
 """A rule that is a dial, in the same 17 bytes: how it is turned in place of an end, and a `Dial` as its kind."""
 
+ARM = 32
+"""Kind of a rule that nobody sets: its key is the `arm_seed` of the user whom an anonymous user was merged into."""
+
 Rules = npt.NDArray[np.void]
 
 
@@ -77,6 +80,17 @@ def dial_rules(turned: Iterable[tuple[Dial, int, float]]) -> Rules:
     return np.array([(key, value, dial) for dial, key, value in turned], DIAL).view(RULE)
 
 
+def arm_rule(seed: int) -> Rules:
+    """The rule by which an anonymous user shares the arm of a user; RULE [1]."""
+    return np.array([(seed, 0, ARM)], RULE)
+
+
+def arm_seed(rules: Rules) -> int | None:
+    """The seed of the arm that a rule shares, None where none does."""
+    keys = rules["key"][rules["kind"] == ARM]
+    return int(keys[0]) if keys.size else None
+
+
 def encode(rules: Rules) -> bytes:
     """The rules as bytes, with a checksum over all of it; nothing where there is none."""
     body = rules.tobytes()
@@ -92,5 +106,5 @@ def decode(stored: bytes | memoryview) -> Rules:
     if not stored:
         return no_rules()
     if (len(stored) - 4) % RULE.itemsize or zlib.crc32(stored[:-4]) != int.from_bytes(stored[-4:], "little"):
-        raise ProfileCorrupt("the rules of a person fail their checksum")
+        raise ProfileCorrupt("the rules of a user fail their checksum; rebuild the profile: penchant profiles rebuild")
     return np.frombuffer(stored[:-4], RULE)

@@ -26,6 +26,7 @@ from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.columns import pc
 from features.content import codes, is_present
+from features.intake import summary, tell
 from features.memory import DIMENSIONS, HORIZONS, VISIT_MS
 from features.outcomes import Outcomes
 from features.profile import EVICTED_CAP, FORMAT, RECORD, RING, empty, fold, make_records
@@ -50,7 +51,8 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
 
     Returns:
         `features` [{`name`, `input`, `type`, `window`, `meaning`, `version`, `coverage`}] in the order of the model's
-        input, `fingerprints` {`features`, `encoder`, `ranker`, `state`} and, with a bundle, whether it `fits`.
+        input, `fingerprints` {`features`, `encoder`, `ranker`, `state`}; with a bundle, whether it `fits`; with a
+        data set, what was left out of it, as `features.intake.summary` says.
 
     Raises:
         TablesError: The data set cannot be read.
@@ -66,6 +68,8 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
         said["fits"] = opened.manifest["feature_set"]["fingerprint"] == FEATURES.fingerprint()
     if data is not None:
         dataset = open_dataset(data)
+        tell(dataset.intake, dataset.info.get("time_units"))
+        said |= summary(dataset.intake)
         catalog = catalog or _catalog(_counted(dataset))
         coverage |= _of_people(dataset, catalog)
     if catalog is not None:

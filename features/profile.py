@@ -62,6 +62,14 @@ _STATE = struct.Struct("<QII")
 _PACKED = struct.Struct("<QQQqfI")
 _MAGIC = b"PNCH"
 _SAID = 8
+# The condition of a profile: its events were dropped for a while, or its past was damaged and set aside.
+_AWAY, _LOST = 1, 2
+
+REPAIR = "rebuild it: penchant profiles rebuild"
+"""What to do about a damaged profile."""
+
+PAST_LOST = f"the past of this profile was damaged and is lost; {REPAIR}"
+"""What is wrong with a profile that was put in the place of a damaged one."""
 
 HEADER_SIZE = _HEADER.size
 SMALLEST_STATE = _STATE.size + memories.FACTS_SIZE + 4
@@ -113,6 +121,7 @@ class Profile:
         rules: What they never want to be shown; RULE [n].
         marks: Log ids up to which events are forgotten, and at which they said what they allow and what they never want
             to be shown; 0 for none.
+        lost: Whether a past that cannot be read was set aside, so that this is only what came since.
     """
 
     version: int
@@ -123,6 +132,7 @@ class Profile:
     memory: Memory = dataclasses.field(default_factory=memories.empty)
     rules: Rules = dataclasses.field(default_factory=no_rules)
     marks: tuple[int, int, int] = (0, 0, 0)
+    lost: bool = False
 
     def has(self, log_id: int) -> bool:
         """Whether what stands there in the log has had its effect: an event that is forgotten by now has as well."""
@@ -244,7 +254,8 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     columns = (events[name] for name in ("item", "category", "creator", "event_type", "timestamp"))
     memory = memories.fold(profile.memory, *columns)
     count = profile.count + records.size
-    return Profile(last_id, joined[cut:], evicted, count, profile.consent, memory, profile.rules, profile.marks)
+    said = profile.consent, memory, profile.rules, profile.marks, profile.lost
+    return Profile(last_id, joined[cut:], evicted, count, *said)
 
 
 def refold(
@@ -292,7 +303,8 @@ def refold(
     order = np.argsort(np.concatenate([ids[~gone], rest["log_id"].astype(np.uint64)]), kind="stable")
     events = _joined(records[~gone], waiting)[order]
     count = max(count - before, 0) + older.size
-    base = fold(dataclasses.replace(empty(), consent=state.consent, rules=state.rules), older, state.version)
+    base = dataclasses.replace(empty(), consent=state.consent, rules=state.rules, lost=state.lost)
+    base = fold(base, older, state.version)
     base = dataclasses.replace(base, evicted=evicted, count=count)
     newest = [state.version, *ids[-1:].tolist(), *stored.tail["log_id"][-1:].tolist()]
     return fold(base, events, max(newest))
@@ -330,11 +342,11 @@ def decode_state(state: bytes | memoryview, version: int) -> Profile:
     if not state:
         return empty(version)
     if len(state) < SMALLEST_STATE or zlib.crc32(state[:-4]) != int.from_bytes(state[-4:], "little"):
-        raise ProfileCorrupt("the state of a profile fails its checksum")
+        raise ProfileCorrupt(f"the state of a profile fails its checksum; {REPAIR}")
     count, ring, seen = _STATE.unpack_from(state)
     begin = _STATE.size + memories.size_of(state[_STATE.size :])
     if len(state) != begin + ring * EVENT.itemsize + seen * 8 + 4:
-        raise ProfileCorrupt("the state of a profile has the wrong length")
+        raise ProfileCorrupt(f"the state of a profile has the wrong length; {REPAIR}")
     records = np.frombuffer(state, EVENT, ring, begin)
     evicted = np.frombuffer(state, "<u8", seen, begin + ring * EVENT.itemsize)
     memory = memories.decode(state[_STATE.size : begin])
@@ -355,7 +367,7 @@ def decode_consent(consent: bytes) -> Purpose | None:
     if consent == bytes(2):
         return None
     if consent[0] ^ consent[1] != 0xFF or consent[0] & ~int(EVERY_PURPOSE) != _SAID:
-        raise ProfileCorrupt("what this person allows was changed in its store")
+        raise ProfileCorrupt(f"what this person allows was changed in its store; {REPAIR}")
     return Purpose(consent[0] & EVERY_PURPOSE)
 
 
@@ -368,7 +380,8 @@ def encode(profile: Profile, erased_before: int = 0, consent_version: int = 0, r
     numbers = (profile.version, erased_before, consent_version, rules_version)
     versions = (number.to_bytes(8, "big") for number in numbers)
     consent = encode_consent(profile.consent)
-    return _HEADER.pack(_MAGIC, FORMAT, 0, consent, len(state), len(rules), *versions) + state + rules
+    condition = _LOST if profile.lost else 0
+    return _HEADER.pack(_MAGIC, FORMAT, condition, consent, len(state), len(rules), *versions) + state + rules
 
 
 def split(blob: bytes) -> Stored:
@@ -378,29 +391,31 @@ def split(blob: bytes) -> Stored:
         ProfileCorrupt: The bytes are not a stored profile of this format, are cut short or were changed.
     """
     if len(blob) < HEADER_SIZE:
-        raise ProfileCorrupt(f"a stored profile has at least {HEADER_SIZE} bytes, this one {len(blob)}")
-    magic, version, away, consent, state_length, rules_length, *versions = _HEADER.unpack_from(blob)
+        raise ProfileCorrupt(f"a stored profile has at least {HEADER_SIZE} bytes, this one {len(blob)}; {REPAIR}")
+    magic, version, condition, consent, state_length, rules_length, *versions = _HEADER.unpack_from(blob)
     if magic == _MAGIC and version != FORMAT:
-        raise ProfileCorrupt(f"a profile of format {version}, not {FORMAT}: make it anew: penchant profiles rebuild")
-    if magic != _MAGIC or away > (not state_length):
-        raise ProfileCorrupt("not a stored profile")
+        raise ProfileCorrupt(f"a profile of format {version}, not {FORMAT}; {REPAIR}")
+    if magic != _MAGIC or condition not in (0, _AWAY, _LOST) or (condition == _AWAY and state_length):
+        raise ProfileCorrupt(f"not a stored profile; {REPAIR}")
     middle = HEADER_SIZE + state_length
     start = middle + rules_length
     if len(blob) < start or (len(blob) - start) % ENTRY.itemsize:
-        raise ProfileCorrupt("a stored profile is cut short")
+        raise ProfileCorrupt(f"a stored profile is cut short; {REPAIR}")
     folded, erased, said, ruled = (int.from_bytes(number, "big") for number in versions)
     state = decode_state(memoryview(blob)[HEADER_SIZE:middle], folded)
     if rules_length or any(consent):
         rules = controls.decode(memoryview(blob)[middle:start])
         state = dataclasses.replace(state, consent=decode_consent(consent), rules=rules)
+    if condition == _LOST:
+        state = dataclasses.replace(state, lost=True)
     if erased or said or ruled:
         state = dataclasses.replace(state, marks=(erased, said, ruled))
     tail = np.frombuffer(blob, ENTRY, offset=start)
     if tail.size:
         if not verify(tail).all():
-            raise ProfileCorrupt("an entry in the tail of a profile fails its checksum")
+            raise ProfileCorrupt(f"an entry in the tail of a profile fails its checksum; {REPAIR}")
         tail = _unfolded(tail, state.version)
-    return Stored(state, tail, erased, said, ruled, bool(away))
+    return Stored(state, tail, erased, said, ruled, condition == _AWAY)
 
 
 def decode(blob: bytes) -> Profile:

@@ -216,7 +216,11 @@ def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dia
         raise TablesError(f"{source}: column {origin} is {given.type}, should be {misfit}") from None
     except pa.ArrowException as error:
         raise TablesError(f"{source}: column {origin} ({given.type}): {error}") from error
-    cells = _Cells(column, converted.values, [(converted.bad, converted.should)], converted.late)
+    values, bad = converted.values, converted.bad
+    if wanted.name == "available_from" and converted.early is not None:
+        # 0001-01-01 and 1900-01-01 say that there is no beginning, and any date before 1970 means the same today.
+        values, bad = pc.if_else(pa.array(converted.early), 0, values), bad & ~converted.early
+    cells = _Cells(column, values, [(bad, converted.should)], converted.late)
     relative = is_marked(known) or dialect.units.get(wanted.name) == RELATIVE
     # A time of 0 is none: in the contract an end at 0 is no end. A beginning at 0 stays, because it means the same.
     if wanted.name == "available_until" or (is_time(wanted) and not relative and wanted.name != "available_from"):

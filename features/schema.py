@@ -112,6 +112,9 @@ IMPRESSIONS = pa.schema(
         _optional("features", pa.list_(pa.list_(pa.float32()))),
         # The parts that were degraded, empty when none was.
         _optional("degraded", pa.list_(pa.string())),
+        # The method that made the slate (recommend, search, rank, similar), and the words that it answered.
+        _optional("method", pa.string()),
+        _optional("query", pa.string()),
         *ALLOWED,
     ]
 )

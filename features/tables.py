@@ -67,12 +67,27 @@ class Loaded:
         rejected: The rows that were left out.
         unread: The cells that were left out of kept rows.
         units: The unit in which a column counts time, where its values had to tell: {column: unit}.
+        places: The files in order, each with the places of its kept rows there: [(file, int64 [n])]; empty where a row
+            that repeats an id was left out.
     """
 
     table: pa.Table
     rejected: list[Rejected]
     unread: list[Unread] = field(default_factory=list)
     units: Mapping[str, str] = field(default_factory=dict)
+    places: list[tuple[str, npt.NDArray[np.int64]]] = field(default_factory=list)
+
+    def place(self, row: int) -> str:
+        """Names the file of a kept row, and its row there.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        for source, rows in self.places:
+            if row < rows.size:
+                return f"{source} row {rows[row]}"
+            row -= rows.size
+        raise IndexError(row)
 
     @property
     def intake(self) -> Intake:
@@ -382,13 +397,14 @@ def _merge(parts: list[Part], schema: pa.Schema, required: Required, dialect: Di
     table = pa.concat_tables([part.table for part in parts] or [schema.empty_table()])
     rejected = [row for part in parts for row in part.rejected]
     unread = merge_unread(cells for part in parts for cells in part.unread)
+    places = [(part.source, part.rows) for part in parts]
     if len(required) != 1 or not isinstance(required[0], str):
-        return Loaded(table, rejected, unread, dialect.units)
+        return Loaded(table, rejected, unread, dialect.units, places)
     ids, which = codes(table[required[0]])
     _, first = np.unique(which, return_index=True)
     again = np.flatnonzero(first[which] != np.arange(len(which)))
     if not len(again):
-        return Loaded(table, rejected, unread, dialect.units)
+        return Loaded(table, rejected, unread, dialect.units, places)
     sources = np.repeat([part.source for part in parts], [len(part.rows) for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     for at in again.tolist():

@@ -208,8 +208,8 @@ def _days(year: _I64, month: _I64, day: _I64) -> tuple[_I64, Mask]:
 def read_times(column: Array, unit: str | None) -> Converted:
     """Converts a column to milliseconds since 1970, UTC; int64.
 
-    Fractions of a millisecond are cut off. `late` marks times of 2100 or later, which are NULL and not `bad`. 0 is a
-    value like any other: the caller decides.
+    Fractions of a millisecond are cut off. `late` marks times of 2100 or later, which are NULL and not `bad`; `early`
+    marks dates before 1970, which are NULL and `bad`. 0 is a value like any other. The caller decides about all three.
 
     Args:
         column: A column as `plain` makes it.
@@ -219,9 +219,10 @@ def read_times(column: Array, unit: str | None) -> Converted:
         Misfit: The type holds no times.
     """
     present = to_mask(column.is_valid())
+    dated = np.zeros(len(column), bool)
     should = TIME_IS if unit in (None, RELATIVE) else f"a time from 1970 up to 2100 in {UNIT_WORDS[str(unit)]} UTC"
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        values, good = _typed(column), present
+        values, good, dated = _typed(column), present, present
         should = "a time from 1970 up to 2100"
     elif is_counted(column.type):
         numbers = _numbers(column)
@@ -231,6 +232,7 @@ def read_times(column: Array, unit: str | None) -> Converted:
         if is_text(column.type):
             text, empty, _ = trimmed(column)
             spelt, is_iso = _iso(only(text, ~numbers.given))
+            dated = is_iso
             for_ever = matches(text, r"(?i)^\+?inf(inity)?$")  # as Postgres writes it
             values = np.where(for_ever, END_OF_TIME_MS, np.where(is_iso, spelt, values))
             good = good | is_iso | for_ever
@@ -242,8 +244,9 @@ def read_times(column: Array, unit: str | None) -> Converted:
     else:
         raise Misfit(TIME_IS)
     late = good & (values >= END_OF_TIME_MS)
+    early = dated & (values < 0)
     good = good & ~late & (values >= 0)
-    return Converted(pa.array(np.where(good, values, 0), mask=~good), present & ~good & ~late, should, late)
+    return Converted(pa.array(np.where(good, values, 0), mask=~good), present & ~good & ~late, should, late, early)
 
 
 def _typed(column: Array) -> _I64:

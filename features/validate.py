@@ -1,14 +1,14 @@
 """Whether a data set can be trusted: PASS or FAIL per check, and for each failure what to mend and where.
 
 Personalisation fails first at instrumentation: ids that match nothing, clocks an hour off, outcomes that no answer
-explains. Every check compares the share of rows that are wrong with the share that may be (`LIMITS`).
+explains. Every check compares the share of rows that are wrong with the share that may be (`LIMITS`). A check that has
+no row to look at is not passed: it is skipped where the data have nothing of the kind, and fails where they should.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.clock import AHEAD_MS
 from features.columns import pc, to_mask
 from features.content import codes, is_present
 from features.errors import PenchantError, TablesError
+from features.evidence import SPARED, Evidence, Finding, numbers
 from features.rows import Rejected
 from features.schema import (
     EVENT_TYPES,
@@ -31,6 +33,9 @@ from features.schema import (
     PASSIVE_EVENT_TYPES,
 )
 from features.tables import Loaded, read_table, table_path
+from features.validate_clock import clock_skew
+
+__all__ = ["LATE_MS", "LIMITS", "Evidence", "Finding", "judge", "passed", "validate"]
 
 LIMITS: Mapping[str, float] = {
     "types": 0.0,
@@ -39,63 +44,19 @@ LIMITS: Mapping[str, float] = {
     "unexplained_outcomes": 0.01,
     "positions": 0.01,
     "request_ids": 0.1,
-    "clock_skew": 0.01,
+    "clock_skew": 0.0,
     "duplicate_ids": 0.0,
 }
 """The share of the rows a check looks at that may be wrong, by the name of the check."""
 
-LATE_MS = 60_000
+LATE_MS = AHEAD_MS
 """How far an event may lie behind the one that was logged before it, or ahead of the clock of the log."""
-
-SKEW_MS = 5 * 60_000
-"""Median distance of the clocks of callers and log from which on they are not the same clock."""
 
 ATTRIBUTION_MS = 7 * 24 * 3_600_000
 """Longest time between a slate and what a person did because of it."""
 
 _FROM_A_SLATE = ("select_item",)
-_HALF_HOUR_MS = 30 * 60_000  # time zones differ by whole ones
-_OLDEST_MS = 631_152_000_000  # 1990: what is older was counted in another unit
 _SOME = 50
-_SPARED = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What is checked.
-
-    Attributes:
-        events: `EVENTS`, in the order in which they were written.
-        items: Ids of the catalogue's items; None where it is not known.
-        impressions: `IMPRESSIONS`; None where there are none.
-        rejected: Rows that are not in the tables because they are malformed.
-        now_ms: The time now.
-    """
-
-    events: pa.Table
-    items: pa.Array[Any] | pa.ChunkedArray[Any] | None = None
-    impressions: pa.Table | None = None
-    rejected: list[Rejected] = field(default_factory=list)
-    now_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one look at the rows gave: how many of how many are wrong, what that is, and how to mend it."""
-
-    wrong: int
-    of: int
-    what: str
-    mend: str
-    certain: bool = False
-    """Wrong whatever the share: one such finding says it of the whole."""
-    spared: float = 0.0
-    """The share that is let pass where the limit of the check is smaller."""
-
-    def fails(self, limit: float) -> bool:
-        """Whether more is wrong than may be."""
-        return self.certain or bool(self.of and self.wrong / self.of > max(limit, self.spared))
-
 
 Look = Callable[[Evidence], Iterator[Finding]]
 
@@ -124,13 +85,19 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
         "impressions": (IMPRESSIONS, IMPRESSIONS_REQUIRED),
     }
     unreadable: list[Rejected] = []
+    empty: list[str] = []
     for name, (schema, required) in wanted.items():
         path = table_path(data, name)
+        # A warehouse makes its folders before it has anything to put there; a data set without events is none.
+        if path is None or (path.is_dir() and name != "events" and not any(path.iterdir())):
+            continue
         try:
-            if path is not None and (path.is_file() or any(path.rglob("*.parquet"))):
-                tables[name] = read_table(path, schema, required)
+            tables[name] = read_table(path, schema, required)
         except TablesError as error:
             unreadable.append(Rejected(str(path), 0, str(error)))
+            continue
+        if not tables[name].table.num_rows:
+            empty.append(f"{path} holds no row that can be read")
     events = tables.get("events", Loaded(EVENTS.empty_table(), []))
     items, impressions = tables.get("items"), tables.get("impressions")
     rejected = [one for loaded in tables.values() for one in loaded.rejected]
@@ -139,6 +106,9 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
         items=items.table["item_id"] if items else None,
         impressions=impressions.table if impressions else None,
         rejected=unreadable + rejected,
+        intakes={name: loaded.intake for name, loaded in tables.items()},
+        empty=empty,
+        place=events.place,
     )
     return judge(evidence, allow)
 
@@ -147,7 +117,8 @@ def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[
     """Makes every check that the evidence allows.
 
     Returns:
-        `checks` [{`name`, `passed`, `detail`}], `skipped` {name: why it could not be made}, `events`, `impressions`.
+        `checks` [{`name`, `passed`, `detail`}], `skipped` {name: why it could not be made}, `passed` (whether some
+        check was made, and none failed), `events`, `impressions`.
 
     Raises:
         PenchantError: `allow` names no check.
@@ -163,7 +134,7 @@ def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[
         "unexplained_outcomes": _unexplained_outcomes,
         "positions": _positions,
         "request_ids": _request_ids,
-        "clock_skew": _clock_skew,
+        "clock_skew": clock_skew,
         "duplicate_ids": _duplicate_ids,
     }
     checks, skipped = [], {}
@@ -173,17 +144,31 @@ def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[
             skipped[name] = lacking
             continue
         findings = list(look(evidence))
+        if not any(one.of for one in findings):
+            skipped[name] = f"there is nothing that it could look at ({'; '.join(one.what for one in findings)})"
+            continue
         failed = [one for one in findings if one.fails(limits[name])]
         detail = "; ".join(f"{one.what}. Mend: {one.mend}" for one in failed) or "; ".join(one.what for one in findings)
         checks.append({"name": name, "passed": not failed, "detail": detail})
     shown = evidence.impressions.num_rows if evidence.impressions is not None else 0
-    return {"checks": checks, "skipped": skipped, "events": evidence.events.num_rows, "impressions": shown}
+    return {
+        "checks": checks,
+        "skipped": skipped,
+        "passed": passed(checks),
+        "events": evidence.events.num_rows,
+        "impressions": shown,
+    }
+
+
+def passed(checks: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns True if some check was made and none failed: where nothing was looked at, nothing is known."""
+    return bool(checks) and all(check["passed"] for check in checks)
 
 
 def _lacking(name: str, evidence: Evidence) -> str:
     """Why a check cannot be made, "" where it can."""
     events = evidence.events
-    if not events.num_rows and (name != "types" or not evidence.rejected):
+    if not events.num_rows and (name != "types" or not (evidence.rejected or evidence.empty)):
         return "there are no events"
     if name == "order" and not is_present(events["timestamp"]):
         return "the events have an order only, no times"
@@ -203,13 +188,23 @@ def _lacking(name: str, evidence: Evidence) -> str:
 
 
 def _types(evidence: Evidence) -> Iterator[Finding]:
-    """Every row has the right types, and names of event types are spelt alike."""
+    """Every table has rows, every row and cell the right type, and names of event types are spelt alike."""
+    for lacking in evidence.empty:
+        yield Finding(1, 1, lacking, "write the table with its rows, or leave it out", certain=True)
     wrong, rows = len(evidence.rejected), evidence.events.num_rows + len(evidence.rejected)
     first = evidence.rejected[0] if wrong else None
     example = f", first {first.file} row {first.row}: {first.reason}" if first else ""
     yield Finding(
         wrong, rows, f"{wrong} malformed rows of {rows}{example}", "write the columns as the row's reason says"
     )
+    for name, intake in evidence.intakes.items():
+        for column in {cells.column: None for cells in intake.unread}:
+            cells = [one for one in intake.unread if one.column == column]
+            count, unread = sum(one.count for one in cells), cells[0]
+            what = f"{count} of {intake.kept} cells of {name}.{column} cannot be read, first {unread.file} row "
+            what += f"{unread.row}: {unread.reason}"
+            # The rows stay: a few such cells cost nothing but themselves.
+            yield Finding(count, intake.kept, what, "write the column as the cell's reason says", spared=SPARED)
     names, which = codes(evidence.events["event_type"])
     plain = {_plain(name): name for name in EVENT_TYPES}
     for number, name in enumerate(names):
@@ -228,9 +223,9 @@ def _order(evidence: Evidence) -> Iterator[Finding]:
     events = evidence.events
     _, who = codes(events["user_id"])
     written = next((name for name in ("log_id", "sequence") if is_present(events[name])), "")
-    place = _numbers(events[written]) if written else np.arange(events.num_rows)
+    place = numbers(events[written]) if written else np.arange(events.num_rows)
     order = np.lexsort([place, who])
-    times = _numbers(events["timestamp"])[order]
+    times = numbers(events["timestamp"])[order]
     tolerance = LATE_MS if written == "log_id" else 0
     back = (who[order][1:] == who[order][:-1]) & (times[1:] < times[:-1] - tolerance)
     wrong, what = int(np.count_nonzero(back)), f"in the order of {written or 'rows'}"
@@ -263,7 +258,7 @@ def _unexplained_outcomes(evidence: Evidence) -> Iterator[Finding]:
     """What a person did because of a slate was in that slate, which was shown to them before."""
     join = _Join.of(evidence)
     outcome = join.named & ~_is_type(evidence.events, PASSIVE_EVENT_TYPES)
-    times, shown_at = _numbers(evidence.events["timestamp"]), join.shown_at
+    times, shown_at = numbers(evidence.events["timestamp"]), join.shown_at
     after = times - shown_at
     faults = {
         "name a request that was never answered": ~join.known,
@@ -289,7 +284,7 @@ def _unexplained_outcomes(evidence: Evidence) -> Iterator[Finding]:
 def _positions(evidence: Evidence) -> Iterator[Finding]:
     """Positions count from 0, differ, and are those of the slate."""
     given = to_mask(evidence.events["position"].is_valid())
-    positions = _numbers(evidence.events["position"])[given]
+    positions = numbers(evidence.events["position"])[given]
     count = positions.size
     top = int(np.count_nonzero(positions == 0))
     mend = "send the item's place in the slate, 0 for the first"
@@ -302,7 +297,7 @@ def _positions(evidence: Evidence) -> Iterator[Finding]:
     if evidence.impressions is not None:
         join = _Join.of(evidence)
         judged = given & (join.place >= 0)
-        wrong = judged & (_numbers(evidence.events["position"]) != join.place)
+        wrong = judged & (numbers(evidence.events["position"]) != join.place)
         found, of = int(np.count_nonzero(wrong)), int(np.count_nonzero(judged))
         yield Finding(found, of, f"{found} of {of} positions are not those of the item in its slate", mend)
 
@@ -322,37 +317,6 @@ def _request_ids(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(wrong, of, what, mend, certain=True)
 
 
-def _clock_skew(evidence: Evidence) -> Iterator[Finding]:
-    """The callers' clocks are the clock of the log."""
-    events = evidence.events
-    timed = to_mask(events["timestamp"].is_valid())
-    times = _numbers(events["timestamp"])[timed]
-    odd = (times > evidence.now_ms + SKEW_MS) | (times < _OLDEST_MS)
-    wrong = int(np.count_nonzero(odd))
-    what = f"{wrong} of {times.size} events are from the future or from before 1990"
-    yield Finding(wrong, times.size, what, "send milliseconds UTC since 1970, and set the caller's clock (NTP)")
-    both = timed & to_mask(events["ingested_at"].is_valid())
-    if not both.any():
-        return
-    lag = (_numbers(events["ingested_at"]) - _numbers(events["timestamp"]))[both]
-    wrong, of = int(np.count_nonzero(lag < -LATE_MS)), int(lag.size)
-    what = f"{wrong} of {of} events are over {LATE_MS // 1000} s ahead of the clock of the log"
-    yield Finding(wrong, of, what, "set the clocks of the callers (NTP), and send UTC")
-    middle = float(np.median(lag))
-    if abs(middle) > SKEW_MS:
-        hours = abs(middle) / 3_600_000
-        side = "behind" if middle > 0 else "ahead of"
-        what = f"the events' times are {hours:.1f} hours {side} the clock of the log, in the median"
-        yield Finding(of, of, what, "send UTC, not local time, and send events as they happen", certain=True)
-    # Who is late for another reason is late by any time: of those, one in fifteen would be so close to half an hour.
-    late = np.abs(lag) >= _HALF_HOUR_MS - LATE_MS
-    zoned = late & (np.abs((lag + _HALF_HOUR_MS // 2) % _HALF_HOUR_MS - _HALF_HOUR_MS // 2) < LATE_MS)
-    wrong = int(np.count_nonzero(zoned))
-    if 2 * wrong > np.count_nonzero(late):
-        what = f"{wrong} of {of} events are whole half hours away from the clock of the log: local times"
-        yield Finding(wrong, of, what, "send UTC, not the local time of the caller")
-
-
 def _duplicate_ids(evidence: Evidence) -> Iterator[Finding]:
     """No event is there twice, and no request was answered twice."""
     events = evidence.events
@@ -365,7 +329,7 @@ def _duplicate_ids(evidence: Evidence) -> Iterator[Finding]:
         own = _doubled(events, ["user_id", "item_id", "event_type", when, "value"])
         what = f"{own} of {events.num_rows} rows say again what another says"
         # Who buys two of a thing says so twice; a file that is there twice doubles more than these.
-        yield Finding(own, events.num_rows, what, "give events an event_id, and write each once", spared=_SPARED)
+        yield Finding(own, events.num_rows, what, "give events an event_id, and write each once", spared=SPARED)
     if is_present(events["log_id"]):
         again = _doubled(events, ["user_id", "log_id"], to_mask(events["log_id"].is_valid()))
         mend = "let one process write the warehouse, into one directory"
@@ -375,7 +339,7 @@ def _duplicate_ids(evidence: Evidence) -> Iterator[Finding]:
         again = _doubled(evidence.impressions, ["request_id"])
         # A call that is repeated after its answer was lost shows, and logs, a second slate under the same id.
         what = f"{again} of {slates} slates repeat the request_id of another"
-        yield Finding(again, slates, what, "give each ranking request an id of its own", spared=_SPARED)
+        yield Finding(again, slates, what, "give each ranking request an id of its own", spared=SPARED)
 
 
 def _doubled(table: pa.Table, names: list[str], judged: npt.NDArray[np.bool_] | None = None) -> int:
@@ -420,7 +384,7 @@ class _Join:
         people, who = codes(pa.chunked_array([*events["user_id"].chunks, *slates["user_id"].chunks], pa.string()))
         whose = np.append(who[events.num_rows :], -1)
         anonymous = np.array([name.startswith("a:") for name in people] + [False])
-        shown_at = np.append(_numbers(slates["timestamp"]), 0)
+        shown_at = np.append(numbers(slates["timestamp"]), 0)
         lengths = pc.fill_null(pc.list_value_length(slates["item_ids"]), 0).to_numpy().astype(np.int64)
         flat = pc.list_flatten(slates["item_ids"])
         things, what = codes(pa.chunked_array([*events["item_id"].chunks, *flat.chunks], pa.string()))
@@ -442,12 +406,6 @@ class _Join:
 
 def _is_type(events: pa.Table, names: tuple[str, ...]) -> npt.NDArray[np.bool_]:
     return to_mask(pc.is_in(events["event_type"], value_set=pa.array(names)))
-
-
-def _numbers(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
-    """A column of whole numbers, 0 where it has none; int64."""
-    filled: pa.ChunkedArray[Any] = pc.fill_null(column, 0)
-    return filled.to_numpy().astype(np.int64)
 
 
 def _flat(column: Any) -> Any:

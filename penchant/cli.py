@@ -58,7 +58,12 @@ EventsRedis = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Redis of the event log, where it is another than that of the profiles."),
 ]
-Partitions = Annotated[int, typer.Option(min=1, metavar="N", help="Partitions that the event log was made with.")]
+Partitions = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Partitions of a new event log.", show_default="those of the log; 16 for a new one"
+    ),
+]
 StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where an embedded Redis keeps its data.")]
 
 # What to install where a module is missing.
@@ -135,7 +140,10 @@ def validate(
         typer.Option(metavar="CHECK=SHARE", help="Share of rows, 0 to 1, that a check lets pass; repeatable."),
     ] = None,
 ) -> None:
-    """Checks a data set, or what a running service logs; a check that fails says what to mend, and the status is 1."""
+    """Checks a data set, or what a running service logs.
+
+    A check that fails says what to correct. The status is 1 if one fails, or if there was nothing to check.
+    """
     _use_cores()
     if (data is None) == (live is None):
         raise typer.BadParameter("give either DATA or --live URL", param_hint="DATA")
@@ -164,8 +172,11 @@ def validate(
         print(f"{'PASS' if check['passed'] else 'FAIL'}  {check['name']}: {check['detail']}")
     for name, why in said["skipped"].items():
         print(f"SKIP  {name}: {why}")
+    said["passed"] = bool(said["checks"]) and all(check["passed"] for check in said["checks"])
+    if not said["checks"]:
+        print("FAIL  nothing was checked: a data set or a log needs events")
     _answer(said)
-    raise typer.Exit(0 if all(check["passed"] for check in said["checks"]) else 1)
+    raise typer.Exit(0 if said["passed"] else 1)
 
 
 @app.command()
@@ -317,25 +328,50 @@ def recommend(
     bundle: BundleDir,
     users: Annotated[
         Path,
-        typer.Option(metavar="FILE", exists=True, help="People: Parquet or JSON lines with user_id, or one id a line."),
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Users: one id a line, or user_id in CSV, TSV, JSON (lines) or Parquet.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
-    redis: Redis = "embedded",
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="YAML file of the service's settings."),
+    ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="embedded|URL",
+            help="Redis of the profiles: its URL, or one started on the data of a service that is stopped.",
+            show_default="embedded",
+        ),
+    ] = None,
     events_redis: EventsRedis = None,
-    items: Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Items for each person.")] = 20,
+    state_dir: StateDir = None,
+    items: Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Items for each user.")] = 20,
+    channel: Annotated[
+        str, typer.Option(metavar="NAME", help="Channel that the slates are logged with: email, push.")
+    ] = "batch",
+    surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that is asked for and logged.")] = "",
+    log: Annotated[
+        bool, typer.Option("--log/--no-log", help="Log the slates as shown; without, nothing is measured by them.")
+    ] = True,
 ) -> None:
-    """Answers many people at once, for e-mail and other channels without a request."""
+    """Answers many users at once as the service would, for e-mail and other channels, and logs what it answered."""
     _use_cores(1)
     from serving.batch import recommend
+    from serving.config import ServeConfig
 
-    _answer(recommend(bundle, users, out, redis, events_redis or "", items))
+    settings = ServeConfig.load(config, bundle=bundle, redis=redis, events_redis=events_redis, state_dir=state_dir)
+    _answer(recommend(settings, users, out, items, channel=channel, surface=surface, log=log))
 
 
 @app.command()
 def projector(
     redis: RedisUrl,
     events_redis: EventsRedis = None,
-    partitions: Partitions = 16,
+    partitions: Partitions = None,
     idle_days: Annotated[
         float, typer.Option(min=0, metavar="DAYS", help="Days after which an untouched profile is dropped; 0 is never.")
     ] = 0.0,
@@ -356,8 +392,7 @@ def projector(
         from serving.rebuild import rehydrate
 
         idle = Idle(idle_days, partial(rehydrate, warehouse, Retention({})))
-    _answer({"pid": os.getpid(), "partitions": partitions})
-    raise typer.Exit(run(redis, events_redis or redis, partitions, idle=idle))
+    raise typer.Exit(run(redis, events_redis or redis, partitions, idle=idle, ready=_answer))
 
 
 @app.command()
@@ -371,7 +406,7 @@ def warehouse(
         Path | None,
         typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle whose items are in the catalogue."),
     ] = None,
-    partitions: Partitions = 16,
+    partitions: Partitions = None,
     flush: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest wait to be written, in seconds.")] = 30.0,
     once: Annotated[bool, typer.Option("--once", help="Write what the log holds now, then end.")] = False,
     retention: Annotated[
@@ -427,7 +462,7 @@ def erase(
         typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Ledger of erasures, one per host; repeatable."),
     ],
     events_redis: EventsRedis = None,
-    partitions: Partitions = 16,
+    partitions: Partitions = None,
 ) -> None:
     """Makes erasures hold again after a Redis was put back from a backup; `serve` does so when it starts."""
     _use_cores(1)
@@ -457,10 +492,16 @@ def rebuild(
     data: DataDir,
     redis: RedisUrl,
     events_redis: EventsRedis = None,
-    partitions: Partitions = 16,
+    partitions: Partitions = None,
     retention: Annotated[
         list[str] | None,
         typer.Option(metavar="TYPE=DAYS", help="Leave out events of a type that are older than this; repeatable."),
+    ] = None,
+    max_rejected_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="Share of a table's rows that may be malformed.", show_default="0.01"
+        ),
     ] = None,
 ) -> None:
     """Makes the profiles anew from a data set, such as the warehouse."""
@@ -469,7 +510,8 @@ def rebuild(
     from serving.rebuild import rebuild
 
     days = {name: _days(name, value) for name, value in _parse(retention or []).items()}
-    _answer(rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days)))
+    more = {} if max_rejected_share is None else {"max_rejected_share": max_rejected_share}
+    _answer(rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days), **more))
 
 
 @profiles.command()
@@ -482,20 +524,27 @@ def show(
         Path | None,
         typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle that names items, not keys."),
     ] = None,
-    partitions: Partitions = 16,
+    partitions: Partitions = None,
 ) -> None:
-    """Shows one profile as a person would read it."""
+    """Shows one profile as a user would read it; of a damaged one what is wrong, and the status is 1."""
     _use_cores(1)
     from serving.rebuild import show
 
-    _answer(show(user, redis, bundle, partitions=partitions))
+    shown = show(user, redis, bundle, partitions=partitions)
+    _answer(shown)
+    raise typer.Exit(1 if shown["damage"] else 0)
 
 
 @bench.command()
 def latency(
     target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Service to measure.")],
     users: Annotated[
-        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="People to ask for: one id a line.")
+        Path,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Users to ask for: one id a line, or user_id in CSV, TSV, JSON, JSON lines or Parquet.",
+        ),
     ],
     requests: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests to send.")] = None,
     rate: Annotated[

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from features.catalog import Catalog
 from features.controls import Dial
 from features.kernels import matched_weights
-from serving.pipeline import Candidates, Query, Rows, Scores
+from serving.query import Candidates, Query, Rows, Scores
 
 REACH = 3.0
 """How far a dial turned to 1 moves a score, in standard deviations of the candidates' scores."""

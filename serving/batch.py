@@ -1,13 +1,17 @@
-"""`penchant recommend`: the same Pipeline over many people, for e-mail and other channels without a request."""
+"""`penchant recommend`: the same Pipeline over many users, for e-mail and other channels without a request.
+
+It is the service without a network: the same settings, bundle, stores, holdout and stages. What is in the file is
+logged like any slate, so that a channel can be measured: when the file is in its place, and not before.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +20,31 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from features.errors import TablesError
+from features.bundle import sync
+from features.user_ids import read_user_ids
+from serving.batch_log import RUN, SlateFile, deliver, finish
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Engine, Host, Surroundings, open_engine
-from serving.errors import ProfileStoreUnavailable
+from serving.erasure import Ledger, replay
+from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ResourceExhausted
+from serving.events import EventLog, partitions_for, partitions_of
 from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hydrators import Progress
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
-from serving.redis_client import connect
+from serving.query import Query
+from serving.redis_client import connect, require_safe
 from serving.redis_server import RedisServer
+from serving.side_effects import SlateCollector
 from serving.telemetry import Telemetry
+from serving.warehouse_tables import subject_of
 
 ITEMS = 20
-"""Items per person."""
+"""Items per user."""
+
+CHANNEL = "batch"
+"""Channel that slates are logged with where none is named."""
 
 SCHEMA = pa.schema(
     [
@@ -43,73 +56,135 @@ SCHEMA = pa.schema(
         pa.field("request_id", pa.string(), nullable=False),
         pa.field("profile_version", pa.uint64(), nullable=False),
         pa.field("bundle_id", pa.string(), nullable=False),
+        # The parts that the answer did without, by their names in the contract; empty when none was.
+        pa.field("degraded", pa.list_(pa.string()), nullable=False),
     ]
 )
 
 _PATIENCE_S = 60.0
 _TIMEOUT_S = 5.0
 _ROWS = 1000
+_LONGEST = 64
+"""Bytes of a surface or a channel, as in the contract."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """What a worker of the service has, without its server."""
+
+    engine: Engine
+    log: EventLog
+    holdout: Holdout
+    slates: SlateCollector
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked for, the same for every user."""
+
+    items: int
+    channel: str
+    surface: str
 
 
 def recommend(
-    bundle: Path, users: Path, out: Path, redis_url: str = "embedded", events_redis_url: str = "", items: int = ITEMS
+    config: ServeConfig,
+    users: Path,
+    out: Path,
+    items: int = ITEMS,
+    *,
+    channel: str = CHANNEL,
+    surface: str = "",
+    log: bool = True,
 ) -> dict[str, Any]:
-    """Writes a feed for each person, the one that the service would answer now.
+    """Writes a feed for each user, the one that the service would answer now, then logs what it wrote.
 
     Args:
-        bundle: Directory of the bundle.
-        users: Parquet with a column `user_id`, JSON lines with a field `user_id`, or a text file with one id a line.
-        out: Parquet file to write, whole or not at all: `SCHEMA`.
-        redis_url: URL of the profiles Redis, or "embedded" to start one on the data of a service that is stopped.
-        events_redis_url: URL of the events Redis, which holds the live catalogue; the same one where empty.
-        items: Items per person.
+        config: The settings of the service.
+        users: File of users, or a folder of Parquet: see `features.user_ids`.
+            The ids are those of the tables: `a:` and the anonymous id for an anonymous user.
+        out: Parquet file to write, whole or not at all: `SCHEMA`. Once it is in its place it counts as delivered.
+        items: Items per user.
+        channel: Where the slates will be shown; logged with them.
+        surface: Surface that is asked for; the ranker knows surfaces by their names.
+        log: Whether to log the slates; without, nothing can be measured by them.
 
     Returns:
-        `users`, `items_per_user` (mean), `seconds`, `personal` (people whose history was used).
+        `users`, `items_per_user` (mean), `seconds`, `personal` (users whose history was used), `held_out`, `logged` and
+        `not_logged` slates (of users who do not allow it), and `finished`: slates that an earlier run had still to log.
 
     Raises:
-        TablesError: The people cannot be read.
+        TablesError: The users cannot be read.
         BundleError: The bundle is refused.
-        Unavailable: A Redis does not answer: nothing is written, as nobody should get what was not meant for them.
+        ConfigError: The settings do not fit the stores, or another process writes the same file.
+        Unavailable: A Redis does not answer. Nothing is written, as no user should get what was not meant for them;
+            where the file is in its place already, the message says so, and the next run into it logs the rest.
+        ResourceExhausted: The log is full; as above.
     """
     begun = time.monotonic()
-    people = _people(users)
-    config = ServeConfig.load(bundle=bundle)
-    batch = out.with_name(out.name + ".part")
-    with _opened(config, redis_url, events_redis_url) as engine, pq.ParquetWriter(batch, SCHEMA) as writer:
-        holdout = Holdout(config.holdout_share, config.holdout_salt)
-        console = Console(stderr=True)
-        shown = personal = 0
-        rows: list[dict[str, Any]] = []
-        for person in track(people, "answering", console=console, disable=not console.is_terminal):
-            rows.append(_answer(engine, holdout, person, items))
-            shown += len(rows[-1]["item_ids"])
-            personal += rows[-1]["rung"] != "popular"
-            if len(rows) == _ROWS:
+    for name, value in (("channel", channel), ("surface", surface)):
+        if len(value.encode()) > _LONGEST:
+            raise ConfigError(f"{name}: {value!r} has more than {_LONGEST} bytes; give a shorter name")
+    people, run = read_user_ids(users), uuid.uuid4().hex
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(_opened(config))
+        facts: dict[str, Any] = {"finished": finish(out, service.log)}
+        kept = stack.enter_context(SlateFile(out, run))
+        part = out.with_name(f"{out.name}.part")
+        logged = kept if log and config.impressions else None
+        facts |= _write(service, people, _Asked(items, channel, surface), part, run, logged)
+        kept.sync()
+        sync(part)
+        os.replace(part, out)
+        kept.due()
+        sync(out.parent)
+        facts["logged"], facts["not_logged"] = _delivered(kept.path, service.log, out)
+    facts |= {"seconds": round(time.monotonic() - begun, 3), "bundle_id": service.engine.bundle_id, "out": str(out)}
+    return facts
+
+
+def _write(
+    service: _Service, people: Sequence[str], asked: _Asked, part: Path, run: str, kept: SlateFile | None
+) -> dict[str, Any]:
+    """Answers everybody into a file; what `recommend` says of it."""
+    console = Console(stderr=True)
+    shown = personal = held_out = 0
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(part, SCHEMA.with_metadata({RUN: run.encode()})) as writer:
+        for place, person in enumerate(track(people, "answering", console=console, disable=not console.is_terminal)):
+            query, row = _answer(service, person, asked)
+            rows.append(row)
+            shown, personal = shown + len(row["item_ids"]), personal + (query.rung != "popular")
+            held_out += query.holdout
+            if len(rows) == _ROWS or place == len(people) - 1:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                slates = service.slates.take()
+                if len(slates) != len(rows):
+                    raise AssertionError(f"{len(rows)} answers made {len(slates)} slates")
+                if kept:
+                    kept.write(slates)
                 rows.clear()
-        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    os.replace(batch, out)
     return {
         "users": len(people),
         "items_per_user": round(shown / max(len(people), 1), 2),
         "personal": personal,
-        "seconds": round(time.monotonic() - begun, 3),
-        "bundle_id": engine.bundle_id,
-        "out": str(out),
+        "held_out": held_out,
     }
 
 
-def _answer(engine: Engine, holdout: Holdout, person: str, items: int) -> dict[str, Any]:
-    subject = f"u:{person}"
-    assignment = holdout.assign(subject)
+def _answer(service: _Service, person: str, asked: _Asked) -> tuple[Query, dict[str, Any]]:
+    """The answer to one user, and the row that tells it."""
+    engine, subject = service.engine, subject_of(person)
+    assignment = service.holdout.assign(subject)
     query = Query(
         request_id=uuid.uuid4().hex,
         subject=subject,
         now_ms=int(time.time() * 1000),
         deadline=time.monotonic() + _PATIENCE_S,
-        page_size=items,
-        surface="batch",
+        page_size=asked.items,
+        surface=asked.surface,
+        method="recommend",
+        context={"channel": asked.channel} if asked.channel else {},
         arm=assignment.arm,
         holdout=assignment.holdout,
         bucket=assignment.bucket,
@@ -118,7 +193,7 @@ def _answer(engine: Engine, holdout: Holdout, person: str, items: int) -> dict[s
     for part, reason in query.degraded:
         if part == "PROFILE_STORE":
             raise ProfileStoreUnavailable(f"{reason}; nothing was written, run it again")
-    return {
+    return query, {
         "user_id": person,
         "item_ids": engine.catalog.ids(slate.rows),
         "scores": slate.scores,
@@ -127,44 +202,42 @@ def _answer(engine: Engine, holdout: Holdout, person: str, items: int) -> dict[s
         "request_id": query.request_id,
         "profile_version": query.profile.version if query.profile else 0,
         "bundle_id": engine.bundle_id,
+        "degraded": [part for part, _ in query.degraded],
     }
 
 
+def _delivered(path: Path, log: EventLog, out: Path) -> tuple[int, int]:
+    """Logs the slates of a file that is in its place."""
+    try:
+        return deliver(path, log)
+    except (EventLogUnavailable, ResourceExhausted) as error:
+        message = (
+            f"{out} is in its place, and not all of its slates are logged: {error}; the next run into it logs the rest"
+        )
+        raise type(error)(message, retry_after_ms=error.retry_after_ms) from error
+
+
 @contextlib.contextmanager
-def _opened(config: ServeConfig, redis_url: str, events_redis_url: str) -> Iterator[Engine]:
-    """An engine with the live catalogue as it is now."""
+def _opened(config: ServeConfig) -> Iterator[_Service]:
+    """What a worker has, with the live catalogue as it is now."""
     with contextlib.ExitStack() as stack:
-        events_redis_url = events_redis_url or redis_url
+        redis_url, events_redis_url = config.redis, config.events_redis or config.redis
         if redis_url == "embedded":
             redis_url = stack.enter_context(RedisServer(config.state_dir, "profiles")).url
         if events_redis_url == "embedded":
             events_redis_url = stack.enter_context(RedisServer(config.state_dir, "events")).url
         profiles = stack.enter_context(connect(redis_url, _TIMEOUT_S))
         events = stack.enter_context(connect(events_redis_url, _TIMEOUT_S))
-        progress = Progress()
-        store = ProfileStore(profiles, config.partitions)
-        engine = open_engine(config.bundle, Surroundings(config, store, progress, Telemetry()))
+        # A log in another place would make everybody new, and a number of partitions that is not theirs as well.
+        partitions_of(events)
+        partitions = partitions_for(events, config.partitions if "partitions" in config.model_fields_set else None)
+        config = config.model_copy(update={"partitions": partitions})
+        require_safe(events, "events", config.unsafe_redis)
+        store, log = ProfileStore(profiles, partitions), EventLog(events, partitions, default=config.default_consent)
+        store.open()
+        if erasures := Ledger(config.ledger_path).erasures():
+            replay(erasures, log, store, int(config.purge_hours * 3_600_000))
+        progress, slates = Progress(), SlateCollector()
+        engine = open_engine(config.bundle, Surroundings(config, store, progress, Telemetry(), slates))
         Follower(Host(engine), CatalogLog(events), progress).catch_up()
-        yield engine
-
-
-def _people(users: Path) -> list[str]:
-    """The ids in a file, each once, in order.
-
-    Raises:
-        TablesError: The file cannot be read, or names nobody.
-    """
-    try:
-        if users.suffix == ".parquet":
-            found = pq.read_table(users, columns=["user_id"]).column("user_id").cast(pa.string()).to_pylist()
-        else:
-            lines = [line.strip() for line in users.read_text(encoding="utf-8").splitlines()]
-            found = [json.loads(line)["user_id"] if users.suffix == ".jsonl" else line for line in lines if line]
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise TablesError(
-            f"{users}: no people in it ({error!r}); give Parquet or JSON lines with user_id, or text"
-        ) from None
-    people = list(dict.fromkeys(str(person) for person in found if person))
-    if not people:
-        raise TablesError(f"{users}: names nobody; give Parquet or JSON lines with user_id, or one id a line")
-    return people
+        yield _Service(engine, log, Holdout(config.holdout_share, config.holdout_salt), slates)

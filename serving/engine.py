@@ -22,29 +22,33 @@ from features.schema import NEGATIVE_EVENT_TYPES, event_type_key, item_key
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.adjusters import Dialled
+from serving.bitmap import clear_keys, clear_rows, first_allowed
 from serving.config import ServeConfig
+from serving.experiments import Holdout
 from serving.filters import Blocked, Eligible, Excluded, Seen
 from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
 from serving.index import Index
 from serving.lexical import LexicalIndex
 from serving.model import Model
-from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source
+from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source, Tier
 from serving.profiles import ProfileStore
 from serving.reasons import Reasons
 from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer
 from serving.selectors import TopK
-from serving.side_effects import Impressions, ImpressionWriter
+from serving.side_effects import Impressions, SlateSink
 from serving.sources import (
     Fresh,
     GivenCandidates,
     ItemNeighbors,
+    LiveItems,
     MatchingMeaning,
     MatchingWords,
     NearestToUser,
     Neighbors,
     NeighborsOfSeeds,
     Popular,
+    PopularBeside,
     PopularInSegment,
     SimilarToSeeds,
     Wanted,
@@ -115,7 +119,7 @@ class Surroundings:
     store: ProfileStore
     progress: Progress
     telemetry: Telemetry
-    impressions: ImpressionWriter | None = None
+    impressions: SlateSink | None = None
     turns: Turns = field(default_factory=lambda: Turns(1))
 
 
@@ -160,9 +164,12 @@ class _Builder:
         self._index, self._lexical, self._around = index, lexical, around
         # As many as evaluation ranked, so that what was measured is what is served.
         self._count = around.config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
+        self._tables = _popular(bundle, len(catalog.vocabulary))
         self._neighbors = _neighbors(bundle, len(catalog.vocabulary))
         self._repeats = bool(bundle.model["repeats"])
         self._personal = personal(bundle, model, catalog, around.config.log_features if around.impressions else 0.0)
+        self._words = QueryVector(model, _shapes(bundle))
+        self._text = SearchScorer(lexical, catalog, around.config.search_personal)
 
     def pipelines(self) -> Mapping[str, Pipeline]:
         """The pipeline of each method."""
@@ -174,49 +181,46 @@ class _Builder:
         }
 
     def _recommend(self) -> Pipeline:
-        catalog, repeats = self._catalog, self._repeats
-        tables = _popular(self._bundle, len(catalog.vocabulary))
-        everybody = tables.pop("")
+        catalog, live = self._catalog, LiveItems(self._catalog)
+        segments = {name: table for name, table in self._tables.items() if name}
+        popular = Popular(*self._tables[""], catalog, live)
         return self._pipeline(
-            hydrators=self._person({item_key(name): name for name in tables}),
-            sources=[
-                NearestToUser(self._index, catalog, self._count, repeats=repeats),
-                ItemNeighbors(self._neighbors, self._count),
-                PopularInSegment(tables, catalog, repeats=repeats),
-                Fresh(catalog, self._around.config.fresh_days, _FRESH),
-                Popular(*everybody, catalog, repeats=repeats),
-                Wanted(catalog, repeats=repeats),
+            hydrators=self._person({item_key(name): name for name in segments}),
+            tiers=[
+                Tier("sequence", [NearestToUser(self._index, self._count)]),
+                Tier("item_to_item", [ItemNeighbors(self._neighbors, self._count)]),
+                Tier("segment", [PopularInSegment(segments)]),
+                Tier("popular", [popular]),
+            ],
+            extras=[
+                Fresh(live, self._around.config.fresh_days, _FRESH),
+                Wanted(catalog),
+                PopularBeside(popular),
             ],
             filters=[Seen(catalog)],
             scorer=FeedScorer(self._personal),
         )
 
     def _search(self) -> Pipeline:
-        words = QueryVector(self._model, _shapes(self._bundle))
         return self._pipeline(
-            hydrators=[*self._person(), words],
-            sources=[
-                MatchingWords(self._lexical, self._catalog, self._count),
-                MatchingMeaning(self._index, self._catalog, self._count),
-            ],
-            scorer=SearchScorer(self._lexical, self._catalog, self._around.config.search_personal),
+            hydrators=[*self._person(), self._words],
+            tiers=[Tier("", [MatchingWords(self._lexical, self._count), MatchingMeaning(self._index, self._count)])],
+            scorer=self._text,
         )
 
     def _rank(self) -> Pipeline:
         return self._pipeline(
-            hydrators=self._person(),
-            sources=[GivenCandidates()],
-            scorer=RankScorer(self._personal),
+            hydrators=[*self._person(), self._words],
+            tiers=[Tier("", [GivenCandidates()])],
+            scorer=RankScorer(self._personal, self._text),
             keep_order=True,
         )
 
     def _similar(self) -> Pipeline:
+        similar = SimilarToSeeds(self._index, self._catalog, self._count)
         return self._pipeline(
             hydrators=self._person()[:-1],
-            sources=[
-                SimilarToSeeds(self._index, self._catalog, self._count),
-                NeighborsOfSeeds(self._neighbors, self._count),
-            ],
+            tiers=[Tier("", [similar, NeighborsOfSeeds(self._neighbors, self._count)])],
             scorer=SimilarScorer(self._catalog),
         )
 
@@ -239,6 +243,7 @@ class _Builder:
                 self._around.turns,
                 self._around.config.default_consent,
                 segments,
+                Holdout(self._around.config.holdout_share, self._around.config.holdout_salt),
             ),
             UserVector(self._model, self._catalog),
         ]
@@ -247,8 +252,9 @@ class _Builder:
         self,
         *,
         hydrators: Sequence[Hydrator],
-        sources: Sequence[Source],
+        tiers: Sequence[Tier],
         scorer: Scorer,
+        extras: Sequence[Source] = (),
         filters: Sequence[Filter] = (),
         keep_order: bool = False,
     ) -> Pipeline:
@@ -256,8 +262,10 @@ class _Builder:
         writer = self._around.impressions
         return Pipeline(
             hydrators=hydrators,
-            sources=sources,
-            filters=[Eligible(self._catalog), Excluded(self._catalog), Blocked(self._catalog), *filters],
+            tiers=tiers,
+            extras=extras,
+            eligibility=Eligible(self._catalog),
+            filters=[Excluded(self._catalog), Blocked(self._catalog), *filters],
             scorer=scorer,
             adjusters=[Dialled(self._catalog)],
             selector=TopK(self._catalog, keep_order=keep_order),
@@ -277,6 +285,10 @@ def personal(bundle: Bundle, model: Model, catalog: Catalog, logged: float = 0.0
 def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
     """Compiles what the golden requests do not reach, so that no caller waits for it."""
     rows = np.arange(min(1, catalog.size), dtype=np.int32)
+    bitmap = catalog.eligible_bitmap(0).copy()
+    first_allowed(rows, bitmap, 1)
+    clear_keys(bitmap, catalog.columns.category, np.ones(1, np.uint64))
+    clear_rows(bitmap, rows)
     for row in rows.tolist():
         tokens = text_tokens(item_text(catalog.item(row)))
         lexical.search(tokens, 1, catalog.eligible_bitmap(0))

@@ -26,7 +26,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from features.bundle import sync
 from serving.errors import ConfigError, EventLogUnavailable, NotFound, ServingError, Unavailable
-from serving.events import EventLog
+from serving.events import EventLog, partitions_for
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Call, Client, command, connect, servers, serving_error
 from serving.scripts import CERTIFICATE_ISSUE
@@ -264,7 +264,9 @@ def replay(erasures: Sequence[Erasure], log: EventLog, store: ProfileStore, due_
     return again
 
 
-def replay_ledgers(ledgers: Sequence[Path], redis_url: str, events_redis_url: str, partitions: int) -> dict[str, int]:
+def replay_ledgers(
+    ledgers: Sequence[Path], redis_url: str, events_redis_url: str, partitions: int | None = None
+) -> dict[str, int]:
     """`replay` as a command; returns the number of `erasures`, and how many did not hold and do so `again`.
 
     Raises:
@@ -273,6 +275,7 @@ def replay_ledgers(ledgers: Sequence[Path], redis_url: str, events_redis_url: st
     """
     erasures = [one for path in ledgers for one in Ledger(path).erasures()]
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
+        partitions = partitions_for(events, partitions)
         again = replay(erasures, EventLog(events, partitions), ProfileStore(profiles, partitions))
     return {"erasures": len(erasures), "again": again}
 

@@ -7,6 +7,7 @@ ServingError
 ├── ConsentWithheld          the person does not allow it
 ├── Unauthenticated          no token, or a wrong one
 ├── ResourceExhausted        too much, now: retry later
+├── DataLoss                 what is stored is damaged: to be repaired first
 ├── DeadlineExceeded         the time given was not enough
 ├── Unavailable              a part is away: safe to retry
 │   ├── ProfileStoreUnavailable
@@ -52,6 +53,12 @@ class NotFound(ServingError):
     """The thing named does not exist."""
 
     code = "NOT_FOUND"
+
+
+class DataLoss(ServingError):
+    """What is stored is damaged; the message says how it is repaired."""
+
+    code = "DATA_LOSS"
 
 
 class FailedPrecondition(ServingError):

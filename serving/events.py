@@ -9,8 +9,10 @@ stream of their own. Marks among the events tell consumers, in order, of erasure
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ from serving.redis_client import (
     reply_error,
     serving_error,
 )
-from serving.redis_nodes import Nodes, remembered, require_partitions, required
+from serving.redis_nodes import PARTITIONS, Nodes, agreed_partitions, remembered, require_partitions, required
 from serving.scripts import (
     EVENT_APPEND,
     EVENT_ERASE,
@@ -62,9 +64,11 @@ _MEMORY_CHECK_S = 1.0
 _MEMORY_KNOWN_S = 5.0
 """Time for which such news counts; who sends so seldom can wait for newer ones."""
 _PIECE = 1000
+_RETRY_S = 0.5
 _TOGETHER = 64
 """Entries of a partition that are appended in one step: others wait behind a step, and each is a write to disk."""
 _TIMESTAMP_AT: int = RECORD.fields["timestamp"][1] if RECORD.fields else 0
+_log = logging.getLogger(__name__)
 
 
 class LogReplaced(EventLogUnavailable):
@@ -93,6 +97,32 @@ def partitions_of(client: Client) -> int:
     if partitions is None or salt is None:
         raise ConfigError("this Redis holds no event log: give the one that `penchant serve` calls events_redis")
     return int(partitions)
+
+
+def partitions_for(client: Client, asked: int | None = None) -> int:
+    """The number of partitions of the log in a Redis; of a new one, that which is asked for, or the usual.
+
+    Raises:
+        ConfigError: The log has another number than is asked for.
+        EventLogUnavailable: Redis does not answer.
+    """
+    return agreed_partitions(Nodes(client, EventLogUnavailable), asked)
+
+
+def awaited_partitions(client: Client, asked: int | None, stop: threading.Event) -> int:
+    """`partitions_for`, as soon as Redis answers or `stop` is set; a number that is asked for is not waited for.
+
+    Raises:
+        ConfigError: The log has another number than is asked for.
+    """
+    while True:
+        try:
+            return partitions_for(client, asked)
+        except EventLogUnavailable as error:
+            if asked or stop.is_set():
+                return asked or PARTITIONS
+            _log.warning("the number of partitions is not known yet: %s", error)
+            stop.wait(_RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What may stay: each filter returns a mask, true for the rows that may."""
+"""What may stay: a filter keeps its rows out of retrieval, then proves each candidate: true for what may."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from features.catalog import Catalog
 from features.controls import Kind, blocked
-from serving.pipeline import Mask, Query, Rows
+from serving.bitmap import Bitmap, allowed_count, clear_keys, clear_rows
+from serving.query import Mask, Query, Rows
 
 
 class Eligible:
@@ -17,10 +18,20 @@ class Eligible:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
+        self._counted: tuple[Bitmap, int] | None = None
 
     def enable(self, query: Query) -> bool:
         """Always."""
         return True
+
+    def bitmap(self, query: Query) -> tuple[Bitmap, int]:
+        """The rows that may be shown in this second, as a bitmap of the query's own, and how many may not."""
+        bits = self._catalog.eligible_bitmap(query.now_ms)
+        counted = self._counted
+        if counted is None or counted[0] is not bits:
+            size = min(self._catalog.size, 8 * bits.size)
+            self._counted = counted = (bits, size - allowed_count(bits, size))
+        return bits.copy(), counted[1]
 
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that are available at the time of the request."""
@@ -40,6 +51,10 @@ class Seen:
         """Where the person has had something."""
         return bool(query.seen.size)
 
+    def hold_back(self, query: Query, allowed: Bitmap) -> int:
+        """Takes the rows out that the person has had."""
+        return int(clear_rows(allowed, query.seen))
+
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that are new to the person."""
         return absent(rows, query.seen, self._catalog.size)
@@ -57,6 +72,14 @@ class Blocked:
     def enable(self, query: Query) -> bool:
         """Where the person has rules."""
         return bool(query.rules.size)
+
+    def hold_back(self, query: Query, allowed: Bitmap) -> int:
+        """Takes the rows out that a rule holds back at the time of the request: a pass over a column for each kind."""
+        columns, now = self._catalog.columns, query.now_ms
+        items = self._catalog.rows_of_keys(blocked(query.rules, Kind.ITEM, now))
+        count = int(clear_rows(allowed, items[items >= 0]))
+        count += int(clear_keys(allowed, columns.creator, blocked(query.rules, Kind.CREATOR, now)))
+        return count + int(clear_keys(allowed, columns.category, blocked(query.rules, Kind.CATEGORY, now)))
 
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that no rule holds back at the time of the request."""
@@ -80,6 +103,10 @@ class Excluded:
     def enable(self, query: Query) -> bool:
         """Where something is to be left out."""
         return bool(query.exclude.size or query.seeds.size)
+
+    def hold_back(self, query: Query, allowed: Bitmap) -> int:
+        """Takes the rows out that were named."""
+        return int(clear_rows(allowed, np.concatenate([query.exclude, query.seeds])))
 
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that were not named."""

@@ -11,15 +11,16 @@ import numpy.typing as npt
 
 from features.assemble import encoder_inputs, history, seen_rows
 from features.catalog import Catalog
-from features.controls import Dial, Dials, dials
+from features.controls import Dial, Dials, arm_seed, dials
 from features.errors import ProfileCorrupt
-from features.profile import EVERY_PURPOSE, Purpose
+from features.profile import EVERY_PURPOSE, PAST_LOST, Purpose
 from features.profile import Profile as Stored
 from features.transforms import ItemInputShapes, query_inputs, text_tokens
 from serving.errors import ProfileStoreUnavailable
+from serving.experiments import Holdout
 from serving.model import Model
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.turns import Turns
 
 WAIT_SHARE = 0.5
@@ -89,11 +90,12 @@ class Profile:
         turns: Turns,
         default: Purpose = EVERY_PURPOSE,
         segments: Mapping[int, str] | None = None,
+        holdout: Holdout | None = None,
     ) -> None:
-        """Takes the store, how a bundle sees events, and the segments, key -> name, that it has a table of."""
+        """Takes the store, how a bundle sees events, the segments that it has a table of, and how arms are drawn."""
         self._store, self._catalog, self._turns = store, catalog, turns
         self._type_index, self._seen_keys, self._default = type_index, seen_keys, default
-        self._segments = segments or {}
+        self._segments, self._holdout = segments or {}, holdout
 
     def enable(self, query: Query) -> bool:
         """Where a person is named."""
@@ -110,6 +112,9 @@ class Profile:
         except ProfileCorrupt as error:
             query.degrade("PROFILE_CORRUPT", str(error))
             return
+        if profile.lost:
+            query.degrade("PROFILE_CORRUPT", PAST_LOST)
+        self._share_arm(query, profile)
         if not self._allows(profile):
             query.withheld = True
             return
@@ -120,7 +125,13 @@ class Profile:
         query.seen = seen_rows(profile, self._catalog, self._seen_keys)
         query.profile, query.history = profile, past
         query.segment = self._segment(profile, query.dials)
-        query.rung = query.lowest_rung
+
+    def _share_arm(self, query: Query, profile: Stored) -> None:
+        """Puts an anonymous user who was merged into a user into that user's arm."""
+        seed = arm_seed(profile.rules)
+        if seed is not None and query.arm and self._holdout:
+            drawn = self._holdout.drawn(seed)
+            query.arm, query.holdout, query.bucket = drawn.arm, drawn.holdout, drawn.bucket
 
     def _segment(self, profile: Stored, turned: Dials) -> str:
         """The name of the category they choose most; of who chose nothing yet, of the one they turned up most."""
@@ -187,13 +198,11 @@ class UserVector:
         return query.history is not None and bool((query.history.rows >= 0).any())
 
     def hydrate(self, query: Query) -> None:
-        """Fills `user_vector`; the rung is `item_to_item` where that fails and `sequence` where it works."""
+        """Fills `user_vector`, and `encoded`, from which it is made."""
         assert query.history is not None
-        query.rung = "item_to_item"
         rows, types = encoder_inputs(query.history.rows, query.history.types, self._model.max_length)
         query.encoded = rows, types
         query.user_vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
-        query.rung = "sequence"
 
 
 class QueryVector:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.kernels import dot_rows
+from serving.bitmap import Bitmap, allowed_count, allowed_rows
 
 # Typed Any because the published stubs lack half of the arguments.
 faiss: Any = _faiss
@@ -28,7 +29,6 @@ _ROUNDING = 16
 
 _F32 = npt.NDArray[np.float32]
 _I32 = npt.NDArray[np.int32]
-_BITMAP = npt.NDArray[np.uint8]
 
 
 class Index:
@@ -62,7 +62,7 @@ class Index:
         self._lists = int(getattr(self._index, "nlist", 0))
         self._spare = SPARE if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
 
-    def search(self, queries: _F32, k: int, allowed: _BITMAP | None = None) -> tuple[_I32, _F32]:
+    def search(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
         """The best `k` rows of each query, best first, ties by row.
 
         Args:
@@ -103,7 +103,7 @@ class Index:
         query = self._checked(np.asarray(query)[None], 1)[0]
         return dot_rows(self._catalog.columns.vectors, np.ascontiguousarray(rows, np.int32), query)
 
-    def _propose(self, queries: _F32, k: int, count: int, allowed: _BITMAP | None) -> npt.NDArray[np.int64]:
+    def _propose(self, queries: _F32, k: int, count: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
         """Rows of the bundle among which the best `k` of `count` allowed ones are, and -1; int64 [B, >= k]."""
         if k == 0:
             return np.empty((len(queries), 0), np.int64)
@@ -120,7 +120,7 @@ class Index:
             found = self._ask(queries, wide, self._lists, allowed)
         return found
 
-    def _scan(self, queries: _F32, k: int, allowed: _BITMAP | None) -> npt.NDArray[np.int64]:
+    def _scan(self, queries: _F32, k: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
         """The best `k` of a small bundle: one matrix product, half the time of FAISS's own exact index."""
         base = self._catalog.base_size
         scores = queries @ self._catalog.columns.vectors[:base].T
@@ -130,7 +130,7 @@ class Index:
             return np.argpartition(scores, base - k, axis=1)[:, base - k :]
         return np.broadcast_to(np.arange(base), scores.shape)
 
-    def _ask(self, queries: _F32, k: int, probes: int, allowed: _BITMAP | None) -> npt.NDArray[np.int64]:
+    def _ask(self, queries: _F32, k: int, probes: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
         # The number of threads belongs to the calling thread, so it is set by each call.
         faiss.omp_set_num_threads(1)
         selector = None if allowed is None else faiss.IDSelectorBitmap(np.ascontiguousarray(allowed))
@@ -160,31 +160,12 @@ def best(candidates: _I32, vectors: _F32, query: _F32, k: int) -> tuple[_I32, _F
     return candidates[order], scores[order]
 
 
-def exact_search(vectors: _F32, queries: _F32, k: int, allowed: _BITMAP | None = None) -> tuple[_I32, _F32]:
+def exact_search(vectors: _F32, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
     """The plain twin of `Index.search` over `vectors` float32 [N, D]: every allowed row is scored."""
     size = len(vectors)
     rows = np.arange(size, dtype=np.int32) if allowed is None else allowed_rows(allowed, 0, size)
     pairs = [best(rows, vectors, query, min(k, rows.size)) for query in np.asarray(queries, np.float32)]
     return np.stack([rows for rows, _ in pairs]), np.stack([scores for _, scores in pairs])
-
-
-def allowed_rows(allowed: _BITMAP, start: int, stop: int) -> _I32:
-    """The rows in [start, stop) whose bit is set; rows behind the bitmap are not allowed; int32 [n]."""
-    first = start // 8
-    part = allowed[first : -(-stop // 8)]
-    some = np.flatnonzero(part)
-    place, bit = np.nonzero(np.unpackbits(part[some, None], axis=1, bitorder="little"))
-    rows = ((some[place] + first) * 8 + bit).astype(np.int32)
-    return rows[(rows >= start) & (rows < stop)]
-
-
-def allowed_count(allowed: _BITMAP, stop: int) -> int:
-    """The number of rows in [0, stop) whose bit is set."""
-    whole, rest = divmod(stop, 8)
-    count = int(np.bitwise_count(allowed[:whole]).sum(dtype=np.int64))
-    if rest and whole < allowed.size:
-        count += int(allowed[whole] & ((1 << rest) - 1)).bit_count()
-    return count
 
 
 def _parse(data: bytes) -> Any:

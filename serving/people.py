@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from features.schema import item_key
 from serving.erasure import Certificate, Certificates, Erasure, Ledger
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
+from serving.experiments import seed_of
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Call, Request, address_of, partition_of
 from serving.redis_nodes import required
@@ -32,6 +33,7 @@ Piece = tuple[str, int, bytes]
 """One thing held about a person: "event" or "impression", its log id, and all of it as JSON."""
 
 _KINDS = ("event", "impression")
+_SHARED_ARM = "ARM"
 _ATTEMPTS = 30
 _OF_A_PROFILE = frozenset({"profile_version", "features", "encoder_digest"})
 """Parts of a slate that say which profile it was made from: nobody else's is the same at that version."""
@@ -83,6 +85,17 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedArm:
+    """The arm of experiments that an anonymous user shares with the user they were merged into.
+
+    Attributes:
+        seed: As `experiments.seed_of` says of that user.
+    """
+
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Merged:
     """What moved from one identity to the other.
 
@@ -92,6 +105,8 @@ class Merged:
         refused: Number of events that the known person's own erasure refuses; they are gone.
         left_behind: Number of events in the visitor's profile that the log no longer held; they are forgotten.
         version: Version of the known person's profile that contains all of it; 0 where nothing moved.
+        damaged: True where either profile failed its checks: of a damaged visitor `left_behind` is not known, and the
+            known user's profile contains what moved once it is rebuilt.
     """
 
     events: int
@@ -99,6 +114,7 @@ class Merged:
     refused: int
     left_behind: int
     version: int
+    damaged: bool = False
 
 
 class People:
@@ -142,7 +158,9 @@ class People:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         withheld = Purpose.PERSONALISE not in purposes
-        return self._mark(subject, purposes, withheld, () if withheld else None)
+        # Without MEASURE nobody compares arms, and nothing of it may be kept.
+        kept = self._arm_of(subject) if Purpose.MEASURE in purposes else []
+        return self._mark(subject, purposes, withheld, kept if withheld else None)
 
     def rules(self, subject: str) -> tuple[list[Rule | Setting], int]:
         """How a person wants their answers made, and the log id at which they said so, 0 where they did not.
@@ -150,6 +168,12 @@ class People:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
+        stated, version = self._stated(subject)
+        own = [one for one in stated if not isinstance(one, SharedArm)]
+        return own, version if own or not stated else 0
+
+    def _stated(self, subject: str) -> tuple[list[Rule | Setting | SharedArm], int]:
+        """`rules`, the shared arm among them."""
         return _rules(self._log.nodes.command("HGET", self._log.keys_of(subject).rules, address_of(subject)))
 
     def set_rules(self, subject: str, rules: Sequence[Rule | Setting]) -> tuple[int, bool]:
@@ -162,7 +186,7 @@ class People:
         [consent] = self.consents([subject])
         if rules and Purpose.PERSONALISE not in consent.purposes:
             raise ConsentWithheld("this person allows no personal answers, so their rules are not kept")
-        return self._mark(subject, None, forget=False, rules=rules)
+        return self._mark(subject, None, forget=False, rules=[*rules, *self._arm_of(subject)])
 
     def reset(self, subject: str) -> tuple[int, bool]:
         """Empties a person's profile: what they did until now shapes no answer any more. Returns as `set_consent`.
@@ -219,7 +243,7 @@ class People:
         return self._store.replace(subject, anew)
 
     def merge(self, visitor: str, known: str) -> Merged:
-        """Moves what a visitor did to a known person; the visitor's identity begins anew.
+        """Moves what a visitor did to a known person; the visitor's identity begins anew, in the arm of that person.
 
         Args:
             visitor: Key of the visitor.
@@ -237,6 +261,7 @@ class People:
             raise FailedPrecondition(
                 f"the visitor does not allow all that the person does: set their consent: {missing}"
             )
+        damaged = self._damaged(visitor) or self._damaged(known)
         remembered = self._remembered(visitor)
         for _ in range(_ATTEMPTS):
             newest = self._log.newest_of(visitor)
@@ -244,7 +269,10 @@ class People:
             erased = self._log.begin_anew(visitor, newest)
             if erased:
                 self._store.erase(visitor, erased.log_id)
-                return merged
+                if Purpose.MEASURE in theirs:
+                    # One device asks with either id: both get the answers of one arm.
+                    self._mark(visitor, None, forget=False, rules=[SharedArm(seed_of(known))])
+                return replace(merged, damaged=damaged)
             # They have done more meanwhile: what was copied is known again, and counts once.
         raise Unavailable("this visitor does more all the time: repeat it", retry_after_ms=1000)
 
@@ -308,8 +336,18 @@ class People:
         except ProfileCorrupt:
             return 0
 
+    def _arm_of(self, subject: str) -> list[SharedArm]:
+        """The shared arm, which outlives what the user says of their answers; none for a user who shares none."""
+        if not subject.startswith("a:"):
+            return []
+        return [one for one in self._stated(subject)[0] if isinstance(one, SharedArm)]
+
     def _mark(
-        self, subject: str, purposes: Purpose | None, forget: bool, rules: Sequence[Rule | Setting] | None = None
+        self,
+        subject: str,
+        purposes: Purpose | None,
+        forget: bool,
+        rules: Sequence[Rule | Setting | SharedArm] | None = None,
     ) -> tuple[int, bool]:
         address, keys = address_of(subject), self._log.keys_of(subject)
         said = b"" if purposes is None else b"%d" % purposes
@@ -317,11 +355,32 @@ class People:
         ruled = () if stored is None else (stored, _in_words(rules or ()))
         call = Call(PERSON_MARK, (keys.events, keys.people, keys.rules), (address, said, int(forget), *ruled))
         mark = Mark(log_id(self._log.nodes.run(call)), address, purposes, forget, stored)
+        partition = partition_of(subject, self._log.partitions)
         try:
-            self._store.mark(partition_of(subject, self._log.partitions), mark)
+            self._store.mark(partition, mark)
+            if not forget and self._store.damaged([subject]):
+                self._store.set_aside(subject)
+                self._store.mark_many([(partition, one) for one in self._said_before(subject)])
         except Unavailable:
             return mark.log_id, False
         return mark.log_id, True
+
+    def _damaged(self, subject: str) -> bool:
+        """Returns True where the stored profile cannot be read."""
+        try:
+            self._store.read(subject)
+        except ProfileCorrupt:
+            return True
+        return False
+
+    def _said_before(self, subject: str) -> list[Mark]:
+        """All that the log knows the user to have said, for a profile that lost it."""
+        address, [consent] = address_of(subject), self.consents([subject])
+        found = [Mark(consent.forgotten, address, forget=True)] if consent.forgotten else []
+        if consent.said_at:
+            found.append(Mark(consent.said_at, address, consent.purposes))
+        rules, said_at = self._stated(subject)
+        return [*found, Mark(said_at, address, rules=_stored(rules))] if said_at else found
 
     def _found(self, subject: str, event_id: str) -> Entry | None:
         """The event of this id: where its key says, or else by looking through all of the person's events."""
@@ -379,11 +438,14 @@ class People:
             self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
 
     def _moved_impressions(self, visitor: str, known: str) -> int:
-        """Slates as the known person's own; those that an earlier try has moved are not moved again."""
+        """Slates as the known person's own, marked as merged; those that an earlier try has moved stay as they are.
+
+        They were shown in the arm of the anonymous id, so who compares arms must be able to tell them apart.
+        """
         there = {payload for kind, _, payload in self.held(known, "impression") if kind == "impression"}
         moved = 0
         for entries in self._log.history(visitor, impressions=True):
-            own = [_renamed(entry.payload, known, _OF_A_PROFILE) for entry in entries]
+            own = [_renamed(entry.payload, known, _OF_A_PROFILE, merged=True) for entry in entries]
             new = [LoggedImpression(known, int(json.loads(one)["timestamp"]), one) for one in own if one not in there]
             self._log.append_impressions(new)
             moved += len(own)
@@ -429,35 +491,42 @@ def _consent(value: bytes | None, default: Purpose) -> Consent:
     return Consent(default if said == b"-" else Purpose(int(said)), log_id(at), log_id(forgotten))
 
 
-def _rules(value: bytes | None) -> tuple[list[Rule | Setting], int]:
+def _rules(value: bytes | None) -> tuple[list[Rule | Setting | SharedArm], int]:
     """Rules as the log holds them in words, and where it does."""
     if value is None:
         return [], 0
     at, _, words = value.partition(b" ")
-    said: list[tuple[str, str, Any]] = json.loads(words)
-    return [
-        Rule(Kind[kind], name, value) if kind in Kind.__members__ else Setting(Dial[kind], name, value)
-        for kind, name, value in said
-    ], log_id(at)
+    return [_of_words(*words) for words in json.loads(words)], log_id(at)
 
 
-def _in_words(rules: Sequence[Rule | Setting]) -> bytes:
-    said = [
+def _of_words(kind: str, name: str, value: Any) -> Rule | Setting | SharedArm:
+    if kind == _SHARED_ARM:
+        return SharedArm(int(value))
+    return Rule(Kind[kind], name, value) if kind in Kind.__members__ else Setting(Dial[kind], name, value)
+
+
+def _words_of(rule: Rule | Setting | SharedArm) -> list[Any]:
+    if isinstance(rule, SharedArm):
+        return [_SHARED_ARM, "", rule.seed]
+    return (
         [rule.kind.name, rule.name, rule.until] if isinstance(rule, Rule) else [rule.dial.name, rule.name, rule.value]
-        for rule in rules
-    ]
-    return json.dumps(said, ensure_ascii=False).encode()
+    )
 
 
-def _stored(rules: Sequence[Rule | Setting]) -> bytes:
+def _in_words(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
+    return json.dumps([_words_of(rule) for rule in rules], ensure_ascii=False).encode()
+
+
+def _stored(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
     """Rules as a profile holds them."""
     hidden = [(item_key(rule.name), rule.until, rule.kind) for rule in rules if isinstance(rule, Rule)]
     turned = [(one.dial, item_key(one.name), one.value) for one in rules if isinstance(one, Setting)]
-    return controls.encode(np.concatenate([np.array(hidden, RULE), controls.dial_rules(turned)]))
+    shared = [controls.arm_rule(one.seed) for one in rules if isinstance(one, SharedArm)]
+    return controls.encode(np.concatenate([np.array(hidden, RULE), controls.dial_rules(turned), *shared]))
 
 
-def _renamed(payload: bytes, subject: str, without: Collection[str] = ()) -> bytes:
-    """An event or a slate, as another person's, without some of its parts."""
-    value = json.loads(payload) | {"user_id": subject[2:], "anonymous": subject.startswith("a:")}
+def _renamed(payload: bytes, subject: str, without: Collection[str] = (), **more: Any) -> bytes:
+    """An event or a slate, as another person's, without some of its parts and with others."""
+    value = json.loads(payload) | {"user_id": subject[2:], "anonymous": subject.startswith("a:"), **more}
     value = {name: part for name, part in value.items() if name not in without}
     return json.dumps(value, ensure_ascii=False).encode()

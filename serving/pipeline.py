@@ -1,216 +1,59 @@
 """A ranking request in one function, and the contracts of its stages.
 
-A candidate is a row number of the catalogue; a set of candidates is arrays, never objects. Only `Pipeline.run`
-applies what stages return, times them, counts them and checks the deadline between them, so the whole behaviour under
-failure is to be read here:
+A candidate is a row number of the catalogue; a set of candidates is arrays, never objects. Only the runner applies what
+stages return, times them, counts them and checks the deadline between them, so the whole behaviour under failure is to
+be read here:
 
-| stage      | returns                 | when it fails                                                        |
-|------------|-------------------------|----------------------------------------------------------------------|
-| Hydrator   | nothing; fills query    | the query stays as it is, the answer is marked                       |
-| Source     | rows, scores            | skipped, marked                                                      |
-| Filter     | bool mask               | required: the request fails; personal: the popular pool only, marked |
-| Scorer     | float32, same length    | interleaved source ranks, marked                                     |
-| Adjuster   | float32, same length    | the scores stay as they are, marked                                  |
-| Selector   | positions, propensities | plain top-k, marked                                                  |
-| Explainer  | reasons per item        | no reasons, counted                                                  |
-| SideEffect | nothing; never blocks   | counted                                                              |
+| stage      | returns                  | when it fails                                                        |
+|------------|--------------------------|----------------------------------------------------------------------|
+| Hydrator   | nothing; fills query     | the query stays as it is, the answer is marked                       |
+| Filter     | a bitmap, later a mask   | required: the request fails; personal: the popular pool only, marked |
+| Source     | rows, scores             | skipped, marked; the tiers below fill the page                       |
+| Scorer     | float32, same length     | interleaved source ranks, marked                                     |
+| Adjuster   | float32, same length     | the scores stay as they are, marked                                  |
+| Selector   | positions, propensities  | plain top-k, marked                                                  |
+| Explainer  | reasons per item         | no reasons, counted                                                  |
+| SideEffect | nothing; never blocks    | counted                                                              |
+
+**A full page.** The filters work twice. Before retrieval they take their rows out of one bitmap that every source
+reads, so what may not be shown never takes the place of what may. Afterwards they prove each candidate, because the
+bitmap is only as young as the second. Sources stand in tiers, the most personal first, and the runner goes down until
+the candidates fill the page. Items of a lower tier stand behind those of the tiers above: the scorer sees to that, and
+only a dial of the user lifts them. So the rung of an answer is that of the highest tier with an item on the page, which
+is the tier of its first item. Extras (what is new, what a dial asks for) compete beside the tier that serves. They fill
+no page: where there are too few other candidates, the tiers below are asked too.
+
+**A short page** says why. `dropped` counts the items that each filter held back, of the catalogue or, where the caller
+brought the candidates, of those; each item once, by the first filter in the order eligible, excluded, blocked, seen.
+A source that failed is marked. Without either, the method has no more candidates.
+
+**Little time.** Where less than a tenth of the request's time is left, extras, scorer and explainers do not start: the
+order is that of the interleaved source ranks, and the answer is marked DEADLINE. Where none is left, the request fails.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import History
-from features.controls import Dial, Dials, Rules, no_rules
-from features.profile import Profile
+from features.controls import Kind, blocked
+from features.schema import item_keys
+from serving.bitmap import Bitmap
 from serving.errors import DeadlineExceeded, ServingError
+from serving.query import POPULAR, Candidates, Mask, Proposal, Query, Reason, Rows, Scores, Slate, Unknown
 
-Rows = npt.NDArray[np.int32]
-Scores = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-
-POPULAR = "popular"
-"""Name of the source whose items may be shown to anybody, also when personal blocks cannot be read."""
-
-NEIGHBORS, SEGMENT, WANTED = "neighbors", "popular_in_segment", "wanted"
-"""Names of sources whose scores the feed reads where there is no user vector."""
+RESERVE = 0.1
+"""Share of a request's time that belongs to the stages it cannot do without."""
 
 _NO_ROWS = np.empty(0, np.int32)
 _log = logging.getLogger(__name__)
-
-
-class Degraded(NamedTuple):
-    """One thing an answer gave up: the part, by its name in the contract, and why."""
-
-    part: str
-    reason: str
-
-
-class Reason(NamedTuple):
-    """Why an item is in a slate: a kind, the row of the item it points at (-1 for none), words, and a strength."""
-
-    kind: str
-    row: int
-    text: str
-    weight: float
-
-
-@dataclass(slots=True)
-class Query:
-    """One ranking request, and what hydrators find out about it.
-
-    Attributes:
-        request_id: The attribution token.
-        subject: Key of the person, "" where nobody is named.
-        now_ms: Time of the request, ms.
-        deadline: When the answer must be there, on the clock of `time.monotonic`, seconds.
-        page_size: Number of items wanted.
-        surface: Where the answer is shown.
-        session_id: The visit.
-        context: What the caller says of the request, to be logged with the impression; by column of that table.
-        text: The words searched for.
-        rows: The caller's candidates, where it brought some.
-        upstream: The caller's scores of `rows`.
-        upstream_weight: Weight of `upstream` against the personal score.
-        seeds: Rows to find neighbours of.
-        exclude: Rows never to return.
-        personalize: Whether what the person did may be used.
-        explain: Whether reasons are wanted.
-        arm: Name of the holdout arm; `holdout` says whether the person is held out, `bucket` the hash that decided it.
-        min_profile_version: Profile version to wait for, 0 for none.
-        min_catalog_version: Catalogue version to wait for, 0 for none.
-        profile: The person's profile, once read.
-        withheld: Whether the person does not allow personal answers.
-        rules: What the person never wants to be shown; RULE [n].
-        dials: How the person, or this request, wants the answer made.
-        moves: How far each turned dial moved each candidate's score, where reasons are wanted; float32 [n].
-        segment: Who they are: the category they choose most, where there is a table of what such people like, else "".
-        history: Its events as this bundle sees them.
-        seen: Rows the person need not be shown again.
-        user_vector: The person in the embedding space; float32 [D].
-        query_vector: The words in the embedding space; float32 [D].
-        tokens: The text tokens of the words; uint32.
-        encoded: What the user encoder read: rows and types, two int64 [length].
-        probabilities: Probability per action of the candidates that were scored; float32 [n, A].
-        features: What the ranker read of them, where that is to be logged; float32 [n, F].
-        rung: The level of personalisation reached.
-        catalog_version: Version of the catalogue the answer is made from.
-        degraded: What was given up.
-    """
-
-    request_id: str
-    subject: str
-    now_ms: int
-    deadline: float
-    page_size: int
-    surface: str = ""
-    session_id: str = ""
-    context: Mapping[str, Any] = field(default_factory=dict)
-    text: str = ""
-    rows: Rows | None = None
-    upstream: Scores | None = None
-    upstream_weight: float = 1.0
-    seeds: Rows = field(default_factory=lambda: _NO_ROWS)
-    exclude: Rows = field(default_factory=lambda: _NO_ROWS)
-    personalize: bool = True
-    explain: bool = False
-    arm: str = ""
-    holdout: bool = False
-    bucket: int = 0
-    min_profile_version: int = 0
-    min_catalog_version: int = 0
-    profile: Profile | None = None
-    withheld: bool = False
-    rules: Rules = field(default_factory=no_rules)
-    dials: Dials = field(default_factory=dict)
-    moves: dict[tuple[Dial, int], Scores] = field(default_factory=dict)
-    segment: str = ""
-    history: History | None = None
-    seen: Rows = field(default_factory=lambda: _NO_ROWS)
-    user_vector: Scores | None = None
-    query_vector: Scores | None = None
-    tokens: npt.NDArray[np.uint32] | None = None
-    encoded: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
-    probabilities: Scores | None = None
-    features: Scores | None = None
-    rung: str = "popular"
-    catalog_version: int = 0
-    degraded: list[Degraded] = field(default_factory=list)
-
-    def degrade(self, part: str, reason: str) -> None:
-        """Marks the answer: it did without `part` because of `reason`."""
-        self.degraded.append(Degraded(part, reason))
-
-    @property
-    def lowest_rung(self) -> str:
-        """The rung below those that need items of the person's past."""
-        return "segment" if self.segment else "popular"
-
-    def seconds_left(self) -> float:
-        """Time until the deadline in seconds; negative when it is over."""
-        return self.deadline - time.monotonic()
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Candidates in the order in which the sources first named them.
-
-    Attributes:
-        rows: Their rows, each once; int32 [n].
-        scores: What each source said of them, NaN where it did not name them; float32 [sources, n].
-        names: Names of the sources.
-    """
-
-    rows: Rows
-    scores: npt.NDArray[np.float32]
-    names: tuple[str, ...]
-
-    def of(self, source: str) -> Scores:
-        """What a source said of each candidate, NaN where it did not name it; float32 [n]."""
-        if source in self.names:
-            said: Scores = self.scores[self.names.index(source)]
-            return said
-        return np.full(self.rows.size, np.nan, np.float32)
-
-    def take(self, at: Mask | npt.NDArray[np.intp]) -> Candidates:
-        """The candidates at some positions."""
-        return Candidates(self.rows[at], self.scores[:, at], self.names)
-
-
-@dataclass(slots=True)
-class Slate:
-    """The ordered answer.
-
-    Attributes:
-        rows: Its items, best first; int32 [k].
-        scores: Their scores; float32 [k].
-        propensities: Probability that the policy shows the item in its position, NaN where not exact; float64 [k].
-        candidates: What the sources said of them.
-        probabilities: Probability per action; float32 [k, A], or None where the ranker did not run.
-        features: What the ranker read of each item; float32 [k, F], None where that is not to be logged.
-        reasons: Reasons per item, empty unless asked for.
-        moves: How far each turned dial moved each score; float32 [k], none unless reasons are wanted.
-        dropped: Number of candidates dropped, by filter.
-        timings: Microseconds per stage, in order.
-    """
-
-    rows: Rows
-    scores: Scores
-    propensities: npt.NDArray[np.float64]
-    candidates: Candidates
-    probabilities: Scores | None
-    dropped: dict[str, int]
-    timings: list[tuple[str, int]]
-    reasons: list[list[Reason]] = field(default_factory=list)
-    features: Scores | None = None
-    moves: dict[tuple[Dial, int], Scores] = field(default_factory=dict)
+_S = TypeVar("_S", bound="Stage")
 
 
 class Stage(Protocol):
@@ -234,20 +77,36 @@ class Hydrator(Stage, Protocol):
 
 
 class Source(Stage, Protocol):
-    """Proposes candidates."""
+    """Proposes candidates among the rows of `query.allowed`."""
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """Rows, each once, and their scores, best first."""
         ...
 
 
-class Filter(Stage, Protocol):
-    """Says which candidates may stay; `required` when a request without it must fail."""
+class Screen(Stage, Protocol):
+    """Proves candidates; `required` when a request without it must fail."""
 
     required: bool
 
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that may stay."""
+        ...
+
+
+class Eligibility(Screen, Protocol):
+    """The filter that no pipeline goes without: what may be shown at all."""
+
+    def bitmap(self, query: Query) -> tuple[Bitmap, int]:
+        """The rows that may be shown, as a bitmap of the caller's own, and how many of the catalogue may not."""
+        ...
+
+
+class Filter(Screen, Protocol):
+    """Keeps rows out of retrieval, and proves afterwards that they stayed out."""
+
+    def hold_back(self, query: Query, allowed: Bitmap) -> int:
+        """Takes the rows that may not stay out of `allowed`, in place; returns how many were in it."""
         ...
 
 
@@ -307,12 +166,33 @@ class Recorder(Protocol):
         ...
 
 
+class Tier(NamedTuple):
+    """The sources of one level of personalisation.
+
+    Attributes:
+        rung: The level; "" where anybody's candidates are the same and the user's vector, if any, only orders them.
+        sources: Its sources.
+    """
+
+    rung: str
+    sources: Sequence[Source]
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """The stages of one ranking method, and the one function that runs them."""
+    """The stages of one ranking method, and the one function that runs them.
+
+    Attributes:
+        tiers: The tiers of sources, the most personal first.
+        extras: Sources that compete beside whichever tier serves.
+        eligibility: The first filter.
+        filters: The others, in their order.
+    """
 
     hydrators: Sequence[Hydrator]
-    sources: Sequence[Source]
+    tiers: Sequence[Tier]
+    extras: Sequence[Source]
+    eligibility: Eligibility
     filters: Sequence[Filter]
     scorer: Scorer
     adjusters: Sequence[Adjuster]
@@ -328,93 +208,168 @@ class Pipeline:
             DeadlineExceeded: The deadline passed before a stage could start.
             ServingError: A required filter failed: the ineligible is never shown.
         """
-        watch = _Watch(query, self.recorder)
-
-        for hydrator in watch.enabled(self.hydrators):
-            try:
-                hydrator.hydrate(query)
-            except Exception as error:
-                watch.failed(hydrator, hydrator.part, error)
-
-        found: list[tuple[str, Rows, Scores]] = []
-        for source in watch.enabled(self.sources):
-            try:
-                found.append((source.name, *source.retrieve(query)))
-            except Exception as error:
-                watch.failed(source, "SOURCE", error)
-        candidates = merge(found)
-
-        dropped: dict[str, int] = {}
-        for screen in watch.enabled(self.filters):
-            try:
-                mask = screen.keep(query, candidates.rows)
-            except Exception as error:
-                if screen.required:
-                    raise
-                mask = np.isfinite(candidates.of(POPULAR))
-                watch.failed(screen, "PROFILE_STORE", error)
-            kept = candidates.take(mask)
-            if kept.rows.size < candidates.rows.size:
-                dropped[screen.name] = candidates.rows.size - kept.rows.size
-            candidates = kept
-
-        scores: Scores | None = None
-        for scorer in watch.enabled((self.scorer,)):
-            try:
-                scores = _sunk(scorer.score(query, candidates), candidates.rows.size)
-            except Exception as error:
-                query.probabilities = query.features = None
-                watch.failed(scorer, "SCORER", error)
-        if scores is None:
-            scores = interleaved(candidates)
-
-        for adjuster in watch.enabled(self.adjusters):
-            try:
-                scores = _sunk(adjuster.adjust(query, candidates, scores), candidates.rows.size)
-            except Exception as error:
-                query.moves.clear()
-                watch.failed(adjuster, adjuster.part, error)
-
-        selected = None
-        for selector in watch.enabled((self.selector,)):
-            try:
-                selected = selector.select(query, candidates, scores)
-            except Exception as error:
-                watch.failed(selector, "SELECTOR", error)
-        positions, propensities = selected or top_k(scores, query.page_size)
-
-        slate = Slate(
-            rows=candidates.rows[positions],
-            scores=scores[positions],
-            propensities=propensities,
-            candidates=candidates.take(positions),
-            probabilities=None if query.probabilities is None else query.probabilities[positions],
-            dropped=dropped,
-            timings=watch.timings,
-            features=None if query.features is None else query.features[positions],
-            moves={dial: move[positions] for dial, move in query.moves.items()},
-        )
-
-        for explainer in watch.enabled(self.explainers if query.explain else ()):
-            try:
-                slate.reasons = explainer.explain(query, slate)
-            except Exception as error:
-                watch.failed(explainer, "", error)
-        for effect in watch.enabled(self.side_effects):
-            try:
-                effect.apply(query, slate)
-            except Exception as error:
-                watch.failed(effect, "", error)
+        run = _Run(query, self.recorder)
+        self._hydrate(run)
+        if query.rows is None:
+            self._hold_back(run)
+        candidates = self._retrieve(run)
+        scores = self._adjust(run, candidates, self._score(run, candidates))
+        slate = self._select(run, candidates, scores)
+        self._explain(run, slate)
+        self._apply(run, slate)
         return slate
 
+    def _hydrate(self, run: _Run) -> None:
+        for hydrator in run.enabled(self.hydrators):
+            with run.without(hydrator, hydrator.part):
+                hydrator.hydrate(run.query)
 
-def merge(found: Sequence[tuple[str, Rows, Scores]]) -> Candidates:
-    """Joins what the sources found, each row once, in the order in which it was first named."""
-    names = tuple(name for name, _, _ in found)
-    if len(found) == 1:
-        _, rows, scores = found[0]
-        return Candidates(rows.astype(np.int32, copy=False), scores.astype(np.float32, copy=False)[None], names)
-    joined = np.concatenate([rows for _, rows, _ in found]) if found else _NO_ROWS
+    def _hold_back(self, run: _Run) -> None:
+        """Makes the bitmap of the rows that sources may name, and counts those that each filter keeps out of it."""
+        query = run.query
+        begun = run.begin("allowed")
+        query.allowed, run.held_back[self.eligibility.name] = self.eligibility.bitmap(query)
+        for screen in self.filters:
+            if screen.enable(query):
+                with run.reading(screen):
+                    run.held_back[screen.name] = screen.hold_back(query, query.allowed)
+        run.dropped = dict(run.held_back)
+        run.end("allowed", begun)
+
+    def _retrieve(self, run: _Run) -> Candidates:
+        """Goes down the tiers until their candidates fill the page."""
+        proposals: list[Proposal] = []
+        extras: list[Proposal] | None = None
+        kept = Candidates(_NO_ROWS, np.empty((0, 0), np.float32), ())
+        for at, tier in enumerate(self.tiers):
+            named = self._named(run, tier.sources, at)
+            if not any(proposal.rows.size for proposal in named):
+                continue
+            if extras is None:
+                extras = self._named(run, run.optional(self.extras), len(self.tiers))
+            proposals += named
+            kept = self._proved(run, merge([*proposals, *extras]))
+            if fills(kept, len(self.tiers), run.query.page_size):
+                break
+        return kept
+
+    def _named(self, run: _Run, sources: Sequence[Source], tier: int) -> list[Proposal]:
+        proposals: list[Proposal] = []
+        for source in run.enabled(sources):
+            with run.without(source, "SOURCE"):
+                rows, scores = source.retrieve(run.query)
+                proposals.append(Proposal(source.name, rows, scores, tier))
+        return proposals
+
+    def _proved(self, run: _Run, candidates: Candidates) -> Candidates:
+        """The candidates that every filter lets stay; those of the popular pool where a personal one cannot say."""
+        run.dropped = dict(run.held_back)
+        for screen in run.enabled((self.eligibility, *self.filters)):
+            mask: Mask | None = None
+            if screen.name not in run.blind:
+                with run.reading(screen):
+                    mask = screen.keep(run.query, candidates.rows)
+            if mask is None:
+                mask = np.isfinite(candidates.of(POPULAR))
+            if not mask.all():
+                run.drop(screen.name, int((~mask).sum()))
+                candidates = candidates.take(mask)
+        return candidates
+
+    def _score(self, run: _Run, candidates: Candidates) -> Scores:
+        scores: Scores | None = None
+        for scorer in run.enabled(run.optional((self.scorer,))):
+            with run.without(scorer, "SCORER"):
+                scores = _sunk(scorer.score(run.query, candidates), candidates.rows.size)
+        if scores is None:
+            run.query.probabilities = run.query.features = None
+            return interleaved(candidates)
+        return scores
+
+    def _adjust(self, run: _Run, candidates: Candidates, scores: Scores) -> Scores:
+        for adjuster in run.enabled(self.adjusters):
+            try:
+                scores = _sunk(adjuster.adjust(run.query, candidates, scores), candidates.rows.size)
+            except Exception as error:
+                run.query.moves.clear()
+                run.failed(adjuster, adjuster.part, error)
+        return scores
+
+    def _select(self, run: _Run, candidates: Candidates, scores: Scores) -> Slate:
+        query, selected = run.query, None
+        for selector in run.enabled((self.selector,)):
+            with run.without(selector, "SELECTOR"):
+                selected = selector.select(query, candidates, scores)
+        positions, propensities = selected or top_k(scores, query.page_size)
+        unknown = self._seated(run, candidates.rows)
+        if unknown:
+            room = query.page_size - len(unknown)
+            positions, propensities = positions[:room], propensities[:room]
+        chosen = candidates.take(positions)
+        query.rung = self._rung(query, chosen)
+        return Slate(
+            rows=chosen.rows,
+            scores=scores[positions],
+            propensities=propensities,
+            candidates=chosen,
+            probabilities=None if query.probabilities is None else query.probabilities[positions],
+            dropped={name: count for name, count in run.dropped.items() if count},
+            timings=run.timings,
+            features=None if query.features is None else query.features[positions],
+            moves={dial: move[positions] for dial, move in query.moves.items()},
+            unknown=unknown,
+        )
+
+    def _seated(self, run: _Run, kept: Rows) -> tuple[Unknown, ...]:
+        """The candidates that the catalogue does not know and no filter holds back, at their places on the page."""
+        query = run.query
+        if not query.unknown or query.rows is None:
+            return ()
+        wanted = [unknown for unknown in query.unknown if unknown.item_id not in query.exclude_unknown]
+        run.drop("excluded", len(query.unknown) - len(wanted))
+        keys = item_keys([unknown.item_id for unknown in wanted])
+        stays = ~np.isin(keys, blocked(query.rules, Kind.ITEM, query.now_ms))
+        run.drop("blocked", int((~stays).sum()))
+        order = slice(None) if query.upstream is None else np.argsort(-query.upstream, kind="stable")
+        above = np.concatenate([[0], np.cumsum(np.isin(query.rows[order], kept))])
+        left = (unknown for unknown, stay in zip(wanted, stays.tolist(), strict=True) if stay)
+        seated = (unknown._replace(place=int(above[unknown.place]) + at) for at, unknown in enumerate(left))
+        return tuple(unknown for unknown in seated if unknown.place < query.page_size)
+
+    def _rung(self, query: Query, chosen: Candidates) -> str:
+        """The rung of the highest tier with an item on the page."""
+        if not chosen.rows.size:
+            return "popular"
+        tier = int(chosen.tier_of_each().min())
+        if tier == len(self.tiers):
+            tier = min(chosen.tiers)  # extras alone: they were chosen beside the candidates of this tier
+        return self.tiers[tier].rung or ("popular" if query.user_vector is None else "sequence")
+
+    def _explain(self, run: _Run, slate: Slate) -> None:
+        if run.query.explain:
+            for explainer in run.enabled(run.optional(self.explainers)):
+                with run.without(explainer):
+                    slate.reasons = explainer.explain(run.query, slate)
+
+    def _apply(self, run: _Run, slate: Slate) -> None:
+        for effect in run.enabled(self.side_effects):
+            with run.without(effect):
+                effect.apply(run.query, slate)
+
+
+def merge(proposals: Sequence[Proposal]) -> Candidates:
+    """Joins what the sources named, each row once, in the order in which it was first named.
+
+    A source that is asked in two tiers counts as one, of the higher tier.
+    """
+    tiers: dict[str, int] = {}
+    for proposal in proposals:
+        tiers.setdefault(proposal.name, proposal.tier)
+    names, levels = tuple(tiers), tuple(tiers.values())
+    if len(proposals) == 1:
+        _, rows, scores, _ = proposals[0]
+        return Candidates(rows.astype(np.int32, copy=False), scores.astype(np.float32, copy=False)[None], names, levels)
+    joined = np.concatenate([proposal.rows for proposal in proposals])
     # Of a row that comes again the last write stands, so written backwards the first place of each remains; no cell is
     # read that was not written. Several times as quick as sorting.
     first_at = np.empty(int(joined.max(initial=-1)) + 1, np.intp)
@@ -422,16 +377,25 @@ def merge(found: Sequence[tuple[str, Rows, Scores]]) -> Candidates:
     first = first_at[joined]
     new = first == np.arange(joined.size)
     place = (np.cumsum(new) - 1)[first]
-    table = np.full((len(found), int(new.sum())), np.nan, np.float32)
+    table = np.full((len(names), int(new.sum())), np.nan, np.float32)
     start = 0
-    for at, (_, rows, scores) in enumerate(found):
-        table[at, place[start : start + rows.size]] = scores
-        start += rows.size
-    return Candidates(joined[new].astype(np.int32, copy=False), table, names)
+    for proposal in proposals:
+        end = start + proposal.rows.size
+        table[names.index(proposal.name), place[start:end]] = proposal.scores
+        start = end
+    return Candidates(joined[new].astype(np.int32, copy=False), table, names, levels)
+
+
+def fills(candidates: Candidates, tiers: int, page_size: int) -> bool:
+    """Returns True where the candidates that a source of one of the `tiers` named, extras left out, are a page."""
+    if max(candidates.tiers, default=0) < tiers:
+        return candidates.rows.size >= page_size
+    named = ~np.isnan(candidates.scores[np.array(candidates.tiers) < tiers])
+    return int(named.any(axis=0).sum()) >= page_size
 
 
 def interleaved(candidates: Candidates) -> Scores:
-    """What stands in for a score when there is none: minus the best rank that any source gave; float32 [n]."""
+    """A stand-in for scores: minus the best rank that any source gave, tier behind tier; float32 [n]."""
     if not candidates.names:
         return np.empty(0, np.float32)
     sunk = np.where(np.isnan(candidates.scores), -np.inf, candidates.scores)
@@ -439,6 +403,8 @@ def interleaved(candidates: Candidates) -> Scores:
     ranks = np.empty(order.shape, np.float32)
     np.put_along_axis(ranks, order, np.arange(order.shape[1], dtype=np.float32)[None], axis=1)
     ranks[np.isnan(candidates.scores)] = np.inf
+    if candidates.tiers:
+        ranks += np.array(candidates.tiers, np.float32)[:, None] * candidates.rows.size
     best: Scores = ranks.min(axis=0)
     return -best
 
@@ -456,26 +422,58 @@ def _sunk(scores: Scores, count: int) -> Scores:
     return np.where(np.isfinite(scores), scores, np.float32(-np.inf)).astype(np.float32, copy=False)
 
 
-class _Watch:
-    """Times the stages, and starts none of them after the deadline."""
+class _Run:
+    """One request on its way: times the stages, starts none of them after the deadline, and notes what fails."""
 
     def __init__(self, query: Query, recorder: Recorder) -> None:
-        self._query, self._recorder = query, recorder
+        self.query, self._recorder = query, recorder
         self.timings: list[tuple[str, int]] = []
+        self.held_back: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+        self.blind: set[str] = set()
 
-    def enabled(self, stages: Sequence[Any]) -> Any:
+    def enabled(self, stages: Sequence[Any]) -> Iterator[Any]:
         """Yields each stage that is enabled and takes the time until it is done with."""
-        query = self._query
         for stage in stages:
-            if not stage.enable(query):
-                continue
-            begun = time.monotonic()
-            if begun > query.deadline:
-                raise DeadlineExceeded(f"the deadline passed before {stage.name}; give the call more time")
-            yield stage
-            spent = int((time.monotonic() - begun) * 1e6)
-            self.timings.append((stage.name, spent))
-            self._recorder.stage(stage.name, spent)
+            if stage.enable(self.query):
+                begun = self.begin(stage.name)
+                yield stage
+                self.end(stage.name, begun)
+
+    def begin(self, name: str) -> float:
+        """Starts a stage, unless the deadline has passed; returns the time."""
+        begun = time.monotonic()
+        if begun > self.query.deadline:
+            raise DeadlineExceeded(f"the deadline passed before {name}; give the call more time")
+        return begun
+
+    def end(self, name: str, begun: float) -> None:
+        """Notes how long a stage took."""
+        spent = int((time.monotonic() - begun) * 1e6)
+        self.timings.append((name, spent))
+        self._recorder.stage(name, spent)
+
+    def optional(self, stages: Sequence[_S]) -> Sequence[_S]:
+        """Returns the stages where there is time for them; else none, and marks those that had something to do."""
+        query = self.query
+        if query.seconds_left() >= RESERVE * (query.deadline - query.begun):
+            return stages
+        left_out = [stage.name for stage in stages if stage.enable(query)]
+        if left_out:
+            query.degrade("DEADLINE", f"{', '.join(left_out)} left out: less than {RESERVE:.0%} of the time was left")
+        return ()
+
+    def without(self, stage: Stage, part: str = "") -> _Guard:
+        """Lets the request go on without a stage that fails; `part` names it in the answer."""
+        return _Guard(self, stage, part)
+
+    def reading(self, screen: Screen) -> _Guard:
+        """Lets the request go on without a filter that fails, the popular pool alone staying; never a required one."""
+        return _Guard(self, screen, "PROFILE_STORE", screen)
+
+    def drop(self, name: str, count: int) -> None:
+        """Counts items that a filter held back."""
+        self.dropped[name] = self.dropped.get(name, 0) + count
 
     def failed(self, stage: Stage, part: str, error: Exception) -> None:
         """Notes that the request goes on without a stage; the deadline itself is never swallowed."""
@@ -485,4 +483,26 @@ class _Watch:
         if not isinstance(error, ServingError):
             _log.error("stage %s failed; the answer goes on without it", stage.name, exc_info=error)
         if part:
-            self._query.degrade(part, str(error))
+            self.query.degrade(part, str(error))
+
+
+class _Guard:
+    """A `with` block around a stage that may fail; a class, as a generator would cost more than some stages."""
+
+    __slots__ = ("_part", "_run", "_screen", "_stage")
+
+    def __init__(self, run: _Run, stage: Stage, part: str, screen: Screen | None = None) -> None:
+        self._run, self._stage, self._part, self._screen = run, stage, part, screen
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if self._screen is not None:
+            if self._screen.required:
+                return False
+            self._run.blind.add(self._screen.name)
+        self._run.failed(self._stage, self._part, error)
+        return True

@@ -24,6 +24,7 @@ from features.profile import (
     EVICTED_CAP,
     HEADER_SIZE,
     RECORD,
+    REPAIR,
     RING,
     Profile,
     Purpose,
@@ -342,10 +343,55 @@ class ProfileStore:
             split(blob)
         except ProfileCorrupt:
             consent = _consent(blob)
-            kept = profile if consent is None or Purpose.PERSONALISE in consent else empty()
+            kept = profile if consent is None or Purpose.PERSONALISE in consent else replace(empty(), lost=profile.lost)
             new = encode(replace(kept, consent=consent), *_marks(blob))
             return int(self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, new)))
         return 0
+
+    def set_aside(self, subject: str) -> bool:
+        """Puts a profile whose past is lost in the place of a damaged one, so that what the user says next holds.
+
+        It keeps what the damaged header says of consent, and up to where it forgets.
+
+        Returns:
+            True where it was damaged.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
+        """
+        return bool(self._mend(subject, replace(empty(), lost=True)))
+
+    def damaged(self, subjects: Sequence[str]) -> list[str]:
+        """Those whose profile cannot be read, or has lost its past.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer.
+        """
+        wanted: list[Request] = [("GETRANGE", self.key_of(subject), 0, self._giant) for subject in subjects]
+        replies = self._nodes.run_all(wanted)
+        broken = [isinstance(reply, ProfileCorrupt) for reply in replies]
+        required([reply for reply, bad in zip(replies, broken, strict=True) if not bad])
+        return [
+            subject
+            for subject, bad, blob in zip(subjects, broken, replies, strict=True)
+            if bad or (blob and _is_damaged(blob))
+        ]
+
+    def start_over(self, subject: str) -> None:
+        """Leaves of a damaged profile what can be read and has lost nothing, so that the rest can be applied again.
+
+        That is its state, or else nothing but consent; marks of the log bring the rest of what the user said.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer, or others will not stop changing it; a repeat is safe.
+        """
+        # A mark of nothing: a value that is no profile at all gives way to one whose past is lost.
+        self.mark(partition_of(subject, len(self._prefixes)), Mark(0, address_of(subject)))
+        for _ in range(_PATIENT_ATTEMPTS):
+            blob = self._blob(subject)
+            if self._nodes.run(self._call(PROFILE_REPLACE, subject, blob, _readable(blob))):
+                return
+        raise ProfileStoreUnavailable("this profile keeps changing; try again", retry_after_ms=1000)
 
     def leave(self, before_ms: int) -> int:
         """Drops the events of everybody whose newest one is from before a time; what they allow and want stays.
@@ -405,7 +451,7 @@ class ProfileStore:
         blob: bytes = self._nodes.command("GETRANGE", self.key_of(subject), 0, self._giant)
         if len(blob) > self._giant:
             self._telemetry.count("profile_corrupt")
-            raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have")
+            raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have; {REPAIR}")
         return blob
 
     def _application(self, subject: str, entries: Entries) -> Call:
@@ -432,11 +478,30 @@ class ProfileStore:
         message = str(error)
         if "CORRUPT" in message or "WRONGTYPE" in message:
             self._telemetry.count("profile_corrupt")
-            return ProfileCorrupt(f"the stored profile is damaged ({message}); rebuild it: penchant profiles rebuild")
+            return ProfileCorrupt(f"the stored profile is damaged ({message}); {REPAIR}")
         if "TAILFULL" in message:
             reason = "this person sends events faster than they are folded; slow down"
             return TailFull(reason, field="subject", retry_after_ms=1000)
         return serving_error(error, ProfileStoreUnavailable)
+
+
+def _is_damaged(blob: bytes) -> bool:
+    try:
+        return split(blob).state.lost
+    except ProfileCorrupt:
+        return True
+
+
+def _readable(blob: bytes) -> bytes:
+    """A stored profile without its tail, and without a state that is damaged or has lost its past."""
+    end = HEADER_SIZE + int.from_bytes(blob[8:12], "little") + int.from_bytes(blob[12:16], "little")
+    try:
+        stored = split(blob[:end])
+    except ProfileCorrupt:
+        return encode(replace(empty(), consent=_consent(blob)), *_marks(blob))
+    state = stored.state
+    kept = replace(empty(), consent=state.consent, rules=state.rules) if state.lost else state
+    return encode(kept, *stored.versions)
 
 
 def _consent(blob: bytes) -> Purpose | None:

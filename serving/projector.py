@@ -18,13 +18,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
 from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Purger
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
-from serving.events import Entry, EventLog, sound
+from serving.events import Entry, EventLog, awaited_partitions, sound
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
 from serving.telemetry import Telemetry
@@ -312,15 +312,17 @@ class Projector:
 def run(
     redis_url: str,
     events_redis_url: str,
-    partitions: int = 16,
+    partitions: int | None = None,
     stop: threading.Event | None = None,
     *,
     purge_s: float = PURGE_S,
     idle: Idle | None = None,
+    ready: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
-    It also has the bytes of what was erased removed from the disks, every `purge_s` seconds.
+    It also has the bytes of what was erased removed from the disks, every `purge_s` seconds. Without a number of
+    partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`.
 
     Raises:
         ConfigError: A URL is wrong, or the log has another number of partitions.
@@ -330,6 +332,8 @@ def run(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
+        partitions = awaited_partitions(events, partitions, stop)
+        ready({"pid": os.getpid(), "partitions": partitions})
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
         store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
         log = EventLog(events, partitions)

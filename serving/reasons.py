@@ -7,7 +7,7 @@ import numpy as np
 from features.catalog import Catalog
 from features.controls import Dial
 from features.transforms import item_text, text_tokens, words
-from serving.pipeline import POPULAR, SEGMENT, Query, Reason, Rows, Scores, Slate
+from serving.query import POPULAR, SEGMENT, Query, Reason, Rows, Scores, Slate
 
 _NONE = -1
 _ASKED = {

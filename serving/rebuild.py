@@ -23,14 +23,17 @@ from features.content import codes, is_present
 from features.errors import ProfileCorrupt, TablesError
 from features.events import Events, complete
 from features.histories import Logged, history_keys
-from features.profile import RECORD, Profile, Records, Retention, empty, fold, make_records
+from features.intake import REJECTED_SHARE, admit
+from features.profile import PAST_LOST, RECORD, Profile, Records, Retention, empty, fold, make_records
 from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.tables import Dataset, open_dataset, order_events, read_info, read_table, table_path
 from features.vocabulary import Vocabulary
-from serving.events import Entry, EventLog, partitions_of, sound
+from serving.errors import ProfileStoreUnavailable
+from serving.events import Entry, EventLog, partitions_for, partitions_of, sound
 from serving.people import marks
-from serving.profiles import Applied, ProfileStore, TailFull
-from serving.redis_client import connect, partition_of
+from serving.profiles import Applied, Mark, ProfileStore, TailFull
+from serving.redis_client import address_of, connect, partition_of
+from serving.redis_nodes import Nodes, agreed_partitions
 from serving.scripts import LIVE, SEQUENCE_BITS
 from serving.warehouse_tables import subject_of, user_id_of
 
@@ -96,8 +99,9 @@ def rebuild(
     redis_url: str,
     events_redis_url: str | None = None,
     *,
-    partitions: int = 16,
+    partitions: int | None = None,
     retention: Retention | None = None,
+    max_rejected_share: float = REJECTED_SHARE,
 ) -> dict[str, Any]:
     """Folds the events of a data set, the warehouse among them, into profiles and stores those.
 
@@ -110,24 +114,27 @@ def rebuild(
         data: Directory of the data set.
         redis_url: The profiles Redis.
         events_redis_url: The Redis of the event log, where it is another; there must be a log, as `serve` makes it.
-        partitions: Partitions of the event log.
+        partitions: Partitions of the event log; None: as the log says.
         retention: How long events stay in profiles.
+        max_rejected_share: Share of a table's rows that may be malformed.
 
     Returns:
-        `profiles` written, `kept` as they were, `events` folded, `applied` from the log, `rejected` rows of the data
-        set, `seconds`.
+        `profiles` written, `kept` as they were, `events` folded, `applied` from the log, `seconds`, and what was left
+        out of the data set, as `features.intake.summary` says.
 
     Raises:
-        TablesError: The data set cannot be read.
+        TablesError: The data set cannot be read, or too many of its rows are malformed; nothing is stored.
         ConfigError: The URL is wrong, no event log is there, or it has another number of partitions.
         Unavailable: A Redis does not answer; a repeat is safe.
     """
     begun = time.monotonic()
     since = int(read_info(data).get("until", 0))
     dataset, kept = _history(data), retention or Retention({})
+    left_out = admit(dataset.intake, max_rejected_share, "--max-rejected-share ", dataset.info.get("time_units"))
     with connect(redis_url, _TIMEOUT_S) as client, connect(events_redis_url or redis_url, _TIMEOUT_S) as events:
         # Without the log, whoever was erased or withdrew their consent would have a profile again.
         partitions_of(events)
+        partitions = partitions_for(events, partitions)
         store, log = ProfileStore(client, partitions), EventLog(events, partitions)
         store.open()
         log.open()
@@ -138,13 +145,13 @@ def rebuild(
         loaded = store.put_states(_states(dataset, store, log, kept, undone))
         # Who takes the place of a damaged profile knows nothing of it yet.
         store.mark_many(said)
-        applied = sum(_apply(entries, store, kept) for entries in _logged(log, since))
+        applied = sum(_apply(entries, store, kept, said) for entries in _logged(log, since))
     return {
         "profiles": loaded.written,
         "kept": loaded.kept,
         "events": dataset.events.num_rows,
         "applied": applied,
-        "rejected": len(dataset.rejected),
+        **left_out,
         "seconds": round(time.monotonic() - begun, 3),
     }
 
@@ -184,33 +191,37 @@ def rehydrate(
     return store.put_states(states.items()).written
 
 
-def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: int = 16) -> dict[str, Any]:
+def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: int | None = None) -> dict[str, Any]:
     """One profile as a person would read it.
 
     Args:
         user: The person, as the warehouse names them: `a:` and the anonymous id of a visitor.
         redis_url: The profiles Redis.
         bundle: Names items, categories and event types; without it items are shown by their key.
-        partitions: Partitions of the event log.
+        partitions: Partitions of the event log; None: as the profiles say.
 
     Returns:
-        `user`, `found`, `profile_version`, `event_count`, `seen_only` (items remembered only as seen), `categories`
-        {name: share} and the newest `events`, newest first.
+        `user`, `found`, `damage` (what is wrong with the stored profile and how it is repaired; "" where it is whole),
+        `profile_version`, `event_count`, `seen_only` (items remembered only as seen), `categories` {name: share} and
+        the newest `events`, newest first. Of a profile that cannot be read, the first three.
 
     Raises:
-        ProfileCorrupt: The stored profile is damaged.
         BundleError: The bundle is damaged.
         ConfigError: The URL is wrong.
         ProfileStoreUnavailable: Redis does not answer.
     """
     with connect(redis_url, _TIMEOUT_S) as client:
-        store = ProfileStore(client, partitions)
+        store = ProfileStore(client, agreed_partitions(Nodes(client, ProfileStoreUnavailable), partitions))
         store.open()
-        profile = store.read(subject_of(user))
+        try:
+            profile = store.read(subject_of(user))
+        except ProfileCorrupt as error:
+            return {"user": user, "found": True, "damage": str(error)}
     items, types = _names(profile, bundle)
     return {
         "user": user,
-        "found": profile.count > 0,
+        "found": profile.count > 0 or profile.lost,
+        "damage": PAST_LOST if profile.lost else "",
         "profile_version": profile.version,
         "event_count": profile.count,
         "seen_only": int(profile.evicted.size),
@@ -228,8 +239,14 @@ def _logged(log: EventLog, after: int) -> Iterator[list[Entry]]:
             place = entries[-1].log_id
 
 
-def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) -> int:
-    """Applies events of one partition to the profiles that lack them; returns the number of those."""
+def _apply(
+    entries: Sequence[Entry], store: ProfileStore, retention: Retention, said: Sequence[tuple[int, Mark]]
+) -> int:
+    """Applies events of one partition to the profiles that lack them; returns the number of those.
+
+    What is damaged still, a tail or the profile of a user whom the data set does not have, the log has all of; `said`
+    is what it knows these users to have said.
+    """
     own: dict[str, list[tuple[int, bytes]]] = {}
     events, _ = sound(entries)
     records = np.frombuffer(b"".join(entry.record for entry in events), RECORD)
@@ -237,6 +254,9 @@ def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) 
     for entry, gone in zip(events, expired.tolist(), strict=True):
         if not gone:
             own.setdefault(entry.subject, []).append((entry.log_id, entry.record))
+    for subject in store.damaged(list(own)):
+        store.start_over(subject)
+        store.mark_many([one for one in said if one[1].address == address_of(subject)])
     applied = 0
     for (subject, news), reply in zip(own.items(), store.apply_many(list(own.items())), strict=True):
         if isinstance(reply, TailFull):
@@ -245,7 +265,7 @@ def _apply(entries: Sequence[Entry], store: ProfileStore, retention: Retention) 
             reply = store.apply(subject, news)
         if isinstance(reply, Applied):
             applied += reply.inserted
-        elif not isinstance(reply, ProfileCorrupt):  # of somebody who is not in the data set
+        else:
             raise reply
     return applied
 

@@ -280,6 +280,37 @@ def remembered(nodes: Nodes, name: str, value: str) -> bytes:
     return bytes(known)
 
 
+PARTITIONS = 16
+"""Partitions of a new log where no number is asked for."""
+
+
+def recorded_partitions(nodes: Nodes) -> int | None:
+    """The number of partitions that the data of a Redis is spread over, None where it holds none yet.
+
+    Raises:
+        Unavailable: It is away.
+        PenchantError: It refuses.
+    """
+    found = nodes.command("HGET", META, "partitions")
+    return None if found is None else int(found)
+
+
+def agreed_partitions(nodes: Nodes, asked: int | None) -> int:
+    """The number of partitions on record, else that which is asked for, else `PARTITIONS`; writes nothing.
+
+    Raises:
+        ConfigError: The data there has another number than is asked for.
+        Unavailable: It is away.
+        PenchantError: It refuses.
+    """
+    found = recorded_partitions(nodes)
+    if found is None:
+        return asked or PARTITIONS
+    if asked is not None and asked != found:
+        raise _other_partitions(found, asked)
+    return found
+
+
 def require_partitions(nodes: Nodes, partitions: int) -> None:
     """Writes the number of partitions into a new Redis and checks it in an old one.
 
@@ -290,7 +321,11 @@ def require_partitions(nodes: Nodes, partitions: int) -> None:
     """
     found = int(remembered(nodes, "partitions", str(partitions)))
     if found != partitions:
-        raise ConfigError(
-            f"this Redis holds data in {found} partitions and {partitions} were asked for; "
-            f"the number is fixed at creation: set partitions to {found}, or start with an empty Redis"
-        )
+        raise _other_partitions(found, partitions)
+
+
+def _other_partitions(found: int, asked: int) -> ConfigError:
+    return ConfigError(
+        f"this Redis holds data in {found} partitions and {asked} were asked for; "
+        f"the number is fixed at creation: set partitions to {found}, or start with an empty Redis"
+    )

@@ -25,7 +25,7 @@ from features.tables import table_path
 from serving.engine import personal, read_items
 from serving.hydrators import UserVector
 from serving.model import Model
-from serving.pipeline import Query
+from serving.query import Query
 from serving.rebuild import Histories
 from serving.warehouse_tables import subject_of
 
@@ -64,11 +64,10 @@ class Replay:
         assert query.encoded is not None
         assert query.user_vector is not None
         encoded, types = query.encoded
-        rows = self._catalog.rows(slate["item_ids"])
-        relevance = dot_rows(self._catalog.columns.vectors, rows, query.user_vector)
         served = np.array(slate["features"], np.float32)
         judged = ~np.isnan(served).all(axis=1)
-        again = self._personal.read(query, rows[judged], relevance[judged])
+        rows = self._catalog.rows(slate["item_ids"])[judged]
+        again = self._personal.read(query, rows, dot_rows(self._catalog.columns.vectors, rows, query.user_vector))
         differs = again.view(np.uint32) != served[judged].view(np.uint32)
         differs[:, 0] = ~np.isclose(again[:, 0], served[judged, 0], _NEAR, _NEAR)
         found = [name for name, other in zip(self.names, differs.any(axis=0).tolist(), strict=True) if other]

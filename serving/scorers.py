@@ -14,13 +14,24 @@ from features.kernels import dot_rows
 from features.outcomes import Outcomes
 from serving.lexical import LexicalIndex
 from serving.model import Model
-from serving.pipeline import NEIGHBORS, POPULAR, SEGMENT, WANTED, Candidates, Query, Rows, Scores
+from serving.query import (
+    FRESH,
+    NEAREST,
+    NEIGHBORS,
+    POPULAR,
+    SEGMENT,
+    UPSTREAM,
+    WANTED,
+    Candidates,
+    Query,
+    Rows,
+    Scores,
+)
 
 MEANING_SHARE = 0.4
 """Share of the cosine in a text match; the rest is words."""
 
 _LEAST = 1e-6
-_OF_RUNG = {"item_to_item": NEIGHBORS, "segment": SEGMENT}
 
 
 class Personal:
@@ -72,7 +83,10 @@ class Personal:
 
 
 class FeedScorer:
-    """A feed: the personal score; without a user vector the neighbours' or the segment's, then what is popular."""
+    """A feed, tier by tier: the personal score; else the neighbours', then the segment's, then what is popular.
+
+    The candidates of a lower tier score below all of those above it, in their own order.
+    """
 
     name = "score"
 
@@ -85,16 +99,20 @@ class FeedScorer:
 
     def score(self, query: Query, candidates: Candidates) -> Scores:
         """Scores a feed's candidates."""
-        if query.user_vector is not None:
-            return self._personal.score(query, candidates.rows)
-        popular, wanted = candidates.of(POPULAR), candidates.of(WANTED)
-        popular = np.where(np.isnan(popular), wanted, popular)
-        if query.rung not in _OF_RUNG:
-            return popular
-        near = candidates.of(_OF_RUNG[query.rung])
-        # These scores are not below 0; this brings any popularity below it, its order kept.
-        below = -1 / (1 + np.maximum(popular, 0))
-        return np.where(np.isnan(near), below, near)
+        if NEAREST in candidates.names:
+            scores = self._personal.score(query, candidates.rows)
+            if {NEIGHBORS, SEGMENT, POPULAR}.isdisjoint(candidates.names):
+                return scores
+            beside = ~np.isnan([candidates.of(FRESH), candidates.of(WANTED)]).all(axis=0)
+            return behind(scores, np.where(beside, 0, candidates.tier_of_each()))
+        score = candidates.of(POPULAR).astype(np.float64)
+        for name in (WANTED, FRESH):
+            score = np.where(np.isnan(score), candidates.of(name), score)
+        for name in (SEGMENT, NEIGHBORS):
+            if name in candidates.names:
+                lead = candidates.of(name)
+                score = np.where(np.isnan(lead), below_zero(score), lead)
+        return score.astype(np.float32)
 
 
 class SearchScorer:
@@ -124,15 +142,16 @@ class SearchScorer:
 
 
 class RankScorer:
-    """The caller's candidates: its own score and, where the person is known, the personal one on top.
+    """The caller's candidates: its own score, and on top how well they match its query, or else the personal score.
 
-    Nobody known, the order is the caller's exactly.
+    With a query they are scored as search results are. With neither a query nor a user vector, the order is exactly the
+    caller's.
     """
 
     name = "score"
 
-    def __init__(self, personal: Personal) -> None:
-        self._personal = personal
+    def __init__(self, personal: Personal, search: SearchScorer) -> None:
+        self._personal, self._search = personal, search
 
     def enable(self, query: Query) -> bool:
         """Always."""
@@ -140,13 +159,16 @@ class RankScorer:
 
     def score(self, query: Query, candidates: Candidates) -> Scores:
         """Scores the caller's candidates."""
-        upstream = candidates.of("upstream")
-        if query.user_vector is None:
+        upstream = candidates.of(UPSTREAM)
+        if query.tokens is not None and query.tokens.size:
+            own = self._search.score(query, candidates)
+        elif query.user_vector is not None:
+            own = self._personal.score(query, candidates.rows)
+        else:
             return upstream
-        personal = self._personal.score(query, candidates.rows)
         if query.upstream is None:
-            return personal
-        return np.float32(query.upstream_weight) * upstream + personal
+            return own
+        return np.float32(query.upstream_weight) * upstream + own
 
 
 class SimilarScorer:
@@ -170,6 +192,24 @@ class SimilarScorer:
         # The mean of the cosines is the cosine with the mean direction times the length of that mean.
         lengths = np.linalg.norm(vectors[candidates.rows], axis=1)
         return cosine(vectors, candidates.rows, middle, lengths) * np.float32(np.linalg.norm(middle))
+
+
+def behind(scores: Scores, tiers: npt.NDArray[np.intp]) -> Scores:
+    """The scores float32 [n], those of each tier moved as a whole below all of the tiers above it, 0 the highest."""
+    out, floor = scores.astype(np.float64), np.inf
+    for tier in np.unique(tiers):
+        at = np.flatnonzero((tiers == tier) & np.isfinite(scores))
+        if at.size:
+            gap = 1e-4 * max(1.0, abs(floor)) if floor < np.inf else 0.0
+            out[at] += min(0.0, floor - gap - out[at].max())
+            floor = out[at].min()
+    return out.astype(np.float32)
+
+
+def below_zero(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Numbers between -1 and 0 in the same order; float64 [n]."""
+    near = 0.5 / (1 + np.abs(scores))
+    return np.where(scores >= 0, -near, near - 1)
 
 
 def utility(probabilities: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -19,9 +19,12 @@ _TAIL = f"""
 local ENTRY, HEADER, STATE = {ENTRY.itemsize}, {HEADER_SIZE}, {SMALLEST_STATE}
 local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
 local function ours(head, blank) return #head >= HEADER and string.sub(head, 1, 5) == string.sub(blank, 1, 5) end
--- Of a damaged profile: what its header says the person allows, and up to where it forgets, where that is to be read.
+-- Of a damaged profile: that its past is lost and, as far as its header can be read, what the user allows and up to
+-- where it forgets. Of none: a blank one.
 local function salvaged(read, head, blank)
-  if not read or not head or not ours(head, blank) then return blank end
+  if read and not head then return blank end
+  blank = string.sub(blank, 1, 5) .. '\\2' .. string.sub(blank, 7)
+  if not read or not ours(head, blank) then return blank end
   return string.sub(blank, 1, 6) .. string.sub(head, 7, 8) .. string.sub(blank, 9, 24) .. string.sub(head, 25, 40)
     .. string.sub(blank, 41, HEADER)
 end
@@ -130,7 +133,8 @@ if not personal(head) then return 0 end
 local nh, nl = struct.unpack('>I4I4', ARGV[2], 17)
 local vh, vl, eh, el = struct.unpack('>I4I4I4I4', head, 17)
 if (eh > 0 or el > 0) and at_most(nh, nl, eh, el) then return 0 end
-if found and vh >= LIVE and not at_most(vh, vl, nh, nl) then return 0 end
+local whole = found and string.byte(head, 6) ~= 2
+if whole and vh >= LIVE and not at_most(vh, vl, nh, nl) then return 0 end
 local new, rules = ARGV[2], found and rules_of(KEYS[1], head) or ''
 local parts = {string.sub(new, 1, 6), string.sub(head, 7, 8), string.sub(new, 9, 12), string.sub(head, 13, 16)}
 parts[#parts + 1] = string.sub(new, 17, 24) .. string.sub(head, 25, HEADER)

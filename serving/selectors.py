@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
-from serving.pipeline import Candidates, Query, Scores
+from serving.query import Candidates, Query, Scores
 
 
 class TopK:

@@ -9,17 +9,32 @@ import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from features.assemble import FEATURES, encoder_digest
 from features.catalog import Catalog
+from features.controls import Dial, Dials
 from features.schema import item_keys
 from serving.errors import ServingError
 from serving.events import EventLog, LoggedImpression
-from serving.pipeline import Query, Slate
+from serving.query import Query, Slate
 from serving.telemetry import Telemetry
 
+MOST_EXCLUDED = 100
+"""Excluded items that a slate is logged with at most; their number is logged in any case."""
+
+MOST_DIALS = 100
+"""Dials that a slate is logged with at most."""
+
+_UPSTREAM = "upstream"
+"""Name of the source whose scores are the caller's own."""
+
+_ABOUT = {Dial.CATEGORY_WEIGHT: "categories", Dial.CREATOR_WEIGHT: "creators"}
 _BATCH = 256
+_T = TypeVar("_T")
 _GATHER_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -32,6 +47,30 @@ class _Shown:
     slate: Slate
     catalog: Catalog
     bundle_id: str
+
+
+class SlateSink(Protocol):
+    """Takes the slates that are to be logged."""
+
+    def put(self, shown: _Shown) -> None:
+        """Takes a slate; returns at once and does not fail."""
+        ...
+
+
+class SlateCollector:
+    """Keeps slates in memory until they are taken."""
+
+    def __init__(self) -> None:
+        self._slates: list[LoggedImpression] = []
+
+    def put(self, shown: _Shown) -> None:
+        """Keeps a slate."""
+        self._slates.append(_logged(shown))
+
+    def take(self) -> list[LoggedImpression]:
+        """Hands over the slates since the last time."""
+        taken, self._slates = self._slates, []
+        return taken
 
 
 class ImpressionWriter:
@@ -103,7 +142,7 @@ class Impressions:
 
     name = "impressions"
 
-    def __init__(self, writer: ImpressionWriter, catalog: Catalog, bundle_id: str) -> None:
+    def __init__(self, writer: SlateSink, catalog: Catalog, bundle_id: str) -> None:
         self._writer, self._catalog, self._bundle_id = writer, catalog, bundle_id
 
     def enable(self, query: Query) -> bool:
@@ -125,10 +164,12 @@ def _logged(shown: _Shown) -> LoggedImpression:
         "timestamp": query.now_ms,
         "session_id": query.session_id,
         "surface": query.surface,
+        "method": query.method,
         "query": query.text,
-        "item_ids": shown.catalog.ids(slate.rows),
-        "scores": [score if score == score and abs(score) != float("inf") else None for score in slate.scores.tolist()],
-        "propensities": [chance if chance == chance else None for chance in slate.propensities.tolist()],
+        "page_size": query.page_size,
+        "item_ids": slate.item_ids(shown.catalog.ids(slate.rows)),
+        "scores": _page(slate, _numbers(slate.scores), None),
+        "propensities": _page(slate, [p if p == p else None for p in slate.propensities.tolist()], 1.0),
         "arm": query.arm,
         "bucket": query.bucket,
         "rung": query.rung,
@@ -137,11 +178,77 @@ def _logged(shown: _Shown) -> LoggedImpression:
         "catalog_version": query.catalog_version,
         "degraded": [part for part, _ in query.degraded],
         "feature_fingerprint": FEATURES.fingerprint(),
+        **_sources(slate),
+        **_asked(query, slate, shown.catalog),
         **query.context,
     }
     if slate.features is not None and query.encoded is not None:
         rows, types = query.encoded
         # As text, for the entry is JSON; a number of the table takes four bytes.
-        payload["features"] = base64.b64encode(slate.features.astype("<f4").tobytes()).decode()
+        unknown = np.full(slate.features.shape[1], np.nan, np.float32)
+        features = np.array(_page(slate, list(slate.features), unknown), "<f4")
+        payload["features"] = base64.b64encode(features.tobytes()).decode()
         payload["encoder_digest"] = encoder_digest(item_keys(shown.catalog.ids(rows)), types)
-    return LoggedImpression(query.subject, query.now_ms, json.dumps(payload, ensure_ascii=False).encode())
+    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    return LoggedImpression(query.subject, query.now_ms, text.encode())
+
+
+def _page(slate: Slate, known: list[_T], unknown: _T) -> list[_T]:
+    """What is said of the items of a page in the order shown: of those of `rows`, and of those without a row."""
+    return [known[at] if at >= 0 else unknown for at in slate.order()]
+
+
+def _sources(slate: Slate) -> dict[str, Any]:
+    """The sources of each item: their names once, and per item a number with a bit for each of them."""
+    named = ~np.isnan(slate.candidates.scores)
+    some = np.flatnonzero(named.any(axis=1))
+    bits = np.left_shift(1, np.arange(some.size))
+    return {
+        "source_names": [slate.candidates.names[at] for at in some.tolist()],
+        "sources": _page(slate, (bits @ named[some]).tolist() if some.size else [0] * slate.rows.size, 0),
+    }
+
+
+def _asked(query: Query, slate: Slate, catalog: Catalog) -> dict[str, Any]:
+    """What the caller or the user's controls asked of this slate; nothing for what nobody did."""
+    asked: dict[str, Any] = {}
+    if query.seeds.size:
+        asked["seed_item_ids"] = catalog.ids(query.seeds)
+    if query.upstream is not None:
+        asked["upstream_scores"] = _page(slate, _numbers(slate.candidates.of(_UPSTREAM)), None)
+        asked["upstream_weight"] = query.upstream_weight
+    if query.exclude.size:
+        asked["excluded"] = query.exclude.size
+        asked["excluded_item_ids"] = catalog.ids(query.exclude[:MOST_EXCLUDED])
+    turned = {about: value for about, value in query.dials.items() if value}
+    if turned:
+        asked["dials"] = _dials(turned, catalog)
+    return asked
+
+
+def _dials(turned: Dials, catalog: Catalog) -> dict[str, float]:
+    """The dials as the contract names them, those turned furthest where they are many: `categories.western`."""
+    furthest = sorted(turned.items(), key=lambda pair: (pair[0][0] in _ABOUT, -abs(pair[1])))[:MOST_DIALS]
+    names = {dial: _names(catalog, dial, [key for (of, key), _ in furthest if of is dial]) for dial in _ABOUT}
+    return {
+        f"{_ABOUT[dial]}.{names[dial].get(key, f'key {key:016x}')}" if dial in _ABOUT else dial.name.lower(): value
+        for (dial, key), value in furthest
+    }
+
+
+def _names(catalog: Catalog, dial: Dial, keys: list[int]) -> dict[int, str]:
+    """What the keys of categories or creators stand for, where an item of the catalogue tells."""
+    if not keys:
+        return {}
+    columns = catalog.columns
+    column = (columns.category if dial is Dial.CATEGORY_WEIGHT else columns.creator)[: catalog.size]
+    rows = np.flatnonzero(np.isin(column, np.array(keys, np.uint64)))
+    found, first = np.unique(column[rows], return_index=True)
+    items = [catalog.item(int(rows[at])) for at in first.tolist()]
+    named = [item["categories"][0] if dial is Dial.CATEGORY_WEIGHT else item["creator_id"] for item in items]
+    return dict(zip(found.tolist(), named, strict=True))
+
+
+def _numbers(values: npt.NDArray[np.float32]) -> list[float | None]:
+    """The numbers with no more digits than tell them apart; None for what is not finite."""
+    return [float(str(value)) if np.isfinite(value) else None for value in values]

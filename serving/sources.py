@@ -9,67 +9,46 @@ import numpy.typing as npt
 
 from features.catalog import Catalog
 from features.controls import Dial
+from serving.bitmap import Bitmap, first_allowed
 from serving.index import Index
 from serving.lexical import LexicalIndex
-from serving.pipeline import NEIGHBORS, POPULAR, SEGMENT, WANTED, Query, Rows, Scores
+from serving.query import FRESH, NEAREST, NEIGHBORS, POPULAR, SEGMENT, UPSTREAM, WANTED, Query, Rows, Scores
 
-_CHUNK = 2048
 _DAY_MS = 86_400_000
 _RECENT = 20
 _WANTED = 100
 _WEIGHTS = {Dial.CATEGORY_WEIGHT: "category", Dial.CREATOR_WEIGHT: "creator"}
 
 
-def allowed(query: Query, catalog: Catalog, *, seen: bool) -> npt.NDArray[np.uint8]:
-    """A hint for retrieval: one bit a row, set where the row may be shown and, with `seen`, is new to the person.
-
-    Lowest bit first; uint8 [ceil(size / 8)].
-    """
-    bitmap = catalog.eligible_bitmap(query.now_ms)
-    out = np.concatenate([query.exclude, query.seeds, query.seen if seen else query.exclude[:0]])
-    if out.size:
-        out = out[out >> 3 < bitmap.size]
-        bitmap = bitmap.copy()
-        np.bitwise_and.at(bitmap, out >> 3, ~(np.uint8(1) << (out & 7).astype(np.uint8)))
-    return bitmap
-
-
-def first_allowed(rows: Rows, bitmap: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.intp]:
-    """Places of the first `count` of `rows` whose bit is set."""
-    wanted, found = count, [np.empty(0, np.intp)]
-    for start in range(0, rows.size, _CHUNK):
-        part = rows[start : start + _CHUNK]
-        at = np.flatnonzero((bitmap[part >> 3] >> (part & 7).astype(np.uint8)) & 1)[:wanted] + start
-        found.append(at)
-        wanted -= at.size
-        if not wanted:
-            break
-    return np.concatenate(found)
+def allowed(query: Query) -> Bitmap:
+    """The rows that a source may name, as the runner made them of its filters."""
+    if query.allowed is None:
+        raise ValueError("query.allowed is not made: sources run after the filters have held back their rows")
+    return query.allowed
 
 
 class NearestToUser:
     """Items whose vectors lie nearest to the person's."""
 
-    name = "nearest"
+    name = NEAREST
 
-    def __init__(self, index: Index, catalog: Catalog, count: int, *, repeats: bool) -> None:
-        self._index, self._catalog, self._count, self._repeats = index, catalog, count, repeats
+    def __init__(self, index: Index, count: int) -> None:
+        self._index, self._count = index, count
 
     def enable(self, query: Query) -> bool:
         """Where the person has a vector."""
         return query.user_vector is not None
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The nearest allowed items and their relevance."""
+        """The nearest allowed items and their relevance, a page at least."""
         assert query.user_vector is not None
-        try:
-            bitmap = allowed(query, self._catalog, seen=not self._repeats)
-            rows, scores = self._index.search(query.user_vector[None], self._count, bitmap)
-        except Exception:
-            # Whatever it is, the sources of the rungs below come after this one and see that they are wanted.
-            query.user_vector, query.rung = None, "item_to_item"
-            raise
-        return rows[0], scores[0]
+        return nearest(self._index, query.user_vector, self._count, query)
+
+
+def nearest(index: Index, vector: Scores, count: int, query: Query) -> tuple[Rows, Scores]:
+    """The `count` allowed rows nearest to a vector float32 [D], a page at least, and their inner products."""
+    rows, scores = index.search(vector[None], max(count, query.page_size), allowed(query))
+    return rows[0], scores[0]
 
 
 class Neighbors:
@@ -78,15 +57,17 @@ class Neighbors:
     def __init__(self, rows: npt.NDArray[np.int32], scores: npt.NDArray[np.float32]) -> None:
         self._rows, self._scores = rows, scores
 
-    def of(self, rows: Rows, weights: npt.NDArray[np.float32], count: int) -> tuple[Rows, Scores]:
-        """The items most often and most nearly next to `rows`, the sum of weighted cosines, best first."""
+    def of(self, rows: Rows, weights: npt.NDArray[np.float32], count: int, bitmap: Bitmap) -> tuple[Rows, Scores]:
+        """The allowed items most often and most nearly next to `rows`, the sum of weighted cosines, best first."""
         known = rows < len(self._rows)
-        found = self._rows[rows[known]]
-        scores = (self._scores[rows[known]] * weights[known, None])[found >= 0]
-        near, place = np.unique(found[found >= 0], return_inverse=True)
+        beside = self._rows[rows[known]]
+        scores = (self._scores[rows[known]] * weights[known, None])[beside >= 0]
+        near, place = np.unique(beside[beside >= 0], return_inverse=True)
         total = np.bincount(place, scores, near.size).astype(np.float32)
-        best = np.argsort(-total, kind="stable")[:count]
-        return near[best].astype(np.int32), total[best]
+        order = np.argsort(-total, kind="stable")
+        ranked = near[order].astype(np.int32)
+        best = first_allowed(ranked, bitmap, count)
+        return ranked[best], total[order[best]]
 
 
 class ItemNeighbors:
@@ -98,19 +79,15 @@ class ItemNeighbors:
         self._neighbors, self._count = neighbors, count
 
     def enable(self, query: Query) -> bool:
-        """On the rung below the sequence model."""
-        return query.rung == "item_to_item"
+        """Where the history holds an item of this catalogue."""
+        return query.history is not None and bool((query.history.rows >= 0).any())
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """Neighbours of the newest items, newer ones weighing more; where there is none, the rung is the next lower."""
+        """Neighbours of the newest items, newer ones weighing more."""
         assert query.history is not None
-        query.rung = query.lowest_rung
         rows = query.history.rows[query.history.rows >= 0][-_RECENT:]
         weights = (0.9 ** np.arange(rows.size)[::-1]).astype(np.float32)
-        near, scores = self._neighbors.of(rows, weights, self._count)
-        if near.size:
-            query.rung = "item_to_item"
-        return near, scores
+        return self._neighbors.of(rows, weights, self._count, allowed(query))
 
 
 class NeighborsOfSeeds:
@@ -127,7 +104,8 @@ class NeighborsOfSeeds:
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """Neighbours of all seeds."""
-        return self._neighbors.of(query.seeds, np.ones(query.seeds.size, np.float32), self._count)
+        weights = np.ones(query.seeds.size, np.float32)
+        return self._neighbors.of(query.seeds, weights, self._count, allowed(query))
 
 
 class SimilarToSeeds:
@@ -143,13 +121,11 @@ class SimilarToSeeds:
         return bool(query.seeds.size)
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The items nearest to the mean direction of the seeds."""
+        """The items nearest to the mean direction of the seeds, a page at least."""
         vectors = self._catalog.columns.vectors[query.seeds]
         lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         direction = (vectors / lengths).mean(axis=0, dtype=np.float32)
-        bitmap = allowed(query, self._catalog, seen=False)
-        rows, scores = self._index.search(direction[None], self._count, bitmap)
-        return rows[0], scores[0]
+        return nearest(self._index, direction, self._count, query)
 
 
 class MatchingWords:
@@ -157,8 +133,8 @@ class MatchingWords:
 
     name = "words"
 
-    def __init__(self, lexical: LexicalIndex, catalog: Catalog, count: int) -> None:
-        self._lexical, self._catalog, self._count = lexical, catalog, count
+    def __init__(self, lexical: LexicalIndex, count: int) -> None:
+        self._lexical, self._count = lexical, count
 
     def enable(self, query: Query) -> bool:
         """Where there are words."""
@@ -167,7 +143,7 @@ class MatchingWords:
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """The best matches, as a share of the best match there could be."""
         assert query.tokens is not None
-        return self._lexical.search(query.tokens, self._count, allowed(query, self._catalog, seen=False))
+        return self._lexical.search(query.tokens, max(self._count, query.page_size), allowed(query))
 
 
 class MatchingMeaning:
@@ -175,39 +151,92 @@ class MatchingMeaning:
 
     name = "meaning"
 
-    def __init__(self, index: Index, catalog: Catalog, count: int) -> None:
-        self._index, self._catalog, self._count = index, catalog, count
+    def __init__(self, index: Index, count: int) -> None:
+        self._index, self._count = index, count
 
     def enable(self, query: Query) -> bool:
         """Where the query has a vector."""
         return query.query_vector is not None
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The nearest items and their inner product with the query."""
+        """The nearest items and their inner product with the query, a page at least: every item is at some distance."""
         assert query.query_vector is not None
-        bitmap = allowed(query, self._catalog, seen=False)
-        rows, scores = self._index.search(query.query_vector[None], self._count, bitmap)
-        return rows[0], scores[0]
+        return nearest(self._index, query.query_vector, self._count, query)
+
+
+class LiveItems:
+    """Items put while the service runs, the newest first."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._newest: tuple[int, Rows] | None = None
+
+    def newest(self) -> Rows:
+        """Their rows, the newest first; int32 [n]. Sorted once after each change of the catalogue."""
+        change, known = self._catalog.change, self._newest
+        if known is None or known[0] != change:
+            base, size = self._catalog.base_size, self._catalog.size
+            order = np.argsort(-self._catalog.columns.put_at[base:size], kind="stable")
+            self._newest = known = (change, (order + base).astype(np.int32))
+        return known[1]
+
+    def age(self, rows: Rows, now_ms: int) -> Scores:
+        """Days since each of the rows was put; float32 [n]."""
+        return ((now_ms - self._catalog.columns.put_at[rows]) / _DAY_MS).astype(np.float32)
 
 
 class Popular:
-    """What most people like; safe for anybody."""
+    """What most people like, safe for anybody; in the end every item that may be shown.
+
+    First the table that export made, then live items, of which no one has counted yet how many like them, the newest
+    first, then all others by their popularity in training. The scores fall in this order: those of the table, which are
+    not below 0, -1 to 0 for live items, -2 to -1 for the others.
+    """
 
     name = POPULAR
 
-    def __init__(self, rows: Rows, scores: Scores, catalog: Catalog, *, repeats: bool) -> None:
+    def __init__(self, rows: Rows, scores: Scores, catalog: Catalog, live: LiveItems) -> None:
         """Takes the popular items, best first, and their scores."""
-        self._rows, self._scores, self._catalog, self._repeats = rows, scores, catalog, repeats
+        self._rows, self._scores, self._live = rows, scores, live
+        self._popularity = popularity_of(catalog)
+        order = np.argsort(-self._popularity, kind="stable").astype(np.int32)
+        self._others = order[~np.isin(order, rows)]
 
     def enable(self, query: Query) -> bool:
-        """Wherever the person has no vector: nobody is known, or what was to find their items failed."""
-        return query.user_vector is None
+        """Always."""
+        return True
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """A page of allowed popular items: enough to fill the answer, whatever the later stages take away."""
-        bitmap = allowed(query, self._catalog, seen=not self._repeats)
-        places = first_allowed(self._rows, bitmap, 2 * query.page_size)
-        return self._rows[places], self._scores[places]
+        """Two pages of allowed items, so that dials can choose; of the table alone where blocks could not be read."""
+        count, bitmap = 2 * query.page_size, allowed(query)
+        places = first_allowed(self._rows, bitmap, count)
+        rows, scores = self._rows[places], self._scores[places]
+        if rows.size >= count or query.blocks_unread:
+            return rows, scores
+        newest = self._live.newest()
+        live = newest[first_allowed(newest, bitmap, count - rows.size)]
+        others = self._others[first_allowed(self._others, bitmap, count - rows.size - live.size)]
+        age = np.maximum(self._live.age(live, query.now_ms), 0)
+        rest = -1 - 1 / (1 + self._popularity[others])
+        every: Scores = np.concatenate([scores, -age / (1 + age), rest]).astype(np.float32, copy=False)
+        return np.concatenate([rows, live, others]), every
+
+
+class PopularBeside:
+    """The popular items beside those of another tier, for the dials of a user without a vector to choose from."""
+
+    name = POPULAR
+
+    def __init__(self, popular: Popular) -> None:
+        self._popular = popular
+
+    def enable(self, query: Query) -> bool:
+        """Where a dial is turned and no item is near to the user."""
+        return query.user_vector is None and any(query.dials.values())
+
+    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
+        """Two pages of allowed items."""
+        return self._popular.retrieve(query)
 
 
 class PopularInSegment:
@@ -215,20 +244,18 @@ class PopularInSegment:
 
     name = SEGMENT
 
-    def __init__(self, tables: Mapping[str, tuple[Rows, Scores]], catalog: Catalog, *, repeats: bool) -> None:
+    def __init__(self, tables: Mapping[str, tuple[Rows, Scores]]) -> None:
         """Takes, by the name of the category, the items that such people like, best first, and their scores."""
-        self._tables, self._catalog, self._repeats = tables, catalog, repeats
+        self._tables = tables
 
     def enable(self, query: Query) -> bool:
-        """On the rung below the neighbours of items."""
-        return query.rung == "segment"
+        """Where the person is of a segment."""
+        return bool(query.segment)
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """A page of allowed ones, as `Popular` does; where there is none, the rung is the lowest."""
+        """Two pages of allowed ones."""
         rows, scores = self._tables[query.segment]
-        places = first_allowed(rows, allowed(query, self._catalog, seen=not self._repeats), 2 * query.page_size)
-        if not places.size:
-            query.rung = "popular"
+        places = first_allowed(rows, allowed(query), 2 * query.page_size)
         return rows[places], scores[places]
 
 
@@ -237,54 +264,59 @@ class Wanted:
 
     name = WANTED
 
-    def __init__(self, catalog: Catalog, *, repeats: bool) -> None:
-        self._catalog, self._repeats = catalog, repeats
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
 
     def enable(self, query: Query) -> bool:
-        """Where a creator or a category is turned up."""
-        return any(dial in _WEIGHTS and value > 0 for (dial, _), value in query.dials.items())
+        """Where a creator or a category is turned up, and the person's blocks are known."""
+        turned_up = any(dial in _WEIGHTS and value > 0 for (dial, _), value in query.dials.items())
+        return turned_up and not query.blocks_unread
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """The most popular allowed ones, live items last."""
-        columns, bitmap = self._catalog.columns, allowed(query, self._catalog, seen=not self._repeats)
-        asked = np.unpackbits(bitmap, bitorder="little")[: columns.capacity].view(np.bool_)
+        columns = self._catalog.columns
+        asked = np.unpackbits(allowed(query), bitorder="little")[: columns.capacity].view(np.bool_)
         hits = np.zeros(asked.size, np.bool_)
         for (dial, key), value in query.dials.items():
             if dial in _WEIGHTS and value > 0:
                 hits |= getattr(columns, _WEIGHTS[dial])[: hits.size] == np.uint64(key)
-        rows = np.flatnonzero(asked & hits)
-        popularity = (columns.recent_popularity[rows] + 1e-3 * columns.popularity[rows]).astype(np.float32)
+        rows = np.flatnonzero(asked & hits).astype(np.int32)
+        popularity = popularity_of(self._catalog, rows)
         best = np.argsort(-popularity, kind="stable")[:_WANTED]
-        return rows[best].astype(np.int32), popularity[best]
+        return rows[best], popularity[best]
+
+
+def popularity_of(catalog: Catalog, rows: Rows | slice | None = None) -> Scores:
+    """How popular items are in training, now and among equals ever, of the bundle's rows unless said; float32 [n]."""
+    columns, at = catalog.columns, slice(catalog.base_size) if rows is None else rows
+    return (columns.recent_popularity[at] + 1e-3 * columns.popularity[at]).astype(np.float32)
 
 
 class Fresh:
     """Items put while the service runs, which nobody may have touched yet."""
 
-    name = "fresh"
+    name = FRESH
 
-    def __init__(self, catalog: Catalog, days: float, count: int) -> None:
-        self._catalog, self._age_ms, self._count = catalog, int(days * _DAY_MS), count
+    def __init__(self, live: LiveItems, days: float, count: int) -> None:
+        self._live, self._days, self._count = live, days, count
 
     def enable(self, query: Query) -> bool:
-        """Where there are such items, and a person to judge them for."""
-        return query.user_vector is not None and self._catalog.size > self._catalog.base_size
+        """Where there are such items, and nothing is blocked that could not be read."""
+        return bool(self._live.newest().size) and not query.blocks_unread
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """The newest first; the score is minus the age in days."""
-        catalog = self._catalog
-        size = catalog.size
-        put_at = catalog.columns.put_at[catalog.base_size : size]
-        young = np.flatnonzero(put_at >= query.now_ms - self._age_ms)
-        newest = young[np.argsort(-put_at[young], kind="stable")][: self._count]
-        rows = (newest + catalog.base_size).astype(np.int32)
-        return rows, ((put_at[newest] - query.now_ms) / _DAY_MS).astype(np.float32)
+        newest = self._live.newest()
+        rows = newest[first_allowed(newest, allowed(query), self._count)]
+        age = self._live.age(rows, query.now_ms)
+        young = age <= self._days
+        return rows[young], -age[young]
 
 
 class GivenCandidates:
     """The caller's own candidates."""
 
-    name = "upstream"
+    name = UPSTREAM
 
     def enable(self, query: Query) -> bool:
         """Where the caller brought some."""

@@ -32,7 +32,7 @@ from serving.catalog_log import CatalogLog
 from serving.consumer import Consumer
 from serving.erasure import Certificates, Ledger
 from serving.errors import ConfigError, ResourceExhausted, ServingError, Unavailable
-from serving.events import Entry, EventLog
+from serving.events import Entry, EventLog, awaited_partitions, partitions_for
 from serving.people import consents
 from serving.redis_client import address_of, connect
 from serving.scripts import SEQUENCE_BITS
@@ -399,7 +399,7 @@ def run(
     events_redis_url: str,
     out: Path,
     bundle: Path | None = None,
-    partitions: int = 16,
+    partitions: int | None = None,
     *,
     flush_s: float = FLUSH_S,
     once: bool = False,
@@ -416,7 +416,7 @@ def run(
         events_redis_url: The events Redis.
         out: Directory of the warehouse.
         bundle: Names the items that were never put while the service ran.
-        partitions: Partitions of the event log.
+        partitions: Partitions of the event log; None: as the log says, which is waited for unless `once`.
         flush_s: Longest time that an entry waits to be written, in seconds.
         once: Write what the log holds now, then end.
         days: Days after which the rows of a day are deleted; None keeps them for ever.
@@ -444,6 +444,7 @@ def run(
     # Opened now and not when the log first answers: until then a link may have moved.
     opened = open_bundle(bundle, bundle_id) if bundle else None
     with connect(events_redis_url, _TIMEOUT_S) as client:
+        partitions = partitions_for(client, partitions) if once else awaited_partitions(client, partitions, stop)
         log = EventLog(client, partitions, default=default)
         items = ItemTable(out / "items.parquet", CatalogLog(client), opened)
         files = WarehouseFiles(out)
@@ -461,14 +462,14 @@ def run(
         return {"out": str(out), "partitions": partitions, "lag": _lag(warehouse), **found}
 
 
-def drop(events_redis_url: str, partitions: int = 16) -> dict[str, Any]:
+def drop(events_redis_url: str, partitions: int | None = None) -> dict[str, Any]:
     """Drops the warehouse's consumer group for good: the log keeps nothing for it any more.
 
     A warehouse that is started later begins anew, with the oldest entry that the log still holds.
 
     Args:
         events_redis_url: The events Redis.
-        partitions: Partitions of the event log.
+        partitions: Partitions of the event log; None: as the log says.
 
     Returns:
         `partitions`, and how many consumer `groups` were dropped.
@@ -478,6 +479,7 @@ def drop(events_redis_url: str, partitions: int = 16) -> dict[str, Any]:
         EventLogUnavailable: The events Redis does not answer; a repeat is safe.
     """
     with connect(events_redis_url, _TIMEOUT_S) as client:
+        partitions = partitions_for(client, partitions)
         log = EventLog(client, partitions)
         log.open()
         lacking = [one for one in Certificates(log).pending() if GROUP in {r.store for r in one.receipts}]

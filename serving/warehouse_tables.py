@@ -40,9 +40,10 @@ IMPRESSION_ROWS = pa.schema(
         *(IMPRESSIONS.field(name) for name in IMPRESSIONS.names),
         _column("log_id", pa.uint64()),
         _column("session_id", pa.string()),
-        _column("query", pa.string()),
         _column("rung", pa.string()),
         _column("bucket", pa.int32()),
+        # True where the slate was shown to an anonymous user who was merged into this one; `arm` is that of then.
+        _column("merged", pa.bool_()),
         _column("catalog_version", pa.uint64()),
         _column("feature_fingerprint", pa.string()),
         _column("encoder_digest", pa.string()),
@@ -52,6 +53,15 @@ IMPRESSION_ROWS = pa.schema(
         _column("channel", pa.string()),
         _column("locale", pa.string()),
         EVENTS.field("attributes"),
+        # What the slate was made of: what was asked for, and which sources proposed each item.
+        _column("page_size", pa.int32()),
+        _column("seed_item_ids", pa.list_(pa.string())),
+        _column("upstream_scores", pa.list_(pa.float32())),
+        _column("upstream_weight", pa.float32()),
+        _column("excluded", pa.int32()),
+        _column("excluded_item_ids", pa.list_(pa.string())),
+        _column("dials", pa.map_(pa.string(), pa.float32())),
+        _column("sources", pa.list_(pa.list_(pa.string()))),
     ]
 )
 """A slate of the log."""
@@ -152,6 +162,8 @@ def _said(entry: Entry) -> dict[str, Any] | None:
         if isinstance(said, dict) and "features" in said:
             values = np.frombuffer(base64.b64decode(said["features"]), "<f4")
             said["features"] = values.reshape(len(said["item_ids"]), -1).tolist()
+        if isinstance(said, dict) and "sources" in said:
+            said["sources"] = _sources(said["sources"], said["source_names"])
     except (ValueError, TypeError, KeyError):
         return None
     needed = {"item_ids", "request_id", "timestamp"} if not entry.record else {"item_id", "event_type", "timestamp"}
@@ -178,11 +190,17 @@ def _attributes(said: dict[str, Any]) -> list[tuple[str, str]] | None:
     return list(said["attributes"].items()) if said.get("attributes") else None
 
 
+def _sources(masks: Sequence[int], names: Sequence[str]) -> list[list[str]]:
+    """The names of the sources of each item, of which the log holds one bit each."""
+    return [[name for bit, name in enumerate(names) if mask >> bit & 1] for mask in masks]
+
+
 def _impression(entry: Entry, said: dict[str, Any]) -> dict[str, Any]:
     row = {name: said.get(name) for name in IMPRESSION_ROWS.names} | {"attributes": _attributes(said)}
+    row["dials"] = list(said["dials"].items()) if said.get("dials") else None
     for name in ("propensities", "scores"):
         row[name] = [float("nan") if value is None else value for value in said.get(name) or ()]
-    for name in ("surface", "session_id", "query", "arm"):
+    for name in ("surface", "session_id", "query", "arm", "method"):
         row[name] = row[name] or None
     return row | {"user_id": user_id_of(entry.subject), "log_id": entry.log_id}
 

@@ -164,6 +164,19 @@ def test_broken_bundle_is_a_message(tmp_path: Path) -> None:
     assert run.stderr.splitlines()[-1].startswith("error: ")
 
 
+def test_a_check_of_nothing_does_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "validate", str(tmp_path)) == 2
+    assert "is not a data set" in capsys.readouterr().err
+    (tmp_path / "events").mkdir()
+    assert run_main(monkeypatch, "validate", str(tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("FAIL  types: ")
+    assert "PASS" not in said
+    assert json.loads(said.splitlines()[-1])["passed"] is False
+
+
 def test_cores_are_set_unless_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "ORT_DISABLE_TELEMETRY",

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from features.jit import kernel
+from training.clock import newest_of
 from training.config import TrainConfig
 from training.data import Interactions
 from training.split import Split, Targets
@@ -46,6 +47,7 @@ def counts_of(
     ends: npt.NDArray[np.int64],
     counted: npt.NDArray[np.bool_] | None = None,
     after: float = -np.inf,
+    until: float = np.inf,
 ) -> npt.NDArray[np.float64]:
     """Number of events by item; float64 `[N]`.
 
@@ -53,7 +55,8 @@ def counts_of(
         data: All events.
         ends: The leading events of each person that are looked at; int64 `[U]`.
         counted: Which events count; bool `[E]`, None for all.
-        after: Events count whose time (ms) is later.
+        after: Events count whose time (ms) is later,
+        until: and not later than this.
     """
     counts = np.zeros(data.items, np.int64)
     for block in data.blocks():
@@ -61,7 +64,7 @@ def counts_of(
         if counted is not None:
             chosen &= counted[block.events]
         if after > -np.inf:
-            chosen &= data.timestamps[block.events] > after
+            chosen &= (data.timestamps[block.events] > after) & (data.timestamps[block.events] <= until)
         counts += np.bincount(data.rows[block.events][chosen], minlength=data.items)
     return counts.astype(np.float64)
 
@@ -72,14 +75,14 @@ def popularity_of(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArra
 
 
 def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: float) -> npt.NDArray[np.float64]:
-    """The same in the last days before the newest of these events; all of them where there are no times."""
+    """The same in the last days before the newest of these events; all of them where there are no times.
+
+    An event from a wrong clock is not the newest, and not recent.
+    """
     if data.ordered_only or not (ends > 0).any():
         return popularity_of(data, ends)
-    # Not each person's last event alone: a log's order comes before times.
-    newest = max(
-        int(data.timestamps[block.events][block.position < ends[block.owner]].max(initial=0)) for block in data.blocks()
-    )
-    return counts_of(data, ends, data.seen, newest - days * DAY_MS)
+    newest = newest_of(data, ends)
+    return counts_of(data, ends, data.seen, newest - days * DAY_MS, newest)
 
 
 class Popular:

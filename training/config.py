@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from features.environment import Variable, set_by, variables
 from features.errors import ConfigError
+from features.intake import REJECTED_SHARE
 from features.profile import RING
 from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 
@@ -108,6 +109,11 @@ class TrainConfig(_Frozen):
     ranker_days: float = Field(
         0, ge=0, description="Days of impressions that train the ranker and not the encoders; 0: all, and both."
     )
+    methods: tuple[str, ...] = Field(
+        ("recommend", "rank"),
+        description="Methods whose impressions the ranker learns from, `rank` only without a query; impressions that "
+        "name no method count in any case.",
+    )
     ranker_validation_days: float = Field(
         0, ge=0, description="Days of impressions, the last but the test, that validate the ranker; 0: the last tenth."
     )
@@ -115,6 +121,9 @@ class TrainConfig(_Frozen):
     candidates: int = Field(500, ge=10, description="Items of a person that the ranker scores, the most relevant.")
     neighbors: int = Field(50, ge=1, description="Similar items kept per item.")
 
+    max_rejected_share: float = Field(
+        REJECTED_SHARE, ge=0, le=1, description="Share of a table's rows that may be malformed; above it, no training."
+    )
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu or cuda; auto is cuda where there is one.")
     threads: int = Field(0, ge=0, description="Threads on a CPU; 0: one per core.")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 
 from features.assemble import encoder_batch
+from features.clock import newest_moment
 from features.columns import pc
 from features.content import codes
 from features.errors import TrainingError
@@ -31,6 +32,7 @@ from training.hidden import hidden_items
 BLOCK_EVENTS = 1 << 20
 """Events that are worked on at once; a person with more comes at once all the same."""
 MOST_TYPES = 255
+NEVER = 1 << 62
 
 
 class Names(Sequence[str]):
@@ -85,14 +87,15 @@ class Interactions:
         types: 1 + position in `event_types`; uint8 `[E]`.
         timestamps: Milliseconds; zeros where the data set has order only; int64 `[E]`.
         values: NaN where there is none; float32 `[E]`.
-        target: The event may be predicted: its type counts and, unless repeats do, the item is new to the person;
-            bool `[E]`.
+        target: The event may be predicted: its type counts, its time can be right and, unless repeats do, the item is
+            new to the person; bool `[E]`.
         seen: The event's type makes its item seen; bool `[E]`.
         event_types: Names.
         items: Number of rows of the catalogue.
         ordered_only: There are no times.
         origins: Line of `resolved` that holds the keys each event carries; uint32 `[E]`.
         resolved: The different keys that events carry; line 0 is of events that carry none.
+        trusted_until: The newest moment, ms, that the events vouch for; later ones are from wrong clocks.
     """
 
     people: Sequence[str]
@@ -108,6 +111,7 @@ class Interactions:
     ordered_only: bool
     origins: npt.NDArray[np.uint32]
     resolved: Logged
+    trusted_until: int = NEVER
 
     def logged(self, part: slice) -> Logged:
         """Returns the keys that some events carry, for `features.histories.history_keys`."""
@@ -201,6 +205,8 @@ def read_interactions(
         raise TrainingError("the data set has no events, so there is nothing to learn from")
     disk = Disk(folder)
     data, found = _copy(dataset.stream, vocabulary, disk)
+    if not data.ordered_only:
+        data = dataclasses.replace(data, trusted_until=_trusted_until(dataset.stream))
     event_types = sorted(found)  # by name, so that the index of a type does not depend on the order of rows
     numbers = np.array([1 + event_types.index(name) for name in found], np.uint8)
     counting = [np.isin(np.arange(1 + len(found)), _indices(event_types, n)) for n in _counting(event_types, config)]
@@ -213,9 +219,15 @@ def read_interactions(
         target, seen = (counts[types] for counts in counting)
         if not config.repeats:
             target &= _first_time(block.owner, data.rows[block.events], seen | target)
+        target &= data.timestamps[block.events] <= data.trusted_until
         data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, seen
     data = dataclasses.replace(data, event_types=event_types)
     return _without(data, hidden_items(data.items, config)) if config.hide_items else data
+
+
+def _trusted_until(events: Events) -> int:
+    newest = newest_moment(events.batches(("timestamp", "ingested_at")))
+    return NEVER if newest is None else newest
 
 
 def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:

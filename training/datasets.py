@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from features.columns import pc
+from features.intake import REJECTED_SHARE, admit
 from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
-from features.tables import Loaded, Rejected, conform, write_dataset
+from features.tables import Loaded, conform, write_dataset
 from training import kuairand
 from training.completejourney import complete_journey
 from training.movielens import movielens
@@ -36,7 +35,7 @@ from training.simulate import World, simulate
 
 __all__ = ["DatasetError", "prepare"]
 
-_SHOWN = 20  # rejected rows that the answer spells out; all of them are counted
+_SHARE = "max_rejected_share"
 
 
 def prepare(name: str, source: Path | None, out: Path, **options: Any) -> dict[str, Any]:
@@ -46,38 +45,49 @@ def prepare(name: str, source: Path | None, out: Path, **options: Any) -> dict[s
         name: One of the table at the top of this module.
         source: What to read; None where the data set has a place of its own.
         out: Directory to write; an older data set there is replaced.
-        options: `min_households` (completejourney), `event_type` (sequences), the arguments of
-            `World.make` (simulated).
+        options: `max_rejected_share` (all of them): the share of a table's rows that may be malformed;
+            `min_households` (completejourney), `event_type` (sequences), the arguments of `World.make` (simulated).
 
     Returns:
-        What `dataset.json` says, with `rejected` (count), `rejections` (the first few), `out` and `seconds`.
+        What `dataset.json` says, with what `features.intake.summary` says, `out` and `seconds`.
 
     Raises:
         DatasetError: The name or an option is unknown, or the source cannot be had.
-        TablesError: A file of the source cannot be read.
+        TablesError: A file of the source cannot be read, or too many of its rows are malformed; nothing is written.
     """
     began = time.perf_counter()
     maker = _MAKERS.get(name)
     if maker is None:
         raise DatasetError(f"no data set {name!r}{_nearest(name, _MAKERS)}: known are {', '.join(_MAKERS)}")
     known = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    share = _share(options.pop(_SHARE, REJECTED_SHARE))
     for option in options:
         if option not in known:
-            raise DatasetError(f"{name} has no option {option!r}{_nearest(option, known)}: known are {known}")
+            choices = [*known, _SHARE]
+            raise DatasetError(f"{name} has no option {option!r}{_nearest(option, choices)}: known are {choices}")
     if source is not None and not Path(source).exists():
         raise DatasetError(f"{source} does not exist")
     with _progress() as progress:
         made = maker(None if source is None else Path(source), progress, **options)
+        left_out = _admit(made, share)
         task = progress.add_task("writing", total=1)
         users = None if made.users is None else made.users.table
         events, items, impressions = made.events.table, made.items.table, made.impressions
         info = write_dataset(out, events, items, users, impressions=impressions, name=made.name, notes=made.notes)
         progress.advance(task)
-    loaded = [table for table in (made.events, made.items, made.users) if table is not None]
-    rejected = [row for table in loaded for row in table.rejected]
-    _report(rejected)
-    answer = {"rejected": len(rejected), "rejections": [asdict(row) for row in rejected[:_SHOWN]]}
-    return info | answer | {"out": str(out), "seconds": round(time.perf_counter() - began, 3)}
+    return info | left_out | {"out": str(out), "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _admit(made: Made, share: float) -> dict[str, Any]:
+    tables = {"events": made.events, "items": made.items, "users": made.users}
+    intakes = {name: table.intake for name, table in tables.items() if table is not None}
+    return admit(intakes, share, f"--set {_SHARE}=")
+
+
+def _share(given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+        raise DatasetError(f"{_SHARE} is {given!r}, should be a number from 0 to 1")
+    return float(given)
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -88,13 +98,6 @@ def _nearest(word: str, known: Any) -> str:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True))
-
-
-def _report(rejected: list[Rejected]) -> None:
-    for row in rejected[:_SHOWN]:
-        print(f"rejected {row.file} row {row.row}: {row.reason}", file=sys.stderr)
-    if len(rejected) > _SHOWN:
-        print(f"rejected {len(rejected) - _SHOWN} more rows", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------- kuairand

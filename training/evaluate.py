@@ -22,6 +22,7 @@ from features.catalog import Columns, columns_of
 from features.errors import LeakError, TrainingError
 from features.outcomes import Outcomes
 from training.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
+from training.clock import tell_future
 from training.data import Interactions, read_interactions
 from training.heads import moment_of
 from training.machine import exact, prepared
@@ -29,7 +30,7 @@ from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
 from training.ranking import Pasts, had_before, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.report import write_report
-from training.run import LoadedRun, append_line, load_run
+from training.run import LoadedRun, admit_run, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
 
 SHOWN = 10
@@ -136,10 +137,10 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         `protocol`, `runs`, `seeds`, `users`, `targets`, `items`, `cold` (targets that no training event names; they are
         left out of everything but `with_cold`), `metrics` {name: {mean, low, high}}, `by_seed`, `baselines` {name:
         {metric: value}}, `paired` {baseline: {metric: interval of model minus baseline}}, `with_cold`, `segments`,
-        `coverage@10`, `novelty@10`, `blend`, `seconds`; where repeats count also `parts`, of which each has `targets`,
-        `metrics`, `baselines` and `paired`: "repeats", the items that their user had before, and "new", those that are
-        new to them, both ranked among all items as they are served; and "new_alone", the new ones ranked among what is
-        new to their user.
+        `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with what `features.intake.summary` says.
+        Where repeats count also `parts`, of which each has `targets`, `metrics`, `baselines` and `paired`: "repeats",
+        the items that their user had before, and "new", those that are new to them, both ranked among all items as they
+        are served; and "new_alone", the new ones ranked among what is new to their user.
 
     Raises:
         LeakError: A run was trained on what the protocol tests.
@@ -175,8 +176,9 @@ def _events(runs: Sequence[Path], protocol: str, data: Path | None) -> dict[str,
         _refuse_leak(run, protocol)
         if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
             raise TrainingError(f"{run.path} and {loaded[0].path} were trained on different data sets")
+    left_out = admit_run(loaded[0])
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
-        return _measure(loaded, protocol)  # type: ignore[arg-type]
+        return _measure(loaded, protocol) | left_out  # type: ignore[arg-type]
 
 
 def _refuse_leak(run: LoadedRun, protocol: str) -> None:
@@ -214,6 +216,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
         "items": data.items,
         "blend": [one.result["blend"] for one in runs],
         **answer,
+        **tell_future(data),
         "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in ours])),
         "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in ours])),
     }

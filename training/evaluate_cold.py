@@ -17,12 +17,13 @@ import numpy.typing as npt
 import torch
 
 from features.errors import LeakError, TrainingError
+from training.clock import newest_of, tell_future
 from training.data import Interactions, read_interactions
 from training.hidden import hidden_items
 from training.machine import exact, prepared
 from training.metrics import hit, interval, ndcg
 from training.ranking import lines, mask_seen, ranks_of, seen_before, user_vectors
-from training.run import LoadedRun, load_run
+from training.run import LoadedRun, admit_run, load_run
 from training.split import Targets, held_out, split
 
 NEAR = 50
@@ -60,6 +61,7 @@ def evaluate_cold(runs: Sequence[Path], data: Path | None = None) -> dict[str, A
     loaded = [load_run(run, data) for run in runs]
     for run in loaded:
         _refuse(run)
+    left_out = admit_run(loaded[0])
     asked = [cold_targets(run) for run in loaded]
     if not all(len(one.targets) for one in asked):
         raise TrainingError("nobody chose a hidden item after the training part: hide more with --set hide_items=0.1")
@@ -85,6 +87,8 @@ def evaluate_cold(runs: Sequence[Path], data: Path | None = None) -> dict[str, A
         "chance": chance,
         "over_chance": metrics[f"recall@{NEAR}"]["mean"] / chance,
         "baselines": {},
+        **left_out,
+        **tell_future(asked[0].visible),
     }
 
 
@@ -98,9 +102,7 @@ def cold_targets(run: LoadedRun) -> Asked:
     ends = split(visible, config).fit_end
     chosen = hidden & whole.target & (before > 0) & (before >= ends[owner])
     if config.protocol == "temporal":
-        known = visible.timestamps
-        newest = max(known[b.events][b.position < ends[b.owner]].max(initial=0) for b in visible.blocks())
-        chosen &= whole.timestamps > newest
+        chosen &= whole.timestamps > newest_of(visible, ends)
     at = np.flatnonzero(chosen)
     return Asked(visible, Targets(owner[at], before[at]), whole.rows[at])
 

@@ -19,16 +19,17 @@ from features.catalog import blocks
 from features.errors import LeakError, TrainingError
 from features.outcomes import Outcomes, Rates
 from features.schema import JUDGMENTS, JUDGMENTS_REQUIRED, Required
-from features.tables import read_table, table_path
+from features.tables import Loaded, read_table, table_path
 from features.transforms import query_inputs
+from training.clock import tell_future
 from training.data import Interactions
 from training.evaluate import columns_of_run
 from training.feed import Lesson, lesson_of, line_users, logits_of
-from training.impressions import NEVER, Shown, read_shown
+from training.impressions import NEVER, Shown, read_shown, read_slates
 from training.machine import exact, prepared
 from training.metrics import RESAMPLES, Floats, auc, ece, gauc, graded_ndcg, interval, log_loss, measure
 from training.ranking import Pasts
-from training.run import LoadedRun, append_line, input_shapes, load_run
+from training.run import LoadedRun, admit_run, append_line, input_shapes, load_run
 from training.split import before_cut, cut_of
 from training.statistics import features_of_line
 from training.train import Material, read_material
@@ -90,11 +91,14 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
         TrainingError: The data set has no impressions after the cut.
     """
     loaded = [load_run(run, data) for run in runs]
+    slates = read_slates(Path(data or loaded[0].result["data"]))
+    left_out = admit_run(loaded[0], **({} if slates is None else {"impressions": slates.intake}))
     material, shown = read_tested(loaded, data)
     first = loaded[0]
     with prepared(first.config.threads), exact(), torch.inference_mode():
         tested = test(loaded, material.data, shown)
-    return logged(loaded, material.data.items, tested, baselines(first, material.data, shown, tested.lines))
+    left_out |= tell_future(material.data)
+    return logged(loaded, material.data.items, tested, baselines(first, material.data, shown, tested.lines)) | left_out
 
 
 def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material, Shown]:
@@ -110,7 +114,9 @@ def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material,
     first = runs[0]
     path = Path(data or first.result["data"])
     material = read_material(first.dataset, first.config, torch.device("cpu"), first.path)
-    shown = read_shown(path, material.dataset, material.vocabulary, material.data, material.actions)
+    shown = read_shown(
+        path, material.dataset, material.vocabulary, material.data, material.actions, first.config.methods
+    )
     if shown is None:
         raise TrainingError(f"{path} has no table impressions, which this protocol measures on")
     return material, shown
@@ -268,11 +274,11 @@ def _weighted(values: Floats, weights: npt.NDArray[np.int64]) -> float:
     return float(values[known] @ weights[known] / mass) if mass else float("nan")
 
 
-def _table(data: Path, name: str, schema: pa.Schema, required: Required) -> pa.Table:
+def _table(data: Path, name: str, schema: pa.Schema, required: Required) -> Loaded:
     path = table_path(data, name)
     if path is None:
         raise TrainingError(f"{data} has no table {name}, which this protocol measures on")
-    return read_table(path, schema, required).table
+    return read_table(path, schema, required)
 
 
 def evaluate_search(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
@@ -286,7 +292,9 @@ def evaluate_search(runs: Sequence[Path], data: Path | None = None) -> dict[str,
         TrainingError: The data set has no judgments, or none with a relevant item.
     """
     loaded = [load_run(run, data) for run in runs]
-    table = _table(Path(data or loaded[0].result["data"]), "judgments", JUDGMENTS, JUDGMENTS_REQUIRED)
+    judged_by = _table(Path(data or loaded[0].result["data"]), "judgments", JUDGMENTS, JUDGMENTS_REQUIRED)
+    left_out = admit_run(loaded[0], judgments=judged_by.intake)
+    table = judged_by.table
     grades: dict[str, dict[int, float]] = {}
     rows = loaded[0].vocabulary.rows([str(name) for name in table["item_id"].to_pylist()])
     grade_of = table["grade"].to_numpy()
@@ -307,6 +315,7 @@ def evaluate_search(runs: Sequence[Path], data: Path | None = None) -> dict[str,
         "items": len(loaded[0].vocabulary),
         "metrics": {name: interval(values[:, i], queries) for i, name in enumerate(("ndcg@10", "recall@100"))},
         "baselines": {},
+        **left_out,
     }
 
 

@@ -24,11 +24,12 @@ from features.errors import ExportError
 from features.outcomes import Outcomes
 from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
 from training import golden
+from training.clock import tell_future
 from training.data import Interactions, read_interactions
 from training.graphs import Arrays, Graph, LastHidden, parity, session_of, to_onnx
 from training.index_build import CUTOFFS, build
 from training.ranking import user_vectors
-from training.run import LoadedRun, input_shapes, load_run
+from training.run import LoadedRun, admit_run, input_shapes, load_run
 from training.segments import popular_in_segments
 from training.split import Targets
 
@@ -87,7 +88,7 @@ def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RE
         recall: Share of the truly best items that the index must find.
 
     Returns:
-        See `publish_run`.
+        See `publish_run`; with what `features.intake.summary` says.
 
     Raises:
         ExportError: A gate is not passed, or the run does not fit this version; nothing is published.
@@ -96,7 +97,8 @@ def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RE
     loaded = load_run(run, data)
     if loaded.result["feature_fingerprint"] != FEATURES.fingerprint():
         raise ExportError(f"{run}: trained on other features than this version has; train again")
-    return publish_run(loaded, out, recall)
+    left_out = admit_run(loaded)
+    return publish_run(loaded, out, recall) | left_out
 
 
 def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
 
     Returns:
         `bundle_id`, `path`, `gates` {name: {`value`, `limit`, `passed`}}, `index` {`kind`, `lists`, `probes`}, `items`,
-        `bytes`.
+        `bytes`, `future_events`.
     """
     if out.exists():
         open_bundle(out)  # so that nobody waits for an export that cannot be published
@@ -119,6 +121,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         people = golden.answers(world, golden.make_people(world))
         (staging / "golden.json").write_text(json.dumps(people, allow_nan=False), encoding="utf-8")
         _write_tables(loaded, data, catalog, staging)
+        future = tell_future(data)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
     return {
@@ -128,6 +131,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         "index": index,
         "items": catalog.size,
         "bytes": size,
+        **future,
     }
 
 

@@ -7,6 +7,7 @@ item to the person before; in either case within the action's window.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from features.columns import pc
 from features.content import codes, is_present
 from features.outcomes import Outcomes
 from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED, item_keys
-from features.tables import Dataset, read_table, table_path
+from features.tables import Dataset, Loaded, read_table, table_path
 from features.vocabulary import Vocabulary
 from training.config import Action
 from training.data import Interactions
@@ -28,6 +29,7 @@ from training.data import Interactions
 HOUR_MS = 3_600_000
 NEVER = 1 << 62
 _I64 = npt.NDArray[np.int64]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,18 @@ class Shown:
 
 
 def read_shown(
-    path: Path, dataset: Dataset, vocabulary: Vocabulary, data: Interactions, actions: Sequence[Action]
+    path: Path,
+    dataset: Dataset,
+    vocabulary: Vocabulary,
+    data: Interactions,
+    actions: Sequence[Action],
+    methods: Sequence[str] = ("recommend", "rank"),
 ) -> Shown | None:
     """What was shown to people who have events, and what followed; None without a table of impressions.
 
-    Slates of people who do not allow training are left out.
+    Slates of people who do not allow training are left out, and those of other methods. Dials and upstream scores
+    change which items are shown and in which order, as every policy does, and not what an item is worth to a user:
+    these slates stay.
 
     Args:
         path: Directory of the data set.
@@ -87,8 +96,9 @@ def read_shown(
         vocabulary: Item id <-> row.
         data: The events as arrays, in the order of `dataset.events`.
         actions: What to look for.
+        methods: The methods whose slates to read; a slate that names no method is read in any case.
     """
-    slates = _slates(path)
+    slates = _slates(path, methods)
     if slates is None:
         return None
     lines, requests = _lines(slates, vocabulary, data, len(actions), dataset.events["log_id"])
@@ -96,13 +106,40 @@ def read_shown(
     return lines
 
 
-def _slates(path: Path) -> pa.Table | None:
-    """The impressions of a data set that models may be trained on."""
+def read_slates(path: Path) -> Loaded | None:
+    """Reads the table of impressions of a data set; None where there is none.
+
+    Raises:
+        TablesError: It cannot be read.
+    """
     where = table_path(path, "impressions")
-    if where is None:
+    return None if where is None else read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED)
+
+
+def _slates(path: Path, methods: Sequence[str]) -> pa.Table | None:
+    """The impressions of a data set that models may be trained on, of some methods."""
+    loaded = read_slates(path)
+    if loaded is None:
         return None
-    slates = read_table(where, IMPRESSIONS, IMPRESSIONS_REQUIRED).table
-    return slates.filter(pc.fill_null(slates["allow_train"], True))
+    slates = loaded.table
+    slates = slates.filter(pc.fill_null(slates["allow_train"], True))
+    kept = slates.filter(_made_by(slates, methods))
+    if kept.num_rows < slates.num_rows:
+        _log.warning(
+            "%d of %d slates do not train the ranker: they answer a query, or no method of %s made them (`methods`)",
+            slates.num_rows - kept.num_rows,
+            slates.num_rows,
+            ", ".join(methods),
+        )
+    return kept
+
+
+def _made_by(slates: pa.Table, methods: Sequence[str]) -> Any:
+    """Which slates one of the methods made; of `rank`, only those whose order does not come from a query; bool [n]."""
+    named = pc.is_in(slates["method"], pa.array(list(methods), pa.string()))
+    asked = pc.greater(pc.utf8_length(pc.fill_null(slates["query"], "")), 0)
+    worded = pc.and_(asked, pc.equal(pc.fill_null(slates["method"], ""), "rank"))
+    return pc.or_(pc.is_null(slates["method"]), pc.and_not(named, worded))
 
 
 def _lines(

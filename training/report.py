@@ -67,6 +67,8 @@ def write_report(runs: Sequence[Path], into: Path | None = None) -> Path:
         f"held out: {config['protocol']}; seed {config['seed']}",
         facts=_facts(result),
         curves=_curves({one: _lines(one / "log.jsonl") for one in runs}),
+        left_out=_left_out(result),
+        rejections=result.get("rejections", []),
         evaluations=[_evaluation(part) for found in _newest(run) for part in (found, *_parts(found))],
         provenance=_provenance(run, result),
         config=config.items(),
@@ -84,6 +86,17 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("epochs", f"{result['epochs']:,}"),
         ("parameters", f"{result['parameters']:,}"),
         ("ranker's blend", f"{result['blend']:g}"),
+    ]
+
+
+def _left_out(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What of the data was not learned from, or not as it stands; empty where there is no such thing."""
+    rejected, future = result.get("rejected", 0), result.get("future_events", 0)
+    return [
+        *([("rejected rows", f"{rejected:,}")] if rejected else []),
+        *((f"unread cells of {column}", f"{count:,}") for column, count in result.get("unread", {}).items()),
+        *([("events from wrong clocks", f"{future:,}")] if future else []),
+        *((f"unit of {column}", str(unit)) for column, unit in result.get("time_units", {}).items()),
     ]
 
 

@@ -39,6 +39,8 @@ from torch import Tensor, nn
 from features.assemble import ranker_width
 from features.bundle import sync
 from features.errors import TrainingError
+from features.intake import admit
+from features.rows import Intake
 from features.tables import Dataset, open_dataset
 from features.transforms import ItemInputShapes
 from features.vocabulary import Vocabulary
@@ -86,7 +88,7 @@ class LoadedRun:
         neighbor_scores: float32 `[N, K]`, their cosines.
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
             data_fingerprint, feature_fingerprint, event_types, actions, action_weights, base_rates, surface_rates,
-            ranker_source, ranker, seen_types, content, ordered_only.
+            ranker_source, ranker, seen_types, content, ordered_only, rejected, rejections, unread, future_events.
         dataset: What it was trained on.
     """
 
@@ -199,6 +201,28 @@ def open_moment(data: Path, run: Path) -> Dataset:
     dataset = open_dataset(data, until=begun["until"], items_from=items)
     # The items are those of that time, and so is the version of the catalogue that export writes into the bundle.
     return dataclasses.replace(dataset, info=dataset.info | {"catalog_version": begun["catalog_version"]})
+
+
+ALLOW = "penchant train --set max_rejected_share="
+"""What allows a training more rejected rows, up to the number."""
+
+
+def admit_run(run: LoadedRun, **others: Intake) -> dict[str, Any]:
+    """Tells what was left out of the data of a run, and refuses what its training would have refused.
+
+    Args:
+        run: The run, whose `max_rejected_share` holds.
+        others: Tables that are read besides those of `run.dataset`.
+
+    Returns:
+        See `features.intake.admit`.
+
+    Raises:
+        TablesError: More of a table was rejected than the training allowed.
+    """
+    # A run that does not say what was rejected was allowed everything.
+    share = run.config.max_rejected_share if "rejected" in run.result else 1.0
+    return admit({**run.dataset.intake, **others}, share, ALLOW, run.dataset.info.get("time_units"))
 
 
 def write_items(run: Path, items: pa.Table) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Columns
+from training.clock import newest_of
 from training.data import Interactions
 from training.ranking import Pasts
 
@@ -42,8 +43,8 @@ def popular_in_segments(data: Interactions, columns: Columns, recent_days: float
     keys, segment = np.unique(segments_of(some, columns), return_inverse=True)
     owner = some.owner()
     liked = some.seen & (keys[segment[owner]] != 0)
-    since = some.timestamps.max(initial=0) - recent_days * _DAY_MS
-    recent = np.ones(liked.size, np.bool_) if some.ordered_only else some.timestamps > since
+    newest = newest_of(some)
+    recent = (some.timestamps > newest - recent_days * _DAY_MS) & (some.timestamps <= newest) | some.ordered_only
     pairs, place = np.unique(segment[owner[liked]] * some.items + some.rows[liked], return_inverse=True)
     now, ever = np.bincount(place, recent[liked], pairs.size), np.bincount(place, minlength=pairs.size)
     scores = (np.log1p(now) + 1e-3 * np.log1p(ever)).astype(np.float32)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.errors import TrainingError
+from training.clock import newest_of
 from training.config import TrainConfig
 from training.data import Interactions
 
@@ -150,14 +151,14 @@ def before(data: Interactions, moment: int) -> npt.NDArray[np.int64]:
 def cut_of(data: Interactions, config: TrainConfig) -> int:
     """The last moment, ms, that is not tested: the quantile `1 - test_share` of all times, or `test_days` from the end.
 
-    Without a protocol, the last moment of all.
+    Without a protocol, the last moment of all. Events from wrong clocks are not the end (`training.clock`).
 
     Raises:
         TrainingError: The data set has order only.
     """
     if data.ordered_only:
         raise TrainingError("a temporal split needs timestamps, and this data set has order only: use leave-one-out")
-    last = int(data.timestamps.max())
+    last = newest_of(data)
     if config.protocol != "temporal":
         return last
     if config.test_days:

@@ -16,20 +16,23 @@ import torch
 from features.assemble import FEATURES
 from features.catalog import Columns, columns_of
 from features.errors import TrainingError
+from features.intake import admit
 from features.tables import Dataset
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
 from training.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
+from training.clock import tell_future
 from training.config import Action, TrainConfig
 from training.data import Interactions, item_vocabulary, read_interactions
 from training.encoders import ItemBags
 from training.feed import learn, read_feed
 from training.fit import Fit, OnStep
 from training.heads import Asker, fit_query_encoder, fit_ranker
-from training.impressions import read_shown
+from training.impressions import read_shown, read_slates
 from training.machine import circumstances, exact, prepared
 from training.report import write_report
 from training.run import (
+    ALLOW,
     FORMAT,
     Modules,
     RunError,
@@ -89,6 +92,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
 
     Raises:
         RunError: `out` holds a finished run, or an unfinished one with another configuration or data set.
+        TablesError: The data set cannot be read, or more of its rows are malformed than `max_rejected_share` allows.
         TrainingError: The data set cannot be trained on as configured.
     """
     began = time.monotonic()
@@ -96,8 +100,10 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         device = config.resolved_device()
         torch.manual_seed(config.seed)
         dataset = open_moment(data, out)
+        left_out = _admit(data, dataset, config)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
+        left_out |= tell_future(material.data)
         modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         progress = Fit(out, config, material.data, material.division, modules, bags, on_step).run()
@@ -125,10 +131,28 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
     result |= {"blend": blend, "ranker_ndcg@10": gain, "data": str(data.resolve()), **_facts(material, weights)}
     result |= {"ranker_source": "impressions" if said else "candidates", "ranker": said, **learned.facts()}
+    result |= left_out
     write_json(out / "result.json", result)
     write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
+
+
+def _admit(path: Path, dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
+    """Tells what was left out of all tables that are read, before any work; refuses too much of it."""
+    intakes = dict(dataset.intake)
+    # Impressions are read when the encoders are trained: hours of work must not end in a refusal.
+    if _reads_impressions(config) and (slates := read_slates(path)) is not None:
+        intakes["impressions"] = slates.intake
+    return admit(intakes, config.max_rejected_share, ALLOW, dataset.info.get("time_units"))
+
+
+def _reads_impressions(config: TrainConfig) -> bool:
+    """Returns True if the ranker may learn from impressions.
+
+    These are cut by time: one that is not later than another's test could tell of it.
+    """
+    return bool(config.ranker_steps) and not config.hide_items and config.protocol != "leave-one-out"
 
 
 def _learn_from_impressions(
@@ -141,9 +165,8 @@ def _learn_from_impressions(
     """
     data, said = material.data, {}
     shown = None
-    # Impressions are cut by time: one that is not later than another's test could tell of it.
-    if config.ranker_steps and not config.hide_items and config.protocol != "leave-one-out" and not data.ordered_only:
-        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions)
+    if _reads_impressions(config) and not data.ordered_only:
+        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
     teller = Teller(data, columns, material.actions, shown, material.division.fit_end)
     if shown is not None:
         feed = read_feed(teller, shown, modules.user, table, config)

@@ -60,15 +60,19 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_UNSPECIFIED: _Part.ValueType  # 0
     """Not set."""
     PART_PROFILE_STORE: _Part.ValueType  # 1
-    """The person's profile could not be read: the answer is not personal and holds popular items only."""
+    """The person's profile could not be read: the answer is not personal, and a feed holds only items of the bundle's popular table,
+    because what the person blocked is not known.
+    """
     PART_PROFILE_STALE: _Part.ValueType  # 2
     """The profile is older than min_profile_version asked for."""
     PART_PROFILE_CORRUPT: _Part.ValueType  # 3
-    """The person's stored profile failed its checksum and was not used."""
+    """The person's stored profile failed its checksum and was not used, and as for PROFILE_STORE, what the person blocked is not
+    known; or its past is lost, and only what came since was used. The reason says how it is repaired.
+    """
     PART_USER_ENCODER: _Part.ValueType  # 4
     """The user encoder failed: a lower rung served."""
     PART_SOURCE: _Part.ValueType  # 5
-    """A source of candidates failed and was skipped."""
+    """A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only."""
     PART_SCORER: _Part.ValueType  # 6
     """The ranker failed: candidates keep their sources' order."""
     PART_SELECTOR: _Part.ValueType  # 7
@@ -76,7 +80,9 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_CATALOG_STALE: _Part.ValueType  # 8
     """The catalogue here is older than min_catalog_version asked for."""
     PART_DEADLINE: _Part.ValueType  # 9
-    """Parts were left out to answer before the deadline."""
+    """Less than a tenth of the time was left, so parts were left out: reasons, the scorer (candidates keep their sources' order), or
+    what is new and what dials ask for beside the other candidates. The reason names the stages.
+    """
     PART_DIALS: _Part.ValueType  # 10
     """The person's dials could not be applied: the order is that without them."""
 
@@ -86,15 +92,19 @@ class Part(_Part, metaclass=_PartEnumTypeWrapper):
 PART_UNSPECIFIED: Part.ValueType  # 0
 """Not set."""
 PART_PROFILE_STORE: Part.ValueType  # 1
-"""The person's profile could not be read: the answer is not personal and holds popular items only."""
+"""The person's profile could not be read: the answer is not personal, and a feed holds only items of the bundle's popular table,
+because what the person blocked is not known.
+"""
 PART_PROFILE_STALE: Part.ValueType  # 2
 """The profile is older than min_profile_version asked for."""
 PART_PROFILE_CORRUPT: Part.ValueType  # 3
-"""The person's stored profile failed its checksum and was not used."""
+"""The person's stored profile failed its checksum and was not used, and as for PROFILE_STORE, what the person blocked is not
+known; or its past is lost, and only what came since was used. The reason says how it is repaired.
+"""
 PART_USER_ENCODER: Part.ValueType  # 4
 """The user encoder failed: a lower rung served."""
 PART_SOURCE: Part.ValueType  # 5
-"""A source of candidates failed and was skipped."""
+"""A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only."""
 PART_SCORER: Part.ValueType  # 6
 """The ranker failed: candidates keep their sources' order."""
 PART_SELECTOR: Part.ValueType  # 7
@@ -102,7 +112,9 @@ PART_SELECTOR: Part.ValueType  # 7
 PART_CATALOG_STALE: Part.ValueType  # 8
 """The catalogue here is older than min_catalog_version asked for."""
 PART_DEADLINE: Part.ValueType  # 9
-"""Parts were left out to answer before the deadline."""
+"""Less than a tenth of the time was left, so parts were left out: reasons, the scorer (candidates keep their sources' order), or
+what is new and what dials ask for beside the other candidates. The reason names the stages.
+"""
 PART_DIALS: Part.ValueType  # 10
 """The person's dials could not be applied: the order is that without them."""
 Global___Part: _TypeAlias = Part  # noqa: Y015
@@ -318,7 +330,9 @@ Global___Degradation: _TypeAlias = Degradation  # noqa: Y015
 
 @_typing.final
 class Experiment(_message.Message):
-    """Which arm of the holdout this person is in, assigned by a hash of the person's id."""
+    """Which arm of the holdout this person is in, assigned by a hash of the person's id: of the user id, or of the anonymous id until
+    MergeIdentities moves it to a user; from then on the anonymous id is in that user's arm.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

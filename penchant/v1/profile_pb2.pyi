@@ -212,8 +212,9 @@ class GetProfileResponse(_message.Message):
     CONSENT_GIVEN_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
     VISIT_FIELD_NUMBER: _builtins.int
+    DAMAGE_FIELD_NUMBER: _builtins.int
     found: _builtins.bool
-    """True when there is one."""
+    """True when there is one, a damaged one included."""
     profile_version: _builtins.int
     """Version of the profile."""
     event_count: _builtins.int
@@ -224,6 +225,10 @@ class GetProfileResponse(_message.Message):
     """True when the person said so themselves; false when it is the service's default."""
     segment: _builtins.str
     """Who they are, in one word: the category that they chose most often over the last months; empty where it is not known."""
+    damage: _builtins.str
+    """Why the stored profile cannot be read (it fails its checksum), or that its past is lost and only what came since is here, and
+    how it is repaired; empty when it is whole. Consent and controls are kept elsewhere too, and hold all the same.
+    """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileEvent]:
         """The newest remembered events, newest first."""
@@ -253,10 +258,11 @@ class GetProfileResponse(_message.Message):
         consent_given: _builtins.bool = ...,
         segment: _builtins.str = ...,
         visit: Global___Visit | None = ...,
+        damage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_visit", b"_visit", "visit", b"visit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_visit", b"_visit", "categories", b"categories", "consent_given", b"consent_given", "event_count", b"event_count", "events", b"events", "found", b"found", "profile_version", b"profile_version", "purposes", b"purposes", "seen_only", b"seen_only", "segment", b"segment", "visit", b"visit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_visit", b"_visit", "categories", b"categories", "consent_given", b"consent_given", "damage", b"damage", "event_count", b"event_count", "events", b"events", "found", b"found", "profile_version", b"profile_version", "purposes", b"purposes", "seen_only", b"seen_only", "segment", b"segment", "visit", b"visit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__visit: _TypeAlias = _typing.Literal["visit"]  # noqa: Y015
     _WhichOneofArgType__visit: _TypeAlias = _typing.Literal["_visit", b"_visit"]  # noqa: Y015
@@ -529,7 +535,9 @@ class UndoEventRequest(_message.Message):
     SUBJECT_FIELD_NUMBER: _builtins.int
     EVENT_ID_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
-    """The event's id, as it was ingested; at most 512 bytes. It must still be in the log, which keeps 7 days, else NOT_FOUND: also for a repeat."""
+    """The event's id, as it was ingested; at most 512 bytes. It must still be in the log, which keeps 7 days, else NOT_FOUND: also for a repeat.
+    Of a damaged profile nothing is undone: DATA_LOSS, until it is rebuilt.
+    """
     @_builtins.property
     def subject(self) -> _common_pb2.Subject:
         """The person who did it."""
@@ -607,16 +615,21 @@ class MergeIdentitiesResponse(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     LEFT_BEHIND_FIELD_NUMBER: _builtins.int
     PROFILE_VERSION_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
     events: _builtins.int
     """Number of events that are the known person's now."""
     impressions: _builtins.int
-    """Number of slates that are."""
+    """Number of slates that are; they keep the arm that they were shown in and are marked as merged."""
     refused: _builtins.int
     """Number of events from before an erasure of the known person: they are gone."""
     left_behind: _builtins.int
     """Number of events in the visitor's profile that had left the log: they are forgotten."""
     profile_version: _builtins.int
     """The version of the known person's profile that contains what moved; 0 where nothing did."""
+    damaged: _builtins.bool
+    """True when the stored profile of either failed its checksum: left_behind is then not known, and the known user's profile holds
+    what moved once it is rebuilt.
+    """
     def __init__(
         self,
         *,
@@ -625,10 +638,11 @@ class MergeIdentitiesResponse(_message.Message):
         refused: _builtins.int = ...,
         left_behind: _builtins.int = ...,
         profile_version: _builtins.int = ...,
+        damaged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "impressions", b"impressions", "left_behind", b"left_behind", "profile_version", b"profile_version", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["damaged", b"damaged", "events", b"events", "impressions", b"impressions", "left_behind", b"left_behind", "profile_version", b"profile_version", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -674,7 +688,9 @@ class ExportSubjectResponse(_message.Message):
     """Send it for the next page; empty on the last one."""
     @_builtins.property
     def documents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """JSON objects; "kind" says of what: "consent", "controls", "profile", "counts", "event", "impression"."""
+        """JSON objects; "kind" says of what: "consent", "controls", "profile", "counts", "event", "impression". Of a damaged profile,
+        "damage" in "profile" and "counts" says so; all else is complete.
+        """
 
     def __init__(
         self,
@@ -727,7 +743,7 @@ class ErasureReceipt(_message.Message):
     store: _builtins.str
     """Name of the store: "profiles", "events", "impressions", and each other reader of the log that keeps a copy: "warehouse"."""
     entries: _builtins.int
-    """Number of entries erased; 0 for a store that does not count them."""
+    """Number of entries erased; 0 for a store that does not count them, and for a damaged profile, which is erased as a whole."""
     erased_at_ms: _builtins.int
     """When they became unreadable to Penchant, in milliseconds since the epoch, UTC; 0 while a reader of the log has not confirmed it."""
     purged_at_ms: _builtins.int

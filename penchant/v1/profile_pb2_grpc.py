@@ -134,7 +134,8 @@ class ProfileServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def MergeIdentities(self, request, context):
-        """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew.
+        """Moves what an anonymous user did to the user they turn out to be. The anonymous id begins again without a past, in the arm of
+        that user: the answers of one device are of one arm whether it sends the anonymous id or the user id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,9 @@ class ProfileServiceStub:
     UndoEvent: _grpc.UnaryUnaryMultiCallable[_profile_pb2.UndoEventRequest, _profile_pb2.UndoEventResponse]
     """Makes one event count no more."""
     MergeIdentities: _grpc.UnaryUnaryMultiCallable[_profile_pb2.MergeIdentitiesRequest, _profile_pb2.MergeIdentitiesResponse]
-    """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew."""
+    """Moves what an anonymous user did to the user they turn out to be. The anonymous id begins again without a past, in the arm of
+    that user: the answers of one device are of one arm whether it sends the anonymous id or the user id.
+    """
     ExportSubject: _grpc.UnaryUnaryMultiCallable[_profile_pb2.ExportSubjectRequest, _profile_pb2.ExportSubjectResponse]
     """Hands out everything that is held about a person, in pages."""
     GetErasureCertificate: _grpc.UnaryUnaryMultiCallable[_profile_pb2.GetErasureCertificateRequest, _profile_pb2.GetErasureCertificateResponse]
@@ -72,7 +74,9 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     UndoEvent: _aio.UnaryUnaryMultiCallable[_profile_pb2.UndoEventRequest, _profile_pb2.UndoEventResponse]  # type: ignore[assignment]
     """Makes one event count no more."""
     MergeIdentities: _aio.UnaryUnaryMultiCallable[_profile_pb2.MergeIdentitiesRequest, _profile_pb2.MergeIdentitiesResponse]  # type: ignore[assignment]
-    """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew."""
+    """Moves what an anonymous user did to the user they turn out to be. The anonymous id begins again without a past, in the arm of
+    that user: the answers of one device are of one arm whether it sends the anonymous id or the user id.
+    """
     ExportSubject: _aio.UnaryUnaryMultiCallable[_profile_pb2.ExportSubjectRequest, _profile_pb2.ExportSubjectResponse]  # type: ignore[assignment]
     """Hands out everything that is held about a person, in pages."""
     GetErasureCertificate: _aio.UnaryUnaryMultiCallable[_profile_pb2.GetErasureCertificateRequest, _profile_pb2.GetErasureCertificateResponse]  # type: ignore[assignment]
@@ -137,7 +141,9 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_pb2.MergeIdentitiesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_pb2.MergeIdentitiesResponse, _abc.Awaitable[_profile_pb2.MergeIdentitiesResponse]]:
-        """Moves what a visitor did to the person they turn out to be; the visitor's id begins anew."""
+        """Moves what an anonymous user did to the user they turn out to be. The anonymous id begins again without a past, in the arm of
+        that user: the answers of one device are of one arm whether it sends the anonymous id or the user id.
+        """
 
     @_abc_1.abstractmethod
     def ExportSubject(

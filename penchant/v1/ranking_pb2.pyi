@@ -135,7 +135,9 @@ class RankedItem(_message.Message):
     item_id: _builtins.str
     """External id of the item."""
     score: _builtins.float
-    """The score the order comes from; comparable within one bundle and method, higher is better."""
+    """The score the order comes from; comparable within one bundle and method, higher is better. NaN for a candidate of Rank that the
+    catalogue does not know; it also has no action_probabilities, sources or reasons.
+    """
     propensity: _builtins.float
     """Probability that the policy shows this item at this position; NaN where it is not known exactly."""
     @_builtins.property
@@ -271,7 +273,9 @@ class Slate(_message.Message):
     request_id: _builtins.str
     """The attribution token: events carry it back as request_id."""
     rung: _common_pb2.Rung.ValueType
-    """The level of personalisation that served it."""
+    """The level of personalisation that served it: that of the first item. Where its candidates do not fill the page, items of lower
+    levels stand behind them, unless a dial lifts them; their sources tell.
+    """
     bundle_id: _builtins.str
     """The bundle that made every part of this answer."""
     profile_version: _builtins.int
@@ -296,11 +300,15 @@ class Slate(_message.Message):
 
     @_builtins.property
     def dropped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Number of candidates dropped, by the filter that dropped them."""
+        """Number of items held back, by filter: "eligible" (not available now), "excluded" (by the caller, and the seeds), "blocked" (by the
+        user), "seen" (by the user). Of the whole catalogue; for Rank, of the caller's candidates. Each item counts once, for the first
+        of them. So a page of Recommend that is shorter than page_size and these numbers add up to the catalogue, one of Rank and these
+        numbers to the distinct candidates, unless degraded says what failed.
+        """
 
     @_builtins.property
     def missing_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids in the request that the catalogue does not know."""
+        """Ids in the request that the catalogue does not know; those among the candidates of Rank are in the answer all the same."""
 
     @_builtins.property
     def stage_timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
@@ -468,7 +476,11 @@ Global___Candidates: _TypeAlias = Candidates  # noqa: Y015
 
 @_typing.final
 class RankRequest(_message.Message):
-    """Candidates of another engine, to be ordered for this person."""
+    """Candidates of another engine, to be ordered for this person. What the catalogue knows and may not show leaves. A candidate that it
+    does not know, unless it is excluded or blocked, stays in the answer at the place that the caller gave it, by upstream score or
+    else by the order of the list, counted among those that stay; the known ones are ordered around it. So no hit is lost while the
+    catalogue lags behind.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -477,9 +489,14 @@ class RankRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     UPSTREAM_WEIGHT_FIELD_NUMBER: _builtins.int
     query: _builtins.str
-    """The query the candidates answer, if any; at most 1,024 characters."""
+    """The query the candidates answer, if any; at most 1,024 characters. Where it holds a word, the candidates are scored as Search
+    scores them (words, meaning, and a bounded share of the person's taste) in place of the personal score.
+    """
     upstream_weight: _builtins.float
-    """Weight of the upstream score, on the scale of a log-odds, against the personal one; finite and at least 0; 1 when absent."""
+    """Weight of the upstream score, on the scale of a log-odds, against the personal one, or against the score of the query, which is
+    0 to 1 without taste; finite and at least 0, its product with every score a finite float; 1 when absent. Without query and
+    without anything known of the person, the order is that of the upstream scores, whatever the weight.
+    """
     @_builtins.property
     def options(self) -> Global___RankingOptions:
         """What every ranking request carries."""

@@ -27,6 +27,12 @@ if _version_not_supported:
 
 class RankingServiceStub(object):
     """Ranks feeds, search results and other engines' hits.
+
+    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
+    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
+    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
+    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
+    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
     """
 
     def __init__(self, channel):
@@ -59,6 +65,12 @@ class RankingServiceStub(object):
 
 class RankingServiceServicer(object):
     """Ranks feeds, search results and other engines' hits.
+
+    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
+    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
+    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
+    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
+    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
     """
 
     def Recommend(self, request, context):
@@ -76,7 +88,7 @@ class RankingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Rank(self, request, context):
-        """Re-ranks the caller's candidates: a side-car for another engine.
+        """Re-ranks the caller's candidates: a side-car for another engine. An id that the catalogue does not know keeps its place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +134,12 @@ def add_RankingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class RankingService(object):
     """Ranks feeds, search results and other engines' hits.
+
+    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
+    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
+    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
+    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
+    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
     """
 
     @staticmethod

@@ -27,7 +27,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RankingServiceStub:
-    """Ranks feeds, search results and other engines' hits."""
+    """Ranks feeds, search results and other engines' hits.
+
+    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
+    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
+    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
+    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
+    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -38,13 +45,20 @@ class RankingServiceStub:
     Search: _grpc.UnaryUnaryMultiCallable[_ranking_pb2.SearchRequest, _ranking_pb2.SearchResponse]
     """Finds items for a query and orders them for this person."""
     Rank: _grpc.UnaryUnaryMultiCallable[_ranking_pb2.RankRequest, _ranking_pb2.RankResponse]
-    """Re-ranks the caller's candidates: a side-car for another engine."""
+    """Re-ranks the caller's candidates: a side-car for another engine. An id that the catalogue does not know keeps its place."""
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_ranking_pb2.SimilarItemsRequest, _ranking_pb2.SimilarItemsResponse]
     """Finds items like one or several seeds."""
 
 @_typing.type_check_only
 class RankingServiceAsyncStub(RankingServiceStub):
-    """Ranks feeds, search results and other engines' hits."""
+    """Ranks feeds, search results and other engines' hits.
+
+    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
+    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
+    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
+    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
+    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Recommend: _aio.UnaryUnaryMultiCallable[_ranking_pb2.RecommendRequest, _ranking_pb2.RecommendResponse]  # type: ignore[assignment]
@@ -52,12 +66,19 @@ class RankingServiceAsyncStub(RankingServiceStub):
     Search: _aio.UnaryUnaryMultiCallable[_ranking_pb2.SearchRequest, _ranking_pb2.SearchResponse]  # type: ignore[assignment]
     """Finds items for a query and orders them for this person."""
     Rank: _aio.UnaryUnaryMultiCallable[_ranking_pb2.RankRequest, _ranking_pb2.RankResponse]  # type: ignore[assignment]
-    """Re-ranks the caller's candidates: a side-car for another engine."""
+    """Re-ranks the caller's candidates: a side-car for another engine. An id that the catalogue does not know keeps its place."""
     SimilarItems: _aio.UnaryUnaryMultiCallable[_ranking_pb2.SimilarItemsRequest, _ranking_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """Finds items like one or several seeds."""
 
 class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Ranks feeds, search results and other engines' hits."""
+    """Ranks feeds, search results and other engines' hits.
+
+    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
+    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
+    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
+    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
+    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
+    """
 
     @_abc_1.abstractmethod
     def Recommend(
@@ -81,7 +102,7 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ranking_pb2.RankRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ranking_pb2.RankResponse, _abc.Awaitable[_ranking_pb2.RankResponse]]:
-        """Re-ranks the caller's candidates: a side-car for another engine."""
+        """Re-ranks the caller's candidates: a side-car for another engine. An id that the catalogue does not know keeps its place."""
 
     @_abc_1.abstractmethod
     def SimilarItems(

@@ -83,6 +83,15 @@ def finite(values: Sequence[float], field: str) -> npt.NDArray[np.float32]:
     return array
 
 
+def weighted(values: npt.NDArray[np.float32], weight: float, field: str, of: str) -> None:
+    """Numbers float32 [n] that stay finite, as float32, when they are multiplied by a weight."""
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest * weight > np.finfo(np.float32).max:
+        raise InvalidArgument(
+            field, f"is {weight:g} and the largest of {of} is {largest:g}: together too large; scale either down"
+        )
+
+
 def same_length(values: Sized, ids: Sized, field: str, of: str) -> None:
     """Values that are given at all are as many as the ids they belong to."""
     if len(values) not in (0, len(ids)):

@@ -18,12 +18,12 @@ from features.assemble import HALF_LIFE
 from features.controls import FOR_EVER, MOST_RULES, Kind
 from features.errors import ProfileCorrupt
 from features.memory import DIMENSIONS, HORIZONS
-from features.profile import RING, Profile, Purpose
+from features.profile import PAST_LOST, RING, Profile, Purpose
 from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine import Engine, Host
 from serving.erasure import Certificate, Certificates
-from serving.errors import InvalidArgument
+from serving.errors import DataLoss, InvalidArgument
 from serving.people import Consent, People, Rule, Setting
 from serving.profiles import ProfileStore
 from serving.services import checks
@@ -109,7 +109,11 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     ) -> profile_pb2.UndoEventResponse:
         """Makes one event count no more."""
         subject = checks.subject(request.subject, "subject")
-        version = self._people.undo(subject, checks.identifier(request.event_id, "event_id"))
+        event_id = checks.identifier(request.event_id, "event_id")
+        try:
+            version = self._people.undo(subject, event_id)
+        except ProfileCorrupt as error:
+            raise DataLoss(f"nothing was undone: {error}") from error
         return profile_pb2.UndoEventResponse(profile_version=version)
 
     def MergeIdentities(
@@ -124,6 +128,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             refused=merged.refused,
             left_behind=merged.left_behind,
             profile_version=merged.version,
+            damaged=merged.damaged,
         )
 
     def ExportSubject(
@@ -168,8 +173,9 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     def _shown(self, subject: str, limit: int) -> profile_pb2.GetProfileResponse:
         try:
             return _shown(self._store.read(subject), self._host.engine, limit)
-        except ProfileCorrupt:
-            return profile_pb2.GetProfileResponse()
+        except ProfileCorrupt as error:
+            # There is one, and it is not known what is in it.
+            return profile_pb2.GetProfileResponse(found=True, damage=str(error))
 
     def _facts(self, subject: str) -> Iterator[str]:
         """What is held about a person beside events and slates."""
@@ -186,8 +192,8 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         """The decayed counts, by name where the catalogue and the bundle know it, else by key."""
         try:
             memory = self._store.read(subject).memory
-        except ProfileCorrupt:
-            return {}
+        except ProfileCorrupt as error:
+            return {"damage": str(error)}
         engine, found = self._host.engine, dict[str, Any](as_of_ms=memory.newest, horizons=list(HORIZONS))
         types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
         for dimension in DIMENSIONS:
@@ -273,7 +279,8 @@ def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfi
             )
         )
     return profile_pb2.GetProfileResponse(
-        found=bool(profile.count),
+        found=bool(profile.count) or profile.lost,
+        damage=PAST_LOST if profile.lost else "",
         profile_version=profile.version,
         event_count=profile.count,
         events=events,

@@ -19,7 +19,7 @@ from features.schema import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.engine import Engine, Host
 from serving.experiments import Holdout
-from serving.pipeline import Query, Reason, Slate
+from serving.query import Query, Reason, Slate, Unknown
 from serving.services import checks
 
 MAX_PAGE = 100
@@ -48,44 +48,50 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
     ) -> ranking_pb2.RecommendResponse:
         """Retrieves and ranks a feed for a person."""
         engine = self._host.engine
-        query, missing = self._query(request.options, engine.catalog, context, subject_required=True)
-        return ranking_pb2.RecommendResponse(slate=_answer("recommend", query, missing, engine))
+        query, missing = self._query("recommend", request.options, engine.catalog, context, subject_required=True)
+        return ranking_pb2.RecommendResponse(slate=_answer(query, missing, engine))
 
     def Search(self, request: ranking_pb2.SearchRequest, context: grpc.ServicerContext) -> ranking_pb2.SearchResponse:
         """Finds items for a query and orders them for this person."""
         engine = self._host.engine
-        query, missing = self._query(request.options, engine.catalog, context)
+        query, missing = self._query("search", request.options, engine.catalog, context)
         query.text = checks.text(request.query, "query", required=True)
-        return ranking_pb2.SearchResponse(slate=_answer("search", query, missing, engine))
+        return ranking_pb2.SearchResponse(slate=_answer(query, missing, engine))
 
     def Rank(self, request: ranking_pb2.RankRequest, context: grpc.ServicerContext) -> ranking_pb2.RankResponse:
-        """Re-ranks the caller's candidates; of an id that comes twice, the first place counts."""
+        """Re-ranks the caller's candidates; of an id that comes twice, the first place counts.
+
+        An id that the catalogue does not know stays at the place that the caller gave it, unless it is excluded.
+        """
         engine = self._host.engine
-        query, missing = self._query(request.options, engine.catalog, context)
+        query, missing = self._query("rank", request.options, engine.catalog, context)
         ids = checks.identifiers(request.candidates.item_ids, "candidates.item_ids", 1, MAX_CANDIDATES)
         upstream = checks.finite(request.candidates.upstream_scores, "candidates.upstream_scores")
         checks.same_length(upstream, ids, "candidates.upstream_scores", "candidates.item_ids")
         query.text = checks.text(request.query, "query")
         if request.HasField("upstream_weight"):
             query.upstream_weight = checks.number(request.upstream_weight, "upstream_weight", 0.0)
+        checks.weighted(upstream, query.upstream_weight, "upstream_weight", "candidates.upstream_scores")
         rows = _known(engine.catalog, ids, missing)
         _, first = np.unique(rows, return_index=True)
         first = np.sort(first[rows[first] >= 0])
         query.rows, query.upstream = rows[first], upstream[first] if upstream.size else None
-        return ranking_pb2.RankResponse(slate=_answer("rank", query, missing, engine))
+        query.unknown = _unknown(ids, rows, upstream, first)
+        return ranking_pb2.RankResponse(slate=_answer(query, missing, engine))
 
     def SimilarItems(
         self, request: ranking_pb2.SimilarItemsRequest, context: grpc.ServicerContext
     ) -> ranking_pb2.SimilarItemsResponse:
         """Finds items like one or several seeds."""
         engine = self._host.engine
-        query, missing = self._query(request.options, engine.catalog, context)
+        query, missing = self._query("similar", request.options, engine.catalog, context)
         rows = _known(engine.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
         query.seeds = np.unique(rows[rows >= 0])
-        return ranking_pb2.SimilarItemsResponse(slate=_answer("similar", query, missing, engine))
+        return ranking_pb2.SimilarItemsResponse(slate=_answer(query, missing, engine))
 
     def _query(
         self,
+        method: str,
         options: ranking_pb2.RankingOptions,
         catalog: Catalog,
         context: grpc.ServicerContext,
@@ -109,10 +115,12 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             now_ms=int(time.time() * 1000),
             deadline=time.monotonic() + seconds_left(context, self._default_deadline_s),
             page_size=page_size,
+            method=method,
             surface=options.surface,
             session_id=options.session_id,
             context=_context(options.context),
             exclude=rows[rows >= 0],
+            exclude_unknown=frozenset(missing),
             personalize=options.personalization != ranking_pb2.PERSONALIZATION_DISABLED,
             dials={(one.dial, item_key(one.name)): one.value for one in checks.dials(options.dials, "options.dials")},
             explain=options.explain,
@@ -152,9 +160,31 @@ def _known(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> np
     return rows
 
 
-def _answer(method: str, query: Query, missing: dict[str, None], engine: Engine) -> ranking_pb2.Slate:
+def _unknown(
+    ids: Sequence[str], rows: npt.NDArray[np.int32], upstream: npt.NDArray[np.float32], known: npt.NDArray[np.intp]
+) -> tuple[Unknown, ...]:
+    """The candidates without a row, each once, as the caller ranks them: by its scores, else in the order of the list.
+
+    Args:
+        ids: The candidates.
+        rows: Their rows, -1 where the catalogue does not know them; int32 [n].
+        upstream: Their scores; float32 [n] or [0].
+        known: The positions of the candidates that have a row, each once; intp [k].
+    """
+    strangers = np.flatnonzero(rows < 0)
+    if not strangers.size:
+        return ()
+    _, first = np.unique([ids[at] for at in strangers.tolist()], return_index=True)
+    strangers = strangers[np.sort(first)]
+    every = np.sort(np.concatenate([known, strangers]))
+    order = every[np.argsort(-upstream[every], kind="stable")] if upstream.size else every
+    above = np.cumsum(rows[order] >= 0).tolist()
+    return tuple(Unknown(ids[at], place) for at, place in zip(order.tolist(), above, strict=True) if rows[at] < 0)
+
+
+def _answer(query: Query, missing: dict[str, None], engine: Engine) -> ranking_pb2.Slate:
     """Runs a query and puts the slate into the words of the contract."""
-    slate = engine.pipelines[method].run(query)
+    slate = engine.pipelines[query.method].run(query)
     profile = query.profile
     return ranking_pb2.Slate(
         request_id=query.request_id,
@@ -184,6 +214,13 @@ def _experiment(query: Query) -> common_pb2.Experiment | None:
 
 
 def _items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]:
+    items = _known_items(slate, catalog)
+    for unknown in slate.unknown:
+        items.insert(unknown.place, ranking_pb2.RankedItem(item_id=unknown.item_id, score=math.nan, propensity=1.0))
+    return items
+
+
+def _known_items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]:
     names = slate.candidates.names
     named_by = np.isfinite(slate.candidates.scores).T.tolist()
     probabilities = [] if slate.probabilities is None else slate.probabilities.tolist()

@@ -141,6 +141,7 @@ def test_an_end_at_zero_is_none_as_in_the_contract(tmp_path: Path, ends: Any) ->
         ("available", [1.0, 0.0, 0.5, None, math.nan], [True, False, False, True, True]),
         ("available_from", [NOON, 4_102_444_800_000, -1, 0, None], [True, False, False, True, True]),
         ("available_from", ["2020-09-13", "9999-12-31", "soon", "0", ""], [True, False, False, True, True]),
+        ("available_from", ["0001-01-01", "1900-01-01T00:00:00Z", "-5", "0", "soon"], [True, True, False, True, False]),
         ("available_until", [1_900_000_000_000, NOON, -1, 0, None], [True, False, False, True, True]),
         ("available_until", ["2030-01-01", "2020-01-01", "later", "2100-01-01", ""], [True, False, False, True, True]),
         ("available_until", ["infinity", "-infinity", "24:00", "2020-02-30", "99999-01-01"], [True] + [False] * 4),

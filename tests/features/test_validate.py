@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from features.errors import PenchantError, TablesError
-from features.rows import Rejected
+from features.rows import Intake, Rejected, Unread
 from features.schema import EVENTS, IMPRESSIONS
 from features.validate import LATE_MS, LIMITS, Evidence, judge, validate
 
@@ -137,6 +138,21 @@ DEFECTS = {
         "clock_skew",
         "20 of 200 events are whole half hours away",
     ),
+    "one clock of 200 in the future": (
+        lambda rows: rows[77].update(timestamp=NOW + HOUR),
+        "clock_skew",
+        "row 77: timestamp 1790003600000 (2026-09-21T15:13:20Z, logged ",
+    ),
+    "one clock of 200 that stands at 1980": (
+        lambda rows: rows[78].update(timestamp=315_532_800_000),
+        "clock_skew",
+        "1 of 200 events are from the future or from before 1990, first row 78: timestamp 315532800000 (1980-01-01T00:",
+    ),
+    "one clock that is two minutes ahead of the log": (
+        lambda rows: rows[79].update(ingested_at=rows[79]["timestamp"] - 2 * LATE_MS),
+        "clock_skew",
+        "1 of 200 events are over 60 s ahead of the clock of the log, first row 79: timestamp ",
+    ),
     "the future": (lambda rows: each(rows, 30, timestamp=NOW + HOUR), "clock_skew", "from the future"),
     "an event id used twice": (
         lambda rows: rows[7].update(event_id=rows[6]["event_id"], user_id=rows[6]["user_id"]),
@@ -245,6 +261,41 @@ def test_limits_can_be_moved():
         judge(evidence, {"nonsense": 1})
 
 
+def test_one_wrong_clock_is_found_among_many_and_a_share_may_be_allowed():
+    count = 100_000
+    times = NOW - 900 * 24 * HOUR + np.arange(count) * 60_000
+    times[54_321] = NOW - 300 * 24 * HOUR  # not in the future: only the others tell
+    columns = {"user_id": ["p"] * count, "item_id": ["i1"] * count, "event_type": ["like"] * count, "timestamp": times}
+    table = pa.table(columns)
+    full = pa.table([table[f.name] if f.name in columns else pa.nulls(count, f.type) for f in EVENTS], schema=EVENTS)
+    found = {check["name"]: check for check in judge(Evidence(full, now_ms=NOW))["checks"]}["clock_skew"]
+    assert not found["passed"]
+    assert "1 of 100000 events lie far behind 2024-" in found["detail"]
+    assert f"first row 54321: timestamp {NOW - 300 * 24 * HOUR} (2025-11-25T14:13:20Z) of user 'p'" in found["detail"]
+    allowed = judge(Evidence(full, now_ms=NOW), {"clock_skew": 1e-5})
+    assert {check["name"]: check["passed"] for check in allowed["checks"]}["clock_skew"]
+
+
+def test_few_unread_cells_are_let_pass_and_many_fail_the_types():
+    for count, passes in ((1, True), (3, False)):
+        cells = [Unread("items.parquet", "price", count, 5, "price is 'free', should be a number")]
+        found = verdict(events(), intakes={"items": Intake(100, [], cells)})
+        assert found["types"]["passed"] == passes
+        assert (
+            f"{count} of 100 cells of items.price cannot be read, first items.parquet row 5" in found["types"]["detail"]
+        )
+
+
+def test_a_check_without_a_row_to_look_at_is_not_passed():
+    rows = events()
+    each(rows, 1, event_type="view_item_list", position=None)
+    said = judge(Evidence(pa.Table.from_pylist(rows, EVENTS), pa.array(ITEMS), IMPRESSIONS.empty_table(), now_ms=NOW))
+    assert "nothing that it could look at" in said["skipped"]["request_ids"]
+    assert "request_ids" not in {check["name"] for check in said["checks"]}
+    assert said["passed"]
+    assert not judge(Evidence(EVENTS.empty_table()))["passed"]
+
+
 class TestDirectory:
     @pytest.fixture
     def data(self, tmp_path: Path) -> Path:
@@ -282,3 +333,55 @@ class TestDirectory:
     def test_what_is_no_data_set_is_a_mistake(self, tmp_path):
         with pytest.raises(TablesError, match="not a data set"):
             validate(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "write", "words"),
+        [
+            ("events", lambda file: pq.write_table(EVENTS.empty_table(), file), "events.parquet holds no row"),
+            ("events", lambda file: file.with_suffix("").mkdir(), "holds no *.parquet file"),
+            ("items", lambda file: pq.write_table(pa.table({"item_id": pa.array([], pa.string())}), file), "no row"),
+            (
+                "impressions",
+                lambda file: pq.write_table(IMPRESSIONS.empty_table(), file),
+                "impressions.parquet holds no",
+            ),
+        ],
+    )
+    def test_a_table_that_is_there_and_holds_nothing_fails(self, data, name, write, words):
+        file = data / f"{name}.parquet"
+        file.unlink()
+        write(file)
+        said = validate(data)
+        assert not said["passed"]
+        [types] = [check for check in said["checks"] if check["name"] == "types"]
+        assert not types["passed"]
+        assert words in types["detail"]
+
+    def test_a_folder_made_for_impressions_that_are_to_come_is_none(self, data):
+        (data / "impressions.parquet").unlink()
+        (data / "impressions").mkdir()
+        assert "unexplained_outcomes" in validate(data)["skipped"]
+
+    def test_rows_of_which_none_is_readable_fail(self, data):
+        rows = {"user_id": ["a"] * 3, "item_id": ["x"] * 3, "event_type": ["like"] * 3, "timestamp": ["soon"] * 3}
+        pq.write_table(pa.table(rows), data / "events.parquet")
+        said = validate(data)
+        assert not said["passed"]
+        assert [check["name"] for check in said["checks"]] == ["types"]
+        assert "3 malformed rows of 3" in said["checks"][0]["detail"]
+
+    def test_a_wrong_clock_is_named_by_its_file_and_row(self, data):
+        rows = events()
+        rows[150]["timestamp"] = 4_000_000_000_000
+        (data / "events.parquet").unlink()
+        (data / "events").mkdir()
+        parts = [rows[:100], [{**rows[0], "user_id": None}, *rows[100:]]]
+        schema = pa.schema([f.with_nullable(True) for f in EVENTS]).with_metadata(EVENTS.metadata)
+        for number, part in enumerate(parts):
+            pq.write_table(pa.Table.from_pylist(part, schema), data / "events" / f"{number}.parquet")
+        [clock] = [check for check in validate(data)["checks"] if check["name"] == "clock_skew"]
+        assert not clock["passed"]
+        assert (
+            f"first {data / 'events' / '1.parquet'} row 51: timestamp 4000000000000 (2096-10-02T07:06:40Z"
+            in clock["detail"]
+        )

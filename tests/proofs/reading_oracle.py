@@ -36,7 +36,7 @@ class Mark:
         return self.name
 
 
-MISSING, BAD, LATE = Mark("missing"), Mark("unreadable"), Mark("late")
+MISSING, BAD, LATE, EARLY = Mark("missing"), Mark("unreadable"), Mark("late"), Mark("early")
 
 
 def _folders(case: Case) -> Any:
@@ -113,6 +113,7 @@ def time_of(value: Any, unit: str) -> Any:
     value, slack = _plain(value), 0
     if isinstance(value, Mark):
         return value
+    dated = isinstance(value, tuple)
     if isinstance(value, tuple):
         value, unit = value
     if isinstance(value, str):
@@ -126,7 +127,7 @@ def time_of(value: Any, unit: str) -> Any:
     if isinstance(value, float):
         slack = 1
     exact = Fraction(value) * 1000 / PER_SECOND[unit]
-    return _in_time(math.floor(exact), slack)
+    return _in_time(math.floor(exact), slack, dated=dated)
 
 
 def _iso_of(text: str) -> Any:
@@ -135,12 +136,12 @@ def _iso_of(text: str) -> Any:
     except ValueError:
         return BAD
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return _in_time((moment - dt.datetime(1970, 1, 1, tzinfo=UTC)) // dt.timedelta(milliseconds=1), 0)
+    return _in_time((moment - dt.datetime(1970, 1, 1, tzinfo=UTC)) // dt.timedelta(milliseconds=1), 0, dated=True)
 
 
-def _in_time(ms: int, slack: int) -> Any:
+def _in_time(ms: int, slack: int, *, dated: bool) -> Any:
     if ms < 0:
-        return BAD
+        return EARLY if dated else BAD
     return LATE if ms >= END_MS else (ms, slack)
 
 
@@ -215,7 +216,8 @@ def cell_of(name: str, value: Any, column: Column) -> Any:
     if name.endswith("_id"):
         return id_of(value)
     if name in ("timestamp", "ingested_at", "available_from", "available_until"):
-        return time_of(value, column.unit)
+        moment = time_of(value, column.unit)
+        return (0, 0) if name == "available_from" and moment is EARLY else BAD if moment is EARLY else moment
     if name in ("value", "price"):
         return number_of(value, price=name == "price")
     if name == "position":

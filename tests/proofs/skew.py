@@ -52,9 +52,9 @@ from serving.erasure import Certificates
 from serving.events import EventLog
 from serving.hydrators import Progress
 from serving.people import People
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
 from serving.projector import Projector
+from serving.query import Query
 from serving.rebuild import Histories
 from serving.redis_client import connect
 from serving.redis_server import RedisServer

@@ -49,7 +49,8 @@ def inside(
     ]
     if out:
         options = {"flush_s": config.warehouse_flush_s, "stop": stop}
-        threads.append(threading.Thread(target=warehouse.run, args=(events_url, out, bundle), kwargs=options))
+        where = (events_url, out, bundle, config.partitions)
+        threads.append(threading.Thread(target=warehouse.run, args=where, kwargs=options))
     for thread in threads:
         thread.start()
     try:

@@ -14,7 +14,7 @@ from features.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
 from serving.events import EventLog, LoggedEvent, LoggedImpression
-from serving.pipeline import Candidates, Query, Slate
+from serving.query import Candidates, Query, Slate
 from serving.services import events as service
 from serving.side_effects import _logged, _Shown
 
@@ -64,9 +64,11 @@ def ingest(log: EventLog, *events: event_pb2.Event, of: Catalog = CATALOG) -> li
 def slate(user: str, request_id: str, rows: Sequence[int], **fields: Any) -> LoggedImpression:
     """What the impression log gets for a slate of these rows of `CATALOG`."""
     subject = user if user.startswith(("u:", "a:")) else f"u:{user}"
+    sources, unknown = fields.pop("sources", None), fields.pop("unknown", ())
     query = Query(request_id, subject, fields.pop("at", now_ms()), 0.0, len(rows), surface="home", **fields)
     shown = np.array(rows, np.int32)
     scores = np.linspace(1, 0, len(rows)).astype(np.float32)
-    candidates = Candidates(shown, scores[None], ("popular",))
-    answer = Slate(shown, scores, np.ones(len(rows)), candidates, None, {}, [])
+    proposed = np.array(list(sources.values()), np.float32) if sources else scores[None]
+    candidates = Candidates(shown, proposed, tuple(sources or ("popular",)))
+    answer = Slate(shown, scores, np.ones(len(rows)), candidates, None, {}, [], unknown=unknown)
     return _logged(_Shown(query, answer, CATALOG, "bundle-1"))

@@ -1,8 +1,10 @@
-"""Many people at once get what the service would answer each."""
+"""Many users at once get what the service would answer each, and what they got is in the log."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,13 @@ from features.errors import TablesError
 from penchant.client import event
 from penchant.v1 import catalog_pb2
 from serving.batch import recommend
-from serving.errors import ProfileStoreUnavailable, Unavailable
+from serving.batch_log import deliver, finish
+from serving.config import ServeConfig
+from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
+from serving.events import EventLog
+from serving.redis_client import connect
+from tests.proofs import batch as proof
+from tests.serving.logged import slate
 from tests.world import rows_of
 
 
@@ -24,8 +32,30 @@ def people(client):
     return names
 
 
+@pytest.fixture
+def config(service, world):
+    """The settings of the service that runs."""
+    return of(world, service.ready["redis"], service.ready["events_redis"])
+
+
+def of(world, redis, events_redis, **settings):
+    return ServeConfig.load(bundle=world, redis=redis, events_redis=events_redis, **settings)
+
+
+def slates_of(url, names):
+    """The slates that a log holds of each user, in its order."""
+    with connect(url, 2.0) as client:
+        log = EventLog(client)
+        return {
+            name: [
+                json.loads(entry.payload) for entries in log.history(f"u:{name}", impressions=True) for entry in entries
+            ]
+            for name in names
+        }
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_the_answers_are_those_of_the_service(client, service, world, people, tmp_path, kind):
+def test_the_answers_are_those_of_the_service_and_are_logged(client, config, people, tmp_path, kind):
     file, out = tmp_path / f"people.{kind}", tmp_path / "out.parquet"
     if kind == "parquet":
         pq.write_table(pa.table({"user_id": people, "other": [1, 2, 3]}), file)
@@ -35,32 +65,133 @@ def test_the_answers_are_those_of_the_service(client, service, world, people, tm
     client.put_items([catalog_pb2.Item(item_id="batched", title="b", categories=["western"])])
     client.set_availability([catalog_pb2.Availability(item_id="i5", available=False)])
     try:
-        facts = recommend(world, file, out, service.ready["redis"], service.ready["events_redis"], items=9)
-        answers = [client.recommend(user_id=name, page_size=9) for name in people]
+        facts = recommend(config, file, out, items=9, channel=f"email-{kind}", surface="weekly")
+        answers = [client.recommend(user_id=name, page_size=9, surface="weekly") for name in people]
     finally:
         client.set_availability([catalog_pb2.Availability(item_id="i5", available=True)])
         client.delete_items(["batched"])
     rows = pq.read_table(out).to_pylist()
     assert [row["user_id"] for row in rows] == people
-    for row, slate in zip(rows, answers, strict=True):
-        assert row["item_ids"] == [item.item_id for item in slate.items]
-        assert row["scores"] == [item.score for item in slate.items]
-        assert row["profile_version"] == slate.profile_version
-        assert row["bundle_id"] == slate.bundle_id
+    for row, answer in zip(rows, answers, strict=True):
+        assert row["item_ids"] == [item.item_id for item in answer.items]
+        assert row["scores"] == [item.score for item in answer.items]
+        assert (row["profile_version"], row["bundle_id"]) == (answer.profile_version, answer.bundle_id)
+        assert (row["arm"], row["degraded"]) == (answer.experiment.arm, [])
     assert [row["rung"] for row in rows] == ["sequence", "sequence", "popular"]
     assert "batched" in rows[0]["item_ids"]
     assert set(rows[1]["item_ids"][:8]) == rows_of("space") - {"i1", "i5"}
-    assert (facts["users"], facts["items_per_user"], facts["personal"]) == (3, 9, 2)
+    counts = ("users", "items_per_user", "personal", "held_out", "logged", "not_logged", "finished")
+    assert [facts[name] for name in counts] == [3, 9, 2, 0, 3, 0, 0]
+    logged = slates_of(config.events_redis, people)
+    for row in rows:
+        [own] = [one for one in logged[row["user_id"]] if one.get("channel") == f"email-{kind}"]
+        assert {name: own[name] for name in ("item_ids", "request_id", "arm", "rung", "bundle_id")} == {
+            name: row[name] for name in ("item_ids", "request_id", "arm", "rung", "bundle_id")
+        }
+        assert (own["method"], own["surface"], own["page_size"]) == ("recommend", "weekly", 9)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.parquet"]
 
 
-def test_nothing_is_written_while_profiles_are_away(service, world, tmp_path):
+def test_nothing_is_written_while_profiles_are_away(config, world, tmp_path):
+    file, out = tmp_path / "people.txt", tmp_path / "out.parquet"
+    file.write_text("nobody-reached\n")
+    nowhere = f"unix://{tmp_path}/none.sock"
+    with pytest.raises(ProfileStoreUnavailable):
+        recommend(of(world, nowhere, config.events_redis), file, out)
+    with pytest.raises(Unavailable):
+        recommend(of(world, config.redis, nowhere), file, out)
+    assert not out.exists()
+    assert not list(tmp_path.glob("*.slates*"))
+    assert slates_of(config.events_redis, ["nobody-reached"]) == {"nobody-reached": []}
+
+
+def test_the_settings_must_fit_the_log(config, world, tmp_path, profiles_server):
     file, out = tmp_path / "people.txt", tmp_path / "out.parquet"
     file.write_text("ann\n")
-    with pytest.raises(ProfileStoreUnavailable):
-        recommend(world, file, out, f"unix://{tmp_path}/none.sock", service.ready["events_redis"])
-    with pytest.raises(Unavailable):
-        recommend(world, file, out, service.ready["redis"], f"unix://{tmp_path}/none.sock")
+    with pytest.raises(ConfigError, match="in 16 partitions and 4 were asked for"):
+        recommend(of(world, config.redis, config.events_redis, partitions=4), file, out)
+    with connect(profiles_server.url, 2.0) as client:
+        client.flushall()
+    with pytest.raises(ConfigError, match="no event log"):
+        recommend(of(world, config.redis, profiles_server.url), file, out)
+    with pytest.raises(ConfigError, match="channel"):
+        recommend(config, file, out, channel="c" * 65)
     assert not out.exists()
+
+
+def test_without_logging_nothing_is_logged(config, tmp_path):
+    file = tmp_path / "people.txt"
+    file.write_text("batch-quiet\n")
+    assert recommend(config, file, tmp_path / "out.parquet", log=False)["logged"] == 0
+    assert slates_of(config.events_redis, ["batch-quiet"]) == {"batch-quiet": []}
+
+
+def test_what_was_delivered_is_logged_once_whatever_happens_in_between(config, tmp_path, monkeypatch):
+    """A log that fails before, in the middle and after; then the next run into the same output."""
+    names = [f"batch-crash-{n}" for n in range(300)]
+    file, out = tmp_path / "people.txt", tmp_path / "out.parquet"
+    file.write_text("\n".join(names))
+    append, left = EventLog.append_impressions, [0]
+
+    def lossy(log, slates):
+        left[0] -= 1
+        if left[0] == 0:
+            raise EventLogUnavailable("the request was lost")
+        written = append(log, slates)
+        if left[0] < 0:
+            raise EventLogUnavailable("the reply was lost")
+        return written
+
+    monkeypatch.setattr("serving.batch_log._PAUSE_S", 0.0)
+    monkeypatch.setattr("serving.batch_log._ATTEMPTS", 3)
+    monkeypatch.setattr(EventLog, "append_impressions", lossy)
+    left[0] = 1  # everything is lost: the first request, then the replies
+    with pytest.raises(EventLogUnavailable, match="in its place, and not all of its slates are logged"):
+        recommend(config, file, out, items=1)
+    first = pq.read_table(out).to_pylist()
+    assert len(first) == 300
+    out.unlink()  # sent, and moved elsewhere
+    left[0] = 1_000_000
+    facts = recommend(config, file, out, items=1)
+    assert (facts["finished"], facts["logged"]) == (300, 300)
+    wanted = {row["user_id"]: [row["request_id"]] for row in first}
+    for row in pq.read_table(out).to_pylist():
+        wanted[row["user_id"]].append(row["request_id"])
+    logged = slates_of(config.events_redis, names)
+    assert {name: [one["request_id"] for one in own] for name, own in logged.items()} == wanted
+
+
+def test_slates_of_a_file_that_never_came_are_not_logged(config, tmp_path):
+    out = tmp_path / "[out].parquet"
+    other = tmp_path / "out.parquet.x.slates"
+    lost, taken = tmp_path / f"{out.name}.1.slates", tmp_path / f"{out.name}.2.slates"
+    for path in (lost, other):
+        path.write_bytes(slate("batch-lost", "r1", [1]).payload + b"\n")
+    with connect(config.events_redis, 2.0) as client:
+        log = EventLog(client)
+        assert finish(out, log) == 0
+        assert not lost.exists()
+        assert other.exists()
+        shutil.copy(other, taken)
+        with taken.open("rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(ConfigError, match="another process"):
+                finish(out, log)
+        assert slates_of(config.events_redis, ["batch-lost"]) == {"batch-lost": []}
+        assert deliver(taken, log) == (1, 0)
+    assert [one["request_id"] for one in slates_of(config.events_redis, ["batch-lost"])["batch-lost"]] == ["r1"]
+
+
+def test_batch_and_service_answer_the_same(world, tmp_path, profiles_server, events_server):
+    """The proof in small: held-out users, blocks, dials, consent, unknown users, an identity that was merged."""
+    for server in (profiles_server, events_server):
+        with connect(server.url, 2.0) as client:
+            client.flushall()
+    facts = proof.compare(world, profiles_server.url, events_server.url, tmp_path, users=60)
+    assert facts["differences"] == []
+    assert facts["held_out"] > 5
+    assert facts["control"] > 0
+    assert facts["merged_arms"] > 3
 
 
 @pytest.mark.parametrize(
@@ -69,4 +200,4 @@ def test_nothing_is_written_while_profiles_are_away(service, world, tmp_path):
 def test_a_file_without_people_is_refused_by_name(world, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(TablesError, match=name):
-        recommend(world, tmp_path / name, tmp_path / "out.parquet")
+        recommend(ServeConfig.load(bundle=world), tmp_path / name, tmp_path / "out.parquet")

@@ -302,10 +302,10 @@ def test_the_canaries_notice_a_connection_that_is_used_again_after_a_read_that_w
 
 @pytest.fixture
 def front(tmp_path) -> Iterator[Proxy]:
-    """A proxy before a Redis that holds 200 profiles, the canary of each the item of their number."""
+    """A proxy before a Redis that holds 200 profiles, the canary of each the item after their number."""
     with RedisServer(tmp_path, "profiles") as server, Proxy(server) as front:
         with connect(server.url, 5.0) as client:
-            entries = [[(1 + n, make_records(n, 0, 0, 0, np.nan, 1).tobytes())] for n in range(PEOPLE)]
+            entries = [[(1 + n, make_records(1 + n, 0, 0, 0, np.nan, 1).tobytes())] for n in range(PEOPLE)]
             ProfileStore(client).apply_many([(f"u:p{n}", entries[n]) for n in range(PEOPLE)])
         yield front
 
@@ -321,7 +321,7 @@ def read_on(front: Proxy, given_up: int, timeout_s: float = TIMEOUT_MS / 1000) -
             person = rng.randrange(PEOPLE)
             try:
                 found = store.read(f"u:p{person}").records["item"].tolist()
-                kind = "own" if found == [person] else "foreign"
+                kind = "own" if found == [1 + person] else "foreign"
             except ProfileStoreUnavailable:
                 kind = "given up"
             except ProfileCorrupt:  # half of one reply and half of another

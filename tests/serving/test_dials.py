@@ -20,8 +20,8 @@ from serving.adjusters import mix
 from serving.config import ServeConfig
 from serving.engine import Surroundings, open_engine
 from serving.hydrators import Progress
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.telemetry import Telemetry
 from tests.fixtures import serving
 from tests.world import COUNT, DIM, rows_of

@@ -25,8 +25,8 @@ from serving.engine import Surroundings, open_engine
 from serving.errors import ConfigError
 from serving.events import EventLog
 from serving.hydrators import Progress
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.redis_client import connect
 from serving.redis_server import RedisServer
 from serving.telemetry import Telemetry

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.vocabulary import Vocabulary
-from serving.index import SPARE, Index, allowed_count, allowed_rows, exact_search
+from serving.bitmap import (
+    allowed_count,
+    allowed_rows,
+    clear_keys,
+    clear_keys_plain,
+    clear_rows,
+    clear_rows_plain,
+    first_allowed,
+    first_allowed_plain,
+)
+from serving.index import SPARE, Index, exact_search
 from training import index_build
 from training.index_build import build
 
@@ -168,3 +178,29 @@ def test_bitmaps(bits, start, stop):
     expected = [row for row in range(start, stop) if row < len(bits) and bits[row]]
     assert allowed_rows(allowed, start, stop).tolist() == expected
     assert allowed_count(allowed, stop) == sum(bits[:stop])
+
+
+ROWS = st.lists(st.integers(0, 90), max_size=40).map(lambda rows: np.array(rows, np.int32))
+BITS = st.lists(st.booleans(), max_size=70).map(lambda bits: np.packbits(np.array(bits, bool), bitorder="little"))
+
+
+@given(BITS, ROWS)
+def test_rows_are_taken_out_of_a_bitmap(bitmap, rows):
+    quick, plain = bitmap.copy(), bitmap.copy()
+    assert clear_rows(quick, rows) == clear_rows_plain(plain, rows)
+    np.testing.assert_array_equal(quick, plain)
+    assert clear_rows(quick, rows) == 0
+
+
+@given(BITS, st.lists(st.integers(0, 5), min_size=72, max_size=90), st.lists(st.integers(0, 7), max_size=9))
+def test_keys_are_taken_out_of_a_bitmap(bitmap, column, keys):
+    # Keys whose lowest bits are equal must not be taken for one another.
+    column, keys = (np.array(values, np.uint64) * np.uint64(4096) + np.uint64(1) for values in (column, keys))
+    quick, plain = bitmap.copy(), bitmap.copy()
+    assert clear_keys(quick, column, keys) == clear_keys_plain(plain, column, keys)
+    np.testing.assert_array_equal(quick, plain)
+
+
+@given(BITS, ROWS, st.integers(0, 50))
+def test_the_first_allowed_are_found(bitmap, rows, count):
+    np.testing.assert_array_equal(first_allowed(rows, bitmap, count), first_allowed_plain(rows, bitmap, count))

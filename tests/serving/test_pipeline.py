@@ -9,6 +9,7 @@ import pytest
 
 from serving import pipeline as p
 from serving.errors import DeadlineExceeded, Unavailable
+from serving.query import POPULAR, Degraded, Proposal, Query, Reason, Unknown
 
 
 class Recorder:
@@ -23,10 +24,11 @@ class Recorder:
 
 
 class Stage:
-    part, required = "PROFILE_STORE", False
+    part = "PROFILE_STORE"
 
-    def __init__(self, name, result=None, *, enabled=True, required=False):
+    def __init__(self, name, result=None, *, enabled=True, required=False, held=0):
         self.name, self.result, self.enabled, self.required, self.calls = name, result, enabled, required, 0
+        self.held = held
 
     def enable(self, query):
         return self.enabled
@@ -39,6 +41,14 @@ class Stage:
 
     hydrate = retrieve = keep = score = adjust = select = explain = apply = _act
 
+    def bitmap(self, query):
+        return np.full(8, 255, np.uint8), self.held
+
+    def hold_back(self, query, allowed):
+        if isinstance(self.held, Exception):
+            raise self.held
+        return self.held
+
 
 def rows(*values):
     return np.array(values, np.int32)
@@ -49,13 +59,17 @@ def scores(*values):
 
 
 def query(**changes):
-    return p.Query(request_id="r", subject="u:1", now_ms=0, deadline=time.monotonic() + 5, page_size=2, **changes)
+    return Query(request_id="r", subject="u:1", now_ms=0, deadline=time.monotonic() + 5, page_size=2, **changes)
 
 
-def pipeline(**changes):
+def pipeline(sources=None, **changes):
+    if sources is None:
+        sources = [Stage("near", (rows(4, 5, 6), scores(3, 2, 1))), Stage(POPULAR, (rows(6, 7), scores(9, 8)))]
     stages = {
         "hydrators": [],
-        "sources": [Stage("near", (rows(4, 5, 6), scores(3, 2, 1))), Stage(p.POPULAR, (rows(6, 7), scores(9, 8)))],
+        "tiers": [p.Tier("", sources)],
+        "extras": [],
+        "eligibility": Stage("eligible", lambda query, rows: np.ones(rows.size, bool), required=True),
         "filters": [],
         "scorer": Stage("scorer", lambda query, candidates: candidates.rows.astype(np.float32)),
         "adjusters": [],
@@ -71,7 +85,7 @@ def test_sources_join_in_the_order_first_named():
     slate = pipeline(selector=Stage("all", lambda q, c, s: (np.arange(c.rows.size), np.ones(c.rows.size)))).run(query())
     assert slate.rows.tolist() == [4, 5, 6, 7]
     np.testing.assert_array_equal(slate.candidates.of("near"), scores(3, 2, 1, np.nan))
-    np.testing.assert_array_equal(slate.candidates.of(p.POPULAR), scores(np.nan, np.nan, 9, 8))
+    np.testing.assert_array_equal(slate.candidates.of(POPULAR), scores(np.nan, np.nan, 9, 8))
     assert np.isnan(slate.candidates.of("nobody")).all()
 
 
@@ -80,8 +94,8 @@ def test_the_best_come_first_and_every_stage_is_timed():
     slate = built.run(query())
     assert slate.rows.tolist() == [7, 6]
     assert slate.propensities.tolist() == [1, 1]
-    assert [name for name, _ in slate.timings] == ["near", "popular", "scorer", "selector"]
-    assert built.recorder.stages == ["near", "popular", "scorer", "selector"]
+    assert [name for name, _ in slate.timings] == ["allowed", "near", "popular", "eligible", "scorer", "selector"]
+    assert built.recorder.stages == [name for name, _ in slate.timings]
 
 
 def test_a_filter_drops_and_counts():
@@ -100,14 +114,14 @@ def test_a_hydrator_that_fails_is_marked():
     asked = query()
     slate = pipeline(hydrators=[Stage("profile", Unavailable("away"))]).run(asked)
     assert slate.rows.tolist() == [7, 6]
-    assert asked.degraded == [p.Degraded("PROFILE_STORE", "away")]
+    assert asked.degraded == [Degraded("PROFILE_STORE", "away")]
 
 
 def test_a_source_that_fails_is_skipped_and_marked():
     built, asked = pipeline(), query()
-    built.sources[0].result = Unavailable("index away")
+    built.tiers[0].sources[0].result = Unavailable("index away")
     assert built.run(asked).rows.tolist() == [7, 6]
-    assert asked.degraded == [p.Degraded("SOURCE", "index away")]
+    assert asked.degraded == [Degraded("SOURCE", "index away")]
     assert built.recorder.failures == ["near"]
 
 
@@ -164,7 +178,7 @@ def test_a_selector_that_fails_leaves_top_k():
 
 
 def test_reasons_are_given_only_when_asked_for():
-    explainer = Stage("why", [[p.Reason("popular", -1, "because", 1.0)], []])
+    explainer = Stage("why", [[Reason("popular", -1, "because", 1.0)], []])
     assert pipeline(explainers=[explainer]).run(query()).reasons == []
     assert pipeline(explainers=[explainer]).run(query(explain=True)).reasons[0][0].text == "because"
 
@@ -181,12 +195,151 @@ def test_no_stage_starts_after_the_deadline():
 
     def spend(asked):
         asked.deadline = time.monotonic() - 1
+        return rows(2), scores(1)
 
     with pytest.raises(DeadlineExceeded, match="late"):
-        pipeline(hydrators=[Stage("slow", spend)], sources=[late]).run(query())
+        pipeline(sources=[Stage("slow", spend), late]).run(query())
     assert late.calls == 0
 
 
 def test_interleaved_takes_the_best_rank_of_any_source():
-    merged = p.merge([("a", rows(1, 2, 3), scores(9, 8, 7)), ("b", rows(3, 4), scores(5, 4))])
+    merged = p.merge([Proposal("a", rows(1, 2, 3), scores(9, 8, 7)), Proposal("b", rows(3, 4), scores(5, 4))])
     assert p.interleaved(merged).tolist() == [0, -1, 0, -1]
+
+
+def test_interleaved_goes_tier_by_tier():
+    merged = p.merge([Proposal("a", rows(1), scores(-9)), Proposal("b", rows(3, 1, 4), scores(6, 5, 4), 1)])
+    assert p.interleaved(merged).tolist() == [0, -3, -5]
+
+
+def test_a_required_filter_that_cannot_hold_back_fails_the_request():
+    with pytest.raises(Unavailable):
+        pipeline(filters=[Stage("excluded", required=True, held=Unavailable("unknown"))]).run(query())
+
+
+def test_a_personal_filter_that_cannot_hold_back_is_not_asked_again():
+    asked, blind = query(), Stage("blocked", held=Unavailable("unreadable"))
+    built = pipeline(filters=[blind])
+    assert sorted(built.run(asked).rows.tolist()) == [6, 7]
+    assert (asked.degraded, blind.calls) == ([Degraded("PROFILE_STORE", "unreadable")], 0)
+    assert built.recorder.failures == ["blocked"]
+
+
+class TestTiers:
+    def sources(self):
+        return {
+            "near": Stage("near", (rows(1), scores(5))),
+            "segment": Stage("segment", (rows(1, 2, 3), scores(9, 8, 7))),
+            "popular": Stage(POPULAR, (rows(3, 4, 5, 6), scores(4, 3, 2, 1))),
+        }
+
+    def built(self, sources, extras=(), **changes):
+        tiers = [p.Tier(f"rung {name}", [source]) for name, source in sources.items()]
+        scorer = Stage("scorer", lambda query, candidates: p.interleaved(candidates))
+        return pipeline(tiers=tiers, extras=extras, scorer=scorer, **changes)
+
+    @pytest.mark.parametrize(("page", "asked"), [(1, "near"), (2, "segment"), (3, "segment"), (4, "popular")])
+    def test_the_runner_goes_down_until_the_page_is_full(self, page, asked):
+        sources, wanted = self.sources(), query()
+        wanted.page_size = page
+        slate = self.built(sources).run(wanted)
+        assert slate.rows.tolist() == list(range(1, page + 1))
+        assert (np.diff(slate.scores) <= 0).all()
+        names = list(sources)
+        assert [source.calls for source in sources.values()] == [int(at <= names.index(asked)) for at in range(3)]
+        assert wanted.rung == "rung near"
+
+    @pytest.mark.parametrize("bad", [Unavailable("away"), (rows(), scores())])
+    def test_the_rung_is_the_highest_with_an_item_on_the_page(self, bad):
+        sources, wanted = self.sources(), query()
+        sources["near"].result = bad
+        assert self.built(sources).run(wanted).rows.tolist() == [1, 2]
+        assert wanted.rung == "rung segment"
+        assert [part for part, _ in wanted.degraded] == (["SOURCE"] if isinstance(bad, Exception) else [])
+
+    def test_what_the_filters_take_is_filled_up(self):
+        sources, wanted = self.sources(), query()
+        odd = Stage("odd", lambda query, rows: rows % 2 == 0, held=7)
+        slate = self.built(sources, filters=[odd]).run(wanted)
+        assert (slate.rows.tolist(), wanted.rung) == ([2, 4], "rung segment")
+        assert slate.dropped == {"odd": 7 + 3}
+
+    def test_extras_compete_once_and_fill_no_page(self):
+        sources, wanted = self.sources(), query()
+        extra = Stage("extra", (rows(8, 2), scores(1, 1)))
+        slate = self.built(sources, [extra]).run(wanted)
+        # Row 2 is of the segment as well, so two candidates of tiers are there; row 8 stays behind both.
+        assert (slate.rows.tolist(), extra.calls, sources["popular"].calls) == ([1, 2], 1, 0)
+        assert wanted.rung == "rung near"
+
+    def test_no_extras_where_no_tier_has_anything(self):
+        extra = Stage("extra", (rows(8), scores(1)))
+        slate = self.built({"near": Stage("near", (rows(), scores()))}, [extra]).run(query())
+        assert (slate.rows.size, extra.calls) == (0, 0)
+
+    def test_without_its_blocks_a_user_gets_the_popular_tier_alone(self):
+        sources, wanted = self.sources(), query()
+        slate = self.built(sources, filters=[Stage("blocked", Unavailable("unreadable"))]).run(wanted)
+        assert (slate.rows.tolist(), wanted.rung) == ([3, 4], "rung segment")
+        assert [part for part, _ in wanted.degraded] == ["PROFILE_STORE"]
+
+    def test_a_source_asked_in_two_tiers_counts_as_one(self):
+        merged = p.merge([Proposal("a", rows(1), scores(3)), Proposal("b", rows(2), scores(1), 1)])
+        again = p.merge([*[Proposal("a", rows(1), scores(3))], Proposal("a", rows(2), scores(1), 1)])
+        assert (merged.names, merged.tiers, again.names, again.tiers) == (("a", "b"), (0, 1), ("a",), (0,))
+        assert again.scores.tolist() == [[3, 1]]
+        assert merged.tier_of_each().tolist() == [0, 1]
+
+
+class TestUnknown:
+    """Candidates that the catalogue does not know keep the caller's place; the known ones move around them."""
+
+    def ranked(self, given, unknown, page=9, upstream=None, keep=lambda query, rows: np.ones(rows.size, bool)):
+        asked = query(rows=rows(*given), upstream=upstream, unknown=unknown, exclude_unknown=frozenset({"no"}))
+        asked.page_size = page
+        built = pipeline(
+            sources=[Stage("upstream", (asked.rows, scores(*range(len(given)))))],
+            eligibility=Stage("eligible", keep, required=True),
+        )
+        slate = built.run(asked)
+        return slate.item_ids([str(row) for row in slate.rows.tolist()]), slate
+
+    def test_the_known_are_permuted_among_the_other_places(self):
+        order, slate = self.ranked([1, 2, 3], (Unknown("x", 1), Unknown("y", 3)))
+        assert order == ["3", "x", "2", "1", "y"]
+        assert slate.order() == [0, -1, 1, 2, -2]
+        assert slate.candidates.rows.size == slate.scores.size == 3
+
+    def test_the_page_counts_them(self):
+        assert self.ranked([1, 2, 3], (Unknown("x", 1), Unknown("y", 3)), page=2)[0] == ["3", "x"]
+        assert self.ranked([1, 2, 3], (Unknown("x", 0), Unknown("y", 0)), page=1)[0] == ["x"]
+        assert self.ranked([], (Unknown("x", 0),))[0] == ["x"]
+
+    def test_places_close_up_where_known_ones_were_dropped_and_the_excluded_leave(self):
+        order, slate = self.ranked(
+            [1, 2, 3], (Unknown("no", 0), Unknown("x", 2), Unknown("y", 3)), keep=lambda query, rows: rows > 1
+        )
+        assert order == ["3", "x", "2", "y"]
+        assert slate.dropped == {"eligible": 1, "excluded": 1}
+
+    def test_by_the_caller_s_scores_where_there_are_any(self):
+        # The caller ranks 3, x, 1, 2.
+        order, _ = self.ranked([1, 2, 3], (Unknown("x", 1),), upstream=scores(2, 1, 3))
+        assert order == ["3", "x", "2", "1"]
+
+
+class TestLittleTime:
+    def test_what_is_optional_is_left_out_and_said(self):
+        asked = query(explain=True, begun=time.monotonic() - 600)
+        asked.deadline = time.monotonic() + 30
+        extra, why = Stage("fresh", (rows(9), scores(9))), Stage("why", [[], []])
+        built = pipeline(extras=[extra], explainers=[why])
+        assert built.run(asked).rows.tolist() == [4, 6]
+        assert (extra.calls, built.scorer.calls, why.calls) == (0, 0, 0)
+        assert [part for part, _ in asked.degraded] == ["DEADLINE"] * 3
+        assert asked.degraded[0].reason == "fresh left out: less than 10% of the time was left"
+
+    def test_with_time_enough_nothing_is(self):
+        asked = query(explain=True)
+        built = pipeline(extras=[Stage("fresh", (rows(9), scores(9)))], explainers=[Stage("why", [[], []])])
+        assert (built.run(asked).rows.tolist(), asked.degraded) == ([9, 7], [])

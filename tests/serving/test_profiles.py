@@ -364,17 +364,17 @@ def test_a_profile_that_is_cut_short_takes_nothing_and_can_be_erased(store, prof
 
 
 def test_bulk_states_are_replaced_and_live_ones_are_not_undone(store):
-    imported = expected(range(20), start=1)
+    imported = expected(range(1, 20), start=1)
     assert store.put_states((f"u:{number}", imported) for number in range(1000)) == Loaded(1000, 0)
     assert same(store.read("u:999"), imported)
     store.apply("u:1", entries([30]))
-    smaller = expected(range(5), start=1)
+    smaller = expected(range(1, 5), start=1)
     assert store.put_states([("u:1", smaller), ("u:2", smaller)]) == Loaded(2, 0)
-    assert items(store.read("u:1")) == [0, 1, 2, 3, 4, 30]
-    assert items(store.read("u:2")) == [0, 1, 2, 3, 4]
+    assert items(store.read("u:1")) == [1, 2, 3, 4, 30]
+    assert items(store.read("u:2")) == [1, 2, 3, 4]
     store.compact("u:1", NOW + 30)
     assert store.put_states([("u:1", imported)]) == Loaded(0, 1)
-    assert items(store.read("u:1")) == [0, 1, 2, 3, 4, 30]
+    assert items(store.read("u:1")) == [1, 2, 3, 4, 30]
     assert store.put_states([("u:1", expected([7], start=NOW + 30))]) == Loaded(1, 0)
     assert items(store.read("u:1")) == [7]
 
@@ -437,13 +437,13 @@ def test_a_full_redis_refuses_writes_answers_reads_and_erases(tmp_path):
 def test_a_restarted_redis_still_has_what_was_applied(tmp_path):
     with RedisServer(tmp_path, "profiles") as server, connect(server.url, 0.2) as client:
         store = ProfileStore(client, cooldown_s=0.2)
-        store.apply("u:1", entries(range(5)))
+        store.apply("u:1", entries(range(1, 5)))
         run_ids = store.run_ids()
         kill(server)
         with pytest.raises(ProfileStoreUnavailable):  # noqa: PT012 - the kill takes a moment to strike
             while True:
                 store.read("u:2")
-        assert items(insist(lambda: store.read("u:1"))) == [0, 1, 2, 3, 4]
+        assert items(insist(lambda: store.read("u:1"))) == [1, 2, 3, 4]
         assert set(run_ids) & set(store.run_ids()) == set()
 
 
@@ -526,14 +526,14 @@ def test_a_reply_in_thin_slices_costs_no_more_than_the_timeout():
 
 def test_many_threads_read_each_their_own(store):
     people = [f"u:{number}" for number in range(50)]
-    store.put_states((person, expected([number], start=1)) for number, person in enumerate(people))
+    store.put_states((person, expected([1 + number], start=1)) for number, person in enumerate(people))
     wrong = []
 
     def read(seed: int) -> None:
         rng = random.Random(seed)
         for _ in range(300):
             number = rng.randrange(50)
-            if items(store.read(people[number])) != [number]:
+            if items(store.read(people[number])) != [1 + number]:
                 wrong.append(number)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]

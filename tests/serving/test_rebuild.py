@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from features import memory
-from features.errors import PenchantError
+from features.errors import PenchantError, TablesError
 from features.profile import Profile, Purpose, empty, events_of, fold, make_records
 from features.schema import event_type_key, item_key
 from features.tables import write_dataset
@@ -71,6 +72,20 @@ def test_each_person_gets_their_own_events_in_order(tmp_path, store, servers):
     expected = [record("i0", 2, "purchase", "Drinks", "c"), record("i1", 5, value=4.0), record("unknown", 9)]
     assert store.read("u:ann").records.tobytes() == events_of(np.concatenate(expected)).tobytes()
     assert store.read("u:\0*{}\r\n😀").records.tobytes() == events_of(record("i2", 1, "my own type")).tobytes()
+
+
+def test_malformed_rows_are_told_and_too_many_store_nothing(tmp_path, store, servers, capsys):
+    rows = [event("ann", "i0", minute) for minute in range(30)] + [event("bob", "i1", 1) | {"timestamp": None}]
+    data = dataset(tmp_path / "data", rows[:30])
+    pq.write_table(pa.Table.from_pylist(rows), data / "events.parquet")
+    with pytest.raises(TablesError, match=r"1 of 31 rows were rejected, 3\.23 % .* with --max-rejected-share 0\.033"):
+        rebuild(data, *servers)
+    assert store.read("u:ann").count == 0
+    answer = rebuild(data, *servers, max_rejected_share=0.033)
+    assert (answer["profiles"], answer["events"], answer["rejected"], answer["unread"]) == (1, 30, 1, {})
+    assert answer["rejections"][0]["row"] == 30
+    line = f"events: 1 of 31 rows rejected (3.23 %), first {data / 'events.parquet'} row 30: timestamp is missing"
+    assert capsys.readouterr().err.count(line) == 2
 
 
 def test_the_result_is_the_fold_of_the_events_one_by_one(tmp_path, store, servers):

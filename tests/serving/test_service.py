@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -182,16 +183,52 @@ class TestRank:
         assert slate.rung == common_pb2.RUNG_SEQUENCE
         assert ids(client.rank(names, [5, 4, 3, 2, 1], user_id=ann, upstream_weight=1e6)) == names
 
-    def test_unknown_and_repeated_candidates(self, client):
+    def test_unknown_candidates_keep_the_callers_place_and_of_repeated_ones_the_first_counts(self, client, ann):
         slate = client.rank(["i5", "?", "i6", "i5", "!"], [1, 9, 2, 3, 9])
-        assert ids(slate) == ["i6", "i5"]
+        assert ids(slate) == ["?", "!", "i6", "i5"]
         assert list(slate.missing_item_ids) == ["?", "!"]
-
-    def test_nothing_but_unknown_candidates_is_an_empty_answer(self, client, ann):
+        assert [len(item.sources) for item in slate.items] == [0, 0, 1, 1]
+        assert [math.isnan(item.score) for item in slate.items] == [True, True, False, False]
+        assert [item.propensity for item in slate.items] == [1] * 4
         client.ingest([event(ann, "i0", "view_item")])
-        slate = client.rank(["?"], user_id=ann)
-        assert ids(slate) == []
-        assert list(slate.missing_item_ids) == ["?"]
+        names = ["i1", "?", "i2", "i4", "!", "i8"]
+        slate = client.rank(names, user_id=ann, page_size=5, exclude_item_ids=["!", "i2"], explain=True)
+        assert ids(slate) in (["i4", "?", "i8", "i1"], ["i8", "?", "i4", "i1"])
+        assert slate.dropped == {"excluded": 2}
+        assert [bool(item.reasons) for item in slate.items][1] is False
+        assert ids(client.rank(names, user_id=ann, page_size=2))[1] == "?"
+
+    def test_an_unknown_candidate_that_the_user_blocked_leaves(self, client, ann):
+        client.set_controls([("item", "?", 0), ("item", "i1", 0)], ann)
+        slate = client.rank(["i1", "?", "i2", "!"], user_id=ann)
+        assert ids(slate) == ["i2", "!"]
+        assert slate.dropped == {"blocked": 2}
+
+    def test_a_query_ranks(self, client, ann):
+        names = ["i1", "i2", "i3", "i9", "i5", "i4"]
+        assert ids(client.rank(names, query="space number9", page_size=3)) == ["i9", "i1", "i5"]
+        assert ids(client.rank(names, query="!?")) == names
+        assert ids(client.rank(names, [6, 5, 4, 3, 2, 1], query="space number9", upstream_weight=100.0)) == names
+        client.ingest([event(ann, "i2", "view_item")])
+        slate = client.rank(names, query="story", user_id=ann)
+        assert ids(slate)[0] == "i2"
+        assert slate.rung == common_pb2.RUNG_SEQUENCE
+
+    @pytest.mark.parametrize(
+        ("scores", "weight", "field"),
+        [([1.0, float("inf")], 1.0, "candidates.upstream_scores[1]"), ([1e30, -3e38], 1e3, "upstream_weight")],
+    )
+    def test_scores_that_are_too_large_are_refused(self, client, scores, weight, field):
+        with pytest.raises(grpc.RpcError) as refused:
+            client.rank(["i1", "i2"], scores, upstream_weight=weight)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.value.details().startswith(field)
+
+    def test_nothing_but_unknown_candidates(self, client, ann):
+        client.ingest([event(ann, "i0", "view_item")])
+        slate = client.rank(["?", "!"], user_id=ann)
+        assert ids(slate) == ["?", "!"]
+        assert list(slate.missing_item_ids) == ["?", "!"]
 
 
 class TestSimilar:
@@ -318,9 +355,9 @@ class TestEvents:
         searched = event(ann, "", "search", query="westerns")
         assert [status.code for status in client.ingest([full, searched])] == [0, 0]
         profile = client.get_profile(ann)
-        assert [one.item_id for one in profile.events] == ["", ""]
-        assert profile.events[1].value == 4.5
-        assert not profile.events[0].HasField("value")
+        # Counted both, remembered the one that is about an item: the catalogue does not have it, so it has no name.
+        assert (profile.event_count, [one.item_id for one in profile.events]) == (2, [""])
+        assert profile.events[0].value == 4.5
 
     @pytest.mark.parametrize("name", ["*", "a\r\nb", "😀" * 100, " ", "u:"])
     def test_ids_are_opaque(self, client, name):

@@ -26,26 +26,28 @@ from serving.hydrators import Profile as ProfileHydrator
 from serving.index import Index
 from serving.lexical import LexicalIndex
 from serving.model import Model
-from serving.pipeline import Candidates, Query, Slate, merge
+from serving.pipeline import merge
 from serving.profiles import Mark, ProfileStore
+from serving.query import NEAREST, Candidates, Proposal, Query, Slate
 from serving.reasons import Reasons
 from serving.redis_client import address_of, connect, partition_of
-from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer, cosine, utility
+from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer, below_zero, cosine, utility
 from serving.selectors import TopK
 from serving.sources import (
     Fresh,
     GivenCandidates,
     ItemNeighbors,
+    LiveItems,
     MatchingMeaning,
     MatchingWords,
     NearestToUser,
     Neighbors,
     NeighborsOfSeeds,
     Popular,
+    PopularBeside,
     PopularInSegment,
     SimilarToSeeds,
     Wanted,
-    allowed,
 )
 from serving.turns import Turns
 from tests import world as small
@@ -84,8 +86,15 @@ def person(catalog: Catalog, ids: list[str]) -> Query:
         history=past,
         seen=past.rows,
         user_vector=catalog.columns.vectors[past.rows].mean(axis=0),
-        rung="sequence",
     )
+
+
+def screened(catalog: Catalog, asked: Query) -> Query:
+    """The query with the bitmap that the runner makes of the filters of a feed."""
+    asked.allowed, _ = Eligible(catalog).bitmap(asked)
+    for screen in (Excluded(catalog), Blocked(catalog), Seen(catalog)):
+        screen.hold_back(asked, asked.allowed)
+    return asked
 
 
 @pytest.fixture
@@ -126,7 +135,7 @@ def lexical():
 @pytest.fixture
 def popular(catalog):
     rows = np.arange(small.COUNT, dtype=np.int32)
-    return Popular(rows, np.log1p(rows[::-1].astype(np.float32)), catalog, repeats=False)
+    return Popular(rows, np.log1p(rows[::-1].astype(np.float32)), catalog, LiveItems(catalog))
 
 
 def genres(catalog, rows) -> set[str]:
@@ -267,7 +276,7 @@ class TestHydrators:
         assert asked.dials == {(Dial.NOVELTY, 0): -1.0, (Dial.CREATOR_WEIGHT, 7): -1.0}
         known = not fields
         assert (asked.profile is not None, asked.history is not None, bool(asked.seen.size)) == (known, known, known)
-        assert (asked.segment, asked.rung) == (("space", "segment") if known else ("", "popular"))
+        assert asked.segment == ("space" if known else "")
 
     def test_nobody_s_profile_is_not_read(self, catalog):
         assert not ProfileHydrator(None, catalog, TYPES, SEEN, TURNS).enable(query(subject=""))
@@ -291,18 +300,17 @@ class TestHydrators:
 
     def test_the_person_lies_where_their_items_do(self, catalog, model):
         asked = person(catalog, ["i0", "i4"])
-        asked.user_vector, asked.rung = None, "popular"
+        asked.user_vector = None
         UserVector(model, catalog).hydrate(asked)
         np.testing.assert_allclose(asked.user_vector, small.vectors()[[0, 4]].mean(axis=0), rtol=1e-5)
-        assert asked.rung == "sequence"
 
-    def test_a_failed_encoder_leaves_the_rung_below(self, catalog, model):
+    def test_a_failed_encoder_leaves_no_vector(self, catalog, model):
         asked = person(catalog, ["i0"])
         asked.user_vector = None
         catalog.columns.vectors[0] = np.nan
         with pytest.raises(Exception, match="NaN"):
             UserVector(model, catalog).hydrate(asked)
-        assert (asked.rung, asked.user_vector) == ("item_to_item", None)
+        assert asked.user_vector is None
 
     def test_items_that_nobody_knows_make_no_person(self, catalog, model):
         asked = query(history=history(fold(empty(), make_records(item_keys(["?"]), 0, 0, 0, 0, 0), 1), catalog, TYPES))
@@ -318,110 +326,138 @@ class TestHydrators:
 
 class TestSources:
     def test_nearest_names_the_genre_without_what_was_seen(self, catalog, index):
-        rows, scores = NearestToUser(index, catalog, 8, repeats=False).retrieve(person(catalog, ["i0", "i4"]))
+        asked = screened(catalog, person(catalog, ["i0", "i4"]))
+        rows, scores = NearestToUser(index, 8).retrieve(asked)
         assert genres(catalog, rows) == {"western"}
         assert not {0, 4} & set(rows.tolist())
         assert (np.diff(scores) <= 0).all()
 
-    def test_when_the_index_fails_the_sources_below_are_wanted(self, catalog, index, popular):
-        asked = person(catalog, ["i0", "i4"])
-        assert not popular.enable(asked)
-        asked.user_vector = np.full(small.DIM, np.nan, np.float32)
-        with pytest.raises(ValueError, match="NaN"):
-            NearestToUser(index, catalog, 8, repeats=False).retrieve(asked)
-        assert (asked.user_vector, asked.rung) == (None, "item_to_item")
-        assert popular.enable(asked)
+    def test_nearest_names_a_page_at_least(self, catalog, index):
+        asked = screened(catalog, person(catalog, ["i0", "i4"]))
+        asked.page_size = 30
+        assert NearestToUser(index, 8).retrieve(asked)[0].size == 30
 
-    def test_with_repeats_the_seen_may_return(self, catalog, index):
-        rows, _ = NearestToUser(index, catalog, 10, repeats=True).retrieve(person(catalog, ["i0", "i4"]))
-        assert {0, 4} <= set(rows.tolist())
+    def test_what_the_filters_do_not_hold_back_may_return(self, catalog, index):
+        asked = person(catalog, ["i0", "i4"])
+        asked.seen = asked.seen[:0]
+        assert {0, 4} <= set(NearestToUser(index, 10).retrieve(screened(catalog, asked))[0].tolist())
 
     def test_a_live_item_is_nearest_at_once(self, catalog, index):
         row = put(catalog, "new", "western")
-        rows, _ = NearestToUser(index, catalog, 9, repeats=False).retrieve(person(catalog, ["i0", "i4"]))
+        rows, _ = NearestToUser(index, 9).retrieve(screened(catalog, person(catalog, ["i0", "i4"])))
         assert row in rows
 
-    def test_the_hint_leaves_out_seen_excluded_seeds_and_hidden(self, catalog):
-        catalog.set_available(9, False)
-        asked = query(seen=np.array([1], np.int32), exclude=np.array([2], np.int32), seeds=np.array([39], np.int32))
-        bits = np.unpackbits(allowed(asked, catalog, seen=True), bitorder="little")[: catalog.size]
-        assert np.flatnonzero(bits == 0).tolist() == [1, 2, 9, 39]
-        bits = np.unpackbits(allowed(query(), catalog, seen=True), bitorder="little")[: catalog.size]
-        assert np.flatnonzero(bits == 0).tolist() == [9]
+    def test_no_source_runs_before_the_filters(self, catalog, index):
+        with pytest.raises(ValueError, match="allowed"):
+            NearestToUser(index, 9).retrieve(person(catalog, ["i0", "i4"]))
 
     def test_neighbours_add_up_and_newer_items_weigh_more(self, catalog):
         table = Neighbors(
             np.array([[2, 3], [3, -1], [0, -1], [0, -1]], np.int32),
             np.array([[0.9, 0.5], [0.8, 0], [1, 0], [1, 0]], np.float32),
         )
-        rows, scores = table.of(np.array([0, 1], np.int32), np.array([0.5, 1], np.float32), 9)
+        every = np.full(5, 255, np.uint8)
+        rows, scores = table.of(np.array([0, 1], np.int32), np.array([0.5, 1], np.float32), 9, every)
         assert rows.tolist() == [3, 2]
         np.testing.assert_allclose(scores, [0.5 * 0.5 + 0.8, 0.45])
-        asked = person(catalog, ["i0", "i1"])
-        asked.rung = "item_to_item"
+        asked = screened(catalog, person(catalog, ["i0", "i1"]))
         source = ItemNeighbors(table, 9)
         assert source.enable(asked)
         assert source.retrieve(asked)[0].tolist() == [3, 2]
-        assert NeighborsOfSeeds(table, 9).retrieve(query(seeds=np.array([1, 39], np.int32)))[0].tolist() == [3]
+        seeds = screened(catalog, query(seeds=np.array([1, 39], np.int32)))
+        assert NeighborsOfSeeds(table, 9).retrieve(seeds)[0].tolist() == [3]
+        # What may not be shown takes no place, not even that of a single neighbour.
+        catalog.set_available(3, False)
+        assert ItemNeighbors(table, 1).retrieve(screened(catalog, asked))[0].tolist() == [2]
+
+    def test_who_is_known_by_no_item_has_no_neighbours(self, catalog):
+        table = Neighbors(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
+        asked = screened(catalog, person(catalog, ["i0", "i1"]))
+        assert not ItemNeighbors(table, 9).retrieve(asked)[0].size
+        assert not ItemNeighbors(table, 9).enable(person(catalog, ["i999"]))
+        assert not ItemNeighbors(table, 9).enable(query())
 
     def test_popular_fills_pages_past_what_may_not_be_shown(self, catalog, popular):
         catalog.set_available(0, False)
-        rows, _ = popular.retrieve(query(page_size=2, seen=np.array([1, 2], np.int32)))
-        assert rows.tolist() == [3, 4, 5, 6]
+        asked = screened(catalog, query(page_size=2, seen=np.array([1, 2], np.int32)))
+        assert popular.retrieve(asked)[0].tolist() == [3, 4, 5, 6]
 
-    def test_neighbours_of_nothing_leave_the_rung_below(self, catalog):
-        table = Neighbors(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
-        for segment, rung in (("space", "segment"), ("", "popular")):
-            asked = person(catalog, ["i0", "i1"])
-            asked.rung, asked.segment = "item_to_item", segment
-            assert not ItemNeighbors(table, 9).retrieve(asked)[0].size
-            assert asked.rung == rung
+    def test_popular_is_in_the_end_everything_the_table_then_live_items_then_the_rest(self, catalog):
+        table = np.array([7, 3], np.int32)
+        source = Popular(table, np.array([0.5, 0.0], np.float32), catalog, LiveItems(catalog))
+        old, young = put(catalog, "old", "space", NOW - 86_400_000), put(catalog, "young", "space", NOW)
+        rows, scores = source.retrieve(screened(catalog, query(page_size=30)))
+        rest = [row for row in range(small.COUNT) if row not in (7, 3)]
+        assert rows.tolist() == [7, 3, young, old, *rest]
+        assert (np.diff(scores) <= 0).all()
+        assert scores.dtype == np.float32
+        asked = screened(catalog, query(page_size=2))
+        assert source.retrieve(asked)[0].tolist() == [7, 3, young, old]
+        asked.degrade("PROFILE_CORRUPT", "checksum")
+        assert source.retrieve(asked)[0].tolist() == [7, 3]
 
     def test_a_segment_s_page_is_what_may_be_shown_of_its_table(self, catalog):
         rows = np.array([9, 1, 5, 13, 17], np.int32)
-        source = PopularInSegment({"space": (rows, np.arange(5, 0, -1, dtype=np.float32))}, catalog, repeats=False)
+        source = PopularInSegment({"space": (rows, np.arange(5, 0, -1, dtype=np.float32))})
         catalog.set_available(1, False)
-        asked = query(segment="space", rung="segment", page_size=1, seen=np.array([5], np.int32))
+        asked = screened(catalog, query(segment="space", page_size=1, seen=np.array([5], np.int32)))
         assert source.enable(asked)
         assert [part.tolist() for part in source.retrieve(asked)] == [[9, 13], [5, 2]]
-        assert asked.rung == "segment"
         asked.seen = rows
-        assert not source.retrieve(asked)[0].size
-        assert asked.rung == "popular"
-        assert not source.enable(asked)
+        assert not source.retrieve(screened(catalog, asked))[0].size
+        assert not source.enable(query())
 
     def test_what_a_dial_asks_more_of_is_proposed_wherever_it_stands(self, catalog):
         row = put(catalog, "new", "comedy")
-        source = Wanted(catalog, repeats=False)
+        source = Wanted(catalog)
         asked = query(dials={(Dial.CATEGORY_WEIGHT, item_key("comedy")): 0.5}, seen=np.array([3], np.int32))
         assert source.enable(asked)
-        rows, scores = source.retrieve(asked)
+        rows, scores = source.retrieve(screened(catalog, asked))
         assert rows.tolist() == [*range(7, small.COUNT, 4), row]
         assert (np.diff(scores) < 0).all()
         asked.dials = {(Dial.CREATOR_WEIGHT, item_key("c0")): 1.0, (Dial.CATEGORY_WEIGHT, item_key("comedy")): -1.0}
         assert source.retrieve(asked)[0].tolist() == list(range(0, small.COUNT, 5))
         assert not source.enable(query(dials={(Dial.CREATOR_WEIGHT, 1): -1.0, (Dial.NOVELTY, 0): 1.0}))
+        asked.degrade("PROFILE_STORE", "blocks are not known")
+        assert not source.enable(asked)
+
+    def test_a_dial_has_the_popular_to_choose_from_where_nothing_is_near(self, catalog, popular):
+        source = PopularBeside(popular)
+        assert source.enable(query(dials={(Dial.NOVELTY, 0): -1.0}))
+        assert not source.enable(query(dials={(Dial.NOVELTY, 0): 0.0}))
+        known = person(catalog, ["i0"])
+        known.dials = {(Dial.NOVELTY, 0): 1.0}
+        assert not source.enable(known)
 
     def test_popular_of_nothing_is_nothing(self, catalog, popular):
-        assert popular.retrieve(query(seen=np.arange(small.COUNT, dtype=np.int32)))[0].size == 0
+        asked = screened(catalog, query(seen=np.arange(small.COUNT, dtype=np.int32)))
+        assert popular.retrieve(asked)[0].size == 0
 
     def test_fresh_names_the_newest_first_and_no_old_ones(self, catalog):
         day = 86_400_000
-        old, older, young = (put(catalog, f"n{age}", "space", NOW - age * day) for age in (3, 20, 1))
-        source = Fresh(catalog, 14, 50)
-        assert source.retrieve(query())[0].tolist() == [young, old]
-        assert older not in source.retrieve(query())[0]
+        source = Fresh(LiveItems(catalog), 14, 50)
         assert not source.enable(query())
+        old, older, young = (put(catalog, f"n{age}", "space", NOW - age * day) for age in (3, 20, 1))
+        asked = screened(catalog, query())
+        assert source.enable(asked)
+        rows, scores = source.retrieve(asked)
+        assert (rows.tolist(), scores.tolist()) == ([young, old], [-1, -3])
+        assert older not in rows
+        catalog.set_available(young, False)
+        assert source.retrieve(screened(catalog, query()))[0].tolist() == [old]
+        asked.degrade("PROFILE_STORE", "blocks are not known")
+        assert not source.enable(asked)
 
     def test_similar_points_where_the_seeds_point(self, catalog, index):
-        rows, _ = SimilarToSeeds(index, catalog, 9).retrieve(query(seeds=np.array([1], np.int32)))
+        asked = screened(catalog, query(seeds=np.array([1], np.int32)))
+        rows, _ = SimilarToSeeds(index, catalog, 9).retrieve(asked)
         assert genres(catalog, rows) == {"space"}
         assert 1 not in rows
 
     def test_words_and_meaning_find_the_genre(self, catalog, index, lexical):
         asked = query(text="space", tokens=text_tokens("space"), query_vector=small.direction("space"))
-        for source in (MatchingWords(lexical, catalog, 10), MatchingMeaning(index, catalog, 10)):
-            assert genres(catalog, source.retrieve(asked)[0]) == {"space"}
+        for source in (MatchingWords(lexical, 10), MatchingMeaning(index, 10)):
+            assert genres(catalog, source.retrieve(screened(catalog, asked))[0]) == {"space"}
 
     def test_given_candidates_keep_the_callers_order(self):
         rows = np.array([7, 3, 5], np.int32)
@@ -447,6 +483,34 @@ class TestFilters:
         assert rows[~Blocked(catalog).keep(asked, rows)].tolist() == [1, 2, 4, 6]
         assert not Blocked(catalog).enable(query())
         assert not Blocked(catalog).required
+        bitmap, _ = Eligible(catalog).bitmap(asked)
+        assert Blocked(catalog).hold_back(asked, bitmap) == 2 + small.COUNT // 4
+        held = np.flatnonzero(np.unpackbits(bitmap, bitorder="little")[: small.COUNT] == 0)
+        assert held.tolist() == sorted({1, 4, *range(2, small.COUNT, 4)})
+
+    @pytest.mark.parametrize("size", [0, 3, small.COUNT])
+    def test_what_a_filter_holds_back_is_what_it_does_not_keep(self, catalog, size):
+        """Over all rows, for each filter, live items and what is put twice included; held back is counted once."""
+        rng = np.random.default_rng(size)
+        put(catalog, "new", "space")
+        some = rng.integers(0, catalog.size, size).astype(np.int32)
+        names = [*rng.choice(["c0", "c1", "nobody"], size), *rng.choice(small.GENRES, size), *catalog.ids(some)]
+        kinds = [Kind.CREATOR] * size + [Kind.CATEGORY] * size + [Kind.ITEM] * size
+        rules = [(item_key(name), 0, kind) for name, kind in zip(names, kinds, strict=True)][: size + 1]
+        catalog.set_available(5, False)
+        asked = query(rules=np.array(rules, RULE), seen=some, exclude=some[: size // 2], seeds=some[size // 2 :])
+        every = np.arange(catalog.size, dtype=np.int32)
+        bitmap, held = Eligible(catalog).bitmap(asked)
+        bits = np.unpackbits(bitmap, bitorder="little")[: catalog.size].view(bool)
+        np.testing.assert_array_equal(bits, Eligible(catalog).keep(asked, every))
+        assert held == (~bits).sum() == 1
+        for screen in (Excluded(catalog), Blocked(catalog), Seen(catalog)):
+            mine = bitmap.copy()
+            count = screen.hold_back(asked, mine)
+            left = np.unpackbits(mine, bitorder="little")[: catalog.size].view(bool)
+            np.testing.assert_array_equal(left, bits & screen.keep(asked, every))
+            assert count == bits.sum() - left.sum()
+            assert screen.hold_back(asked, mine) == 0
 
     ROWS = np.array([3, 0, 7], np.int32)
 
@@ -508,8 +572,35 @@ class TestScorers:
     def test_neighbours_go_before_what_is_popular(self, catalog, model, outcomes):
         scorer = FeedScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
         nan = float("nan")
-        found = self.candidates(neighbors=[0.1, nan, 0.9, nan], popular=[nan, 2, nan, 9])
-        assert np.argsort(-scorer.score(query(rung="item_to_item"), found)).tolist() == [2, 0, 3, 1]
+        found = self.candidates(
+            neighbors=[0.1, nan, 0.9, nan, nan, nan, nan],
+            popular_in_segment=[0.5, nan, nan, nan, 0.3, nan, nan],
+            popular=[nan, 2, nan, 9, nan, nan, nan],
+            fresh=[nan, nan, nan, nan, nan, -3, -1],
+        )
+        assert np.argsort(-scorer.score(query(), found)).tolist() == [2, 0, 4, 3, 1, 6, 5]
+        assert np.isfinite(scorer.score(query(), found)).all()
+
+    def test_what_fills_a_personal_page_stands_behind_in_its_own_order(self, catalog, model, outcomes):
+        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        asked, nan = person(catalog, ["i0", "i4"]), np.nan
+        named = {NEAREST: [2, 1, nan, nan, nan, nan], "popular": [nan, nan, 4, 3, 2, nan], "fresh": [nan] * 5 + [-1.0]}
+        # Spaceships are near, westerns fill up: better by the score, and behind all the same; what is new competes.
+        rows = np.array([1, 5, 8, 2, 12, 16], np.int32)
+        found = Candidates(rows, np.array(list(named.values()), np.float32), tuple(named), (0, 3, 4))
+        score = FeedScorer(personal).score(asked, found)
+        own = personal.score(asked, rows)
+        np.testing.assert_array_equal(score[[0, 1, 5]], own[[0, 1, 5]])
+        assert (own[[2, 4]] > own[:2].max()).all()
+        assert score[2:5].max() < score[[0, 1, 5]].min()
+        assert np.argsort(-score[2:5]).tolist() == np.argsort(-own[2:5]).tolist()
+        alone = Candidates(rows[:2], found.scores[:1, :2], (NEAREST,), (0,))
+        np.testing.assert_array_equal(FeedScorer(personal).score(asked, alone), own[:2])
+
+    def test_below_zero_keeps_the_order(self):
+        values = np.array([-1e9, -7, -1, -0.5, -1e-3, 0, 1e-3, 1, 7, 1e9])
+        assert (np.diff(below_zero(values)) > 0).all()
+        assert -1 <= below_zero(values).min() <= below_zero(values).max() <= 0
 
     def test_a_search_is_bounded_and_taste_moves_it_a_little(self, catalog, lexical):
         rows = np.arange(40, dtype=np.int32)
@@ -522,22 +613,41 @@ class TestScorers:
         assert np.abs(moved).max() <= 0.25 + 1e-6
         assert moved[0] > 0.2 > 0.05 > abs(moved[1])
 
-    def test_nobody_known_the_order_is_the_callers(self, catalog, model, outcomes):
-        scorer = RankScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
+    @pytest.fixture
+    def ranks(self, catalog, model, outcomes, lexical):
+        return RankScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25), SearchScorer(lexical, catalog, 0.25))
+
+    def test_nobody_known_the_order_is_the_callers(self, ranks):
         upstream = np.array([0.1, 1e30, -5], np.float32)
         asked = query(rows=np.arange(3, dtype=np.int32), upstream=upstream, upstream_weight=0.0)
-        assert scorer.score(asked, self.candidates(upstream=upstream)).tolist() == upstream.tolist()
+        assert ranks.score(asked, self.candidates(upstream=upstream)).tolist() == upstream.tolist()
 
-    def test_a_known_person_adds_to_the_callers_score(self, catalog, model, outcomes):
+    def test_a_query_takes_the_place_of_the_personal_score(self, catalog, ranks, lexical):
+        search, nan = SearchScorer(lexical, catalog, 0.25), np.nan
+        for asked in (query(), person(catalog, ["i0"])):
+            asked.tokens, asked.query_vector = text_tokens("space number5"), small.direction("space")
+            found = self.candidates(upstream=[0, -1, -2, -3, -4, -5, -6])
+            text = search.score(asked, found)
+            np.testing.assert_array_equal(ranks.score(asked, found), text)
+            assert text.argmax() == 5
+            asked.upstream, asked.upstream_weight = found.of("upstream"), 0.5
+            np.testing.assert_array_equal(ranks.score(asked, found), np.float32(0.5) * asked.upstream + text)
+            assert asked.probabilities is None
+        # Signs alone are no query.
+        asked.tokens, asked.query_vector = text_tokens("!?"), np.full(small.DIM, nan, np.float32)
+        assert np.isfinite(ranks.score(asked, found)).all()
+        assert asked.probabilities is not None
+
+    def test_a_known_person_adds_to_the_callers_score(self, catalog, model, outcomes, ranks):
         personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
         asked = person(catalog, ["i0"])
         asked.rows, asked.upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
         found = Candidates(asked.rows, asked.upstream[None], ("upstream",))
         own = personal.score(asked, asked.rows)
         asked.upstream_weight = 2.0
-        np.testing.assert_allclose(RankScorer(personal).score(asked, found), own + np.array([20, 2]), rtol=1e-6)
+        np.testing.assert_allclose(ranks.score(asked, found), own + np.array([20, 2]), rtol=1e-6)
         asked.upstream = None
-        np.testing.assert_allclose(RankScorer(personal).score(asked, found), own)
+        np.testing.assert_allclose(ranks.score(asked, found), own)
 
     def test_similar_is_the_mean_cosine(self, catalog):
         asked = query(seeds=np.array([0, 1], np.int32))
@@ -563,7 +673,7 @@ class TestScorers:
 
 class TestTopK:
     def select(self, catalog, rows, scores, page_size=3, **options):
-        found = merge([("x", np.array(rows, np.int32), np.array(scores, np.float32))])
+        found = merge([Proposal("x", np.array(rows, np.int32), np.array(scores, np.float32))])
         at, chance = TopK(catalog, **options).select(query(page_size=page_size), found, found.scores[0])
         assert (chance == 1).all()
         return found.rows[at].tolist()

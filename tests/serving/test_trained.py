@@ -18,8 +18,8 @@ from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
 from serving.engine import Engine, Surroundings, open_engine
 from serving.hydrators import Progress
-from serving.pipeline import Query
 from serving.profiles import ProfileStore
+from serving.query import Query
 from serving.telemetry import Telemetry
 from tests.fixtures import PATIENCE_S
 

@@ -94,7 +94,7 @@ def allowed(out, table: str = "events") -> dict[str, tuple[bool, bool]]:
 
 def trained_on(out) -> tuple[set[str], set[str]]:
     """Whose events and whose slates a training reads."""
-    slates = _slates(out)
+    slates = _slates(out, ("recommend",))
     return set(open_dataset(out).events["user_id"].to_pylist()), set(slates["user_id"].to_pylist())
 
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from features.errors import ConfigError
+from features.errors import ConfigError, TablesError
 from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.tables import open_dataset, read_table, table_path
 from tests.real_data import real_data
@@ -87,7 +87,7 @@ def test_an_unpacked_archive_is_read_alike(tmp_path: Path) -> None:
 
 def test_a_malformed_line_is_rejected_by_its_number_and_the_rest_kept(tmp_path: Path) -> None:
     ratings = "1::20::5::978300760\n1::10::3\n1::10::good::978300760\n\n2::20::4::978300761\n"
-    answer = prepare("movielens-1m", published(tmp_path, ratings=ratings), tmp_path / "out")
+    answer = prepare("movielens-1m", published(tmp_path, ratings=ratings), tmp_path / "out", max_rejected_share=1)
     assert (answer["events"], answer["rejected"]) == (3, 2)  # a rating that is no number costs the rating only
     reasons = [(r["file"], r["row"], r["reason"]) for r in answer["rejections"]]
     assert reasons[0] == ("ratings.dat", 1, "timestamp is missing, should be given in every row")
@@ -350,7 +350,7 @@ def test_a_bad_line_is_rejected_by_its_row_in_the_publishers_file(journey: Path,
     times = [None if row == 4 else time for row, time in enumerate(table[name].to_pylist())]
     at = table.schema.get_field_index(name)
     pq.write_table(table.set_column(at, name, pa.array(times, table.schema.field(at).type)), file)
-    answer = prepare("completejourney", journey, tmp_path / "out", min_households=2)
+    answer = prepare("completejourney", journey, tmp_path / "out", min_households=2, max_rejected_share=0.5)
     assert [(r["file"], r["row"]) for r in answer["rejections"]] == [(str(file), 4)]
 
 
@@ -414,14 +414,27 @@ def test_an_unknown_name_or_option_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_the_answer_is_json_and_nothing_is_printed_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ratings = "".join(f"::{n}::5::978300760\n" for n in range(30)) + PUBLISHED["ratings.dat"]
-    answer = prepare("movielens-1m", published(tmp_path, ratings=ratings), tmp_path / "out")
+    ratings = "".join(f"1::{n}::4::x\n" for n in range(30)) + PUBLISHED["ratings.dat"]
+    answer = prepare("movielens-1m", published(tmp_path, ratings=ratings), tmp_path / "out", max_rejected_share=0.95)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "rejected ratings.dat row 0: user_id is '', should be given in every row" in err
-    assert "rejected 10 more rows" in err
+    [line] = [line for line in err.splitlines() if "rejected" in line]
+    assert line.startswith("events: 30 of 33 rows rejected (90.9 %), first ratings.dat row 0: timestamp is 'x', should")
     assert answer["rejected"] == 30
-    assert len(json.loads(json.dumps(answer))["rejections"]) == 20
+    first = json.loads(json.dumps(answer))["rejections"][0]
+    assert (first["table"], first["file"], first["row"]) == ("events", "ratings.dat", 0)
+
+
+def test_a_source_that_is_mostly_malformed_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    ratings = "".join(f"1::{n}::4::x\n" for n in range(30)) + PUBLISHED["ratings.dat"]
+    source = published(tmp_path, ratings=ratings)
+    with pytest.raises(
+        TablesError, match=r"90\.9 % where 1 % is allowed.*allow it with --set max_rejected_share=0\.91"
+    ):
+        prepare("movielens-1m", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DatasetError, match="max_rejected_share is 7, should be a number from 0 to 1"):
+        prepare("movielens-1m", source, tmp_path / "out", max_rejected_share=7)
 
 
 # --------------------------------------------------------------------------------------------------- real data

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -110,6 +111,31 @@ def test_labels_join_by_request_inside_the_window(tmp_path: Path) -> None:
     assert lines.positions.tolist() == [0, 0, 3, 3, 3]
     assert [lines.surfaces[at] for at in lines.where] == ["x", "x", "", "", ""]
     assert not lines.labels(START + HOUR // 4).any()
+
+
+def test_only_slates_of_the_methods_that_the_ranker_is_for_are_read(tmp_path: Path, caplog) -> None:
+    slates = [(name, "u", hour, [f"i{hour}"], "x") for hour, name in enumerate("abcdef")]
+    made = ["recommend", "search", "similar", "rank", "rank", None]
+    path = write(tmp_path, [("u", "i0", "click", 0.5, None)], slates, 6)
+    file = path / "impressions.parquet"
+    table = pq.read_table(file)
+    for name, values in (("method", made), ("query", [None, "q", "", "q", "", "q"])):
+        table = table.append_column(name, pa.array(values, pa.string()))
+    pq.write_table(table, file)
+    dataset = open_dataset(path)
+    _, vocabulary = item_vocabulary(dataset)
+    data = read_interactions(dataset, vocabulary, CONFIG)
+
+    def rows(*methods: str) -> list[int]:
+        shown = read_shown(path, dataset, vocabulary, data, ACTIONS, methods)
+        assert shown is not None
+        return shown.rows.tolist()
+
+    assert rows(*CONFIG.methods) == [0, 4, 5]
+    assert "3 of 6 slates do not train the ranker" in caplog.text
+    assert rows("search", "similar") == [1, 2, 5]
+    pq.write_table(table.drop_columns(["method", "query"]), file)  # of a data set that does not tell
+    assert rows(*CONFIG.methods) == list(range(6))
 
 
 def test_labels_join_by_person_where_events_name_no_request(tmp_path: Path) -> None:

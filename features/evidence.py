@@ -1,0 +1,67 @@
+"""The evidence that the checks of `features.validate` look at, and a finding of theirs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.columns import pc
+from features.rows import Intake, Rejected
+
+SPARED = 0.01
+"""The share that some findings let pass whatever the limit of their check."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is checked.
+
+    Attributes:
+        events: `EVENTS`, in the order in which they were written.
+        items: Ids of the catalogue's items; None where it is not known.
+        impressions: `IMPRESSIONS`; None where there are none.
+        rejected: Rows that are not in the tables because they are malformed.
+        now_ms: The time now.
+        intakes: The fate of the rows of each table, by its name, for the cells that could not be read.
+        empty: What is wrong with tables that are there and hold no row.
+        place: Names an event by its row in `events`.
+    """
+
+    events: pa.Table
+    items: pa.Array[Any] | pa.ChunkedArray[Any] | None = None
+    impressions: pa.Table | None = None
+    rejected: list[Rejected] = field(default_factory=list)
+    now_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    intakes: Mapping[str, Intake] = field(default_factory=dict)
+    empty: Sequence[str] = ()
+    place: Callable[[int], str] = "row {}".format
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look at the rows gave: how many of how many are wrong, what that is, and how to mend it."""
+
+    wrong: int
+    of: int
+    what: str
+    mend: str
+    certain: bool = False
+    """Wrong whatever the share: one such finding says it of the whole."""
+    spared: float = 0.0
+    """The share that is let pass where the limit of the check is smaller."""
+
+    def fails(self, limit: float) -> bool:
+        """Whether more is wrong than may be."""
+        return self.certain or bool(self.of and self.wrong / self.of > max(limit, self.spared))
+
+
+def numbers(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
+    """Returns a column of whole numbers, 0 where it has none; int64 [n]."""
+    filled: pa.ChunkedArray[Any] = pc.fill_null(column, 0)
+    return filled.to_numpy().astype(np.int64)

@@ -1,0 +1,100 @@
+"""A logged slate says what it was made of, in few bytes, and stands so in the warehouse."""
+
+from __future__ import annotations
+
+import json
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.controls import Dial
+from features.schema import item_key
+from serving.events import Entry
+from serving.query import Unknown
+from serving.side_effects import MOST_DIALS, MOST_EXCLUDED
+from serving.warehouse_tables import impression_table
+from tests.serving.logged import slate
+
+ASKED = ("seed_item_ids", "upstream_scores", "upstream_weight", "excluded", "excluded_item_ids", "dials", "merged")
+NEW = ("method", "page_size", "source_names", "sources")
+
+
+def table(*payloads: bytes) -> pa.Table:
+    """The rows that the warehouse makes of them."""
+    rows, damaged = impression_table([Entry(n + 1, "u:ann", payload=payload) for n, payload in enumerate(payloads)])
+    assert not damaged
+    return rows
+
+
+def earlier(payload: bytes) -> bytes:
+    """The payload as it was before it said what it is made of."""
+    return json.dumps({name: value for name, value in json.loads(payload).items() if name not in NEW}).encode()
+
+
+def test_a_slate_says_what_it_was_made_of(tmp_path):
+    turned = {(Dial.NOVELTY, 0): 0.5, (Dial.CATEGORY_WEIGHT, item_key("c1")): -1.0, (Dial.FRESHNESS, 0): 0.0}
+    turned |= {(Dial.CREATOR_WEIGHT, item_key("m0")): 0.25, (Dial.CATEGORY_WEIGHT, item_key("?")): 1.0}
+    asked = {"exclude": np.arange(MOST_EXCLUDED + 20, dtype=np.int32) % 10, "seeds": np.array([4, 5], np.int32)}
+    upstream = {"upstream": np.ones(2, np.float32), "upstream_weight": 0.5}
+    sources = {"fresh": [np.nan, 1.0], "neighbors": [np.nan, np.nan], "upstream": [0.1, np.nan]}
+    rich = slate("ann", "r1", [1, 2], method="rank", dials=turned, sources=sources, **asked, **upstream).payload
+    plain = slate("ann", "r2", [3], method="recommend").payload
+    file = tmp_path / "slates.parquet"
+    pq.write_table(table(rich, plain, earlier(plain)), file)
+    whole, bare, old = duckdb.sql(f"SELECT * FROM '{file}' ORDER BY log_id").to_arrow_table().to_pylist()
+    assert (whole["method"], whole["page_size"], whole["seed_item_ids"]) == ("rank", 2, ["i4", "i5"])
+    assert whole["upstream_scores"] == [np.float32(0.1), None]
+    assert (whole["upstream_weight"], whole["excluded"], whole["sources"]) == (0.5, 120, [["upstream"], ["fresh"]])
+    assert whole["excluded_item_ids"] == [f"i{n % 10}" for n in range(MOST_EXCLUDED)]
+    unknown = f"categories.key {item_key('?'):016x}"
+    assert dict(whole["dials"]) == {"novelty": 0.5, "categories.c1": -1.0, "creators.m0": 0.25, unknown: 1.0}
+    assert (bare["method"], bare["page_size"], bare["sources"]) == ("recommend", 1, [["popular"]])
+    assert [bare[name] for name in ASKED] == [None] * len(ASKED)
+    assert [old[name] for name in ("method", "page_size", "sources", *ASKED)] == [None] * (3 + len(ASKED))
+    frame = pl.read_parquet(file)
+    assert frame["sources"].to_list() == [[["upstream"], ["fresh"]], [["popular"]], None]
+    assert dict(frame["dials"].to_list()[0]).keys() == dict(whole["dials"]).keys()
+
+
+def test_scores_lose_digits_and_no_bit():
+    scores = [np.float32(score) for score in np.random.default_rng(0).normal(size=1000)]
+    payload = slate("ann", "r1", [1] * 1000, sources={"upstream": scores}, upstream=np.ones(1000, np.float32)).payload
+    [row] = table(payload).to_pylist()
+    assert [np.float32(score) for score in row["upstream_scores"]] == scores
+
+
+def test_many_dials_are_cut_to_those_turned_furthest():
+    many = {(Dial.CATEGORY_WEIGHT, item_key(f"k{n}")): n / 1000 for n in range(1, 500)} | {(Dial.NOVELTY, 0): 0.0001}
+    [row] = table(slate("ann", "r1", [1], dials=many).payload).to_pylist()
+    values = dict(row["dials"])
+    assert len(values) == MOST_DIALS
+    assert "novelty" in values
+    assert min(value for name, value in values.items() if name != "novelty") > 0.39
+
+
+def test_what_a_slate_was_made_of_costs_few_bytes():
+    sources = {name: np.linspace(0, 1, 10).tolist() for name in ("nearest_to_user", "popular", "fresh")}
+    payload = slate("ann", "r1", range(10), method="recommend", sources=sources).payload
+    rest = {name: value for name, value in json.loads(payload).items() if name not in NEW}
+    assert len(payload) - len(json.dumps(rest, separators=(",", ":"))) < len(payload) / 5
+
+
+def test_a_payload_whose_sources_make_no_sense_is_damaged():
+    payload = json.loads(slate("ann", "r1", [1]).payload)
+    for sources in (["?"], None, 3):
+        broken = json.dumps(payload | {"sources": sources}).encode()
+        assert impression_table([Entry(1, "u:ann", payload=broken)])[1] == 1
+
+
+def test_items_that_the_catalogue_does_not_know_stand_at_their_places():
+    unknown = (Unknown("new-1", 0), Unknown("new-2", 2))
+    payload = slate("ann", "r1", [1, 2], unknown=unknown, upstream=np.ones(2, np.float32)).payload
+    [row] = table(payload).to_pylist()
+    assert row["item_ids"] == ["new-1", "i1", "new-2", "i2"]
+    assert row["sources"] == [[], ["popular"], [], ["popular"]]
+    assert [np.isnan(score) for score in row["scores"]] == [True, False, True, False]
+    assert row["propensities"] == [1.0] * 4
+    assert len(row["upstream_scores"]) == 4
