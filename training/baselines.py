@@ -1,5 +1,7 @@
 """What a model must beat: popularity, recent popularity, first-order Markov, item-to-item and EASE.
 
+Where repeats count, also what each user had most often.
+
 A baseline learns from the events that the model is trained on, and scores all items from the same earlier events that
 the model may read.
 """
@@ -120,6 +122,28 @@ class Markov:
         for line, row in enumerate(newest):
             part = slice(self.starts[row], self.starts[row + 1])
             out[line, self.next[part]] += self.counts[part]
+        return out
+
+
+class MostUsed:
+    """Each user's own items, the most often used first and of those the newest; then what is popular."""
+
+    name = "most_used"
+
+    def __init__(self, data: Interactions, popularity: npt.NDArray[np.float64]) -> None:
+        self.data, self.popularity = data, popularity / (popularity.max() + 1)
+
+    def scores(self, targets: Targets) -> Scores:
+        """Counts of the user's events that make their item seen, plus a fraction below one for how late the last is."""
+        out = np.repeat(self.popularity[None], len(targets), axis=0)
+        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+            start = int(self.data.offsets[person])
+            part = slice(start, start + int(position))
+            rows = self.data.rows[part][self.data.seen[part]]
+            items, counts = np.unique(rows, return_counts=True)
+            last = np.zeros(self.data.items)
+            last[rows] = np.arange(rows.size)  # of several places for one item numpy keeps the last
+            out[line, items] = counts + last[items] / max(1, rows.size)
         return out
 
 
@@ -248,7 +272,10 @@ def build_baselines(
     config: TrainConfig,
     neighbors: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]],
 ) -> Sequence[Baseline]:
-    """All the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size."""
+    """All the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size.
+
+    Where repeats count, what a user had most often is one too.
+    """
     ends = division.train_end
     counts = popularity_of(data, ends)
     found: list[Baseline] = [Popular("popular", counts), Markov(data, ends, counts), Neighbors(data, *neighbors)]
@@ -257,4 +284,6 @@ def build_baselines(
         found.append(Popular("recent_popular", recent + counts / (counts.max() + 1)))
     if data.items <= EASE_MOST_ITEMS:
         found.append(Ease(data, ends))
+    if config.repeats:
+        found.append(MostUsed(data, counts))
     return found

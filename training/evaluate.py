@@ -28,7 +28,7 @@ from training.heads import moment_of
 from training.machine import exact, prepared
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
-from training.ranking import Pasts, lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.ranking import Pasts, had_before, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.report import write_report
 from training.run import LoadedRun, admit_run, append_line, load_run
 from training.split import Split, Targets, Which, held_out, split
@@ -44,6 +44,8 @@ METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
 }
 _NEEDS = {"leave-one-out": "leave-one-out", "temporal-successive": "temporal", "temporal-last": "temporal"}
 _HISTORY_BORDERS = (1, 10, 50, 200)
+_Values = dict[str, npt.NDArray[np.float64]]
+"""Values of each metric, one per target."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,9 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         left out of everything but `with_cold`), `metrics` {name: {mean, low, high}}, `by_seed`, `baselines` {name:
         {metric: value}}, `paired` {baseline: {metric: interval of model minus baseline}}, `with_cold`, `segments`,
         `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with what `features.intake.summary` says.
+        Where repeats count also `parts`, of which each has `targets`, `metrics`, `baselines` and `paired`: "repeats",
+        the items that their user had before, and "new", those that are new to them, both ranked among all items as they
+        are served; and "new_alone", the new ones ranked among what is new to their user.
 
     Raises:
         LeakError: A run was trained on what the protocol tests.
@@ -198,6 +203,9 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
     ours, beside = placed[: len(models)], placed[len(models) :]
     warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
     counts = popularity_of(data, division.train_end)
+    answer = _summary(ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm)
+    if run.config.repeats:
+        answer["parts"] = _parts(runs, baselines, placed, data, targets, warm)
     return {
         "protocol": protocol,
         "runs": [str(one.path) for one in runs],
@@ -207,36 +215,79 @@ def _measure(runs: Sequence[LoadedRun], protocol: Which) -> dict[str, Any]:
         "cold": len(targets) - warm.size,
         "items": data.items,
         "blend": [one.result["blend"] for one in runs],
-        **_summary(ours, {one.name: ranked for one, ranked in zip(baselines, beside, strict=True)}, targets, warm),
+        **answer,
         **tell_future(data),
         "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in ours])),
         "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in ours])),
     }
 
 
+def _parts(
+    runs: Sequence[LoadedRun],
+    baselines: Sequence[Baseline],
+    placed: Sequence[Ranked],
+    data: Interactions,
+    targets: Targets,
+    warm: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """Repeats and new items apart, as they are served together, and new items without what their user had."""
+    again = had_before(data, targets)[warm]
+    alone = targets.take(warm[~again])
+    models = [ModelScorer(one, data, alone) for one in runs]
+    parts = {
+        "repeats": (placed, targets, warm[again]),
+        "new": (placed, targets, warm[~again]),
+        "new_alone": (place_all(models, baselines, data, alone, repeats=False), alone, np.arange(len(alone))),
+    }
+    answer = {}
+    for name, (ranked, those, at) in parts.items():
+        if at.size:
+            pairs = zip(baselines, ranked[len(runs) :], strict=True)
+            beside = {baseline.name: _values(one) for baseline, one in pairs}
+            compared = _compared(_mean_values(ranked[: len(runs)]), beside, those, at)
+            answer[name] = {"targets": int(at.size), **compared}
+    return answer
+
+
+def _values(ranked: Ranked) -> _Values:
+    return {metric: of(ranked.ranks) for metric, of in METRICS.items()}
+
+
+def _mean_values(ranked: Sequence[Ranked]) -> _Values:
+    return {metric: np.mean([of(one.ranks) for one in ranked], axis=0) for metric, of in METRICS.items()}
+
+
 def _summary(
     ours: Sequence[Ranked], beside: Mapping[str, Ranked], targets: Targets, warm: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
-    """Means over seeds and people, with intervals, and the differences to each baseline."""
-    model = {metric: np.mean([values(one.ranks) for one in ours], axis=0) for metric, values in METRICS.items()}
-    others = {name: {metric: values(one.ranks) for metric, values in METRICS.items()} for name, one in beside.items()}
-    people = targets.people[warm]
+    """Means over seeds and users, with intervals, and the differences to each baseline."""
+    model, others = _mean_values(ours), {name: _values(one) for name, one in beside.items()}
     return {
-        "metrics": {metric: interval(values[warm], people) for metric, values in model.items()},
+        **_compared(model, others, targets, warm),
         "by_seed": {metric: [float(of(one.ranks)[warm].mean()) for one in ours] for metric, of in METRICS.items()},
-        "baselines": {
-            name: {metric: float(values[warm].mean()) for metric, values in metrics.items()}
-            for name, metrics in others.items()
-        },
-        "paired": {
-            name: {metric: interval(model[metric][warm] - values[warm], people) for metric, values in metrics.items()}
-            for name, metrics in others.items()
-        },
         "with_cold": {
             name: {metric: float(values.mean()) for metric, values in metrics.items()}
             for name, metrics in {"model": model, **others}.items()
         },
         "segments": _by_history(targets.positions[warm], model["ndcg@10"][warm]),
+    }
+
+
+def _compared(
+    model: _Values, others: Mapping[str, _Values], targets: Targets, at: npt.NDArray[np.int64]
+) -> dict[str, dict[str, Any]]:
+    """The model's metrics on some targets, the baselines', and the differences between them."""
+    people = targets.people[at]
+    return {
+        "metrics": {metric: interval(values[at], people) for metric, values in model.items()},
+        "baselines": {
+            name: {metric: float(values[at].mean()) for metric, values in metrics.items()}
+            for name, metrics in others.items()
+        },
+        "paired": {
+            name: {metric: interval(model[metric][at] - values[at], people) for metric, values in metrics.items()}
+            for name, metrics in others.items()
+        },
     }
 
 

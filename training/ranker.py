@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BLENDS = (0.0, 0.1, 0.25, 0.5, 1.0)
+BLENDS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Weights of the ranker's utility beside relevance that are tried on validation."""
 _SMALLEST = 1e-6
 _CONSTANT = 1e-6  # a feature that varies less says nothing: it is not read, whatever it is in service

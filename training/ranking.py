@@ -94,6 +94,13 @@ def seen_before(data: Interactions, targets: Targets) -> list[npt.NDArray[np.int
     return lists
 
 
+def had_before(data: Interactions, targets: Targets) -> npt.NDArray[np.bool_]:
+    """Whether each target's item was seen by its user before; bool `[n]`."""
+    rows = targets.rows(data)
+    had = (row in seen for row, seen in zip(rows, seen_before(data, targets), strict=True))
+    return np.fromiter(had, np.bool_, len(targets))
+
+
 def mask_seen(scores: npt.NDArray[np.floating], seen: list[npt.NDArray[np.int32]]) -> None:
     """Sinks each line's seen items to minus infinity, in place; scores `[n, N]`."""
     lines = np.repeat(np.arange(len(seen)), [rows.size for rows in seen])

@@ -69,7 +69,7 @@ def write_report(runs: Sequence[Path], into: Path | None = None) -> Path:
         curves=_curves({one: _lines(one / "log.jsonl") for one in runs}),
         left_out=_left_out(result),
         rejections=result.get("rejections", []),
-        evaluations=[_evaluation(found) for found in _newest(run)],
+        evaluations=[_evaluation(part) for found in _newest(run) for part in (found, *_parts(found))],
         provenance=_provenance(run, result),
         config=config.items(),
     )
@@ -117,6 +117,14 @@ def _newest(run: Path) -> list[dict[str, Any]]:
     """The newest evaluation of each protocol, in the order of their names."""
     newest = {found["protocol"]: found for found in _lines(run / "evaluations.jsonl")}
     return [newest[name] for name in sorted(newest)]
+
+
+def _parts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of an evaluation, each as an evaluation of its own."""
+    facts = {"at": found["at"], "seeds": found["seeds"]}
+    return [
+        {**facts, "protocol": f"{found['protocol']}: {name}", **part} for name, part in found.get("parts", {}).items()
+    ]
 
 
 def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:

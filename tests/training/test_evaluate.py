@@ -5,14 +5,16 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from features.errors import LeakError
 from tests.training.conftest import TINY, interactions
-from training.baselines import Popular
+from training.baselines import MostUsed, Popular
 from training.config import TrainConfig
-from training.evaluate import evaluate, place, place_all
-from training.ranking import ranks_of
+from training.evaluate import Ranked, _compared, _mean_values, _values, evaluate, place, place_all
+from training.ranking import had_before, ranks_of
 from training.split import Targets
 from training.train import train
 
@@ -31,6 +33,64 @@ def test_what_the_person_had_is_masked_and_what_comes_later_is_not() -> None:
     assert ranked.ranks.tolist() == [2]
     again = place_all([], [popular], data, Targets(np.array([0]), np.array([2])), repeats=True)[0]
     assert again.ranks.tolist() == [4]
+
+
+def test_own_items_come_by_how_often_and_then_by_how_late() -> None:
+    data = interactions([[0, 1, 1, 2, 3]], items=5, repeats=True)
+    baseline = MostUsed(data, np.array([1.0, 2.0, 1.0, 1.0, 9.0]))
+    ranked = place_all([], [baseline], data, Targets(np.zeros(2, np.int64), np.array([4, 3])), repeats=True)[0]
+    # 1 twice, then 2 before 0, for it came later; what was never had follows by popularity: 4, and then 3.
+    scores = baseline.scores(Targets(np.zeros(1, np.int64), np.array([4])))[0]
+    assert np.argsort(-scores).tolist() == [1, 2, 0, 4, 3]
+    assert ranked.ranks.tolist() == [4, 4]  # 2 and 3 are as popular, and a tie counts against the target
+
+
+def test_repeats_and_new_items_are_reported_apart() -> None:
+    # Three users; the targets are 0 (had before), 2 (new) and 1 (had before).
+    data = interactions([[0, 1, 0], [0, 1, 2], [1, 0, 1]], items=4, repeats=True)
+    targets = Targets(np.arange(3), np.full(3, 2))
+    assert had_before(data, targets).tolist() == [True, False, True]
+    popular = Popular("popular", np.array([4.0, 3.0, 2.0, 1.0]))
+    placed = place_all([], [popular], data, targets, repeats=True)
+    assert placed[0].ranks.tolist() == [0, 2, 1]
+    model = _mean_values([Ranked(np.array([1, 11, 3]), np.zeros((3, 4), np.int64))])
+    second, third, fourth = 1 / math.log2(3), 1 / math.log2(4), 1 / math.log2(5)
+    repeats = _compared(model, {"popular": _values(placed[0])}, targets, np.array([0, 2]))
+    assert repeats["metrics"]["ndcg@10"]["mean"] == pytest.approx((second + fourth) / 2)
+    assert repeats["metrics"]["hit@10"]["mean"] == 1
+    assert repeats["baselines"]["popular"] == pytest.approx(
+        {"hit@10": 1, "ndcg@10": (1 + second) / 2, "mrr@10": 0.75, "recall@100": 1}
+    )
+    assert repeats["paired"]["popular"]["ndcg@10"]["mean"] == pytest.approx((fourth - 1) / 2)
+    new = _compared(model, {"popular": _values(placed[0])}, targets, np.array([1]))
+    assert new["metrics"]["ndcg@10"]["mean"] == 0
+    assert new["paired"]["popular"]["ndcg@10"]["mean"] == pytest.approx(-third)
+
+
+def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Path) -> None:
+    # Everybody goes round one of two circles of five items, twice; one in four ends with an item of the other circle.
+    rows = []
+    for user in range(160):
+        own = 5 * (user % 2)
+        walk = [own + (user + step) % 5 for step in range(9)] + [
+            5 + user % 5 if user % 4 == 0 else own + (user + 9) % 5
+        ]
+        rows += [(f"u{user}", f"i{item}", "purchase", step) for step, item in enumerate(walk)]
+    names = ("user_id", "item_id", "event_type", "sequence")
+    columns = {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data" / "events.parquet")
+    config = TrainConfig(**{**TINY, "epochs": 3, "protocol": "leave-one-out", "repeats": True})
+    train(tmp_path / "data", tmp_path / "run", config)
+    parts = evaluate([tmp_path / "run"], "leave-one-out")["parts"]
+    assert {name: part["targets"] for name, part in parts.items()} == {"repeats": 120, "new": 40, "new_alone": 40}
+    assert set(parts["new"]["paired"]) == {"popular", "markov", "item_to_item", "ease", "most_used"}
+    # Five own items stand before what is new; without them, five equally popular ones tie, which counts against it.
+    assert parts["new"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 10)
+    assert parts["new_alone"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 5)
+    assert parts["new_alone"]["metrics"]["mrr@10"]["mean"] >= parts["new"]["metrics"]["mrr@10"]["mean"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f"leave-one-out: {name}" in page for name in parts)
 
 
 def test_what_is_shown_are_the_best() -> None:
