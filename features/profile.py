@@ -291,15 +291,14 @@ def refold(
     if expired is not None:
         gone |= expired(records)
         older, waiting, rest = older[~expired(older)], waiting[~expired(waiting)], rest[~expired(waiting)]
+    first = 0 if before else first
+    count -= int((records[first:folded]["item"] == 0).sum())  # counted, but in no ring
     if not before:  # the ring and some of what it pushed out stand in the log
         count -= first
         # As many events are older than the log: each of the first so many items may be known by one of them too.
         mine = np.isin(evicted, records["item"][:first])
         mine[:count] = False
         evicted = evicted[~mine]
-    else:
-        first = 0
-    count -= int((records[first:folded]["item"] == 0).sum())  # counted, but in no ring
     order = np.argsort(np.concatenate([ids[~gone], rest["log_id"].astype(np.uint64)]), kind="stable")
     events = _joined(records[~gone], waiting)[order]
     count = max(count - before, 0) + older.size

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from features import controls, memory, profile
@@ -142,6 +142,7 @@ def test_purposes_have_names():
     st.sampled_from([150, 5000]),
     st.sampled_from([0, 0.2, 0.7]),
 )
+@example(folded=318, waiting=0, left_the_log=0, undone={1}, seed=0, items=150, asking=0.2)
 def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left_the_log, undone, seed, items, asking):
     """Where the log holds as much as the ring, what is folded anew is exactly what the remaining events fold to."""
     total = folded + waiting
