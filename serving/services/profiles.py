@@ -191,10 +191,13 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     def _counts(self, subject: str) -> dict[str, Any]:
         """The decayed counts, by name where the catalogue and the bundle know it, else by key."""
         try:
-            memory = self._store.read(subject).memory
+            profile = self._store.read(subject)
         except ProfileCorrupt as error:
             return {"damage": str(error)}
-        engine, found = self._host.engine, dict[str, Any](as_of_ms=memory.newest, horizons=list(HORIZONS))
+        engine, memory = self._host.engine, profile.memory
+        found: dict[str, Any] = {"as_of_ms": memory.newest, "horizons": list(HORIZONS)}
+        if profile.lost:
+            found["damage"] = PAST_LOST
         types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
         for dimension in DIMENSIONS:
             part, counts = memory.of(dimension), found.setdefault(dimension, {})

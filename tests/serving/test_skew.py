@@ -22,6 +22,7 @@ from features.histories import Logged, history_keys
 from features.profile import RING
 from penchant.client import event
 from penchant.v1 import common_pb2
+from serving.redis_client import connect
 from serving.replay import replay
 from tests.proofs.skew import KINDS, Ask, Burst, Consent, Fold, Life, Patch, Step, Undo, World, lived, prove
 from tests.serving.test_loop import penchant
@@ -31,6 +32,9 @@ from tests.world import COUNT
 
 @pytest.fixture(scope="module")
 def there(profiles_server: Any, events_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    for server in (profiles_server, events_server):
+        with connect(server.url, 2.0) as client:
+            client.flushall()  # another file's log may have another number of partitions
     with contextlib.ExitStack() as stack:
         yield World(stack, tmp_path_factory.mktemp("skew"), profiles_server.url, events_server.url)
 
