@@ -61,7 +61,8 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     """Not set."""
     PART_PROFILE_STORE: _Part.ValueType  # 1
     """The person's profile could not be read: the answer is not personal, and a feed holds only items of the bundle's popular table,
-    because what the person blocked is not known.
+    because what the person blocked is not known. Search, SimilarItems and Rank answer what they are asked for, so blocked items may be
+    among it.
     """
     PART_PROFILE_STALE: _Part.ValueType  # 2
     """The profile is older than min_profile_version asked for."""
@@ -93,7 +94,8 @@ PART_UNSPECIFIED: Part.ValueType  # 0
 """Not set."""
 PART_PROFILE_STORE: Part.ValueType  # 1
 """The person's profile could not be read: the answer is not personal, and a feed holds only items of the bundle's popular table,
-because what the person blocked is not known.
+because what the person blocked is not known. Search, SimilarItems and Rank answer what they are asked for, so blocked items may be
+among it.
 """
 PART_PROFILE_STALE: Part.ValueType  # 2
 """The profile is older than min_profile_version asked for."""
