@@ -218,8 +218,9 @@ def _asked(query: Query, slate: Slate, catalog: Catalog) -> dict[str, Any]:
         asked["upstream_scores"] = _page(slate, _numbers(slate.candidates.of(_UPSTREAM)), None)
         asked["upstream_weight"] = query.upstream_weight
     if query.exclude.size:
-        asked["excluded"] = query.exclude.size
-        asked["excluded_item_ids"] = catalog.ids(query.exclude[:MOST_EXCLUDED])
+        excluded = list(dict.fromkeys(query.exclude.tolist()))
+        asked["excluded"] = len(excluded)
+        asked["excluded_item_ids"] = catalog.ids(excluded[:MOST_EXCLUDED])
     turned = {about: value for about, value in query.dials.items() if value}
     if turned:
         asked["dials"] = _dials(turned, catalog)
@@ -238,15 +239,9 @@ def _dials(turned: Dials, catalog: Catalog) -> dict[str, float]:
 
 def _names(catalog: Catalog, dial: Dial, keys: list[int]) -> dict[int, str]:
     """What the keys of categories or creators stand for, where an item of the catalogue tells."""
-    if not keys:
-        return {}
-    columns = catalog.columns
-    column = (columns.category if dial is Dial.CATEGORY_WEIGHT else columns.creator)[: catalog.size]
-    rows = np.flatnonzero(np.isin(column, np.array(keys, np.uint64)))
-    found, first = np.unique(column[rows], return_index=True)
-    items = [catalog.item(int(rows[at])) for at in first.tolist()]
-    named = [item["categories"][0] if dial is Dial.CATEGORY_WEIGHT else item["creator_id"] for item in items]
-    return dict(zip(found.tolist(), named, strict=True))
+    column = "category" if dial is Dial.CATEGORY_WEIGHT else "creator"
+    items = {key: catalog.item(row) for key, row in catalog.rows_with(column, keys).items()}
+    return {key: item["creator_id"] if column == "creator" else item["categories"][0] for key, item in items.items()}
 
 
 def _numbers(values: npt.NDArray[np.float32]) -> list[float | None]:

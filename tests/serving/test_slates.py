@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 
 from features.controls import Dial
 from features.schema import item_key
+from serving import side_effects
 from serving.events import Entry
 from serving.query import Unknown
-from serving.side_effects import MOST_DIALS, MOST_EXCLUDED
+from serving.side_effects import MOST_DIALS
 from serving.warehouse_tables import impression_table
 from tests.serving.logged import slate
 
@@ -34,10 +35,11 @@ def earlier(payload: bytes) -> bytes:
     return json.dumps({name: value for name, value in json.loads(payload).items() if name not in NEW}).encode()
 
 
-def test_a_slate_says_what_it_was_made_of(tmp_path):
+def test_a_slate_says_what_it_was_made_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_effects, "MOST_EXCLUDED", 4)
     turned = {(Dial.NOVELTY, 0): 0.5, (Dial.CATEGORY_WEIGHT, item_key("c1")): -1.0, (Dial.FRESHNESS, 0): 0.0}
     turned |= {(Dial.CREATOR_WEIGHT, item_key("m0")): 0.25, (Dial.CATEGORY_WEIGHT, item_key("?")): 1.0}
-    asked = {"exclude": np.arange(MOST_EXCLUDED + 20, dtype=np.int32) % 10, "seeds": np.array([4, 5], np.int32)}
+    asked = {"exclude": np.arange(20, dtype=np.int32) % 10, "seeds": np.array([4, 5], np.int32)}
     upstream = {"upstream": np.ones(2, np.float32), "upstream_weight": 0.5}
     sources = {"fresh": [np.nan, 1.0], "neighbors": [np.nan, np.nan], "upstream": [0.1, np.nan]}
     rich = slate("ann", "r1", [1, 2], method="rank", dials=turned, sources=sources, **asked, **upstream).payload
@@ -47,8 +49,8 @@ def test_a_slate_says_what_it_was_made_of(tmp_path):
     whole, bare, old = duckdb.sql(f"SELECT * FROM '{file}' ORDER BY log_id").to_arrow_table().to_pylist()
     assert (whole["method"], whole["page_size"], whole["seed_item_ids"]) == ("rank", 2, ["i4", "i5"])
     assert whole["upstream_scores"] == [np.float32(0.1), None]
-    assert (whole["upstream_weight"], whole["excluded"], whole["sources"]) == (0.5, 120, [["upstream"], ["fresh"]])
-    assert whole["excluded_item_ids"] == [f"i{n % 10}" for n in range(MOST_EXCLUDED)]
+    assert (whole["upstream_weight"], whole["excluded"], whole["sources"]) == (0.5, 10, [["upstream"], ["fresh"]])
+    assert whole["excluded_item_ids"] == [f"i{n}" for n in range(4)]
     unknown = f"categories.key {item_key('?'):016x}"
     assert dict(whole["dials"]) == {"novelty": 0.5, "categories.c1": -1.0, "creators.m0": 0.25, unknown: 1.0}
     assert (bare["method"], bare["page_size"], bare["sources"]) == ("recommend", 1, [["popular"]])
