@@ -7,7 +7,7 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -109,13 +109,22 @@ class ImpressionWriter:
             while len(batch) < _BATCH and batch[-1] is not None and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             shown = [one for one in batch if one is not None]
-            self._write([_logged(one) for one in shown])
+            self._write(list(self._payloads(shown)))
             queries = [one.query for one in shown]
             back = {query.subject: query.now_ms for query in queries if query.profile and query.profile.vacant}
             if back:
                 self._call_back(back)
             if batch[-1] is None:
                 return
+
+    def _payloads(self, shown: Sequence[_Shown]) -> Iterator[LoggedImpression]:
+        """Yields the slates as they are logged; one that cannot be written costs itself, not the thread."""
+        for one in shown:
+            try:
+                yield _logged(one)
+            except Exception:  # noqa: BLE001 - a defect in one slate must not end the log
+                _log.exception("the slate of the request %r was not logged", one.query.request_id)
+                self._telemetry.count("impressions.dropped")
 
     def _write(self, batch: list[LoggedImpression]) -> None:
         """Writes a batch once: a second try could write it twice, and lost slates do less harm than doubled ones."""

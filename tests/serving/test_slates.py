@@ -14,10 +14,11 @@ from features.controls import Dial
 from features.schema import item_key
 from serving import side_effects
 from serving.events import Entry
-from serving.query import Unknown
-from serving.side_effects import MOST_DIALS
+from serving.query import Candidates, Query, Slate, Unknown
+from serving.side_effects import MOST_DIALS, ImpressionWriter
+from serving.telemetry import Telemetry
 from serving.warehouse_tables import impression_table
-from tests.serving.logged import slate
+from tests.serving.logged import now_ms, shown_of, slate
 
 ASKED = ("seed_item_ids", "upstream_scores", "upstream_weight", "excluded", "excluded_item_ids", "dials", "merged")
 NEW = ("method", "page_size", "source_names", "sources")
@@ -100,3 +101,16 @@ def test_items_that_the_catalogue_does_not_know_stand_at_their_places():
     assert [np.isnan(score) for score in row["scores"]] == [True, False, True, False]
     assert row["propensities"] == [1.0] * 4
     assert len(row["upstream_scores"]) == 4
+
+
+def test_a_slate_that_cannot_be_written_costs_itself_alone(log):
+    telemetry = Telemetry()
+    writer = ImpressionWriter(log, 10, telemetry)
+    for request_id, row in (("r1", 1), ("r2", 1_000_000), ("r3", 2)):
+        candidates = Candidates(np.array([row], np.int32), np.ones((1, 1), np.float32), ("popular",))
+        answer = Slate(candidates.rows, candidates.scores[0], np.ones(1), candidates, None, {}, [])
+        writer.put(shown_of(Query(request_id, "u:ann", now_ms(), 0.0, 1), answer))
+    writer.close()
+    held = [json.loads(entry.payload) for entries in log.history("u:ann", impressions=True) for entry in entries]
+    assert [one["request_id"] for one in held] == ["r1", "r3"]
+    assert telemetry.counters()["impressions.dropped"] == 1
