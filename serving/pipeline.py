@@ -65,6 +65,9 @@ from serving.query import (
 RESERVE = 0.1
 """Share of a request's time that belongs to the stages it cannot do without."""
 
+SOURCE = "SOURCE"
+"""The part of an answer that several stages make, so that its reason names the one that failed."""
+
 _NO_ROWS = np.empty(0, np.int32)
 _log = logging.getLogger(__name__)
 _S = TypeVar("_S", bound="Stage")
@@ -270,7 +273,7 @@ class Pipeline:
     def _named(self, run: _Run, sources: Sequence[Source], tier: int) -> list[Proposal]:
         proposals: list[Proposal] = []
         for source in run.enabled(sources):
-            with run.without(source, "SOURCE"):
+            with run.without(source, SOURCE):
                 rows, scores = source.retrieve(run.query)
                 proposals.append(Proposal(source.name, rows, scores, tier))
         return proposals
@@ -445,7 +448,8 @@ class _Run:
         if not isinstance(error, ServingError):
             _log.error("stage %s failed; the answer goes on without it", stage.name, exc_info=error)
         if part:
-            self.query.degrade(part, str(error))
+            reason = str(error) or type(error).__name__
+            self.query.degrade(part, f"{stage.name}: {reason}" if part == SOURCE else reason)
 
 
 class _Guard:

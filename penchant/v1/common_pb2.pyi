@@ -73,7 +73,9 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_USER_ENCODER: _Part.ValueType  # 4
     """The user encoder failed: a lower rung served."""
     PART_SOURCE: _Part.ValueType  # 5
-    """A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only."""
+    """A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only. The reason
+    begins with the name of the source, or with query_vector.
+    """
     PART_SCORER: _Part.ValueType  # 6
     """The ranker failed: candidates keep their sources' order."""
     PART_SELECTOR: _Part.ValueType  # 7
@@ -106,7 +108,9 @@ known; or its past is lost, and only what came since was used. The reason says h
 PART_USER_ENCODER: Part.ValueType  # 4
 """The user encoder failed: a lower rung served."""
 PART_SOURCE: Part.ValueType  # 5
-"""A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only."""
+"""A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only. The reason
+begins with the name of the source, or with query_vector.
+"""
 PART_SCORER: Part.ValueType  # 6
 """The ranker failed: candidates keep their sources' order."""
 PART_SELECTOR: Part.ValueType  # 7
