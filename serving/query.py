@@ -5,6 +5,7 @@ A candidate is a row number of the catalogue; a set of candidates is arrays, nev
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,10 +53,12 @@ class Unknown(NamedTuple):
         item_id: Its external id.
         place: Its place: before the answer, the number of the query's `rows` that the caller ranks above it; in a
             slate, its position on the page.
+        upstream: The caller's score of it; NaN where the caller gives none.
     """
 
     item_id: str
     place: int
+    upstream: float = math.nan
 
 
 class Reason(NamedTuple):

@@ -224,7 +224,10 @@ def _asked(query: Query, slate: Slate, catalog: Catalog) -> dict[str, Any]:
     if query.seeds.size:
         asked["seed_item_ids"] = catalog.ids(query.seeds)
     if query.upstream is not None:
-        asked["upstream_scores"] = _page(slate, _numbers(slate.candidates.of(_UPSTREAM)), None)
+        known, unknown = slate.candidates.of(_UPSTREAM), [one.upstream for one in slate.unknown]
+        scores = _numbers(np.concatenate([known, np.array(unknown[::-1], np.float32)]))
+        # The n-th without a row is at -1 - n.
+        asked["upstream_scores"] = [scores[at] for at in slate.order()]
         asked["upstream_weight"] = query.upstream_weight
     if query.exclude.size:
         excluded = list(dict.fromkeys(query.exclude.tolist()))

@@ -93,14 +93,16 @@ def test_a_payload_whose_sources_make_no_sense_is_damaged():
 
 
 def test_items_that_the_catalogue_does_not_know_stand_at_their_places():
-    unknown = (Unknown("new-1", 0), Unknown("new-2", 2))
+    unknown = (Unknown("new-1", 0, 0.75), Unknown("new-2", 2, 0.1))
     payload = slate("ann", "r1", [1, 2], unknown=unknown, upstream=np.ones(2, np.float32)).payload
     [row] = table(payload).to_pylist()
     assert row["item_ids"] == ["new-1", "i1", "new-2", "i2"]
     assert row["sources"] == [[], ["popular"], [], ["popular"]]
     assert [np.isnan(score) for score in row["scores"]] == [True, False, True, False]
     assert row["propensities"] == [1.0] * 4
-    assert len(row["upstream_scores"]) == 4
+    assert row["upstream_scores"] == [0.75, None, np.float32(0.1), None]
+    payload = slate("ann", "r2", [1, 2], unknown=unknown, upstream=np.ones(2, np.float32), sources={"upstream": [3, 4]})
+    assert json.loads(payload.payload)["upstream_scores"] == [0.75, 3.0, 0.1, 4.0]
 
 
 def test_a_slate_that_cannot_be_written_costs_itself_alone(log):
