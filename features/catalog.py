@@ -110,6 +110,25 @@ class Catalog:
                 rows[at] = self._live_rows.get(int(keys[at]), -1)
         return rows
 
+    def rows_with(self, column: str, keys: Sequence[int]) -> dict[int, int]:
+        """The row of an item that has a key in `column`, "category" or "creator", by key; none where no item has it.
+
+        Looks at the first item that the bundle has of each key, and at those that were put since; at every item only
+        where the first one has been given another key.
+        """
+        live = list(self._live)  # first: columns read after it have room for all of them
+        values: npt.NDArray[np.uint64] = getattr(self.columns, column)
+        put = {int(values[row]): row for row in live}
+        found: dict[int, int] = {}
+        for key in keys:
+            row = self._kin.first(column, key)
+            if row >= 0 and int(values[row]) != key and key not in put:
+                row = int(np.argmax(values == np.uint64(key)))
+            row = put.get(key, row)
+            if row >= 0 and int(values[row]) == key:
+                found[key] = row
+        return found
+
     def kin_of(self, key: int) -> tuple[int, int] | None:
         """The category and the creator that the item of a key has now, 0 for none; None where it is unknown."""
         row = self.vocabulary.row_of_key(key)
@@ -150,7 +169,10 @@ class Catalog:
         change, second = self._change, now_ms // 1000
         known = self._bitmap
         if known is None or known[0] != change or known[1] != second:
-            bits = np.packbits(self.eligible(np.arange(self.size), now_ms), bitorder="little")
+            # The size first: columns read after it are at least as new.
+            size, columns = self.size, self.columns
+            shown = columns.available[:size] & (columns.available_from[:size] <= now_ms)
+            bits = np.packbits(shown & (now_ms < columns.available_until[:size]), bitorder="little")
             bits.flags.writeable = False
             self._bitmap = known = (change, second, bits)
         return known[2]
@@ -248,10 +270,15 @@ class Kin:
             of_creator[:] = item[:] = blocks(like_creator)[1]
         return out
 
-    def _relative(self, name: str, key: int) -> npt.NDArray[np.float32] | None:
+    def first(self, name: str, key: int) -> int:
+        """The first row of the bundle that had `key` as its "creator" or "category"; -1 where none had."""
         keys, rows = self._first[name]
         at = int(np.searchsorted(keys, np.uint64(key)))
-        return self._statistics[rows[at]] if key and at < keys.size and int(keys[at]) == key else None
+        return int(rows[at]) if key and at < keys.size and int(keys[at]) == key else -1
+
+    def _relative(self, name: str, key: int) -> npt.NDArray[np.float32] | None:
+        row = self.first(name, key)
+        return self._statistics[row] if row >= 0 else None
 
 
 def blocks(

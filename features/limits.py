@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 _ROOT = Path("/")
 _PERIOD_US = 100_000.0
+_PLACE = 4
+"""Field of a line of mountinfo that holds where the mount is; the one before holds what of it is mounted."""
 _ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
 
 
@@ -81,9 +83,11 @@ def _mounts(root: Path, controller: str) -> list[_Mount]:
     mounts = []
     for line in _text(root / "proc/self/mountinfo").splitlines():
         mounted, _, source = line.partition(" - ")
-        fields, (kind, *_, options) = mounted.split(" "), source.split(" ")
+        fields, kind, options = mounted.split(" "), source.partition(" ")[0], source.rpartition(" ")[2]
+        if len(fields) < _PLACE + 1:  # no line of a kernel, as some sandboxes write them
+            continue
         if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
-            place, inside = _unescaped(fields[4]).lstrip("/"), _unescaped(fields[3])
+            place, inside = _unescaped(fields[_PLACE]).lstrip("/"), _unescaped(fields[_PLACE - 1])
             mounts.append(_Mount(place, inside, controller if kind == "cgroup" else ""))
     usual = [_Mount("sys/fs/cgroup", "/", ""), _Mount(f"sys/fs/cgroup/{controller}", "/", controller)]
     return mounts or usual
@@ -119,4 +123,4 @@ def _number(text: str) -> float | None:
         number = float(text)
     except ValueError:
         return None
-    return number if number > 0 else None
+    return number if 0 < number < math.inf else None

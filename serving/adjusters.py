@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
-from features.controls import Dial
+from features.controls import Dial, Dials
 from features.kernels import matched_weights
 from serving.query import Candidates, Query, Rows, Scores
 
 REACH = 3.0
 """How far a dial turned to 1 moves a score, in standard deviations of the candidates' scores."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 Keys = npt.NDArray[np.uint64]
 Values = npt.NDArray[np.float64]
+Number = TypeVar("Number", npt.NDArray[np.float32], npt.NDArray[np.float64])
 
 
 class Dialled:
@@ -34,32 +40,33 @@ class Dialled:
         """The scores with all dials applied; float32 [n]. One that sank stays sunk."""
         if not scores.size:
             return scores
-        reach = REACH * _spread(scores)
+        rows, reach = candidates.rows, REACH * _spread(scores)
         moved = scores.astype(np.float64)
-        for (dial, key), turned in query.dials.items():
-            if turned and dial is not Dial.DIVERSITY:
-                move = reach * turned * self._bearing(dial, key, query, candidates.rows)
-                moved += move
-                self._note(query, dial, key, move)
-        out = moved.astype(np.float32)
-        cost = np.float32(reach * query.dials.get((Dial.DIVERSITY, 0), 0.0))
+        for dial, turned in _by_dial(query.dials).items():
+            moved += reach * self._bearing(dial, turned, query, rows)
+            for key, value in turned.items() if query.explain else ():
+                self._note(query, dial, key, reach * self._bearing(dial, {key: value}, query, rows))
+        cost = reach * query.dials.get((Dial.DIVERSITY, 0), 0.0)
         if cost:
-            mixed = mix(out, self._catalog.columns.category[candidates.rows], query.page_size, cost)
-            sunk = np.where(np.isfinite(out), out, np.float32(0.0))
-            self._note(query, Dial.DIVERSITY, 0, np.where(np.isfinite(mixed), mixed, np.float32(0.0)) - sunk)
-            return mixed
-        return out
+            mixed = mix(moved, self._catalog.columns.category[rows], query.page_size, cost)
+            if query.explain:
+                known = np.isfinite(moved)
+                self._note(query, Dial.DIVERSITY, 0, np.where(known, mixed, 0.0) - np.where(known, moved, 0.0))
+            moved = mixed
+        # A score that sank stays sunk; one that a dial moves past the largest number stays in its place.
+        return np.where(np.isfinite(scores), np.clip(moved, -_LARGEST, _LARGEST), -np.inf).astype(np.float32)
 
-    def _bearing(self, dial: Dial, key: int, query: Query, rows: Rows) -> Values:
-        """What a dial has to do with each row: 1 for all that it asks for, -1 for its opposite; float64 [n]."""
+    def _bearing(self, dial: Dial, turned: Mapping[int, float], query: Query, rows: Rows) -> Values:
+        """How far each row is moved, 1 for all of the reach, by a dial as it is turned for each key; float64 [n]."""
         columns = self._catalog.columns
         if dial is Dial.NOVELTY:
-            return 1 - 2 * self._familiar(query, rows)
+            return turned[0] * (1 - 2 * self._familiar(query, rows))
         if dial is Dial.FRESHNESS:
             since = columns.available_from[rows]
-            return 2 * _places(np.where(since > 0, since, columns.put_at[rows]).astype(np.float64)) - 1
-        keys = columns.category if dial is Dial.CATEGORY_WEIGHT else columns.creator
-        return np.asarray(keys[rows] == np.uint64(key), np.float64)
+            return turned[0] * (2 * _places(np.where(since > 0, since, columns.put_at[rows]).astype(np.float64)) - 1)
+        column = columns.category if dial is Dial.CATEGORY_WEIGHT else columns.creator
+        weights = np.array(list(turned.values()), np.float64)[:, None]
+        return matched_weights(column[rows], np.array(list(turned), np.uint64), weights)[:, 0]
 
     def _familiar(self, query: Query, rows: Rows) -> Values:
         """How much a person has had of each row's category and creator, 1 for what they had most of; float64 [n].
@@ -78,21 +85,20 @@ class Dialled:
         return np.asarray(np.mean(shares, axis=0)) if shares else _places(columns.popularity[rows].astype(np.float64))
 
     def _note(self, query: Query, dial: Dial, key: int, move: npt.NDArray[np.floating]) -> None:
-        if query.explain:
-            query.moves[dial, key] = move.astype(np.float32)
+        query.moves[dial, key] = np.clip(move, -_LARGEST, _LARGEST).astype(np.float32)
 
 
-def mix(scores: Scores, topics: Keys, count: int, cost: np.float32) -> Scores:
+def mix(scores: Number, topics: Keys, count: int, cost: float) -> Number:
     """Scores whose order mixes topics: each item that is chosen costs the others of its topic as much.
 
     Args:
-        scores: Scores; float32 [n].
+        scores: Scores; float32 or float64 [n].
         topics: Topic of each, 0 for none, which costs nobody; uint64 [n].
         count: Number of items that will be chosen.
         cost: What each costs.
 
     Returns:
-        What each score was when the item was chosen, of the others what is left; float32 [n].
+        What each score was when the item was chosen, of the others what is left; [n], of the same type.
     """
     left, out = scores.copy(), scores.copy()
     for _ in range(min(count, scores.size)):
@@ -105,6 +111,15 @@ def mix(scores: Scores, topics: Keys, count: int, cost: np.float32) -> Scores:
     waiting = left > -np.inf
     out[waiting] = left[waiting]
     return out
+
+
+def _by_dial(dials: Dials) -> dict[Dial, dict[int, float]]:
+    """Returns the dials that are turned and move each score by itself: dial -> key -> how far."""
+    turned: dict[Dial, dict[int, float]] = {}
+    for (dial, key), value in dials.items():
+        if value and dial is not Dial.DIVERSITY:
+            turned.setdefault(dial, {})[key] = value
+    return turned
 
 
 def _spread(scores: Scores) -> float:

@@ -43,11 +43,22 @@ class SlateFile:
     """
 
     def __init__(self, out: Path, run: str) -> None:
-        """Creates the file beside the output of the run."""
+        """Creates the file beside the output of the run.
+
+        Raises:
+            ConfigError: Another process, begun in the same moment, writes this output too.
+        """
         self.path = out.with_name(f"{out.name}.{run}.slates")
         self._out, self._run = out, run
-        self._file: IO[bytes] = self.path.open("xb")
+        # Under a name that `finish` looks for only once it is locked.
+        begun = out.with_name(f"{out.name}.{run}.begun")
+        self._file: IO[bytes] = begun.open("xb")
         fcntl.flock(self._file, fcntl.LOCK_EX)
+        os.replace(begun, self.path)
+        if _of(out) != [self.path]:
+            self.path.unlink()
+            self._file.close()
+            raise _busy(out)
 
     def __enter__(self) -> Self:
         """The file itself."""
@@ -84,13 +95,12 @@ def finish(out: Path, log: EventLog) -> int:
         ResourceExhausted: The log is full; the file stays.
     """
     finished = 0
-    for path in sorted(out.parent.glob(f"{_escaped(out.name)}.*.slates*")):
+    for path in _of(out):
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"{out} is being written by another process: wait for it, or give another --out"
-                raise ConfigError(message) from None
+                raise _busy(out) from None
             if path.suffix == _DUE or path.name == f"{out.name}.{run_of(out)}.slates":
                 logged, refused = deliver(path, log, checking=True)
                 _log.warning("%s: %d slates of an earlier run are logged now, %d may not be", path, logged, refused)
@@ -170,6 +180,15 @@ def run_of(out: Path) -> str:
         return (pq.read_schema(out).metadata or {}).get(RUN, b"").decode()
     except (OSError, pa.ArrowException):
         return ""
+
+
+def _of(out: Path) -> list[Path]:
+    """The files of slates of an output, whatever run made them."""
+    return sorted(out.parent.glob(f"{_escaped(out.name)}.*.slates*"))
+
+
+def _busy(out: Path) -> ConfigError:
+    return ConfigError(f"{out} is being written by another process: wait for it, or give another --out")
 
 
 def _escaped(name: str) -> str:

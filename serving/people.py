@@ -107,6 +107,7 @@ class Merged:
         version: Version of the known person's profile that contains all of it; 0 where nothing moved.
         damaged: True where either profile failed its checks: of a damaged visitor `left_behind` is not known, and the
             known user's profile contains what moved once it is rebuilt.
+        rules_left_out: Number of the visitor's rules and dials that do not hold for the known user: there was no room.
     """
 
     events: int
@@ -115,6 +116,7 @@ class Merged:
     left_behind: int
     version: int
     damaged: bool = False
+    rules_left_out: int = 0
 
 
 class People:
@@ -288,8 +290,10 @@ class People:
                 else:
                     moved, version = moved + 1, max(version, appended.log_id)
         impressions = self._moved_impressions(visitor, known)
-        self._move_rules(visitor, known)
-        return Merged(moved, impressions, refused, max(0, remembered - moved - refused), version)
+        left_out = self._move_rules(visitor, known)
+        return Merged(
+            moved, impressions, refused, max(0, remembered - moved - refused), version, rules_left_out=left_out
+        )
 
     def erase(self, subject: str) -> Certificate:
         """Forgets a person in every store: the log first, so that nothing can be replayed into the profile.
@@ -418,24 +422,21 @@ class People:
             return list(appended)  # the projector does it later
         return list(appended)
 
-    def _move_rules(self, visitor: str, known: str) -> None:
-        """Adds the visitor's rules to the known person's, whose own dials stay; of two ends the later holds.
+    def _move_rules(self, visitor: str, known: str) -> int:
+        """Adds the visitor's rules to the known user's, who keeps all of their own; of two ends the later holds.
 
-        Who allows no personal answers gets none.
+        A user who allows no personal answers gets none. Rules that have ended do not move. Where not all have room,
+        blocks and mutes go before dials.
+
+        Returns:
+            The number of the visitor's rules and dials that had no room.
         """
         theirs, own = self.rules(visitor)[0], self.rules(known)[0]
-        if theirs and Purpose.PERSONALISE in self.consents([known])[0].purposes:
-            ends: dict[tuple[Kind, str], int] = {}
-            for rule in (*own, *theirs):
-                if isinstance(rule, Rule):
-                    about = (rule.kind, rule.name)
-                    ends[about] = max(ends.get(about, 0), rule.until or controls.FOR_EVER)
-            turned = {(one.dial, one.name): one for one in (*theirs, *own) if isinstance(one, Setting)}
-            both: list[Rule | Setting] = [
-                Rule(*about, 0 if end == controls.FOR_EVER else end) for about, end in ends.items()
-            ]
-            both += turned.values()
-            self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
+        if not theirs or Purpose.PERSONALISE not in self.consents([known])[0].purposes:
+            return 0
+        both = _joined(own, theirs, time.time_ns() // 1_000_000)
+        self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
+        return max(0, len(both) - controls.MOST_RULES)
 
     def _moved_impressions(self, visitor: str, known: str) -> int:
         """Slates as the known person's own, marked as merged; those that an earlier try has moved stay as they are.
@@ -515,6 +516,23 @@ def _words_of(rule: Rule | Setting | SharedArm) -> list[Any]:
 
 def _in_words(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
     return json.dumps([_words_of(rule) for rule in rules], ensure_ascii=False).encode()
+
+
+def _joined(own: Sequence[Rule | Setting], theirs: Sequence[Rule | Setting], now_ms: int) -> list[Rule | Setting]:
+    """Returns the rules and dials of two users in one: the own ones first, and of either the rules before the dials."""
+    ends: dict[tuple[Kind, str], int] = {}
+    for rule in (*own, *theirs):
+        if isinstance(rule, Rule) and not 0 < rule.until <= now_ms:
+            about = (rule.kind, rule.name)
+            ends[about] = max(ends.get(about, 0), rule.until or controls.FOR_EVER)
+    rules = [Rule(*about, 0 if end == controls.FOR_EVER else end) for about, end in ends.items()]
+    turned = {_about(one): one for one in (*theirs, *own) if isinstance(one, Setting)}
+    settled = {_about(one) for one in own}
+    return sorted([*rules, *turned.values()], key=lambda one: (_about(one) not in settled, isinstance(one, Setting)))
+
+
+def _about(rule: Rule | Setting) -> tuple[int, str]:
+    return (rule.kind if isinstance(rule, Rule) else rule.dial), rule.name
 
 
 def _stored(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:

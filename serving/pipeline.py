@@ -46,10 +46,27 @@ from features.controls import Kind, blocked
 from features.schema import item_keys
 from serving.bitmap import Bitmap
 from serving.errors import DeadlineExceeded, ServingError
-from serving.query import POPULAR, Candidates, Mask, Proposal, Query, Reason, Rows, Scores, Slate, Unknown
+from serving.query import (
+    POPULAR,
+    Candidates,
+    Mask,
+    Proposal,
+    Query,
+    Reason,
+    Rows,
+    Scores,
+    Slate,
+    Unknown,
+    fills,
+    interleaved,
+    merge,
+)
 
 RESERVE = 0.1
 """Share of a request's time that belongs to the stages it cannot do without."""
+
+SOURCE = "SOURCE"
+"""The part of an answer that several stages make, so that its reason names the one that failed."""
 
 _NO_ROWS = np.empty(0, np.int32)
 _log = logging.getLogger(__name__)
@@ -256,7 +273,7 @@ class Pipeline:
     def _named(self, run: _Run, sources: Sequence[Source], tier: int) -> list[Proposal]:
         proposals: list[Proposal] = []
         for source in run.enabled(sources):
-            with run.without(source, "SOURCE"):
+            with run.without(source, SOURCE):
                 rows, scores = source.retrieve(run.query)
                 proposals.append(Proposal(source.name, rows, scores, tier))
         return proposals
@@ -357,58 +374,6 @@ class Pipeline:
                 effect.apply(run.query, slate)
 
 
-def merge(proposals: Sequence[Proposal]) -> Candidates:
-    """Joins what the sources named, each row once, in the order in which it was first named.
-
-    A source that is asked in two tiers counts as one, of the higher tier.
-    """
-    tiers: dict[str, int] = {}
-    for proposal in proposals:
-        tiers.setdefault(proposal.name, proposal.tier)
-    names, levels = tuple(tiers), tuple(tiers.values())
-    if len(proposals) == 1:
-        _, rows, scores, _ = proposals[0]
-        return Candidates(rows.astype(np.int32, copy=False), scores.astype(np.float32, copy=False)[None], names, levels)
-    joined = np.concatenate([proposal.rows for proposal in proposals])
-    # Of a row that comes again the last write stands, so written backwards the first place of each remains; no cell is
-    # read that was not written. Several times as quick as sorting.
-    first_at = np.empty(int(joined.max(initial=-1)) + 1, np.intp)
-    first_at[joined[::-1]] = np.arange(joined.size)[::-1]
-    first = first_at[joined]
-    new = first == np.arange(joined.size)
-    place = (np.cumsum(new) - 1)[first]
-    table = np.full((len(names), int(new.sum())), np.nan, np.float32)
-    start = 0
-    for proposal in proposals:
-        end = start + proposal.rows.size
-        table[names.index(proposal.name), place[start:end]] = proposal.scores
-        start = end
-    return Candidates(joined[new].astype(np.int32, copy=False), table, names, levels)
-
-
-def fills(candidates: Candidates, tiers: int, page_size: int) -> bool:
-    """Returns True where the candidates that a source of one of the `tiers` named, extras left out, are a page."""
-    if max(candidates.tiers, default=0) < tiers:
-        return candidates.rows.size >= page_size
-    named = ~np.isnan(candidates.scores[np.array(candidates.tiers) < tiers])
-    return int(named.any(axis=0).sum()) >= page_size
-
-
-def interleaved(candidates: Candidates) -> Scores:
-    """A stand-in for scores: minus the best rank that any source gave, tier behind tier; float32 [n]."""
-    if not candidates.names:
-        return np.empty(0, np.float32)
-    sunk = np.where(np.isnan(candidates.scores), -np.inf, candidates.scores)
-    order = np.argsort(-sunk, axis=1, kind="stable")
-    ranks = np.empty(order.shape, np.float32)
-    np.put_along_axis(ranks, order, np.arange(order.shape[1], dtype=np.float32)[None], axis=1)
-    ranks[np.isnan(candidates.scores)] = np.inf
-    if candidates.tiers:
-        ranks += np.array(candidates.tiers, np.float32)[:, None] * candidates.rows.size
-    best: Scores = ranks.min(axis=0)
-    return -best
-
-
 def top_k(scores: Scores, k: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
     """The positions of the `k` best, ties by position, each with propensity 1: nothing is drawn at random."""
     positions = np.argsort(-scores, kind="stable")[:k]
@@ -483,7 +448,8 @@ class _Run:
         if not isinstance(error, ServingError):
             _log.error("stage %s failed; the answer goes on without it", stage.name, exc_info=error)
         if part:
-            self.query.degrade(part, str(error))
+            reason = str(error) or type(error).__name__
+            self.query.degrade(part, f"{stage.name}: {reason}" if part == SOURCE else reason)
 
 
 class _Guard:

@@ -5,8 +5,9 @@ A candidate is a row number of the catalogue; a set of candidates is arrays, nev
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,10 +53,12 @@ class Unknown(NamedTuple):
         item_id: Its external id.
         place: Its place: before the answer, the number of the query's `rows` that the caller ranks above it; in a
             slate, its position on the page.
+        upstream: The caller's score of it; NaN where the caller gives none.
     """
 
     item_id: str
     place: int
+    upstream: float = math.nan
 
 
 class Reason(NamedTuple):
@@ -223,6 +226,58 @@ class Candidates:
             named = np.where(np.isnan(self.scores), len(self.tiers) + max(self.tiers), np.array(self.tiers)[:, None])
             tiers = named.min(axis=0)
         return tiers
+
+
+def merge(proposals: Sequence[Proposal]) -> Candidates:
+    """Joins what the sources named, each row once, in the order in which it was first named.
+
+    A source that is asked in two tiers counts as one, of the higher tier.
+    """
+    tiers: dict[str, int] = {}
+    for proposal in proposals:
+        tiers.setdefault(proposal.name, proposal.tier)
+    names, levels = tuple(tiers), tuple(tiers.values())
+    if len(proposals) == 1:
+        _, rows, scores, _ = proposals[0]
+        return Candidates(rows.astype(np.int32, copy=False), scores.astype(np.float32, copy=False)[None], names, levels)
+    joined = np.concatenate([proposal.rows for proposal in proposals])
+    # Of a row that comes again the last write stands, so written backwards the first place of each remains; no cell is
+    # read that was not written. Several times as quick as sorting.
+    first_at = np.empty(int(joined.max(initial=-1)) + 1, np.intp)
+    first_at[joined[::-1]] = np.arange(joined.size)[::-1]
+    first = first_at[joined]
+    new = first == np.arange(joined.size)
+    place = (np.cumsum(new) - 1)[first]
+    table = np.full((len(names), int(new.sum())), np.nan, np.float32)
+    start = 0
+    for proposal in proposals:
+        end = start + proposal.rows.size
+        table[names.index(proposal.name), place[start:end]] = proposal.scores
+        start = end
+    return Candidates(joined[new].astype(np.int32, copy=False), table, names, levels)
+
+
+def fills(candidates: Candidates, tiers: int, page_size: int) -> bool:
+    """Returns True where the candidates that a source of one of the `tiers` named, extras left out, are a page."""
+    if max(candidates.tiers, default=0) < tiers:
+        return candidates.rows.size >= page_size
+    named = ~np.isnan(candidates.scores[np.array(candidates.tiers) < tiers])
+    return int(named.any(axis=0).sum()) >= page_size
+
+
+def interleaved(candidates: Candidates) -> Scores:
+    """A stand-in for scores: minus the best rank that any source gave, tier behind tier; float32 [n]."""
+    if not candidates.names:
+        return np.empty(0, np.float32)
+    sunk = np.where(np.isnan(candidates.scores), -np.inf, candidates.scores)
+    order = np.argsort(-sunk, axis=1, kind="stable")
+    ranks = np.empty(order.shape, np.float32)
+    np.put_along_axis(ranks, order, np.arange(order.shape[1], dtype=np.float32)[None], axis=1)
+    ranks[np.isnan(candidates.scores)] = np.inf
+    if candidates.tiers:
+        ranks += np.array(candidates.tiers, np.float32)[:, None] * candidates.rows.size
+    best: Scores = ranks.min(axis=0)
+    return -best
 
 
 @dataclass(slots=True)

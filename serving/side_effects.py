@@ -7,7 +7,7 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -109,13 +109,22 @@ class ImpressionWriter:
             while len(batch) < _BATCH and batch[-1] is not None and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             shown = [one for one in batch if one is not None]
-            self._write([_logged(one) for one in shown])
+            self._write(list(self._payloads(shown)))
             queries = [one.query for one in shown]
             back = {query.subject: query.now_ms for query in queries if query.profile and query.profile.vacant}
             if back:
                 self._call_back(back)
             if batch[-1] is None:
                 return
+
+    def _payloads(self, shown: Sequence[_Shown]) -> Iterator[LoggedImpression]:
+        """Yields the slates as they are logged; one that cannot be written costs itself, not the thread."""
+        for one in shown:
+            try:
+                yield _logged(one)
+            except Exception:  # noqa: BLE001 - a defect in one slate must not end the log
+                _log.exception("the slate of the request %r was not logged", one.query.request_id)
+                self._telemetry.count("impressions.dropped")
 
     def _write(self, batch: list[LoggedImpression]) -> None:
         """Writes a batch once: a second try could write it twice, and lost slates do less harm than doubled ones."""
@@ -215,11 +224,15 @@ def _asked(query: Query, slate: Slate, catalog: Catalog) -> dict[str, Any]:
     if query.seeds.size:
         asked["seed_item_ids"] = catalog.ids(query.seeds)
     if query.upstream is not None:
-        asked["upstream_scores"] = _page(slate, _numbers(slate.candidates.of(_UPSTREAM)), None)
+        known, unknown = slate.candidates.of(_UPSTREAM), [one.upstream for one in slate.unknown]
+        scores = _numbers(np.concatenate([known, np.array(unknown[::-1], np.float32)]))
+        # The n-th without a row is at -1 - n.
+        asked["upstream_scores"] = [scores[at] for at in slate.order()]
         asked["upstream_weight"] = query.upstream_weight
     if query.exclude.size:
-        asked["excluded"] = query.exclude.size
-        asked["excluded_item_ids"] = catalog.ids(query.exclude[:MOST_EXCLUDED])
+        excluded = list(dict.fromkeys(query.exclude.tolist()))
+        asked["excluded"] = len(excluded)
+        asked["excluded_item_ids"] = catalog.ids(excluded[:MOST_EXCLUDED])
     turned = {about: value for about, value in query.dials.items() if value}
     if turned:
         asked["dials"] = _dials(turned, catalog)
@@ -238,15 +251,9 @@ def _dials(turned: Dials, catalog: Catalog) -> dict[str, float]:
 
 def _names(catalog: Catalog, dial: Dial, keys: list[int]) -> dict[int, str]:
     """What the keys of categories or creators stand for, where an item of the catalogue tells."""
-    if not keys:
-        return {}
-    columns = catalog.columns
-    column = (columns.category if dial is Dial.CATEGORY_WEIGHT else columns.creator)[: catalog.size]
-    rows = np.flatnonzero(np.isin(column, np.array(keys, np.uint64)))
-    found, first = np.unique(column[rows], return_index=True)
-    items = [catalog.item(int(rows[at])) for at in first.tolist()]
-    named = [item["categories"][0] if dial is Dial.CATEGORY_WEIGHT else item["creator_id"] for item in items]
-    return dict(zip(found.tolist(), named, strict=True))
+    column = "category" if dial is Dial.CATEGORY_WEIGHT else "creator"
+    items = {key: catalog.item(row) for key, row in catalog.rows_with(column, keys).items()}
+    return {key: item["creator_id"] if column == "creator" else item["categories"][0] for key, item in items.items()}
 
 
 def _numbers(values: npt.NDArray[np.float32]) -> list[float | None]:

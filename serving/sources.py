@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from features.catalog import Catalog
 from features.controls import Dial
-from serving.bitmap import Bitmap, first_allowed
+from serving.bitmap import Bitmap, allowed_rows, clear_keys, first_allowed
 from serving.index import Index
 from serving.lexical import LexicalIndex
 from serving.query import FRESH, NEAREST, NEIGHBORS, POPULAR, SEGMENT, UPSTREAM, WANTED, Query, Rows, Scores
@@ -274,13 +274,12 @@ class Wanted:
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """The most popular allowed ones, live items last."""
-        columns = self._catalog.columns
-        asked = np.unpackbits(allowed(query), bitorder="little")[: columns.capacity].view(np.bool_)
-        hits = np.zeros(asked.size, np.bool_)
-        for (dial, key), value in query.dials.items():
-            if dial in _WEIGHTS and value > 0:
-                hits |= getattr(columns, _WEIGHTS[dial])[: hits.size] == np.uint64(key)
-        rows = np.flatnonzero(asked & hits).astype(np.int32)
+        columns, bitmap = self._catalog.columns, allowed(query)
+        others = bitmap.copy()
+        for wanted, name in _WEIGHTS.items():
+            keys = [key for (dial, key), value in query.dials.items() if dial is wanted and value > 0]
+            clear_keys(others, getattr(columns, name), np.array(keys, np.uint64))
+        rows = allowed_rows(bitmap ^ others, 0, columns.capacity)
         popularity = popularity_of(self._catalog, rows)
         best = np.argsort(-popularity, kind="stable")[:_WANTED]
         return rows[best], popularity[best]

@@ -61,7 +61,8 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     """Not set."""
     PART_PROFILE_STORE: _Part.ValueType  # 1
     """The person's profile could not be read: the answer is not personal, and a feed holds only items of the bundle's popular table,
-    because what the person blocked is not known.
+    because what the person blocked is not known. Search, SimilarItems and Rank answer what they are asked for, so blocked items may be
+    among it.
     """
     PART_PROFILE_STALE: _Part.ValueType  # 2
     """The profile is older than min_profile_version asked for."""
@@ -72,7 +73,9 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_USER_ENCODER: _Part.ValueType  # 4
     """The user encoder failed: a lower rung served."""
     PART_SOURCE: _Part.ValueType  # 5
-    """A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only."""
+    """A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only. The reason
+    begins with the name of the source, or with query_vector.
+    """
     PART_SCORER: _Part.ValueType  # 6
     """The ranker failed: candidates keep their sources' order."""
     PART_SELECTOR: _Part.ValueType  # 7
@@ -93,7 +96,8 @@ PART_UNSPECIFIED: Part.ValueType  # 0
 """Not set."""
 PART_PROFILE_STORE: Part.ValueType  # 1
 """The person's profile could not be read: the answer is not personal, and a feed holds only items of the bundle's popular table,
-because what the person blocked is not known.
+because what the person blocked is not known. Search, SimilarItems and Rank answer what they are asked for, so blocked items may be
+among it.
 """
 PART_PROFILE_STALE: Part.ValueType  # 2
 """The profile is older than min_profile_version asked for."""
@@ -104,7 +108,9 @@ known; or its past is lost, and only what came since was used. The reason says h
 PART_USER_ENCODER: Part.ValueType  # 4
 """The user encoder failed: a lower rung served."""
 PART_SOURCE: Part.ValueType  # 5
-"""A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only."""
+"""A source of candidates failed and was skipped, or the words of a query could not be placed and matched as words only. The reason
+begins with the name of the source, or with query_vector.
+"""
 PART_SCORER: Part.ValueType  # 6
 """The ranker failed: candidates keep their sources' order."""
 PART_SELECTOR: Part.ValueType  # 7

@@ -616,6 +616,7 @@ class MergeIdentitiesResponse(_message.Message):
     LEFT_BEHIND_FIELD_NUMBER: _builtins.int
     PROFILE_VERSION_FIELD_NUMBER: _builtins.int
     DAMAGED_FIELD_NUMBER: _builtins.int
+    RULES_LEFT_OUT_FIELD_NUMBER: _builtins.int
     events: _builtins.int
     """Number of events that are the known person's now."""
     impressions: _builtins.int
@@ -630,6 +631,8 @@ class MergeIdentitiesResponse(_message.Message):
     """True when the stored profile of either failed its checksum: left_behind is then not known, and the known user's profile holds
     what moved once it is rebuilt.
     """
+    rules_left_out: _builtins.int
+    """Number of the visitor's blocks, mutes and dials that do not hold for the known user, who has as many as a user may have."""
     def __init__(
         self,
         *,
@@ -639,10 +642,11 @@ class MergeIdentitiesResponse(_message.Message):
         left_behind: _builtins.int = ...,
         profile_version: _builtins.int = ...,
         damaged: _builtins.bool = ...,
+        rules_left_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["damaged", b"damaged", "events", b"events", "impressions", b"impressions", "left_behind", b"left_behind", "profile_version", b"profile_version", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["damaged", b"damaged", "events", b"events", "impressions", b"impressions", "left_behind", b"left_behind", "profile_version", b"profile_version", "refused", b"refused", "rules_left_out", b"rules_left_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

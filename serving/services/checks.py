@@ -86,7 +86,7 @@ def finite(values: Sequence[float], field: str) -> npt.NDArray[np.float32]:
 def weighted(values: npt.NDArray[np.float32], weight: float, field: str, of: str) -> None:
     """Numbers float32 [n] that stay finite, as float32, when they are multiplied by a weight."""
     largest = float(np.abs(values).max(initial=0.0))
-    if largest * weight > np.finfo(np.float32).max:
+    if largest * weight > float(np.finfo(np.float32).max):
         raise InvalidArgument(
             field, f"is {weight:g} and the largest of {of} is {largest:g}: together too large; scale either down"
         )

@@ -129,6 +129,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             left_behind=merged.left_behind,
             profile_version=merged.version,
             damaged=merged.damaged,
+            rules_left_out=merged.rules_left_out,
         )
 
     def ExportSubject(

@@ -179,7 +179,9 @@ def _unknown(
     every = np.sort(np.concatenate([known, strangers]))
     order = every[np.argsort(-upstream[every], kind="stable")] if upstream.size else every
     above = np.cumsum(rows[order] >= 0).tolist()
-    return tuple(Unknown(ids[at], place) for at, place in zip(order.tolist(), above, strict=True) if rows[at] < 0)
+    scores = upstream.tolist() if upstream.size else [math.nan] * len(ids)
+    places = zip(order.tolist(), above, strict=True)
+    return tuple(Unknown(ids[at], place, scores[at]) for at, place in places if rows[at] < 0)
 
 
 def _answer(query: Query, missing: dict[str, None], engine: Engine) -> ranking_pb2.Slate:

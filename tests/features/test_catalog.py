@@ -74,6 +74,20 @@ def test_live_items_get_rows_behind_the_bundle(catalog):
     assert bits(catalog, 1000) == [1, 1, 1, 1, 1]
 
 
+def test_an_item_is_found_for_a_category_or_a_creator_whatever_was_put(catalog):
+    def found(column, *names):
+        return [catalog.rows_with(column, [item_key(name)]).get(item_key(name)) for name in names]
+
+    assert found("category", "x", "y", "z") == [0, 3, None]
+    assert found("creator", "m", "n", "o") == [0, 3, None]
+    put = [{"item_id": "a", "categories": ["z"], "creator_id": "o"}, {"item_id": "e", "categories": ["x"]}]
+    catalog.put(put, np.zeros((2, 4), np.float32), now_ms=1)
+    assert found("category", "x", "y", "z") == [4, 3, 0]
+    assert found("creator", "m", "n", "o") == [2, 3, 0]
+    both = catalog.rows_with("category", [item_key("x"), item_key("w"), item_key("y")])
+    assert both == {item_key("x"): 4, item_key("y"): 3}
+
+
 def test_many_live_items_fit(catalog):
     items = [{"item_id": f"live-{at}"} for at in range(3000)]
     catalog.put(items, np.zeros((3000, 4), np.float32), now_ms=1)

@@ -122,6 +122,14 @@ def test_a_mount_with_blanks_in_its_name(tmp_path):
     assert limits.cores(root) == 1
 
 
+def test_what_no_kernel_writes_is_no_limit_and_no_error(tmp_path):
+    mounts = "no line\n\n" + V2.format(inside="/") + "30 23 - \n"
+    files = {"sys/fs/cgroup/cpu.max": "inf 100000\n", "sys/fs/cgroup/memory.max": "nan\n"}
+    files["sys/fs/cgroup/memory.high"] = f"{GIB}\n"
+    root = tree(tmp_path, mounts, "0::/\n", files)
+    assert (limits.cores(root), limits.memory(root)) == (64, GIB)
+
+
 def test_this_machine_answers():
     assert 1 <= limits.cores() <= 64
     assert 0 < limits.memory() <= 256 * GIB

@@ -71,4 +71,9 @@ def slate(user: str, request_id: str, rows: Sequence[int], **fields: Any) -> Log
     proposed = np.array(list(sources.values()), np.float32) if sources else scores[None]
     candidates = Candidates(shown, proposed, tuple(sources or ("popular",)))
     answer = Slate(shown, scores, np.ones(len(rows)), candidates, None, {}, [], unknown=unknown)
-    return _logged(_Shown(query, answer, CATALOG, "bundle-1"))
+    return _logged(shown_of(query, answer))
+
+
+def shown_of(query: Query, answer: Slate) -> _Shown:
+    """A slate of `CATALOG` on its way to the impression log."""
+    return _Shown(query, answer, CATALOG, "bundle-1")

@@ -14,7 +14,7 @@ from features.errors import TablesError
 from penchant.client import event
 from penchant.v1 import catalog_pb2
 from serving.batch import recommend
-from serving.batch_log import deliver, finish
+from serving.batch_log import SlateFile, deliver, finish
 from serving.config import ServeConfig
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
 from serving.events import EventLog
@@ -180,6 +180,15 @@ def test_slates_of_a_file_that_never_came_are_not_logged(config, tmp_path):
         assert slates_of(config.events_redis, ["batch-lost"]) == {"batch-lost": []}
         assert deliver(taken, log) == (1, 0)
     assert [one["request_id"] for one in slates_of(config.events_redis, ["batch-lost"])["batch-lost"]] == ["r1"]
+
+
+def test_of_two_that_begin_in_the_same_moment_one_writes(tmp_path):
+    out = tmp_path / "out.parquet"
+    with SlateFile(out, "1") as first:
+        with pytest.raises(ConfigError, match="another process"):
+            SlateFile(out, "2")
+        assert list(tmp_path.iterdir()) == [first.path]
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_and_service_answer_the_same(world, tmp_path, profiles_server, events_server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,16 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features.bundle import open_bundle
+from features.controls import Dial
 from features.profile import make_records
-from features.schema import event_type_key, item_keys
+from features.schema import event_type_key, item_key, item_keys
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
-from serving.adjusters import mix
+from serving.adjusters import REACH, Dialled, mix
 from serving.config import ServeConfig
-from serving.engine import Surroundings, open_engine
+from serving.engine import Surroundings, open_engine, read_items
 from serving.hydrators import Progress
 from serving.profiles import ProfileStore
-from serving.query import Query
+from serving.query import Candidates, Query
 from serving.telemetry import Telemetry
 from tests.fixtures import serving
 from tests.world import COUNT, DIM, rows_of
@@ -90,6 +93,46 @@ class TestMix:
             left[(topics == topics[one]) & (topics > 0)] -= np.float32(cost)
         assert (np.diff(found[chosen]) <= 0).all()
         assert all(found[at] <= found[chosen[-1]] for at in range(scores.size) if at not in chosen)
+
+
+def adjusted(catalog, dials, scores, *, explain=False):
+    """The scores of the first items after the dials, and how far each dial moved them."""
+    count = len(scores)
+    asked = Query("r", "u:ann", 0, time.monotonic() + 5, count, dials=dials, explain=explain)
+    given = np.array([scores], np.float32)
+    candidates = Candidates(np.arange(count, dtype=np.int32), given, ("upstream",))
+    return Dialled(catalog).adjust(asked, candidates, given[0]), asked.moves
+
+
+class TestAdjusted:
+    @pytest.fixture
+    def catalog(self, world):
+        return read_items(open_bundle(world))[0]
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize(
+        "dials", [{(Dial.CATEGORY_WEIGHT, item_key("western")): 1.0}, {(Dial.DIVERSITY, 0): 1.0}], ids=["up", "mixed"]
+    )
+    def test_the_largest_scores_are_lifted_and_do_not_sink(self, catalog, dials):
+        moved, _ = adjusted(catalog, dials, [3e38, -3e38, 1.0, -np.inf])
+        assert moved[0] == moved.max()
+        assert np.isfinite(moved[:3]).all()
+        assert moved[3] == -np.inf
+
+    def test_a_thousand_dials_move_as_each_alone_does(self, catalog):
+        named = {(Dial.CATEGORY_WEIGHT, item_key(f"none{n}")): 1.0 for n in range(900)}
+        named |= {(Dial.CATEGORY_WEIGHT, item_key("western")): 0.5, (Dial.CATEGORY_WEIGHT, item_key("space")): -1.0}
+        named |= {(Dial.CREATOR_WEIGHT, item_key("c2")): 0.25, (Dial.FRESHNESS, 0): 1.0, (Dial.NOVELTY, 0): -0.5}
+        scores = np.linspace(0, 1, 20).astype(np.float32)
+        moved, _ = adjusted(catalog, named, scores)
+        explained, moves = adjusted(catalog, named, scores, explain=True)
+        assert moves.keys() == named.keys()
+        np.testing.assert_array_equal(moved, explained)
+        np.testing.assert_allclose(moved, scores + np.sum(list(moves.values()), axis=0), atol=1e-5)
+        reach = REACH * scores.astype(np.float64).std()
+        expected = [reach * {0: 0.5, 1: -1.0}.get(row % 4, 0.0) for row in range(20)]
+        both = moves[Dial.CATEGORY_WEIGHT, item_key("western")] + moves[Dial.CATEGORY_WEIGHT, item_key("space")]
+        np.testing.assert_allclose(both, expected, atol=1e-6)
 
 
 class TestStored:

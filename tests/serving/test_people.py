@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from features.controls import Dial, Kind, blocked, dials
+from features.controls import MOST_RULES, Dial, Kind, blocked, dials
 from features.errors import ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
 from features.schema import event_type_key, item_key
@@ -244,20 +244,31 @@ class TestRules:
             people.set_rules("u:bob", self.RULES)
 
     def test_a_merge_joins_them_and_the_later_end_holds(self, people, store):
-        people.set_rules("a:tab", [Rule(Kind.ITEM, "i1", 50), Rule(Kind.ITEM, "i2", 50), Rule(Kind.CREATOR, "i3")])
-        people.set_rules("u:ann", [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", 40)])
-        people.merge("a:tab", "u:ann")
-        joined = [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", 50), Rule(Kind.CREATOR, "i3")]
+        soon = time.time_ns() // 1_000_000 + 3_600_000
+        theirs = [Rule(Kind.ITEM, "i1", soon), Rule(Kind.ITEM, "i2", soon), Rule(Kind.CREATOR, "i3")]
+        people.set_rules("a:tab", [*theirs, Rule(Kind.ITEM, "i4", 50)])
+        people.set_rules("u:ann", [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", soon - 1)])
+        assert people.merge("a:tab", "u:ann").rules_left_out == 0
+        joined = [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", soon), Rule(Kind.CREATOR, "i3")]
         assert people.rules("u:ann")[0] == joined
         assert people.rules("a:tab")[0] == []
-        assert self.stored(store) == [[item_key("i1")], [item_key("i3")], []]
+        assert self.stored(store) == [[item_key("i1"), item_key("i2")], [item_key("i3")], []]
 
     def test_a_merge_keeps_the_known_person_s_dials_and_adds_the_visitor_s(self, people):
         taste = Setting(Dial.CREATOR_WEIGHT, "maker", 1.0)
         people.set_rules("a:tab", [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 1.0), taste])
         people.set_rules("u:ann", [Setting(Dial.NOVELTY, "", -1.0)])
         people.merge("a:tab", "u:ann")
-        assert people.rules("u:ann")[0] == [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", -1.0), taste]
+        assert people.rules("u:ann")[0] == [Setting(Dial.NOVELTY, "", -1.0), Rule(Kind.ITEM, "i1"), taste]
+
+    def test_a_merge_that_has_no_room_keeps_the_known_user_s_rules_and_tells_what_it_left_out(self, people):
+        own = [*(Rule(Kind.ITEM, f"own{n}") for n in range(MOST_RULES - 3)), Setting(Dial.NOVELTY, "", -1.0)]
+        theirs = [Setting(Dial.FRESHNESS, "", 1.0), *(Rule(Kind.ITEM, f"new{n}") for n in range(4))]
+        people.set_rules("u:ann", own)
+        people.set_rules("a:tab", [*theirs, own[0]])
+        merged = people.merge("a:tab", "u:ann")
+        assert merged.rules_left_out == 3
+        assert people.rules("u:ann")[0] == [*own, Rule(Kind.ITEM, "new0"), Rule(Kind.ITEM, "new1")]
 
 
 class TestUndo:

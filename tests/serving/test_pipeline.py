@@ -121,7 +121,7 @@ def test_a_source_that_fails_is_skipped_and_marked():
     built, asked = pipeline(), query()
     built.tiers[0].sources[0].result = Unavailable("index away")
     assert built.run(asked).rows.tolist() == [7, 6]
-    assert asked.degraded == [Degraded("SOURCE", "index away")]
+    assert asked.degraded == [Degraded("SOURCE", "near: index away")]
     assert built.recorder.failures == ["near"]
 
 

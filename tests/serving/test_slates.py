@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 
 from features.controls import Dial
 from features.schema import item_key
+from serving import side_effects
 from serving.events import Entry
-from serving.query import Unknown
-from serving.side_effects import MOST_DIALS, MOST_EXCLUDED
+from serving.query import Candidates, Query, Slate, Unknown
+from serving.side_effects import MOST_DIALS, ImpressionWriter
+from serving.telemetry import Telemetry
 from serving.warehouse_tables import impression_table
-from tests.serving.logged import slate
+from tests.serving.logged import now_ms, shown_of, slate
 
 ASKED = ("seed_item_ids", "upstream_scores", "upstream_weight", "excluded", "excluded_item_ids", "dials", "merged")
 NEW = ("method", "page_size", "source_names", "sources")
@@ -34,10 +36,11 @@ def earlier(payload: bytes) -> bytes:
     return json.dumps({name: value for name, value in json.loads(payload).items() if name not in NEW}).encode()
 
 
-def test_a_slate_says_what_it_was_made_of(tmp_path):
+def test_a_slate_says_what_it_was_made_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_effects, "MOST_EXCLUDED", 4)
     turned = {(Dial.NOVELTY, 0): 0.5, (Dial.CATEGORY_WEIGHT, item_key("c1")): -1.0, (Dial.FRESHNESS, 0): 0.0}
     turned |= {(Dial.CREATOR_WEIGHT, item_key("m0")): 0.25, (Dial.CATEGORY_WEIGHT, item_key("?")): 1.0}
-    asked = {"exclude": np.arange(MOST_EXCLUDED + 20, dtype=np.int32) % 10, "seeds": np.array([4, 5], np.int32)}
+    asked = {"exclude": np.arange(20, dtype=np.int32) % 10, "seeds": np.array([4, 5], np.int32)}
     upstream = {"upstream": np.ones(2, np.float32), "upstream_weight": 0.5}
     sources = {"fresh": [np.nan, 1.0], "neighbors": [np.nan, np.nan], "upstream": [0.1, np.nan]}
     rich = slate("ann", "r1", [1, 2], method="rank", dials=turned, sources=sources, **asked, **upstream).payload
@@ -47,8 +50,8 @@ def test_a_slate_says_what_it_was_made_of(tmp_path):
     whole, bare, old = duckdb.sql(f"SELECT * FROM '{file}' ORDER BY log_id").to_arrow_table().to_pylist()
     assert (whole["method"], whole["page_size"], whole["seed_item_ids"]) == ("rank", 2, ["i4", "i5"])
     assert whole["upstream_scores"] == [np.float32(0.1), None]
-    assert (whole["upstream_weight"], whole["excluded"], whole["sources"]) == (0.5, 120, [["upstream"], ["fresh"]])
-    assert whole["excluded_item_ids"] == [f"i{n % 10}" for n in range(MOST_EXCLUDED)]
+    assert (whole["upstream_weight"], whole["excluded"], whole["sources"]) == (0.5, 10, [["upstream"], ["fresh"]])
+    assert whole["excluded_item_ids"] == [f"i{n}" for n in range(4)]
     unknown = f"categories.key {item_key('?'):016x}"
     assert dict(whole["dials"]) == {"novelty": 0.5, "categories.c1": -1.0, "creators.m0": 0.25, unknown: 1.0}
     assert (bare["method"], bare["page_size"], bare["sources"]) == ("recommend", 1, [["popular"]])
@@ -90,11 +93,26 @@ def test_a_payload_whose_sources_make_no_sense_is_damaged():
 
 
 def test_items_that_the_catalogue_does_not_know_stand_at_their_places():
-    unknown = (Unknown("new-1", 0), Unknown("new-2", 2))
+    unknown = (Unknown("new-1", 0, 0.75), Unknown("new-2", 2, 0.1))
     payload = slate("ann", "r1", [1, 2], unknown=unknown, upstream=np.ones(2, np.float32)).payload
     [row] = table(payload).to_pylist()
     assert row["item_ids"] == ["new-1", "i1", "new-2", "i2"]
     assert row["sources"] == [[], ["popular"], [], ["popular"]]
     assert [np.isnan(score) for score in row["scores"]] == [True, False, True, False]
     assert row["propensities"] == [1.0] * 4
-    assert len(row["upstream_scores"]) == 4
+    assert row["upstream_scores"] == [0.75, None, np.float32(0.1), None]
+    payload = slate("ann", "r2", [1, 2], unknown=unknown, upstream=np.ones(2, np.float32), sources={"upstream": [3, 4]})
+    assert json.loads(payload.payload)["upstream_scores"] == [0.75, 3.0, 0.1, 4.0]
+
+
+def test_a_slate_that_cannot_be_written_costs_itself_alone(log):
+    telemetry = Telemetry()
+    writer = ImpressionWriter(log, 10, telemetry)
+    for request_id, row in (("r1", 1), ("r2", 1_000_000), ("r3", 2)):
+        candidates = Candidates(np.array([row], np.int32), np.ones((1, 1), np.float32), ("popular",))
+        answer = Slate(candidates.rows, candidates.scores[0], np.ones(1), candidates, None, {}, [])
+        writer.put(shown_of(Query(request_id, "u:ann", now_ms(), 0.0, 1), answer))
+    writer.close()
+    held = [json.loads(entry.payload) for entries in log.history("u:ann", impressions=True) for entry in entries]
+    assert [one["request_id"] for one in held] == ["r1", "r3"]
+    assert telemetry.counters()["impressions.dropped"] == 1

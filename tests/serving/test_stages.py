@@ -26,9 +26,8 @@ from serving.hydrators import Profile as ProfileHydrator
 from serving.index import Index
 from serving.lexical import LexicalIndex
 from serving.model import Model
-from serving.pipeline import merge
 from serving.profiles import Mark, ProfileStore
-from serving.query import NEAREST, Candidates, Proposal, Query, Slate
+from serving.query import NEAREST, Candidates, Proposal, Query, Slate, merge
 from serving.reasons import Reasons
 from serving.redis_client import address_of, connect, partition_of
 from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer, below_zero, cosine, utility

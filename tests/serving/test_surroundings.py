@@ -5,21 +5,24 @@ One service runs through all of it; the tests go on from one another, in their o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from benchmarks.freshness import client_of
 from benchmarks.report import BenchmarkError
 from features.bundle import open_bundle
 from features.tables import open_dataset
-from penchant.client import event
+from penchant.client import Client, event
 from penchant.health import check
 from tests.fixtures import Service, serving
 from tests.serving.faults import wait_until
@@ -115,6 +118,29 @@ def test_the_health_check_of_the_image_finds_it(surrounded):
     assert check({"PENCHANT_LISTEN": f"0.0.0.0:{port}"}) == ""
     assert check({"PENCHANT_LISTEN": "127.0.0.1:9"}, timeout_s=0.5).startswith("127.0.0.1:9: DEADLINE_EXCEEDED")
     assert check({"PENCHANT_LISTEN": "nonsense"})
+
+
+def test_the_health_check_asks_no_proxy_whatever_the_service_is_called(monkeypatch):
+    def asked(call: Callable[[], object]) -> bool:
+        with socket.create_server(("127.0.0.1", 0)) as proxy:
+            for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+                monkeypatch.delenv(name, raising=False)
+            for name in PROXIES:
+                monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+            assert call()
+            proxy.settimeout(0.0)
+            with contextlib.suppress(BlockingIOError):
+                proxy.accept()[0].close()
+                return True
+            return False
+
+    def called() -> str:
+        with Client("penchant.invalid:1", timeout_s=0.3) as client, pytest.raises(grpc.RpcError) as error:
+            client.recommend(user_id="ann")
+        return str(error.value)
+
+    assert not asked(lambda: check({"PENCHANT_LISTEN": "penchant.invalid:1"}, timeout_s=0.3))
+    assert asked(called)  # the control: for others the proxy may be the only way
 
 
 def test_a_measurement_finds_it(surrounded, tmp_path):
