@@ -45,7 +45,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one look at the rows gave: how many of how many are wrong, what that is, and how to mend it."""
+    """What one look at the rows gave: how many of how many are wrong, what that is, and what to do."""
 
     wrong: int
     of: int

@@ -18,7 +18,7 @@ from features.content import nulls, select
 from features.dialect import Dialect, DialectSurvey, is_marked, is_time
 from features.errors import TablesError
 from features.schema import Required
-from features.times import RELATIVE
+from features.times import DECLARED, RELATIVE
 
 # Letter case, underscores, hyphens and spaces are ignored, so USER_ID and userId need no line here.
 ALIASES = {
@@ -27,11 +27,15 @@ ALIASES = {
     "weight": "value",
     "event_value": "value",
     "genres": "categories",
+    "is_available": "available",
+    "availability": "available",
+    "in_stock": "available",
 }
 _NOT_NEGATIVE = ("price", "position")
 _CLOSED = ("available", "allow_train", "allow_measure", "personal")
 """Columns of permissions: what cannot be read is no permission, and neither is a NULL there, which would be one."""
 _WINDOW = ("available_from", "available_until")
+_AGE = "a time from 1995 up to 2100, best in a column of type timestamp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,15 @@ class Intake:
         kept: Number of rows in the table.
         rejected: The rows that were left out.
         unread: The cells that were left out of the kept rows.
+        ignored: The columns of its files that mean nothing here.
+        unlisted: Of the items: those that events name and the table does not.
     """
 
     kept: int = 0
     rejected: list[Rejected] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
+    ignored: Sequence[str] = ()
+    unlisted: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +216,7 @@ def dialect_of(tables: Sequence[tuple[pa.Table, str]], schema: pa.Schema, requir
 def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dialect: Dialect) -> _Cells:
     given, known = table.column(origin), table.schema.field(origin)
     if is_time(wanted) and is_marked(known):
-        dialect = Dialect(units={wanted.name: "ms"})
+        dialect = Dialect(units={wanted.name: DECLARED})
     try:
         column = given.combine_chunks()
         converted = convert(column, wanted, dialect)
@@ -221,6 +229,9 @@ def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dia
         # 0001-01-01 and 1900-01-01 say that there is no beginning, and any date before 1970 means the same today.
         values, bad = pc.if_else(pa.array(converted.early), 0, values), bad & ~converted.early
     cells = _Cells(column, values, [(bad, converted.should)], converted.late)
+    if wanted.name in _WINDOW and dialect.units.get(wanted.name) == RELATIVE:
+        # Offsets, or days as a spreadsheet counts them: a catalogue lives in the time of the clock on the wall.
+        cells.faults.append((to_mask(pc.greater(values, 0)), _AGE))
     relative = is_marked(known) or dialect.units.get(wanted.name) == RELATIVE
     # A time of 0 is none: in the contract an end at 0 is no end. A beginning at 0 stays, because it means the same.
     if wanted.name == "available_until" or (is_time(wanted) and not relative and wanted.name != "available_from"):
