@@ -80,6 +80,8 @@ def lines(intakes: Mapping[str, Intake], units: Mapping[str, str] | None = None)
         if intake.ignored and name not in _OWN:
             more = f" and {len(intake.ignored) - _NAMED} more" if len(intake.ignored) > _NAMED else ""
             yield _line(f"{name}: no use for columns {', '.join(intake.ignored[:_NAMED])}{more}")
+        if intake.closed:
+            yield f"warning: {name}: no item may be shown now: available is false, or none of its times is now"
         if intake.unlisted:
             yield _line(_unlisted(name, intake))
     if units:

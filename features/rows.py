@@ -76,6 +76,7 @@ class Intake:
         unread: The cells that were left out of the kept rows.
         ignored: The columns of its files that mean nothing here.
         unlisted: Of the items: those that events name and the table does not.
+        closed: Of the items: none of them may be shown now.
     """
 
     kept: int = 0
@@ -83,6 +84,7 @@ class Intake:
     unread: list[Unread] = field(default_factory=list)
     ignored: Sequence[str] = ()
     unlisted: Sequence[str] = ()
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from features.schema import (
     USERS_REQUIRED,
     Required,
 )
-from features.times import RELATIVE
+from features.times import END_OF_TIME_MS, RELATIVE
 
 __all__ = [
     "Dataset",
@@ -231,7 +232,7 @@ def open_dataset(
     if told:
         info["time_units"] = told
     unlisted = named.filter(pc.invert(pc.is_in(named, value_set=items.table["item_id"].combine_chunks())))
-    listed = dataclasses.replace(items.intake, unlisted=unlisted.to_pylist())
+    listed = dataclasses.replace(items.intake, unlisted=unlisted.to_pylist(), closed=_is_closed(items.table))
     intake = {"events": fate, "items": listed, "users": users.intake}
     return Dataset(events, items.table, users.table, info, intake)
 
@@ -392,6 +393,15 @@ def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
         "first_timestamp": min(times, default=None),
         "last_timestamp": max(times, default=None),
     }
+
+
+def _is_closed(items: pa.Table) -> bool:
+    """Returns True if there are items and none of them may be shown now."""
+    now = time.time_ns() // 1_000_000
+    shown = pc.fill_null(items["available"], True)
+    shown = pc.and_(shown, pc.less_equal(pc.fill_null(items["available_from"], 0), now))
+    shown = pc.and_(shown, pc.greater(pc.fill_null(items["available_until"], END_OF_TIME_MS), now))
+    return items.num_rows > 0 and not pc.any(shown).as_py()
 
 
 def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> Loaded | None:

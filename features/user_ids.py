@@ -10,9 +10,9 @@
 
 `user_id` is named in any letter case, with or without what separates its words (`USER_ID`, `userId`, `User ID`); no
 other name is taken for a header. Text is UTF-8, or what its byte-order mark says. Spaces around an id in a text and
-empty lines are not read; else an id is taken as it is written, so that `1.0` in a text is another user than `1`, while
-the numbers 1.0 of JSON and Parquet are `1`, as in a data set. A missing id (NULL, NaN, "") is left out and told;
-anything that is no id refuses the file.
+empty lines are not read; else an id is taken as it is written. Whole numbers that are stored as floats are whole
+numbers, as in a data set: the 1.0 of JSON and Parquet is `1`, and so is that of a text of which every id is written so,
+which is told. A missing id (NULL, NaN, "") is left out and told; anything that is no id refuses the file.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import csv
 import io
 import json
 import math
+import re
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.columns import MOST_ID_BYTES
 from features.errors import TablesError
 from features.intake import tell
 from features.rows import Intake, Rejected
 from features.schema import USERS
 from features.tables import Loaded, conform, read_table
-
-MAX_ID_BYTES = 512
-"""Length of an id in UTF-8 that the contract takes at most."""
 
 _COLUMN = pa.schema([USERS.field("user_id")])
 _RIGHT = "give one id a line, or a column user_id in CSV, JSON lines or Parquet"
@@ -56,6 +56,7 @@ _FOREIGN = {
 _JSON = (".json", ".jsonl", ".ndjson")
 _LISTS = ("userid", "userids", "users")
 _DELIMITERS = (",", "\t", ";", "|")
+_FLOAT = re.compile(r"-?(?:0|[1-9]\d{0,17})\.0+")
 _WHOLE_LINE = "\x1f"
 """A delimiter that no id may hold, so that a line is one field."""
 
@@ -70,10 +71,18 @@ class UserIds:
     Attributes:
         ids: Their ids.
         intake: The fate of the file's rows: those without an id are rejected.
+        note: How the ids were read, where that has to be told.
     """
 
     ids: list[str]
     intake: Intake
+    note: str = ""
+
+    def tell(self) -> None:
+        """Prints on stderr what was left out and how ids were read."""
+        tell({"users": self.intake})
+        if self.note:
+            print(self.note, file=sys.stderr)
 
 
 def read_user_ids(path: Path) -> list[str]:
@@ -83,7 +92,7 @@ def read_user_ids(path: Path) -> list[str]:
         TablesError: The file cannot be read or names no user; the message names the line, and what would be right.
     """
     users = read_users(path)
-    tell({"users": users.intake})
+    users.tell()
     return users.ids
 
 
@@ -122,7 +131,8 @@ def _of_parquet(path: Path) -> UserIds:
     for at, name in enumerate(ids):
         if trouble := _trouble(name):
             raise TablesError(f"{path} row {at} of those with an id: {trouble}")
-    return UserIds(list(dict.fromkeys(ids)), loaded.intake)
+    # A file of users has any other columns: only their ids are asked for.
+    return UserIds(list(dict.fromkeys(ids)), replace(loaded.intake, ignored=()))
 
 
 def _renamed(path: Path) -> Loaded:
@@ -163,7 +173,12 @@ def _of_text(path: Path) -> UserIds:
             _refuse(path, place, at, trouble)
         kept += 1
         ids[name] = None
-    return UserIds(list(ids), Intake(kept, missing))
+    read, note = list(ids), ""
+    # pandas writes a column of whole numbers so if one of them is missing.
+    if read and suffix not in _JSON and all(map(_FLOAT.fullmatch, read)):
+        written, read = read[0], list(dict.fromkeys(str(int(name.partition(".")[0])) for name in read))
+        note = f"users: every id is a whole number written as a float: {written} is read as {read[0]}"
+    return UserIds(read, Intake(kept, missing), note)
 
 
 def _decoded(path: Path) -> str:
@@ -305,8 +320,8 @@ def _id_of(value: Any) -> str | None:
 def _trouble(name: str, text: bool = False) -> str:
     """What is wrong with an id, "" where nothing is; in a text, a control character says that it is something else."""
     size = len(name.encode(errors="surrogatepass"))
-    if size > MAX_ID_BYTES:
-        return f"an id of {size} bytes, at most {MAX_ID_BYTES} are taken: name users by a shorter id"
+    if size > MOST_ID_BYTES:
+        return f"an id of {size} bytes, at most {MOST_ID_BYTES} are taken: name users by a shorter id"
     if text and any(ord(sign) < 32 for sign in name):
         return f"{_shown(name)} holds a control character: save the file as UTF-8, or give such ids in JSON or Parquet"
     if any("\ud800" <= sign <= "\udfff" for sign in name):

@@ -22,6 +22,7 @@ from features.arrays import pc
 from features.catalog import columns_of
 from features.errors import TablesError
 from features.files import find_files, table_path
+from features.intake import lines
 from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from features.tables import Dataset, Loaded, conform, open_dataset, read_table
 from features.written import MISSING_WORDS, ListStyle
@@ -185,6 +186,23 @@ def test_columns_that_mean_nothing_here_are_told(tmp_path: Path) -> None:
     data = shop(tmp_path, events=moments, stock=stock, title=pa.array(["t"] * ITEM_COUNT))
     assert data.intake["items"].ignored == ("stock",)
     assert data.intake["events"].ignored == ("_rescued",)
+
+
+@pytest.mark.parametrize(
+    ("columns", "closed"),
+    [
+        ({"available": [False] * ITEM_COUNT}, True),
+        ({"available_until": ["2020-01-01"] * ITEM_COUNT}, True),
+        ({"available_from": ["9999-01-01"] * ITEM_COUNT}, True),
+        ({"available": [*[False] * (ITEM_COUNT - 1), None]}, False),
+    ],
+)
+def test_a_catalogue_of_which_nothing_may_be_shown_says_so(
+    tmp_path: Path, columns: dict[str, Any], closed: bool
+) -> None:
+    data = shop(tmp_path, **columns)
+    warned = [line for line in lines(data.intake) if line.startswith("warning: items: no item may be shown now")]
+    assert len(warned) == data.intake["items"].closed == closed
 
 
 def test_an_item_that_its_table_lacks_is_learned_from_and_not_shown(tmp_path: Path) -> None:
