@@ -47,7 +47,7 @@ _NUMBER_TEXT = r"^[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?$"
 _ISO = (
     r"^(?P<y>\d{4})(?:[-/.](?P<m>\d{1,2})[-/.](?P<d>\d{1,2})|(?P<m2>\d{2})(?P<d2>\d{2}))"
     r"(?:(?:[Tt]|\s+)(?P<h>\d{1,2}):?(?P<mi>\d{2})(?::?(?P<s>\d{2})(?:[.,](?P<f>\d{1,12}))?)?"
-    r"\s*(?P<z>Z|z|UTC|GMT|(?P<sign>[+-])(?P<zh>\d{2}):?(?P<zm>\d{2})?)?)?$"
+    r"\s*(?P<z>Z|z|UTC|GMT|(?P<sign>[+-])(?P<zh>\d{2}):?(?P<zm>\d{2})?(?:\[[^\]]+\]|\s[A-Z]{3,4})?)?)?$"
 )
 
 _I64 = npt.NDArray[np.int64]
@@ -235,6 +235,7 @@ def read_times(column: Array, unit: str | None) -> Converted:
         values = np.where(far := _for_ever(numbers, unit), END_OF_TIME_MS, values)
         good = good | far
         if is_text(column.type):
+            should += ", or in ISO 8601, such as 2024-01-31T10:00:00Z"
             text, empty, _ = trimmed(column)
             spelt, is_iso = _iso(only(text, ~numbers.given))
             dated = is_iso
