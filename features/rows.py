@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,7 @@ from features.errors import TablesError
 from features.schema import Required
 from features.times import DECLARED, RELATIVE
 
-# Letter case, underscores, hyphens and spaces are ignored, so USER_ID and userId need no line here.
+# Letter case and what separates words are ignored, so USER_ID and userId need no line here.
 ALIASES = {
     "datetime": "timestamp",
     "rating": "value",
@@ -112,8 +111,8 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     """Canonical column -> the file's column."""
     chosen: dict[str, str] = {}
     for name in schema.names:
-        names = {_bare(name), *(_bare(alias) for alias, meant in ALIASES.items() if meant == name)}
-        same = [n for n in found.names if n == name] or [n for n in found.names if _bare(n) in names]
+        names = {bare(name), *(bare(alias) for alias, meant in ALIASES.items() if meant == name)}
+        same = [n for n in found.names if n == name] or [n for n in found.names if bare(n) in names]
         if len(same) > 1:
             raise TablesError(f"{source}: columns {same} all mean {name}: keep one of them")
         if same:
@@ -125,8 +124,9 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     return chosen
 
 
-def _bare(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name.lower())
+def bare(name: str) -> str:
+    """The letters and digits of a name in small letters: `user_id`, `USER ID` and `user.id` are the same."""
+    return "".join(sign for sign in name.lower() if sign.isalnum())
 
 
 @dataclass(slots=True)

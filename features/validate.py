@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.arrays import numbers
 from features.clock import AHEAD_MS
 from features.columns import pc, to_mask
 from features.content import codes, is_present
 from features.errors import PenchantError, TablesError
-from features.evidence import SPARED, Evidence, Finding, numbers
+from features.evidence import SPARED, Evidence, Finding
 from features.intake import summary, tell
-from features.rows import Rejected
+from features.rows import Rejected, bare
 from features.schema import (
     EVENT_TYPES,
     EVENTS,
@@ -226,16 +227,12 @@ def _types(evidence: Evidence) -> Iterator[Finding]:
             what = f"{count} events have the {column} {ids[row].as_py()!r}, as programs write a missing value in text"
             yield Finding(count, rows, f"{what}, first {evidence.place(row)}", "leave the cell empty instead")
     names, which = codes(evidence.events["event_type"])
-    plain = {_plain(name): name for name in EVENT_TYPES}
+    plain = {bare(name): name for name in EVENT_TYPES}
     for number, name in enumerate(names):
-        usual = plain.get(_plain(name))
+        usual = plain.get(bare(name))
         if usual and usual != name:
             count = int(np.count_nonzero(which == number))
             yield Finding(count, rows, f"{count} events of type {name!r}", f"call them {usual!r}")
-
-
-def _plain(name: str) -> str:
-    return "".join(sign for sign in name.lower() if sign.isalnum())
 
 
 def _order(evidence: Evidence) -> Iterator[Finding]:

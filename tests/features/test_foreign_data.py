@@ -180,6 +180,14 @@ def test_availability_is_known_by_its_usual_names(tmp_path: Path, name: str) -> 
     assert data.intake["items"].ignored == ()
 
 
+def test_columns_of_flattened_records_are_known(tmp_path: Path) -> None:
+    rows = pa.Table.from_pylist(shop_events())
+    pq.write_table(rows.rename_columns(["user.id", "Item.ID", "event/type", "timestamp"]), tmp_path / "events.parquet")
+    loaded = read_table(tmp_path / "events.parquet", EVENTS, EVENTS_REQUIRED)
+    assert loaded.table["user_id"].to_pylist() == rows["user_id"].to_pylist()
+    assert (loaded.rejected, loaded.ignored) == ([], ())
+
+
 def test_columns_that_mean_nothing_here_are_told(tmp_path: Path) -> None:
     stock = pa.array([0 if sold else 3 for sold in SOLD_OUT])
     moments = {"__index_level_0__": pa.array(range(EVENT_COUNT)), "_rescued": pa.array(["x"] * EVENT_COUNT)}
@@ -428,6 +436,7 @@ def times(*cells: Any, dtype: Any = None) -> list[Any]:
         ("20200913T122640Z", NOON),
         ("2020-09-13 14:26+02", NOON - 40_000),
         ("2020-09-13T14:26:40+02:00[Europe/Berlin]", NOON),
+        ("2020-09-13T12:26:40Z[UTC]", NOON),
         ("2020-09-13 12:26:40 +0000 UTC", NOON),
         ("2020/9/13 12:26:40", NOON),
     ],
