@@ -101,6 +101,11 @@ def to_mask(values: Any) -> Mask:
     return np.asarray(pc.fill_null(values, False).to_numpy(zero_copy_only=False), dtype=bool)
 
 
+def numbers(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
+    """Returns a column of whole numbers, 0 where it has none; int64 [n]."""
+    return np.asarray(pc.fill_null(column, 0).to_numpy()).astype(np.int64)
+
+
 def only(values: Array, good: Mask) -> Array:
     """The values where good, NULL elsewhere."""
     return values if good.all() else pc.if_else(pa.array(good), values, pa.scalar(None, values.type))

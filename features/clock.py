@@ -8,13 +8,13 @@ wrong clock for certain; and a few events behind a gap far longer than any befor
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.columns import pc, to_mask
+from features.arrays import numbers, to_mask
 
 DAY_MS = 86_400_000
 AHEAD_MS = 60_000
@@ -43,7 +43,7 @@ def newest_moment(batches: Iterable[pa.Table]) -> int | None:
     every, credible = _Days(), _Days()
     for batch in batches:
         timed = to_mask(batch["timestamp"].is_valid())
-        times = _numbers(batch["timestamp"])[timed]
+        times = numbers(batch["timestamp"])[timed]
         every.add(times)
         credible.add(times[~is_ahead(batch)[timed]])
     # Where most events are ahead of the log, it is the log's clock that is wrong, or another zone's.
@@ -54,7 +54,12 @@ def newest_moment(batches: Iterable[pa.Table]) -> int | None:
 def is_ahead(events: pa.Table) -> npt.NDArray[np.bool_]:
     """Returns which events claim to be later than they were logged: from wrong clocks for certain; bool [n]."""
     both = to_mask(events["timestamp"].is_valid()) & to_mask(events["ingested_at"].is_valid())
-    return both & (_numbers(events["timestamp"]) - _numbers(events["ingested_at"]) > AHEAD_MS)
+    return both & (numbers(events["timestamp"]) - numbers(events["ingested_at"]) > AHEAD_MS)
+
+
+def iso_time(ms: int) -> str:
+    """A moment to the second, as ISO 8601 writes it in UTC."""
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 class _Days:
@@ -100,9 +105,3 @@ class _Days:
                 return int(last)
             longest = max(longest, gap)
         return int(highs[-1])
-
-
-def _numbers(column: pa.ChunkedArray[Any]) -> _I64:
-    """A column of whole numbers, 0 where it has none; int64."""
-    filled = pc.fill_null(column, 0)
-    return np.asarray(filled.to_numpy()).astype(np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -20,10 +20,12 @@ class Dialect:
         units: The unit of numbers that are times, a key of `features.times.UNIT_WORDS` or `RELATIVE`; without the
             columns whose type or metadata says it.
         styles: How lists are written that are one text.
+        ignored: The columns of the files that no canonical column is made of, in the order of the files.
     """
 
     units: Mapping[str, str] = field(default_factory=dict)
     styles: Mapping[str, ListStyle] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
 
 
 def is_time(wanted: pa.Field) -> bool:  # type: ignore[type-arg]
@@ -44,6 +46,11 @@ class DialectSurvey:
         self._schema = schema
         self._votes: dict[str, UnitVotes] = {}
         self._cells: dict[str, set[str]] = {}
+        self._ignored: dict[str, None] = {}
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Notes columns of a file that no canonical column is made of; not the row numbers that pandas writes."""
+        self._ignored.update(dict.fromkeys(name for name in names if not name.startswith("__index_level_")))
 
     def asks(self, name: str, given: pa.Field) -> bool:  # type: ignore[type-arg]
         """Returns True if the values of a file's column for the canonical column `name` decide anything."""
@@ -66,4 +73,5 @@ class DialectSurvey:
             TablesError: The unit of a column of times cannot be told.
         """
         units = {name: unit for name, votes in self._votes.items() if (unit := votes.unit())}
-        return Dialect(units, {name: ListStyle.of(cells) for name, cells in self._cells.items()})
+        styles = {name: ListStyle.of(cells) for name, cells in self._cells.items()}
+        return Dialect(units, styles, tuple(self._ignored))

@@ -7,11 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from features.columns import pc
 from features.rows import Intake, Rejected
 
 SPARED = 0.01
@@ -45,7 +42,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one look at the rows gave: how many of how many are wrong, what that is, and how to mend it."""
+    """What one look at the rows gave: how many of how many are wrong, what that is, and what to do."""
 
     wrong: int
     of: int
@@ -59,9 +56,3 @@ class Finding:
     def fails(self, limit: float) -> bool:
         """Whether more is wrong than may be."""
         return self.certain or bool(self.of and self.wrong / self.of > max(limit, self.spared))
-
-
-def numbers(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
-    """Returns a column of whole numbers, 0 where it has none; int64 [n]."""
-    filled: pa.ChunkedArray[Any] = pc.fill_null(column, 0)
-    return filled.to_numpy().astype(np.int64)

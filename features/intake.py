@@ -15,6 +15,14 @@ REJECTED_SHARE = 0.01
 """The share of a table's rows that may be rejected, unless a setting allows more."""
 
 _SPELLED = 5  # rejected rows of a table that the answer spells out; all of them are counted
+_NAMED = 12  # columns that a line names at most
+_OWN = ("impressions", "searches")  # a service writes them, with columns that other tools read
+
+
+_CLOSING = dict.fromkeys(
+    ("available", "available_from", "available_until"), ", and these items are not shown"
+) | dict.fromkeys(("allow_train", "allow_measure", "personal"), ", and these rows allow nothing")
+"""By column, the consequence of a cell that cannot be read, where there is one."""
 
 
 def admit(
@@ -45,7 +53,10 @@ def admit(
 
 
 def tell(intakes: Mapping[str, Intake], units: Mapping[str, str] | None = None, stream: TextIO | None = None) -> None:
-    """Prints one line for each table with rejected rows, each column with unread cells, and the units of times."""
+    """Prints a line for each table with rejected rows, ignored columns or unlisted items, and each with unread cells.
+
+    The last line tells the units of times.
+    """
     for line in lines(intakes, units):
         print(line, file=stream or sys.stderr)
 
@@ -59,10 +70,20 @@ def lines(intakes: Mapping[str, Intake], units: Mapping[str, str] | None = None)
         for column, cells in _by_column(intake).items():
             count, first = sum(part.count for part in cells), cells[0]
             example = f"first {first.file} row {first.row}: {first.reason}"
+            then = _CLOSING.get(column, "")
             if count >= intake.kept:
-                yield _line(f"warning: {name}.{column}: every cell is unread, so the column is empty, {example}")
+                yield _line(f"warning: {name}.{column}: every cell is unread, so the column is empty{then}, {example}")
             else:
-                yield _line(f"{name}.{column}: {count:,} of {intake.kept:,} cells unread and left empty, {example}")
+                yield _line(
+                    f"{name}.{column}: {count:,} of {intake.kept:,} cells unread and left empty{then}, {example}"
+                )
+        if intake.ignored and name not in _OWN:
+            more = f" and {len(intake.ignored) - _NAMED} more" if len(intake.ignored) > _NAMED else ""
+            yield _line(f"{name}: no use for columns {', '.join(intake.ignored[:_NAMED])}{more}")
+        if intake.closed:
+            yield f"warning: {name}: no item may be shown now: available is false, or none of its times is now"
+        if intake.unlisted:
+            yield _line(_unlisted(name, intake))
     if units:
         yield _line(f"times read as: {', '.join(f'{column} in {unit}' for column, unit in units.items())}")
 
@@ -95,9 +116,10 @@ def summary(intakes: Mapping[str, Intake]) -> dict[str, Any]:
     """Returns what was left out, for the answer of a command.
 
     Returns:
-        `rejected` (count of rows), `rejections` [{`table`, `file`, `row`, `reason`}] (the first few of each table) and
-        `unread` {`TABLE.COLUMN`: count of cells}.
+        `rejected` (count of rows), `rejections` [{`table`, `file`, `row`, `reason`}] (the first few of each table),
+        `unread` {`TABLE.COLUMN`: count of cells}; where there are any, `unlisted_items` (their count).
     """
+    unlisted = sum(len(intake.unlisted) for intake in intakes.values())
     return {
         "rejected": sum(len(intake.rejected) for intake in intakes.values()),
         "rejections": [
@@ -108,7 +130,17 @@ def summary(intakes: Mapping[str, Intake]) -> dict[str, Any]:
             for name, intake in intakes.items()
             for column, cells in _by_column(intake).items()
         },
-    }
+    } | ({"unlisted_items": unlisted} if unlisted else {})
+
+
+def _unlisted(name: str, intake: Intake) -> str:
+    count, example = f"{len(intake.unlisted):,}", f"such as {intake.unlisted[0]!r}"
+    if not intake.kept:
+        return f"warning: {name}: the table has no row, so all {count} items that events name are shown, {example}"
+    return (
+        f"{name}: {count} items that events name are not in the table, {example}: models learn from them, and they are "
+        "not shown; give an item a row to show it"
+    )
 
 
 def _rows(intake: Intake) -> int:

@@ -26,7 +26,7 @@ from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.columns import pc
 from features.content import codes, is_present
-from features.intake import summary, tell
+from features.intake import require_few, summary, tell
 from features.memory import DIMENSIONS, HORIZONS, VISIT_MS
 from features.outcomes import Outcomes
 from features.profile import EVICTED_CAP, FORMAT, RECORD, RING, empty, fold, make_records
@@ -55,7 +55,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
         data set, what was left out of it, as `features.intake.summary` says.
 
     Raises:
-        TablesError: The data set cannot be read.
+        TablesError: The data set cannot be read, or no row of a table can.
         BundleError: The bundle is refused.
     """
     coverage: dict[str, float] = {}
@@ -69,6 +69,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
     if data is not None:
         dataset = open_dataset(data)
         tell(dataset.intake, dataset.info.get("time_units"))
+        require_few(dataset.intake, 1.0, "")
         said |= summary(dataset.intake)
         catalog = catalog or _catalog(_counted(dataset))
         coverage |= _of_people(dataset, catalog)
@@ -106,7 +107,7 @@ def _catalog(items: pa.Table) -> Catalog:
 def _counted(dataset: Dataset) -> pa.Table:
     """The items with their popularity, as training would count it over all events."""
     named, which = codes(dataset.events["item_id"])
-    position = pc.index_in(pa.array(named), value_set=dataset.items["item_id"].combine_chunks())
+    position = pc.index_in(pa.array(named, pa.string()), value_set=dataset.items["item_id"].combine_chunks())
     rows = pc.fill_null(position, -1).to_numpy()[which]
     counts = np.bincount(rows[rows >= 0], minlength=dataset.items.num_rows)
     table = dataset.items.append_column("popularity", pa.array(np.log1p(counts).astype(np.float32)))

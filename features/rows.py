@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,20 +17,24 @@ from features.content import nulls, select
 from features.dialect import Dialect, DialectSurvey, is_marked, is_time
 from features.errors import TablesError
 from features.schema import Required
-from features.times import RELATIVE
+from features.times import DECLARED, RELATIVE
 
-# Letter case, underscores, hyphens and spaces are ignored, so USER_ID and userId need no line here.
+# Letter case and what separates words are ignored, so USER_ID and userId need no line here.
 ALIASES = {
     "datetime": "timestamp",
     "rating": "value",
     "weight": "value",
     "event_value": "value",
     "genres": "categories",
+    "is_available": "available",
+    "availability": "available",
+    "in_stock": "available",
 }
 _NOT_NEGATIVE = ("price", "position")
 _CLOSED = ("available", "allow_train", "allow_measure", "personal")
 """Columns of permissions: what cannot be read is no permission, and neither is a NULL there, which would be one."""
 _WINDOW = ("available_from", "available_until")
+_AGE = "a time from 1995 up to 2100, best in a column of type timestamp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,17 @@ class Intake:
         kept: Number of rows in the table.
         rejected: The rows that were left out.
         unread: The cells that were left out of the kept rows.
+        ignored: The columns of its files that mean nothing here.
+        unlisted: Of the items: those that events name and the table does not.
+        closed: Of the items: none of them may be shown now.
     """
 
     kept: int = 0
     rejected: list[Rejected] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
+    ignored: Sequence[str] = ()
+    unlisted: Sequence[str] = ()
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +111,8 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     """Canonical column -> the file's column."""
     chosen: dict[str, str] = {}
     for name in schema.names:
-        names = {_bare(name), *(_bare(alias) for alias, meant in ALIASES.items() if meant == name)}
-        same = [n for n in found.names if n == name] or [n for n in found.names if _bare(n) in names]
+        names = {bare(name), *(bare(alias) for alias, meant in ALIASES.items() if meant == name)}
+        same = [n for n in found.names if n == name] or [n for n in found.names if bare(n) in names]
         if len(same) > 1:
             raise TablesError(f"{source}: columns {same} all mean {name}: keep one of them")
         if same:
@@ -115,8 +124,9 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     return chosen
 
 
-def _bare(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name.lower())
+def bare(name: str) -> str:
+    """The letters and digits of a name in small letters: `user_id`, `USER ID` and `user.id` are the same."""
+    return "".join(sign for sign in name.lower() if sign.isalnum())
 
 
 @dataclass(slots=True)
@@ -208,7 +218,7 @@ def dialect_of(tables: Sequence[tuple[pa.Table, str]], schema: pa.Schema, requir
 def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dialect: Dialect) -> _Cells:
     given, known = table.column(origin), table.schema.field(origin)
     if is_time(wanted) and is_marked(known):
-        dialect = Dialect(units={wanted.name: "ms"})
+        dialect = Dialect(units={wanted.name: DECLARED})
     try:
         column = given.combine_chunks()
         converted = convert(column, wanted, dialect)
@@ -221,6 +231,9 @@ def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dia
         # 0001-01-01 and 1900-01-01 say that there is no beginning, and any date before 1970 means the same today.
         values, bad = pc.if_else(pa.array(converted.early), 0, values), bad & ~converted.early
     cells = _Cells(column, values, [(bad, converted.should)], converted.late)
+    if wanted.name in _WINDOW and dialect.units.get(wanted.name) == RELATIVE:
+        # Offsets, or days as a spreadsheet counts them: a catalogue lives in the time of the clock on the wall.
+        cells.faults.append((to_mask(pc.greater(values, 0)), _AGE))
     relative = is_marked(known) or dialect.units.get(wanted.name) == RELATIVE
     # A time of 0 is none: in the contract an end at 0 is no end. A beginning at 0 stays, because it means the same.
     if wanted.name == "available_until" or (is_time(wanted) and not relative and wanted.name != "available_from"):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from features.schema import (
     USERS_REQUIRED,
     Required,
 )
+from features.times import END_OF_TIME_MS, RELATIVE
 
 __all__ = [
     "Dataset",
@@ -67,6 +69,7 @@ class Loaded:
         rejected: The rows that were left out.
         unread: The cells that were left out of kept rows.
         units: The unit in which a column counts time, where its values had to tell: {column: unit}.
+        ignored: The columns of the files that mean nothing here.
         places: The files in order, each with the places of its kept rows there: [(file, int64 [n])]; empty where a row
             that repeats an id was left out.
     """
@@ -75,6 +78,7 @@ class Loaded:
     rejected: list[Rejected]
     unread: list[Unread] = field(default_factory=list)
     units: Mapping[str, str] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
     places: list[tuple[str, npt.NDArray[np.int64]]] = field(default_factory=list)
 
     def place(self, row: int) -> str:
@@ -92,7 +96,7 @@ class Loaded:
     @property
     def intake(self) -> Intake:
         """The fate of its rows."""
-        return Intake(self.table.num_rows, self.rejected, self.unread)
+        return Intake(self.table.num_rows, self.rejected, self.unread, self.ignored)
 
 
 HELD_ROWS = 1 << 20
@@ -224,10 +228,12 @@ def open_dataset(
     if "until" in said:
         info["until"] = until
     told = {f"events.{name}": unit for name, unit in units.items()}
-    told |= {f"items.{name}": unit for name, unit in items.units.items()}
+    told |= {f"items.{name}": unit for name, unit in items.units.items() if unit != RELATIVE}
     if told:
         info["time_units"] = told
-    intake = {"events": fate, "items": items.intake, "users": users.intake}
+    unlisted = named.filter(pc.invert(pc.is_in(named, value_set=items.table["item_id"].combine_chunks())))
+    listed = dataclasses.replace(items.intake, unlisted=unlisted.to_pylist(), closed=_is_closed(items.table))
+    intake = {"events": fate, "items": listed, "users": users.intake}
     return Dataset(events, items.table, users.table, info, intake)
 
 
@@ -238,7 +244,7 @@ def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Event
     if count <= HELD_ROWS:
         loaded = read_table(where, EVENTS, EVENTS_REQUIRED)
         table = select(loaded.table, _wanted(loaded.table, until, everybody))
-        fate = Intake(table.num_rows, loaded.rejected, loaded.unread)
+        fate = Intake(table.num_rows, loaded.rejected, loaded.unread, loaded.ignored)
         return Events.of(order_events(table)), pc.unique(table["item_id"]), fate, loaded.units
     dialect = _dialect(files, EVENTS, EVENTS_REQUIRED)
 
@@ -251,7 +257,7 @@ def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Event
     whole = survey.rows == count and not survey.altered
     as_it_is = whole and survey.in_order() and all(map(_is_canonical, files))
     events = Events(_reader(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
-    fate = Intake(survey.rows, survey.rejected, merge_unread(survey.unread))
+    fate = Intake(survey.rows, survey.rejected, merge_unread(survey.unread), dialect.ignored)
     return events, pa.array(survey.items, pa.string()), fate, dialect.units
 
 
@@ -276,6 +282,7 @@ def _dialect(files: Sequence[TableFile], schema: pa.Schema, required: Required) 
     for file in files:
         given = file.schema()
         columns = origins(given, schema, required, str(file.path))
+        survey.ignore(name for name in given.names if name not in {*columns.values(), *file.partition})
         asked = {name: origin for name, origin in columns.items() if survey.asks(name, given.field(origin))}
         if not asked:
             continue
@@ -388,6 +395,15 @@ def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
     }
 
 
+def _is_closed(items: pa.Table) -> bool:
+    """Returns True if there are items and none of them may be shown now."""
+    now = time.time_ns() // 1_000_000
+    shown = pc.fill_null(items["available"], True)
+    shown = pc.and_(shown, pc.less_equal(pc.fill_null(items["available_from"], 0), now))
+    shown = pc.and_(shown, pc.greater(pc.fill_null(items["available_until"], END_OF_TIME_MS), now))
+    return items.num_rows > 0 and not pc.any(shown).as_py()
+
+
 def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> Loaded | None:
     where = table_path(path, name)
     return None if where is None else read_table(where, schema, required)
@@ -399,12 +415,12 @@ def _merge(parts: list[Part], schema: pa.Schema, required: Required, dialect: Di
     unread = merge_unread(cells for part in parts for cells in part.unread)
     places = [(part.source, part.rows) for part in parts]
     if len(required) != 1 or not isinstance(required[0], str):
-        return Loaded(table, rejected, unread, dialect.units, places)
+        return Loaded(table, rejected, unread, dialect.units, dialect.ignored, places)
     ids, which = codes(table[required[0]])
     _, first = np.unique(which, return_index=True)
     again = np.flatnonzero(first[which] != np.arange(len(which)))
     if not len(again):
-        return Loaded(table, rejected, unread, dialect.units, places)
+        return Loaded(table, rejected, unread, dialect.units, dialect.ignored, places)
     sources = np.repeat([part.source for part in parts], [len(part.rows) for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     for at in again.tolist():
@@ -413,7 +429,7 @@ def _merge(parts: list[Part], schema: pa.Schema, required: Required, dialect: Di
         rejected.append(Rejected(str(sources[at]), int(rows[at]), f"{reason}: give each one row"))
     if "available" in schema.names:
         table = _agreed(table, first[which])
-    return Loaded(select(table, first), rejected, unread, dialect.units)
+    return Loaded(select(table, first), rejected, unread, dialect.units, dialect.ignored)
 
 
 def _agreed(items: pa.Table, first: npt.NDArray[np.int64]) -> pa.Table:

@@ -35,6 +35,9 @@ UNIT_WORDS = {
 RELATIVE = "relative seconds"
 """The unit of a column without any value of this age: seconds since 1970, which may be seconds since a beginning."""
 
+DECLARED = "declared milliseconds"
+"""The unit of a column whose metadata says milliseconds: no value is doubted."""
+
 _LEAST_FAR = 21_000_101  # 2100-01-01 in digits
 _CLEAR = 2 / 3  # share of the values that must agree on a unit
 _BIGGEST = 9.2e18  # from here on a number is the limit of int64, or beyond it
@@ -44,7 +47,7 @@ _NUMBER_TEXT = r"^[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?$"
 _ISO = (
     r"^(?P<y>\d{4})(?:[-/.](?P<m>\d{1,2})[-/.](?P<d>\d{1,2})|(?P<m2>\d{2})(?P<d2>\d{2}))"
     r"(?:(?:[Tt]|\s+)(?P<h>\d{1,2}):?(?P<mi>\d{2})(?::?(?P<s>\d{2})(?:[.,](?P<f>\d{1,12}))?)?"
-    r"\s*(?P<z>Z|z|UTC|GMT|(?P<sign>[+-])(?P<zh>\d{2}):?(?P<zm>\d{2})?)?)?$"
+    r"\s*(?:(?:Z|z|UTC|GMT|(?P<sign>[+-])(?P<zh>\d{2}):?(?P<zm>\d{2})?(?:\s[A-Z]{3,4})?)(?:\[[^\]]+\])?)?)?$"
 )
 
 _I64 = npt.NDArray[np.int64]
@@ -213,11 +216,13 @@ def read_times(column: Array, unit: str | None) -> Converted:
 
     Args:
         column: A column as `plain` makes it.
-        unit: The unit of its numbers, a key of `UNIT_WORDS` or `RELATIVE`.
+        unit: The unit of its numbers, a key of `UNIT_WORDS`, `RELATIVE` or `DECLARED`.
 
     Raises:
         Misfit: The type holds no times.
     """
+    doubted = unit != DECLARED
+    unit = unit if doubted else "ms"
     present = to_mask(column.is_valid())
     dated = np.zeros(len(column), bool)
     should = TIME_IS if unit in (None, RELATIVE) else f"a time from 1970 up to 2100 in {UNIT_WORDS[str(unit)]} UTC"
@@ -226,10 +231,11 @@ def read_times(column: Array, unit: str | None) -> Converted:
         should = "a time from 1970 up to 2100"
     elif is_counted(column.type):
         numbers = _numbers(column)
-        values, good = _in_unit(numbers, unit)
+        values, good = _in_unit(numbers, unit, doubted)
         values = np.where(far := _for_ever(numbers, unit), END_OF_TIME_MS, values)
         good = good | far
         if is_text(column.type):
+            should += ", or in ISO 8601, such as 2024-01-31T10:00:00Z"
             text, empty, _ = trimmed(column)
             spelt, is_iso = _iso(only(text, ~numbers.given))
             dated = is_iso
@@ -268,7 +274,7 @@ def _scaled(whole: _I64, per_second: int) -> _I64:
     return np.clip(whole, -(_MOST // 1000), _MOST // 1000) * 1000
 
 
-def _in_unit(numbers: _Numbers, unit: str | None) -> tuple[_I64, Mask]:
+def _in_unit(numbers: _Numbers, unit: str | None, doubted: bool) -> tuple[_I64, Mask]:
     """Milliseconds of numbers in a unit, and where they are none that another unit explains better."""
     unit = unit or RELATIVE
     if unit in _DATE_DIGITS:
@@ -283,14 +289,15 @@ def _in_unit(numbers: _Numbers, unit: str | None) -> tuple[_I64, Mask]:
     floats = np.rint(floats) if per_second == 1 else np.floor(floats)
     rounded = np.clip(floats, -float(limit), _BIGGEST).astype(np.int64)
     values = np.where(numbers.exact, _scaled(numbers.whole, per_second), rounded)
-    foreign = np.zeros(values.size, bool)
-    if not (values >= END_OF_TIME_MS).any():
+    odd = (values >= END_OF_TIME_MS) | (doubted & (values < _AGE_S[0] * 1000))
+    if not odd.any():
         return values, numbers.given
+    foreign = np.zeros(values.size, bool)
     for other, (low, high) in _RANGES.items():
         if other != unit and other not in _DATE_DIGITS:
-            # Beyond the end of time in this unit, and a time of this age in another one: a slip, not "for ever".
-            foreign |= (numbers.floats >= low) & (numbers.floats < high) & (values >= END_OF_TIME_MS)
-    return values, numbers.given & ~foreign
+            # Before 1995 or beyond the end of time in this unit, and a time of this age in another one: a slip.
+            foreign |= (numbers.floats >= low) & (numbers.floats < high)
+    return values, numbers.given & ~(odd & foreign)
 
 
 def _for_ever(numbers: _Numbers, unit: str | None) -> Mask:

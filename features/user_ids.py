@@ -10,9 +10,9 @@
 
 `user_id` is named in any letter case, with or without what separates its words (`USER_ID`, `userId`, `User ID`); no
 other name is taken for a header. Text is UTF-8, or what its byte-order mark says. Spaces around an id in a text and
-empty lines are not read; else an id is taken as it is written, so that `1.0` in a text is another user than `1`, while
-the numbers 1.0 of JSON and Parquet are `1`, as in a data set. A missing id (NULL, NaN, "") is left out and told;
-anything that is no id refuses the file.
+empty lines are not read; else an id is taken as it is written. Whole numbers that are stored as floats are whole
+numbers, as in a data set: the 1.0 of JSON and Parquet is `1`, and so is that of a text of which every id is written so,
+which is told. A missing id (NULL, NaN, "") is left out and told; anything that is no id refuses the file.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import csv
 import io
 import json
 import math
+import re
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from features.columns import MOST_ID_BYTES
 from features.errors import TablesError
+from features.files import SUFFIXES
 from features.intake import tell
-from features.rows import Intake, Rejected
+from features.rows import Intake, Rejected, bare
 from features.schema import USERS
-from features.tables import Loaded, conform, read_table
-
-MAX_ID_BYTES = 512
-"""Length of an id in UTF-8 that the contract takes at most."""
+from features.tables import read_table
 
 _COLUMN = pa.schema([USERS.field("user_id")])
 _RIGHT = "give one id a line, or a column user_id in CSV, JSON lines or Parquet"
@@ -56,6 +56,7 @@ _FOREIGN = {
 _JSON = (".json", ".jsonl", ".ndjson")
 _LISTS = ("userid", "userids", "users")
 _DELIMITERS = (",", "\t", ";", "|")
+_FLOAT = re.compile(r"-?(?:0|[1-9]\d{0,17})\.0+")
 _WHOLE_LINE = "\x1f"
 """A delimiter that no id may hold, so that a line is one field."""
 
@@ -70,10 +71,18 @@ class UserIds:
     Attributes:
         ids: Their ids.
         intake: The fate of the file's rows: those without an id are rejected.
+        note: How the ids were read, where that has to be told.
     """
 
     ids: list[str]
     intake: Intake
+    note: str = ""
+
+    def tell(self) -> None:
+        """Prints on stderr what was left out and how ids were read."""
+        tell({"users": self.intake})
+        if self.note:
+            print(self.note, file=sys.stderr)
 
 
 def read_user_ids(path: Path) -> list[str]:
@@ -83,7 +92,7 @@ def read_user_ids(path: Path) -> list[str]:
         TablesError: The file cannot be read or names no user; the message names the line, and what would be right.
     """
     users = read_users(path)
-    tell({"users": users.intake})
+    users.tell()
     return users.ids
 
 
@@ -94,7 +103,7 @@ def read_users(path: Path) -> UserIds:
         TablesError: As `read_user_ids`.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() in (".parquet", ".pq") or _head(path).startswith(b"PAR1"):
+    if path.is_dir() or path.suffix.lower() in SUFFIXES or _head(path).startswith(b"PAR1"):
         users = _of_parquet(path)
     else:
         users = _of_text(path)
@@ -114,7 +123,8 @@ def _head(path: Path) -> bytes:
 
 def _of_parquet(path: Path) -> UserIds:
     """The column as a data set reads it; a row that holds no id is left out only where it holds nothing."""
-    loaded = _renamed(path)
+    # In a tuple, so that a user who is named twice is no defect.
+    loaded = read_table(path, _COLUMN, (("user_id",),))
     for row in loaded.rejected:
         if not row.reason.endswith("should be given in every row"):
             raise TablesError(f"{row.file} row {row.row}: {row.reason}")
@@ -122,24 +132,8 @@ def _of_parquet(path: Path) -> UserIds:
     for at, name in enumerate(ids):
         if trouble := _trouble(name):
             raise TablesError(f"{path} row {at} of those with an id: {trouble}")
-    return UserIds(list(dict.fromkeys(ids)), loaded.intake)
-
-
-def _renamed(path: Path) -> Loaded:
-    # In a tuple, so that a user who is named twice is no defect.
-    required = (("user_id",),)
-    try:
-        return read_table(path, _COLUMN, required)
-    except TablesError as error:
-        # A data set knows fewer names of the column than a file of users does.
-        try:
-            names = [] if path.is_dir() else [name for name in pq.read_schema(path).names if _plain(name) == "userid"]
-            if len(names) != 1:
-                raise error
-            table = pq.read_table(path, columns=names, partitioning=None)
-        except (pa.ArrowException, OSError):
-            raise error from None
-        return conform(table.rename_columns(["user_id"]), _COLUMN, required, str(path))
+    # A file of users has any other columns: only their ids are asked for.
+    return UserIds(list(dict.fromkeys(ids)), replace(loaded.intake, ignored=()))
 
 
 def _of_text(path: Path) -> UserIds:
@@ -163,7 +157,12 @@ def _of_text(path: Path) -> UserIds:
             _refuse(path, place, at, trouble)
         kept += 1
         ids[name] = None
-    return UserIds(list(ids), Intake(kept, missing))
+    read, note = list(ids), ""
+    # pandas writes a column of whole numbers so if one of them is missing.
+    if read and suffix not in _JSON and all(map(_FLOAT.fullmatch, read)):
+        written, read = read[0], list(dict.fromkeys(str(int(name.partition(".")[0])) for name in read))
+        note = f"users: every id is a whole number written as a float: {written} is read as {read[0]}"
+    return UserIds(read, Intake(kept, missing), note)
 
 
 def _decoded(path: Path) -> str:
@@ -206,10 +205,10 @@ def _layout(text: str, suffix: str) -> tuple[str, int | None]:
     """What separates the fields, and the place of `user_id` in the header; None where there is no header."""
     first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "").rstrip("\n")
     usual = {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(suffix)
-    if len(first) > csv.field_size_limit() or _plain(first) == "userid":
-        return usual or _WHOLE_LINE, 0 if _plain(first) == "userid" else None
+    if len(first) > csv.field_size_limit() or bare(first) == "userid":
+        return usual or _WHOLE_LINE, 0 if bare(first) == "userid" else None
     for delimiter in (*((usual,) if usual else ()), *_DELIMITERS):
-        names = [_plain(name) for name in next(csv.reader([first], delimiter=delimiter), [])]
+        names = [bare(name) for name in next(csv.reader([first], delimiter=delimiter), [])]
         if names.count("userid") == 1:
             return delimiter, names.index("userid")
     return usual or _WHOLE_LINE, None
@@ -261,13 +260,13 @@ def _listed(path: Path, content: Any) -> Iterable[Any]:
     if isinstance(content, list):
         return content
     if isinstance(content, dict):
-        lists = {_plain(name): held for name, held in content.items() if isinstance(held, list | dict)}
+        lists = {bare(name): held for name, held in content.items() if isinstance(held, list | dict)}
         known = [name for name in _LISTS if name in lists]
         if len(known) == 1 or len(lists) == 1:
             held = lists[known[0]] if known else next(iter(lists.values()))
             # Columns as pandas writes them: {"user_id": {"0": "p1", ...}}
             return held.values() if isinstance(held, dict) and known[:1] == ["userid"] else _list_of(path, held)
-        if "userid" in map(_plain, content):
+        if "userid" in map(bare, content):
             return [content]
     raise TablesError(f"{path} is not a list of users: give a list of ids, or of objects with user_id")
 
@@ -282,7 +281,7 @@ def _of_entry(path: Path, place: str, at: int, entry: Any) -> Any:
     """The id of an object, or the id itself."""
     if not isinstance(entry, dict):
         return entry
-    names = [name for name in entry if _plain(name) == "userid"]
+    names = [name for name in entry if bare(name) == "userid"]
     if len(names) != 1:
         what = f"{names} all mean user_id: keep one" if names else f"no user_id among {list(entry)[:5]}"
         _refuse(path, place, at, what)
@@ -305,17 +304,13 @@ def _id_of(value: Any) -> str | None:
 def _trouble(name: str, text: bool = False) -> str:
     """What is wrong with an id, "" where nothing is; in a text, a control character says that it is something else."""
     size = len(name.encode(errors="surrogatepass"))
-    if size > MAX_ID_BYTES:
-        return f"an id of {size} bytes, at most {MAX_ID_BYTES} are taken: name users by a shorter id"
+    if size > MOST_ID_BYTES:
+        return f"an id of {size} bytes, at most {MOST_ID_BYTES} are taken: name users by a shorter id"
     if text and any(ord(sign) < 32 for sign in name):
         return f"{_shown(name)} holds a control character: save the file as UTF-8, or give such ids in JSON or Parquet"
     if any("\ud800" <= sign <= "\udfff" for sign in name):
         return f"{_shown(name)} is no id: it is not Unicode text"
     return ""
-
-
-def _plain(name: str) -> str:
-    return "".join(sign for sign in str(name).lower() if sign.isalnum())
 
 
 def _shown(value: Any) -> str:

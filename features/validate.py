@@ -1,4 +1,4 @@
-"""Whether a data set can be trusted: PASS or FAIL per check, and for each failure what to mend and where.
+"""Tells if a data set can be trusted: PASS or FAIL per check, and for each failure what to correct and where.
 
 Personalisation fails first at instrumentation: ids that match nothing, clocks an hour off, outcomes that no answer
 explains. Every check compares the share of rows that are wrong with the share that may be (`LIMITS`). A check that has
@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.arrays import numbers
 from features.clock import AHEAD_MS
 from features.columns import pc, to_mask
 from features.content import codes, is_present
 from features.errors import PenchantError, TablesError
-from features.evidence import SPARED, Evidence, Finding, numbers
-from features.rows import Rejected
+from features.evidence import SPARED, Evidence, Finding
+from features.intake import summary, tell
+from features.rows import Rejected, bare
 from features.schema import (
     EVENT_TYPES,
     EVENTS,
@@ -30,10 +32,15 @@ from features.schema import (
     IMPRESSIONS_REQUIRED,
     ITEMS,
     ITEMS_REQUIRED,
+    JUDGMENTS,
+    JUDGMENTS_REQUIRED,
     PASSIVE_EVENT_TYPES,
+    USERS,
+    USERS_REQUIRED,
 )
 from features.tables import Loaded, read_table, table_path
 from features.validate_clock import clock_skew
+from features.written import MISSING_WORDS
 
 __all__ = ["LATE_MS", "LIMITS", "Evidence", "Finding", "judge", "passed", "validate"]
 
@@ -69,7 +76,7 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
         allow: Shares that take the place of those in `LIMITS`.
 
     Returns:
-        See `judge`.
+        See `judge`; with what `features.intake.summary` says, and `time_units` where values had to tell them.
 
     Raises:
         TablesError: It is not a data set: it has no events.
@@ -82,7 +89,9 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
     wanted = {
         "events": (EVENTS, EVENTS_REQUIRED),
         "items": (ITEMS, ITEMS_REQUIRED),
+        "users": (USERS, USERS_REQUIRED),
         "impressions": (IMPRESSIONS, IMPRESSIONS_REQUIRED),
+        "judgments": (JUDGMENTS, JUDGMENTS_REQUIRED),
     }
     unreadable: list[Rejected] = []
     empty: list[str] = []
@@ -110,7 +119,10 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
         empty=empty,
         place=events.place,
     )
-    return judge(evidence, allow)
+    units = {f"{name}.{column}": unit for name, loaded in tables.items() for column, unit in loaded.units.items()}
+    verdict = judge(evidence, allow)
+    tell(evidence.intakes, units)
+    return verdict | summary(evidence.intakes) | ({"time_units": units} if units else {})
 
 
 def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -148,7 +160,9 @@ def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[
             skipped[name] = f"there is nothing that it could look at ({'; '.join(one.what for one in findings)})"
             continue
         failed = [one for one in findings if one.fails(limits[name])]
-        detail = "; ".join(f"{one.what}. Mend: {one.mend}" for one in failed) or "; ".join(one.what for one in findings)
+        detail = "; ".join(f"{one.what}. To do: {one.mend}" for one in failed) or "; ".join(
+            one.what for one in findings
+        )
         checks.append({"name": name, "passed": not failed, "detail": detail})
     shown = evidence.impressions.num_rows if evidence.impressions is not None else 0
     return {
@@ -205,17 +219,20 @@ def _types(evidence: Evidence) -> Iterator[Finding]:
             what += f"{unread.row}: {unread.reason}"
             # The rows stay: a few such cells cost nothing but themselves.
             yield Finding(count, intake.kept, what, "write the column as the cell's reason says", spared=SPARED)
+    for column in ("user_id", "item_id"):
+        ids = evidence.events[column]
+        fake = to_mask(pc.is_in(ids, value_set=pa.array(MISSING_WORDS)))
+        if fake.any():
+            count, row = int(np.count_nonzero(fake)), int(np.argmax(fake))
+            what = f"{count} events have the {column} {ids[row].as_py()!r}, as programs write a missing value in text"
+            yield Finding(count, rows, f"{what}, first {evidence.place(row)}", "leave the cell empty instead")
     names, which = codes(evidence.events["event_type"])
-    plain = {_plain(name): name for name in EVENT_TYPES}
+    plain = {bare(name): name for name in EVENT_TYPES}
     for number, name in enumerate(names):
-        usual = plain.get(_plain(name))
+        usual = plain.get(bare(name))
         if usual and usual != name:
             count = int(np.count_nonzero(which == number))
             yield Finding(count, rows, f"{count} events of type {name!r}", f"call them {usual!r}")
-
-
-def _plain(name: str) -> str:
-    return "".join(sign for sign in name.lower() if sign.isalnum())
 
 
 def _order(evidence: Evidence) -> Iterator[Finding]:
@@ -235,7 +252,7 @@ def _order(evidence: Evidence) -> Iterator[Finding]:
         f"{wrong} of {events.num_rows} events lie before the one that precedes them {what}",
         "send events as they happen and not in batches hours later"
         if written == "log_id"
-        else "sort each person's rows by time, or mend the column that says when",
+        else "sort each person's rows by time, or correct the column that says when",
     )
 
 

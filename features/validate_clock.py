@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 
-from features.clock import AHEAD_MS, is_ahead, newest_moment
-from features.columns import to_mask
-from features.evidence import SPARED, Evidence, Finding, numbers
+from features.arrays import numbers, to_mask
+from features.clock import AHEAD_MS, is_ahead, iso_time, newest_moment
+from features.evidence import SPARED, Evidence, Finding
 
 SKEW_MS = 5 * 60_000
 """Median distance of the clocks of callers and log from which on they are not the same clock."""
@@ -32,7 +31,7 @@ def clock_skew(evidence: Evidence) -> Iterator[Finding]:
     newest, ahead = newest_moment([events]) or 0, is_ahead(events)
     after = timed & (times > newest) & ~odd & ~ahead
     wrong, example = int(np.count_nonzero(after)), _example(evidence, after)
-    what = f"{wrong} of {of} events lie far behind {_date(newest)}, where all the others end{example}"
+    what = f"{wrong} of {of} events lie far behind {iso_time(newest)}, where all the others end{example}"
     yield Finding(wrong, of, what, mend)
     both = timed & to_mask(events["ingested_at"].is_valid())
     if not both.any():
@@ -66,10 +65,6 @@ def _example(evidence: Evidence, wrong: npt.NDArray[np.bool_]) -> str:
     row = int(np.argmax(wrong))
     event = evidence.events.slice(row, 1).to_pylist()[0]
     time = event["timestamp"]
-    logged = f", logged {_date(event['ingested_at'])}" if event["ingested_at"] is not None else ""
+    logged = f", logged {iso_time(event['ingested_at'])}" if event["ingested_at"] is not None else ""
     place = evidence.place(row)
-    return f", first {place}: timestamp {time} ({_date(time)}{logged}) of user {event['user_id']!r}"
-
-
-def _date(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return f", first {place}: timestamp {time} ({iso_time(time)}{logged}) of user {event['user_id']!r}"

@@ -34,6 +34,9 @@ _OPENED = ('["', "['", '{"', "{'", "('", '("')
 _JUXTAPOSED = re.compile(r"[^\[,\s(]['\"]\s*['\"][^\],\s)]")
 """Two texts without a comma between them, as numpy prints them: Python would join them."""
 
+MISSING_WORDS = ("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT", "\\N", "undefined")
+"""The texts that programs write for a value that is missing, where it went through text: str(None), String(null)."""
+
 _AND = re.compile(r"(&|\b(and|und|et|y|e|og|och|en)\b)")
 
 
@@ -87,7 +90,7 @@ class ListStyle:
 
 def distinct(column: Array) -> set[str]:
     """The different texts of a column, without white space around them."""
-    return {cell for cell in pc.unique(trimmed(column)[0]).to_pylist() if cell}
+    return {cell for cell in pc.unique(trimmed(column)[0]).to_pylist() if cell and cell not in MISSING_WORDS}
 
 
 def lists(column: Array, style: ListStyle | None) -> tuple[Array, Mask]:
@@ -110,6 +113,7 @@ def maps(column: Array) -> tuple[Array, Mask]:
 def _by_cell(column: Array, read: Callable[[str], Any], dtype: pa.DataType) -> tuple[Array, Mask]:
     """Reads each different text once; `read` gives None for one that it cannot read."""
     text, empty, broken = trimmed(column)
+    empty |= to_mask(pc.is_in(text, value_set=pa.array(MISSING_WORDS)))
     encoded = only(text, ~empty).dictionary_encode()
     known = [read(cell) for cell in encoded.dictionary.to_pylist()]
     values = pa.array(known, dtype).take(encoded.indices)
@@ -174,10 +178,24 @@ def _map(cell: str) -> list[tuple[str, str]] | None:
 
 def as_bools(text: Array) -> Array:
     """Booleans of the words people write for them, NULL elsewhere."""
-    lower = pc.replace_substring_regex(pc.utf8_lower(text), r"[\s_-]+", " ")
+    lower = pc.replace_substring_regex(pc.utf8_lower(text), r"^https?://schema\.org/", "")
+    lower = pc.replace_substring_regex(lower, r"[\s_-]+", " ")
     true, false = (pc.is_in(lower, value_set=pa.array(words)) for words in (_TRUE, _FALSE))
     return only(true, to_mask(true) | to_mask(false))
 
 
 _TRUE = ("true", "t", "yes", "y", "on", "1", "1.0", "in stock", "instock", "available")
-_FALSE = ("false", "f", "no", "n", "off", "0", "0.0", "out of stock", "outofstock", "sold out", "unavailable")
+_FALSE = (
+    "false",
+    "f",
+    "no",
+    "n",
+    "off",
+    "0",
+    "0.0",
+    "out of stock",
+    "outofstock",
+    "sold out",
+    "soldout",
+    "unavailable",
+)

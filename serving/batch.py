@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from features.bundle import sync
-from features.user_ids import read_user_ids
+from features.user_ids import read_users
 from serving.batch_log import RUN, SlateFile, deliver, finish
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
@@ -110,8 +110,9 @@ def recommend(
         log: Whether to log the slates; without, nothing can be measured by them.
 
     Returns:
-        `users`, `items_per_user` (mean), `seconds`, `personal` (users whose history was used), `held_out`, `logged` and
-        `not_logged` slates (of users who do not allow it), and `finished`: slates that an earlier run had still to log.
+        `users`, `rejected` (rows of the file without an id), `items_per_user` (mean), `seconds`, `personal` (users
+        whose history was used), `held_out`, `logged` and `not_logged` slates (of users who do not allow it), and
+        `finished`: slates that an earlier run had still to log.
 
     Raises:
         TablesError: The users cannot be read.
@@ -125,20 +126,22 @@ def recommend(
     for name, value in (("channel", channel), ("surface", surface)):
         if len(value.encode()) > _LONGEST:
             raise ConfigError(f"{name}: {value!r} has more than {_LONGEST} bytes; give a shorter name")
-    people, run = read_user_ids(users), uuid.uuid4().hex
+    named, run = read_users(users), uuid.uuid4().hex
+    named.tell()
     with contextlib.ExitStack() as stack:
         service = stack.enter_context(_opened(config))
         facts: dict[str, Any] = {"finished": finish(out, service.log)}
         kept = stack.enter_context(SlateFile(out, run))
         part = out.with_name(f"{out.name}.part")
         logged = kept if log and config.impressions else None
-        facts |= _write(service, people, _Asked(items, channel, surface), part, run, logged)
+        facts |= _write(service, named.ids, _Asked(items, channel, surface), part, run, logged)
         kept.sync()
         sync(part)
         os.replace(part, out)
         kept.due()
         sync(out.parent)
         facts["logged"], facts["not_logged"] = _delivered(kept.path, service.log, out)
+    facts["rejected"] = len(named.intake.rejected)
     facts |= {"seconds": round(time.monotonic() - begun, 3), "bundle_id": service.engine.bundle_id, "out": str(out)}
     return facts
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from features.clock import iso_time
 from training.data import Interactions
 
 
@@ -43,13 +43,9 @@ def tell_future(data: Interactions) -> dict[str, Any]:
         count, latest = count + late.size, max(latest, int(late.max(initial=0)))
     if count:
         print(
-            f"events: {count:,} of {data.rows.size:,} are from wrong clocks, after {_date(data.trusted_until)}, where "
-            f"the data end, up to {_date(latest)}: they count in histories, and are neither recent, nor targets, nor "
-            "tested; `penchant validate` names them",
+            f"events: {count:,} of {data.rows.size:,} are from wrong clocks, after {iso_time(data.trusted_until)}, "
+            f"where the data end, up to {iso_time(latest)}: they count in histories, and are neither recent, nor "
+            "targets, nor tested; `penchant validate` names them",
             file=sys.stderr,
         )
     return {"future_events": count}
-
-
-def _date(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

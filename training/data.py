@@ -176,13 +176,17 @@ class Disk:
 
 
 def item_vocabulary(dataset: Dataset) -> tuple[pa.Table, Vocabulary]:
-    """The items table in row order, completed by items that only events name, and its vocabulary."""
+    """The items table in row order, completed by items that only events name, and its vocabulary.
+
+    Where the table has rows, an item that it lacks is not available: most such items are no longer sold.
+    """
     ids: list[str] = [str(name) for name in dataset.items["item_id"].to_pylist()]
     known = set(ids)
     lacking = [name for name in dataset.stream.distinct("item_id") if name not in known]
     items = dataset.items
     if lacking:
-        extra = pa.Table.from_pylist([{"item_id": name} for name in lacking], schema=items.schema)
+        available = False if items.num_rows else None
+        extra = pa.Table.from_pylist([{"item_id": n, "available": available} for n in lacking], schema=items.schema)
         items = pa.concat_tables([items, extra]).combine_chunks()
     return items, Vocabulary.build(ids + lacking)
 

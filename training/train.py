@@ -188,7 +188,9 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
         inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     division = split(data, config)
     if division.train_end.max(initial=0) < 2:
-        raise TrainingError("nobody has two events to train on, so nothing follows anything: bring longer histories")
+        raise TrainingError(
+            "no user has two training events, so there is no next item to predict; use a data set with longer histories"
+        )
     return Material(
         dataset=dataset,
         items=items,

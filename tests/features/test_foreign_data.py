@@ -18,12 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features.arrays import pc
 from features.catalog import columns_of
 from features.errors import TablesError
 from features.files import find_files, table_path
+from features.intake import lines
 from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from features.tables import Dataset, Loaded, conform, open_dataset, read_table
-from features.written import ListStyle
+from features.written import MISSING_WORDS, ListStyle
+from training.data import item_vocabulary
 
 NOON = 1_600_000_000_000
 TOPICS = ("Tea", "Bikes", "Garden", "Lamps")
@@ -144,6 +147,16 @@ def test_an_end_at_zero_is_none_as_in_the_contract(tmp_path: Path, ends: Any) ->
         ("available_from", ["0001-01-01", "1900-01-01T00:00:00Z", "-5", "0", "soon"], [True, True, False, True, False]),
         ("available_until", [1_900_000_000_000, NOON, -1, 0, None], [True, False, False, True, True]),
         ("available_until", ["2030-01-01", "2020-01-01", "later", "2100-01-01", ""], [True, False, False, True, True]),
+        (
+            "available",
+            ["https://schema.org/InStock", "http://schema.org/OutOfStock", "in_stock", "SoldOut", "preorder", "None"],
+            [True, False, True, False, False, False],
+        ),
+        # Days as a spreadsheet counts them, and seconds among milliseconds.
+        ("available_until", [46_388, 0, None], [False, True, True]),
+        ("available_from", [46_388.0, 0.0, None], [False, True, True]),
+        ("available_until", [1_930_000_000_000, 1_930_000_000_000, 1_930_000_000], [True, True, False]),
+        ("available_from", [NOON, NOON, 1_930_000_000], [True, True, False]),
         ("available_until", ["infinity", "-infinity", "24:00", "2020-02-30", "99999-01-01"], [True] + [False] * 4),
         (
             "available_until",
@@ -158,6 +171,62 @@ def test_in_doubt_an_item_is_not_shown(column: str, cells: list[Any], may_be_sho
     assert shown(loaded) == may_be_shown
     for unread in loaded.unread:
         assert unread.reason.startswith(f"{column} is ")
+
+
+@pytest.mark.parametrize("name", ["in_stock", "isAvailable", "Availability", "AVAILABLE", "In Stock"])
+def test_availability_is_known_by_its_usual_names(tmp_path: Path, name: str) -> None:
+    data = shop(tmp_path, **{name: pa.array(["out of stock" if sold else "in stock" for sold in SOLD_OUT])})
+    assert shown(data) == [not sold for sold in SOLD_OUT]
+    assert data.intake["items"].ignored == ()
+
+
+def test_columns_of_flattened_records_are_known(tmp_path: Path) -> None:
+    rows = pa.Table.from_pylist(shop_events())
+    pq.write_table(rows.rename_columns(["user.id", "Item.ID", "event/type", "timestamp"]), tmp_path / "events.parquet")
+    loaded = read_table(tmp_path / "events.parquet", EVENTS, EVENTS_REQUIRED)
+    assert loaded.table["user_id"].to_pylist() == rows["user_id"].to_pylist()
+    assert (loaded.rejected, loaded.ignored) == ([], ())
+
+
+def test_columns_that_mean_nothing_here_are_told(tmp_path: Path) -> None:
+    stock = pa.array([0 if sold else 3 for sold in SOLD_OUT])
+    moments = {"__index_level_0__": pa.array(range(EVENT_COUNT)), "_rescued": pa.array(["x"] * EVENT_COUNT)}
+    data = shop(tmp_path, events=moments, stock=stock, title=pa.array(["t"] * ITEM_COUNT))
+    assert data.intake["items"].ignored == ("stock",)
+    assert data.intake["events"].ignored == ("_rescued",)
+
+
+@pytest.mark.parametrize(
+    ("columns", "closed"),
+    [
+        ({"available": [False] * ITEM_COUNT}, True),
+        ({"available_until": ["2020-01-01"] * ITEM_COUNT}, True),
+        ({"available_from": ["9999-01-01"] * ITEM_COUNT}, True),
+        ({"available": [*[False] * (ITEM_COUNT - 1), None]}, False),
+    ],
+)
+def test_a_catalogue_of_which_nothing_may_be_shown_says_so(
+    tmp_path: Path, columns: dict[str, Any], closed: bool
+) -> None:
+    data = shop(tmp_path, **columns)
+    warned = [line for line in lines(data.intake) if line.startswith("warning: items: no item may be shown now")]
+    assert len(warned) == data.intake["items"].closed == closed
+
+
+def test_an_item_that_its_table_lacks_is_learned_from_and_not_shown(tmp_path: Path) -> None:
+    data = shop(tmp_path)
+    pq.write_table(pa.table({"item_id": [f"g{n}" for n in range(1, ITEM_COUNT)]}), tmp_path / "items.parquet")
+    lacking = open_dataset(tmp_path)
+    assert (data.intake["items"].unlisted, lacking.intake["items"].unlisted) == ([], ["g0"])
+    table, vocabulary = item_vocabulary(lacking)
+    assert len(vocabulary) == ITEM_COUNT
+    assert table.filter(pc.equal(table["available"], False))["item_id"].to_pylist() == ["g0"]
+    # Without a table of items, or with one that has no row, nothing is known and everything is shown.
+    pq.write_table(pa.table({"item_id": pa.array([], pa.string())}), tmp_path / "items.parquet")
+    assert item_vocabulary(open_dataset(tmp_path))[0]["available"].null_count == ITEM_COUNT
+    (tmp_path / "items.parquet").unlink()
+    bare = open_dataset(tmp_path)
+    assert (bare.intake["items"].unlisted, bare.items["available"].null_count) == ([], ITEM_COUNT)
 
 
 def test_rows_of_one_item_that_disagree_about_availability_hide_it(tmp_path: Path) -> None:
@@ -324,6 +393,14 @@ def test_a_list_that_cannot_be_read_is_counted_and_not_cut(cell: str) -> None:
     assert loaded.unread[0].count == 1
 
 
+@pytest.mark.parametrize("word", MISSING_WORDS)
+def test_a_missing_list_that_went_through_text_is_missing(word: str) -> None:
+    loaded = items(categories=[word, "Tea, Sale"], attributes=[f" {word} ", '{"a": 1}'])
+    assert loaded.table["categories"].to_pylist() == [None, ["Tea", "Sale"]]
+    assert loaded.table["attributes"].to_pylist() == [None, [("a", "1")]]
+    assert loaded.unread == []
+
+
 def test_attributes_may_be_json_or_a_struct() -> None:
     written = items(
         attributes=['{"year": 1999, "new": true, "none": null, "size": 1.50}', "{'a': 'b'}", "", '{"a": {}}']
@@ -358,6 +435,9 @@ def times(*cells: Any, dtype: Any = None) -> list[Any]:
         ("2020-09-13 12:26:40.999999999 UTC", NOON + 999),
         ("20200913T122640Z", NOON),
         ("2020-09-13 14:26+02", NOON - 40_000),
+        ("2020-09-13T14:26:40+02:00[Europe/Berlin]", NOON),
+        ("2020-09-13T12:26:40Z[UTC]", NOON),
+        ("2020-09-13 12:26:40 +0000 UTC", NOON),
         ("2020/9/13 12:26:40", NOON),
     ],
 )
@@ -369,7 +449,9 @@ def test_fractions_and_offsets_of_iso_text_are_kept(text: str, ms: int) -> None:
     "text", ["2020-02-30", "2020-09-13T24:00:00", "13.09.2020", "09/13/2020", "2020-09-13T12:26:40+99:00", "now"]
 )
 def test_a_time_that_may_mean_two_things_or_none_is_refused(text: str) -> None:
-    assert "should be a time from 1970 up to 2100" in times(text)[0]
+    (reason,) = times(text)
+    assert "should be a time from 1970 up to 2100" in reason
+    assert reason.endswith("or in ISO 8601, such as 2024-01-31T10:00:00Z")
 
 
 @pytest.mark.parametrize(("unit", "per"), [("s", 1), ("ms", 1000), ("us", 10**6), ("ns", 10**9)])
@@ -400,6 +482,18 @@ def test_numbers_that_are_no_times_of_this_age_in_any_unit_are_refused_by_name()
         TablesError, match=r"column timestamp holds 10000000000 in f, which is no time from 1995 up to 2100"
     ):
         times(10**10, 10**10 + 1)
+
+
+@pytest.mark.parametrize(("majority", "slip"), [(NOON, NOON // 1000), (NOON * 1000, NOON), (NOON // 1000, NOON)])
+def test_a_time_in_another_unit_than_its_column_is_refused_and_not_a_day_in_1970(majority: int, slip: int) -> None:
+    (reason,) = times(majority, majority, majority, slip)
+    assert reason.startswith(f"timestamp is {slip}, should be a time from 1970 up to 2100 in ")
+
+
+def test_what_a_column_declares_is_not_doubted() -> None:
+    rows = pa.table({"user_id": ["u"], "item_id": ["i"], "event_type": ["x"], "timestamp": [NOON // 1000]})
+    declared = rows.cast(pa.schema([EVENTS.field(name) for name in rows.column_names]))
+    assert conform(declared, EVENTS, EVENTS_REQUIRED, "f").table["timestamp"].to_pylist() == [NOON // 1000]
 
 
 def test_seconds_since_a_beginning_stay_what_they_are() -> None:

@@ -36,8 +36,8 @@ def test_one_line_a_table_and_one_a_column_with_the_first_and_the_count():
     assert told(intakes, {"events.timestamp": "s"}) == [
         "events: 3 of 1,000 rows rejected (0.3 %), first events.parquet row 7: timestamp is 'x0', should be a time",
         "items.price: 3 of 5 cells unread and left empty, first a.parquet row 3: price is '', should be a number",
-        "warning: items.available_until: every cell is unread, so the column is empty, first a.parquet row 0: "
-        "available_until is 'soon', should be a time",
+        "warning: items.available_until: every cell is unread, so the column is empty, and these items are not shown, "
+        "first a.parquet row 0: available_until is 'soon', should be a time",
         "times read as: events.timestamp in s",
     ]
     answer = admit(intakes, REJECTED_SHARE, "--set max_rejected_share=", {"events.timestamp": "s"}, io.StringIO())
@@ -94,3 +94,18 @@ def test_the_share_that_a_refusal_names_is_enough(kept: int, bad: int, share: fl
         require_few(intakes, float(str(error).rpartition("SHARE=")[2]), "")
     else:
         assert bad <= share * (kept + bad)
+
+
+def test_columns_without_a_use_and_items_without_a_row_are_told():
+    intakes = {
+        "items": Intake(5, ignored=["stock", "brand"], unlisted=["g7", "g8"]),
+        "impressions": Intake(5, ignored=["page_size"]),
+    }
+    assert told(intakes) == [
+        "items: no use for columns stock, brand",
+        "items: 2 items that events name are not in the table, such as 'g7': models learn from them, and they "
+        "are not shown; give an item a row to show it",
+    ]
+    assert summary(intakes)["unlisted_items"] == 2
+    assert told({"events": Intake(1, ignored=[f"c{n}" for n in range(15)])})[0].endswith("c11 and 3 more")
+    assert told({"items": Intake(0, unlisted=["g7"])})[0].startswith("warning: items: the table has no row, so all 1")

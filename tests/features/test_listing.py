@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from features.assemble import FEATURES
+from features.errors import TablesError
 from features.listing import features, state_fingerprint
 from features.tables import write_dataset
 from tests.untrained import untrained_bundle
@@ -69,3 +71,10 @@ def test_a_bundle_says_it_of_its_items(data):
     assert found["price"] == pytest.approx(sum(1 for at in range(80) if at % 3) / 80)
     assert found["category_affinity"] is None
     assert coverage(features(data, untrained_bundle()))["item_vector"] == 0
+
+
+def test_a_data_set_of_which_every_row_is_refused_says_so(tmp_path):
+    rows = {"user_id": ["u"], "item_id": ["i"], "event_type": [""], "timestamp": [NOW]}
+    pq.write_table(pa.table(rows), tmp_path / "events.parquet")
+    with pytest.raises(TablesError, match=r"events: no row is left, all 1 were rejected, first .* row 0: event_type"):
+        features(tmp_path)

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from features.columns import MOST_ID_BYTES
 from features.errors import TablesError
 from features.schema import USERS, USERS_REQUIRED
 from features.tables import read_table
-from features.user_ids import MAX_ID_BYTES, read_user_ids, read_users
+from features.user_ids import read_user_ids, read_users
 
 FIVE = ["p1", "p2", "p3", "p4", "p5"]
 
@@ -193,6 +194,27 @@ def test_spaces_empty_lines_and_repeats_in_text_say_nothing(tmp_path: Path, caps
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "ids"),
+    [
+        ("a.csv", "user_id\n1.0\n2.0\n\n2.0\n", ["1", "2"]),
+        ("a.csv", "user_id,age\n1.0,3.5\n,1\n-0.0,1\n", ["1", "0"]),
+        ("a.txt", "10.00\n9007199254740993.0\n", ["10", "9007199254740993"]),
+        ("a.csv", "user_id\n1.0\n2\n", ["1.0", "2"]),
+        ("a.csv", "user_id\n1.0\n2.5\n", ["1.0", "2.5"]),
+        ("a.csv", "user_id\n01.0\n", ["01.0"]),
+        ("a.json", '["1.0", "2.0"]', ["1.0", "2.0"]),
+    ],
+)
+def test_whole_numbers_that_a_table_writes_as_floats_are_whole_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, ids: list[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_user_ids(tmp_path / name) == ids
+    told = "users: every id is a whole number written as a float: " in capsys.readouterr().err
+    assert told == ("." not in ids[0])
+
+
 REFUSED = {
     "no user": ("a.txt", b"\n\n", "names no user: give one id a line"),
     "a header and no user": ("a.csv", b"user_id,age\n", "names no user"),
@@ -213,7 +235,7 @@ REFUSED = {
     "a number": ("a.json", b"7", "not a list of users"),
     "two lists": ("a.json", b'{"a": [1], "b": [2]}', "not a list of users"),
     "a surrogate": ("a.json", b'["\\ud800"]', "entry 0: .*is no id"),
-    "too long": ("a.txt", b"p1\n" + b"x" * (MAX_ID_BYTES + 1) + b"\n", "line 2: an id of 513 bytes, at most 512"),
+    "too long": ("a.txt", b"p1\n" + b"x" * (MOST_ID_BYTES + 1) + b"\n", "line 2: an id of 513 bytes, at most 512"),
     "far too long": ("a.csv", b"p1\n" + b"x" * 200_000 + b"\n", "line 2: not CSV"),
     "gzip": ("a.txt", b"\x1f\x8b\x08\x00", "is gzip: unpack it first"),
     "a spreadsheet": ("a.csv", b"PK\x03\x04", "a spreadsheet: save it as CSV"),
@@ -245,5 +267,5 @@ def test_parquet_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_longest_id_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "users.txt").write_text("ü" * (MAX_ID_BYTES // 2))
+    (tmp_path / "users.txt").write_text("ü" * (MOST_ID_BYTES // 2))
     assert read_user_ids(tmp_path / "users.txt") == ["ü" * 256]

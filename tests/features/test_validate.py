@@ -1,4 +1,4 @@
-"""Every check passes on a sound stream and finds the one defect that is planted for it, and says how to mend it."""
+"""Every check passes on a sound stream and finds the one defect that is planted for it, and says what to do."""
 
 from __future__ import annotations
 
@@ -165,14 +165,14 @@ DEFECTS = {
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_planted_defect_is_found_and_the_line_says_how_to_mend_it(name):
+def test_a_planted_defect_is_found_and_the_line_says_what_to_do(name):
     plant, check, words = DEFECTS[name]
     rows = events()
     plant(rows)
     found = verdict(rows)
     assert not found[check]["passed"]
     assert words in found[check]["detail"]
-    assert "Mend: " in found[check]["detail"]
+    assert "To do: " in found[check]["detail"]
 
 
 def test_defects_stay_where_they_are():
@@ -385,3 +385,32 @@ class TestDirectory:
             f"first {data / 'events' / '1.parquet'} row 51: timestamp 4000000000000 (2096-10-02T07:06:40Z"
             in clock["detail"]
         )
+
+
+def test_a_missing_id_that_went_through_text_is_found():
+    rows = events()
+    rows[3]["user_id"] = "nan"
+    found = verdict(rows)["types"]
+    assert not found["passed"]
+    assert "1 events have the user_id 'nan', as programs write a missing value in text, first row 3" in found["detail"]
+
+
+def test_every_table_that_a_training_reads_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pq.write_table(pa.Table.from_pylist(events(), EVENTS), tmp_path / "events.parquet")
+    pq.write_table(pa.table({"user_id": ["p1", None]}), tmp_path / "users.parquet")
+    pq.write_table(pa.table({"query": ["tea"], "item_id": ["i1"], "grade": ["good"]}), tmp_path / "judgments.parquet")
+    said = validate(tmp_path)
+    (types,) = [check for check in said["checks"] if check["name"] == "types"]
+    assert not types["passed"]
+    assert (said["rejected"], [row["table"] for row in said["rejections"]]) == (2, ["users", "judgments"])
+    assert "users: 1 of 2 rows rejected (50 %)" in capsys.readouterr().err
+    (tmp_path / "users.parquet").unlink()
+    (tmp_path / "judgments.parquet").unlink()
+    assert validate(tmp_path)["rejected"] == 0
+
+
+def test_the_unit_of_times_is_said(tmp_path: Path):
+    rows = [{name: row[name] for name in ("user_id", "item_id", "event_type")} for row in events()]
+    seconds = [{**row, "timestamp": NOW // 1000 - 10**6 + n} for n, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(seconds), tmp_path / "events.parquet")
+    assert validate(tmp_path)["time_units"] == {"events.timestamp": "s"}

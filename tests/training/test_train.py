@@ -122,7 +122,7 @@ def test_histories_of_one_event_teach_nothing(tmp_path: Path, tiny: TrainConfig)
     events = pa.table({"user_id": ["a", "b"], "item_id": ["x", "y"], "event_type": ["like"] * 2, "timestamp": [1, 2]})
     (tmp_path / "data").mkdir()
     pq.write_table(events, tmp_path / "data" / "events.parquet")
-    with pytest.raises(TrainingError, match="two events"):
+    with pytest.raises(TrainingError, match="two training events"):
         train(tmp_path / "data", tmp_path / "run", tiny)
 
 
