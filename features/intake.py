@@ -135,12 +135,10 @@ def summary(intakes: Mapping[str, Intake]) -> dict[str, Any]:
 
 def _unlisted(name: str, intake: Intake) -> str:
     count, example = f"{len(intake.unlisted):,}", f"such as {intake.unlisted[0]!r}"
-    if not intake.kept:
-        return f"warning: {name}: the table has no row, so all {count} items that events name are shown, {example}"
-    return (
-        f"{name}: {count} items that events name are not in the table, {example}: models learn from them, and they are "
-        "not shown; give an item a row to show it"
-    )
+    lacking = f"{name}: {count} items that events name are not in the table, {example}: models learn from them"
+    if intake.hidden:
+        return f"{lacking}, and they are not shown; give an item a row to show it"
+    return f"{lacking}, and they are shown, because the table has no column that says when an item may be shown"
 
 
 def _rows(intake: Intake) -> int:

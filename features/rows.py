@@ -75,6 +75,7 @@ class Intake:
         unread: The cells that were left out of the kept rows.
         ignored: The columns of its files that mean nothing here.
         unlisted: Of the items: those that events name and the table does not.
+        hidden: Those are not shown.
         closed: Of the items: none of them may be shown now.
     """
 
@@ -83,6 +84,7 @@ class Intake:
     unread: list[Unread] = field(default_factory=list)
     ignored: Sequence[str] = ()
     unlisted: Sequence[str] = ()
+    hidden: bool = False
     closed: bool = False
 
 

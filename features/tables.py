@@ -232,9 +232,23 @@ def open_dataset(
     if told:
         info["time_units"] = told
     unlisted = named.filter(pc.invert(pc.is_in(named, value_set=items.table["item_id"].combine_chunks())))
-    listed = dataclasses.replace(items.intake, unlisted=unlisted.to_pylist(), closed=_is_closed(items.table))
+    listed = dataclasses.replace(
+        items.intake,
+        unlisted=unlisted.to_pylist(),
+        hidden=states_availability(items.table),
+        closed=_is_closed(items.table),
+    )
     intake = {"events": fate, "items": listed, "users": users.intake}
     return Dataset(events, items.table, users.table, info, intake)
+
+
+def states_availability(items: pa.Table) -> bool:
+    """Returns True if a table of items says of some item whether, or when, it may be shown.
+
+    Then an item that the table lacks is most likely no longer sold. Without such a column it describes items, perhaps
+    not all of them.
+    """
+    return any(is_present(items[name]) for name in ("available", "available_from", "available_until"))
 
 
 def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Events, Array, Intake, Mapping[str, str]]:

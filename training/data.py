@@ -24,7 +24,7 @@ from features.events import Events
 from features.histories import KEYS, Distinct, Logged
 from features.jit import kernel
 from features.schema import NEGATIVE_EVENT_TYPES
-from features.tables import Dataset
+from features.tables import Dataset, states_availability
 from features.vocabulary import Vocabulary
 from training.config import PASSIVE_TYPES, TrainConfig
 from training.hidden import hidden_items
@@ -178,14 +178,14 @@ class Disk:
 def item_vocabulary(dataset: Dataset) -> tuple[pa.Table, Vocabulary]:
     """The items table in row order, completed by items that only events name, and its vocabulary.
 
-    Where the table has rows, an item that it lacks is not available: most such items are no longer sold.
+    Where the table says when its items may be shown, an item that it lacks is not available: it is likely sold no more.
     """
     ids: list[str] = [str(name) for name in dataset.items["item_id"].to_pylist()]
     known = set(ids)
     lacking = [name for name in dataset.stream.distinct("item_id") if name not in known]
     items = dataset.items
     if lacking:
-        available = False if items.num_rows else None
+        available = False if states_availability(items) else None
         extra = pa.Table.from_pylist([{"item_id": n, "available": available} for n in lacking], schema=items.schema)
         items = pa.concat_tables([items, extra]).combine_chunks()
     return items, Vocabulary.build(ids + lacking)

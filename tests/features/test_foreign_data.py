@@ -215,13 +215,19 @@ def test_a_catalogue_of_which_nothing_may_be_shown_says_so(
 
 def test_an_item_that_its_table_lacks_is_learned_from_and_not_shown(tmp_path: Path) -> None:
     data = shop(tmp_path)
-    pq.write_table(pa.table({"item_id": [f"g{n}" for n in range(1, ITEM_COUNT)]}), tmp_path / "items.parquet")
+    listed = {"item_id": [f"g{n}" for n in range(1, ITEM_COUNT)]}
+    pq.write_table(pa.table({**listed, "available": [True] * (ITEM_COUNT - 1)}), tmp_path / "items.parquet")
     lacking = open_dataset(tmp_path)
+    assert lacking.intake["items"].hidden
     assert (data.intake["items"].unlisted, lacking.intake["items"].unlisted) == ([], ["g0"])
     table, vocabulary = item_vocabulary(lacking)
     assert len(vocabulary) == ITEM_COUNT
     assert table.filter(pc.equal(table["available"], False))["item_id"].to_pylist() == ["g0"]
-    # Without a table of items, or with one that has no row, nothing is known and everything is shown.
+    # A table that says of no item when it may be shown describes some of them: everything is shown.
+    pq.write_table(pa.table(listed), tmp_path / "items.parquet")
+    described = open_dataset(tmp_path)
+    assert (described.intake["items"].unlisted, described.intake["items"].hidden) == (["g0"], False)
+    assert item_vocabulary(described)[0]["available"].null_count == ITEM_COUNT
     pq.write_table(pa.table({"item_id": pa.array([], pa.string())}), tmp_path / "items.parquet")
     assert item_vocabulary(open_dataset(tmp_path))[0]["available"].null_count == ITEM_COUNT
     (tmp_path / "items.parquet").unlink()

@@ -98,7 +98,7 @@ def test_the_share_that_a_refusal_names_is_enough(kept: int, bad: int, share: fl
 
 def test_columns_without_a_use_and_items_without_a_row_are_told():
     intakes = {
-        "items": Intake(5, ignored=["stock", "brand"], unlisted=["g7", "g8"]),
+        "items": Intake(5, ignored=["stock", "brand"], unlisted=["g7", "g8"], hidden=True),
         "impressions": Intake(5, ignored=["page_size"]),
     }
     assert told(intakes) == [
@@ -108,4 +108,6 @@ def test_columns_without_a_use_and_items_without_a_row_are_told():
     ]
     assert summary(intakes)["unlisted_items"] == 2
     assert told({"events": Intake(1, ignored=[f"c{n}" for n in range(15)])})[0].endswith("c11 and 3 more")
-    assert told({"items": Intake(0, unlisted=["g7"])})[0].startswith("warning: items: the table has no row, so all 1")
+    assert told({"items": Intake(5, unlisted=["g7"])})[0].endswith(
+        "and they are shown, because the table has no column that says when an item may be shown"
+    )

@@ -295,7 +295,9 @@ class _Answer:
             for item in self.slate.items
         ]
         known = [tier for tier in tiers if tier >= 0]
-        if not self.dialled and (known != sorted(known) or known[:1] != [_TIERS.index(_RUNG_SOURCE[self.slate.rung])]):
+        if not known or self.dialled:
+            return  # extras alone have no tier, and a dial may lift any item
+        if known != sorted(known) or known[0] != _TIERS.index(_RUNG_SOURCE[self.slate.rung]):
             yield f"rung {self.slate.rung}, tiers {known}"
 
 
