@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import benchmarks.training
 from benchmarks.peers.turns import Histories
 from benchmarks.side_by_side import _compare, speed
 from benchmarks.training import arithmetic, cold, quality
@@ -90,7 +91,8 @@ def test_a_missing_environment_says_how_to_make_it(circles: Path, tmp_path: Path
         speed(circles, config, tmp_path, budget=1.0, turn=1.0, validate_every=1.0, names=["recbole_equal"])
 
 
-def test_arithmetic_is_counted_by_hand(circles: Path) -> None:
+def test_arithmetic_is_counted_by_hand(circles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.training, "PRODUCT_SIZE", 256)  # without bfloat16 in hardware 2,048 takes minutes
     config = TrainConfig(**{**TINY, "protocol": "leave-one-out", "batch_tokens": 32})
     found = arithmetic(circles, config, budget=0.5)
     flops = found["flops_per_token"]
