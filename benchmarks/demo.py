@@ -106,6 +106,7 @@ def demo(dataset: str = "movielens-1m", out: Path = Path("build/demo"), source: 
         "rate": speed["rate"],
         "errors": speed["errors"],
         "rungs": speed["rungs"],
+        "degraded": speed["degraded"],
         **moved,
         "phases": clock.laps,
         "seconds": round(sum(clock.laps.values()), 1),

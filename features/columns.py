@@ -1,4 +1,4 @@
-"""One column of somebody's Parquet file -> the canonical type, and which of its cells cannot be read.
+"""One column of a foreign Parquet file -> the canonical type, and which of its cells cannot be read.
 
 Everything here works on whole columns. A cell that cannot be read becomes NULL and is marked; a column whose type can
 never fit raises `Misfit`. NULL, NaN and, in a column that does not hold text, the empty text are missing cells: no

@@ -26,7 +26,7 @@ _FOREIGN = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".orc", ".avro", ".arr
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 _NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 _MAGIC = (b"PAR1", b"PARE")
-# A leading dot or underscore marks what somebody is still writing, by the convention of Hadoop and Spark.
+# A leading dot or underscore marks what is still being written, by the convention of Hadoop and Spark.
 _HIDDEN = (".", "_")
 
 

@@ -38,8 +38,9 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_demo_goes_from_data_to_answers(answer: dict[str, Any]) -> None:
     json.dumps(answer)
     assert answer["rate"] > 0
-    # Every user is known by what they did; on a busy machine a profile may come too late for some answers.
-    assert answer["rungs"]["sequence"] >= 0.9 * sum(answer["rungs"].values())
+    # Every user is known by what they did. Only an answer whose profile came too late may be another, and it is marked.
+    assert set(answer["rungs"]) == {"sequence"} or "PROFILE_STORE" in answer["degraded"]
+    assert answer["rungs"]["sequence"] >= 0.9
     assert answer["other_unchanged"] is True
     assert list(answer["phases"]) == ["data", "training", "evaluation", "export", "service", "requests"]
     assert answer["seconds"] == pytest.approx(sum(answer["phases"].values()), abs=0.1)
