@@ -14,6 +14,7 @@ class PenchantError(Exception):
     ├── TablesError          a table of a data set cannot be read or written
     ├── VocabularyError      ids clash, or the file of ids is damaged
     ├── ProfileCorrupt       the stored profile of a person fails its checks
+    ├── ProfileNewer         a later version of Penchant wrote the stored profile
     ├── BundleError          a bundle is damaged, foreign or incomplete
     ├── TrainingError        a training, an evaluation or an export cannot go on
     │   ├── ConfigError      its configuration cannot work
@@ -34,6 +35,10 @@ class VocabularyError(PenchantError):
 
 class ProfileCorrupt(PenchantError):
     """The stored profile of a person fails its checks."""
+
+
+class ProfileNewer(PenchantError):
+    """A later version of Penchant wrote the stored profile: it is whole, and this version leaves it alone."""
 
 
 class BundleError(PenchantError):

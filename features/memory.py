@@ -163,6 +163,12 @@ def decode(stored: bytes | memoryview) -> Memory:
     return Memory(np.array(facts, np.int64), keys.copy(), counts.reshape(count, len(HORIZONS)).copy())
 
 
+def of_format_3(memory: Memory) -> Memory:
+    """Returns the memory of a profile of format 3, whose counts stood at the newest event, as it is kept now."""
+    counts = memory.counts / left(memory.newest, memory.newest, _TICKS)
+    return Memory(memory.facts, memory.keys, counts.astype(np.float32))
+
+
 def size_of(stored: bytes | memoryview) -> int:
     """Length in bytes of the memory that `stored` begins with."""
     return FACTS_SIZE + CELL_SIZE * int(sum(_FACTS.unpack_from(stored)[3:]))

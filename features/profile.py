@@ -21,13 +21,21 @@ import numpy.typing as npt
 from features import controls
 from features import memory as memories
 from features.controls import Rules, no_rules
-from features.errors import ProfileCorrupt
+from features.errors import ProfileCorrupt, ProfileNewer
 from features.kernels import crc32_rows, evict
 from features.memory import Memory
 from features.schema import PASSIVE_EVENT_TYPES, event_type_key
 
 FORMAT = 4
 """Version of a stored profile's layout and of what its numbers mean."""
+
+OLDEST_FORMAT = 3
+"""Oldest version that is still read, so that an upgrade makes nobody new: a profile is rewritten when it is compacted.
+
+Header, rules and tail are laid out alike in all versions from here on; only what a state's numbers mean differs."""
+
+LATER_FORMATS = bytes(range(FORMAT + 1, FORMAT + 4))
+"""Versions that a later Penchant may write while this one still runs; any other is damage."""
 
 RING = 256
 """Number of newest events about items kept whole; at least the length of any encoder."""
@@ -383,17 +391,27 @@ def encode(profile: Profile, erased_before: int = 0, consent_version: int = 0, r
     return _HEADER.pack(_MAGIC, FORMAT, condition, consent, len(state), len(rules), *versions) + state + rules
 
 
+def is_newer(blob: bytes) -> bool:
+    """Whether a later version of Penchant wrote a stored profile."""
+    return blob[:4] == _MAGIC and blob[4:5] in LATER_FORMATS
+
+
 def split(blob: bytes) -> Stored:
     """Takes a stored profile apart, without folding.
 
     Raises:
-        ProfileCorrupt: The bytes are not a stored profile of this format, are cut short or were changed.
+        ProfileCorrupt: The bytes are not a stored profile that this version reads, are cut short or were changed.
+        ProfileNewer: A later version wrote it.
     """
     if len(blob) < HEADER_SIZE:
         raise ProfileCorrupt(f"a stored profile has at least {HEADER_SIZE} bytes, this one {len(blob)}; {REPAIR}")
     magic, version, condition, consent, state_length, rules_length, *versions = _HEADER.unpack_from(blob)
-    if magic == _MAGIC and version != FORMAT:
-        raise ProfileCorrupt(f"a profile of format {version}, not {FORMAT}; {REPAIR}")
+    if is_newer(blob):
+        raise ProfileNewer(
+            f"a later version of Penchant wrote this profile (format {version}); upgrade this process too"
+        )
+    if magic == _MAGIC and not OLDEST_FORMAT <= version <= FORMAT:
+        raise ProfileCorrupt(f"a profile of format {version}, not {OLDEST_FORMAT} to {FORMAT}; {REPAIR}")
     if magic != _MAGIC or condition not in (0, _AWAY, _LOST) or (condition == _AWAY and state_length):
         raise ProfileCorrupt(f"not a stored profile; {REPAIR}")
     middle = HEADER_SIZE + state_length
@@ -402,6 +420,8 @@ def split(blob: bytes) -> Stored:
         raise ProfileCorrupt(f"a stored profile is cut short; {REPAIR}")
     folded, erased, said, ruled = (int.from_bytes(number, "big") for number in versions)
     state = decode_state(memoryview(blob)[HEADER_SIZE:middle], folded)
+    if version < FORMAT:
+        state = dataclasses.replace(state, memory=memories.of_format_3(state.memory))
     if rules_length or any(consent):
         rules = controls.decode(memoryview(blob)[middle:start])
         state = dataclasses.replace(state, consent=decode_consent(consent), rules=rules)
@@ -422,6 +442,7 @@ def decode(blob: bytes) -> Profile:
 
     Raises:
         ProfileCorrupt: See `split`.
+        ProfileNewer: See `split`.
     """
     stored = split(blob)
     if not stored.tail.size:

@@ -16,7 +16,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from features.controls import MOST_RULES, RULE
-from features.errors import PenchantError, ProfileCorrupt
+from features.errors import PenchantError, ProfileCorrupt, ProfileNewer
 from features.memory import LARGEST_MEMORY
 from features.profile import (
     ENTRY,
@@ -35,6 +35,7 @@ from features.profile import (
     encode,
     encode_consent,
     fold,
+    is_newer,
     split,
 )
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
@@ -69,6 +70,8 @@ _ATTEMPTS = 3
 _PATIENT_ATTEMPTS = 30
 _CHUNK = 256
 _EMPTY = encode(empty())
+_NEWER = "a later version of Penchant wrote this profile, and this one leaves it alone; upgrade this process too"
+_NEWER_PAUSE_MS = 1000
 _NEVER = 1 << 52  # later than anything, ms
 _EVERYBODY = b"penchant:{p*}:profile:*"
 _AWAY = 5  # where in a header it stands that the state was dropped
@@ -339,6 +342,8 @@ class ProfileStore:
     def _mend(self, subject: str, profile: Profile) -> int:
         """Replaces a profile that was kept although it is damaged; 1 where it was, else 0."""
         blob = self._nodes.command("GET", self.key_of(subject)) or b""
+        if is_newer(blob):
+            raise ProfileStoreUnavailable(_NEWER, retry_after_ms=_NEWER_PAUSE_MS)
         try:
             split(blob)
         except ProfileCorrupt:
@@ -421,7 +426,8 @@ class ProfileStore:
         idle = [
             Call(PROFILE_LEAVE, (key,), (_EMPTY, front[:HEADER_SIZE], before_ms))
             for key, front in zip(keys, self._nodes.run_all(wanted), strict=True)
-            if isinstance(front, bytes) and len(front) == _FRONT and _last_seen(front) < before_ms and _elsewhere(front)
+            if isinstance(front, bytes) and len(front) == _FRONT and not is_newer(front)
+            if _last_seen(front) < before_ms and _elsewhere(front)
         ]
         return sum(reply == 1 for reply in self._nodes.run_all(idle)) if idle else 0
 
@@ -449,6 +455,8 @@ class ProfileStore:
 
     def _blob(self, subject: str) -> bytes:
         blob: bytes = self._nodes.command("GETRANGE", self.key_of(subject), 0, self._giant)
+        if is_newer(blob):
+            raise ProfileStoreUnavailable(_NEWER, retry_after_ms=_NEWER_PAUSE_MS)
         if len(blob) > self._giant:
             self._telemetry.count("profile_corrupt")
             raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have; {REPAIR}")
@@ -476,6 +484,8 @@ class ProfileStore:
     def _refusal(self, error: ResponseError) -> PenchantError:
         """What an error reply about one person means."""
         message = str(error)
+        if "NEWER" in message:
+            return ProfileStoreUnavailable(_NEWER, retry_after_ms=_NEWER_PAUSE_MS)
         if "CORRUPT" in message or "WRONGTYPE" in message:
             self._telemetry.count("profile_corrupt")
             return ProfileCorrupt(f"the stored profile is damaged ({message}); {REPAIR}")
@@ -488,6 +498,8 @@ class ProfileStore:
 def _is_damaged(blob: bytes) -> bool:
     try:
         return split(blob).state.lost
+    except ProfileNewer:
+        return False
     except ProfileCorrupt:
         return True
 

@@ -6,7 +6,7 @@ and are compared as two halves of 32 bits (Lua compares strings by locale).
 
 from __future__ import annotations
 
-from features.profile import ENTRY, HEADER_SIZE, SMALLEST_STATE
+from features.profile import ENTRY, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, SMALLEST_STATE
 from serving.redis_client import Script
 
 LIVE = 1 << 40
@@ -16,9 +16,18 @@ SEQUENCE_BITS = 20
 """Bits of a log id that count within its millisecond."""
 
 _TAIL = f"""
+-- A later version wrote this profile: nothing of it may be read wrongly, or lost.
+local front = redis.pcall('GETRANGE', KEYS[1], 0, 4)
+if type(front) == 'string' and #front == 5 and string.sub(front, 1, 4) == string.sub(ARGV[1], 1, 4)
+    and string.byte(front, 5) >= {LATER_FORMATS[0]} and string.byte(front, 5) <= {LATER_FORMATS[-1]} then
+  return redis.error_reply('NEWER ' .. string.byte(front, 5))
+end
 local ENTRY, HEADER, STATE = {ENTRY.itemsize}, {HEADER_SIZE}, {SMALLEST_STATE}
 local function at_most(h1, l1, h2, l2) return h1 < h2 or (h1 == h2 and l1 <= l2) end
-local function ours(head, blank) return #head >= HEADER and string.sub(head, 1, 5) == string.sub(blank, 1, 5) end
+local function ours(head, blank)
+  return #head >= HEADER and string.sub(head, 1, 4) == string.sub(blank, 1, 4)
+    and string.byte(head, 5) >= {OLDEST_FORMAT} and string.byte(head, 5) <= string.byte(blank, 5)
+end
 -- Of a damaged profile: that its past is lost and, as far as its header can be read, what the user allows and up to
 -- where it forgets. Of none: a blank one.
 local function salvaged(read, head, blank)
