@@ -1,4 +1,6 @@
-"""Writes the tables of the docs from `benchmarks/results/*.json`, between `<!-- results: NAME -->` and `<!-- end -->`.
+"""Writes the tables of the docs, between `<!-- results: NAME -->` and `<!-- end -->`.
+
+Figures come from `benchmarks/results/*.json`, settings from the classes that read them.
 
 python -m benchmarks.tables          writes them
 python -m benchmarks.tables --check  says whether they are what the results say; status 1 if not
@@ -11,14 +13,20 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import SecretStr
 
 from benchmarks.report import RESULTS
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
 ROOT = RESULTS.parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("backend.md", "data.md", "training.md", "load-testing.md")),
+    *(ROOT / "docs" / name for name in ("backend.md", "data.md", "training.md", "load-testing.md", "settings.md")),
 )
 _FASTER = ("seconds_to_goal", "seconds_to_its_best")
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -303,6 +311,72 @@ def _saw(seen: str) -> str:
     return ", ".join([rung.removeprefix("RUNG_").lower(), *(part.removeprefix("PART_") for part in parts)])
 
 
+def serve_settings() -> str:
+    """Every setting of `penchant serve`."""
+    from serving.config import PREFIX, ServeConfig
+
+    return _settings(ServeConfig, PREFIX)
+
+
+def train_settings() -> str:
+    """Every setting of `penchant train`."""
+    from training.config import PREFIX, TrainConfig
+
+    return _settings(TrainConfig, PREFIX)
+
+
+def _settings(config: type[BaseModel], prefix: str) -> str:
+    fields = config.model_fields.items()
+    rows = [
+        [f"`{name}`", f"`{prefix}{name.upper()}`", _kind(field), _default(field), _escaped(field.description or "")]
+        for name, field in fields
+    ]
+    return _table(["setting", "variable", "value", "default", "meaning"], rows, align="---")
+
+
+def _kind(field: FieldInfo) -> str:
+    """The values that a setting takes, with their bounds."""
+    bounds = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = [
+        f"{sign} {getattr(one, name):g}"
+        for one in field.metadata
+        for name, sign in bounds.items()
+        if hasattr(one, name)
+    ]
+    return _escaped(" ".join([_named(field.annotation), ", ".join(limits)]).strip())
+
+
+def _named(annotation: Any) -> str:
+    """A type in the words of the page."""
+    inside = [one for one in get_args(annotation) if one not in (type(None), ...)]
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{one}`" for one in inside)
+    if get_origin(annotation) is Annotated:
+        return f"{_named(inside[0])} > 0"
+    if get_origin(annotation) in (tuple, list):
+        return f"list of {_named(inside[0])}"
+    if get_origin(annotation) is dict:
+        return f"mapping of {_named(inside[0])} to {_named(inside[1])}"
+    if inside:
+        return _named(inside[0])
+    words = {int: "integer", float: "number", bool: "true or false", Path: "path", str: "text", SecretStr: "secret"}
+    return words.get(annotation, annotation.__name__.lower())
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "none"
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return f"`{_escaped(json.dumps(plain))}`"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "impressions": impressions,
@@ -316,6 +390,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "no-skew": no_skew,
     "freshness": freshness,
     "profiles": profiles,
+    "serve-settings": serve_settings,
+    "train-settings": train_settings,
 }
 
 
@@ -328,9 +404,9 @@ def _interval(figure: dict[str, float]) -> str:
     return f"{figure['mean']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    align = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, align, *rows))
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    line = ["---", *[align] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, line, *rows))
 
 
 def _source(path: Path, result: dict[str, Any]) -> str:
