@@ -28,6 +28,7 @@ PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / name for name in ("backend.md", "data.md", "training.md", "load-testing.md", "settings.md")),
 )
+_WORDS = {int: "integer", float: "number", bool: "true or false", Path: "path", str: "text", SecretStr: "secret"}
 _FASTER = ("seconds_to_goal", "seconds_to_its_best")
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -348,9 +349,9 @@ def _kind(field: FieldInfo) -> str:
 
 def _named(annotation: Any) -> str:
     """A type in the words of the page."""
-    inside = [one for one in get_args(annotation) if one not in (type(None), ...)]
+    inside = [part for part in get_args(annotation) if part not in (type(None), ...)]
     if get_origin(annotation) is Literal:
-        return " or ".join(f"`{one}`" for one in inside)
+        return " or ".join(f"`{choice}`" for choice in inside)
     if get_origin(annotation) is Annotated:
         return f"{_named(inside[0])} > 0"
     if get_origin(annotation) in (tuple, list):
@@ -359,8 +360,7 @@ def _named(annotation: Any) -> str:
         return f"mapping of {_named(inside[0])} to {_named(inside[1])}"
     if inside:
         return _named(inside[0])
-    words = {int: "integer", float: "number", bool: "true or false", Path: "path", str: "text", SecretStr: "secret"}
-    return words.get(annotation, annotation.__name__.lower())
+    return _WORDS.get(annotation) or str(annotation.__name__).lower()
 
 
 def _default(field: FieldInfo) -> str:
