@@ -20,7 +20,7 @@ from training.evaluate_tables import (
     Chances,
     Tested,
     baselines,
-    logged,
+    compared,
     read_tested,
     resampled,
     spread,
@@ -30,7 +30,7 @@ from training.evaluate_tables import (
 from training.feed import Feed, read_feed
 from training.impressions import Shown
 from training.machine import exact, prepared
-from training.run import LoadedRun, load_run
+from training.run import LoadedRun, load_run, note_evaluation
 from training.statistics import Teller
 from training.train import Material
 
@@ -71,8 +71,10 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     peer, said = _lightgbm(feed, tested, python, trials, loaded.config.seed)
     beside = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.lines)}
     names = [action.name for action in material.actions]
+    measured = compared([loaded], material.data.items, tested, beside)
+    note_evaluation(run, measured)
     return {
-        **logged([loaded], material.data.items, tested, beside),
+        **measured,
         "ahead": _ahead(names, tested, peer),
         "lightgbm": said,
         "lines": {"train": int((~feed.validates).sum()), "validation": int(feed.validates.sum())},

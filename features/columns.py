@@ -71,7 +71,7 @@ def convert(
 
 
 def _strings(column: Array, is_id: bool) -> Converted:
-    """Text, or whole numbers that somebody stored as floats or decimals; an id has at most `MOST_ID_BYTES`."""
+    """Text, or whole numbers stored as floats or decimals; an id has at most `MOST_ID_BYTES`."""
     should = "text, or a whole number" if is_id else "text"
     bad = np.zeros(len(column), dtype=bool)
     if is_text(column.type):

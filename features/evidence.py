@@ -42,7 +42,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one look at the rows gave: how many of how many are wrong, what that is, and what to do."""
+    """The result of a check of the rows: how many of how many are wrong, the reason, and the remedy."""
 
     wrong: int
     of: int
@@ -54,5 +54,5 @@ class Finding:
     """The share that is let pass where the limit of the check is smaller."""
 
     def fails(self, limit: float) -> bool:
-        """Whether more is wrong than may be."""
+        """True where more is wrong than is allowed."""
         return self.certain or bool(self.of and self.wrong / self.of > max(limit, self.spared))

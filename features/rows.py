@@ -146,7 +146,7 @@ class _Cells:
         return np.asarray(np.logical_or.reduce([mask for mask, _ in self.faults]), bool)
 
     def reason(self, name: str, row: int) -> str:
-        """What is wrong with the cell of a row."""
+        """Returns the reason why the cell of a row is refused."""
         should = next(should for mask, should in self.faults if mask[row])
         return f"{name} is {_shown(self.given, row)}, should be {should}"
 

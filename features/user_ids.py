@@ -202,7 +202,7 @@ def _of_csv(path: Path, text: str, suffix: str) -> Found:
 
 
 def _layout(text: str, suffix: str) -> tuple[str, int | None]:
-    """What separates the fields, and the place of `user_id` in the header; None where there is no header."""
+    """Returns the separator of fields and the place of `user_id` in the header; None where there is no header."""
     first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "").rstrip("\n")
     usual = {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(suffix)
     if len(first) > csv.field_size_limit() or bare(first) == "userid":
@@ -302,7 +302,7 @@ def _id_of(value: Any) -> str | None:
 
 
 def _trouble(name: str, text: bool = False) -> str:
-    """What is wrong with an id, "" where nothing is; in a text, a control character says that it is something else."""
+    """Returns what is wrong with an id, "" where nothing is; a control character in a text shows another format."""
     size = len(name.encode(errors="surrogatepass"))
     if size > MOST_ID_BYTES:
         return f"an id of {size} bytes, at most {MOST_ID_BYTES} are taken: name users by a shorter id"

@@ -138,7 +138,7 @@ def _list(cell: str, style: ListStyle | None) -> list[str] | None:
 
 
 def _loaded(cell: str) -> Any:
-    """What a text is in JSON or else in Python, as far as numbers as they are written; None if it is neither."""
+    """Returns a text read as JSON or else as Python, its numbers as they are written; None if it is neither."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(cell, parse_int=str, parse_float=str, parse_constant=str)
     if _JUXTAPOSED.search(cell):
@@ -161,7 +161,7 @@ def _texts(entries: Any) -> list[str] | None:
 
 
 def _cut(cell: str, sign: str) -> list[str]:
-    """What stands between signs; quotes protect theirs."""
+    """Returns the parts between separators; quotes protect the ones inside."""
     parts = next(csv.reader([cell], delimiter=sign, skipinitialspace=True)) if '"' in cell else cell.split(sign)
     return [part.strip() for part in parts if part.strip()]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.ranker import utility
 from training.ranking import Pasts, had_before, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.report import write_report
-from training.run import LoadedRun, admit_run, append_line, load_run
+from training.run import LoadedRun, admit_run, load_run, note_evaluation
 from training.split import Split, Targets, Which, held_out, split
 
 SHOWN = 10
@@ -152,7 +151,7 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
     answer = _events(runs, protocol, data) if protocol in _NEEDS else _tables(runs, protocol, data)
     answer["seconds"] = round(time.monotonic() - began, 3)
     for run in map(Path, runs):
-        append_line(run / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
+        note_evaluation(run, answer)
         write_report(list(map(Path, runs)), run)
     return answer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from training.impressions import NEVER, Shown, read_shown, read_slates
 from training.machine import exact, prepared
 from training.metrics import RESAMPLES, Floats, auc, ece, gauc, graded_ndcg, interval, log_loss, measure
 from training.ranking import Pasts
-from training.run import LoadedRun, admit_run, append_line, input_shapes, load_run
+from training.run import LoadedRun, admit_run, input_shapes, load_run
 from training.split import before_cut, cut_of
 from training.statistics import features_of_line
 from training.train import Material, read_material
@@ -98,7 +97,9 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
     with prepared(first.config.threads), exact(), torch.inference_mode():
         tested = test(loaded, material.data, shown)
     left_out |= tell_future(material.data)
-    return logged(loaded, material.data.items, tested, baselines(first, material.data, shown, tested.lines)) | left_out
+    return (
+        compared(loaded, material.data.items, tested, baselines(first, material.data, shown, tested.lines)) | left_out
+    )
 
 
 def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material, Shown]:
@@ -122,8 +123,8 @@ def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material,
     return material, shown
 
 
-def logged(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mapping[str, Chances]) -> dict[str, Any]:
-    """What `evaluate_impressions` answers, written into the log of every run; `beside` are the scorers to compare."""
+def compared(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mapping[str, Chances]) -> dict[str, Any]:
+    """Returns what `evaluate_impressions` answers; `beside` are the scorers to compare."""
     labels, people = tested.lines.labels(), tested.lines.people
     names = [action["name"] for action in runs[0].result["actions"]]
 
@@ -134,7 +135,7 @@ def logged(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mappin
             for metric, value in judge(labels[:, number], chances.of(number), people).items()
         }
 
-    compared = {name: figures(chances) for name, chances in beside.items()}
+    others = {name: figures(chances) for name, chances in beside.items()}
     answer = {
         "protocol": "impressions",
         "runs": [str(run.path) for run in runs],
@@ -144,13 +145,11 @@ def logged(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mappin
         "impressions": len(tested.lines),
         "actions": {name: int(count) for name, count in zip(names, labels.sum(0), strict=True)},
         "metrics": figures(tested.chances),
-        "baselines": {name: {n: value["mean"] for n, value in one.items()} for name, one in compared.items()},
+        "baselines": {name: {n: value["mean"] for n, value in one.items()} for name, one in others.items()},
         "baseline_intervals": {
-            name: {n: [value["low"], value["high"]] for n, value in one.items()} for name, one in compared.items()
+            name: {n: [value["low"], value["high"]] for n, value in one.items()} for name, one in others.items()
         },
     }
-    for run in runs:
-        append_line(run.path / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds")} | answer)
     return answer
 
 

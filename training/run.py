@@ -24,6 +24,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,11 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
     """Adds one line of JSON to a log."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(content) + "\n")
+
+
+def note_evaluation(run: Path, answer: Mapping[str, Any]) -> None:
+    """Adds what a test said of a run to the log of its evaluations."""
+    append_line(run / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds"), **answer})
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:

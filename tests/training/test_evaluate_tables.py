@@ -29,7 +29,10 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_impressions_are_judged_by_what_followed(simulated: tuple[Path, Path]) -> None:
+    log = simulated[1] / "evaluations.jsonl"
+    before = log.read_text().count("\n") if log.exists() else 0
     found = evaluate([simulated[1]], "impressions")
+    assert log.read_text().count("\n") == before + 1
     assert found["impressions"] > 1000
     actions = {name.partition("/")[0] for name in found["metrics"]}
     assert actions
