@@ -14,11 +14,11 @@ import grpc
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from features.assemble import HALF_LIFE
+from features.assemble import HALF_LIFE, shown_and_chosen
 from features.controls import FOR_EVER, MOST_RULES, Kind
 from features.errors import ProfileCorrupt
 from features.memory import DIMENSIONS, HORIZONS
-from features.profile import PAST_LOST, RING, Profile, Purpose
+from features.profile import PAST_LOST, RING, Profile, Purpose, Records
 from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine import Engine, Host
@@ -300,10 +300,15 @@ def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
     memory = profile.memory
     if not memory.visiting(time.time_ns() // 1_000_000):
         return None
-    here = profile.records[profile.records["timestamp"] >= memory.visit_began]["category"]
+    here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]
     keys, counts = np.unique(here[here != 0], return_counts=True)
     most = _category(int(keys[counts.argmax()]), engine) if keys.size else ""
     return profile_pb2.Visit(began_ms=memory.visit_began, events=memory.visit_events, category=most)
+
+
+def _chosen(records: Records) -> Records:
+    """The events by which the user chose an item: showings and refusals are no liking."""
+    return records[shown_and_chosen(records["event_type"])[1]]
 
 
 def _category(key: int, engine: Engine) -> str:
@@ -313,10 +318,11 @@ def _category(key: int, engine: Engine) -> str:
 
 
 def _affinities(profile: Profile, items: dict[int, dict[str, Any]]) -> list[profile_pb2.Affinity]:
-    """The decayed share of each category whose name is known, strongest first."""
+    """The decayed share of each category whose name is known among the user's choices, strongest first."""
     names = {item_key(item["categories"][0]): item["categories"][0] for item in items.values() if item["categories"]}
-    weights = 0.5 ** (np.arange(profile.records.size)[::-1] / HALF_LIFE)
-    keys, place = np.unique(profile.records["category"], return_inverse=True)
+    chosen = _chosen(profile.records)
+    weights = 0.5 ** (np.arange(chosen.size)[::-1] / HALF_LIFE)
+    keys, place = np.unique(chosen["category"], return_inverse=True)
     shares = np.bincount(place, weights, keys.size) / max(weights.sum(), 1e-12)
     found = [(names[key], share) for key, share in zip(keys.tolist(), shares.tolist(), strict=True) if key in names]
     found.sort(key=lambda pair: (-pair[1], pair[0]))
