@@ -38,9 +38,9 @@ DOCUMENTED = (
         "view_item_list",
         "the item was only shown, an impression: it is no taste, makes nothing seen and is never predicted",
         chosen=False,
-        synonyms="""impression viewimpression shown show display exposure expose seen render serve list listview viewlist
-        itemlist viewitems listviewed promotionview viewpromotion viewsearchresults recommendationshown adimpression imp
-        impr viewable viewport appear""",
+        synonyms="""impression viewimpression shown show display exposure expose seen render serve list listview
+        viewlist itemlist viewitems listviewed promotionview viewpromotion viewsearchresults
+        recommendationshown adimpression imp impr viewable viewport appear""",
     ),
     EventType(
         "select_item",
@@ -50,7 +50,7 @@ DOCUMENTED = (
     EventType(
         "view_item",
         "the user looked at the item itself: its page, a video",
-        synonyms="""view itemview pageview detailpageview detailview viewcontent viewdetail viewdetails visit visited watch look
+        synonyms="""view itemview pageview detailpageview detailview viewcontent viewdetail viewdetails visit watch look
         viewpage viewed""",
     ),
     EventType(

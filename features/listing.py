@@ -19,8 +19,8 @@ from features.assemble import (
     Moment,
     encoder_inputs,
     history,
-    rows_read,
     ranker_features,
+    rows_read,
     type_index,
 )
 from features.bundle import open_bundle

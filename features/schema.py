@@ -124,6 +124,7 @@ IMPRESSIONS = pa.schema(
 )
 IMPRESSIONS_REQUIRED: Required = ("request_id", "user_id", "timestamp", "item_ids", "propensities")
 
+
 def event_type_key(name: str) -> int:
     """The uint32 that stands for an event type in a stored record: CRC-32 of its UTF-8 name, so no registry exists."""
     return zlib.crc32(name.encode())

@@ -15,7 +15,9 @@ import numpy as np
 from google.protobuf.json_format import MessageToDict
 
 from features.assemble import HALF_LIFE, shown_and_chosen
-from features.controls import FOR_EVER, MOST_RULES, Kind
+from features.catalog import Catalog
+from features.catalog_names import look_up
+from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
 from features.errors import ProfileCorrupt
 from features.memory import DIMENSIONS, HORIZONS
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
@@ -46,6 +48,10 @@ _KINDS = {
     profile_pb2.CONTROL_KIND_CREATOR: Kind.CREATOR,
     profile_pb2.CONTROL_KIND_CATEGORY: Kind.CATEGORY,
 }
+
+
+_DIALLED = {Dial.CATEGORY_WEIGHT: Kind.CATEGORY, Dial.CREATOR_WEIGHT: Kind.CREATOR}
+"""What a dial with a name is about."""
 
 
 class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
@@ -82,7 +88,10 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         checks.count(request.hidden, "hidden", 0, MOST_RULES - len(turned), of)
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
         version, applied = self._people.set_rules(subject, [*rules, *turned])
-        return profile_pb2.SetControlsResponse(profile_version=version, applied=applied)
+        matched, unknown = control_matches(rules, turned, self._host.engine.catalog)
+        return profile_pb2.SetControlsResponse(
+            profile_version=version, applied=applied, matched=matched, unknown=unknown
+        )
 
     def SetConsent(
         self, request: profile_pb2.SetConsentRequest, context: grpc.ServicerContext
@@ -206,6 +215,32 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
                 name = _category(key, engine) if dimension == "category" else types.get(key, "")
                 counts[name or f"key {key:016x}"] = cell
         return found
+
+
+def control_matches(
+    rules: Sequence[Rule], dials: Sequence[Setting], catalog: Catalog
+) -> tuple[list[profile_pb2.ControlMatch], list[profile_pb2.ControlMatch]]:
+    """Returns which controls and dials name something that the catalogue has, and which do not."""
+    kinds = {meant: kind for kind, meant in _KINDS.items()}
+    named = [(f"hidden[{place}].id", rule.kind, rule.name) for place, rule in enumerate(rules)]
+    fields = {dial: (f"dials.{field}", _DIALLED[dial]) for field, dial in checks.NAMED_DIALS.items()}
+    named += [(*fields[setting.dial], setting.name) for setting in dials if setting.name]
+    by_kind: dict[Kind, list[str]] = {}
+    for _, kind, name in named:
+        by_kind.setdefault(kind, []).append(name)
+    likely: dict[tuple[Kind, str], str] = {}
+    for kind, names in by_kind.items():
+        likely |= {(kind, name): meant for name, meant in look_up(catalog, kind.name.lower(), names).items()}
+    matched, unknown = list[profile_pb2.ControlMatch](), list[profile_pb2.ControlMatch]()
+    for field, kind, name in named:
+        meant = likely[kind, name]
+        match = profile_pb2.ControlMatch(field=field, kind=kinds[kind], id=name)
+        if meant == name:
+            matched.append(match)
+        else:
+            match.did_you_mean = meant
+            unknown.append(match)
+    return matched, unknown
 
 
 def _hidden(rules: Sequence[Rule | Setting]) -> list[profile_pb2.Control]:
