@@ -16,7 +16,14 @@ from features.memory import Memory
 from features.memory import empty as nothing_remembered
 from features.outcomes import PERSON_STRENGTH, Outcomes, Rates
 from features.profile import RING, Profile
-from features.schema import Feature, FeatureSet, event_type_key
+from features.schema import (
+    NEGATIVE_EVENT_TYPES,
+    PASSIVE_EVENT_TYPES,
+    Feature,
+    FeatureSet,
+    event_type_key,
+    event_type_keys,
+)
 
 HALF_LIFE = 20
 """Number of events after which an event weighs half in an affinity."""
@@ -80,6 +87,7 @@ ACTION_FEATURES = FeatureSet(
 """What the ranker reads for each of a bundle's actions, after `RANKER_FEATURES`."""
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
 
+_SHOWN, _REFUSED = event_type_keys(PASSIVE_EVENT_TYPES), event_type_keys(NEGATIVE_EVENT_TYPES)
 _HALF_POWER = 0.5**0.5  # two classes of duration per doubling
 _MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 
@@ -98,6 +106,8 @@ class History:
         creators: Key of the creator as it was when the event came; uint64.
         timestamps: Time of the event, ms; int64.
         values: Value of the event, NaN where it has none; float32.
+        shown: The event only shows its item to the user (`PASSIVE_EVENT_TYPES`); bool.
+        chosen: The user chose the item: it is neither shown only nor refused; bool.
         memory: What all events of the profile add up to, also older ones.
         kinds: As `types`, of the event types in the memory; int32 [k].
     """
@@ -108,6 +118,8 @@ class History:
     creators: npt.NDArray[np.uint64]
     timestamps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
+    shown: npt.NDArray[np.bool_]
+    chosen: npt.NDArray[np.bool_]
     memory: Memory = field(default_factory=nothing_remembered)
     kinds: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
@@ -167,8 +179,29 @@ def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -
         np.ascontiguousarray(records["creator"]),
         np.ascontiguousarray(records["timestamp"]),
         np.ascontiguousarray(records["value"]),
+        *shown_and_chosen(records["event_type"]),
         *remembered(profile.memory, type_index),
     )
+
+
+def shown_and_chosen(keys: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which events of these type keys only show their item, and by which the user chose it; two bool [n]."""
+    shown = np.isin(keys, _SHOWN)
+    return shown, ~(shown | np.isin(keys, _REFUSED))
+
+
+def rows_read(past: History) -> npt.NDArray[np.int32]:
+    """The rows of a history that the user encoder reads; int32 [n], -1 where it reads none.
+
+    A model that learned from what was shown knows such an event by its type. To another one its type would be unknown,
+    and the item as good as chosen: there the event is left out.
+    """
+    return np.where(past.shown & (past.types == 0), np.int32(-1), past.rows).astype(np.int32)
+
+
+def chosen_rows(past: History) -> npt.NDArray[np.int32]:
+    """The rows of the items that the user chose, in order, repeats kept; int32 [n]. They alone make a user known."""
+    return past.rows[past.chosen & (past.rows >= 0)]
 
 
 def remembered(memory: Memory, type_index: Mapping[int, int]) -> tuple[Memory, npt.NDArray[np.int32]]:

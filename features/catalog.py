@@ -21,6 +21,9 @@ from features.vocabulary import Vocabulary
 
 _FOREVER = np.iinfo(np.int64).max
 _FIELDS = ("title", "description", "categories", "creator_id", "price", "parent_id", "attributes")
+_WINDOW = ("available", "available_from", "available_until")
+RECORD_FIELDS = (*_FIELDS, *_WINDOW)
+"""What `Catalog.records` tells of an item."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,11 +114,14 @@ class Catalog:
         return rows
 
     def rows_with(self, column: str, keys: Sequence[int]) -> dict[int, int]:
-        """The row of an item that has a key in `column`, "category" or "creator", by key; none where no item has it.
+        """The row of an item that has a key in `column` ("category", "creator", "item"), by key; none where none has it.
 
         Looks at the first item that the bundle has of each key, and at those that were put since; at every item only
         where the first one has been given another key.
         """
+        if column == "item":
+            rows = self.rows_of_keys(np.array(keys, np.uint64)).tolist()
+            return {key: row for key, row in zip(keys, rows, strict=True) if row >= 0}
         live = list(self._live)  # first: columns read after it have room for all of them
         values: npt.NDArray[np.uint64] = getattr(self.columns, column)
         put = {int(values[row]): row for row in live}
@@ -128,6 +134,21 @@ class Catalog:
             if row >= 0 and int(values[row]) == key:
                 found[key] = row
         return found
+
+    def names(self, kind: str) -> pa.ChunkedArray[Any]:
+        """The names of a kind that items have, or had in the bundle: "item", "creator" or "category" (the first).
+
+        Some may be there more than once. Not for the hot path: it reads every item.
+        """
+        live = [self._live[row] for row in list(self._live)]
+        column = {"item": "item_id", "creator": "creator_id", "category": "categories"}[kind]
+        put = [item[column] for item in live if item[column]]
+        held = self._items[column] if column in self._items.column_names else pa.chunked_array([], pa.string())
+        if kind == "category":
+            put = [names[0] for names in put]
+            first = [names[0] for names in held.take(self._kin.rows("category")).to_pylist() if names]
+            held = pa.chunked_array([pa.array(first, pa.string())])
+        return pa.chunked_array([*held.drop_null().chunks, pa.array(put, pa.string())], pa.string())
 
     def kin_of(self, key: int) -> tuple[int, int] | None:
         """The category and the creator that the item of a key has now, 0 for none; None where it is unknown."""
@@ -153,6 +174,40 @@ class Catalog:
         item: dict[str, Any] = self._items.slice(row, 1).to_pylist()[0]
         return item
 
+    def record(self, row: int) -> dict[str, Any]:
+        """An item as it is now: `item` with its present availability, 0 where a time means always."""
+        [record] = self.records([row], RECORD_FIELDS)
+        return {"item_id": self.ids([row])[0], **record}
+
+    def records(self, rows: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
+        """Some fields of some items as they are now, the items of the bundle read a column at a time.
+
+        Args:
+            rows: Rows, each in [0, size).
+            fields: Names of `RECORD_FIELDS`.
+
+        Returns:
+            For each row the fields, None where the item has none; `attributes` is a dictionary.
+        """
+        columns = self.columns  # once: they may grow meanwhile
+        texts = [name for name in fields if name not in _WINDOW]
+        held = [name for name in texts if name in self._items.column_names]
+        base = [row for row in rows if row not in self._live]
+        table = (
+            self._items.select(held).take(base).to_pylist(maps_as_pydicts="lossy")
+            if base and held
+            else ({},) * len(base)
+        )
+        read = dict(zip(base, table, strict=True))
+        found = []
+        for row in rows:
+            item = read[row] if row in read else self._live[row]
+            record = {name: item.get(name) for name in texts}
+            if "attributes" in record:
+                record["attributes"] = dict(record["attributes"] or {})
+            found.append(record | {name: _window(columns, row, name) for name in fields if name in _WINDOW})
+        return found
+
     def eligible(self, rows: npt.NDArray[np.integer[Any]], now_ms: int) -> npt.NDArray[np.bool_]:
         """Which of `rows` may be shown now; bool [n]."""
         columns = self.columns
@@ -176,6 +231,19 @@ class Catalog:
             bits.flags.writeable = False
             self._bitmap = known = (change, second, bits)
         return known[2]
+
+    def patch(self, row: int, fields: Mapping[str, Any], vector: npt.NDArray[np.float32]) -> None:
+        """Changes some fields of an item; it stays as new as it was.
+
+        Args:
+            row: The row of the item.
+            fields: The new values, names of `RECORD_FIELDS`; None where the item has none any more.
+            vector: The vector by content of the item as it is then; float32 [D].
+        """
+        with self._lock:
+            item = {**self.record(row), **fields}
+            self._put_one(item, vector, int(self.columns.put_at[row]))
+            self._change += 1
 
     def put(
         self, items: Sequence[Mapping[str, Any]], vectors: npt.NDArray[np.float32], now_ms: int
@@ -270,6 +338,12 @@ class Kin:
             of_creator[:] = item[:] = blocks(like_creator)[1]
         return out
 
+    def rows(self, name: str) -> npt.NDArray[np.int64]:
+        """One row of the bundle for each "creator" or "category" that its items have; int64 [n]."""
+        keys, rows = self._first[name]
+        named: npt.NDArray[np.int64] = rows[keys != 0]
+        return named
+
     def first(self, name: str, key: int) -> int:
         """The first row of the bundle that had `key` as its "creator" or "category"; -1 where none had."""
         keys, rows = self._first[name]
@@ -346,6 +420,12 @@ def _fill(columns: Columns, row: int, item: Mapping[str, Any]) -> None:
     columns.duration[row] = seconds_of(dict(item.get("attributes") or ()).get("duration"))
     until = item.get("available_until") or 0
     _set_available(columns, row, available is not False, item.get("available_from") or 0, until)
+
+
+def _window(columns: Columns, row: int, name: str) -> bool | int:
+    """When an item may be shown: one of `_WINDOW`, 0 for a time that means always."""
+    value: bool | int = getattr(columns, name)[row].item()
+    return 0 if name == "available_until" and value == _FOREVER else value
 
 
 def _set_available(columns: Columns, row: int, available: bool, start: int, end: int) -> None:

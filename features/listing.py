@@ -20,6 +20,7 @@ from features.assemble import (
     encoder_inputs,
     history,
     ranker_features,
+    rows_read,
     type_index,
 )
 from features.bundle import open_bundle
@@ -154,7 +155,7 @@ def _of_people(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
         start, last = int(starts[person]), int(ends[person]) - 1
         earlier = records[start:last]
         past = history(fold(empty(), earlier, last - start), catalog, types)
-        encoded, kinds_encoded = encoder_inputs(past.rows, past.types, RING)
+        encoded, kinds_encoded = encoder_inputs(rows_read(past), past.types, RING)
         known, meant, seen = known + encoded.size, meant + int(np.count_nonzero(kinds_encoded)), seen + len(past)
         if rows[last] >= 0:
             now = Moment(int(records["timestamp"][last]))

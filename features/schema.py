@@ -17,6 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.event_types import EVENT_TYPES as EVENT_TYPES
+from features.event_types import NEGATIVE_EVENT_TYPES as NEGATIVE_EVENT_TYPES
+from features.event_types import PASSIVE_EVENT_TYPES as PASSIVE_EVENT_TYPES
+
 Required: TypeAlias = tuple[str | tuple[str, ...], ...]
 
 # The unit travels with the column, so a file written with these schemas is never mistaken for one in seconds.
@@ -119,26 +123,6 @@ IMPRESSIONS = pa.schema(
     ]
 )
 IMPRESSIONS_REQUIRED: Required = ("request_id", "user_id", "timestamp", "item_ids", "propensities")
-
-# The names everybody knows; a product may use any other.
-EVENT_TYPES: tuple[str, ...] = (
-    "view_item_list",
-    "select_item",
-    "view_item",
-    "search",
-    "add_to_cart",
-    "purchase",
-    "like",
-    "dislike",
-    "hide",
-    "rating",
-)
-
-# Event types in which a person has not chosen an item: they are never what a model predicts, and make nothing seen.
-PASSIVE_EVENT_TYPES: tuple[str, ...] = ("view_item_list", "search")
-
-# Event types that say no: they stand in a history, but are never what a model should predict.
-NEGATIVE_EVENT_TYPES: tuple[str, ...] = ("dislike", "hide")
 
 
 def event_type_key(name: str) -> int:

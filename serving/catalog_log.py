@@ -7,17 +7,19 @@ gets the whole compacted state instead, without noticing.
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from serving.errors import CatalogLogUnavailable
 from serving.redis_client import Call, Client
 from serving.redis_nodes import Nodes
 from serving.scripts import CATALOG_APPLIED, CATALOG_LOWEST, CATALOG_PUT
 
-Kind = Literal["put", "availability", "delete"]
+Kind = Literal["put", "patch", "availability", "delete"]
 
 LIVE_MS = 3_000
 """Time since its last sign for which a worker counts as alive."""
@@ -29,6 +31,7 @@ _BATCH = 1000
 _PAGE = 200
 _VERSIONS = 50  # read at once: each may hold a thousand changes
 _POLL_S = 0.005
+_FIELD = re.compile(rb"(\w+):([\d-]+):(\d+):")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,10 @@ class Change:
     """One change of one item.
 
     Attributes:
-        kind: "put" (all of an item) and "delete" replace what was said of it before; "availability" adds to that.
+        kind: "put" (all of an item) and "delete" replace what was said of it before; "availability" and "patch" (some
+            of its fields) add to that.
         item_id: The item.
-        payload: What readers need to apply it; opaque here.
+        payload: What readers need to apply it; opaque here, but of a patch: a JSON object, the new value by field.
         version: Version of the catalogue that it made; 0 before it was put.
     """
 
@@ -46,6 +50,16 @@ class Change:
     item_id: str
     payload: bytes = b""
     version: int = 0
+
+
+class Written(NamedTuple):
+    """What became of changes: the version that holds them, and the places of those that are about a deleted item.
+
+    These add to an item that is gone, so they are not in the log, whatever a worker knew of the item when it was asked.
+    """
+
+    version: int
+    refused: tuple[int, ...]
 
 
 class CatalogLog:
@@ -69,7 +83,11 @@ class CatalogLog:
         self._longest_block_ms = max(1, int(500 * self._nodes.timeout_s))
 
     def put(self, changes: Sequence[Change]) -> int:
-        """Makes changes durable, in their order; returns the version of the catalogue that holds them all.
+        """Makes changes durable, as `write` does; returns the version of the catalogue that holds them all."""
+        return self.write(changes).version
+
+    def write(self, changes: Sequence[Change]) -> Written:
+        """Makes changes durable, in their order, but for those that add to a deleted item.
 
         Up to 1,000 changes are one version and become visible together.
 
@@ -77,12 +95,14 @@ class CatalogLog:
             CatalogLogUnavailable: Redis does not answer; a repeat is safe.
             ResourceExhausted: Redis is full.
         """
-        version = 0
+        version, refused = 0, list[int]()
         for start in range(0, len(changes), _BATCH):
             batch = changes[start : start + _BATCH]
-            words = [word for change in batch for word in (change.kind, change.item_id, change.payload)]
-            version = int(self._nodes.run(Call(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))))
-        return version or self.version()
+            words = [word for change in batch for word in (change.kind, change.item_id, _payload(change))]
+            call = Call(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))
+            reached, places = self._nodes.run(call)
+            version, refused = int(reached), [*refused, *(start + int(place) for place in places)]
+        return Written(version or self.version(), tuple(refused))
 
     def version(self) -> int:
         """The newest version, 0 before the first change.
@@ -188,10 +208,31 @@ def _changes(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[tuple[int, int
     for name, value in fields:
         kind, _, item = name.partition(b":")
         stamp, _, payload = value.partition(b":")
-        version, _, place = stamp.partition(b"-")
-        change = Change(kind.decode(), item.decode(), payload, int(version))  # type: ignore[arg-type]
-        found.append(((int(version), int(place)), change))
+        for made, part in _patches(payload) if kind == b"patch" else [(stamp, payload)]:
+            version, _, place = made.partition(b"-")
+            change = Change(kind.decode(), item.decode(), part, int(version))  # type: ignore[arg-type]
+            found.append(((int(version), int(place)), change))
     return found
+
+
+def _payload(change: Change) -> bytes:
+    """What is stored of a change: of a patch, each field by itself, so that the log can keep the newest of each."""
+    if change.kind != "patch":
+        return change.payload
+    fields = ((name.encode(), json.dumps(value).encode()) for name, value in json.loads(change.payload).items())
+    # The script writes the version and the place, 0 here.
+    return b"".join(b"%s:0:%d:%s" % (name, len(value), value) for name, value in fields)
+
+
+def _patches(stored: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The patches of an item that the log keeps: `version-place` of each, and the fields of which it is the newest."""
+    fields: dict[bytes, dict[str, bytes]] = {}
+    at = 0
+    while head := _FIELD.match(stored, at):
+        at = head.end() + int(head[3])
+        fields.setdefault(head[2], {})[head[1].decode()] = stored[head.end() : at]
+    for stamp, values in fields.items():
+        yield stamp, b"{%s}" % b", ".join(b'"%s": %s' % (name.encode(), value) for name, value in values.items())
 
 
 def _ordered(found: list[tuple[tuple[int, int], Change]], after: int) -> list[Change]:

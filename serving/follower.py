@@ -9,9 +9,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from features.errors import PenchantError
 from features.transforms import item_inputs, item_text, text_tokens
@@ -24,6 +27,10 @@ _BLOCK_MS = 500
 _RETRY_S = 0.5
 _HEARTBEAT_S = 0.8
 _BATCH = 256
+_WORDS = frozenset(("title", "description", "categories"))
+"""Fields that the words of an item are made of."""
+_CONTENT = _WORDS | {"creator_id", "price"}
+"""Fields that its vector is made of."""
 _log = logging.getLogger(__name__)
 
 
@@ -98,6 +105,15 @@ class Follower:
             _log.warning("it is not known whether every worker has version %d: %s", version, error)
             return False
 
+    @property
+    def version(self) -> int:
+        """The version of the catalogue that this worker has applied."""
+        return self._progress.version
+
+    def wait(self, version: int, seconds: float) -> bool:
+        """Waits until this worker has applied a version; False if the time is over first."""
+        return self._progress.wait(version, seconds)
+
     def knows(self, row: int) -> bool:
         """Whether a row is an item of the catalogue, and was not deleted."""
         return row >= 0 and row not in self._deleted
@@ -106,9 +122,9 @@ class Follower:
         """Applies changes in their order; one that cannot be applied is logged and skipped."""
         for kind, group in groupby(changes, lambda change: change.kind):
             same = list(group)
-            if kind == "put":
+            if kind in ("put", "patch"):
                 for start in range(0, len(same), _BATCH):
-                    self._put_or_skip(same[start : start + _BATCH])
+                    self._put_or_skip(same[start : start + _BATCH], self._put if kind == "put" else self._patch)
             else:
                 for change in same:
                     self._hide(change)
@@ -123,16 +139,16 @@ class Follower:
                 _log.exception("cannot follow the catalogue; trying again")
                 self._stop.wait(_RETRY_S)
 
-    def _put_or_skip(self, changes: Sequence[Change]) -> None:
-        """Puts a batch; where that fails one by one, so that one bad item does not hold up the others."""
+    def _put_or_skip(self, changes: Sequence[Change], put: Callable[[Sequence[Change]], None]) -> None:
+        """Puts or patches a batch; if that fails one by one, so that one bad item does not hold up the others."""
         try:
-            self._put(changes)
+            put(changes)
         except (PenchantError, ValueError, KeyError, TypeError) as error:
             if len(changes) == 1:
                 _log.error("item %r cannot be put and is skipped: %s", changes[0].item_id, error)
                 return
             for change in changes:
-                self._put_or_skip([change])
+                self._put_or_skip([change], put)
 
     def _put(self, changes: Sequence[Change]) -> None:
         engine = self._host.engine
@@ -145,6 +161,31 @@ class Follower:
         ]
         engine.lexical.put(rows, [text_tokens(item_text(item)) for item in items])
         self._deleted.difference_update(rows)
+
+    def _patch(self, changes: Sequence[Change]) -> None:
+        """Changes fields of items that are there; only what these fields tell is made again, words and vectors."""
+        engine = self._host.engine
+        patches: dict[str, dict[str, Any]] = {}
+        for change in changes:
+            patches.setdefault(change.item_id, {}).update(json.loads(change.payload))
+        rows = engine.catalog.rows(list(patches)).tolist()
+        known = {row: fields for row, fields in zip(rows, patches.values(), strict=True) if self.knows(row)}
+        items = {row: engine.catalog.record(row) | fields for row, fields in known.items()}
+        vectors = self._vectors({row: item for row, item in items.items() if not _CONTENT.isdisjoint(known[row])})
+        for row, fields in known.items():
+            engine.catalog.patch(row, fields, vectors.get(row, engine.catalog.columns.vectors[row]))
+        worded = [row for row, fields in known.items() if not _WORDS.isdisjoint(fields)]
+        if worded:
+            engine.lexical.put(worded, [text_tokens(item_text(items[row])) for row in worded])
+
+    def _vectors(self, items: Mapping[int, Mapping[str, Any]]) -> dict[int, npt.NDArray[np.float32]]:
+        """The vectors by content of the live items among these, by row; a row of the bundle keeps its trained one."""
+        engine = self._host.engine
+        live = [row for row in items if row >= engine.catalog.base_size]
+        if not live:
+            return {}
+        made = engine.model.encode_items(item_inputs([items[row] for row in live], engine.shapes))
+        return dict(zip(live, made, strict=True))
 
     def _hide(self, change: Change) -> None:
         engine = self._host.engine

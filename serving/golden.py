@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import Moment, encoder_inputs, history, ranker_features
+from features.assemble import Moment, encoder_inputs, history, ranker_features, rows_read
 from features.bundle import Bundle
 from features.catalog import Catalog
 from features.errors import BundleError
@@ -65,7 +65,7 @@ class _Replay:
         columns = self._catalog.columns
         profile = profile_of(golden["events"], self._catalog)
         past = history(profile, self._catalog, self._types)
-        rows, types = encoder_inputs(past.rows, past.types, self._model.max_length)
+        rows, types = encoder_inputs(rows_read(past), past.types, self._model.max_length)
         user = self._model.encode_user(columns.vectors[rows], types)
         self._close(f"{name}.vector", user, golden["vector"])
         best = self._best(name, user, golden)

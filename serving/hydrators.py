@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import encoder_inputs, history, seen_rows
+from features.assemble import chosen_rows, encoder_inputs, history, rows_read, seen_rows
 from features.catalog import Catalog
 from features.controls import Dial, Dials, arm_seed, dials
 from features.errors import ProfileCorrupt
@@ -194,13 +194,13 @@ class UserVector:
         self._model, self._catalog = model, catalog
 
     def enable(self, query: Query) -> bool:
-        """Where the history holds an item of this catalogue."""
-        return query.history is not None and bool((query.history.rows >= 0).any())
+        """Where the user chose an item of this catalogue: showings and refusals alone tell no taste."""
+        return query.history is not None and bool(chosen_rows(query.history).size)
 
     def hydrate(self, query: Query) -> None:
         """Fills `user_vector`, and `encoded`, from which it is made."""
         assert query.history is not None
-        rows, types = encoder_inputs(query.history.rows, query.history.types, self._model.max_length)
+        rows, types = encoder_inputs(rows_read(query.history), query.history.types, self._model.max_length)
         query.encoded = rows, types
         query.user_vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
 

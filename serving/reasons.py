@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from features.assemble import chosen_rows
 from features.catalog import Catalog
 from features.controls import Dial
 from features.transforms import item_text, text_tokens, words
@@ -38,8 +39,7 @@ class Reasons:
         self._words(query, slate, reasons)
         self._nearest(query.seeds, "similar_to_seed", "similar to", slate, reasons)
         if query.user_vector is not None and query.history is not None:
-            known = np.unique(query.history.rows[query.history.rows >= 0])
-            self._nearest(known.astype(np.int32), "like_history", "like", slate, reasons)
+            self._nearest(np.unique(chosen_rows(query.history)), "like_history", "like", slate, reasons)
         self._segment(query, slate, reasons)
         self._popular(slate, reasons)
         self._dials(query, slate, reasons)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from features.assemble import chosen_rows
 from features.catalog import Catalog
 from features.controls import Dial
 from serving.bitmap import Bitmap, allowed_rows, clear_keys, first_allowed
@@ -71,7 +72,7 @@ class Neighbors:
 
 
 class ItemNeighbors:
-    """Neighbours of the items a person touched last: what serves when the encoder cannot."""
+    """Neighbours of the items that the user chose last: what serves when the encoder cannot."""
 
     name = NEIGHBORS
 
@@ -79,13 +80,13 @@ class ItemNeighbors:
         self._neighbors, self._count = neighbors, count
 
     def enable(self, query: Query) -> bool:
-        """Where the history holds an item of this catalogue."""
-        return query.history is not None and bool((query.history.rows >= 0).any())
+        """Where the user chose an item of this catalogue."""
+        return query.history is not None and bool(chosen_rows(query.history).size)
 
     def retrieve(self, query: Query) -> tuple[Rows, Scores]:
         """Neighbours of the newest items, newer ones weighing more."""
         assert query.history is not None
-        rows = query.history.rows[query.history.rows >= 0][-_RECENT:]
+        rows = chosen_rows(query.history)[-_RECENT:]
         weights = (0.9 ** np.arange(rows.size)[::-1]).astype(np.float32)
         return self._neighbors.of(rows, weights, self._count, allowed(query))
 

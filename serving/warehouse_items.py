@@ -71,6 +71,8 @@ class ItemTable:
         for change in changes:
             if change.kind == "put":
                 rows[change.item_id] = _row(json.loads(change.payload))
+            elif change.kind == "patch" and change.item_id in rows:
+                rows[change.item_id] = _row(_said(rows[change.item_id]) | json.loads(change.payload))
             elif change.item_id in rows:
                 said = json.loads(change.payload) if change.kind == "availability" else {"available": False}
                 rows[change.item_id] |= {name: value or None for name, value in said.items()}
@@ -89,6 +91,11 @@ def _row(said: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {name: said.get(name) or None for name in ITEMS.names}
     row |= {"available": said.get("available") is not False, "price": said.get("price")}
     return row | {"attributes": list(said["attributes"].items()) if said.get("attributes") else None}
+
+
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table as `PutItems` would have logged it."""
+    return row | {"attributes": dict(row["attributes"] or ())}
 
 
 def _as_items(table: pa.Table) -> pa.Table:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.assemble import History, Moment, encoder_batch, encoder_inputs, history, ranker_features
+from features.assemble import History, Moment, encoder_batch, encoder_inputs, history, ranker_features, rows_read
 from features.catalog import Catalog
 from features.events import Events
 from features.golden import TOP, profile_of
@@ -97,7 +97,7 @@ def online(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
     for events in people:
         profile = profile_of(events, world.catalog)
         past = history(profile, world.catalog, index)
-        made.append(Assembled(*encoder_inputs(past.rows, past.types, world.config.max_length), past))
+        made.append(Assembled(*encoder_inputs(rows_read(past), past.types, world.config.max_length), past))
     return made
 
 

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penchant/v1/catalog.proto\x12\x0bpenchant.v1\"\xdb\x02\n\x04Item\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x12\n\ncategories\x18\x04 \x03(\t\x12\x12\n\ncreator_id\x18\x05 \x01(\t\x12\x12\n\x05price\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\tavailable\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12\x19\n\x11\x61vailable_from_ms\x18\x08 \x01(\x03\x12\x1a\n\x12\x61vailable_until_ms\x18\t \x01(\x03\x12\x11\n\tparent_id\x18\n \x01(\t\x12\x35\n\nattributes\x18\x0b \x03(\x0b\x32!.penchant.v1.Item.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_priceB\x0c\n\n_available\"K\n\nItemStatus\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\"3\n\x0fPutItemsRequest\x12 \n\x05items\x18\x01 \x03(\x0b\x32\x11.penchant.v1.Item\"r\n\x10PutItemsResponse\x12\x17\n\x0f\x63\x61talog_version\x18\x01 \x01(\x04\x12)\n\x08statuses\x18\x02 \x03(\x0b\x32\x17.penchant.v1.ItemStatus\x12\x1a\n\x12visible_everywhere\x18\x03 \x01(\x08\"i\n\x0c\x41vailability\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12\x19\n\x11\x61vailable_from_ms\x18\x03 \x01(\x03\x12\x1a\n\x12\x61vailable_until_ms\x18\x04 \x01(\x03\"D\n\x16SetAvailabilityRequest\x12*\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x19.penchant.v1.Availability\"y\n\x17SetAvailabilityResponse\x12\x17\n\x0f\x63\x61talog_version\x18\x01 \x01(\x04\x12)\n\x08statuses\x18\x02 \x03(\x0b\x32\x17.penchant.v1.ItemStatus\x12\x1a\n\x12visible_everywhere\x18\x03 \x01(\x08\"&\n\x12\x44\x65leteItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"u\n\x13\x44\x65leteItemsResponse\x12\x17\n\x0f\x63\x61talog_version\x18\x01 \x01(\x04\x12)\n\x08statuses\x18\x02 \x03(\x0b\x32\x17.penchant.v1.ItemStatus\x12\x1a\n\x12visible_everywhere\x18\x03 \x01(\x08\x32\x89\x02\n\x0e\x43\x61talogService\x12G\n\x08PutItems\x12\x1c.penchant.v1.PutItemsRequest\x1a\x1d.penchant.v1.PutItemsResponse\x12\\\n\x0fSetAvailability\x12#.penchant.v1.SetAvailabilityRequest\x1a$.penchant.v1.SetAvailabilityResponse\x12P\n\x0b\x44\x65leteItems\x12\x1f.penchant.v1.DeleteItemsRequest\x1a .penchant.v1.DeleteItemsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penchant/v1/catalog.proto\x12\x0bpenchant.v1\x1a google/protobuf/field_mask.proto\"\xdb\x02\n\x04Item\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x12\n\ncategories\x18\x04 \x03(\t\x12\x12\n\ncreator_id\x18\x05 \x01(\t\x12\x12\n\x05price\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\tavailable\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12\x19\n\x11\x61vailable_from_ms\x18\x08 \x01(\x03\x12\x1a\n\x12\x61vailable_until_ms\x18\t \x01(\x03\x12\x11\n\tparent_id\x18\n \x01(\t\x12\x35\n\nattributes\x18\x0b \x03(\x0b\x32!.penchant.v1.Item.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_priceB\x0c\n\n_available\"u\n\nItemStatus\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x10\n\x08replaced\x18\x05 \x01(\x08\x12\x16\n\x0e\x63leared_fields\x18\x06 \x03(\t\"3\n\x0fPutItemsRequest\x12 \n\x05items\x18\x01 \x03(\x0b\x32\x11.penchant.v1.Item\"r\n\x10PutItemsResponse\x12\x17\n\x0f\x63\x61talog_version\x18\x01 \x01(\x04\x12)\n\x08statuses\x18\x02 \x03(\x0b\x32\x17.penchant.v1.ItemStatus\x12\x1a\n\x12visible_everywhere\x18\x03 \x01(\x08\"]\n\tItemPatch\x12\x1f\n\x04item\x18\x01 \x01(\x0b\x32\x11.penchant.v1.Item\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"<\n\x11PatchItemsRequest\x12\'\n\x07patches\x18\x01 \x03(\x0b\x32\x16.penchant.v1.ItemPatch\"t\n\x12PatchItemsResponse\x12\x17\n\x0f\x63\x61talog_version\x18\x01 \x01(\x04\x12)\n\x08statuses\x18\x02 \x03(\x0b\x32\x17.penchant.v1.ItemStatus\x12\x1a\n\x12visible_everywhere\x18\x03 \x01(\x08\"@\n\x0fGetItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x1b\n\x13min_catalog_version\x18\x02 \x01(\x04\"\x83\x01\n\x10GetItemsResponse\x12 \n\x05items\x18\x01 \x03(\x0b\x32\x11.penchant.v1.Item\x12\x18\n\x10missing_item_ids\x18\x02 \x03(\t\x12\x17\n\x0f\x63\x61talog_version\x18\x03 \x01(\x04\x12\x1a\n\x12remaining_item_ids\x18\x04 \x03(\t\"i\n\x0c\x41vailability\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12\x19\n\x11\x61vailable_from_ms\x18\x03 \x01(\x03\x12\x1a\n\x12\x61vailable_until_ms\x18\x04 \x01(\x03\"D\n\x16SetAvailabilityRequest\x12*\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x19.penchant.v1.Availability\"y\n\x17SetAvailabilityResponse\x12\x17\n\x0f\x63\x61talog_version\x18\x01 \x01(\x04\x12)\n\x08statuses\x18\x02 \x03(\x0b\x32\x17.penchant.v1.ItemStatus\x12\x1a\n\x12visible_everywhere\x18\x03 \x01(\x08\"&\n\x12\x44\x65leteItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"u\n\x13\x44\x65leteItemsResponse\x12\x17\n\x0f\x63\x61talog_version\x18\x01 \x01(\x04\x12)\n\x08statuses\x18\x02 \x03(\x0b\x32\x17.penchant.v1.ItemStatus\x12\x1a\n\x12visible_everywhere\x18\x03 \x01(\x08\x32\xa1\x03\n\x0e\x43\x61talogService\x12G\n\x08PutItems\x12\x1c.penchant.v1.PutItemsRequest\x1a\x1d.penchant.v1.PutItemsResponse\x12M\n\nPatchItems\x12\x1e.penchant.v1.PatchItemsRequest\x1a\x1f.penchant.v1.PatchItemsResponse\x12G\n\x08GetItems\x12\x1c.penchant.v1.GetItemsRequest\x1a\x1d.penchant.v1.GetItemsResponse\x12\\\n\x0fSetAvailability\x12#.penchant.v1.SetAvailabilityRequest\x1a$.penchant.v1.SetAvailabilityResponse\x12P\n\x0b\x44\x65leteItems\x12\x1f.penchant.v1.DeleteItemsRequest\x1a .penchant.v1.DeleteItemsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,26 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ITEM_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_ITEM_ATTRIBUTESENTRY']._serialized_options = b'8\001'
-  _globals['_ITEM']._serialized_start=43
-  _globals['_ITEM']._serialized_end=390
-  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_start=317
-  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_end=366
-  _globals['_ITEMSTATUS']._serialized_start=392
-  _globals['_ITEMSTATUS']._serialized_end=467
-  _globals['_PUTITEMSREQUEST']._serialized_start=469
-  _globals['_PUTITEMSREQUEST']._serialized_end=520
-  _globals['_PUTITEMSRESPONSE']._serialized_start=522
-  _globals['_PUTITEMSRESPONSE']._serialized_end=636
-  _globals['_AVAILABILITY']._serialized_start=638
-  _globals['_AVAILABILITY']._serialized_end=743
-  _globals['_SETAVAILABILITYREQUEST']._serialized_start=745
-  _globals['_SETAVAILABILITYREQUEST']._serialized_end=813
-  _globals['_SETAVAILABILITYRESPONSE']._serialized_start=815
-  _globals['_SETAVAILABILITYRESPONSE']._serialized_end=936
-  _globals['_DELETEITEMSREQUEST']._serialized_start=938
-  _globals['_DELETEITEMSREQUEST']._serialized_end=976
-  _globals['_DELETEITEMSRESPONSE']._serialized_start=978
-  _globals['_DELETEITEMSRESPONSE']._serialized_end=1095
-  _globals['_CATALOGSERVICE']._serialized_start=1098
-  _globals['_CATALOGSERVICE']._serialized_end=1363
+  _globals['_ITEM']._serialized_start=77
+  _globals['_ITEM']._serialized_end=424
+  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_start=351
+  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_end=400
+  _globals['_ITEMSTATUS']._serialized_start=426
+  _globals['_ITEMSTATUS']._serialized_end=543
+  _globals['_PUTITEMSREQUEST']._serialized_start=545
+  _globals['_PUTITEMSREQUEST']._serialized_end=596
+  _globals['_PUTITEMSRESPONSE']._serialized_start=598
+  _globals['_PUTITEMSRESPONSE']._serialized_end=712
+  _globals['_ITEMPATCH']._serialized_start=714
+  _globals['_ITEMPATCH']._serialized_end=807
+  _globals['_PATCHITEMSREQUEST']._serialized_start=809
+  _globals['_PATCHITEMSREQUEST']._serialized_end=869
+  _globals['_PATCHITEMSRESPONSE']._serialized_start=871
+  _globals['_PATCHITEMSRESPONSE']._serialized_end=987
+  _globals['_GETITEMSREQUEST']._serialized_start=989
+  _globals['_GETITEMSREQUEST']._serialized_end=1053
+  _globals['_GETITEMSRESPONSE']._serialized_start=1056
+  _globals['_GETITEMSRESPONSE']._serialized_end=1187
+  _globals['_AVAILABILITY']._serialized_start=1189
+  _globals['_AVAILABILITY']._serialized_end=1294
+  _globals['_SETAVAILABILITYREQUEST']._serialized_start=1296
+  _globals['_SETAVAILABILITYREQUEST']._serialized_end=1364
+  _globals['_SETAVAILABILITYRESPONSE']._serialized_start=1366
+  _globals['_SETAVAILABILITYRESPONSE']._serialized_end=1487
+  _globals['_DELETEITEMSREQUEST']._serialized_start=1489
+  _globals['_DELETEITEMSREQUEST']._serialized_end=1527
+  _globals['_DELETEITEMSRESPONSE']._serialized_start=1529
+  _globals['_DELETEITEMSRESPONSE']._serialized_end=1646
+  _globals['_CATALOGSERVICE']._serialized_start=1649
+  _globals['_CATALOGSERVICE']._serialized_end=2066
 # @@protoc_insertion_point(module_scope)

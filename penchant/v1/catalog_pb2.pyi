@@ -5,6 +5,7 @@ The live catalogue."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
@@ -121,14 +122,22 @@ class ItemStatus(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
+    REPLACED_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELDS_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """External id of the item."""
     code: _builtins.int
     """The google.rpc.Code: 0 is OK."""
     message: _builtins.str
-    """What is wrong and how to mend it; empty when OK."""
+    """The fault and how to correct it; with OK a hint: PutItems replaced an item, and fields of it are gone."""
     field: _builtins.str
     """The field that is wrong; empty when OK."""
+    replaced: _builtins.bool
+    """With PutItems: True if the item replaced one that the catalogue had."""
+    @_builtins.property
+    def cleared_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With PutItems: names of the fields that the replaced item had and the new one does not have."""
+
     def __init__(
         self,
         *,
@@ -136,10 +145,12 @@ class ItemStatus(_message.Message):
         code: _builtins.int = ...,
         message: _builtins.str = ...,
         field: _builtins.str = ...,
+        replaced: _builtins.bool = ...,
+        cleared_fields: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "item_id", b"item_id", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared_fields", b"cleared_fields", "code", b"code", "field", b"field", "item_id", b"item_id", "message", b"message", "replaced", b"replaced"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,6 +211,163 @@ class PutItemsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PutItemsResponse: _TypeAlias = PutItemsResponse  # noqa: Y015
+
+@_typing.final
+class ItemPatch(_message.Message):
+    """New values for some fields of one item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def item(self) -> Global___Item:
+        """The item's id, and the new values."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Names of the fields to change, as in Item ("price", "available_from_ms"). A named field that `item` leaves out is
+        cleared: no price, no title, `available` is true again. Categories and attributes are replaced as a whole. If the mask
+        is absent, the fields that `item` holds are changed and none is cleared.
+        """
+
+    def __init__(
+        self,
+        *,
+        item: Global___Item | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ItemPatch: _TypeAlias = ItemPatch  # noqa: Y015
+
+@_typing.final
+class PatchItemsRequest(_message.Message):
+    """Items to change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATCHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def patches(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemPatch]:
+        """The changes, applied in this order; 1 to 1,000."""
+
+    def __init__(
+        self,
+        *,
+        patches: _abc.Iterable[Global___ItemPatch] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["patches", b"patches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatchItemsRequest: _TypeAlias = PatchItemsRequest  # noqa: Y015
+
+@_typing.final
+class PatchItemsResponse(_message.Message):
+    """The result of each change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CATALOG_VERSION_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    VISIBLE_EVERYWHERE_FIELD_NUMBER: _builtins.int
+    catalog_version: _builtins.int
+    """Version of the catalogue that holds the changes."""
+    visible_everywhere: _builtins.bool
+    """True when every worker had applied the changes before this answer."""
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemStatus]:
+        """One status per patch, in the order of the request; NOT_FOUND for items that the catalogue does not have."""
+
+    def __init__(
+        self,
+        *,
+        catalog_version: _builtins.int = ...,
+        statuses: _abc.Iterable[Global___ItemStatus] | None = ...,
+        visible_everywhere: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalog_version", b"catalog_version", "statuses", b"statuses", "visible_everywhere", b"visible_everywhere"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatchItemsResponse: _TypeAlias = PatchItemsResponse  # noqa: Y015
+
+@_typing.final
+class GetItemsRequest(_message.Message):
+    """Items to return."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    MIN_CATALOG_VERSION_FIELD_NUMBER: _builtins.int
+    min_catalog_version: _builtins.int
+    """Waits, for at most half of the time left, until this worker has applied this version of the catalogue; 0 does not wait."""
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """External ids of the items; 1 to 1,000."""
+
+    def __init__(
+        self,
+        *,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        min_catalog_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids", "min_catalog_version", b"min_catalog_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetItemsRequest: _TypeAlias = GetItemsRequest  # noqa: Y015
+
+@_typing.final
+class GetItemsResponse(_message.Message):
+    """Items as the catalogue has them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    MISSING_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    CATALOG_VERSION_FIELD_NUMBER: _builtins.int
+    REMAINING_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    catalog_version: _builtins.int
+    """Version of the catalogue that this worker answered from; lower than min_catalog_version if the wait was too short."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]:
+        """The items that the catalogue has, in the order of the request, each once."""
+
+    @_builtins.property
+    def missing_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids that the catalogue does not have, or that were deleted."""
+
+    @_builtins.property
+    def remaining_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids that did not fit, because an answer holds about 3 MiB; ask for them in another call."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___Item] | None = ...,
+        missing_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        catalog_version: _builtins.int = ...,
+        remaining_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalog_version", b"catalog_version", "items", b"items", "missing_item_ids", b"missing_item_ids", "remaining_item_ids", b"remaining_item_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetItemsResponse: _TypeAlias = GetItemsResponse  # noqa: Y015
 
 @_typing.final
 class Availability(_message.Message):

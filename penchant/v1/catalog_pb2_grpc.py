@@ -40,6 +40,16 @@ class CatalogServiceStub(object):
                 request_serializer=penchant_dot_v1_dot_catalog__pb2.PutItemsRequest.SerializeToString,
                 response_deserializer=penchant_dot_v1_dot_catalog__pb2.PutItemsResponse.FromString,
                 _registered_method=True)
+        self.PatchItems = channel.unary_unary(
+                '/penchant.v1.CatalogService/PatchItems',
+                request_serializer=penchant_dot_v1_dot_catalog__pb2.PatchItemsRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_catalog__pb2.PatchItemsResponse.FromString,
+                _registered_method=True)
+        self.GetItems = channel.unary_unary(
+                '/penchant.v1.CatalogService/GetItems',
+                request_serializer=penchant_dot_v1_dot_catalog__pb2.GetItemsRequest.SerializeToString,
+                response_deserializer=penchant_dot_v1_dot_catalog__pb2.GetItemsResponse.FromString,
+                _registered_method=True)
         self.SetAvailability = channel.unary_unary(
                 '/penchant.v1.CatalogService/SetAvailability',
                 request_serializer=penchant_dot_v1_dot_catalog__pb2.SetAvailabilityRequest.SerializeToString,
@@ -57,7 +67,23 @@ class CatalogServiceServicer(object):
     """
 
     def PutItems(self, request, context):
-        """Puts items, new or changed; new ones are found by Search and SimilarItems at once, placed by their content.
+        """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
+        afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+        SimilarItems at once, placed by their content.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PatchItems(self, request, context):
+        """Changes single fields of items and leaves the others as they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetItems(self, request, context):
+        """Returns items as the catalogue has them now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +110,16 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.PutItems,
                     request_deserializer=penchant_dot_v1_dot_catalog__pb2.PutItemsRequest.FromString,
                     response_serializer=penchant_dot_v1_dot_catalog__pb2.PutItemsResponse.SerializeToString,
+            ),
+            'PatchItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.PatchItems,
+                    request_deserializer=penchant_dot_v1_dot_catalog__pb2.PatchItemsRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_catalog__pb2.PatchItemsResponse.SerializeToString,
+            ),
+            'GetItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetItems,
+                    request_deserializer=penchant_dot_v1_dot_catalog__pb2.GetItemsRequest.FromString,
+                    response_serializer=penchant_dot_v1_dot_catalog__pb2.GetItemsResponse.SerializeToString,
             ),
             'SetAvailability': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAvailability,
@@ -124,6 +160,60 @@ class CatalogService(object):
             '/penchant.v1.CatalogService/PutItems',
             penchant_dot_v1_dot_catalog__pb2.PutItemsRequest.SerializeToString,
             penchant_dot_v1_dot_catalog__pb2.PutItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PatchItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.CatalogService/PatchItems',
+            penchant_dot_v1_dot_catalog__pb2.PatchItemsRequest.SerializeToString,
+            penchant_dot_v1_dot_catalog__pb2.PatchItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penchant.v1.CatalogService/GetItems',
+            penchant_dot_v1_dot_catalog__pb2.GetItemsRequest.SerializeToString,
+            penchant_dot_v1_dot_catalog__pb2.GetItemsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,14 @@ class CatalogServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CatalogServiceAsyncStub: ...
     PutItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.PutItemsRequest, _catalog_pb2.PutItemsResponse]
-    """Puts items, new or changed; new ones are found by Search and SimilarItems at once, placed by their content."""
+    """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
+    afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+    SimilarItems at once, placed by their content.
+    """
+    PatchItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.PatchItemsRequest, _catalog_pb2.PatchItemsResponse]
+    """Changes single fields of items and leaves the others as they are."""
+    GetItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.GetItemsRequest, _catalog_pb2.GetItemsResponse]
+    """Returns items as the catalogue has them now."""
     SetAvailability: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.SetAvailabilityRequest, _catalog_pb2.SetAvailabilityResponse]
     """Sets whether and when items may be shown."""
     DeleteItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.DeleteItemsRequest, _catalog_pb2.DeleteItemsResponse]
@@ -46,7 +53,14 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.PutItemsRequest, _catalog_pb2.PutItemsResponse]  # type: ignore[assignment]
-    """Puts items, new or changed; new ones are found by Search and SimilarItems at once, placed by their content."""
+    """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
+    afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+    SimilarItems at once, placed by their content.
+    """
+    PatchItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.PatchItemsRequest, _catalog_pb2.PatchItemsResponse]  # type: ignore[assignment]
+    """Changes single fields of items and leaves the others as they are."""
+    GetItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.GetItemsRequest, _catalog_pb2.GetItemsResponse]  # type: ignore[assignment]
+    """Returns items as the catalogue has them now."""
     SetAvailability: _aio.UnaryUnaryMultiCallable[_catalog_pb2.SetAvailabilityRequest, _catalog_pb2.SetAvailabilityResponse]  # type: ignore[assignment]
     """Sets whether and when items may be shown."""
     DeleteItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.DeleteItemsRequest, _catalog_pb2.DeleteItemsResponse]  # type: ignore[assignment]
@@ -61,7 +75,26 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _catalog_pb2.PutItemsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_pb2.PutItemsResponse, _abc.Awaitable[_catalog_pb2.PutItemsResponse]]:
-        """Puts items, new or changed; new ones are found by Search and SimilarItems at once, placed by their content."""
+        """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
+        afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+        SimilarItems at once, placed by their content.
+        """
+
+    @_abc_1.abstractmethod
+    def PatchItems(
+        self,
+        request: _catalog_pb2.PatchItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.PatchItemsResponse, _abc.Awaitable[_catalog_pb2.PatchItemsResponse]]:
+        """Changes single fields of items and leaves the others as they are."""
+
+    @_abc_1.abstractmethod
+    def GetItems(
+        self,
+        request: _catalog_pb2.GetItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.GetItemsResponse, _abc.Awaitable[_catalog_pb2.GetItemsResponse]]:
+        """Returns items as the catalogue has them now."""
 
     @_abc_1.abstractmethod
     def SetAvailability(

@@ -62,7 +62,17 @@ class Event(_message.Message):
     item_id: _builtins.str
     """The item it was done to; required except for "search", at most 512 bytes."""
     event_type: _builtins.str
-    """What was done: view_item, select_item, add_to_cart, purchase, like, dislike, hide, rating, search, or the product's own; required, at most 64 bytes."""
+    """The kind of the event; required, at most 64 bytes. The documented types, exactly as they are written here:
+    - view_item_list: the item was only shown (an impression). It is no taste: no segment, no rung, no affinity comes of it.
+    - select_item: the user chose the item from a list, a click.
+    - view_item: the user looked at the item itself.
+    - search: the user searched; it has a query, needs no item and leaves nothing in the profile.
+    - add_to_cart, purchase, like: the user chose the item; it is not shown again unless the bundle allows repeats.
+    - rating: the user rated the item, by value; counts as a choice.
+    - dislike, hide: the user said no. The item is not shown again, and it is no taste.
+    Any other type is the product's own and counts as a choice. If it looks like one of these ("impression", "Purchase"),
+    the event is kept and the message of its status says what was probably meant.
+    """
     timestamp_ms: _builtins.int
     """When, in milliseconds since the epoch, UTC; 0 means now. Not in the future by over 5 minutes and within the de-duplication window; older history belongs to bulk import."""
     value: _builtins.float
@@ -131,8 +141,8 @@ class EventStatus(_message.Message):
     code: _builtins.int
     """The google.rpc.Code: 0 is OK and means the event is durable. Another one with a profile_version: durable, but not yet in the profile."""
     message: _builtins.str
-    """What is wrong and how to mend it; with OK where the event was kept out of the profile, and why, and where the catalogue does
-    not have its item.
+    """The fault and how to correct it. With OK it is a hint: the event was kept out of the profile, the catalogue does not have
+    its item, or its type looks like a documented one and is another.
     """
     field: _builtins.str
     """The field that is wrong; empty when OK."""

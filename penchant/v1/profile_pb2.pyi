@@ -180,7 +180,7 @@ class Visit(_message.Message):
     events: _builtins.int
     """Number of events in it."""
     category: _builtins.str
-    """Name of the category that most of its events are about; empty where they are about none that is known."""
+    """Name of the category that most of its choices are about; empty if they are about none that is known."""
     def __init__(
         self,
         *,
@@ -235,7 +235,9 @@ class GetProfileResponse(_message.Message):
 
     @_builtins.property
     def categories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Affinity]:
-        """What the person likes, strongest first."""
+        """What the user likes, strongest first: the categories of the remembered events by which they chose an item. What was only shown
+        to them, and what they disliked or hid, does not count.
+        """
 
     @_builtins.property
     def purposes(self) -> _containers.RepeatedScalarFieldContainer[Global___Purpose.ValueType]:
@@ -395,26 +397,72 @@ class SetControlsRequest(_message.Message):
 Global___SetControlsRequest: _TypeAlias = SetControlsRequest  # noqa: Y015
 
 @_typing.final
+class ControlMatch(_message.Message):
+    """A control or a dial that names something, and what the catalogue has under that name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    DID_YOU_MEAN_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Where the name stands in the request: "hidden[2].id", "dials.categories", "dials.creators"."""
+    kind: Global___ControlKind.ValueType
+    """What it is about."""
+    id: _builtins.str
+    """The name as the request has it."""
+    did_you_mean: _builtins.str
+    """If the catalogue has nothing of this name: one that it has and that differs little, such as in case; may be empty."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        kind: Global___ControlKind.ValueType = ...,
+        id: _builtins.str = ...,
+        did_you_mean: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["did_you_mean", b"did_you_mean", "field", b"field", "id", b"id", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlMatch: _TypeAlias = ControlMatch  # noqa: Y015
+
+@_typing.final
 class SetControlsResponse(_message.Message):
-    """From when it holds."""
+    """From when it holds, and what it is about."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROFILE_VERSION_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
+    MATCHED_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
     profile_version: _builtins.int
     """The version of the profile from which it holds."""
     applied: _builtins.bool
     """True when the profile knows already; false when the projector will tell it."""
+    @_builtins.property
+    def matched(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlMatch]:
+        """The items, creators and first categories that the catalogue of this worker has."""
+
+    @_builtins.property
+    def unknown(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlMatch]:
+        """Those that it does not have. They are stored all the same, and hold as soon as the catalogue has them."""
+
     def __init__(
         self,
         *,
         profile_version: _builtins.int = ...,
         applied: _builtins.bool = ...,
+        matched: _abc.Iterable[Global___ControlMatch] | None = ...,
+        unknown: _abc.Iterable[Global___ControlMatch] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "profile_version", b"profile_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "matched", b"matched", "profile_version", b"profile_version", "unknown", b"unknown"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from penchant.v1 import catalog_pb2 as penchant_dot_v1_dot_catalog__pb2
 from penchant.v1 import common_pb2 as penchant_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penchant/v1/ranking.proto\x12\x0bpenchant.v1\x1a\x18penchant/v1/common.proto\"\xf0\x02\n\x0eRankingOptions\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x07subject\x18\x02 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\x0f\n\x07surface\x18\x04 \x01(\t\x12,\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x1b.penchant.v1.RequestContext\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x18\n\x10\x65xclude_item_ids\x18\x07 \x03(\t\x12\x35\n\x0fpersonalization\x18\x08 \x01(\x0e\x32\x1c.penchant.v1.Personalization\x12\x1b\n\x13min_profile_version\x18\t \x01(\x04\x12\x1b\n\x13min_catalog_version\x18\n \x01(\x04\x12\x0f\n\x07\x65xplain\x18\x0b \x01(\x08\x12!\n\x05\x64ials\x18\x0c \x01(\x0b\x32\x12.penchant.v1.Dials\"\x95\x01\n\nRankedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x1c\n\x14\x61\x63tion_probabilities\x18\x03 \x03(\x02\x12\x0f\n\x07sources\x18\x04 \x03(\t\x12$\n\x07reasons\x18\x05 \x03(\x0b\x32\x13.penchant.v1.Reason\x12\x12\n\npropensity\x18\x06 \x01(\x02\"E\n\x06Reason\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07item_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x02\"2\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x14\n\x0cmicroseconds\x18\x02 \x01(\r\"\xf6\x03\n\x05Slate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.penchant.v1.RankedItem\x12\x1f\n\x04rung\x18\x03 \x01(\x0e\x32\x11.penchant.v1.Rung\x12+\n\nexperiment\x18\x04 \x01(\x0b\x32\x17.penchant.v1.Experiment\x12\x11\n\tbundle_id\x18\x05 \x01(\t\x12\x17\n\x0fprofile_version\x18\x06 \x01(\x04\x12\x17\n\x0f\x63\x61talog_version\x18\x07 \x01(\x04\x12*\n\x08\x64\x65graded\x18\x08 \x03(\x0b\x32\x18.penchant.v1.Degradation\x12\x30\n\x07\x64ropped\x18\t \x03(\x0b\x32\x1f.penchant.v1.Slate.DroppedEntry\x12\x18\n\x10missing_item_ids\x18\n \x03(\t\x12/\n\rstage_timings\x18\x0b \x03(\x0b\x32\x18.penchant.v1.StageTiming\x12\x14\n\x0c\x61\x63tion_names\x18\x0c \x03(\t\x12\x15\n\rprofile_found\x18\r \x01(\x08\x12\x18\n\x10\x63onsent_withheld\x18\x0e \x01(\x08\x1a.\n\x0c\x44roppedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"@\n\x10RecommendRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\"6\n\x11RecommendResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate\"L\n\rSearchRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\x12\r\n\x05query\x18\x02 \x01(\t\"3\n\x0eSearchResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate\"7\n\nCandidates\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x17\n\x0fupstream_scores\x18\x02 \x03(\x02\"\xa9\x01\n\x0bRankRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\x12+\n\ncandidates\x18\x02 \x01(\x0b\x32\x17.penchant.v1.Candidates\x12\r\n\x05query\x18\x03 \x01(\t\x12\x1c\n\x0fupstream_weight\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x12\n\x10_upstream_weight\"1\n\x0cRankResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate\"Z\n\x13SimilarItemsRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\x12\x15\n\rseed_item_ids\x18\x02 \x03(\t\"9\n\x14SimilarItemsResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate*j\n\x0fPersonalization\x12\x1f\n\x1bPERSONALIZATION_UNSPECIFIED\x10\x00\x12\x18\n\x14PERSONALIZATION_AUTO\x10\x01\x12\x1c\n\x18PERSONALIZATION_DISABLED\x10\x02\x32\xb1\x02\n\x0eRankingService\x12J\n\tRecommend\x12\x1d.penchant.v1.RecommendRequest\x1a\x1e.penchant.v1.RecommendResponse\x12\x41\n\x06Search\x12\x1a.penchant.v1.SearchRequest\x1a\x1b.penchant.v1.SearchResponse\x12;\n\x04Rank\x12\x18.penchant.v1.RankRequest\x1a\x19.penchant.v1.RankResponse\x12S\n\x0cSimilarItems\x12 .penchant.v1.SimilarItemsRequest\x1a!.penchant.v1.SimilarItemsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penchant/v1/ranking.proto\x12\x0bpenchant.v1\x1a\x19penchant/v1/catalog.proto\x1a\x18penchant/v1/common.proto\"\x80\x03\n\x0eRankingOptions\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x07subject\x18\x02 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\x0f\n\x07surface\x18\x04 \x01(\t\x12,\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x1b.penchant.v1.RequestContext\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x18\n\x10\x65xclude_item_ids\x18\x07 \x03(\t\x12\x35\n\x0fpersonalization\x18\x08 \x01(\x0e\x32\x1c.penchant.v1.Personalization\x12\x1b\n\x13min_profile_version\x18\t \x01(\x04\x12\x1b\n\x13min_catalog_version\x18\n \x01(\x04\x12\x0f\n\x07\x65xplain\x18\x0b \x01(\x08\x12!\n\x05\x64ials\x18\x0c \x01(\x0b\x32\x12.penchant.v1.Dials\x12\x0e\n\x06\x66ields\x18\r \x03(\t\"\xb6\x01\n\nRankedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x1c\n\x14\x61\x63tion_probabilities\x18\x03 \x03(\x02\x12\x0f\n\x07sources\x18\x04 \x03(\t\x12$\n\x07reasons\x18\x05 \x03(\x0b\x32\x13.penchant.v1.Reason\x12\x12\n\npropensity\x18\x06 \x01(\x02\x12\x1f\n\x04item\x18\x07 \x01(\x0b\x32\x11.penchant.v1.Item\"E\n\x06Reason\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07item_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x02\"2\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x14\n\x0cmicroseconds\x18\x02 \x01(\r\"\xf6\x03\n\x05Slate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.penchant.v1.RankedItem\x12\x1f\n\x04rung\x18\x03 \x01(\x0e\x32\x11.penchant.v1.Rung\x12+\n\nexperiment\x18\x04 \x01(\x0b\x32\x17.penchant.v1.Experiment\x12\x11\n\tbundle_id\x18\x05 \x01(\t\x12\x17\n\x0fprofile_version\x18\x06 \x01(\x04\x12\x17\n\x0f\x63\x61talog_version\x18\x07 \x01(\x04\x12*\n\x08\x64\x65graded\x18\x08 \x03(\x0b\x32\x18.penchant.v1.Degradation\x12\x30\n\x07\x64ropped\x18\t \x03(\x0b\x32\x1f.penchant.v1.Slate.DroppedEntry\x12\x18\n\x10missing_item_ids\x18\n \x03(\t\x12/\n\rstage_timings\x18\x0b \x03(\x0b\x32\x18.penchant.v1.StageTiming\x12\x14\n\x0c\x61\x63tion_names\x18\x0c \x03(\t\x12\x15\n\rprofile_found\x18\r \x01(\x08\x12\x18\n\x10\x63onsent_withheld\x18\x0e \x01(\x08\x1a.\n\x0c\x44roppedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"@\n\x10RecommendRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\"6\n\x11RecommendResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate\"L\n\rSearchRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\x12\r\n\x05query\x18\x02 \x01(\t\"3\n\x0eSearchResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate\"7\n\nCandidates\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x17\n\x0fupstream_scores\x18\x02 \x03(\x02\"\xa9\x01\n\x0bRankRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\x12+\n\ncandidates\x18\x02 \x01(\x0b\x32\x17.penchant.v1.Candidates\x12\r\n\x05query\x18\x03 \x01(\t\x12\x1c\n\x0fupstream_weight\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x12\n\x10_upstream_weight\"1\n\x0cRankResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate\"Z\n\x13SimilarItemsRequest\x12,\n\x07options\x18\x01 \x01(\x0b\x32\x1b.penchant.v1.RankingOptions\x12\x15\n\rseed_item_ids\x18\x02 \x03(\t\"9\n\x14SimilarItemsResponse\x12!\n\x05slate\x18\x01 \x01(\x0b\x32\x12.penchant.v1.Slate*j\n\x0fPersonalization\x12\x1f\n\x1bPERSONALIZATION_UNSPECIFIED\x10\x00\x12\x18\n\x14PERSONALIZATION_AUTO\x10\x01\x12\x1c\n\x18PERSONALIZATION_DISABLED\x10\x02\x32\xb1\x02\n\x0eRankingService\x12J\n\tRecommend\x12\x1d.penchant.v1.RecommendRequest\x1a\x1e.penchant.v1.RecommendResponse\x12\x41\n\x06Search\x12\x1a.penchant.v1.SearchRequest\x1a\x1b.penchant.v1.SearchResponse\x12;\n\x04Rank\x12\x18.penchant.v1.RankRequest\x1a\x19.penchant.v1.RankResponse\x12S\n\x0cSimilarItems\x12 .penchant.v1.SimilarItemsRequest\x1a!.penchant.v1.SimilarItemsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,38 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SLATE_DROPPEDENTRY']._loaded_options = None
   _globals['_SLATE_DROPPEDENTRY']._serialized_options = b'8\001'
-  _globals['_PERSONALIZATION']._serialized_start=1903
-  _globals['_PERSONALIZATION']._serialized_end=2009
-  _globals['_RANKINGOPTIONS']._serialized_start=69
-  _globals['_RANKINGOPTIONS']._serialized_end=437
-  _globals['_RANKEDITEM']._serialized_start=440
-  _globals['_RANKEDITEM']._serialized_end=589
-  _globals['_REASON']._serialized_start=591
-  _globals['_REASON']._serialized_end=660
-  _globals['_STAGETIMING']._serialized_start=662
-  _globals['_STAGETIMING']._serialized_end=712
-  _globals['_SLATE']._serialized_start=715
-  _globals['_SLATE']._serialized_end=1217
-  _globals['_SLATE_DROPPEDENTRY']._serialized_start=1171
-  _globals['_SLATE_DROPPEDENTRY']._serialized_end=1217
-  _globals['_RECOMMENDREQUEST']._serialized_start=1219
-  _globals['_RECOMMENDREQUEST']._serialized_end=1283
-  _globals['_RECOMMENDRESPONSE']._serialized_start=1285
-  _globals['_RECOMMENDRESPONSE']._serialized_end=1339
-  _globals['_SEARCHREQUEST']._serialized_start=1341
-  _globals['_SEARCHREQUEST']._serialized_end=1417
-  _globals['_SEARCHRESPONSE']._serialized_start=1419
-  _globals['_SEARCHRESPONSE']._serialized_end=1470
-  _globals['_CANDIDATES']._serialized_start=1472
-  _globals['_CANDIDATES']._serialized_end=1527
-  _globals['_RANKREQUEST']._serialized_start=1530
-  _globals['_RANKREQUEST']._serialized_end=1699
-  _globals['_RANKRESPONSE']._serialized_start=1701
-  _globals['_RANKRESPONSE']._serialized_end=1750
-  _globals['_SIMILARITEMSREQUEST']._serialized_start=1752
-  _globals['_SIMILARITEMSREQUEST']._serialized_end=1842
-  _globals['_SIMILARITEMSRESPONSE']._serialized_start=1844
-  _globals['_SIMILARITEMSRESPONSE']._serialized_end=1901
-  _globals['_RANKINGSERVICE']._serialized_start=2012
-  _globals['_RANKINGSERVICE']._serialized_end=2317
+  _globals['_PERSONALIZATION']._serialized_start=1979
+  _globals['_PERSONALIZATION']._serialized_end=2085
+  _globals['_RANKINGOPTIONS']._serialized_start=96
+  _globals['_RANKINGOPTIONS']._serialized_end=480
+  _globals['_RANKEDITEM']._serialized_start=483
+  _globals['_RANKEDITEM']._serialized_end=665
+  _globals['_REASON']._serialized_start=667
+  _globals['_REASON']._serialized_end=736
+  _globals['_STAGETIMING']._serialized_start=738
+  _globals['_STAGETIMING']._serialized_end=788
+  _globals['_SLATE']._serialized_start=791
+  _globals['_SLATE']._serialized_end=1293
+  _globals['_SLATE_DROPPEDENTRY']._serialized_start=1247
+  _globals['_SLATE_DROPPEDENTRY']._serialized_end=1293
+  _globals['_RECOMMENDREQUEST']._serialized_start=1295
+  _globals['_RECOMMENDREQUEST']._serialized_end=1359
+  _globals['_RECOMMENDRESPONSE']._serialized_start=1361
+  _globals['_RECOMMENDRESPONSE']._serialized_end=1415
+  _globals['_SEARCHREQUEST']._serialized_start=1417
+  _globals['_SEARCHREQUEST']._serialized_end=1493
+  _globals['_SEARCHRESPONSE']._serialized_start=1495
+  _globals['_SEARCHRESPONSE']._serialized_end=1546
+  _globals['_CANDIDATES']._serialized_start=1548
+  _globals['_CANDIDATES']._serialized_end=1603
+  _globals['_RANKREQUEST']._serialized_start=1606
+  _globals['_RANKREQUEST']._serialized_end=1775
+  _globals['_RANKRESPONSE']._serialized_start=1777
+  _globals['_RANKRESPONSE']._serialized_end=1826
+  _globals['_SIMILARITEMSREQUEST']._serialized_start=1828
+  _globals['_SIMILARITEMSREQUEST']._serialized_end=1918
+  _globals['_SIMILARITEMSRESPONSE']._serialized_start=1920
+  _globals['_SIMILARITEMSRESPONSE']._serialized_end=1977
+  _globals['_RANKINGSERVICE']._serialized_start=2088
+  _globals['_RANKINGSERVICE']._serialized_end=2393
 # @@protoc_insertion_point(module_scope)

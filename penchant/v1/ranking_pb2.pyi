@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from penchant.v1 import catalog_pb2 as _catalog_pb2
 from penchant.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -62,6 +63,7 @@ class RankingOptions(_message.Message):
     MIN_CATALOG_VERSION_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
     DIALS_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's id of this request, returned in the answer and carried back by the events it causes; made by the server when empty."""
     session_id: _builtins.str
@@ -96,6 +98,12 @@ class RankingOptions(_message.Message):
         1,000 categories and creators together.
         """
 
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Fields of the items that the answer carries, so that a page needs no second catalogue: names as in Item ("title", "price"),
+        and "attributes.NAME" for a single attribute; at most 64. An unknown name is INVALID_ARGUMENT.
+        """
+
     def __init__(
         self,
         *,
@@ -111,10 +119,11 @@ class RankingOptions(_message.Message):
         min_catalog_version: _builtins.int = ...,
         explain: _builtins.bool = ...,
         dials: _common_pb2.Dials | None = ...,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "dials", b"dials", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "dials", b"dials", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "min_catalog_version", b"min_catalog_version", "min_profile_version", b"min_profile_version", "page_size", b"page_size", "personalization", b"personalization", "request_id", b"request_id", "session_id", b"session_id", "subject", b"subject", "surface", b"surface"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "dials", b"dials", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "fields", b"fields", "min_catalog_version", b"min_catalog_version", "min_profile_version", b"min_profile_version", "page_size", b"page_size", "personalization", b"personalization", "request_id", b"request_id", "session_id", b"session_id", "subject", b"subject", "surface", b"surface"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,6 +141,7 @@ class RankedItem(_message.Message):
     SOURCES_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     PROPENSITY_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """External id of the item."""
     score: _builtins.float
@@ -152,6 +162,12 @@ class RankedItem(_message.Message):
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reason]:
         """Why the item is here; filled when explain was asked for."""
 
+    @_builtins.property
+    def item(self) -> _catalog_pb2.Item:
+        """The fields that RankingOptions.fields names, and the id, as the catalogue of this answer has them; absent if none is named, and
+        for a candidate of Rank that the catalogue does not know. A field that the item does not have is empty.
+        """
+
     def __init__(
         self,
         *,
@@ -161,10 +177,11 @@ class RankedItem(_message.Message):
         sources: _abc.Iterable[_builtins.str] | None = ...,
         reasons: _abc.Iterable[Global___Reason] | None = ...,
         propensity: _builtins.float = ...,
+        item: _catalog_pb2.Item | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action_probabilities", b"action_probabilities", "item_id", b"item_id", "propensity", b"propensity", "reasons", b"reasons", "score", b"score", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action_probabilities", b"action_probabilities", "item", b"item", "item_id", b"item_id", "propensity", b"propensity", "reasons", b"reasons", "score", b"score", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

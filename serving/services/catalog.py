@@ -1,4 +1,4 @@
-"""CatalogService: changes the catalogue durably, and answers when every worker shows it."""
+"""CatalogService: changes the catalogue durably, and answers when every worker shows it; returns what it holds."""
 
 # ruff: noqa: N802 - the contract names the methods
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
@@ -17,13 +17,27 @@ from serving.engine import Host
 from serving.errors import InvalidArgument, NotFound, ServingError
 from serving.follower import Follower
 from serving.services import checks
+from serving.services.items import FIELDS, MAX_FIELDS, held_fields, item_record, no_field, record_item, require_window
 
 MAX_CHANGES = 1_000
 EVERYWHERE_S = 1.0
 """Longest wait for every worker."""
 
+ANSWER_BYTES = 3 << 20
+"""Size above which an answer takes no more items: clients take 4 MiB unless they are told otherwise."""
+
 T = TypeVar("T")
 _WAIT_SHARE = 0.8
+_VERSION_SHARE = 0.5
+_UNKNOWN = "the catalogue does not have this item: put it first"
+
+
+class _Made(NamedTuple):
+    """What every answer to changes tells."""
+
+    catalog_version: int
+    statuses: list[catalog_pb2.ItemStatus]
+    visible_everywhere: bool
 
 
 class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
@@ -35,16 +49,54 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     def PutItems(
         self, request: catalog_pb2.PutItemsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.PutItemsResponse:
-        """Puts items, new or changed; bad ones do not hurt good ones."""
+        """Puts whole items, new or in place of others; bad ones do not hurt good ones."""
         checks.count(request.items, "items", 1, MAX_CHANGES, "items")
         now = int(time.time() * 1000)
 
-        def change(item: catalog_pb2.Item) -> Change:
-            return Change("put", item.item_id, _json(_item(item) | {"put_at": now}))
+        def change(item: catalog_pb2.Item, status: catalog_pb2.ItemStatus) -> Change:
+            checks.identifier(item.item_id, "item_id")
+            record = item_record(item)
+            require_window(record)
+            self._replaced(item.item_id, record, status)
+            return Change("put", item.item_id, _json({"item_id": item.item_id, **record, "put_at": now}))
 
-        changes, statuses = _checked(request.items, lambda item: item.item_id, change)
-        version, everywhere = self._make(changes, context)
-        return catalog_pb2.PutItemsResponse(catalog_version=version, statuses=statuses, visible_everywhere=everywhere)
+        return catalog_pb2.PutItemsResponse(**self._make(request.items, _id, change, context)._asdict())
+
+    def PatchItems(
+        self, request: catalog_pb2.PatchItemsRequest, context: grpc.ServicerContext
+    ) -> catalog_pb2.PatchItemsResponse:
+        """Changes single fields of items; bad patches do not hurt good ones."""
+        checks.count(request.patches, "patches", 1, MAX_CHANGES, "patches")
+
+        def change(patch: catalog_pb2.ItemPatch, status: catalog_pb2.ItemStatus) -> Change:
+            row = self._known(checks.identifier(patch.item.item_id, "item_id"))
+            fields = item_record(patch.item, _named(patch))
+            require_window(self._host.engine.catalog.record(row) | fields)
+            return Change("patch", patch.item.item_id, _json(fields))
+
+        made = self._make(request.patches, lambda patch: patch.item.item_id, change, context)
+        return catalog_pb2.PatchItemsResponse(**made._asdict())
+
+    def GetItems(
+        self, request: catalog_pb2.GetItemsRequest, context: grpc.ServicerContext
+    ) -> catalog_pb2.GetItemsResponse:
+        """Returns items as the catalogue of this worker has them."""
+        ids = list(dict.fromkeys(checks.identifiers(request.item_ids, "item_ids", 1, MAX_CHANGES)))
+        self._follower.wait(request.min_catalog_version, min(EVERYWHERE_S, context.time_remaining() * _VERSION_SHARE))
+        # The version first: what is applied meanwhile may be in the answer, what the version holds is.
+        answer = catalog_pb2.GetItemsResponse(catalog_version=self._follower.version)
+        catalog, size = self._host.engine.catalog, 0
+        for place, (item_id, row) in enumerate(zip(ids, catalog.rows(ids).tolist(), strict=True)):
+            if not self._follower.knows(row):
+                answer.missing_item_ids.append(item_id)
+                continue
+            item = record_item(item_id, catalog.record(row))
+            size += item.ByteSize()
+            if answer.items and size > ANSWER_BYTES:
+                answer.remaining_item_ids.extend(ids[place:])
+                break
+            answer.items.append(item)
+        return answer
 
     def SetAvailability(
         self, request: catalog_pb2.SetAvailabilityRequest, context: grpc.ServicerContext
@@ -52,16 +104,16 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
         """Sets whether and when items may be shown."""
         checks.count(request.changes, "changes", 1, MAX_CHANGES, "changes")
 
-        def change(wanted: catalog_pb2.Availability) -> Change:
+        def change(wanted: catalog_pb2.Availability, status: catalog_pb2.ItemStatus) -> Change:
             self._known(checks.identifier(wanted.item_id, "item_id"))
-            window = _window(wanted.available_from_ms, wanted.available_until_ms)
+            window = {
+                "available_from": checks.timestamp(wanted.available_from_ms, "available_from_ms"),
+                "available_until": checks.timestamp(wanted.available_until_ms, "available_until_ms"),
+            }
+            require_window(window)
             return Change("availability", wanted.item_id, _json({"available": wanted.available, **window}))
 
-        changes, statuses = _checked(request.changes, lambda wanted: wanted.item_id, change)
-        version, everywhere = self._make(changes, context)
-        return catalog_pb2.SetAvailabilityResponse(
-            catalog_version=version, statuses=statuses, visible_everywhere=everywhere
-        )
+        return catalog_pb2.SetAvailabilityResponse(**self._make(request.changes, _id, change, context)._asdict())
 
     def DeleteItems(
         self, request: catalog_pb2.DeleteItemsRequest, context: grpc.ServicerContext
@@ -69,75 +121,82 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
         """Deletes items: they are never shown again, unless they are put again."""
         checks.count(request.item_ids, "item_ids", 1, MAX_CHANGES, "ids")
 
-        def change(item_id: str) -> Change:
+        def change(item_id: str, status: catalog_pb2.ItemStatus) -> Change:
             self._known(checks.identifier(item_id, "item_ids"))
             return Change("delete", item_id)
 
-        changes, statuses = _checked(request.item_ids, lambda item_id: item_id, change)
-        version, everywhere = self._make(changes, context)
-        return catalog_pb2.DeleteItemsResponse(
-            catalog_version=version, statuses=statuses, visible_everywhere=everywhere
-        )
+        return catalog_pb2.DeleteItemsResponse(**self._make(request.item_ids, str, change, context)._asdict())
 
-    def _known(self, item_id: str) -> None:
-        if not self._follower.knows(int(self._host.engine.catalog.rows([item_id])[0])):
-            raise NotFound("the catalogue does not know this item: put it first", field="item_id")
+    def _known(self, item_id: str) -> int:
+        """The row of an item that the catalogue has."""
+        row = int(self._host.engine.catalog.rows([item_id])[0])
+        if not self._follower.knows(row):
+            raise NotFound(_UNKNOWN, field="item_id")
+        return row
 
-    def _make(self, changes: Sequence[Change], context: grpc.ServicerContext) -> tuple[int, bool]:
-        """Makes changes durable and waits a while until they are seen everywhere; the version, and whether they are."""
-        version = self._log.put(changes)
+    def _replaced(self, item_id: str, record: dict[str, Any], status: catalog_pb2.ItemStatus) -> None:
+        """Notes in a status that an item is replaced, and which fields it loses by that."""
+        catalog = self._host.engine.catalog
+        row = int(catalog.rows([item_id])[0])
+        if not self._follower.knows(row):
+            return
+        kept = held_fields(record)
+        status.replaced = True
+        status.cleared_fields.extend(name for name in held_fields(catalog.record(row)) if name not in kept)
+        if status.cleared_fields:
+            lost = ", ".join(status.cleared_fields)
+            status.message = f"replaced, and without {lost}, which it had before: PatchItems changes single fields"
+
+    def _make(
+        self,
+        values: Sequence[T],
+        name: Callable[[T], str],
+        change: Callable[[T, catalog_pb2.ItemStatus], Change],
+        context: grpc.ServicerContext,
+    ) -> _Made:
+        """Makes durable what may be changed, and waits a while until it is seen everywhere; a status for each value."""
+        changes, made = list[Change](), list[catalog_pb2.ItemStatus]()
+        statuses = [catalog_pb2.ItemStatus(item_id=name(value)) for value in values]
+        for value, status in zip(values, statuses, strict=True):
+            try:
+                changes.append(change(value, status))
+                made.append(status)
+            except ServingError as error:
+                _refuse(status, error)
+        version, deleted = self._log.write(changes)
+        for place in deleted:
+            _refuse(made[place], NotFound(_UNKNOWN, field="item_id"))
         seconds = min(EVERYWHERE_S, context.time_remaining() * _WAIT_SHARE)
-        return version, self._follower.wait_everywhere(version, seconds)
+        return _Made(version, statuses, self._follower.wait_everywhere(version, seconds))
 
 
-def _checked(
-    values: Sequence[T], name: Callable[[T], str], change: Callable[[T], Change]
-) -> tuple[list[Change], list[catalog_pb2.ItemStatus]]:
-    """The changes that may be made, and a status for each value."""
-    changes: list[Change] = []
-    statuses: list[catalog_pb2.ItemStatus] = []
-    for value in values:
-        status = catalog_pb2.ItemStatus(item_id=name(value))
-        try:
-            changes.append(change(value))
-        except ServingError as error:
-            status.code = getattr(grpc.StatusCode, error.code).value[0]
-            status.message, status.field = str(error), error.field
-        statuses.append(status)
-    return changes, statuses
-
-
-def _item(item: catalog_pb2.Item) -> dict[str, Any]:
-    """An item as a row of the canonical table.
+def _named(patch: catalog_pb2.ItemPatch) -> list[str]:
+    """The fields that a patch changes: those of its mask, else those that its item holds.
 
     Raises:
-        InvalidArgument: A field is wrong.
+        InvalidArgument: There are none, or one of them cannot be changed.
     """
-    checks.identifier(item.item_id, "item_id")
-    checks.identifier(item.creator_id, "creator_id", required=False)
-    checks.identifier(item.parent_id, "parent_id", required=False)
-    if item.HasField("price"):
-        checks.number(item.price, "price", 0.0)
-    return {
-        "item_id": item.item_id,
-        "title": checks.text(item.title, "title", limit=1024) or None,
-        "description": checks.text(item.description, "description", limit=16_384) or None,
-        "categories": checks.identifiers(item.categories, "categories", 0, 16),
-        "creator_id": item.creator_id or None,
-        "price": item.price if item.HasField("price") else None,
-        "available": item.available if item.HasField("available") else True,
-        **_window(item.available_from_ms, item.available_until_ms),
-        "parent_id": item.parent_id or None,
-        "attributes": checks.attributes(item.attributes, "attributes"),
-    }
+    checks.count(patch.update_mask.paths, "update_mask", 0, MAX_FIELDS, "names")
+    named = list(patch.update_mask.paths)
+    if not named:
+        named = [field.name for field, _ in patch.item.ListFields() if field.name in FIELDS]
+    if not named:
+        raise InvalidArgument("update_mask", f"names no field to change, and the item holds none: {', '.join(FIELDS)}")
+    for name in named:
+        if name == "item_id":
+            raise InvalidArgument("update_mask", "names item_id, which cannot be changed: put another item")
+        if name not in FIELDS:
+            raise InvalidArgument("update_mask", no_field(name))
+    return named
 
 
-def _window(start: int, end: int) -> dict[str, int]:
-    checks.timestamp(start, "available_from_ms")
-    checks.timestamp(end, "available_until_ms")
-    if end and end <= start:
-        raise InvalidArgument("available_until_ms", f"must be after available_from_ms ({start}), or 0 for always")
-    return {"available_from": start, "available_until": end}
+def _refuse(status: catalog_pb2.ItemStatus, error: ServingError) -> None:
+    status.code = getattr(grpc.StatusCode, error.code).value[0]
+    status.message, status.field = str(error), error.field
+
+
+def _id(value: catalog_pb2.Item | catalog_pb2.Availability) -> str:
+    return value.item_id
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence, Sized
 import numpy as np
 import numpy.typing as npt
 
+from features.columns import MOST_ID_BYTES
 from features.controls import MOST_RULES, Dial
 from penchant.v1.common_pb2 import Dials, Subject
 from serving.errors import InvalidArgument
 from serving.people import Setting
 
-MAX_ID_BYTES = 512
 MAX_QUERY_CHARACTERS = 1024
 YEAR_2100_MS = 4_102_444_800_000
 WHOLE_DIALS = {"novelty": Dial.NOVELTY, "diversity": Dial.DIVERSITY, "freshness": Dial.FRESHNESS}
@@ -37,7 +37,7 @@ def count(values: Sized, field: str, low: int, high: int, of: str) -> None:
         raise InvalidArgument(field, f"must hold {low} to {high} {of}, got {len(values)}")
 
 
-def identifier(value: str, field: str, *, required: bool = True, limit: int = MAX_ID_BYTES) -> str:
+def identifier(value: str, field: str, *, required: bool = True, limit: int = MOST_ID_BYTES) -> str:
     """An opaque id of at most `limit` bytes."""
     if required and not value:
         raise InvalidArgument(field, f"is required: 1 to {limit} bytes")
@@ -59,7 +59,7 @@ def identifiers(values: Sequence[str], field: str, low: int, high: int) -> list[
     """Between low and high ids, none empty, none too long."""
     count(values, field, low, high, "ids")
     ids = list(values)
-    if ids and not (min(map(len, ids)) and max(map(len, ids)) * 4 <= MAX_ID_BYTES):
+    if ids and not (min(map(len, ids)) and max(map(len, ids)) * 4 <= MOST_ID_BYTES):
         for at, value in enumerate(ids):
             identifier(value, f"{field}[{at}]")
     return ids

@@ -16,6 +16,7 @@ import grpc
 
 from features.catalog import Catalog
 from features.errors import PenchantError
+from features.event_types import hint
 from features.profile import pack_record
 from features.schema import event_type_key, item_key
 from penchant.v1 import event_pb2, event_pb2_grpc
@@ -92,15 +93,27 @@ class EventService(event_pb2_grpc.EventServiceServicer):
             logged, unknown = _logged(good, self._host.engine.catalog)
             appended = self._log.append(logged)
             applied = self._apply(good, appended)
+            hints = self._hints(good, unknown)
             for checked, entry, done in zip(good, appended, applied, strict=True):
                 statuses[checked.place] = status = _status(entry, done)
-                if checked.place in unknown and not status.message:
-                    item = checked.event.item_id[:_SHOWN]
-                    status.message = f"durable, but the catalogue has no item {item!r}: put it, or mend the id"
+                if status.code == 0:
+                    status.message = "; ".join(filter(None, (status.message, hints[checked.place])))
             self._telemetry.count("events.unknown_item", len(unknown))
         self._telemetry.count("events.taken", len(good))
         self._telemetry.count("events.refused", len(statuses) - len(good))
         return statuses
+
+    def _hints(self, good: Sequence[_Checked], unknown: set[int]) -> dict[int, str]:
+        """What the caller may have meant otherwise, by the place of the event; "" where nothing is odd."""
+        known, hints, odd = set(self._host.engine.event_types.values()), {}, 0
+        for checked in good:
+            meant, item = hint(checked.event.event_type, known), checked.event.item_id[:_SHOWN]
+            odd += bool(meant)
+            lacks = f"the catalogue has no item {item!r}: put it, or correct the id" if checked.place in unknown else ""
+            told = "; ".join(filter(None, (lacks, meant)))
+            hints[checked.place] = f"durable, but {told}" if told else ""
+        self._telemetry.count("events.odd_type", odd)
+        return hints
 
     def _apply(self, good: Sequence[_Checked], appended: Sequence[Appended]) -> list[bool | PenchantError]:
         """Applies what is durable to the profiles; what fails here the projector does later."""

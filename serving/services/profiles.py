@@ -14,11 +14,13 @@ import grpc
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from features.assemble import HALF_LIFE
-from features.controls import FOR_EVER, MOST_RULES, Kind
+from features.assemble import HALF_LIFE, shown_and_chosen
+from features.catalog import Catalog
+from features.catalog_names import look_up
+from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
 from features.errors import ProfileCorrupt
 from features.memory import DIMENSIONS, HORIZONS
-from features.profile import PAST_LOST, RING, Profile, Purpose
+from features.profile import PAST_LOST, RING, Profile, Purpose, Records
 from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine import Engine, Host
@@ -46,6 +48,10 @@ _KINDS = {
     profile_pb2.CONTROL_KIND_CREATOR: Kind.CREATOR,
     profile_pb2.CONTROL_KIND_CATEGORY: Kind.CATEGORY,
 }
+
+
+_DIALLED = {Dial.CATEGORY_WEIGHT: Kind.CATEGORY, Dial.CREATOR_WEIGHT: Kind.CREATOR}
+"""What a dial with a name is about."""
 
 
 class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
@@ -82,7 +88,10 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         checks.count(request.hidden, "hidden", 0, MOST_RULES - len(turned), of)
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
         version, applied = self._people.set_rules(subject, [*rules, *turned])
-        return profile_pb2.SetControlsResponse(profile_version=version, applied=applied)
+        matched, unknown = control_matches(rules, turned, self._host.engine.catalog)
+        return profile_pb2.SetControlsResponse(
+            profile_version=version, applied=applied, matched=matched, unknown=unknown
+        )
 
     def SetConsent(
         self, request: profile_pb2.SetConsentRequest, context: grpc.ServicerContext
@@ -208,6 +217,32 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         return found
 
 
+def control_matches(
+    rules: Sequence[Rule], dials: Sequence[Setting], catalog: Catalog
+) -> tuple[list[profile_pb2.ControlMatch], list[profile_pb2.ControlMatch]]:
+    """Returns which controls and dials name something that the catalogue has, and which do not."""
+    kinds = {meant: kind for kind, meant in _KINDS.items()}
+    named = [(f"hidden[{place}].id", rule.kind, rule.name) for place, rule in enumerate(rules)]
+    fields = {dial: (f"dials.{field}", _DIALLED[dial]) for field, dial in checks.NAMED_DIALS.items()}
+    named += [(*fields[setting.dial], setting.name) for setting in dials if setting.name]
+    by_kind: dict[Kind, list[str]] = {}
+    for _, kind, name in named:
+        by_kind.setdefault(kind, []).append(name)
+    likely: dict[tuple[Kind, str], str] = {}
+    for kind, names in by_kind.items():
+        likely |= {(kind, name): meant for name, meant in look_up(catalog, kind.name.lower(), names).items()}
+    matched, unknown = list[profile_pb2.ControlMatch](), list[profile_pb2.ControlMatch]()
+    for field, kind, name in named:
+        meant = likely[kind, name]
+        match = profile_pb2.ControlMatch(field=field, kind=kinds[kind], id=name)
+        if meant == name:
+            matched.append(match)
+        else:
+            match.did_you_mean = meant
+            unknown.append(match)
+    return matched, unknown
+
+
 def _hidden(rules: Sequence[Rule | Setting]) -> list[profile_pb2.Control]:
     """What is never shown, in the words of the contract."""
     kinds = {meant: kind for kind, meant in _KINDS.items()}
@@ -300,10 +335,15 @@ def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
     memory = profile.memory
     if not memory.visiting(time.time_ns() // 1_000_000):
         return None
-    here = profile.records[profile.records["timestamp"] >= memory.visit_began]["category"]
+    here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]
     keys, counts = np.unique(here[here != 0], return_counts=True)
     most = _category(int(keys[counts.argmax()]), engine) if keys.size else ""
     return profile_pb2.Visit(began_ms=memory.visit_began, events=memory.visit_events, category=most)
+
+
+def _chosen(records: Records) -> Records:
+    """The events by which the user chose an item: showings and refusals are no liking."""
+    return records[shown_and_chosen(records["event_type"])[1]]
 
 
 def _category(key: int, engine: Engine) -> str:
@@ -313,10 +353,11 @@ def _category(key: int, engine: Engine) -> str:
 
 
 def _affinities(profile: Profile, items: dict[int, dict[str, Any]]) -> list[profile_pb2.Affinity]:
-    """The decayed share of each category whose name is known, strongest first."""
+    """The decayed share of each category whose name is known among the user's choices, strongest first."""
     names = {item_key(item["categories"][0]): item["categories"][0] for item in items.values() if item["categories"]}
-    weights = 0.5 ** (np.arange(profile.records.size)[::-1] / HALF_LIFE)
-    keys, place = np.unique(profile.records["category"], return_inverse=True)
+    chosen = _chosen(profile.records)
+    weights = 0.5 ** (np.arange(chosen.size)[::-1] / HALF_LIFE)
+    keys, place = np.unique(chosen["category"], return_inverse=True)
     shares = np.bincount(place, weights, keys.size) / max(weights.sum(), 1e-12)
     found = [(names[key], share) for key, share in zip(keys.tolist(), shares.tolist(), strict=True) if key in names]
     found.sort(key=lambda pair: (-pair[1], pair[0]))

@@ -21,6 +21,7 @@ from serving.engine import Engine, Host
 from serving.experiments import Holdout
 from serving.query import Query, Reason, Slate, Unknown
 from serving.services import checks
+from serving.services.items import item_fields, shown_items
 
 MAX_PAGE = 100
 MAX_EXCLUDED = 10_000
@@ -48,15 +49,17 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
     ) -> ranking_pb2.RecommendResponse:
         """Retrieves and ranks a feed for a person."""
         engine = self._host.engine
-        query, missing = self._query("recommend", request.options, engine.catalog, context, subject_required=True)
-        return ranking_pb2.RecommendResponse(slate=_answer(query, missing, engine))
+        query, missing, fields = self._query(
+            "recommend", request.options, engine.catalog, context, subject_required=True
+        )
+        return ranking_pb2.RecommendResponse(slate=_answer(query, missing, fields, engine))
 
     def Search(self, request: ranking_pb2.SearchRequest, context: grpc.ServicerContext) -> ranking_pb2.SearchResponse:
         """Finds items for a query and orders them for this person."""
         engine = self._host.engine
-        query, missing = self._query("search", request.options, engine.catalog, context)
+        query, missing, fields = self._query("search", request.options, engine.catalog, context)
         query.text = checks.text(request.query, "query", required=True)
-        return ranking_pb2.SearchResponse(slate=_answer(query, missing, engine))
+        return ranking_pb2.SearchResponse(slate=_answer(query, missing, fields, engine))
 
     def Rank(self, request: ranking_pb2.RankRequest, context: grpc.ServicerContext) -> ranking_pb2.RankResponse:
         """Re-ranks the caller's candidates; of an id that comes twice, the first place counts.
@@ -64,7 +67,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         An id that the catalogue does not know stays at the place that the caller gave it, unless it is excluded.
         """
         engine = self._host.engine
-        query, missing = self._query("rank", request.options, engine.catalog, context)
+        query, missing, fields = self._query("rank", request.options, engine.catalog, context)
         ids = checks.identifiers(request.candidates.item_ids, "candidates.item_ids", 1, MAX_CANDIDATES)
         upstream = checks.finite(request.candidates.upstream_scores, "candidates.upstream_scores")
         checks.same_length(upstream, ids, "candidates.upstream_scores", "candidates.item_ids")
@@ -77,17 +80,17 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         first = np.sort(first[rows[first] >= 0])
         query.rows, query.upstream = rows[first], upstream[first] if upstream.size else None
         query.unknown = _unknown(ids, rows, upstream, first)
-        return ranking_pb2.RankResponse(slate=_answer(query, missing, engine))
+        return ranking_pb2.RankResponse(slate=_answer(query, missing, fields, engine))
 
     def SimilarItems(
         self, request: ranking_pb2.SimilarItemsRequest, context: grpc.ServicerContext
     ) -> ranking_pb2.SimilarItemsResponse:
         """Finds items like one or several seeds."""
         engine = self._host.engine
-        query, missing = self._query("similar", request.options, engine.catalog, context)
+        query, missing, fields = self._query("similar", request.options, engine.catalog, context)
         rows = _known(engine.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
         query.seeds = np.unique(rows[rows >= 0])
-        return ranking_pb2.SimilarItemsResponse(slate=_answer(query, missing, engine))
+        return ranking_pb2.SimilarItemsResponse(slate=_answer(query, missing, fields, engine))
 
     def _query(
         self,
@@ -97,8 +100,8 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         context: grpc.ServicerContext,
         *,
         subject_required: bool = False,
-    ) -> tuple[Query, dict[str, None]]:
-        """The query that the options describe, and the ids that the catalogue does not know, in order."""
+    ) -> tuple[Query, dict[str, None], Sequence[str]]:
+        """The query that the options describe, the ids that the catalogue does not know, in order, and `fields`."""
         checks.identifier(options.request_id, "options.request_id", required=False)
         checks.identifier(options.session_id, "options.session_id", required=False)
         checks.identifier(options.surface, "options.surface", required=False, limit=64)
@@ -130,7 +133,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             min_profile_version=options.min_profile_version,
             min_catalog_version=options.min_catalog_version,
         )
-        return query, missing
+        return query, missing, item_fields(options.fields, "options.fields") if options.fields else ()
 
 
 def _context(said: common_pb2.RequestContext) -> dict[str, Any]:
@@ -184,13 +187,13 @@ def _unknown(
     return tuple(Unknown(ids[at], place, scores[at]) for at, place in places if rows[at] < 0)
 
 
-def _answer(query: Query, missing: dict[str, None], engine: Engine) -> ranking_pb2.Slate:
-    """Runs a query and puts the slate into the words of the contract."""
+def _answer(query: Query, missing: dict[str, None], fields: Sequence[str], engine: Engine) -> ranking_pb2.Slate:
+    """Runs a query and puts the slate into the words of the contract, with the named fields of its items."""
     slate = engine.pipelines[query.method].run(query)
     profile = query.profile
     return ranking_pb2.Slate(
         request_id=query.request_id,
-        items=_items(slate, engine.catalog),
+        items=_items(slate, engine.catalog, fields),
         rung=_RUNGS[query.rung],
         experiment=_experiment(query),
         bundle_id=engine.bundle_id,
@@ -215,8 +218,11 @@ def _experiment(query: Query) -> common_pb2.Experiment | None:
     return common_pb2.Experiment(arm=query.arm, holdout=query.holdout, bucket=query.bucket)
 
 
-def _items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]:
+def _items(slate: Slate, catalog: Catalog, fields: Sequence[str]) -> list[ranking_pb2.RankedItem]:
     items = _known_items(slate, catalog)
+    if fields:
+        for ranked, item in zip(items, shown_items(catalog, slate.rows, fields), strict=True):
+            ranked.item.CopyFrom(item)
     for unknown in slate.unknown:
         items.insert(unknown.place, ranking_pb2.RankedItem(item_id=unknown.item_id, score=math.nan, propensity=1.0))
     return items

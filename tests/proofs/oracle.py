@@ -149,8 +149,9 @@ def remembered(events: Sequence[Told], ring: int) -> list[Told]:
 
 
 def encoder(past: Sequence[Told], rows: Mapping[str, int], types: Sequence[str], longest: int) -> list[tuple[int, int]]:
-    """Row and type of each event that the user encoder reads."""
-    known = [event for event in past if event.item in rows][-longest:]
+    """Row and type of each event that the user encoder reads: not what was shown, where its model knows no showings."""
+    read = [event for event in past if event.item in rows and (event.kind not in PASSIVE or event.kind in types)]
+    known = read[-longest:]
     return [(rows[event.item], types.index(event.kind) + 1 if event.kind in types else 0) for event in known]
 
 

@@ -544,7 +544,7 @@ def _encoded(world: World, profile: Profile) -> tuple[list[int], list[int]]:
     """What the user encoder reads of a profile."""
     types = features.assemble.type_index(MODEL["event_types"])
     past = features.assemble.history(profile, world.offline, types)
-    rows, kinds = features.assemble.encoder_inputs(past.rows, past.types, MODEL["max_length"])
+    rows, kinds = features.assemble.encoder_inputs(features.assemble.rows_read(past), past.types, MODEL["max_length"])
     return rows.tolist(), kinds.tolist()
 
 

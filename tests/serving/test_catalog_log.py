@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -25,11 +26,11 @@ def log(events_redis):
 
 
 class Reader:
-    """A worker's catalogue: item -> (payload, availability), deleted items left out."""
+    """A worker's catalogue: item -> (payload, availability, patched fields), deleted items left out."""
 
     def __init__(self) -> None:
         self.version = 0
-        self.items: dict[str, tuple[bytes, bytes]] = {}
+        self.items: dict[str, tuple[bytes, bytes, dict[str, object]]] = {}
 
     def apply(self, version: int, changes: list[Change]) -> None:
         self.version = version
@@ -37,9 +38,13 @@ class Reader:
             if change.kind == "delete":
                 self.items.pop(change.item_id, None)
             elif change.kind == "put":
-                self.items[change.item_id] = (change.payload, b"")
+                self.items[change.item_id] = (change.payload, b"", {})
             elif change.item_id in self.items:
-                self.items[change.item_id] = (self.items[change.item_id][0], change.payload)
+                payload, available, fields = self.items[change.item_id]
+                if change.kind == "patch":
+                    self.items[change.item_id] = (payload, available, fields | json.loads(change.payload))
+                else:
+                    self.items[change.item_id] = (payload, change.payload, fields)
 
     def follow(self, log: CatalogLog) -> None:
         while True:
@@ -47,6 +52,10 @@ class Reader:
             self.apply(*log.tail(self.version))
             if self.version == before:
                 return
+
+
+def patch(item: str, fields: dict[str, object]) -> Change:
+    return Change("patch", item, json.dumps(fields).encode())
 
 
 def put(item: str, payload: bytes = b"x") -> Change:
@@ -83,11 +92,16 @@ def test_only_the_latest_of_an_item_is_kept(log):
     assert log.snapshot() == (22, [Change("put", "a", b"again", 22)])
 
 
-CHANGES = st.builds(Change, st.sampled_from(["put", "put", "availability", "delete"]), OPAQUE, st.binary(max_size=5))
+ITEMS = st.sampled_from(["a", "b", ":", "put:a"]) | OPAQUE
+FIELDS = st.dictionaries(st.sampled_from(["title", "price", "available_from"]), st.none() | OPAQUE | st.floats(0, 9))
+CHANGES = st.builds(Change, st.sampled_from(["put", "put", "availability", "delete"]), ITEMS, st.binary(max_size=5))
+PATCHES = st.builds(patch, ITEMS, FIELDS.filter(bool))
 
 
 @on_redis
-@given(st.lists(st.lists(CHANGES, min_size=1, max_size=4), max_size=12), st.integers(0, 12), st.integers(1, 4))
+@given(
+    st.lists(st.lists(CHANGES | PATCHES, min_size=1, max_size=4), max_size=12), st.integers(0, 12), st.integers(1, 4)
+)
 def test_readers_who_follow_lag_or_start_late_agree(events_redis, puts, lag, length):
     events_redis.flushall()
     # An exact length, so that a reader with a lag finds the stream cut off behind it.
@@ -102,7 +116,38 @@ def test_readers_who_follow_lag_or_start_late_agree(events_redis, puts, lag, len
     late.apply(*log.snapshot())
     lagging.follow(log)
     assert following.items == lagging.items == late.items == truth.items
-    assert following.version == lagging.version == late.version == len(puts)
+    # What is about deleted items alone makes no version.
+    assert following.version == lagging.version == late.version == log.version() <= len(puts)
+
+
+def test_a_patch_of_a_field_replaces_an_older_one_and_no_other_field(log):
+    log.put([put("a", b"1")])
+    log.put([patch("a", {"title": "x", "price": 1.5})])
+    log.put([Change("availability", "a", b"no")])
+    log.put([patch("a", {"price": None})])
+    assert log.snapshot() == (
+        4,
+        [
+            Change("put", "a", b"1", 1),
+            Change("patch", "a", b'{"title": "x"}', 2),
+            Change("availability", "a", b"no", 3),
+            Change("patch", "a", b'{"price": null}', 4),
+        ],
+    )
+    # Who had version 2 already does not get its title again, which a bundle may have replaced since.
+    assert [change.version for change in log.tail(2)[1]] == [3, 4]
+    log.put([put("a", b"whole")])
+    assert log.snapshot() == (5, [Change("put", "a", b"whole", 5)])
+
+
+def test_what_adds_to_a_deleted_item_is_refused_by_the_log_itself(log):
+    assert log.write([put("a"), Change("delete", "a"), Change("delete", "b")]) == (1, ())
+    assert log.write([patch("a", {"price": 1}), Change("availability", "a", b"yes")]) == (1, (0, 1))
+    assert log.write([patch("a", {"price": 1}), put("b"), patch("b", {"price": 2})]) == (2, (0,))
+    assert [change.item_id for change in log.tail(1)[1]] == ["b", "b"]
+    assert log.write([put("a"), patch("a", {"price": 3})]) == (3, ())
+    many = [put(f"{number}") for number in range(1000)]
+    assert log.write([*many, Change("delete", "a"), patch("a", {"price": 4})]) == (5, (1001,))
 
 
 def test_more_changes_than_fit_a_version(log):
