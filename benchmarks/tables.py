@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS
+from serving.exposition import markdown
 
 ROOT = RESULTS.parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("backend.md", "data.md", "training.md", "load-testing.md")),
+    *(ROOT / "docs" / name for name in ("backend.md", "data.md", "training.md", "load-testing.md", "metrics.md")),
 )
 _FASTER = ("seconds_to_goal", "seconds_to_its_best")
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -316,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "no-skew": no_skew,
     "freshness": freshness,
     "profiles": profiles,
+    "metrics": markdown,
 }
 
 

@@ -70,7 +70,7 @@ class RequestObserver:
                 self._write(method, code, seconds, more, surface=surface, rung=rung, request_id=request_id)
 
     def _failed(self, method: str, code: str) -> int | None:
-        """Returns how many failures of this kind had no line since the last that had; None where this has none either."""
+        """Returns the number of such failures since the last line about one; None where this one gets no line."""
         now = time.monotonic()
         with self._lock:
             last, silent = self._failures.get((method, code), (-self._errors_s, 0))
