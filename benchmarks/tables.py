@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import SecretStr
 
 from benchmarks.report import RESULTS
+from serving.exposition import markdown
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 ROOT = RESULTS.parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("backend.md", "data.md", "training.md", "load-testing.md", "settings.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("backend.md", "data.md", "training.md", "load-testing.md", "metrics.md", "settings.md")
+    ),
 )
 _WORDS = {int: "integer", float: "number", bool: "true or false", Path: "path", str: "text", SecretStr: "secret"}
 _FASTER = ("seconds_to_goal", "seconds_to_its_best")
@@ -392,6 +396,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profiles": profiles,
     "serve-settings": serve_settings,
     "train-settings": train_settings,
+    "metrics": markdown,
 }
 
 

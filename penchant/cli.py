@@ -294,9 +294,21 @@ def serve(
         float | None,
         typer.Option(min=0, max=1, metavar="SHARE", help="Share of people, 0 to 1, who get the unpersonalised answer."),
     ] = None,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, metavar="PORT", help="Prometheus port of the first worker; 0 is off."),
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Address of the metrics, for Prometheus.", show_default="off"),
+    ] = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option(metavar="text|json", help="Format of the log's lines on standard error.", show_default="text"),
+    ] = None,
+    access_log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="off|errors|all",
+            help="Requests with a line in the log; of errors one a minute for each method and code.",
+            show_default="errors",
+        ),
     ] = None,
 ) -> None:
     """Serves a bundle over gRPC until it is told to stop."""
@@ -318,7 +330,9 @@ def serve(
         tls_key=tls_key,
         token_file=token_file,
         holdout_share=holdout,
-        metrics_port=metrics_port,
+        metrics_listen=metrics_listen,
+        log_format=log_format,
+        access_log=access_log,
     )
     raise typer.Exit(serve(settings))
 

@@ -22,11 +22,14 @@ from typing import IO, Any, Literal
 from redis.exceptions import RedisError
 
 from features.bundle import Bundle, open_bundle
-from serving.child import LOG_FORMAT
+from serving import logs
 from serving.config import ServeConfig
 from serving.erasure import Ledger, replay
 from serving.errors import ConfigError, Unavailable
 from serving.events import EventLog
+from serving.http import HttpServer
+from serving.log_watch import LogWatch
+from serving.monitor import Monitor
 from serving.profiles import ProfileStore
 from serving.redis_client import connect, printable, require_safe
 from serving.redis_server import RedisServer
@@ -51,7 +54,7 @@ def serve(config: ServeConfig) -> int:
         BundleError: The bundle is refused.
         ConfigError: The service cannot start like this.
     """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    logs.configure(config.log_format, "supervisor")
     settings = config.printable()
     for name in ("redis", "events_redis"):
         if "://" in settings.get(name, ""):
@@ -65,13 +68,14 @@ def serve(config: ServeConfig) -> int:
         redis, events = stack.enter_context(_stores(config))
         _hold_erasures(config, redis, events)
         address = stack.enter_context(_reserved(config))
+        monitor, metrics = stack.enter_context(_monitored(config, bundle, redis, events))
         orders = _orders(config, bundle, address, redis, events)
         workers = [
-            _Child(f"worker {number}", orders | {"role": "worker", "number": number})
+            _Child(f"worker {number}", orders | {"role": "worker", "number": number}, monitor)
             for number in range(config.worker_count)
         ]
         roles = {"projector": config.projector, "warehouse": config.warehouse}
-        readers = [_Child(role, orders | {"role": role}) for role, wanted in roles.items() if wanted]
+        readers = [_Child(role, orders | {"role": role}, monitor) for role, wanted in roles.items() if wanted]
         children = workers + readers
         # The workers end first, and those who read the log take in what they logged last.
         stack.callback(_stop, readers, config.drain_s)
@@ -89,20 +93,25 @@ def serve(config: ServeConfig) -> int:
             "events_redis": printable(events),
             "workers": [child.pid for child in workers],
             "warehouse": str(config.warehouse_path) if config.warehouse else None,
+            "metrics": metrics,
         }
         print(json.dumps(ready), flush=True)
+        _log.info("ready: %d workers on %s%s", len(workers), address, f", metrics on {metrics}" if metrics else "")
         while not stop.wait(0.1):
             for child in children:
                 child.keep()
+        _log.info("stopping: calls in hand have %g s", config.drain_s)
+    _log.info("stopped")
     return 0
 
 
 class _Child:
     """A process that is kept running: its orders go in as one line of JSON, one line of JSON says that it is ready."""
 
-    def __init__(self, name: str, orders: dict[str, Any]) -> None:
+    def __init__(self, name: str, orders: dict[str, Any], monitor: Monitor) -> None:
         self.name = name
         self.pid = 0
+        self._monitor = monitor
         self._orders = orders
         self._process: subprocess.Popen[str] | None = None
         self._pause = _FIRST_PAUSE_S
@@ -110,18 +119,21 @@ class _Child:
 
     def start(self) -> None:
         """Starts the process."""
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "serving.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=_environment(),
-            process_group=0,
-        )
+        with self._monitor.connect(self.name) as reports:
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "serving.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=_environment(),
+                process_group=0,
+                pass_fds=[reports.fileno()],
+            )
+            orders = self._orders | {"report_fd": reports.fileno()}
         self.pid, self._started, self._again = process.pid, time.monotonic(), 0.0
         # The pipe stays open: that it ends tells the child that we are gone.
         with contextlib.suppress(BrokenPipeError):
-            _stdin(process).write(json.dumps(self._orders) + "\n")
+            _stdin(process).write(json.dumps(orders) + "\n")
             _stdin(process).flush()
 
     def wait_ready(self, seconds: float, stop: threading.Event) -> bool:
@@ -224,6 +236,24 @@ def _environment() -> dict[str, str]:
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     ours = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
     return {"ORT_DISABLE_TELEMETRY": "1", **os.environ, **ours}
+
+
+@contextlib.contextmanager
+def _monitored(config: ServeConfig, bundle: Bundle, redis: str, events: str) -> Iterator[tuple[Monitor, str | None]]:
+    """What collects the reports of all processes, and where their metrics are served, None if nowhere.
+
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+    with (
+        contextlib.closing(LogWatch(redis, events, config.partitions)) as watch,
+        contextlib.closing(Monitor(bundle.bundle_id, watch.look)) as monitor,
+    ):
+        if not config.metrics_listen:
+            yield monitor, None
+            return
+        with HttpServer(config.metrics_listen, {"/metrics": monitor.page}) as server:
+            yield monitor, server.address
 
 
 @contextlib.contextmanager

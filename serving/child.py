@@ -16,20 +16,23 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from features.errors import PenchantError
+from serving import logs
 from serving.config import ServeConfig
+from serving.reporting import report
+from serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from serving.projector import Idle
 
-LOG_FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+_log = logging.getLogger("serving.child")
 
 
 def main() -> int:
     """Obeys the orders; the exit status."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    # It tells at length which processor features it tries.
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     orders = json.loads(sys.stdin.readline())
+    logs.configure(orders["settings"]["log_format"], orders["role"], orders.get("number"))
+    telemetry = Telemetry()
+    report(orders["report_fd"], telemetry)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -40,16 +43,17 @@ def main() -> int:
             # Imported where they are needed: a projector has no use for models, an index or gRPC.
             from serving.projector import run
 
-            _say({"ready": True})
-            return run(
+            _ready(orders)
+            run(
                 config.redis,
                 config.events_redis,
                 config.partitions,
                 stop,
                 purge_s=config.purge_hours * 1800,
                 idle=_idle(config) if config.idle_days else None,
+                telemetry=telemetry,
             )
-        if orders["role"] == "warehouse":
+        elif orders["role"] == "warehouse":
             from serving import warehouse
             from serving.erasure import Ledger
 
@@ -63,16 +67,18 @@ def main() -> int:
                 default=config.default_consent,
                 ledger=Ledger(config.ledger_path),
                 stop=stop,
-                ready=lambda _: _say({"ready": True}),
+                ready=lambda _: _ready(orders),
                 bundle_id=orders["bundle_id"],
+                telemetry=telemetry,
             )
-            return 0
-        from serving.worker import work
+        else:
+            from serving.worker import work
 
-        work(config, orders["number"], stop, lambda: _say({"ready": True}), orders["bundle_id"])
+            work(config, telemetry, stop, lambda: _ready(orders), orders["bundle_id"])
     except PenchantError as error:
         _say({"error": str(error)})
         return 2
+    _log.info("the %s has stopped", _name(orders))
     return 0
 
 
@@ -92,6 +98,15 @@ def _watch_parent(stop: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     stop.set()
+
+
+def _ready(orders: dict[str, Any]) -> None:
+    _log.info("the %s is ready", _name(orders))
+    _say({"ready": True})
+
+
+def _name(orders: dict[str, Any]) -> str:
+    return f"{orders['role']} {orders['number']}" if "number" in orders else str(orders["role"])
 
 
 def _say(what: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from pydantic import (
     PositiveFloat,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -34,6 +35,9 @@ from serving.errors import ConfigError
 PREFIX = "PENCHANT_"
 _FOREIGN = ("DATA", "TRAIN_")
 """Variables of the tests and of training."""
+
+MOST_SURFACES = 64
+"""Most surfaces with labels of their own."""
 
 
 class ServeConfig(BaseModel):
@@ -117,8 +121,21 @@ class ServeConfig(BaseModel):
     log_features: float = Field(
         0.01, ge=0, le=1, description="Share of slates that are logged with the values the models read; 0 is off."
     )
-    metrics_port: int = Field(
-        0, ge=0, le=65535, description="Prometheus port of the first worker, next ones follow; 0 is off."
+    metrics_listen: str = Field(
+        "",
+        description="HOST:PORT of the metrics of all processes, for Prometheus; port 0 picks a free one; empty is off.",
+    )
+    metrics_surfaces: tuple[str, ...] = Field(
+        (),
+        max_length=MOST_SURFACES,
+        description='Surfaces with labels of their own in metrics and logs, all others being "other"; empty means '
+        "those that the ranker was trained on.",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Format of the log's lines on standard error.")
+    access_log: Literal["off", "errors", "all"] = Field(
+        "errors",
+        description="Requests with a line in the log: none, those that fail (one line a minute for each method and "
+        "code), or all.",
     )
     reflection: bool = Field(True, description="Serve gRPC reflection.")
 
@@ -147,9 +164,11 @@ class ServeConfig(BaseModel):
                 raise ConfigError(f"{variable.name}: {first['msg']}; it sets {where}: {meaning}") from None
             raise ConfigError(f"{where}: {first['msg']}{set_by(environment, first['msg'])}") from None
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics_listen")
     @classmethod
-    def _check_address(cls, listen: str) -> str:
+    def _check_address(cls, listen: str, info: ValidationInfo) -> str:
+        if not listen and info.field_name != "listen":
+            return listen
         host, _, port = listen.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError("expected HOST:PORT with a port of 0 to 65535")

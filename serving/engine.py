@@ -90,6 +90,11 @@ class Engine:
         return self.bundle.bundle_id
 
     @property
+    def surfaces(self) -> list[str]:
+        """Names of the surfaces that the ranker was trained on."""
+        return list(self.bundle.model.get("surface_rates") or {})
+
+    @property
     def actions(self) -> list[str]:
         """Names of the ranker's actions."""
         return [action["name"] for action in self.bundle.model["actions"]]

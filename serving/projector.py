@@ -318,11 +318,13 @@ def run(
     purge_s: float = PURGE_S,
     idle: Idle | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
+    telemetry: Telemetry | None = None,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
     It also has the bytes of what was erased removed from the disks, every `purge_s` seconds. Without a number of
-    partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`.
+    partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`. `telemetry` counts what a
+    `Projector` counts.
 
     Raises:
         ConfigError: A URL is wrong, or the log has another number of partitions.
@@ -339,6 +341,6 @@ def run(
         log = EventLog(events, partitions)
         purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
         purger.start()
-        Projector(log, store, idle=idle).run(stop)
+        Projector(log, store, idle=idle, telemetry=telemetry).run(stop)
         purger.join()
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,9 @@ from penchant.v1 import (
 )
 from serving.config import ServeConfig
 from serving.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ServingError, Unauthenticated
+from serving.logs import REQUEST_ID_HEADER, begin_request, request_id_of
+from serving.observer import RequestObserver
+from serving.services.outcome import rung_of, surface_of
 from serving.telemetry import Telemetry
 from serving.turns import Turns
 
@@ -103,10 +107,11 @@ class _Limit(Interceptor):
 class _Token(Interceptor):
     """Lets only calls pass that carry the token; health checks need none."""
 
-    def __init__(self, secret: str) -> None:
+    def __init__(self, secret: str, telemetry: Telemetry) -> None:
         self._expected = f"Bearer {secret}".encode()
 
         def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+            telemetry.count("refused.token")
             raise _refuse(context, Unauthenticated("send the server's token as metadata `authorization: Bearer TOKEN`"))
 
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
@@ -128,8 +133,8 @@ class _Guard(Interceptor):
     Rankings, which are work, take turns; the others mostly wait for something, and only for that.
     """
 
-    def __init__(self, turns: Turns, telemetry: Telemetry) -> None:
-        self._turns, self._telemetry = turns, telemetry
+    def __init__(self, turns: Turns, telemetry: Telemetry, observer: RequestObserver) -> None:
+        self._turns, self._telemetry, self._observer = turns, telemetry, observer
         self._guarded: dict[str, Handler] = {}
 
     def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
@@ -157,34 +162,43 @@ class _Guard(Interceptor):
         return guarded
 
     def _guard(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
-        telemetry = self._telemetry
+        telemetry, observe = self._telemetry, self._observer.observe
 
         def call(message: bytes, context: grpc.ServicerContext) -> Message:
+            begun, request = time.monotonic(), None
+            request_id = _begin(context)
             try:
                 _require_time(context)
-                answer: Message = behavior(_parsed(parse, message), context)
+                request = _parsed(parse, message)
+                answer: Message = behavior(request, context)
             except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
-                telemetry.count(f"{method}.{getattr(error, 'code', 'INTERNAL')}")
-                raise _refuse(context, error) from None
-            telemetry.count(f"{method}.OK")
+                code, surface = getattr(error, "code", "INTERNAL"), surface_of(request)
+                observe(method, code, time.monotonic() - begun, surface, request_id=request_id)
+                raise _refuse(context, error, request_id) from None
+            rung = rung_of(answer, telemetry)
+            observe(method, "OK", time.monotonic() - begun, surface_of(request), rung, request_id)
+            context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
             return answer
 
         return call
 
     def _guard_stream(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
-        telemetry = self._telemetry
+        observe = self._observer.observe
 
         def call(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Message]:
+            begun, request_id, code = time.monotonic(), _begin(context), "CANCELLED"
+            context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
             try:
                 _require_time(context)
                 yield from behavior((_parsed(parse, message) for message in messages), context)
+                code = "OK"
             except grpc.RpcError:  # the caller is gone, or its time is over: there is nobody to tell
-                telemetry.count(f"{method}.CANCELLED")
                 return
             except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
-                telemetry.count(f"{method}.{getattr(error, 'code', 'INTERNAL')}")
-                raise _refuse(context, error) from None
-            telemetry.count(f"{method}.OK")
+                code = getattr(error, "code", "INTERNAL")
+                raise _refuse(context, error, request_id) from None
+            finally:
+                observe(method, code, time.monotonic() - begun, request_id=request_id)
 
         return call
 
@@ -211,7 +225,14 @@ def _require_time(context: grpc.ServicerContext) -> None:
         raise DeadlineExceeded("the time was over before the call began: give it more, or send less")
 
 
-def _refuse(context: grpc.ServicerContext, error: Exception) -> Exception:
+def _begin(context: grpc.ServicerContext) -> str:
+    """Returns the id of a request, which the lines that its thread logs bear from now on."""
+    request_id = request_id_of(context.invocation_metadata())
+    begin_request(request_id)
+    return request_id
+
+
+def _refuse(context: grpc.ServicerContext, error: Exception, request_id: str = "") -> Exception:
     """Ends a call with the status of an error, its details and, where a retry makes sense, when; what to raise."""
     if not isinstance(error, ServingError):
         mark = uuid.uuid4().hex[:12]
@@ -219,7 +240,7 @@ def _refuse(context: grpc.ServicerContext, error: Exception) -> Exception:
         error = ServingError(f"unexpected error {mark}: please report it with the server's log")
     code = getattr(grpc.StatusCode, error.code)
     status = status_pb2.Status(code=code.value[0], message=str(error))
-    metadata: list[tuple[str, str | bytes]] = []
+    metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_HEADER, request_id)] if request_id else []
     if error.field:
         description = str(error).removeprefix(f"{error.field}: ")
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
@@ -261,13 +282,17 @@ class Services:
 class Server:
     """One worker's gRPC server."""
 
-    def __init__(self, config: ServeConfig, turns: Turns, telemetry: Telemetry) -> None:
+    def __init__(
+        self, config: ServeConfig, turns: Turns, telemetry: Telemetry, observer: RequestObserver | None = None
+    ) -> None:
         self._config = config
-        self._pool = _CountingPool(config.max_concurrent)
+        self._pool = pool = _CountingPool(config.max_concurrent)
+        telemetry.gauge("requests_in_flight", lambda: pool.in_hand)
+        telemetry.gauge("requests_waiting", lambda: turns.waiting)
         interceptors: list[Interceptor] = [_Limit(self._pool, config.max_concurrent, telemetry)]
         if secret := config.secret():
-            interceptors.append(_Token(secret))
-        interceptors.append(_Guard(turns, telemetry))
+            interceptors.append(_Token(secret, telemetry))
+        interceptors.append(_Guard(turns, telemetry, observer or RequestObserver(telemetry)))
         self._grpc = grpc.server(
             self._pool,
             interceptors=interceptors,

@@ -80,6 +80,7 @@ class ImpressionWriter:
         """Takes the log and how many slates may wait."""
         self._log, self._telemetry = log, telemetry
         self._waiting: queue.Queue[_Shown | None] = queue.Queue(limit)
+        telemetry.gauge("slates_waiting", self._waiting.qsize)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()

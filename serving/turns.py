@@ -9,15 +9,28 @@ from typing import Self
 
 
 class Turns:
-    """A few turns that calls take one after the other; who waits for something gives its turn up meanwhile."""
+    """A few turns that calls take one after the other; who waits for something gives its turn up meanwhile.
+
+    Attributes:
+        waiting: Number of calls that wait for a turn now.
+    """
 
     def __init__(self, count: int) -> None:
         self._free = threading.BoundedSemaphore(count)
+        self._lock = threading.Lock()
+        self.waiting = 0
         self._mine = threading.local()
 
     def __enter__(self) -> Self:
         """Waits for a turn."""
-        self._free.acquire()
+        if not self._free.acquire(blocking=False):
+            with self._lock:
+                self.waiting += 1
+            try:
+                self._free.acquire()
+            finally:
+                with self._lock:
+                    self.waiting -= 1
         self._mine.held = True
         return self
 

@@ -409,6 +409,7 @@ def run(
     stop: threading.Event | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     bundle_id: str = "",
+    telemetry: Telemetry | None = None,
 ) -> dict[str, Any]:
     """The warehouse as a process: runs until SIGTERM or SIGINT, or until `stop` is set.
 
@@ -425,6 +426,7 @@ def run(
         stop: Ends it.
         ready: Told `pid`, `partitions` and `lag` when it begins.
         bundle_id: The bundle that `bundle` has to hold; empty where any will do.
+        telemetry: Counts what a `Warehouse` counts.
 
     Returns:
         `partitions`, `lag` (entries that are not in a file, None where the log does not answer), and how many `events`
@@ -440,7 +442,7 @@ def run(
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-    telemetry = Telemetry()
+    telemetry = telemetry or Telemetry()
     # Opened now and not when the log first answers: until then a link may have moved.
     opened = open_bundle(bundle, bundle_id) if bundle else None
     with connect(events_redis_url, _TIMEOUT_S) as client:

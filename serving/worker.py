@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from features.profile import Retention
 from serving.catalog_log import CatalogLog
-from serving.config import ServeConfig
+from serving.config import MOST_SURFACES, ServeConfig
 from serving.engine import Host, Surroundings, open_engine
 from serving.erasure import Certificates, Ledger
 from serving.errors import Unavailable
@@ -17,6 +17,7 @@ from serving.events import EventLog
 from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hydrators import Progress
+from serving.observer import RequestObserver
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
@@ -27,7 +28,7 @@ from serving.services.profiles import ProfileService
 from serving.services.ranking import RankingService
 from serving.services.streams import Streams
 from serving.side_effects import ImpressionWriter
-from serving.telemetry import Telemetry, expose
+from serving.telemetry import Telemetry
 from serving.turns import Turns
 
 WRITE_TIMEOUT_S = 1.0
@@ -37,13 +38,13 @@ _log = logging.getLogger(__name__)
 
 
 def work(
-    config: ServeConfig, number: int, stop: threading.Event, ready: Callable[[], None], bundle_id: str = ""
+    config: ServeConfig, telemetry: Telemetry, stop: threading.Event, ready: Callable[[], None], bundle_id: str = ""
 ) -> None:
     """Answers until `stop` is set; calls `ready` when it begins to.
 
     Args:
         config: The settings.
-        number: Number of the worker, from 0.
+        telemetry: Where its measurements go.
         stop: Set when it shall end.
         ready: Called once.
         bundle_id: The bundle that `config.bundle` has to hold; empty where any will do.
@@ -52,7 +53,8 @@ def work(
         BundleError: The bundle is refused.
         ConfigError: The device or an address cannot be had.
     """
-    telemetry, progress, turns = Telemetry(), Progress(), Turns(config.threads)
+    progress, turns = Progress(), Turns(config.threads)
+    telemetry.gauge("catalog_version", lambda: progress.version)
     with (
         connect(config.redis, config.redis_timeout_ms / 1000) as profiles,
         connect(config.redis, WRITE_TIMEOUT_S) as written,
@@ -72,7 +74,9 @@ def work(
         changes = CatalogLog(events)
         follower = Follower(host, changes, progress, config.worker_count)
         follower.start()
-        server = Server(config, turns, telemetry)
+        surfaces = config.metrics_surfaces or host.engine.surfaces[:MOST_SURFACES]
+        observer = RequestObserver(telemetry, config.access_log, surfaces)
+        server = Server(config, turns, telemetry, observer)
         streams = Streams(max(1, config.max_concurrent // 4))
         holdout = Holdout(config.holdout_share, config.holdout_salt)
         services = Services(
@@ -82,8 +86,6 @@ def work(
             catalog=CatalogService(host, changes, follower),
         )
         server.start(config.listen, services)
-        if config.metrics_port:
-            expose(telemetry, config.metrics_port + number)
         # What is loaded stays: the collector need not walk it with every sweep.
         gc.collect()
         gc.freeze()

@@ -12,7 +12,10 @@ from features.environment import variables
 from serving.config import ServeConfig
 from training.config import TrainConfig
 
-SETTINGS = {"PENCHANT_": ServeConfig.model_fields, "PENCHANT_TRAIN_": TrainConfig.model_fields}
+FIELDS = [*ServeConfig.model_fields, "metrics_port"]
+"""The settings, and one whose name ends as the variables of services do."""
+
+SETTINGS = {"PENCHANT_": FIELDS, "PENCHANT_TRAIN_": TrainConfig.model_fields}
 
 names = st.lists(st.from_regex(r"[a-z][a-z0-9]{0,8}", fullmatch=True), max_size=3)
 ours = st.sampled_from([name.replace("_", "-") for fields in SETTINGS.values() for name in fields]).map(lambda n: [n])
@@ -52,7 +55,7 @@ def test_no_service_of_kubernetes_sets_anything(parts, host, open_ports):
 def test_one_that_has_the_name_of_a_setting_is_told_in_one_line(caplog):
     environment = of_a_service("penchant-metrics", "10.0.0.1", [(9090, "TCP", "http")])
     with caplog.at_level(logging.WARNING):
-        variables("PENCHANT_", ServeConfig.model_fields, environment)
+        variables("PENCHANT_", FIELDS, environment)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("PENCHANT_METRICS_PORT=tcp://10.0.0.1:9090 is ignored")
     assert "enableServiceLinks: false" in line
@@ -60,7 +63,7 @@ def test_one_that_has_the_name_of_a_setting_is_told_in_one_line(caplog):
 
 def test_what_is_ours_is_found_in_capitals_and_not(caplog):
     environment = {"PENCHANT_METRICS_PORT": "9090", "penchant_workers": "2", "PENCHANT_WORKERS": "3", "HOME": "/x"}
-    found = variables("PENCHANT_", ServeConfig.model_fields, environment)
+    found = variables("PENCHANT_", FIELDS, environment)
     assert {name: tuple(one) for name, one in found.items()} == {
         "metrics_port": ("PENCHANT_METRICS_PORT", "9090"),
         "workers": ("PENCHANT_WORKERS", "3"),
@@ -72,7 +75,7 @@ def test_what_looks_like_a_setting_names_the_nearest(caplog):
     # The name ends as those of services do, and the value does not.
     environment = {"PENCHANT_WORKRES": "3", "PENCHANT_METRIC_PORT": "9090", "PENCHANT_DATA": "/d", "PENCHANT_X": "1"}
     with caplog.at_level(logging.WARNING):
-        assert variables("PENCHANT_", ServeConfig.model_fields, environment, ("DATA",)) == {}
+        assert variables("PENCHANT_", FIELDS, environment, ("DATA",)) == {}
     told = [re.findall(r"PENCHANT_\w+", record.getMessage()) for record in caplog.records]
     assert sorted(told) == [
         ["PENCHANT_METRIC_PORT", "PENCHANT_METRICS_PORT"],

@@ -41,21 +41,22 @@ def test_a_near_miss_in_the_environment_is_told_and_what_is_not_ours_is_left(mon
     assert "PENCHANT_WORKRES is ignored: there is no such setting; did you mean PENCHANT_WORKERS?" in caplog.text
 
 
-def test_the_address_of_a_service_called_penchant_metrics_is_no_port_to_listen_on(monkeypatch, tmp_path):
-    file = tmp_path / "serve.yaml"
-    file.write_text("metrics_port: 9100\n")
+def test_the_address_of_a_service_called_penchant_metrics_is_no_setting(monkeypatch, caplog):
     monkeypatch.setenv("PENCHANT_METRICS_PORT", "tcp://10.0.0.1:9090")
-    assert ServeConfig.load(file, bundle="b").metrics_port == 9100
-    monkeypatch.setenv("PENCHANT_METRICS_PORT", "9090")
-    assert ServeConfig.load(file, bundle="b").metrics_port == 9090
+    assert load().metrics_listen == ""
+    assert not caplog.records
+    monkeypatch.setenv("PENCHANT_METRICS_LISTEN", "0.0.0.0:9090")
+    assert load().metrics_listen == "0.0.0.0:9090"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("METRICS_PORT", "tcp:9090"),
-        ("METRICS_PORT", "http://10.0.0.1:9090"),
-        ("METRICS_PORT", ""),
+        ("METRICS_LISTEN", "9090"),
+        ("METRICS_LISTEN", "0.0.0.0:http"),
+        ("LOG_FORMAT", "xml"),
+        ("ACCESS_LOG", "some"),
+        ("WORKERS", ""),
         ("WORKERS", "two"),
         ("LISTEN", "50051"),
         ("DEFAULT_PURPOSES", '["sell"]'),
@@ -68,8 +69,9 @@ def test_a_wrong_value_of_a_variable_names_the_variable(monkeypatch, name, value
         load()
     assert len(str(failure.value).splitlines()) == 1
     # Given at the command line as well, the variable does not count.
-    field = {"DEFAULT_PURPOSES": ["train"], "RETENTION_DAYS": {}, "LISTEN": "127.0.0.1:1"}.get(name, 3)
-    load(**{name.lower(): field})
+    field = {"DEFAULT_PURPOSES": ["train"], "RETENTION_DAYS": {}, "LISTEN": "127.0.0.1:1"}
+    field |= {"METRICS_LISTEN": "127.0.0.1:1", "LOG_FORMAT": "json", "ACCESS_LOG": "all"}
+    load(**{name.lower(): field.get(name, 3)})
 
 
 def test_settings_that_do_not_fit_each_other_name_the_variables(monkeypatch):

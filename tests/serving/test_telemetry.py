@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
-import urllib.request
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.telemetry import BUCKETS, Telemetry, bucket_limit, bucket_of, expose, percentile
+from serving.telemetry import BUCKETS, Telemetry, bucket_limit, bucket_of, percentile
 
 
 @given(st.integers(0, 10**9))
@@ -53,16 +54,41 @@ def test_no_count_is_lost_between_threads():
     assert telemetry.summary()["s"]["count"] == 40_000
 
 
-def test_prometheus_reads_it():
+@given(st.lists(st.integers(-5, 10**10), max_size=30))
+def test_a_duration_is_counted_in_its_bucket(durations):
     telemetry = Telemetry()
-    telemetry.count("events.taken", 3)
-    telemetry.stage("nearest", 1500)
-    server = expose(telemetry, 0)
-    try:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=5).read().decode()
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert 'penchant_events_total{name="events.taken"} 3.0' in text
-    assert 'penchant_stage_seconds_sum{stage="nearest"} 0.0015' in text
-    assert 'penchant_stage_seconds_bucket{le="+Inf",stage="nearest"} 1.0' in text
+    for microseconds in durations:
+        telemetry.stage("s", microseconds)
+    cells = telemetry.histograms().get("s", [0] * (BUCKETS + 1))
+    assert Counter(bucket_of(one) for one in durations) == {at: n for at, n in enumerate(cells[:BUCKETS]) if n}
+    assert cells[BUCKETS] == sum(durations)
+
+
+def test_threads_that_end_leave_their_counts_and_nothing_else():
+    telemetry = Telemetry()
+
+    def work() -> None:
+        telemetry.count(("request", "Rank", "OK"))
+        telemetry.stage("s", 5)
+
+    for _ in range(200):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(telemetry._shards) <= 3
+    assert telemetry.counters() == {"request.Rank.OK": 200}
+    assert telemetry.summary()["s"]["count"] == 200
+    assert telemetry.counters() == {"request.Rank.OK": 200}  # and reading them changes nothing
+
+
+def test_a_snapshot_is_all_of_it_as_json():
+    telemetry = Telemetry()
+    telemetry.count("n", 2)
+    telemetry.count(("request", "Rank", "OK"))
+    telemetry.stage("s", 1500)
+    telemetry.gauge("g", lambda: 7)
+    assert json.loads(json.dumps(telemetry.snapshot())) == {
+        "counts": [[["n"], 2], [["request", "Rank", "OK"], 1]],
+        "times": [[["s"], {str(bucket_of(1500)): 1, str(BUCKETS): 1500}]],
+        "gauges": {"g": 7},
+    }
