@@ -7,6 +7,7 @@ state.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -48,7 +49,7 @@ from serving.redis_client import (
     partition_prefix,
     serving_error,
 )
-from serving.redis_nodes import Nodes, require_partitions, required
+from serving.redis_nodes import Nodes, remembered, require_partitions, required
 from serving.scripts import (
     LIVE,
     PROFILE_APPLY,
@@ -169,6 +170,14 @@ class ProfileStore:
             ProfileStoreUnavailable: Redis does not answer.
         """
         require_partitions(self._nodes, len(self._prefixes))
+
+    def store_id(self) -> str:
+        """The id of this store among the copies of the log; made when it is first asked for, lost with the data.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer.
+        """
+        return remembered(self._nodes, "profiles_id", uuid.uuid4().hex).decode()
 
     def read(self, subject: str) -> Profile:
         """The profile of a person, with every applied event; the empty one for nobody. One round trip.

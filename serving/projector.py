@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
+from serving.certificates import PROFILES_GROUP, Certificates
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP, Certificates, Purger
+from serving.erasure import Purger
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, sound
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
