@@ -48,10 +48,11 @@ def main() -> int:
                 stop,
                 purge_s=config.purge_hours * 1800,
                 idle=_idle(config) if config.idle_days else None,
+                patient=True,
             )
         if orders["role"] == "warehouse":
             from serving import warehouse
-            from serving.erasure import Ledger
+            from serving.ledger import Ledger
 
             warehouse.run(
                 config.events_redis,
@@ -65,6 +66,7 @@ def main() -> int:
                 stop=stop,
                 ready=lambda _: _say({"ready": True}),
                 bundle_id=orders["bundle_id"],
+                patient=True,
             )
             return 0
         from serving.worker import work

@@ -1,8 +1,9 @@
 """The identity of a folder: a file inside of it tells which one it is, so its name need not.
 
 The same path on two hosts may be two folders, and two paths may be one. So a folder that the log knows holds a file
-`.identity` with an id that it keeps for ever, and with a token that each process writes anew that takes the folder: who
-reads a token that another process has just written looks at the very same folder, and not at a copy of it.
+`.identity` with an id that it keeps for ever, and with a token that the process which has the folder changes every two
+seconds and tells the log. Where the file changes as the log says, it is the very same folder; where it does not, it is
+a copy of it, such as a disk that was cloned.
 """
 
 from __future__ import annotations
@@ -35,6 +36,16 @@ class Identity:
 
     copy_id: str
     token: str
+
+    @property
+    def process(self) -> str:
+        """The part of the token that stays while the process runs."""
+        return self.token.partition(".")[0]
+
+    def next(self) -> Identity:
+        """The same folder and process, with the next token."""
+        process, _, count = self.token.partition(".")
+        return Identity(self.copy_id, f"{process}.{int(count or 0) + 1}")
 
 
 def new_id() -> str:
@@ -106,9 +117,20 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def boot_id() -> str:
-    """The id of the running kernel: where it is the same, locks on files hold between two processes."""
+def kernel_id() -> str:
+    """The id of the running kernel and of the process ids that this process sees."""
     try:
-        return _BOOT.read_text(encoding="ascii").strip()
+        return f"{_BOOT.read_text(encoding='ascii').strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"{socket.gethostname()}-{uuid.getnode():x}"
+        return f"{socket.gethostname()} {uuid.getnode():x}"
+
+
+def runs(pid: int) -> bool:
+    """Returns True if a process of this machine has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -157,7 +157,7 @@ class ProfileStore:
             telemetry: Counts `profile_corrupt`.
         """
         self._nodes = Nodes(client, ProfileStoreUnavailable, cooldown_s, self._refusal)
-        self._tail_cap = tail_cap
+        self._tail_cap, self._id = tail_cap, ""
         self._telemetry = telemetry or Telemetry()
         self._prefixes = [partition_prefix(partition) + b"profile:" for partition in range(partitions)]
         self._giant = HEADER_SIZE + _LARGEST_STATE + 2 * TAIL_CAP * ENTRY.itemsize
@@ -172,12 +172,15 @@ class ProfileStore:
         require_partitions(self._nodes, len(self._prefixes))
 
     def store_id(self) -> str:
-        """The id of this store among the copies of the log; made when it is first asked for, lost with the data.
+        """The id of this store among the copies of the log; made when it is first asked for.
+
+        A store that loses its data while it is in use keeps its id.
 
         Raises:
             ProfileStoreUnavailable: Redis does not answer.
         """
-        return remembered(self._nodes, "profiles_id", uuid.uuid4().hex).decode()
+        self._id = remembered(self._nodes, "profiles_id", self._id or uuid.uuid4().hex).decode()
+        return self._id
 
     def read(self, subject: str) -> Profile:
         """The profile of a person, with every applied event; the empty one for nobody. One round trip.

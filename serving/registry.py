@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from features.errors import PenchantError
 from serving.errors import ConfigError, NotFound
 from serving.events import EventLog
-from serving.places import boot_id, host_name
+from serving.places import Identity, host_name, kernel_id, read_identity, runs, write_identity
 from serving.redis_client import Call
 from serving.scripts import HASH_CHOOSE, HASH_SET
 
@@ -29,6 +33,9 @@ BEAT_S = 2.0
 
 LEASE_MS = 10_000
 """Time after the last sign of life at which a process counts as gone."""
+
+_LOOKS = 3
+"""Looks in which a folder may lag behind what the log was told of it."""
 
 Kind = Literal["warehouse", "profiles", "ledger", "batch", "bundle"]
 ERASED_FROM: tuple[Kind, ...] = ("warehouse", "profiles", "ledger")
@@ -49,7 +56,8 @@ class Copy:
         registered_at: When it was registered, ms.
         seen_at: When a process that has it was last heard of, ms; 0 for never.
         token: That process; "" after it has ended in order.
-        boot: The kernel that it ran on.
+        kernel: The kernel that it runs on, `places.kernel_id`.
+        pid: Its process id there.
         state: What it said about itself.
         retired_at: When it was declared gone for good, ms; 0 for a copy in use.
         own: True for the one of its kind that the log's consumer group fills.
@@ -62,14 +70,17 @@ class Copy:
     registered_at: int
     seen_at: int = 0
     token: str = ""
-    boot: str = ""
+    kernel: str = ""
+    pid: int = 0
     state: str = ""
     retired_at: int = 0
     own: bool = False
 
     def alive(self, now_ms: int) -> bool:
         """Returns True if a process has this copy, or had it until a moment ago."""
-        return bool(self.token) and now_ms - self.seen_at < LEASE_MS
+        if not self.token or now_ms - self.seen_at >= LEASE_MS:
+            return False
+        return self.kernel != kernel_id() or runs(self.pid)
 
     def named(self) -> str:
         """Names it in a message."""
@@ -140,7 +151,8 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        said = {"at": self._log.now_ms(), "token": token, "boot": boot_id(), "state": state}
+        said: dict[str, Any] = {"at": self._log.now_ms(), "token": token, "state": state}
+        said |= {"kernel": kernel_id(), "pid": os.getpid()}
         self._set({f"seen:{copy_id}": json.dumps(said)})
 
     def forget(self, copy_id: str) -> None:
@@ -187,59 +199,126 @@ class Registry:
         self._log.nodes.run(Call(HASH_SET, (COPIES,), tuple(words)))
 
 
+class Claim:
+    """Finds out, over several looks, whether a folder whose copy is in use is that very folder, or a copy of it."""
+
+    def __init__(self) -> None:
+        self._first, self._unlike = "", 0
+
+    def verdict(self, folder: Path, known: Copy | None, now_ms: int) -> Literal["free", "busy", "copied"]:
+        """Looks once.
+
+        Returns:
+            "free" if no process has it, "copied" if another folder is the one in use, and "busy" if this one is, or if
+            that is not known yet: look again in a second.
+
+        Raises:
+            ConfigError: Its identity is damaged.
+        """
+        if known is None or not known.alive(now_ms):
+            self._first, self._unlike = "", 0
+            return "free"
+        identity = read_identity(folder)
+        if identity is None or identity.process != known.token.partition(".")[0]:
+            return "copied"
+        if known.token in (self._first, "") or not self._first:
+            self._first = self._first or known.token
+            return "busy"
+        # The process that has it has changed its token since: it is here in a moment, or never.
+        self._unlike = 0 if identity.token == known.token else self._unlike + 1
+        self._first = known.token if not self._unlike else self._first
+        return "copied" if self._unlike > _LOOKS else "busy"
+
+
 class Heartbeat:
-    """Gives signs of life of the copies of a process while it runs, from a thread of its own."""
+    """Gives signs of life of the folders of a process while it runs, from a thread of its own."""
 
     def __init__(self, registry: Registry) -> None:
         """Takes the register; `say` begins."""
         self._registry = registry
-        self._said: dict[str, tuple[str, str]] = {}
+        self._said: dict[str, tuple[Path | None, Identity, str]] = {}
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def say(self, copy_id: str, token: str, state: str) -> None:
+    def say(self, folder: Path | None, identity: Identity, state: str) -> None:
         """Says what a copy is doing, now and every `BEAT_S` from now on.
+
+        Args:
+            folder: Its folder, which holds the identity already; None for a copy that is no folder.
+            identity: Its id and the token of this process.
+            state: What it is doing.
 
         Raises:
             EventLogUnavailable: Redis does not answer; it is said later.
         """
         with self._lock:
-            changed = self._said.get(copy_id) != (token, state)
-            self._said[copy_id] = token, state
+            self._said[identity.copy_id] = folder, identity, state
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+            self._over = threading.Event()
+            self._thread = threading.Thread(target=self._run, args=(self._over,), name="heartbeat", daemon=True)
             self._thread.start()
-        if changed:
-            self._registry.seen(copy_id, token, state)
+        self._registry.seen(identity.copy_id, identity.token, state)
+
+    def has(self, copy_id: str) -> bool:
+        """Returns True if this process has a copy."""
+        return copy_id in self._said
 
     def end(self, state: str = "stopped") -> None:
         """Says that the process ends: its copies are free at once. Where that cannot be said, their leases run out."""
         self._over.set()
         if self._thread:
             self._thread.join()
-        for copy_id, (token, _) in self._said.items():
-            _tried(lambda copy_id=copy_id, token=token: self._leave(copy_id, token, state))
+        for copy_id, (_, identity, _) in self._said.items():
+            _tried(partial(self._leave, copy_id, identity, state))
         self._said.clear()
-        self._thread, self._over = None, threading.Event()
+        self._thread = None
 
-    def _leave(self, copy_id: str, token: str, state: str) -> None:
-        now = self._registry.get(copy_id)
-        if now and now.token == token:  # else another process has it already
+    def _leave(self, copy_id: str, identity: Identity, state: str) -> None:
+        known = self._registry.get(copy_id)
+        if known and known.token.partition(".")[0] == identity.process:  # else another process has it already
             self._registry.seen(copy_id, "", state)
 
-    def _run(self) -> None:
-        while not self._over.wait(BEAT_S):
+    def _run(self, over: threading.Event) -> None:
+        while not over.wait(BEAT_S):
             with self._lock:
-                said = dict(self._said)
-            for copy_id, (token, state) in said.items():
-                _tried(lambda copy_id=copy_id, token=token, state=state: self._registry.seen(copy_id, token, state))
+                names = list(self._said)
+            for name in names:
+                _tried(partial(self._beat, name))
+
+    def _beat(self, copy_id: str) -> None:
+        with self._lock:
+            folder, identity, state = self._said[copy_id]
+            if folder:
+                held = read_identity(folder)
+                if held is None or held.process != identity.process:
+                    del self._said[copy_id]  # another process has taken it
+                    return
+                identity = identity.next()
+                write_identity(folder, identity)
+                self._said[copy_id] = folder, identity, state
+        self._registry.seen(copy_id, identity.token, state)
+
+
+class Patience:
+    """Says the same thing once a minute, and each new thing at once."""
+
+    def __init__(self, every_s: float = 60.0) -> None:
+        """Takes the pause."""
+        self._every_s, self._last, self._at = every_s, "", 0.0
+
+    def warn(self, message: str) -> None:
+        """Logs a message as a warning where it is time."""
+        now = time.monotonic()
+        if message != self._last or now - self._at >= self._every_s:
+            self._last, self._at = message, now
+            _log.warning("%s", message)
 
 
 def _tried(work: Callable[[], None]) -> None:
     """Does what can wait for the next time; who reads and writes the log says that it does not answer."""
     try:
         work()
-    except PenchantError as error:
+    except (PenchantError, OSError) as error:
         _log.debug("no sign of life: %s", error)
 
 
@@ -255,7 +334,8 @@ def _copy(copy_id: str, fields: Mapping[bytes, bytes]) -> Copy:
         fact["registered_at"],
         seen.get("at", 0),
         seen.get("token", ""),
-        seen.get("boot", ""),
+        seen.get("kernel", ""),
+        seen.get("pid", 0),
         seen.get("state", ""),
         int(fields.get(b"retired:" + name, 0)),
         fields.get(b"own:" + fact["kind"].encode()) == name,

@@ -37,11 +37,12 @@ from serving.ledger import Ledger
 from serving.people import consents
 from serving.redis_client import Call, Request, address_of, connect, partition_prefix
 from serving.redis_nodes import required
+from serving.registry import Patience
 from serving.scripts import HASH_SET, SEQUENCE_BITS
 from serving.telemetry import Telemetry
 from serving.warehouse_files import ALLOWS, DamagedFiles, Limits, TakenOver, WarehouseFiles, by_day
 from serving.warehouse_items import ItemTable
-from serving.warehouse_place import GROUP, OtherPlace, Patience, WarehousePlace
+from serving.warehouse_place import GROUP, OtherPlace, WarehousePlace
 from serving.warehouse_tables import Allowing, event_tables, impression_table
 
 FLUSH_S = 30.0

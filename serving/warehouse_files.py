@@ -101,7 +101,10 @@ class WarehouseFiles:
         Raises:
             TakenOver: It has.
         """
-        if self.identity and read_identity(self.out) != self.identity:
+        if self.identity is None:
+            return
+        now = read_identity(self.out)
+        if now is None or (now.copy_id, now.process) != (self.identity.copy_id, self.identity.process):
             raise TakenOver(f"{self.out} was taken by another process while this one stood still")
 
     def holds_rows(self) -> bool:

@@ -7,12 +7,11 @@ folder, by whatever name and from whatever host, stands by and takes over; one w
 from __future__ import annotations
 
 import logging
-import time
 
 from serving.errors import ConfigError, InUse
 from serving.events import EventLog
-from serving.places import Identity, boot_id, new_id, read_identity, write_identity
-from serving.registry import Copy, Heartbeat, Registry
+from serving.places import Identity, new_id, read_identity, write_identity
+from serving.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse_files import WarehouseFiles
 
 GROUP = "warehouse"
@@ -31,7 +30,7 @@ class WarehousePlace:
         self._log, self._files = log, files
         self._registry = Registry(log)
         self._heartbeat = Heartbeat(self._registry)
-        self._token = new_id()
+        self._claim, self._process = Claim(), new_id()
 
     def take(self) -> None:
         """Makes the folder, which is open, this process's own.
@@ -45,9 +44,10 @@ class WarehousePlace:
             return
         identity, now = read_identity(self._files.out), self._registry.now_ms()
         known = self._registry.get(identity.copy_id) if identity else None
-        if identity and known and known.alive(now) and known.token != identity.token:
+        verdict = self._claim.verdict(self._files.out, known, now)
+        if known and verdict == "copied":
             raise self._copied(known)
-        if known and known.alive(now) and known.boot != boot_id():
+        if known and verdict == "busy":
             raise InUse(f"{self._files.out} is written by a process on {known.host}; this one takes over when it ends")
         self._require_own(identity)
         if known and identity and known.token and known.token != identity.token:
@@ -56,12 +56,12 @@ class WarehousePlace:
                 "was written since is missing; penchant validate says from when to when",
                 self._files.out,
             )
-        taken = Identity(identity.copy_id if identity else new_id(), self._token)
+        taken = Identity(identity.copy_id if identity else new_id(), f"{self._process}.0")
         if not self._registry.choose("warehouse", taken.copy_id):
             raise self._refused(self._registry.own("warehouse"), identity)
         self._files.keep(taken)
         self._registry.register("warehouse", taken.copy_id, str(self._files.out.absolute()))
-        self._heartbeat.say(taken.copy_id, taken.token, "writing")
+        self._heartbeat.say(self._files.out, taken, "writing")
 
     def release(self) -> None:
         """Gives the folder up for the next process."""
@@ -133,18 +133,3 @@ def register_rows(registry: Registry, files: WarehouseFiles, identity: Identity 
         write_identity(files.out, identity)
     registry.register("warehouse", identity.copy_id, str(files.out.absolute()))
     return identity.copy_id
-
-
-class Patience:
-    """Says the same thing once a minute, and each new thing at once."""
-
-    def __init__(self, every_s: float = 60.0) -> None:
-        """Takes the pause."""
-        self._every_s, self._last, self._at = every_s, "", 0.0
-
-    def warn(self, message: str) -> None:
-        """Logs a message as a warning where it is time."""
-        now = time.monotonic()
-        if message != self._last or now - self._at >= self._every_s:
-            self._last, self._at = message, now
-            _log.warning("%s", message)
