@@ -441,7 +441,8 @@ def warehouse(
     """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
     from features.profile import Purpose
-    from serving.erasure import Ledger
+    from serving.ledger import Ledger
+    from serving.places import local_folder
     from serving.warehouse import drop, run
 
     if forget:
@@ -455,7 +456,7 @@ def warehouse(
         raise typer.BadParameter(str(error), param_hint="--default-purposes") from None
     said = run(
         events_redis or redis,
-        out,
+        local_folder(out),
         bundle,
         partitions,
         flush_s=flush,
@@ -478,11 +479,43 @@ def erase(
     events_redis: EventsRedis = None,
     partitions: Partitions = None,
 ) -> None:
-    """Makes erasures hold again after a Redis was put back from a backup; `serve` does so when it starts."""
-    _use_cores(1)
-    from serving.erasure import replay_ledgers
+    """Makes erasures hold again after a Redis or Parquet was put back from a backup; `serve` does so when it starts.
 
-    _answer(replay_ledgers(replay, redis, events_redis or redis, partitions))
+    The status is 1 if a registered folder of Parquet cannot be reached from this host.
+    """
+    _use_cores(1)
+    from serving.hosts import replay_everywhere
+
+    said = replay_everywhere(replay, redis, events_redis or redis, partitions)
+    for place in said["places"]:
+        print(f"{place['result']}: {place['place']} on {place['host']}, {place['rows']} rows")
+    _answer(said)
+    unreached = [one for one in said["places"] if one["result"] not in ("erased", "in use", "retired")]
+    raise typer.Exit(1 if unreached else 0)
+
+
+@app.command()
+def hosts(
+    redis: Annotated[str, typer.Option("--redis", metavar="URL", help="Redis of the event log.")],
+    retire: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            help="Copy that is gone for good, its disk destroyed; no erasure waits for it; repeatable.",
+        ),
+    ] = None,
+    partitions: Partitions = None,
+) -> None:
+    """Lists every copy of an event log: warehouses, profile stores, ledgers, batch files and bundles of all hosts."""
+    _use_cores(1)
+    from serving.hosts import hosts
+
+    said = hosts(redis, retire or [], partitions)
+    for copy in said["copies"]:
+        own = " (the log's own)" if copy["own"] else ""
+        waiting = f", {copy['waiting']} erasures wait for it" if copy["waiting"] else ""
+        print(f"{copy['copy_id'][:12]}  {copy['kind']:10}{copy['host']}:{copy['place']}{own}: {copy['state']}{waiting}")
+    _answer(said)
 
 
 @app.command()

@@ -24,13 +24,11 @@ from redis.exceptions import RedisError
 from features.bundle import Bundle, open_bundle
 from serving import logs
 from serving.config import ServeConfig
-from serving.erasure import Ledger, replay
-from serving.errors import ConfigError, Unavailable
-from serving.events import EventLog
+from serving.errors import ConfigError
+from serving.hosts import kept
 from serving.http import HttpServer
 from serving.log_watch import LogWatch
 from serving.monitor import Monitor
-from serving.profiles import ProfileStore
 from serving.redis_client import connect, printable, require_safe
 from serving.redis_server import RedisServer
 
@@ -38,7 +36,6 @@ START_S = 120.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 _HEALTHY_S = 30.0
-_PATIENCE_S = 10.0
 _STOP_S = 5.0
 """Time beside the drain that a process is given to end."""
 _log = logging.getLogger(__name__)
@@ -66,7 +63,7 @@ def serve(config: ServeConfig) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stop))
         redis, events = stack.enter_context(_stores(config))
-        _hold_erasures(config, redis, events)
+        stack.enter_context(kept(config, redis, events))
         address = stack.enter_context(_reserved(config))
         monitor, metrics = stack.enter_context(_monitored(config, bundle, redis, events))
         orders = _orders(config, bundle, address, redis, events)
@@ -281,29 +278,6 @@ def _require_safe(url: str, role: Literal["events", "profiles"], unsafe: bool) -
             require_safe(client, role, unsafe)
         except RedisError as error:
             _log.warning("the %s Redis %s does not answer (%s): starting without it", role, printable(url), error)
-
-
-def _hold_erasures(config: ServeConfig, redis: str, events: str) -> None:
-    """Makes the erasures of the ledger hold before anybody is served: a store may have been put back from a backup.
-
-    Raises:
-        ConfigError: The ledger is damaged, or is of another log.
-    """
-    erasures = Ledger(config.ledger_path).erasures()
-    if not erasures:
-        return
-    with connect(redis, _PATIENCE_S) as profiles, connect(events, _PATIENCE_S) as client:
-        log = EventLog(client, config.partitions, default=config.default_consent)
-        try:
-            due_ms = int(config.purge_hours * 3_600_000)
-            again = replay(erasures, log, ProfileStore(profiles, config.partitions), due_ms)
-        except Unavailable as error:
-            _log.warning("whether %d erasures hold is not known (%s): penchant erase --replay", len(erasures), error)
-            return
-    if again:
-        _log.warning(
-            "%d of %d erasures did not hold, as after a backup was put back; they do now", again, len(erasures)
-        )
 
 
 @contextlib.contextmanager

@@ -31,11 +31,13 @@ from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavail
 from serving.events import EventLog, partitions_for, partitions_of
 from serving.experiments import Holdout
 from serving.follower import Follower
+from serving.hosts import register_made
 from serving.hydrators import Progress
 from serving.profiles import ProfileStore
 from serving.query import Query
 from serving.redis_client import connect, require_safe
 from serving.redis_server import RedisServer
+from serving.registry import Registry
 from serving.side_effects import SlateCollector
 from serving.telemetry import Telemetry
 from serving.warehouse_tables import subject_of
@@ -137,6 +139,8 @@ def recommend(
         facts |= _write(service, named.ids, _Asked(items, channel, surface), part, run, logged)
         kept.sync()
         sync(part)
+        # Before it is there: an output without a name in the certificates of later erasures would be worse.
+        register_made(Registry(service.log), "batch", out.absolute())
         os.replace(part, out)
         kept.due()
         sync(out.parent)

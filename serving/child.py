@@ -52,10 +52,11 @@ def main() -> int:
                 purge_s=config.purge_hours * 1800,
                 idle=_idle(config) if config.idle_days else None,
                 telemetry=telemetry,
+                patient=True,
             )
         elif orders["role"] == "warehouse":
             from serving import warehouse
-            from serving.erasure import Ledger
+            from serving.ledger import Ledger
 
             warehouse.run(
                 config.events_redis,
@@ -70,6 +71,7 @@ def main() -> int:
                 ready=lambda _: _ready(orders),
                 bundle_id=orders["bundle_id"],
                 telemetry=telemetry,
+                patient=True,
             )
         else:
             from serving.worker import work

@@ -31,6 +31,7 @@ from features.environment import Variable, set_by, variables
 from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError
+from serving.places import local_folder
 
 PREFIX = "PENCHANT_"
 _FOREIGN = ("DATA", "TRAIN_")
@@ -88,7 +89,9 @@ class ServeConfig(BaseModel):
     projector: bool = Field(True, description="Bring events into profiles here, not in a process of its own.")
     warehouse: bool = Field(True, description="Write the log to Parquet here, not in a process of its own.")
     warehouse_dir: Path | None = Field(
-        None, description="Directory of the Parquet; None means `warehouse` in `state_dir`."
+        None,
+        description="Directory of the Parquet, a path or file:// URL; None means `warehouse` in `state_dir`. Where "
+        "several hosts serve one event log, give all of them the same folder, on a mount that each reaches.",
     )
     warehouse_flush_s: float = Field(30.0, gt=0, description="Longest time until an event is in Parquet, in seconds.")
     warehouse_days: PositiveFloat | None = Field(
@@ -173,6 +176,14 @@ class ServeConfig(BaseModel):
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError("expected HOST:PORT with a port of 0 to 65535")
         return listen
+
+    @field_validator("warehouse_dir", mode="before")
+    @classmethod
+    def _check_folder(cls, place: Any) -> Any:
+        try:
+            return local_folder(place) if isinstance(place, str | Path) else place
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("default_purposes")
     @classmethod

@@ -113,3 +113,7 @@ class ConfigError(ServingError):
     """The configuration cannot work; the message says what to change."""
 
     code = "FAILED_PRECONDITION"
+
+
+class InUse(ConfigError):
+    """Another process holds what this one needs."""

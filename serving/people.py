@@ -20,10 +20,11 @@ from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
 from features.schema import item_key
-from serving.erasure import Certificate, Certificates, Erasure, Ledger
+from serving.certificates import Certificate, Certificates
 from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
 from serving.experiments import seed_of
+from serving.ledger import Erasure, Ledger, new_certificate_id
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Call, Request, address_of, partition_of
 from serving.redis_nodes import required
@@ -310,10 +311,11 @@ class People:
         forgotten = max(self._store.erase(subject, erased.log_id), remembered)
         counts = {"profiles": forgotten, "events": erased.events, "impressions": erased.impressions}
         partition = partition_of(subject, self._log.partitions)
-        certificate = self._certificates.issue(partition, erased.log_id, counts)
+        person, address = self._log.person(subject), address_of(subject)
+        erasure = Erasure(new_certificate_id(partition), person, address, erased.log_id)
+        certificate = self._certificates.issue(erasure, counts, self._store.store_id())
         if self._ledger:
-            person, address = self._log.person(subject), address_of(subject)
-            self._ledger.note(Erasure(certificate.certificate_id, person, address, erased.log_id))
+            self._ledger.note(erasure)
         return certificate
 
     def held(self, subject: str, kind: str = "event", after: int = 0) -> Iterator[Piece]:

@@ -7,6 +7,7 @@ state.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -49,7 +50,7 @@ from serving.redis_client import (
     partition_prefix,
     serving_error,
 )
-from serving.redis_nodes import Nodes, require_partitions, required
+from serving.redis_nodes import Nodes, remembered, require_partitions, required
 from serving.scripts import (
     LIVE,
     PROFILE_APPLY,
@@ -159,7 +160,7 @@ class ProfileStore:
             telemetry: Counts `profile_corrupt`.
         """
         self._nodes = Nodes(client, ProfileStoreUnavailable, cooldown_s, self._refusal)
-        self._tail_cap = tail_cap
+        self._tail_cap, self._id = tail_cap, ""
         self._telemetry = telemetry or Telemetry()
         self._prefixes = [partition_prefix(partition) + b"profile:" for partition in range(partitions)]
         self._giant = HEADER_SIZE + _LARGEST_STATE + 2 * TAIL_CAP * ENTRY.itemsize
@@ -172,6 +173,17 @@ class ProfileStore:
             ProfileStoreUnavailable: Redis does not answer.
         """
         require_partitions(self._nodes, len(self._prefixes))
+
+    def store_id(self) -> str:
+        """The id of this store among the copies of the log; made when it is first asked for.
+
+        A store that loses its data while it is in use keeps its id.
+
+        Raises:
+            ProfileStoreUnavailable: Redis does not answer.
+        """
+        self._id = remembered(self._nodes, "profiles_id", self._id or uuid.uuid4().hex).decode()
+        return self._id
 
     def read(self, subject: str) -> Profile:
         """The profile of a person, with every applied event; the empty one for nobody. One round trip.

@@ -17,16 +17,19 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
+from serving.certificates import PROFILES_GROUP, Certificates
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP, Certificates, Purger
-from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
+from serving.erasure import Purger
+from serving.errors import ConfigError, ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, sound
+from serving.places import Identity, new_id
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
-from serving.redis_client import connect
+from serving.redis_client import connect, printable
+from serving.registry import Heartbeat, Patience, Registry
 from serving.telemetry import Telemetry
 
 COMPACT_AFTER = 64
@@ -45,6 +48,8 @@ _TRIM_S = 60.0
 _SWEEP_S = 3600.0
 _CALLED_S = 1.0
 """Pause between two looks for those who came back and have done nothing yet."""
+_OTHER_S = 2.0
+"""Pause between two looks whether the profiles of a log are still in another store."""
 _TIMEOUT_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -319,14 +324,17 @@ def run(
     idle: Idle | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     telemetry: Telemetry | None = None,
+    patient: bool = False,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
     It also has the bytes of what was erased removed from the disks, every `purge_s` seconds. Without a number of
     partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`. `telemetry` counts what a
-    `Projector` counts.
+    `Projector` counts. While a projector of this log fills another profile store, it waits if it is `patient`; the
+    bytes of erasures leave its own disks meanwhile.
 
     Raises:
+        OtherStore: A projector of this log fills another profile store.
         ConfigError: A URL is wrong, or the log has another number of partitions.
     """
     stop = stop or threading.Event()
@@ -339,8 +347,64 @@ def run(
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
         store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
         log = EventLog(events, partitions)
-        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
+        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s, store).run, args=(stop,))
         purger.start()
-        Projector(log, store, idle=idle, telemetry=telemetry).run(stop)
-        purger.join()
+        heartbeat = Heartbeat(Registry(log))
+        try:
+            if _own_store(log, store, printable(redis_url), heartbeat, stop, patient=patient):
+                Projector(log, store, idle=idle, telemetry=telemetry).run(stop)
+        finally:
+            stop.set()
+            purger.join()
+            heartbeat.end()
     return 0
+
+
+class OtherStore(ConfigError):
+    """A projector of this log fills another profile store."""
+
+
+def _own_store(
+    log: EventLog, store: ProfileStore, place: str, heartbeat: Heartbeat, stop: threading.Event, *, patient: bool
+) -> bool:
+    """Waits until the profile store is the log's own; returns False if a stop was asked for first.
+
+    Raises:
+        OtherStore: A projector fills another one, and this one is not to be patient.
+    """
+    registry, identity, patience = Registry(log), Identity("", f"{new_id()}.0"), Patience()
+    while not stop.is_set():
+        try:
+            log.open()
+            identity = replace(identity, copy_id=store.store_id())
+            other = _in_the_way(registry, identity.copy_id, place)
+            if other is None:
+                heartbeat.say(None, identity, "projecting")
+                return True
+            if not patient:
+                raise other
+            patience.warn(f"no events are brought into profiles by this host: {other}")
+            stop.wait(_OTHER_S)
+        except (Unavailable, ResourceExhausted) as error:
+            _log.warning("the projector waits: %s", error)
+            stop.wait(_RETRY_S)
+    return False
+
+
+def _in_the_way(registry: Registry, copy_id: str, place: str) -> OtherStore | None:
+    """Makes a profile store the log's own unless a projector fills another one; returns the refusal then."""
+    known = registry.get(copy_id)
+    if known is None or known.retired_at:
+        registry.register("profiles", copy_id, place)
+    own = registry.own("profiles")
+    if own is None or own.copy_id == copy_id:
+        registry.choose("profiles", copy_id)
+        return None
+    if own.alive(registry.now_ms()):
+        return OtherStore(
+            f"the profiles of this log are in {own.named()}, and {place} is another Redis: one log fills one. Give the "
+            "same redis on every host, or set projector: false here"
+        )
+    _log.warning("the profiles of this log were in %s, where no projector runs; now they are in %s", own.named(), place)
+    registry.choose("profiles", copy_id, instead_of=own.copy_id)
+    return None

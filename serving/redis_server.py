@@ -26,7 +26,7 @@ import redis
 from redis.exceptions import RedisError
 
 from features.limits import memory
-from serving.errors import ConfigError
+from serving.errors import ConfigError, InUse
 from serving.redis_client import connect_one
 
 Role = Literal["events", "profiles"]
@@ -246,22 +246,24 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def locked(directory: Path, mode: int = 0o777) -> int:
+def locked(directory: Path, mode: int = 0o777, wait_s: float | None = None) -> int:
     """Takes a directory for this process, as long as the handle returned is open; one just killed is given time to go.
 
     Args:
         directory: Made where it is missing.
         mode: Its permissions, less those of the umask, if it is made.
+        wait_s: Longest wait for it, `_LOCK_S` if None.
 
     Raises:
-        ConfigError: Somebody else holds it, or it cannot be written.
+        InUse: Another process holds it.
+        ConfigError: It cannot be written.
     """
     try:
         directory.mkdir(mode, parents=True, exist_ok=True)
         handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None
-    deadline = time.monotonic() + _LOCK_S
+    deadline = time.monotonic() + (_LOCK_S if wait_s is None else wait_s)
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,7 +271,7 @@ def locked(directory: Path, mode: int = 0o777) -> int:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(handle)
-                raise ConfigError(
+                raise InUse(
                     f"{directory} is in use by another Penchant; stop that one, or choose another state directory"
                 ) from None
         time.sleep(0.02)

@@ -452,6 +452,26 @@ redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 return redis.call('SADD', KEYS[2], ARGV[1])
 """)
 
+# KEYS: hash; ARGV: names and values. A full Redis takes them too: they are what lets it become less full.
+HASH_SET = Script.of("""#!lua flags=allow-oom
+return redis.call('HSET', KEYS[1], unpack(ARGV))
+""")
+
+# KEYS: hash; ARGV: name, value that may be replaced ('' for none), new value ('' removes it). Returns the value now.
+HASH_CHOOSE = Script.of("""#!lua flags=allow-oom
+local now = redis.call('HGET', KEYS[1], ARGV[1]) or ''
+if now ~= ARGV[2] then return now end
+if ARGV[3] == '' then redis.call('HDEL', KEYS[1], ARGV[1]) else redis.call('HSET', KEYS[1], ARGV[1], ARGV[3]) end
+return ARGV[3]
+""")
+
+# KEYS: certificate; ARGV: log id it must be of, name, value. Does nothing to one that was issued again meanwhile.
+CERTIFICATE_DATE = Script.of("""#!lua flags=allow-oom
+if redis.call('HGET', KEYS[1], 'log_id') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
+return 1
+""")
+
 # KEYS: version, items, stream; ARGV: length of the stream, then kind, item and payload of each change.
 # Returns the version, and the places of changes that are not made. What changed stands in the hash, the latest only,
 # one field per item and kind: a put or a delete is the whole truth of an item, an availability or a patch adds to it,

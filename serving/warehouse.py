@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,19 +29,22 @@ from features.bundle import open_bundle
 from features.errors import PenchantError, TablesError
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.catalog_log import CatalogLog
+from serving.certificates import Certificates
 from serving.consumer import Consumer
-from serving.erasure import Certificates, Ledger
-from serving.errors import ConfigError, ResourceExhausted, ServingError, Unavailable
+from serving.errors import ConfigError, InUse, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, partitions_for
+from serving.ledger import Ledger
 from serving.people import consents
-from serving.redis_client import address_of, connect
-from serving.scripts import SEQUENCE_BITS
+from serving.redis_client import Call, Request, address_of, connect, partition_prefix
+from serving.redis_nodes import required
+from serving.registry import Patience
+from serving.scripts import HASH_SET, SEQUENCE_BITS
 from serving.telemetry import Telemetry
-from serving.warehouse_files import ALLOWS, Limits, WarehouseFiles, by_day
+from serving.warehouse_files import ALLOWS, DamagedFiles, Limits, TakenOver, WarehouseFiles, by_day
 from serving.warehouse_items import ItemTable
+from serving.warehouse_place import GROUP, OtherPlace, WarehousePlace
 from serving.warehouse_tables import Allowing, event_tables, impression_table
 
-GROUP = "warehouse"
 FLUSH_S = 30.0
 """Longest time that an entry waits for others to be written with it."""
 
@@ -53,6 +56,9 @@ _TRIM_S = 60.0
 _PAUSE_S = 0.1
 """Pause between two looks at a log that has less than a batch: new events wait behind every look."""
 _RETRY_S = 0.5
+_HOLD_S = 5.0
+_STAND_BY_S = 1.0
+"""Pause between two tries to take a directory that another process has."""
 _TIMEOUT_S = 5.0
 _KEPT_FOR = functools.reduce(operator.or_, ALLOWS.values())
 _log = logging.getLogger(__name__)
@@ -179,6 +185,7 @@ class Warehouse:
         days: float | None = None,
         ledger: Ledger | None = None,
         telemetry: Telemetry | None = None,
+        place: WarehousePlace | None = None,
     ) -> None:
         """Says what to write where; `run` does it.
 
@@ -193,6 +200,7 @@ class Warehouse:
             batch: Most entries per stream, partition and step.
             days: Days after which the rows of a day are deleted; None keeps them for ever.
             ledger: The erasures that the files must have been through, also where they come from a backup.
+            place: Registers the directory as the warehouse of the log; None leaves it unregistered.
             telemetry: Counts `warehouse_events`, `warehouse_impressions`, `warehouse_damaged`, `warehouse_erased`.
         """
         self._log, self._files, self._items = log, files, items
@@ -203,23 +211,43 @@ class Warehouse:
         self._flush_rows, self._batch, self._lease_s = flush_rows, batch, lease_ms / 1000
         self._flush, self._derive, self._trim = _Clock(flush_s), _Clock(derive_s), _Clock(_TRIM_S)
         self._written = [0] * log.partitions
-        self._days, self._ledger = days, ledger
+        self._holding = _Clock(_HOLD_S)
+        self._days, self._ledger, self._place = days, ledger, place
+        self._patience = Patience()
+        self._damaged: frozenset[int] = frozenset()
         self._telemetry = telemetry or Telemetry()
 
-    def open(self) -> None:
+    def open(self, wait_s: float | None = None) -> None:
         """Takes the directory and joins the consumer group.
 
+        Args:
+            wait_s: Longest wait for another process that holds the directory; that of `locked` if None.
+
         Raises:
-            ConfigError: Another process holds the directory, or the log has another number of partitions.
+            InUse: Another process holds the directory.
+            OtherPlace: The warehouse of this log is another directory.
+            ConfigError: The log has another number of partitions.
             BundleError: The bundle is refused.
             EventLogUnavailable: The events Redis does not answer.
         """
-        self._files.open()
-        if self._ledger:
-            self._telemetry.count("warehouse_erased", self._files.hold(self._ledger.erasures()))
+        self._files.open(wait_s)
+        self._log.open()
+        if self._place:
+            self._place.take()
+        self._hold()
         self._items.open()
         for intake in (self._events, self._impressions):
             intake.consumer.open()
+
+    def _hold(self) -> None:
+        """Takes the directory through the erasures it has missed; where a file is damaged, tries again later."""
+        erasures = self._certificates.erasures() + (self._ledger.erasures() if self._ledger else [])
+        try:
+            self._telemetry.count("warehouse_erased", self._files.hold(erasures))
+            self._damaged = frozenset()
+        except DamagedFiles as error:
+            _log.warning("an erasure waits: %s", error)
+            self._damaged = error.partitions
 
     def step(self, flush: bool = False) -> int:
         """Reads the next entries of every partition, and writes what is held where it is time; returns how many came.
@@ -267,11 +295,19 @@ class Warehouse:
         self._expire()
         self._files.derive()
 
-    def run(self, stop: threading.Event) -> None:
-        """Steps until `stop` is set, then writes what it holds; what is away or full is waited for."""
+    def run(self, stop: threading.Event, *, patient: bool = True) -> None:
+        """Steps until `stop` is set, then writes what it holds; what is unreachable or full is waited for.
+
+        Args:
+            stop: Ends it.
+            patient: Wait also while the log has another warehouse, until that one is retired.
+
+        Raises:
+            OtherPlace: The warehouse of this log is another directory, and it is not to be patient.
+        """
         while not stop.is_set():
             try:
-                self.open()
+                self.open(wait_s=0.0)
                 while not stop.is_set():
                     seen = self.step()
                     self._tend()
@@ -279,6 +315,15 @@ class Warehouse:
                         stop.wait(_PAUSE_S)
                 self.step(flush=True)
                 self._files.derive()
+            except InUse as error:
+                self._stand_by(f"the warehouse stands by: {error}", stop)
+            except OtherPlace as error:
+                if not patient:
+                    self.close()
+                    raise
+                self._stand_by(f"no Parquet is written by this host: {error}", stop)
+            except TakenOver as error:
+                self._stand_by(f"the warehouse stands by: {error}", stop)
             except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
                 _log.warning("the warehouse waits: %s", error)
                 stop.wait(_RETRY_S)
@@ -290,7 +335,19 @@ class Warehouse:
             self._events.consumer.release()
         except Unavailable as error:
             _log.warning("the leases of the warehouse run out by themselves: %s", error)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Gives the directory back; what is held of the log is delivered again."""
+        self._start_over()
+        if self._place:
+            self._place.release()
         self._files.close()
+
+    def _stand_by(self, why: str, stop: threading.Event) -> None:
+        self._leave()
+        self._patience.warn(why)
+        stop.wait(_STAND_BY_S)
 
     def lag(self) -> list[int]:
         """Number of events and impressions per partition that are not in a file yet.
@@ -310,15 +367,18 @@ class Warehouse:
     def _write(self) -> None:
         """Writes and acknowledges what is held, then says how far the tables go."""
         damaged: TablesError | None = None
+        wrote: list[int] = []
         for partition in range(self._log.partitions):
             if self._events.ready(partition) and self._impressions.ready(partition):
                 try:
                     self._write_partition(partition)
+                    wrote.append(partition)
                 except TablesError as error:  # the others need not wait for it
                     damaged = error
                     continue
                 reached = min(self._events.reached[partition], self._impressions.reached[partition])
                 self._written[partition] = max(self._written[partition], reached)
+        self._acknowledge(wrote)
         self._events.recovered = self._impressions.recovered = False
         self._confirm()
         self._items.follow()
@@ -355,8 +415,30 @@ class Warehouse:
             self._count("impressions", rows.num_rows, damaged)
         if told.allowed or told.undone:
             self._telemetry.count("warehouse_erased", self._files.revise(partition, told.limits, told.undone))
-        self._events.done(partition)
-        self._impressions.done(partition)
+
+    def _acknowledge(self, partitions: Sequence[int]) -> None:
+        """Notes what the files cover now, in the directory and in the log, then acknowledges it."""
+        intakes: dict[str, _Intake] = {"events": self._events, "impressions": self._impressions}
+        partitions = [one for one in partitions if any(intake.held[one] for intake in intakes.values())]
+        if not partitions:
+            return
+        keys = _written_keys(partitions)
+        before = required(self._log.nodes.run_all([("HMGET", key, *intakes) for key in keys]))
+        spans = self._files.spans()
+        notes: list[Request] = []
+        for partition, key, given in zip(partitions, keys, before, strict=True):
+            words: list[str] = []
+            for (name, intake), place in zip(intakes.items(), given, strict=True):
+                if intake.held[partition]:
+                    after, until = int(place) if place else None, intake.held[partition][-1].log_id
+                    spans.add(name, partition, after, until)
+                    words += [name, str(max(after or 0, until))]
+            notes.append(Call(HASH_SET, (key,), tuple(words)))
+        self._files.say_spans(spans)
+        required(self._log.nodes.run_all(notes))
+        for partition in partitions:
+            self._events.done(partition)
+            self._impressions.done(partition)
 
     def _allowing(self, entries: Sequence[Entry]) -> Allowing:
         """What of `ALLOWS` the person of an entry allows now; who allows none of it is not in the warehouse."""
@@ -367,11 +449,18 @@ class Warehouse:
 
     def _confirm(self) -> None:
         """Dates the erasures that every file of their partition has been through."""
+        own = self._files.identity.copy_id if self._files.identity else ""
+        done: list[tuple[str, int]] = []
         for certificate in self._certificates.pending():
             partition = int(certificate.certificate_id[:4], 16)
-            lacking = any(one.store == GROUP and not one.purged_at for one in certificate.receipts)
-            if lacking and certificate.log_id <= self._written[partition]:
+            lacking = any(one.store == GROUP and not one.purged_at for one in certificate.stores)
+            lacking |= any(one.copy_id == own and one.open for one in certificate.copies)
+            if lacking and certificate.log_id <= self._written[partition] and partition not in self._damaged:
                 self._certificates.confirm(certificate, GROUP)
+                self._certificates.confirm_copy(certificate, own)
+                done.append((certificate.certificate_id, certificate.log_id))
+        if done:
+            self._files.note_held(done)
 
     def _expire(self) -> None:
         if self._days is not None:
@@ -385,6 +474,8 @@ class Warehouse:
 
     def _tend(self) -> None:
         """What need not be done at once."""
+        if self._damaged and self._holding.due():
+            self._hold()
         if self._derive.due():
             self._expire()
             self._files.derive()
@@ -410,6 +501,7 @@ def run(
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     bundle_id: str = "",
     telemetry: Telemetry | None = None,
+    patient: bool = False,
 ) -> dict[str, Any]:
     """The warehouse as a process: runs until SIGTERM or SIGINT, or until `stop` is set.
 
@@ -427,13 +519,15 @@ def run(
         ready: Told `pid`, `partitions` and `lag` when it begins.
         bundle_id: The bundle that `bundle` has to hold; empty where any will do.
         telemetry: Counts what a `Warehouse` counts.
+        patient: Wait while the log has another warehouse, and say so, instead of raising.
 
     Returns:
         `partitions`, `lag` (entries that are not in a file, None where the log does not answer), and how many `events`
         and `impressions` were written, `erased` and `damaged`.
 
     Raises:
-        ConfigError: The URL is wrong, another process holds the directory or, with `once`, a partition, or the log has
+        OtherPlace: The warehouse of this log is another directory.
+        ConfigError: The URL is wrong, with `once` another process holds the directory or a partition, or the log has
             other partitions.
         BundleError: The bundle is refused.
         EventLogUnavailable: With `once`, the events Redis does not answer.
@@ -450,14 +544,19 @@ def run(
         log = EventLog(client, partitions, default=default)
         items = ItemTable(out / "items.parquet", CatalogLog(client), opened)
         files = WarehouseFiles(out)
-        warehouse = Warehouse(log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry)
+        place = WarehousePlace(log, files)
+        warehouse = Warehouse(
+            log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry, place=place
+        )
         if once:
-            warehouse.open()
-            warehouse.drain()
-            warehouse.close()
+            try:
+                warehouse.open()
+                warehouse.drain()
+            finally:
+                warehouse.close()
         else:
             ready({"pid": os.getpid(), "partitions": partitions, "lag": _lag(warehouse)})
-            warehouse.run(stop)
+            warehouse.run(stop, patient=patient)
         counts = telemetry.counters()
         names = ("events", "impressions", "erased", "damaged")
         found = {name: counts.get(f"warehouse_{name}", 0) for name in names}
@@ -484,13 +583,20 @@ def drop(events_redis_url: str, partitions: int | None = None) -> dict[str, Any]
         partitions = partitions_for(client, partitions)
         log = EventLog(client, partitions)
         log.open()
-        lacking = [one for one in Certificates(log).pending() if GROUP in {r.store for r in one.receipts}]
-        if lacking := [one for one in lacking if any(r.store == GROUP and not r.purged_at for r in one.receipts)]:
+        pending = Certificates(log).pending()
+        if lacking := [one for one in pending if any(r.store == GROUP and not r.purged_at for r in one.stores)]:
             raise ConfigError(
                 f"{len(lacking)} erasures have not reached the Parquet: run penchant warehouse --once first"
             )
         dropped = Consumer(log, GROUP, "").drop() + Consumer(log, GROUP, "", stream="impressions").drop()
+        for key in _written_keys(range(partitions)):
+            log.nodes.command("DEL", key)
         return {"partitions": partitions, "groups": dropped}
+
+
+def _written_keys(partitions: Iterable[int]) -> list[bytes]:
+    """The keys that say how far each stream of a partition was written, whichever folder has it."""
+    return [partition_prefix(partition) + b"written" for partition in partitions]
 
 
 def _lag(warehouse: Warehouse) -> int | None:

@@ -29,8 +29,11 @@ from features.bundle import sync
 from features.columns import pc
 from features.errors import TablesError
 from features.profile import EVERY_PURPOSE, Purpose
+from features.spans import SPANS, Spans, read_spans
 from features.tables import read_info
-from serving.erasure import Erasure
+from serving.errors import Unavailable
+from serving.ledger import Erasure
+from serving.places import Identity, read_identity, write_identity
 from serving.redis_client import address_of
 from serving.redis_server import locked
 from serving.scripts import SEQUENCE_BITS
@@ -56,17 +59,22 @@ class WarehouseFiles:
     def __init__(self, out: Path) -> None:
         """Names the directory; `open` takes it."""
         self.out = Path(out)
+        self.identity: Identity | None = None
         self._lock = -1
 
-    def open(self) -> None:
+    def open(self, wait_s: float | None = None) -> None:
         """Takes the directory for this process and mends what the last one left unfinished.
 
+        Args:
+            wait_s: Longest wait for another process that holds it; that of `locked` if None.
+
         Raises:
-            ConfigError: Another process holds it, or it cannot be written.
+            InUse: Another process holds it.
+            ConfigError: It cannot be written.
         """
         if self._lock >= 0:
             return
-        self._lock = locked(self.out)
+        self._lock = locked(self.out, wait_s=wait_s)
         for draft in self.out.rglob(".*.tmp"):
             draft.unlink()
         for new in self.out.glob("*/.date=*.new"):
@@ -78,6 +86,31 @@ class WarehouseFiles:
             else:
                 old.rename(whole)
 
+    def keep(self, identity: Identity) -> None:
+        """Makes a directory that is open this process's own by its identity; see `require_own`.
+
+        Raises:
+            OSError: The disk is full or gone.
+        """
+        write_identity(self.out, identity)
+        self.identity = identity
+
+    def require_own(self) -> None:
+        """Refuses to go on where another process has taken the directory, as on a mount whose locks do not hold.
+
+        Raises:
+            TakenOver: It has.
+        """
+        if self.identity is None:
+            return
+        now = read_identity(self.out)
+        if now is None or (now.copy_id, now.process) != (self.identity.copy_id, self.identity.process):
+            raise TakenOver(f"{self.out} was taken by another process while this one stood still")
+
+    def holds_rows(self) -> bool:
+        """Returns True if some file holds rows of the log."""
+        return any(True for name in TABLES for _ in self.out.glob(f"{name}/date=*/*.parquet"))
+
     def close(self) -> None:
         """Gives the directory back."""
         if self._lock >= 0:
@@ -88,6 +121,9 @@ class WarehouseFiles:
         """Writes the rows that the entries of a span of log ids gave, all of one day; an empty table leaves no file.
 
         The same span is written over. What another file spans is there already, and is not written again.
+
+        Raises:
+            TakenOver: See `require_own`.
         """
         folder = self.out / name / f"date={_day(span[0])}"
         path = folder / f"p{partition:02d}-{span[0]:020d}-{span[1]:020d}.parquet"
@@ -102,7 +138,7 @@ class WarehouseFiles:
                     )
                 )
         if rows.num_rows:
-            put_table(path, rows)
+            put_table(path, rows, allowed=self.require_own)
         elif path.exists():
             # What was there has been erased since it was first written.
             _remove(path)
@@ -119,6 +155,7 @@ class WarehouseFiles:
             The number of rows that went.
         """
         gone = 0
+        self.require_own()
         for name in TABLES:
             for path in sorted(self.out.glob(f"{name}/date=*/p{partition:02d}-*.parquet")):
                 found = self._rows(name, path, ["user_id", "log_id", *ALLOWS])
@@ -142,22 +179,43 @@ class WarehouseFiles:
 
         Returns:
             The number of rows that went.
+
+        Raises:
+            DamagedFiles: Files of some partitions are damaged; what the others hold went.
+            TakenOver: See `require_own`.
         """
-        path = self.out / ".erasures"
-        done = set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
-        new = [one for one in erasures if one.certificate_id not in done]
+        done = self._erasures_done()
+        new = [one for one in erasures if _name(one.certificate_id, one.log_id) not in done]
         gone = 0
+        damaged: dict[int, TablesError] = {}
         for partition in sorted({one.partition for one in new}):
-            places = {one.address: one.log_id for one in new if one.partition == partition}
+            places: dict[bytes, int] = {}
+            for one in new:
+                if one.partition == partition:
+                    places[one.address] = max(places.get(one.address, 0), one.log_id)
 
             def limits(subject: str, places: Mapping[bytes, int] = places) -> Limits:
                 place = places.get(address_of(subject))
                 return [(place, Purpose(0))] if place else []
 
-            gone += self.revise(partition, limits)
-        if new:
-            self._put(path, "".join(f"{name}\n" for name in sorted(done | {one.certificate_id for one in new})))
+            try:
+                gone += self.revise(partition, limits)
+            except TablesError as error:  # the others need not wait for it
+                damaged[partition] = error
+        self.note_held([(one.certificate_id, one.log_id) for one in new if one.partition not in damaged])
+        if damaged:
+            raise DamagedFiles(damaged)
         return gone
+
+    def note_held(self, erasures: Iterable[tuple[str, int]]) -> None:
+        """Notes erasures, each certificate id and log id, that all files have been through; `hold` skips them."""
+        done = self._erasures_done()
+        if new := {_name(*one) for one in erasures} - done:
+            self._put(self.out / ".erasures", "".join(f"{name}\n" for name in sorted(done | new)))
+
+    def _erasures_done(self) -> set[str]:
+        path = self.out / ".erasures"
+        return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
 
     def expire(self, first: date) -> int:
         """Deletes the days before one, in every table; returns the number of directories."""
@@ -182,7 +240,7 @@ class WarehouseFiles:
             both = pa.concat_tables([events, searches], promote_options="default")
             shown = self._day_rows("impressions", day, ["item_ids"])
             for path, rows in zip(files, (sessions(both), daily(events, shown)), strict=True):
-                put_table(path, rows, {_SOURCE: source})
+                put_table(path, rows, {_SOURCE: source}, self.require_own)
             changed += 1
         return changed
 
@@ -212,6 +270,18 @@ class WarehouseFiles:
         """Writes `dataset.json`."""
         self._put(self.out / "dataset.json", json.dumps(info, indent=2) + "\n")
 
+    def spans(self) -> Spans:
+        """What the files cover of each stream, as `say_spans` wrote it.
+
+        Raises:
+            TablesError: The file is damaged.
+        """
+        return read_spans(self.out)
+
+    def say_spans(self, spans: Spans) -> None:
+        """Writes what the files cover of each stream."""
+        self._put(self.out / SPANS, spans.to_json() + "\n")
+
     def _put(self, path: Path, text: str) -> None:
         """Writes a small file of ours; it is on disk when this returns."""
         draft = path.with_name(f".{path.name.removeprefix('.')}.tmp")
@@ -219,6 +289,7 @@ class WarehouseFiles:
             sink.write(text)
             sink.flush()
             os.fsync(sink.fileno())
+        self.require_own()
         os.replace(draft, path)
         sync(self.out)
 
@@ -227,7 +298,7 @@ class WarehouseFiles:
             rows = self._rows(name, path)
             for column, values in allowed.items():
                 rows = rows.set_column(rows.schema.get_field_index(column), rows.schema.field(column), pa.array(values))
-            put_table(path, rows.filter(pa.array(kept)))
+            put_table(path, rows.filter(pa.array(kept)), allowed=self.require_own)
         else:
             _remove(path)
 
@@ -272,14 +343,44 @@ class WarehouseFiles:
             first, last = _span(files[0])[0], max(_span(file)[1] for file in files)
             rows = pa.concat_tables([self._rows(name, file) for file in files])
             put_table(new / f"{prefix}-{first:020d}-{last:020d}.parquet", rows)
+        self.require_own()
         path.rename(old)
         new.rename(path)
         sync(path.parent)
         shutil.rmtree(old)
 
 
-def put_table(path: Path, rows: pa.Table, metadata: Mapping[bytes, bytes] | None = None) -> None:
-    """Writes a Parquet file that is on disk when this returns; the same rows give the same bytes."""
+class DamagedFiles(TablesError):
+    """Files of some partitions could not be read, so erasures do not hold there yet."""
+
+    def __init__(self, damaged: Mapping[int, TablesError]) -> None:
+        super().__init__(str(next(iter(damaged.values()))))
+        self.partitions = frozenset(damaged)
+
+
+class TakenOver(Unavailable):
+    """Another process has taken the directory."""
+
+
+def _name(certificate_id: str, log_id: int) -> str:
+    """Names an erasure as a place that it stands at: one that was made again stands further on."""
+    return f"{certificate_id}@{log_id}"
+
+
+def put_table(
+    path: Path,
+    rows: pa.Table,
+    metadata: Mapping[bytes, bytes] | None = None,
+    allowed: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes a Parquet file that is on disk when this returns; the same rows give the same bytes.
+
+    Args:
+        path: The file.
+        rows: What it holds.
+        metadata: What stands next to the rows.
+        allowed: Raises if the file may not be put in its place any more; asked last.
+    """
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
         sync(path.parent.parent)
@@ -291,6 +392,7 @@ def put_table(path: Path, rows: pa.Table, metadata: Mapping[bytes, bytes] | None
         writer.close()
         sink.flush()
         os.fsync(sink.fileno())
+    allowed()
     os.replace(draft, path)
     sync(path.parent)
 

@@ -9,14 +9,15 @@ from collections.abc import Callable
 
 from features.profile import Retention
 from serving.catalog_log import CatalogLog
+from serving.certificates import Certificates
 from serving.config import MOST_SURFACES, ServeConfig
 from serving.engine import Host, Surroundings, open_engine
-from serving.erasure import Certificates, Ledger
 from serving.errors import Unavailable
 from serving.events import EventLog
 from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hydrators import Progress
+from serving.ledger import Ledger
 from serving.observer import RequestObserver
 from serving.people import People
 from serving.profiles import ProfileStore

@@ -793,7 +793,9 @@ class ErasureReceipt(_message.Message):
     ERASED_AT_MS_FIELD_NUMBER: _builtins.int
     PURGED_AT_MS_FIELD_NUMBER: _builtins.int
     store: _builtins.str
-    """Name of the store: "profiles", "events", "impressions", and each other reader of the log that keeps a copy: "warehouse"."""
+    """Name of the store: "profiles", "events", "impressions", and each other reader of the log that keeps a copy: "warehouse";
+    "ledger" for the files in which hosts note erasures.
+    """
     entries: _builtins.int
     """Number of entries erased; 0 for a store that does not count them, and for a damaged profile, which is erased as a whole."""
     erased_at_ms: _builtins.int
@@ -817,6 +819,92 @@ class ErasureReceipt(_message.Message):
 Global___ErasureReceipt: _TypeAlias = ErasureReceipt  # noqa: Y015
 
 @_typing.final
+class ErasureCopy(_message.Message):
+    """One registered copy of what the log tells, and how far the erasure has come there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COPY_ID_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    ERASED_AT_MS_FIELD_NUMBER: _builtins.int
+    PURGED_AT_MS_FIELD_NUMBER: _builtins.int
+    RETIRED_AT_MS_FIELD_NUMBER: _builtins.int
+    copy_id: _builtins.str
+    """Its id, as `penchant hosts` lists it."""
+    store: _builtins.str
+    """What it is: "warehouse" (a folder of Parquet), "profiles" (a Redis) or "ledger" (a host's file of erasures)."""
+    host: _builtins.str
+    """Name of the host that registered it."""
+    place: _builtins.str
+    """Where it lies on that host: a folder, a file, or a URL without its password."""
+    erased_at_ms: _builtins.int
+    """When nothing of the user could be used any more, in milliseconds since the epoch, UTC; 0 while it has not confirmed that."""
+    purged_at_ms: _builtins.int
+    """When the bytes were gone from its disk, in milliseconds since the epoch, UTC; 0 while they are not."""
+    retired_at_ms: _builtins.int
+    """When an operator declared the copy gone for good, in milliseconds since the epoch, UTC; 0 for a copy that is in use. A retired
+    copy has not confirmed: destroying it is the operator's word.
+    """
+    def __init__(
+        self,
+        *,
+        copy_id: _builtins.str = ...,
+        store: _builtins.str = ...,
+        host: _builtins.str = ...,
+        place: _builtins.str = ...,
+        erased_at_ms: _builtins.int = ...,
+        purged_at_ms: _builtins.int = ...,
+        retired_at_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_id", b"copy_id", "erased_at_ms", b"erased_at_ms", "host", b"host", "place", b"place", "purged_at_ms", b"purged_at_ms", "retired_at_ms", b"retired_at_ms", "store", b"store"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasureCopy: _TypeAlias = ErasureCopy  # noqa: Y015
+
+@_typing.final
+class ErasureRemainder(_message.Message):
+    """Something made from users' data that an erasure does not reach by itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    REGISTERED_AT_MS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """What it is: "batch" (an output of `penchant recommend`) or "bundle"."""
+    host: _builtins.str
+    """Name of the host that made or served it."""
+    place: _builtins.str
+    """Where it was on that host."""
+    registered_at_ms: _builtins.int
+    """When it was registered, in milliseconds since the epoch, UTC."""
+    advice: _builtins.str
+    """What it holds, and what to do about it."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        host: _builtins.str = ...,
+        place: _builtins.str = ...,
+        registered_at_ms: _builtins.int = ...,
+        advice: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "host", b"host", "kind", b"kind", "place", b"place", "registered_at_ms", b"registered_at_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasureRemainder: _TypeAlias = ErasureRemainder  # noqa: Y015
+
+@_typing.final
 class EraseSubjectResponse(_message.Message):
     """The certificate of an erasure."""
 
@@ -826,6 +914,8 @@ class EraseSubjectResponse(_message.Message):
     CERTIFICATE_ID_FIELD_NUMBER: _builtins.int
     PROFILE_VERSION_FIELD_NUMBER: _builtins.int
     PURGE_DUE_MS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    REMAINDERS_FIELD_NUMBER: _builtins.int
     certificate_id: _builtins.str
     """Names the certificate: ask for it again to see the dates that are still to come."""
     profile_version: _builtins.int
@@ -834,7 +924,15 @@ class EraseSubjectResponse(_message.Message):
     """When the bytes are to be gone from every disk, in milliseconds since the epoch, UTC."""
     @_builtins.property
     def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureReceipt]:
-        """One entry per store."""
+        """One entry per store. A store that has several copies is dated when all of them are, retired ones left out."""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureCopy]:
+        """Every copy that is registered with the log, retired ones included."""
+
+    @_builtins.property
+    def remainders(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureRemainder]:
+        """What else was made from users' data before this erasure."""
 
     def __init__(
         self,
@@ -843,10 +941,12 @@ class EraseSubjectResponse(_message.Message):
         certificate_id: _builtins.str = ...,
         profile_version: _builtins.int = ...,
         purge_due_ms: _builtins.int = ...,
+        copies: _abc.Iterable[Global___ErasureCopy] | None = ...,
+        remainders: _abc.Iterable[Global___ErasureRemainder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_id", b"certificate_id", "profile_version", b"profile_version", "purge_due_ms", b"purge_due_ms", "receipts", b"receipts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_id", b"certificate_id", "copies", b"copies", "profile_version", b"profile_version", "purge_due_ms", b"purge_due_ms", "receipts", b"receipts", "remainders", b"remainders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -883,13 +983,23 @@ class GetErasureCertificateResponse(_message.Message):
     RECEIPTS_FIELD_NUMBER: _builtins.int
     PROFILE_VERSION_FIELD_NUMBER: _builtins.int
     PURGE_DUE_MS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    REMAINDERS_FIELD_NUMBER: _builtins.int
     profile_version: _builtins.int
     """Every event of the person up to this version is refused."""
     purge_due_ms: _builtins.int
     """When the bytes are to be gone from every disk, in milliseconds since the epoch, UTC."""
     @_builtins.property
     def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureReceipt]:
-        """One entry per store."""
+        """One entry per store. A store that has several copies is dated when all of them are, retired ones left out."""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureCopy]:
+        """Every copy that is registered with the log, retired ones included."""
+
+    @_builtins.property
+    def remainders(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasureRemainder]:
+        """What else was made from users' data before this erasure."""
 
     def __init__(
         self,
@@ -897,10 +1007,12 @@ class GetErasureCertificateResponse(_message.Message):
         receipts: _abc.Iterable[Global___ErasureReceipt] | None = ...,
         profile_version: _builtins.int = ...,
         purge_due_ms: _builtins.int = ...,
+        copies: _abc.Iterable[Global___ErasureCopy] | None = ...,
+        remainders: _abc.Iterable[Global___ErasureRemainder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile_version", b"profile_version", "purge_due_ms", b"purge_due_ms", "receipts", b"receipts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "profile_version", b"profile_version", "purge_due_ms", b"purge_due_ms", "receipts", b"receipts", "remainders", b"remainders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,8 +23,8 @@ from features.memory import DIMENSIONS, HORIZONS
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
 from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
+from serving.certificates import Certificate, Certificates
 from serving.engine import Engine, Host
-from serving.erasure import Certificate, Certificates
 from serving.errors import DataLoss, InvalidArgument
 from serving.people import Consent, People, Rule, Setting
 from serving.profiles import ProfileStore
@@ -169,6 +169,8 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             certificate_id=certificate.certificate_id,
             profile_version=certificate.log_id,
             purge_due_ms=certificate.due_at,
+            copies=_copies(certificate),
+            remainders=_remainders(certificate),
         )
 
     def GetErasureCertificate(
@@ -177,7 +179,11 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         """Shows the certificate of an erasure as it is now."""
         certificate = self._certificates.get(checks.identifier(request.certificate_id, "certificate_id", limit=64))
         return profile_pb2.GetErasureCertificateResponse(
-            receipts=_receipts(certificate), profile_version=certificate.log_id, purge_due_ms=certificate.due_at
+            receipts=_receipts(certificate),
+            profile_version=certificate.log_id,
+            purge_due_ms=certificate.due_at,
+            copies=_copies(certificate),
+            remainders=_remainders(certificate),
         )
 
     def _shown(self, subject: str, limit: int) -> profile_pb2.GetProfileResponse:
@@ -288,6 +294,30 @@ def _receipts(certificate: Certificate) -> list[profile_pb2.ErasureReceipt]:
             store=receipt.store, entries=receipt.entries, erased_at_ms=receipt.erased_at, purged_at_ms=receipt.purged_at
         )
         for receipt in certificate.receipts
+    ]
+
+
+def _copies(certificate: Certificate) -> list[profile_pb2.ErasureCopy]:
+    return [
+        profile_pb2.ErasureCopy(
+            copy_id=copy.copy_id,
+            store=copy.store,
+            host=copy.host,
+            place=copy.place,
+            erased_at_ms=copy.erased_at,
+            purged_at_ms=copy.purged_at,
+            retired_at_ms=copy.retired_at,
+        )
+        for copy in certificate.copies
+    ]
+
+
+def _remainders(certificate: Certificate) -> list[profile_pb2.ErasureRemainder]:
+    return [
+        profile_pb2.ErasureRemainder(
+            kind=one.kind, host=one.host, place=one.place, registered_at_ms=one.registered_at, advice=one.advice
+        )
+        for one in certificate.remainders
     ]
 
 
