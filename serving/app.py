@@ -28,7 +28,8 @@ from serving.erasure import Ledger, replay
 from serving.errors import ConfigError, Unavailable
 from serving.events import EventLog
 from serving.profiles import ProfileStore
-from serving.redis_client import connect, printable, require_safe
+from serving.redis_client import connect, printable
+from serving.redis_safety import require_safe
 from serving.redis_server import RedisServer
 
 START_S = 120.0
@@ -263,7 +264,7 @@ def _hold_erasures(config: ServeConfig, redis: str, events: str) -> None:
     if not erasures:
         return
     with connect(redis, _PATIENCE_S) as profiles, connect(events, _PATIENCE_S) as client:
-        log = EventLog(client, config.partitions, default=config.default_consent)
+        log = EventLog(client, config.partitions, default=config.default_consent, unsafe=config.unsafe_redis)
         try:
             due_ms = int(config.purge_hours * 3_600_000)
             again = replay(erasures, log, ProfileStore(profiles, config.partitions), due_ms)

@@ -275,6 +275,7 @@ class EventLog:
         cooldown_s: float = 0.5,
         default: Purpose = EVERY_PURPOSE,
         person_cap: int = PERSON_CAP,
+        unsafe: bool = False,
     ) -> None:
         """Takes a client of `redis_client.connect`; call `open` before anything else.
 
@@ -287,6 +288,7 @@ class EventLog:
             cooldown_s: Longest pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
             person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
+            unsafe: Whether what is written counts on a Redis that may lose it.
         """
         self._person_cap = person_cap
         self.default = default
@@ -295,7 +297,7 @@ class EventLog:
         self.client = client
         self._retention_ms = retention_ms
         self._mark = memory_mark
-        self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal)
+        self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal, guarded="" if unsafe else "events")
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
         self._salt = b""
         self._memory = [_Memory(0.0, -_MEMORY_KNOWN_S)] * partitions
@@ -310,6 +312,19 @@ class EventLog:
         require_partitions(self.nodes, self.partitions)
         # Tombstones hold a keyed hash: the name of who was erased must not survive in them.
         self._salt = remembered(self.nodes, "salt", os.urandom(16).hex())
+
+    @property
+    def unsafe(self) -> str:
+        """Why nothing is acknowledged now, with the setting at fault, as of the last look; empty where all is well."""
+        return self.nodes.unsafe
+
+    def look(self) -> None:
+        """Looks at the settings of every server of the log; `unsafe` says what was seen.
+
+        Raises:
+            EventLogUnavailable: A server does not answer, or is unsafe.
+        """
+        self.nodes.look([keys.events for keys in self.keys])
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Appended]:
         """Appends events in their order, in one round trip; each that is answered without error is on disk.

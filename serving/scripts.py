@@ -280,9 +280,11 @@ EVENT_APPEND = Script.of(
     _ADD
     + """
 local floor = tonumber(redis.call('GET', KEYS[3]) or 0)
+local again = {}
 local function append(seen, index, person, at, subject, event, record, payload, window, address, personal)
   local first = redis.call('GET', seen)
   if first then
+    again[#again + 1] = seen
     local entry = redis.call('XRANGE', KEYS[1], first, first)[1]
     return {1, first, entry and entry[2][6] or '', entry and entry[2][9] and 0 or 1}
   end
@@ -307,8 +309,12 @@ for n = 1, (#KEYS - 4) / 2 do
   end
   replies[n] = reply
 end
+-- What is answered to a retry is a promise as well: a write makes Redis sync the file that the first one is in. At the
+-- end, for a script that has written is asked no more whether there is memory.
+for _, seen in ipairs(again) do redis.call('PEXPIRE', seen, redis.call('PTTL', seen)) end
 return replies
-"""
+""",
+    durable=True,
 )
 
 # KEYS: stream, erased, floor, people, then the index of each slate; ARGV: index TTL, what those allow who said nothing,
@@ -349,7 +355,8 @@ if ARGV[2] ~= '' then allowed, at = ARGV[2], mark end
 if ARGV[3] == '1' then forgotten = mark end
 redis.call('HSET', KEYS[2], ARGV[1], allowed .. ' ' .. at .. ' ' .. forgotten)
 return mark
-"""
+""",
+    durable=True,
 )
 
 # KEYS: stream, index; ARGV: stream id of an event, address. Deletes the event, and tells consumers which it was.
@@ -360,7 +367,8 @@ EVENT_UNDO = Script.of(
 add(KEYS[1], 'k', ARGV[2], 'u', ARGV[1])
 redis.call('LREM', KEYS[2], 0, 'e' .. ARGV[1])
 return redis.call('XDEL', KEYS[1], ARGV[1])
-"""
+""",
+    durable=True,
 )
 
 # KEYS: stream, impressions, index, erased, people, rules; ARGV: person, address, '1' where what they did before now is
@@ -393,7 +401,8 @@ for kind, ids in pairs(noted) do
 end
 redis.call('DEL', KEYS[3])
 return {marker, deleted.e, deleted.i}
-"""
+""",
+    durable=True,
 )
 
 # KEYS: returned, erased; ARGV: time in ms after which nobody is waited for any more, then of each who is back their
@@ -438,15 +447,19 @@ return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
 """)
 
 # KEYS: certificate, certificates that lack a date; ARGV: name of the certificate, names and values of its fields.
-CERTIFICATE_ISSUE = Script.of("""#!lua flags=allow-oom
+CERTIFICATE_ISSUE = Script.of(
+    """#!lua flags=allow-oom
 redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 return redis.call('SADD', KEYS[2], ARGV[1])
-""")
+""",
+    durable=True,
+)
 
 # KEYS: version, items, stream; ARGV: length of the stream, then kind, item and payload of each change.
 # Returns the version. What changed stands in the hash, the latest only, one field per item and kind: a put or a delete
 # is the whole truth of an item, an availability adds to it. The stream only names the fields that a version changed.
-CATALOG_PUT = Script.of("""
+CATALOG_PUT = Script.of(
+    """
 local version = redis.call('INCR', KEYS[1])
 local names = {}
 for at = 2, #ARGV, 3 do
@@ -460,7 +473,9 @@ for at = 2, #ARGV, 3 do
 end
 redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[1], version .. '-0', unpack(names))
 return version
-""")
+""",
+    durable=True,
+)
 
 # KEYS: workers; ARGV: worker, version, time in ms after which it is forgotten.
 CATALOG_APPLIED = Script.of("""#!lua flags=allow-oom

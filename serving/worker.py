@@ -61,7 +61,13 @@ def work(
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
         # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
         writer = ProfileStore(written, config.partitions, telemetry=telemetry)
-        log = EventLog(events, config.partitions, default=config.default_consent, person_cap=config.person_cap)
+        log = EventLog(
+            events,
+            config.partitions,
+            default=config.default_consent,
+            person_cap=config.person_cap,
+            unsafe=config.unsafe_redis,
+        )
         certificates = Certificates(log, int(config.purge_hours * 3_600_000))
         people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
@@ -69,7 +75,7 @@ def work(
         impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
         around = Surroundings(config, store, progress, telemetry, impressions, turns)
         host = Host(open_engine(config.bundle, around, bundle_id))
-        changes = CatalogLog(events)
+        changes = CatalogLog(events, unsafe=config.unsafe_redis)
         follower = Follower(host, changes, progress, config.worker_count)
         follower.start()
         server = Server(config, turns, telemetry)

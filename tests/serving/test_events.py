@@ -15,7 +15,7 @@ from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition,
 from serving.events import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
 from serving.redis_client import connect, partition_of
 from serving.redis_server import RedisServer
-from tests.serving.faults import frozen, insist, kill
+from tests.serving.faults import frozen, insist, kill, wait_until
 
 OPAQUE = st.text(min_size=1, max_size=20) | st.sampled_from(
     ["\0", "*", "{}", "a:b", "a:", ":b", "b", "\r\n", "😀" * 30]
@@ -192,6 +192,8 @@ def test_a_filling_log_refuses_impressions_then_events_and_still_erases(tmp_path
     with RedisServer(tmp_path, "events") as server, connect(server.url, 2) as client:
         EventLog(client, 1).append([event(1)])
         client.set("filler", bytes(20 << 20))
+        # What the connection read it with is given back a little later.
+        wait_until(lambda: client.info("memory")["mem_clients_normal"] < 1 << 20)
         client.config_set("maxmemory", int(client.info("memory")["used_memory"] / full))
         log = EventLog(client, 1)
         slate = LoggedImpression("u:1", FUTURE, b"{}")
