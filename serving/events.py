@@ -121,7 +121,7 @@ def awaited_partitions(client: Client, asked: int | None, stop: threading.Event)
         except EventLogUnavailable as error:
             if asked or stop.is_set():
                 return asked or PARTITIONS
-            _log.warning("the number of partitions is not known yet: %s", error)
+            _log.debug("the number of partitions is not known yet: %s", error)
             stop.wait(_RETRY_S)
 
 

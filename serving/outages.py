@@ -15,6 +15,9 @@ from collections.abc import Callable, Hashable
 EVERY_S = 60.0
 """Time between two lines about the same outage, in seconds."""
 
+EVENTS_REDIS, PROFILES_REDIS = "the events Redis", "the profiles Redis"
+"""What `shared_outage` calls the two; every call to one of them says here what came of it."""
+
 
 class Outage:
     """The state of one thing that may fail; any thread may call anything.

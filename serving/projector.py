@@ -25,6 +25,7 @@ from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Purger
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, sound
+from serving.outages import Outage
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
 from serving.telemetry import Telemetry
@@ -148,17 +149,20 @@ class Projector:
 
     def run(self, stop: threading.Event) -> None:
         """Steps until `stop` is set, then gives up its partitions; a Redis that is away is waited for."""
+        outage = Outage(_log, "the projector waits")
         while not stop.is_set():
             try:
                 self.open()
                 while not stop.is_set():
                     seen = self.step()
+                    outage.works()
                     self._trim()
                     self._sweep()
                     if seen < self._batch:
                         stop.wait(_PAUSE_S)
             except (Unavailable, ResourceExhausted) as error:
-                _log.warning("the projector waits: %s", error)
+                if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                    outage.failed(error)
                 stop.wait(_RETRY_S)
         self.close()
 

@@ -14,7 +14,7 @@ from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
 from features.errors import PenchantError
 from serving.errors import ConfigError, ProfileStoreUnavailable, ResourceExhausted, Unavailable
-from serving.outages import shared_outage
+from serving.outages import EVENTS_REDIS, PROFILES_REDIS, shared_outage
 from serving.redis_client import (
     META,
     Argument,
@@ -80,10 +80,10 @@ class Nodes:
         self._client, self._away, self._cooldown_s = client, away, cooldown_s
         self._refusal = refusal or (lambda error: serving_error(error, away))
         self._guarded = guarded
-        what = "profiles" if issubclass(away, ProfileStoreUnavailable) else "events"
-        self._outage = shared_outage(f"the {what} Redis")
-        self._refusals = shared_outage(f"the {what} Redis takes no writes")
-        self._unsafe = shared_outage(f"the {what} Redis is not safe")
+        what = PROFILES_REDIS if issubclass(away, ProfileStoreUnavailable) else EVENTS_REDIS
+        self._outage = shared_outage(what)
+        self._refusals = shared_outage(f"{what} takes no writes")
+        self._unsafe = shared_outage(f"{what} is not safe")
         self._nodes: dict[redis.Redis, _Node] = {}
         self._map = Breaker(away, cooldown_s)
 

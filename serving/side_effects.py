@@ -18,8 +18,9 @@ from features.assemble import FEATURES, encoder_digest
 from features.catalog import Catalog
 from features.controls import Dial, Dials
 from features.schema import item_keys
-from serving.errors import ServingError
+from serving.errors import ServingError, Unavailable
 from serving.events import EventLog, LoggedImpression
+from serving.outages import EVENTS_REDIS, Outage, shared_outage
 from serving.query import Query, Slate
 from serving.telemetry import Telemetry
 
@@ -79,6 +80,8 @@ class ImpressionWriter:
     def __init__(self, log: EventLog, limit: int, telemetry: Telemetry) -> None:
         """Takes the log and how many slates may wait."""
         self._log, self._telemetry = log, telemetry
+        self._outage = Outage(_log, "slates are not logged")
+        self._damaged = Outage(_log, "some slates cannot be written")
         self._waiting: queue.Queue[_Shown | None] = queue.Queue(limit)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
@@ -122,8 +125,8 @@ class ImpressionWriter:
         for one in shown:
             try:
                 yield _logged(one)
-            except Exception:  # noqa: BLE001 - a defect in one slate must not end the log
-                _log.exception("the slate of the request %r was not logged", one.query.request_id)
+            except Exception as error:  # noqa: BLE001 - a defect in one slate must not end the log
+                self._damaged.failed(f"the one of the request {one.query.request_id!r}: {error!r}", trace=error)
                 self._telemetry.count("impressions.dropped")
 
     def _write(self, batch: list[LoggedImpression]) -> None:
@@ -133,9 +136,10 @@ class ImpressionWriter:
         try:
             written = self._log.append_impressions(batch)
         except ServingError as error:
-            _log.warning("%d slates were not logged: %s", len(batch), error)
+            self._lose(error, "slates not logged", len(batch))
             self._telemetry.count("impressions.dropped", len(batch))
             return
+        self._outage.works()
         self._telemetry.count("impressions.written", written)
 
     def _call_back(self, seen: Mapping[str, int]) -> None:
@@ -143,7 +147,15 @@ class ImpressionWriter:
         try:
             self._log.call_back(seen)
         except ServingError as error:
-            _log.warning("%d people who came back stay unknown for now: %s", len(seen), error)
+            self._lose(error, "users who came back unknown for now", len(seen))
+
+    def _lose(self, error: ServingError, what: str, number: int) -> None:
+        """Says what an error costs; of a Redis that does not answer, with the next line about that."""
+        if isinstance(error, Unavailable):
+            shared_outage(EVENTS_REDIS).lost(what, number)
+            return
+        self._outage.lost(what, number)
+        self._outage.failed(error)
 
 
 class Impressions:

@@ -33,6 +33,7 @@ from serving.consumer import Consumer
 from serving.erasure import Certificates, Ledger
 from serving.errors import ConfigError, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, partitions_for
+from serving.outages import Outage
 from serving.people import consents
 from serving.redis_client import address_of, connect
 from serving.scripts import SEQUENCE_BITS
@@ -269,18 +270,21 @@ class Warehouse:
 
     def run(self, stop: threading.Event) -> None:
         """Steps until `stop` is set, then writes what it holds; what is away or full is waited for."""
+        outage = Outage(_log, "the warehouse waits")
         while not stop.is_set():
             try:
                 self.open()
                 while not stop.is_set():
                     seen = self.step()
                     self._tend()
+                    outage.works()
                     if seen < self._batch:
                         stop.wait(_PAUSE_S)
                 self.step(flush=True)
                 self._files.derive()
             except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
-                _log.warning("the warehouse waits: %s", error)
+                if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                    outage.failed(error)
                 stop.wait(_RETRY_S)
         self.close()
 

@@ -105,5 +105,5 @@ def work(
 def _open(part: EventLog | ProfileStore) -> None:
     try:
         part.open()
-    except Unavailable as error:
-        _log.warning("starting without %s: %s", type(part).__name__, error)
+    except Unavailable as error:  # which has been said
+        _log.debug("starting without %s: %s", type(part).__name__, error)

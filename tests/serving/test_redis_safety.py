@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -26,7 +28,9 @@ from tests.serving.test_events import event
 class Careless(RedisServer):
     """An embedded server that can be started again with other settings."""
 
-    changed: dict[str, str] = {}
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.changed: dict[str, str] = {}
 
     def _arguments(self) -> list[str]:
         return [*super()._arguments(), *(word for name, value in self.changed.items() for word in (f"--{name}", value))]
@@ -179,9 +183,7 @@ def test_rights_that_are_taken_and_given_back(careless):
                 admin.execute_command("ACL", "SETUSER", "app", taken)
                 if taken == "<right":  # an open connection stays as it is: only a new one needs the password
                     admin.execute_command("CLIENT", "KILL", "USER", "app")
-                with pytest.raises(EventLogUnavailable, match="credentials|cannot be checked"):
-                    for number in range(50):
-                        log.append([event(100 + number)])
+                assert re.search("credentials|cannot be checked", refusal(log, event(2)))
                 admin.execute_command("ACL", "SETUSER", "app", given)
                 [again] = insist(lambda: log.append([event(1)]))
                 assert again.duplicate
