@@ -27,12 +27,10 @@ from redis.exceptions import RedisError, ResponseError
 from features.bundle import sync
 from serving.errors import ConfigError, EventLogUnavailable, NotFound, ServingError, Unavailable
 from serving.events import EventLog, partitions_for
+from serving.log_times import PROFILES_GROUP as PROFILES_GROUP
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Call, Client, command, connect, servers, serving_error
 from serving.scripts import CERTIFICATE_ISSUE
-
-PROFILES_GROUP = "profiles"
-"""The group that brings events into profiles; every other group of the log keeps a copy of its own."""
 
 _ID = re.compile(r"[0-9a-f]{4}-[0-9a-f]{32}")
 _POLL_S = 0.1

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP, Certificates, Purger
+from serving.erasure import Certificates, Purger
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, sound
+from serving.log_times import PROFILES_GROUP
 from serving.outages import Outage
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect

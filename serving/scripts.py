@@ -255,7 +255,7 @@ local function forget(index, floor)
 end
 local function note(index, kind, id, ttl)
   redis.call('RPUSH', index, kind .. id)
-  redis.call('PEXPIRE', index, ttl)
+  if redis.call('PTTL', index) < tonumber(ttl) then redis.call('PEXPIRE', index, ttl) end
 end
 local function erased(hash, person, at)
   local past = redis.call('HGET', hash, person)
@@ -439,11 +439,21 @@ return read and read[1][2] or {}
 # KEYS: lease; ARGV: owner.
 LOG_RELEASE = Script.of("if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0")
 
-# KEYS: stream, impressions, floor; ARGV: limit in ms. Returns the number of events deleted. Works while memory is full.
+# KEYS: stream, impressions, floor; ARGV: time in ms up to which events go, the same of slates, the time of what no
+# index need tell of, most entries of a stream to delete. Returns the number of events and of slates deleted. Works
+# while memory is full. `~` is exact: a node holds one entry.
 LOG_TRIM = Script.of("""#!lua flags=allow-oom
-redis.call('SET', KEYS[3], ARGV[1])
-redis.call('XTRIM', KEYS[2], 'MINID', ARGV[1])
-return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
+redis.call('SET', KEYS[3], ARGV[3])
+local slates = redis.call('XTRIM', KEYS[2], 'MINID', '~', ARGV[2], 'LIMIT', ARGV[4])
+return {redis.call('XTRIM', KEYS[1], 'MINID', '~', ARGV[1], 'LIMIT', ARGV[4]), slates}
+""")
+
+# KEYS: meta; ARGV: for how long entries stay, time in ms for which the index of a user is kept. Of the latter the
+# shortest that ever was is remembered, for an index may have expired by it.
+LOG_TIMES = Script.of("""#!lua flags=allow-oom
+local shortest = redis.call('HGET', KEYS[1], 'index_ms')
+if not shortest or tonumber(shortest) > tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'index_ms', ARGV[2]) end
+return redis.call('HSET', KEYS[1], 'times', ARGV[1])
 """)
 
 # KEYS: certificate, certificates that lack a date; ARGV: name of the certificate, names and values of its fields.

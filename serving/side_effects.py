@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import queue
@@ -77,9 +78,9 @@ class SlateCollector:
 class ImpressionWriter:
     """Writes slates to the log from a thread of its own; what does not fit its queue is dropped and counted."""
 
-    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry) -> None:
-        """Takes the log and how many slates may wait."""
-        self._log, self._telemetry = log, telemetry
+    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry, share: float = 1.0) -> None:
+        """Takes the log, how many slates may wait, and the share of users whose slates are logged."""
+        self._log, self._telemetry, self._share = log, telemetry, share
         self._outage = Outage(_log, "slates are not logged")
         self._damaged = Outage(_log, "some slates cannot be written")
         self._waiting: queue.Queue[_Shown | None] = queue.Queue(limit)
@@ -123,8 +124,11 @@ class ImpressionWriter:
     def _payloads(self, shown: Sequence[_Shown]) -> Iterator[LoggedImpression]:
         """Yields the slates as they are logged; one that cannot be written costs itself, not the thread."""
         for one in shown:
+            if not is_logged(one.query.subject, self._share):
+                self._telemetry.count("impressions.left_out")
+                continue
             try:
-                yield _logged(one)
+                yield _logged(one, self._share)
             except Exception as error:  # noqa: BLE001 - a defect in one slate must not end the log
                 self._damaged.failed(f"the one of the request {one.query.request_id!r}: {error!r}", trace=error)
                 self._telemetry.count("impressions.dropped")
@@ -175,8 +179,20 @@ class Impressions:
         self._writer.put(_Shown(query, slate, self._catalog, self._bundle_id))
 
 
-def _logged(shown: _Shown) -> LoggedImpression:
-    """A slate in the words of the impressions table."""
+def is_logged(subject: str, share: float) -> bool:
+    """Returns True where a user is of the share whose slates are logged.
+
+    By a hash of the user alone: all slates of a user are logged or none is, on every worker, and who is of a share is
+    of every larger one.
+    """
+    if share >= 1:
+        return True
+    drawn = hashlib.blake2b(subject.encode(), digest_size=8, person=b"impressions").digest()
+    return int.from_bytes(drawn, "little") < share * 2**64
+
+
+def _logged(shown: _Shown, share: float = 1.0) -> LoggedImpression:
+    """A slate in the words of the impressions table; `share` is that of the users whose slates are logged."""
     query, slate = shown.query, shown.slate
     payload: dict[str, Any] = {
         "request_id": query.request_id,
@@ -210,6 +226,8 @@ def _logged(shown: _Shown) -> LoggedImpression:
         features = np.array(_page(slate, list(slate.features), unknown), "<f4")
         payload["features"] = base64.b64encode(features.tobytes()).decode()
         payload["encoder_digest"] = encoder_digest(item_keys(shown.catalog.ids(rows)), types)
+    if share < 1:  # the slates of so many users are this one's to stand for
+        payload["weight"] = 1 / share
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
     return LoggedImpression(query.subject, query.now_ms, text.encode())
 

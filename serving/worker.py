@@ -66,13 +66,14 @@ def work(
             config.partitions,
             default=config.default_consent,
             person_cap=config.person_cap,
+            times=config.log_times,
             unsafe=config.unsafe_redis,
         )
         certificates = Certificates(log, int(config.purge_hours * 3_600_000))
         people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
         _open(store)
-        impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
+        impressions = _writer(config, log, telemetry) if config.impressions else None
         around = Surroundings(config, store, progress, telemetry, impressions, turns)
         host = Host(open_engine(config.bundle, around, bundle_id))
         changes = CatalogLog(events, unsafe=config.unsafe_redis)
@@ -100,6 +101,10 @@ def work(
         follower.stop()
         if impressions:
             impressions.close()
+
+
+def _writer(config: ServeConfig, log: EventLog, telemetry: Telemetry) -> ImpressionWriter:
+    return ImpressionWriter(log, config.impression_queue, telemetry, config.impression_share)
 
 
 def _open(part: EventLog | ProfileStore) -> None:
