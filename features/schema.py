@@ -119,6 +119,8 @@ IMPRESSIONS = pa.schema(
         # The method that made the slate (recommend, search, rank, similar), and the words that it answered.
         _optional("method", pa.string()),
         _optional("query", pa.string()),
+        # How many slates this one stands for, 1 / the share of users whose slates are logged; NULL is 1.
+        _optional("weight", pa.float32()),
         *ALLOWED,
     ]
 )

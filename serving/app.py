@@ -29,7 +29,8 @@ from serving.hosts import kept
 from serving.http import HttpServer
 from serving.log_watch import LogWatch
 from serving.monitor import Monitor
-from serving.redis_client import connect, printable, require_safe
+from serving.redis_client import connect, printable
+from serving.redis_safety import require_safe
 from serving.redis_server import RedisServer
 
 START_S = 120.0

@@ -35,7 +35,8 @@ from serving.hosts import register_made
 from serving.hydrators import Progress
 from serving.profiles import ProfileStore
 from serving.query import Query
-from serving.redis_client import connect, require_safe
+from serving.redis_client import connect
+from serving.redis_safety import require_safe
 from serving.redis_server import RedisServer
 from serving.registry import Registry
 from serving.side_effects import SlateCollector
@@ -240,7 +241,10 @@ def _opened(config: ServeConfig) -> Iterator[_Service]:
         partitions = partitions_for(events, config.partitions if "partitions" in config.model_fields_set else None)
         config = config.model_copy(update={"partitions": partitions})
         require_safe(events, "events", config.unsafe_redis)
-        store, log = ProfileStore(profiles, partitions), EventLog(events, partitions, default=config.default_consent)
+        store, log = (
+            ProfileStore(profiles, partitions),
+            EventLog(events, partitions, default=config.default_consent, unsafe=config.unsafe_redis),
+        )
         store.open()
         if erasures := Ledger(config.ledger_path).erasures():
             replay(erasures, log, store, int(config.purge_hours * 3_600_000))

@@ -66,7 +66,13 @@ class CatalogLog:
     """The log in the events Redis; any thread may call anything."""
 
     def __init__(
-        self, client: Client, *, stream_length: int = 10_000, live_ms: int = LIVE_MS, cooldown_s: float = 0.5
+        self,
+        client: Client,
+        *,
+        stream_length: int = 10_000,
+        live_ms: int = LIVE_MS,
+        cooldown_s: float = 0.5,
+        unsafe: bool = False,
     ) -> None:
         """Takes a client of `redis_client.connect`.
 
@@ -75,8 +81,9 @@ class CatalogLog:
             stream_length: Number of versions, at least, that a reader may be behind without reading all again.
             live_ms: Time since its last sign for which a worker counts as alive.
             cooldown_s: Longest pause between looks at a failed Redis.
+            unsafe: Whether changes count on a Redis that may lose them.
         """
-        self._nodes = Nodes(client, CatalogLogUnavailable, cooldown_s)
+        self._nodes = Nodes(client, CatalogLogUnavailable, cooldown_s, guarded="" if unsafe else "events")
         self._length = stream_length
         self._live_ms = live_ms
         # Half a client's timeout is left for the way there and back.

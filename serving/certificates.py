@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from serving.errors import NotFound
 from serving.events import EventLog
 from serving.ledger import Erasure, is_certificate_id, of_line, to_line
+from serving.log_times import PROFILES_GROUP
 from serving.redis_client import Call, Request
 from serving.redis_nodes import required
 from serving.registry import ERASED_FROM, Copy, Registry
 from serving.scripts import CERTIFICATE_DATE, CERTIFICATE_ISSUE, HASH_SET
-
-PROFILES_GROUP = "profiles"
-"""The group that brings events into profiles; every other group of the log keeps a copy of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from features.environment import Variable, set_by, variables
 from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError
+from serving.log_times import LogTimes
 from serving.places import local_folder
 
 PREFIX = "PENCHANT_"
@@ -78,6 +79,16 @@ class ServeConfig(BaseModel):
         description="Days without an event after which a profile is dropped, and made anew from the warehouse when the "
         "person comes back; 0 is never. Only where the warehouse holds all that profiles were made of.",
     )
+    log_hours: PositiveFloat | None = Field(
+        None,
+        description="Hours that an event stays in the log's memory once every reader has it, and in which it can be "
+        "undone or moved by a merge; None is 24, and 168 where no warehouse reads the log.",
+    )
+    slate_log_hours: PositiveFloat | None = Field(
+        None,
+        description="Hours that a slate stays in the log's memory once every reader has it, at most `log_hours`; None "
+        "is 2, and 168 where no warehouse reads the log.",
+    )
     purge_hours: float = Field(
         24.0, gt=0, description="Longest time between an erasure and the removal of its bytes from the disks, in hours."
     )
@@ -120,6 +131,13 @@ class ServeConfig(BaseModel):
     holdout_salt: str = Field("holdout-1", description="Salt of the hash that picks them; change it to draw anew.")
 
     impressions: bool = Field(True, description="Write every live slate to the impression log.")
+    impression_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of users whose slates are logged, all of theirs or none, drawn by a hash of the user; "
+        "evaluation makes up for it by the column `weight`.",
+    )
     impression_queue: int = Field(10_000, ge=1, description="Slates that may wait for the log before they are dropped.")
     log_features: float = Field(
         0.01, ge=0, le=1, description="Share of slates that are logged with the values the models read; 0 is off."
@@ -211,6 +229,11 @@ class ServeConfig(BaseModel):
     def default_consent(self) -> Purpose:
         """What people allow who have said nothing."""
         return Purpose.of(self.default_purposes)
+
+    @property
+    def log_times(self) -> LogTimes:
+        """For how long the log keeps what every reader has."""
+        return LogTimes.of(self.log_hours, self.slate_log_hours, self.warehouse)
 
     @property
     def host(self) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from features.errors import PenchantError
-from serving.errors import ConfigError
+from serving.errors import ConfigError, Unavailable
 from serving.events import Entry, EventLog, LogReplaced, stream_id
+from serving.outages import Outage
 from serving.redis_client import Call
 from serving.redis_nodes import required
 from serving.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
@@ -43,6 +44,7 @@ class Consumer:
             stream: What of each partition to read; a lease holds for both, so that they stay with one owner.
         """
         self.missing: PenchantError | None = None
+        self._outage = Outage(_log, "some partitions cannot be read")
         self._log = log
         self._group = group
         self._owner = owner
@@ -137,10 +139,10 @@ class Consumer:
         replaced = [failure for failure in failures if isinstance(failure, LogReplaced)]
         if replaced or len(failures) == len(calls):
             raise (replaced or failures)[0]
-        if failures and not self.missing:
-            _log.error(
-                "%d of %d partitions cannot be read, the others go on: %s", len(failures), len(calls), failures[0]
-            )
+        if failures and not all(isinstance(failure, Unavailable) for failure in failures):
+            self._outage.failed(f"{len(failures)} of {len(calls)}, the others go on: {failures[0]}")
+        elif not failures:
+            self._outage.works()
         self.missing = failures[0] if failures else None
         return [None if isinstance(reply, PenchantError) else reply for reply in replies]
 

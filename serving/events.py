@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import threading
@@ -27,12 +28,14 @@ from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
 from serving.errors import (
     ConfigError,
     ConsentWithheld,
+    DeadlineExceeded,
     EventLogUnavailable,
     FailedPrecondition,
     ResourceExhausted,
     ServingError,
     Unavailable,
 )
+from serving.log_times import HOUR_MS, LogTimes
 from serving.profiles import Mark
 from serving.redis_client import (
     META,
@@ -50,12 +53,12 @@ from serving.scripts import (
     EVENT_APPEND,
     EVENT_ERASE,
     IMPRESSION_APPEND,
+    LOG_TIMES,
     LOG_TRIM,
     PERSON_RETURN,
     SEQUENCE_BITS,
 )
 
-HOUR_MS = 3_600_000
 PERSON_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
 
@@ -65,6 +68,9 @@ _MEMORY_KNOWN_S = 5.0
 """Time for which such news counts; who sends so seldom can wait for newer ones."""
 _PIECE = 1000
 _RETRY_S = 0.5
+_TRIMMED = 5000
+"""Entries of a stream that are trimmed in one step."""
+
 _TOGETHER = 64
 """Entries of a partition that are appended in one step: others wait behind a step, and each is a write to disk."""
 _TIMESTAMP_AT: int = RECORD.fields["timestamp"][1] if RECORD.fields else 0
@@ -121,7 +127,7 @@ def awaited_partitions(client: Client, asked: int | None, stop: threading.Event)
         except EventLogUnavailable as error:
             if asked or stop.is_set():
                 return asked or PARTITIONS
-            _log.warning("the number of partitions is not known yet: %s", error)
+            _log.debug("the number of partitions is not known yet: %s", error)
             stop.wait(_RETRY_S)
 
 
@@ -270,11 +276,12 @@ class EventLog:
         partitions: int = 16,
         *,
         window_ms: int = 24 * HOUR_MS,
-        retention_ms: int = 7 * 24 * HOUR_MS,
+        times: LogTimes | None = None,
         memory_mark: float = 0.9,
         cooldown_s: float = 0.5,
         default: Purpose = EVERY_PURPOSE,
         person_cap: int = PERSON_CAP,
+        unsafe: bool = False,
     ) -> None:
         """Takes a client of `redis_client.connect`; call `open` before anything else.
 
@@ -282,20 +289,21 @@ class EventLog:
             client: The events Redis.
             partitions: Number of streams, fixed when the log is created.
             window_ms: How long retries are recognised; older events must be refused before they come here.
-            retention_ms: How long entries stay that every consumer has read.
+            times: How long entries stay that every reader has; None: as the service said that wrote them.
             memory_mark: Share of a server's `maxmemory` above which its events are refused; impressions at 5/6 of it.
             cooldown_s: Longest pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
             person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
+            unsafe: Whether what is written counts on a Redis that may lose it.
         """
         self._person_cap = person_cap
         self.default = default
         self.partitions = partitions
         self.window_ms = window_ms
         self.client = client
-        self._retention_ms = retention_ms
+        self._times, self._index_ms, self._times_told = times, (times or LogTimes()).index_ms, times is None
         self._mark = memory_mark
-        self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal)
+        self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal, guarded="" if unsafe else "events")
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
         self._salt = b""
         self._memory = [_Memory(0.0, -_MEMORY_KNOWN_S)] * partitions
@@ -308,8 +316,22 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
         """
         require_partitions(self.nodes, self.partitions)
+        self._tell_times()
         # Tombstones hold a keyed hash: the name of who was erased must not survive in them.
         self._salt = remembered(self.nodes, "salt", os.urandom(16).hex())
+
+    @property
+    def unsafe(self) -> str:
+        """Why nothing is acknowledged now, with the setting at fault, as of the last look; empty where all is well."""
+        return self.nodes.unsafe
+
+    def look(self) -> None:
+        """Looks at the settings of every server of the log; `unsafe` says what was seen.
+
+        Raises:
+            EventLogUnavailable: A server does not answer, or is unsafe.
+        """
+        self.nodes.look([keys.events for keys in self.keys])
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Appended]:
         """Appends events in their order, in one round trip; each that is answered without error is on disk.
@@ -492,26 +514,32 @@ class EventLog:
         """The list of what the streams hold of a person: `e` and `i` with the id of each event and impression."""
         return self.keys_of(subject).index + b":" + subject.encode()
 
-    def history(self, subject: str, *, impressions: bool = False, after: int = 0) -> Iterator[list[Entry]]:
+    def history(
+        self, subject: str, *, impressions: bool = False, after: int = 0, deadline: float = math.inf
+    ) -> Iterator[list[Entry]]:
         """The events that the log holds of a person, or their impressions, in log order and in pieces.
 
         Args:
             subject: The person.
             impressions: Whether these are wanted.
             after: Log id behind which to begin.
+            deadline: When to give up, on the clock of `time.monotonic`, s.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
+            DeadlineExceeded: There is more of the user than could be read in time.
         """
         keys = self.keys_of(subject)
         stream, wanted = (keys.impressions, b"i") if impressions else (keys.events, b"e")
         noted = self.nodes.command("LRANGE", self.index_of(subject), 0, -1)
         before = self._indexed_since(self.now_ms(partition_of(subject, self.partitions)) << SEQUENCE_BITS)
         for entries in self._unindexed(stream, before):
+            _require_time(deadline)
             yield [entry for entry in entries if entry.subject == subject and entry.log_id > after]
         oldest = max(before, after + 1)
         names = [name[1:] for name in noted if name[:1] == wanted and log_id(name[1:]) >= oldest]
         for start in range(0, len(names), _PIECE):
+            _require_time(deadline)
             requests: list[Request] = [("XRANGE", stream, name, name) for name in names[start : start + _PIECE]]
             yield [Entry.of(*entry[0]) for entry in required(self.nodes.run_all(requests)) if entry]
 
@@ -534,20 +562,30 @@ class EventLog:
         return [None if isinstance(clock, Unavailable) else clock for clock in found]
 
     def trim(self, partition: int) -> int:
-        """Deletes what is past retention and was acknowledged by every group of both streams.
+        """Deletes the events and slates that are older than is kept and that every reader of theirs has acknowledged.
 
         Returns the number of events deleted.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        keys = self.keys[partition]
-        limit = self.now_ms(partition) - self._retention_ms
-        for stream in (keys.events, keys.impressions):
-            for group in self.groups(stream):
-                limit = min(limit, self._needed_from(stream, group, limit))
-        trim = Call(LOG_TRIM, (keys.events, keys.impressions, keys.floor), (max(limit, 0),))
-        return int(self.nodes.run(trim))
+        keys, now = self.keys[partition], self.now_ms(partition)
+        times = self._times or LogTimes.read(self.nodes.command("HGET", META, "times"))
+        readers = [self.groups(stream) for stream in (keys.events, keys.impressions)]
+        names = [{group["name"].decode() for group in groups} for groups in readers]
+        kept = times.kept(names[0], names[1])
+        limits = [
+            max(0, self._needed_from(stream, groups, now - kept_ms))
+            for stream, groups, kept_ms in zip((keys.events, keys.impressions), readers, kept, strict=True)
+        ]
+        # The index of a user forgets what neither stream can hold any more.
+        trim = Call(LOG_TRIM, (keys.events, keys.impressions, keys.floor), (*limits, min(limits), _TRIMMED))
+        deleted = 0
+        while True:  # others wait behind each step
+            events, slates = map(int, self.nodes.run(trim))
+            deleted += events
+            if max(events, slates) < _TRIMMED:
+                return deleted
 
     def groups(self, stream: bytes) -> list[dict[str, Any]]:
         """What XINFO GROUPS says of a stream; nothing of one that is not there.
@@ -557,12 +595,19 @@ class EventLog:
         """
         return list(self.nodes.command("XINFO GROUPS", stream)) if self.nodes.command("EXISTS", stream) else []
 
-    def _needed_from(self, stream: bytes, group: dict[str, Any], otherwise: int) -> int:
+    def registered(self, stream: bytes) -> Sequence[int]:
+        """Times, ms, from which on readers of a stream still need it that are no consumer group: there are none."""
+        return ()
+
+    def _needed_from(self, stream: bytes, groups: Sequence[dict[str, Any]], limit: int) -> int:
+        """The time up to which a stream may be trimmed: a limit, or that of the oldest entry that a reader needs."""
+        return min([limit, *self.registered(stream), *(self._needed_by(group, stream, limit) for group in groups)])
+
+    def _needed_by(self, group: dict[str, Any], stream: bytes, otherwise: int) -> int:
         """Time in ms of the oldest entry that a group still needs; `otherwise` where it has read and done all."""
         pending = self.nodes.command("XPENDING", stream, group["name"])
         oldest: bytes = pending["min"] if pending["pending"] else group["last-delivered-id"]
         if not pending["pending"] and not self.nodes.command("XRANGE", stream, b"(" + oldest, "+", "COUNT", 1):
-            # An idle stream must not hold back the other one.
             return otherwise
         return int(oldest.partition(b"-")[0])
 
@@ -583,12 +628,13 @@ class EventLog:
                 event.event_id,
                 event.record,
                 event.payload,
-                # As long as a retry can be taken: an event that is ahead of the clock is taken for longer.
-                self.window_ms + max(0, timestamp - now),
+                # As long as a retry can be taken: an event that is ahead of the clock is taken for longer. And as long
+                # as the event stays, which is found by it.
+                max(self.window_ms + max(0, timestamp - now), self._index_ms // 2),
                 address_of(event.subject),
                 int(event.personal),
             )
-        common = (2 * self._retention_ms, int(self.default), self._person_cap)
+        common = (self._index_ms, int(self.default), self._person_cap)
         return Call(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
 
     def seen_of(self, subject: str, event_id: str) -> bytes:
@@ -603,7 +649,7 @@ class EventLog:
             for one in impressions
             for word in (self.person(one.subject), one.timestamp, one.subject, one.payload, address_of(one.subject))
         ]
-        common = (2 * self._retention_ms, int(self.default))
+        common = (self._index_ms, int(self.default))
         return Call(
             IMPRESSION_APPEND, (keys.impressions, keys.erased, keys.floor, keys.people, *names), (*common, *words)
         )
@@ -615,6 +661,7 @@ class EventLog:
             EventLogUnavailable: None of them answers.
             ResourceExhausted: None of them has memory.
         """
+        self._tell_times()
         replies: list[Any] = [None] * len(new)
         places: dict[int, list[int]] = {}
         for place, one in enumerate(new):
@@ -658,9 +705,16 @@ class EventLog:
         found = self.nodes.command("XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
         return [Entry.of(name, fields) for name, fields in found]
 
+    def _tell_times(self) -> None:
+        """Has the log know for how long its entries stay, and the shortest time that an index of it was kept for."""
+        if self._times is not None and not self._times_told:
+            self.nodes.run(Call(LOG_TIMES, (META,), (self._times.stored, self._times.index_ms)))
+            self._times_told = True
+
     def _indexed_since(self, now: int) -> int:
-        """The index of somebody away for long has expired; what is older than this is looked for one by one."""
-        return now - (2 * self._retention_ms << SEQUENCE_BITS)
+        """The index of a user without news has expired; what is older than this is looked for one by one."""
+        shortest = int(self.nodes.command("HGET", META, "index_ms") or self._index_ms)
+        return now - (min(shortest, self._index_ms) << SEQUENCE_BITS)
 
     def _unindexed(self, stream: bytes, before: int) -> Iterator[list[Entry]]:
         after = 0
@@ -713,6 +767,11 @@ def _refusal(error: ResponseError) -> ServingError:
     if str(error).startswith("NOGROUP"):
         return LogReplaced("this log is a new one; open it again")
     return serving_error(error, EventLogUnavailable)
+
+
+def _require_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise DeadlineExceeded("the log holds more of this user than could be read in time: allow the call more time")
 
 
 def _clock(node: redis.Redis) -> int:

@@ -22,6 +22,7 @@ from serving.catalog_log import CatalogLog, Change
 from serving.engine import Host
 from serving.errors import Unavailable
 from serving.hydrators import Progress
+from serving.outages import Outage
 
 _BLOCK_MS = 500
 _RETRY_S = 0.5
@@ -51,8 +52,8 @@ class Follower:
         try:
             self.catch_up()
             self._log.applied(self._worker, self._progress.version)
-        except Unavailable as error:
-            _log.warning("starting without the latest changes of the catalogue: %s", error)
+        except Unavailable as error:  # which has been said
+            _log.debug("starting without the latest changes of the catalogue: %s", error)
         self._thread.start()
 
     def catch_up(self) -> None:
@@ -130,14 +131,17 @@ class Follower:
                     self._hide(change)
 
     def _run(self) -> None:
+        outage = Outage(_log, "the catalogue is not followed")
         while not self._stop.is_set():
             try:
                 self.step(_BLOCK_MS)
             except Unavailable:
                 self._stop.wait(_RETRY_S)
-            except Exception:  # noqa: BLE001  a worker that stops following would show what is gone
-                _log.exception("cannot follow the catalogue; trying again")
+            except Exception as error:  # noqa: BLE001  a worker that stops following would show what is gone
+                outage.failed(f"{error!r}; trying again", trace=error)
                 self._stop.wait(_RETRY_S)
+            else:
+                outage.works()
 
     def _put_or_skip(self, changes: Sequence[Change], put: Callable[[Sequence[Change]], None]) -> None:
         """Puts or patches a batch; if that fails one by one, so that one bad item does not hold up the others."""

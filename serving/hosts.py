@@ -205,7 +205,7 @@ def kept(config: ServeConfig, redis_url: str, events_url: str) -> Iterator[None]
     """
     stop = threading.Event()
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_url, _TIMEOUT_S) as events:
-        log = EventLog(events, config.partitions, default=config.default_consent)
+        log = EventLog(events, config.partitions, default=config.default_consent, unsafe=True)
         keeper = HostKeeper(config, log, ProfileStore(profiles, config.partitions), printable(redis_url))
         try:
             if again := keeper.catch_up():
@@ -312,7 +312,7 @@ def hosts(events_redis_url: str, retired: Sequence[str] = (), partitions: int | 
         EventLogUnavailable: The events Redis does not answer.
     """
     with connect(events_redis_url, _TIMEOUT_S) as client:
-        log = EventLog(client, partitions_for(client, partitions))
+        log = EventLog(client, partitions_for(client, partitions), unsafe=True)
         certificates = Certificates(log)
         gone = [certificates.registry.retire(name).copy_id for name in retired]
         completed = certificates.retire()
@@ -351,7 +351,7 @@ def replay_everywhere(
     erasures = [one for path in ledgers for one in Ledger(path).erasures()]
     said: dict[str, Any] = dict(replay_ledgers(ledgers, redis_url, events_redis_url, partitions))
     with connect(events_redis_url, _TIMEOUT_S) as client:
-        log = EventLog(client, partitions_for(client, partitions))
+        log = EventLog(client, partitions_for(client, partitions), unsafe=True)
         certificates = Certificates(log)
         certificates.remember(_newer(erasures, certificates.erasures()))
         known = certificates.erasures()

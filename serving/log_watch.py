@@ -12,11 +12,11 @@ from redis.exceptions import RedisError
 
 from features.errors import PenchantError
 from serving.catalog_log import CatalogLog
-from serving.erasure import PROFILES_GROUP
 from serving.events import EventLog
 from serving.exposition import OTHER, Sample
+from serving.log_times import PROFILES_GROUP
 from serving.redis_client import Client, Request, connect, servers
-from serving.warehouse import GROUP
+from serving.warehouse_place import GROUP
 
 FRESH_S = 5.0
 """Time for which a look at the stores is good enough, in seconds: scrapes cannot load Redis."""

@@ -7,6 +7,7 @@ because what it was told stands among the events as a mark.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -199,14 +200,20 @@ class People:
         """
         return self._mark(subject, None, forget=True)
 
-    def undo(self, subject: str, event_id: str) -> int:
+    def undo(self, subject: str, event_id: str, deadline: float = math.inf) -> int:
         """Makes an event count no more: the profile is folded anew without it, the log deletes it.
+
+        Args:
+            subject: The user.
+            event_id: The event.
+            deadline: When to give up, with nothing changed, on the clock of `time.monotonic`, s.
 
         Returns:
             The version of the profile afterwards, 0 where there is none.
 
         Raises:
-            NotFound: The log holds no such event of this person.
+            NotFound: The log holds no such event of this user, or did not get it within `log_hours`.
+            DeadlineExceeded: The log holds too much of this user to fold a profile from it in time.
             Unavailable: A Redis does not answer, or the profile is just being made anew; a repeat is safe.
             ProfileCorrupt: The stored profile is damaged; nothing was undone.
         """
@@ -214,7 +221,7 @@ class People:
         if entry is None:
             raise NotFound("the log holds no such event of this person; older ones cannot be undone", field="event_id")
         # The profile first: a repeat after a crash finds the event still in the log, and undoes it there.
-        profile = self.refold(subject, frozenset((entry.log_id,)))
+        profile = self.refold(subject, frozenset((entry.log_id,)), deadline)
         keys = self._log.keys_of(subject)
         call = Call(
             EVENT_UNDO,
@@ -224,7 +231,7 @@ class People:
         self._log.nodes.run(call)
         return profile.version if profile else 0
 
-    def refold(self, subject: str, undone: frozenset[int] = frozenset()) -> Profile | None:
+    def refold(self, subject: str, undone: frozenset[int] = frozenset(), deadline: float = math.inf) -> Profile | None:
         """Folds a profile anew: from what the log holds, less what was undone and what is past its retention.
 
         Returns:
@@ -240,7 +247,7 @@ class People:
             if stored.away:  # what the log still holds is not all of their past
                 self._log.call_back({subject: now})
                 raise Unavailable("this person was away, and their profile is being made anew", retry_after_ms=1000)
-            logged = self._logged(subject, stored.erased_before)
+            logged = self._logged(subject, stored.erased_before, deadline)
             return refold(stored, logged, undone, lambda records: self._retention.expired(records, now))
 
         return self._store.replace(subject, anew)
@@ -318,19 +325,21 @@ class People:
             self._ledger.note(erasure)
         return certificate
 
-    def held(self, subject: str, kind: str = "event", after: int = 0) -> Iterator[Piece]:
+    def held(self, subject: str, kind: str = "event", after: int = 0, deadline: float = math.inf) -> Iterator[Piece]:
         """Everything that the log holds of a person: first the events, then the impressions, each in log order.
 
         Args:
             subject: The person.
             kind: Where to begin.
             after: Log id of that kind behind which to begin.
+            deadline: When to give up, on the clock of `time.monotonic`, s.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
+            DeadlineExceeded: There is more than could be read in time.
         """
         for one in _KINDS[_KINDS.index(kind) :]:
-            for entries in self._log.history(subject, impressions=one == "impression", after=after):
+            for entries in self._log.history(subject, impressions=one == "impression", after=after, deadline=deadline):
                 for entry in entries:
                     yield one, entry.log_id, entry.payload
             after = 0
@@ -389,20 +398,19 @@ class People:
         return [*found, Mark(said_at, address, rules=_stored(rules))] if said_at else found
 
     def _found(self, subject: str, event_id: str) -> Entry | None:
-        """The event of this id: where its key says, or else by looking through all of the person's events."""
+        """The event of this id; its key lasts as long as the log keeps what every reader has."""
         keys = self._log.keys_of(subject)
         place = self._log.nodes.command("GET", self._log.seen_of(subject, event_id))
-        if place:
-            found = self._log.nodes.command("XRANGE", keys.events, place, place)
-            return Entry.of(*found[0]) if found else None
-        every = (entry for entries in self._log.history(subject) for entry in entries)
-        return next((entry for entry in every if entry.event_id == event_id), None)
+        if not place:
+            return None
+        found = self._log.nodes.command("XRANGE", keys.events, place, place)
+        return Entry.of(*found[0]) if found else None
 
-    def _logged(self, subject: str, after: int) -> npt.NDArray[np.void]:
+    def _logged(self, subject: str, after: int, deadline: float) -> npt.NDArray[np.void]:
         """What the log holds of a person that belongs into the profile; ENTRY [n]."""
         own = [
             entry.log_id.to_bytes(8, "big") + entry.record
-            for entries in self._log.history(subject, after=after)
+            for entries in self._log.history(subject, after=after, deadline=deadline)
             for entry in sound(entries)[0]
         ]
         return np.frombuffer(b"".join(own), ENTRY)

@@ -21,11 +21,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
-from serving.certificates import PROFILES_GROUP, Certificates
+from serving.certificates import Certificates
 from serving.consumer import Consumer
 from serving.erasure import Purger
 from serving.errors import ConfigError, ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, sound
+from serving.log_times import PROFILES_GROUP
+from serving.outages import Outage
 from serving.places import Identity, new_id
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect, printable
@@ -153,17 +155,20 @@ class Projector:
 
     def run(self, stop: threading.Event) -> None:
         """Steps until `stop` is set, then gives up its partitions; a Redis that is away is waited for."""
+        outage = Outage(_log, "the projector waits")
         while not stop.is_set():
             try:
                 self.open()
                 while not stop.is_set():
                     seen = self.step()
+                    outage.works()
                     self._trim()
                     self._sweep()
                     if seen < self._batch:
                         stop.wait(_PAUSE_S)
             except (Unavailable, ResourceExhausted) as error:
-                _log.warning("the projector waits: %s", error)
+                if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                    outage.failed(error)
                 stop.wait(_RETRY_S)
         self.close()
 

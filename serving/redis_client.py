@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import hiredis
@@ -42,8 +42,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from serving.errors import ConfigError, FailedPrecondition, ResourceExhausted, ServingError, Unavailable
+from serving.errors import ConfigError, ResourceExhausted, ServingError, Unavailable
 from serving.redis_cluster import Cluster
+from serving.redis_safety import Guard
 
 Argument: TypeAlias = bytes | str | int
 Client: TypeAlias = redis.Redis | Cluster
@@ -51,7 +52,6 @@ META = b"penchant:meta"
 _SCHEMES = ("redis://", "rediss://", "unix://")
 _CLUSTERS = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
 _PORT = 6379
-_OLDEST = (7, 0)
 _PIECE = 1 << 16
 _CONNECTIONS = 1 << 16  # no limit: who calls is limited elsewhere, and must not wait or fail here
 # What a server says that is about to be replaced, or whose keys are moving; MASTERDOWN is a kind of CLUSTERDOWN.
@@ -202,15 +202,18 @@ class Script:
     Attributes:
         source: The Lua text.
         sha: The name Redis gives it.
+        durable: Whether its reply is a promise that what it wrote stays.
     """
 
     source: str
     sha: str
+    durable: bool = False
 
     @classmethod
-    def of(cls, source: str) -> Script:
+    def of(cls, source: str, *, durable: bool = False) -> Script:
         """Names a script."""
-        return cls(source.strip(), hashlib.sha1(source.strip().encode(), usedforsecurity=False).hexdigest())
+        name = hashlib.sha1(source.strip().encode(), usedforsecurity=False).hexdigest()
+        return cls(source.strip(), name, durable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +252,17 @@ def servers(client: Client, *, replicas: bool = False) -> list[redis.Redis]:
     return client.nodes(replicas=replicas) if isinstance(client, Cluster) else [client]
 
 
-class _Open(NamedTuple):
-    """A connection on which nothing is outstanding, its socket, and what parses replies."""
+@dataclass(slots=True)
+class _Open:
+    """A connection on which nothing is outstanding, its socket, what parses replies, and whether a guard looked at it.
+
+    A connection that is opened again may lead to another server, or to one that was started with other settings.
+    """
 
     connection: Any
     socket: socket.socket
     reader: hiredis.Reader
+    looked_at: bool = False
 
 
 class Line:
@@ -283,47 +291,61 @@ class Line:
             raise reply
         return reply
 
-    def ask_all(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+    def ask_all(self, commands: Sequence[tuple[Argument, ...]], guard: Guard | None = None) -> list[Any]:
         """`ask` for several, in their order and in one round trip; a refusal stands in the place of the reply.
+
+        Args:
+            commands: The commands.
+            guard: Says whether what they write counts; on a new connection that is one more round trip.
 
         Raises:
             RedisError: The server is away or too slow; anything may have been done.
+            Unavailable: The guard lets nothing count.
         """
+        if guard:
+            guard.pause()
         line = self._take()
         try:
-            replies = self._exchange(line, commands)
+            if guard and (guard.trouble or not line.looked_at):
+                guard.admit(*self._exchange(line, [guard.look]))
+                line.looked_at = True
+            replies = self._exchange(line, [*commands, *guard.proofs] if guard else commands)
         except BaseException:  # also where the caller is interrupted: a reply may still come
             self._discard(line)
             raise
         self._idle.append(line)
-        return [self._understood(words[0], reply) for words, reply in zip(commands, replies, strict=True)]
+        if guard and not all(isinstance(reply, ResponseError) for reply in replies[: len(commands)]):
+            guard.judge(replies[len(commands) :])
+        return replies[: len(commands)]
 
-    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+    def run_all(self, requests: Sequence[Request], guard: Guard | None = None) -> list[Any]:
         """`ask_all` for scripts and commands; teaches the server the scripts that it lacks.
 
         Raises:
             RedisError: The server is away or too slow; anything may have been done.
+            Unavailable: The guard lets nothing count.
         """
-        replies = self.ask_all([_words(request) for request in requests]) if requests else []
+        replies = self.ask_all([_words(request) for request in requests], guard) if requests else []
         missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if missing:
             lacking = [request for place in missing if isinstance(request := requests[place], Call)]
             for script in {call.script for call in lacking}:
                 self.ask("SCRIPT LOAD", script.source)
-            for place, reply in zip(missing, self.ask_all([call.words for call in lacking]), strict=True):
+            for place, reply in zip(missing, self.ask_all([call.words for call in lacking], guard), strict=True):
                 replies[place] = reply
         return replies
 
-    def run_asking(self, request: Request) -> Any:
+    def run_asking(self, request: Request, guard: Guard | None = None) -> Any:
         """Asks something about keys that are just moving to this server; a refusal is returned.
 
         Raises:
             RedisError: The server is away or too slow; it may have been done.
+            Unavailable: The guard lets nothing count.
         """
-        reply = self.ask_all([("ASKING",), _words(request)])[1]
+        reply = self.ask_all([("ASKING",), _words(request)], guard)[1]
         if isinstance(reply, NoScriptError) and isinstance(request, Call):
             self.ask("SCRIPT LOAD", request.script.source)
-            reply = self.ask_all([("ASKING",), request.words])[1]
+            reply = self.ask_all([("ASKING",), request.words], guard)[1]
         return reply
 
     def _exchange(self, line: _Open, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
@@ -350,7 +372,7 @@ class Line:
             raise RedisTimeoutError(f"no whole reply within {self._timeout_s} s") from None
         except (OSError, hiredis.ProtocolError) as error:
             raise RedisConnectionError(str(error)) from error
-        return replies
+        return [self._understood(words[0], reply) for words, reply in zip(commands, replies, strict=True)]
 
     def _understood(self, name: Argument, reply: Any) -> Any:
         """A reply as redis-py gives it to the callers of its commands."""
@@ -418,7 +440,9 @@ def serving_error(error: RedisError, away: type[Unavailable]) -> ServingError:
     if isinstance(error, OutOfMemoryError) or str(error).startswith("MISCONF"):
         return ResourceExhausted(f"Redis takes no writes: {error}; give it memory or disk space", retry_after_ms=1000)
     if isinstance(error, (AuthenticationError, AuthorizationError, NoPermissionError)):
-        return FailedPrecondition(f"Redis refuses these credentials: {error}; check the user and password in its URL")
+        # Safe to retry: passwords change while services run, and become right again.
+        why = f"Redis refuses these credentials: {error}; check the user and password in its URL, and its rights"
+        return away(why, retry_after_ms=1000)
     alone = str(error).startswith("NOREPLICAS")
     if isinstance(error, ResponseError) and not (alone or isinstance(error, tuple(_REPLACED.values()))):
         return ServingError(f"Redis answered: {error}")
@@ -468,60 +492,3 @@ class Breaker:
             self._open_until = self._clock() + self._pause_s
         if isinstance(error, RedisError):
             raise serving_error(error, self._away) from error
-
-
-def require_safe(client: Client, role: str, unsafe: bool = False) -> None:
-    """Refuses a Redis that would lose data by its configuration; of a cluster every node is looked at.
-
-    Args:
-        client: The Redis to look at.
-        role: "events" needs no eviction, `appendfsync always`, and streams that give up at once what is deleted from
-            them; "profiles" needs no eviction.
-        unsafe: Accept one that may lose acknowledged data.
-
-    Raises:
-        ConfigError: A setting is unsafe or cannot be read; the message names it and what it must be.
-        RedisError: A server is away; the others are safe.
-    """
-    away: RedisError | None = None
-    for node in servers(client, replicas=True):
-        try:
-            _require_safe(node, role, unsafe, clustered=isinstance(client, Cluster))
-        except RedisError as error:
-            away = error
-    if away:
-        raise away
-
-
-def _require_safe(client: redis.Redis, role: str, unsafe: bool, clustered: bool) -> None:
-    about = client.info("server")
-    version = str(about["redis_version"])
-    if not clustered and "cluster" in (about.get("redis_mode"), about.get("server_mode")):
-        raise ConfigError("this Redis is a node of a cluster: begin its URL with redis+cluster:// or rediss+cluster://")
-    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
-        raise ConfigError(f"this Redis is {version}; Penchant needs Redis 7.0 or Valkey 7.2, or newer")
-    if unsafe:
-        return
-    wanted = {"maxmemory-policy": "noeviction"}
-    if clustered:  # or one node that is away takes all the others with it
-        wanted |= {"cluster-require-full-coverage": "no"}
-    if role == "events":
-        wanted |= {"appendonly": "yes", "appendfsync": "always", "stream-node-max-entries": "1"}
-    try:
-        found = {name: str(value) for name, value in client.config_get(*wanted).items()}
-    except ResponseError as error:
-        raise ConfigError(
-            f"the configuration of the {role} Redis cannot be checked ({error}); allow its user CONFIG GET, "
-            f"or set {_settings(wanted)} yourself and set PENCHANT_UNSAFE_REDIS=true"
-        ) from None
-    wrong = {name: value for name, value in wanted.items() if found.get(name) != value}
-    if wrong:
-        raise ConfigError(
-            f"the {role} Redis may lose data, keep erased data, or go away as a whole for the sake of one node: "
-            f"it has {_settings({name: found.get(name, '') for name in wrong})}; "
-            f"set {_settings(wrong)} (CONFIG SET), or accept that: PENCHANT_UNSAFE_REDIS=true"
-        )
-
-
-def _settings(values: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value!r}" for name, value in values.items())

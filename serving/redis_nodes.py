@@ -13,7 +13,8 @@ import redis
 from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
 from features.errors import PenchantError
-from serving.errors import ConfigError, Unavailable
+from serving.errors import ConfigError, ProfileStoreUnavailable, ResourceExhausted, Unavailable
+from serving.outages import EVENTS_REDIS, PROFILES_REDIS, shared_outage
 from serving.redis_client import (
     META,
     Argument,
@@ -25,16 +26,33 @@ from serving.redis_client import (
     serving_error,
 )
 from serving.redis_cluster import Cluster
+from serving.redis_safety import Guard
 
 T = TypeVar("T")
 _HOPS = 3
 
 
 class _Node:
-    """One server: its client, its breaker, and its line."""
+    """One server: its client, its breaker, its line, what guards its writes, and where it is."""
 
-    def __init__(self, client: redis.Redis, breaker: Breaker) -> None:
-        self.client, self.breaker, self.line = client, breaker, Line(client)
+    def __init__(self, client: redis.Redis, breaker: Breaker, guard: Guard | None) -> None:
+        self.client, self.breaker, self.guard, self.line = client, breaker, guard, Line(client)
+        options = client.connection_pool.connection_kwargs
+        self.address = (options.get("path"), options.get("host"), options.get("port"))
+
+    def guard_of(self, requests: Sequence[Request]) -> Guard | None:
+        """The guard, where the replies to some requests are a promise."""
+        durable = any(isinstance(request, Call) and request.script.durable for request in requests)
+        return self.guard if durable else None
+
+    def look(self) -> None:
+        """Asks for the settings, and lets the guard judge them."""
+        if self.guard:
+            self.guard.admit(self.line.ask_all([self.guard.look])[0])
+
+    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+        """`Line.run_all`, guarded where it must be."""
+        return self.line.run_all(requests, self.guard_of(requests))
 
 
 class Nodes:
@@ -46,6 +64,8 @@ class Nodes:
         away: type[Unavailable],
         cooldown_s: float = 0.5,
         refusal: Callable[[ResponseError], PenchantError] | None = None,
+        *,
+        guarded: str = "",
     ) -> None:
         """Takes a client of `redis_client.connect`.
 
@@ -54,9 +74,16 @@ class Nodes:
             away: The class of error that means "this Redis does not answer".
             cooldown_s: Longest pause between looks at a server that failed.
             refusal: What an error reply means, by default `redis_client.serving_error`.
+            guarded: The role of a Redis, "events", on which nothing may count that it could lose; empty for one that
+                may lose what it acknowledges.
         """
         self._client, self._away, self._cooldown_s = client, away, cooldown_s
         self._refusal = refusal or (lambda error: serving_error(error, away))
+        self._guarded = guarded
+        what = PROFILES_REDIS if issubclass(away, ProfileStoreUnavailable) else EVENTS_REDIS
+        self._outage = shared_outage(what)
+        self._refusals = shared_outage(f"{what} takes no writes")
+        self._unsafe = shared_outage(f"{what} is not safe")
         self._nodes: dict[redis.Redis, _Node] = {}
         self._map = Breaker(away, cooldown_s)
 
@@ -66,6 +93,22 @@ class Nodes:
         if isinstance(self._client, Cluster):
             return self._client.timeout_s
         return float(self._client.connection_pool.connection_kwargs["socket_timeout"])
+
+    @property
+    def unsafe(self) -> str:
+        """Why nothing that is written counts, as of the last look at each server; empty where all is well."""
+        return next((node.guard.trouble for node in self._nodes.values() if node.guard and node.guard.trouble), "")
+
+    def look(self, keys: Sequence[bytes]) -> None:
+        """Asks every server that has one of some keys for its settings.
+
+        Raises:
+            Unavailable: A server is away, or unsafe; of the class given.
+        """
+        for node in {self._node_of(key): None for key in keys} if self._guarded else ():
+            reply = self._exchange(node, node.look)
+            if isinstance(reply, ResponseError):
+                raise self._told(reply)
 
     def command(self, *words: Argument, at: bytes | None = None) -> Any:
         """Sends one command.
@@ -153,11 +196,13 @@ class Nodes:
     def _one(self, request: Request, key: bytes) -> Any:
         """`_all` for one request; nearly always there is one server to ask, once."""
         node = self._node_of(key)
-        reply = self._exchange(node, lambda: node.line.run_all([request])[0])
+        reply = self._exchange(node, lambda: node.run_all([request])[0])
         if isinstance(reply, AskError):
             return required(self._all([request], [key]))[0]
         if isinstance(reply, ResponseError):
             raise self._told(reply)
+        if isinstance(request, Call):
+            self._refusals.works()
         return reply
 
     def _all(self, requests: Sequence[Request], keys: Sequence[bytes]) -> list[Any]:
@@ -172,6 +217,9 @@ class Nodes:
             places = [place for place in places if isinstance(replies[place], AskError)]
             if not places:
                 break
+        written = (reply for request, reply in zip(requests, replies, strict=True) if isinstance(request, Call))
+        if not all(isinstance(reply, Exception) for reply in written):
+            self._refusals.works()
         return _not_all_away([self._told(reply) if isinstance(reply, RedisError) else reply for reply in replies])
 
     def _by_node(
@@ -188,7 +236,7 @@ class Nodes:
 
     def _exchanged(self, node: _Node, requests: Sequence[Request]) -> Sequence[Any]:
         try:
-            replies: Sequence[Any] = self._exchange(node, lambda: node.line.run_all(requests))
+            replies: Sequence[Any] = self._exchange(node, lambda: node.run_all(requests))
         except Unavailable as error:
             return [error] * len(requests)
         # An error reply to SCRIPT LOAD, and so to all of them.
@@ -203,7 +251,7 @@ class Nodes:
             return error
         there = self._node(other)
         try:
-            return self._exchange(there, lambda: there.line.run_asking(request))
+            return self._exchange(there, lambda: there.line.run_asking(request, there.guard_of([request])))
         except Unavailable as away:
             return away
 
@@ -211,13 +259,21 @@ class Nodes:
         """Talks with one server; what it refuses is returned, as the ResponseError."""
         with node.breaker:
             try:
-                return work()
+                reply = work()
             except ResponseError as error:
-                return error
-            except RedisError:
+                reply = error
+            except Unavailable as error:  # of the guard
+                self._unsafe.failed(error, node.address)
+                raise
+            except RedisError as error:
                 if isinstance(self._client, Cluster):
                     self._client.failed(node.client)
+                self._outage.failed(serving_error(error, self._away), node.address)
                 raise
+        self._outage.works(node.address)
+        if node.guard and not node.guard.trouble:
+            self._unsafe.works(node.address)
+        return reply
 
     def _node_of(self, key: bytes) -> _Node:
         if not isinstance(self._client, Cluster):
@@ -231,12 +287,22 @@ class Nodes:
     def _node(self, client: redis.Redis) -> _Node:
         node = self._nodes.get(client)
         if node is None:
-            node = self._nodes.setdefault(client, _Node(client, Breaker(self._away, self._cooldown_s)))
+            node = self._nodes.setdefault(client, self._made(client))
         return node
+
+    def _made(self, client: redis.Redis) -> _Node:
+        clustered = isinstance(self._client, Cluster)
+        guard = Guard(self._guarded, clustered, self._away, self.timeout_s) if self._guarded else None
+        return _Node(client, Breaker(self._away, self._cooldown_s), guard)
 
     def _told(self, error: RedisError) -> PenchantError:
         """What a refusal means, with the reply as its cause."""
-        told = self._refusal(error) if isinstance(error, ResponseError) else serving_error(error, self._away)
+        plain = serving_error(error, self._away)
+        told: PenchantError = plain
+        if isinstance(error, ResponseError):
+            told = self._refusal(error)
+            if isinstance(plain, (Unavailable, ResourceExhausted)):
+                self._refusals.failed(plain)
         told.__cause__ = error
         return told
 
@@ -269,12 +335,13 @@ def remembered(nodes: Nodes, name: str, value: str) -> bytes:
     """A fact about this Redis that is fixed when it is first asked for.
 
     Raises:
-        Unavailable: It is away.
+        Unavailable: It is away, or must be durable and is not safe.
         PenchantError: It refuses.
     """
     # Asked first and written only when new, so that a full Redis can still be opened.
     known = nodes.command("HGET", META, name)
     if known is None:
+        nodes.look([META])  # nothing begins on a server that forgets it
         nodes.command("HSETNX", META, name, value)
         known = nodes.command("HGET", META, name)
     return bytes(known)

@@ -27,6 +27,7 @@ from redis.exceptions import RedisError
 
 from features.limits import memory
 from serving.errors import ConfigError, InUse
+from serving.outages import Outage
 from serving.redis_client import connect_one
 
 Role = Literal["events", "profiles"]
@@ -38,6 +39,8 @@ _SOCKET_PATH_LIMIT = 107
 _STOP_S = 5.0
 _LOCK_S = 10.0
 _LONGEST_PAUSE_S = 1.0
+_STEADY_S = 10.0
+"""Time after which a server that was started again counts as running."""
 _log = logging.getLogger(__name__)
 
 # Runs between fork and exec of the server. Not a preexec_fn: Python code in a forked copy of a process with threads
@@ -152,17 +155,18 @@ class RedisServer:
 
     def _watch(self, binary: Path) -> None:
         """Keeps the server running; makes every one, as a child is killed when the *thread* that made it ends."""
-        pause = 0.05
+        pause, outage = 0.05, Outage(_log, f"the {self.role} Redis started here")
         while True:
             started = time.monotonic()
             self._process = process = self._spawn(binary)
             while process.poll() is None and not self._stopping.wait(0.05):
-                pass
+                if time.monotonic() - started > _STEADY_S:
+                    outage.works()
             if self._stopping.is_set():
                 return _end(process)
             self.restarts += 1
-            _log.error("%s Redis ended with status %s; starting it again", self.role, process.returncode)
-            pause = 0.05 if time.monotonic() - started > 10 else min(2 * pause, _LONGEST_PAUSE_S)
+            outage.failed(f"it ended with status {process.returncode}; starting it again: {self._last_words()}")
+            pause = 0.05 if time.monotonic() - started > _STEADY_S else min(2 * pause, _LONGEST_PAUSE_S)
             if self._stopping.wait(pause):
                 return
 

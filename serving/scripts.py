@@ -264,7 +264,7 @@ local function forget(index, floor)
 end
 local function note(index, kind, id, ttl)
   redis.call('RPUSH', index, kind .. id)
-  redis.call('PEXPIRE', index, ttl)
+  if redis.call('PTTL', index) < tonumber(ttl) then redis.call('PEXPIRE', index, ttl) end
 end
 local function erased(hash, person, at)
   local past = redis.call('HGET', hash, person)
@@ -289,9 +289,11 @@ EVENT_APPEND = Script.of(
     _ADD
     + """
 local floor = tonumber(redis.call('GET', KEYS[3]) or 0)
+local again = {}
 local function append(seen, index, person, at, subject, event, record, payload, window, address, personal)
   local first = redis.call('GET', seen)
   if first then
+    again[#again + 1] = seen
     local entry = redis.call('XRANGE', KEYS[1], first, first)[1]
     return {1, first, entry and entry[2][6] or '', entry and entry[2][9] and 0 or 1}
   end
@@ -316,8 +318,12 @@ for n = 1, (#KEYS - 4) / 2 do
   end
   replies[n] = reply
 end
+-- What is answered to a retry is a promise as well: a write makes Redis sync the file that the first one is in. At the
+-- end, for a script that has written is asked no more whether there is memory.
+for _, seen in ipairs(again) do redis.call('PEXPIRE', seen, redis.call('PTTL', seen)) end
 return replies
-"""
+""",
+    durable=True,
 )
 
 # KEYS: stream, erased, floor, people, then the index of each slate; ARGV: index TTL, what those allow who said nothing,
@@ -358,7 +364,8 @@ if ARGV[2] ~= '' then allowed, at = ARGV[2], mark end
 if ARGV[3] == '1' then forgotten = mark end
 redis.call('HSET', KEYS[2], ARGV[1], allowed .. ' ' .. at .. ' ' .. forgotten)
 return mark
-"""
+""",
+    durable=True,
 )
 
 # KEYS: stream, index; ARGV: stream id of an event, address. Deletes the event, and tells consumers which it was.
@@ -369,7 +376,8 @@ EVENT_UNDO = Script.of(
 add(KEYS[1], 'k', ARGV[2], 'u', ARGV[1])
 redis.call('LREM', KEYS[2], 0, 'e' .. ARGV[1])
 return redis.call('XDEL', KEYS[1], ARGV[1])
-"""
+""",
+    durable=True,
 )
 
 # KEYS: stream, impressions, index, erased, people, rules; ARGV: person, address, '1' where what they did before now is
@@ -402,7 +410,8 @@ for kind, ids in pairs(noted) do
 end
 redis.call('DEL', KEYS[3])
 return {marker, deleted.e, deleted.i}
-"""
+""",
+    durable=True,
 )
 
 # KEYS: returned, erased; ARGV: time in ms after which nobody is waited for any more, then of each who is back their
@@ -439,18 +448,31 @@ return read and read[1][2] or {}
 # KEYS: lease; ARGV: owner.
 LOG_RELEASE = Script.of("if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0")
 
-# KEYS: stream, impressions, floor; ARGV: limit in ms. Returns the number of events deleted. Works while memory is full.
+# KEYS: stream, impressions, floor; ARGV: time in ms up to which events go, the same of slates, the time of what no
+# index need tell of, most entries of a stream to delete. Returns the number of events and of slates deleted. Works
+# while memory is full. `~` is exact: a node holds one entry.
 LOG_TRIM = Script.of("""#!lua flags=allow-oom
-redis.call('SET', KEYS[3], ARGV[1])
-redis.call('XTRIM', KEYS[2], 'MINID', ARGV[1])
-return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
+redis.call('SET', KEYS[3], ARGV[3])
+local slates = redis.call('XTRIM', KEYS[2], 'MINID', '~', ARGV[2], 'LIMIT', ARGV[4])
+return {redis.call('XTRIM', KEYS[1], 'MINID', '~', ARGV[1], 'LIMIT', ARGV[4]), slates}
+""")
+
+# KEYS: meta; ARGV: for how long entries stay, time in ms for which the index of a user is kept. Of the latter the
+# shortest that ever was is remembered, for an index may have expired by it.
+LOG_TIMES = Script.of("""#!lua flags=allow-oom
+local shortest = redis.call('HGET', KEYS[1], 'index_ms')
+if not shortest or tonumber(shortest) > tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'index_ms', ARGV[2]) end
+return redis.call('HSET', KEYS[1], 'times', ARGV[1])
 """)
 
 # KEYS: certificate, certificates that lack a date; ARGV: name of the certificate, names and values of its fields.
-CERTIFICATE_ISSUE = Script.of("""#!lua flags=allow-oom
+CERTIFICATE_ISSUE = Script.of(
+    """#!lua flags=allow-oom
 redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 return redis.call('SADD', KEYS[2], ARGV[1])
-""")
+""",
+    durable=True,
+)
 
 # KEYS: hash; ARGV: names and values. A full Redis takes them too: they are what lets it become less full.
 HASH_SET = Script.of("""#!lua flags=allow-oom
@@ -477,7 +499,8 @@ return 1
 # one field per item and kind: a put or a delete is the whole truth of an item, an availability or a patch adds to it,
 # but to no deleted item. A patch is `name:version-place:size:value` of each of its fields, the newest of each.
 # The stream only names the fields of the hash that a version changed.
-CATALOG_PUT = Script.of("""
+CATALOG_PUT = Script.of(
+    """
 local function merged(stored, change, stamp)
   local fields = {}
   local function read(text, from, new)
@@ -514,7 +537,9 @@ for at = 2, #ARGV, 3 do
 end
 if version then redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[1], version .. '-0', unpack(names)) end
 return {version or redis.call('GET', KEYS[1]) or 0, refused}
-""")
+""",
+    durable=True,
+)
 
 # KEYS: workers; ARGV: worker, version, time in ms after which it is forgotten.
 CATALOG_APPLIED = Script.of("""#!lua flags=allow-oom

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import queue
@@ -18,8 +19,9 @@ from features.assemble import FEATURES, encoder_digest
 from features.catalog import Catalog
 from features.controls import Dial, Dials
 from features.schema import item_keys
-from serving.errors import ServingError
+from serving.errors import ServingError, Unavailable
 from serving.events import EventLog, LoggedImpression
+from serving.outages import EVENTS_REDIS, Outage, shared_outage
 from serving.query import Query, Slate
 from serving.telemetry import Telemetry
 
@@ -76,9 +78,11 @@ class SlateCollector:
 class ImpressionWriter:
     """Writes slates to the log from a thread of its own; what does not fit its queue is dropped and counted."""
 
-    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry) -> None:
-        """Takes the log and how many slates may wait."""
-        self._log, self._telemetry = log, telemetry
+    def __init__(self, log: EventLog, limit: int, telemetry: Telemetry, share: float = 1.0) -> None:
+        """Takes the log, how many slates may wait, and the share of users whose slates are logged."""
+        self._log, self._telemetry, self._share = log, telemetry, share
+        self._outage = Outage(_log, "slates are not logged")
+        self._damaged = Outage(_log, "some slates cannot be written")
         self._waiting: queue.Queue[_Shown | None] = queue.Queue(limit)
         telemetry.gauge("slates_waiting", self._waiting.qsize)
         self._closing = threading.Event()
@@ -121,10 +125,13 @@ class ImpressionWriter:
     def _payloads(self, shown: Sequence[_Shown]) -> Iterator[LoggedImpression]:
         """Yields the slates as they are logged; one that cannot be written costs itself, not the thread."""
         for one in shown:
+            if not is_logged(one.query.subject, self._share):
+                self._telemetry.count("impressions.left_out")
+                continue
             try:
-                yield _logged(one)
-            except Exception:  # noqa: BLE001 - a defect in one slate must not end the log
-                _log.exception("the slate of the request %r was not logged", one.query.request_id)
+                yield _logged(one, self._share)
+            except Exception as error:  # noqa: BLE001 - a defect in one slate must not end the log
+                self._damaged.failed(f"the one of the request {one.query.request_id!r}: {error!r}", trace=error)
                 self._telemetry.count("impressions.dropped")
 
     def _write(self, batch: list[LoggedImpression]) -> None:
@@ -134,9 +141,10 @@ class ImpressionWriter:
         try:
             written = self._log.append_impressions(batch)
         except ServingError as error:
-            _log.warning("%d slates were not logged: %s", len(batch), error)
+            self._lose(error, "slates not logged", len(batch))
             self._telemetry.count("impressions.dropped", len(batch))
             return
+        self._outage.works()
         self._telemetry.count("impressions.written", written)
 
     def _call_back(self, seen: Mapping[str, int]) -> None:
@@ -144,7 +152,15 @@ class ImpressionWriter:
         try:
             self._log.call_back(seen)
         except ServingError as error:
-            _log.warning("%d people who came back stay unknown for now: %s", len(seen), error)
+            self._lose(error, "users who came back unknown for now", len(seen))
+
+    def _lose(self, error: ServingError, what: str, number: int) -> None:
+        """Says what an error costs; of a Redis that does not answer, with the next line about that."""
+        if isinstance(error, Unavailable):
+            shared_outage(EVENTS_REDIS).lost(what, number)
+            return
+        self._outage.lost(what, number)
+        self._outage.failed(error)
 
 
 class Impressions:
@@ -164,8 +180,20 @@ class Impressions:
         self._writer.put(_Shown(query, slate, self._catalog, self._bundle_id))
 
 
-def _logged(shown: _Shown) -> LoggedImpression:
-    """A slate in the words of the impressions table."""
+def is_logged(subject: str, share: float) -> bool:
+    """Returns True where a user is of the share whose slates are logged.
+
+    By a hash of the user alone: all slates of a user are logged or none is, on every worker, and who is of a share is
+    of every larger one.
+    """
+    if share >= 1:
+        return True
+    drawn = hashlib.blake2b(subject.encode(), digest_size=8, person=b"impressions").digest()
+    return int.from_bytes(drawn, "little") < share * 2**64
+
+
+def _logged(shown: _Shown, share: float = 1.0) -> LoggedImpression:
+    """A slate in the words of the impressions table; `share` is that of the users whose slates are logged."""
     query, slate = shown.query, shown.slate
     payload: dict[str, Any] = {
         "request_id": query.request_id,
@@ -199,6 +227,8 @@ def _logged(shown: _Shown) -> LoggedImpression:
         features = np.array(_page(slate, list(slate.features), unknown), "<f4")
         payload["features"] = base64.b64encode(features.tobytes()).decode()
         payload["encoder_digest"] = encoder_digest(item_keys(shown.catalog.ids(rows)), types)
+    if share < 1:  # the slates of so many users are this one's to stand for
+        payload["weight"] = 1 / share
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
     return LoggedImpression(query.subject, query.now_ms, text.encode())
 

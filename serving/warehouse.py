@@ -34,6 +34,7 @@ from serving.consumer import Consumer
 from serving.errors import ConfigError, InUse, ResourceExhausted, ServingError, Unavailable
 from serving.events import Entry, EventLog, awaited_partitions, partitions_for
 from serving.ledger import Ledger
+from serving.outages import Outage
 from serving.people import consents
 from serving.redis_client import Call, Request, address_of, connect, partition_prefix
 from serving.redis_nodes import required
@@ -305,12 +306,14 @@ class Warehouse:
         Raises:
             OtherPlace: The warehouse of this log is another directory, and it is not to be patient.
         """
+        outage = Outage(_log, "the warehouse waits")
         while not stop.is_set():
             try:
                 self.open(wait_s=0.0)
                 while not stop.is_set():
                     seen = self.step()
                     self._tend()
+                    outage.works()
                     if seen < self._batch:
                         stop.wait(_PAUSE_S)
                 self.step(flush=True)
@@ -325,7 +328,8 @@ class Warehouse:
             except TakenOver as error:
                 self._stand_by(f"the warehouse stands by: {error}", stop)
             except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
-                _log.warning("the warehouse waits: %s", error)
+                if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                    outage.failed(error)
                 stop.wait(_RETRY_S)
         self.close()
 

@@ -64,15 +64,22 @@ def work(
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
         # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
         writer = ProfileStore(written, config.partitions, telemetry=telemetry)
-        log = EventLog(events, config.partitions, default=config.default_consent, person_cap=config.person_cap)
+        log = EventLog(
+            events,
+            config.partitions,
+            default=config.default_consent,
+            person_cap=config.person_cap,
+            times=config.log_times,
+            unsafe=config.unsafe_redis,
+        )
         certificates = Certificates(log, int(config.purge_hours * 3_600_000))
         people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
         _open(store)
-        impressions = ImpressionWriter(log, config.impression_queue, telemetry) if config.impressions else None
+        impressions = _writer(config, log, telemetry) if config.impressions else None
         around = Surroundings(config, store, progress, telemetry, impressions, turns)
         host = Host(open_engine(config.bundle, around, bundle_id))
-        changes = CatalogLog(events)
+        changes = CatalogLog(events, unsafe=config.unsafe_redis)
         follower = Follower(host, changes, progress, config.worker_count)
         follower.start()
         surfaces = config.metrics_surfaces or host.engine.surfaces[:MOST_SURFACES]
@@ -99,8 +106,12 @@ def work(
             impressions.close()
 
 
+def _writer(config: ServeConfig, log: EventLog, telemetry: Telemetry) -> ImpressionWriter:
+    return ImpressionWriter(log, config.impression_queue, telemetry, config.impression_share)
+
+
 def _open(part: EventLog | ProfileStore) -> None:
     try:
         part.open()
-    except Unavailable as error:
-        _log.warning("starting without %s: %s", type(part).__name__, error)
+    except Unavailable as error:  # which has been said
+        _log.debug("starting without %s: %s", type(part).__name__, error)

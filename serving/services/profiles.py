@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -120,7 +121,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         subject = checks.subject(request.subject, "subject")
         event_id = checks.identifier(request.event_id, "event_id")
         try:
-            version = self._people.undo(subject, event_id)
+            version = self._people.undo(subject, event_id, _deadline(context))
         except ProfileCorrupt as error:
             raise DataLoss(f"nothing was undone: {error}") from error
         return profile_pb2.UndoEventResponse(profile_version=version)
@@ -151,7 +152,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         if not request.page_token:
             page.documents.extend(self._facts(subject))
         size = sum(map(len, page.documents))
-        for kind, at, payload in self._people.held(subject, first, after):
+        for kind, at, payload in self._people.held(subject, first, after, _deadline(context)):
             page.documents.append(json.dumps({"kind": kind} | json.loads(payload), ensure_ascii=False))
             size += len(payload)
             if size > PAGE_BYTES:
@@ -247,6 +248,12 @@ def control_matches(
             match.did_you_mean = meant
             unknown.append(match)
     return matched, unknown
+
+
+def _deadline(context: grpc.ServicerContext) -> float:
+    """When the caller stops waiting, on the clock of `time.monotonic`, s."""
+    left: float | None = context.time_remaining()
+    return math.inf if left is None else time.monotonic() + left
 
 
 def _hidden(rules: Sequence[Rule | Setting]) -> list[profile_pb2.Control]:

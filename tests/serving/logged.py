@@ -14,9 +14,13 @@ from features.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
 from serving.events import EventLog, LoggedEvent, LoggedImpression
+from serving.log_times import LogTimes
 from serving.query import Candidates, Query, Slate
 from serving.services import events as service
 from serving.side_effects import _logged, _Shown
+
+NOTHING_KEPT = LogTimes(0, 0)
+"""Times of a log whose entries go as soon as every reader has them."""
 
 PARTITIONS = 4
 """Of the logs and profiles of tests that need several and read all of them."""

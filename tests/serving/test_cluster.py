@@ -20,8 +20,9 @@ from serving.errors import ConfigError, ProfileStoreUnavailable
 from serving.events import EventLog
 from serving.profiles import ProfileStore
 from serving.rebuild import rebuild
-from serving.redis_client import Call, Script, connect, partition_of, partition_prefix, require_safe
+from serving.redis_client import Call, Script, connect, partition_of, partition_prefix
 from serving.redis_nodes import Nodes
+from serving.redis_safety import require_safe
 from tests.serving.clusters import SLOTS, ClusterNode, cluster, url_of
 from tests.serving.faults import Proxy, frozen, wait_until
 from tests.serving.inside import inside

@@ -15,7 +15,8 @@ from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition,
 from serving.events import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
 from serving.redis_client import connect, partition_of
 from serving.redis_server import RedisServer
-from tests.serving.faults import frozen, insist, kill
+from tests.serving.faults import frozen, insist, kill, wait_until
+from tests.serving.logged import NOTHING_KEPT
 
 OPAQUE = st.text(min_size=1, max_size=20) | st.sampled_from(
     ["\0", "*", "{}", "a:b", "a:", ":b", "b", "\r\n", "😀" * 30]
@@ -98,7 +99,7 @@ def test_ids_are_opaque_and_never_mix(events_redis, pairs):
 
 
 def test_retries_are_forgotten_after_the_window(events_redis):
-    log = EventLog(events_redis, 4, window_ms=50)
+    log = EventLog(events_redis, 4, window_ms=50, times=NOTHING_KEPT)
     [first] = log.append([event(1, timestamp=0)])
     time.sleep(0.1)
     [second] = log.append([event(1, timestamp=0)])
@@ -106,7 +107,7 @@ def test_retries_are_forgotten_after_the_window(events_redis):
 
 
 def test_a_retry_of_an_event_ahead_of_the_clock_is_known_for_as_long_as_it_is_taken(events_redis):
-    log = EventLog(events_redis, 4, window_ms=50)
+    log = EventLog(events_redis, 4, window_ms=50, times=NOTHING_KEPT)
     ahead = event(1, timestamp=time.time_ns() // 1_000_000 + 60_000)
     log.append([ahead])
     time.sleep(0.1)
@@ -160,7 +161,7 @@ def test_an_erasure_takes_all_of_somebody_who_did_much(log, events_redis):
 
 
 def test_an_erasure_finds_what_its_index_has_forgotten(events_redis):
-    log = EventLog(events_redis, 4, retention_ms=0)
+    log = EventLog(events_redis, 4, times=NOTHING_KEPT)
     log.append([event(number, subject) for number in range(3) for subject in ("u:1", "u:2")])
     time.sleep(0.05)
     assert not any(b":index:" in key for key in events_redis.scan_iter())
@@ -192,6 +193,8 @@ def test_a_filling_log_refuses_impressions_then_events_and_still_erases(tmp_path
     with RedisServer(tmp_path, "events") as server, connect(server.url, 2) as client:
         EventLog(client, 1).append([event(1)])
         client.set("filler", bytes(20 << 20))
+        # What the connection read it with is given back a little later.
+        wait_until(lambda: client.info("memory")["mem_clients_normal"] < 1 << 20)
         client.config_set("maxmemory", int(client.info("memory")["used_memory"] / full))
         log = EventLog(client, 1)
         slate = LoggedImpression("u:1", FUTURE, b"{}")
@@ -291,7 +294,7 @@ def test_a_lease_runs_out(log):
 
 
 def test_trimming_waits_for_the_slowest_reader(events_redis):
-    log = EventLog(events_redis, 1, retention_ms=0)
+    log = EventLog(events_redis, 1, times=NOTHING_KEPT)
     reader = Consumer(log, "readers", "a")
     reader.open()
     appended = [one.log_id for number in range(10) for one in (time.sleep(0.002), *log.append([event(number)]))[1:]]

@@ -20,6 +20,7 @@ from serving.consumer import Consumer
 from serving.erasure import PROFILES_GROUP, Certificates, Ledger, Purger, replay
 from serving.errors import (
     ConsentWithheld,
+    DeadlineExceeded,
     FailedPrecondition,
     NotFound,
     ProfileStoreUnavailable,
@@ -27,6 +28,7 @@ from serving.errors import (
     Unavailable,
 )
 from serving.events import EventLog, LoggedEvent, LoggedImpression, stream_id
+from serving.log_times import LogTimes
 from serving.people import Consent, People, Rule, Setting, consents
 from serving.profiles import ProfileStore
 from serving.projector import Projector
@@ -34,7 +36,7 @@ from serving.rebuild import rebuild
 from serving.redis_client import address_of, connect, partition_of
 from serving.redis_server import RedisServer
 from tests.serving.faults import insist, wait_until
-from tests.serving.logged import PARTITIONS
+from tests.serving.logged import NOTHING_KEPT, PARTITIONS
 
 FUTURE = 4_000_000_000_000
 NOTHING = Purpose(0)
@@ -322,11 +324,26 @@ class TestUndo:
         assert item_key("i10") not in profile.evicted.tolist()
         assert (profile.count, profile.evicted.size) == (298, 42)
 
-    def test_an_event_whose_key_has_expired_is_found_all_the_same(self, people, log, store, events_redis):
-        ingest(log, store, *(event(number) for number in range(3)))
-        events_redis.delete(log.seen_of("u:ann", "e1"))
-        people.undo("u:ann", "e1")
-        assert items(store) == [0, 2]
+    def test_an_unknown_id_costs_one_look_however_much_a_user_has_done(self, people, log, store, events_redis):
+        ingest(log, store, *(event(number) for number in range(1200)))
+        before = events_redis.info("stats")["total_commands_processed"]
+        with pytest.raises(NotFound):
+            people.undo("u:ann", "nothing")
+        assert events_redis.info("stats")["total_commands_processed"] - before == 2  # one is this look itself
+
+    def test_what_cannot_be_done_in_time_is_not_begun(self, people, log, store):
+        ids = ingest(log, store, *(event(number) for number in range(5)))
+        with pytest.raises(DeadlineExceeded, match="more time"):
+            people.undo("u:ann", "e1", time.monotonic() - 1)
+        with pytest.raises(DeadlineExceeded):
+            list(people.held("u:ann", deadline=time.monotonic() - 1))
+        assert items(store) == [0, 1, 2, 3, 4]
+        assert [entry.log_id for entries in log.history("u:ann") for entry in entries] == ids
+
+    def test_an_event_can_be_undone_as_long_as_the_log_keeps_it(self, log, store, people, events_redis):
+        week = EventLog(events_redis, PARTITIONS, times=LogTimes.of(168, None, True))
+        week.append([event(1)])
+        assert events_redis.pttl(log.seen_of("u:ann", "e1")) > 167 * 3_600_000
 
     def test_a_repeat_after_a_crash_between_the_stores_finishes_it(self, people, log, store):
         ids = ingest(log, store, *(event(number) for number in range(4)))
@@ -702,7 +719,7 @@ class TestExport:
             assert list(people.held("u:ann", kind, at)) == pieces[cut + 1 :]
         assert list(people.held("u:bob")) == []
         # What the index has forgotten is found one by one.
-        old = EventLog(events_redis, PARTITIONS, retention_ms=0)
+        old = EventLog(events_redis, PARTITIONS, times=NOTHING_KEPT)
         events_redis.delete(log.index_of("u:ann"))
         time.sleep(1.1)  # the server tells its time in seconds
         assert [entry.event_id for entries in old.history("u:ann") for entry in entries][-1] == "e1499"

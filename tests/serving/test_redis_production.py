@@ -22,7 +22,8 @@ from serving.events import EventLog, LoggedEvent, LoggedImpression
 from serving.people import People, marks
 from serving.profiles import ProfileStore
 from serving.projector import Projector
-from serving.redis_client import Client, connect, require_safe
+from serving.redis_client import Client, connect
+from serving.redis_safety import require_safe
 from serving.redis_server import RedisServer
 from tests.serving.faults import Proxy
 

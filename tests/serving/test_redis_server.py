@@ -30,10 +30,10 @@ from serving.redis_client import (
     connect,
     connect_one,
     printable,
-    require_safe,
     serving_error,
 )
 from serving.redis_nodes import Nodes, require_partitions
+from serving.redis_safety import require_safe
 from serving.redis_server import RedisServer, find_binary
 from tests.serving.faults import kill, wait_until
 
