@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from features.bundle import sync
+from features.private_files import open_private
 from features.user_ids import read_users
 from serving.batch_log import RUN, SlateFile, deliver, finish
 from serving.catalog_log import CatalogLog
@@ -153,7 +154,10 @@ def _write(
     console = Console(stderr=True)
     shown = personal = held_out = 0
     rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(part, SCHEMA.with_metadata({RUN: run.encode()})) as writer:
+    with (
+        open_private(part) as sink,
+        pq.ParquetWriter(sink, SCHEMA.with_metadata({RUN: run.encode()})) as writer,
+    ):
         for place, person in enumerate(track(people, "answering", console=console, disable=not console.is_terminal)):
             query, row = _answer(service, person, asked)
             rows.append(row)

@@ -52,7 +52,7 @@ class SlateFile:
         self._out, self._run = out, run
         # Under a name that `finish` looks for only once it is locked.
         begun = out.with_name(f"{out.name}.{run}.begun")
-        self._file: IO[bytes] = begun.open("xb")
+        self._file: IO[bytes] = open_private(begun, "xb")
         fcntl.flock(self._file, fcntl.LOCK_EX)
         os.replace(begun, self.path)
         if _of(out) != [self.path]:

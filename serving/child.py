@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from features.errors import PenchantError
+from features.private_files import set_private_umask
 from serving.config import ServeConfig
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ LOG_FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
 
 def main() -> int:
     """Obeys the orders; the exit status."""
+    set_private_umask()
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     # It tells at length which processor features it tries.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)

@@ -25,6 +25,8 @@ import redis
 from redis.exceptions import RedisError, ResponseError
 
 from features.bundle import sync
+from features.errors import ForeignFileError
+from features.private_files import make_folders, open_private
 from serving.errors import ConfigError, EventLogUnavailable, NotFound, ServingError, Unavailable
 from serving.events import EventLog, partitions_for
 from serving.profiles import Mark, ProfileStore
@@ -114,12 +116,13 @@ class Ledger:
         line |= {"person": erasure.person.hex(), "address": erasure.address.hex()}
         try:
             new = not self._path.exists()
-            with self._path.open("ab", buffering=0) as sink:  # one write: those of several workers do not mix
+            make_folders(self._path.parent)
+            with open_private(self._path, "ab", buffering=0) as sink:  # one write: those of several workers do not mix
                 sink.write(json.dumps(line).encode() + b"\n")
                 os.fsync(sink.fileno())
             if new:
                 sync(self._path.parent)
-        except OSError as error:
+        except (OSError, ForeignFileError) as error:
             raise Unavailable(f"the erasure holds, and {self._path} cannot be written ({error}); repeat it") from error
 
     def erasures(self) -> list[Erasure]:
