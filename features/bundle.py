@@ -8,6 +8,7 @@ of a service share. No file of a bundle is ever mapped.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -262,7 +263,9 @@ def _holes(handle: int, size: int) -> int:
     for _ in range(_MOST_EXTENTS):
         try:
             start = os.lseek(handle, place, os.SEEK_DATA)
-        except OSError:  # there is no more, or the file system does not tell
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # the file system does not tell
+                data = size
             break
         place = os.lseek(handle, start, os.SEEK_HOLE)
         data += place - start

@@ -162,7 +162,7 @@ _MODEL: Mapping[str, Check] = {
     "seen_types": _list(_text, unique=True),
     "actions": _actions,
     "action_weights": _list(_number()),
-    "blend": _number(0.0, 1.0),
+    "blend": _number(0.0, 1e6),
     "repeats": _flag,
 }
 _ACTION: Mapping[str, Check] = {

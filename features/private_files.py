@@ -76,16 +76,14 @@ def private_folder(path: Path, deep: bool = False) -> None:
             return
         if not _is_own(status) or status.st_mode & stat.S_ISVTX:
             _log.warning(
-                "%s is shared with other users: what Penchant puts into it is closed to them, its names are not; name a "
-                "folder inside it to hide those too",
+                "%s is shared with other users: what Penchant puts into it is closed to them, its names are not; to "
+                "hide those too, name a folder inside it",
                 json.dumps(str(path)),
             )
             return
         os.fchmod(handle, FOLDER_MODE)
         closed = 1 + (_close_all(path, handle) if deep else 0)
-        _log.warning(
-            "%s was open to other users; now it is not (%d files and folders)", json.dumps(str(path)), closed
-        )
+        _log.warning("%s was open to other users; now it is not (%d files and folders)", json.dumps(str(path)), closed)
     finally:
         os.close(handle)
 
@@ -103,7 +101,7 @@ def open_private(path: Path, mode: str = "wb", buffering: int = -1) -> IO[Any]:
         OSError: It cannot be opened, or is no plain file.
     """
     encoding = None if "b" in mode else "utf-8"
-    return open(path, mode, buffering, encoding=encoding, opener=_open_private)  # noqa: SIM115 - the caller closes it
+    return open(path, mode, buffering, encoding=encoding, opener=_open_private)
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -20,6 +20,7 @@ from typing import IO, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.private_files import open_private
 from serving.errors import ConfigError, EventLogUnavailable
 from serving.events import EventLog, LoggedImpression
 from serving.scripts import SEQUENCE_BITS
