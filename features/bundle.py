@@ -224,8 +224,12 @@ def _pieces(path: Path, size: int | None = None) -> Iterator[bytes]:
     except OSError as error:
         kind = "a link" if path.is_symlink() else error.strerror
         raise BundleError(f"{path}: {kind}; a bundle holds plain files only, copy it with their content") from None
-    with os.fdopen(handle, "rb", buffering=0) as file:
+    try:
         size = _checked_size(path, os.fstat(handle), size)
+    except BundleError:
+        os.close(handle)
+        raise
+    with os.fdopen(handle, "rb", buffering=0) as file:
         if _holes(handle, size) > _MOST_HOLES:
             raise BundleError(f"{path}: holds nothing over more than {_MOST_HOLES} bytes; copy the whole bundle again")
         left = size
