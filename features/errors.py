@@ -16,6 +16,7 @@ class PenchantError(Exception):
     ├── ProfileCorrupt       the stored profile of a person fails its checks
     ├── ProfileNewer         a later version of Penchant wrote the stored profile
     ├── BundleError          a bundle is damaged, foreign or incomplete
+    ├── ForeignFileError     a file or folder to keep users' data in belongs to another user
     ├── TrainingError        a training, an evaluation or an export cannot go on
     │   ├── ConfigError      its configuration cannot work
     │   ├── LeakError        what is tested would have been seen in training
@@ -43,6 +44,10 @@ class ProfileNewer(PenchantError):
 
 class BundleError(PenchantError):
     """A bundle is damaged, foreign or incomplete; the message names the file and the reason."""
+
+
+class ForeignFileError(PenchantError):
+    """A file or folder that is to keep users' data belongs to another user of the machine; the message names it."""
 
 
 class TrainingError(PenchantError):

@@ -24,6 +24,7 @@ from features.assemble import (
     type_index,
 )
 from features.bundle import open_bundle
+from features.bundle_tables import read_items
 from features.catalog import Catalog
 from features.columns import pc
 from features.content import codes, is_present
@@ -64,7 +65,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
     catalog: Catalog | None = None
     if bundle is not None:
         opened = open_bundle(bundle)
-        table = pa.ipc.open_file(pa.BufferReader(opened.read("items.arrow"))).read_all()
+        table = read_items(opened)
         catalog = _catalog(table)
         said["fits"] = opened.manifest["feature_set"]["fingerprint"] == FEATURES.fingerprint()
     if data is not None:

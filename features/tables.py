@@ -28,6 +28,7 @@ from features.dialect import Dialect, DialectSurvey
 from features.errors import TablesError
 from features.events import BATCH_ROWS, Events, Survey, arrange, complete
 from features.files import TableFile, find_files, table_path
+from features.private_files import FOLDER_MODE, make_folders
 from features.rows import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
 from features.schema import (
     EVENTS,
@@ -374,7 +375,8 @@ def write_dataset(
         tables["impressions"] = _strict(impressions, IMPRESSIONS, IMPRESSIONS_REQUIRED, "impressions")
     _check_target(out)
     staging = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    staging.mkdir(parents=True)
+    make_folders(staging.parent)
+    staging.mkdir(FOLDER_MODE)
     try:
         for label, table in tables.items():
             if label != "users" or table.num_rows:

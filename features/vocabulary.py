@@ -1,4 +1,4 @@
-"""External id <-> row: one Arrow file, memory-mapped, shared by every worker process."""
+"""External id <-> row: one Arrow file, whose bytes the worker processes of a service share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.arrow_file import read_table
 from features.errors import VocabularyError
 from features.schema import item_keys
 
@@ -63,21 +64,52 @@ class Vocabulary:
 
     @classmethod
     def open(cls, path: Path) -> Vocabulary:
-        """Maps a file that `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            VocabularyError: The file is not a vocabulary.
+            VocabularyError: The file is not a vocabulary, or is damaged.
         """
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise VocabularyError(f"{path}: not a vocabulary file ({error})") from error
-        if table.schema != _SCHEMA:
-            raise VocabularyError(f"{path}: has the columns {table.schema.names}, not {_SCHEMA.names}")
-        return cls(table)
+            return cls.read(path.read_bytes(), str(path))
+        except OSError as error:
+            raise VocabularyError(f"{path}: cannot be read ({error.strerror})") from error
+
+    @classmethod
+    def read(cls, content: bytes | memoryview, where: str) -> Vocabulary:
+        """Checks the bytes of a file that `save` wrote, and wraps them: its columns point into `content`.
+
+        Args:
+            content: The file.
+            where: Its path, for messages.
+
+        Raises:
+            VocabularyError: The file is not a vocabulary, or its keys and rows are not those of its ids.
+        """
+        try:
+            vocabulary = cls(read_table(content, _TYPES, frozenset(_TYPES)).select(_SCHEMA.names))
+            vocabulary._check()
+        except ValueError as error:
+            raise VocabularyError(f"{where}: not a vocabulary file ({error})") from error
+        return vocabulary
+
+    def _check(self) -> None:
+        rows, keys = self._sorted_rows, self.keys
+        if rows.size and not 0 <= rows.min() <= rows.max() < rows.size:
+            raise ValueError("sorted_row names rows that it does not have")
+        if not np.array_equal(keys[rows], self._sorted_keys) or (self._sorted_keys[:1] == 0).any():
+            raise ValueError("sorted_key is not what key and sorted_row say")
+        if not (self._sorted_keys[1:] > self._sorted_keys[:-1]).all():
+            raise ValueError("sorted_key is not sorted, or holds a key twice")
+        if not np.array_equal(item_keys(self._ids.to_pylist()), keys):
+            raise ValueError("key is not what id says")
+
+    @property
+    def names(self) -> pa.Array[Any]:
+        """All ids in row order; string [n]."""
+        return self._ids
 
     def save(self, path: Path) -> None:
-        """Writes the vocabulary as one uncompressed Arrow file, so that opening it copies nothing."""
+        """Writes the vocabulary as one uncompressed Arrow file, so that reading it copies nothing."""
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             writer.write_table(self._table, max_chunksize=max(1, len(self)))
 

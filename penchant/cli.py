@@ -83,6 +83,7 @@ _EXTRAS = {
 
 def main() -> None:
     """Runs the command line; ends the process."""
+    os.umask(0o077)  # what it writes is about users, and no other user of the machine is to read it
     secure_streams()
     try:
         app()

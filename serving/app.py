@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 from redis.exceptions import RedisError
 
 from features.bundle import Bundle, open_bundle
+from features.private_files import private_folder, set_private_umask
 from serving import logs
 from serving.config import ServeConfig
 from serving.errors import ConfigError
@@ -51,7 +52,9 @@ def serve(config: ServeConfig) -> int:
     Raises:
         BundleError: The bundle is refused.
         ConfigError: The service cannot start like this.
+        ForeignFileError: A folder or file for users' data belongs to another user.
     """
+    set_private_umask()
     logs.configure(config.log_format, "supervisor")
     settings = config.printable()
     for name in ("redis", "events_redis"):
@@ -61,6 +64,8 @@ def serve(config: ServeConfig) -> int:
     bundle = open_bundle(config.bundle)
     _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
     stop = threading.Event()
+    if config.state_dir.exists():
+        private_folder(config.state_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stop))
         redis, events = stack.enter_context(_stores(config))

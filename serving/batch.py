@@ -21,18 +21,20 @@ from rich.console import Console
 from rich.progress import track
 
 from features.bundle import sync
+from features.private_files import open_private
 from features.user_ids import read_users
 from serving.batch_log import RUN, SlateFile, deliver, finish
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Engine, Host, Surroundings, open_engine
-from serving.erasure import Ledger, replay
+from serving.erasure import replay
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ResourceExhausted
 from serving.events import EventLog, partitions_for, partitions_of
 from serving.experiments import Holdout
 from serving.follower import Follower
 from serving.hosts import register_made
 from serving.hydrators import Progress
+from serving.ledger import Ledger
 from serving.profiles import ProfileStore
 from serving.query import Query
 from serving.redis_client import connect
@@ -158,7 +160,10 @@ def _write(
     console = Console(stderr=True)
     shown = personal = held_out = 0
     rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(part, SCHEMA.with_metadata({RUN: run.encode()})) as writer:
+    with (
+        open_private(part) as sink,
+        pq.ParquetWriter(sink, SCHEMA.with_metadata({RUN: run.encode()})) as writer,
+    ):
         for place, person in enumerate(track(people, "answering", console=console, disable=not console.is_terminal)):
             query, row = _answer(service, person, asked)
             rows.append(row)

@@ -20,6 +20,7 @@ from typing import IO, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.private_files import open_private
 from serving.errors import ConfigError, EventLogUnavailable
 from serving.events import EventLog, LoggedImpression
 from serving.scripts import SEQUENCE_BITS
@@ -52,7 +53,7 @@ class SlateFile:
         self._out, self._run = out, run
         # Under a name that `finish` looks for only once it is locked.
         begun = out.with_name(f"{out.name}.{run}.begun")
-        self._file: IO[bytes] = begun.open("xb")
+        self._file: IO[bytes] = open_private(begun, "xb")
         fcntl.flock(self._file, fcntl.LOCK_EX)
         os.replace(begun, self.path)
         if _of(out) != [self.path]:

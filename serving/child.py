@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from features.errors import PenchantError
+from features.private_files import set_private_umask
 from serving import logs
 from serving.config import ServeConfig
 from serving.reporting import report
@@ -29,6 +30,7 @@ _log = logging.getLogger("serving.child")
 
 def main() -> int:
     """Obeys the orders; the exit status."""
+    set_private_umask()
     orders = json.loads(sys.stdin.readline())
     logs.configure(orders["settings"]["log_format"], orders["role"], orders.get("number"))
     telemetry = Telemetry()

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
-from features.assemble import FEATURES, statistics_width, type_index
+from features import bundle_tables
+from features.assemble import FEATURES, type_index
 from features.bundle import Bundle, open_bundle
+from features.bundle_tables import read_neighbors, read_popular, read_vectors, read_vocabulary, read_words
 from features.catalog import Catalog
-from features.columns import pc
 from features.errors import BundleError
 from features.outcomes import Outcomes
 from features.schema import NEGATIVE_EVENT_TYPES, event_type_key, item_key
 from features.transforms import ItemInputShapes, item_text, text_tokens
-from features.vocabulary import Vocabulary
 from serving.adjusters import Dialled
 from serving.bitmap import clear_keys, clear_rows, first_allowed
 from serving.config import ServeConfig
@@ -30,7 +28,7 @@ from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
 from serving.index import Index
 from serving.lexical import LexicalIndex
-from serving.model import Model
+from serving.model import Device, Model, uses_cuda
 from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source, Tier
 from serving.profiles import ProfileStore
 from serving.reasons import Reasons
@@ -60,6 +58,9 @@ _FRESH = 50
 CHOICES = ("add_to_cart", "purchase", "like", "rating")
 """Event types by which a person has chosen an item, whatever a bundle was trained on."""
 _CANDIDATES = 500
+_ROOM = 4 << 30
+_ROOM_PER_BYTE = 32
+"""Addresses that opening a bundle may take, and more of them for each byte of it: an item becomes Python objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,35 +129,69 @@ class Surroundings:
     turns: Turns = field(default_factory=lambda: Turns(1))
 
 
-def open_engine(path: Path, around: Surroundings, bundle_id: str = "") -> Engine:
+def open_engine(
+    path: Path, around: Surroundings, bundle_id: str = "", sealed: Mapping[str, int] | None = None
+) -> Engine:
     """Opens a bundle, replays its golden requests and builds its pipelines.
 
     Args:
         path: Directory of the bundle.
         around: The process that it is opened in.
         bundle_id: The bundle that has to be there; empty where any will do.
+        sealed: Files of it that are in shared memory, see `Bundle.seal`.
 
     Raises:
         BundleError: The bundle is damaged, contradicts itself, or answers its golden requests wrongly.
         ConfigError: The device asked for is not there.
     """
-    bundle = open_bundle(path, bundle_id)
+    bundle = open_bundle(path, bundle_id, sealed)
     fingerprint = bundle.manifest["feature_set"]["fingerprint"]
     if fingerprint != FEATURES.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
-    catalog, lexical = read_items(bundle)
-    model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
-    replay(bundle, model, catalog, index)
-    _warm_up(catalog, lexical)
-    return Engine(
-        bundle=bundle,
-        model=model,
-        catalog=catalog,
-        lexical=lexical,
-        shapes=_shapes(bundle),
-        pipelines=_Builder(bundle, model, catalog, index, lexical, around).pipelines(),
-        event_types={event_type_key(name): name for name in bundle.model["event_types"]},
-    )
+    with bounded_memory(bundle, around.config.device):
+        catalog, lexical = read_items(bundle)
+        model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
+        model.probe(_shapes(bundle), len(bundle.model["event_types"]))
+        replay(bundle, model, catalog, index)
+        _warm_up(catalog, lexical)
+        return Engine(
+            bundle=bundle,
+            model=model,
+            catalog=catalog,
+            lexical=lexical,
+            shapes=_shapes(bundle),
+            pipelines=_Builder(bundle, model, catalog, index, lexical, around).pipelines(),
+            event_types={event_type_key(name): name for name in bundle.model["event_types"]},
+        )
+
+
+@contextmanager
+def bounded_memory(bundle: Bundle, device: Device) -> Iterator[None]:
+    """Bounds the memory that reading a bundle and asking its models for the first time may take.
+
+    A few bytes of a model can ask for more than the machine has. A GPU reserves addresses far beyond what it uses, so
+    there is no bound where one may be used.
+
+    Raises:
+        BundleError: It takes more.
+    """
+    if uses_cuda(device):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    size = sum(facts["size"] for facts in bundle.manifest["files"].values())
+    used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    limit = used + _ROOM + _ROOM_PER_BYTE * size
+    if before[0] != resource.RLIM_INFINITY:
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    except MemoryError as error:
+        wanted = f"takes more than {limit - used} bytes of memory to open"
+        raise BundleError(f"{bundle.path}: {wanted}; export the run again") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class _Builder:
@@ -169,8 +204,8 @@ class _Builder:
         self._index, self._lexical, self._around = index, lexical, around
         # As many as evaluation ranked, so that what was measured is what is served.
         self._count = around.config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
-        self._tables = _popular(bundle, len(catalog.vocabulary))
-        self._neighbors = _neighbors(bundle, len(catalog.vocabulary))
+        self._tables = read_popular(bundle, len(catalog.vocabulary))
+        self._neighbors = Neighbors(*read_neighbors(bundle, len(catalog.vocabulary)))
         self._repeats = bool(bundle.model["repeats"])
         self._personal = personal(bundle, model, catalog, around.config.log_features if around.impressions else 0.0)
         self._words = QueryVector(model, _shapes(bundle))
@@ -305,81 +340,12 @@ def _shapes(bundle: Bundle) -> ItemInputShapes:
 
 
 def read_items(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:
-    """The items of a bundle, and their words."""
-    path = bundle.path
-    vectors = _array(bundle, "vectors.npy", np.float32, (None, int(bundle.model["dim"])))
-    if not np.isfinite(vectors).all():
-        raise BundleError(f"{path / 'vectors.npy'}: holds NaN or infinity; train again")
-    items, vocabulary = _table(bundle, "items.arrow"), Vocabulary.open(path / "vocabulary.arrow")
-    if items.column("item_id").to_pylist() != vocabulary.ids(np.arange(len(vocabulary))):
-        raise BundleError(f"{path}: vocabulary.arrow and items.arrow name other items; export the run again")
-    _check_statistics(bundle, items)
-    offsets = _array(bundle, "token_offsets.npy", np.int64, (len(vocabulary) + 1,))
-    try:
-        return Catalog(items, vocabulary, vectors), LexicalIndex(
-            offsets, _array(bundle, "tokens.npy", np.uint32, (None,))
-        )
-    except ValueError as error:
-        raise BundleError(f"{path}: {error}; export the run again") from error
+    """The items of a bundle, and their words.
 
-
-def _check_statistics(bundle: Bundle, items: pa.Table) -> None:
-    """A catalogue has statistics of just the bundle's actions, or none."""
-    if "statistics" not in items.column_names:
-        return
-    wanted = pa.list_(pa.float32(), statistics_width(len(bundle.model["actions"])))
-    column = items.column("statistics")
-    if not column.type.equals(wanted) or column.null_count or not pc.all(pc.is_finite(pc.list_flatten(column))).as_py():
-        raise BundleError(f"{bundle.path / 'items.arrow'}: its statistics fit no action of it; export the run again")
-
-
-def _table(bundle: Bundle, name: str) -> pa.Table:
-    try:
-        return pa.ipc.open_file(pa.BufferReader(bundle.read(name))).read_all()
-    except pa.ArrowInvalid as error:
-        raise BundleError(f"{bundle.path / name}: Arrow cannot read it ({error}); export the run again") from error
-
-
-def _array(bundle: Bundle, name: str, dtype: Any, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
-    """A numpy file of the bundle, of the promised type and shape (None = any)."""
-    try:
-        array: npt.NDArray[Any] = np.load(io.BytesIO(bundle.read(name)), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise BundleError(f"{bundle.path / name}: numpy cannot read it ({error}); export the run again") from error
-    fits = len(array.shape) == len(shape) and all(
-        wanted in (None, size) for size, wanted in zip(array.shape, shape, strict=True)
-    )
-    if array.dtype != dtype or not fits:
-        raise BundleError(
-            f"{bundle.path / name}: is {array.dtype} {list(array.shape)} instead of {np.dtype(dtype)} {list(shape)} "
-            "(None = any); export the run again"
-        )
-    return array
-
-
-def _popular(bundle: Bundle, size: int) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-    """The rows that most people of a segment like, best first, and their scores; everybody is the segment ""."""
-    table = _table(bundle, "popular.arrow")
-    segments = table.column("segment").combine_chunks().dictionary_encode()
-    rows = table.column("row").to_numpy().astype(np.int32)
-    scores = table.column("score").to_numpy().astype(np.float32)
-    _check_rows(bundle, "popular.arrow", rows, 0, size)
-    of = segments.indices.to_numpy()
-    order = np.argsort(of, kind="stable")
-    parts = np.split(order, np.searchsorted(of[order], np.arange(1, len(segments.dictionary))))
-    tables = {"": (rows[:0], scores[:0])}
-    for name, part in zip(segments.dictionary.to_pylist(), parts, strict=False):
-        tables[str(name)] = rows[part], scores[part]
-    return tables
-
-
-def _neighbors(bundle: Bundle, size: int) -> Neighbors:
-    rows = _array(bundle, "neighbors.npy", np.int32, (size, None))
-    scores = _array(bundle, "neighbor_scores.npy", np.float32, rows.shape)
-    _check_rows(bundle, "neighbors.npy", rows, -1, size)
-    return Neighbors(rows, scores)
-
-
-def _check_rows(bundle: Bundle, name: str, rows: npt.NDArray[np.int32], low: int, size: int) -> None:
-    if rows.size and not (rows.min() >= low and rows.max() < size):
-        raise BundleError(f"{bundle.path / name}: names rows that the catalogue does not have; export the run again")
+    Raises:
+        BundleError: A table or an array is malformed, or they contradict one another.
+    """
+    items = bundle_tables.read_items(bundle)
+    vocabulary = read_vocabulary(bundle, items)
+    vectors = read_vectors(bundle, len(vocabulary))
+    return Catalog(items, vocabulary, vectors), LexicalIndex(*read_words(bundle, len(vocabulary)))

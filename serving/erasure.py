@@ -27,11 +27,6 @@ from serving.ledger import Erasure, Ledger
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Client, command, connect, servers, serving_error
 
-__all__ = [
-    "Certificate", "Certificates", "Erasure", "Ledger", "Purger", "forget_in", "replay",
-    "replay_ledgers",
-]  # fmt: skip
-
 _POLL_S = 0.1
 _REWRITE_S = 3600.0
 _TIMEOUT_S = 10.0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from features import strict_json
 from features.assemble import Moment, encoder_inputs, history, ranker_features, rows_read
 from features.bundle import Bundle
 from features.catalog import Catalog
@@ -27,6 +27,8 @@ RECALL = 0.9
 """Share of all golden best items that the index must find; export measured it on far more queries."""
 
 _F32 = npt.NDArray[np.float32]
+_MALFORMED = (ModelError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+"""Whatever a request raises that is not of the form that export writes."""
 
 
 def replay(bundle: Bundle, model: Model, catalog: Catalog, index: Index) -> None:
@@ -47,8 +49,10 @@ class _Replay:
         self._found = self._wanted = 0
 
     def run(self) -> None:
-        golden = json.loads(self._bundle.read("golden.json"))
         try:
+            golden = strict_json.loads(self._bundle.read("golden.json"))
+            if not any(golden[kind] for kind in ("people", "queries", "items")):
+                raise ValueError("there is no request, so nothing shows that the models answer as they did at export")
             for at, person in enumerate(golden["people"]):
                 self._person(f"people[{at}]", person)
             for at, query in enumerate(golden["queries"]):
@@ -56,8 +60,8 @@ class _Replay:
             for at, new in enumerate(golden["items"]):
                 vectors = self._model.encode_items(item_inputs([new["item"]], self._shapes))
                 self._close(f"items[{at}].vector", vectors[0], new["vector"])
-        except (ModelError, KeyError, ValueError) as error:
-            raise self._refusal(f"a request cannot be replayed: {error!r}") from error
+        except _MALFORMED as error:
+            raise self._refusal(f"a request cannot be replayed: {error!r:.300}") from error
         if self._found < RECALL * self._wanted:
             raise self._refusal(f"the index finds {self._found} of {self._wanted} best items, fewer than {RECALL:.0%}")
 

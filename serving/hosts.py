@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import PenchantError, TablesError
+from features.private_files import make_folders
 from serving.certificates import Certificate, Certificates
 from serving.config import ServeConfig
 from serving.erasure import forget_in, replay, replay_ledgers
@@ -102,7 +103,7 @@ class HostKeeper:
 
     def _join(self) -> None:
         """Finds out which host this is."""
-        self._state_dir.mkdir(parents=True, exist_ok=True)
+        make_folders(self._state_dir)
         self._host_id = self._taken(self._state_dir, "ledger", str(self._ledger.path.absolute()), wait=True)
 
     def _taken(self, folder: Path, kind: Kind, place: str, *, wait: bool = False) -> str:

@@ -17,6 +17,7 @@ from features.catalog import Catalog
 from features.errors import BundleError
 from features.kernels import dot_rows
 from serving.bitmap import Bitmap, allowed_count, allowed_rows
+from serving.index_file import check_index
 
 # Typed Any because the published stubs lack half of the arguments.
 faiss: Any = _faiss
@@ -45,21 +46,21 @@ class Index:
             BundleError: The bytes are no index, or not of this catalogue's vectors.
         """
         self._catalog = catalog
-        self._index = _parse(data)
+        try:
+            facts = check_index(data)
+        except ValueError as error:
+            raise BundleError(f"index.faiss: {error}; export the run again") from error
         expected = (catalog.base_size, catalog.columns.vectors.shape[1])
-        if (self._index.ntotal, self._index.d) != expected:
+        if (facts.count, facts.dim) != expected:
             raise BundleError(
-                f"index.faiss: holds {self._index.ntotal} vectors of {self._index.d} numbers, the catalogue has "
+                f"index.faiss: holds {facts.count} vectors of {facts.dim} numbers, the catalogue has "
                 f"{expected[0]} of {expected[1]}; export the run again"
             )
-        if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise BundleError("index.faiss: does not rank by inner product; export the run again")
         # A small index is not searched, but a bundle that contradicts itself is refused all the same.
-        if isinstance(self._index, faiss.IndexFlat) and not np.array_equal(
-            self._index.reconstruct_n(0, expected[0]), catalog.columns.vectors[: expected[0]]
-        ):
+        if facts.vectors is not None and not np.array_equal(facts.vectors, catalog.columns.vectors[: expected[0]]):
             raise BundleError("index.faiss: holds other vectors than vectors.npy; export the run again")
-        self._lists = int(getattr(self._index, "nlist", 0))
+        self._index = _parse(data)
+        self._lists = facts.lists
         self._spare = SPARE if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
 
     def search(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from features.bundle import sync
+from features.errors import ForeignFileError
+from features.private_files import make_folders, open_private
 from serving.errors import ConfigError, Unavailable
 
 _ID = re.compile(r"[0-9a-f]{4}-[0-9a-f]{32}")
@@ -58,14 +60,14 @@ class Ledger:
         """
         lines = b"".join(json.dumps(to_line(erasure)).encode() + b"\n" for erasure in erasures)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(self._path.parent)
             new = not self._path.exists()
-            with self._path.open("ab", buffering=0) as sink:  # one write: those of several workers do not mix
+            with open_private(self._path, "ab", buffering=0) as sink:  # one write: those of several workers do not mix
                 sink.write(lines)
                 os.fsync(sink.fileno())
             if new:
                 sync(self._path.parent)
-        except OSError as error:
+        except (OSError, ForeignFileError) as error:
             raise Unavailable(f"the erasure holds, and {self._path} cannot be written ({error}); repeat it") from error
 
     def erasures(self) -> list[Erasure]:

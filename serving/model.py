@@ -16,7 +16,9 @@ import onnxruntime.capi.onnxruntime_pybind11_state as _state
 from features.assemble import ranker_width
 from features.bundle import Bundle
 from features.errors import BundleError
+from features.transforms import ItemInputShapes
 from serving.errors import ConfigError, ServingError
+from serving.graph_file import check_graph
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -49,7 +51,7 @@ class Model:
             BundleError: A file is no model, or its inputs and outputs are not those that the manifest promises.
             ConfigError: `cuda` is asked for and not there.
         """
-        model = bundle.model
+        model, self._path = bundle.model, bundle.path
         self.dim = int(model["dim"])
         self.max_length = int(model["max_length"])
         self.actions = len(model["actions"])
@@ -64,6 +66,41 @@ class Model:
         self._item = self._load(bundle, "item_encoder.onnx", content, [None, dim])
         self._query = self._load(bundle, "query_encoder.onnx", words, [None, dim])
         self._ranker = self._load(bundle, "ranker.onnx", pairs, [None, self.actions])
+
+    def probe(self, shapes: ItemInputShapes, event_types: int) -> None:
+        """Asks each model for its smallest and its largest inputs, so that no request is the first to.
+
+        Args:
+            shapes: How items and words are fed to the encoders.
+            event_types: Number of the event types that the user encoder knows.
+
+        Raises:
+            BundleError: A model fails, answers NaN or infinity or in another shape, or its tables are smaller than the
+                manifest promises.
+        """
+        words, of_item = np.array([0, shapes.token_buckets]), (shapes.max_tokens, shapes.max_categories)
+        try:
+            for length in sorted({1, 2, self.max_length}):
+                vectors = np.zeros((2, length, self.dim), np.float32)
+                types = np.full((2, length), event_types, np.int64)
+                self._require(self.encode_users(vectors, types, np.array([length, 1], np.int64)), 2, self.dim)
+            for count in (1, 2):
+                tokens, categories = (np.zeros((count, size), np.int64) for size in of_item)
+                tokens[-1], categories[-1] = shapes.token_buckets, shapes.category_buckets
+                creators, prices = np.full(count, shapes.creator_buckets, np.int64), np.full(count, -1, np.float32)
+                content = {"tokens": tokens, "categories": categories, "creators": creators, "prices": prices}
+                self._require(self.encode_items(content), count, self.dim)
+                features = np.zeros((count, ranker_width(self.actions)), np.float32)
+                items = np.zeros((count, self.dim), np.float32)
+                self._require(self.rank(np.zeros(self.dim, np.float32), items, features), count, self.actions)
+            for word in words:
+                self._require(self.encode_query(np.full(shapes.max_tokens, word, np.int64))[None], 1, self.dim)
+        except ModelError as error:
+            raise BundleError(f"{self._path}: {error}; export the run again") from error
+
+    def _require(self, answer: _F32, count: int, width: int) -> None:
+        if answer.shape != (count, width):
+            raise ModelError(f"a model answers {list(answer.shape)} instead of [{count}, {width}]")
 
     def encode_user(self, vectors: _F32, types: _I64) -> _F32:
         """The vector of one person.
@@ -155,8 +192,10 @@ class Model:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = _ERRORS_ONLY
         path = bundle.path / name
+        content = bundle.read(name)
+        check_graph(content, str(path))
         try:
-            session = onnxruntime.InferenceSession(bundle.read(name), options, providers=self._providers)
+            session = onnxruntime.InferenceSession(content, options, providers=self._providers)
         except _FAULTS as error:
             raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); export the run again") from error
         if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -179,6 +218,15 @@ class Model:
         if not np.isfinite(answer).all():
             raise ModelError("a model answered with NaN or infinity; check the vectors and features that it was given")
         return answer
+
+
+def uses_cuda(device: Device) -> bool:
+    """Returns True where the models would run on a GPU.
+
+    Raises:
+        ConfigError: `cuda` is asked for and not there.
+    """
+    return len(_providers(device)) > 1
 
 
 def _providers(device: Device) -> list[Any]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from features.assemble import HALF_LIFE
 from features.bundle import open_bundle
+from features.bundle_tables import read_items
 from features.catalog import columns_of
 from features.columns import pc
 from features.content import codes, is_present
@@ -377,7 +378,7 @@ def _names(profile: Profile, bundle: Path | None) -> tuple[dict[int, dict[str, A
     if bundle is None:
         return {}, {event_type_key(name): name for name in EVENT_TYPES}
     opened = open_bundle(bundle)
-    table = pa.ipc.open_file(pa.BufferReader(opened.read("items.arrow"))).read_all()
+    table = read_items(opened)
     keys = item_keys(table["item_id"].to_pylist())
     rows = np.flatnonzero(np.isin(keys, profile.records["item"]))
     found = table.select(["item_id", "title", "categories"]).take(rows).to_pylist()

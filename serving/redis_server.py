@@ -26,6 +26,7 @@ import redis
 from redis.exceptions import RedisError
 
 from features.limits import memory
+from features.private_files import private_folder
 from serving.errors import ConfigError, InUse
 from serving.outages import Outage
 from serving.redis_client import connect_one
@@ -113,12 +114,13 @@ class RedisServer:
 
         Raises:
             ConfigError: There is no server to start, its directory is in use, or it does not come up.
+            ForeignFileError: Its directory belongs to another user.
         """
         if self._watcher:
             return self
         binary = find_binary()
-        # Other users of the machine have no business with what people did, whatever the umask says.
-        self._lock = locked(self.directory, mode=0o700)
+        private_folder(self.directory.parent)
+        self._lock = locked(self.directory)
         self._stopping.clear()
         try:
             self._socket = self.directory / "redis.sock"
@@ -180,6 +182,7 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             process_group=0,
+            umask=0o077,
             pass_fds=(self._lock,),
             env={"PATH": os.defpath, "LC_ALL": "C"},
         )
@@ -250,21 +253,21 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def locked(directory: Path, mode: int = 0o777, wait_s: float | None = None) -> int:
+def locked(directory: Path, wait_s: float | None = None) -> int:
     """Takes a directory for this process, as long as the handle returned is open; one just killed is given time to go.
 
     Args:
-        directory: Made where it is missing.
-        mode: Its permissions, less those of the umask, if it is made.
+        directory: Made where it is missing, and closed to all other users.
         wait_s: Longest wait for it, `_LOCK_S` if None.
 
     Raises:
         InUse: Another process holds it.
         ConfigError: It cannot be written.
+        ForeignFileError: It belongs to another user.
     """
     try:
-        directory.mkdir(mode, parents=True, exist_ok=True)
-        handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        private_folder(directory, deep=True)
+        handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None
     deadline = time.monotonic() + (_LOCK_S if wait_s is None else wait_s)

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from features.bundle import open_bundle
+from features.bundle_tables import read_items
 from features.schema import EVENTS, EVENTS_REQUIRED, IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.tables import conform
 from features.validate import Evidence, judge
@@ -79,7 +80,7 @@ def _slates(log: EventLog, partition: int) -> list[Entry]:
 
 def _items(changes: CatalogLog, bundle: Path) -> pa.Array[Any]:
     opened = open_bundle(bundle)
-    table = pa.ipc.open_file(pa.BufferReader(opened.read("items.arrow"))).read_all()
+    table = read_items(opened)
     _, changed = changes.snapshot()
     put = [change.item_id for change in changed if change.kind == "put"]
     return pa.array([*table["item_id"].to_pylist(), *put], pa.string())

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from features.bundle import sync
 from features.columns import pc
 from features.errors import TablesError
+from features.private_files import make_folders, open_private
 from features.profile import EVERY_PURPOSE, Purpose
 from features.spans import SPANS, Spans, read_spans
 from features.tables import read_info
@@ -285,7 +286,7 @@ class WarehouseFiles:
     def _put(self, path: Path, text: str) -> None:
         """Writes a small file of ours; it is on disk when this returns."""
         draft = path.with_name(f".{path.name.removeprefix('.')}.tmp")
-        with draft.open("w", encoding="utf-8") as sink:
+        with open_private(draft, "w") as sink:
             sink.write(text)
             sink.flush()
             os.fsync(sink.fileno())
@@ -382,10 +383,10 @@ def put_table(
         allowed: Raises if the file may not be put in its place any more; asked last.
     """
     if not path.parent.exists():
-        path.parent.mkdir(parents=True)
+        make_folders(path.parent)
         sync(path.parent.parent)
     draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as sink:
+    with open_private(draft) as sink:
         writer = pq.ParquetWriter(sink, rows.schema, compression="zstd")
         writer.write_table(rows)
         writer.add_key_value_metadata({key.decode(): value.decode() for key, value in (metadata or {}).items()})

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from features.bundle import Bundle
+from features.bundle_tables import read_items
 from features.columns import pc
 from features.schema import ITEMS, ITEMS_REQUIRED
 from features.tables import conform, read_table
@@ -42,7 +43,7 @@ class ItemTable:
             bundle = self._bundle
             self.version = int(bundle.manifest.get("catalog_version", 0))
             before = self._items
-            told = _as_items(pa.ipc.open_file(pa.BufferReader(bundle.read("items.arrow"))).read_all())
+            told = _as_items(read_items(bundle))
             self._replace(told)
             self._changed = self._changed or not self._items.equals(before)
         self._opened = True

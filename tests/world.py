@@ -105,8 +105,15 @@ def publish_world(out: Path, salt: str = "") -> Path:
 
 
 def golden() -> dict[str, Any]:
-    """No golden requests: the tests themselves hold the right answers."""
-    return {"people": [], "queries": [], "items": []}
+    """A query and an item for each genre; what is right for users, the tests themselves hold."""
+    queries = []
+    for genre in GENRES:
+        scores = vectors() @ direction(genre)
+        best = np.lexsort((np.arange(COUNT), -scores))[:3]
+        queries.append({"text": genre, "tokens": text_tokens(genre).tolist(), "vector": direction(genre).tolist()})
+        queries[-1] |= {"item_ids": [f"i{row}" for row in best], "relevance": scores[best].tolist()}
+    new = [{"item": {"item_id": "new", "categories": [genre]}, "vector": direction(genre).tolist()} for genre in GENRES]
+    return {"people": [], "queries": queries, "items": new}
 
 
 def _tables(staging: Path) -> None:

@@ -137,10 +137,9 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A directory beside `out`, readable as `out` shall be, gone at the end unless it was renamed."""
+    """A private directory next to `out`, gone at the end unless it was published."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    staging.chmod(0o755)
     try:
         yield staging
     finally:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from features.errors import ExportError
+from features.operators import NEWEST_OPSET, OPERATORS
 
 # Typed Any because the package has no stubs.
 onnxruntime: Any = _onnxruntime
 
-OPSET = 23
+OPSET = NEWEST_OPSET
 """The first with one operator for attention."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -142,6 +143,9 @@ def _check(graph: Graph, model: Any) -> None:
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", 0) != OPSET:
         raise ExportError(f"{graph.name}: exported for the operator sets {versions}, promised {OPSET}")
+    unknown = sorted({node.op_type for node in model.graph.node} - OPERATORS)
+    if unknown:
+        raise ExportError(f"{graph.name}: uses {unknown}, which serving refuses; see features/operators.py")
     outside = [tensor.name for tensor in model.graph.initializer if tensor.data_location == tensor.EXTERNAL]
     if outside:
         raise ExportError(f"{graph.name}: {outside} lie outside the file")

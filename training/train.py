@@ -17,6 +17,7 @@ from features.assemble import FEATURES
 from features.catalog import Columns, columns_of
 from features.errors import TrainingError
 from features.intake import admit
+from features.private_files import make_folders
 from features.tables import Dataset
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
@@ -218,7 +219,7 @@ def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
 
 def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Makes `out` this run's, or makes sure that it already is."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folders(out)
     if (out / "result.json").exists():
         raise RunError(f"{out} holds a finished run: give another --out, or delete it")
     described = json.loads(config.model_dump_json())

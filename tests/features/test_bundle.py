@@ -19,7 +19,15 @@ def staged(path, salt: str = ""):
     return path
 
 
-MANIFEST = {"model": {"dim": 4}, "configuration": {}, "feature_set": {"fingerprint": "f"}, "data_fingerprint": "d"}
+MODEL = {
+    "dim": 4, "max_length": 5, "max_tokens": 3, "max_categories": 2, "token_buckets": 7, "category_buckets": 7,
+    "creator_buckets": 7, "event_types": ["like"], "seen_types": ["like"], "action_weights": [1.0], "blend": 0.5,
+    "actions": [{"name": "like", "event_type": "like", "min_value": None}], "repeats": False, "base_rates": [-1.0],
+}  # fmt: skip
+MANIFEST = {
+    "model": MODEL, "configuration": {}, "feature_set": {"fingerprint": "f"}, "data_fingerprint": "d",
+    "catalog_version": 0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -30,7 +38,7 @@ def published(tmp_path):
 
 def test_what_is_published_opens(published, tmp_path):
     opened = bundle.open_bundle(published)
-    assert opened.model == {"dim": 4}
+    assert opened.model == MODEL
     assert opened.read("index.faiss") == b"index.faiss" * 100
     assert len(opened.bundle_id) == 16
     assert not (tmp_path / "staging").exists()
@@ -105,9 +113,9 @@ def future(path):
         (flip, r"index\.faiss: its sha256"),
         (cut, r"vectors\.npy: has \d+ bytes instead of"),
         (half_copied, r"ranker\.onnx: missing"),
-        (stranger, r"index\.faiss\.tmp belong"),
-        (hard_link, r"tokens\.npy: is a link"),
-        (soft_link, r"tokens\.npy: is a link"),
+        (stranger, r'"index\.faiss\.tmp" belong'),
+        (hard_link, r"tokens\.npy: has another name as well"),
+        (soft_link, r"tokens\.npy: a link"),
         (edited, "bundle id does not fit"),
         (no_manifest, "no bundle here"),
         (half_manifest, "not JSON"),

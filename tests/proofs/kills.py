@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 from features.profile import RECORD, Profile, empty, fold
 from penchant.client import Client, event
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP
 from serving.events import Entry, EventLog
+from serving.log_times import PROFILES_GROUP
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
 from serving.redis_server import RedisServer

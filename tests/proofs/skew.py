@@ -46,9 +46,9 @@ from features.catalog import Catalog, Columns
 from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.catalog_log import CatalogLog
+from serving.certificates import Certificates
 from serving.config import ServeConfig
 from serving.engine import Host, Surroundings, open_engine, read_items
-from serving.erasure import Certificates
 from serving.events import EventLog
 from serving.hydrators import Progress
 from serving.people import People

@@ -15,10 +15,13 @@ import pytest
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
 from serving.catalog_log import CatalogLog
+from serving.certificates import Certificates
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP, Certificates, Ledger, Purger, replay, replay_ledgers
+from serving.erasure import Purger, replay, replay_ledgers
 from serving.errors import ConfigError, FailedPrecondition
 from serving.events import EventLog
+from serving.ledger import Ledger
+from serving.log_times import PROFILES_GROUP
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.projector import Projector

@@ -13,7 +13,7 @@ from features.schema import item_key
 from features.tables import write_dataset
 from penchant.client import event
 from penchant.v1 import common_pb2
-from serving.erasure import Certificates
+from serving.certificates import Certificates
 from serving.people import People, Rule
 from serving.profiles import ProfileStore
 from serving.rebuild import rebuild, show

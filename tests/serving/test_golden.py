@@ -75,9 +75,11 @@ def test_other_vectors_are_noticed(bundle, model):
 def test_another_index_is_noticed(bundle, model):
     catalog = catalog_of(bundle)
     vectors, other = catalog.columns.vectors, np.roll(catalog.columns.vectors, 1, axis=0)
-    sound = Index(build(vectors, vectors, 0.5, exact_up_to=0).data, catalog)
+    # Lists of rough vectors: those of whole ones are compared with vectors.npy before anything is asked.
+    rough = {"exact_up_to": 0, "quantised_from": 0}
+    sound = Index(build(vectors, vectors, 0.5, **rough).data, catalog)
     replay(bundle, model, catalog, sound)
-    index = Index(build(other, other, 0.5, exact_up_to=0).data, catalog)
+    index = Index(build(other, other, 0.5, **rough).data, catalog)
     # What it proposes is scored with the true vectors, and those scores are lower than the golden ones.
     with pytest.raises(BundleError, match=r"the index finds \d+ of \d+ best items"):
         replay(bundle, model, catalog, index)

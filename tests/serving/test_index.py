@@ -162,13 +162,13 @@ def test_refuses_a_foreign_index():
         Index(other, catalog)
     with pytest.raises(BundleError, match=r"other vectors than vectors\.npy"):
         Index(build(clustered(100, seed=1), clustered(5), 0.98).data, catalog)
-    with pytest.raises(BundleError, match="cannot read"):
+    with pytest.raises(BundleError, match="is cut short"):
         Index(other[:200], catalog)
-    with pytest.raises(BundleError, match="cannot read"):
+    with pytest.raises(BundleError, match="of the kind b'no i'"):
         Index(b"no index", catalog)
     distance = faiss.IndexFlatL2(DIM)
     distance.add(clustered(100))
-    with pytest.raises(BundleError, match="inner product"):
+    with pytest.raises(BundleError, match="of the kind b'IxF2'"):
         Index(faiss.serialize_index(distance).tobytes(), catalog)
 
 

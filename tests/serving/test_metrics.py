@@ -186,7 +186,7 @@ def test_a_process_that_hangs_or_is_gone_is_shown_as_down_with_what_it_last_said
 def test_lag_and_size_of_the_log(log: EventLog, events_server, profiles_server):
     """Of a reader that has read two of three events of a user and acknowledged one."""
     from serving.consumer import Consumer
-    from serving.erasure import PROFILES_GROUP
+    from serving.log_times import PROFILES_GROUP
 
     consumer = Consumer(log, PROFILES_GROUP, "me")
     consumer.open()

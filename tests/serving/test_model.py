@@ -121,7 +121,7 @@ def changed(bundle: Bundle, tmp_path, **files: bytes) -> Bundle:
 
 
 def test_refuses_what_is_no_model(bundle, tmp_path):
-    with pytest.raises(BundleError, match=r"ranker.onnx: ONNX Runtime cannot load it"):
+    with pytest.raises(BundleError, match=r"ranker.onnx: no ONNX model"):
         Model(changed(bundle, tmp_path, ranker_onnx=b"not a model"))
 
 

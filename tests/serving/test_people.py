@@ -16,8 +16,9 @@ from features.errors import ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
 from features.schema import event_type_key, item_key
 from features.tables import write_dataset
+from serving.certificates import Certificates
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP, Certificates, Ledger, Purger, replay
+from serving.erasure import Purger, replay
 from serving.errors import (
     ConsentWithheld,
     DeadlineExceeded,
@@ -28,7 +29,8 @@ from serving.errors import (
     Unavailable,
 )
 from serving.events import EventLog, LoggedEvent, LoggedImpression, stream_id
-from serving.log_times import LogTimes
+from serving.ledger import Ledger
+from serving.log_times import PROFILES_GROUP, LogTimes
 from serving.people import Consent, People, Rule, Setting, consents
 from serving.profiles import ProfileStore
 from serving.projector import Projector

@@ -16,9 +16,9 @@ import numpy as np
 
 from features.profile import make_records
 from serving.consumer import Consumer
-from serving.erasure import PROFILES_GROUP
 from serving.errors import ProfileStoreUnavailable
 from serving.events import EventLog, LoggedEvent
+from serving.log_times import PROFILES_GROUP
 from serving.profiles import ProfileStore
 from serving.projector import Projector
 from serving.redis_client import address_of, connect

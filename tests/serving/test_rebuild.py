@@ -14,7 +14,7 @@ from features.errors import PenchantError, TablesError
 from features.profile import Profile, Purpose, empty, events_of, fold, make_records
 from features.schema import event_type_key, item_key
 from features.tables import write_dataset
-from serving.erasure import Certificates
+from serving.certificates import Certificates
 from serving.errors import ConfigError, ProfileStoreUnavailable
 from serving.events import EventLog
 from serving.people import People

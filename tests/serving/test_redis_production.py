@@ -16,7 +16,8 @@ import redis
 
 from features.profile import Purpose, make_records
 from serving.catalog_log import CatalogLog, Change
-from serving.erasure import Certificates, Purger
+from serving.certificates import Certificates
+from serving.erasure import Purger
 from serving.errors import ProfileStoreUnavailable
 from serving.events import EventLog, LoggedEvent, LoggedImpression
 from serving.people import People, marks

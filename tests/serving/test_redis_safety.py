@@ -13,7 +13,7 @@ import redis
 
 from features.profile import Purpose
 from serving.catalog_log import CatalogLog, Change
-from serving.erasure import Certificates
+from serving.certificates import Certificates
 from serving.errors import CatalogLogUnavailable, EventLogUnavailable, Unavailable
 from serving.events import EventLog, LoggedEvent
 from serving.people import People

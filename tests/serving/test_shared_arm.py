@@ -8,7 +8,7 @@ import pytest
 
 from features.controls import Dial, Kind, arm_seed
 from features.profile import EVERY_PURPOSE, Purpose
-from serving.erasure import Certificates
+from serving.certificates import Certificates
 from serving.experiments import SEEDS, Holdout, seed_of
 from serving.people import People, Rule, Setting, marks
 from tests.serving.logged import event, logged, slate

@@ -30,8 +30,8 @@ from features.profile import RECORD, Purpose, Retention, empty, fold
 from features.schema import EVENTS, item_key
 from features.tables import open_dataset, read_table, write_dataset
 from serving.catalog_log import CatalogLog, Change
+from serving.certificates import Certificates
 from serving.consumer import Consumer
-from serving.erasure import Certificates
 from serving.errors import ConfigError
 from serving.events import EventLog, log_id
 from serving.people import People, Rule

@@ -16,7 +16,7 @@ from features.errors import TablesError
 from features.profile import EVERY_PURPOSE, Purpose
 from features.tables import open_dataset
 from serving.catalog_log import CatalogLog
-from serving.erasure import Certificates
+from serving.certificates import Certificates
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.rebuild import Histories

@@ -1,0 +1,171 @@
+"""Checks a FAISS index byte by byte before FAISS reads it, which trusts what a file says of itself.
+
+Three kinds are known, those that export builds: exact (`IxFI`), lists (`IwFl`) and lists of a byte per number (`IwSq`).
+The layout is that of `faiss/impl/index_write.cpp`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_INNER_PRODUCT = 0
+_SQ8 = 0
+_MOST_ARRAY = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFacts:
+    """Facts about an index.
+
+    Attributes:
+        count: Number of its vectors.
+        dim: Length of each.
+        vectors: The vectors in row order, float32 [count, dim]; None where only a rough form of them is kept.
+        lists: Number of its lists, 0 for an exact index.
+    """
+
+    count: int
+    dim: int
+    vectors: npt.NDArray[np.float32] | None
+    lists: int
+
+
+def check_index(data: bytes) -> IndexFacts:
+    """Reads what an index says of itself.
+
+    Raises:
+        ValueError: It is of another kind, is cut short or too long, or holds a number out of range.
+    """
+    cursor = _Cursor(data)
+    kind = cursor.kind()
+    if kind == b"IxFI":
+        count, dim, vectors = _flat(cursor)
+        facts = IndexFacts(count, dim, vectors, 0)
+    elif kind in (b"IwFl", b"IwSq"):
+        facts = _lists(cursor, quantised=kind == b"IwSq")
+    else:
+        raise ValueError(f"is of the kind {kind!r}, which no export builds")
+    if cursor.left:
+        raise ValueError(f"has {cursor.left} bytes after its end")
+    return facts
+
+
+class _Cursor:
+    """A place in the bytes; nothing is taken from behind their end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._place = data, 0
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._place
+
+    def kind(self) -> bytes:
+        (name,) = self.take("4s")
+        return bytes(name)
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        size = struct.calcsize(f"<{layout}")
+        if size > self.left:
+            raise ValueError("is cut short")
+        values = struct.unpack_from(f"<{layout}", self._data, self._place)
+        self._place += size
+        return values
+
+    def array(self, dtype: str, count: int) -> npt.NDArray[Any]:
+        size = np.dtype(dtype).itemsize * count
+        if not 0 <= count <= _MOST_ARRAY or size > self.left:
+            raise ValueError("is cut short")
+        values = np.frombuffer(self._data, dtype, count, self._place)
+        self._place += size
+        return values
+
+    def sized(self, dtype: str) -> npt.NDArray[Any]:
+        (count,) = self.take("Q")
+        return self.array(dtype, count)
+
+
+def _header(cursor: _Cursor) -> tuple[int, int]:
+    dim, count, _, _, trained, metric = cursor.take("iqqqBi")
+    if trained != 1 or metric != _INNER_PRODUCT or dim < 1 or count < 0:
+        raise ValueError(f"is not trained, or not by inner product, or of {count} vectors of {dim} numbers")
+    return count, dim
+
+
+def _flat(cursor: _Cursor) -> tuple[int, int, npt.NDArray[np.float32]]:
+    count, dim = _header(cursor)
+    numbers = cursor.sized("<f4")
+    if numbers.size != count * dim:
+        raise ValueError(f"holds {numbers.size} numbers instead of {count} vectors of {dim}")
+    if not np.isfinite(numbers).all():
+        raise ValueError("holds NaN or infinity")
+    return count, dim, numbers.reshape(count, dim)
+
+
+def _lists(cursor: _Cursor, quantised: bool) -> IndexFacts:
+    count, dim = _header(cursor)
+    lists, probes = cursor.take("QQ")
+    if not 1 <= probes <= lists <= cursor.left:
+        raise ValueError(f"probes {probes} of {lists} lists")
+    if cursor.kind() != b"IxFI":
+        raise ValueError("finds its lists by another index than an exact one")
+    if _flat(cursor)[:2] != (lists, dim):
+        raise ValueError("has other lists than the index that finds them")
+    (direct,) = cursor.take("B")
+    if direct or cursor.sized("<i8").size:
+        raise ValueError("keeps a map of its rows, which no export writes")
+    code_size = _quantiser(cursor, dim) if quantised else 4 * dim
+    codes, rows = _inverted(cursor, lists, code_size)
+    if not np.array_equal(np.sort(rows), np.arange(count)):
+        raise ValueError("does not hold each row once")
+    if quantised:
+        return IndexFacts(count, dim, None, lists)
+    vectors = np.empty((count, dim), np.float32)
+    vectors[rows] = np.frombuffer(codes, "<f4").reshape(count, dim)
+    return IndexFacts(count, dim, vectors, lists)
+
+
+def _quantiser(cursor: _Cursor, dim: int) -> int:
+    kind, _, argument, length, size = cursor.take("iifQQ")
+    trained = cursor.sized("<f4")
+    if kind != _SQ8 or length != dim or size != dim or trained.size != 2 * dim or not np.isfinite(argument):
+        raise ValueError("keeps its vectors in another form than a byte per number")
+    if not np.isfinite(trained).all():
+        raise ValueError("holds NaN or infinity")
+    again, residual = cursor.take("QB")
+    if again != size or residual not in (0, 1):
+        raise ValueError("contradicts itself about the form of its vectors")
+    return int(size)
+
+
+def _inverted(cursor: _Cursor, lists: int, code_size: int) -> tuple[bytes, npt.NDArray[np.int64]]:
+    if cursor.kind() != b"ilar" or cursor.take("QQ") != (lists, code_size):
+        raise ValueError("has other lists than it says")
+    sizes, kind = np.zeros(lists, np.int64), cursor.kind()
+    if kind == b"full":
+        full = cursor.sized("<i8")
+        if full.size != lists:
+            raise ValueError("has other lists than it says")
+        sizes = full
+    elif kind == b"sprs":
+        pairs = cursor.sized("<i8")
+        places = pairs[::2]
+        if pairs.size % 2 or (places.size and not 0 <= places.min() <= places.max() < lists):
+            raise ValueError("has other lists than it says")
+        if (np.diff(places) <= 0).any():
+            raise ValueError("has a list twice")
+        sizes[places] = pairs[1::2]
+    else:
+        raise ValueError(f"keeps its lists as {kind!r}, which no export writes")
+    codes, rows = [], []
+    for size in sizes.tolist():
+        if size < 0:
+            raise ValueError("has a list of negative length")
+        codes.append(cursor.array("|u1", size * code_size).tobytes())
+        rows.append(cursor.array("<i8", size))
+    return b"".join(codes), np.concatenate([np.empty(0, np.int64), *rows])
