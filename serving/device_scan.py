@@ -192,6 +192,27 @@ class DeviceScan:
         return lengths * (copy.residual + arithmetic * self._longest)
 
 
+def require(device: str) -> None:
+    """Makes sure that a device can be used.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device cuda: torch {torch.__version__} reaches no CUDA device; install the driver and a torch for its "
+            "CUDA version (pip install 'penchant[gpu]'), or choose --device cpu"
+        )
+    try:
+        import serving.device_kernels  # noqa: F401 - what is missing is to be told now, not by a search
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--device cuda: the search on a GPU needs {error.name}; pip install {error.name}, or choose --device cpu"
+        ) from error
+
+
 def _columns(found: Found) -> tuple[Tensor, Tensor, Tensor]:
     return found.rows, found.scores, found.proven
 

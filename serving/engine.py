@@ -28,7 +28,7 @@ from serving.experiments import Holdout
 from serving.filters import Blocked, Eligible, Excluded, Seen
 from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
-from serving.index import Index
+from serving.index import Index, can_scan_on
 from serving.lexical import LexicalIndex
 from serving.model import Model
 from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source, Tier
@@ -140,7 +140,10 @@ def open_engine(path: Path, around: Surroundings, bundle_id: str = "") -> Engine
     if fingerprint != FEATURES.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
     catalog, lexical = read_items(bundle)
-    model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
+    model = Model(bundle, around.config.device)
+    # `cuda` insists on both; `auto` takes for each what is there.
+    on_device = model.device == "cuda" and (around.config.device == "cuda" or can_scan_on("cuda"))
+    index = Index(bundle.read("index.faiss"), catalog, "cuda" if on_device else "cpu")
     replay(bundle, model, catalog, index)
     _warm_up(catalog, lexical)
     return Engine(
