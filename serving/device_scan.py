@@ -12,6 +12,7 @@ This module and `serving.device_kernels` alone of serving need torch, and only a
 from __future__ import annotations
 
 from collections.abc import Iterator
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,13 +24,15 @@ from torch import Tensor
 from serving.bitmap import Bitmap
 from serving.errors import ConfigError
 
-Form = Literal["float32", "bfloat16", "int8"]
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+Form = Literal["float32", "bfloat16"]
 
 GROUP = GROUPS = 32
 BLOCK = GROUP * GROUPS
 LINES = 64
 """Queries of one pass."""
+_LINES = (1, 8, 16, 32, LINES)
+_DEPTHS = 32
+_GRAPHS = 8
 SPARE = 0.5
 """Share of groups beyond `k` that are scored again: as many as a compact form may put in a wrong order."""
 WIDER = 8
@@ -50,13 +53,11 @@ class _Copy:
 
     Attributes:
         vectors: `[N, D]` of the form's type.
-        scales: What an int8 is multiplied by, by row; float32 `[N]`, `[1]` for other forms.
         residual: Largest length of what the form leaves of a vector.
     """
 
     form: Form
     vectors: Tensor
-    scales: Tensor
     residual: float
 
 
@@ -84,18 +85,20 @@ class DeviceScan:
         Args:
             vectors: float32 `[N, D]`.
             device: `cuda`, or `cpu`, where the plain twins of the kernels run.
-            form: What is scanned: float32 (256 bytes a row at 64 numbers), bfloat16 (128) or int8 (68), beside the
-                float32 that is scored again; None chooses by size.
+            form: What is scanned: float32, or bfloat16 next to the float32 that is scored again, which is half of the
+                bytes to read and half as much memory again; None chooses by size.
 
         Raises:
             ConfigError: The vectors do not fit into the device's memory.
         """
         self.device = torch.device(device)
-        form = form or ("float32" if len(vectors) < COMPACT_FROM else "int8")
+        form = form or ("float32" if len(vectors) < COMPACT_FROM else "bfloat16")
         try:
             self._vectors = torch.as_tensor(vectors).to(self.device)
-            self._float32 = _Copy("float32", self._vectors, torch.ones(1, device=self.device), 0.0)
-            self._copy = self._float32 if form == "float32" else _compact(self._vectors, form)
+            self._float32 = _Copy("float32", self._vectors, 0.0)
+            self._copy = self._float32 if form == "float32" else _compact(self._vectors)
+            self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+            self._lock = threading.Lock()
             lengths = (part.norm(dim=1).amax() for part in self._vectors.split(_CHUNK))  # type: ignore[no-untyped-call]
             self._longest = max((float(length) for length in lengths), default=0.0)
         except torch.cuda.OutOfMemoryError as error:
@@ -113,8 +116,7 @@ class DeviceScan:
     @property
     def bytes_per_row(self) -> int:
         """Bytes that a scan reads of each row."""
-        scale = 4 if self._copy.form == "int8" else 0
-        return self._vectors.shape[1] * self._copy.vectors.element_size() + scale
+        return self._vectors.shape[1] * self._copy.vectors.element_size()
 
     def propose(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> _I64:
         """Rows among which the best `k` are.
@@ -134,10 +136,10 @@ class DeviceScan:
         return out
 
     def bitmap(self, allowed: Bitmap | None) -> Tensor | None:
-        """A bitmap on the device; rows behind its end are not allowed."""
+        """A bitmap on the device, uint8, whole words of 32 rows; rows behind the end of `allowed` are not allowed."""
         if allowed is None:
             return None
-        size = -(-len(self._vectors) // 8)
+        size = -(-len(self._vectors) // GROUP) * GROUP // 8
         bits = np.zeros(size, np.uint8)
         bits[: allowed.size] = allowed[:size]
         return torch.from_numpy(bits).to(self.device)
@@ -151,13 +153,29 @@ class DeviceScan:
             bits: `bitmap` of the allowed rows; None allows every row.
         """
         with torch.inference_mode():
-            parts = [self._pass(self._copy, part, k, bits, 1) for part in queries.split(LINES)]  # type: ignore[no-untyped-call]
+            parts = [self._first(part, k, bits) for part in queries.split(LINES)]  # type: ignore[no-untyped-call]
             found = Found(*(torch.cat(columns) for columns in zip(*map(_columns, parts), strict=True)))
             for wider in (1, WIDER) if self._copy.residual else (WIDER,):
                 for some in (~found.proven).nonzero()[:, 0].split(LINES):  # type: ignore[no-untyped-call]
                     if some.numel():
                         _replace(found, some, self._pass(self._float32, queries[some], k, bits, wider))
         return found
+
+    def _first(self, queries: Tensor, k: int, bits: Tensor | None) -> Found:
+        """The first pass, on a CUDA device as a graph that is recorded once for each number of queries and of rows."""
+        if self.device.type != "cuda":
+            return self._pass(self._copy, queries, k, bits, 1)
+        lines = min(size for size in _LINES if size >= len(queries))
+        depth = -(-k // _DEPTHS) * _DEPTHS
+        key = (lines, depth, bits is not None)
+        with self._lock:
+            graph = self._graphs.pop(key, None)
+            if graph is None:
+                if len(self._graphs) >= _GRAPHS:
+                    self._graphs.pop(next(iter(self._graphs)))  # the least lately used
+                graph = _Graph(self, lines, depth, bits)
+            self._graphs[key] = graph
+            return graph.replay(queries, k, bits)
 
     def _pass(self, copy: _Copy, queries: Tensor, k: int, bits: Tensor | None, wider: int) -> Found:
         """Scans once for at most `LINES` queries; `wider` times as many groups as usual are scored again."""
@@ -192,6 +210,32 @@ class DeviceScan:
         return lengths * (copy.residual + arithmetic * self._longest)
 
 
+class _Graph:
+    """A pass as one CUDA graph: its forty launches cost the CPU, and a small catalogue's time, as much as one."""
+
+    def __init__(self, scan: DeviceScan, lines: int, k: int, bits: Tensor | None) -> None:
+        self._queries = torch.zeros(lines, scan._vectors.shape[1], device=scan.device)
+        self._bits = None if bits is None else torch.zeros_like(bits)
+        inputs = (scan._copy, self._queries, k, self._bits, 1)
+        # Once before: what a first call compiles and loads cannot be recorded.
+        scan._pass(*inputs)
+        torch.cuda.synchronize(scan.device)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads go on using the device meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._found = scan._pass(*inputs)
+
+    def replay(self, queries: Tensor, k: int, bits: Tensor | None) -> Found:
+        count = len(queries)
+        self._queries[:count] = queries
+        if bits is not None and self._bits is not None:
+            self._bits.copy_(bits)
+        self._graph.replay()
+        # Copies: the next replay writes over what this one has made.
+        rows, scores, proven = (column[:count].clone() for column in _columns(self._found))
+        return Found(rows[:, :k], scores[:, :k], proven)
+
+
 def require(device: str) -> None:
     """Makes sure that a device can be used.
 
@@ -222,23 +266,16 @@ def _replace(found: Found, lines: Tensor, others: Found) -> None:
         column[lines] = other
 
 
-def _compact(vectors: Tensor, form: Form) -> _Copy:
-    """Makes the copy that is scanned, a part at a time; what it leaves of the vectors is measured, not assumed."""
-    whole = torch.empty(vectors.shape, dtype=_TYPES[form], device=vectors.device)
-    scales = torch.ones(len(vectors) if form == "int8" else 1, device=vectors.device)
+def _compact(vectors: Tensor) -> _Copy:
+    """Makes the copy in bf16, a part at a time; what it leaves of the vectors is measured, not assumed."""
+    whole = torch.empty_like(vectors, dtype=torch.bfloat16)
     residual = 0.0
     for at in range(0, len(vectors), _CHUNK):
         part = vectors[at : at + _CHUNK]
-        if form == "int8":
-            scale = (part.abs().amax(1) / 127).clamp(min=1e-30)
-            scales[at : at + _CHUNK] = scale
-            whole[at : at + _CHUNK] = (part / scale[:, None]).round()
-            back = whole[at : at + _CHUNK].float() * scale[:, None]
-        else:
-            whole[at : at + _CHUNK] = part
-            back = whole[at : at + _CHUNK].float()
-        residual = max(residual, float((part - back).norm(dim=1).amax()))  # type: ignore[no-untyped-call]
-    return _Copy(form, whole, scales, residual)
+        whole[at : at + _CHUNK] = part
+        rest = part - whole[at : at + _CHUNK].float()
+        residual = max(residual, float(rest.norm(dim=1).amax()))  # type: ignore[no-untyped-call]
+    return _Copy("bfloat16", whole, residual)
 
 
 def _maxima(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -249,7 +286,7 @@ def _maxima(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, 
     """
     if queries.device.type == "cuda":
         return _maxima_on_cuda(copy, queries, bits)
-    return maxima_plain(copy.vectors, copy.scales, queries, bits)
+    return maxima_plain(copy.vectors, queries, bits)
 
 
 def _maxima_on_cuda(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -265,18 +302,19 @@ def _maxima_on_cuda(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[
     blocks = -(-rows // BLOCK)
     groups = queries.new_empty(len(queries), blocks * GROUPS)
     maxima = queries.new_empty(len(queries), blocks)
-    options: dict[str, Any] = {"dim": dim, "width": width, "lines": lines, "tile": TILE, "form": copy.form}
+    options: dict[str, Any] = {"dim": dim, "width": width, "lines": lines, "tile": TILE}
     maxima_kernel[(blocks,)](
-        *(copy.vectors, copy.scales, high, low, high if bits is None else bits),
+        *(copy.vectors, high, low, high if bits is None else bits.view(torch.int32)),
         *(groups, maxima, rows, len(queries), blocks),
         **options,
+        halves=2 if copy.form == "float32" else 1,
         masked=bits is not None,
     )
     return groups, maxima
 
 
 def maxima_plain(
-    vectors: Tensor, scales: Tensor, queries: Tensor, bits: Tensor | None, size: int = 1 << 16
+    vectors: Tensor, queries: Tensor, bits: Tensor | None, size: int = 1 << 16
 ) -> tuple[Tensor, Tensor]:
     """The plain twin of the kernel of the scan, `size` rows at a time; see `_maxima`."""
     blocks = -(-len(vectors) // BLOCK)
@@ -284,8 +322,6 @@ def maxima_plain(
     for at in range(0, len(vectors), size):
         part = slice(at, min(at + size, len(vectors)))
         scores = queries @ vectors[part].float().T
-        if vectors.dtype is torch.int8:
-            scores *= scales[part]
         if bits is not None:
             scores.masked_fill_(~_allowed(torch.arange(part.start, part.stop, device=bits.device), bits), -torch.inf)
         more = -scores.shape[1] % GROUP
@@ -304,7 +340,7 @@ def _scores(vectors: Tensor, queries: Tensor, groups: Tensor, bits: Tensor | Non
     scores = queries.new_empty(lines, count * GROUP)
     dim = vectors.shape[1]
     scores_kernel[(count, lines)](
-        *(vectors, queries.contiguous(), queries if bits is None else bits, groups.contiguous(), scores),
+        *(vectors, queries.contiguous(), queries if bits is None else bits.view(torch.int32), groups.contiguous(), scores),
         *(len(vectors), count),
         dim=dim,
         width=max(16, 1 << (dim - 1).bit_length()),

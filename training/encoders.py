@@ -73,11 +73,11 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, L, D]` to `[B, L, D]`."""
         query, key, value = (self.split(part(x)) for part in (self.query, self.key, self.value))
-        bias = self.bias(x.shape[1])
         if self.training:
-            mixed = attend(query, key, value, bias)
+            mixed = attend(query, key, value, self.slanted_bias(x.shape[1]))
         else:
-            mixed = functional.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
+            bias = self.bias(x.shape[1]).to(query.dtype)
+            mixed = functional.scaled_dot_product_attention(query, key, value, bias)
         return self.merge(mixed)
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -101,6 +101,12 @@ class CausalAttention(nn.Module):
         """What is added to the scores of each position for each other one, -inf for the future; `[H, L, L]`."""
         at = torch.arange(length, device=self.distances.device)
         return self.by_distance(at.unsqueeze(1) - at)
+
+    def slanted_bias(self, length: int) -> Tensor:
+        """The same as `bias`, as windows of one line: its gradient is a sum along diagonals, and no scattering."""
+        past = self.distances[:, :length].flip(1)
+        future = past.new_full((self.heads, length - 1), -torch.inf)
+        return torch.cat([past, future], 1).unfold(1, length, 1).flip(1)
 
     def by_distance(self, back: Tensor) -> Tensor:
         """The bias for events that are `back` positions ago, -inf where that is negative; `[..]` to `[H, ..]`."""

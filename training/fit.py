@@ -27,7 +27,6 @@ from training.config import TrainConfig
 from training.data import Batch, Interactions, TrainingBatches, sent
 from training.encoders import ItemBags
 from training.losses import sample_items, softmax_loss
-from training.machine import in_halves
 from training.metrics import ndcg
 from training.ranking import gather, lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.run import Modules, append_line, keep_lines, save_modules, sha256_of, write_tensors
@@ -144,11 +143,10 @@ class Fit:
             keep = keep & (torch.rand(keep.shape, device=self.device) >= self.config.id_dropout)
         table = item.table(self.bags, keep)
         assert batch.targets is not None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_halves(self.device)):
-            hidden = user(gather(table, batch), batch.types, batch.lengths)
+        hidden = user(gather(table, batch), batch.types, batch.lengths)
         targets = batch.targets.flatten()
         counted = (targets >= 0).nonzero()[:, 0]
-        asked = hidden.flatten(0, 1).index_select(0, sent(counted, self.device)).float()
+        asked = hidden.flatten(0, 1).index_select(0, sent(counted, self.device))
         loss = self._loss(asked, table, targets[counted])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
