@@ -26,7 +26,7 @@ from serving.experiments import Holdout
 from serving.filters import Blocked, Eligible, Excluded, Seen
 from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
-from serving.index import Index
+from serving.index import Index, can_scan_on
 from serving.lexical import LexicalIndex
 from serving.model import Device, Model, uses_cuda
 from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source, Tier
@@ -150,7 +150,10 @@ def open_engine(
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
     with bounded_memory(bundle, around.config.device):
         catalog, lexical = read_items(bundle)
-        model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
+        model = Model(bundle, around.config.device)
+        # `cuda` insists on both; `auto` takes for each what is there.
+        on_device = model.device == "cuda" and (around.config.device == "cuda" or can_scan_on("cuda"))
+        index = Index(bundle.read("index.faiss"), catalog, "cuda" if on_device else "cpu")
         model.probe(_shapes(bundle), len(bundle.model["event_types"]))
         replay(bundle, model, catalog, index)
         _warm_up(catalog, lexical)

@@ -1,13 +1,13 @@
 """The nearest items: those whose vectors have the largest inner product with a query.
 
-A small bundle is scanned whole, a larger one is searched with its FAISS index; the rows put since then are scanned.
-Either only proposes: what leaves is scored again, pair by pair, so a score is the same whichever road found the item.
+A small bundle is scanned whole, a larger one is searched with its FAISS index, and on a CUDA device each is scanned
+whole (`serving.device_scan`); the rows put since then are scanned. Each only proposes: what leaves is scored again, pair by pair, so a score is the same whichever road found the item.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import faiss as _faiss
 import numpy as np
@@ -17,7 +17,11 @@ from features.catalog import Catalog
 from features.errors import BundleError
 from features.kernels import dot_rows
 from serving.bitmap import Bitmap, allowed_count, allowed_rows
+from serving.errors import ConfigError
 from serving.index_file import check_index
+
+if TYPE_CHECKING:
+    from serving.device_scan import DeviceScan
 
 # Typed Any because the published stubs lack half of the arguments.
 faiss: Any = _faiss
@@ -28,6 +32,9 @@ SPARE = 0.5
 # A product of matrices rounds by position, so where scores are nearly equal a few more must be proposed.
 _ROUNDING = 16
 
+# So few rows are scored by the CPU before a device has been asked.
+_FEW = 2048
+
 _F32 = npt.NDArray[np.float32]
 _I32 = npt.NDArray[np.int32]
 
@@ -35,15 +42,18 @@ _I32 = npt.NDArray[np.int32]
 class Index:
     """Searches a catalogue by inner product; one thread per call, any number of calls at once."""
 
-    def __init__(self, data: bytes, catalog: Catalog) -> None:
+    def __init__(self, data: bytes, catalog: Catalog, device: Literal["cpu", "cuda"] = "cpu") -> None:
         """Takes an index as export wrote it.
 
         Args:
             data: The verified bytes of `index.faiss`.
             catalog: The catalogue whose rows it indexes; rows it gains later are found too.
+            device: Where the bundle's rows are searched. The answers are the same but for what a FAISS index of lists
+                misses; a CUDA device misses nothing.
 
         Raises:
             BundleError: The bytes are no index, or not of this catalogue's vectors.
+            ConfigError: The device cannot be used.
         """
         self._catalog = catalog
         try:
@@ -62,6 +72,8 @@ class Index:
         self._index = _parse(data)
         self._lists = facts.lists
         self._spare = SPARE if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
+        self._device_scan = None if device == "cpu" else scan_on(device, catalog.columns.vectors[: expected[0]])
+        self.device = device
 
     def search(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
         """The best `k` rows of each query, best first, ties by row.
@@ -108,18 +120,26 @@ class Index:
         """Rows of the bundle among which the best `k` of `count` allowed ones are, and -1; int64 [B, >= k]."""
         if k == 0:
             return np.empty((len(queries), 0), np.int64)
+        if self._device_scan is not None:
+            if allowed is not None and count <= _FEW:
+                return self._every(allowed, len(queries))
+            return self._device_scan.propose(queries, k, allowed)
         if not self._lists:
             return self._scan(queries, min(count, k + _ROUNDING), allowed)
         # The fewer rows are allowed, the farther away the best of them lie, until to score them all costs less.
         probes = math.ceil(self._index.nprobe * self._index.ntotal / count)
         if allowed is not None and probes >= self._lists:
-            rows = allowed_rows(allowed, 0, self._catalog.base_size)
-            return np.broadcast_to(rows.astype(np.int64), (len(queries), rows.size))
+            return self._every(allowed, len(queries))
         wide = min(count, k + math.ceil(k * self._spare))
         found = self._ask(queries, wide, probes, allowed)
         if (found[:, k - 1] < 0).any():
             found = self._ask(queries, wide, self._lists, allowed)
         return found
+
+    def _every(self, allowed: Bitmap, lines: int) -> npt.NDArray[np.int64]:
+        """Every allowed row of the bundle, for each of `lines` queries."""
+        rows = allowed_rows(allowed, 0, self._catalog.base_size).astype(np.int64)
+        return np.broadcast_to(rows, (lines, rows.size))
 
     def _scan(self, queries: _F32, k: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
         """The best `k` of a small bundle: one matrix product, half the time of FAISS's own exact index."""
@@ -148,6 +168,34 @@ class Index:
         if k < 1:
             raise ValueError(f"k: must be at least 1, got {k}")
         return queries
+
+
+def scan_on(device: str, vectors: _F32) -> DeviceScan:
+    """Returns the scan of `vectors` float32 [N, D] on a CUDA device.
+
+    Raises:
+        ConfigError: There is no such device, no package that drives it, or too little memory on it.
+    """
+    try:
+        from serving.device_scan import DeviceScan, require
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--device cuda: the search on a GPU needs {error.name}; pip install 'penchant[gpu]', or choose "
+            "--device cpu"
+        ) from error
+    require(device)
+    return DeviceScan(vectors, device)
+
+
+def can_scan_on(device: str) -> bool:
+    """Returns True if `scan_on` can be asked: packages and device are there."""
+    try:
+        from serving.device_scan import require
+
+        require(device)
+    except (ModuleNotFoundError, ConfigError):
+        return False
+    return True
 
 
 def best(candidates: _I32, vectors: _F32, query: _F32, k: int) -> tuple[_I32, _F32]:

@@ -5,6 +5,8 @@ A session is given one thread and never spins: a service scales by processes, an
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,6 +31,13 @@ _F32 = npt.NDArray[np.float32]
 _I64 = npt.NDArray[np.int64]
 _Shapes = dict[str, list[int | None]]
 _ERRORS_ONLY = 3
+CUDA = {
+    # TensorFloat-32 keeps 10 bits of a number: a golden answer would no longer be met.
+    "use_tf32": "0",
+    # The workers of a machine share the memory of its GPU, so none takes more than it needs.
+    "arena_extend_strategy": "kSameAsRequested",
+}
+"""Options of the CUDA provider."""
 # Every error that a session can raise; they share no base of their own.
 _FAULTS = tuple(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
@@ -57,6 +66,7 @@ class Model:
         self.actions = len(model["actions"])
         self._providers = _providers(device)
         self.device = "cuda" if len(self._providers) > 1 else "cpu"
+        self._insists = device == "cuda"
         dim, features = self.dim, ranker_width(self.actions)
         sequence: _Shapes = {"vectors": [None, None, dim], "types": [None, None], "lengths": [None]}
         words: _Shapes = {"tokens": [None, None]}
@@ -199,7 +209,14 @@ class Model:
         except _FAULTS as error:
             raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); export the run again") from error
         if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-            raise ConfigError("CUDA is there but does not start; choose --device cpu or mend the driver")
+            if self._insists:
+                raise ConfigError(
+                    "--device cuda: ONNX Runtime has its CUDA provider, but it does not start: install the driver, and "
+                    "CUDA and cuDNN in the versions that this ONNX Runtime names (pip install "
+                    "'onnxruntime-gpu[cuda,cudnn]'), or choose --device cpu"
+                )
+            # The session has fallen back to the CPU, and so do the others.
+            self.device, self._providers = "cpu", self._providers[-1:]
         found = {node.name: node.shape for node in session.get_inputs()}
         answer = session.get_outputs()[0].shape
         same = found.keys() == inputs.keys() and all(_fits(found[key], inputs[key]) for key in inputs)
@@ -232,10 +249,16 @@ def uses_cuda(device: Device) -> bool:
 def _providers(device: Device) -> list[Any]:
     there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if device == "cuda" and not there:
-        raise ConfigError("--device cuda: this ONNX Runtime has no CUDA; install penchant[gpu] or choose --device cpu")
-    # TensorFloat-32 keeps 10 bits of a number: a golden answer would no longer be met.
-    cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})] if there and device != "cpu" else []
-    return [*cuda, "CPUExecutionProvider"]
+        raise ConfigError(
+            "--device cuda: this ONNX Runtime has no CUDA provider; uninstall onnxruntime and pip install "
+            "'penchant[gpu]', which brings onnxruntime-gpu, or choose --device cpu"
+        )
+    if not there or device == "cpu":
+        return ["CPUExecutionProvider"]
+    # CUDA and cuDNN may come as packages, where no loader looks; it tells on stdout what it does not find.
+    with contextlib.redirect_stdout(sys.stderr):
+        onnxruntime.preload_dlls()
+    return [("CUDAExecutionProvider", CUDA), "CPUExecutionProvider"]
 
 
 def _fits(shape: list[Any], expected: list[int | None]) -> bool:

@@ -348,12 +348,15 @@ class Batch:
         rows: Items; int64 `[B, L]`, 0 at padding.
         types: Event types; int64 `[B, L]`, 0 at padding.
         lengths: int64 `[B]`.
-        targets: The item that follows each event, -1 where none counts; int64 `[B, L]`; None outside training.
+        tokens: Sum of the lengths; to read it from a device would wait for the device.
+        targets: The item that follows each event, -1 where none counts; int64 `[B, L]`, on the CPU in any case; None
+            outside training.
     """
 
     rows: torch.Tensor
     types: torch.Tensor
     lengths: torch.Tensor
+    tokens: int
     targets: torch.Tensor | None = None
 
 
@@ -370,8 +373,13 @@ def to_batch(
     if targets is not None:
         more = ((0, 0), (0, targets.shape[1] - rows.shape[1]))
         rows, types = np.pad(rows, more), np.pad(types, more)
-    tensors = (None if a is None else torch.from_numpy(a).to(device) for a in (rows, types, lengths, targets))
-    return Batch(*tensors)  # type: ignore[arg-type]
+    tensors = (sent(torch.from_numpy(array), device) for array in (rows, types, lengths))
+    return Batch(*tensors, int(lengths.sum()), None if targets is None else torch.from_numpy(targets))
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor of the CPU on `device`; a GPU takes it while both go on with their work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 Windows: TypeAlias = npt.NDArray[np.int64]

@@ -24,7 +24,7 @@ from features.errors import TrainingError
 from training.baselines import counts_of
 from training.board import open_board
 from training.config import TrainConfig
-from training.data import Batch, Interactions, TrainingBatches
+from training.data import Batch, Interactions, TrainingBatches, sent
 from training.encoders import ItemBags
 from training.losses import sample_items, softmax_loss
 from training.metrics import ndcg
@@ -36,6 +36,8 @@ OnStep: TypeAlias = Callable[[int], None]
 FULL_SOFTMAX_ITEMS = 20_000
 MANY_NEGATIVES = 4_096
 FINAL_RATE = 0.01
+CUDA_SCORES = 1 << 27
+"""Scores that a GPU holds at once at least: it is faster with few large products."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Fit:
         counts = counts_of(data, division.train_end, data.target)
         self.known = torch.from_numpy(counts_of(data, division.train_end) > 0).to(self.device)
         self.learned = self.known.nonzero()[:, 0]
-        self.place = torch.cumsum(self.known, 0) - 1
+        self.place = torch.cumsum(self.known.cpu(), 0) - 1
         self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()[self.learned.cpu()]
         self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
         decayed = [p for p in self.parameters if p.ndim > 1]
@@ -128,8 +130,11 @@ class Fit:
             "seconds_before": before,
         }
 
-    def _step(self, batch: Batch, per_epoch: int) -> float:
-        """One step of the optimizer; returns the loss."""
+    def _step(self, batch: Batch, per_epoch: int) -> Tensor:
+        """One step of the optimizer; returns the loss.
+
+        Nothing here waits for a GPU, which is at work on earlier steps while the CPU prepares this one.
+        """
         user, item = self.modules.user.train(), self.modules.item.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self._rate(per_epoch)
@@ -138,33 +143,33 @@ class Fit:
             keep = keep & (torch.rand(keep.shape, device=self.device) >= self.config.id_dropout)
         table = item.table(self.bags, keep)
         assert batch.targets is not None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden = user(gather(table, batch), batch.types, batch.lengths)
-        counted = batch.targets >= 0
-        loss = self._loss(hidden[counted].float(), table, batch.targets[counted])
+        hidden = user(gather(table, batch), batch.types, batch.lengths)
+        targets = batch.targets.flatten()
+        counted = (targets >= 0).nonzero()[:, 0]
+        asked = hidden.flatten(0, 1).index_select(0, sent(counted, self.device))
+        loss = self._loss(asked, table, targets[counted])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
         self.state.step += 1
-        self.state.tokens += int(batch.lengths.sum())
-        return float(loss.detach())
+        self.state.tokens += batch.tokens
+        return loss.detach()
 
     def _loss(self, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """The softmax over all items or over sampled ones; `targets` int64 `[T]` on the CPU."""
         if self.learned.numel() < self.data.items:
             # What nobody is trained on is no negative either: it would learn that nobody wants it.
             table, targets = table[self.learned], self.place[targets]
         negatives = self.config.negatives or (0 if self.data.items <= FULL_SOFTMAX_ITEMS else MANY_NEGATIVES)
-        if not 0 < negatives < table.shape[0]:
-            return softmax_loss(users, table, targets, chunk=self.config.loss_chunk)
-        rows, positions, correction = sample_items(targets.cpu(), self.popularity, negatives)
-        return softmax_loss(
-            users,
-            table[rows.to(self.device)],
-            positions.to(self.device),
-            correction.to(self.device),
-            self.config.loss_chunk,
-        )
+        correction = None
+        if 0 < negatives < table.shape[0]:
+            rows, targets, correction = sample_items(targets, self.popularity, negatives)
+            table, correction = table[sent(rows, self.device)], sent(correction, self.device)
+        chunk = self.config.loss_chunk
+        if self.device.type == "cuda":
+            chunk = min(max(chunk, CUDA_SCORES // table.shape[0]), users.shape[0])
+        return softmax_loss(users, table, sent(targets, self.device), correction, chunk)
 
     def _rate(self, per_epoch: int) -> float:
         """Rises over the warm-up, then falls along a cosine over all epochs."""
@@ -172,12 +177,13 @@ class Fit:
         rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup_steps))
         return rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
 
-    def _validate(self, passed: float, loss: float) -> None:
+    def _validate(self, passed: float, last: Tensor) -> None:
         """Measures NDCG@10 on the held-out events, keeps the best weights, and decides whether to go on.
 
         Raises:
             TrainingError: The loss is not a number any more.
         """
+        loss = float(last)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.state.step}: train anew with a learning_rate below "
@@ -256,9 +262,8 @@ class Fit:
             prefix = f"adam.{number}."
             kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if kept:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(self.device) for key, value in kept.items()
-                }
+                # The fused optimizer counts its steps where the weights are.
+                self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in kept.items()}
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)

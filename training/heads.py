@@ -19,7 +19,7 @@ from features.assemble import RANKER_FEATURES, Moment, ranker_features
 from features.catalog import Columns
 from features.outcomes import Outcomes
 from training.config import Action, TrainConfig
-from training.data import Interactions
+from training.data import Interactions, sent
 from training.encoders import ItemEncoder, QueryEncoder
 from training.losses import sample_items, softmax_loss
 from training.metrics import ndcg
@@ -55,7 +55,7 @@ def fit_query_encoder(
     """
     if inputs is None or not config.query_steps:
         return
-    tokens = inputs["tokens"]
+    tokens = inputs["tokens"].cpu()
     worded = (tokens > 0).any(1).nonzero()[:, 0]
     if not worded.numel():
         return
@@ -72,9 +72,11 @@ def fit_query_encoder(
         for group in optimizer.param_groups:
             group["lr"] = QUERY_RATE * (1 - step / config.query_steps)
         chosen = worded[torch.randint(worded.numel(), (min(QUERY_BATCH, worded.numel()),), generator=generator)]
-        asked = functional.normalize(query(_some_words(tokens[chosen], generator)), dim=1) * QUERY_SHARPNESS
-        rows, positions, _ = sample_items(chosen.cpu(), level, QUERY_NEGATIVES)
-        loss = softmax_loss(asked, goal[rows.to(goal.device)], positions.to(goal.device), chunk=config.loss_chunk)
+        words = sent(_some_words(tokens[chosen], generator), goal.device)
+        asked = functional.normalize(query(words), dim=1) * QUERY_SHARPNESS
+        rows, positions, _ = sample_items(chosen, level, QUERY_NEGATIVES)
+        items, positions = goal[sent(rows, goal.device)], sent(positions, goal.device)
+        loss = softmax_loss(asked, items, positions, chunk=config.loss_chunk)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -86,10 +88,10 @@ def _some_words(tokens: Tensor, generator: torch.Generator) -> Tensor:
     size = min(QUERY_WORDS, tokens.shape[1])
     places = torch.arange(tokens.shape[1])
     noise = torch.rand(tokens.shape, generator=generator) + 0.5 * (places < size)
-    order = torch.where(tokens.cpu() > 0, noise, -1.0).argsort(1, descending=True)[:, :size].to(tokens.device)
+    order = torch.where(tokens > 0, noise, -1.0).argsort(1, descending=True)[:, :size]
     kept = tokens.gather(1, order)
-    lengths = torch.randint(1, size + 1, (tokens.shape[0], 1), generator=generator).to(tokens.device)
-    return kept * (torch.arange(size, device=tokens.device) < lengths)
+    lengths = torch.randint(1, size + 1, (tokens.shape[0], 1), generator=generator)
+    return kept * (torch.arange(size) < lengths)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.kernels import exponentials_of
+from training.machine import in_halves
 
 ROUND = 512
 """Sampled items are filled up to a multiple of this."""
@@ -70,11 +71,7 @@ def product_type(device: torch.device) -> torch.dtype:
     Sums are in float32 either way, and so are the losses and gradients that come out. The scores are most of a step's
     memory traffic, so halving them nearly halves its time.
     """
-    if device.type == "cuda":
-        return torch.bfloat16
-    known = torch.cpu.get_capabilities()
-    native = known.get("amx_bf16") or known.get("avx512_bf16")
-    return torch.bfloat16 if native and torch.get_float32_matmul_precision() == "medium" else torch.float32
+    return torch.bfloat16 if in_halves(device) else torch.float32
 
 
 def softmax_loss(

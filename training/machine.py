@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.utils.deterministic as fill
 
 from features.limits import cores
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 @contextmanager
-def prepared(threads: int) -> Iterator[None]:
+def prepared(threads: int, device: torch.device | None = None) -> Iterator[None]:
     """Sets torch up for training, and puts its settings back afterwards.
 
     Args:
         threads: Threads on the CPU; 0 means one per core that this process may use.
+        device: Where the models are trained; None is the CPU. On a GPU sums are then taken in a fixed order, so that
+            a training gives the same weights again.
     """
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic, filled = torch.are_deterministic_algorithms_enabled(), fill.fill_uninitialized_memory
+    if device is not None and device.type == "cuda":
+        # cuBLAS reads it when its first handle is made, and torch insists on it.
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        fill.fill_uninitialized_memory = False
     torch.set_num_threads(threads or cores())
     # Matrix products of float32 in bf16 (TF32 on a GPU), summed in float32: with AMX ten times as fast. Where a
     # processor has no such instructions, this changes nothing.
@@ -29,6 +41,18 @@ def prepared(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
+        torch.use_deterministic_algorithms(deterministic)
+        fill.fill_uninitialized_memory = filled
+
+
+def in_halves(device: torch.device) -> bool:
+    """Returns True if products are taken in bf16: `prepared` allows it, and the hardware has instructions for it."""
+    if torch.get_float32_matmul_precision() != "medium":
+        return False
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 @contextmanager

@@ -97,8 +97,8 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         TrainingError: The data set cannot be trained on as configured.
     """
     began = time.monotonic()
-    with prepared(config.threads):
-        device = config.resolved_device()
+    device = config.resolved_device()
+    with prepared(config.threads, device):
         torch.manual_seed(config.seed)
         dataset = open_moment(data, out)
         left_out = _admit(data, dataset, config)
@@ -130,6 +130,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     seconds = progress.pop("seconds_before") + time.monotonic() - began
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
     result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
+    result |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
     result |= {"blend": blend, "ranker_ndcg@10": gain, "data": str(data.resolve()), **_facts(material, weights)}
     result |= {"ranker_source": "impressions" if said else "candidates", "ranker": said, **learned.facts()}
     result |= left_out
@@ -227,7 +228,10 @@ def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     identity = out / "data.json"
     found: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
     if started.exists() and identity.exists():
-        same = TrainConfig.model_validate_json(started.read_text(encoding="utf-8")) == config
+        # Where and with how many threads is free: a checkpoint moves between devices.
+        place = {"device": config.device, "threads": config.threads}
+        before = TrainConfig.model_validate_json(started.read_text(encoding="utf-8")).model_copy(update=place)
+        same = before == config
         if not same or json.loads(identity.read_text(encoding="utf-8")) != found:
             what = "data set" if same else "configuration"
             raise RunError(f"{out} holds an unfinished run with another {what}: give another --out, or delete it")
