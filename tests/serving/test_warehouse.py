@@ -40,7 +40,8 @@ from serving.projector import Idle, Projector
 from serving.rebuild import rebuild, rehydrate
 from serving.redis_client import connect, partition_of
 from serving.redis_server import RedisServer
-from serving.services.catalog import _item, _json
+from serving.services.catalog import _json
+from serving.services.items import item_record
 from serving.telemetry import Telemetry
 from serving.warehouse import Warehouse, run
 from serving.warehouse_files import WarehouseFiles
@@ -428,7 +429,7 @@ def test_the_directory_has_one_writer(log, make, out, monkeypatch):
 def put(item_id: str, **fields) -> Change:
     from penchant.v1 import catalog_pb2
 
-    return Change("put", item_id, _json(_item(catalog_pb2.Item(item_id=item_id, **fields)) | {"put_at": 1}))
+    return Change("put", item_id, _json({"item_id": item_id, **item_record(catalog_pb2.Item(**fields)), "put_at": 1}))
 
 
 def test_the_items_are_those_of_the_bundle_and_of_every_change_since(log, make, out, tmp_path):
