@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from features.assemble import HALF_LIFE, shown_and_chosen
+from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
 from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
@@ -343,7 +343,7 @@ def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
 
 def _chosen(records: Records) -> Records:
     """The events by which the user chose an item: showings and refusals are no liking."""
-    return records[shown_and_chosen(records["event_type"])[1]]
+    return records[are_choices(records["event_type"])]
 
 
 def _category(key: int, engine: Engine) -> str:
