@@ -55,17 +55,13 @@ def event(
         user_id: The user who did it.
         item_id: The item; may be empty for a search.
         event_type: The kind of the event, such as "view_item": see `Event.event_type` in the contract.
-        anonymous_id: Id of a user who is not logged in, in place of `user_id`.
+        anonymous_id: Id of a user who is not logged in; `user_id` wins if both are given.
         **fields: Other fields of the contract's Event.
 
     Raises:
-        TypeError: A field is none of the contract's, or the user is named twice or not at all, or there is no type.
+        TypeError: A field is none of the contract's.
     """
     _require_known(fields, EventFields.__annotations__, "event()")
-    if bool(user_id) == bool(anonymous_id):
-        raise TypeError("event() needs user_id or anonymous_id, and not both")
-    if not event_type:
-        raise TypeError("event() needs event_type, such as 'view_item'")
     fields.setdefault("event_id", uuid.uuid4().hex)
     subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
     return event_pb2.Event(subject=subject, item_id=item_id, event_type=event_type, **fields)
