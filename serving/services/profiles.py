@@ -36,6 +36,9 @@ SHOWN = 100
 PAGE_BYTES = 1 << 20
 """Size above which a page of an export takes nothing more."""
 
+MAX_PURPOSES = 16
+"""Purposes that a request may name, some of them twice."""
+
 _PURPOSES = {
     profile_pb2.PURPOSE_PERSONALISE: Purpose.PERSONALISE,
     profile_pb2.PURPOSE_TRAIN: Purpose.TRAIN,
@@ -98,6 +101,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     ) -> profile_pb2.SetConsentResponse:
         """Sets what a person's data may be used for; the next answer and the next event obey."""
         subject, allowed = checks.subject(request.subject, "subject"), Purpose(0)
+        checks.count(request.purposes, "purposes", 0, MAX_PURPOSES, "purposes")
         for place, purpose in enumerate(request.purposes):
             if purpose not in _PURPOSES:
                 known = ", ".join(profile_pb2.Purpose.Name(one) for one in _PURPOSES)
@@ -293,8 +297,8 @@ def _receipts(certificate: Certificate) -> list[profile_pb2.ErasureReceipt]:
 
 def _place(token: str) -> tuple[str, int]:
     """Where a page of an export begins: the kind, and the log id behind which."""
-    found = re.fullmatch(r"(event|impression):(\d{1,19})", token or "event:0")
-    if not found:
+    found = re.fullmatch(r"(event|impression):([0-9]{1,19})", token or "event:0")
+    if not found or int(found[2]) >= 1 << 63:
         raise InvalidArgument("page_token", "must be the next_page_token of the page before, or empty")
     return found[1], int(found[2])
 

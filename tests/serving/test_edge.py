@@ -145,6 +145,7 @@ BAD: dict[str, tuple[Callable[[Client], object], str]] = {
     "nobody's profile": (lambda client: client.get_profile(""), "subject"),
     "erasing nobody": (lambda client: client.erase(""), "subject"),
     "nobody's consent": (lambda client: client.set_consent(["train"], ""), "subject"),
+    "many purposes": (lambda client: client.set_consent(["train"] * 17, "u"), "purposes"),
     "nobody's fresh start": (lambda client: client.reset_learning(LONG), "subject.user_id"),
     "nobody's mistake": (lambda client: client.undo_event("e", ""), "subject"),
     "no mistake": (lambda client: client.undo_event("", "ann"), "event_id"),
