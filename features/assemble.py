@@ -184,7 +184,8 @@ def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -
 
 def are_choices(keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
     """Returns by which events of these type keys the user chose an item: not by showings and refusals; bool [n]."""
-    return ~np.isin(keys, _UNCHOSEN)
+    chosen: npt.NDArray[np.bool_] = np.isin(keys, _UNCHOSEN, invert=True)
+    return chosen
 
 
 def are_read(past: History) -> npt.NDArray[np.bool_]:
