@@ -194,7 +194,8 @@ def are_read(past: History) -> npt.NDArray[np.bool_]:
     A model that learned from showings or refusals knows such an event by its type. To another model the type would be
     unknown, and the item as good as chosen: there the event tells no taste.
     """
-    return past.chosen | (past.types != 0)
+    known: npt.NDArray[np.bool_] = past.chosen | (past.types != 0)
+    return known
 
 
 def rows_read(past: History) -> npt.NDArray[np.int32]:
