@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: prove-batch prove-durability prove-freshness prove-node prove-pages prove-reading prove-redis prove-resume prove-skew
 .PHONY: clean
 
 VENV := .venv
@@ -97,6 +97,10 @@ EXAMPLES ?= 2000
 prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every page is full or says why; EXAMPLES=N, SEED=N
 	$(BIN)/python -m benchmarks.report pages 'Every page is full, or says why it is not' -- \
 		$(BIN)/python -m tests.proofs.pages --examples $(EXAMPLES) --seed $(or $(SEED),1)
+
+prove-node: $(VENV)/.ready-dev  ## the JavaScript of docs/backend.md against a service; needs node and npm
+	npm install --silent --no-fund --no-audit --prefix $(BUILD)/node @grpc/grpc-js@1 @grpc/proto-loader@0
+	$(BIN)/python -m tests.proofs.node $(BUILD)/node
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

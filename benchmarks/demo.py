@@ -18,7 +18,7 @@ from benchmarks.latency import latency
 from benchmarks.report import BenchmarkError
 from benchmarks.service import running
 from features.tables import open_dataset
-from penchant.client import Client, event
+from penchant.client import Client, EventFields, event
 from penchant.v1 import ranking_pb2
 from serving.rebuild import rebuild
 from training.config import load_config
@@ -217,7 +217,7 @@ def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[st
 
     screen.rule("events, and the very next answer")
     touched = cast.named(_ids(matching), query)[:5]
-    values = {} if story.value is None else {"value": story.value}
+    values: EventFields = {} if story.value is None else {"value": story.value}
     statuses = client.ingest([event(first, item, story.action, **values) for item in touched])
     screen.print(f"{story.user} {first}, {story.action}: {'; '.join(map(cast.title, touched))}")
     version = max(status.profile_version for status in statuses)

@@ -87,7 +87,7 @@ ACTION_FEATURES = FeatureSet(
 """What the ranker reads for each of a bundle's actions, after `RANKER_FEATURES`."""
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
 
-_SHOWN, _REFUSED = event_type_keys(PASSIVE_EVENT_TYPES), event_type_keys(NEGATIVE_EVENT_TYPES)
+_UNCHOSEN = event_type_keys((*PASSIVE_EVENT_TYPES, *NEGATIVE_EVENT_TYPES))
 _HALF_POWER = 0.5**0.5  # two classes of duration per doubling
 _MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 
@@ -106,8 +106,7 @@ class History:
         creators: Key of the creator as it was when the event came; uint64.
         timestamps: Time of the event, ms; int64.
         values: Value of the event, NaN where it has none; float32.
-        shown: The event only shows its item to the user (`PASSIVE_EVENT_TYPES`); bool.
-        chosen: The user chose the item: it is neither shown only nor refused; bool.
+        chosen: The user chose the item: it was neither only shown nor refused; bool.
         memory: What all events of the profile add up to, also older ones.
         kinds: As `types`, of the event types in the memory; int32 [k].
     """
@@ -118,7 +117,6 @@ class History:
     creators: npt.NDArray[np.uint64]
     timestamps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
-    shown: npt.NDArray[np.bool_]
     chosen: npt.NDArray[np.bool_]
     memory: Memory = field(default_factory=nothing_remembered)
     kinds: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
@@ -179,24 +177,30 @@ def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -
         np.ascontiguousarray(records["creator"]),
         np.ascontiguousarray(records["timestamp"]),
         np.ascontiguousarray(records["value"]),
-        *shown_and_chosen(records["event_type"]),
+        are_choices(records["event_type"]),
         *remembered(profile.memory, type_index),
     )
 
 
-def shown_and_chosen(keys: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which events of these type keys only show their item, and by which the user chose it; two bool [n]."""
-    shown = np.isin(keys, _SHOWN)
-    return shown, ~(shown | np.isin(keys, _REFUSED))
+def are_choices(keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """Returns by which events of these type keys the user chose an item: not by showings and refusals; bool [n]."""
+    chosen: npt.NDArray[np.bool_] = np.isin(keys, _UNCHOSEN, invert=True)
+    return chosen
+
+
+def are_read(past: History) -> npt.NDArray[np.bool_]:
+    """Returns which events a bundle's models read as taste; bool [n].
+
+    A model that learned from showings or refusals knows such an event by its type. To another model the type would be
+    unknown, and the item as good as chosen: there the event tells no taste.
+    """
+    known: npt.NDArray[np.bool_] = past.chosen | (past.types != 0)
+    return known
 
 
 def rows_read(past: History) -> npt.NDArray[np.int32]:
-    """The rows of a history that the user encoder reads; int32 [n], -1 where it reads none.
-
-    A model that learned from what was shown knows such an event by its type. To another one its type would be unknown,
-    and the item as good as chosen: there the event is left out.
-    """
-    return np.where(past.shown & (past.types == 0), np.int32(-1), past.rows).astype(np.int32)
+    """Returns the rows of a history that the user encoder reads; int32 [n], -1 where it reads none."""
+    return np.where(are_read(past), past.rows, np.int32(-1)).astype(np.int32)
 
 
 def chosen_rows(past: History) -> npt.NDArray[np.int32]:
@@ -314,7 +318,7 @@ def ranker_features(
         float32 [n, ranker_width(actions)]; a candidate's line never depends on the other candidates.
     """
     actions, common = len(outcomes), len(RANKER_FEATURES)
-    weights = _DECAY[: len(past)][::-1]
+    weights = _DECAY[: len(past)][::-1] * are_read(past)
     price, duration = columns.price[rows], columns.duration[rows]
     priced, timed = np.isfinite(price), np.isfinite(duration)
     of_item = _item_keys(past.rows)
@@ -385,7 +389,7 @@ def _lasting(
         out[:, 9] = max(now_ms - memory.visit_began, 0) / _MINUTE_MS
     np.log1p(out, out=out)
     if memory.visiting(now_ms):
-        here = (past.timestamps >= memory.visit_began).astype(np.float64)
+        here = ((past.timestamps >= memory.visit_began) & are_read(past)).astype(np.float64)
         out[:, 10] = affinity(columns.category[rows], past.categories, here)
     month = np.ascontiguousarray(events[:, 2])
     shown, acted = ((marks[:, past.kinds] * month).sum(axis=1) for marks in (outcomes.shown, outcomes.acted))

@@ -114,7 +114,7 @@ class Catalog:
         return rows
 
     def rows_with(self, column: str, keys: Sequence[int]) -> dict[int, int]:
-        """The row of an item that has a key in `column` ("category", "creator", "item"), by key; none where none has it.
+        """The row of an item that has a key in `column` ("category", "creator", "item"), by key; none if none has it.
 
         Looks at the first item that the bundle has of each key, and at those that were put since; at every item only
         where the first one has been given another key.

@@ -39,7 +39,7 @@ DOCUMENTED = (
         "the item was only shown, an impression: it is no taste, makes nothing seen and is never predicted",
         chosen=False,
         synonyms="""impression viewimpression shown show display exposure expose seen render serve list listview
-        viewlist itemlist viewitems listviewed promotionview viewpromotion viewsearchresults
+        viewlist itemlist listviewed promotionview viewpromotion viewsearchresults
         recommendationshown adimpression imp impr viewable viewport appear""",
     ),
     EventType(
@@ -118,13 +118,13 @@ def hint(name: str, known: Collection[str] = ()) -> str:
     Args:
         name: The event type.
         known: Types that the models know. Of these, only another spelling of a documented name is doubted, and a name
-            for what is no choice. A type that is one of them in another spelling is doubted too.
+            for what is only shown. A type that is one of them in another spelling is doubted too.
     """
     if name in _BY_NAME:
         return ""
     meant = meaning(name)
     if name in known:
-        doubted = meant and (_folded(meant) == _folded(name) or not _BY_NAME[meant].chosen)
+        doubted = meant in PASSIVE_EVENT_TYPES or (meant and _folded(meant) == _folded(name))
         meant = meant if doubted else ""
     elif not meant:
         meant = next((other for other in known if _folded(other) == _folded(name)), "")

@@ -21,11 +21,11 @@ from features.clock import AHEAD_MS
 from features.columns import pc, to_mask
 from features.content import codes, is_present
 from features.errors import PenchantError, TablesError
+from features.event_types import hint, meaning
 from features.evidence import SPARED, Evidence, Finding
 from features.intake import summary, tell
-from features.rows import Rejected, bare
+from features.rows import Rejected
 from features.schema import (
-    EVENT_TYPES,
     EVENTS,
     EVENTS_REQUIRED,
     IMPRESSIONS,
@@ -227,12 +227,11 @@ def _types(evidence: Evidence) -> Iterator[Finding]:
             what = f"{count} events have the {column} {ids[row].as_py()!r}, as programs write a missing value in text"
             yield Finding(count, rows, f"{what}, first {evidence.place(row)}", "leave the cell empty instead")
     names, which = codes(evidence.events["event_type"])
-    plain = {bare(name): name for name in EVENT_TYPES}
     for number, name in enumerate(names):
-        usual = plain.get(bare(name))
-        if usual and usual != name:
+        # A type of the product's own may be called a click; what is only shown, and another spelling, is a mistake.
+        if hint(name, known=names):
             count = int(np.count_nonzero(which == number))
-            yield Finding(count, rows, f"{count} events of type {name!r}", f"call them {usual!r}")
+            yield Finding(count, rows, f"{count} events of type {name!r}", f"call them {meaning(name)!r}")
 
 
 def _order(evidence: Evidence) -> Iterator[Finding]:

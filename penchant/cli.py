@@ -372,6 +372,9 @@ def recommend(
     log: Annotated[
         bool, typer.Option("--log/--no-log", help="Log the slates as shown; without, nothing is measured by them.")
     ] = True,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Field of the items to write too: title. Repeat for more.")
+    ] = None,
 ) -> None:
     """Answers many users at once as the service would, for e-mail and other channels, and logs what it answered."""
     _use_cores(1)
@@ -379,7 +382,7 @@ def recommend(
     from serving.config import ServeConfig
 
     settings = ServeConfig.load(config, bundle=bundle, redis=redis, events_redis=events_redis, state_dir=state_dir)
-    _answer(recommend(settings, users, out, items, channel=channel, surface=surface, log=log))
+    _answer(recommend(settings, users, out, items, channel=channel, surface=surface, log=log, fields=field or ()))
 
 
 @app.command()

@@ -10,7 +10,6 @@ so that a retry never counts twice. A client may be shared by threads.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import random
@@ -18,16 +17,20 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
-from google.protobuf import field_mask_pb2
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from penchant.channels import channel_options
+from penchant.requests import EventFields as EventFields
+from penchant.requests import Options as Options
+from penchant.requests import event as event
+from penchant.requests import item_patch as item_patch
+from penchant.requests import ranking_options
 from penchant.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -63,85 +66,6 @@ _BATCH_BYTES = 2 << 20
 
 # A server that stops cancels the calls that it has not begun.
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
-
-class Options(TypedDict, total=False):
-    """What every ranking call takes; the meaning of each is that of `RankingOptions` in the contract."""
-
-    user_id: str
-    anonymous_id: str
-    session_id: str
-    surface: str
-    page_size: int
-    exclude_item_ids: Sequence[str]
-    personalize: bool
-    min_profile_version: int
-    min_catalog_version: int
-    explain: bool
-    dials: common_pb2.Dials
-    request_id: str
-    context: common_pb2.RequestContext
-    fields: Sequence[str]
-    timeout_s: float
-
-
-class EventFields(TypedDict, total=False):
-    """The other fields of an event; the meaning of each is that of `Event` in the contract."""
-
-    event_id: str
-    timestamp_ms: int
-    value: float
-    session_id: str
-    request_id: str
-    surface: str
-    query: str
-    position: int
-    attributes: Mapping[str, str]
-
-
-def event(
-    user_id: str = "", item_id: str = "", event_type: str = "", *, anonymous_id: str = "", **fields: Unpack[EventFields]
-) -> event_pb2.Event:
-    """Makes an event with an id of its own.
-
-    Args:
-        user_id: The user who did it.
-        item_id: The item; may be empty for a search.
-        event_type: The kind of the event, such as "view_item": see `Event.event_type` in the contract.
-        anonymous_id: Id of a user who is not logged in, in place of `user_id`.
-        **fields: Other fields of the contract's Event.
-
-    Raises:
-        TypeError: A field is none of the contract's, or the user is named twice or not at all, or there is no type.
-    """
-    _require_known(fields, EventFields.__annotations__, "event()")
-    if bool(user_id) == bool(anonymous_id):
-        raise TypeError("event() needs user_id or anonymous_id, and not both")
-    if not event_type:
-        raise TypeError("event() needs event_type, such as 'view_item'")
-    fields.setdefault("event_id", uuid.uuid4().hex)
-    subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
-    return event_pb2.Event(subject=subject, item_id=item_id, event_type=event_type, **fields)
-
-
-def item_patch(item_id: str, **fields: Any) -> catalog_pb2.ItemPatch:
-    """Makes a patch of an item.
-
-    Args:
-        item_id: The item.
-        **fields: The new values by name, as in the contract's Item; None clears a field.
-
-    Raises:
-        TypeError: A field is none of the contract's.
-        ValueError: No field is named.
-    """
-    names = [field.name for field in catalog_pb2.Item.DESCRIPTOR.fields if field.name != "item_id"]
-    _require_known(fields, names, "item_patch()")
-    if not fields:
-        raise ValueError(f"item_patch() names no field to change: {', '.join(names)}")
-    given = {name: value for name, value in fields.items() if value is not None}
-    mask = field_mask_pb2.FieldMask(paths=list(fields))
-    return catalog_pb2.ItemPatch(item=catalog_pb2.Item(item_id=item_id, **given), update_mask=mask)
 
 
 def violations(error: grpc.RpcError) -> dict[str, str]:
@@ -207,12 +131,12 @@ class Client:
 
     def recommend(self, **options: Unpack[Options]) -> ranking_pb2.Slate:
         """A feed for a person."""
-        request = ranking_pb2.RecommendRequest(options=_options(options, "recommend"))
+        request = ranking_pb2.RecommendRequest(options=ranking_options(options, "recommend"))
         return self._call(lambda: next(self._ranking).Recommend, request, options.get("timeout_s")).slate
 
     def search(self, query: str, **options: Unpack[Options]) -> ranking_pb2.Slate:
         """Items for a query, ordered for the person where one is named."""
-        request = ranking_pb2.SearchRequest(options=_options(options, "search"), query=query)
+        request = ranking_pb2.SearchRequest(options=ranking_options(options, "search"), query=query)
         return self._call(lambda: next(self._ranking).Search, request, options.get("timeout_s")).slate
 
     def rank(
@@ -227,7 +151,7 @@ class Client:
         """The caller's candidates, ordered for the person; `page_size` defaults to all of them, at most 100."""
         options.setdefault("page_size", max(min(len(item_ids), 100), 1))
         request = ranking_pb2.RankRequest(
-            options=_options(options, "rank"),
+            options=ranking_options(options, "rank"),
             candidates=ranking_pb2.Candidates(item_ids=item_ids, upstream_scores=upstream_scores),
             query=query,
             upstream_weight=upstream_weight,
@@ -237,7 +161,7 @@ class Client:
     def similar_items(self, seed_item_ids: Sequence[str], **options: Unpack[Options]) -> ranking_pb2.Slate:
         """Items like one or several seeds."""
         request = ranking_pb2.SimilarItemsRequest(
-            options=_options(options, "similar_items"), seed_item_ids=seed_item_ids
+            options=ranking_options(options, "similar_items"), seed_item_ids=seed_item_ids
         )
         return self._call(lambda: next(self._ranking).SimilarItems, request, options.get("timeout_s")).slate
 
@@ -545,39 +469,3 @@ def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Cha
 def _round_robin(stub: Callable[[grpc.Channel], Response], channels: list[grpc.Channel]) -> itertools.cycle[Response]:
     # next() of a cycle is one C call, so threads may share it.
     return itertools.cycle([stub(channel) for channel in channels])
-
-
-def _require_known(given: Iterable[str], known: Collection[str], of: str) -> None:
-    """Refuses a name that an option does not have.
-
-    Raises:
-        TypeError: Names it, the nearest one that there is, and all of them.
-    """
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {close[0]!r}? " if close else ""
-            raise TypeError(f"{of} has no option {name!r}: {meant}it has {', '.join(known)}")
-
-
-def _options(options: Options, of: str) -> ranking_pb2.RankingOptions:
-    _require_known(options, Options.__annotations__, f"{of}()")
-    subject = None
-    if options.get("user_id") or options.get("anonymous_id"):
-        subject = common_pb2.Subject(user_id=options.get("user_id", ""), anonymous_id=options.get("anonymous_id", ""))
-    personal = options.get("personalize", True)
-    return ranking_pb2.RankingOptions(
-        request_id=options.get("request_id") or uuid.uuid4().hex,
-        subject=subject,
-        session_id=options.get("session_id", ""),
-        surface=options.get("surface", ""),
-        context=options.get("context"),
-        page_size=options.get("page_size", 20),
-        exclude_item_ids=options.get("exclude_item_ids", ()),
-        personalization=ranking_pb2.PERSONALIZATION_AUTO if personal else ranking_pb2.PERSONALIZATION_DISABLED,
-        min_profile_version=options.get("min_profile_version", 0),
-        min_catalog_version=options.get("min_catalog_version", 0),
-        explain=options.get("explain", False),
-        dials=options.get("dials"),
-        fields=options.get("fields", ()),
-    )

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from features.bundle import sync
+from features.item_fields import arrow_type, is_field, no_field, values_of
 from features.private_files import open_private
 from features.user_ids import read_users
 from serving.batch_log import RUN, SlateFile, deliver, finish
@@ -90,6 +91,7 @@ class _Asked:
     items: int
     channel: str
     surface: str
+    fields: Sequence[str] = ()
 
 
 def recommend(
@@ -101,6 +103,7 @@ def recommend(
     channel: str = CHANNEL,
     surface: str = "",
     log: bool = True,
+    fields: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes a feed for each user, the one that the service would answer now, then logs what it wrote.
 
@@ -113,6 +116,8 @@ def recommend(
         channel: Where the slates will be shown; logged with them.
         surface: Surface that is asked for; the ranker knows surfaces by their names.
         log: Whether to log the slates; without, nothing can be measured by them.
+        fields: Fields of the items to write too, by their names in the contract: `title`, `attributes.image`. They are
+            in the column `items`, a struct for each of `item_ids`.
 
     Returns:
         `users`, `rejected` (rows of the file without an id), `items_per_user` (mean), `seconds`, `personal` (users
@@ -122,7 +127,8 @@ def recommend(
     Raises:
         TablesError: The users cannot be read.
         BundleError: The bundle is refused.
-        ConfigError: The settings do not fit the stores, or another process writes the same file.
+        ConfigError: The settings do not fit the stores, an item has no such field, or another process writes the
+            same file.
         Unavailable: A Redis does not answer. Nothing is written, as no user should get what was not meant for them;
             where the file is in its place already, the message says so, and the next run into it logs the rest.
         ResourceExhausted: The log is full; as above.
@@ -131,6 +137,9 @@ def recommend(
     for name, value in (("channel", channel), ("surface", surface)):
         if len(value.encode()) > _LONGEST:
             raise ConfigError(f"{name}: {value!r} has more than {_LONGEST} bytes; give a shorter name")
+    for name in fields:
+        if not is_field(name):
+            raise ConfigError(f"fields: {no_field(name)}")
     named, run = read_users(users), uuid.uuid4().hex
     named.tell()
     with contextlib.ExitStack() as stack:
@@ -139,7 +148,7 @@ def recommend(
         kept = stack.enter_context(SlateFile(out, run))
         part = out.with_name(f"{out.name}.part")
         logged = kept if log and config.impressions else None
-        facts |= _write(service, named.ids, _Asked(items, channel, surface), part, run, logged)
+        facts |= _write(service, named.ids, _Asked(items, channel, surface, fields), part, run, logged)
         kept.sync()
         sync(part)
         # Before it is there: an output without a name in the certificates of later erasures would be worse.
@@ -160,17 +169,17 @@ def _write(
     console = Console(stderr=True)
     shown = personal = held_out = 0
     rows: list[dict[str, Any]] = []
-    with (
-        open_private(part) as sink,
-        pq.ParquetWriter(sink, SCHEMA.with_metadata({RUN: run.encode()})) as writer,
-    ):
+    schema = SCHEMA.with_metadata({RUN: run.encode()})
+    if asked.fields:
+        schema = schema.append(pa.field("items", pa.list_(arrow_type(asked.fields)), nullable=False))
+    with open_private(part) as sink, pq.ParquetWriter(sink, schema) as writer:
         for place, person in enumerate(track(people, "answering", console=console, disable=not console.is_terminal)):
             query, row = _answer(service, person, asked)
             rows.append(row)
             shown, personal = shown + len(row["item_ids"]), personal + (query.rung != "popular")
             held_out += query.holdout
             if len(rows) == _ROWS or place == len(people) - 1:
-                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 slates = service.slates.take()
                 if len(slates) != len(rows):
                     raise AssertionError(f"{len(rows)} answers made {len(slates)} slates")
@@ -206,7 +215,7 @@ def _answer(service: _Service, person: str, asked: _Asked) -> tuple[Query, dict[
     for part, reason in query.degraded:
         if part == "PROFILE_STORE":
             raise ProfileStoreUnavailable(f"{reason}; nothing was written, run it again")
-    return query, {
+    row = {
         "user_id": person,
         "item_ids": engine.catalog.ids(slate.rows),
         "scores": slate.scores,
@@ -217,6 +226,9 @@ def _answer(service: _Service, person: str, asked: _Asked) -> tuple[Query, dict[
         "bundle_id": engine.bundle_id,
         "degraded": [part for part, _ in query.degraded],
     }
+    if asked.fields:
+        row["items"] = values_of(engine.catalog, slate.rows, asked.fields)
+    return query, row
 
 
 def _delivered(path: Path, log: EventLog, out: Path) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from features.assemble import History, remembered, shown_and_chosen, type_index
+from features.assemble import History, are_choices, remembered, type_index
 from features.catalog import Columns
 from features.histories import history_keys
 from features.memory import Memory, empty, fold
@@ -141,7 +141,6 @@ class Pasts:
         start, end = int(self._data.offsets[person]), int(self._data.offsets[person]) + position
         part = slice(max(start, end - RING), end)
         categories, creators = self._history_keys(part)
-        shown, chosen = shown_and_chosen(self._keys[self._data.types[part] - 1])
         memory, kinds = remembered(self._memory(person, start, end), self._index)
         return History(
             rows=self._data.rows[part],
@@ -150,8 +149,7 @@ class Pasts:
             creators=creators,
             timestamps=self._data.timestamps[part],
             values=self._data.values[part],
-            shown=shown,
-            chosen=chosen,
+            chosen=are_choices(self._keys[self._data.types[part] - 1]),
             memory=memory,
             kinds=kinds,
         )

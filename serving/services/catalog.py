@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
+from features.item_fields import FIELDS, no_field
 from penchant.v1 import catalog_pb2, catalog_pb2_grpc
 from serving.catalog_log import CatalogLog, Change
 from serving.engine import Host
 from serving.errors import InvalidArgument, NotFound, ServingError
 from serving.follower import Follower
 from serving.services import checks
-from serving.services.items import FIELDS, MAX_FIELDS, held_fields, item_record, no_field, record_item, require_window
+from serving.services.items import MAX_FIELDS, held_fields, item_record, record_item, require_window
 
 MAX_CHANGES = 1_000
 EVERYWHERE_S = 1.0

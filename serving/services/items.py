@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from features.catalog import RECORD_FIELDS, Catalog
+from features.catalog import Catalog
+from features.item_fields import COLUMNS, FIELDS, ONE_ATTRIBUTE, is_field, no_field, value_of, values_of
 from penchant.v1.catalog_pb2 import Item
 from serving.errors import InvalidArgument
 from serving.services import checks
 
 MAX_CATEGORIES = 16
 MAX_FIELDS = 64
-
-_COLUMNS = {name: f"{name}_ms" if name in ("available_from", "available_until") else name for name in RECORD_FIELDS}
-_FIELDS = {field: column for column, field in _COLUMNS.items()}
-FIELDS = tuple(field.name for field in Item.DESCRIPTOR.fields if field.name in _FIELDS)
-"""Fields of an item that a request may name, in the order of the contract."""
-
-_CLOCK = ("available_from", "available_until")
-_ONE = "attributes."
 
 
 def item_record(item: Item, names: Iterable[str] = FIELDS) -> dict[str, Any]:
@@ -36,7 +28,7 @@ def item_record(item: Item, names: Iterable[str] = FIELDS) -> dict[str, Any]:
     Raises:
         InvalidArgument: A field is wrong.
     """
-    return {_FIELDS[name]: _READ[name](item) for name in names}
+    return {COLUMNS[name]: _READ[name](item) for name in names}
 
 
 def require_window(record: Mapping[str, Any]) -> None:
@@ -50,21 +42,9 @@ def require_window(record: Mapping[str, Any]) -> None:
         raise InvalidArgument("available_until_ms", f"must be after available_from_ms ({start}), or 0 for always")
 
 
-def record_item(item_id: str, record: Mapping[str, Any], names: Sequence[str] = FIELDS) -> Item:
-    """Returns a record of the catalogue as an item that holds the named fields; `attributes.NAME` is a single one."""
-    item = Item(item_id=item_id)
-    for name in names:
-        if name.startswith(_ONE):
-            key = name.removeprefix(_ONE)
-            if key in record["attributes"]:
-                item.attributes[key] = record["attributes"][key] or ""
-        elif name == "categories":
-            item.categories.extend(record[name] or ())
-        elif name == "attributes":
-            item.attributes.update({key: value or "" for key, value in record[name].items()})
-        elif (value := record[_FIELDS[name]]) is not None:
-            setattr(item, name, value)
-    return item
+def record_item(item_id: str, record: dict[str, Any]) -> Item:
+    """Returns a record of the catalogue as an item."""
+    return _item(item_id, {name: value_of(record, name) for name in FIELDS})
 
 
 def item_fields(names: Sequence[str], field: str) -> list[str]:
@@ -75,31 +55,38 @@ def item_fields(names: Sequence[str], field: str) -> list[str]:
     """
     checks.count(names, field, 0, MAX_FIELDS, "names")
     for place, name in enumerate(names):
-        if name.startswith(_ONE) and name != _ONE:
-            checks.identifier(name, f"{field}[{place}]")
-        elif name not in _FIELDS:
-            raise InvalidArgument(f"{field}[{place}]", no_field(name, "or attributes.NAME for a single attribute"))
+        if not is_field(name):
+            raise InvalidArgument(f"{field}[{place}]", no_field(name))
+        checks.identifier(name, f"{field}[{place}]")
     return list(dict.fromkeys(names))
-
-
-def no_field(name: str, more: str = "") -> str:
-    """Returns what is wrong with a name that is no field of an item."""
-    close = difflib.get_close_matches(name[:64].lower().strip(), (*FIELDS, "item_id"), 1)
-    meant = f"; did you mean {close[0]!r}?" if close and close[0] != "item_id" else ""
-    return f"{name[:64]!r} is no field of an item: it has {', '.join(FIELDS)}{', ' if more else ''}{more}{meant}"
 
 
 def shown_items(catalog: Catalog, rows: npt.NDArray[np.int32], names: Sequence[str]) -> list[Item]:
     """Returns the named fields of the items of some rows, read together."""
-    columns = list(dict.fromkeys("attributes" if name.startswith(_ONE) else _FIELDS[name] for name in names))
-    ids, records = catalog.ids(rows), catalog.records(rows.tolist(), columns)
-    return [record_item(item_id, record, names) for item_id, record in zip(ids, records, strict=True)]
+    return [_item(*pair) for pair in zip(catalog.ids(rows), values_of(catalog, rows, names), strict=True)]
+
+
+def _item(item_id: str, values: Mapping[str, Any]) -> Item:
+    """An item that holds some fields; what it does not have is left out."""
+    item = Item(item_id=item_id)
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name == "categories":
+            item.categories.extend(value)
+        elif name == "attributes":
+            item.attributes.update({key: text or "" for key, text in value.items()})
+        elif name.startswith(ONE_ATTRIBUTE):
+            item.attributes[name.removeprefix(ONE_ATTRIBUTE)] = value
+        else:
+            setattr(item, name, value)
+    return item
 
 
 def held_fields(record: Mapping[str, Any]) -> list[str]:
     """Returns the fields, but those of availability, in which a record of the catalogue says something."""
     told = [name for name in FIELDS if name not in ("available", "available_from_ms", "available_until_ms")]
-    return [name for name in told if record[_FIELDS[name]] not in (None, "", [], {})]
+    return [name for name in told if record[COLUMNS[name]] not in (None, "", [], {})]
 
 
 _READ: Mapping[str, Callable[[Item], Any]] = {

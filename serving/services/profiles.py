@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from features.assemble import HALF_LIFE, shown_and_chosen
+from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
 from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
@@ -36,6 +36,9 @@ SHOWN = 100
 
 PAGE_BYTES = 1 << 20
 """Size above which a page of an export takes nothing more."""
+
+MAX_PURPOSES = 16
+"""Purposes that a request may name, some of them twice."""
 
 _PURPOSES = {
     profile_pb2.PURPOSE_PERSONALISE: Purpose.PERSONALISE,
@@ -99,6 +102,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     ) -> profile_pb2.SetConsentResponse:
         """Sets what a person's data may be used for; the next answer and the next event obey."""
         subject, allowed = checks.subject(request.subject, "subject"), Purpose(0)
+        checks.count(request.purposes, "purposes", 0, MAX_PURPOSES, "purposes")
         for place, purpose in enumerate(request.purposes):
             if purpose not in _PURPOSES:
                 known = ", ".join(profile_pb2.Purpose.Name(one) for one in _PURPOSES)
@@ -330,8 +334,8 @@ def _remainders(certificate: Certificate) -> list[profile_pb2.ErasureRemainder]:
 
 def _place(token: str) -> tuple[str, int]:
     """Where a page of an export begins: the kind, and the log id behind which."""
-    found = re.fullmatch(r"(event|impression):(\d{1,19})", token or "event:0")
-    if not found:
+    found = re.fullmatch(r"(event|impression):([0-9]{1,19})", token or "event:0")
+    if not found or int(found[2]) >= 1 << 63:
         raise InvalidArgument("page_token", "must be the next_page_token of the page before, or empty")
     return found[1], int(found[2])
 
@@ -380,7 +384,7 @@ def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
 
 def _chosen(records: Records) -> Records:
     """The events by which the user chose an item: showings and refusals are no liking."""
-    return records[shown_and_chosen(records["event_type"])[1]]
+    return records[are_choices(records["event_type"])]
 
 
 def _category(key: int, engine: Engine) -> str:

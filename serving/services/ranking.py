@@ -18,6 +18,7 @@ from features.catalog import Catalog
 from features.schema import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.engine import Engine, Host
+from serving.errors import InvalidArgument
 from serving.experiments import Holdout
 from serving.query import Query, Reason, Slate, Unknown
 from serving.services import checks
@@ -106,6 +107,9 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         checks.identifier(options.session_id, "options.session_id", required=False)
         checks.identifier(options.surface, "options.surface", required=False, limit=64)
         subject = checks.subject(options.subject, "options.subject", required=subject_required)
+        if options.personalization not in ranking_pb2.Personalization.values():
+            known = ", ".join(ranking_pb2.Personalization.keys())
+            raise InvalidArgument("options.personalization", f"must be one of {known}, got {options.personalization}")
         page_size = checks.whole(options.page_size, "options.page_size", 1, MAX_PAGE)
         excluded = checks.identifiers(options.exclude_item_ids, "options.exclude_item_ids", 0, MAX_EXCLUDED)
         missing: dict[str, None] = {}

@@ -160,6 +160,11 @@ DEFECTS = {
         "repeat the id",
     ),
     "a row written twice": (lambda rows: rows.append(dict(rows[-1])), "duplicate_ids", "repeat the log id"),
+    "a name for what is shown": (
+        lambda rows: each(rows, 60, event_type="impression"),
+        "types",
+        "call them 'view_item_list'",
+    ),
     "another spelling": (lambda rows: each(rows, 60, event_type="Select Item"), "types", "call them 'select_item'"),
 }
 

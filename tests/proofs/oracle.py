@@ -149,32 +149,41 @@ def remembered(events: Sequence[Told], ring: int) -> list[Told]:
 
 
 def encoder(past: Sequence[Told], rows: Mapping[str, int], types: Sequence[str], longest: int) -> list[tuple[int, int]]:
-    """Row and type of each event that the user encoder reads: not what was shown, where its model knows no showings."""
-    read = [event for event in past if event.item in rows and (event.kind not in PASSIVE or event.kind in types)]
-    known = read[-longest:]
+    """Row and type of each event that the user encoder reads."""
+    known = [event for event in past if event.item in rows and reads(event, types)][-longest:]
     return [(rows[event.item], types.index(event.kind) + 1 if event.kind in types else 0) for event in known]
 
 
-def ranker(past: Sequence[Told], lasts: Past, item: Mapping[str, str], now_ms: int) -> dict[str, float]:
+def reads(event: Told, types: Sequence[str]) -> bool:
+    """True if a bundle of these event types takes an event for taste: no showing or refusal that it never learned."""
+    return event.kind not in (*PASSIVE, *REFUSING) or event.kind in types
+
+
+def ranker(
+    past: Sequence[Told], lasts: Past, item: Mapping[str, str], now_ms: int, types: Sequence[str]
+) -> dict[str, float]:
     """What the ranker reads of a past for an item, by name; `item` has `item_id`, `category` and `creator`."""
     weights = [0.5 ** (age / HALF_LIFE) for age in range(len(past))][::-1]
+    weights = [weight * reads(event, types) for weight, event in zip(weights, past, strict=True)]
     total = math.nan if not past else sum_in_order(weights)
     found = {}
     for name in ("category", "creator"):
         same = [w for w, event in zip(weights, past, strict=True) if getattr(event, name) == item[name] != ""]
-        found[f"{name}_affinity"] = sum_in_order(same) / total if same else 0.0
+        found[f"{name}_affinity"] = sum_in_order(same) / total if total > 0 and same else 0.0
     found["history_length"] = math.log1p(len(past))
     found["shown_before"] = math.log1p(sum(event.item == item["item_id"] for event in past))
     since = [age for age, event in enumerate(reversed(past)) if event.item == item["item_id"]]
     found["item_pause"] = math.log1p(min(since, default=len(past)))
     here = [event.item for event in past if event.timestamp >= lasts.began] if lasts.visit and lasts.newest else []
     found["item_in_visit"] = float(item["item_id"] in here)
-    found |= lasting(past, lasts, item, now_ms)
+    found |= lasting(past, lasts, item, now_ms, types)
     found["recency"] = math.log1p(max(now_ms - past[-1].timestamp, 0) / 3_600_000) if past else 0.0
     return found
 
 
-def lasting(ring: Sequence[Told], past: Past, item: Mapping[str, str], now_ms: int) -> dict[str, float]:
+def lasting(
+    ring: Sequence[Told], past: Past, item: Mapping[str, str], now_ms: int, types: Sequence[str]
+) -> dict[str, float]:
     """What the decayed counts and the visit say of an item."""
     found = {}
     for name in ("category", "creator"):
@@ -184,7 +193,7 @@ def lasting(ring: Sequence[Told], past: Past, item: Mapping[str, str], now_ms: i
     for at, span in ((1, "day"), (2, "month")):
         found[f"activity_{span}"] = math.log1p(sum_in_order([cell[at] for cell in cells]))
     goes_on = past.visit > 0 and now_ms - past.newest <= PAUSE_MS
-    here = [event for event in ring if event.timestamp >= past.began] if goes_on else []
+    here = [event for event in ring if event.timestamp >= past.began and reads(event, types)] if goes_on else []
     same = [event for event in here if event.category == item["category"] != ""]
     found["visit_length"] = math.log1p(past.visit) if goes_on else 0.0
     found["visit_minutes"] = math.log1p(max(now_ms - past.began, 0) / 60_000) if goes_on else 0.0

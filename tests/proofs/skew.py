@@ -500,7 +500,7 @@ class Life:
         if self.served:
             then = [(served.columns, served.size) for served in self.served]
             rows = [slates[served.request_id] for served in self.served]
-            for name in trained.differing_slates(rows, then, _ACTIONS):
+            for name in trained.differing_slates(rows, then, _ACTIONS, MODEL["event_types"]):
                 yield f"training assembles otherwise: {name}"
 
     def _compare_slate(self, served: Served, slate: dict[str, Any], histories: Histories | None) -> Iterator[str]:
@@ -524,7 +524,9 @@ class Life:
             yield "the oracle encodes another sequence"
         names = self.world.replay.names
         for item, values in zip(slate["item_ids"], slate["features"], strict=True):
-            for name, value in oracle.ranker(past, lasts, served.known[item], slate["timestamp"]).items():
+            for name, value in oracle.ranker(
+                past, lasts, served.known[item], slate["timestamp"], MODEL["event_types"]
+            ).items():
                 if np.float32(value) != np.float32(values[names.index(name)]):
                     yield f"the oracle says otherwise: {name}"
 

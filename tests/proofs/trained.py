@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from features.assemble import history, ranker_names, type_index
+from features.assemble import History, history, ranker_names, type_index
 from features.catalog import Catalog, Columns
 from features.columns import pc
 from features.events import Events
 from features.outcomes import Outcomes
 from features.profile import Profile
+from features.schema import event_type_key
 from features.tables import open_dataset, order_events
 from features.vocabulary import Vocabulary
 from serving.warehouse_tables import user_id_of
 from training.config import Action, TrainConfig
-from training.data import read_interactions
+from training.data import Interactions, read_interactions
 from training.golden import past_differences
 from training.impressions import _folded, read_shown
 from training.ranking import Pasts
@@ -75,7 +76,11 @@ class Trained:
         return list(past_differences(self._pasts.before(person, int(position)), served))
 
     def differing_slates(
-        self, slates: Sequence[Mapping[str, Any]], then: Sequence[tuple[Columns, int]], actions: Sequence[Action]
+        self,
+        slates: Sequence[Mapping[str, Any]],
+        then: Sequence[tuple[Columns, int]],
+        actions: Sequence[Action],
+        types: Sequence[str],
     ) -> Iterator[str]:
         """The ranker's inputs that training makes otherwise than they were served.
 
@@ -83,16 +88,17 @@ class Trained:
             slates: Rows of the impressions, with their features.
             then: The catalogue's columns and its number of items when each was served.
             actions: The actions of the bundle.
+            types: The event types of the bundle, which knows fewer of them than the events have.
         """
         shown = read_shown(self._out, self._dataset, self._vocabulary, self._data, actions)
         assert shown is not None
         names = ranker_names([action.name for action in actions])
-        facts = {"event_types": self._data.event_types, "actions": [action.model_dump() for action in actions]}
+        facts = {"event_types": list(types), "actions": [action.model_dump() for action in actions]}
         outcomes = Outcomes.of(facts)
         for slate, (columns, size) in zip(slates, then, strict=True):
             # What was put later was unknown then: the catalogue's doing, not the history's.
             rows = np.where(self._data.rows < size, self._data.rows, -1).astype(np.int32)
-            pasts = Pasts(dataclasses.replace(self._data, rows=rows), columns)
+            pasts = _AsRead(dataclasses.replace(self._data, rows=rows), columns, types)
             own = (shown.people == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
             lines = shown.take(np.flatnonzero(own))
             assert len(lines) == len(slate["item_ids"])
@@ -106,3 +112,17 @@ class Trained:
                     for name, other in zip(names, differs.tolist(), strict=True)
                     if other and name not in NOT_COMPARED and not np.isnan(served).all()
                 )
+
+
+class _AsRead(Pasts):
+    """Training's pasts as the models of a bundle read them that knows only some of the event types."""
+
+    def __init__(self, data: Interactions, columns: Columns, types: Sequence[str]) -> None:
+        super().__init__(data, columns)
+        numbers = type_index(types)
+        known = [numbers.get(event_type_key(name), 0) for name in data.event_types]
+        self._as_read = np.array([0, *known], np.int32)
+
+    def before(self, person: int, position: int) -> History:
+        past = super().before(person, position)
+        return dataclasses.replace(past, types=self._as_read[past.types], kinds=self._as_read[past.kinds])

@@ -54,6 +54,14 @@ def slates_of(url, names):
         }
 
 
+FIELDS = ("title", "price", "categories", "available", "attributes", "attributes.image")
+
+
+def test_a_field_that_no_item_has_is_refused_before_anything_is_done(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"'prize' is no field of an item: .* did you mean 'price'"):
+        recommend(config, tmp_path / "none", tmp_path / "out.parquet", fields=["title", "prize"])
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_the_answers_are_those_of_the_service_and_are_logged(client, config, people, tmp_path, kind):
     file, out = tmp_path / f"people.{kind}", tmp_path / "out.parquet"
@@ -62,11 +70,12 @@ def test_the_answers_are_those_of_the_service_and_are_logged(client, config, peo
     else:
         lines = [json.dumps({"user_id": name}) if kind == "jsonl" else name for name in [*people, people[0]]]
         file.write_text("\n".join(lines) + "\n\n")
-    client.put_items([catalog_pb2.Item(item_id="batched", title="b", categories=["western"])])
+    attributes = {"image": "b.png", "colour": "red"}
+    client.put_items([catalog_pb2.Item(item_id="batched", title="b", categories=["western"], attributes=attributes)])
     client.set_availability([catalog_pb2.Availability(item_id="i5", available=False)])
     try:
-        facts = recommend(config, file, out, items=9, channel=f"email-{kind}", surface="weekly")
-        answers = [client.recommend(user_id=name, page_size=9, surface="weekly") for name in people]
+        facts = recommend(config, file, out, items=9, channel=f"email-{kind}", surface="weekly", fields=FIELDS)
+        answers = [client.recommend(user_id=name, page_size=9, surface="weekly", fields=FIELDS) for name in people]
     finally:
         client.set_availability([catalog_pb2.Availability(item_id="i5", available=True)])
         client.delete_items(["batched"])
@@ -74,6 +83,12 @@ def test_the_answers_are_those_of_the_service_and_are_logged(client, config, peo
     assert [row["user_id"] for row in rows] == people
     for row, answer in zip(rows, answers, strict=True):
         assert row["item_ids"] == [item.item_id for item in answer.items]
+        for told, item in zip(row["items"], answer.items, strict=True):
+            assert list(told) == list(FIELDS)
+            assert (told["title"], told["categories"]) == (item.item.title, list(item.item.categories))
+            assert (told["price"] or 0, told["available"]) == (item.item.price, True)
+            assert dict(told["attributes"]) == dict(item.item.attributes)
+            assert told["attributes.image"] == item.item.attributes.get("image")
         assert row["scores"] == [item.score for item in answer.items]
         assert (row["profile_version"], row["bundle_id"]) == (answer.profile_version, answer.bundle_id)
         assert (row["arm"], row["degraded"]) == (answer.experiment.arm, [])

@@ -33,7 +33,7 @@ METHODS = {
         "EraseSubject",
         "GetErasureCertificate",
     ),
-    "CatalogService": ("PutItems", "SetAvailability", "DeleteItems"),
+    "CatalogService": ("PutItems", "PatchItems", "GetItems", "SetAvailability", "DeleteItems"),
 }
 PATHS = [f"/penchant.v1.{service}/{method}" for service, methods in METHODS.items() for method in methods]
 
@@ -145,6 +145,7 @@ BAD: dict[str, tuple[Callable[[Client], object], str]] = {
     "nobody's profile": (lambda client: client.get_profile(""), "subject"),
     "erasing nobody": (lambda client: client.erase(""), "subject"),
     "nobody's consent": (lambda client: client.set_consent(["train"], ""), "subject"),
+    "many purposes": (lambda client: client.set_consent(["train"] * 17, "u"), "purposes"),
     "nobody's fresh start": (lambda client: client.reset_learning(LONG), "subject.user_id"),
     "nobody's mistake": (lambda client: client.undo_event("e", ""), "subject"),
     "no mistake": (lambda client: client.undo_event("", "ann"), "event_id"),
@@ -154,6 +155,11 @@ BAD: dict[str, tuple[Callable[[Client], object], str]] = {
     "no certificate": (lambda client: client.get_erasure_certificate(""), "certificate_id"),
     "no items": (lambda client: client.put_items([]), "items"),
     "many items": (lambda client: client.put_items([catalog_pb2.Item()] * 1001), "items"),
+    "no patches": (lambda client: client.patch_items([]), "patches"),
+    "many patches": (lambda client: client.patch_items([catalog_pb2.ItemPatch()] * 1001), "patches"),
+    "no items to get": (lambda client: client.get_items([]), "item_ids"),
+    "long item to get": (lambda client: client.get_items(["i1", LONG]), "item_ids[1]"),
+    "many fields": (lambda client: client.search("x", fields=["title"] * 65), "options.fields"),
     "no availability": (lambda client: client.set_availability([]), "changes"),
     "nothing to delete": (lambda client: client.delete_items([]), "item_ids"),
 }

@@ -127,6 +127,7 @@ _DECAYS = {half: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / (half + 1)) for
         (features.memory, "_TICKS", features.memory._TICKS + np.array([1, 0, 0]), False),
         (features.memory, "VISIT_MS", features.memory.VISIT_MS // 2, False),
         (features.memory, "_UNCHOSEN", features.memory._UNCHOSEN[1:], True),
+        (features.assemble, "_UNCHOSEN", features.assemble._UNCHOSEN[-1:], False),
         (features.assemble, "_DECAY", _DECAY, False),
         (features.assemble, "_HOUR_MS", 3_600_100, False),
         (features.outcomes, "_DECAYS", _DECAYS, False),

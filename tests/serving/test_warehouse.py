@@ -40,7 +40,6 @@ from serving.projector import Idle, Projector
 from serving.rebuild import rebuild, rehydrate
 from serving.redis_client import connect, partition_of
 from serving.redis_server import RedisServer
-from serving.services.catalog import _json
 from serving.services.items import item_record
 from serving.telemetry import Telemetry
 from serving.warehouse import Warehouse, run
@@ -429,7 +428,8 @@ def test_the_directory_has_one_writer(log, make, out, monkeypatch):
 def put(item_id: str, **fields) -> Change:
     from penchant.v1 import catalog_pb2
 
-    return Change("put", item_id, _json({"item_id": item_id, **item_record(catalog_pb2.Item(**fields)), "put_at": 1}))
+    record = item_record(catalog_pb2.Item(item_id=item_id, **fields))
+    return Change("put", item_id, json.dumps({"item_id": item_id, **record, "put_at": 1}).encode())
 
 
 def test_the_items_are_those_of_the_bundle_and_of_every_change_since(log, make, out, tmp_path):
@@ -450,6 +450,8 @@ def test_the_items_are_those_of_the_bundle_and_of_every_change_since(log, make, 
     assert (out / "items.parquet").read_bytes() == same
 
     window = {"available": True, "available_from": 5, "available_until": 9}
+    fields = {"title": "Patched", "price": None, "attributes": {"k": "w"}, "available_until": 9}
+    changes.put([Change("patch", name, json.dumps(fields).encode()) for name in ("i4", "?")])
     changes.put(
         [Change("availability", "i2", json.dumps(window).encode()), Change("delete", "i3"), Change("delete", "?")]
     )
@@ -461,6 +463,8 @@ def test_the_items_are_those_of_the_bundle_and_of_every_change_since(log, make, 
         assert [items["i2"][name] for name in window] == [True, 5, 9]
         assert items["i3"]["available"] is False
         assert items["i3"]["title"]
+        patched = [items["i4"][name] for name in (*fields, "categories")]
+        assert patched == ["Patched", None, [("k", "w")], 9, ["western"]]
         # Without a bundle, the items that the file has stay.
         last = make()
         last.drain()
