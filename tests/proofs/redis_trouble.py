@@ -2,8 +2,8 @@
 
     python -m tests.proofs.redis_trouble
 
-The last line of stdout is one JSON object: a row per trouble, per trouble of a cluster, per storm of calls, and one of a
-service whose Redis became unsafe.
+The last line of stdout is one JSON object: a row per trouble, per trouble of a cluster, per storm of calls, and one of
+a service whose Redis became unsafe.
 """
 
 from __future__ import annotations
