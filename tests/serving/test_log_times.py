@@ -48,7 +48,7 @@ def test_the_log_is_kept_longer_where_nobody_has_a_copy():
 @pytest.fixture
 def filled(events_redis, monkeypatch):
     """A log with five events and slates, a moment old, of which everything may go that is read."""
-    monkeypatch.setattr("serving.events._TRIMMED", 2)
+    monkeypatch.setattr("serving.log_trim.TOGETHER", 2)
     log = EventLog(events_redis, 1, times=NOTHING_KEPT)
     log.open()
     for number in range(5):
