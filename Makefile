@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-batch prove-durability prove-freshness prove-node prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: prove-attacks prove-batch prove-bundles prove-durability prove-freshness prove-gpu prove-hosts prove-log prove-node
+.PHONY: prove-pages prove-reading prove-redis prove-resume prove-rolls prove-skew prove-soak
 .PHONY: clean
 
 VENV := .venv
@@ -67,6 +68,10 @@ bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH
 
 prove-redis: $(VENV)/.ready-dev  ## Redis in trouble, a cluster, 10,000 calls that end early: the tests at their full size
 	$(BIN)/python -m benchmarks.report redis-trouble 'Redis in trouble' -- $(BIN)/python -m tests.proofs.redis_trouble
+
+prove-log: $(VENV)/.ready-dev  ## bytes of an event and a slate, and that the memory of the log levels off; ENTRIES=N, SECONDS=N
+	$(BIN)/python -m benchmarks.report log-size 'What the log holds' -- \
+		$(BIN)/python -m tests.proofs.log_size $(or $(ENTRIES),50000) $(or $(SECONDS),40)
 
 prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end as if left alone
 	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills

@@ -9,34 +9,40 @@ stream of their own. Marks among the events tell consumers, in order, of erasure
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
-import re
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import redis
 from redis.exceptions import ResponseError
 
 from features.errors import PenchantError
-from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
+from features.profile import EVERY_PURPOSE, RECORD, Purpose
 from serving.errors import (
-    ConfigError,
-    ConsentWithheld,
     DeadlineExceeded,
     EventLogUnavailable,
-    FailedPrecondition,
-    ResourceExhausted,
     ServingError,
     Unavailable,
 )
+from serving.log_admission import Admission
+from serving.log_entries import (
+    Appended,
+    Entry,
+    Erased,
+    LoggedEvent,
+    LoggedImpression,
+    PartitionKeys,
+    appended_of,
+    log_id,
+    sound,
+    stream_id,
+)
+from serving.log_partitions import awaited_partitions, partitions_for, partitions_of
 from serving.log_times import HOUR_MS, LogTimes
-from serving.profiles import Mark
+from serving.log_trim import groups_of, trim
 from serving.redis_client import (
     META,
     Call,
@@ -44,227 +50,44 @@ from serving.redis_client import (
     Request,
     address_of,
     partition_of,
-    partition_prefix,
-    reply_error,
     serving_error,
 )
-from serving.redis_nodes import PARTITIONS, Nodes, agreed_partitions, remembered, require_partitions, required
+from serving.redis_nodes import Nodes, remembered, require_partitions, required
 from serving.scripts import (
     EVENT_APPEND,
     EVENT_ERASE,
     IMPRESSION_APPEND,
     LOG_TIMES,
-    LOG_TRIM,
     PERSON_RETURN,
     SEQUENCE_BITS,
 )
 
+__all__ = [
+    "Appended",
+    "Entry",
+    "Erased",
+    "EventLog",
+    "LogReplaced",
+    "LoggedEvent",
+    "LoggedImpression",
+    "PartitionKeys",
+    "awaited_partitions",
+    "log_id",
+    "partitions_for",
+    "partitions_of",
+    "sound",
+    "stream_id",
+]
+
 PERSON_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
 
-_MEMORY_CHECK_S = 1.0
-"""Time after which an append brings news of the memory with it."""
-_MEMORY_KNOWN_S = 5.0
-"""Time for which such news counts; who sends so seldom can wait for newer ones."""
 _PIECE = 1000
-_RETRY_S = 0.5
-_TRIMMED = 5000
-"""Entries of a stream that are trimmed in one step."""
-
-_TOGETHER = 64
-"""Entries of a partition that are appended in one step: others wait behind a step, and each is a write to disk."""
 _TIMESTAMP_AT: int = RECORD.fields["timestamp"][1] if RECORD.fields else 0
-_log = logging.getLogger(__name__)
 
 
 class LogReplaced(EventLogUnavailable):
     """The log is a new one, without the groups of the old; open it again."""
-
-
-def log_id(stream_id: bytes) -> int:
-    """The log id of a stream id `ms-seq`."""
-    milliseconds, _, sequence = stream_id.partition(b"-")
-    return int(milliseconds) << SEQUENCE_BITS | int(sequence)
-
-
-def stream_id(log_id: int) -> bytes:
-    """The stream id of a log id."""
-    return b"%d-%d" % (log_id >> SEQUENCE_BITS, log_id & ((1 << SEQUENCE_BITS) - 1))
-
-
-def partitions_of(client: Client) -> int:
-    """The number of partitions of the log that a Redis holds.
-
-    Raises:
-        ConfigError: It holds none: profiles alone, or nothing.
-        EventLogUnavailable: Redis does not answer.
-    """
-    partitions, salt = Nodes(client, EventLogUnavailable).command("HMGET", META, "partitions", "salt")
-    if partitions is None or salt is None:
-        raise ConfigError("this Redis holds no event log: give the one that `penchant serve` calls events_redis")
-    return int(partitions)
-
-
-def partitions_for(client: Client, asked: int | None = None) -> int:
-    """The number of partitions of the log in a Redis; of a new one, that which is asked for, or the usual.
-
-    Raises:
-        ConfigError: The log has another number than is asked for.
-        EventLogUnavailable: Redis does not answer.
-    """
-    return agreed_partitions(Nodes(client, EventLogUnavailable), asked)
-
-
-def awaited_partitions(client: Client, asked: int | None, stop: threading.Event) -> int:
-    """`partitions_for`, as soon as Redis answers or `stop` is set; a number that is asked for is not waited for.
-
-    Raises:
-        ConfigError: The log has another number than is asked for.
-    """
-    while True:
-        try:
-            return partitions_for(client, asked)
-        except EventLogUnavailable as error:
-            if asked or stop.is_set():
-                return asked or PARTITIONS
-            _log.debug("the number of partitions is not known yet: %s", error)
-            stop.wait(_RETRY_S)
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedEvent:
-    """An event on its way into the log.
-
-    Attributes:
-        subject: Key of the person.
-        event_id: The caller's id; retries with the same one have one effect.
-        record: What the fold reads of it; the bytes of one RECORD.
-        payload: The whole event as JSON.
-        personal: Whether it may enter the profile, where the person allows that.
-    """
-
-    subject: str
-    event_id: str
-    record: bytes
-    payload: bytes
-    personal: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedImpression:
-    """A slate on its way into the log: whose, when it was served (ms), and all of it as JSON."""
-
-    subject: str
-    timestamp: int
-    payload: bytes
-
-
-_New = TypeVar("_New", LoggedEvent, LoggedImpression)
-
-
-@dataclass(frozen=True, slots=True)
-class Appended:
-    """What became of one event.
-
-    Attributes:
-        log_id: Where it stands in the log, the first one's place for a duplicate; 0 where it was refused.
-        duplicate: Whether an event with this id was there.
-        record: What to apply to the profile: the first one's record for a duplicate, empty where that is gone.
-        error: Why it was refused, None where it is durable.
-        personal: Whether the person allows that it enters their profile.
-    """
-
-    log_id: int
-    duplicate: bool = False
-    record: bytes = b""
-    error: ServingError | None = None
-    personal: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry of a stream.
-
-    Attributes:
-        log_id: Its place.
-        subject: Key of the person, "" for a mark and for an entry that was deleted meanwhile.
-        event_id: The caller's id, "" for an impression.
-        record: The bytes of one RECORD, empty for an impression.
-        payload: All of it as JSON.
-        erased: Keyed hash of who was erased here, empty but for such a mark.
-        mark: What changes for a person here, None but for such a mark.
-        undone: Log id of an earlier event that counts no more, 0 but for such a mark.
-        personal: Whether the event may enter the profile: decided when it came, by what the person allowed then.
-    """
-
-    log_id: int
-    subject: str = ""
-    event_id: str = ""
-    record: bytes = b""
-    payload: bytes = b""
-    erased: bytes = b""
-    mark: Mark | None = None
-    undone: int = 0
-    personal: bool = True
-
-    @classmethod
-    def of(cls, stream_id: bytes, found: dict[bytes, bytes]) -> Entry:
-        """Reads what Redis says of one."""
-        place, mark, undone = log_id(stream_id), None, found.get(b"u", b"")
-        if b"k" in found and not undone:
-            consent = found.get(b"c", b"")
-            allowed, forget = Purpose(int(consent)) if consent else None, found.get(b"f") == b"1"
-            mark = Mark(place, found[b"k"], allowed, forget, found.get(b"b"))
-        return cls(
-            place,
-            found.get(b"s", b"").decode(),
-            found.get(b"e", b"").decode(),
-            found.get(b"r", b""),
-            found.get(b"p", b""),
-            found.get(b"x", b""),
-            mark,
-            log_id(undone) if undone else 0,
-            b"n" not in found,
-        )
-
-
-def sound(entries: Sequence[Entry]) -> tuple[list[Entry], int]:
-    """The entries that are events for a profile, and how many more would be, had their record not been damaged."""
-    events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
-    intact = verify(np.frombuffer(b"".join(entry.record for entry in events), RECORD)).tolist()
-    return [entry for entry, whole in zip(events, intact, strict=True) if whole], intact.count(False)
-
-
-@dataclass(frozen=True, slots=True)
-class Erased:
-    """What an erasure did: everything up to `log_id` is refused from now on, so much was deleted."""
-
-    log_id: int
-    events: int
-    impressions: int
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionKeys:
-    """The keys of one partition; `seen`, `index` and `lease` are continued by whom they are about."""
-
-    events: bytes
-    impressions: bytes
-    seen: bytes
-    index: bytes
-    erased: bytes
-    floor: bytes
-    lease: bytes
-    people: bytes
-    rules: bytes
-    certificates: bytes
-    purging: bytes
-    returned: bytes
-
-    @classmethod
-    def of(cls, partition: int) -> PartitionKeys:
-        """Names them."""
-        return cls(*(partition_prefix(partition) + name.encode() for name in cls.__slots__))
 
 
 class EventLog:
@@ -306,7 +129,7 @@ class EventLog:
         self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal, guarded="" if unsafe else "events")
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
         self._salt = b""
-        self._memory = [_Memory(0.0, -_MEMORY_KNOWN_S)] * partitions
+        self._admission = Admission(self.nodes, [keys.events for keys in self.keys])
 
     def open(self) -> None:
         """Creates the log or checks that it is ours; done again by whoever finds it not done, so it may fail at start.
@@ -343,8 +166,9 @@ class EventLog:
             EventLogUnavailable: Redis does not answer; any of them may be durable, a retry is safe.
             ResourceExhausted: The log is full; nothing was appended.
         """
-        replies = self._with_room(events, self._event_call, self._mark)
-        return [_appended(event, reply) for event, reply in zip(events, replies, strict=True)]
+        self._tell_times()
+        replies = self._admission.send(events, self._event_call, self._mark)
+        return [appended_of(event, reply) for event, reply in zip(events, replies, strict=True)]
 
     def append_impressions(self, impressions: Sequence[LoggedImpression]) -> int:
         """Appends slates in one round trip; returns how many, less those of an erased past or without consent.
@@ -353,7 +177,8 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
             ResourceExhausted: The log is nearly full; the rest of it is kept for events.
         """
-        replies = self._with_room(impressions, self._impression_call, self._mark * 5 / 6)
+        self._tell_times()
+        replies = self._admission.send(impressions, self._impression_call, self._mark * 5 / 6)
         return sum(reply is not None for reply in required(replies))
 
     def read(self, partition: int, after: int = 0, count: int = 1000) -> list[Entry]:
@@ -569,23 +394,8 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        keys, now = self.keys[partition], self.now_ms(partition)
         times = self._times or LogTimes.read(self.nodes.command("HGET", META, "times"))
-        readers = [self.groups(stream) for stream in (keys.events, keys.impressions)]
-        names = [{group["name"].decode() for group in groups} for groups in readers]
-        kept = times.kept(names[0], names[1])
-        limits = [
-            max(0, self._needed_from(stream, groups, now - kept_ms))
-            for stream, groups, kept_ms in zip((keys.events, keys.impressions), readers, kept, strict=True)
-        ]
-        # The index of a user forgets what neither stream can hold any more.
-        trim = Call(LOG_TRIM, (keys.events, keys.impressions, keys.floor), (*limits, min(limits), _TRIMMED))
-        deleted = 0
-        while True:  # others wait behind each step
-            events, slates = map(int, self.nodes.run(trim))
-            deleted += events
-            if max(events, slates) < _TRIMMED:
-                return deleted
+        return trim(self.nodes, self.keys[partition], times, self.now_ms(partition), self.registered)
 
     def groups(self, stream: bytes) -> list[dict[str, Any]]:
         """What XINFO GROUPS says of a stream; nothing of one that is not there.
@@ -593,23 +403,11 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        return list(self.nodes.command("XINFO GROUPS", stream)) if self.nodes.command("EXISTS", stream) else []
+        return groups_of(self.nodes, stream)
 
     def registered(self, stream: bytes) -> Sequence[int]:
         """Times, ms, from which on readers of a stream still need it that are no consumer group: there are none."""
         return ()
-
-    def _needed_from(self, stream: bytes, groups: Sequence[dict[str, Any]], limit: int) -> int:
-        """The time up to which a stream may be trimmed: a limit, or that of the oldest entry that a reader needs."""
-        return min([limit, *self.registered(stream), *(self._needed_by(group, stream, limit) for group in groups)])
-
-    def _needed_by(self, group: dict[str, Any], stream: bytes, otherwise: int) -> int:
-        """Time in ms of the oldest entry that a group still needs; `otherwise` where it has read and done all."""
-        pending = self.nodes.command("XPENDING", stream, group["name"])
-        oldest: bytes = pending["min"] if pending["pending"] else group["last-delivered-id"]
-        if not pending["pending"] and not self.nodes.command("XRANGE", stream, b"(" + oldest, "+", "COUNT", 1):
-            return otherwise
-        return int(oldest.partition(b"-")[0])
 
     def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> Call:
         keys, now = self.keys[partition], time.time_ns() // 1_000_000
@@ -653,53 +451,6 @@ class EventLog:
         return Call(
             IMPRESSION_APPEND, (keys.impressions, keys.erased, keys.floor, keys.people, *names), (*common, *words)
         )
-
-    def _with_room(self, new: Sequence[_New], call: Callable[[int, Sequence[_New]], Call], mark: float) -> list[Any]:
-        """Sends what is new to the servers that have memory for it; what came of each, or the error that kept it away.
-
-        Raises:
-            EventLogUnavailable: None of them answers.
-            ResourceExhausted: None of them has memory.
-        """
-        self._tell_times()
-        replies: list[Any] = [None] * len(new)
-        places: dict[int, list[int]] = {}
-        for place, one in enumerate(new):
-            places.setdefault(partition_of(one.subject, self.partitions), []).append(place)
-        self._look([partition for partition in places if self._memory[partition].unknown(mark)])
-        for partition in [partition for partition in places if self._memory[partition].share > mark]:
-            refused = _full(self._memory[partition].share, mark)
-            for place in places.pop(partition):
-                replies[place] = refused
-        if new and not places:
-            raise replies[0]
-        pieces = [
-            (partition, own[start : start + _TOGETHER])
-            for partition, own in places.items()
-            for start in range(0, len(own), _TOGETHER)
-        ]
-        # News of the memory come with what is sent: nothing waits for them.
-        stale = [partition for partition in places if self._memory[partition].age > _MEMORY_CHECK_S]
-        found = self._look(stale, [call(partition, [new[place] for place in own]) for partition, own in pieces])
-        for (_, own), answer in zip(pieces, found, strict=True):
-            answers = [answer] * len(own) if isinstance(answer, PenchantError) else answer
-            for place, reply in zip(own, answers, strict=True):
-                replies[place] = reply
-        return replies
-
-    def _look(self, partitions: Collection[int], beside: Sequence[Call] = ()) -> list[Any]:
-        """Learns how much memory the servers of some partitions use; returns the replies to what is asked beside that.
-
-        Raises:
-            EventLogUnavailable: None of them answers.
-        """
-        asked: list[Request] = [*beside, *[(b"INFO", b"memory")] * len(partitions)]
-        keys = [call.keys[0] for call in beside] + [self.keys[partition].events for partition in partitions]
-        replies = self.nodes.run_all(asked, keys)
-        for partition, reply in zip(partitions, replies[len(beside) :], strict=True):
-            share = 0.0 if isinstance(reply, Unavailable) else _memory_used(required([reply])[0])
-            self._memory[partition] = _Memory(share, time.monotonic())
-        return replies[: len(beside)]
 
     def _range(self, stream: bytes, after: int, count: int) -> list[Entry]:
         found = self.nodes.command("XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
@@ -779,56 +530,8 @@ def _clock(node: redis.Redis) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
-class _Memory(NamedTuple):
-    """The share of its memory that a server used, and when that was found out."""
-
-    share: float
-    at: float
-
-    @property
-    def age(self) -> float:
-        """Seconds since it was found out."""
-        return time.monotonic() - self.at
-
-    def unknown(self, mark: float) -> bool:
-        """Whether this is too old to go by; what is refused for it is refused for what is so now."""
-        return self.age > (_MEMORY_CHECK_S / 4 if self.share > mark else _MEMORY_KNOWN_S)
-
-
-def _memory_used(said: bytes) -> float:
-    """The share of its memory that a server uses, by what INFO says; 0 where it may use any."""
-    numbers = dict(re.findall(rb"^(used_memory|maxmemory):(\d+)", said, re.MULTILINE))
-    used, most = int(numbers[b"used_memory"]), int(numbers[b"maxmemory"])
-    return used / most if most else 0.0
-
-
 def _seen(subject: bytes, event_id: str) -> bytes:
     """What the key continues with that says that an event is there."""
     # A hash, not the ids: `a:` + `b` and `a` + `:b` must differ, and a key per event should be short.
     name = len(subject).to_bytes(4, "little") + subject + event_id.encode()
     return b":" + hashlib.blake2b(name, digest_size=16).digest()
-
-
-def _full(share: float, mark: float) -> ResourceExhausted:
-    return ResourceExhausted(
-        f"the event log uses {share:.0%} of its memory and takes no more above {mark:.0%}; "
-        "look whether its consumers run, or raise maxmemory",
-        retry_after_ms=1000,
-    )
-
-
-def _appended(event: LoggedEvent, reply: Any) -> Appended:
-    if isinstance(reply, ServingError):
-        return Appended(0, error=reply)
-    if reply[0] == 0:
-        return Appended(log_id(reply[1]), False, event.record, personal=bool(reply[2]))
-    if reply[0] == 1:
-        return Appended(log_id(reply[1]), True, reply[2], personal=bool(reply[3]))
-    if reply[0] == 5:
-        return Appended(0, error=serving_error(reply_error(reply[1].decode()), EventLogUnavailable))
-    if reply[0] == 4:
-        reason = "the log holds more of this person than of anybody who is one; is it a bot? Raise person_cap if not"
-        return Appended(0, error=ResourceExhausted(reason, field="subject", retry_after_ms=HOUR_MS))
-    if reply[0] == 3:
-        return Appended(0, error=ConsentWithheld("this person allows none of its purposes: the event was not stored"))
-    return Appended(0, error=FailedPrecondition("this person was erased after the time of this event; do not send it"))

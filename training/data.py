@@ -96,6 +96,7 @@ class Interactions:
         origins: Line of `resolved` that holds the keys each event carries; uint32 `[E]`.
         resolved: The different keys that events carry; line 0 is of events that carry none.
         trusted_until: The newest moment, ms, that the events vouch for; later ones are from wrong clocks.
+        places: Row of each event among those of the data set; int64 `[E]`, None where they are all of them.
     """
 
     people: Sequence[str]
@@ -112,6 +113,11 @@ class Interactions:
     origins: npt.NDArray[np.uint32]
     resolved: Logged
     trusted_until: int = NEVER
+    places: npt.NDArray[np.int64] | None = None
+
+    def beside(self, column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
+        """A column of the data set's events with a value for each event here, in the same order."""
+        return column if self.places is None else column.take(self.places)
 
     def logged(self, part: slice) -> Logged:
         """Returns the keys that some events carry, for `features.histories.history_keys`."""
@@ -239,16 +245,19 @@ def _without(data: Interactions, hidden: npt.NDArray[np.bool_]) -> Interactions:
     names = ("rows", "types", "timestamps", "values", "target", "seen", "origins")
     columns: list[npt.NDArray[Any]] = [getattr(data, name) for name in names]
     counts, size = np.zeros(len(data.people), np.int64), 0
+    places: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     for block in data.blocks():
         kept = ~hidden[data.rows[block.events]]
         counts[block.people] = np.bincount(block.owner[kept] - block.people.start, minlength=counts[block.people].size)
         end = size + int(kept.sum())
+        places.append(block.events.start + np.flatnonzero(kept))
         for column in columns:
             if column.flags.writeable:  # else it holds one and the same value everywhere
                 column[size:end] = column[block.events][kept]
         size = end
     left: dict[str, Any] = {name: column[:size] for name, column in zip(names, columns, strict=True)}
-    return dataclasses.replace(data, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), **left)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return dataclasses.replace(data, offsets=offsets, places=np.concatenate(places), **left)
 
 
 def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interactions, list[str]]:

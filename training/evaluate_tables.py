@@ -77,7 +77,8 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
     """How well the ranker's probabilities fit what people did with what they were shown after the temporal cut.
 
     Statistics of items and surfaces are those of the run, as its bundle serves them; a person's history goes up to each
-    impression, as the service would know it.
+    impression, as the service would know it. Where slates were logged of a share of users (`weight`), each counts for
+    as many as it stands for.
 
     Returns:
         `metrics` {`ACTION/METRIC`: {mean, low, high}} of the mean of the runs' probabilities, with `METRICS`;
@@ -125,14 +126,14 @@ def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material,
 
 def compared(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mapping[str, Chances]) -> dict[str, Any]:
     """Returns what `evaluate_impressions` answers; `beside` are the scorers to compare."""
-    labels, people = tested.lines.labels(), tested.lines.people
+    labels, people, weights = tested.lines.labels(), tested.lines.people, tested.lines.unequal
     names = [action["name"] for action in runs[0].result["actions"]]
 
     def figures(chances: Chances) -> dict[str, dict[str, float]]:
         return {
             f"{name}/{metric}": value
             for number, name in enumerate(names)
-            for metric, value in judge(labels[:, number], chances.of(number), people).items()
+            for metric, value in judge(labels[:, number], chances.of(number), people, weights).items()
         }
 
     others = {name: figures(chances) for name, chances in beside.items()}
@@ -199,9 +200,10 @@ def baselines(run: LoadedRun, data: Interactions, shown: Shown, lines: Shown) ->
         Probabilities by name.
     """
     cut = cut_of(data, run.config)
-    known = shown.between(-1, cut).labels(cut)
+    before = shown.between(-1, cut)
+    rate = np.average(before.labels(cut), axis=0, weights=before.unequal)
     outcomes = Outcomes.of(run.result)
-    base = np.log((known.mean(0) + 1e-6) / (1 - known.mean(0) + 1e-6))
+    base = np.log((rate + 1e-6) / (1 - rate + 1e-6))
     item = blocks(run.statistics)[0][lines.rows].astype(np.float64)
     ends = before_cut(data, run.config)
     people, which = np.unique(lines.people, return_inverse=True)
@@ -223,10 +225,13 @@ def baselines(run: LoadedRun, data: Interactions, shown: Shown, lines: Shown) ->
 
 
 def judge(
-    labels: npt.NDArray[np.bool_], chances: Chances, people: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.bool_],
+    chances: Chances,
+    people: npt.NDArray[np.int64],
+    weights: Floats | None = None,
 ) -> dict[str, dict[str, float]]:
     """The `METRICS` of one action's probabilities with intervals, by drawing people: {mean, low, high} each."""
-    return spread(values_of(labels, chances, people), resampled(labels, chances, people))
+    return spread(values_of(labels, chances, people, weights), resampled(labels, chances, people, weights))
 
 
 def spread(values: Floats, drawn: Floats) -> dict[str, dict[str, float]]:
@@ -238,35 +243,51 @@ def spread(values: Floats, drawn: Floats) -> dict[str, dict[str, float]]:
     }
 
 
-def values_of(labels: npt.NDArray[np.bool_], chances: Chances, people: npt.NDArray[np.int64]) -> Floats:
+def values_of(
+    labels: npt.NDArray[np.bool_],
+    chances: Chances,
+    people: npt.NDArray[np.int64],
+    weights: Floats | None = None,
+) -> Floats:
     """The `METRICS` of one action's probabilities; float64 [M]."""
-    found = measure(labels, chances.live, people) | {"slate_gauc": gauc(labels, chances.slate, people)}
+    found = measure(labels, chances.live, people, weights)
+    found["slate_gauc"] = gauc(labels, chances.slate, people, weights)
     return np.array([found[name] for name in METRICS])
 
 
-def resampled(labels: npt.NDArray[np.bool_], chances: Chances, people: npt.NDArray[np.int64]) -> Floats:
+def resampled(
+    labels: npt.NDArray[np.bool_],
+    chances: Chances,
+    people: npt.NDArray[np.int64],
+    weights: Floats | None = None,
+) -> Floats:
     """The `METRICS` of one action in each of the same draws of people; float64 [draws, M], NaN where there is none."""
     rng = np.random.default_rng(0)
     _, who, sizes = np.unique(people, return_inverse=True, return_counts=True)
-    within = [_within(labels, scores, who) for scores in (chances.live, chances.slate)]
+    masses = sizes if weights is None else np.bincount(who, weights)
+    within = [_within(labels, scores, who, weights) for scores in (chances.live, chances.slate)]
     order = np.argsort(chances.live, kind="stable")
     out = np.empty((DRAWS, len(METRICS)))
     for draw in out:
         times = np.bincount(rng.integers(0, sizes.size, sizes.size), minlength=sizes.size)
         some = np.repeat(order, times[who[order]])
         y, p = labels[some], chances.live[some]
-        grouped = [_weighted(alone, times * sizes) for alone in within]
-        draw[:] = auc(y, p), *grouped, log_loss(y, p), ece(y, p)
+        w = None if weights is None else weights[some]
+        grouped = [_weighted(alone, times * masses) for alone in within]
+        draw[:] = auc(y, p, w), *grouped, log_loss(y, p, w), ece(y, p, weights=w)
     return out
 
 
-def _within(labels: npt.NDArray[np.bool_], scores: Floats, who: npt.NDArray[np.int64]) -> Floats:
+def _within(
+    labels: npt.NDArray[np.bool_], scores: Floats, who: npt.NDArray[np.int64], weights: Floats | None
+) -> Floats:
     """AUC inside each person's lines, NaN where one kind is missing; people are numbered from 0."""
     order = np.argsort(who, kind="stable")
-    return np.array([auc(labels[some], scores[some]) for some in np.split(order, np.cumsum(np.bincount(who))[:-1])])
+    own = np.split(order, np.cumsum(np.bincount(who))[:-1])
+    return np.array([auc(labels[at], scores[at], None if weights is None else weights[at]) for at in own])
 
 
-def _weighted(values: Floats, weights: npt.NDArray[np.int64]) -> float:
+def _weighted(values: Floats, weights: npt.NDArray[Any]) -> float:
     """Weighted mean of what is not NaN; NaN where nothing is."""
     known = ~np.isnan(values)
     mass = weights[known].sum()

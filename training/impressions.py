@@ -45,6 +45,7 @@ class Shown:
         where: Position of the surface in `surfaces`; int64.
         surfaces: Names of the surfaces, "" where nobody wrote it down.
         done: When each action followed, ms; `NEVER` where it did not; int64 [n, A].
+        weights: How many lines each stands for, where slates were logged of a share of users alone, else 1; float64.
     """
 
     people: _I64
@@ -55,6 +56,7 @@ class Shown:
     where: _I64
     surfaces: list[str]
     done: _I64
+    weights: npt.NDArray[np.float64]
 
     def __len__(self) -> int:
         """The number of lines."""
@@ -70,6 +72,11 @@ class Shown:
             field.name: getattr(self, field.name)[at] for field in dataclasses.fields(self) if field.name != "surfaces"
         }
         return Shown(surfaces=self.surfaces, **arrays)
+
+    @property
+    def unequal(self) -> npt.NDArray[np.float64] | None:
+        """The weights, None where all are the same, so that measures are what they are without."""
+        return None if (self.weights == self.weights[:1]).all() else self.weights
 
     def between(self, after: int, until: int) -> Shown:
         """The lines later than `after` and not later than `until`, ms."""
@@ -101,8 +108,8 @@ def read_shown(
     slates = _slates(path, methods)
     if slates is None:
         return None
-    lines, requests = _lines(slates, vocabulary, data, len(actions), dataset.events["log_id"])
-    _follow(lines, requests, dataset, data, actions)
+    lines, requests = _lines(slates, vocabulary, data, len(actions), data.beside(dataset.events["log_id"]))
+    _follow(lines, requests, data.beside(dataset.events["request_id"]), data, actions)
     return lines
 
 
@@ -174,6 +181,7 @@ def _lines(
         where=where[slate[kept]],
         surfaces=surfaces,
         done=np.full((kept.size, actions), NEVER),
+        weights=pc.fill_null(slates["weight"], 1.0).to_numpy().astype(np.float64)[slate[kept]],
     )
     requests = slates["request_id"].to_pylist()
     return lines, [requests[at] for at in slate[kept].tolist()]
@@ -207,10 +215,13 @@ def _by_person(data: Interactions, people: _I64) -> Iterator[tuple[_I64, slice]]
 
 
 def _follow(
-    lines: Shown, requests: Sequence[str], dataset: Dataset, data: Interactions, actions: Sequence[Action]
+    lines: Shown,
+    requests: Sequence[str],
+    column: pa.ChunkedArray[Any],
+    data: Interactions,
+    actions: Sequence[Action],
 ) -> None:
-    """Fills `done` in place."""
-    column = dataset.events["request_id"]
+    """Fills `done` in place; `column` says which request each event of `data` follows from."""
     if is_present(column):
         known, whose = codes(column.fill_null(""))  # type: ignore[arg-type]
         numbers = {name: number for number, name in enumerate(known)}

@@ -51,47 +51,64 @@ def novelty(shown: npt.NDArray[np.int64], counts: Floats) -> float:
     return float(information[shown[shown >= 0]].mean())
 
 
-def auc(labels: npt.NDArray[np.bool_], scores: Floats) -> float:
-    """Probability that a positive scores above a negative, ties counting half; NaN where one kind is missing."""
+def auc(labels: npt.NDArray[np.bool_], scores: Floats, weights: Floats | None = None) -> float:
+    """Probability that a positive scores above a negative, ties counting half; NaN where one kind is missing.
+
+    With weights, each pair counts as often as its weights' product says.
+    """
     positives = int(labels.sum())
     negatives = labels.size - positives
     if not positives or not negatives:
         return float("nan")
+    if weights is not None:
+        _, inverse = np.unique(scores, return_inverse=True)
+        ups, downs = (np.bincount(inverse, np.where(kind, weights, 0.0)) for kind in (labels, ~labels))
+        return float(ups @ (np.cumsum(downs) - downs / 2) / (ups.sum() * downs.sum()))
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     middle = np.cumsum(counts) - (counts - 1) / 2
     return float((middle[inverse][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def gauc(labels: npt.NDArray[np.bool_], scores: Floats, groups: npt.NDArray[np.int64]) -> float:
+def gauc(
+    labels: npt.NDArray[np.bool_], scores: Floats, groups: npt.NDArray[np.int64], weights: Floats | None = None
+) -> float:
     """AUC inside each group, weighted by the group's size, over the groups that have both kinds (arXiv:1706.06978)."""
+    own = np.ones(labels.size) if weights is None else weights
     order = np.argsort(groups, kind="stable")
     borders = np.flatnonzero(np.diff(groups[order])) + 1
-    parts = [(auc(labels[part], scores[part]), part.size) for part in np.split(order, borders)]
+    parts = [
+        (auc(labels[part], scores[part], None if weights is None else own[part]), own[part].sum())
+        for part in np.split(order, borders)
+    ]
     kept = [(value, size) for value, size in parts if value == value]  # NaN is unequal to itself
     total = sum(size for _, size in kept)
-    return sum(value * size for value, size in kept) / total if total else float("nan")
+    return float(sum(value * size for value, size in kept) / total) if total else float("nan")
 
 
-def log_loss(labels: npt.NDArray[np.bool_], probabilities: Floats) -> float:
+def log_loss(labels: npt.NDArray[np.bool_], probabilities: Floats, weights: Floats | None = None) -> float:
     """Mean negative log likelihood in nats; probabilities are kept 1e-7 away from 0 and 1."""
     p = np.clip(probabilities, 1e-7, 1 - 1e-7)
-    return float(-np.mean(np.where(labels, np.log(p), np.log1p(-p))))
+    losses = np.where(labels, np.log(p), np.log1p(-p))
+    return float(-np.mean(losses) if weights is None else -np.average(losses, weights=weights))
 
 
-def ece(labels: npt.NDArray[np.bool_], probabilities: Floats, bins: int = 15) -> float:
-    """Expected calibration error over bins of equal mass."""
+def ece(labels: npt.NDArray[np.bool_], probabilities: Floats, bins: int = 15, weights: Floats | None = None) -> float:
+    """Expected calibration error over bins of as many lines each."""
+    own = np.ones(labels.size) if weights is None else weights
     parts = np.array_split(np.argsort(probabilities, kind="stable"), bins)
-    gaps = [abs(labels[part].mean() - probabilities[part].mean()) * part.size for part in parts if part.size]
-    return float(np.sum(gaps) / labels.size)
+    gaps = [abs(own[part] @ (labels[part] - probabilities[part])) for part in parts if part.size]
+    return float(np.sum(gaps) / own.sum())
 
 
-def measure(labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64]) -> dict[str, float]:
+def measure(
+    labels: npt.NDArray[np.bool_], chances: Floats, people: npt.NDArray[np.int64], weights: Floats | None = None
+) -> dict[str, float]:
     """Quality of one action's probabilities: `auc`, `gauc` with `people` as groups, `log_loss` and `ece`."""
     return {
-        "auc": auc(labels, chances),
-        "gauc": gauc(labels, chances, people),
-        "log_loss": log_loss(labels, chances),
-        "ece": ece(labels, chances),
+        "auc": auc(labels, chances, weights),
+        "gauc": gauc(labels, chances, people, weights),
+        "log_loss": log_loss(labels, chances, weights),
+        "ece": ece(labels, chances, weights=weights),
     }
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.proofs.redis_trouble
 
-The last line of stdout is one JSON object: a row per trouble, per trouble of a cluster, and per storm of calls.
+The last line of stdout is one JSON object: a row per trouble, per trouble of a cluster, per storm of calls, and one of
+a service whose Redis became unsafe.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent.parent / "serving"
-TESTS = [HERE / name for name in ("test_redis_trouble.py", "test_cluster.py", "test_failover.py", "test_canary.py")]
-KINDS = {"trouble": "troubles", "cluster": "cluster", "canaries": "canaries"}
+NAMES = ("test_unsafe_redis.py", "test_redis_trouble.py", "test_cluster.py", "test_failover.py", "test_canary.py")
+TESTS = [HERE / name for name in NAMES]
+KINDS = {"trouble": "troubles", "unsafe": "unsafe", "cluster": "cluster", "canaries": "canaries"}
 
 
 class Findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import duckdb
 import numpy as np
@@ -15,7 +16,7 @@ from features.schema import item_key
 from serving import side_effects
 from serving.events import Entry
 from serving.query import Candidates, Query, Slate, Unknown
-from serving.side_effects import MOST_DIALS, ImpressionWriter
+from serving.side_effects import MOST_DIALS, ImpressionWriter, is_logged
 from serving.telemetry import Telemetry
 from serving.warehouse_tables import impression_table
 from tests.serving.logged import now_ms, shown_of, slate
@@ -103,6 +104,26 @@ def test_items_that_the_catalogue_does_not_know_stand_at_their_places():
     assert row["upstream_scores"] == [0.75, None, np.float32(0.1), None]
     payload = slate("ann", "r2", [1, 2], unknown=unknown, upstream=np.ones(2, np.float32), sources={"upstream": [3, 4]})
     assert json.loads(payload.payload)["upstream_scores"] == [0.75, 3.0, 0.1, 4.0]
+
+
+def test_of_a_share_of_users_every_slate_is_logged_and_says_what_it_stands_for(log, events_redis):
+    telemetry = Telemetry()
+    writer = ImpressionWriter(log, 1000, telemetry, share=0.25)
+    users = [f"u:{number}" for number in range(60)]
+    for turn in range(3):
+        for subject in users:
+            candidates = Candidates(np.array([turn], np.int32), np.ones((1, 1), np.float32), ("popular",))
+            answer = Slate(candidates.rows, candidates.scores[0], np.ones(1), candidates, None, {}, [])
+            writer.put(shown_of(Query(f"{subject}-{turn}", subject, now_ms(), 0.0, 1), answer))
+    writer.close()
+    held = [one for partition in range(log.partitions) for one in log.read_impressions(partition)]
+    chosen = [subject for subject in users if is_logged(subject, 0.25)]
+    assert Counter(one.subject for one in held) == dict.fromkeys(chosen, 3)
+    assert 0 < len(chosen) < 40
+    rows, _ = impression_table(held)
+    assert rows["weight"].to_pylist() == [4.0] * len(held)
+    assert table(slate("ann", "r", [1]).payload)["weight"].to_pylist() == [None]  # where all are logged
+    assert telemetry.counters()["impressions.left_out"] == 180 - len(held)
 
 
 def test_a_slate_that_cannot_be_written_costs_itself_alone(log):

@@ -84,6 +84,32 @@ def test_intervals_cover_the_whole_and_weigh_people() -> None:
     assert same.tobytes() == drawn.tobytes()
 
 
+def test_a_weight_counts_as_so_many_of_the_same() -> None:
+    """Users of whom a third was logged stand for three each; unequal weights, as where the share was changed."""
+    rng = np.random.default_rng(3)
+    people = np.repeat(np.arange(120), 6)
+    scores = np.round(rng.normal(size=people.size), 1)  # with ties
+    labels = rng.random(people.size) < 1 / (1 + np.exp(-scores))
+    chances = Chances(1 / (1 + np.exp(-scores)), rng.random(people.size))
+    weights = np.where(people % 2, 3.0, 1.0)
+    copies = [np.arange(people.size), *[np.flatnonzero(people % 2)] * 2]
+    # Each copy of a user is another user.
+    every = np.concatenate([people[at] + 1000 * n for n, at in enumerate(copies)])
+    rows = np.concatenate(copies)
+    alike = values_of(labels[rows], Chances(chances.live[rows], chances.slate[rows]), every)
+    found = values_of(labels, chances, people, weights)
+    assert found[:4] == pytest.approx(alike[:4])  # the bins of the last have as many lines each, not as much weight
+    assert abs(found[4] - alike[4]) < 0.02
+    assert values_of(labels, chances, people, np.full(people.size, 4.0)) == pytest.approx(
+        values_of(labels, chances, people)
+    )
+    drawn = resampled(labels, chances, people, weights)
+    for at, name in enumerate(METRICS[:4]):
+        assert abs(drawn[:, at].mean() - found[at]) < drawn[:, at].std(), name
+    # The control: without weights the others decide.
+    assert abs(values_of(labels, chances, people)[0] - found[0]) > 1e-4
+
+
 STAND_IN = """#!{python}
 # Answers for LightGBM: everybody's rates in training.
 import json, sys

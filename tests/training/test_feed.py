@@ -113,6 +113,50 @@ def test_labels_join_by_request_inside_the_window(tmp_path: Path) -> None:
     assert not lines.labels(START + HOUR // 4).any()
 
 
+def test_the_events_of_hidden_items_leave_what_is_read_beside_them_too(tmp_path: Path) -> None:
+    """What followed an impression is the same, whichever other items are hidden from training."""
+    rng = np.random.default_rng(5)
+    events, slates = [], []
+    for number in range(60):
+        user, hour = f"u{number % 6}", float(number)
+        shown = [f"i{item}" for item in rng.permutation(12)[:4]]
+        slates.append((f"r{number}", user, hour, shown, "x"))
+        events += [(user, item, "click", hour + 0.1, f"r{number}") for item in shown if rng.random() < 0.6]
+    log_ids = [2**60 + 10 * number for number in range(len(events))]
+    versions = [max([0, *(at for at, event in zip(log_ids, events, strict=True) if event[3] < s[2])]) for s in slates]
+    path = write(tmp_path, events, slates, 12, log_ids, versions)
+    dataset = open_dataset(path)
+    _, vocabulary = item_vocabulary(dataset)
+    whole = read_interactions(dataset, vocabulary, CONFIG)
+    some = read_interactions(dataset, vocabulary, CONFIG.model_copy(update={"hide_items": 0.4}))
+    assert 0 < some.rows.size < whole.rows.size
+    known = read_shown(path, dataset, vocabulary, whole, ACTIONS)
+    hidden = read_shown(path, dataset, vocabulary, some, ACTIONS)
+    assert known is not None
+    assert hidden is not None
+    left = np.isin(known.rows, some.rows)
+    assert (hidden.done[left] == known.done[left]).all()
+    assert (hidden.done[~np.isin(known.rows, some.rows)] == NEVER).all()
+    for at in range(len(hidden)):
+        own = some.rows[some.offsets[hidden.people[at]] :][: hidden.positions[at]]
+        before = whole.rows[whole.offsets[known.people[at]] :][: known.positions[at]]
+        assert own.tolist() == before[np.isin(before, some.rows)].tolist()
+
+
+def test_a_slate_of_a_sample_has_its_weight_and_any_other_has_one(tmp_path: Path) -> None:
+    slates = [("a", "u", 1, ["i0", "i1"], "x"), ("b", "u", 2, ["i2"], "x")]
+    path = write(tmp_path, [("u", "i0", "click", 0.5, None)], slates, 3)
+    assert world(path).shown.weights.tolist() == [1, 1, 1]
+    file = path / "impressions.parquet"
+    table = pq.read_table(file)
+    names = [name for name in table.column_names if name != "weight"]
+    weighted = table.select(names).append_column("weight", pa.array([4.0, None], pa.float32()))
+    pq.write_table(weighted, file)
+    assert world(path).shown.weights.tolist() == [4, 4, 1]
+    pq.write_table(table.select(names), file)  # of an older release
+    assert world(path).shown.weights.tolist() == [1, 1, 1]
+
+
 def test_only_slates_of_the_methods_that_the_ranker_is_for_are_read(tmp_path: Path, caplog) -> None:
     slates = [(name, "u", hour, [f"i{hour}"], "x") for hour, name in enumerate("abcdef")]
     made = ["recommend", "search", "similar", "rank", "rank", None]
