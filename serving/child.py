@@ -71,7 +71,7 @@ def main() -> int:
             return 0
         from serving.worker import work
 
-        work(config, orders["number"], stop, lambda: _say({"ready": True}), orders["bundle_id"])
+        work(config, orders["number"], stop, lambda: _say({"ready": True}), orders["bundle_id"], orders["sealed"])
     except PenchantError as error:
         _say({"error": str(error)})
         return 2

@@ -146,7 +146,7 @@ def open_engine(
     with bounded_memory(bundle, around.config.device):
         catalog, lexical = read_items(bundle)
         model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
-        model.probe(_shapes(bundle), len(bundle.model["event_types"]))
+        model.probe(input_shapes(bundle), len(bundle.model["event_types"]))
         replay(bundle, model, catalog, index)
         _warm_up(catalog, lexical)
         return Engine(
@@ -154,7 +154,7 @@ def open_engine(
             model=model,
             catalog=catalog,
             lexical=lexical,
-            shapes=_shapes(bundle),
+            shapes=input_shapes(bundle),
             pipelines=_Builder(bundle, model, catalog, index, lexical, around).pipelines(),
             event_types={event_type_key(name): name for name in bundle.model["event_types"]},
         )
@@ -203,7 +203,7 @@ class _Builder:
         self._neighbors = Neighbors(*read_neighbors(bundle, len(catalog.vocabulary)))
         self._repeats = bool(bundle.model["repeats"])
         self._personal = personal(bundle, model, catalog, around.config.log_features if around.impressions else 0.0)
-        self._words = QueryVector(model, _shapes(bundle))
+        self._words = QueryVector(model, input_shapes(bundle))
         self._text = SearchScorer(lexical, catalog, around.config.search_personal)
 
     def pipelines(self) -> Mapping[str, Pipeline]:
@@ -330,7 +330,8 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
         lexical.score(tokens, rows)
 
 
-def _shapes(bundle: Bundle) -> ItemInputShapes:
+def input_shapes(bundle: Bundle) -> ItemInputShapes:
+    """Returns how items and words are fed to the encoders of a bundle."""
     return ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})
 
 

@@ -70,7 +70,15 @@ def _table(path: Path, name: str) -> pa.Table:
 
 
 def _numbers(model: dict[str, Any]) -> Iterator[str]:
-    whole = ("dim", "max_length", "max_tokens", "max_categories", "token_buckets", "category_buckets", "creator_buckets")
+    whole = (
+        "dim",
+        "max_length",
+        "max_tokens",
+        "max_categories",
+        "token_buckets",
+        "category_buckets",
+        "creator_buckets",
+    )
     for name in whole:
         if isinstance(model[name], bool) or not isinstance(model[name], int) or model[name] < 1:
             yield f"model.{name}"
