@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: prove-batch prove-bundles prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
 .PHONY: clean
 
 VENV := .venv
@@ -81,6 +81,11 @@ prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost 
 prove-batch: $(VENV)/.ready-dev  ## a batch answers as the service does; USERS=N
 	$(BIN)/python -m benchmarks.report batch 'A batch answers as the service does' -- \
 		$(BIN)/python -m tests.proofs.batch --users $(or $(USERS),1000)
+
+COUNT ?= 2000
+prove-bundles: $(VENV)/.ready-dev  ## hostile bundles: each refused by name, or as sound as another; COUNT=N, SEED=N
+	$(BIN)/python -m benchmarks.report bundles 'Bundles that another hand has changed' -- \
+		$(BIN)/python -m tests.proofs.bundles --count $(COUNT) --seed $(or $(SEED),1) --exported
 
 LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N

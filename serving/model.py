@@ -29,6 +29,7 @@ _F32 = npt.NDArray[np.float32]
 _I64 = npt.NDArray[np.int64]
 _Shapes = dict[str, list[int | None]]
 _ERRORS_ONLY = 3
+_LONGEST_REASON = 300
 # Every error that a session can raise; they share no base of their own.
 _FAULTS = tuple(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
@@ -221,7 +222,8 @@ class Model:
         try:
             session = onnxruntime.InferenceSession(content, options, providers=self._providers)
         except _FAULTS as error:
-            raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); export the run again") from error
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise BundleError(f"{path}: ONNX Runtime cannot load it ({reason}); export the run again") from error
         if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
             raise ConfigError("CUDA is there but does not start; choose --device cpu or mend the driver")
         found = {node.name: node.shape for node in session.get_inputs()}
@@ -238,7 +240,7 @@ class Model:
         try:
             answer: _F32 = session.run(None, inputs)[0]
         except _FAULTS as error:
-            raise ModelError(f"a model failed: {error}") from error
+            raise ModelError(f"a model failed: {' '.join(str(error).split())[:_LONGEST_REASON]}") from error
         if not np.isfinite(answer).all():
             raise ModelError("a model answered with NaN or infinity; check the vectors and features that it was given")
         return answer

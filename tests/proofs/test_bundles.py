@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from features.bundle import open_bundle
 from features.errors import BundleError
@@ -70,40 +70,51 @@ def test_memory_that_is_not_sealed_or_holds_other_bytes_is_refused(bundle):
     os.close(handle)
     opened = open_bundle(bundle)
     other = opened.seal("vectors.npy")
-    with pytest.raises(BundleError, match="not sealed|changed while"):
+    with pytest.raises(BundleError, match=r"not sealed|changed while"):
         open_bundle(bundle, sealed={"vocabulary.arrow": other}).view("vocabulary.arrow")
     os.close(other)
 
 
-def deadly(bundle: Path) -> None:
-    """A query encoder that divides a whole number by zero, which ONNX Runtime does not survive."""
-    model = onnx.load_model_from_string((bundle / "query_encoder.onnx").read_bytes())
-    graph = model.graph
-    graph.initializer.append(numpy_helper.from_array(np.array([0]), "zero"))
-    graph.node.insert(0, helper.make_node("Div", ["tokens", "zero"], ["divided"]))
-    for node in graph.node[1:]:
-        node.input[:] = ["divided" if name == "tokens" else name for name in node.input]
-    onnx.checker.check_model(model)
-    assert graph.input[0].type.tensor_type.elem_type == TensorProto.INT64
-    (bundle / "query_encoder.onnx").write_bytes(model.SerializeToString())
-    seal_again(bundle)
+DEADLY = """
+import os, signal, sys
+opened = 0
+
+def watch(event, arguments):
+    global opened
+    if event == "open" and str(arguments[0]).endswith("query_encoder.onnx"):
+        opened += 1
+        if opened == 2:  # once it was hashed, it is read to be parsed
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+sys.addaudithook(watch)
+"""
+"""Plants a fault into every Python process that has it on its path: the query encoder ends who parses it."""
 
 
-def test_a_model_that_ends_its_process_is_named(bundle):
-    vet(bundle)
-    deadly(bundle)
-    with pytest.raises(BundleError, match=r"query_encoder\.onnx: ends the process \(SIG\w+\) that reads it"):
-        vet(bundle)
+@pytest.fixture
+def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(DEADLY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}:{os.environ.get('PYTHONPATH', '')}")
 
 
-def test_a_service_refuses_it_by_name_and_without_a_trace(bundle, tmp_path):
-    deadly(bundle)
+def test_a_file_that_ends_the_process_that_reads_it_is_named_by_the_service(bundle, tmp_path, deadly):
     options = ["--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "state"), "--workers", "1"]
     command = [sys.executable, "-c", "from penchant.cli import main; main()", "serve", str(bundle), *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert run.returncode == 2
-    assert "query_encoder.onnx: ends the process" in run.stderr
+    assert "query_encoder.onnx: ends the process (SIGSEGV) that reads it; export the run again" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_sound_bundle_passes_and_a_malformed_one_is_refused_in_a_process_of_its_own(bundle):
+    vet(bundle)
+    content = bytearray((bundle / "items.arrow").read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    (bundle / "items.arrow").write_bytes(content)
+    seal_again(bundle)
+    with pytest.raises(BundleError, match=r"items\.arrow: Arrow cannot read it"):
+        vet(bundle)
 
 
 @pytest.mark.parametrize("kind", ["float_data", "int64_data"])
