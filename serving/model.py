@@ -113,7 +113,8 @@ class Model:
             categories = np.zeros((count, shapes.max_categories), np.int64)
             tokens[-1], categories[-1] = shapes.token_buckets, shapes.category_buckets
             creators, prices = np.full(count, shapes.creator_buckets, np.int64), np.full(count, -1, np.float32)
-            content = {"tokens": tokens, "categories": categories, "creators": creators, "prices": prices}
+            content: dict[str, npt.NDArray[Any]] = {"tokens": tokens, "categories": categories}
+            content |= {"creators": creators, "prices": prices}
             _require(self.encode_items(content), count, self.dim)
 
     def _probe_queries(self, shapes: ItemInputShapes) -> None:
