@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 from redis.exceptions import RedisError
 
 from features.bundle import Bundle, open_bundle
-from features.private_files import private_folder, set_private_umask
+from features.private_files import set_private_umask
 from serving.child import LOG_FORMAT
 from serving.config import ServeConfig
 from serving.erasure import Ledger, replay
@@ -30,7 +30,7 @@ from serving.errors import ConfigError, Unavailable
 from serving.events import EventLog
 from serving.profiles import ProfileStore
 from serving.redis_client import connect, printable, require_safe
-from serving.redis_server import RedisServer
+from serving.redis_server import RedisServer, close_to_others
 from serving.vetting import vet
 
 START_S = 120.0
@@ -71,7 +71,7 @@ def serve(config: ServeConfig) -> int:
     _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
     stop = threading.Event()
     if config.state_dir.exists():
-        private_folder(config.state_dir)
+        close_to_others(config.state_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stop))
         redis, events = stack.enter_context(_stores(config))
