@@ -88,6 +88,11 @@ prove-batch: $(VENV)/.ready-dev  ## a batch answers as the service does; USERS=N
 	$(BIN)/python -m benchmarks.report batch 'A batch answers as the service does' -- \
 		$(BIN)/python -m tests.proofs.batch --users $(or $(USERS),1000)
 
+COUNT ?= 2000
+prove-bundles: $(VENV)/.ready-dev  ## hostile bundles: each refused by name, or as sound as another; COUNT=N, SEED=N
+	$(BIN)/python -m benchmarks.report bundles 'Bundles that another hand has changed' -- \
+		$(BIN)/python -m tests.proofs.bundles --count $(COUNT) --seed $(or $(SEED),1) --exported
+
 LIVES ?= 2000
 prove-skew: $(VENV)/.ready-dev  ## thousands of random lives: online, replayed from Parquet, by an oracle; LIVES=N, SEED=N
 	$(BIN)/python -m benchmarks.report no-skew 'One history, read five ways' -- \

@@ -17,8 +17,12 @@ from features.errors import BundleError, VocabularyError
 from features.schema import ITEMS
 from features.vocabulary import Vocabulary
 
-_LEARNED = {"popularity": pa.float32(), "recent_popularity": pa.float32(), "trained": pa.bool_()}
-_POPULAR = {"segment": pa.string(), "row": pa.int32(), "score": pa.float32()}
+_LEARNED: dict[str, pa.DataType] = {
+    "popularity": pa.float32(),
+    "recent_popularity": pa.float32(),
+    "trained": pa.bool_(),
+}
+_POPULAR: dict[str, pa.DataType] = {"segment": pa.string(), "row": pa.int32(), "score": pa.float32()}
 # As numpy writes it. Its own reader evaluates the header, and takes an archive for an array.
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00[\x00-\xff]{2}"
@@ -38,8 +42,8 @@ def read_items(bundle: Bundle) -> pa.Table:
         BundleError: The file is malformed, an item has no id, or a number is not finite.
     """
     width = statistics_width(len(bundle.model["actions"]))
-    statistics = {"statistics": pa.list_(pa.float32(), width)}
-    types = {field.name: field.type for field in ITEMS} | _LEARNED | statistics
+    statistics: dict[str, pa.DataType] = {"statistics": pa.list_(pa.float32(), width)}
+    types: dict[str, pa.DataType] = {field.name: field.type for field in ITEMS} | _LEARNED | statistics
     table = _table(bundle, "items.arrow", types, frozenset({"item_id", *_LEARNED}))
     for name in ("popularity", "recent_popularity", "price", "statistics"):
         if name in table.column_names:
@@ -96,7 +100,7 @@ def read_popular(bundle: Bundle, count: int) -> dict[str, Table]:
         BundleError: The file is malformed, names rows beyond `count` or twice, or does not have the best first.
     """
     table = _table(bundle, "popular.arrow", _POPULAR, frozenset(_POPULAR))
-    segments = table.column("segment").combine_chunks().dictionary_encode()
+    segments: Any = table.column("segment").combine_chunks().dictionary_encode()
     rows = np.array(table.column("row").to_numpy(), np.int32)
     scores = np.array(table.column("score").to_numpy(), np.float32)
     _check_rows(bundle, "popular.arrow", rows, 0, count)

@@ -139,7 +139,7 @@ def _actions(values: Any) -> str:
     if wrong := _list(_mapping)(values):
         return wrong
     names = [value.get("name") for value in values]
-    return _list(_text, unique=True)(names) and "a list of objects, each with a name of its own"
+    return "a list of objects, each with a name of its own" if _list(_text, unique=True)(names) else ""
 
 
 _FILE: Mapping[str, Check] = {"size": _whole(0, _LARGEST_FILE), "sha256": _hex(64)}
@@ -168,5 +168,5 @@ _MODEL: Mapping[str, Check] = {
 _ACTION: Mapping[str, Check] = {
     "name": _text,
     "event_type": _text,
-    "min_value": lambda value: value is not None and _number()(value),
+    "min_value": lambda value: "" if value is None else _number()(value),
 }

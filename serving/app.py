@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 from redis.exceptions import RedisError
 
 from features.bundle import Bundle, open_bundle
-from features.private_files import private_folder, set_private_umask
+from features.private_files import set_private_umask
 from serving import logs
 from serving.config import ServeConfig
 from serving.errors import ConfigError
@@ -32,7 +32,8 @@ from serving.log_watch import LogWatch
 from serving.monitor import Monitor
 from serving.redis_client import connect, printable
 from serving.redis_safety import require_safe
-from serving.redis_server import RedisServer
+from serving.redis_server import RedisServer, close_to_others
+from serving.vetting import vet
 
 START_S = 120.0
 _FIRST_PAUSE_S = 0.1
@@ -40,7 +41,13 @@ _LONGEST_PAUSE_S = 10.0
 _HEALTHY_S = 30.0
 _STOP_S = 5.0
 """Time beside the drain that a process is given to end."""
+SHARED = ("vocabulary.arrow",)
+"""Files of a bundle that the workers share in memory, sealed; each has the others for itself."""
 _log = logging.getLogger(__name__)
+
+
+class ChildDied(ConfigError):
+    """A process ended before it was ready, and said nothing."""
 
 
 def serve(config: ServeConfig) -> int:
@@ -65,14 +72,17 @@ def serve(config: ServeConfig) -> int:
     _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
     stop = threading.Event()
     if config.state_dir.exists():
-        private_folder(config.state_dir)
+        close_to_others(config.state_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stop))
         redis, events = stack.enter_context(_stores(config))
         stack.enter_context(kept(config, redis, events))
         address = stack.enter_context(_reserved(config))
         monitor, metrics = stack.enter_context(_monitored(config, bundle, redis, events))
-        orders = _orders(config, bundle, address, redis, events)
+        sealed = {name: bundle.seal(name) for name in SHARED}
+        for handle in sealed.values():
+            stack.callback(os.close, handle)
+        orders = _orders(config, bundle, address, redis, events) | {"sealed": sealed}
         workers = [
             _Child(f"worker {number}", orders | {"role": "worker", "number": number}, monitor)
             for number in range(config.worker_count)
@@ -86,8 +96,12 @@ def serve(config: ServeConfig) -> int:
         for child in children:
             child.start()
         for child in children:
-            if not child.wait_ready(START_S, stop):
-                return 0
+            try:
+                if not child.wait_ready(START_S, stop):
+                    return 0
+            except ChildDied:
+                vet(bundle.path, bundle.bundle_id)  # what ended it may be a file of the bundle
+                raise
         ready = {
             "listen": address,
             "bundle_id": bundle.bundle_id,
@@ -130,7 +144,7 @@ class _Child:
                 text=True,
                 env=_environment(),
                 process_group=0,
-                pass_fds=[reports.fileno()],
+                pass_fds=[reports.fileno(), *self._orders["sealed"].values()],
             )
             orders = self._orders | {"report_fd": reports.fileno()}
         self.pid, self._started, self._again = process.pid, time.monotonic(), 0.0
@@ -143,7 +157,8 @@ class _Child:
         """Waits until the process says that it is ready; False when a stop was asked for first.
 
         Raises:
-            ConfigError: It ended, or does not get ready in time; the message is its own.
+            ConfigError: It refused to start; the message is its own.
+            ChildDied: It ended without a word, or does not get ready in time.
         """
         said: list[str] = []
         assert self._process is not None
@@ -154,9 +169,11 @@ class _Child:
             if stop.is_set():
                 return False
             reader.join(0.05)
-        answer = json.loads(said[0]) if said and said[0] else {"error": "it ended or hangs; see the log above"}
+        if not said or not said[0]:
+            raise ChildDied(f"{self.name} did not start: it ended or hangs; see the log above")
+        answer = json.loads(said[0])
         if "error" in answer:
-            raise ConfigError(answer["error"] if said and said[0] else f"{self.name} did not start: {answer['error']}")
+            raise ConfigError(answer["error"])
         return True
 
     def keep(self) -> None:

@@ -78,7 +78,7 @@ def main() -> int:
         else:
             from serving.worker import work
 
-            work(config, telemetry, stop, lambda: _ready(orders), orders["bundle_id"])
+            work(config, telemetry, stop, lambda: _ready(orders), orders["bundle_id"], orders["sealed"])
     except PenchantError as error:
         _say({"error": str(error)})
         return 2

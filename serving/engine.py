@@ -154,7 +154,7 @@ def open_engine(
         # `cuda` insists on both; `auto` takes for each what is there.
         on_device = model.device == "cuda" and (around.config.device == "cuda" or can_scan_on("cuda"))
         index = Index(bundle.read("index.faiss"), catalog, "cuda" if on_device else "cpu")
-        model.probe(_shapes(bundle), len(bundle.model["event_types"]))
+        model.probe(input_shapes(bundle), len(bundle.model["event_types"]))
         replay(bundle, model, catalog, index)
         _warm_up(catalog, lexical)
         return Engine(
@@ -162,7 +162,7 @@ def open_engine(
             model=model,
             catalog=catalog,
             lexical=lexical,
-            shapes=_shapes(bundle),
+            shapes=input_shapes(bundle),
             pipelines=_Builder(bundle, model, catalog, index, lexical, around).pipelines(),
             event_types={event_type_key(name): name for name in bundle.model["event_types"]},
         )
@@ -211,7 +211,7 @@ class _Builder:
         self._neighbors = Neighbors(*read_neighbors(bundle, len(catalog.vocabulary)))
         self._repeats = bool(bundle.model["repeats"])
         self._personal = personal(bundle, model, catalog, around.config.log_features if around.impressions else 0.0)
-        self._words = QueryVector(model, _shapes(bundle))
+        self._words = QueryVector(model, input_shapes(bundle))
         self._text = SearchScorer(lexical, catalog, around.config.search_personal)
 
     def pipelines(self) -> Mapping[str, Pipeline]:
@@ -338,7 +338,8 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
         lexical.score(tokens, rows)
 
 
-def _shapes(bundle: Bundle) -> ItemInputShapes:
+def input_shapes(bundle: Bundle) -> ItemInputShapes:
+    """Returns how items and words are fed to the encoders of a bundle."""
     return ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -38,8 +38,16 @@ CUDA = {
     "arena_extend_strategy": "kSameAsRequested",
 }
 """Options of the CUDA provider."""
+_LONGEST_REASON = 300
 # Every error that a session can raise; they share no base of their own.
 _FAULTS = tuple(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+Tell = Callable[[str], object]
+
+
+def _silent(_: str) -> None:
+    """Tells nothing."""
 
 
 class ModelError(ServingError):
@@ -49,18 +57,19 @@ class ModelError(ServingError):
 class Model:
     """The four models of a bundle; any number of threads may call at once."""
 
-    def __init__(self, bundle: Bundle, device: Device = "cpu") -> None:
+    def __init__(self, bundle: Bundle, device: Device = "cpu", tell: Tell = _silent) -> None:
         """Loads the models from the bundle's verified bytes.
 
         Args:
             bundle: An opened bundle.
             device: `cuda` insists on it, `auto` takes it where it is there.
+            tell: Called with the name of each file before it is read.
 
         Raises:
             BundleError: A file is no model, or its inputs and outputs are not those that the manifest promises.
             ConfigError: `cuda` is asked for and not there.
         """
-        model, self._path = bundle.model, bundle.path
+        model, self._path, self._tell = bundle.model, bundle.path, tell
         self.dim = int(model["dim"])
         self.max_length = int(model["max_length"])
         self.actions = len(model["actions"])
@@ -77,40 +86,56 @@ class Model:
         self._query = self._load(bundle, "query_encoder.onnx", words, [None, dim])
         self._ranker = self._load(bundle, "ranker.onnx", pairs, [None, self.actions])
 
-    def probe(self, shapes: ItemInputShapes, event_types: int) -> None:
+    def probe(self, shapes: ItemInputShapes, event_types: int, tell: Tell = _silent) -> None:
         """Asks each model for its smallest and its largest inputs, so that no request is the first to.
 
         Args:
             shapes: How items and words are fed to the encoders.
             event_types: Number of the event types that the user encoder knows.
+            tell: Called with the name of each file before it is asked.
 
         Raises:
             BundleError: A model fails, answers NaN or infinity or in another shape, or its tables are smaller than the
                 manifest promises.
         """
-        words, of_item = np.array([0, shapes.token_buckets]), (shapes.max_tokens, shapes.max_categories)
-        try:
-            for length in sorted({1, 2, self.max_length}):
-                vectors = np.zeros((2, length, self.dim), np.float32)
-                types = np.full((2, length), event_types, np.int64)
-                self._require(self.encode_users(vectors, types, np.array([length, 1], np.int64)), 2, self.dim)
-            for count in (1, 2):
-                tokens, categories = (np.zeros((count, size), np.int64) for size in of_item)
-                tokens[-1], categories[-1] = shapes.token_buckets, shapes.category_buckets
-                creators, prices = np.full(count, shapes.creator_buckets, np.int64), np.full(count, -1, np.float32)
-                content = {"tokens": tokens, "categories": categories, "creators": creators, "prices": prices}
-                self._require(self.encode_items(content), count, self.dim)
-                features = np.zeros((count, ranker_width(self.actions)), np.float32)
-                items = np.zeros((count, self.dim), np.float32)
-                self._require(self.rank(np.zeros(self.dim, np.float32), items, features), count, self.actions)
-            for word in words:
-                self._require(self.encode_query(np.full(shapes.max_tokens, word, np.int64))[None], 1, self.dim)
-        except ModelError as error:
-            raise BundleError(f"{self._path}: {error}; export the run again") from error
+        probes: dict[str, Callable[[], None]] = {
+            "user_encoder.onnx": lambda: self._probe_users(event_types),
+            "item_encoder.onnx": lambda: self._probe_items(shapes),
+            "query_encoder.onnx": lambda: self._probe_queries(shapes),
+            "ranker.onnx": self._probe_ranker,
+        }
+        for name, probe in probes.items():
+            tell(name)
+            try:
+                probe()
+            except ModelError as error:
+                raise BundleError(f"{self._path / name}: {error}; export the run again") from error
 
-    def _require(self, answer: _F32, count: int, width: int) -> None:
-        if answer.shape != (count, width):
-            raise ModelError(f"a model answers {list(answer.shape)} instead of [{count}, {width}]")
+    def _probe_users(self, event_types: int) -> None:
+        for length in sorted({1, self.max_length}):
+            vectors = np.zeros((2, length, self.dim), np.float32)
+            types = np.full((2, length), event_types, np.int64)
+            _require(self.encode_users(vectors, types, np.array([length, 1], np.int64)), 2, self.dim)
+
+    def _probe_items(self, shapes: ItemInputShapes) -> None:
+        for count in (1, 2):
+            tokens = np.zeros((count, shapes.max_tokens), np.int64)
+            categories = np.zeros((count, shapes.max_categories), np.int64)
+            tokens[-1], categories[-1] = shapes.token_buckets, shapes.category_buckets
+            creators, prices = np.full(count, shapes.creator_buckets, np.int64), np.full(count, -1, np.float32)
+            content: dict[str, npt.NDArray[Any]] = {"tokens": tokens, "categories": categories}
+            content |= {"creators": creators, "prices": prices}
+            _require(self.encode_items(content), count, self.dim)
+
+    def _probe_queries(self, shapes: ItemInputShapes) -> None:
+        for word in (0, shapes.token_buckets):
+            _require(self.encode_query(np.full(shapes.max_tokens, word, np.int64))[None], 1, self.dim)
+
+    def _probe_ranker(self) -> None:
+        user = np.zeros(self.dim, np.float32)
+        for count in (1, 2):
+            items, features = (np.zeros((count, width), np.float32) for width in (self.dim, ranker_width(self.actions)))
+            _require(self.rank(user, items, features), count, self.actions)
 
     def encode_user(self, vectors: _F32, types: _I64) -> _F32:
         """The vector of one person.
@@ -202,12 +227,14 @@ class Model:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = _ERRORS_ONLY
         path = bundle.path / name
+        self._tell(name)
         content = bundle.read(name)
         check_graph(content, str(path))
         try:
             session = onnxruntime.InferenceSession(content, options, providers=self._providers)
         except _FAULTS as error:
-            raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); export the run again") from error
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise BundleError(f"{path}: ONNX Runtime cannot load it ({reason}); export the run again") from error
         if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
             if self._insists:
                 raise ConfigError(
@@ -231,10 +258,15 @@ class Model:
         try:
             answer: _F32 = session.run(None, inputs)[0]
         except _FAULTS as error:
-            raise ModelError(f"a model failed: {error}") from error
+            raise ModelError(f"a model failed: {' '.join(str(error).split())[:_LONGEST_REASON]}") from error
         if not np.isfinite(answer).all():
             raise ModelError("a model answered with NaN or infinity; check the vectors and features that it was given")
         return answer
+
+
+def _require(answer: _F32, count: int, width: int) -> None:
+    if answer.shape != (count, width):
+        raise ModelError(f"a model answers {list(answer.shape)} instead of [{count}, {width}]")
 
 
 def uses_cuda(device: Device) -> bool:

@@ -119,7 +119,7 @@ class RedisServer:
         if self._watcher:
             return self
         binary = find_binary()
-        private_folder(self.directory.parent)
+        close_to_others(self.directory.parent)
         self._lock = locked(self.directory)
         self._stopping.clear()
         try:
@@ -253,6 +253,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def close_to_others(directory: Path, deep: bool = False) -> None:
+    """Makes a directory for users' data, or closes one that is there, as `features.private_files.private_folder` does.
+
+    Raises:
+        ConfigError: It cannot be made or closed.
+        ForeignFileError: It belongs to another user.
+    """
+    try:
+        private_folder(directory, deep)
+    except OSError as error:
+        raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None
+
+
 def locked(directory: Path, wait_s: float | None = None) -> int:
     """Takes a directory for this process, as long as the handle returned is open; one just killed is given time to go.
 
@@ -265,8 +278,8 @@ def locked(directory: Path, wait_s: float | None = None) -> int:
         ConfigError: It cannot be written.
         ForeignFileError: It belongs to another user.
     """
+    close_to_others(directory, deep=True)
     try:
-        private_folder(directory, deep=True)
         handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from features.profile import Retention
 from serving.catalog_log import CatalogLog
@@ -39,7 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 def work(
-    config: ServeConfig, telemetry: Telemetry, stop: threading.Event, ready: Callable[[], None], bundle_id: str = ""
+    config: ServeConfig,
+    telemetry: Telemetry,
+    stop: threading.Event,
+    ready: Callable[[], None],
+    bundle_id: str = "",
+    sealed: Mapping[str, int] | None = None,
 ) -> None:
     """Answers until `stop` is set; calls `ready` when it begins to.
 
@@ -49,6 +54,7 @@ def work(
         stop: Set when it shall end.
         ready: Called once.
         bundle_id: The bundle that `config.bundle` has to hold; empty where any will do.
+        sealed: Files of it that are in shared memory, see `features.bundle.Bundle.seal`.
 
     Raises:
         BundleError: The bundle is refused.
@@ -78,7 +84,7 @@ def work(
         _open(store)
         impressions = _writer(config, log, telemetry) if config.impressions else None
         around = Surroundings(config, store, progress, telemetry, impressions, turns)
-        host = Host(open_engine(config.bundle, around, bundle_id))
+        host = Host(open_engine(config.bundle, around, bundle_id, sealed))
         changes = CatalogLog(events, unsafe=config.unsafe_redis)
         follower = Follower(host, changes, progress, config.worker_count)
         follower.start()

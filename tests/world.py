@@ -17,8 +17,19 @@ import onnx
 import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
-from features.assemble import FEATURES, ranker_names
+from features.assemble import (
+    FEATURES,
+    Moment,
+    encoder_inputs,
+    history,
+    ranker_features,
+    ranker_names,
+    type_index,
+)
 from features.bundle import publish
+from features.catalog import Catalog
+from features.golden import profile_of
+from features.outcomes import Outcomes
 from features.schema import ITEMS, item_keys
 from features.transforms import item_text, text_tokens, token_buckets
 from features.vocabulary import Vocabulary
@@ -87,9 +98,9 @@ def publish_world(out: Path, salt: str = "") -> Path:
     """Writes the bundle; another `salt` makes another bundle of the same world."""
     staging = out.with_name(out.name + ".staging")
     staging.mkdir(parents=True)
-    _tables(staging)
+    catalog = _tables(staging)
     _models(staging)
-    (staging / "golden.json").write_text(json.dumps(golden()))
+    (staging / "golden.json").write_text(json.dumps(golden(catalog)))
     manifest = {
         "created": "2026-01-01T00:00:00Z",
         "model": MODEL,
@@ -104,19 +115,40 @@ def publish_world(out: Path, salt: str = "") -> Path:
     return out
 
 
-def golden() -> dict[str, Any]:
-    """A query and an item for each genre; what is right for users, the tests themselves hold."""
-    queries = []
-    for genre in GENRES:
-        scores = vectors() @ direction(genre)
-        best = np.lexsort((np.arange(COUNT), -scores))[:3]
-        queries.append({"text": genre, "tokens": text_tokens(genre).tolist(), "vector": direction(genre).tolist()})
-        queries[-1] |= {"item_ids": [f"i{row}" for row in best], "relevance": scores[best].tolist()}
+def golden(catalog: Catalog) -> dict[str, Any]:
+    """A user of a few events, a query for each genre that has items, and an item for each, with their right answers."""
+    space, now_ms = catalog.columns.vectors, 1_700_000_000_000
+    people: list[dict[str, Any]] = []
+    queries: list[dict[str, Any]] = []
+    if catalog.size:
+        names = catalog.ids(np.arange(min(3, catalog.size)))
+        events = [
+            {"item_id": name, "event_type": "view_item", "timestamp": now_ms - 60_000 * (at + 1), "value": None}
+            for at, name in enumerate(names)
+        ][::-1]
+        past = history(profile_of(events, catalog), catalog, type_index(MODEL["event_types"]))
+        rows, _ = encoder_inputs(past.rows, past.types, MODEL["max_length"])
+        user = space[rows].mean(axis=0, dtype=np.float32)
+        best, answer = _best(catalog, user)
+        relevance, moment = np.array(answer["relevance"], np.float32), Moment(now_ms, "home")
+        features = ranker_features(past, best, relevance, catalog.columns, Outcomes.of(MODEL), moment)
+        logits = features @ _judgement()[0] + _judgement()[1]
+        people.append({"events": events, "now_ms": now_ms, "surface": "home", **answer})
+        people[-1] |= {"features": features.tolist(), "logits": logits.tolist()}
+        for genre in GENRES[: catalog.size]:
+            answer = _best(catalog, direction(genre))[1]
+            queries.append({"text": genre, "tokens": text_tokens(genre).tolist(), **answer})
     new = [{"item": {"item_id": "new", "categories": [genre]}, "vector": direction(genre).tolist()} for genre in GENRES]
-    return {"people": [], "queries": queries, "items": new}
+    return {"people": people, "queries": queries, "items": new}
 
 
-def _tables(staging: Path) -> None:
+def _best(catalog: Catalog, vector: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    scores = catalog.columns.vectors @ vector
+    best = np.lexsort((np.arange(catalog.size), -scores))[:3].astype(np.int32)
+    return best, {"vector": vector.tolist(), "item_ids": catalog.ids(best), "relevance": scores[best].tolist()}
+
+
+def _tables(staging: Path) -> Catalog:
     world, space = items(), vectors()
     popularity = np.log1p(np.arange(COUNT, 0, -1, dtype=np.float32))
     table = pa.Table.from_pylist(world, schema=ITEMS)
@@ -124,7 +156,8 @@ def _tables(staging: Path) -> None:
     table = table.append_column("recent_popularity", pa.array(popularity))
     table = table.append_column("trained", pa.array([True] * COUNT))
     _write(staging / "items.arrow", table)
-    Vocabulary.build([item["item_id"] for item in world]).save(staging / "vocabulary.arrow")
+    vocabulary = Vocabulary.build([item["item_id"] for item in world])
+    vocabulary.save(staging / "vocabulary.arrow")
     np.save(staging / "vectors.npy", space)
     index = faiss.IndexFlatIP(DIM)
     index.add(space)
@@ -143,6 +176,7 @@ def _tables(staging: Path) -> None:
     words = [text_tokens(item_text(item)) for item in world]
     np.save(staging / "token_offsets.npy", np.cumsum([0, *map(len, words)]).astype(np.int64))
     np.save(staging / "tokens.npy", np.concatenate(words))
+    return Catalog(table, vocabulary, space)
 
 
 def _write(path: Path, table: pa.Table) -> None:
@@ -181,9 +215,7 @@ def _models(staging: Path) -> None:
     named = {"table": _table(token_buckets(text_tokens(" ".join(GENRES)), BUCKETS)), "one": np.array([1])}
     _save(staging / "query_encoder.onnx", ask, {"tokens": (whole, ["b", "t"])}, ("query", ["b", DIM]), named)
 
-    names = ranker_names([action["name"] for action in MODEL["actions"]])
-    weights = np.zeros((len(names), 2), np.float32)
-    weights[names.index("category_affinity")] = (1.0, 2.0)
+    weights, bias = _judgement()
     judge = [
         helper.make_node("MatMul", ["features", "weights"], ["raw"]),
         helper.make_node("Add", ["raw", "bias"], ["logits"]),
@@ -191,10 +223,18 @@ def _models(staging: Path) -> None:
     inputs = {
         "user": (floats, [1, DIM]),
         "items": (floats, ["n", DIM]),
-        "features": (floats, ["n", len(names)]),
+        "features": (floats, ["n", len(weights)]),
     }
-    named = {"weights": weights, "bias": np.array([-1, -2], np.float32)}
+    named = {"weights": weights, "bias": bias}
     _save(staging / "ranker.onnx", judge, inputs, ("logits", ["n", 2]), named)
+
+
+def _judgement() -> tuple[np.ndarray, np.ndarray]:
+    """What the ranker thinks of features: weights float32 [F, 2] and bias float32 [2]."""
+    names = ranker_names([action["name"] for action in MODEL["actions"]])
+    weights = np.zeros((len(names), 2), np.float32)
+    weights[names.index("category_affinity")] = (1.0, 2.0)
+    return weights, np.array([-1, -2], np.float32)
 
 
 def _table(buckets: np.ndarray) -> np.ndarray:

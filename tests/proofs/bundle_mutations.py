@@ -34,7 +34,8 @@ _VALUES: tuple[Any, ...] = (
     [None], [[]], {"a": 1}, "\x00", ["a", "a"], -(2**63),
 )  # fmt: skip
 _DOCUMENTS = (
-    b"", b"null", b"[]", b"{", b"{}", b"\xff\xfe", b'{"format": NaN}', b"[" * 200_000, b'{"a":' * 100_000, b"9" * 100_000,
+    b"", b"null", b"[]", b"{", b"{}", b"\xff\xfe", b'{"format": NaN}', b"[" * 200_000, b'{"a":' * 100_000,
+    b"9" * 100_000,
     b'{"format": 1, "format": 1}', b'{"format": 1e999}', b'"\\ud800"', b'{"format": true}', b"\xef\xbb\xbf{}",
 )  # fmt: skip
 

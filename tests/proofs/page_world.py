@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from features.assemble import FEATURES
 from features.bundle import publish
+from features.catalog import Catalog
 from features.schema import ITEMS
 from features.transforms import item_text, text_tokens
 from features.vocabulary import Vocabulary
@@ -66,7 +67,9 @@ def publish_items(out: Path, count: int) -> None:
     for name, values in (("popularity", popularity), ("recent_popularity", popularity)):
         table = table.append_column(name, pa.array(values))
     world._write(staging / "items.arrow", table)
-    Vocabulary.build([item["item_id"] for item in items]).save(staging / "vocabulary.arrow")
+    vocabulary = Vocabulary.build([item["item_id"] for item in items])
+    vocabulary.save(staging / "vocabulary.arrow")
+    catalog = Catalog(table, vocabulary, vectors)
     np.save(staging / "vectors.npy", vectors)
     (staging / "index.faiss").write_bytes(_index(vectors))
     top = np.arange(count // 10, dtype=np.int32)
@@ -84,7 +87,7 @@ def publish_items(out: Path, count: int) -> None:
     np.save(staging / "token_offsets.npy", np.cumsum([0, *map(len, words)]).astype(np.int64))
     np.save(staging / "tokens.npy", np.concatenate([np.empty(0, np.uint32), *words]))
     world._models(staging)
-    (staging / "golden.json").write_text(json.dumps(world.golden() | {"queries": []}))
+    (staging / "golden.json").write_text(json.dumps(world.golden(catalog)))
     manifest = {
         "created": "2026-01-01T00:00:00Z",
         "model": world.MODEL,

@@ -105,6 +105,7 @@ def test_the_answers_are_those_of_the_service_and_are_logged(client, config, peo
         }
         assert (own["method"], own["surface"], own["page_size"]) == ("recommend", "weekly", 9)
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.parquet"]
+    assert out.stat().st_mode & 0o777 == 0o600
 
 
 def test_nothing_is_written_while_profiles_are_away(config, world, tmp_path):
