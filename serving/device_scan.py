@@ -11,7 +11,6 @@ This module and `serving.device_kernels` alone of serving need torch, and only a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,6 +116,14 @@ class DeviceScan:
     def bytes_per_row(self) -> int:
         """Bytes that a scan reads of each row."""
         return self._vectors.shape[1] * self._copy.vectors.element_size()
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._vectors)
+
+    def first_pass(self, queries: Tensor) -> None:
+        """The scan alone, which a benchmark compares with what the memory can do; at most `LINES` queries."""
+        _maxima(self._copy, queries, None)
 
     def propose(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> _I64:
         """Rows among which the best `k` are.
@@ -313,9 +320,7 @@ def _maxima_on_cuda(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[
     return groups, maxima
 
 
-def maxima_plain(
-    vectors: Tensor, queries: Tensor, bits: Tensor | None, size: int = 1 << 16
-) -> tuple[Tensor, Tensor]:
+def maxima_plain(vectors: Tensor, queries: Tensor, bits: Tensor | None, size: int = 1 << 16) -> tuple[Tensor, Tensor]:
     """The plain twin of the kernel of the scan, `size` rows at a time; see `_maxima`."""
     blocks = -(-len(vectors) // BLOCK)
     groups = queries.new_full((len(queries), blocks * GROUPS), -torch.inf)
@@ -340,7 +345,13 @@ def _scores(vectors: Tensor, queries: Tensor, groups: Tensor, bits: Tensor | Non
     scores = queries.new_empty(lines, count * GROUP)
     dim = vectors.shape[1]
     scores_kernel[(count, lines)](
-        *(vectors, queries.contiguous(), queries if bits is None else bits.view(torch.int32), groups.contiguous(), scores),
+        *(
+            vectors,
+            queries.contiguous(),
+            queries if bits is None else bits.view(torch.int32),
+            groups.contiguous(),
+            scores,
+        ),
         *(len(vectors), count),
         dim=dim,
         width=max(16, 1 << (dim - 1).bit_length()),
@@ -362,5 +373,3 @@ def scores_plain(vectors: Tensor, queries: Tensor, groups: Tensor, bits: Tensor 
 
 def _allowed(rows: Tensor, bits: Tensor) -> Tensor:
     return (bits[rows // 8] >> (rows % 8).to(torch.uint8)) & 1 != 0
-
-

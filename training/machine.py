@@ -13,7 +13,6 @@ import torch.utils.deterministic as fill
 
 from features.limits import cores
 
-
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
