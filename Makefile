@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: prove-batch prove-durability prove-freshness prove-gpu prove-pages prove-reading prove-redis prove-resume prove-skew
 .PHONY: clean
 
 VENV := .venv
@@ -103,6 +103,10 @@ prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next a
 		$(BIN)/penchant bench freshness $(BUNDLE) --pairs 100000 --callers 8
 	$(BIN)/python -m benchmarks.report freshness 'From an event to the next answer' -- \
 		$(BIN)/penchant bench freshness $(BUNDLE) --pairs 5000
+
+prove-gpu: $(VENV)/.ready-dev  ## a GPU gives the answers of a CPU, and how fast; DATA=TABLES to train on, BUNDLE_ON_GPU=PATH
+	$(BIN)/python -m benchmarks.report gpu 'On a GPU' -- $(BIN)/python -m benchmarks.gpu \
+		$(if $(DATA),--data $(DATA)) $(if $(BUNDLE_ON_GPU),--bundle $(BUNDLE_ON_GPU)) || [ $$? -eq 3 ]
 
 clean:  ## remove what builds, tests and tools left; .venv stays
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
