@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     for name, step in steps.items():
         started = time.monotonic()
         result[name] = step()
-        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - started
+        print(f"{name}, {seconds:.1f} s: {json.dumps(result[name])}", file=sys.stderr, flush=True)
     for one in result["retrieval"]:
         for line in one["timings"]:
             line["of_copy"] = round(line["gb_s"] / result["copy_gb_s"], 3)
