@@ -44,8 +44,9 @@ def training(device: torch.device, data: Path | None, seconds: float, epochs: in
         epochs: Epochs of the training to quality; 0: those of the configuration.
 
     Returns:
-        `apart` {loss, weights}: largest relative difference from the CPU after some steps in float32; `same_twice`;
-        `moved`: whether a checkpoint of each device goes on on the other; `tokens_per_second` {what: rate}; `quality`.
+        `apart` {loss, weights}: relative difference from the CPU after some steps in float32, `control` where it is of
+        weights one step apart; `same_twice`; `moved`, the same of a checkpoint that goes on on the other device;
+        `tokens_per_second` {what: rate}; `quality`, as configured and with larger batches.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = data or drawn(Path(folder) / "data")
@@ -54,19 +55,25 @@ def training(device: torch.device, data: Path | None, seconds: float, epochs: in
             material = {kind: read_material(open_dataset(path), config, kind) for kind in {_CPU, device}}
             trial = _Trial(material, config, Path(folder))
             apart, moved = trial.apart(device), trial.moved(device)
+            control = apart.pop("control")
             same = trial.digest(device) == trial.digest(device)
             rates = {
                 "cpu": trial.rate(_CPU, seconds),
                 "gpu": trial.rate(device, seconds),
                 f"gpu, {_LARGE} tokens a batch": trial.rate(device, seconds, batch_tokens=_LARGE),
             }
-            quality = trial.quality(device, epochs or config.epochs)
+            quality = [
+                trial.quality(device, epochs or config.epochs, **changes)
+                for changes in ({}, {"batch_tokens": 8192, "learning_rate": 0.006})
+            ]
     faults = [f"float32 training differs from the CPU's: {apart}"] * (max(apart.values()) > CLOSE)
+    faults += [f"control: weights one step apart are only {control} apart"] * (control <= CLOSE)
     faults += ["the same seed gave other weights"] * (not same)
     faults += [f"a checkpoint did not move between devices: {moved}"] * (max(moved.values()) > CLOSE)
     return {
         "data": "drawn" if data is None else data.name,
         "apart": apart,
+        "control": control,
         "same_twice": same,
         "moved": moved,
         "tokens_per_second": rates,
@@ -106,8 +113,10 @@ class _Trial:
         with exact():
             fits = [self.fit(kind, dropout=0.0, id_dropout=0.0) for kind in (_CPU, device)]
             losses = [self.steps(fit, _STEPS) for fit in fits]
-        loss = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
-        return {"loss": loss, "weights": _weights_apart(*fits)}
+            loss = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+            weights = _weights_apart(*fits)
+            self.steps(fits[0], 1)
+        return {"loss": loss, "weights": weights, "control": _weights_apart(*fits)}
 
     def moved(self, device: torch.device) -> dict[str, float]:
         """How far weights are apart where a checkpoint of one device went on on the other, or on its own."""
@@ -143,14 +152,14 @@ class _Trial:
         _wait(device)
         return round((fit.state.tokens - tokens) / (time.monotonic() - began), 1)
 
-    def quality(self, device: torch.device, epochs: int) -> dict[str, Any]:
+    def quality(self, device: torch.device, epochs: int, **changes: Any) -> dict[str, Any]:
         """Trains the encoders to the end and places the test's targets by relevance alone, seen items masked.
 
         Returns:
-            `seconds` and `seconds_to_best` of the encoders, `epochs`, `best_validation`, `hit@10`, `ndcg@10`, and
+            `batch_tokens`, `seconds` of the encoders, `epochs`, `best_validation`, `hit@10`, `ndcg@10`, and
             `utilisation`, the mean share of time in which the GPU was at work, None where nothing tells.
         """
-        fit = self.fit(device, epochs=epochs)
+        fit = self.fit(device, epochs=epochs, **changes)
         with _watched(device) as shares:
             progress = fit.run()
         _wait(device)
@@ -158,6 +167,7 @@ class _Trial:
         with exact():
             ranks = self._ranks(fit)
         return {
+            "batch_tokens": fit.config.batch_tokens,
             "seconds": round(fit.state.seconds, 1),
             "epochs": progress["epochs"],
             "best_validation": progress["best_validation"],
@@ -240,8 +250,9 @@ def _complete(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _weights_apart(one: Fit, other: Fit) -> float:
-    pairs = zip(one._weights().values(), other._weights().values(), strict=True)
-    return max(float((a.cpu() - b.cpu()).abs().max() / a.cpu().abs().max().clamp(min=1e-3)) for a, b in pairs)
+    """The length of the difference over that of the weights; Adam makes whole steps of a gradient that is rounding."""
+    a, b = (torch.cat([w.detach().cpu().double().flatten() for w in fit._weights().values()]) for fit in (one, other))
+    return float((a - b).norm() / a.norm())
 
 
 def _wait(device: torch.device) -> None:
