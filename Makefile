@@ -119,6 +119,10 @@ prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next a
 	$(BIN)/python -m benchmarks.report freshness 'From an event to the next answer' -- \
 		$(BIN)/penchant bench freshness $(BUNDLE) --pairs 5000
 
+prove-gpu: $(VENV)/.ready-dev  ## a GPU gives the answers of a CPU, and how fast; DATA=TABLES to train on, BUNDLE_ON_GPU=PATH
+	$(BIN)/python -m benchmarks.report gpu 'On a GPU' -- $(BIN)/python -m benchmarks.gpu \
+		$(if $(DATA),--data $(DATA)) $(if $(BUNDLE_ON_GPU),--bundle $(BUNDLE_ON_GPU)) || [ $$? -eq 3 ]
+
 clean:  ## remove what builds, tests and tools left; .venv stays
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

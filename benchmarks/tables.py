@@ -25,13 +25,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 ROOT = RESULTS.parent.parent
-PAGES = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / name
-        for name in ("backend.md", "data.md", "training.md", "load-testing.md", "metrics.md", "settings.md")
-    ),
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _WORDS = {int: "integer", float: "number", bool: "true or false", Path: "path", str: "text", SecretStr: "secret"}
 _FASTER = ("seconds_to_goal", "seconds_to_its_best")
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -307,6 +301,52 @@ def profiles() -> str:
     return f"{said}\n" + "\n".join(tables) + _source(path, result)
 
 
+def gpu() -> str:
+    """Searches of a GPU beside the speed of its memory, and training and encoding beside the CPU."""
+    path = RESULTS / "gpu.json"
+    result = _read(path)
+    rows = [
+        [
+            f"{one['rows'] / 1e6:,.0f} million, {line['form']}, {line['batch']}",
+            *(f"{line[name]:.3f}" for name in ("scan_ms", "ms", "served_ms")),
+            f"{line['scan_of_copy']:.0%}",
+            f"{line['of_copy']:.0%}",
+            f"{line['queries_per_second']:,}",
+        ]
+        for one in result["retrieval"]
+        for line in one["timings"]
+    ]
+    head = ["items, what is scanned, queries at once", "one pass, ms", "search, ms", "from and to the CPU, ms"]
+    head += ["pass: of the memory's speed", "search: of it", "queries/s"]
+    tables = [_table(head, rows)]
+    trained, encoded = result["training"], result["encoding"]
+    rows = [[name, f"{rate:,.0f}"] for name, rate in trained["tokens_per_second"].items()]
+    tables.append(_table(["training", "tokens/s"], rows))
+    rows = [[name, f"{rate:,.0f}"] for name, rate in encoded["users_per_second"].items()]
+    tables.append(_table([f"encoding users of {encoded['events']} events", "users/s"], rows))
+    rows = [
+        [
+            f"{one['batch_tokens']:,}",
+            *(f"{one[name]:,.0f}" for name in ("epochs", "seconds", "tokens_per_second")),
+            *(f"{one[name]:.4f}" for name in ("hit@10", "ndcg@10")),
+            "" if one["utilisation"] is None else f"{one['utilisation']:.0%}",
+        ]
+        for one in trained["quality"]
+    ]
+    head = [f"{trained['data']} to the end, events of a batch", "epochs", "s", "tokens/s", "hit@10", "ndcg@10"]
+    tables.append(_table([*head, "GPU at work"], rows))
+    found, facts = result["answers"], result["gpu"]
+    models = result["models"].get("unproved")
+    said = (
+        f"{facts['name']}, copies {result['copy_gb_s']:,.0f} GB/s (read and written); "
+        f"{result['retrieval'][0]['k']} rows of {result['retrieval'][0]['dim']} numbers are returned. "
+        f"{found['different']} of {found['compared']:,} answers differ from the CPU's (control: {found['control']} of "
+        f"{found['control_of']} spoiled ones were noticed). Quality is of relevance alone, on the test's targets. "
+    )
+    said += f"ONNX Runtime on the GPU: unproved, {models}." if models else f"ONNX Runtime: {result['models']['us']} us."
+    return f"{said}\n\n" + "\n".join(tables) + _source(path, result)
+
+
 def _in_time(one: dict[str, Any]) -> list[str]:
     return [f"{one['answers']:,}", f"{one['late']:,}", f"{one['slowest_s']:.2f}"]
 
@@ -397,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve-settings": serve_settings,
     "train-settings": train_settings,
     "metrics": markdown,
+    "gpu": gpu,
 }
 
 

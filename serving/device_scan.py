@@ -117,6 +117,14 @@ class DeviceScan:
         """Bytes that a scan reads of each row."""
         return self._vectors.shape[1] * self._copy.vectors.element_size()
 
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._vectors)
+
+    def first_pass(self, queries: Tensor) -> None:
+        """The scan alone, which a benchmark compares with what the memory can do; at most `LINES` queries."""
+        _maxima(self._copy, queries, None)
+
     def propose(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> _I64:
         """Rows among which the best `k` are.
 
@@ -139,9 +147,10 @@ class DeviceScan:
         if allowed is None:
             return None
         size = -(-len(self._vectors) // GROUP) * GROUP // 8
-        bits = np.zeros(size, np.uint8)
-        bits[: allowed.size] = allowed[:size]
-        return torch.from_numpy(bits).to(self.device)
+        part = np.require(allowed[:size], np.uint8, ["C", "W"])
+        bits = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        bits[: part.size] = torch.from_numpy(part)
+        return bits
 
     def search(self, queries: Tensor, k: int, bits: Tensor | None = None) -> Found:
         """The best `k` rows of each query; what the compact form cannot prove is scanned in float32.
@@ -182,14 +191,10 @@ class DeviceScan:
         groups, blocks = _maxima(copy, queries, bits)
         count, lines = blocks.shape[1], len(queries)
         wanted = wider * (round(k * (1.0 if copy.residual == 0 else 1 + SPARE)) + ROUNDING)
-        # One more than is taken tells the best of what is not taken.
-        best, block = blocks.topk(min(wanted + 1, count), 1)
-        left = best[:, wanted] if count > wanted else best.new_full((lines,), -torch.inf)
-        block = block[:, :wanted]
+        block, left = _highest(blocks, wanted)
         inside = groups.view(lines, count, GROUPS).gather(1, block.unsqueeze(2).expand(-1, -1, GROUPS)).flatten(1)
-        best, place = inside.topk(min(wanted + 1, inside.shape[1]), 1)
-        left = torch.maximum(left, best[:, wanted] if inside.shape[1] > wanted else left)
-        place = place[:, :wanted]
+        place, also_left = _highest(inside, wanted)
+        left = torch.maximum(left, also_left)
         group = block.gather(1, place // GROUPS) * GROUPS + place % GROUPS
         scores = _scores(self._vectors, queries, group, bits)
         best, place = scores.topk(min(k, scores.shape[1]), 1)
@@ -254,6 +259,19 @@ def require(device: str) -> None:
         raise ConfigError(
             f"--device cuda: the search on a GPU needs {error.name}; pip install {error.name}, or choose --device cpu"
         ) from error
+
+
+def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The places of the `count` highest of each line, in any order, and what none of the others is above; -inf if none.
+
+    Returns:
+        int64 `[B, <= count]` and float32 `[B]`.
+    """
+    if scores.shape[1] <= count:
+        places = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+        return places, scores.new_full((len(scores),), -torch.inf)
+    best, places = scores.topk(count, 1, sorted=False)
+    return places, best.amin(1)
 
 
 def _columns(found: Found) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The nearest items: those whose vectors have the largest inner product with a query.
 
 A small bundle is scanned whole, a larger one is searched with its FAISS index, and on a CUDA device each is scanned
-whole (`serving.device_scan`); the rows put since then are scanned. Each only proposes: what leaves is scored again, pair by pair, so a score is the same whichever road found the item.
+whole (`serving.device_scan`). The rows put since then are scanned. Each road only proposes:
+what leaves is scored again, pair by pair, so a score is the same whichever road found the item.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import warnings
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from features.assemble import ranker_width
 from features.bundle import Bundle, open_bundle
 from features.errors import BundleError
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
+from serving import model as model_module
 from serving.errors import ConfigError
 from serving.model import Model, ModelError
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
@@ -144,6 +146,36 @@ def test_reads_the_very_bytes_that_were_verified(bundle, tmp_path):
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="no GPU-less machine")
 def test_cuda_is_not_promised_where_it_is_not(bundle):
-    with pytest.raises(ConfigError, match="no CUDA"):
+    with pytest.raises(ConfigError, match=r"no CUDA.*onnxruntime-gpu"):
         Model(bundle, "cuda")
     assert Model(bundle, "auto").device == "cpu"
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="no GPU-less machine")
+def test_a_provider_that_does_not_start_is_named_or_passed_over(bundle, monkeypatch):
+    # A runtime that lists its CUDA provider where no driver is: its sessions fall back to the CPU.
+    monkeypatch.setattr(model_module, "_providers", lambda device: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(ConfigError, match="does not start"):
+            Model(bundle, "cuda")
+        fallen = Model(bundle, "auto")
+    assert fallen.device == "cpu"
+    items = np.ones((3, CONFIG.dim), np.float32)
+    np.testing.assert_array_equal(
+        fallen.encode_user(items, np.ones(3, np.int64)), Model(bundle).encode_user(items, np.ones(3, np.int64))
+    )
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no GPU for ONNX")
+def test_the_answers_of_a_gpu_are_those_of_the_cpu(bundle, model):
+    gpu, rng = Model(bundle, "cuda"), np.random.default_rng(2)
+    items = rng.normal(size=(40, CONFIG.dim)).astype(np.float32)
+    features = rng.normal(size=(40, ranker_width(model.actions))).astype(np.float32)
+    types = np.ones(CONFIG.max_length, np.int64)
+    for ask in (
+        lambda its: its.encode_user(items[: CONFIG.max_length], types),
+        lambda its: its.rank(items[0], items, features),
+        lambda its: its.encode_query(np.array([1, 2, 3])),
+    ):
+        np.testing.assert_allclose(ask(gpu), ask(model), atol=1e-4, rtol=1e-4)

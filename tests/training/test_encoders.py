@@ -3,7 +3,15 @@ from __future__ import annotations
 import torch
 
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
-from training.encoders import CheapDropout, EncoderShape, ItemBags, ItemEncoder, QueryEncoder, UserEncoder
+from training.encoders import (
+    CausalAttention,
+    CheapDropout,
+    EncoderShape,
+    ItemBags,
+    ItemEncoder,
+    QueryEncoder,
+    UserEncoder,
+)
 
 SHAPE = EncoderShape(dim=8, layers=2, heads=2, feed_forward=16, max_length=10, types=3, dropout=0.0)
 INPUTS = ItemInputShapes(token_buckets=32, max_tokens=6, category_buckets=8, max_categories=3, creator_buckets=4)
@@ -128,3 +136,16 @@ def test_cheap_dropout_drops_its_share_and_keeps_the_mean() -> None:
     by_byte = (dropped.flatten()[: 66600 // 8 * 8].view(-1, 8) == 0).float().mean(0)
     assert (by_byte - 0.25).abs().max() < 0.02
     assert torch.equal(CheapDropout(0.25).eval()(torch.ones(3)), torch.ones(3))
+
+
+def test_the_bias_of_training_is_that_of_serving() -> None:
+    attention = CausalAttention(SHAPE)
+    torch.nn.init.normal_(attention.distances)
+    for length in (1, 2, 7, SHAPE.max_length):
+        plain, slanted = attention.bias(length), attention.slanted_bias(length)
+        assert torch.equal(plain, slanted)
+        weights = torch.randn(plain.shape)
+        gradients = [
+            torch.autograd.grad((bias.exp() * weights).sum(), attention.distances)[0] for bias in (plain, slanted)
+        ]
+        torch.testing.assert_close(*gradients)
