@@ -167,7 +167,7 @@ class HostKeeper:
             self._ledger.note(*missing)
 
     def _tend(self, known: Sequence[Erasure], pending: Sequence[Certificate], *, every: bool = False) -> None:
-        """Makes erasures hold in what this host has, and confirms it; `every` takes folders that nothing waits for too."""
+        """Makes erasures hold in what this host has, and confirms it; `every` looks through all folders."""
         store_id = self._store.store_id()
         unmarked = [one for one in pending if _waits(one, store_id, logically=True)]
         if unmarked:
