@@ -21,11 +21,14 @@ from features.spans import Hole, read_spans
 _CHANCE = 1e-9
 """Chance of a silence above which it is no sign."""
 
+_SHORTEST_MS = 10_000
+"""Shortest silence that is looked at: a batch comes in partition after partition."""
+
 _SEQUENCE_BITS = 20
 _GAPS = 3
 _MEND = (
-    "look for another folder that a warehouse of this log has written (penchant hosts lists all of them), stop both, and "
-    "copy its events, searches and impressions to here; files never overlap"
+    "look for another folder that a warehouse of this log has written (penchant hosts lists them), stop both, and copy "
+    "its events, searches and impressions to here; files never overlap"
 )
 
 
@@ -82,9 +85,13 @@ def _gaps(
     for at in np.argsort(np.diff(edges))[::-1][:_GAPS].tolist():
         start, end = int(edges[at]) + 1, int(edges[at + 1])
         active = np.unique(who[start:end]).size
+        # The silence may be the beginning or the end.
+        first, last = log_ids[max(start - 1, 0)], log_ids[min(end, who.size - 1)]
+        if int(last - first) >> _SEQUENCE_BITS < _SHORTEST_MS:
+            continue
         # Users are spread over partitions by a hash: each is as likely as any other to be active in a while.
         chance = (1 - active / others) ** users * partitions * _GAPS if others else 1.0
-        if active and chance < _CHANCE:
+        if chance < _CHANCE:
             times = [iso_time(int(log_ids[place]) >> _SEQUENCE_BITS) for place in (start, end - 1)]
             yield (
                 f"partition {partition} is silent from {times[0]} to {times[1]}, while {active} of {others} users of "

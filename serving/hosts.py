@@ -56,7 +56,7 @@ class HostKeeper:
         self._bundle = config.bundle
         self._heartbeat, self._process = Heartbeat(self._registry), new_id()
         self._claims: dict[Path, Claim] = {}
-        self._patience = Patience()
+        self._patience = Patience(_log)
         self._host_id, self._caught_up = "", False
 
     def catch_up(self) -> int:

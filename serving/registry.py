@@ -302,16 +302,16 @@ class Heartbeat:
 class Patience:
     """Says the same thing once a minute, and each new thing at once."""
 
-    def __init__(self, every_s: float = 60.0) -> None:
-        """Takes the pause."""
-        self._every_s, self._last, self._at = every_s, "", 0.0
+    def __init__(self, log: logging.Logger, every_s: float = 60.0) -> None:
+        """Takes the log of whoever says it, and the pause."""
+        self._log, self._every_s, self._last, self._at = log, every_s, "", 0.0
 
     def warn(self, message: str) -> None:
         """Logs a message as a warning where it is time."""
         now = time.monotonic()
         if message != self._last or now - self._at >= self._every_s:
             self._last, self._at = message, now
-            _log.warning("%s", message)
+            self._log.warning("%s", message)
 
 
 def _tried(work: Callable[[], None]) -> None:

@@ -52,6 +52,8 @@ from tests.serving.faults import insist, wait_until
 from tests.world import publish_world
 
 PURGE_S = 6.0
+"""Time in which erasures are to leave the disks."""
+
 UNREGISTERED = (
     "import sys\n"
     "if 'serving.child' in sys.orig_argv or any('serving.app' in word for word in sys.orig_argv):\n"
@@ -67,7 +69,15 @@ class Fleet:
     """Some hosts, kept running but for those that are told to stay down."""
 
     def __init__(
-        self, folder: Path, number: int, profiles: str, events: str, *, shared: bool, registered: bool
+        self,
+        folder: Path,
+        number: int,
+        profiles: str,
+        events: str,
+        *,
+        shared: bool,
+        registered: bool,
+        purge_s: float,
     ) -> None:
         """Says what runs where; `keep` starts it.
 
@@ -78,6 +88,7 @@ class Fleet:
             events: URL of the events Redis.
             shared: Give all hosts one folder for their Parquet, by different names of it.
             registered: False for the control.
+            purge_s: Time in which erasures are to leave the disks.
         """
         self.folders = [folder / f"host{at}" for at in range(number)]
         self.targets, self.down = [], set[int]()
@@ -93,7 +104,7 @@ class Fleet:
             state.mkdir()
             settings = {"listen": _free_address(), "redis": profiles, "events_redis": events, "workers": 1}
             settings |= {"partitions": PARTITIONS, "state_dir": str(state), "bundle": str(bundle), "insecure": True}
-            settings |= {"warehouse_flush_s": 0.5, "purge_hours": PURGE_S / 3600, "redis_timeout_ms": 1000}
+            settings |= {"warehouse_flush_s": 0.5, "purge_hours": purge_s / 3600, "redis_timeout_ms": 1000}
             if shared:
                 place = folder / "mount"
                 place.mkdir(exist_ok=True)
@@ -127,6 +138,7 @@ def hosts(
     shared: bool = False,
     registered: bool = True,
     pause_s: float = 2.0,
+    purge_s: float = PURGE_S,
 ) -> dict[str, Any]:
     """Runs hosts, kills them, erases canaries, and looks for what is left.
 
@@ -139,6 +151,7 @@ def hosts(
         shared: See `Fleet`.
         registered: See `Fleet`.
         pause_s: Mean time between two kills.
+        purge_s: Time in which erasures are to leave the disks.
 
     Returns:
         `kills` {what: number}, `acknowledged`, `rate`, `warehouses` (folders that hold rows), `lost` and `doubled` as
@@ -157,7 +170,7 @@ def hosts(
         profiles = stack.enter_context(RedisServer(folder / "redis", "profiles"))
         log = EventLog(stack.enter_context(connect(events.url, 5.0)), PARTITIONS, cooldown_s=0.05)
         store = ProfileStore(stack.enter_context(connect(profiles.url, 5.0)), PARTITIONS, cooldown_s=0.05)
-        fleet = Fleet(folder, number, profiles.url, events.url, shared=shared, registered=registered)
+        fleet = Fleet(folder, number, profiles.url, events.url, shared=shared, registered=registered, purge_s=purge_s)
         for host in fleet.hosts:
             stack.callback(host.kill)
         fleet.keep()
@@ -176,7 +189,7 @@ def hosts(
             _kill_all(fleet, senders, done, kills, rng, pause_s)
             seconds = time.monotonic() - begun
             while_killed = sum(one.acknowledged for one in senders)
-            said = _erase_all(names, fleet, log, folder, rng)
+            said = _erase_all(names, fleet, log, folder, rng, purge_s)
             _tended({"fleet": fleet}, lambda: [one.stop() for one in senders])  # type: ignore[dict-item]
         if failed := [error for one in senders for error in one.failed]:
             raise ProofError(f"a client failed: {failed[0]!r}; {_last_words(folder)}")
@@ -231,7 +244,9 @@ def _live(names: Sequence[str], fleet: Fleet, log: EventLog) -> None:
     _tended({"fleet": fleet}, lambda: _await_end(log))  # type: ignore[dict-item]
 
 
-def _erase_all(names: Sequence[str], fleet: Fleet, log: EventLog, folder: Path, rng: random.Random) -> dict[str, Any]:
+def _erase_all(
+    names: Sequence[str], fleet: Fleet, log: EventLog, folder: Path, rng: random.Random, purge_s: float
+) -> dict[str, Any]:
     """Erases half of the canaries while the last host is down, the rest while all run; looks for each afterwards."""
     certificates = Certificates(log)
     half = len(names) // 2
@@ -239,7 +254,7 @@ def _erase_all(names: Sequence[str], fleet: Fleet, log: EventLog, folder: Path, 
     fleet.down.add(away)
     fleet.hosts[away].kill()
     first = _erased(names[:half], fleet, rng)
-    time.sleep(2 * PURGE_S)  # longer than all others need
+    time.sleep(2 * purge_s)  # longer than all others need
     early = sum(_complete(certificates, one) for one in first.values())
     left = _left([name for name, one in first.items() if _complete(certificates, one)], folder)
     fleet.down.discard(away)
