@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: prove-batch prove-durability prove-freshness prove-hosts prove-pages prove-reading prove-redis prove-resume prove-skew
 .PHONY: clean
 
 VENV := .venv
@@ -103,6 +103,12 @@ prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next a
 		$(BIN)/penchant bench freshness $(BUNDLE) --pairs 100000 --callers 8
 	$(BIN)/python -m benchmarks.report freshness 'From an event to the next answer' -- \
 		$(BIN)/penchant bench freshness $(BUNDLE) --pairs 5000
+
+HOSTS ?= 3
+KILLS ?= 20
+prove-hosts: $(VENV)/.ready-dev  ## several hosts on one log, killed at random: one warehouse, erased everywhere; HOSTS=N, KILLS=N
+	$(BIN)/python -m benchmarks.report hosts 'Several hosts on one pair of Redis' -- \
+		$(BIN)/python -m tests.proofs.hosts --hosts $(HOSTS) --kills $(KILLS) --seed $(or $(SEED),1)
 
 clean:  ## remove what builds, tests and tools left; .venv stays
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -163,7 +163,8 @@ class HostKeeper:
 
     def _note(self, known: Sequence[Erasure]) -> None:
         """Brings the ledger up to what the log knows."""
-        if missing := _newer(known, self._ledger.erasures()):
+        noted = {one.certificate_id for one in self._ledger.erasures()}
+        if missing := [one for one in known if one.certificate_id not in noted]:
             self._ledger.note(*missing)
 
     def _tend(self, known: Sequence[Erasure], pending: Sequence[Certificate], *, every: bool = False) -> None:
