@@ -25,7 +25,7 @@ from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavai
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
 from serving.experiments import seed_of
 from serving.ledger import Erasure, Ledger, new_certificate_id
-from serving.places import read_identity
+from serving.places import HOST, read_identity
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Call, Request, address_of, partition_of
 from serving.redis_nodes import required
@@ -317,7 +317,7 @@ class People:
         certificate = self._certificates.issue(erasure, counts, self._store.store_id())
         if self._ledger:
             self._ledger.note(erasure)
-            if host := read_identity(self._ledger.path.parent):
+            if host := read_identity(self._ledger.path.parent / HOST):
                 self._certificates.confirm_copy(certificate, host.copy_id)
         return certificate
 

@@ -326,7 +326,7 @@ class TestErasures:
         time.sleep(0.2)
         second = keeper(log, store, tmp_path / "two", purge_hours=1)
         second._join()
-        ids = {read_identity(tmp_path / name).copy_id for name in ("one", "two")}
+        ids = {read_identity(tmp_path / name / ".host").copy_id for name in ("one", "two")}
         assert len(ids) == len(Registry(log).copies("ledger")) == 2
         for host in (first, second):
             host.close()
