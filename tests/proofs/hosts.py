@@ -247,10 +247,11 @@ def _live(names: Sequence[str], fleet: Fleet, log: EventLog) -> None:
 def _erase_all(
     names: Sequence[str], fleet: Fleet, log: EventLog, folder: Path, rng: random.Random, purge_s: float
 ) -> dict[str, Any]:
-    """Erases half of the canaries while the last host is down, the rest while all run; looks for each afterwards."""
+    """Erases half of the canaries while a host is down, the rest while all run; looks for each afterwards."""
     certificates = Certificates(log)
     half = len(names) // 2
-    away = len(fleet.hosts) - 1
+    # The one that has most of the Parquet, the last one if none has any of its own.
+    away = max(range(len(fleet.hosts)), key=lambda at: (len(parquet_rows(fleet.folders[at] / "warehouse")), at))
     fleet.down.add(away)
     fleet.hosts[away].kill()
     first = _erased(names[:half], fleet, rng)
