@@ -21,10 +21,10 @@ from features.spans import Hole, read_spans
 _CHANCE = 1e-9
 """Chance of a silence above which it is no sign."""
 
-_SHORTEST_MS = 10_000
-"""Shortest silence that is looked at: a batch comes in partition after partition."""
-
 _SEQUENCE_BITS = 20
+_MARGIN = 5_000 << _SEQUENCE_BITS
+"""Part of a silence at both of its ends in which others' events are no sign, as log ids: 5 seconds."""
+
 _GAPS = 3
 _MEND = (
     "look for another folder that a warehouse of this log has written (penchant hosts lists them), stop both, and copy "
@@ -84,11 +84,11 @@ def _gaps(
     users, others = int(np.count_nonzero(home == partition)), int(np.count_nonzero(home != partition))
     for at in np.argsort(np.diff(edges))[::-1][:_GAPS].tolist():
         start, end = int(edges[at]) + 1, int(edges[at + 1])
-        active = np.unique(who[start:end]).size
-        # The silence may be the beginning or the end.
+        # The silence may be the beginning or the end. A batch comes in partition after partition: what others did next
+        # to its ends is no sign, so only its middle is looked at.
         first, last = log_ids[max(start - 1, 0)], log_ids[min(end, who.size - 1)]
-        if int(last - first) >> _SEQUENCE_BITS < _SHORTEST_MS:
-            continue
+        middle = (log_ids[start:end] > first + _MARGIN) & (log_ids[start:end] + _MARGIN < last)
+        active = np.unique(who[start:end][middle]).size
         # Users are spread over partitions by a hash: each is as likely as any other to be active in a while.
         chance = (1 - active / others) ** users * partitions * _GAPS if others else 1.0
         if chance < _CHANCE:
