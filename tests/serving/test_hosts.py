@@ -323,11 +323,14 @@ class TestErasures:
         first = keeper(log, store, tmp_path / "one")
         first.catch_up()
         shutil.copytree(tmp_path / "one", tmp_path / "two")
-        time.sleep(0.2)
-        second = keeper(log, store, tmp_path / "two", purge_hours=1)
-        second._join()
-        ids = {read_identity(tmp_path / name / ".host").copy_id for name in ("one", "two")}
-        assert len(ids) == len(Registry(log).copies("ledger")) == 2
+        second = keeper(log, store, tmp_path / "two")
+
+        def apart() -> bool:
+            second._join()
+            return len({read_identity(tmp_path / name / ".host").copy_id for name in ("one", "two")}) == 2
+
+        wait_until(apart)
+        assert len(Registry(log).copies("ledger")) == 2
         for host in (first, second):
             host.close()
 
