@@ -123,6 +123,12 @@ prove-gpu: $(VENV)/.ready-dev  ## a GPU gives the answers of a CPU, and how fast
 	$(BIN)/python -m benchmarks.report gpu 'On a GPU' -- $(BIN)/python -m benchmarks.gpu \
 		$(if $(DATA),--data $(DATA)) $(if $(BUNDLE_ON_GPU),--bundle $(BUNDLE_ON_GPU)) || [ $$? -eq 3 ]
 
+HOSTS ?= 3
+KILLS ?= 20
+prove-hosts: $(VENV)/.ready-dev  ## several hosts on one log, killed at random: one warehouse, erased everywhere; HOSTS=N, KILLS=N
+	$(BIN)/python -m benchmarks.report hosts 'Several hosts on one pair of Redis' -- \
+		$(BIN)/python -m tests.proofs.hosts --hosts $(HOSTS) --kills $(KILLS) --seed $(or $(SEED),1)
+
 clean:  ## remove what builds, tests and tools left; .venv stays
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +29,8 @@ class Evidence:
         intakes: The fate of the rows of each table, by its name, for the cells that could not be read.
         empty: What is wrong with tables that are there and hold no row.
         place: Names an event by its row in `events`.
+        warehouse: The folder, if it is a warehouse that a service writes.
+        partitions: Partitions of the log of that warehouse.
     """
 
     events: pa.Table
@@ -38,6 +41,8 @@ class Evidence:
     intakes: Mapping[str, Intake] = field(default_factory=dict)
     empty: Sequence[str] = ()
     place: Callable[[int], str] = "row {}".format
+    warehouse: Path | None = None
+    partitions: int = 0
 
 
 @dataclass(frozen=True, slots=True)

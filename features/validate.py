@@ -38,8 +38,9 @@ from features.schema import (
     USERS,
     USERS_REQUIRED,
 )
-from features.tables import Loaded, read_table, table_path
+from features.tables import Loaded, read_info, read_table, table_path
 from features.validate_clock import clock_skew
+from features.validate_split import split
 from features.written import MISSING_WORDS
 
 __all__ = ["LATE_MS", "LIMITS", "Evidence", "Finding", "judge", "passed", "validate"]
@@ -53,6 +54,7 @@ LIMITS: Mapping[str, float] = {
     "request_ids": 0.1,
     "clock_skew": 0.0,
     "duplicate_ids": 0.0,
+    "split": 0.0,
 }
 """The share of the rows a check looks at that may be wrong, by the name of the check."""
 
@@ -110,7 +112,10 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
     events = tables.get("events", Loaded(EVENTS.empty_table(), []))
     items, impressions = tables.get("items"), tables.get("impressions")
     rejected = [one for loaded in tables.values() for one in loaded.rejected]
+    info = read_info(data)
     evidence = Evidence(
+        warehouse=data if "until" in info else None,
+        partitions=int(info.get("partitions", 0)),
         events=events.table,
         items=items.table["item_id"] if items else None,
         impressions=impressions.table if impressions else None,
@@ -148,6 +153,7 @@ def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[
         "request_ids": _request_ids,
         "clock_skew": clock_skew,
         "duplicate_ids": _duplicate_ids,
+        "split": split,
     }
     checks, skipped = [], {}
     for name, look in looks.items():
@@ -182,6 +188,8 @@ def passed(checks: Sequence[Mapping[str, Any]]) -> bool:
 def _lacking(name: str, evidence: Evidence) -> str:
     """Why a check cannot be made, "" where it can."""
     events = evidence.events
+    if name == "split" and evidence.warehouse is None:
+        return "it is not a warehouse that a service writes"
     if not events.num_rows and (name != "types" or not (evidence.rejected or evidence.empty)):
         return "there are no events"
     if name == "order" and not is_present(events["timestamp"]):

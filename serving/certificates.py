@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from serving.errors import NotFound
@@ -22,7 +22,7 @@ class Receipt:
     """What one store erased.
 
     Attributes:
-        store: Its name: "profiles", "events", "impressions", the group of the log that keeps it, or "ledger".
+        store: Its name: "profiles", "events", "impressions", or the group of the log that keeps it.
         entries: Number of entries erased.
         erased_at: When nothing of it could be used any more, ms; 0 where the store has not confirmed it yet.
         purged_at: When its bytes were gone from the disk, ms; 0 where they are not yet.
@@ -115,25 +115,34 @@ class Certificate:
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
-        """One per store; it has a date when each of its copies has, those that were retired left out."""
-        names = [one.store for one in self.stores]
-        names += sorted({copy.store for copy in self.copies} - set(names))
-        own = {one.store: one for one in self.stores}
-        return tuple(self._receipt(name, own.get(name)) for name in names)
+        """One per store; it has a date when each of its copies has, those that were retired left out.
+
+        That of "events" has its second date only when every ledger has the erasure: where one lacks it, a log that is
+        put back from a backup would bring the user back.
+        """
+        stores = list(self.stores)
+        names = {one.store for one in stores}
+        kinds = {copy.store for copy in self.copies} - names - {"ledger"}
+        stores += [Receipt(kind, 0, -1, -1) for kind in sorted(kinds)]
+        return tuple(self._receipt(one) for one in stores)
 
     @property
     def complete(self) -> bool:
         """True if nothing has to be confirmed any more."""
         return all(one.purged_at for one in self.stores) and not any(copy.open for copy in self.copies)
 
-    def _receipt(self, store: str, own: Receipt | None) -> Receipt:
-        copies = [copy for copy in self.copies if copy.store == store and not copy.retired_at]
-        erased = [copy.erased_at for copy in copies] + ([own.erased_at] if own else [])
-        purged = [copy.purged_at for copy in copies] + ([own.purged_at] if own else [])
-        if not erased:  # all that there were have been retired
-            erased = purged = [copy.retired_at for copy in self.copies if copy.store == store]
-        entries = own.entries if own else 0
-        return Receipt(store, entries, max(erased) if all(erased) else 0, max(purged) if all(purged) else 0)
+    def _receipt(self, own: Receipt) -> Receipt:
+        """A store's receipt with those of its copies; a date of -1 is none of its own."""
+        copies = [copy for copy in self.copies if copy.store == own.store]
+        ledgers = [copy for copy in self.copies if copy.store == "ledger" and own.store == "events"]
+        erased = [own.erased_at] + [copy.retired_at or copy.erased_at for copy in copies]
+        purged = [own.purged_at] + [copy.retired_at or copy.purged_at for copy in (*copies, *ledgers)]
+        return Receipt(own.store, own.entries, _latest(erased), _latest(purged))
+
+
+def _latest(dates: Sequence[int]) -> int:
+    """The latest of some dates; 0 if one of them is still to come."""
+    return max(dates) if all(dates) else 0
 
 
 class Certificates:
@@ -143,6 +152,7 @@ class Certificates:
         """Takes the log, and the time after an erasure in which its bytes are to leave the disks."""
         self._log, self._due_ms = log, due_ms
         self.registry = Registry(log)
+        self.partitions = log.partitions
 
     def issue(self, erasure: Erasure, counts: Mapping[str, int], profiles: str = "") -> Certificate:
         """Certifies an erasure that holds in these stores; every other copy of the log has yet to confirm it.

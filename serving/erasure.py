@@ -101,14 +101,7 @@ def _lacking(log: EventLog, own: Sequence[Erasure]) -> list[bool]:
 class Purger:
     """Writes the files of both Redis anew whenever something was erased from them."""
 
-    def __init__(
-        self,
-        certificates: Certificates,
-        events: Client,
-        profiles: Client,
-        period_s: float,
-        store: ProfileStore | None = None,
-    ) -> None:
+    def __init__(self, certificates: Certificates, events: Client, profiles: Client, period_s: float) -> None:
         """Says what to purge; `run` does it.
 
         Args:
@@ -116,9 +109,9 @@ class Purger:
             events: The events Redis.
             profiles: The profiles Redis.
             period_s: Pause between two looks.
-            store: The profile store in it, to confirm for it as one of several that are registered.
         """
-        self._certificates, self._period_s, self._store = certificates, period_s, store
+        self._certificates, self._period_s = certificates, period_s
+        self._store = ProfileStore(profiles, certificates.partitions)
         self._parts = ((events, ("events", "impressions")), (profiles, ("profiles",)))
 
     def run(self, stop: threading.Event) -> None:
@@ -138,11 +131,11 @@ class Purger:
         pending = self._certificates.pending()
         dated: set[str] = set()
         for client, stores in self._parts:
-            copy_id = self._copy_id() if "profiles" in stores else ""
+            copy_id = self._store.store_id() if "profiles" in stores else ""
             lacking = [one for one in pending if _lacks(one, stores, copy_id)]
             if not lacking:
                 continue
-            if copy_id and self._store:
+            if copy_id:
                 forget_in(self._store, self._certificates, lacking)
             _rewrite_all(client, stop or threading.Event())
             for certificate in lacking:
@@ -150,9 +143,6 @@ class Purger:
                 self._certificates.confirm_copy(certificate, copy_id)
             dated |= {one.certificate_id for one in lacking}
         return len(dated)
-
-    def _copy_id(self) -> str:
-        return self._store.store_id() if self._store else ""
 
 
 def _lacks(certificate: Certificate, stores: Sequence[str], copy_id: str) -> bool:

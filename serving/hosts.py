@@ -24,14 +24,15 @@ from serving.erasure import forget_in, replay, replay_ledgers
 from serving.errors import ConfigError, InUse, Unavailable
 from serving.events import EventLog, partitions_for
 from serving.ledger import Erasure, Ledger
-from serving.places import Identity, host_name, new_id, read_identity, write_identity
+from serving.places import HOST, Identity, host_name, new_id, read_identity, write_identity
 from serving.profiles import ProfileStore
 from serving.redis_client import connect, printable
 from serving.registry import BEAT_S, Claim, Copy, Heartbeat, Kind, Patience, Registry
 from serving.warehouse_files import WarehouseFiles
 
 _TIMEOUT_S = 10.0
-_LOOK_S = 1.0
+_REGISTER_S = 5.0
+"""Pause between two looks whether the log still knows what this host has."""
 _log = logging.getLogger(__name__)
 
 
@@ -51,13 +52,14 @@ class HostKeeper:
         self._due_ms = int(config.purge_hours * 3_600_000)
         self._certificates = Certificates(log, self._due_ms)
         self._registry = self._certificates.registry
-        self._ledger, self._state_dir = Ledger(config.ledger_path), config.state_dir
+        self._ledger, self._home = Ledger(config.ledger_path), config.state_dir / HOST
         self._warehouse = config.warehouse_path.absolute() if config.warehouse else None
         self._folders = sorted({config.warehouse_path.absolute(), (config.state_dir / "warehouse").absolute()})
-        self._bundle = config.bundle
+        self._bundle = config.bundle.resolve()
+        self._registered = -_REGISTER_S
         self._heartbeat, self._process = Heartbeat(self._registry), new_id()
         self._claims: dict[Path, Claim] = {}
-        self._patience = Patience()
+        self._patience = Patience(_log)
         self._host_id, self._caught_up = "", False
 
     def catch_up(self) -> int:
@@ -75,7 +77,7 @@ class HostKeeper:
         known = self._certificates.erasures()
         self._note(known)
         again = replay(known, self._log, self._store, self._due_ms) if known else 0
-        self._register()
+        self._register(now=True)
         self._tend(known, self._certificates.pending(), every=True)
         self._caught_up = True
         return again
@@ -103,8 +105,8 @@ class HostKeeper:
 
     def _join(self) -> None:
         """Finds out which host this is."""
-        make_folders(self._state_dir)
-        self._host_id = self._taken(self._state_dir, "ledger", str(self._ledger.path.absolute()), wait=True)
+        make_folders(self._home)
+        self._host_id = self._taken(self._home, "ledger", str(self._ledger.path.absolute()), wait=True)
 
     def _taken(self, folder: Path, kind: Kind, place: str, *, wait: bool = False) -> str:
         """Takes a folder and gives signs of life of it, under a new id where it is a copy of one in use; returns it.
@@ -114,7 +116,7 @@ class HostKeeper:
         claim, identity = self._claims.setdefault(folder, Claim()), read_identity(folder)
         if identity and self._heartbeat.has(identity.copy_id):
             return identity.copy_id
-        verdict, patience = "busy", time.monotonic() + 4 * BEAT_S
+        verdict, patience = "busy", time.monotonic() + 2.5 * BEAT_S
         while verdict == "busy":
             known = self._registry.get(identity.copy_id) if identity else None
             verdict = claim.verdict(folder, known, self._registry.now_ms())
@@ -132,17 +134,31 @@ class HostKeeper:
         self._heartbeat.say(folder, taken, "serving" if kind == "ledger" else "kept, not written")
         return copy_id
 
-    def _register(self) -> None:
-        """Registers what the host has, again where the log has lost it."""
-        self._taken(self._state_dir, "ledger", str(self._ledger.path.absolute()))
+    def _register(self, *, now: bool = False) -> None:
+        """Registers what the host has, again where the log has lost it, if it is time or `now`."""
+        if not now and time.monotonic() - self._registered < _REGISTER_S:
+            return
+        self._registered = time.monotonic()
+        self._host_id = self._taken(self._home, "ledger", str(self._ledger.path.absolute()))
         self._registry.register("ledger", self._host_id, str(self._ledger.path.absolute()))
         known = self._registry.get(self._store.store_id())
         if known is None or known.retired_at:  # hosts may call one store by several names
             self._registry.register("profiles", self._store.store_id(), self._store_url)
-        register_made(self._registry, "bundle", self._bundle.resolve())
+        register_made(self._registry, "bundle", self._bundle)
         for folder in self._folders:
             self._keep_folder(folder)
+        self._heartbeat.restate(self._host_id, self._state())
         forget_deleted(self._registry)
+
+    def _state(self) -> str:
+        """Says what the host does, and what it is refused."""
+        own = self._registry.own("warehouse")
+        if self._warehouse is None or own is None:
+            return "serving"
+        identity = read_identity(self._warehouse)
+        if identity and identity.copy_id == own.copy_id:
+            return "serving"
+        return f"serving; its warehouse is refused, for that of the log is {own.named()}"
 
     def _keep_folder(self, folder: Path) -> None:
         """Registers a folder of Parquet that no warehouse writes, so that erasures wait for it."""
@@ -164,11 +180,12 @@ class HostKeeper:
 
     def _note(self, known: Sequence[Erasure]) -> None:
         """Brings the ledger up to what the log knows."""
-        if missing := _newer(known, self._ledger.erasures()):
+        noted = {one.certificate_id for one in self._ledger.erasures()}
+        if missing := [one for one in known if one.certificate_id not in noted]:
             self._ledger.note(*missing)
 
     def _tend(self, known: Sequence[Erasure], pending: Sequence[Certificate], *, every: bool = False) -> None:
-        """Makes erasures hold in what this host has, and confirms it; `every` takes folders that nothing waits for too."""
+        """Makes erasures hold in what this host has, and confirms it; `every` looks through all folders."""
         store_id = self._store.store_id()
         unmarked = [one for one in pending if _waits(one, store_id, logically=True)]
         if unmarked:
@@ -216,13 +233,13 @@ def kept(config: ServeConfig, redis_url: str, events_url: str) -> Iterator[None]
                 )
         except (Unavailable, OSError) as error:
             _log.warning("the erasures that this host has missed wait: %s", error)
-        thread = threading.Thread(target=keeper.run, args=(stop,), name="host")
+        thread = threading.Thread(target=keeper.run, args=(stop,), name="host", daemon=True)
         thread.start()
         try:
             yield
         finally:
             stop.set()
-            thread.join()
+            thread.join(_TIMEOUT_S / 2)  # a Redis that hangs keeps no service from stopping
             keeper.close()
 
 

@@ -26,6 +26,7 @@ from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavai
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
 from serving.experiments import seed_of
 from serving.ledger import Erasure, Ledger, new_certificate_id
+from serving.places import HOST, read_identity
 from serving.profiles import Mark, ProfileStore
 from serving.redis_client import Call, Request, address_of, partition_of
 from serving.redis_nodes import required
@@ -323,6 +324,8 @@ class People:
         certificate = self._certificates.issue(erasure, counts, self._store.store_id())
         if self._ledger:
             self._ledger.note(erasure)
+            if host := read_identity(self._ledger.path.parent / HOST):
+                self._certificates.confirm_copy(certificate, host.copy_id)
         return certificate
 
     def held(self, subject: str, kind: str = "event", after: int = 0, deadline: float = math.inf) -> Iterator[Piece]:

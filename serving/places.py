@@ -21,6 +21,9 @@ from features.bundle import sync
 from serving.errors import ConfigError
 
 NAME = ".identity"
+HOST = ".host"
+"""Folder below a state directory that holds the identity of the host; the directory itself may be a warehouse."""
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+")
 

@@ -352,7 +352,7 @@ def run(
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
         store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
         log = EventLog(events, partitions)
-        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s, store).run, args=(stop,))
+        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
         purger.start()
         heartbeat = Heartbeat(Registry(log))
         try:
@@ -377,7 +377,7 @@ def _own_store(
     Raises:
         OtherStore: A projector fills another one, and this one is not to be patient.
     """
-    registry, identity, patience = Registry(log), Identity("", f"{new_id()}.0"), Patience()
+    registry, identity, patience = Registry(log), Identity("", f"{new_id()}.0"), Patience(_log)
     while not stop.is_set():
         try:
             log.open()

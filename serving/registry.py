@@ -82,6 +82,11 @@ class Copy:
             return False
         return self.kernel != kernel_id() or runs(self.pid)
 
+    @property
+    def process(self) -> str:
+        """The part of the token that stays while its process runs."""
+        return self.token.partition(".")[0]
+
     def named(self) -> str:
         """Names it in a message."""
         return f"{self.copy_id[:8]} ({self.place} on {self.host})"
@@ -219,7 +224,7 @@ class Claim:
             self._first, self._unlike = "", 0
             return "free"
         identity = read_identity(folder)
-        if identity is None or identity.process != known.token.partition(".")[0]:
+        if identity is None or identity.process != known.process:
             return "copied"
         if known.token in (self._first, "") or not self._first:
             self._first = self._first or known.token
@@ -259,6 +264,13 @@ class Heartbeat:
             self._thread.start()
         self._registry.seen(identity.copy_id, identity.token, state)
 
+    def restate(self, copy_id: str, state: str) -> None:
+        """Says from the next sign of life on that a copy is doing something else."""
+        with self._lock:
+            if copy_id in self._said:
+                folder, identity, _ = self._said[copy_id]
+                self._said[copy_id] = folder, identity, state
+
     def has(self, copy_id: str) -> bool:
         """Returns True if this process has a copy."""
         return copy_id in self._said
@@ -275,7 +287,7 @@ class Heartbeat:
 
     def _leave(self, copy_id: str, identity: Identity, state: str) -> None:
         known = self._registry.get(copy_id)
-        if known and known.token.partition(".")[0] == identity.process:  # else another process has it already
+        if known and known.process == identity.process:  # else another process has it already
             self._registry.seen(copy_id, "", state)
 
     def _run(self, over: threading.Event) -> None:
@@ -302,16 +314,16 @@ class Heartbeat:
 class Patience:
     """Says the same thing once a minute, and each new thing at once."""
 
-    def __init__(self, every_s: float = 60.0) -> None:
-        """Takes the pause."""
-        self._every_s, self._last, self._at = every_s, "", 0.0
+    def __init__(self, log: logging.Logger, every_s: float = 60.0) -> None:
+        """Takes the log of whoever says it, and the pause."""
+        self._log, self._every_s, self._last, self._at = log, every_s, "", 0.0
 
     def warn(self, message: str) -> None:
         """Logs a message as a warning where it is time."""
         now = time.monotonic()
         if message != self._last or now - self._at >= self._every_s:
             self._last, self._at = message, now
-            _log.warning("%s", message)
+            self._log.warning("%s", message)
 
 
 def _tried(work: Callable[[], None]) -> None:

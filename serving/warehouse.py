@@ -214,7 +214,7 @@ class Warehouse:
         self._written = [0] * log.partitions
         self._holding = _Clock(_HOLD_S)
         self._days, self._ledger, self._place = days, ledger, place
-        self._patience = Patience()
+        self._patience = Patience(_log)
         self._damaged: frozenset[int] = frozenset()
         self._telemetry = telemetry or Telemetry()
 

@@ -30,7 +30,7 @@ class WarehousePlace:
         self._log, self._files = log, files
         self._registry = Registry(log)
         self._heartbeat = Heartbeat(self._registry)
-        self._claim, self._process = Claim(), new_id()
+        self._claim, self._process, self._taken = Claim(), new_id(), False
 
     def take(self) -> None:
         """Makes the folder, which is open, this process's own.
@@ -40,7 +40,7 @@ class WarehousePlace:
             InUse: A process on another host writes this folder.
             EventLogUnavailable: Redis does not answer.
         """
-        if self._files.identity:
+        if self._taken:
             return
         identity, now = read_identity(self._files.out), self._registry.now_ms()
         known = self._registry.get(identity.copy_id) if identity else None
@@ -50,22 +50,24 @@ class WarehousePlace:
         if known and verdict == "busy":
             raise InUse(f"{self._files.out} is written by a process on {known.host}; this one takes over when it ends")
         self._require_own(identity)
-        if known and identity and known.token and known.token != identity.token:
+        taken = Identity(identity.copy_id if identity else new_id(), f"{self._process}.0")
+        if known and identity and known.token and known.process != identity.process:
             _log.warning(
                 "%s is not as the last warehouse of this log left it: it was put back from a backup, or copied. What "
                 "was written since is missing; penchant validate says from when to when",
                 self._files.out,
             )
-        taken = Identity(identity.copy_id if identity else new_id(), f"{self._process}.0")
-        if not self._registry.choose("warehouse", taken.copy_id):
-            raise self._refused(self._registry.own("warehouse"), identity)
+        # In the folder first: an id that the log has chosen and no folder has would shut out all of them.
         self._files.keep(taken)
         self._registry.register("warehouse", taken.copy_id, str(self._files.out.absolute()))
+        if not self._registry.choose("warehouse", taken.copy_id):
+            raise self._refused(self._registry.own("warehouse"), taken)
         self._heartbeat.say(self._files.out, taken, "writing")
+        self._taken = True
 
     def release(self) -> None:
         """Gives the folder up for the next process."""
-        self._files.identity = None
+        self._taken, self._files.identity = False, None
         self._heartbeat.end()
 
     def _require_own(self, identity: Identity | None) -> None:

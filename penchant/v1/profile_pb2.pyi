@@ -793,15 +793,15 @@ class ErasureReceipt(_message.Message):
     ERASED_AT_MS_FIELD_NUMBER: _builtins.int
     PURGED_AT_MS_FIELD_NUMBER: _builtins.int
     store: _builtins.str
-    """Name of the store: "profiles", "events", "impressions", and each other reader of the log that keeps a copy: "warehouse";
-    "ledger" for the files in which hosts note erasures.
-    """
+    """Name of the store: "profiles", "events", "impressions", and each other reader of the log that keeps a copy: "warehouse"."""
     entries: _builtins.int
     """Number of entries erased; 0 for a store that does not count them, and for a damaged profile, which is erased as a whole."""
     erased_at_ms: _builtins.int
     """When they became unreadable to Penchant, in milliseconds since the epoch, UTC; 0 while a reader of the log has not confirmed it."""
     purged_at_ms: _builtins.int
-    """When their bytes were gone from the disk, in milliseconds since the epoch, UTC; 0 while they are not."""
+    """When their bytes were gone from the disk, in milliseconds since the epoch, UTC; 0 while they are not, and for "events" while
+    some host's ledger lacks the erasure.
+    """
     def __init__(
         self,
         *,

@@ -82,8 +82,8 @@ class ProofError(AssertionError):
 class Victim:
     """A process of ours that is killed with its children, and kept running otherwise."""
 
-    def __init__(self, words: Sequence[str], log: Path) -> None:
-        self._words, self._log = words, log
+    def __init__(self, words: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
+        self._words, self._log, self._environment = words, log, environment or {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def keep(self) -> None:
@@ -91,7 +91,11 @@ class Victim:
         if self._process is None or self._process.poll() is not None:
             with self._log.open("a") as sink:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", *self._words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=sink
+                    [sys.executable, "-c", *self._words],
+                    cwd=ROOT,
+                    env=os.environ | self._environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=sink,
                 )
 
     @property
@@ -135,8 +139,9 @@ class Victim:
 class Senders:
     """Clients that send events at a rate, repeat what was not answered, and write down what was."""
 
-    def __init__(self, target: str, ledger: Path, rate: float) -> None:
-        """Takes the service, the file of what was acknowledged, and how many events a second to send."""
+    def __init__(self, target: str, ledger: Path, rate: float, prefix: str = "") -> None:
+        """Takes the service, the file of what was acknowledged, how many events a second to send, and their prefix."""
+        self._prefix = prefix
         self.sent = self.acknowledged = self.retries = 0
         self.failed: list[BaseException] = []
         self._given_up = False
@@ -172,7 +177,7 @@ class Senders:
                     # Behind the schedule it does not wait: what a fault has delayed is sent all the same.
                     if self._stop.wait(max(due - time.monotonic(), 0.0)):
                         return
-                    names = [f"{number}-{batch}-{place}" for place in range(BATCH)]
+                    names = [f"{self._prefix}{number}-{batch}-{place}" for place in range(BATCH)]
                     events = [self._event(rng, name) for name in names]
                     with self._lock:
                         self.sent += len(events)

@@ -16,12 +16,14 @@ from penchant.client import Client, event
 from penchant.v1 import common_pb2
 from serving.catalog_log import CatalogLog
 from serving.certificates import Certificates
+from serving.config import ServeConfig
 from serving.consumer import Consumer
 from serving.erasure import Purger, replay, replay_ledgers
 from serving.errors import ConfigError, FailedPrecondition
 from serving.events import EventLog
 from serving.ledger import Ledger
 from serving.log_times import PROFILES_GROUP
+from serving.hosts import HostKeeper
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.projector import Projector
@@ -99,7 +101,7 @@ class Stores:
     """The stores of a state, opened by hand."""
 
     def __init__(self, state: Path, profiles: RedisServer, events: RedisServer, stack: contextlib.ExitStack) -> None:
-        self.out, self.urls = state / "warehouse", (profiles.url, events.url)
+        self.state, self.out, self.urls = state, state / "warehouse", (profiles.url, events.url)
         self.profiles, self.events = (stack.enter_context(connect(url, 20.0)) for url in self.urls)
         self.log, self.store = EventLog(self.events, PARTITIONS), ProfileStore(self.profiles, PARTITIONS)
         self.ledger = Ledger(state / "erasures.jsonl")
@@ -113,6 +115,13 @@ class Stores:
     def warehouse(self, **options: Any) -> dict[str, Any]:
         """Brings the Parquet up to date."""
         return run(self.urls[1], self.out, partitions=PARTITIONS, once=True, **options)
+
+    def host(self) -> None:
+        """Lets the host come back, which catches up before it is ready."""
+        config = ServeConfig(bundle=self.state, state_dir=self.state)
+        keeper = HostKeeper(config, self.log, self.store, "redis://here")
+        keeper.catch_up()
+        keeper.close()
 
     def project(self) -> None:
         """Replays the whole log, as a projector that knows nothing yet."""
@@ -245,6 +254,7 @@ def test_a_backup_of_one_store_is_put_back_and_the_ledger_wins(backup, erased, t
         assert again == (folder != "warehouse")
         stores.purge()
         stores.warehouse(ledger=stores.ledger)
+        stores.host()
         assert stores.certificates.pending() == []
         assert (stores.count(CANARY), stores.count(BIRD)) == (0, 6)
     assert places(state, CANARY) == set()
