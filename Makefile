@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew prove-soak
 .PHONY: clean
 
 VENV := .venv
@@ -96,6 +96,11 @@ EXAMPLES ?= 2000
 prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every page is full or says why; EXAMPLES=N, SEED=N
 	$(BIN)/python -m benchmarks.report pages 'Every page is full, or says why it is not' -- \
 		$(BIN)/python -m tests.proofs.pages --examples $(EXAMPLES) --seed $(or $(SEED),1)
+
+MINUTES ?= 60
+prove-soak: $(VENV)/.ready-dev  ## an hour at 100 requests a second with all logging on: nothing grows; MINUTES=N, RATE=N
+	$(BIN)/python -m benchmarks.report soak 'An hour with all logging on' -- \
+		$(BIN)/python -m tests.proofs.soak --minutes $(MINUTES) --rate $(or $(RATE),100)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

@@ -131,7 +131,7 @@ def test_a_defect_is_internal_with_a_mark_that_the_log_explains(running, caplog)
     (record,) = [record for record in caplog.records if mark in record.getMessage()]
     assert "s3cret" in str(record.exc_info[1])
     assert running.client.get_profile("u").found
-    assert running.telemetry.counters()["Recommend.INTERNAL"] == 1
+    assert running.telemetry.counters()["request.Recommend.INTERNAL.."] == 1
 
 
 def test_a_field_travels_as_bad_request(running):
