@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
 .PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew prove-soak
-.PHONY: clean
+.PHONY: bench-sizing clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -96,6 +96,18 @@ EXAMPLES ?= 2000
 prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every page is full or says why; EXAMPLES=N, SEED=N
 	$(BIN)/python -m benchmarks.report pages 'Every page is full, or says why it is not' -- \
 		$(BIN)/python -m tests.proofs.pages --examples $(EXAMPLES) --seed $(or $(SEED),1)
+
+SIZES ?= 1000 50000
+bench-sizing: $(VENV)/.ready-demo  ## what to provide for: memory, disk and processor time; SIZES='ITEMS ITEMS'
+	for items in $(SIZES); do \
+		out=$(BUILD)/sizing/$$items; \
+		[ -e $$out/bundle/manifest.json ] && continue; \
+		$(BIN)/penchant data simulated --out $$out/data --set users=2000 --set items=$$items; \
+		$(BIN)/penchant train $$out/data --out $$out/run --set epochs=1; \
+		$(BIN)/penchant export $$out/run --out $$out/bundle; \
+	done
+	$(BIN)/python -m benchmarks.report sizing 'What to provide for' -- \
+		$(BIN)/penchant bench sizing $(foreach items,$(SIZES),$(BUILD)/sizing/$(items)/bundle)
 
 MINUTES ?= 60
 prove-soak: $(VENV)/.ready-dev  ## an hour at 100 requests a second with all logging on: nothing grows; MINUTES=N, RATE=N

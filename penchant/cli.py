@@ -589,6 +589,23 @@ def stages(
     _answer(stages(bundle, requests=requests, redis=redis))
 
 
+@bench.command()
+def sizing(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(metavar="BUNDLE...", exists=True, file_okay=False, help="Bundles, best of different sizes."),
+    ],
+    users: Annotated[int, typer.Option(min=1, metavar="N", help="Users to make.")] = 2000,
+    events: Annotated[int, typer.Option(min=1, metavar="N", help="Events of each.")] = 100,
+    requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests for a slate.")] = 5000,
+) -> None:
+    """Measures what to provide for: memory, disk and processor time by item, user, event, slate and request."""
+    _use_cores(1)
+    from benchmarks.sizing import sizing
+
+    _answer(sizing(bundles, users=users, events=events, requests=requests))
+
+
 @bench.command("profiles")
 def bench_profiles(
     people: Annotated[int, typer.Option(min=1, metavar="N", help="People to store.")] = 1_000_000,
