@@ -173,9 +173,8 @@ def _rebuilt(state: Path) -> dict[str, float]:
 
 
 def _item_ids(bundle: Path) -> list[str]:
-    with pa.OSFile(str(bundle / "items.arrow")) as source:
-        ids: list[str] = pa.ipc.open_file(source).read_all().column("item_id").to_pylist()
-    return ids
+    with pa.OSFile(str(bundle / "items.arrow"), "rb") as source:
+        return [str(item) for item in pa.ipc.open_file(source).read_all().column("item_id").to_pylist()]
 
 
 def _behind(address: str, reader: str) -> float:
