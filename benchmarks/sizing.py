@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.report import BenchmarkError, facts
 from benchmarks.service import running
 from penchant.client import Client, event
+from serving.log_watch import FRESH_S
 from serving.rebuild import rebuild
 from serving.redis_server import RedisServer
 
@@ -103,16 +104,16 @@ def _filled(bundle: Path, state: Path, users: int, events: int, requests: int, r
         running(bundle, *_OPTIONS, "--state-dir", str(state)) as ready,
         Client(ready["listen"], timeout_s=30.0) as client,
     ):
-        empty = _scrape(ready["metrics"])
+        empty = _settled(ready["metrics"])
         for start in range(0, users * events, BATCH):
             _ingest(client, rng, items, range(start, min(start + BATCH, users * events)), users)
         _wait(lambda: not _behind(ready["metrics"], "projector"))
-        full = _scrape(ready["metrics"])
+        full = _settled(ready["metrics"])
         for _ in range(requests):
             client.recommend(user_id=f"u{rng.randrange(users)}", page_size=PAGE, surface="home")
         _wait(lambda: _scrape(ready["metrics"])["penchant_slates_total written"] >= requests)
         _wait(lambda: not _behind(ready["metrics"], "warehouse"))
-        shown = _scrape(ready["metrics"])
+        shown = _settled(ready["metrics"])
     count = users * events
 
     def each(name: str, before: Counter[str], after: Counter[str], n: int) -> float:
@@ -178,7 +179,13 @@ def _item_ids(bundle: Path) -> list[str]:
 
 
 def _behind(address: str, reader: str) -> float:
-    return sum(n for name, n in _scrape(address).items() if name.startswith(f"penchant_log_lag_entries {reader}"))
+    return sum(n for name, n in _settled(address).items() if name.startswith(f"penchant_log_lag_entries {reader}"))
+
+
+def _settled(address: str) -> Counter[str]:
+    """The samples once the stores are looked at again: what the page says of them may be some seconds old."""
+    time.sleep(FRESH_S + 1)
+    return _scrape(address)
 
 
 def _wait(done: Callable[[], bool]) -> None:

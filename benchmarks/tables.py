@@ -296,7 +296,7 @@ def sizing() -> str:
         [f"start, {large['items']:,} items", f"{large['start_s']:.1f} s"],
         ["rebuild of profiles, events a second", f"{result['rebuild_events_per_second']:,}"],
     ]
-    return _table(["", "measured"], rows) + _source(path, result)
+    return _table(["", "measured"], [row for row in rows if row[1]]) + _source(path, result)
 
 
 def profiles() -> str:
