@@ -235,6 +235,9 @@ def soak(
     Returns:
         `minutes`, `rate`, `calls`, what `judge` returns, `outages`, the slopes of the `control`, and `passed`.
     """
+    # The control first: where leaks are not found, an hour of none being found proves nothing.
+    with running(control_minutes, leak * 2**20 / 3600) as (service, _), Load(service.target, rate):
+        control = judge(watch(service, control_minutes * 60))["processes"]
     with running(minutes) as (service, servers):
         with Load(service.target, rate) as load:
             found = judge(watch(service, minutes * 60))
@@ -242,8 +245,6 @@ def soak(
             outages = [outage(service, server, min(60.0, minutes * 60)) for server in servers.values()]
         with contextlib.suppress(OSError):
             log_mib = service.log.stat().st_size / 2**20
-    with running(control_minutes, leak * 2**20 / 3600) as (service, _), Load(service.target, rate):
-        control = judge(watch(service, control_minutes * 60))["processes"]
     leaking = {name: one["mib_an_hour"] for name, one in control.items() if name != "supervisor"}
     checks = {
         "memory": all(one["mib_an_hour"]["verdict"] in ("flat", "within") for one in found["processes"].values()),
