@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .PHONY: help install protos format check check-code check-protos test demo bench
 .PHONY: prove-attacks prove-batch prove-bundles prove-durability prove-freshness prove-gpu prove-hosts prove-log prove-node
 .PHONY: prove-pages prove-reading prove-redis prove-resume prove-rolls prove-skew prove-soak
-.PHONY: clean
+.PHONY: bench-sizing clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -111,6 +111,23 @@ prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every
 prove-node: $(VENV)/.ready-dev  ## the JavaScript of docs/backend.md against a service; needs node and npm
 	npm install --silent --no-fund --no-audit --prefix $(BUILD)/node @grpc/grpc-js@1 @grpc/proto-loader@0
 	$(BIN)/python -m tests.proofs.node $(BUILD)/node
+
+SIZES ?= 1000 50000
+bench-sizing: $(VENV)/.ready-demo  ## what to provide for: memory, disk and processor time; SIZES='ITEMS ITEMS'
+	for items in $(SIZES); do \
+		out=$(BUILD)/sizing/$$items; \
+		[ -e $$out/bundle/manifest.json ] && continue; \
+		$(BIN)/penchant data simulated --out $$out/data --set users=2000 --set items=$$items; \
+		$(BIN)/penchant train $$out/data --out $$out/run --set epochs=1; \
+		$(BIN)/penchant export $$out/run --out $$out/bundle; \
+	done
+	$(BIN)/python -m benchmarks.report sizing 'What to provide for' -- \
+		$(BIN)/penchant bench sizing $(foreach items,$(SIZES),$(BUILD)/sizing/$(items)/bundle)
+
+MINUTES ?= 60
+prove-soak: $(VENV)/.ready-dev  ## an hour at 100 requests a second with all logging on: nothing grows; MINUTES=N, RATE=N
+	$(BIN)/python -m benchmarks.report soak 'An hour with all logging on' -- \
+		$(BIN)/python -m tests.proofs.soak --minutes $(MINUTES) --rate $(or $(RATE),100)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

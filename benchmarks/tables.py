@@ -276,6 +276,35 @@ def freshness() -> str:
     return f"{said}\n{_table(head, rows)}{_source(pairs, many)}{_source(path, result)}"
 
 
+def sizing() -> str:
+    """What to provide for, by item, user, event, slate and request."""
+    path = RESULTS / "sizing.json"
+    result = _read(path)
+    large = max(result["bundles"], key=lambda bundle: bundle["items"])
+    per_item, rss = result["worker_bytes_per_item"], result["rss"]
+    day = 86_400 / 2**30
+    rows = [
+        ["memory of a worker, an item", f"{per_item:,} bytes" if per_item else ""],
+        [f"memory of a worker, {large['items']:,} items", f"{large['worker_rss'] / 2**20:,.0f} MiB"],
+        *([f"memory of the {role}", f"{rss[role] / 2**20:,.0f} MiB"] for role in rss if not role.startswith("worker")),
+        [f"disk of a bundle, {large['items']:,} items", f"{large['bundle_bytes'] / 2**20:,.1f} MiB"],
+        [f"profiles Redis, a user of {result['events']} events", f"{result['user_bytes']:,.0f} bytes"],
+        ["events Redis, an event", f"{result['event_bytes']:,.0f} bytes"],
+        [f"events Redis, a slate of {result['page']}", f"{result['slate_bytes']:,.0f} bytes"],
+        ["append-only file, an event", f"{result['event_disk']:,.0f} bytes"],
+        ["append-only file, a slate", f"{result['slate_disk']:,.0f} bytes"],
+        ["Parquet, an event", f"{result['event_parquet']:,.0f} bytes"],
+        ["Parquet, a slate", f"{result['slate_parquet']:,.0f} bytes"],
+        ["events Redis, an hour of 100 slates a second", f"{result['slate_bytes'] * 100 * 3600 / 2**30:,.2f} GiB"],
+        ["Parquet, a day of 100 slates a second", f"{result['slate_parquet'] * 100 * day:,.2f} GiB"],
+        ["requests in a second of one core", f"{result['requests_per_core_second']:,}"],
+        ["events in a second of one core", f"{result['events_per_core_second']:,}"],
+        [f"start, {large['items']:,} items", f"{large['start_s']:.1f} s"],
+        ["rebuild of profiles, events a second", f"{result['rebuild_events_per_second']:,}"],
+    ]
+    return _table(["", "measured"], [row for row in rows if row[1]]) + _source(path, result)
+
+
 def profiles() -> str:
     """What people cost: bytes, reads beside a GET, ingest beside the server's own rate."""
     path = RESULTS / "profiles.json"
@@ -438,6 +467,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-settings": train_settings,
     "metrics": markdown,
     "gpu": gpu,
+    "sizing": sizing,
 }
 
 

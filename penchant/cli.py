@@ -64,6 +64,12 @@ Partitions = Annotated[
         min=1, metavar="N", help="Partitions of a new event log.", show_default="those of the log; 16 for a new one"
     ),
 ]
+MetricsListen = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="Address of the metrics, for Prometheus.", show_default="off")
+]
+LogFormat = Annotated[
+    Literal["text", "json"], typer.Option(metavar="text|json", help="Format of the log's lines on standard error.")
+]
 StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where an embedded Redis keeps its data.")]
 
 # What to install where a module is missing.
@@ -300,11 +306,11 @@ def serve(
         typer.Option(metavar="HOST:PORT", help="Address of the metrics, for Prometheus.", show_default="off"),
     ] = None,
     log_format: Annotated[
-        str | None,
+        Literal["text", "json"] | None,
         typer.Option(metavar="text|json", help="Format of the log's lines on standard error.", show_default="text"),
     ] = None,
     access_log: Annotated[
-        str | None,
+        Literal["off", "errors", "all"] | None,
         typer.Option(
             metavar="off|errors|all",
             help="Requests with a line in the log; of errors one a minute for each method and code.",
@@ -397,12 +403,17 @@ def projector(
         Path | None,
         typer.Option(metavar="DATA", exists=True, file_okay=False, help="With --idle-days: makes them anew."),
     ] = None,
+    metrics_listen: MetricsListen = "",
+    log_format: LogFormat = "text",
 ) -> None:
     """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
     if idle_days and warehouse is None:
         raise typer.BadParameter("needs --warehouse, which profiles are made of anew", param_hint="--idle-days")
+    from serving.logs import configure
+    from serving.monitor import exposed
     from serving.projector import Idle, run
+    from serving.telemetry import Telemetry
 
     idle = None
     if idle_days and warehouse:
@@ -410,7 +421,12 @@ def projector(
         from serving.rebuild import rehydrate
 
         idle = Idle(idle_days, partial(rehydrate, warehouse, Retention({})))
-    raise typer.Exit(run(redis, events_redis or redis, partitions, idle=idle, ready=_answer))
+    configure(log_format, "projector")
+    telemetry = Telemetry()
+    with exposed(metrics_listen, "projector", telemetry) as metrics:
+        events = events_redis or redis
+        ready = partial(_ready, metrics=metrics)
+        raise typer.Exit(run(redis, events, partitions, idle=idle, ready=ready, telemetry=telemetry))
 
 
 @app.command()
@@ -441,12 +457,17 @@ def warehouse(
     forget: Annotated[
         bool, typer.Option("--forget", help="Drop the warehouse for good, so that the log keeps nothing for it; end.")
     ] = False,
+    metrics_listen: MetricsListen = "",
+    log_format: LogFormat = "text",
 ) -> None:
     """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
     from features.profile import Purpose
     from serving.ledger import Ledger
+    from serving.logs import configure
+    from serving.monitor import exposed
     from serving.places import local_folder
+    from serving.telemetry import Telemetry
     from serving.warehouse import drop, run
 
     if forget:
@@ -458,18 +479,22 @@ def warehouse(
         default = Purpose.of(name for name in default_purposes.split(",") if name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--default-purposes") from None
-    said = run(
-        events_redis or redis,
-        local_folder(out),
-        bundle,
-        partitions,
-        flush_s=flush,
-        once=once,
-        days=retention,
-        default=default,
-        ledger=None if ledger is None else Ledger(ledger),
-        ready=_answer,
-    )
+    configure(log_format, "warehouse")
+    telemetry = Telemetry()
+    with exposed(metrics_listen, "warehouse", telemetry) as metrics:
+        said = run(
+            events_redis or redis,
+            local_folder(out),
+            bundle,
+            partitions,
+            flush_s=flush,
+            once=once,
+            days=retention,
+            default=default,
+            ledger=None if ledger is None else Ledger(ledger),
+            ready=partial(_ready, metrics=metrics),
+            telemetry=telemetry,
+        )
     _answer(said)
 
 
@@ -624,6 +649,23 @@ def stages(
     from benchmarks.stages import stages
 
     _answer(stages(bundle, requests=requests, redis=redis))
+
+
+@bench.command()
+def sizing(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(metavar="BUNDLE...", exists=True, file_okay=False, help="Bundles, best of different sizes."),
+    ],
+    users: Annotated[int, typer.Option(min=1, metavar="N", help="Users to make.")] = 2000,
+    events: Annotated[int, typer.Option(min=1, metavar="N", help="Events of each.")] = 100,
+    requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests for a slate.")] = 5000,
+) -> None:
+    """Measures what to provide for: memory, disk and processor time by item, user, event, slate and request."""
+    _use_cores(1)
+    from benchmarks.sizing import sizing
+
+    _answer(sizing(bundles, users=users, events=events, requests=requests))
 
 
 @bench.command("profiles")
@@ -798,6 +840,11 @@ def _days(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or not value > 0:
         raise typer.BadParameter(f"{name}: a number of days above 0, not {value!r}", param_hint="--retention")
     return float(value)
+
+
+def _ready(told: Mapping[str, Any], metrics: str | None) -> None:
+    """Prints that a process is ready, and where its metrics are."""
+    _answer({**told, "metrics": metrics} if metrics else told)
 
 
 def _answer(result: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ _numbers = count(1)
 
 
 def configure(log_format: LogFormat, role: str, worker: int | None = None) -> None:
-    """Sets up the log of this process, on standard error; replaces what was set up before.
+    """Sets up the log of this process, on standard error, unless it was set up before.
 
     With JSON, warnings and exceptions that nothing catches are lines of it as well.
 
@@ -48,7 +48,7 @@ def configure(log_format: LogFormat, role: str, worker: int | None = None) -> No
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(role, worker) if log_format == "json" else logging.Formatter(TEXT_FORMAT))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # It tells at length which processor features it tries.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     if log_format == "json":

@@ -6,6 +6,7 @@ seen, so a counter never goes back: what was counted between the last scrape and
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import selectors
@@ -13,15 +14,15 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from serving.exposition import ProcessState, Sample, counter_samples, process_samples, rendered, time_samples
-from serving.http import Page
+from serving.http import HttpServer, Page
 from serving.process_figures import process_figures
 from serving.reporting import QUESTION
-from serving.telemetry import BUCKETS
+from serving.telemetry import BUCKETS, Telemetry
 
 PATIENCE_S = 1.0
 """Longest wait for the processes, all together."""
@@ -60,15 +61,20 @@ class Monitor:
         bundle_id: str,
         watch: Callable[[], tuple[list[Sample], int | None]] = lambda: ([], None),
         patience_s: float = PATIENCE_S,
+        role: str = "supervisor",
+        telemetry: Telemetry | None = None,
     ) -> None:
-        """Begins without processes.
+        """Begins without other processes.
 
         Args:
             bundle_id: The bundle that is served.
             watch: Returns the samples of the stores, and the newest version of the catalogue where it is known.
             patience_s: Longest wait for the processes, all together.
+            role: The role of this process.
+            telemetry: What this process counts.
         """
         self._bundle_id, self._watch, self._patience_s = bundle_id, watch, patience_s
+        self._role, self._telemetry = role, telemetry or Telemetry()
         self._processes: dict[str, _Process] = {}
         self._ended_counts, self._ended_times = Counts(), Times()
         self._behind: dict[str, float] = {}
@@ -108,7 +114,9 @@ class Monitor:
                 counts, times = self._ended_counts.copy(), {key: [*cells] for key, cells in self._ended_times.items()}
                 for process in self._processes.values():
                     _add(process.answer, counts, times)
-            states.append(ProcessState("supervisor", True, figures=process_figures()))
+            own = self._telemetry.snapshot()
+            _add({"telemetry": own}, counts, times)
+            states.append(ProcessState(self._role, True, figures=process_figures(), gauges=own["gauges"]))
             samples = [*counter_samples(counts), *time_samples(times), *stores, *self._catalog_lag(states, newest)]
             for state in states:
                 samples += process_samples(state)
@@ -144,6 +152,28 @@ class Monitor:
             since = self._behind.setdefault(state.name, now) if behind else self._behind.pop(state.name, now)
             yield "penchant_catalog_lag_versions", labels, behind
             yield "penchant_catalog_lag_seconds", labels, now - since if behind else 0.0
+
+
+@contextlib.contextmanager
+def exposed(address: str, role: str, telemetry: Telemetry) -> Iterator[str | None]:
+    """Serves the metrics of a process that no supervisor started, while the block runs.
+
+    Args:
+        address: `HOST:PORT`; nothing is served where it is empty.
+        role: Its role.
+        telemetry: What it counts.
+
+    Yields:
+        The address, the port resolved.
+
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+    if not address:
+        yield None
+        return
+    with HttpServer(address, {"/metrics": Monitor("", role=role, telemetry=telemetry).page}) as server:
+        yield server.address
 
 
 def _take(process: _Process) -> bool:

@@ -40,6 +40,7 @@ COMMANDS += [
     "bench kills",
     "bench latency",
     "bench profiles",
+    "bench sizing",
     "bench stages",
     "bench training",
 ]

@@ -32,6 +32,7 @@ from serving.errors import InvalidArgument, ResourceExhausted, Unavailable
 from serving.server import Server, Services
 from serving.telemetry import Telemetry
 from serving.turns import Turns
+from tests.serving.faults import wait_until
 
 
 class Ranking(ranking_pb2_grpc.RankingServiceServicer):
@@ -131,7 +132,7 @@ def test_a_defect_is_internal_with_a_mark_that_the_log_explains(running, caplog)
     (record,) = [record for record in caplog.records if mark in record.getMessage()]
     assert "s3cret" in str(record.exc_info[1])
     assert running.client.get_profile("u").found
-    assert running.telemetry.counters()["Recommend.INTERNAL"] == 1
+    assert running.telemetry.counters()["request.Recommend.INTERNAL.."] == 1
 
 
 def test_a_field_travels_as_bad_request(running):
@@ -233,6 +234,23 @@ def test_a_server_as_grpc_makes_it_ends_such_connections():
         assert pinged(target, within_a_call=False)[1]
     finally:
         server.stop(None)
+
+
+def test_what_is_in_hand_waits_or_was_refused_is_measured():
+    with Running(threads=1, max_concurrent=2, token="t") as server, Client(server.target, token="t") as client:
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(client.search, "0.5", timeout_s=10.0) for _ in range(2)]
+            gauges = server.telemetry.snapshot
+            wait_until(lambda: gauges()["gauges"] == {"requests_in_flight": 2, "requests_waiting": 1})
+            refused(lambda: client.get_profile("u"))
+            for one in running:
+                one.result()
+        wait_until(lambda: gauges()["gauges"] == {"requests_in_flight": 0, "requests_waiting": 0})
+        assert refused(lambda: server.client.get_profile("u")).code() is grpc.StatusCode.UNAUTHENTICATED
+        counts = server.telemetry.counters()
+        assert counts["refused.busy"] >= 1
+        assert counts["refused.token"] == 1
+        assert counts["request.Search.OK.."] == 2
 
 
 class TestClient:

@@ -94,11 +94,9 @@ def test_it_answers_and_keeps_its_data_where_it_was_told(surrounded, place):
     wait_until(lambda: open_dataset(written).info["events"] == 1)
 
 
-def test_it_says_once_what_it_ignores(surrounded):
-    log = surrounded.log.read_text()
-    told = [line for line in log.splitlines() if "is ignored" in line]
-    assert len(told) == 1
-    assert told[0].startswith("PENCHANT_METRICS_PORT=tcp://10.0.0.1:9090 is ignored")
+def test_it_takes_no_variable_of_another_service_for_a_setting(surrounded):
+    assert "is ignored" not in surrounded.log.read_text()
+    assert surrounded.ready["metrics"] is None
 
 
 def test_the_health_check_of_the_image_finds_it(surrounded):

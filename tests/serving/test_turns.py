@@ -22,10 +22,12 @@ def test_who_waits_lets_others_go_first():
         thread.start()
         thread.join(0.1)
         assert order == ["first"]
+        assert turns.waiting == 1
         with turns.given_up():
             thread.join(5)
         order.append("first again")
     assert order == ["first", "other", "first again"]
+    assert turns.waiting == 0
 
 
 def test_a_turn_is_taken_again_and_ended_whatever_happens():
