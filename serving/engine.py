@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from features.columns import pc
 from features.errors import BundleError
 from features.outcomes import Outcomes
 from features.schema import NEGATIVE_EVENT_TYPES, event_type_key, item_key
-from features.transforms import ItemInputShapes, item_text, text_tokens
+from features.transforms import ItemInputShapes, item_inputs, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.adjusters import Dialled
 from serving.bitmap import clear_keys, clear_rows, first_allowed
@@ -30,7 +31,7 @@ from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
 from serving.index import Index
 from serving.lexical import LexicalIndex
-from serving.model import Model
+from serving.model import Model, ModelError
 from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source, Tier
 from serving.profiles import ProfileStore
 from serving.reasons import Reasons
@@ -56,10 +57,13 @@ from serving.sources import (
 from serving.telemetry import Telemetry
 from serving.turns import Turns
 
+ITEM_BATCH = 256
+"""Items that are embedded at once."""
 _FRESH = 50
 CHOICES = ("add_to_cart", "purchase", "like", "rating")
 """Event types by which a person has chosen an item, whatever a bundle was trained on."""
 _CANDIDATES = 500
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ def open_engine(path: Path, around: Surroundings, bundle_id: str = "") -> Engine
     model, index = Model(bundle, around.config.device), Index(bundle.read("index.faiss"), catalog)
     replay(bundle, model, catalog, index)
     _warm_up(catalog, lexical)
+    _warm_models(bundle, model, around.config)
     return Engine(
         bundle=bundle,
         model=model,
@@ -163,7 +168,7 @@ class _Builder:
         self._bundle, self._model, self._catalog = bundle, model, catalog
         self._index, self._lexical, self._around = index, lexical, around
         # As many as evaluation ranked, so that what was measured is what is served.
-        self._count = around.config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
+        self._count = _count(bundle, around.config)
         self._tables = _popular(bundle, len(catalog.vocabulary))
         self._neighbors = _neighbors(bundle, len(catalog.vocabulary))
         self._repeats = bool(bundle.model["repeats"])
@@ -293,6 +298,19 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
         tokens = text_tokens(item_text(catalog.item(row)))
         lexical.search(tokens, 1, catalog.eligible_bitmap(0))
         lexical.score(tokens, rows)
+
+
+def _warm_models(bundle: Bundle, model: Model, config: ServeConfig) -> None:
+    """Runs the models at the sizes of requests; what is made up may be nothing that a model can answer."""
+    items = item_inputs([{"item_id": "", "title": "warm"}] * ITEM_BATCH, _shapes(bundle))
+    try:
+        model.warm(items, _count(bundle, config))
+    except ModelError as error:
+        _log.info("a model is not warm, so that its first call takes longer: %s", error)
+
+
+def _count(bundle: Bundle, config: ServeConfig) -> int:
+    return config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
 
 
 def _shapes(bundle: Bundle) -> ItemInputShapes:

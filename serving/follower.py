@@ -16,19 +16,22 @@ from typing import Any
 from features.errors import PenchantError
 from features.transforms import item_inputs, item_text, text_tokens
 from serving.catalog_log import CatalogLog, Change
-from serving.engine import Host
-from serving.errors import Unavailable
+from serving.engine import ITEM_BATCH, Host
+from serving.errors import ServingError, Unavailable
 from serving.hydrators import Progress
 
 _BLOCK_MS = 500
 _RETRY_S = 0.5
 _HEARTBEAT_S = 0.8
-_BATCH = 256
 _log = logging.getLogger(__name__)
 
 
 class Follower:
-    """Applies the log to the engine in use; one thread, the only writer of its catalogue."""
+    """Applies the log to the engine in use; one thread, the only writer of its catalogue.
+
+    Attributes:
+        trouble: Why the catalogue is behind the log, empty where it is not.
+    """
 
     def __init__(self, host: Host, log: CatalogLog, progress: Progress, workers: int = 1) -> None:
         """Takes what is to follow which log, who is to know how far, and how many workers the service has."""
@@ -37,6 +40,7 @@ class Follower:
         self._deleted: set[int] = set()
         self._stop = threading.Event()
         self._said = 0.0
+        self.trouble = "it has not caught up with the log yet"
         self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
 
     def start(self) -> None:
@@ -44,7 +48,9 @@ class Follower:
         try:
             self.catch_up()
             self._log.applied(self._worker, self._progress.version)
-        except Unavailable as error:
+            self.trouble = ""
+        except ServingError as error:
+            self.trouble = str(error)
             _log.warning("starting without the latest changes of the catalogue: %s", error)
         self._thread.start()
 
@@ -107,8 +113,8 @@ class Follower:
         for kind, group in groupby(changes, lambda change: change.kind):
             same = list(group)
             if kind == "put":
-                for start in range(0, len(same), _BATCH):
-                    self._put_or_skip(same[start : start + _BATCH])
+                for start in range(0, len(same), ITEM_BATCH):
+                    self._put_or_skip(same[start : start + ITEM_BATCH])
             else:
                 for change in same:
                     self._hide(change)
@@ -117,9 +123,14 @@ class Follower:
         while not self._stop.is_set():
             try:
                 self.step(_BLOCK_MS)
-            except Unavailable:
+                self.trouble = ""
+            except ServingError as error:
+                if str(error) != self.trouble:
+                    _log.warning("cannot follow the catalogue; trying again: %s", error)
+                self.trouble = str(error)
                 self._stop.wait(_RETRY_S)
-            except Exception:  # noqa: BLE001  a worker that stops following would show what is gone
+            except Exception as error:  # noqa: BLE001  a worker that stops following would show what is gone
+                self.trouble = f"{type(error).__name__}: {error}"
                 _log.exception("cannot follow the catalogue; trying again")
                 self._stop.wait(_RETRY_S)
 
