@@ -19,6 +19,7 @@ from features.catalog import Catalog
 from features.columns import pc
 from features.errors import BundleError
 from features.outcomes import Outcomes
+from features.profile import decode, empty, encode, pack_record
 from features.schema import NEGATIVE_EVENT_TYPES, event_type_key, item_key
 from features.transforms import ItemInputShapes, item_inputs, item_text, text_tokens
 from features.vocabulary import Vocabulary
@@ -298,6 +299,10 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
         tokens = text_tokens(item_text(catalog.item(row)))
         lexical.search(tokens, 1, catalog.eligible_bitmap(0))
         lexical.score(tokens, rows)
+    entry = pack_record(1, 1, 1, 1, 0.0, event_type_key(CHOICES[0]))
+    stored = encode(empty())
+    for log_id in range(1, 4):  # without a state, then with one
+        stored = encode(decode(stored + log_id.to_bytes(8, "big") + entry))
 
 
 def _warm_models(bundle: Bundle, model: Model, config: ServeConfig) -> None:

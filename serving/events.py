@@ -118,7 +118,9 @@ def awaited_partitions(client: Client, asked: int | None, stop: threading.Event)
     while True:
         try:
             return partitions_for(client, asked)
-        except EventLogUnavailable as error:
+        except ConfigError:
+            raise
+        except ServingError as error:  # away, or it refuses its users for now
             if asked or stop.is_set():
                 return asked or PARTITIONS
             _log.warning("the number of partitions is not known yet: %s", error)

@@ -27,6 +27,7 @@ from serving.errors import ProfileStoreUnavailable, ResourceExhausted, ServingEr
 from serving.events import Entry, EventLog, awaited_partitions, sound
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect
+from serving.restart import Report, Trouble, described, keep_running
 from serving.telemetry import Telemetry
 
 COMPACT_AFTER = 64
@@ -38,6 +39,10 @@ SETTLE_S = 5.0
 PURGE_S = 12 * 3600.0
 """Pause between two rounds in which the bytes of what was erased leave the disks: half of what is promised."""
 
+FAR_BEHIND = 50_000
+"""Events that are not applied and settled above which the projector counts as behind: minutes of a busy service."""
+
+_LAG_S = 5.0
 _PAUSE_S = 0.1
 """Pause between two looks at a log that has less than a batch: new events wait behind every look."""
 _RETRY_S = 0.5
@@ -111,7 +116,8 @@ class Projector:
         self._batch = batch
         self._telemetry = telemetry or Telemetry()
         self._run_ids = [""] * log.partitions
-        self._trimmed = 0.0
+        self._trimmed = self._looked = 0.0
+        self._late = ""
         self._settling: deque[_Batch] = deque()
         self._after: list[int | None] = []
         self._start_over()
@@ -146,20 +152,35 @@ class Projector:
             self._start_over()
             raise
 
-    def run(self, stop: threading.Event) -> None:
-        """Steps until `stop` is set, then gives up its partitions; a Redis that is away is waited for."""
-        while not stop.is_set():
-            try:
-                self.open()
-                while not stop.is_set():
-                    seen = self.step()
-                    self._trim()
-                    self._sweep()
-                    if seen < self._batch:
-                        stop.wait(_PAUSE_S)
-            except (Unavailable, ResourceExhausted) as error:
-                _log.warning("the projector waits: %s", error)
-                stop.wait(_RETRY_S)
+    def run(self, stop: threading.Event, report: Report = lambda _: None) -> None:
+        """Steps until `stop` is set, then gives up its partitions; a Redis that is away is waited for.
+
+        Args:
+            stop: Ends it.
+            report: Told what it waits for, and "" while it waits for nothing.
+
+        Raises:
+            PenchantError: What waiting does not help; its threads have ended and its partitions are given up.
+        """
+        try:
+            while not stop.is_set():
+                try:
+                    self.open()
+                    while not stop.is_set():
+                        seen = self.step()
+                        self._trim()
+                        self._sweep()
+                        report(self._behind())
+                        if seen < self._batch:
+                            stop.wait(_PAUSE_S)
+                except (Unavailable, ResourceExhausted) as error:
+                    _log.warning("the projector waits: %s", error)
+                    report(f"waits: {described(error)}")
+                    stop.wait(_RETRY_S)
+        except BaseException:
+            self._aside.shutdown(cancel_futures=True)
+            self._release()
+            raise
         self.close()
 
     def close(self) -> None:
@@ -168,10 +189,22 @@ class Projector:
             self._welcomed.result()
         self._rehydrate(list(self._returned))
         self._aside.shutdown()
+        self._release()
+
+    def _release(self) -> None:
         try:
             self._consumer.release()
-        except Unavailable as error:
+        except ServingError as error:
             _log.warning("the leases of the projector run out by themselves: %s", error)
+
+    def _behind(self) -> str:
+        """Returns how far it is behind, from time to time, where that is far."""
+        now = time.monotonic()
+        if now - self._looked >= _LAG_S:
+            self._looked = now
+            lag = sum(self.lag())
+            self._late = f"is {lag:,} events behind" if lag > FAR_BEHIND else ""
+        return self._late
 
     def lag(self) -> list[int]:
         """Number of events per partition that are not acknowledged yet, those of the last seconds included.
@@ -318,17 +351,20 @@ def run(
     purge_s: float = PURGE_S,
     idle: Idle | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
+    trouble: Trouble | None = None,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
     It also has the bytes of what was erased removed from the disks, every `purge_s` seconds. Without a number of
-    partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`.
+    partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`. What ends in an error is
+    started again; `trouble` is told meanwhile.
 
     Raises:
         ConfigError: A URL is wrong, or the log has another number of partitions.
     """
+    patient, trouble = trouble is not None, trouble or Trouble(lambda _: None)
     stop = stop or threading.Event()
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and not patient:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
@@ -337,8 +373,20 @@ def run(
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
         store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
         log = EventLog(events, partitions)
-        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
-        purger.start()
-        Projector(log, store, idle=idle).run(stop)
-        purger.join()
+        purger = Purger(Certificates(log), events, profiles, purge_s)
+        ended = threading.Event()
+
+        def project(report: Report) -> None:
+            Projector(log, store, idle=idle).run(stop, report)
+
+        def purge() -> None:
+            keep_running("purge", lambda _: purger.run(ended), ended, trouble.reporter("purge"), patient=True)
+
+        purging = threading.Thread(target=purge, name="purge")
+        purging.start()
+        try:
+            keep_running("projector", project, stop, trouble.reporter("projector"), patient=patient)
+        finally:
+            ended.set()
+            purging.join()
     return 0

@@ -35,6 +35,7 @@ from serving.errors import ConfigError, ResourceExhausted, ServingError, Unavail
 from serving.events import Entry, EventLog, awaited_partitions, partitions_for
 from serving.people import consents
 from serving.redis_client import address_of, connect
+from serving.restart import Report, Trouble, described, keep_running
 from serving.scripts import SEQUENCE_BITS
 from serving.telemetry import Telemetry
 from serving.warehouse_files import ALLOWS, Limits, WarehouseFiles, by_day
@@ -267,28 +268,40 @@ class Warehouse:
         self._expire()
         self._files.derive()
 
-    def run(self, stop: threading.Event) -> None:
-        """Steps until `stop` is set, then writes what it holds; what is away or full is waited for."""
-        while not stop.is_set():
-            try:
-                self.open()
-                while not stop.is_set():
-                    seen = self.step()
-                    self._tend()
-                    if seen < self._batch:
-                        stop.wait(_PAUSE_S)
-                self.step(flush=True)
-                self._files.derive()
-            except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
-                _log.warning("the warehouse waits: %s", error)
-                stop.wait(_RETRY_S)
-        self.close()
+    def run(self, stop: threading.Event, report: Report = lambda _: None) -> None:
+        """Steps until `stop` is set, then writes what it holds; what is away or full is waited for.
+
+        Args:
+            stop: Ends it.
+            report: Told what it waits for, and "" while it waits for nothing.
+
+        Raises:
+            PenchantError: What waiting does not help; it has given up its partitions and the directory.
+        """
+        try:
+            while not stop.is_set():
+                try:
+                    self.open()
+                    while not stop.is_set():
+                        seen = self.step()
+                        self._tend()
+                        report("")
+                        if seen < self._batch:
+                            stop.wait(_PAUSE_S)
+                    self.step(flush=True)
+                    self._files.derive()
+                except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
+                    _log.warning("the warehouse waits: %s", error)
+                    report(f"waits: {described(error)}")
+                    stop.wait(_RETRY_S)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Gives up its partitions and the directory; where the first cannot be said, the leases run out."""
         try:
             self._events.consumer.release()
-        except Unavailable as error:
+        except ServingError as error:
             _log.warning("the leases of the warehouse run out by themselves: %s", error)
         self._files.close()
 
@@ -409,8 +422,11 @@ def run(
     stop: threading.Event | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     bundle_id: str = "",
+    trouble: Trouble | None = None,
 ) -> dict[str, Any]:
     """The warehouse as a process: runs until SIGTERM or SIGINT, or until `stop` is set.
+
+    What ends in an error is started again, except `once`.
 
     Args:
         events_redis_url: The events Redis.
@@ -425,6 +441,7 @@ def run(
         stop: Ends it.
         ready: Told `pid`, `partitions` and `lag` when it begins.
         bundle_id: The bundle that `bundle` has to hold; empty where any will do.
+        trouble: Told what it waits for; with it, what only a caller can change is waited for as well.
 
     Returns:
         `partitions`, `lag` (entries that are not in a file, None where the log does not answer), and how many `events`
@@ -436,8 +453,9 @@ def run(
         BundleError: The bundle is refused.
         EventLogUnavailable: With `once`, the events Redis does not answer.
     """
+    patient, trouble = trouble is not None, trouble or Trouble(lambda _: None)
     stop = stop or threading.Event()
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and not patient:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     telemetry = Telemetry()
@@ -446,16 +464,21 @@ def run(
     with connect(events_redis_url, _TIMEOUT_S) as client:
         partitions = partitions_for(client, partitions) if once else awaited_partitions(client, partitions, stop)
         log = EventLog(client, partitions, default=default)
-        items = ItemTable(out / "items.parquet", CatalogLog(client), opened)
-        files = WarehouseFiles(out)
-        warehouse = Warehouse(log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry)
+
+        def made() -> Warehouse:
+            items = ItemTable(out / "items.parquet", CatalogLog(client), opened)
+            files = WarehouseFiles(out)
+            return Warehouse(log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry)
+
+        warehouse = made()
         if once:
             warehouse.open()
             warehouse.drain()
             warehouse.close()
         else:
             ready({"pid": os.getpid(), "partitions": partitions, "lag": _lag(warehouse)})
-            warehouse.run(stop)
+            reporter = trouble.reporter("warehouse")
+            keep_running("warehouse", lambda report: made().run(stop, report), stop, reporter, patient=patient)
         counts = telemetry.counters()
         names = ("events", "impressions", "erased", "damaged")
         found = {name: counts.get(f"warehouse_{name}", 0) for name in names}

@@ -6,17 +6,20 @@ import gc
 import logging
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from features.profile import Retention
 from serving.catalog_log import CatalogLog
 from serving.config import ServeConfig
 from serving.engine import Host, Surroundings, open_engine
 from serving.erasure import Certificates, Ledger
-from serving.errors import Unavailable
+from serving.errors import ConfigError, ServingError
 from serving.events import EventLog
 from serving.experiments import Holdout
 from serving.follower import Follower
+from serving.health import HealthMonitor, parts_of
 from serving.hydrators import Progress
+from serving.listener import stop_listening
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
@@ -30,6 +33,9 @@ from serving.side_effects import ImpressionWriter
 from serving.telemetry import Telemetry, expose
 from serving.turns import Turns
 
+if TYPE_CHECKING:
+    from serving.child import Control
+
 WRITE_TIMEOUT_S = 1.0
 """Longest wait of a call that writes: the events Redis syncs to disk before it answers."""
 
@@ -37,7 +43,12 @@ _log = logging.getLogger(__name__)
 
 
 def work(
-    config: ServeConfig, number: int, stop: threading.Event, ready: Callable[[], None], bundle_id: str = ""
+    config: ServeConfig,
+    number: int,
+    stop: threading.Event,
+    ready: Callable[[], None],
+    bundle_id: str = "",
+    control: Control | None = None,
 ) -> None:
     """Answers until `stop` is set; calls `ready` when it begins to.
 
@@ -47,6 +58,7 @@ def work(
         stop: Set when it shall end.
         ready: Called once.
         bundle_id: The bundle that `config.bundle` has to hold; empty where any will do.
+        control: What the parent asks and is told, where there is one.
 
     Raises:
         BundleError: The bundle is refused.
@@ -57,6 +69,8 @@ def work(
         connect(config.redis, config.redis_timeout_ms / 1000) as profiles,
         connect(config.redis, WRITE_TIMEOUT_S) as written,
         connect(config.events_redis, WRITE_TIMEOUT_S) as events,
+        connect(config.redis, WRITE_TIMEOUT_S) as watched_profiles,
+        connect(config.events_redis, WRITE_TIMEOUT_S) as watched_events,
     ):
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
         # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
@@ -81,6 +95,10 @@ def work(
             profiles=ProfileService(host, people, certificates, writer),
             catalog=CatalogService(host, changes, follower),
         )
+        parts = parts_of(watched_profiles, watched_events, changes, follower, progress, config.unsafe_redis)
+        tell = control.state if control else lambda _: None
+        monitor = HealthMonitor(parts, server.say, tell, strict=config.strict_readiness)
+        monitor.look()
         server.start(config.listen, services)
         if config.metrics_port:
             expose(telemetry, config.metrics_port + number)
@@ -88,9 +106,22 @@ def work(
         gc.collect()
         gc.freeze()
         ready()
+        monitor.start()
+
+        def unready() -> None:
+            monitor.close()
+            server.not_ready()
+
+        def close() -> None:
+            stop_listening(config.port)
+
+        if control:
+            control.obey({"unready": unready, "close": close})
         stop.wait()
+        unready()
+        close()
         streams.close()
-        server.stop()
+        server.stop(control.hurry if control else None)
         follower.stop()
         if impressions:
             impressions.close()
@@ -99,5 +130,7 @@ def work(
 def _open(part: EventLog | ProfileStore) -> None:
     try:
         part.open()
-    except Unavailable as error:
+    except ConfigError:
+        raise
+    except ServingError as error:  # away, or it refuses its users for now
         _log.warning("starting without %s: %s", type(part).__name__, error)
