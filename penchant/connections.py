@@ -26,6 +26,9 @@ ATTEMPTS = 6
 STUCK_S = 0.05
 """Time at least that a call gives a connection that does not stand yet before it tries another one."""
 
+LONGEST_STUCK_S = 1.0
+"""The most of it: after a second the kernel asks again for a connection that was not answered."""
+
 _ASK_EVERY_S = 5.0
 """Pause between two questions which worker a connection that is in use has reached: it may have been made again."""
 
@@ -65,7 +68,7 @@ class Connection(Generic[T]):
 
     def attempt_s(self, left_s: float) -> float:
         """Returns the time that a call may take on it, in seconds: little where it does not stand yet."""
-        return left_s if self.stands() else min(left_s, max(STUCK_S, left_s / 4))
+        return left_s if self.stands() else min(left_s, max(STUCK_S, min(left_s / 4, LONGEST_STUCK_S)))
 
 
 class Connections(Generic[T]):
@@ -117,8 +120,13 @@ class Connections(Generic[T]):
     def stuck(self, connection: Connection[T]) -> None:
         """Tries another one in the place of a connection that does not come to stand; the first of them wins."""
         with self._lock:
-            if not (self._closed or connection.retired or connection.place in self._tried or connection.stands()):
-                self._try(connection.place, connection.attempts)
+            if self._closed or connection.retired or connection.stands():
+                return
+            if before := self._tried.get(connection.place):
+                if before.stands():
+                    return
+                self._retire(before)
+            self._try(connection.place, connection.attempts)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Waits until every connection stands and no other worker is looked for.
