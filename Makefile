@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
 .PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
-.PHONY: clean
+.PHONY: prove-rolls clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -96,6 +96,11 @@ EXAMPLES ?= 2000
 prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every page is full or says why; EXAMPLES=N, SEED=N
 	$(BIN)/python -m benchmarks.report pages 'Every page is full, or says why it is not' -- \
 		$(BIN)/python -m tests.proofs.pages --examples $(EXAMPLES) --seed $(or $(SEED),1)
+
+prove-rolls: $(VENV)/.ready-dev  ## 100 stops, 20 rolling changes, kills, under load: no call is lost; NODE=node_modules
+	$(BIN)/python -m benchmarks.report rolls 'Stops and rolling changes under load' -- \
+		$(BIN)/python -m tests.proofs.rolls --stops $(or $(STOPS),100) --rolls $(or $(ROLLS),20) \
+		$(if $(NODE),--node $(NODE))
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

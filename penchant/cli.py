@@ -298,6 +298,14 @@ def serve(
         int | None,
         typer.Option(min=0, max=65535, metavar="PORT", help="Prometheus port of the first worker; 0 is off."),
     ] = None,
+    health_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Address of /healthz and /readyz over HTTP.", show_default="off"),
+    ] = None,
+    share_port: Annotated[
+        bool | None,
+        typer.Option("--share-port", help="Listen where another instance listens already, to take over from it."),
+    ] = None,
 ) -> None:
     """Serves a bundle over gRPC until it is told to stop."""
     _use_cores(1)
@@ -319,6 +327,8 @@ def serve(
         token_file=token_file,
         holdout_share=holdout,
         metrics_port=metrics_port,
+        health_listen=health_listen,
+        share_port=share_port,
     )
     raise typer.Exit(serve(settings))
 

@@ -24,7 +24,7 @@ from serving.listener import stop_listening
 from serving.server import Server, Services
 from serving.telemetry import Telemetry
 from serving.turns import Turns
-from tests.proofs.rolls import plain, plain_channel
+from tests.proofs.rolls import Load, plain, plain_channel
 
 AGE_S = 1.0
 
@@ -34,9 +34,11 @@ class Ranking(ranking_pb2_grpc.RankingServiceServicer):
 
     def __init__(self) -> None:
         self.peers = Counter[str]()
+        self.work_s = 0.0
 
     def Recommend(self, request, context):
         self.peers[context.peer()] += 1
+        time.sleep(self.work_s)
         return ranking_pb2.RecommendResponse()
 
 
@@ -44,7 +46,7 @@ class Worker:
     """A server of nothing but a count."""
 
     def __init__(self, target: str, **settings) -> None:
-        config = ServeConfig.load(bundle="none", listen=target, drain_s=5, **{"workers": 2, **settings})
+        config = ServeConfig.load(bundle="none", listen=target, **{"workers": 2, "drain_s": 5, **settings})
         self.ranking, self.server = Ranking(), Server(config, Turns(config.threads), Telemetry())
         others = (
             event_pb2_grpc.EventServiceServicer(),
@@ -147,6 +149,47 @@ class TestReachingEveryWorker:
             finally:
                 for filler in full:
                     filler.close()
+
+
+class TestStopping:
+    @staticmethod
+    def codes(call_of) -> dict[str, int]:
+        """Returns the failures while three of four workers stop, always the one that has most calls in hand."""
+        with workers(4, drain_s=0) as (target, running), call_of(target) as call, Load(call, 200.0, 8) as load:
+            for worker in running:
+                worker.ranking.work_s = 0.03
+            for _ in range(3):
+                before = {worker: worker.calls for worker in running}
+                time.sleep(0.3)
+                busiest = max(running, key=lambda worker: worker.calls - before[worker])
+                busiest.server.stop()
+                running.remove(busiest)
+            time.sleep(0.3)
+        return load.codes()
+
+    def test_a_client_loses_no_call_to_servers_that_cut_them_off(self):
+        @contextlib.contextmanager
+        def ours(target):
+            with Client(target, timeout_s=10.0) as client:
+                yield lambda _: client.recommend(user_id="u")
+
+        @contextlib.contextmanager
+        def with_the_policy_of_the_docs(target):
+            with plain_channel(target) as channel:
+                yield plain(channel, 10.0)
+
+        assert self.codes(ours) == {}
+        assert self.codes(with_the_policy_of_the_docs) == {}
+
+    def test_without_a_retry_and_a_drain_calls_are_lost(self):
+        """The control: what the load above would see."""
+
+        @contextlib.contextmanager
+        def nobody_tries_again(target):
+            with plain_channel(target, "") as channel:
+                yield plain(channel, 10.0)
+
+        assert self.codes(nobody_tries_again)
 
 
 class TestStoppingToListen:
