@@ -40,8 +40,8 @@ CMD ["--help"]
 
 FROM image AS serving
 COPY --from=serving-packages /venv /venv
-ENV PENCHANT_LISTEN=0.0.0.0:50051 PENCHANT_STATE_DIR=/state
-EXPOSE 50051
+ENV PENCHANT_LISTEN=0.0.0.0:50051 PENCHANT_HEALTH_LISTEN=0.0.0.0:8080 PENCHANT_STATE_DIR=/state
+EXPOSE 50051 8080
 VOLUME /state
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-m", "penchant.health"]

@@ -128,6 +128,10 @@ MINUTES ?= 60
 prove-soak: $(VENV)/.ready-dev  ## an hour at 100 requests a second with all logging on: nothing grows; MINUTES=N, RATE=N
 	$(BIN)/python -m benchmarks.report soak 'An hour with all logging on' -- \
 		$(BIN)/python -m tests.proofs.soak --minutes $(MINUTES) --rate $(or $(RATE),100)
+prove-rolls: $(VENV)/.ready-dev  ## 100 stops, 20 rolling changes, kills, under load: no call is lost; NODE=node_modules
+	$(BIN)/python -m benchmarks.report rolls 'Stops and rolling changes under load' -- \
+		$(BIN)/python -m tests.proofs.rolls --stops $(or $(STOPS),100) --rolls $(or $(ROLLS),20) \
+		$(if $(NODE),--node $(NODE))
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

@@ -317,6 +317,14 @@ def serve(
             show_default="errors",
         ),
     ] = None,
+    health_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Address of /healthz and /readyz over HTTP.", show_default="off"),
+    ] = None,
+    share_port: Annotated[
+        bool | None,
+        typer.Option("--share-port", help="Listen where another instance listens already, to take over from it."),
+    ] = None,
 ) -> None:
     """Serves a bundle over gRPC until it is told to stop."""
     _use_cores(1)
@@ -340,6 +348,8 @@ def serve(
         metrics_listen=metrics_listen,
         log_format=log_format,
         access_log=access_log,
+        health_listen=health_listen,
+        share_port=share_port,
     )
     raise typer.Exit(serve(settings))
 

@@ -5,7 +5,8 @@
         slate = client.recommend(user_id="ann", page_size=10)
 
 A call that finds the service away is tried again until its time is over, always with the same request and event ids,
-so that a retry never counts twice. A client may be shared by threads.
+so that a retry never counts twice. A client may be shared by threads. It asks for the health of the service now and
+then, to learn which worker each of its connections has reached.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -26,6 +28,7 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from penchant.channels import channel_options
+from penchant.connections import Connection, Connections
 from penchant.requests import EventFields as EventFields
 from penchant.requests import Options as Options
 from penchant.requests import event as event
@@ -85,7 +88,7 @@ class Client:
     Args:
         target: `HOST:PORT`, or any gRPC target.
         token: Secret of the service, where it wants one.
-        channels: Connections to hold; calls go round them, so that one caller reaches several workers.
+        channels: Connections to hold, each to a worker of its own where there are as many; calls go round them.
         timeout_s: Time a call may take, retries included, unless the call says otherwise.
         root_certificates: PEM roots to trust; given, the connection is TLS.
     """
@@ -101,12 +104,8 @@ class Client:
     ) -> None:
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        # Channels with equal arguments share one connection, and one connection reaches one worker: number them.
-        self._channels = [_open(target, number, root_certificates) for number in range(max(channels, 1))]
-        self._ranking = _round_robin(ranking_pb2_grpc.RankingServiceStub, self._channels)
-        self._events = _round_robin(event_pb2_grpc.EventServiceStub, self._channels)
-        self._profiles = _round_robin(profile_pb2_grpc.ProfileServiceStub, self._channels)
-        self._catalog = _round_robin(catalog_pb2_grpc.CatalogServiceStub, self._channels)
+        opened = partial(_open, target, root_certificates)
+        self._connections = Connections(opened, _Stubs, max(channels, 1))
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -120,24 +119,21 @@ class Client:
 
     def close(self) -> None:
         """Closes the connections."""
-        for channel in self._channels:
-            channel.close()
+        self._connections.close()
 
     def wait_ready(self, timeout_s: float = 10.0) -> None:
         """Waits until every connection stands; raises grpc.FutureTimeoutError when the time is over."""
-        end = time.monotonic() + timeout_s
-        for channel in self._channels:
-            grpc.channel_ready_future(channel).result(timeout=max(end - time.monotonic(), 0.001))
+        self._connections.wait_ready(timeout_s)
 
     def recommend(self, **options: Unpack[Options]) -> ranking_pb2.Slate:
         """A feed for a person."""
         request = ranking_pb2.RecommendRequest(options=ranking_options(options, "recommend"))
-        return self._call(lambda: next(self._ranking).Recommend, request, options.get("timeout_s")).slate
+        return self._call(lambda stubs: stubs.ranking.Recommend, request, options.get("timeout_s")).slate
 
     def search(self, query: str, **options: Unpack[Options]) -> ranking_pb2.Slate:
         """Items for a query, ordered for the person where one is named."""
         request = ranking_pb2.SearchRequest(options=ranking_options(options, "search"), query=query)
-        return self._call(lambda: next(self._ranking).Search, request, options.get("timeout_s")).slate
+        return self._call(lambda stubs: stubs.ranking.Search, request, options.get("timeout_s")).slate
 
     def rank(
         self,
@@ -156,14 +152,14 @@ class Client:
             query=query,
             upstream_weight=upstream_weight,
         )
-        return self._call(lambda: next(self._ranking).Rank, request, options.get("timeout_s")).slate
+        return self._call(lambda stubs: stubs.ranking.Rank, request, options.get("timeout_s")).slate
 
     def similar_items(self, seed_item_ids: Sequence[str], **options: Unpack[Options]) -> ranking_pb2.Slate:
         """Items like one or several seeds."""
         request = ranking_pb2.SimilarItemsRequest(
             options=ranking_options(options, "similar_items"), seed_item_ids=seed_item_ids
         )
-        return self._call(lambda: next(self._ranking).SimilarItems, request, options.get("timeout_s")).slate
+        return self._call(lambda stubs: stubs.ranking.SimilarItems, request, options.get("timeout_s")).slate
 
     def ingest(
         self, events: Iterable[event_pb2.Event], *, timeout_s: float | None = None
@@ -176,7 +172,7 @@ class Client:
         for one in request.events:
             one.event_id = one.event_id or uuid.uuid4().hex
         patience = max(self._timeout_s, _WRITE_S) if timeout_s is None else timeout_s
-        return self._call(lambda: next(self._events).Ingest, request, patience).statuses
+        return self._call(lambda stubs: stubs.events.Ingest, request, patience).statuses
 
     def ingest_stream(
         self, events: Iterable[event_pb2.Event], *, batch: int = 500, timeout_s: float = 30.0
@@ -196,7 +192,8 @@ class Client:
         feed = _Feed(events, batch)
         pause, said = _FIRST_PAUSE_S, time.monotonic()
         while True:
-            call = next(self._events).IngestStream(feed.requests(), timeout=timeout_s, metadata=self._metadata)
+            connection = self._connections.take()
+            call = connection.stubs.events.IngestStream(feed.requests(), timeout=timeout_s, metadata=self._metadata)
             try:
                 for response in call:
                     feed.answered()
@@ -212,6 +209,7 @@ class Client:
                     raise
             finally:
                 call.cancel()  # type: ignore[no-untyped-call]
+                self._connections.done(connection)
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 1.0)
 
@@ -221,7 +219,7 @@ class Client:
         """What is known of a person, as they would read it."""
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.GetProfileRequest(subject=subject)
-        return self._call(lambda: next(self._profiles).GetProfile, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.GetProfile, request, timeout_s)
 
     def erase(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float | None = None
@@ -229,14 +227,14 @@ class Client:
         """Forgets a person; the certificate has one receipt per store."""
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.EraseSubjectRequest(subject=subject)
-        return self._call(lambda: next(self._profiles).EraseSubject, request, timeout_s or 5.0)
+        return self._call(lambda stubs: stubs.profiles.EraseSubject, request, timeout_s or 5.0)
 
     def get_erasure_certificate(
         self, certificate_id: str, *, timeout_s: float = 5.0
     ) -> profile_pb2.GetErasureCertificateResponse:
         """The certificate of an erasure as it is now: the dates come as the bytes leave the disks."""
         request = profile_pb2.GetErasureCertificateRequest(certificate_id=certificate_id)
-        return self._call(lambda: next(self._profiles).GetErasureCertificate, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.GetErasureCertificate, request, timeout_s)
 
     def set_consent(
         self, purposes: Iterable[str], user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
@@ -249,7 +247,7 @@ class Client:
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         allowed = [_named(purpose, _PURPOSES) for purpose in purposes]
         request = profile_pb2.SetConsentRequest(subject=subject, purposes=allowed)
-        return self._call(lambda: next(self._profiles).SetConsent, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.SetConsent, request, timeout_s)
 
     def set_controls(
         self,
@@ -277,7 +275,7 @@ class Client:
             profile_pb2.Control(kind=_named(kind, _KINDS), id=name, until_ms=until) for kind, name, until in hidden
         ]
         request = profile_pb2.SetControlsRequest(subject=subject, hidden=controls, dials=dials)
-        return self._call(lambda: next(self._profiles).SetControls, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.SetControls, request, timeout_s)
 
     def get_controls(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
@@ -285,7 +283,7 @@ class Client:
         """Shows how a person wants their answers made."""
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.GetControlsRequest(subject=subject)
-        return self._call(lambda: next(self._profiles).GetControls, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.GetControls, request, timeout_s)
 
     def reset_learning(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
@@ -293,7 +291,7 @@ class Client:
         """Empties a person's profile."""
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.ResetLearningRequest(subject=subject)
-        return self._call(lambda: next(self._profiles).ResetLearning, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.ResetLearning, request, timeout_s)
 
     def undo_event(
         self, event_id: str, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 5.0
@@ -301,14 +299,14 @@ class Client:
         """Makes one event of a person count no more."""
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.UndoEventRequest(subject=subject, event_id=event_id)
-        return self._call(lambda: next(self._profiles).UndoEvent, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.UndoEvent, request, timeout_s)
 
     def merge_identities(
         self, anonymous_id: str, user_id: str, *, timeout_s: float = 10.0
     ) -> profile_pb2.MergeIdentitiesResponse:
         """Moves what a visitor did to the person they turn out to be."""
         request = profile_pb2.MergeIdentitiesRequest(anonymous_id=anonymous_id, user_id=user_id)
-        return self._call(lambda: next(self._profiles).MergeIdentities, request, timeout_s)
+        return self._call(lambda stubs: stubs.profiles.MergeIdentities, request, timeout_s)
 
     def export_subject(
         self, user_id: str = "", *, anonymous_id: str = "", timeout_s: float = 10.0
@@ -317,7 +315,7 @@ class Client:
         subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
         request = profile_pb2.ExportSubjectRequest(subject=subject)
         while True:
-            page = self._call(lambda: next(self._profiles).ExportSubject, request, timeout_s)
+            page = self._call(lambda stubs: stubs.profiles.ExportSubject, request, timeout_s)
             yield from map(json.loads, page.documents)
             if not page.next_page_token:
                 return
@@ -326,57 +324,80 @@ class Client:
     def put_items(self, items: Iterable[catalog_pb2.Item], *, timeout_s: float = 5.0) -> catalog_pb2.PutItemsResponse:
         """Puts whole items: new ones, or in place of others, which lose every field that is not given again."""
         request = catalog_pb2.PutItemsRequest(items=items)
-        return self._call(lambda: next(self._catalog).PutItems, request, timeout_s)
+        return self._call(lambda stubs: stubs.catalog.PutItems, request, timeout_s)
 
     def patch_items(
         self, patches: Iterable[catalog_pb2.ItemPatch], *, timeout_s: float = 5.0
     ) -> catalog_pb2.PatchItemsResponse:
         """Changes single fields of items and leaves the others as they are; `item_patch` makes a patch."""
         request = catalog_pb2.PatchItemsRequest(patches=patches)
-        return self._call(lambda: next(self._catalog).PatchItems, request, timeout_s)
+        return self._call(lambda stubs: stubs.catalog.PatchItems, request, timeout_s)
 
     def get_items(
         self, item_ids: Iterable[str], *, min_catalog_version: int = 0, timeout_s: float = 5.0
     ) -> catalog_pb2.GetItemsResponse:
         """Returns items as the catalogue has them now, with its version; ids that it does not have are named."""
         request = catalog_pb2.GetItemsRequest(item_ids=item_ids, min_catalog_version=min_catalog_version)
-        return self._call(lambda: next(self._catalog).GetItems, request, timeout_s)
+        return self._call(lambda stubs: stubs.catalog.GetItems, request, timeout_s)
 
     def set_availability(
         self, changes: Iterable[catalog_pb2.Availability], *, timeout_s: float = 5.0
     ) -> catalog_pb2.SetAvailabilityResponse:
         """Sets whether and when items may be shown."""
         request = catalog_pb2.SetAvailabilityRequest(changes=changes)
-        return self._call(lambda: next(self._catalog).SetAvailability, request, timeout_s)
+        return self._call(lambda stubs: stubs.catalog.SetAvailability, request, timeout_s)
 
     def delete_items(self, item_ids: Iterable[str], *, timeout_s: float = 5.0) -> catalog_pb2.DeleteItemsResponse:
         """Deletes items: they are never shown again."""
         request = catalog_pb2.DeleteItemsRequest(item_ids=item_ids)
-        return self._call(lambda: next(self._catalog).DeleteItems, request, timeout_s)
+        return self._call(lambda stubs: stubs.catalog.DeleteItems, request, timeout_s)
 
     def _call(
         self,
-        pick: Callable[[], grpc.UnaryUnaryMultiCallable[Request, Response]],
+        pick: Callable[[_Stubs], grpc.UnaryUnaryMultiCallable[Request, Response]],
         request: Request,
         timeout_s: float | None,
     ) -> Response:
-        """Calls until an answer, an error that is no absence, or the end of the time; a try takes the next channel."""
+        """Calls until an answer, an error that is no absence, or the end of the time; a try takes the next channel.
+
+        A connection that does not stand gets a part of the time only: what it has not begun, another one can do.
+        """
         end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         pause = _FIRST_PAUSE_S
         away: grpc.RpcError | None = None
+        connection: Connection[_Stubs] | None = None
         while True:
+            connection = self._connections.take(connection)
+            left = max(end - time.monotonic(), 0.001)
+            given = connection.attempt_s(left)
             try:
-                return pick()(request, timeout=max(end - time.monotonic(), 0.001), metadata=self._metadata)
+                return pick(connection.stubs)(request, timeout=given, metadata=self._metadata)
             except grpc.RpcError as error:
-                if away and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                if late and given < left and time.monotonic() < end:
+                    self._connections.stuck(connection)
+                    continue
+                if away and late:
                     # The last try had no time of its own: what kept it from an answer is what the others met.
                     raise away from None
                 wait = pause * random.uniform(0.5, 1.5)
                 if error.code() not in _AWAY or time.monotonic() + wait >= end:
                     raise
                 away = error
+            finally:
+                self._connections.done(connection)
             time.sleep(wait)
             pause = min(2 * pause, 0.1)
+
+
+class _Stubs:
+    """What is called on one channel."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.ranking = ranking_pb2_grpc.RankingServiceStub(channel)
+        self.events = event_pb2_grpc.EventServiceStub(channel)
+        self.profiles = profile_pb2_grpc.ProfileServiceStub(channel)
+        self.catalog = catalog_pb2_grpc.CatalogServiceStub(channel)
 
 
 class _Feed:
@@ -454,18 +475,16 @@ def _has_room_later(error: grpc.RpcError) -> bool:
     return full and any(hint.key == "grpc-retry-pushback-ms" for hint in hints)
 
 
-def _open(target: str, number: int, root_certificates: bytes | None) -> grpc.Channel:
+def _open(target: str, root_certificates: bytes | None, number: int) -> grpc.Channel:
     options = [
         ("penchant.channel", number),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_retries", 0),
+        # gRPC's own pause of a second before it connects again is longer than a call may take.
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.max_reconnect_backoff_ms", 2000),
         *channel_options(target),
     ]
     if root_certificates is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, grpc.ssl_channel_credentials(root_certificates), options=options)
-
-
-def _round_robin(stub: Callable[[grpc.Channel], Response], channels: list[grpc.Channel]) -> itertools.cycle[Response]:
-    # next() of a cycle is one C call, so threads may share it.
-    return itertools.cycle([stub(channel) for channel in channels])

@@ -12,12 +12,10 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import IO, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 from redis.exceptions import RedisError
 
@@ -30,24 +28,20 @@ from serving.hosts import kept
 from serving.http import HttpServer
 from serving.log_watch import LogWatch
 from serving.monitor import Monitor
+from serving.readiness import Readiness
 from serving.redis_client import connect, printable
 from serving.redis_safety import require_safe
 from serving.redis_server import RedisServer, close_to_others
+from serving.supervisor import Child, ChildDied, stop_all
 from serving.vetting import vet
 
 START_S = 120.0
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 10.0
-_HEALTHY_S = 30.0
-_STOP_S = 5.0
-"""Time beside the drain that a process is given to end."""
+_TICK_S = 0.1
+_CLOSE_S = 2.0
+"""Longest wait for the workers to stop listening."""
 SHARED = ("vocabulary.arrow",)
 """Files of a bundle that the workers share in memory, sealed; each has the others for itself."""
 _log = logging.getLogger(__name__)
-
-
-class ChildDied(ConfigError):
-    """A process ended before it was ready, and said nothing."""
 
 
 def serve(config: ServeConfig) -> int:
@@ -67,14 +61,19 @@ def serve(config: ServeConfig) -> int:
     for name in ("redis", "events_redis"):
         if "://" in settings.get(name, ""):
             settings[name] = printable(settings[name])
-    _log.info("settings beside the defaults: %s", json.dumps(settings))
+    _log.info("settings that differ from the defaults: %s", json.dumps(settings))
     bundle = open_bundle(config.bundle)
     _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
-    stop = threading.Event()
+    stopping = Stopping()
     if config.state_dir.exists():
         close_to_others(config.state_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_signals(stop))
+        stack.enter_context(_signals(stopping))
+        readiness = Readiness(config)
+        health = None
+        if config.health_listen:
+            # It answers until the last process has ended.
+            health = stack.enter_context(HttpServer(config.health_listen, readiness.pages()))
         redis, events = stack.enter_context(_stores(config))
         stack.enter_context(kept(config, redis, events))
         address = stack.enter_context(_reserved(config))
@@ -84,20 +83,21 @@ def serve(config: ServeConfig) -> int:
             stack.callback(os.close, handle)
         orders = _orders(config, bundle, address, redis, events) | {"sealed": sealed}
         workers = [
-            _Child(f"worker {number}", orders | {"role": "worker", "number": number}, monitor)
+            Child(f"worker {number}", orders | {"role": "worker", "number": number}, monitor)
             for number in range(config.worker_count)
         ]
         roles = {"projector": config.projector, "warehouse": config.warehouse}
-        readers = [_Child(role, orders | {"role": role}, monitor) for role, wanted in roles.items() if wanted]
+        readers = [Child(role, orders | {"role": role}, monitor) for role, wanted in roles.items() if wanted]
+        readiness.watch(workers, readers)
         children = workers + readers
         # The workers end first, and those who read the log take in what they logged last.
-        stack.callback(_stop, readers, config.drain_s)
-        stack.callback(_stop, workers, config.drain_s)
+        stack.callback(stop_all, readers, config.drain_s, stopping.hurry)
+        stack.callback(stop_all, workers, config.drain_s, stopping.hurry)
         for child in children:
             child.start()
         for child in children:
             try:
-                if not child.wait_ready(START_S, stop):
+                if not child.wait_ready(START_S, stopping.asked):
                     return 0
             except ChildDied:
                 vet(bundle.path, bundle.bundle_id)  # what ended it may be a file of the bundle
@@ -111,132 +111,39 @@ def serve(config: ServeConfig) -> int:
             "workers": [child.pid for child in workers],
             "warehouse": str(config.warehouse_path) if config.warehouse else None,
             "metrics": metrics,
+            "health": health.address if health else None,
         }
+        readiness.phase = "serving"
         print(json.dumps(ready), flush=True)
         _log.info("ready: %d workers on %s%s", len(workers), address, f", metrics on {metrics}" if metrics else "")
-        while not stop.wait(0.1):
+        while not stopping.asked.wait(_TICK_S):
+            readiness.tick()
             for child in children:
                 child.keep()
+        readiness.phase = "stopping"
+        _leave(workers, config.delay_s, stopping.hurry, readiness)
         _log.info("stopping: calls in hand have %g s", config.drain_s)
     _log.info("stopped")
     return 0
 
 
-class _Child:
-    """A process that is kept running: its orders go in as one line of JSON, one line of JSON says that it is ready."""
+def _leave(workers: Sequence[Child], delay_s: float, hurry: threading.Event, readiness: Readiness) -> None:
+    """Says not ready, serves on for a while, then lets no worker listen any more.
 
-    def __init__(self, name: str, orders: dict[str, Any], monitor: Monitor) -> None:
-        self.name = name
-        self.pid = 0
-        self._monitor = monitor
-        self._orders = orders
-        self._process: subprocess.Popen[str] | None = None
-        self._pause = _FIRST_PAUSE_S
-        self._started = self._again = 0.0
-
-    def start(self) -> None:
-        """Starts the process."""
-        with self._monitor.connect(self.name) as reports:
-            self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "serving.child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=_environment(),
-                process_group=0,
-                pass_fds=[reports.fileno(), *self._orders["sealed"].values()],
-            )
-            orders = self._orders | {"report_fd": reports.fileno()}
-        self.pid, self._started, self._again = process.pid, time.monotonic(), 0.0
-        # The pipe stays open: that it ends tells the child that we are gone.
-        with contextlib.suppress(BrokenPipeError):
-            _stdin(process).write(json.dumps(orders) + "\n")
-            _stdin(process).flush()
-
-    def wait_ready(self, seconds: float, stop: threading.Event) -> bool:
-        """Waits until the process says that it is ready; False when a stop was asked for first.
-
-        Raises:
-            ConfigError: It refused to start; the message is its own.
-            ChildDied: It ended without a word, or does not get ready in time.
-        """
-        said: list[str] = []
-        assert self._process is not None
-        reader = threading.Thread(target=lambda: said.append(_stdout(self._process).readline()), daemon=True)
-        reader.start()
-        end = time.monotonic() + seconds
-        while reader.is_alive() and time.monotonic() < end:
-            if stop.is_set():
-                return False
-            reader.join(0.05)
-        if not said or not said[0]:
-            raise ChildDied(f"{self.name} did not start: it ended or hangs; see the log above")
-        answer = json.loads(said[0])
-        if "error" in answer:
-            raise ConfigError(answer["error"])
-        return True
-
-    def keep(self) -> None:
-        """Starts the process again where it ended, after a pause that grows while it keeps ending."""
-        assert self._process is not None
-        if self._process.poll() is None:
-            return
-        now = time.monotonic()
-        if not self._again:
-            if now - self._started > _HEALTHY_S:
-                self._pause = _FIRST_PAUSE_S
-            self._again = now + self._pause
-            status, said = self._process.returncode, _stdout(self._process).read().strip()
-            _log.error("%s ended with status %s; again in %.1f s. %s", self.name, status, self._pause, said)
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
-            self._close()
-        elif now >= self._again:
-            self.start()
-
-    def terminate(self) -> None:
-        """Asks the process to stop."""
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
-
-    def end(self, seconds: float) -> None:
-        """Waits for the process, then ends it by force."""
-        if not self._process:
-            return
-        try:
-            status = self._process.wait(max(seconds, 0.0))
-            if status:
-                _log.warning("%s ended with status %d", self.name, status)
-        except subprocess.TimeoutExpired:
-            _log.error("%s does not stop; killing it", self.name)
-            self._process.kill()
-            self._process.wait()
-        self._close()
-
-    def _close(self) -> None:
-        assert self._process is not None
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-
-def _stdin(process: subprocess.Popen[str]) -> IO[str]:
-    assert process.stdin is not None
-    return process.stdin
-
-
-def _stdout(process: subprocess.Popen[str] | None) -> IO[str]:
-    assert process is not None
-    assert process.stdout is not None
-    return process.stdout
-
-
-def _stop(children: list[_Child], drain_s: float) -> None:
-    for child in children:
-        child.terminate()
-    end = time.monotonic() + drain_s + _STOP_S
-    for child in children:
-        child.end(end - time.monotonic())
+    All of them stop listening before the first one sends its callers away: these must not come to the next one, which
+    is about to end as well, but to an instance that stays.
+    """
+    _log.info("stopping: not ready, ending in %.1f s", delay_s)
+    for worker in workers:
+        worker.command("unready")
+    end = time.monotonic() + delay_s
+    while not hurry.wait(max(min(end - time.monotonic(), _TICK_S), 0.0)) and time.monotonic() < end:
+        readiness.tick()
+    for worker in workers:
+        worker.command("close")
+    end = time.monotonic() + _CLOSE_S
+    for worker in workers:
+        worker.wait_done("close", end)
 
 
 def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, events: str) -> dict[str, Any]:
@@ -249,13 +156,6 @@ def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, event
     settings["workers"] = config.worker_count
     settings["bundle"] = str(bundle.path)
     return {"settings": settings, "token": config.secret(), "bundle_id": bundle.bundle_id}
-
-
-def _environment() -> dict[str, str]:
-    """One thread per library and none that spins: the service scales by processes. No library reports to its maker."""
-    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    ours = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    return {"ORT_DISABLE_TELEMETRY": "1", **os.environ, **ours}
 
 
 @contextlib.contextmanager
@@ -316,23 +216,44 @@ def _reserved(config: ServeConfig) -> Iterator[str]:
             # Without SO_REUSEPORT first: with it, two services would share one port without a word.
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if config.share_port:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 probe.bind((config.host, config.port))
                 port = probe.getsockname()[1]
             keeper = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             keeper.bind((config.host, port))
         except OSError as error:  # in use, of another machine, or of a family that the kernel has not
-            raise ConfigError(f"cannot listen on {config.listen}: {error.strerror}; choose another address") from None
+            raise ConfigError(
+                f"cannot listen on {config.listen}: {error.strerror}; choose another address, or "
+                "set share_port to take over from an instance of this service that listens there"
+            ) from None
         yield f"[{config.host}]:{port}" if family == socket.AF_INET6 else f"{config.host}:{port}"
 
 
+class Stopping:
+    """How far a stop is asked for.
+
+    Attributes:
+        asked: Set by the first SIGTERM or SIGINT.
+        hurry: Set by the second one: nothing is waited for any more.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.hurry = threading.Event(), threading.Event()
+
+    def ask(self) -> None:
+        """Asks for a stop, or for a quick one."""
+        (self.hurry if self.asked.is_set() else self.asked).set()
+
+
 @contextlib.contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set `stop`; outside the main thread, where signals cannot be caught, nothing does."""
+def _signals(stopping: Stopping) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a stop; outside the main thread, where signals cannot be caught, nothing does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, lambda *_: stopping.ask()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

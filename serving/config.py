@@ -37,6 +37,8 @@ from serving.places import local_folder
 PREFIX = "PENCHANT_"
 _FOREIGN = ("DATA", "TRAIN_")
 """Variables of the tests and of training."""
+_DRAIN_DELAY_S = 5.0
+"""Kubernetes takes a second or two to take an endpoint out everywhere, balancers that probe every few seconds more."""
 
 MOST_SURFACES = 64
 """Most surfaces with labels of their own."""
@@ -121,6 +123,24 @@ class ServeConfig(BaseModel):
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message taken, in bytes.")
     default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that brings none, in milliseconds.")
     drain_s: float = Field(10.0, ge=0, description="Time that calls in hand are given at the end, in seconds.")
+    drain_delay_s: float | None = Field(
+        None,
+        ge=0,
+        description="Time that a stop waits, not ready and still serving, for balancers to look elsewhere, in seconds; "
+        "None is 5, and 0 where `listen` is a loopback address.",
+    )
+    max_connection_age_s: float = Field(
+        120.0,
+        ge=0,
+        description="Age at which the service asks a client to open a connection anew, 10 % more or less, in seconds, "
+        "so that connections spread over workers and instances; 0 is never.",
+    )
+    max_connection_age_grace_s: float = Field(
+        3600.0, gt=0, description="Time that calls in hand on such a connection are given, in seconds."
+    )
+    share_port: bool = Field(
+        False, description="Listen where another instance listens already, to take over when that one stops."
+    )
 
     candidates: int = Field(0, ge=0, le=5000, description="Candidates a source proposes; 0 as many as in evaluation.")
     fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
@@ -159,6 +179,10 @@ class ServeConfig(BaseModel):
         "code), or all.",
     )
     reflection: bool = Field(True, description="Serve gRPC reflection.")
+    health_listen: str = Field(
+        "", description="HOST:PORT of /healthz and /readyz over HTTP; port 0 picks a free one, empty is off."
+    )
+    strict_readiness: bool = Field(False, description="Count as ready only while nothing is degraded.")
 
     @classmethod
     def load(cls, file: Path | None = None, **overrides: Any) -> Self:
@@ -185,10 +209,10 @@ class ServeConfig(BaseModel):
                 raise ConfigError(f"{variable.name}: {first['msg']}; it sets {where}: {meaning}") from None
             raise ConfigError(f"{where}: {first['msg']}{set_by(environment, first['msg'])}") from None
 
-    @field_validator("listen", "metrics_listen")
+    @field_validator("listen", "metrics_listen", "health_listen")
     @classmethod
-    def _check_address(cls, listen: str, info: ValidationInfo) -> str:
-        if not listen and info.field_name != "listen":
+    def _check_address(cls, listen: str, about: ValidationInfo) -> str:
+        if not listen and about.field_name != "listen":
             return listen
         host, _, port = listen.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
@@ -244,6 +268,13 @@ class ServeConfig(BaseModel):
     def port(self) -> int:
         """Port part of `listen`."""
         return int(self.listen.rpartition(":")[2])
+
+    @property
+    def delay_s(self) -> float:
+        """Time between saying not ready and draining, the default resolved, in seconds."""
+        if self.drain_delay_s is not None:
+            return self.drain_delay_s
+        return 0.0 if _is_loopback(self.host) else _DRAIN_DELAY_S
 
     @property
     def worker_count(self) -> int:

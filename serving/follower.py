@@ -19,15 +19,14 @@ import numpy.typing as npt
 from features.errors import PenchantError
 from features.transforms import item_inputs, item_text, text_tokens
 from serving.catalog_log import CatalogLog, Change
-from serving.engine import Host
-from serving.errors import Unavailable
+from serving.engine import ITEM_BATCH, Host
+from serving.errors import ServingError, Unavailable
 from serving.hydrators import Progress
 from serving.outages import Outage
 
 _BLOCK_MS = 500
 _RETRY_S = 0.5
 _HEARTBEAT_S = 0.8
-_BATCH = 256
 _WORDS = frozenset(("title", "description", "categories"))
 """Fields that the words of an item are made of."""
 _CONTENT = _WORDS | {"creator_id", "price"}
@@ -36,7 +35,11 @@ _log = logging.getLogger(__name__)
 
 
 class Follower:
-    """Applies the log to the engine in use; one thread, the only writer of its catalogue."""
+    """Applies the log to the engine in use; one thread, the only writer of its catalogue.
+
+    Attributes:
+        trouble: Why the catalogue is behind the log, empty where it is not.
+    """
 
     def __init__(self, host: Host, log: CatalogLog, progress: Progress, workers: int = 1) -> None:
         """Takes what is to follow which log, who is to know how far, and how many workers the service has."""
@@ -45,6 +48,7 @@ class Follower:
         self._deleted: set[int] = set()
         self._stop = threading.Event()
         self._said = 0.0
+        self.trouble = "it has not caught up with the log yet"
         self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
 
     def start(self) -> None:
@@ -52,8 +56,11 @@ class Follower:
         try:
             self.catch_up()
             self._log.applied(self._worker, self._progress.version)
-        except Unavailable as error:  # which has been said
-            _log.debug("starting without the latest changes of the catalogue: %s", error)
+            self.trouble = ""
+        except ServingError as error:
+            self.trouble = str(error)
+            if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                _log.warning("starting without the latest changes of the catalogue: %s", error)
         self._thread.start()
 
     def catch_up(self) -> None:
@@ -124,8 +131,8 @@ class Follower:
         for kind, group in groupby(changes, lambda change: change.kind):
             same = list(group)
             if kind in ("put", "patch"):
-                for start in range(0, len(same), _BATCH):
-                    self._put_or_skip(same[start : start + _BATCH], self._put if kind == "put" else self._patch)
+                for start in range(0, len(same), ITEM_BATCH):
+                    self._put_or_skip(same[start : start + ITEM_BATCH], self._put if kind == "put" else self._patch)
             else:
                 for change in same:
                     self._hide(change)
@@ -135,9 +142,16 @@ class Follower:
         while not self._stop.is_set():
             try:
                 self.step(_BLOCK_MS)
-            except Unavailable:
+                self.trouble = ""
+            except Unavailable as error:  # of which each call to Redis speaks
+                self.trouble = str(error)
+                self._stop.wait(_RETRY_S)
+            except ServingError as error:
+                self.trouble = str(error)
+                outage.failed(error)
                 self._stop.wait(_RETRY_S)
             except Exception as error:  # noqa: BLE001  a worker that stops following would show what is gone
+                self.trouble = f"{type(error).__name__}: {error}"
                 outage.failed(f"{error!r}; trying again", trace=error)
                 self._stop.wait(_RETRY_S)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from serving.errors import ConfigError, EventLogUnavailable
+from serving.errors import ConfigError, EventLogUnavailable, ServingError
 from serving.redis_client import META, Client
 from serving.redis_nodes import PARTITIONS, Nodes, agreed_partitions
 
@@ -45,7 +45,9 @@ def awaited_partitions(client: Client, asked: int | None, stop: threading.Event)
     while True:
         try:
             return partitions_for(client, asked)
-        except EventLogUnavailable as error:
+        except ConfigError:
+            raise
+        except ServingError as error:  # it does not answer, or refuses its users for now
             if asked or stop.is_set():
                 return asked or PARTITIONS
             _log.debug("the number of partitions is not known yet: %s", error)

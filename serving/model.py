@@ -220,6 +220,25 @@ class Model:
             return np.empty((0, self.actions), np.float32)
         return self._run(self._ranker, {"user": user.reshape(1, -1), "items": items, "features": features})
 
+    def warm(self, items: Mapping[str, npt.NDArray[Any]], candidates: int) -> None:
+        """Runs every model once at each size that calls ask for, so that no caller waits for kernels and memory.
+
+        Args:
+            items: The largest batch of items that is embedded at once, as `encode_items` takes it.
+            candidates: Candidates of a request.
+
+        Raises:
+            ModelError: An answer is not finite.
+        """
+        for length in {1, self.max_length}:
+            user = self.encode_user(np.zeros((length, self.dim), np.float32), np.zeros(length, np.int64))
+        for count in {1, len(items["tokens"])}:
+            self.encode_items({name: values[:count] for name, values in items.items()})
+        self.encode_query(items["tokens"][:1])
+        for count in {1, candidates}:
+            features = np.zeros((count, ranker_width(self.actions)), np.float32)
+            self.rank(user, np.zeros((count, self.dim), np.float32), features)
+
     def _load(self, bundle: Bundle, name: str, inputs: _Shapes, output: list[int | None]) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1

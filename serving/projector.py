@@ -32,6 +32,7 @@ from serving.places import Identity, new_id
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect, printable
 from serving.registry import Heartbeat, Patience, Registry
+from serving.restart import Report, Trouble, described, keep_running
 from serving.telemetry import Telemetry
 
 COMPACT_AFTER = 64
@@ -43,6 +44,10 @@ SETTLE_S = 5.0
 PURGE_S = 12 * 3600.0
 """Pause between two rounds in which the bytes of what was erased leave the disks: half of what is promised."""
 
+FAR_BEHIND = 50_000
+"""Events that are not applied and settled above which the projector counts as behind: minutes of a busy service."""
+
+_LAG_S = 5.0
 _PAUSE_S = 0.1
 """Pause between two looks at a log that has less than a batch: new events wait behind every look."""
 _RETRY_S = 0.5
@@ -118,7 +123,8 @@ class Projector:
         self._batch = batch
         self._telemetry = telemetry or Telemetry()
         self._run_ids = [""] * log.partitions
-        self._trimmed = 0.0
+        self._trimmed = self._looked = 0.0
+        self._late = ""
         self._settling: deque[_Batch] = deque()
         self._after: list[int | None] = []
         self._start_over()
@@ -153,23 +159,38 @@ class Projector:
             self._start_over()
             raise
 
-    def run(self, stop: threading.Event) -> None:
-        """Steps until `stop` is set, then gives up its partitions; a Redis that is away is waited for."""
+    def run(self, stop: threading.Event, report: Report = lambda _: None) -> None:
+        """Steps until `stop` is set, then gives up its partitions; a Redis that is away is waited for.
+
+        Args:
+            stop: Ends it.
+            report: Told what it waits for, and "" while it waits for nothing.
+
+        Raises:
+            PenchantError: What waiting does not help; its threads have ended and its partitions are given up.
+        """
         outage = Outage(_log, "the projector waits")
-        while not stop.is_set():
-            try:
-                self.open()
-                while not stop.is_set():
-                    seen = self.step()
-                    outage.works()
-                    self._trim()
-                    self._sweep()
-                    if seen < self._batch:
-                        stop.wait(_PAUSE_S)
-            except (Unavailable, ResourceExhausted) as error:
-                if not isinstance(error, Unavailable):  # of which each call to Redis speaks
-                    outage.failed(error)
-                stop.wait(_RETRY_S)
+        try:
+            while not stop.is_set():
+                try:
+                    self.open()
+                    while not stop.is_set():
+                        seen = self.step()
+                        outage.works()
+                        self._trim()
+                        self._sweep()
+                        report(self._behind())
+                        if seen < self._batch:
+                            stop.wait(_PAUSE_S)
+                except (Unavailable, ResourceExhausted) as error:
+                    if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                        outage.failed(error)
+                    report(f"waits: {described(error)}")
+                    stop.wait(_RETRY_S)
+        except BaseException:
+            self._aside.shutdown(cancel_futures=True)
+            self._release()
+            raise
         self.close()
 
     def close(self) -> None:
@@ -178,10 +199,22 @@ class Projector:
             self._welcomed.result()
         self._rehydrate(list(self._returned))
         self._aside.shutdown()
+        self._release()
+
+    def _release(self) -> None:
         try:
             self._consumer.release()
-        except Unavailable as error:
+        except ServingError as error:
             _log.warning("the leases of the projector run out by themselves: %s", error)
+
+    def _behind(self) -> str:
+        """Returns how far it is behind, from time to time, where that is far."""
+        now = time.monotonic()
+        if now - self._looked >= _LAG_S:
+            self._looked = now
+            lag = sum(self.lag())
+            self._late = f"is {lag:,} events behind" if lag > FAR_BEHIND else ""
+        return self._late
 
     def lag(self) -> list[int]:
         """Number of events per partition that are not acknowledged yet, those of the last seconds included.
@@ -329,21 +362,22 @@ def run(
     idle: Idle | None = None,
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     telemetry: Telemetry | None = None,
-    patient: bool = False,
+    trouble: Trouble | None = None,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
     It also has the bytes of what was erased removed from the disks, every `purge_s` seconds. Without a number of
     partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`. `telemetry` counts what a
-    `Projector` counts. While a projector of this log fills another profile store, it waits if it is `patient`; the
-    bytes of erasures leave its own disks meanwhile.
+    `Projector` counts. With `trouble`, what ends in an error is started again, and a projector of this log that fills
+    another profile store is waited for; `trouble` is told meanwhile, and the bytes of erasures leave the disks.
 
     Raises:
         OtherStore: A projector of this log fills another profile store.
         ConfigError: A URL is wrong, or the log has another number of partitions.
     """
+    patient, trouble = trouble is not None, trouble or Trouble(lambda _: None)
     stop = stop or threading.Event()
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and not patient:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
@@ -352,15 +386,23 @@ def run(
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
         store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
         log = EventLog(events, partitions)
-        purger = threading.Thread(target=Purger(Certificates(log), events, profiles, purge_s).run, args=(stop,))
-        purger.start()
-        heartbeat = Heartbeat(Registry(log))
+        purger = Purger(Certificates(log), events, profiles, purge_s)
+        heartbeat, ended = Heartbeat(Registry(log)), threading.Event()
+
+        def project(report: Report) -> None:
+            if _own_store(log, store, printable(redis_url), heartbeat, stop, report, patient=patient):
+                Projector(log, store, idle=idle, telemetry=telemetry).run(stop, report)
+
+        def purge() -> None:
+            keep_running("purge", lambda _: purger.run(ended), ended, trouble.reporter("purge"), patient=True)
+
+        purging = threading.Thread(target=purge, name="purge")
+        purging.start()
         try:
-            if _own_store(log, store, printable(redis_url), heartbeat, stop, patient=patient):
-                Projector(log, store, idle=idle, telemetry=telemetry).run(stop)
+            keep_running("projector", project, stop, trouble.reporter("projector"), patient=patient)
         finally:
-            stop.set()
-            purger.join()
+            ended.set()
+            purging.join()
             heartbeat.end()
     return 0
 
@@ -370,7 +412,14 @@ class OtherStore(ConfigError):
 
 
 def _own_store(
-    log: EventLog, store: ProfileStore, place: str, heartbeat: Heartbeat, stop: threading.Event, *, patient: bool
+    log: EventLog,
+    store: ProfileStore,
+    place: str,
+    heartbeat: Heartbeat,
+    stop: threading.Event,
+    report: Report,
+    *,
+    patient: bool,
 ) -> bool:
     """Waits until the profile store is the log's own; returns False if a stop was asked for first.
 
@@ -389,9 +438,10 @@ def _own_store(
             if not patient:
                 raise other
             patience.warn(f"no events are brought into profiles by this host: {other}")
+            report(f"stands by: {other}")
             stop.wait(_OTHER_S)
         except (Unavailable, ResourceExhausted) as error:
-            _log.warning("the projector waits: %s", error)
+            report(f"waits: {described(error)}")
             stop.wait(_RETRY_S)
     return False
 

@@ -58,6 +58,7 @@ _RETRY_AFTER_MS = 100
 _STREAMS = 1024
 _PING_MS = 100
 """Shortest time between pings of an idle client; libraries allow 1 to 10 seconds at the least."""
+_HURRY_POLL_S = 0.05
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -279,6 +280,23 @@ class Services:
         return [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
 
 
+class _Health(health.HealthServicer):
+    """Health checks whose initial metadata name the worker and say how many its instance has.
+
+    A client with several connections learns from them whether these reach several workers.
+    """
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health"))
+        self._metadata = (("x-worker", uuid.uuid4().hex), ("x-workers", str(workers)))
+
+    def Check(  # noqa: N802 - the contract names the methods
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        context.send_initial_metadata(self._metadata)
+        return super().Check(request, context)
+
+
 class Server:
     """One worker's gRPC server."""
 
@@ -307,11 +325,10 @@ class Server:
                 # minutes would end their connections.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
+                *_age_options(config),
             ],
         )
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
-        )
+        self._health = _Health(config.worker_count)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
     def start(self, address: str, services: Services) -> None:
@@ -327,11 +344,33 @@ class Server:
         for name in ("", *names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self) -> None:
-        """Says NOT_SERVING, takes no more calls, and lets those in hand finish."""
+    def say(self, service: str, serving: bool) -> None:
+        """Sets the health of a service, by its full name; "" is that of the worker as a whole."""
+        status = health_pb2.HealthCheckResponse
+        self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    def not_ready(self) -> None:
+        """Says NOT_SERVING for good, for every service, and serves on."""
         self._health.enter_graceful_shutdown()
-        self._grpc.stop(self._config.drain_s).wait()
+
+    def stop(self, hurry: threading.Event | None = None) -> None:
+        """Says NOT_SERVING, takes no more calls, and lets those in hand finish, unless `hurry` is set meanwhile."""
+        self.not_ready()
+        ended = self._grpc.stop(self._config.drain_s)
+        while not ended.wait(_HURRY_POLL_S):
+            if hurry and hurry.is_set():
+                self._grpc.stop(0)
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _age_options(config: ServeConfig) -> list[tuple[str, int]]:
+    """Ends connections gently after some time: gRPC sends GOAWAY, varies the age by 10 % and fails no call by it."""
+    if not config.max_connection_age_s:
+        return []
+    return [
+        ("grpc.max_connection_age_ms", max(int(1000 * config.max_connection_age_s), 1)),
+        ("grpc.max_connection_age_grace_ms", max(int(1000 * config.max_connection_age_grace_s), 1)),
+    ]
 
 
 def _credentials(config: ServeConfig) -> grpc.ServerCredentials:

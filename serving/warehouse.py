@@ -39,6 +39,7 @@ from serving.people import consents
 from serving.redis_client import Call, Request, address_of, connect, partition_prefix
 from serving.redis_nodes import required
 from serving.registry import Patience
+from serving.restart import Report, Trouble, described, keep_running
 from serving.scripts import HASH_SET, SEQUENCE_BITS
 from serving.telemetry import Telemetry
 from serving.warehouse_files import ALLOWS, DamagedFiles, Limits, TakenOver, WarehouseFiles, by_day
@@ -296,48 +297,53 @@ class Warehouse:
         self._expire()
         self._files.derive()
 
-    def run(self, stop: threading.Event, *, patient: bool = True) -> None:
+    def run(self, stop: threading.Event, report: Report = lambda _: None, *, patient: bool = True) -> None:
         """Steps until `stop` is set, then writes what it holds; what is unreachable or full is waited for.
 
         Args:
             stop: Ends it.
+            report: Told what it waits for, and "" while it waits for nothing.
             patient: Wait also while the log has another warehouse, until that one is retired.
 
         Raises:
             OtherPlace: The warehouse of this log is another directory, and it is not to be patient.
+            PenchantError: What waiting does not help; it has given up its partitions and the directory.
         """
         outage = Outage(_log, "the warehouse waits")
-        while not stop.is_set():
-            try:
-                self.open(wait_s=0.0)
-                while not stop.is_set():
-                    seen = self.step()
-                    self._tend()
-                    outage.works()
-                    if seen < self._batch:
-                        stop.wait(_PAUSE_S)
-                self.step(flush=True)
-                self._files.derive()
-            except InUse as error:
-                self._stand_by(f"the warehouse stands by: {error}", stop)
-            except OtherPlace as error:
-                if not patient:
-                    self.close()
-                    raise
-                self._stand_by(f"no Parquet is written by this host: {error}", stop)
-            except TakenOver as error:
-                self._stand_by(f"the warehouse stands by: {error}", stop)
-            except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
-                if not isinstance(error, Unavailable):  # of which each call to Redis speaks
-                    outage.failed(error)
-                stop.wait(_RETRY_S)
-        self.close()
+        try:
+            while not stop.is_set():
+                try:
+                    self.open(wait_s=0.0)
+                    while not stop.is_set():
+                        seen = self.step()
+                        self._tend()
+                        outage.works()
+                        report("")
+                        if seen < self._batch:
+                            stop.wait(_PAUSE_S)
+                    self.step(flush=True)
+                    self._files.derive()
+                except OtherPlace as error:
+                    if not patient:
+                        raise
+                    report(f"refused: {error}")
+                    self._stand_by(f"no Parquet is written by this host: {error}", stop)
+                except (InUse, TakenOver) as error:
+                    report(f"stands by: {error}")
+                    self._stand_by(f"the warehouse stands by: {error}", stop)
+                except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
+                    if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                        outage.failed(error)
+                    report(f"waits: {described(error)}")
+                    stop.wait(_RETRY_S)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Gives up its partitions and the directory; where the first cannot be said, the leases run out."""
         try:
             self._events.consumer.release()
-        except Unavailable as error:
+        except ServingError as error:
             _log.warning("the leases of the warehouse run out by themselves: %s", error)
         self._leave()
 
@@ -505,9 +511,11 @@ def run(
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     bundle_id: str = "",
     telemetry: Telemetry | None = None,
-    patient: bool = False,
+    trouble: Trouble | None = None,
 ) -> dict[str, Any]:
     """The warehouse as a process: runs until SIGTERM or SIGINT, or until `stop` is set.
+
+    What ends in an error is started again, except `once`.
 
     Args:
         events_redis_url: The events Redis.
@@ -523,7 +531,8 @@ def run(
         ready: Told `pid`, `partitions` and `lag` when it begins.
         bundle_id: The bundle that `bundle` has to hold; empty where any will do.
         telemetry: Counts what a `Warehouse` counts.
-        patient: Wait while the log has another warehouse, and say so, instead of raising.
+        trouble: Told what it waits for; with it, what only a caller can change is waited for as well, such as another
+            warehouse of this log.
 
     Returns:
         `partitions`, `lag` (entries that are not in a file, None where the log does not answer), and how many `events`
@@ -536,8 +545,9 @@ def run(
         BundleError: The bundle is refused.
         EventLogUnavailable: With `once`, the events Redis does not answer.
     """
+    patient, trouble = trouble is not None, trouble or Trouble(lambda _: None)
     stop = stop or threading.Event()
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and not patient:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     telemetry = telemetry or Telemetry()
@@ -546,12 +556,16 @@ def run(
     with connect(events_redis_url, _TIMEOUT_S) as client:
         partitions = partitions_for(client, partitions) if once else awaited_partitions(client, partitions, stop)
         log = EventLog(client, partitions, default=default)
-        items = ItemTable(out / "items.parquet", CatalogLog(client), opened)
-        files = WarehouseFiles(out)
-        place = WarehousePlace(log, files)
-        warehouse = Warehouse(
-            log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry, place=place
-        )
+
+        def made() -> Warehouse:
+            items = ItemTable(out / "items.parquet", CatalogLog(client), opened)
+            files = WarehouseFiles(out)
+            place = WarehousePlace(log, files)
+            return Warehouse(
+                log, files, items, flush_s=flush_s, days=days, ledger=ledger, telemetry=telemetry, place=place
+            )
+
+        warehouse = made()
         if once:
             try:
                 warehouse.open()
@@ -560,7 +574,12 @@ def run(
                 warehouse.close()
         else:
             ready({"pid": os.getpid(), "partitions": partitions, "lag": _lag(warehouse)})
-            warehouse.run(stop, patient=patient)
+            reporter = trouble.reporter("warehouse")
+
+            def write(report: Report) -> None:
+                made().run(stop, report, patient=patient)
+
+            keep_running("warehouse", write, stop, reporter, patient=patient)
         counts = telemetry.counters()
         names = ("events", "impressions", "erased", "damaged")
         found = {name: counts.get(f"warehouse_{name}", 0) for name in names}

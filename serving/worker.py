@@ -6,18 +6,21 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from features.profile import Retention
 from serving.catalog_log import CatalogLog
 from serving.certificates import Certificates
 from serving.config import MOST_SURFACES, ServeConfig
 from serving.engine import Host, Surroundings, open_engine
-from serving.errors import Unavailable
+from serving.errors import ConfigError, ServingError, Unavailable
 from serving.events import EventLog
 from serving.experiments import Holdout
 from serving.follower import Follower
+from serving.health import HealthMonitor, parts_of
 from serving.hydrators import Progress
 from serving.ledger import Ledger
+from serving.listener import stop_listening
 from serving.observer import RequestObserver
 from serving.people import People
 from serving.profiles import ProfileStore
@@ -32,6 +35,9 @@ from serving.side_effects import ImpressionWriter
 from serving.telemetry import Telemetry
 from serving.turns import Turns
 
+if TYPE_CHECKING:
+    from serving.child import Control
+
 WRITE_TIMEOUT_S = 1.0
 """Longest wait of a call that writes: the events Redis syncs to disk before it answers."""
 
@@ -45,6 +51,7 @@ def work(
     ready: Callable[[], None],
     bundle_id: str = "",
     sealed: Mapping[str, int] | None = None,
+    control: Control | None = None,
 ) -> None:
     """Answers until `stop` is set; calls `ready` when it begins to.
 
@@ -55,6 +62,7 @@ def work(
         ready: Called once.
         bundle_id: The bundle that `config.bundle` has to hold; empty where any will do.
         sealed: Files of it that are in shared memory, see `features.bundle.Bundle.seal`.
+        control: What the parent asks and is told, where there is one.
 
     Raises:
         BundleError: The bundle is refused.
@@ -66,6 +74,8 @@ def work(
         connect(config.redis, config.redis_timeout_ms / 1000) as profiles,
         connect(config.redis, WRITE_TIMEOUT_S) as written,
         connect(config.events_redis, WRITE_TIMEOUT_S) as events,
+        connect(config.redis, WRITE_TIMEOUT_S) as watched_profiles,
+        connect(config.events_redis, WRITE_TIMEOUT_S) as watched_events,
     ):
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
         # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
@@ -99,14 +109,31 @@ def work(
             profiles=ProfileService(host, people, certificates, writer),
             catalog=CatalogService(host, changes, follower),
         )
+        parts = parts_of(watched_profiles, watched_events, changes, follower, progress, config.unsafe_redis)
+        tell = control.state if control else lambda _: None
+        monitor = HealthMonitor(parts, server.say, tell, strict=config.strict_readiness)
+        monitor.look()
         server.start(config.listen, services)
         # What is loaded stays: the collector need not walk it with every sweep.
         gc.collect()
         gc.freeze()
         ready()
+        monitor.start()
+
+        def unready() -> None:
+            monitor.close()
+            server.not_ready()
+
+        def close() -> None:
+            stop_listening(config.port)
+
+        if control:
+            control.obey({"unready": unready, "close": close})
         stop.wait()
+        unready()
+        close()
         streams.close()
-        server.stop()
+        server.stop(control.hurry if control else None)
         follower.stop()
         if impressions:
             impressions.close()
@@ -119,5 +146,9 @@ def _writer(config: ServeConfig, log: EventLog, telemetry: Telemetry) -> Impress
 def _open(part: EventLog | ProfileStore) -> None:
     try:
         part.open()
-    except Unavailable as error:  # which has been said
+    except ConfigError:
+        raise
+    except Unavailable as error:  # of which each call to Redis speaks
         _log.debug("starting without %s: %s", type(part).__name__, error)
+    except ServingError as error:  # it refuses its users for now
+        _log.warning("starting without %s: %s", type(part).__name__, error)

@@ -21,9 +21,9 @@ from serving.consumer import Consumer
 from serving.erasure import Purger, replay, replay_ledgers
 from serving.errors import ConfigError, FailedPrecondition
 from serving.events import EventLog
+from serving.hosts import HostKeeper
 from serving.ledger import Ledger
 from serving.log_times import PROFILES_GROUP
-from serving.hosts import HostKeeper
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.projector import Projector
