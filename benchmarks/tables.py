@@ -213,7 +213,30 @@ def redis_trouble() -> str:
     ]
     head = ["calls that end early", "ended early", "answers of their own", "answers of another's", "seconds"]
     tables.append(_table(head, rows))
+    rows = [
+        [what, f"{one['unsafe_s']:.0f}", f"{one['acknowledged_while_unsafe']}", f"{seconds:.2f}"]
+        for one in result.get("unsafe", ())
+        for what, seconds in one["acknowledged_again_s"].items()
+    ]
+    if rows:
+        head = ["the events Redis", "for s", "acknowledged meanwhile", "acknowledged again after s"]
+        tables.append(_table(head, rows))
     return "\n".join(tables) + _source(path, result)
+
+
+def log_size() -> str:
+    """What an event and a slate take, and that the memory of a log that is trimmed levels off."""
+    path = RESULTS / "log-size.json"
+    result = _read(path)
+    names = ("payload_bytes", "redis_bytes", "file_bytes", "parquet_bytes")
+    rows = [[f"{kind}", *(f"{result[kind][name]:,}" for name in names)] for kind in ("event", "slate")]
+    head = ["bytes of", "its JSON", "memory", "the append-only file", "Parquet, of made-up values"]
+    halves = [result[name]["second_half_bytes"] / result[name]["first_half_bytes"] for name in ("level", "control")]
+    said = (
+        f"\nThe memory of a log that is trimmed while it is written to, second half of the time over the first: "
+        f"{halves[0]:.2f}; without trimming, the control: {halves[1]:.2f}.\n"
+    )
+    return _table(head, rows) + said + _source(path, result)
 
 
 def durability() -> str:
@@ -458,6 +481,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-speed": training_speed,
     "training-cold": cold,
     "training-growth": growth,
+    "log-size": log_size,
     "redis-trouble": redis_trouble,
     "durability": durability,
     "no-skew": no_skew,

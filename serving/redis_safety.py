@@ -12,8 +12,10 @@ are looked at, so the first rewrite after `appendonly yes` must be waited for by
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import redis
@@ -22,6 +24,7 @@ from redis.exceptions import RedisError, ResponseError
 from serving.errors import ConfigError, Unavailable
 from serving.redis_cluster import Cluster
 
+WATCH_S = 1.0
 _OLDEST = (7, 0)
 _WAIT_MS = 100
 """Longest wait for the disk; under `appendfsync always` there is nothing to wait for."""
@@ -118,6 +121,19 @@ class Guard:
 
     def _refusal(self, trouble: str) -> Unavailable:
         return self._away(f"nothing is acknowledged: {trouble}", retry_after_ms=_RETRY_MS)
+
+
+def watch(look: Callable[[], None], stop: threading.Event, every_s: float = WATCH_S) -> None:
+    """Looks every second until `stop` is set, so that it is known what is unsafe also while nobody writes.
+
+    Args:
+        look: As `EventLog.look`: it keeps what it sees, and says so in the log.
+        stop: Ends it.
+        every_s: Pause between two looks, in seconds.
+    """
+    while not stop.wait(every_s):
+        with contextlib.suppress(Unavailable):
+            look()
 
 
 def require_safe(client: redis.Redis | Cluster, role: str, unsafe: bool = False) -> None:

@@ -25,6 +25,7 @@ from serving.observer import RequestObserver
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
+from serving.redis_safety import watch
 from serving.server import Server, Services
 from serving.services.catalog import CatalogService
 from serving.services.events import EventService
@@ -92,6 +93,8 @@ def work(
         people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
         _open(store)
+        watching = threading.Thread(target=watch, args=(log.look, stop), name="safety", daemon=True)
+        watching.start()
         impressions = _writer(config, log, telemetry) if config.impressions else None
         around = Surroundings(config, store, progress, telemetry, impressions, turns)
         host = Host(open_engine(config.bundle, around, bundle_id, sealed))
@@ -132,6 +135,7 @@ def work(
         stop.wait()
         unready()
         close()
+        watching.join(WRITE_TIMEOUT_S)
         streams.close()
         server.stop(control.hurry if control else None)
         follower.stop()

@@ -583,7 +583,8 @@ class UndoEventRequest(_message.Message):
     SUBJECT_FIELD_NUMBER: _builtins.int
     EVENT_ID_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
-    """The event's id, as it was ingested; at most 512 bytes. It must still be in the log, which keeps 7 days, else NOT_FOUND: also for a repeat.
+    """The event's id, as it was ingested; at most 512 bytes. It must still be in the log, which keeps it for the setting
+    `log_hours` (24) and a day at least, else NOT_FOUND: also for a repeat.
     Of a damaged profile nothing is undone: DATA_LOSS, until it is rebuilt.
     """
     @_builtins.property

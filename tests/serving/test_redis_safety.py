@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from serving.events import EventLog, LoggedEvent
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.redis_client import Line, connect
-from serving.redis_safety import Guard
+from serving.redis_safety import Guard, watch
 from serving.redis_server import RedisServer
 from tests.serving.faults import insist, wait_until
 from tests.serving.test_events import event
@@ -188,6 +189,22 @@ def test_rights_that_are_taken_and_given_back(careless):
                 [again] = insist(lambda: log.append([event(1)]))
                 assert again.duplicate
         admin.flushall()
+
+
+def test_it_is_known_also_while_nobody_writes(careless):
+    with connect(careless.url, 2) as client:
+        log, stop = EventLog(client, 1), threading.Event()
+        log.open()
+        watching = threading.Thread(target=watch, args=(log.look, stop, 0.02))
+        watching.start()
+        try:
+            with configured(client, "appendfsync", "no"):
+                wait_until(lambda: "appendfsync" in log.unsafe)
+            wait_until(lambda: not log.unsafe)
+        finally:
+            stop.set()
+            watching.join()
+        client.flushall()
 
 
 def test_without_the_guard_an_unsafe_redis_is_believed(careless):
