@@ -66,6 +66,7 @@ def publish_items(out: Path, count: int) -> None:
     table = pa.Table.from_pylist(items, schema=ITEMS)
     for name, values in (("popularity", popularity), ("recent_popularity", popularity)):
         table = table.append_column(name, pa.array(values))
+    table = table.append_column("trained", pa.array([True] * count, pa.bool_()))
     world._write(staging / "items.arrow", table)
     vocabulary = Vocabulary.build([item["item_id"] for item in items])
     vocabulary.save(staging / "vocabulary.arrow")
