@@ -6,6 +6,7 @@ because what it was told stands among the events as a mark.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -22,7 +23,7 @@ from features.errors import PenchantError, ProfileCorrupt
 from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
 from features.schema import item_key
 from serving.certificates import Certificate, Certificates
-from serving.errors import ConsentWithheld, FailedPrecondition, NotFound, Unavailable
+from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.events import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
 from serving.experiments import seed_of
 from serving.ledger import Erasure, Ledger, new_certificate_id
@@ -324,9 +325,15 @@ class People:
         certificate = self._certificates.issue(erasure, counts, self._store.store_id())
         if self._ledger:
             self._ledger.note(erasure)
+            self._confirm_ledger(certificate)
+        return certificate
+
+    def _confirm_ledger(self, certificate: Certificate) -> None:
+        """Confirms for the ledger of this host; where its identity cannot be read, the host does so when it can."""
+        assert self._ledger is not None
+        with contextlib.suppress(ConfigError):
             if host := read_identity(self._ledger.path.parent / HOST):
                 self._certificates.confirm_copy(certificate, host.copy_id)
-        return certificate
 
     def held(self, subject: str, kind: str = "event", after: int = 0, deadline: float = math.inf) -> Iterator[Piece]:
         """Everything that the log holds of a person: first the events, then the impressions, each in log order.

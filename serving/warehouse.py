@@ -232,10 +232,12 @@ class Warehouse:
             BundleError: The bundle is refused.
             EventLogUnavailable: The events Redis does not answer.
         """
-        self._files.open(wait_s)
+        self._files.open(wait_s, repaired=False)
         self._log.open()
         if self._place:
             self._place.take()
+        # Only now: through a mount without locks, what is unfinished may be that of a process that is at it.
+        self._files.repair()
         self._hold()
         self._items.open()
         for intake in (self._events, self._impressions):

@@ -61,21 +61,29 @@ class WarehouseFiles:
         """Names the directory; `open` takes it."""
         self.out = Path(out)
         self.identity: Identity | None = None
-        self._lock = -1
+        self._lock, self._repaired = -1, False
 
-    def open(self, wait_s: float | None = None) -> None:
-        """Takes the directory for this process and mends what the last one left unfinished.
+    def open(self, wait_s: float | None = None, *, repaired: bool = True) -> None:
+        """Takes the directory for this process.
 
         Args:
             wait_s: Longest wait for another process that holds it; that of `locked` if None.
+            repaired: `repair` it at once.
 
         Raises:
             InUse: Another process holds it.
             ConfigError: It cannot be written.
         """
-        if self._lock >= 0:
+        if self._lock < 0:
+            self._lock = locked(self.out, wait_s=wait_s)
+            if repaired:
+                self.repair()
+
+    def repair(self) -> None:
+        """Finishes or removes what the last process left unfinished; once."""
+        if self._repaired:
             return
-        self._lock = locked(self.out, wait_s=wait_s)
+        self._repaired = True
         for draft in self.out.rglob(".*.tmp"):
             draft.unlink()
         for new in self.out.glob("*/.date=*.new"):
@@ -116,7 +124,7 @@ class WarehouseFiles:
         """Gives the directory back."""
         if self._lock >= 0:
             os.close(self._lock)
-            self._lock = -1
+            self._lock, self._repaired = -1, False
 
     def write(self, name: str, partition: int, span: tuple[int, int], rows: pa.Table) -> None:
         """Writes the rows that the entries of a span of log ids gave, all of one day; an empty table leaves no file.
