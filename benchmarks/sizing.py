@@ -124,9 +124,9 @@ def _filled(bundle: Path, state: Path, users: int, events: int, requests: int, r
         return sum(after[name] - before[name] for name in names)
 
     return {
-        "user_bytes": each("penchant_redis_memory_bytes profiles", empty, full, users),
-        "event_bytes": each("penchant_redis_memory_bytes events", empty, full, count),
-        "slate_bytes": each("penchant_redis_memory_bytes events", full, shown, requests),
+        "user_bytes": each("penchant_redis_data_bytes profiles", empty, full, users),
+        "event_bytes": each("penchant_redis_data_bytes events", empty, full, count),
+        "slate_bytes": each("penchant_redis_data_bytes events", full, shown, requests),
         "event_disk": each("penchant_redis_aof_bytes events", empty, full, count),
         "slate_disk": each("penchant_redis_aof_bytes events", full, shown, requests),
         "events_per_core_second": round(count / cpu(empty, full)),

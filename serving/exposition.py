@@ -89,6 +89,7 @@ FAMILIES = (
     ),
     Family("penchant_redis_up", "gauge", "1 where the Redis of a store answers, else 0.", ("store",)),
     Family("penchant_redis_memory_bytes", "gauge", "Memory that Redis uses, all its nodes together.", ("store",)),
+    Family("penchant_redis_data_bytes", "gauge", "Memory of its data, without buffers and overhead.", ("store",)),
     Family("penchant_redis_aof_bytes", "gauge", "Size of its append-only file.", ("store",)),
     Family("penchant_process_up", "gauge", "1 where a process of the service answered this scrape, else 0.", _PROCESS),
     Family("penchant_process_restarts", "counter", "Times that a process was started again.", _PROCESS),

@@ -79,11 +79,17 @@ class LogWatch:
 
 
 def _server_samples(store: str, client: Client) -> list[Sample]:
-    memory = aof = 0
+    memory = data = aof = 0
     for server in servers(client):
-        memory += int(server.info("memory")["used_memory"])
+        found = server.info("memory")
+        memory += int(found["used_memory"])
+        data += int(found["used_memory_dataset"])
         aof += int(server.info("persistence").get("aof_current_size", 0))
-    return [("penchant_redis_memory_bytes", (store,), memory), ("penchant_redis_aof_bytes", (store,), aof)]
+    return [
+        ("penchant_redis_memory_bytes", (store,), memory),
+        ("penchant_redis_data_bytes", (store,), data),
+        ("penchant_redis_aof_bytes", (store,), aof),
+    ]
 
 
 def _log_samples(log: EventLog) -> Iterator[Sample]:
