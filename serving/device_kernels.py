@@ -19,8 +19,8 @@ GROUP = 32
 GROUPS = 32
 """Groups of a block, whose highest score is kept too."""
 BLOCK = GROUP * GROUPS
-TILES = (128, 64, GROUP)
-"""Rows that are scored at once: the most that the shared memory of the device holds, by the vectors' length."""
+TILES = ((128, 3), (64, 3), (GROUP, 3), (GROUP, 1))
+"""Rows that are scored at once, and how many times as many are on their way from memory: the most that fits."""
 
 _GROUP, _GROUPS = tl.constexpr(GROUP), tl.constexpr(GROUPS)
 
@@ -108,11 +108,11 @@ def launch_maxima(blocks: int, *tensors: Any, **options: Any) -> None:
     Raises:
         ConfigError: Not even the smallest does.
     """
-    for tile in TILES:
+    for tile, stages in TILES:
         try:
-            maxima_kernel[(blocks,)](*tensors, **options, tile=tile)
+            maxima_kernel[(blocks,)](*tensors, **options, tile=tile, num_stages=stages)
         except OutOfResources as error:  # raised before anything is launched
-            if tile == TILES[-1]:
+            if (tile, stages) == TILES[-1]:
                 raise ConfigError(
                     f"--device cuda: vectors of {options['dim']} numbers are too long for this GPU ({error}); choose "
                     "--device cpu"
