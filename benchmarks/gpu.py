@@ -114,11 +114,11 @@ def milliseconds(device: torch.device, work: Callable[[], Any], rounds: int = 20
     times = []
     for _ in range(rounds):
         if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()  # type: ignore[no-untyped-call]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
             work()
-            end.record()  # type: ignore[no-untyped-call]
-            end.synchronize()  # type: ignore[no-untyped-call]
+            end.record()
+            end.synchronize()
             times.append(begin.elapsed_time(end))
         else:
             started = time.perf_counter()
@@ -313,7 +313,7 @@ def _faults(result: dict[str, Any]) -> list[str]:
         faults += [f"{one['rows']} rows: {check}" for check in one["checks"] if check["wrong"] or check["unproven"]]
     if any(apart > 1e-3 for apart in result["models"].get("apart", {}).values()):
         faults.append(f"models on the GPU are {result['models']['apart']} away from the CPU's")
-    return faults + result["encoding"]["faults"] + result["training"]["faults"]
+    return [*faults, *result["encoding"]["faults"], *result["training"]["faults"]]
 
 
 if __name__ == "__main__":

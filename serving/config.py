@@ -52,7 +52,11 @@ class ServeConfig(BaseModel):
     bundle: Path = Field(description="Directory of the bundle to serve.")
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT to listen on; port 0 picks a free one.")
     workers: int = Field(0, ge=0, le=256, description="Worker processes; 0 means one per core.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the models run.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where the models run and the index is searched; auto takes a GPU for what can run there, cuda "
+        "insists on it for both.",
+    )
 
     redis: str = Field("embedded", description='URL of the Redis that holds profiles, or "embedded".')
     events_redis: str = Field("", description="URL of the Redis that holds the event log; empty means as `redis`.")

@@ -10,14 +10,17 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+from serving.errors import ConfigError
 
 GROUP = 32
 """Rows whose highest score is kept, those of a 32-bit word of a bitmap."""
 GROUPS = 32
 """Groups of a block, whose highest score is kept too."""
 BLOCK = GROUP * GROUPS
-TILE = 128
-"""Rows that are scored at once."""
+TILES = ((128, 3), (64, 3), (GROUP, 3), (GROUP, 1))
+"""Rows that are scored at once, and how many times as many are on their way from memory: the most that fits."""
 
 _GROUP, _GROUPS = tl.constexpr(GROUP), tl.constexpr(GROUPS)
 
@@ -97,3 +100,22 @@ def _scores(
 
 maxima_kernel: Any = triton.jit(_maxima)
 scores_kernel: Any = triton.jit(_scores)
+
+
+def launch_maxima(blocks: int, *tensors: Any, **options: Any) -> None:
+    """Launches `maxima_kernel` for some blocks, with the largest tile that fits.
+
+    Raises:
+        ConfigError: Not even the smallest does.
+    """
+    for tile, stages in TILES:
+        try:
+            maxima_kernel[(blocks,)](*tensors, **options, tile=tile, num_stages=stages)
+        except OutOfResources as error:  # raised before anything is launched
+            if (tile, stages) == TILES[-1]:
+                raise ConfigError(
+                    f"--device cuda: vectors of {options['dim']} numbers are too long for this GPU ({error}); choose "
+                    "--device cpu"
+                ) from error
+        else:
+            return

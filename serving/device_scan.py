@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -100,12 +100,23 @@ class DeviceScan:
             self._lock = threading.Lock()
             lengths = (part.norm(dim=1).amax() for part in self._vectors.split(_CHUNK))  # type: ignore[no-untyped-call]
             self._longest = max((float(length) for length in lengths), default=0.0)
+            if self.device.type == "cuda" and len(self):
+                self._warm_up()
         except torch.cuda.OutOfMemoryError as error:
             size = len(vectors) * vectors.shape[1] * 6 / 2**30
             raise ConfigError(
                 f"device: {len(vectors)} vectors need about {size:.1f} GiB of its memory, which is not free ({error}); "
                 "serve with fewer workers or with --device cpu"
             ) from error
+
+    def _warm_up(self) -> None:
+        """Compiles the kernels, so that no caller waits for it, and finds out what the device cannot run.
+
+        A query of zeros proves nothing, so its search goes every way there is.
+        """
+        nothing = self._vectors.new_zeros(LINES, self._vectors.shape[1])
+        _maxima(self._copy, nothing, None)
+        self.search(nothing[:1], 1, self.bitmap(np.full(-(-len(self) // 8), 255, np.uint8)))
 
     @property
     def form(self) -> Form:
@@ -210,7 +221,7 @@ class DeviceScan:
         the products of bf16 halves leave out (2^-17 for each side) and the additions in float32 round away.
         """
         arithmetic = 2.0**-16 + self._vectors.shape[1] * 2.0**-22
-        lengths: Tensor = queries.norm(dim=1)  # type: ignore[no-untyped-call]
+        lengths: Tensor = queries.norm(dim=1)
         return lengths * (copy.residual + arithmetic * self._longest)
 
 
@@ -291,7 +302,7 @@ def _compact(vectors: Tensor) -> _Copy:
         part = vectors[at : at + _CHUNK]
         whole[at : at + _CHUNK] = part
         rest = part - whole[at : at + _CHUNK].float()
-        residual = max(residual, float(rest.norm(dim=1).amax()))  # type: ignore[no-untyped-call]
+        residual = max(residual, float(rest.norm(dim=1).amax()))
     return _Copy("bfloat16", whole, residual)
 
 
@@ -307,7 +318,7 @@ def _maxima(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, 
 
 
 def _maxima_on_cuda(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
-    from serving.device_kernels import TILE, maxima_kernel
+    from serving.device_kernels import launch_maxima
 
     rows, dim = copy.vectors.shape
     width = max(16, 1 << (dim - 1).bit_length())
@@ -319,11 +330,13 @@ def _maxima_on_cuda(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[
     blocks = -(-rows // BLOCK)
     groups = queries.new_empty(len(queries), blocks * GROUPS)
     maxima = queries.new_empty(len(queries), blocks)
-    options: dict[str, Any] = {"dim": dim, "width": width, "lines": lines, "tile": TILE}
-    maxima_kernel[(blocks,)](
+    launch_maxima(
+        blocks,
         *(copy.vectors, high, low, high if bits is None else bits.view(torch.int32)),
         *(groups, maxima, rows, len(queries), blocks),
-        **options,
+        dim=dim,
+        width=width,
+        lines=lines,
         halves=2 if copy.form == "float32" else 1,
         masked=bits is not None,
     )
@@ -341,8 +354,9 @@ def maxima_plain(vectors: Tensor, queries: Tensor, bits: Tensor | None, size: in
             scores.masked_fill_(~_allowed(torch.arange(part.start, part.stop, device=bits.device), bits), -torch.inf)
         more = -scores.shape[1] % GROUP
         scores = torch.nn.functional.pad(scores, (0, more), value=-torch.inf)
-        groups[:, at // GROUP : (at + scores.shape[1]) // GROUP] = scores.unflatten(1, (-1, GROUP)).amax(2)
-    return groups, groups.unflatten(1, (-1, GROUPS)).amax(2)
+        highest = scores.view(len(queries), -1, GROUP).amax(2)
+        groups[:, at // GROUP : at // GROUP + highest.shape[1]] = highest
+    return groups, groups.view(len(queries), -1, GROUPS).amax(2)
 
 
 def _scores(vectors: Tensor, queries: Tensor, groups: Tensor, bits: Tensor | None) -> Tensor:

@@ -382,8 +382,13 @@ def to_batch(
     if targets is not None:
         more = ((0, 0), (0, targets.shape[1] - rows.shape[1]))
         rows, types = np.pad(rows, more), np.pad(types, more)
-    tensors = (sent(torch.from_numpy(array), device) for array in (rows, types, lengths))
-    return Batch(*tensors, int(lengths.sum()), None if targets is None else torch.from_numpy(targets))
+    return Batch(
+        rows=sent(torch.from_numpy(rows), device),
+        types=sent(torch.from_numpy(types), device),
+        lengths=sent(torch.from_numpy(lengths), device),
+        tokens=int(lengths.sum()),
+        targets=None if targets is None else torch.from_numpy(targets),
+    )
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

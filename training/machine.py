@@ -7,13 +7,17 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.utils.deterministic as fill
+import torch.utils.deterministic as _deterministic
 
 from features.limits import cores
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+# Typed Any because the module makes its settings when it is imported.
+_settings: Any = _deterministic
 
 
 @contextmanager
@@ -26,12 +30,12 @@ def prepared(threads: int, device: torch.device | None = None) -> Iterator[None]
             a training gives the same weights again.
     """
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    deterministic, filled = torch.are_deterministic_algorithms_enabled(), fill.fill_uninitialized_memory
+    deterministic, filled = torch.are_deterministic_algorithms_enabled(), _settings.fill_uninitialized_memory
     if device is not None and device.type == "cuda":
         # cuBLAS reads it when its first handle is made, and torch insists on it.
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
         torch.use_deterministic_algorithms(True)
-        fill.fill_uninitialized_memory = False
+        _settings.fill_uninitialized_memory = False
     torch.set_num_threads(threads or cores())
     # Matrix products of float32 in bf16 (TF32 on a GPU), summed in float32: with AMX ten times as fast. Where a
     # processor has no such instructions, this changes nothing.
@@ -42,7 +46,7 @@ def prepared(threads: int, device: torch.device | None = None) -> Iterator[None]
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
         torch.use_deterministic_algorithms(deterministic)
-        fill.fill_uninitialized_memory = filled
+        _settings.fill_uninitialized_memory = filled
 
 
 def in_halves(device: torch.device) -> bool:
@@ -50,7 +54,7 @@ def in_halves(device: torch.device) -> bool:
     if torch.get_float32_matmul_precision() != "medium":
         return False
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known = torch.cpu.get_capabilities()
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gpu import UNPROVED, answers, main
 from features.catalog import Catalog
 from features.vocabulary import Vocabulary
 from serving import device_scan
@@ -124,3 +125,15 @@ def test_a_device_that_is_absent_is_named():
     assert not can_scan_on("cuda")
     with pytest.raises(ConfigError, match="no CUDA device"):
         scan_on("cuda", drawn(3, 8))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no GPU-less machine")
+def test_the_proof_says_that_it_proves_nothing(capsys):
+    assert main([]) == UNPROVED
+    assert "unproved: no CUDA device" in capsys.readouterr().err
+
+
+def test_the_proof_compares_answers_and_notices_spoiled_ones():
+    found = answers(torch.device("cpu"), 3000, 8)
+    assert found["different"] == 0
+    assert found["compared"] > found["control"] == found["control_of"] == 8
