@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ from features.bundle_tables import read_neighbors, read_popular, read_vectors, r
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.outcomes import Outcomes
-from features.profile import decode, empty, encode, pack_record
 from features.schema import NEGATIVE_EVENT_TYPES, event_type_key, item_key
-from features.transforms import ItemInputShapes, item_inputs, item_text, text_tokens
+from features.transforms import ItemInputShapes, item_text, text_tokens
 from serving.adjusters import Dialled
 from serving.bitmap import clear_keys, clear_rows, first_allowed
 from serving.config import ServeConfig
@@ -30,7 +28,7 @@ from serving.golden import replay
 from serving.hydrators import CatalogVersion, Profile, Progress, QueryVector, UserVector
 from serving.index import Index, can_scan_on
 from serving.lexical import LexicalIndex
-from serving.model import Device, Model, ModelError, uses_cuda
+from serving.model import Device, Model, uses_cuda
 from serving.pipeline import Filter, Hydrator, Pipeline, Scorer, Source, Tier
 from serving.profiles import ProfileStore
 from serving.reasons import Reasons
@@ -55,9 +53,8 @@ from serving.sources import (
 )
 from serving.telemetry import Telemetry
 from serving.turns import Turns
+from serving.warm import warm_models, warm_pipelines
 
-ITEM_BATCH = 256
-"""Items that are embedded at once."""
 _FRESH = 50
 CHOICES = ("add_to_cart", "purchase", "like", "rating")
 """Event types by which a person has chosen an item, whatever a bundle was trained on."""
@@ -65,7 +62,6 @@ _CANDIDATES = 500
 _ROOM = 4 << 30
 _ROOM_PER_BYTE = 32
 """Addresses that opening a bundle may take, and more of them for each byte of it: an item becomes Python objects."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +158,16 @@ def open_engine(
         model.probe(input_shapes(bundle), len(bundle.model["event_types"]))
         replay(bundle, model, catalog, index)
         _warm_up(catalog, lexical)
-        _warm_models(bundle, model, around.config)
+        pipelines = _Builder(bundle, model, catalog, index, lexical, around).pipelines()
+        warm_models(model, input_shapes(bundle), _count(bundle, around.config))
+        warm_pipelines(pipelines, catalog, [*bundle.model["event_types"], *CHOICES])
         return Engine(
             bundle=bundle,
             model=model,
             catalog=catalog,
             lexical=lexical,
             shapes=input_shapes(bundle),
-            pipelines=_Builder(bundle, model, catalog, index, lexical, around).pipelines(),
+            pipelines=pipelines,
             event_types={event_type_key(name): name for name in bundle.model["event_types"]},
         )
 
@@ -342,19 +340,6 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
         tokens = text_tokens(item_text(catalog.item(row)))
         lexical.search(tokens, 1, catalog.eligible_bitmap(0))
         lexical.score(tokens, rows)
-    entry = pack_record(1, 1, 1, 1, 0.0, event_type_key(CHOICES[0]))
-    stored = encode(empty())
-    for log_id in range(1, 4):  # without a state, then with one
-        stored = encode(decode(stored + log_id.to_bytes(8, "big") + entry))
-
-
-def _warm_models(bundle: Bundle, model: Model, config: ServeConfig) -> None:
-    """Runs the models at the sizes of requests; what is made up may be nothing that a model can answer."""
-    items = item_inputs([{"item_id": "", "title": "warm"}] * ITEM_BATCH, input_shapes(bundle))
-    try:
-        model.warm(items, _count(bundle, config))
-    except ModelError as error:
-        _log.info("a model is not warm, so that its first call takes longer: %s", error)
 
 
 def _count(bundle: Bundle, config: ServeConfig) -> int:

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from features.errors import PenchantError
 from features.transforms import item_inputs, item_text, text_tokens
 from serving.catalog_log import CatalogLog, Change
-from serving.engine import ITEM_BATCH, Host
+from serving.engine import Host
 from serving.errors import ServingError, Unavailable
 from serving.hydrators import Progress
 from serving.outages import Outage
+from serving.warm import ITEM_BATCH
 
 _BLOCK_MS = 500
 _RETRY_S = 0.5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,6 @@ from features.transforms import ItemInputShapes, query_inputs, text_tokens
 from serving.errors import ProfileStoreUnavailable
 from serving.experiments import Holdout
 from serving.model import Model
-from serving.profiles import ProfileStore
 from serving.query import Query
 from serving.turns import Turns
 
@@ -75,6 +76,14 @@ class CatalogVersion:
         query.catalog_version = self._progress.version
 
 
+class ProfileReader(Protocol):
+    """What profiles are read from: the store, and what warms a worker up."""
+
+    def read(self, subject: str) -> Stored:
+        """Returns the profile of a subject."""
+        ...
+
+
 class Profile:
     """Reads the person's profile: one round trip, more only while a version is waited for."""
 
@@ -83,7 +92,7 @@ class Profile:
 
     def __init__(
         self,
-        store: ProfileStore,
+        store: ProfileReader,
         catalog: Catalog,
         type_index: Mapping[int, int],
         seen_keys: npt.NDArray[np.uint32],
@@ -96,6 +105,12 @@ class Profile:
         self._store, self._catalog, self._turns = store, catalog, turns
         self._type_index, self._seen_keys, self._default = type_index, seen_keys, default
         self._segments, self._holdout = segments or {}, holdout
+
+    def reading(self, store: ProfileReader) -> Profile:
+        """Returns the same hydrator with another store."""
+        other = copy.copy(self)
+        other._store = store
+        return other
 
     def enable(self, query: Query) -> bool:
         """Where a person is named."""

@@ -230,6 +230,7 @@ class Model:
         Raises:
             ModelError: An answer is not finite.
         """
+        user = np.zeros(self.dim, np.float32)
         for length in {1, self.max_length}:
             user = self.encode_user(np.zeros((length, self.dim), np.float32), np.zeros(length, np.int64))
         for count in {1, len(items["tokens"])}:
