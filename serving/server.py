@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hmac
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,7 +31,9 @@ from penchant.v1 import (
     ranking_pb2_grpc,
 )
 from serving.config import ServeConfig
-from serving.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ServingError, Unauthenticated
+from serving.errors import DeadlineExceeded, InvalidArgument, ServingError, Unauthenticated
+from serving.reception.calls import Bounds, Lane
+from serving.reception.executor import Reception
 from serving.telemetry import Telemetry
 from serving.turns import Turns
 
@@ -50,54 +50,11 @@ Continue = Callable[[grpc.HandlerCallDetails], Handler]
 Behavior = Callable[[Any, grpc.ServicerContext], Any]
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
-_RETRY_AFTER_MS = 100
-_STREAMS = 1024
+_CHECKS, _WATCHES, _REFLECTIONS = 1024, 256, 4
+_IDLE_S, _REFLECTION_S = 60.0, 10.0
 _PING_MS = 100
 """Shortest time between pings of an idle client; libraries allow 1 to 10 seconds at the least."""
 _DETAILS_KEY = "grpc-status-details-bin"
-
-
-class _CountingPool(ThreadPoolExecutor):
-    """A pool that knows how many calls are in hand or waiting, even those that are cancelled before they begin."""
-
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads, thread_name_prefix="call")
-        self.in_hand = 0
-        self._lock = threading.Lock()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        with self._lock:
-            self.in_hand += 1
-        future = super().submit(fn, *args, **kwargs)
-        future.add_done_callback(self._done)
-        return future
-
-    def _done(self, _: Future[Any]) -> None:
-        with self._lock:
-            self.in_hand -= 1
-
-
-class _Limit(Interceptor):
-    """Refuses what is more than the worker can finish in time, at once and with a hint when to come back.
-
-    Refusals have a thread of their own: they never wait behind the calls that are in hand. Nor for a message: refused
-    calls are handled as streams, whose handlers begin before the first one comes.
-    """
-
-    def __init__(self, pool: _CountingPool, limit: int, telemetry: Telemetry) -> None:
-        self._pool, self._limit, self._telemetry = pool, limit, telemetry
-
-        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-            raise _refuse(context, ResourceExhausted("the server is busy: retry later", retry_after_ms=_RETRY_AFTER_MS))
-
-        refuse.experimental_thread_pool = ThreadPoolExecutor(1, "refuse")  # type: ignore[attr-defined]
-        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
-
-    def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
-        if self._pool.in_hand >= self._limit and not handler_call_details.method.startswith(_HEALTH):
-            self._telemetry.count("refused.busy")
-            return self._refusal
-        return continuation(handler_call_details)
 
 
 class _Token(Interceptor):
@@ -105,11 +62,8 @@ class _Token(Interceptor):
 
     def __init__(self, secret: str) -> None:
         self._expected = f"Bearer {secret}".encode()
-
-        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-            raise _refuse(context, Unauthenticated("send the server's token as metadata `authorization: Bearer TOKEN`"))
-
-        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
+        error = Unauthenticated("send the server's token as metadata `authorization: Bearer TOKEN`")
+        self._refusal = grpc.unary_unary_rpc_method_handler(_Behavior(None, refusal=error))
 
     def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
         if not handler_call_details.method.startswith(_HEALTH):
@@ -128,32 +82,38 @@ class _Guard(Interceptor):
     Rankings, which are work, take turns; the others mostly wait for something, and only for that.
     """
 
-    def __init__(self, turns: Turns, telemetry: Telemetry) -> None:
-        self._turns, self._telemetry = turns, telemetry
+    def __init__(self, turns: Turns, telemetry: Telemetry, lanes: dict[str, Lane]) -> None:
+        """Takes the lanes of methods, by the beginning of their path."""
+        self._turns, self._telemetry, self._lanes = turns, telemetry, lanes
         self._guarded: dict[str, Handler] = {}
 
     def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
-        known = self._guarded.get(handler_call_details.method)
+        path = handler_call_details.method
+        known = self._guarded.get(path)
         if known is not None:
             return known
         handler = continuation(handler_call_details)
-        if not handler_call_details.method.startswith("/penchant.") or handler is None:
-            return handler
-        name, parse = handler_call_details.method.rpartition("/")[2], handler.request_deserializer
+        if handler is None:
+            return None
+        name, parse = path.rpartition("/")[2], handler.request_deserializer
         assert parse is not None
+        lane = next((lane for prefix, lane in self._lanes.items() if path.startswith(prefix)), None)
         # Without a deserializer the call gets the bytes, and so a say in what a malformed message is answered with.
         guarded: Handler
         if handler.stream_stream is not None:
-            stream = self._guard_stream(name, parse, handler.stream_stream)
+            stream = _Behavior(self._guard_stream(name, parse, handler.stream_stream), lane, many=True)
             guarded = grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        elif handler.unary_stream is not None:
+            watch = _Behavior(self._guard_watch(name, parse, handler.unary_stream), lane, returns=False)
+            guarded = grpc.unary_stream_rpc_method_handler(watch, None, handler.response_serializer)
         else:
             assert handler.unary_unary is not None
             behavior = handler.unary_unary
-            if "RankingService/" in handler_call_details.method:
+            if "RankingService/" in path:
                 behavior = self._in_turn(behavior)
-            call = self._guard(name, parse, behavior)
+            call = _Behavior(self._guard(name, parse, behavior), lane)
             guarded = grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
-        self._guarded[handler_call_details.method] = guarded
+        self._guarded[path] = guarded
         return guarded
 
     def _guard(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
@@ -181,6 +141,20 @@ class _Guard(Interceptor):
             except grpc.RpcError:  # the caller is gone, or its time is over: there is nobody to tell
                 telemetry.count(f"{method}.CANCELLED")
                 return
+            except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
+                telemetry.count(f"{method}.{getattr(error, 'code', 'INTERNAL')}")
+                raise _refuse(context, error) from None
+            telemetry.count(f"{method}.OK")
+
+        return call
+
+    def _guard_watch(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
+        """Guards a method that answers by a callback, for as long as its caller stays, and holds no thread."""
+        telemetry = self._telemetry
+
+        def call(message: bytes, context: grpc.ServicerContext, send: Callable[[Any], None]) -> None:
+            try:
+                behavior(_parsed(parse, message), context, send)
             except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
                 telemetry.count(f"{method}.{getattr(error, 'code', 'INTERNAL')}")
                 raise _refuse(context, error) from None
@@ -217,6 +191,17 @@ def _refuse(context: grpc.ServicerContext, error: Exception) -> Exception:
         mark = uuid.uuid4().hex[:12]
         log.error("unexpected error %s", mark, exc_info=error)
         error = ServingError(f"unexpected error {mark}: please report it with the server's log")
+    code, details, metadata = _status(error)
+    context.set_trailing_metadata(metadata)
+    try:
+        context.abort(code, details)
+    except Exception as aborted:  # noqa: BLE001 - what abort raises has no class of its own
+        return aborted
+    raise AssertionError("abort returns never")
+
+
+def _status(error: ServingError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
+    """Returns the code, the details and the trailing metadata that tell a caller of an error."""
     code = getattr(grpc.StatusCode, error.code)
     status = status_pb2.Status(code=code.value[0], message=str(error))
     metadata: list[tuple[str, str | bytes]] = []
@@ -231,12 +216,34 @@ def _refuse(context: grpc.ServicerContext, error: Exception) -> Exception:
         metadata.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
     if status.details:
         metadata.append((_DETAILS_KEY, status.SerializeToString()))
-    context.set_trailing_metadata(tuple(metadata))
-    try:
-        context.abort(code, str(error))
-    except Exception as aborted:  # noqa: BLE001 - what abort raises has no class of its own
-        return aborted
-    raise AssertionError("abort returns never")
+    return code, str(error), tuple(metadata)
+
+
+class _Behavior:
+    """What handles the calls of a method, and what the reception has to know of it."""
+
+    def __init__(
+        self,
+        behavior: Callable[..., Any] | None,
+        lane: Lane | None = None,
+        *,
+        many: bool = False,
+        returns: bool = True,
+        refusal: ServingError | None = None,
+    ) -> None:
+        """Takes what runs and its lane; whether it takes many messages, whether it ends when it returns.
+
+        A refusal takes the place of what runs.
+        """
+        self._behavior, self.many, self.refusal = behavior, many, refusal
+        self.experimental_non_blocking = not returns
+        if lane is not None:
+            self.lane = lane
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Handles a call."""
+        assert self._behavior is not None
+        return self._behavior(*arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,19 +270,27 @@ class Server:
 
     def __init__(self, config: ServeConfig, turns: Turns, telemetry: Telemetry) -> None:
         self._config = config
-        self._pool = _CountingPool(config.max_concurrent)
-        interceptors: list[Interceptor] = [_Limit(self._pool, config.max_concurrent, telemetry)]
+        work = Lane("call", config.max_concurrent)
+        self._reception = Reception(Bounds(), work, _status)
+        lanes = {f"{_HEALTH}Check": Lane("health check", _CHECKS), f"{_HEALTH}Watch": Lane("watch", _WATCHES, True)}
+        lanes["/penchant.v1.EventService/IngestStream"] = Lane(
+            "ingest stream", max(1, config.max_concurrent // 4), True, _IDLE_S
+        )
+        lanes["/grpc.reflection."] = Lane("reflection", _REFLECTIONS, True, _REFLECTION_S)
+        for lane, threads in zip(lanes.values(), (0, 2, max(1, config.max_concurrent // 4), _REFLECTIONS), strict=True):
+            self._reception.pool(lane, threads)
+        interceptors: list[Interceptor] = []
         if secret := config.secret():
             interceptors.append(_Token(secret))
-        interceptors.append(_Guard(turns, telemetry))
+        interceptors.append(_Guard(turns, telemetry, lanes))
         self._grpc = grpc.server(
-            self._pool,
+            self._reception,
             interceptors=interceptors,
             options=[
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.max_concurrent_streams", _STREAMS),
+                ("grpc.max_concurrent_streams", self._reception.calls.bounds.calls),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 # Clients ping to keep a way through NAT open, also between calls; gRPC's own limit of a ping in five
@@ -284,9 +299,7 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
             ],
         )
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
-        )
+        self._health = health.HealthServicer(experimental_non_blocking=True)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
     def start(self, address: str, services: Services) -> None:
@@ -306,7 +319,7 @@ class Server:
         """Says NOT_SERVING, takes no more calls, and lets those in hand finish."""
         self._health.enter_graceful_shutdown()
         self._grpc.stop(self._config.drain_s).wait()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._reception.shutdown(wait=False, cancel_futures=True)
 
 
 def _credentials(config: ServeConfig) -> grpc.ServerCredentials:
