@@ -52,6 +52,11 @@ Behavior = Callable[[Any, grpc.ServicerContext], Any]
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _CHECKS, _WATCHES, _REFLECTIONS = 1024, 256, 4
 _IDLE_S, _REFLECTION_S = 60.0, 10.0
+_READ_BYTES = 64 << 10
+_HANDSHAKE_MS = 10_000
+_IDLE_CONNECTION_MS = 300_000
+"""Time after which a connection without a call is ended; clients open it again when they have one."""
+
 _PING_MS = 100
 """Shortest time between pings of an idle client; libraries allow 1 to 10 seconds at the least."""
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -291,6 +296,12 @@ class Server:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_concurrent_streams", self._reception.calls.bounds.calls),
+                # gRPC reads up to 4 MiB at once of each connection that sends much; 40 of them would take 160.
+                ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
+                # Nor does it open the windows of connections that send fast: requests are small.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 # Clients ping to keep a way through NAT open, also between calls; gRPC's own limit of a ping in five

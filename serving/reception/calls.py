@@ -21,6 +21,8 @@ OVERHEAD = 16 << 10
 ROOM_S = 12.0
 """Idle time in seconds after which a stream gives way to another: longer than one waits for a log that is full."""
 
+_MOMENT_S = 0.05
+
 
 class Phase(Enum):
     """The state of an open call."""
@@ -46,9 +48,9 @@ class Bounds:
     """
 
     calls: int = 100
-    sending: int = 64
+    sending: int = 32
     message_s: float = 5.0
-    bytes_in_hand: int = 32 << 20
+    bytes_in_hand: int = 12 << 20
     unread: int = 4 << 20
     unread_worker: int = 32 << 20
     read_s: float = 10.0
@@ -270,7 +272,8 @@ class OpenCalls:
         ends: list[tuple[Call, ServingError | None]] = [
             (call, slow) for call in sending if now - call.since > bounds.message_s
         ]
-        left = [call for call in sending if now - call.since <= bounds.message_s]
+        # A message that is on its way comes within moments; what is younger is not judged yet.
+        left = [call for call in sending if _MOMENT_S < now - call.since <= bounds.message_s]
         for call in _first(left, len(left) - bounds.sending):
             ends.append((call, ResourceExhausted("too many calls send no message", retry_after_ms=RETRY_AFTER_MS)))
         for call in working:

@@ -8,8 +8,10 @@ one that does, and refuses to be imported where they are not as they were.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import inspect
-import logging
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +29,14 @@ from serving.reception.calls import Bounds, Call, Lane, OpenCalls, Phase
 ROUND_S = 0.25
 """Time between two looks at what is overdue, in seconds."""
 
+_LEAST_ROUND_S = 0.01
+_TRIM_S = 5.0
+"""Least time between two returns of free memory to the system, in seconds."""
+
+_GROWN = 16 << 20
+"""Growth of the process in bytes after which it is worth trying."""
+
 Statused = Callable[[ServingError], tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]]
-_log = logging.getLogger(__name__)
 _SENDS = frozenset({_grpc._SEND_MESSAGE_TOKEN, _grpc._SEND_INITIAL_METADATA_AND_SEND_MESSAGE_TOKEN})
 _USED = {
     "_handle_unary_unary": ["rpc_event", "state", "method_handler", "default_thread_pool"],
@@ -57,6 +65,24 @@ def _require_known_grpc() -> None:
 
 
 _require_known_grpc()
+
+
+def _trimmed(before: int) -> int:
+    """Returns free memory to the system if the process has grown: an attack leaves much of it, in pieces.
+
+    Args:
+        before: Memory of the process after the last time, in bytes; 0 at first.
+    """
+    if not before or _resident() - before > _GROWN:
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        return _resident()
+    return before
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 class _Done(Future[Any]):
@@ -219,14 +245,18 @@ class Reception(ThreadPoolExecutor):
 
     def _reap(self) -> None:
         """Ends what is overdue, again and again."""
+        trimmed, known = time.monotonic(), 0
         while not self._ending:
             if self._urgent.wait(ROUND_S):
                 self._urgent.clear()
+                time.sleep(_LEAST_ROUND_S)
             for call, error in self.calls.overdue(time.monotonic()):
                 if error is None:
                     call.drop()
                 else:
                     call.end(error)
+            if time.monotonic() - trimmed > _TRIM_S:
+                trimmed, known = time.monotonic(), _trimmed(known)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads of every lane."""
