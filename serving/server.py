@@ -34,6 +34,7 @@ from serving.config import ServeConfig
 from serving.errors import DeadlineExceeded, InvalidArgument, ServingError, Unauthenticated
 from serving.reception.calls import Bounds, Lane
 from serving.reception.executor import Reception
+from serving.reception.sockets import Sockets
 from serving.telemetry import Telemetry
 from serving.turns import Turns
 
@@ -322,6 +323,7 @@ class Server:
             self._grpc.add_secure_port(address, _credentials(self._config))
         else:
             self._grpc.add_insecure_port(address)
+        self._reception.sockets = Sockets(int(address.rpartition(":")[2]), self._config.max_message_bytes)
         self._grpc.start()
         for name in ("", *names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

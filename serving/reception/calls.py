@@ -83,13 +83,15 @@ class Connection:
         peer: Address and port of the client, as gRPC writes it.
         calls: Its open calls, the oldest first.
         unread: Bytes of answers that it has not read.
+        entered: Calls that it has made.
         good: Calls whose answer it has read.
-        bad: Calls that it gave up before their message was whole, or that it was too slow for.
+        bad: Calls that it gave up, or was too slow for.
     """
 
     peer: str
     calls: dict[int, Call] = field(default_factory=dict)
     unread: int = 0
+    entered: int = 0
     good: int = 0
     bad: int = 0
 
@@ -145,6 +147,7 @@ class OpenCalls:
             if connection is None:
                 connection = self.connections[peer] = Connection(peer)
             call = Call(connection, lane, time.monotonic())
+            connection.entered += 1
             connection.calls[id(call)] = self._phases[Phase.SENDING][id(call)] = call
             error = self._refusal(connection)
             crowded = len(self._phases[Phase.SENDING]) > self.bounds.sending
@@ -222,16 +225,17 @@ class OpenCalls:
             self._read(call, 0)
             return True
 
-    def close(self, call: Call) -> None:
-        """Notes that the client has read all, or is gone; what still works on the call keeps it open."""
+    def close(self, call: Call, cancelled: bool = False) -> None:
+        """Notes that the client has read all, or has given up; what still works on the call keeps it open."""
         with self._lock:
             call.closed = True
-            if call.phase is Phase.SENDING:
+            if cancelled:
                 call.connection.bad += 1
-            elif call.phase is Phase.READING:
+            else:
+                call.connection.good += 1
+            if call.phase is Phase.READING:
                 self.unread -= call.size
                 call.connection.unread -= call.size
-                call.connection.good += 1
             if call.phase is not Phase.WORKING:
                 self._move(call, Phase.GONE)
 
@@ -257,6 +261,12 @@ class OpenCalls:
             call.connection.calls.pop(id(call), None)
         else:
             self._phases[phase][id(call)] = call
+
+    def forget(self, gone: Callable[[str], bool]) -> None:
+        """Forgets the connections that have no call and of which `gone` says that they are closed."""
+        with self._lock:
+            for peer in [peer for peer, one in self.connections.items() if not one.calls and gone(peer)]:
+                del self.connections[peer]
 
     def overdue(self, now: float) -> list[tuple[Call, ServingError | None]]:
         """Returns the calls that have to end now, each with what its client is told; None where it would not read it.

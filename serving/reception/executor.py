@@ -25,11 +25,15 @@ from grpc._cython import cygrpc
 
 from serving.errors import ServingError, Unimplemented
 from serving.reception.calls import Bounds, Call, Lane, OpenCalls, Phase
+from serving.reception.sockets import Sockets
 
 ROUND_S = 0.25
 """Time between two looks at what is overdue, in seconds."""
 
 _LEAST_ROUND_S = 0.01
+_LOOK_S = 0.5
+"""Time between two looks at the sockets, in seconds."""
+
 _TRIM_S = 5.0
 """Least time between two returns of free memory to the system, in seconds."""
 
@@ -116,6 +120,8 @@ class Reception(ThreadPoolExecutor):
         super().__init__(work.places, thread_name_prefix="call")
         self._work, self._statused = work, statused
         self._urgent, self._ending = threading.Event(), False
+        self.sockets: Sockets | None = None
+        self.hung_up = 0
         self._pools: dict[Lane, ThreadPoolExecutor | None] = {}
         self.calls = OpenCalls(bounds, self._urgent.set)
         self._reaper = threading.Thread(target=self._reap, name="reaper", daemon=True)
@@ -132,7 +138,7 @@ class Reception(ThreadPoolExecutor):
         call, error = self.calls.enter(event.call.peer().decode(), lane)
         rpc = _Rpc(event, state, call)
         returns = not getattr(behavior, "experimental_non_blocking", False)
-        state.callbacks.append(lambda: self._close(call, returns))
+        state.callbacks.append(lambda: self._close(rpc, returns))
         call.end = lambda error: self._end(rpc, error)
         call.drop = event.call.cancel
         call.stuck = lambda: not _SENDS.isdisjoint(state.due)
@@ -214,10 +220,10 @@ class Reception(ThreadPoolExecutor):
         self.calls.wrote(call, len(data))
         return data
 
-    def _close(self, call: Call, returns: bool) -> None:
-        self.calls.close(call)
+    def _close(self, rpc: _Rpc, returns: bool) -> None:
+        self.calls.close(rpc.call, rpc.state.client is _grpc._CANCELLED)
         if not returns:
-            self.calls.done(call)
+            self.calls.done(rpc.call)
 
     def _refuse(self, rpc: _Rpc, error: ServingError) -> None:
         if self.calls.done(rpc.call):
@@ -245,7 +251,8 @@ class Reception(ThreadPoolExecutor):
 
     def _reap(self) -> None:
         """Ends what is overdue, again and again."""
-        trimmed, known = time.monotonic(), 0
+        trimmed = looked = time.monotonic()
+        resident = 0
         while not self._ending:
             if self._urgent.wait(ROUND_S):
                 self._urgent.clear()
@@ -255,8 +262,19 @@ class Reception(ThreadPoolExecutor):
                     call.drop()
                 else:
                     call.end(error)
-            if time.monotonic() - trimmed > _TRIM_S:
-                trimmed, known = time.monotonic(), _trimmed(known)
+            now = time.monotonic()
+            if self.sockets and now - looked > _LOOK_S:
+                self._look(self.sockets, now - looked)
+                looked = now
+            if now - trimmed > _TRIM_S:
+                trimmed, resident = now, _trimmed(resident)
+
+    def _look(self, sockets: Sockets, seconds: float) -> None:
+        """Hangs up on the connections that work against the server, and forgets those that are closed."""
+        abusive = sockets.abusive(dict(self.calls.connections), seconds)
+        sockets.hang_up(abusive)
+        self.hung_up += len(abusive)
+        self.calls.forget(lambda peer: not sockets.known(peer))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads of every lane."""
