@@ -309,6 +309,7 @@ class Server:
                 # minutes would end their connections.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
+                ("grpc.http2.max_ping_strikes", 0),
             ],
         )
         self._health = health.HealthServicer(experimental_non_blocking=True)
