@@ -74,8 +74,8 @@ class Wire:
             context.set_alpn_protocols(["h2"])
             self.socket = context.wrap_socket(self.socket, server_hostname="localhost")
         self.socket.settimeout(20)
-        self.head = b"\x83\x86" + (field(b"authorization", b"Bearer " + token.encode()) if token else b"")
-        self.head += field(b"te", b"trailers") + field(b"content-type", b"application/grpc")
+        self._rest = field(b"authorization", b"Bearer " + token.encode()) if token else b""
+        self._rest += field(b"te", b"trailers") + field(b"content-type", b"application/grpc")
         self.stream, self.window, self.sent, self.ended = -1, 65535, 0, 0
         self.windows: dict[int, int] = {}
         self.initial = 65535
@@ -91,10 +91,14 @@ class Wire:
         self.socket.sendall(data)
         self.sent += len(data)
 
+    def head(self, path: bytes) -> bytes:
+        """The headers of a call."""
+        return b"\x83\x86\x01\x09localhost\x04" + _text(path) + self._rest
+
     def open(self, path: str, body: bytes = b"", *, end: bool = False, more: bytes = b"") -> int:
         """Sends the headers of a new call, and a body that fits the windows, as one write; the stream's number."""
         self.stream += 2
-        head = self.head + b"\x04" + _text(path.encode()) + more
+        head = self.head(path.encode()) + more
         done = END_STREAM if end and not body else 0
         data = frame(HEADERS, END_HEADERS | done, self.stream, head)
         self.windows[self.stream] = self.initial
@@ -230,7 +234,7 @@ def flooding(data: Callable[[Wire], bytes], pause_s: float = 0.0) -> Attack:
 def _resets(wire: Wire, path: str = RECOMMEND, body: bytes = b"") -> bytes:
     """A hundred calls that are given up at once."""
     data = []
-    head = wire.head + b"\x04" + _text(path.encode())
+    head = wire.head(path.encode())
     for _ in range(100):
         wire.stream += 2
         data.append(frame(HEADERS, END_HEADERS, wire.stream, head))
@@ -242,7 +246,7 @@ def _resets(wire: Wire, path: str = RECOMMEND, body: bytes = b"") -> bytes:
 def continued(wire: Wire, stop: Stop) -> None:
     """Headers that go on in CONTINUATION frames for ever."""
     wire.stream += 2
-    wire.send(frame(HEADERS, 0, wire.stream, wire.head + b"\x04" + _text(RECOMMEND.encode())))
+    wire.send(frame(HEADERS, 0, wire.stream, wire.head(RECOMMEND.encode())))
     while not stop() and not wire.closed:
         wire.send(frame(CONTINUATION, 0, wire.stream, field(b"x-filler", b"y" * 16000)))
 
@@ -263,7 +267,7 @@ def no_text(wire: Wire, stop: Stop) -> None:
         if len(wire.windows) < 50:
             wire.open(CHECK, message(b""), end=True, more=field(b"x-odd", b"s3cret\xff\xfe"))
             wire.stream += 2
-            wire.send(frame(HEADERS, END_HEADERS | END_STREAM, wire.stream, wire.head + b"\x04\x05/\xff\xfe/x"))
+            wire.send(frame(HEADERS, END_HEADERS | END_STREAM, wire.stream, wire.head(b"/\xff\xfe/x")))
         time.sleep(0.005)
 
 
