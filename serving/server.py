@@ -11,7 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import duration_pb2
@@ -34,6 +34,7 @@ from serving.config import ServeConfig
 from serving.errors import DeadlineExceeded, InvalidArgument, ServingError, Unauthenticated
 from serving.reception.calls import Bounds, Lane
 from serving.reception.executor import Reception
+from serving.reception.quiet import hush
 from serving.reception.sockets import Sockets
 from serving.telemetry import Telemetry
 from serving.turns import Turns
@@ -58,8 +59,6 @@ _HANDSHAKE_MS = 10_000
 _IDLE_CONNECTION_MS = 300_000
 """Time after which a connection without a call is ended; clients open it again when they have one."""
 
-_PING_MS = 100
-"""Shortest time between pings of an idle client; libraries allow 1 to 10 seconds at the least."""
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -154,7 +153,7 @@ class _Guard(Interceptor):
 
         return call
 
-    def _guard_watch(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
+    def _guard_watch(self, method: str, parse: Callable[[bytes], Any], behavior: Callable[..., Any]) -> Behavior:
         """Guards a method that answers by a callback, for as long as its caller stays, and holds no thread."""
         telemetry = self._telemetry
 
@@ -166,7 +165,7 @@ class _Guard(Interceptor):
                 raise _refuse(context, error) from None
             telemetry.count(f"{method}.OK")
 
-        return call
+        return call  # type: ignore[return-value]  # as gRPC calls what answers by a callback
 
     def _in_turn(self, behavior: Behavior) -> Behavior:
         def take_turn(request: Message, context: grpc.ServicerContext) -> Message:
@@ -275,6 +274,7 @@ class Server:
     """One worker's gRPC server."""
 
     def __init__(self, config: ServeConfig, turns: Turns, telemetry: Telemetry) -> None:
+        hush()
         self._config = config
         work = Lane("call", config.max_concurrent)
         self._reception = Reception(Bounds(), work, _status)
@@ -306,9 +306,9 @@ class Server:
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 # Clients ping to keep a way through NAT open, also between calls; gRPC's own limit of a ping in five
-                # minutes would end their connections.
+                # minutes would end their connections. A flood of them ends as others do: to refuse each one takes
+                # gRPC longer than to answer it.
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
                 ("grpc.http2.max_ping_strikes", 0),
             ],
         )

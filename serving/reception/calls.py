@@ -106,6 +106,7 @@ class Call:
         since: Monotonic time of its last progress, in seconds.
         phase: The state that it is in.
         size: Bytes held for it: of its message while it is worked on, of its answer afterwards.
+        started: A thread works on it.
         closed: The client is gone, or has read all.
         end: Ends it with an error that the client sees.
         drop: Ends it, and all that is held for it, without a word.
@@ -118,6 +119,7 @@ class Call:
     since: float
     phase: Phase = Phase.SENDING
     size: int = 0
+    started: bool = False
     closed: bool = False
     ending: ServingError | None = None
     end: Callable[[ServingError], None] = lambda _: None
@@ -179,27 +181,38 @@ class OpenCalls:
                 self.refused += 1
                 raise _busy(lane)
             if len(lane.calls) >= lane.places:
-                guest = self._guest(lane, call) if lane.stream else None
+                guest = self._guest(lane, call)
                 if guest is None:
                     self.refused += 1
                     raise _busy(lane)
+                self._leave_lane(guest)
+                if not lane.stream:
+                    self.refused += 1
+                    self._read(guest, 0)
             self._move(call, Phase.WORKING)
             lane.calls[id(call)] = call
             call.size = size
             self.bytes_in_hand += size
         if guest is not None:
-            guest.end(Unavailable(f"this {lane.name} made room for another: open it again", retry_after_ms=1000))
+            guest.end(_moved(lane))
         return True
 
     def _guest(self, lane: Lane, newcomer: Call) -> Call | None:
-        """Returns the stream that gives its place up: of who has more than its share, or one that is long idle."""
-        most, oldest = _greediest(lane.calls.values())
-        now = time.monotonic()
+        """Returns the call that gives its place up: of a connection with more than its share, or a long idle stream."""
+        may = [call for call in lane.calls.values() if lane.stream or not call.started]
+        if not may:
+            return None
+        most, oldest = _greediest(may)
         share = sum(call.connection is newcomer.connection for call in lane.calls.values())
-        if most > share + 1 or now - oldest.since > ROOM_S:
-            self._leave_lane(oldest)
+        if most > share + 1 or (lane.stream and time.monotonic() - oldest.since > ROOM_S):
             return oldest
         return None
+
+    def start(self, call: Call) -> bool:
+        """Notes that a thread works on a call; False if it has ended while it waited for one."""
+        with self._lock:
+            call.started = call.phase is Phase.WORKING
+            return call.started
 
     def touch(self, call: Call) -> None:
         """Notes progress of a stream."""
@@ -307,6 +320,14 @@ def _busy(lane: Lane) -> ServingError:
             f"this worker has {lane.places} calls of {lane.name}: end one, or retry later", retry_after_ms=1000
         )
     return ResourceExhausted("the server is busy: retry later", retry_after_ms=RETRY_AFTER_MS)
+
+
+def _moved(lane: Lane) -> ServingError:
+    if lane.stream:
+        return Unavailable(f"this {lane.name} made room for another: open it again", retry_after_ms=1000)
+    return ResourceExhausted(
+        "the server is busy, with this connection most: retry later", retry_after_ms=RETRY_AFTER_MS
+    )
 
 
 def _greediest(calls: Iterable[Call]) -> tuple[int, Call]:

@@ -2,8 +2,8 @@
 
 gRPC's synchronous server hands a call to a thread when its headers have come; the thread then waits for the message,
 for ever if need be. This executor takes the place of the server's pool: it receives the message first. There is no
-public way to do that (see docs/decisions/0011), so this file uses private names of `grpc._server`; it is the only
-one that does, and refuses to be imported where they are not as they were.
+public way to do that (see docs/decisions/0011), so this file uses private names of `grpc._server`. It is the only one
+that does, and a server does not start where they are not as they were.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from grpc import _server as _grpc  # type: ignore[attr-defined]
-from grpc._cython import cygrpc
+from grpc import _server as _grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from serving.errors import ServingError, Unimplemented
+from serving.errors import ConfigError, ServingError, Unimplemented
 from serving.reception.calls import Bounds, Call, Lane, OpenCalls, Phase
 from serving.reception.sockets import Sockets
 
@@ -58,17 +58,18 @@ _USED = {
 
 
 def _require_known_grpc() -> None:
-    """Raises an ImportError where the private functions that this file calls have changed."""
+    """Refuses a gRPC whose private functions are not as this file calls them.
+
+    Raises:
+        ConfigError: They have changed.
+    """
     for name, parameters in _USED.items():
         known = list(inspect.signature(getattr(_grpc, name, lambda: None)).parameters)
         if known != parameters:
-            raise ImportError(
+            raise ConfigError(
                 f"grpcio {grpc.__version__}: grpc._server.{name} is not as Penchant needs it; "
                 "install the grpcio of constraints.txt"
             )
-
-
-_require_known_grpc()
 
 
 def _trimmed(before: int) -> int:
@@ -96,8 +97,6 @@ class _Done(Future[Any]):
         fn(self)
 
 
-_DONE = _Done()
-_DONE.set_result(None)
 _NO_MESSAGE = Unimplemented("this method needs a message: send exactly one")
 _WAKE = object()
 """A message that is none: it wakes the thread of a stream that waits for one."""
@@ -116,8 +115,15 @@ class Reception(ThreadPoolExecutor):
     """Takes the calls of a server: bounds them, receives their messages, and hands them to threads."""
 
     def __init__(self, bounds: Bounds, work: Lane, statused: Statused) -> None:
-        """Takes the lane of calls that name no other, and how an error becomes a status with trailing metadata."""
+        """Takes the lane of calls that name no other, and how an error becomes a status with trailing metadata.
+
+        Raises:
+            ConfigError: gRPC is not as this class needs it.
+        """
+        _require_known_grpc()
         super().__init__(work.places, thread_name_prefix="call")
+        self._over = _Done()
+        self._over.set_result(None)
         self._work, self._statused = work, statused
         self._urgent, self._ending = threading.Event(), False
         self.sockets: Sockets | None = None
@@ -145,10 +151,12 @@ class Reception(ThreadPoolExecutor):
         error = getattr(behavior, "refusal", None) or error
         if error is not None:
             self._refuse(rpc, error)
-            return _DONE
+            return self._over
         many = getattr(behavior, "many", False)
 
         def run(request: bytes | None) -> None:
+            if not self.calls.start(call):
+                return
             try:
                 message = (lambda: self._messages(call, request, argument())) if many else (lambda: request)
                 fn(job, event, state, behavior, message, None, lambda answer: self._written(call, serializer, answer))
@@ -157,7 +165,7 @@ class Reception(ThreadPoolExecutor):
                     self.calls.done(call)
 
         self._receive(rpc, run, many)
-        return _DONE
+        return self._over
 
     def _receive(self, rpc: _Rpc, run: Callable[[bytes | None], None], many: bool) -> None:
         """Begins to receive the first message of a call; `run` gets it."""
@@ -233,6 +241,8 @@ class Reception(ThreadPoolExecutor):
         """Ends a call: one without a thread at once, a stream as soon as its thread looks."""
         if rpc.call.phase is Phase.SENDING:
             self._refuse(rpc, error)
+        elif rpc.call.phase is Phase.READING:  # it gave its place up
+            self._send_error(rpc, error)
         elif rpc.call.phase is Phase.WORKING:
             rpc.call.ending = error
             state = rpc.state

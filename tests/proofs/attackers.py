@@ -1,6 +1,6 @@
 """Clients that mean harm, as the wire sees them: HTTP/2 frames by hand, from one or many connections.
 
-    python -m tests.proofs.attackers ATTACK HOST:PORT [--connections 40] [--seconds 60] [--token TOKEN] [--authority PEM]
+    python -m tests.proofs.attackers ATTACK HOST:PORT [--connections 40] [--seconds 60] [--token T] [--authority PEM]
 
 Each connection has a thread; one that the server ends is opened again at once. Prints one line of JSON at the end:
 how many connections it took, and how many bytes went out.

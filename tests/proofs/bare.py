@@ -1,4 +1,4 @@
-"""A server of Penchant with services that only answer, in a process of its own; with its bounds or, as a control, without.
+"""A server with services that only answer, in a process of its own; with its bounds or, as a control, without.
 
     python -m tests.proofs.bare [--unbounded] [--token TOKEN]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import socket
 import sys
@@ -66,6 +67,7 @@ class Events(event_pb2_grpc.EventServiceServicer):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until standard input ends."""
+    logging.basicConfig(level=logging.INFO)
     parser = argparse.ArgumentParser()
     parser.add_argument("--unbounded", action="store_true")
     parser.add_argument("--token")

@@ -1,4 +1,4 @@
-"""The quick version of `tests.proofs.attacks`: many attacks at once on a server that stands them, and one that does not."""
+"""The quick version of `tests.proofs.attacks`: many attacks at once, and a server without bounds as the control."""
 
 from __future__ import annotations
 
