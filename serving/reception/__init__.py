@@ -1,1 +1,1 @@
-"""How calls come in: what is open on each connection, when a call gets a thread, and how those end that hold things up."""
+"""How calls come in: what each connection may hold open, when a call gets a thread, and how those that hang end."""
