@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
+.PHONY: prove-attacks prove-batch prove-durability prove-freshness prove-pages prove-reading prove-redis prove-resume prove-skew
 .PHONY: clean
 
 VENV := .venv
@@ -96,6 +96,11 @@ EXAMPLES ?= 2000
 prove-pages: $(VENV)/.ready-dev  ## generated users, rules and catalogues: every page is full or says why; EXAMPLES=N, SEED=N
 	$(BIN)/python -m benchmarks.report pages 'Every page is full, or says why it is not' -- \
 		$(BIN)/python -m tests.proofs.pages --examples $(EXAMPLES) --seed $(or $(SEED),1)
+
+SECONDS ?= 60
+prove-attacks: $(VENV)/.ready-dev  ## a service under attack, in every way known; SECONDS=N for each
+	$(BIN)/python -m benchmarks.report attacks 'A service under attack' -- \
+		$(BIN)/python -m tests.proofs.attacks --seconds $(SECONDS) --settle $(or $(SETTLE),30)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

@@ -2,7 +2,7 @@
 
     python -m tests.proofs.attackers ATTACK HOST:PORT [--connections 40] [--seconds 60] [--token T] [--authority PEM]
 
-Each connection has a thread; one that the server ends is opened again at once. Prints one line of JSON at the end:
+Each connection has a thread; one that the server ends is opened again at once. Says `ready`, and prints one line of JSON at the end:
 how many connections it took, and how many bytes went out.
 """
 
@@ -394,6 +394,7 @@ def run(name: str, target: str, connections: int, seconds: float, token: str, au
     threads = [threading.Thread(target=one) for _ in range(connections * CONNECTIONS.get(name, 1))]
     for thread in threads:
         thread.start()
+    print("ready", flush=True)
     for thread in threads:
         thread.join()
     return counts

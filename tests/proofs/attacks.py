@@ -140,6 +140,9 @@ def attack_all(
         memory, threads, files = target.usage()
         attackers = [_attacker(target, name, connections, seconds) for name in names]
         try:
+            for process in attackers:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
             watcher = threading.Thread(target=_watch_health, args=(target, lasting, attackers, health))
             watcher.start()
             while running(attackers):

@@ -34,5 +34,5 @@ def test_the_proof_finds_a_server_without_bounds(monkeypatch):
     monkeypatch.setattr(attacks, "DEADLINE_S", 1.0)
     with attacks.bare("--unbounded") as target:
         outcome = attacks.attack(target, "open calls", 2, SECONDS, settle_s=0.0)
-    assert attacks.share(outcome.good) < 0.5
+    assert not outcome.good.get("OK", 0) > 1, outcome.good
     assert any("good calls" in failure for failure in outcome.failures())
