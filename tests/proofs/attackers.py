@@ -2,8 +2,8 @@
 
     python -m tests.proofs.attackers ATTACK HOST:PORT [--connections 40] [--seconds 60] [--token T] [--authority PEM]
 
-Each connection has a thread; one that the server ends is opened again at once. Says `ready`, and prints one line of JSON at the end:
-how many connections it took, and how many bytes went out.
+Each connection has a thread; one that the server ends is opened again at once. Says `ready`, and prints one line of
+JSON at the end: how many connections it took, and how many bytes went out.
 """
 
 from __future__ import annotations
