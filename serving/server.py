@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hmac
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +54,7 @@ Continue = Callable[[grpc.HandlerCallDetails], Handler]
 Behavior = Callable[[Any, grpc.ServicerContext], Any]
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
-_CHECKS, _WATCHES, _REFLECTIONS = 1024, 256, 4
+_CHECKS, _WATCHES, _REFLECTIONS, _SENDERS = 1024, 256, 4, 8
 _IDLE_S, _REFLECTION_S = 60.0, 10.0
 _READ_BYTES = 64 << 10
 _HANDSHAKE_MS = 10_000
@@ -91,6 +93,7 @@ class _Guard(Interceptor):
         """Takes the lanes of methods, by the beginning of their path."""
         self._turns, self._telemetry, self._lanes = turns, telemetry, lanes
         self._guarded: dict[str, Handler] = {}
+        self._sender = ThreadPoolExecutor(_SENDERS, "sender")
 
     def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
         path = handler_call_details.method
@@ -155,11 +158,11 @@ class _Guard(Interceptor):
 
     def _guard_watch(self, method: str, parse: Callable[[bytes], Any], behavior: Callable[..., Any]) -> Behavior:
         """Guards a method that answers by a callback, for as long as its caller stays, and holds no thread."""
-        telemetry = self._telemetry
+        telemetry, sender = self._telemetry, self._sender
 
         def call(message: bytes, context: grpc.ServicerContext, send: Callable[[Any], None]) -> None:
             try:
-                behavior(_parsed(parse, message), context, send)
+                behavior(_parsed(parse, message), context, _Posted(send, sender))
             except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
                 telemetry.count(f"{method}.{getattr(error, 'code', 'INTERNAL')}")
                 raise _refuse(context, error) from None
@@ -222,6 +225,35 @@ def _status(error: ServingError) -> tuple[grpc.StatusCode, str, tuple[tuple[str,
     if status.details:
         metadata.append((_DETAILS_KEY, status.SerializeToString()))
     return code, str(error), tuple(metadata)
+
+
+class _Posted:
+    """Sends answers by a thread of its own, the newest only: the caller of it holds locks, and a reader may be slow."""
+
+    def __init__(self, send: Callable[[Any], None], threads: ThreadPoolExecutor) -> None:
+        self._send, self._threads = send, threads
+        self._newest: Any = None
+        self._busy, self._lock = False, threading.Lock()
+
+    def __call__(self, answer: Any) -> None:
+        """Takes an answer; None, that the call is over, needs none."""
+        if answer is None:
+            return
+        with self._lock:
+            self._newest = answer
+            if self._busy:
+                return
+            self._busy = True
+        self._threads.submit(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                answer, self._newest = self._newest, None
+                self._busy = answer is not None
+            if answer is None:
+                return
+            self._send(answer)
 
 
 class _Behavior:
