@@ -6,6 +6,7 @@ ServingError
 ├── FailedPrecondition       the server is not set up for this request
 ├── ConsentWithheld          the person does not allow it
 ├── Unauthenticated          no token, or a wrong one
+├── Unimplemented            the call does not fit its method
 ├── ResourceExhausted        too much, now: retry later
 ├── DataLoss                 what is stored is damaged: to be repaired first
 ├── DeadlineExceeded         the time given was not enough
@@ -77,6 +78,12 @@ class Unauthenticated(ServingError):
     """The call carries no token, or a wrong one."""
 
     code = "UNAUTHENTICATED"
+
+
+class Unimplemented(ServingError):
+    """The call does not fit its method."""
+
+    code = "UNIMPLEMENTED"
 
 
 class ResourceExhausted(ServingError):

@@ -32,6 +32,7 @@ MEANING_SHARE = 0.4
 """Share of the cosine in a text match; the rest is words."""
 
 _LEAST = 1e-6
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Personal:
@@ -168,7 +169,9 @@ class RankScorer:
             return upstream
         if query.upstream is None:
             return own
-        return np.float32(query.upstream_weight) * upstream + own
+        # In float64, and then to the nearest float32: a sum past the largest number would count as no score, and sink.
+        both = query.upstream_weight * upstream.astype(np.float64) + own
+        return np.where(np.isfinite(own), np.clip(both, -_LARGEST, _LARGEST), -np.inf).astype(np.float32)
 
 
 class SimilarScorer:

@@ -12,9 +12,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import duration_pb2
@@ -34,9 +34,13 @@ from penchant.v1 import (
     ranking_pb2_grpc,
 )
 from serving.config import ServeConfig
-from serving.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ServingError, Unauthenticated
+from serving.errors import DeadlineExceeded, InvalidArgument, ServingError, Unauthenticated
 from serving.logs import REQUEST_ID_HEADER, begin_request, request_id_of
 from serving.observer import RequestObserver
+from serving.reception.calls import Bounds, Lane, Phase
+from serving.reception.executor import Reception
+from serving.reception.quiet import hush
+from serving.reception.sockets import Sockets
 from serving.services.outcome import rung_of, surface_of
 from serving.telemetry import Telemetry
 from serving.turns import Turns
@@ -52,70 +56,27 @@ else:
 
 Continue = Callable[[grpc.HandlerCallDetails], Handler]
 Behavior = Callable[[Any, grpc.ServicerContext], Any]
+Observe = Callable[..., None]
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
-_RETRY_AFTER_MS = 100
-_STREAMS = 1024
-_PING_MS = 100
-"""Shortest time between pings of an idle client; libraries allow 1 to 10 seconds at the least."""
 _HURRY_POLL_S = 0.05
+_CHECKS, _WATCHES, _REFLECTIONS, _SENDERS = 1024, 256, 4, 8
+_IDLE_S, _REFLECTION_S = 60.0, 10.0
+_READ_BYTES = 64 << 10
+_HANDSHAKE_MS = 10_000
+_IDLE_CONNECTION_MS = 300_000
+"""Time after which a connection without a call is ended; clients open it again when they have one."""
+
 _DETAILS_KEY = "grpc-status-details-bin"
-
-
-class _CountingPool(ThreadPoolExecutor):
-    """A pool that knows how many calls are in hand or waiting, even those that are cancelled before they begin."""
-
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads, thread_name_prefix="call")
-        self.in_hand = 0
-        self._lock = threading.Lock()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        with self._lock:
-            self.in_hand += 1
-        future = super().submit(fn, *args, **kwargs)
-        future.add_done_callback(self._done)
-        return future
-
-    def _done(self, _: Future[Any]) -> None:
-        with self._lock:
-            self.in_hand -= 1
-
-
-class _Limit(Interceptor):
-    """Refuses what is more than the worker can finish in time, at once and with a hint when to come back.
-
-    Refusals have a thread of their own: they never wait behind the calls that are in hand. Nor for a message: refused
-    calls are handled as streams, whose handlers begin before the first one comes.
-    """
-
-    def __init__(self, pool: _CountingPool, limit: int, telemetry: Telemetry) -> None:
-        self._pool, self._limit, self._telemetry = pool, limit, telemetry
-
-        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-            raise _refuse(context, ResourceExhausted("the server is busy: retry later", retry_after_ms=_RETRY_AFTER_MS))
-
-        refuse.experimental_thread_pool = ThreadPoolExecutor(1, "refuse")  # type: ignore[attr-defined]
-        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
-
-    def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
-        if self._pool.in_hand >= self._limit and not handler_call_details.method.startswith(_HEALTH):
-            self._telemetry.count("refused.busy")
-            return self._refusal
-        return continuation(handler_call_details)
 
 
 class _Token(Interceptor):
     """Lets only calls pass that carry the token; health checks need none."""
 
-    def __init__(self, secret: str, telemetry: Telemetry) -> None:
+    def __init__(self, secret: str) -> None:
         self._expected = f"Bearer {secret}".encode()
-
-        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-            telemetry.count("refused.token")
-            raise _refuse(context, Unauthenticated("send the server's token as metadata `authorization: Bearer TOKEN`"))
-
-        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
+        error = Unauthenticated("send the server's token as metadata `authorization: Bearer TOKEN`")
+        self._refusal = grpc.unary_unary_rpc_method_handler(_Behavior(None, refusal=error))
 
     def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
         if not handler_call_details.method.startswith(_HEALTH):
@@ -134,36 +95,44 @@ class _Guard(Interceptor):
     Rankings, which are work, take turns; the others mostly wait for something, and only for that.
     """
 
-    def __init__(self, turns: Turns, telemetry: Telemetry, observer: RequestObserver) -> None:
-        self._turns, self._telemetry, self._observer = turns, telemetry, observer
+    def __init__(self, turns: Turns, telemetry: Telemetry, observer: RequestObserver, lanes: dict[str, Lane]) -> None:
+        """Takes the lanes of methods, by the beginning of their path."""
+        self._turns, self._telemetry, self._observer, self._lanes = turns, telemetry, observer, lanes
         self._guarded: dict[str, Handler] = {}
+        self._sender = ThreadPoolExecutor(_SENDERS, "sender")
 
     def intercept_service(self, continuation: Continue, handler_call_details: grpc.HandlerCallDetails) -> Handler:
-        known = self._guarded.get(handler_call_details.method)
+        path = handler_call_details.method
+        known = self._guarded.get(path)
         if known is not None:
             return known
         handler = continuation(handler_call_details)
-        if not handler_call_details.method.startswith("/penchant.") or handler is None:
-            return handler
-        name, parse = handler_call_details.method.rpartition("/")[2], handler.request_deserializer
+        if handler is None:
+            return None
+        name, parse = path.rpartition("/")[2], handler.request_deserializer
         assert parse is not None
+        observe = self._observer.observe if path.startswith("/penchant.") else _unobserved
+        lane = next((lane for prefix, lane in self._lanes.items() if path.startswith(prefix)), None)
         # Without a deserializer the call gets the bytes, and so a say in what a malformed message is answered with.
         guarded: Handler
         if handler.stream_stream is not None:
-            stream = self._guard_stream(name, parse, handler.stream_stream)
+            stream = _Behavior(self._guard_stream(name, parse, handler.stream_stream, observe), lane, many=True)
             guarded = grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        elif handler.unary_stream is not None:
+            watch = _Behavior(self._guard_watch(parse, handler.unary_stream), lane, returns=False)
+            guarded = grpc.unary_stream_rpc_method_handler(watch, None, handler.response_serializer)
         else:
             assert handler.unary_unary is not None
             behavior = handler.unary_unary
-            if "RankingService/" in handler_call_details.method:
+            if "RankingService/" in path:
                 behavior = self._in_turn(behavior)
-            call = self._guard(name, parse, behavior)
+            call = _Behavior(self._guard(name, parse, behavior, observe), lane)
             guarded = grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
-        self._guarded[handler_call_details.method] = guarded
+        self._guarded[path] = guarded
         return guarded
 
-    def _guard(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
-        telemetry, observe = self._telemetry, self._observer.observe
+    def _guard(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior, observe: Observe) -> Behavior:
+        telemetry = self._telemetry
 
         def call(message: bytes, context: grpc.ServicerContext) -> Message:
             begun, request = time.monotonic(), None
@@ -183,8 +152,9 @@ class _Guard(Interceptor):
 
         return call
 
-    def _guard_stream(self, method: str, parse: Callable[[bytes], Any], behavior: Behavior) -> Behavior:
-        observe = self._observer.observe
+    def _guard_stream(
+        self, method: str, parse: Callable[[bytes], Any], behavior: Behavior, observe: Observe
+    ) -> Behavior:
 
         def call(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Message]:
             begun, request_id, code = time.monotonic(), _begin(context), "CANCELLED"
@@ -203,6 +173,18 @@ class _Guard(Interceptor):
 
         return call
 
+    def _guard_watch(self, parse: Callable[[bytes], Any], behavior: Callable[..., Any]) -> Behavior:
+        """Guards a method that answers by a callback, for as long as its caller stays, and holds no thread."""
+        sender = self._sender
+
+        def call(message: bytes, context: grpc.ServicerContext, send: Callable[[Any], None]) -> None:
+            try:
+                behavior(_parsed(parse, message), context, _Posted(send, sender))
+            except Exception as error:  # noqa: BLE001 - a defect in a method must not end the worker
+                raise _refuse(context, error) from None
+
+        return call  # type: ignore[return-value]  # as gRPC calls what answers by a callback
+
     def _in_turn(self, behavior: Behavior) -> Behavior:
         def take_turn(request: Message, context: grpc.ServicerContext) -> Message:
             with self._turns:
@@ -211,6 +193,10 @@ class _Guard(Interceptor):
                 return answer
 
         return take_turn
+
+
+def _unobserved(*_: Any, **__: Any) -> None:
+    """Takes no note of health checks and reflection: they are asked all the time, and are no work."""
 
 
 def _parsed(parse: Callable[[bytes], Any], message: bytes) -> Any:
@@ -239,6 +225,19 @@ def _refuse(context: grpc.ServicerContext, error: Exception, request_id: str = "
         mark = uuid.uuid4().hex[:12]
         log.error("unexpected error %s", mark, exc_info=error)
         error = ServingError(f"unexpected error {mark}: please report it with the server's log")
+    code, details, metadata = _status(error, request_id)
+    context.set_trailing_metadata(metadata)
+    try:
+        context.abort(code, details)
+    except Exception as aborted:  # noqa: BLE001 - what abort raises has no class of its own
+        return aborted
+    raise AssertionError("abort returns never")
+
+
+def _status(
+    error: ServingError, request_id: str = ""
+) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
+    """Returns the code, the details and the trailing metadata that tell a caller of an error."""
     code = getattr(grpc.StatusCode, error.code)
     status = status_pb2.Status(code=code.value[0], message=str(error))
     metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_HEADER, request_id)] if request_id else []
@@ -253,12 +252,63 @@ def _refuse(context: grpc.ServicerContext, error: Exception, request_id: str = "
         metadata.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
     if status.details:
         metadata.append((_DETAILS_KEY, status.SerializeToString()))
-    context.set_trailing_metadata(tuple(metadata))
-    try:
-        context.abort(code, str(error))
-    except Exception as aborted:  # noqa: BLE001 - what abort raises has no class of its own
-        return aborted
-    raise AssertionError("abort returns never")
+    return code, str(error), tuple(metadata)
+
+
+class _Posted:
+    """Sends answers by a thread of its own, the newest only: the caller of it holds locks, and a reader may be slow."""
+
+    def __init__(self, send: Callable[[Any], None], threads: ThreadPoolExecutor) -> None:
+        self._send, self._threads = send, threads
+        self._newest: Any = None
+        self._busy, self._lock = False, threading.Lock()
+
+    def __call__(self, answer: Any) -> None:
+        """Takes an answer; None, that the call is over, needs none."""
+        if answer is None:
+            return
+        with self._lock:
+            self._newest = answer
+            if self._busy:
+                return
+            self._busy = True
+        self._threads.submit(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                answer, self._newest = self._newest, None
+                self._busy = answer is not None
+            if answer is None:
+                return
+            self._send(answer)
+
+
+class _Behavior:
+    """What handles the calls of a method, and what the reception has to know of it."""
+
+    def __init__(
+        self,
+        behavior: Callable[..., Any] | None,
+        lane: Lane | None = None,
+        *,
+        many: bool = False,
+        returns: bool = True,
+        refusal: ServingError | None = None,
+    ) -> None:
+        """Takes what runs and its lane; whether it takes many messages, whether it ends when it returns.
+
+        A refusal takes the place of what runs.
+        """
+        self._behavior, self.many, self.refusal = behavior, many, refusal
+        self.experimental_non_blocking = not returns
+        if lane is not None:
+            self.lane = lane
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Handles a call."""
+        assert self._behavior is not None
+        return self._behavior(*arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +337,7 @@ class _Health(health.HealthServicer):
     """
 
     def __init__(self, workers: int) -> None:
-        super().__init__(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health"))
+        super().__init__(experimental_non_blocking=True)
         self._metadata = (("x-worker", uuid.uuid4().hex), ("x-workers", str(workers)))
 
     def Check(  # noqa: N802 - the contract names the methods
@@ -303,28 +353,44 @@ class Server:
     def __init__(
         self, config: ServeConfig, turns: Turns, telemetry: Telemetry, observer: RequestObserver | None = None
     ) -> None:
+        hush()
         self._config = config
-        self._pool = pool = _CountingPool(config.max_concurrent)
-        telemetry.gauge("requests_in_flight", lambda: pool.in_hand)
-        telemetry.gauge("requests_waiting", lambda: turns.waiting)
-        interceptors: list[Interceptor] = [_Limit(self._pool, config.max_concurrent, telemetry)]
+        work = Lane("call", config.max_concurrent)
+        self._reception = reception = Reception(Bounds(), work, _status, telemetry)
+        lanes = {f"{_HEALTH}Check": Lane("health check", _CHECKS), f"{_HEALTH}Watch": Lane("watch", _WATCHES, True)}
+        lanes["/penchant.v1.EventService/IngestStream"] = Lane(
+            "ingest stream", max(1, config.max_concurrent // 4), True, _IDLE_S
+        )
+        lanes["/grpc.reflection."] = Lane("reflection", _REFLECTIONS, True, _REFLECTION_S)
+        for lane, threads in zip(lanes.values(), (0, 2, max(1, config.max_concurrent // 4), _REFLECTIONS), strict=True):
+            self._reception.pool(lane, threads)
+        interceptors: list[Interceptor] = []
         if secret := config.secret():
-            interceptors.append(_Token(secret, telemetry))
-        interceptors.append(_Guard(turns, telemetry, observer or RequestObserver(telemetry)))
+            interceptors.append(_Token(secret))
+        interceptors.append(_Guard(turns, telemetry, observer or RequestObserver(telemetry), lanes))
+        telemetry.gauge("requests_in_flight", lambda: reception.calls.count(Phase.WORKING))
+        telemetry.gauge("requests_waiting", lambda: turns.waiting)
         self._grpc = grpc.server(
-            self._pool,
+            self._reception,
             interceptors=interceptors,
             options=[
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.max_concurrent_streams", _STREAMS),
+                ("grpc.max_concurrent_streams", self._reception.calls.bounds.calls),
+                # gRPC reads up to 4 MiB at once of each connection that sends much; 40 of them would take 160.
+                ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
+                # Nor does it open the windows of connections that send fast: requests are small.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 # Clients ping to keep a way through NAT open, also between calls; gRPC's own limit of a ping in five
-                # minutes would end their connections.
+                # minutes would end their connections. A flood of them ends as others do: to refuse each one takes
+                # gRPC longer than to answer it.
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
+                ("grpc.http2.max_ping_strikes", 0),
                 *_age_options(config),
             ],
         )
@@ -340,6 +406,7 @@ class Server:
             self._grpc.add_secure_port(address, _credentials(self._config))
         else:
             self._grpc.add_insecure_port(address)
+        self._reception.sockets = Sockets(int(address.rpartition(":")[2]), self._config.max_message_bytes)
         self._grpc.start()
         for name in ("", *names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -360,7 +427,7 @@ class Server:
         while not ended.wait(_HURRY_POLL_S):
             if hurry and hurry.is_set():
                 self._grpc.stop(0)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._reception.shutdown(wait=False, cancel_futures=True)
 
 
 def _age_options(config: ServeConfig) -> list[tuple[str, int]]:

@@ -207,9 +207,9 @@ def pinged(target: str, *, within_a_call: bool, pings: int = 6, pause_s: float =
     with socket.create_connection((host, int(port))) as connection:
         settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
-        if within_a_call:  # :method POST, :scheme http, :path; the body never comes, so the call stays open
+        if within_a_call:  # :method POST, :scheme http, :authority, :path; the body never comes, so the call stays open
             path = b"/penchant.v1.RankingService/Search"
-            head = b"\x83\x86\x04" + bytes([len(path)]) + path + b"\x40\x02te\x08trailers"
+            head = b"\x83\x86\x01\x09localhost\x04" + bytes([len(path)]) + path + b"\x40\x02te\x08trailers"
             head += b"\x40\x0ccontent-type\x10application/grpc"
             connection.sendall(len(head).to_bytes(3) + bytes([1, 4, 0, 0, 0, 1]) + head)
         came: list[tuple[int, int]] = []

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from features.assemble import history
 from features.bundle import open_bundle
@@ -647,6 +649,25 @@ class TestScorers:
         np.testing.assert_allclose(ranks.score(asked, found), own + np.array([20, 2]), rtol=1e-6)
         asked.upstream = None
         np.testing.assert_allclose(ranks.score(asked, found), own)
+
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_scores_at_the_end_of_float32_keep_the_callers_order(self, catalog, ranks, data):
+        largest = float(np.finfo(np.float32).max)
+        at_the_end = st.sampled_from([largest, -largest, largest / 2, 1.0, 0.0, -1.0])
+        upstream = np.array(data.draw(st.lists(at_the_end, min_size=7, max_size=7)), np.float32)
+        weight = data.draw(st.sampled_from([1.0, 0.5, 1e-3]))
+        asked = data.draw(st.sampled_from([query(), person(catalog, ["i0"])]))
+        asked.tokens, asked.query_vector = text_tokens("space number5"), small.direction("space")
+        asked.rows, asked.upstream, asked.upstream_weight = np.arange(7, dtype=np.int32), upstream, weight
+        scores = ranks.score(asked, self.candidates(upstream=upstream.tolist()))
+        assert scores.dtype == np.float32
+        assert np.isfinite(scores).all()
+        far = np.abs(upstream) > 1e30
+        ordered = scores[far][np.argsort(upstream[far], kind="stable")].astype(np.float64)
+        assert (np.diff(ordered) >= 0).all()
+        if far.any() and (~far).any() and upstream[far].max() > 0:
+            assert scores[upstream.argmax()] > scores[~far].max()
 
     def test_similar_is_the_mean_cosine(self, catalog):
         asked = query(seeds=np.array([0, 1], np.int32))

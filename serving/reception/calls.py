@@ -1,0 +1,361 @@
+"""The open calls of a worker, by connection: what each may hold, and which ones end when there is too much.
+
+A call is open from its headers until its answer is read: it sends its message, is worked on, and is read. In each of
+these phases something of the worker is held for it. This file only counts: it knows neither gRPC nor threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from serving.errors import DeadlineExceeded, ResourceExhausted, ServingError, Unavailable
+
+RETRY_AFTER_MS = 100
+OVERHEAD = 16 << 10
+"""Bytes that an open call takes at the least, in gRPC and here."""
+
+ROOM_S = 12.0
+"""Idle time in seconds after which a stream gives way to another: longer than one waits for a log that is full."""
+
+_MOMENT_S = 0.05
+
+
+class Phase(Enum):
+    """The state of an open call."""
+
+    SENDING = "sending"
+    WORKING = "working"
+    READING = "reading"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most that calls may hold.
+
+    Attributes:
+        calls: Open calls of a connection.
+        sending: Calls of a worker whose message is not whole.
+        message_s: Time from the headers of a call to its whole message, in seconds.
+        bytes_in_hand: Size of the messages that are worked on, together.
+        unread: Bytes of answers that a connection has not read; above, it gets no new work.
+        unread_worker: Bytes of answers that all connections of a worker have not read.
+        read_s: Time from an answer until it is read, in seconds.
+    """
+
+    calls: int = 100
+    sending: int = 16
+    message_s: float = 5.0
+    bytes_in_hand: int = 12 << 20
+    unread: int = 4 << 20
+    unread_worker: int = 32 << 20
+    read_s: float = 10.0
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """Calls that share places.
+
+    Attributes:
+        name: The name in messages and metrics.
+        places: Calls that are worked on, or wait for it, at once.
+        stream: A call of it may have more than one message, and stays.
+        idle_s: Longest time without a message of a stream, in seconds.
+        calls: Those that have a place.
+    """
+
+    name: str
+    places: int
+    stream: bool = False
+    idle_s: float = float("inf")
+    calls: dict[int, Call] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """One connection: its open calls, and how it has behaved so far.
+
+    Attributes:
+        peer: Address and port of the client, as gRPC writes it.
+        calls: Its open calls, the oldest first.
+        unread: Bytes of answers that it has not read.
+        entered: Calls that it has made.
+        good: Calls whose answer it has read.
+        bad: Calls that it gave up, or was too slow for.
+    """
+
+    peer: str
+    calls: dict[int, Call] = field(default_factory=dict)
+    unread: int = 0
+    entered: int = 0
+    good: int = 0
+    bad: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One open call.
+
+    Attributes:
+        connection: Its connection.
+        lane: The calls that it shares places with.
+        since: Monotonic time of its last progress, in seconds.
+        phase: The state that it is in.
+        size: Bytes held for it: of its message while it is worked on, of its answer afterwards.
+        started: A thread works on it.
+        closed: The client is gone, or has read all.
+        end: Ends it with an error that the client sees.
+        drop: Ends it, and all that is held for it, without a word.
+        ending: The error that a stream is to end with, as soon as its thread looks.
+        stuck: Returns True if a part of the answer of a stream waits for its reader.
+    """
+
+    connection: Connection
+    lane: Lane
+    since: float
+    phase: Phase = Phase.SENDING
+    size: int = 0
+    started: bool = False
+    closed: bool = False
+    ending: ServingError | None = None
+    end: Callable[[ServingError], None] = lambda _: None
+    drop: Callable[[], None] = lambda: None
+    stuck: Callable[[], bool] = lambda: False
+
+
+class OpenCalls:
+    """Every open call of a worker; any thread may call anything."""
+
+    def __init__(self, bounds: Bounds, wake: Callable[[], None] = lambda: None) -> None:
+        """Takes what to call when `overdue` has something to end before its time."""
+        self.bounds, self._wake = bounds, wake
+        self.connections: dict[str, Connection] = {}
+        self.refused = self.bytes_in_hand = self.unread = 0
+        self._phases: dict[Phase, dict[int, Call]] = {phase: {} for phase in Phase if phase is not Phase.GONE}
+        self._lock = threading.Lock()
+
+    def count(self, phase: Phase) -> int:
+        """Returns the number of calls in a phase."""
+        return len(self._phases[phase])
+
+    def enter(self, peer: str, lane: Lane) -> tuple[Call, ServingError | None]:
+        """Returns a new call, and the error that it has to end with, if any."""
+        with self._lock:
+            connection = self.connections.get(peer)
+            if connection is None:
+                connection = self.connections[peer] = Connection(peer)
+            call = Call(connection, lane, time.monotonic())
+            connection.entered += 1
+            connection.calls[id(call)] = self._phases[Phase.SENDING][id(call)] = call
+            error = self._refusal(connection)
+            crowded = len(self._phases[Phase.SENDING]) > self.bounds.sending
+        if crowded:
+            self._wake()
+        return call, error
+
+    def _refusal(self, connection: Connection) -> ServingError | None:
+        if len(connection.calls) > self.bounds.calls:
+            why = f"this connection has {self.bounds.calls} open calls: wait for one to end"
+        elif connection.unread > self.bounds.unread:
+            why = f"this connection has not read {connection.unread} bytes of answers: read them"
+        else:
+            return None
+        self.refused += 1
+        return ResourceExhausted(f"{why}, then retry", retry_after_ms=RETRY_AFTER_MS)
+
+    def arrived(self, call: Call, size: int) -> bool:
+        """Gives a call whose message is whole a place; False if the call has ended meanwhile.
+
+        Raises:
+            ResourceExhausted: There is no place.
+        """
+        with self._lock:
+            if call.phase is not Phase.SENDING or call.closed:
+                return False
+            lane, guest = call.lane, None
+            if self.bytes_in_hand and self.bytes_in_hand + size > self.bounds.bytes_in_hand:
+                self.refused += 1
+                raise _busy(lane)
+            if len(lane.calls) >= lane.places:
+                guest = self._guest(lane, call)
+                if guest is None:
+                    self.refused += 1
+                    raise _busy(lane)
+                self._leave_lane(guest)
+                if not lane.stream:
+                    self.refused += 1
+                    self._read(guest, 0)
+            self._move(call, Phase.WORKING)
+            lane.calls[id(call)] = call
+            call.size = size
+            self.bytes_in_hand += size
+        if guest is not None:
+            guest.end(_moved(lane))
+        return True
+
+    def _guest(self, lane: Lane, newcomer: Call) -> Call | None:
+        """Returns the call that gives its place up: of a connection with more than its share, or a long idle stream."""
+        may = [call for call in lane.calls.values() if lane.stream or not call.started]
+        if not may:
+            return None
+        most, oldest = _greediest(may)
+        share = sum(call.connection is newcomer.connection for call in lane.calls.values())
+        if most > share + 1 or (lane.stream and time.monotonic() - oldest.since > ROOM_S):
+            return oldest
+        return None
+
+    def start(self, call: Call) -> bool:
+        """Notes that a thread works on a call; False if it has ended while it waited for one."""
+        with self._lock:
+            call.started = call.phase is Phase.WORKING
+            return call.started
+
+    def touch(self, call: Call) -> None:
+        """Notes progress of a stream."""
+        call.since = time.monotonic()
+
+    def wrote(self, call: Call, size: int) -> None:
+        """Notes that an answer, or a part of it, is on its way to its reader."""
+        with self._lock:
+            call.since = time.monotonic()
+            if call.phase is Phase.WORKING and not call.lane.stream:
+                self._leave_lane(call)
+                self._read(call, size)
+            crowded = self.unread > self.bounds.unread_worker
+        if crowded:
+            self._wake()
+
+    def done(self, call: Call) -> bool:
+        """Notes that nothing works on a call any more; it stays open until it is read. False if that is known."""
+        with self._lock:
+            if call.phase not in (Phase.WORKING, Phase.SENDING):
+                return False
+            self._leave_lane(call)
+            self._read(call, 0)
+            return True
+
+    def close(self, call: Call, cancelled: bool = False) -> None:
+        """Notes that the client has read all, or has given up; what still works on the call keeps it open."""
+        with self._lock:
+            call.closed = True
+            if cancelled:
+                call.connection.bad += 1
+            else:
+                call.connection.good += 1
+            if call.phase is Phase.READING:
+                self.unread -= call.size
+                call.connection.unread -= call.size
+            if call.phase is not Phase.WORKING:
+                self._move(call, Phase.GONE)
+
+    def _read(self, call: Call, size: int) -> None:
+        if call.closed:
+            self._move(call, Phase.GONE)
+            return
+        self._move(call, Phase.READING)
+        call.size = size + OVERHEAD
+        self.unread += call.size
+        call.connection.unread += call.size
+
+    def _leave_lane(self, call: Call) -> None:
+        if call.lane.calls.pop(id(call), None) is not None:
+            self.bytes_in_hand -= call.size
+            call.size = 0
+
+    def _move(self, call: Call, phase: Phase) -> None:
+        if call.phase is not Phase.GONE:
+            self._phases[call.phase].pop(id(call), None)
+        call.phase, call.since = phase, time.monotonic()
+        if phase is Phase.GONE:
+            call.connection.calls.pop(id(call), None)
+        else:
+            self._phases[phase][id(call)] = call
+
+    def forget(self, gone: Callable[[str], bool]) -> None:
+        """Forgets the connections that have no call and of which `gone` says that they are closed."""
+        with self._lock:
+            for peer in [peer for peer, one in self.connections.items() if not one.calls and gone(peer)]:
+                del self.connections[peer]
+
+    def overdue(self, now: float) -> list[tuple[Call, ServingError | None]]:
+        """Returns the calls that have to end now, each with what its client is told; None where it would not read it.
+
+        Args:
+            now: Monotonic time, in seconds.
+        """
+        bounds = self.bounds
+        with self._lock:
+            sending, working, reading = (list(calls.values()) for calls in self._phases.values())
+            surplus = self.unread - bounds.unread_worker
+        slow = DeadlineExceeded(f"the message did not come within {bounds.message_s:g} s: send it at once")
+        ends: list[tuple[Call, ServingError | None]] = [
+            (call, slow) for call in sending if now - call.since > bounds.message_s
+        ]
+        # A message that is on its way comes within moments; what is younger is not judged yet.
+        left = [call for call in sending if _MOMENT_S < now - call.since <= bounds.message_s]
+        for call in _first(left, len(left) - bounds.sending):
+            ends.append((call, ResourceExhausted("too many calls send no message", retry_after_ms=RETRY_AFTER_MS)))
+        for call in working:
+            idle = now - call.since
+            if not call.lane.stream:
+                continue
+            if call.stuck():
+                if idle > bounds.read_s:
+                    ends.append((call, None))
+            elif call.ending or idle > call.lane.idle_s:
+                why = f"no message came for {call.lane.idle_s:g} s: open it again when there is one"
+                ends.append((call, call.ending or DeadlineExceeded(why)))
+        ends += [(call, None) for call in reading if now - call.since > bounds.read_s]
+        ends += [(call, None) for call in _heaviest(reading, surplus)]
+        return ends
+
+
+def _busy(lane: Lane) -> ServingError:
+    if lane.stream:
+        return ResourceExhausted(
+            f"this worker has {lane.places} calls of {lane.name}: end one, or retry later", retry_after_ms=1000
+        )
+    return ResourceExhausted("the server is busy: retry later", retry_after_ms=RETRY_AFTER_MS)
+
+
+def _moved(lane: Lane) -> ServingError:
+    if lane.stream:
+        return Unavailable(f"this {lane.name} made room for another: open it again", retry_after_ms=1000)
+    return ResourceExhausted(
+        "the server is busy, with this connection most: retry later", retry_after_ms=RETRY_AFTER_MS
+    )
+
+
+def _greediest(calls: Iterable[Call]) -> tuple[int, Call]:
+    """Returns how many calls the connection with the most has, and the one of them that is idle for longest."""
+    held: dict[Connection, list[Call]] = {}
+    for call in calls:
+        held.setdefault(call.connection, []).append(call)
+    greedy = max(held.values(), key=lambda own: (len(own), -min(call.since for call in own)))
+    return len(greedy), min(greedy, key=lambda call: call.since)
+
+
+def _first(calls: list[Call], surplus: int) -> list[Call]:
+    """Returns the calls that end first: of the connections that hold the most, the oldest."""
+    chosen: list[Call] = []
+    left = {id(call): call for call in calls}
+    while surplus > len(chosen):
+        _, call = _greediest(left.values())
+        chosen.append(left.pop(id(call)))
+    return chosen
+
+
+def _heaviest(calls: list[Call], surplus: int) -> list[Call]:
+    """Returns unread calls of at least `surplus` bytes together: of the connections that hold most, the oldest."""
+    chosen: list[Call] = []
+    order = sorted(calls, key=lambda call: (-call.connection.unread, call.since))
+    for call in order:
+        if surplus <= 0:
+            break
+        chosen.append(call)
+        surplus -= call.size
+    return chosen

@@ -1,0 +1,109 @@
+"""The sockets of a server: which of them bring no calls but work, and how those end.
+
+HTTP/2 has frames that belong to no call (pings, settings, priorities, headers that never end); gRPC takes all of them,
+and shows none. So the kernel is asked what has come in over each connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from serving.reception.calls import Connection
+
+FREE_BYTES = 256 << 10
+"""Bytes a second that a connection may send without a call."""
+
+BROKEN_CALLS = 500
+"""Calls a second that a connection may give up, or fail to send, where it has no answer to ten times fewer."""
+
+_TCP_INFO_BYTES = 136
+_RECEIVED = struct.Struct("=128xQ")
+"""struct tcp_info, of which tcpi_bytes_received is the field at byte 128, of 8 bytes."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What had come over a connection at the last look: bytes, calls, calls answered, calls given up."""
+
+    received: int
+    calls: int
+    good: int
+    bad: int
+
+
+class Sockets:
+    """Looks at the connections of a server; one thread may call it."""
+
+    def __init__(self, port: int, message_bytes: int) -> None:
+        """Takes the port that the server listens on, and the size of its largest message."""
+        self._port, self._message_bytes = port, message_bytes
+        self._seen: dict[str, _Seen] = {}
+
+    def abusive(self, connections: Mapping[str, Connection], seconds: float) -> list[str]:
+        """Returns the peers that work against the server.
+
+        Args:
+            connections: What is known of the connections, by peer.
+            seconds: Time since the last call of this method.
+        """
+        seen, before, peers = {}, self._seen, []
+        for _, peer, received in self._open():
+            connection = connections.get(peer) or Connection(peer)
+            now = seen[peer] = _Seen(received, connection.entered, connection.good, connection.bad)
+            last = before.get(peer, _Seen(0, 0, 0, 0))
+            calls = now.calls - last.calls + len(connection.calls)
+            broken, answered = now.bad - last.bad, now.good - last.good
+            allowed = FREE_BYTES * max(seconds, 1.0) + calls * self._message_bytes
+            if now.received - last.received > allowed or broken > max(BROKEN_CALLS * seconds, 10 * answered):
+                peers.append(peer)
+        self._seen = seen
+        return peers
+
+    def known(self, peer: str) -> bool:
+        """Returns True if a peer was connected at the last look."""
+        return peer in self._seen
+
+    def hang_up(self, peers: Iterable[str]) -> None:
+        """Ends connections; their calls end with them."""
+        wanted = set(peers)
+        for descriptor, peer, _ in self._open() if wanted else ():
+            if peer not in wanted:
+                continue
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                # The number may be another socket's by now.
+                if _name(connection) == peer:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _open(self) -> list[tuple[int, str, int]]:
+        """Returns descriptor, peer and bytes received of each connection of the server."""
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        address = connection.getsockname()
+                        if address[1] == self._port:
+                            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                            received = _RECEIVED.unpack(info)[0] if len(info) >= _TCP_INFO_BYTES else 0
+                            found.append((int(name), _name(connection), received))
+        return found
+
+
+def _name(connection: socket.socket) -> str:
+    """Returns the peer as gRPC writes it.
+
+    Raises:
+        OSError: It is not connected.
+    """
+    host, port = connection.getpeername()[:2]
+    if connection.family == socket.AF_INET:
+        return f"ipv4:{host}:{port}"
+    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4, and gRPC writes them as such.
+    return f"ipv6:%5B{host}%5D:{port}"

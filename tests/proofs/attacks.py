@@ -1,0 +1,308 @@
+"""A service under attack: good calls are answered, health always, memory stays, and nothing is left afterwards.
+
+    python -m tests.proofs.attacks [--seconds 60] [--connections 1 40] [--settle 10] [--only NAME ...]
+
+Each attack of `tests.proofs.attackers` runs in a process of its own against a service with one worker, once open to
+everybody and once with TLS and a token that the attackers do not have. Meanwhile well-behaved clients recommend and
+check the health, over connections that last and over new ones. In the end a server without bounds is attacked, as a
+control: it is a failure if that does no harm. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from penchant.client import Client
+from tests.fixtures import serving
+from tests.proofs.attackers import ATTACKS
+from tests.world import publish_world
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "the-token-of-the-proof"
+DEADLINE_S = 10.0
+"""Deadline of good calls: the machine may be busy, with the attackers at the least."""
+
+MEMORY_MB = 100.0
+PAUSE_S = 0.05
+CONTROLS = ("open calls", "open health checks", "unread lists")
+"""Attacks that stop a server without bounds, or fill its memory."""
+
+
+@dataclass
+class Target:
+    """What is attacked: its address, a process id of it, and what a caller needs."""
+
+    listen: str
+    pid: int
+    token: str = ""
+    authority: str = ""
+
+    def channel(self) -> grpc.Channel:
+        """A channel that shares no connection with others."""
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        address = self.listen.replace("127.0.0.1", "localhost") if self.authority else self.listen
+        if self.authority:
+            credentials = grpc.ssl_channel_credentials(Path(self.authority).read_bytes())
+            return grpc.secure_channel(address, credentials, options)
+        return grpc.insecure_channel(address, options)
+
+    def client(self) -> Client:
+        """A client of it."""
+        roots = Path(self.authority) if self.authority else None
+        address = self.listen.replace("127.0.0.1", "localhost") if self.authority else self.listen
+        return Client(address, channels=2, timeout_s=DEADLINE_S, token=self.token or None, root_certificates=roots)
+
+    def usage(self) -> tuple[float, int, int]:
+        """Memory in MB, threads and descriptors of its process."""
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
+        files = len(os.listdir(f"/proc/{self.pid}/fd"))
+        return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), files
+
+
+@dataclass
+class Outcome:
+    """What an attack did."""
+
+    attack: str
+    connections: int
+    surface: str
+    seconds: float
+    good: dict[str, int] = field(default_factory=dict)
+    health: dict[str, int] = field(default_factory=dict)
+    slowest_ms: float = 0.0
+    memory_mb: float = 0.0
+    peak_mb: float = 0.0
+    left_mb: float = 0.0
+    left_threads: int = 0
+    left_files: int = 0
+    attacker: dict[str, int] = field(default_factory=dict)
+
+    def failures(self) -> list[str]:
+        """What should not have happened."""
+        wrong = []
+        if share(self.good) < 0.99:
+            wrong.append(f"good calls: {self.good}")
+        if share(self.health) < 1.0:
+            wrong.append(f"health checks: {self.health}")
+        if self.peak_mb > MEMORY_MB:
+            wrong.append(f"memory grew by {self.peak_mb:.0f} MB")
+        if self.left_mb > MEMORY_MB or self.left_files > 4:
+            wrong.append(f"left: {self.left_mb:.0f} MB, {self.left_files} descriptors")
+        return [f"{self.attack}, {self.connections} connections, {self.surface}: {what}" for what in wrong]
+
+
+def share(codes: dict[str, int]) -> float:
+    """The share of calls that were answered; none at all counts as none."""
+    return codes.get("OK", 0) / max(sum(codes.values()), 1)
+
+
+def call(codes: Counter[str], what: Any) -> float:
+    """Calls and counts the code; the seconds it took."""
+    begun = time.monotonic()
+    try:
+        what()
+        codes["OK"] += 1
+    except grpc.RpcError as error:
+        codes[f"{error.code().name}: {error.details()[:80]}"] += 1  # type: ignore[attr-defined]
+    return time.monotonic() - begun
+
+
+def attack(target: Target, name: str, connections: int, seconds: float, settle_s: float, surface: str = "") -> Outcome:
+    """Attacks, measures, waits, and measures what is left."""
+    return attack_all(target, [name], connections, seconds, settle_s, surface)
+
+
+def attack_all(
+    target: Target, names: Sequence[str], connections: int, seconds: float, settle_s: float, surface: str = ""
+) -> Outcome:
+    """Attacks in several ways at once."""
+    outcome = Outcome(" + ".join(names), connections, surface, seconds)
+    good, health = Counter[str](), Counter[str]()
+    with target.client() as client, target.channel() as lasting:
+        client.recommend(user_id="good", page_size=20)
+        memory, threads, files = target.usage()
+        attackers = [_attacker(target, name, connections, seconds) for name in names]
+        try:
+            for process in attackers:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+            watcher = threading.Thread(target=_watch_health, args=(target, lasting, attackers, health))
+            watcher.start()
+            while running(attackers):
+                took = call(good, lambda: client.recommend(user_id="good", page_size=20))
+                outcome.slowest_ms = max(outcome.slowest_ms, took * 1e3)
+                outcome.peak_mb = max(outcome.peak_mb, target.usage()[0] - memory)
+                time.sleep(PAUSE_S)
+            watcher.join()
+            told = [json.loads(process.communicate()[0] or "{}") for process in attackers]
+        finally:
+            for process in attackers:
+                process.kill()
+                process.wait()
+                if process.stdout:
+                    process.stdout.close()
+        outcome.attacker = dict(sum((Counter(figures) for figures in told), Counter[str]()))
+        left = _settled(target, memory, files, settle_s)
+    outcome.good, outcome.health, outcome.memory_mb = dict(good), dict(health), memory
+    outcome.left_mb, outcome.left_threads, outcome.left_files = left[0] - memory, left[1] - threads, left[2] - files
+    return outcome
+
+
+def running(attackers: Sequence[subprocess.Popen[str]]) -> bool:
+    """Returns True while an attacker goes on."""
+    return any(process.poll() is None for process in attackers)
+
+
+def _attacker(target: Target, name: str, connections: int, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.proofs.attackers", name, target.listen]
+    command += ["--connections", str(connections), "--seconds", str(seconds)]
+    if target.authority:
+        command += ["--authority", target.authority, "--token", "not-the-token"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def _watch_health(
+    target: Target, lasting: grpc.Channel, attackers: Sequence[subprocess.Popen[str]], codes: Counter[str]
+) -> None:
+    """Checks the health over a connection that lasts, and over new ones."""
+
+    def check(channel: grpc.Channel) -> None:
+        request = health_pb2.HealthCheckRequest()
+        health_pb2_grpc.HealthStub(channel).Check(request, timeout=DEADLINE_S, wait_for_ready=True)
+
+    while running(attackers):
+        call(codes, lambda: check(lasting))
+        with target.channel() as channel:
+            call(codes, lambda: check(channel))
+        time.sleep(2 * PAUSE_S)
+
+
+def _settled(target: Target, memory: float, files: int, settle_s: float) -> tuple[float, int, int]:
+    """Waits until the process is as it was, at most so long; its usage."""
+    end = time.monotonic() + settle_s
+    while True:
+        usage = target.usage()
+        if time.monotonic() > end or (usage[0] < memory + MEMORY_MB / 2 and usage[2] <= files):
+            return usage
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def bare(*options: str) -> Iterator[Target]:
+    """A server whose services only answer, while the block runs."""
+    command = [sys.executable, "-m", "tests.proofs.bare", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        try:
+            ready = json.loads(process.stdout.readline())
+            yield Target(ready["listen"], ready["workers"][0])
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def _served(root: Path, surface: str) -> Iterator[Target]:
+    settings: dict[str, Any] = {}
+    target = Target("", 0)
+    if surface == "TLS and token":
+        openssl = shutil.which("openssl")
+        assert openssl, "the proof makes a certificate with openssl"
+        key, certificate = root / "key.pem", root / "cert.pem"
+        command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "9", "-subj", "/CN=localhost"]
+        command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        settings = {"tls_certificate": str(certificate), "tls_key": str(key), "token": TOKEN}
+        target.token, target.authority = TOKEN, str(certificate)
+    bundle = root / "bundle"
+    if not bundle.exists():
+        publish_world(bundle)
+    with serving(bundle, root / surface.replace(" ", "-"), **settings) as service:
+        target.listen, target.pid = service.target, service.ready["workers"][0]
+        with target.client() as client:
+            client.wait_ready()
+            for _ in range(300):
+                client.recommend(user_id="good", page_size=100)
+        yield target
+
+
+def run(seconds: float, connections: Sequence[int], settle_s: float, only: Sequence[str]) -> list[Outcome]:
+    """Every attack, in both ways; prints a line for each."""
+    outcomes = []
+    with tempfile.TemporaryDirectory() as root:
+        for surface in ("open", "TLS and token"):
+            with _served(Path(root), surface) as target:
+                for name in only or ATTACKS:
+                    for number in connections:
+                        outcome = attack(target, name, number, seconds, settle_s, surface)
+                        outcomes.append(outcome)
+                        print(_line(outcome), *outcome.failures(), sep="\n    ", file=sys.stderr, flush=True)
+    return outcomes
+
+
+def control(seconds: float, settle_s: float) -> list[Outcome]:
+    """The attacks that a server without bounds does not stand."""
+    outcomes = []
+    for name in CONTROLS:
+        with bare("--unbounded") as target:
+            outcomes.append(attack(target, name, 4, seconds, settle_s, "no bounds"))
+            print(_line(outcomes[-1]), file=sys.stderr, flush=True)
+    return outcomes
+
+
+def _line(outcome: Outcome) -> str:
+    return (
+        f"{outcome.attack}, {outcome.connections} connections, {outcome.surface}: good {share(outcome.good):.1%} of "
+        f"{sum(outcome.good.values())}, health {share(outcome.health):.1%} of {sum(outcome.health.values())}, slowest "
+        f"{outcome.slowest_ms:.0f} ms, memory {outcome.memory_mb:.0f} MB, peak {outcome.peak_mb:+.0f}, left "
+        f"{outcome.left_mb:+.0f} MB, {outcome.left_threads:+d} threads, {outcome.left_files:+d} descriptors"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Attacks as the command line says; 1 if the service did not stand it, or the control did."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 40])
+    parser.add_argument("--settle", type=float, default=10.0)
+    parser.add_argument("--only", nargs="*", default=[], choices=ATTACKS)
+    asked = parser.parse_args(arguments)
+    outcomes = run(asked.seconds, asked.connections, asked.settle, asked.only)
+    controls = control(min(asked.seconds, 15.0), 0.0)
+    failures = [failure for outcome in outcomes for failure in outcome.failures()]
+    failures += [f"the control stood {outcome.attack}" for outcome in controls if not outcome.failures()]
+    print(
+        json.dumps(
+            {
+                "attacks": len(outcomes),
+                "failures": failures,
+                "good_least": min(share(outcome.good) for outcome in outcomes),
+                "health_least": min(share(outcome.health) for outcome in outcomes),
+                "peak_mb_most": round(max(outcome.peak_mb for outcome in outcomes), 1),
+                "left_mb_most": round(max(outcome.left_mb for outcome in outcomes), 1),
+                "rows": [asdict(outcome) for outcome in outcomes],
+                "controls": [asdict(outcome) for outcome in controls],
+            }
+        )
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
