@@ -23,11 +23,11 @@ from penchant.client import Client
 from serving import projector, warehouse
 from serving.catalog_log import CatalogLog, Change
 from serving.config import ServeConfig
-from serving.erasure import PROFILES_GROUP
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.events import EventLog, LoggedEvent
 from serving.health import CATALOG, EVENTS, OVERALL, PROFILES, RANKING, Catalogue, HealthMonitor, Part, redis_trouble
 from serving.hydrators import Progress
+from serving.log_times import PROFILES_GROUP
 from serving.readiness import full_disk
 from serving.redis_client import connect
 from serving.redis_server import RedisServer
