@@ -73,8 +73,8 @@ def local_folder(place: str | Path) -> Path:
             raise ConfigError(f"{text}: the folder of a file:// URL is one of this host; mount it, and name it by path")
         return Path(unquote(parts.path))
     raise ConfigError(
-        f"{url[1]}://{text[url.end() :]} cannot hold a warehouse, whose files are replaced in place under a lock; give a "
-        "folder that every host mounts (NFS, CephFS and the like), as a path or as file:///PATH"
+        f"{url[1]}://{text[url.end() :]} cannot hold a warehouse, whose files are replaced in place under a lock; "
+        "give a folder that every host mounts (NFS, CephFS and the like), as a path or as file:///PATH"
     )
 
 

@@ -31,7 +31,7 @@ HEAVY = (
     "serving",
 )
 COMMANDS = ["data", "validate", "features", "train", "evaluate", "export", "serve", "recommend", "projector"]
-COMMANDS += ["warehouse", "erase", "demo", "profiles rebuild", "profiles show"]
+COMMANDS += ["warehouse", "erase", "hosts", "demo", "profiles rebuild", "profiles show"]
 COMMANDS += [
     "bench fidelity",
     "bench freshness",
