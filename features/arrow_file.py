@@ -14,10 +14,12 @@ import pyarrow as pa
 
 _MAGIC = b"ARROW1"
 _START = 8
+_CONTINUES = 0xFFFFFFFF
+_BLOCK = struct.Struct("<qi4xq")
 _BATCH = 3
 """Number of a record batch among the headers of a message."""
 
-MALFORMED = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError, struct.error)
+MALFORMED = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError, OverflowError, struct.error)
 """Whatever a malformed file raises."""
 
 
@@ -46,18 +48,60 @@ def read_table(content: bytes | memoryview, types: Mapping[str, pa.DataType], re
 
 
 def _read(content: bytes | memoryview) -> pa.Table:
-    """Reads the messages in their order: the footer, which says once more where they lie, is of no use to us."""
-    buffer = pa.py_buffer(content)
-    if bytes(content[:_START]).rstrip(b"\x00") != _MAGIC or bytes(content[-len(_MAGIC) :]) != _MAGIC:
+    """Reads the messages in their order, after a look at each; the footer must say the same of where they lie."""
+    whole = memoryview(content)
+    if bytes(whole[:_START]) != _MAGIC + b"\x00\x00" or bytes(whole[-len(_MAGIC) :]) != _MAGIC:
         raise ValueError("it does not begin and end as an Arrow file")
-    # A compressed batch of a megabyte can hold thirty gigabytes; export writes none.
-    messages: Any = pa.ipc.MessageReader.open_stream(buffer.slice(_START))
-    for at, message in enumerate(messages):
-        if at:
-            _require_plain(memoryview(message.metadata))
+    batches = _messages(whole)[1:]
+    if _listed(whole) != batches:
+        raise ValueError("its footer names other record batches than it has")
+    buffer = pa.py_buffer(content)
     stream: Any = pa.ipc.open_stream(buffer.slice(_START))
     table: pa.Table = stream.read_all()
+    if not pa.ipc.open_file(buffer).schema.equals(table.schema):
+        raise ValueError("its footer names other columns than it has")
     return table
+
+
+def _messages(whole: memoryview) -> list[tuple[int, int, int]]:
+    """Returns where each message begins, and the length of its head and of its body."""
+    found: list[tuple[int, int, int]] = []
+    place = _START
+    while True:
+        mark, size = struct.unpack_from("<II", whole, place)
+        if mark != _CONTINUES:
+            raise ValueError("a message does not begin where the last one ends")
+        if not size:
+            return found
+        head = whole[place + 8 : place + 8 + size]
+        # A compressed batch of a megabyte can hold thirty gigabytes; export writes none.
+        if found:
+            _require_plain(head)
+        (table,) = struct.unpack_from("<I", head)
+        length = _field(head, table, 3)
+        body: int = struct.unpack_from("<q", head, length)[0] if length else 0
+        if not 0 <= body <= len(whole):
+            raise ValueError("a message is longer than the file")
+        found.append((place, 8 + size, body))
+        place += 8 + size + body
+
+
+def _listed(whole: memoryview) -> list[tuple[int, int, int]]:
+    """Returns the same of the record batches, as the footer lists them."""
+    end = len(whole) - len(_MAGIC) - 4
+    (size,) = struct.unpack_from("<I", whole, end)
+    if not _START <= size <= end:
+        raise ValueError("its footer is longer than the file")
+    footer = whole[end - size : end]
+    (table,) = struct.unpack_from("<I", footer)
+    field = _field(footer, table, 3)
+    if not field:
+        return []
+    vector = field + struct.unpack_from("<I", footer, field)[0]
+    (count,) = struct.unpack_from("<I", footer, vector)
+    if count > size // _BLOCK.size:
+        raise ValueError("its footer is longer than the file")
+    return [_BLOCK.unpack_from(footer, vector + 4 + at * _BLOCK.size) for at in range(count)]
 
 
 def _require_plain(metadata: memoryview) -> None:

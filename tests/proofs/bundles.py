@@ -182,7 +182,8 @@ class Proof:
             return "" if same and result["digest"] == original["digest"] else "accepted: as the original, and is not"
         if not again:
             return "accepted: another bundle, though no hash was recomputed"
-        found = faults(path)
+        oracle = in_child(lambda: {"outcome": "judged", "faults": faults(path)}, self.folder / "answer")
+        found = oracle.get("faults", [f"the oracle cannot read it ({oracle['outcome']}: {oracle.get('reason')})"])
         return f"accepted: {found[0]}" if found else ""
 
 
