@@ -302,6 +302,8 @@ def freshness() -> str:
 def sizing() -> str:
     """What to provide for, by item, user, event, slate and request."""
     path = RESULTS / "sizing.json"
+    if not path.exists():
+        return "Not measured yet for this version: `make bench-sizing` does it.\n"
     result = _read(path)
     large = max(result["bundles"], key=lambda bundle: bundle["items"])
     per_item, rss = result["worker_bytes_per_item"], result["rss"]
