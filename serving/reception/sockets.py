@@ -104,7 +104,7 @@ def _name(connection: socket.socket) -> str:
         OSError: It is not connected.
     """
     host, port = connection.getpeername()[:2]
-    if connection.family == socket.AF_INET:
-        return f"ipv4:{host}:{port}"
-    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4, and gRPC writes them as such.
+    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4.
+    if connection.family == socket.AF_INET or host.startswith("::ffff:"):
+        return f"ipv4:{host.removeprefix('::ffff:')}:{port}"
     return f"ipv6:%5B{host}%5D:{port}"
