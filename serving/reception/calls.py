@@ -84,6 +84,7 @@ class Connection:
         calls: Its open calls, the oldest first.
         unread: Bytes of answers that it has not read.
         entered: Calls that it has made.
+        taken: Bytes of its messages.
         good: Calls whose answer it has read.
         bad: Calls that it gave up, or was too slow for.
     """
@@ -92,6 +93,7 @@ class Connection:
     calls: dict[int, Call] = field(default_factory=dict)
     unread: int = 0
     entered: int = 0
+    taken: int = 0
     good: int = 0
     bad: int = 0
 
@@ -192,6 +194,7 @@ class OpenCalls:
             self._move(call, Phase.WORKING)
             lane.calls[id(call)] = call
             call.size = size
+            call.connection.taken += size
             self.bytes_in_hand += size
         if guest is not None:
             guest.end(_moved(lane))
@@ -214,9 +217,10 @@ class OpenCalls:
             call.started = call.phase is Phase.WORKING
             return call.started
 
-    def touch(self, call: Call) -> None:
-        """Notes progress of a stream."""
+    def took(self, call: Call, size: int) -> None:
+        """Notes another message of a stream, or that it waits for one."""
         call.since = time.monotonic()
+        call.connection.taken += size
 
     def wrote(self, call: Call, size: int) -> None:
         """Notes that an answer, or a part of it, is on its way to its reader."""

@@ -216,7 +216,7 @@ class Reception(ThreadPoolExecutor):
         if first is not None:
             yield first
         while first is not None:
-            self.calls.touch(call)
+            self.calls.took(call, 0)
             if call.ending:
                 raise call.ending
             try:
@@ -225,6 +225,7 @@ class Reception(ThreadPoolExecutor):
                 return
             if message is _WAKE:
                 continue
+            self.calls.took(call, len(message))
             yield message
 
     def _written(self, call: Call, serializer: Callable[[Any], bytes] | None, answer: Any) -> bytes:

@@ -28,9 +28,10 @@ _RECEIVED = struct.Struct("=128xQ")
 
 @dataclass(slots=True)
 class _Seen:
-    """What had come over a connection at the last look: bytes, calls, calls answered, calls given up."""
+    """What had come over a connection at the last look: bytes, those of messages, calls, answered, given up."""
 
     received: int
+    taken: int
     calls: int
     good: int
     bad: int
@@ -54,11 +55,11 @@ class Sockets:
         seen, before, peers = {}, self._seen, []
         for _, peer, received in self._open():
             connection = connections.get(peer) or Connection(peer)
-            now = seen[peer] = _Seen(received, connection.entered, connection.good, connection.bad)
-            last = before.get(peer, _Seen(0, 0, 0, 0))
+            now = seen[peer] = _Seen(received, connection.taken, connection.entered, connection.good, connection.bad)
+            last = before.get(peer, _Seen(0, 0, 0, 0, 0))
             calls = now.calls - last.calls + len(connection.calls)
             broken, answered = now.bad - last.bad, now.good - last.good
-            allowed = FREE_BYTES * max(seconds, 1.0) + calls * self._message_bytes
+            allowed = FREE_BYTES * max(seconds, 1.0) + calls * self._message_bytes + 2 * (now.taken - last.taken)
             if now.received - last.received > allowed or broken > max(BROKEN_CALLS * seconds, 10 * answered):
                 peers.append(peer)
         self._seen = seen
@@ -103,7 +104,7 @@ def _name(connection: socket.socket) -> str:
         OSError: It is not connected.
     """
     host, port = connection.getpeername()[:2]
-    if connection.family == socket.AF_INET:
-        return f"ipv4:{host}:{port}"
-    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4, and gRPC writes them as such.
+    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4.
+    if connection.family == socket.AF_INET or host.startswith("::ffff:"):
+        return f"ipv4:{host.removeprefix('::ffff:')}:{port}"
     return f"ipv6:%5B{host}%5D:{port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from serving.reception.calls import Bounds, Lane, OpenCalls, Phase
 from serving.reception.executor import Reception
 from serving.reception.quiet import hush
 from serving.telemetry import Telemetry
-from tests.proofs.attackers import CHECK, RECOMMEND, STREAM, Wire, message
+from tests.proofs.attackers import CHECK, PING, RECOMMEND, STREAM, Wire, frame, message
 from tests.serving.test_server import Running
 
 SMALL = Bounds(4, 3, message_s=0.3, bytes_in_hand=1 << 20, unread=1 << 16, unread_worker=1 << 17, read_s=0.3)
@@ -142,6 +143,23 @@ def test_health_is_answered_while_every_thread_waits():
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         assert server.ranking.running == 1
         call.join()
+
+
+def test_who_sends_much_in_calls_stays_and_who_sends_it_without_is_hung_up_on(strict):
+    strict.client.get_profile("u")
+    sockets, books = strict.server._reception.sockets, strict.server._reception.calls
+    named = {peer for _, peer, _ in sockets._open()}
+    assert set(books.connections) <= named  # as gRPC writes them
+    wire = Wire(strict.target, "", "")
+    with contextlib.suppress(OSError):
+        for _ in range(100):
+            wire.send(frame(PING, 1, 0, bytes(8)) * 1000)
+            time.sleep(0.02)
+    assert until(lambda: wire.closed)
+    wire.close()
+    assert strict.server._reception.hung_up >= 1
+    assert strict.client.get_profile("u").found
+    assert len(set(strict.profiles.peers)) == 1
 
 
 def test_a_grpc_that_has_changed_is_refused(monkeypatch):
