@@ -128,7 +128,8 @@ class _Trial:
                 first._save()
                 second = self.fit(end, first.out, dropout=0.0, id_dropout=0.0)
                 second._resume()
-                self.steps(first, 1), self.steps(second, 1)
+                self.steps(first, 1)
+                self.steps(second, 1)
                 apart[f"{begin.type} to {end.type}"] = _weights_apart(first, second)
         return apart
 

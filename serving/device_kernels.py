@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
-from triton.runtime.errors import OutOfResources
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from triton.runtime.errors import OutOfResources  # pyright: ignore[reportMissingImports]
 
 from serving.errors import ConfigError
 

@@ -152,7 +152,7 @@ def test_cuda_is_not_promised_where_it_is_not(bundle):
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="no GPU-less machine")
-def test_a_provider_that_does_not_start_is_named_or_passed_over(bundle, monkeypatch):
+def test_a_provider_that_does_not_start_is_named_or_passed_over(bundle, model, monkeypatch):
     # A runtime that lists its CUDA provider where no driver is: its sessions fall back to the CPU.
     monkeypatch.setattr(model_module, "_providers", lambda device: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with warnings.catch_warnings():
@@ -161,10 +161,8 @@ def test_a_provider_that_does_not_start_is_named_or_passed_over(bundle, monkeypa
             Model(bundle, "cuda")
         fallen = Model(bundle, "auto")
     assert fallen.device == "cpu"
-    items = np.ones((3, CONFIG.dim), np.float32)
-    np.testing.assert_array_equal(
-        fallen.encode_user(items, np.ones(3, np.int64)), Model(bundle).encode_user(items, np.ones(3, np.int64))
-    )
+    items, types = np.ones((3, CONFIG.dim), np.float32), np.ones(3, np.int64)
+    np.testing.assert_array_equal(fallen.encode_user(items, types), model.encode_user(items, types))
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no GPU for ONNX")

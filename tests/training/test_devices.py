@@ -92,7 +92,8 @@ def test_a_checkpoint_goes_on_on_another_device(
         assert apart(before, after) > 1e-4
         after._resume()
         assert apart(before, after) == 0
-        steps(before, 2), steps(after, 2)
+        steps(before, 2)
+        steps(after, 2)
     assert apart(before, after) < 1e-4
 
 
