@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,9 +127,8 @@ def test_its_log_is_lines_of_json_without_a_word_of_a_request(watched):
 def test_the_id_of_a_request_is_the_callers_and_comes_back(watched):
     from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
-    with watched.client(channels=1) as client:
-        client.wait_ready()
-        stub = ranking_pb2_grpc.RankingServiceStub(client._channels[0])
+    with grpc.insecure_channel(watched.ready["listen"]) as channel:
+        stub = ranking_pb2_grpc.RankingServiceStub(channel)
         subject = common_pb2.Subject(user_id="ann")
         good = ranking_pb2.RecommendRequest(options=ranking_pb2.RankingOptions(subject=subject, page_size=1))
         for request, sent in ((good, "mine-1"), (ranking_pb2.RecommendRequest(), "mine-2"), (good, "no id")):
