@@ -206,11 +206,12 @@ def test_nothing_is_called_durable_on_a_redis_that_can_lose_it(world, tmp_path, 
     )
 
 
-@pytest.mark.skipif(not FULL, reason="the control as a service; test_redis_safety.py has it in short")
-def test_the_stage_notices_a_service_that_believes_an_unsafe_redis(world, tmp_path):
-    with stage(world, tmp_path, unsafe_redis=True) as (servers, _, writer):
-        servers["profiles"].start()
-        servers["events"].again(maxmemory_policy="allkeys-lru")
-        with pytest.raises(AssertionError):
-            writer.stays_silent("set maxmemory-policy", time.monotonic(), UNSAFE_S)
-        assert writer.taken
+if FULL:  # test_redis_safety.py has the control in short
+
+    def test_the_stage_notices_a_service_that_believes_an_unsafe_redis(world, tmp_path):
+        with stage(world, tmp_path, unsafe_redis=True) as (servers, _, writer):
+            servers["profiles"].start()
+            servers["events"].again(maxmemory_policy="allkeys-lru")
+            with pytest.raises(AssertionError):
+                writer.stays_silent("set maxmemory-policy", time.monotonic(), UNSAFE_S)
+            assert writer.taken
