@@ -4,15 +4,18 @@
 # source: penchant/v1/profile.proto
 # Protobuf Python Version: 6.31.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 1, "", "penchant/v1/profile.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    1,
+    '',
+    'penchant/v1/profile.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,75 +25,73 @@ _sym_db = _symbol_database.Default()
 from penchant.v1 import common_pb2 as penchant_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x19penchant/v1/profile.proto\x12\x0bpenchant.v1\x1a\x18penchant/v1/common.proto":\n\x11GetProfileRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject"v\n\x0cProfileEvent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x12\n\nevent_type\x18\x03 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x04 \x01(\x03\x12\x12\n\x05value\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_value"\'\n\x08\x41\x66\x66inity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02";\n\x05Visit\x12\x10\n\x08\x62\x65gan_ms\x18\x01 \x01(\x03\x12\x0e\n\x06\x65vents\x18\x02 \x01(\r\x12\x10\n\x08\x63\x61tegory\x18\x03 \x01(\t"\xcc\x02\n\x12GetProfileResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x17\n\x0fprofile_version\x18\x02 \x01(\x04\x12\x13\n\x0b\x65vent_count\x18\x03 \x01(\x04\x12)\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x19.penchant.v1.ProfileEvent\x12)\n\ncategories\x18\x05 \x03(\x0b\x32\x15.penchant.v1.Affinity\x12\x11\n\tseen_only\x18\x06 \x01(\r\x12&\n\x08purposes\x18\x07 \x03(\x0e\x32\x14.penchant.v1.Purpose\x12\x15\n\rconsent_given\x18\x08 \x01(\x08\x12\x0f\n\x07segment\x18\t \x01(\t\x12&\n\x05visit\x18\n \x01(\x0b\x32\x12.penchant.v1.VisitH\x00\x88\x01\x01\x12\x0e\n\x06\x64\x61mage\x18\x0b \x01(\tB\x08\n\x06_visit"O\n\x07\x43ontrol\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.penchant.v1.ControlKind\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08until_ms\x18\x03 \x01(\x03";\n\x12GetControlsRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject"w\n\x13GetControlsResponse\x12$\n\x06hidden\x18\x01 \x03(\x0b\x32\x14.penchant.v1.Control\x12\x17\n\x0fprofile_version\x18\x02 \x01(\x04\x12!\n\x05\x64ials\x18\x03 \x01(\x0b\x32\x12.penchant.v1.Dials"\x84\x01\n\x12SetControlsRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12$\n\x06hidden\x18\x02 \x03(\x0b\x32\x14.penchant.v1.Control\x12!\n\x05\x64ials\x18\x03 \x01(\x0b\x32\x12.penchant.v1.Dials"g\n\x0c\x43ontrolMatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.penchant.v1.ControlKind\x12\n\n\x02id\x18\x03 \x01(\t\x12\x14\n\x0c\x64id_you_mean\x18\x04 \x01(\t"\x97\x01\n\x13SetControlsResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12*\n\x07matched\x18\x03 \x03(\x0b\x32\x19.penchant.v1.ControlMatch\x12*\n\x07unknown\x18\x04 \x03(\x0b\x32\x19.penchant.v1.ControlMatch"b\n\x11SetConsentRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12&\n\x08purposes\x18\x02 \x03(\x0e\x32\x14.penchant.v1.Purpose">\n\x12SetConsentResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08"=\n\x14ResetLearningRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject"A\n\x15ResetLearningResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08"K\n\x10UndoEventRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x10\n\x08\x65vent_id\x18\x02 \x01(\t",\n\x11UndoEventResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04"?\n\x16MergeIdentitiesRequest\x12\x14\n\x0c\x61nonymous_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t"\xa6\x01\n\x17MergeIdentitiesResponse\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\x12\x13\n\x0bimpressions\x18\x02 \x01(\x04\x12\x0f\n\x07refused\x18\x03 \x01(\x04\x12\x13\n\x0bleft_behind\x18\x04 \x01(\x04\x12\x17\n\x0fprofile_version\x18\x05 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x06 \x01(\x08\x12\x16\n\x0erules_left_out\x18\x07 \x01(\x04"Q\n\x14\x45xportSubjectRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x12\n\npage_token\x18\x02 \x01(\t"C\n\x15\x45xportSubjectResponse\x12\x11\n\tdocuments\x18\x01 \x03(\t\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t"<\n\x13\x45raseSubjectRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject"\\\n\x0e\x45rasureReceipt\x12\r\n\x05store\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x14\n\x0c\x65rased_at_ms\x18\x03 \x01(\x03\x12\x14\n\x0cpurged_at_ms\x18\x04 \x01(\x03"\x8d\x01\n\x0b\x45rasureCopy\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\t\x12\r\n\x05store\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05place\x18\x04 \x01(\t\x12\x14\n\x0c\x65rased_at_ms\x18\x05 \x01(\x03\x12\x14\n\x0cpurged_at_ms\x18\x06 \x01(\x03\x12\x15\n\rretired_at_ms\x18\x07 \x01(\x03"g\n\x10\x45rasureRemainder\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05place\x18\x03 \x01(\t\x12\x18\n\x10registered_at_ms\x18\x04 \x01(\x03\x12\x0e\n\x06\x61\x64vice\x18\x05 \x01(\t"\xe9\x01\n\x14\x45raseSubjectResponse\x12-\n\x08receipts\x18\x01 \x03(\x0b\x32\x1b.penchant.v1.ErasureReceipt\x12\x16\n\x0e\x63\x65rtificate_id\x18\x02 \x01(\t\x12\x17\n\x0fprofile_version\x18\x03 \x01(\x04\x12\x14\n\x0cpurge_due_ms\x18\x04 \x01(\x03\x12(\n\x06\x63opies\x18\x05 \x03(\x0b\x32\x18.penchant.v1.ErasureCopy\x12\x31\n\nremainders\x18\x06 \x03(\x0b\x32\x1d.penchant.v1.ErasureRemainder"6\n\x1cGetErasureCertificateRequest\x12\x16\n\x0e\x63\x65rtificate_id\x18\x01 \x01(\t"\xda\x01\n\x1dGetErasureCertificateResponse\x12-\n\x08receipts\x18\x01 \x03(\x0b\x32\x1b.penchant.v1.ErasureReceipt\x12\x17\n\x0fprofile_version\x18\x02 \x01(\x04\x12\x14\n\x0cpurge_due_ms\x18\x03 \x01(\x03\x12(\n\x06\x63opies\x18\x04 \x03(\x0b\x32\x18.penchant.v1.ErasureCopy\x12\x31\n\nremainders\x18\x05 \x03(\x0b\x32\x1d.penchant.v1.ErasureRemainder*w\n\x0b\x43ontrolKind\x12\x1c\n\x18\x43ONTROL_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43ONTROL_KIND_ITEM\x10\x01\x12\x18\n\x14\x43ONTROL_KIND_CREATOR\x10\x02\x12\x19\n\x15\x43ONTROL_KIND_CATEGORY\x10\x03*c\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x17\n\x13PURPOSE_PERSONALISE\x10\x01\x12\x11\n\rPURPOSE_TRAIN\x10\x02\x12\x13\n\x0fPURPOSE_MEASURE\x10\x03\x32\xf1\x06\n\x0eProfileService\x12M\n\nGetProfile\x12\x1e.penchant.v1.GetProfileRequest\x1a\x1f.penchant.v1.GetProfileResponse\x12P\n\x0bGetControls\x12\x1f.penchant.v1.GetControlsRequest\x1a .penchant.v1.GetControlsResponse\x12P\n\x0bSetControls\x12\x1f.penchant.v1.SetControlsRequest\x1a .penchant.v1.SetControlsResponse\x12M\n\nSetConsent\x12\x1e.penchant.v1.SetConsentRequest\x1a\x1f.penchant.v1.SetConsentResponse\x12V\n\rResetLearning\x12!.penchant.v1.ResetLearningRequest\x1a".penchant.v1.ResetLearningResponse\x12J\n\tUndoEvent\x12\x1d.penchant.v1.UndoEventRequest\x1a\x1e.penchant.v1.UndoEventResponse\x12\\\n\x0fMergeIdentities\x12#.penchant.v1.MergeIdentitiesRequest\x1a$.penchant.v1.MergeIdentitiesResponse\x12V\n\rExportSubject\x12!.penchant.v1.ExportSubjectRequest\x1a".penchant.v1.ExportSubjectResponse\x12n\n\x15GetErasureCertificate\x12).penchant.v1.GetErasureCertificateRequest\x1a*.penchant.v1.GetErasureCertificateResponse\x12S\n\x0c\x45raseSubject\x12 .penchant.v1.EraseSubjectRequest\x1a!.penchant.v1.EraseSubjectResponseb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penchant/v1/profile.proto\x12\x0bpenchant.v1\x1a\x18penchant/v1/common.proto\":\n\x11GetProfileRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\"v\n\x0cProfileEvent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x12\n\nevent_type\x18\x03 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x04 \x01(\x03\x12\x12\n\x05value\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_value\"\'\n\x08\x41\x66\x66inity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x02\";\n\x05Visit\x12\x10\n\x08\x62\x65gan_ms\x18\x01 \x01(\x03\x12\x0e\n\x06\x65vents\x18\x02 \x01(\r\x12\x10\n\x08\x63\x61tegory\x18\x03 \x01(\t\"\xcc\x02\n\x12GetProfileResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x17\n\x0fprofile_version\x18\x02 \x01(\x04\x12\x13\n\x0b\x65vent_count\x18\x03 \x01(\x04\x12)\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x19.penchant.v1.ProfileEvent\x12)\n\ncategories\x18\x05 \x03(\x0b\x32\x15.penchant.v1.Affinity\x12\x11\n\tseen_only\x18\x06 \x01(\r\x12&\n\x08purposes\x18\x07 \x03(\x0e\x32\x14.penchant.v1.Purpose\x12\x15\n\rconsent_given\x18\x08 \x01(\x08\x12\x0f\n\x07segment\x18\t \x01(\t\x12&\n\x05visit\x18\n \x01(\x0b\x32\x12.penchant.v1.VisitH\x00\x88\x01\x01\x12\x0e\n\x06\x64\x61mage\x18\x0b \x01(\tB\x08\n\x06_visit\"O\n\x07\x43ontrol\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.penchant.v1.ControlKind\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08until_ms\x18\x03 \x01(\x03\";\n\x12GetControlsRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\"w\n\x13GetControlsResponse\x12$\n\x06hidden\x18\x01 \x03(\x0b\x32\x14.penchant.v1.Control\x12\x17\n\x0fprofile_version\x18\x02 \x01(\x04\x12!\n\x05\x64ials\x18\x03 \x01(\x0b\x32\x12.penchant.v1.Dials\"\x84\x01\n\x12SetControlsRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12$\n\x06hidden\x18\x02 \x03(\x0b\x32\x14.penchant.v1.Control\x12!\n\x05\x64ials\x18\x03 \x01(\x0b\x32\x12.penchant.v1.Dials\"g\n\x0c\x43ontrolMatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.penchant.v1.ControlKind\x12\n\n\x02id\x18\x03 \x01(\t\x12\x14\n\x0c\x64id_you_mean\x18\x04 \x01(\t\"\x97\x01\n\x13SetControlsResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12*\n\x07matched\x18\x03 \x03(\x0b\x32\x19.penchant.v1.ControlMatch\x12*\n\x07unknown\x18\x04 \x03(\x0b\x32\x19.penchant.v1.ControlMatch\"b\n\x11SetConsentRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12&\n\x08purposes\x18\x02 \x03(\x0e\x32\x14.penchant.v1.Purpose\">\n\x12SetConsentResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\"=\n\x14ResetLearningRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\"A\n\x15ResetLearningResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\"K\n\x10UndoEventRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x10\n\x08\x65vent_id\x18\x02 \x01(\t\",\n\x11UndoEventResponse\x12\x17\n\x0fprofile_version\x18\x01 \x01(\x04\"?\n\x16MergeIdentitiesRequest\x12\x14\n\x0c\x61nonymous_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"\xa6\x01\n\x17MergeIdentitiesResponse\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\x12\x13\n\x0bimpressions\x18\x02 \x01(\x04\x12\x0f\n\x07refused\x18\x03 \x01(\x04\x12\x13\n\x0bleft_behind\x18\x04 \x01(\x04\x12\x17\n\x0fprofile_version\x18\x05 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x06 \x01(\x08\x12\x16\n\x0erules_left_out\x18\x07 \x01(\x04\"Q\n\x14\x45xportSubjectRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\x12\x12\n\npage_token\x18\x02 \x01(\t\"C\n\x15\x45xportSubjectResponse\x12\x11\n\tdocuments\x18\x01 \x03(\t\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x13\x45raseSubjectRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.penchant.v1.Subject\"\\\n\x0e\x45rasureReceipt\x12\r\n\x05store\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x14\n\x0c\x65rased_at_ms\x18\x03 \x01(\x03\x12\x14\n\x0cpurged_at_ms\x18\x04 \x01(\x03\"\x8d\x01\n\x0b\x45rasureCopy\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\t\x12\r\n\x05store\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05place\x18\x04 \x01(\t\x12\x14\n\x0c\x65rased_at_ms\x18\x05 \x01(\x03\x12\x14\n\x0cpurged_at_ms\x18\x06 \x01(\x03\x12\x15\n\rretired_at_ms\x18\x07 \x01(\x03\"g\n\x10\x45rasureRemainder\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05place\x18\x03 \x01(\t\x12\x18\n\x10registered_at_ms\x18\x04 \x01(\x03\x12\x0e\n\x06\x61\x64vice\x18\x05 \x01(\t\"\xe9\x01\n\x14\x45raseSubjectResponse\x12-\n\x08receipts\x18\x01 \x03(\x0b\x32\x1b.penchant.v1.ErasureReceipt\x12\x16\n\x0e\x63\x65rtificate_id\x18\x02 \x01(\t\x12\x17\n\x0fprofile_version\x18\x03 \x01(\x04\x12\x14\n\x0cpurge_due_ms\x18\x04 \x01(\x03\x12(\n\x06\x63opies\x18\x05 \x03(\x0b\x32\x18.penchant.v1.ErasureCopy\x12\x31\n\nremainders\x18\x06 \x03(\x0b\x32\x1d.penchant.v1.ErasureRemainder\"6\n\x1cGetErasureCertificateRequest\x12\x16\n\x0e\x63\x65rtificate_id\x18\x01 \x01(\t\"\xda\x01\n\x1dGetErasureCertificateResponse\x12-\n\x08receipts\x18\x01 \x03(\x0b\x32\x1b.penchant.v1.ErasureReceipt\x12\x17\n\x0fprofile_version\x18\x02 \x01(\x04\x12\x14\n\x0cpurge_due_ms\x18\x03 \x01(\x03\x12(\n\x06\x63opies\x18\x04 \x03(\x0b\x32\x18.penchant.v1.ErasureCopy\x12\x31\n\nremainders\x18\x05 \x03(\x0b\x32\x1d.penchant.v1.ErasureRemainder*w\n\x0b\x43ontrolKind\x12\x1c\n\x18\x43ONTROL_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43ONTROL_KIND_ITEM\x10\x01\x12\x18\n\x14\x43ONTROL_KIND_CREATOR\x10\x02\x12\x19\n\x15\x43ONTROL_KIND_CATEGORY\x10\x03*c\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x17\n\x13PURPOSE_PERSONALISE\x10\x01\x12\x11\n\rPURPOSE_TRAIN\x10\x02\x12\x13\n\x0fPURPOSE_MEASURE\x10\x03\x32\xf1\x06\n\x0eProfileService\x12M\n\nGetProfile\x12\x1e.penchant.v1.GetProfileRequest\x1a\x1f.penchant.v1.GetProfileResponse\x12P\n\x0bGetControls\x12\x1f.penchant.v1.GetControlsRequest\x1a .penchant.v1.GetControlsResponse\x12P\n\x0bSetControls\x12\x1f.penchant.v1.SetControlsRequest\x1a .penchant.v1.SetControlsResponse\x12M\n\nSetConsent\x12\x1e.penchant.v1.SetConsentRequest\x1a\x1f.penchant.v1.SetConsentResponse\x12V\n\rResetLearning\x12!.penchant.v1.ResetLearningRequest\x1a\".penchant.v1.ResetLearningResponse\x12J\n\tUndoEvent\x12\x1d.penchant.v1.UndoEventRequest\x1a\x1e.penchant.v1.UndoEventResponse\x12\\\n\x0fMergeIdentities\x12#.penchant.v1.MergeIdentitiesRequest\x1a$.penchant.v1.MergeIdentitiesResponse\x12V\n\rExportSubject\x12!.penchant.v1.ExportSubjectRequest\x1a\".penchant.v1.ExportSubjectResponse\x12n\n\x15GetErasureCertificate\x12).penchant.v1.GetErasureCertificateRequest\x1a*.penchant.v1.GetErasureCertificateResponse\x12S\n\x0c\x45raseSubject\x12 .penchant.v1.EraseSubjectRequest\x1a!.penchant.v1.EraseSubjectResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "penchant.v1.profile_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penchant.v1.profile_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_CONTROLKIND"]._serialized_start = 3063
-    _globals["_CONTROLKIND"]._serialized_end = 3182
-    _globals["_PURPOSE"]._serialized_start = 3184
-    _globals["_PURPOSE"]._serialized_end = 3283
-    _globals["_GETPROFILEREQUEST"]._serialized_start = 68
-    _globals["_GETPROFILEREQUEST"]._serialized_end = 126
-    _globals["_PROFILEEVENT"]._serialized_start = 128
-    _globals["_PROFILEEVENT"]._serialized_end = 246
-    _globals["_AFFINITY"]._serialized_start = 248
-    _globals["_AFFINITY"]._serialized_end = 287
-    _globals["_VISIT"]._serialized_start = 289
-    _globals["_VISIT"]._serialized_end = 348
-    _globals["_GETPROFILERESPONSE"]._serialized_start = 351
-    _globals["_GETPROFILERESPONSE"]._serialized_end = 683
-    _globals["_CONTROL"]._serialized_start = 685
-    _globals["_CONTROL"]._serialized_end = 764
-    _globals["_GETCONTROLSREQUEST"]._serialized_start = 766
-    _globals["_GETCONTROLSREQUEST"]._serialized_end = 825
-    _globals["_GETCONTROLSRESPONSE"]._serialized_start = 827
-    _globals["_GETCONTROLSRESPONSE"]._serialized_end = 946
-    _globals["_SETCONTROLSREQUEST"]._serialized_start = 949
-    _globals["_SETCONTROLSREQUEST"]._serialized_end = 1081
-    _globals["_CONTROLMATCH"]._serialized_start = 1083
-    _globals["_CONTROLMATCH"]._serialized_end = 1186
-    _globals["_SETCONTROLSRESPONSE"]._serialized_start = 1189
-    _globals["_SETCONTROLSRESPONSE"]._serialized_end = 1340
-    _globals["_SETCONSENTREQUEST"]._serialized_start = 1342
-    _globals["_SETCONSENTREQUEST"]._serialized_end = 1440
-    _globals["_SETCONSENTRESPONSE"]._serialized_start = 1442
-    _globals["_SETCONSENTRESPONSE"]._serialized_end = 1504
-    _globals["_RESETLEARNINGREQUEST"]._serialized_start = 1506
-    _globals["_RESETLEARNINGREQUEST"]._serialized_end = 1567
-    _globals["_RESETLEARNINGRESPONSE"]._serialized_start = 1569
-    _globals["_RESETLEARNINGRESPONSE"]._serialized_end = 1634
-    _globals["_UNDOEVENTREQUEST"]._serialized_start = 1636
-    _globals["_UNDOEVENTREQUEST"]._serialized_end = 1711
-    _globals["_UNDOEVENTRESPONSE"]._serialized_start = 1713
-    _globals["_UNDOEVENTRESPONSE"]._serialized_end = 1757
-    _globals["_MERGEIDENTITIESREQUEST"]._serialized_start = 1759
-    _globals["_MERGEIDENTITIESREQUEST"]._serialized_end = 1822
-    _globals["_MERGEIDENTITIESRESPONSE"]._serialized_start = 1825
-    _globals["_MERGEIDENTITIESRESPONSE"]._serialized_end = 1991
-    _globals["_EXPORTSUBJECTREQUEST"]._serialized_start = 1993
-    _globals["_EXPORTSUBJECTREQUEST"]._serialized_end = 2074
-    _globals["_EXPORTSUBJECTRESPONSE"]._serialized_start = 2076
-    _globals["_EXPORTSUBJECTRESPONSE"]._serialized_end = 2143
-    _globals["_ERASESUBJECTREQUEST"]._serialized_start = 2145
-    _globals["_ERASESUBJECTREQUEST"]._serialized_end = 2205
-    _globals["_ERASURERECEIPT"]._serialized_start = 2207
-    _globals["_ERASURERECEIPT"]._serialized_end = 2299
-    _globals["_ERASURECOPY"]._serialized_start = 2302
-    _globals["_ERASURECOPY"]._serialized_end = 2443
-    _globals["_ERASUREREMAINDER"]._serialized_start = 2445
-    _globals["_ERASUREREMAINDER"]._serialized_end = 2548
-    _globals["_ERASESUBJECTRESPONSE"]._serialized_start = 2551
-    _globals["_ERASESUBJECTRESPONSE"]._serialized_end = 2784
-    _globals["_GETERASURECERTIFICATEREQUEST"]._serialized_start = 2786
-    _globals["_GETERASURECERTIFICATEREQUEST"]._serialized_end = 2840
-    _globals["_GETERASURECERTIFICATERESPONSE"]._serialized_start = 2843
-    _globals["_GETERASURECERTIFICATERESPONSE"]._serialized_end = 3061
-    _globals["_PROFILESERVICE"]._serialized_start = 3286
-    _globals["_PROFILESERVICE"]._serialized_end = 4167
+  DESCRIPTOR._loaded_options = None
+  _globals['_CONTROLKIND']._serialized_start=3063
+  _globals['_CONTROLKIND']._serialized_end=3182
+  _globals['_PURPOSE']._serialized_start=3184
+  _globals['_PURPOSE']._serialized_end=3283
+  _globals['_GETPROFILEREQUEST']._serialized_start=68
+  _globals['_GETPROFILEREQUEST']._serialized_end=126
+  _globals['_PROFILEEVENT']._serialized_start=128
+  _globals['_PROFILEEVENT']._serialized_end=246
+  _globals['_AFFINITY']._serialized_start=248
+  _globals['_AFFINITY']._serialized_end=287
+  _globals['_VISIT']._serialized_start=289
+  _globals['_VISIT']._serialized_end=348
+  _globals['_GETPROFILERESPONSE']._serialized_start=351
+  _globals['_GETPROFILERESPONSE']._serialized_end=683
+  _globals['_CONTROL']._serialized_start=685
+  _globals['_CONTROL']._serialized_end=764
+  _globals['_GETCONTROLSREQUEST']._serialized_start=766
+  _globals['_GETCONTROLSREQUEST']._serialized_end=825
+  _globals['_GETCONTROLSRESPONSE']._serialized_start=827
+  _globals['_GETCONTROLSRESPONSE']._serialized_end=946
+  _globals['_SETCONTROLSREQUEST']._serialized_start=949
+  _globals['_SETCONTROLSREQUEST']._serialized_end=1081
+  _globals['_CONTROLMATCH']._serialized_start=1083
+  _globals['_CONTROLMATCH']._serialized_end=1186
+  _globals['_SETCONTROLSRESPONSE']._serialized_start=1189
+  _globals['_SETCONTROLSRESPONSE']._serialized_end=1340
+  _globals['_SETCONSENTREQUEST']._serialized_start=1342
+  _globals['_SETCONSENTREQUEST']._serialized_end=1440
+  _globals['_SETCONSENTRESPONSE']._serialized_start=1442
+  _globals['_SETCONSENTRESPONSE']._serialized_end=1504
+  _globals['_RESETLEARNINGREQUEST']._serialized_start=1506
+  _globals['_RESETLEARNINGREQUEST']._serialized_end=1567
+  _globals['_RESETLEARNINGRESPONSE']._serialized_start=1569
+  _globals['_RESETLEARNINGRESPONSE']._serialized_end=1634
+  _globals['_UNDOEVENTREQUEST']._serialized_start=1636
+  _globals['_UNDOEVENTREQUEST']._serialized_end=1711
+  _globals['_UNDOEVENTRESPONSE']._serialized_start=1713
+  _globals['_UNDOEVENTRESPONSE']._serialized_end=1757
+  _globals['_MERGEIDENTITIESREQUEST']._serialized_start=1759
+  _globals['_MERGEIDENTITIESREQUEST']._serialized_end=1822
+  _globals['_MERGEIDENTITIESRESPONSE']._serialized_start=1825
+  _globals['_MERGEIDENTITIESRESPONSE']._serialized_end=1991
+  _globals['_EXPORTSUBJECTREQUEST']._serialized_start=1993
+  _globals['_EXPORTSUBJECTREQUEST']._serialized_end=2074
+  _globals['_EXPORTSUBJECTRESPONSE']._serialized_start=2076
+  _globals['_EXPORTSUBJECTRESPONSE']._serialized_end=2143
+  _globals['_ERASESUBJECTREQUEST']._serialized_start=2145
+  _globals['_ERASESUBJECTREQUEST']._serialized_end=2205
+  _globals['_ERASURERECEIPT']._serialized_start=2207
+  _globals['_ERASURERECEIPT']._serialized_end=2299
+  _globals['_ERASURECOPY']._serialized_start=2302
+  _globals['_ERASURECOPY']._serialized_end=2443
+  _globals['_ERASUREREMAINDER']._serialized_start=2445
+  _globals['_ERASUREREMAINDER']._serialized_end=2548
+  _globals['_ERASESUBJECTRESPONSE']._serialized_start=2551
+  _globals['_ERASESUBJECTRESPONSE']._serialized_end=2784
+  _globals['_GETERASURECERTIFICATEREQUEST']._serialized_start=2786
+  _globals['_GETERASURECERTIFICATEREQUEST']._serialized_end=2840
+  _globals['_GETERASURECERTIFICATERESPONSE']._serialized_start=2843
+  _globals['_GETERASURECERTIFICATERESPONSE']._serialized_end=3061
+  _globals['_PROFILESERVICE']._serialized_start=3286
+  _globals['_PROFILESERVICE']._serialized_end=4167
 # @@protoc_insertion_point(module_scope)
