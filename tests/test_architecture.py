@@ -63,7 +63,7 @@ def check(root: Path, by: str) -> str:
     command[0] = str(Path(sys.executable).parent / command[0])
     environment = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "500"}
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    lines = [line for line in run.stdout.splitlines() if not line.endswith(" KEPT")]
+    lines = [line for line in run.stdout.splitlines() if " KEPT" not in line]
     assert run.returncode == (1 if "Rule" in "".join(lines) else 0), run.stdout + run.stderr
     return "\n".join(lines)
 
@@ -104,5 +104,7 @@ def test_what_depends_on_the_machine_is_named(rule: Callable[..., Any], wrong: s
     assert not list(rule("features/planted.py", ast.parse(right)))
 
 
-def test_no_contract_has_exceptions() -> None:
-    assert "ignore_imports" not in (ROOT / "pyproject.toml").read_text()
+def test_contracts_have_the_one_exception_that_a_gpu_needs() -> None:
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    exceptions = [line for line in lines if line.startswith("ignore_imports")]
+    assert exceptions == ['ignore_imports = ["serving.device_scan -> torch"]']

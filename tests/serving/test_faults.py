@@ -96,7 +96,7 @@ class TestBundle:
 
     def test_wrong_golden_answers(self, tmp_path, monkeypatch):
         wrong = {"people": [], "items": [], "queries": [{"text": "space", "tokens": [1], "vector": [0] * 8}]}
-        monkeypatch.setattr("tests.world.golden", lambda: wrong)
+        monkeypatch.setattr("tests.world.golden", lambda *_: wrong)
         assert "golden.json" in self.refusal(publish_world(tmp_path / "wrong"), tmp_path)
 
 
