@@ -39,6 +39,7 @@ from serving.logs import REQUEST_ID_HEADER, begin_request, request_id_of
 from serving.observer import RequestObserver
 from serving.reception.calls import Bounds, Lane, Phase
 from serving.reception.executor import Reception
+from serving.reception.parts import require_few_parts
 from serving.reception.quiet import hush
 from serving.reception.sockets import Sockets
 from serving.services.outcome import rung_of, surface_of
@@ -200,6 +201,7 @@ def _unobserved(*_: Any, **__: Any) -> None:
 
 
 def _parsed(parse: Callable[[bytes], Any], message: bytes) -> Any:
+    require_few_parts(message, parse.__self__.DESCRIPTOR)  # type: ignore[attr-defined]  # a message's FromString
     try:
         return parse(message)
     except DecodeError:
