@@ -135,7 +135,7 @@ class Sockets:
 
 
 def connection_limits() -> tuple[int, int]:
-    """Returns the most connections that a worker keeps, and the most that it takes: files and Redis need descriptors."""
+    """Returns the most connections that a worker keeps, and that it takes: files and Redis need descriptors too."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     descriptors = MOST_CONNECTIONS * 4 if descriptors == resource.RLIM_INFINITY else descriptors
     keeps = max(min(MOST_CONNECTIONS, descriptors // 2), 1)
