@@ -39,8 +39,9 @@ from serving.logs import REQUEST_ID_HEADER, begin_request, request_id_of
 from serving.observer import RequestObserver
 from serving.reception.calls import Bounds, Lane, Phase
 from serving.reception.executor import Reception
+from serving.reception.parts import require_few_parts
 from serving.reception.quiet import hush
-from serving.reception.sockets import Sockets
+from serving.reception.sockets import Sockets, connection_limits
 from serving.services.outcome import rung_of, surface_of
 from serving.telemetry import Telemetry
 from serving.turns import Turns
@@ -200,6 +201,7 @@ def _unobserved(*_: Any, **__: Any) -> None:
 
 
 def _parsed(parse: Callable[[bytes], Any], message: bytes) -> Any:
+    require_few_parts(message, parse.__self__.DESCRIPTOR)  # type: ignore[attr-defined]  # a message's FromString
     try:
         return parse(message)
     except DecodeError:
@@ -377,6 +379,8 @@ class Server:
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
+                # More than are kept, so that good ones are taken until the idle ones have ended.
+                ("grpc.max_allowed_incoming_connections", connection_limits()[1]),
                 ("grpc.max_concurrent_streams", self._reception.calls.bounds.calls),
                 # gRPC reads up to 4 MiB at once of each connection that sends much; 40 of them would take 160.
                 ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
@@ -406,7 +410,9 @@ class Server:
             self._grpc.add_secure_port(address, _credentials(self._config))
         else:
             self._grpc.add_insecure_port(address)
-        self._reception.sockets = Sockets(int(address.rpartition(":")[2]), self._config.max_message_bytes)
+        self._reception.sockets = Sockets(
+            int(address.rpartition(":")[2]), self._config.max_message_bytes, connection_limits()[0]
+        )
         self._grpc.start()
         for name in ("", *names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

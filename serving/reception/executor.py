@@ -28,12 +28,15 @@ from serving.reception.calls import Bounds, Call, Lane, OpenCalls, Phase
 from serving.reception.sockets import Sockets
 from serving.telemetry import Telemetry
 
-ROUND_S = 0.25
+ROUND_S = 0.1
 """Time between two looks at what is overdue, in seconds."""
 
 _LEAST_ROUND_S = 0.01
-_LOOK_S = 0.5
-"""Time between two looks at the sockets, in seconds."""
+_LOOK_S = 0.1
+"""Least time between two looks at the sockets, in seconds: a connection can send some MB in it."""
+
+_LOOK_SHARE = 20
+"""Times as long as a look takes, until the next: thousands of connections make it slow."""
 
 _TRIM_S = 5.0
 """Least time between two returns of free memory to the system, in seconds."""
@@ -268,7 +271,7 @@ class Reception(ThreadPoolExecutor):
     def _reap(self) -> None:
         """Ends what is overdue, again and again."""
         trimmed = looked = time.monotonic()
-        resident = 0
+        pause, resident = _LOOK_S, 0
         while not self._ending:
             if self._urgent.wait(ROUND_S):
                 self._urgent.clear()
@@ -279,9 +282,9 @@ class Reception(ThreadPoolExecutor):
                 else:
                     call.end(error)
             now = time.monotonic()
-            if self.sockets and now - looked > _LOOK_S:
+            if self.sockets and now - looked >= pause:
                 self._look(self.sockets, now - looked)
-                looked = now
+                looked, pause = now, max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - now))
             if now - trimmed > _TRIM_S:
                 trimmed, resident = now, _trimmed(resident)
 

