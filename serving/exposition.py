@@ -72,7 +72,12 @@ FAMILIES = (
     Family("penchant_events_unknown_item", "counter", "Events taken whose item the catalogue does not know."),
     Family("penchant_events_odd_type", "counter", "Events taken whose type only looks like a documented one."),
     Family("penchant_events_applied_later", "counter", "Events taken that only the projector brings into profiles."),
-    Family("penchant_slates", "counter", "Slates: `written` to the log, `dropped`, or `left_out` of its sample.", ("result",)),
+    Family(
+        "penchant_slates",
+        "counter",
+        "Slates: `written` to the log, `dropped`, or `left_out` of its sample.",
+        ("result",),
+    ),
     Family("penchant_slates_waiting", "gauge", "Slates that wait to be written to the log.", _PROCESS),
     Family("penchant_profiles_corrupt", "counter", "Reads and writes of a profile that is damaged."),
     Family("penchant_projector_events", "counter", "Events that the projector was the first to bring into a profile."),

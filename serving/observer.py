@@ -36,8 +36,8 @@ class RequestObserver:
         Args:
             telemetry: Counts requests by method, code, surface and rung, and times them by method.
             access_log: Lines for no request, for those that fail, or for all of them. Of failures the first line of
-                each method and code is written at once; those of the next minute are counted in the line after it, so
-                that a dependency that is down does not fill the log.
+                each method and code, of UNAVAILABLE of any method, is written at once; those of the next minute are
+                counted in the line after it, so that a dependency that is down does not fill the log.
             surfaces: Names of surfaces that may become labels. All others are "other", for callers choose them.
             errors_s: Time between two lines about the same failure.
         """
@@ -72,12 +72,14 @@ class RequestObserver:
     def _failed(self, method: str, code: str) -> int | None:
         """Returns the number of such failures since the last line about one; None where this one gets no line."""
         now = time.monotonic()
+        # A Redis that is down fails every method alike.
+        key = ("", code) if code == "UNAVAILABLE" else (method, code)
         with self._lock:
-            last, silent = self._failures.get((method, code), (-self._errors_s, 0))
+            last, silent = self._failures.get(key, (-self._errors_s, 0))
             if now - last < self._errors_s:
-                self._failures[method, code] = last, silent + 1
+                self._failures[key] = last, silent + 1
                 return None
-            self._failures[method, code] = now, 0
+            self._failures[key] = now, 0
             return silent
 
     def _write(self, method: str, code: str, seconds: float, more: int = 0, **fields: Any) -> None:

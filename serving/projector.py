@@ -8,6 +8,7 @@ again first. That everything up to an acknowledged event is applied and on disk 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -31,7 +32,7 @@ from serving.outages import Outage
 from serving.places import Identity, new_id
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect, printable
-from serving.registry import Heartbeat, Patience, Registry
+from serving.registry import Heartbeat, Registry
 from serving.restart import Report, Trouble, described, keep_running
 from serving.telemetry import Telemetry
 
@@ -146,6 +147,8 @@ class Projector:
             ResourceExhausted: The profiles Redis is full, or a person's tail; step again later.
         """
         try:
+            with contextlib.suppress(ProfileStoreUnavailable):  # `run_ids` knows of which partitions
+                self._profiles.look()
             run_ids = self._profiles.run_ids()
             for partition, (before, now) in enumerate(zip(self._run_ids, run_ids, strict=True)):
                 if before != now:
@@ -363,13 +366,15 @@ def run(
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     telemetry: Telemetry | None = None,
     trouble: Trouble | None = None,
+    unsafe: bool = False,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
     It also has the bytes of what was erased removed from the disks, every `purge_s` seconds. Without a number of
     partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`. `telemetry` counts what a
     `Projector` counts. With `trouble`, what ends in an error is started again, and a projector of this log that fills
-    another profile store is waited for; `trouble` is told meanwhile, and the bytes of erasures leave the disks.
+    another profile store is waited for; `trouble` is told meanwhile, and the bytes of erasures leave the disks. While a
+    Redis could lose what it holds, nothing is applied and nothing acknowledged, unless `unsafe`.
 
     Raises:
         OtherStore: A projector of this log fills another profile store.
@@ -384,8 +389,8 @@ def run(
         partitions = awaited_partitions(events, partitions, stop)
         ready({"pid": os.getpid(), "partitions": partitions})
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
-        store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
-        log = EventLog(events, partitions)
+        store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP, guarded=not unsafe)
+        log = EventLog(events, partitions, unsafe=unsafe)
         purger = Purger(Certificates(log), events, profiles, purge_s)
         heartbeat, ended = Heartbeat(Registry(log)), threading.Event()
 
@@ -426,7 +431,8 @@ def _own_store(
     Raises:
         OtherStore: A projector fills another one, and this one is not to be patient.
     """
-    registry, identity, patience = Registry(log), Identity("", f"{new_id()}.0"), Patience(_log)
+    registry, identity = Registry(log), Identity("", f"{new_id()}.0")
+    standing = Outage(_log, "no events are brought into profiles by this host")
     while not stop.is_set():
         try:
             log.open()
@@ -434,10 +440,11 @@ def _own_store(
             other = _in_the_way(registry, identity.copy_id, place)
             if other is None:
                 heartbeat.say(None, identity, "projecting")
+                standing.works()
                 return True
             if not patient:
                 raise other
-            patience.warn(f"no events are brought into profiles by this host: {other}")
+            standing.failed(other)
             report(f"stands by: {other}")
             stop.wait(_OTHER_S)
         except (Unavailable, ResourceExhausted) as error:
