@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
@@ -32,7 +33,7 @@ from serving.outages import Outage
 from serving.places import Identity, new_id
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect, printable
-from serving.registry import Heartbeat, Registry
+from serving.registry import Copy, Heartbeat, Registry
 from serving.restart import Report, Trouble, described, keep_running
 from serving.telemetry import Telemetry
 
@@ -60,6 +61,21 @@ _OTHER_S = 2.0
 """Pause between two looks whether the profiles of a log are still in another store."""
 _TIMEOUT_S = 5.0
 _log = logging.getLogger(__name__)
+
+
+class _Every:
+    """Tells when something is due again."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._last = every_s, time.monotonic()
+
+    def due(self) -> bool:
+        """Returns True once per period."""
+        now = time.monotonic()
+        if now - self._last < self._every_s:
+            return False
+        self._last = now
+        return True
 
 
 class _Batch(NamedTuple):
@@ -98,6 +114,7 @@ class Projector:
         batch: int = 500,
         idle: Idle | None = None,
         telemetry: Telemetry | None = None,
+        require_own: Callable[[], None] = lambda: None,
     ) -> None:
         """Says what to project; `run` does it.
 
@@ -111,7 +128,10 @@ class Projector:
             idle: When profiles are dropped, and how they are made anew; None keeps them.
             telemetry: Counts `events_projected`, `events_damaged`, `profiles_compacted`, `profiles_dropped` and
                 `profiles_returned`.
+            require_own: Raises once the profiles of the log are elsewhere; `run` asks regularly, and first of all after
+                it has stood still for as long as a projector may before another one takes its place.
         """
+        self._require_own, self._owned = require_own, _Every(_OTHER_S)
         self._idle, self._returned, self._swept, self._called = idle, dict[str, None](), -_SWEEP_S, -_CALLED_S
         # The past of a few people may be spread over a large warehouse: events do not wait for it.
         self._aside = ThreadPoolExecutor(1, "rehydrate")
@@ -178,6 +198,8 @@ class Projector:
                 try:
                     self.open()
                     while not stop.is_set():
+                        if self._owned.due():
+                            self._require_own()
                         seen = self.step()
                         outage.works()
                         self._trim()
@@ -396,7 +418,8 @@ def run(
 
         def project(report: Report) -> None:
             if _own_store(log, store, printable(redis_url), heartbeat, stop, report, patient=patient):
-                Projector(log, store, idle=idle, telemetry=telemetry).run(stop, report)
+                own = partial(_require_own, log, store, printable(redis_url))
+                Projector(log, store, idle=idle, telemetry=telemetry, require_own=own).run(stop, report)
 
         def purge() -> None:
             keep_running("purge", lambda _: purger.run(ended), ended, trouble.reporter("purge"), patient=True)
@@ -463,10 +486,26 @@ def _in_the_way(registry: Registry, copy_id: str, place: str) -> OtherStore | No
         registry.choose("profiles", copy_id)
         return None
     if own.alive(registry.now_ms()):
-        return OtherStore(
-            f"the profiles of this log are in {own.named()}, and {place} is another Redis: one log fills one. Give the "
-            "same redis on every host, or set projector: false here"
-        )
+        return _other_store(own, place)
     _log.warning("the profiles of this log were in %s, where no projector runs; now they are in %s", own.named(), place)
     registry.choose("profiles", copy_id, instead_of=own.copy_id)
     return None
+
+
+def _require_own(log: EventLog, store: ProfileStore, place: str) -> None:
+    """Refuses to go on where another projector has taken the place of this one meanwhile, with another store.
+
+    Raises:
+        OtherStore: One has.
+        Unavailable: A Redis does not answer.
+    """
+    own = Registry(log).own("profiles")
+    if own is not None and own.copy_id != store.store_id():
+        raise _other_store(own, place)
+
+
+def _other_store(own: Copy, place: str) -> OtherStore:
+    return OtherStore(
+        f"the profiles of this log are in {own.named()}, and {place} is another Redis: one log fills one. Give the "
+        "same redis on every host, or set projector: false here"
+    )
