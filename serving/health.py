@@ -103,7 +103,7 @@ class HealthMonitor:
         self.hush()
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(2 * _PERIOD_S)  # a Redis that hangs keeps no worker from ending
 
     def look(self) -> Mapping[str, str]:
         """Looks at every part once, and says what changed; returns what is wrong, by part."""
@@ -198,9 +198,10 @@ class Catalogue:
         Raises:
             CatalogLogUnavailable: The log does not answer.
         """
+        newest = self._changes.version()
         if self._follower.trouble:
             return self._follower.trouble
-        behind = self._changes.version() - self._progress.version
+        behind = newest - self._progress.version
         now = time.monotonic()
         if behind <= 0:
             self._caught_up = now
