@@ -63,21 +63,6 @@ _TIMEOUT_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-class _Every:
-    """Tells when something is due again."""
-
-    def __init__(self, every_s: float) -> None:
-        self._every_s, self._last = every_s, time.monotonic()
-
-    def due(self) -> bool:
-        """Returns True once per period."""
-        now = time.monotonic()
-        if now - self._last < self._every_s:
-            return False
-        self._last = now
-        return True
-
-
 class _Batch(NamedTuple):
     """Entries of one partition that were applied, and whose tails grew long by it."""
 
@@ -131,7 +116,7 @@ class Projector:
             require_own: Raises once the profiles of the log are elsewhere; `run` asks regularly, and first of all after
                 it has stood still for as long as a projector may before another one takes its place.
         """
-        self._require_own, self._owned = require_own, _Every(_OTHER_S)
+        self._require_own, self._owned = require_own, time.monotonic()
         self._idle, self._returned, self._swept, self._called = idle, dict[str, None](), -_SWEEP_S, -_CALLED_S
         # The past of a few people may be spread over a large warehouse: events do not wait for it.
         self._aside = ThreadPoolExecutor(1, "rehydrate")
@@ -198,8 +183,9 @@ class Projector:
                 try:
                     self.open()
                     while not stop.is_set():
-                        if self._owned.due():
+                        if time.monotonic() - self._owned >= _OTHER_S:
                             self._require_own()
+                            self._owned = time.monotonic()
                         seen = self.step()
                         outage.works()
                         self._trim()
