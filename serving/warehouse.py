@@ -214,6 +214,7 @@ class Warehouse:
         self._written = [0] * log.partitions
         self._holding = _Clock(_HOLD_S)
         self._days, self._ledger, self._place = days, ledger, place
+        self._damage = Outage(_log, "an erasure waits")
         self._standing = Outage(_log, "no Parquet is written by this host")
         self._damaged: frozenset[int] = frozenset()
         self._telemetry = telemetry or Telemetry()
@@ -248,8 +249,9 @@ class Warehouse:
         try:
             self._telemetry.count("warehouse_erased", self._files.hold(erasures))
             self._damaged = frozenset()
+            self._damage.works()
         except DamagedFiles as error:
-            _log.warning("an erasure waits: %s", error)
+            self._damage.failed(error)
             self._damaged = error.partitions
 
     def step(self, flush: bool = False) -> int:
