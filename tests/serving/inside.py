@@ -14,6 +14,7 @@ from typing import Any
 from penchant.client import Client
 from serving import projector, warehouse
 from serving.config import ServeConfig
+from serving.telemetry import Telemetry
 from serving.worker import work
 from tests.fixtures import PATIENCE_S, START_S
 
@@ -42,7 +43,7 @@ def inside(
     stop, ready = threading.Event(), threading.Event()
     purge_s = config.purge_hours * 1800
     threads = [
-        threading.Thread(target=work, args=(config, 0, stop, ready.set)),
+        threading.Thread(target=work, args=(config, Telemetry(), stop, ready.set)),
         threading.Thread(
             target=projector.run, args=(profiles_url, events_url, config.partitions, stop), kwargs={"purge_s": purge_s}
         ),
