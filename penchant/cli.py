@@ -415,6 +415,12 @@ def projector(
     ] = None,
     metrics_listen: MetricsListen = "",
     log_format: LogFormat = "text",
+    unsafe_redis: Annotated[
+        bool,
+        typer.Option(
+            "--unsafe-redis", envvar="PENCHANT_UNSAFE_REDIS", help="Accept a Redis whose settings may lose data."
+        ),
+    ] = False,
 ) -> None:
     """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
@@ -436,7 +442,8 @@ def projector(
     with exposed(metrics_listen, "projector", telemetry) as metrics:
         events = events_redis or redis
         ready = partial(_ready, metrics=metrics)
-        raise typer.Exit(run(redis, events, partitions, idle=idle, ready=ready, telemetry=telemetry))
+        status = run(redis, events, partitions, idle=idle, ready=ready, telemetry=telemetry, unsafe=unsafe_redis)
+        raise typer.Exit(status)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from serving.readiness import Readiness
 from serving.redis_client import connect, printable
 from serving.redis_safety import require_safe
 from serving.redis_server import RedisServer, close_to_others
+from serving.restart import Trouble
 from serving.supervisor import Child, ChildDied, stop_all
 from serving.vetting import vet
 
@@ -75,7 +76,7 @@ def serve(config: ServeConfig) -> int:
             # It answers until the last process has ended.
             health = stack.enter_context(HttpServer(config.health_listen, readiness.pages()))
         redis, events = stack.enter_context(_stores(config))
-        stack.enter_context(kept(config, redis, events))
+        stack.enter_context(kept(config, redis, events, Trouble(readiness.tell)))
         address = stack.enter_context(_reserved(config))
         monitor, metrics = stack.enter_context(_monitored(config, bundle, redis, events))
         sealed = {name: bundle.seal(name) for name in SHARED}

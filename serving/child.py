@@ -145,6 +145,7 @@ def _read_log(
             ready=lambda _: ready(),
             telemetry=telemetry,
             trouble=trouble,
+            unsafe=config.unsafe_redis,
         )
         return
     from serving import warehouse

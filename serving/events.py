@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import redis
@@ -105,6 +105,7 @@ class EventLog:
         default: Purpose = EVERY_PURPOSE,
         person_cap: int = PERSON_CAP,
         unsafe: bool = False,
+        beside: EventLog | None = None,
     ) -> None:
         """Takes a client of `redis_client.connect`; call `open` before anything else.
 
@@ -118,6 +119,7 @@ class EventLog:
             default: What a person allows who has said nothing.
             person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
             unsafe: Whether what is written counts on a Redis that may lose it.
+            beside: The same log through other connections; one `look` is enough for both.
         """
         self._person_cap = person_cap
         self.default = default
@@ -126,7 +128,9 @@ class EventLog:
         self.client = client
         self._times, self._index_ms, self._times_told = times, (times or LogTimes()).index_ms, times is None
         self._mark = memory_mark
-        self.nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal, guarded="" if unsafe else "events")
+        role: Literal["", "events"] = "" if unsafe else "events"
+        others = beside.nodes if beside else None
+        self.nodes: Nodes = Nodes(client, EventLogUnavailable, cooldown_s, _refusal, guarded=role, beside=others)
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
         self._salt = b""
         self._admission = Admission(self.nodes, [keys.events for keys in self.keys])

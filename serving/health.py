@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from redis.exceptions import RedisError
@@ -19,8 +20,11 @@ from redis.exceptions import RedisError
 from features.errors import PenchantError
 from serving.catalog_log import CatalogLog
 from serving.errors import Unavailable
+from serving.events import EventLog
 from serving.follower import Follower
 from serving.hydrators import Progress
+from serving.outages import Outage
+from serving.profiles import ProfileStore
 from serving.redis_client import Client, servers, serving_error
 from serving.redis_safety import require_safe
 from serving.restart import Trouble, described
@@ -77,7 +81,8 @@ class HealthMonitor:
         trouble = Trouble(tell)
         self._reports = {part.name: trouble.reporter(part.name) for part in parts}
         self._serving = dict.fromkeys((OVERALL, RANKING, EVENTS, PROFILES, CATALOG), True)
-        self._wrong: Mapping[str, str] = {}
+        self._outages = {part.name: Outage(_log, f"degraded: {part.name}") for part in parts}
+        self._saying, self._quiet = threading.Lock(), False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
 
@@ -88,31 +93,46 @@ class HealthMonitor:
                 self._say(service, False)
         self._thread.start()
 
+    def hush(self) -> None:
+        """Says nothing more of the services, and goes on looking: calls in hand still need safe stores."""
+        with self._saying:
+            self._quiet = True
+
     def close(self) -> None:
-        """Stops looking, and says nothing more."""
+        """Stops looking."""
+        self.hush()
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(2 * _PERIOD_S)  # a Redis that hangs keeps no worker from ending
 
     def look(self) -> Mapping[str, str]:
         """Looks at every part once, and says what changed; returns what is wrong, by part."""
-        wrong = {part.name: text for part in self._parts if (text := _looked(part))}
-        for name, text in wrong.items():
-            if name not in self._wrong:
-                _log.warning("degraded: %s: %s", name, text)
-        for name in self._wrong.keys() - wrong.keys():
-            _log.info("no longer degraded: %s", name)
-        self._wrong = wrong
+        wrong = {part.name: text for part in self._parts if (text := self._looked(part))}
         missing = {service for part in self._parts if part.name in wrong for service in part.needed_by}
         if self._strict and wrong:
             missing |= {OVERALL, RANKING}
-        for service, before in self._serving.items():
-            if before is (service in missing):
-                self._serving[service] = not before
-                self._say(service, not before)
+        with self._saying:
+            for service, before in self._serving.items():
+                if before is (service in missing) and not self._quiet:
+                    self._serving[service] = not before
+                    self._say(service, not before)
         for part in self._parts:
             self._reports[part.name](wrong.get(part.name, ""))
         return wrong
+
+    def _looked(self, part: Part) -> str:
+        outage = self._outages[part.name]
+        try:
+            text = part.look()
+        except Unavailable as error:  # of which each call to Redis speaks
+            return described(error)
+        except (RedisError, PenchantError) as error:
+            text = described(serving_error(error, Unavailable) if isinstance(error, RedisError) else error)
+        if text:
+            outage.failed(text)
+        else:
+            outage.works()
+        return text
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD_S):
@@ -123,23 +143,35 @@ class HealthMonitor:
 
 
 def parts_of(
-    profiles: Client, events: Client, changes: CatalogLog, follower: Follower, progress: Progress, unsafe: bool
+    store: ProfileStore, log: EventLog, changes: CatalogLog, follower: Follower, progress: Progress, unsafe: bool
 ) -> list[Part]:
     """Returns what every worker needs: both Redis, and a catalogue that is not behind."""
+    profiles = partial(redis_trouble, store.client, "profiles", unsafe, store.look)
+    events = partial(redis_trouble, log.client, "events", unsafe, log.look)
     return [
-        Part("profiles_redis", lambda: redis_trouble(profiles, "profiles", unsafe), (PROFILES,)),
-        Part("events_redis", lambda: redis_trouble(events, "events", unsafe), (EVENTS, PROFILES, CATALOG)),
+        Part("profiles_redis", profiles, (PROFILES,)),
+        Part("events_redis", events, (EVENTS, PROFILES, CATALOG)),
         Part("catalog", Catalogue(changes, follower, progress)),
     ]
 
 
-def redis_trouble(client: Client, role: Literal["events", "profiles"], unsafe: bool) -> str:
+def redis_trouble(
+    client: Client, role: Literal["events", "profiles"], unsafe: bool, look: Callable[[], None] = lambda: None
+) -> str:
     """Returns why a Redis can hold nothing new, empty where it can.
 
+    Args:
+        client: The Redis.
+        role: What it is for.
+        unsafe: Accept one that may lose acknowledged data.
+        look: Looks at the settings for those who use it, and keeps what it sees; `EventLog.look`, `ProfileStore.look`.
+
     Raises:
-        ConfigError: Its settings are unsafe.
+        Unavailable: It does not answer, or its settings are unsafe.
+        ConfigError: Its settings are unsafe, or it is too old.
         RedisError: It does not answer, or refuses.
     """
+    look()
     require_safe(client, role, unsafe)
     for node in servers(client):
         persistence = node.info("persistence")
@@ -166,21 +198,13 @@ class Catalogue:
         Raises:
             CatalogLogUnavailable: The log does not answer.
         """
+        newest = self._changes.version()
         if self._follower.trouble:
             return self._follower.trouble
-        behind = self._changes.version() - self._progress.version
+        behind = newest - self._progress.version
         now = time.monotonic()
         if behind <= 0:
             self._caught_up = now
         if now - self._caught_up > BEHIND_S:
             return f"{behind:,} versions behind for {now - self._caught_up:.0f} s"
         return ""
-
-
-def _looked(part: Part) -> str:
-    try:
-        return part.look()
-    except RedisError as error:
-        return described(serving_error(error, Unavailable))
-    except PenchantError as error:
-        return described(error)

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from features.private_files import make_folders
 from serving.certificates import Certificate, Certificates
 from serving.config import ServeConfig
 from serving.erasure import forget_in, replay, replay_ledgers
-from serving.errors import ConfigError, InUse, Unavailable
+from serving.errors import ConfigError, InUse, ServingError, Unavailable
 from serving.events import EventLog, partitions_for
 from serving.ledger import Erasure, Ledger
+from serving.outages import Outage
 from serving.places import HOST, Identity, host_name, new_id, read_identity, write_identity
 from serving.profiles import ProfileStore
 from serving.redis_client import connect, printable
-from serving.registry import BEAT_S, Claim, Copy, Heartbeat, Kind, Patience, Registry
+from serving.registry import BEAT_S, Claim, Copy, Heartbeat, Kind, Registry
+from serving.restart import Report, Trouble, described, keep_running
 from serving.warehouse_files import WarehouseFiles
 
 _TIMEOUT_S = 10.0
@@ -59,7 +62,13 @@ class HostKeeper:
         self._registered = -_REGISTER_S
         self._heartbeat, self._process = Heartbeat(self._registry), new_id()
         self._claims: dict[Path, Claim] = {}
-        self._patience = Patience(_log)
+        self._behind = set[Path]()
+        """Folders that this host has taken and that have not been through all erasures yet."""
+        self._damaged: dict[Path, str] = {}
+        self._outage, self._damage = (
+            Outage(_log, "erasures wait on this host"),
+            Outage(_log, "erasures wait for Parquet"),
+        )
         self._host_id, self._caught_up = "", False
 
     def catch_up(self) -> int:
@@ -78,26 +87,41 @@ class HostKeeper:
         self._note(known)
         again = replay(known, self._log, self._store, self._due_ms) if known else 0
         self._register(now=True)
-        self._tend(known, self._certificates.pending(), every=True)
+        self._behind |= {folder for folder in self._folders if folder.exists()}
+        self._follow()
         self._caught_up = True
         return again
 
-    def run(self, stop: threading.Event) -> None:
-        """Catches up unless that is done, then follows every erasure until `stop` is set."""
-        behind = not self._caught_up
+    def run(self, stop: threading.Event, report: Report = lambda _: None) -> None:
+        """Catches up unless that is done, then follows every erasure until `stop` is set.
+
+        Args:
+            stop: Ends it.
+            report: Told what erasures wait for on this host, and "" while they wait for nothing.
+        """
         while not stop.wait(BEAT_S / 2):
             try:
-                if behind:
+                if not self._caught_up:
                     self.catch_up()
-                    behind = False
                 self._register()
-                if pending := self._certificates.pending():
-                    known = self._certificates.erasures()
-                    self._note(known)
-                    self._tend(known, pending)
-                    self._certificates.retire()
+                self._follow()
+                self._outage.works()
+                report("; ".join(self._damaged.values()))
             except (PenchantError, OSError) as error:
-                self._patience.warn(f"erasures wait on this host: {error}")
+                if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+                    self._outage.failed(error)
+                report(f"waits: {described(error)}")
+
+    def _follow(self) -> None:
+        """Brings what is registered of this host through the erasures that wait for it, or that it has missed."""
+        pending = self._certificates.pending()
+        if not pending and not self._behind:
+            return
+        # Read after the copies were registered: a certificate that does not name one of them is among these.
+        known = self._certificates.erasures()
+        self._note(known)
+        self._tend(known, pending)
+        self._certificates.retire()
 
     def close(self) -> None:
         """Says that the host stops."""
@@ -131,6 +155,7 @@ class HostKeeper:
         taken = Identity(copy_id, f"{self._process}.0")
         write_identity(folder, taken)
         self._registry.register(kind, copy_id, place)
+        self._behind |= {folder} if kind == "warehouse" else set()
         self._heartbeat.say(folder, taken, "serving" if kind == "ledger" else "kept, not written")
         return copy_id
 
@@ -184,8 +209,8 @@ class HostKeeper:
         if missing := [one for one in known if one.certificate_id not in noted]:
             self._ledger.note(*missing)
 
-    def _tend(self, known: Sequence[Erasure], pending: Sequence[Certificate], *, every: bool = False) -> None:
-        """Makes erasures hold in what this host has, and confirms it; `every` looks through all folders."""
+    def _tend(self, known: Sequence[Erasure], pending: Sequence[Certificate]) -> None:
+        """Makes erasures hold in what this host has, and confirms it."""
         store_id = self._store.store_id()
         unmarked = [one for one in pending if _waits(one, store_id, logically=True)]
         if unmarked:
@@ -199,24 +224,36 @@ class HostKeeper:
         for copy in self._registry.copies("warehouse"):
             folder = ids.get(copy.copy_id) or reachable(copy)
             waiting = [one for one in pending if _waits(one, copy.copy_id)]
-            if folder and (waiting or (every and copy.copy_id in ids)):
+            if folder and (waiting or folder in self._behind):
                 self._hold(folder, copy, known, waiting)
+        # What is not registered holds no rows, or is about to be taken by its warehouse, which sees to it.
+        self._behind &= set(self._damaged)
 
     def _hold(self, folder: Path, copy: Copy, known: Sequence[Erasure], waiting: Sequence[Certificate]) -> None:
         """Makes erasures hold in a folder of Parquet, and confirms those that wait for it."""
         try:
-            if hold_in(folder, copy, known, self._registry, self._heartbeat) is None:
-                return
+            gone = hold_in(folder, copy, known, self._registry, self._heartbeat)
         except (TablesError, ConfigError, OSError) as error:
-            self._patience.warn(f"erasures wait for {folder}: {error}")
+            self._damage.failed(f"{folder}: {error}", folder)
+            self._damaged[folder] = f"waits for {folder}: {described(error)}"
+            return
+        self._damage.works(folder)
+        self._damaged.pop(folder, None)
+        if gone is None:  # a process has it, which makes them hold, and confirms
             return
         for one in waiting:
             self._certificates.confirm_copy(one, copy.copy_id)
 
 
 @contextlib.contextmanager
-def kept(config: ServeConfig, redis_url: str, events_url: str) -> Iterator[None]:
+def kept(config: ServeConfig, redis_url: str, events_url: str, trouble: Trouble) -> Iterator[None]:
     """Registers this host with the log and keeps up with its erasures while the block runs.
+
+    Args:
+        config: The settings.
+        redis_url: The profiles Redis.
+        events_url: The events Redis.
+        trouble: Told what erasures wait for on this host.
 
     Raises:
         ConfigError: The ledger is damaged, or is of another log.
@@ -231,9 +268,14 @@ def kept(config: ServeConfig, redis_url: str, events_url: str) -> Iterator[None]
                 _log.warning(
                     "%d of %d erasures did not hold, as after a backup was put back; they do now", again, known
                 )
-        except (Unavailable, OSError) as error:
+        except ConfigError:
+            raise
+        except Unavailable as error:  # of which each call to Redis speaks
+            _log.info("the erasures that this host has missed wait: %s", error)
+        except (ServingError, OSError) as error:
             _log.warning("the erasures that this host has missed wait: %s", error)
-        thread = threading.Thread(target=keeper.run, args=(stop,), name="host", daemon=True)
+        work = partial(keep_running, "erasures", partial(keeper.run, stop), stop, trouble.reporter("erasures"))
+        thread = threading.Thread(target=partial(work, patient=True), name="host", daemon=True)
         thread.start()
         try:
             yield

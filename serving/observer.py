@@ -18,6 +18,9 @@ OTHER = "other"
 ERRORS_S = 60.0
 """Shortest time between two lines about the same code of the same method, in seconds; with `errors`."""
 
+_OUTAGE_CODES = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""Codes whose lines all methods share."""
+
 _log = logging.getLogger("penchant.access")
 
 
@@ -37,7 +40,7 @@ class RequestObserver:
             telemetry: Counts requests by method, code, surface and rung, and times them by method.
             access_log: Lines for no request, for those that fail, or for all of them. Of failures the first line of
                 each method and code is written at once; those of the next minute are counted in the line after it, so
-                that a dependency that is down does not fill the log.
+                that a dependency that is down does not fill the log. `_OUTAGE_CODES` count as one failure.
             surfaces: Names of surfaces that may become labels. All others are "other", for callers choose them.
             errors_s: Time between two lines about the same failure.
         """
@@ -72,12 +75,14 @@ class RequestObserver:
     def _failed(self, method: str, code: str) -> int | None:
         """Returns the number of such failures since the last line about one; None where this one gets no line."""
         now = time.monotonic()
+        # A Redis that is down fails every method alike, and some of their retries for want of time.
+        key = ("", "UNAVAILABLE") if code in _OUTAGE_CODES else (method, code)
         with self._lock:
-            last, silent = self._failures.get((method, code), (-self._errors_s, 0))
+            last, silent = self._failures.get(key, (-self._errors_s, 0))
             if now - last < self._errors_s:
-                self._failures[method, code] = last, silent + 1
+                self._failures[key] = last, silent + 1
                 return None
-            self._failures[method, code] = now, 0
+            self._failures[key] = now, 0
             return silent
 
     def _write(self, method: str, code: str, seconds: float, more: int = 0, **fields: Any) -> None:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import redis
 from redis.exceptions import ResponseError
@@ -41,6 +41,7 @@ from features.profile import (
 )
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.redis_client import (
+    META,
     Call,
     Client,
     Request,
@@ -149,6 +150,8 @@ class ProfileStore:
         tail_cap: int = TAIL_CAP,
         cooldown_s: float = 0.5,
         telemetry: Telemetry | None = None,
+        guarded: bool = False,
+        beside: ProfileStore | None = None,
     ) -> None:
         """Takes a client of `redis_client.connect`; its timeout is the most that a dead Redis costs a request.
 
@@ -158,8 +161,15 @@ class ProfileStore:
             tail_cap: Entries a tail may hold.
             cooldown_s: Longest pause between looks at a failed Redis; personal answers are back that long after it is.
             telemetry: Counts `profile_corrupt`.
+            guarded: Reads and writes nothing while a server could evict profiles; `look` has to be called regularly.
+            beside: A store of the same Redis through other connections; one `look` is enough for both.
         """
-        self._nodes = Nodes(client, ProfileStoreUnavailable, cooldown_s, self._refusal)
+        role: Literal["", "profiles"] = "profiles" if guarded else ""
+        others: Nodes | None = beside._nodes if beside else None
+        self.client = client
+        self._nodes: Nodes = Nodes(
+            client, ProfileStoreUnavailable, cooldown_s, self._refusal, guarded=role, beside=others
+        )
         self._tail_cap, self._id = tail_cap, ""
         self._telemetry = telemetry or Telemetry()
         self._prefixes = [partition_prefix(partition) + b"profile:" for partition in range(partitions)]
@@ -173,6 +183,14 @@ class ProfileStore:
             ProfileStoreUnavailable: Redis does not answer.
         """
         require_partitions(self._nodes, len(self._prefixes))
+
+    def look(self) -> None:
+        """Looks at the settings of every server, if the store is guarded.
+
+        Raises:
+            ProfileStoreUnavailable: A server does not answer, or is unsafe.
+        """
+        self._nodes.look([META, *self._prefixes])
 
     def store_id(self) -> str:
         """The id of this store among the copies of the log; made when it is first asked for.

@@ -8,6 +8,7 @@ again first. That everything up to an acknowledged event is applied and on disk 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
@@ -31,7 +33,7 @@ from serving.outages import Outage
 from serving.places import Identity, new_id
 from serving.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.redis_client import connect, printable
-from serving.registry import Heartbeat, Patience, Registry
+from serving.registry import Copy, Heartbeat, Registry
 from serving.restart import Report, Trouble, described, keep_running
 from serving.telemetry import Telemetry
 
@@ -97,6 +99,7 @@ class Projector:
         batch: int = 500,
         idle: Idle | None = None,
         telemetry: Telemetry | None = None,
+        require_own: Callable[[], None] = lambda: None,
     ) -> None:
         """Says what to project; `run` does it.
 
@@ -110,7 +113,10 @@ class Projector:
             idle: When profiles are dropped, and how they are made anew; None keeps them.
             telemetry: Counts `events_projected`, `events_damaged`, `profiles_compacted`, `profiles_dropped` and
                 `profiles_returned`.
+            require_own: Raises once the profiles of the log are elsewhere; `run` asks regularly, and first of all after
+                it has stood still for as long as a projector may before another one takes its place.
         """
+        self._require_own, self._owned = require_own, time.monotonic()
         self._idle, self._returned, self._swept, self._called = idle, dict[str, None](), -_SWEEP_S, -_CALLED_S
         # The past of a few people may be spread over a large warehouse: events do not wait for it.
         self._aside = ThreadPoolExecutor(1, "rehydrate")
@@ -146,6 +152,8 @@ class Projector:
             ResourceExhausted: The profiles Redis is full, or a person's tail; step again later.
         """
         try:
+            with contextlib.suppress(ProfileStoreUnavailable):  # `run_ids` knows of which partitions
+                self._profiles.look()
             run_ids = self._profiles.run_ids()
             for partition, (before, now) in enumerate(zip(self._run_ids, run_ids, strict=True)):
                 if before != now:
@@ -175,6 +183,9 @@ class Projector:
                 try:
                     self.open()
                     while not stop.is_set():
+                        if time.monotonic() - self._owned >= _OTHER_S:
+                            self._require_own()
+                            self._owned = time.monotonic()
                         seen = self.step()
                         outage.works()
                         self._trim()
@@ -363,13 +374,15 @@ def run(
     ready: Callable[[dict[str, Any]], None] = lambda _: None,
     telemetry: Telemetry | None = None,
     trouble: Trouble | None = None,
+    unsafe: bool = False,
 ) -> int:
     """The projector as a process: runs until SIGTERM or SIGINT, or until `stop` is set; returns the exit status.
 
     It also has the bytes of what was erased removed from the disks, every `purge_s` seconds. Without a number of
     partitions it waits for the log to tell its own. `ready` is told `pid` and `partitions`. `telemetry` counts what a
     `Projector` counts. With `trouble`, what ends in an error is started again, and a projector of this log that fills
-    another profile store is waited for; `trouble` is told meanwhile, and the bytes of erasures leave the disks.
+    another profile store is waited for; `trouble` is told meanwhile, and the bytes of erasures leave the disks. While a
+    Redis could lose what it holds, nothing is applied and nothing acknowledged, unless `unsafe`.
 
     Raises:
         OtherStore: A projector of this log fills another profile store.
@@ -384,14 +397,15 @@ def run(
         partitions = awaited_partitions(events, partitions, stop)
         ready({"pid": os.getpid(), "partitions": partitions})
         # More room than those who serve allow: a late event must find a place in a tail that they have filled.
-        store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP)
-        log = EventLog(events, partitions)
+        store = ProfileStore(profiles, partitions, tail_cap=2 * TAIL_CAP, guarded=not unsafe)
+        log = EventLog(events, partitions, unsafe=unsafe)
         purger = Purger(Certificates(log), events, profiles, purge_s)
         heartbeat, ended = Heartbeat(Registry(log)), threading.Event()
 
         def project(report: Report) -> None:
             if _own_store(log, store, printable(redis_url), heartbeat, stop, report, patient=patient):
-                Projector(log, store, idle=idle, telemetry=telemetry).run(stop, report)
+                own = partial(_require_own, log, store, printable(redis_url))
+                Projector(log, store, idle=idle, telemetry=telemetry, require_own=own).run(stop, report)
 
         def purge() -> None:
             keep_running("purge", lambda _: purger.run(ended), ended, trouble.reporter("purge"), patient=True)
@@ -426,7 +440,8 @@ def _own_store(
     Raises:
         OtherStore: A projector fills another one, and this one is not to be patient.
     """
-    registry, identity, patience = Registry(log), Identity("", f"{new_id()}.0"), Patience(_log)
+    registry, identity = Registry(log), Identity("", f"{new_id()}.0")
+    standing = Outage(_log, "no events are brought into profiles by this host")
     while not stop.is_set():
         try:
             log.open()
@@ -434,10 +449,11 @@ def _own_store(
             other = _in_the_way(registry, identity.copy_id, place)
             if other is None:
                 heartbeat.say(None, identity, "projecting")
+                standing.works()
                 return True
             if not patient:
                 raise other
-            patience.warn(f"no events are brought into profiles by this host: {other}")
+            standing.failed(other)
             report(f"stands by: {other}")
             stop.wait(_OTHER_S)
         except (Unavailable, ResourceExhausted) as error:
@@ -456,10 +472,26 @@ def _in_the_way(registry: Registry, copy_id: str, place: str) -> OtherStore | No
         registry.choose("profiles", copy_id)
         return None
     if own.alive(registry.now_ms()):
-        return OtherStore(
-            f"the profiles of this log are in {own.named()}, and {place} is another Redis: one log fills one. Give the "
-            "same redis on every host, or set projector: false here"
-        )
+        return _other_store(own, place)
     _log.warning("the profiles of this log were in %s, where no projector runs; now they are in %s", own.named(), place)
     registry.choose("profiles", copy_id, instead_of=own.copy_id)
     return None
+
+
+def _require_own(log: EventLog, store: ProfileStore, place: str) -> None:
+    """Refuses to go on where another projector has taken the place of this one meanwhile, with another store.
+
+    Raises:
+        OtherStore: One has.
+        Unavailable: A Redis does not answer.
+    """
+    own = Registry(log).own("profiles")
+    if own is not None and own.copy_id != store.store_id():
+        raise _other_store(own, place)
+
+
+def _other_store(own: Copy, place: str) -> OtherStore:
+    return OtherStore(
+        f"the profiles of this log are in {own.named()}, and {place} is another Redis: one log fills one. Give the "
+        "same redis on every host, or set projector: false here"
+    )

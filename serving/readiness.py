@@ -40,11 +40,16 @@ class Readiness:
         self._folders = (config.state_dir, config.warehouse_path) if config.warehouse else (config.state_dir,)
         self._workers: Sequence[Child] = ()
         self._readers: Sequence[Child] = ()
+        self._own: Mapping[str, str] = {}
         self._ticked: float | None = None
 
     def watch(self, workers: Sequence[Child], readers: Sequence[Child]) -> None:
         """Takes the processes of the service."""
         self._workers, self._readers = workers, readers
+
+    def tell(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of the supervisor's own parts: `{"trouble": {part: text}}`."""
+        self._own = state["trouble"]
 
     def tick(self) -> None:
         """Notes that the supervisor works; to be called all the time from the first time on."""
@@ -72,7 +77,7 @@ class Readiness:
 
     def degraded(self) -> dict[str, str]:
         """Returns what is wrong, by part; of several workers that say the same part, the first counts."""
-        found: dict[str, str] = {}
+        found = dict(self._own)
         for child in (*self._workers, *self._readers):
             found = child.trouble() | found
         for folder in self._folders:

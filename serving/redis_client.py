@@ -471,7 +471,7 @@ class Breaker:
         self._cooldown_s = cooldown_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._open_until = 0.0
+        self._open_until, self._why = 0.0, ""
         self._pause_s = self._first_s = cooldown_s / 8
 
     def __enter__(self) -> None:
@@ -481,7 +481,8 @@ class Breaker:
             now = self._clock()
             if now < self._open_until:
                 wait_ms = int(1000 * (self._open_until - now)) + 1
-                raise self._away("Redis failed a moment ago and is not asked again yet", retry_after_ms=wait_ms)
+                why = f"Redis failed a moment ago and is not asked again yet: {self._why}"
+                raise self._away(why, retry_after_ms=wait_ms)
             self._open_until = now + self._cooldown_s
             self._pause_s = min(2 * self._pause_s, self._cooldown_s)
 
@@ -489,6 +490,7 @@ class Breaker:
         if error is None or not isinstance(error, RedisError) or isinstance(error, ResponseError):
             self._open_until, self._pause_s = 0.0, self._first_s
         else:
+            self._why = str(serving_error(error, self._away))
             self._open_until = self._clock() + self._pause_s
         if isinstance(error, RedisError):
             raise serving_error(error, self._away) from error

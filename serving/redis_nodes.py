@@ -7,7 +7,7 @@ that is away costs one timeout and then nothing for a while, and only what is on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import redis
 from redis.exceptions import AskError, MovedError, RedisError, ResponseError
@@ -41,7 +41,9 @@ class _Node:
         self.address = (options.get("path"), options.get("host"), options.get("port"))
 
     def guard_of(self, requests: Sequence[Request]) -> Guard | None:
-        """The guard, where the replies to some requests are a promise."""
+        """The guard, where the replies to some requests are a promise, or nothing may be asked of an unsafe server."""
+        if self.guard is None or self.guard.strict:
+            return self.guard
         durable = any(isinstance(request, Call) and request.script.durable for request in requests)
         return self.guard if durable else None
 
@@ -49,6 +51,12 @@ class _Node:
         """Asks for the settings, and lets the guard judge them."""
         if self.guard:
             self.guard.admit(self.line.ask_all([self.guard.look])[0])
+
+    def work(self, work: Callable[[redis.Redis], T]) -> T:
+        """Does something with the client, unless the server is unsafe and nothing may be asked of it then."""
+        if self.guard and self.guard.strict:
+            self.guard.require()
+        return work(self.client)
 
     def run_all(self, requests: Sequence[Request]) -> list[Any]:
         """`Line.run_all`, guarded where it must be."""
@@ -65,7 +73,8 @@ class Nodes:
         cooldown_s: float = 0.5,
         refusal: Callable[[ResponseError], PenchantError] | None = None,
         *,
-        guarded: str = "",
+        guarded: Literal["", "events", "profiles"] = "",
+        beside: Nodes | None = None,
     ) -> None:
         """Takes a client of `redis_client.connect`.
 
@@ -74,12 +83,14 @@ class Nodes:
             away: The class of error that means "this Redis does not answer".
             cooldown_s: Longest pause between looks at a server that failed.
             refusal: What an error reply means, by default `redis_client.serving_error`.
-            guarded: The role of a Redis, "events", on which nothing may count that it could lose; empty for one that
-                may lose what it acknowledges.
+            guarded: The role of a Redis on which nothing may count that it could lose ("events"), or that nothing is
+                asked of while it could evict ("profiles"); empty for one that may lose what it acknowledges.
+            beside: Other connections to the same servers: what a look through one of them finds holds for both.
         """
         self._client, self._away, self._cooldown_s = client, away, cooldown_s
         self._refusal = refusal or (lambda error: serving_error(error, away))
         self._guarded = guarded
+        self._guards: dict[tuple[Any, ...], Guard] = beside._guards if beside else {}
         what = PROFILES_REDIS if issubclass(away, ProfileStoreUnavailable) else EVENTS_REDIS
         self._outage = shared_outage(what)
         self._refusals = shared_outage(f"{what} takes no writes")
@@ -105,10 +116,21 @@ class Nodes:
         Raises:
             Unavailable: A server is away, or unsafe; of the class given.
         """
-        for node in {self._node_of(key): None for key in keys} if self._guarded else ():
-            reply = self._exchange(node, node.look)
-            if isinstance(reply, ResponseError):
-                raise self._told(reply)
+        first: PenchantError | None = None
+        looked: set[_Node] = set()
+        for key in keys if self._guarded else ():
+            try:
+                node = self._node_of(key)
+                if node in looked:
+                    continue
+                looked.add(node)
+                reply = self._exchange(node, node.look)
+                if isinstance(reply, ResponseError):
+                    raise self._told(reply)
+            except PenchantError as error:  # the others are looked at all the same
+                first = first or error
+        if first:
+            raise first
 
     def command(self, *words: Argument, at: bytes | None = None) -> Any:
         """Sends one command.
@@ -186,7 +208,7 @@ class Nodes:
 
     def _done(self, node: _Node, work: Callable[[redis.Redis], T]) -> T | Unavailable:
         try:
-            reply: T | ResponseError = self._exchange(node, lambda: work(node.client))
+            reply: T | ResponseError = self._exchange(node, lambda: node.work(work))
         except Unavailable as error:
             return error
         if isinstance(reply, ResponseError):
@@ -292,8 +314,11 @@ class Nodes:
 
     def _made(self, client: redis.Redis) -> _Node:
         clustered = isinstance(self._client, Cluster)
-        guard = Guard(self._guarded, clustered, self._away, self.timeout_s) if self._guarded else None
-        return _Node(client, Breaker(self._away, self._cooldown_s), guard)
+        node = _Node(client, Breaker(self._away, self._cooldown_s), None)
+        if self._guarded:
+            guard = Guard(self._guarded, clustered, self._away, self.timeout_s)
+            node.guard = self._guards.setdefault(node.address, guard)
+        return node
 
     def _told(self, error: RedisError) -> PenchantError:
         """What a refusal means, with the reply as its cause."""

@@ -5,6 +5,10 @@ was set up differently. So a write whose acknowledgement is a promise is followe
 trip, by WAITAOF, which says that it is on the disk of this very server, and by CONFIG GET. On a connection that is new,
 and after a server was found unsafe, CONFIG GET comes first, so that nothing is written there at all.
 
+Profiles may lose their last seconds, which the log still has, and nothing older: a Redis that evicts would forget
+consent and blocks with them. Its settings are asked for on each new connection and once a second, and while they are
+unsafe nothing is read from it or written to it.
+
 Neither costs a round trip. What is left: a CONFIG SET that the server meets in the same pass of its event loop as the
 write (well under a millisecond) is seen by the next write. Redis before 7.2 has no WAITAOF; there the settings alone
 are looked at, so the first rewrite after `appendonly yes` must be waited for by whoever sets that.
@@ -12,10 +16,8 @@ are looked at, so the first rewrite after `appendonly yes` must be waited for by
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import redis
@@ -24,7 +26,6 @@ from redis.exceptions import RedisError, ResponseError
 from serving.errors import ConfigError, Unavailable
 from serving.redis_cluster import Cluster
 
-WATCH_S = 1.0
 _OLDEST = (7, 0)
 _WAIT_MS = 100
 """Longest wait for the disk; under `appendfsync always` there is nothing to wait for."""
@@ -64,7 +65,8 @@ class Guard:
 
     Attributes:
         look: The command that asks for the settings.
-        proofs: The commands that follow a write.
+        proofs: The commands that follow a write; none where writes may be lost until they are repeated.
+        strict: True if an unsafe server is not read from either.
         trouble: Why nothing counts now, empty where all was well at the last look.
     """
 
@@ -72,9 +74,12 @@ class Guard:
         """Takes what `wanted_settings` takes, the class of the errors, and the longest wait for a reply."""
         self._role, self._away = role, away
         self._wanted = wanted_settings(role, clustered)
-        self.look: Final = ("CONFIG GET", *self._wanted)
+        self.look: Final[tuple[str, ...]] = ("CONFIG GET", *self._wanted)
         wait_ms = max(1, min(_WAIT_MS, int(500 * timeout_s)))
-        self.proofs: Final = (("WAITAOF", 1, 0, wait_ms), self.look)
+        self.strict: Final = role == "profiles"
+        self.proofs: Final[tuple[tuple[str | int, ...], ...]] = (
+            () if self.strict else (("WAITAOF", 1, 0, wait_ms), self.look)
+        )
         self.trouble = ""
         self._looked_at = float("-inf")
 
@@ -85,6 +90,15 @@ class Guard:
             Unavailable: It was; of the class given.
         """
         if self.trouble and time.monotonic() - self._looked_at < _PAUSE_S:
+            raise self._refusal(self.trouble)
+
+    def require(self) -> None:
+        """Refuses where the server was unsafe at the last look.
+
+        Raises:
+            Unavailable: It was; of the class given.
+        """
+        if self.trouble:
             raise self._refusal(self.trouble)
 
     def admit(self, settings: Any) -> None:
@@ -109,6 +123,8 @@ class Guard:
         Raises:
             Unavailable: What was written before them does not count; of the class given.
         """
+        if not proofs:
+            return
         synced, settings = proofs
         self.admit(settings)
         # An error: a server without WAITAOF, or a user who may not say it.
@@ -120,20 +136,8 @@ class Guard:
             raise self._refusal(self.trouble)
 
     def _refusal(self, trouble: str) -> Unavailable:
-        return self._away(f"nothing is acknowledged: {trouble}", retry_after_ms=_RETRY_MS)
-
-
-def watch(look: Callable[[], None], stop: threading.Event, every_s: float = WATCH_S) -> None:
-    """Looks every second until `stop` is set, so that it is known what is unsafe also while nobody writes.
-
-    Args:
-        look: As `EventLog.look`: it keeps what it sees, and says so in the log.
-        stop: Ends it.
-        every_s: Pause between two looks, in seconds.
-    """
-    while not stop.wait(every_s):
-        with contextlib.suppress(Unavailable):
-            look()
+        what = "no profile is read or written" if self.strict else "nothing is acknowledged"
+        return self._away(f"{what}: {trouble}", retry_after_ms=_RETRY_MS)
 
 
 def require_safe(client: redis.Redis | Cluster, role: str, unsafe: bool = False) -> None:

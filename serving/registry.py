@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,9 @@ BEAT_S = 2.0
 
 LEASE_MS = 10_000
 """Time after the last sign of life at which a process counts as gone."""
+
+_END_S = 3.0
+"""Longest wait for the last sign of life."""
 
 _LOOKS = 3
 """Looks in which a folder may lag behind what the log was told of it."""
@@ -279,7 +281,11 @@ class Heartbeat:
         """Says that the process ends: its copies are free at once. Where that cannot be said, their leases run out."""
         self._over.set()
         if self._thread:
-            self._thread.join()
+            self._thread.join(_END_S)
+            if self._thread.is_alive():  # a Redis that hangs keeps no process from ending
+                _log.warning("the leases of this process run out by themselves: Redis does not answer")
+                self._said, self._thread = {}, None
+                return
         for copy_id, (_, identity, _) in self._said.items():
             _tried(partial(self._leave, copy_id, identity, state))
         self._said.clear()
@@ -299,6 +305,8 @@ class Heartbeat:
 
     def _beat(self, copy_id: str) -> None:
         with self._lock:
+            if copy_id not in self._said:  # ended meanwhile
+                return
             folder, identity, state = self._said[copy_id]
             if folder:
                 held = read_identity(folder)
@@ -309,21 +317,6 @@ class Heartbeat:
                 write_identity(folder, identity)
                 self._said[copy_id] = folder, identity, state
         self._registry.seen(copy_id, identity.token, state)
-
-
-class Patience:
-    """Says the same thing once a minute, and each new thing at once."""
-
-    def __init__(self, log: logging.Logger, every_s: float = 60.0) -> None:
-        """Takes the log of whoever says it, and the pause."""
-        self._log, self._every_s, self._last, self._at = log, every_s, "", 0.0
-
-    def warn(self, message: str) -> None:
-        """Logs a message as a warning where it is time."""
-        now = time.monotonic()
-        if message != self._last or now - self._at >= self._every_s:
-            self._last, self._at = message, now
-            self._log.warning("%s", message)
 
 
 def _tried(work: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from features.errors import BundleError, PenchantError
 from serving.errors import ConfigError, FailedPrecondition, ResourceExhausted, Unavailable
+from serving.outages import Outage
 
 Report = Callable[[str], None]
 """Takes what is wrong with a part in one line, empty where it is well."""
@@ -85,9 +86,11 @@ def keep_running(
     def reporting(text: str) -> None:
         nonlocal began
         began = began or not text
+        if not text:
+            outage.works()
         report(text)
 
-    pause = FIRST_PAUSE_S
+    pause, outage = FIRST_PAUSE_S, Outage(_log, f"{name} failed, is started again")
     while True:
         begun = time.monotonic()
         try:
@@ -98,7 +101,7 @@ def keep_running(
             if time.monotonic() - begun > _HEALTHY_S:
                 pause = FIRST_PAUSE_S
             expected = isinstance(error, (PenchantError, OSError))
-            _log.error("%s failed; again in %.1f s: %s", name, pause, error, exc_info=None if expected else error)
+            outage.failed(error, trace=None if expected else error)
             report(f"failed, is started again: {described(error)}")
         if stop.wait(pause):
             return

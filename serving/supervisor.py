@@ -71,6 +71,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                errors="replace",
                 env=_environment(),
                 process_group=0,
                 pass_fds=[reports.fileno(), *self._orders["sealed"].values()],
@@ -127,7 +128,12 @@ class Child:
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         elif now >= self._again:
             before = self._error
-            self.start()
+            try:
+                self.start()
+            except OSError as error:  # no memory or handles for a process now: the others serve on
+                _log.error("%s cannot be started; again in %.1f s. %s", self.name, self._pause, error)
+                self._again = now + self._pause
+                self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
             self._error = before  # it stands until the process is ready, or says another
 
     def trouble(self) -> dict[str, str]:
@@ -194,7 +200,7 @@ class Child:
             with self._news:
                 try:
                     self._take(json.loads(line))
-                except (ValueError, AttributeError):  # a library that prints
+                except (ValueError, AttributeError, TypeError):  # a library that prints
                     _log.warning("%s: %s", self.name, line.rstrip())
                 self._news.notify_all()
         with self._news:

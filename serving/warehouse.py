@@ -38,7 +38,6 @@ from serving.outages import Outage
 from serving.people import consents
 from serving.redis_client import Call, Request, address_of, connect, partition_prefix
 from serving.redis_nodes import required
-from serving.registry import Patience
 from serving.restart import Report, Trouble, described, keep_running
 from serving.scripts import HASH_SET, SEQUENCE_BITS
 from serving.telemetry import Telemetry
@@ -215,7 +214,8 @@ class Warehouse:
         self._written = [0] * log.partitions
         self._holding = _Clock(_HOLD_S)
         self._days, self._ledger, self._place = days, ledger, place
-        self._patience = Patience(_log)
+        self._damage = Outage(_log, "an erasure waits")
+        self._standing = Outage(_log, "no Parquet is written by this host")
         self._damaged: frozenset[int] = frozenset()
         self._telemetry = telemetry or Telemetry()
 
@@ -249,8 +249,9 @@ class Warehouse:
         try:
             self._telemetry.count("warehouse_erased", self._files.hold(erasures))
             self._damaged = frozenset()
+            self._damage.works()
         except DamagedFiles as error:
-            _log.warning("an erasure waits: %s", error)
+            self._damage.failed(error)
             self._damaged = error.partitions
 
     def step(self, flush: bool = False) -> int:
@@ -320,6 +321,7 @@ class Warehouse:
                         seen = self.step()
                         self._tend()
                         outage.works()
+                        self._standing.works()
                         report("")
                         if seen < self._batch:
                             stop.wait(_PAUSE_S)
@@ -329,10 +331,10 @@ class Warehouse:
                     if not patient:
                         raise
                     report(f"refused: {error}")
-                    self._stand_by(f"no Parquet is written by this host: {error}", stop)
+                    self._stand_by(error, stop)
                 except (InUse, TakenOver) as error:
                     report(f"stands by: {error}")
-                    self._stand_by(f"the warehouse stands by: {error}", stop)
+                    self._stand_by(error, stop)
                 except (Unavailable, ResourceExhausted, TablesError, OSError) as error:
                     if not isinstance(error, Unavailable):  # of which each call to Redis speaks
                         outage.failed(error)
@@ -356,9 +358,9 @@ class Warehouse:
             self._place.release()
         self._files.close()
 
-    def _stand_by(self, why: str, stop: threading.Event) -> None:
+    def _stand_by(self, why: PenchantError | OSError, stop: threading.Event) -> None:
         self._leave()
-        self._patience.warn(why)
+        self._standing.failed(why)
         stop.wait(_STAND_BY_S)
 
     def lag(self) -> list[int]:

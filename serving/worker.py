@@ -25,7 +25,6 @@ from serving.observer import RequestObserver
 from serving.people import People
 from serving.profiles import ProfileStore
 from serving.redis_client import connect
-from serving.redis_safety import watch
 from serving.server import Server, Services
 from serving.services.catalog import CatalogService
 from serving.services.events import EventService
@@ -78,9 +77,12 @@ def work(
         connect(config.redis, WRITE_TIMEOUT_S) as watched_profiles,
         connect(config.events_redis, WRITE_TIMEOUT_S) as watched_events,
     ):
-        store = ProfileStore(profiles, config.partitions, telemetry=telemetry)
+        guarded = not config.unsafe_redis
+        store = ProfileStore(profiles, config.partitions, telemetry=telemetry, guarded=guarded)
         # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
-        writer = ProfileStore(written, config.partitions, telemetry=telemetry)
+        writer = ProfileStore(written, config.partitions, telemetry=telemetry, guarded=guarded, beside=store)
+        # The monitor looks at the settings, with connections of its own: a late answer costs nobody else anything.
+        watched = ProfileStore(watched_profiles, config.partitions, guarded=guarded, beside=store)
         log = EventLog(
             events,
             config.partitions,
@@ -93,8 +95,6 @@ def work(
         people = People(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
         _open(store)
-        watching = threading.Thread(target=watch, args=(log.look, stop), name="safety", daemon=True)
-        watching.start()
         impressions = _writer(config, log, telemetry) if config.impressions else None
         around = Surroundings(config, store, progress, telemetry, impressions, turns)
         host = Host(open_engine(config.bundle, around, bundle_id, sealed))
@@ -112,7 +112,8 @@ def work(
             profiles=ProfileService(host, people, certificates, writer),
             catalog=CatalogService(host, changes, follower),
         )
-        parts = parts_of(watched_profiles, watched_events, changes, follower, progress, config.unsafe_redis)
+        watched_log = EventLog(watched_events, config.partitions, unsafe=config.unsafe_redis, beside=log)
+        parts = parts_of(watched, watched_log, changes, follower, progress, config.unsafe_redis)
         tell = control.state if control else lambda _: None
         monitor = HealthMonitor(parts, server.say, tell, strict=config.strict_readiness)
         monitor.look()
@@ -124,7 +125,7 @@ def work(
         monitor.start()
 
         def unready() -> None:
-            monitor.close()
+            monitor.hush()
             server.not_ready()
 
         def close() -> None:
@@ -135,9 +136,9 @@ def work(
         stop.wait()
         unready()
         close()
-        watching.join(WRITE_TIMEOUT_S)
         streams.close()
         server.stop(control.hurry if control else None)
+        monitor.close()
         follower.stop()
         if impressions:
             impressions.close()

@@ -130,8 +130,9 @@ class Stores:
                 self.events.xgroup_setid(keys.events, PROFILES_GROUP, "0")
         projector = Projector(self.log, self.store, settle_s=0.0)
         projector.open()
-        while projector.step():
-            pass
+        idle = 0
+        while idle < 3:  # a step finds what is pending, one that there is no more of it, and one the news
+            idle = 0 if projector.step() else idle + 1
         projector.close()
 
     def count(self, name: str) -> int:

@@ -59,7 +59,9 @@ def own(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 class TestRolling:
-    def test_a_roll_and_a_kill_under_load(self, world, tmp_path, profiles_server, events_server):
+    def test_a_roll_and_a_kill_under_load(
+        self, world, tmp_path, profiles_server, events_server, profiles_redis, events_redis
+    ):
         """The proof in small: see tests/proofs/rolls.py. What stops says so first, and serves meanwhile."""
         urls = (profiles_server.url, events_server.url)
         with (

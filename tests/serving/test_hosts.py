@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from serving.hosts import HostKeeper, hold_in, hosts, register_made, replay_ever
 from serving.ledger import Erasure, Ledger
 from serving.people import People
 from serving.places import Identity, local_folder, read_identity, write_identity
-from serving.projector import OtherStore, _in_the_way
+from serving.projector import OtherStore, Projector, _in_the_way, _require_own
 from serving.redis_client import partition_of
 from serving.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse import Warehouse, run
@@ -246,6 +247,17 @@ class TestOnePlace:
         assert _in_the_way(registry, "store-2", "redis://two") is None
         assert registry.own("profiles").copy_id == "store-2"
 
+    def test_a_projector_whose_place_was_taken_while_it_stood_still_ends(self, log, store, monkeypatch):
+        monkeypatch.setattr("serving.projector._OTHER_S", 0.0)
+        registry = Registry(log)
+        assert _in_the_way(registry, store.store_id(), "redis://one") is None
+        _require_own(log, store, "redis://one")
+        registry.register("profiles", "store-2", "redis://two")
+        registry.choose("profiles", "store-2", instead_of=store.store_id())
+        projector = Projector(log, store, require_own=partial(_require_own, log, store, "redis://one"))
+        with pytest.raises(OtherStore, match="redis://two"):
+            projector.run(threading.Event())
+
 
 class TestErasures:
     def test_a_receipt_waits_for_every_folder(self, log, store, people, once, opened, tmp_path):
@@ -270,6 +282,43 @@ class TestErasures:
         assert noted.certificate_id == certificate
         copies = {copy.store: copy.purged_at for copy in Certificates(log).get(certificate).copies}
         assert copies["ledger"] > 0
+
+    def test_a_folder_that_comes_while_the_host_runs_goes_through_what_was_erased_before(
+        self, log, store, people, once, opened, tmp_path
+    ):
+        one, backup, two = tmp_path / "one", tmp_path / "backup", tmp_path / "h2" / "warehouse"
+        split_between(log, opened, one, backup)
+        once(one)
+        host = keeper(log, store, tmp_path / "h2")
+        host.catch_up()
+        certificate = people.erase(f"u:{USERS[0]}").certificate_id
+        once(one)
+        host._follow()
+        assert receipts(log, certificate)["warehouse"] > 0
+        shutil.copytree(backup, two)
+        host._register(now=True)
+        host._follow()
+        host.close()
+        assert users_in(two) == set(USERS[1:])
+        assert not host._behind
+
+    def test_an_erasure_just_before_a_folder_is_registered_reaches_it(
+        self, log, store, people, once, opened, tmp_path, monkeypatch
+    ):
+        one, two = tmp_path / "one", tmp_path / "h2" / "warehouse"
+        split_between(log, opened, one, two)
+        once(one)
+        host = keeper(log, store, tmp_path / "h2")
+        register = host._register
+
+        def late(*, now: bool = False) -> None:
+            people.erase(f"u:{USERS[0]}")
+            register(now=now)
+
+        monkeypatch.setattr(host, "_register", late)
+        host.catch_up()
+        host.close()
+        assert users_in(two) == set(USERS[1:])
 
     def test_without_registration_a_receipt_is_false(self, log, people, opened, tmp_path):
         """The control."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,14 @@ import redis
 from features.profile import Purpose
 from serving.catalog_log import CatalogLog, Change
 from serving.certificates import Certificates
-from serving.errors import CatalogLogUnavailable, EventLogUnavailable, Unavailable
+from serving.errors import CatalogLogUnavailable, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
 from serving.events import EventLog, LoggedEvent
+from serving.health import HealthMonitor, Part, redis_trouble
 from serving.people import People
 from serving.profiles import ProfileStore
+from serving.projector import Projector
 from serving.redis_client import Line, connect
-from serving.redis_safety import Guard, watch
+from serving.redis_safety import Guard
 from serving.redis_server import RedisServer
 from tests.serving.faults import insist, wait_until
 from tests.serving.test_events import event
@@ -193,18 +194,99 @@ def test_rights_that_are_taken_and_given_back(careless):
 
 def test_it_is_known_also_while_nobody_writes(careless):
     with connect(careless.url, 2) as client:
-        log, stop = EventLog(client, 1), threading.Event()
+        log = EventLog(client, 1)
         log.open()
-        watching = threading.Thread(target=watch, args=(log.look, stop, 0.02))
-        watching.start()
+        beside = EventLog(client, 1, beside=log)
+        part = Part("events_redis", lambda: redis_trouble(client, "events", False, beside.look))
+        monitor = HealthMonitor([part], lambda _, __: None)
+        monitor.start()
         try:
             with configured(client, "appendfsync", "no"):
                 wait_until(lambda: "appendfsync" in log.unsafe)
             wait_until(lambda: not log.unsafe)
         finally:
-            stop.set()
-            watching.join()
+            monitor.close()
         client.flushall()
+
+
+@pytest.fixture(scope="module")
+def evicting(tmp_path_factory) -> Iterator[Careless]:
+    with Careless(tmp_path_factory.mktemp("evicting"), "profiles") as server:
+        yield server
+
+
+def test_profiles_that_could_be_evicted_are_neither_read_nor_written(evicting):
+    """One look is enough for every store of the process; a server that was started again is looked at first."""
+    with connect(evicting.url, 2) as client, connect(evicting.url, 2) as others, connect(evicting.url, 2) as admin:
+        store = ProfileStore(client, 2, cooldown_s=0.05, guarded=True)
+        beside = ProfileStore(others, 2, guarded=True, beside=store)
+        store.open()
+        record = event(1).record
+        store.apply("u:1", [(1, record)])
+        uses = {
+            "read": lambda: store.read("u:1"),
+            "apply": lambda: store.apply("u:1", [(2, record)]),
+            "run_ids": store.run_ids,
+            "beside": lambda: beside.read("u:1"),
+        }
+        with configured(admin, "maxmemory-policy", "allkeys-lru"):
+            with pytest.raises(ProfileStoreUnavailable):
+                beside.look()
+            for name, use in uses.items():
+                with pytest.raises(ProfileStoreUnavailable, match="set maxmemory-policy 'noeviction'") as refused:
+                    use()
+                assert "no profile is read or written" in str(refused.value), name
+        beside.look()
+        for use in uses.values():
+            use()
+        evicting.again(**{"maxmemory-policy": "allkeys-lru"})
+        assert "maxmemory-policy" in str(insist_refused(lambda: store.read("u:1"), "maxmemory-policy"))
+        evicting.again()
+        assert insist(lambda: store.read("u:1")) is not None
+
+
+def insist_refused(work: Callable[[], object], why: str) -> Unavailable:
+    """The refusal that something meets before it works."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            work()
+        except Unavailable as error:
+            if why in str(error):
+                return error
+        else:
+            raise AssertionError("it worked")
+    raise AssertionError("it was refused for other reasons only")
+
+
+def test_a_projector_acknowledges_nothing_while_profiles_could_be_evicted(careless, evicting):
+    with connect(careless.url, 2) as events, connect(evicting.url, 2) as profiles:
+        events.flushall()
+        profiles.flushall()
+        log, store = EventLog(events, 1), ProfileStore(profiles, 1, guarded=True)
+        plain = ProfileStore(profiles, 1)
+        projector = Projector(log, store, settle_s=0.2)
+        projector.open()
+        log.append([event(1)])
+        assert projector.step() + projector.step() == 1  # first what is pending, then the news
+        with configured(profiles, "maxmemory-policy", "allkeys-lru"):
+            log.append([event(2)])
+            time.sleep(0.3)
+            for _ in range(3):
+                with pytest.raises(ProfileStoreUnavailable, match="maxmemory-policy"):
+                    projector.step()
+            assert projector.lag() == [2]  # the first one was applied while all was well, and is not settled since
+            assert plain.read("u:1").records.size == 1
+
+        def settled() -> bool:
+            projector.step()
+            return projector.lag() == [0]
+
+        wait_until(settled)
+        assert store.read("u:1").records.size == 2
+        projector.close()
+        events.flushall()
+        profiles.flushall()
 
 
 def test_without_the_guard_an_unsafe_redis_is_believed(careless):

@@ -18,10 +18,15 @@ import pytest
 import redis
 
 from penchant.client import Client, event
+from penchant.v1.common_pb2 import PART_PROFILE_STORE
+from serving.consumer import Consumer
 from serving.events import EventLog
+from serving.log_times import PROFILES_GROUP
+from serving.profiles import ProfileStore
 from serving.redis_client import connect
 from serving.redis_server import RedisServer
 from tests.fixtures import Service, serving
+from tests.proofs.rolls import readiness
 from tests.serving.faults import FULL, wait_until
 
 DOWN_S = 150.0 if FULL else 4.0
@@ -134,7 +139,7 @@ def lines_by_process(log: str) -> Counter[str]:
 
 def test_nothing_is_called_durable_on_a_redis_that_can_lose_it(world, tmp_path, record_property):
     back: dict[str, float] = {}
-    with stage(world, tmp_path) as (servers, service, writer):
+    with stage(world, tmp_path, health_listen="127.0.0.1:0") as (servers, service, writer):
         # Down, for all processes of the service, from their start on.
         time.sleep(DOWN_S)
         down = service.log.read_text()
@@ -177,6 +182,9 @@ def test_nothing_is_called_durable_on_a_redis_that_can_lose_it(world, tmp_path, 
             client.config_set("requirepass", "right")
             back["other credentials"] = writer.resumes()
 
+        with admin(servers["profiles"]) as client:
+            back["profiles that could be evicted"] = evicting(client, servers, service, writer)
+
         workers = set(service.ready["workers"])
         after = service.log.read_text()
         assert "Traceback" not in after
@@ -204,6 +212,36 @@ def test_nothing_is_called_durable_on_a_redis_that_can_lose_it(world, tmp_path, 
             "acknowledged_again_s": {name: round(seconds, 3) for name, seconds in back.items()},
         },
     )
+
+
+def evicting(client: redis.Redis, servers: dict[str, Careless], service: Service, writer: Writer) -> float:
+    """Profiles could be evicted for a while: none is used, and events wait; returns the time until all is well."""
+
+    def parts() -> list[int]:
+        return [one.part for one in asked.recommend(user_id="ann").degraded]
+
+    with service.client() as asked, connect(servers["events"].url, 5) as events:
+        wait_until(lambda: PART_PROFILE_STORE not in parts(), 30)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        wait_until(lambda: PART_PROFILE_STORE in parts(), 5)
+        with pytest.raises(grpc.RpcError, match="set maxmemory-policy 'noeviction'") as refused:
+            asked.get_profile("ann")
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert writer.resumes() < 10  # the log keeps what the profiles cannot
+        wait_until(lambda: "maxmemory-policy" in readiness(service.ready["health"])[1]["degraded"]["profiles_redis"], 5)
+        time.sleep(1.0)  # the projector has looked as well
+        with connect(servers["profiles"].url, 5) as profiles:
+            store, log = ProfileStore(profiles, 16), EventLog(events, 16)
+            group = Consumer(log, PROFILES_GROUP, "")
+            before, lag = store.read("ann"), sum(group.lag())
+            time.sleep(UNSAFE_S)
+            assert (now := store.read("ann")).version == before.version
+            assert now.records.size == before.records.size
+            assert sum(group.lag()) > lag
+        client.config_set("maxmemory-policy", "noeviction")
+        begun = time.monotonic()
+        wait_until(lambda: PART_PROFILE_STORE not in parts(), 10)
+        return time.monotonic() - begun
 
 
 if FULL:  # test_redis_safety.py has the control in short
