@@ -48,7 +48,7 @@ class Bounds:
     """
 
     calls: int = 100
-    sending: int = 8
+    sending: int = 16
     message_s: float = 5.0
     bytes_in_hand: int = 12 << 20
     unread: int = 4 << 20
