@@ -232,8 +232,10 @@ class _User:
         self.types = [str(name) for name in draw.choice([*_SEEN_TYPES, "scroll"], len(self.events))]
         # Of what is older than the ring only the item is known, so it counts whatever was done.
         old = len(self.events) - RING
-        lived = enumerate(zip(self.events, self.types, strict=True))
+        lived = list(enumerate(zip(self.events, self.types, strict=True)))
         self.seen = {name for at, (name, kind) in lived if kind != "scroll" or at < old}
+        # Who only refused or was only shown something is not known by it.
+        self.chosen = {name for at, (name, kind) in lived if kind not in ("scroll", "hide") and at >= old}
         ended = [(kind, number) for kind, number in case.rules if number < 0]
         holding = [(kind, number) for kind, number in case.rules if number >= 0]
         rules = [(item_key(_about(kind, number)), 0, kind) for kind, number in holding]
@@ -314,7 +316,7 @@ def _answers(
     free = served.eligible - user.blocked - excluded
     call: Any = _Call()
 
-    known = set(every) & set(user.events)
+    known = set(every) & user.chosen
     feed = free - user.seen if personal else free
     rung = common_pb2.RUNG_SEQUENCE if personal and known and feed else 0
     slate = served.service.Recommend(ranking_pb2.RecommendRequest(options=options), call).slate
