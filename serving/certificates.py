@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,8 @@ from serving.redis_client import Call, Request
 from serving.redis_nodes import required
 from serving.registry import ERASED_FROM, Copy, Registry
 from serving.scripts import CERTIFICATE_DATE, CERTIFICATE_ISSUE, HASH_SET
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,13 +227,21 @@ class Certificates:
         return _certificate(certificate_id, fields)
 
     def pending(self) -> list[Certificate]:
-        """The certificates that lack a date.
+        """The certificates that lack a date; of one that is gone, as after a backup, nothing waits any more.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
         wanted: list[Request] = [("SMEMBERS", keys.purging) for keys in self._log.keys]
-        return [self.get(name.decode()) for names in required(self._log.nodes.run_all(wanted)) for name in names]
+        found = []
+        for keys, names in zip(self._log.keys, required(self._log.nodes.run_all(wanted)), strict=True):
+            for name in names:
+                try:
+                    found.append(self.get(name.decode()))
+                except NotFound:
+                    _log.warning("the certificate %s is gone: it is not waited for any more", name.decode())
+                    self._log.nodes.command("SREM", keys.purging, name)
+        return found
 
     def confirm(self, certificate: Certificate, *stores: str) -> None:
         """Dates the physical erasure of some stores: their bytes are gone from the disk now.

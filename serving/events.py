@@ -399,7 +399,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
         """
         times = self._times or LogTimes.read(self.nodes.command("HGET", META, "times"))
-        return trim(self.nodes, self.keys[partition], times, self.now_ms(partition), self.registered)
+        return trim(self.nodes, self.keys[partition], times, self.now_ms(partition))
 
     def groups(self, stream: bytes) -> list[dict[str, Any]]:
         """What XINFO GROUPS says of a stream; nothing of one that is not there.
@@ -408,10 +408,6 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
         """
         return groups_of(self.nodes, stream)
-
-    def registered(self, stream: bytes) -> Sequence[int]:
-        """Times, ms, from which on readers of a stream still need it that are no consumer group: there are none."""
-        return ()
 
     def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> Call:
         keys, now = self.keys[partition], time.time_ns() // 1_000_000

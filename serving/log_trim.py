@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from serving.log_entries import PartitionKeys
@@ -27,9 +26,7 @@ def groups_of(nodes: Nodes, stream: bytes) -> list[Group]:
     return list(nodes.command("XINFO GROUPS", stream)) if nodes.command("EXISTS", stream) else []
 
 
-def trim(
-    nodes: Nodes, keys: PartitionKeys, times: LogTimes, now_ms: int, registered: Callable[[bytes], Sequence[int]]
-) -> int:
+def trim(nodes: Nodes, keys: PartitionKeys, times: LogTimes, now_ms: int) -> int:
     """Deletes the events and slates of a partition that are old enough and that every reader of theirs has.
 
     Args:
@@ -37,7 +34,6 @@ def trim(
         keys: The partition.
         times: For how long entries stay.
         now_ms: The clock of the partition.
-        registered: The times, ms, from which on readers of a stream still need it that are no consumer group.
 
     Returns:
         The number of events deleted.
@@ -51,7 +47,7 @@ def trim(
     limits = []
     for stream, groups, kept_ms in zip(streams, readers, times.kept(names[0], names[1]), strict=True):
         limit = now_ms - kept_ms
-        limit = min([limit, *registered(stream), *(_needed_by(nodes, group, stream, limit) for group in groups)])
+        limit = min([limit, *(_needed_by(nodes, group, stream, limit) for group in groups)])
         limits.append(max(0, limit))
     # The index of a user forgets what neither stream can hold any more.
     call = Call(LOG_TRIM, (*streams, keys.floor), (*limits, min(limits), TOGETHER))

@@ -77,15 +77,6 @@ def test_what_one_reader_has_not_acknowledged_stays_and_the_other_stream_need_no
     assert filled.erase("u:1").events == 3
 
 
-def test_a_registered_reader_is_waited_for(filled, monkeypatch):
-    for group in (PROFILES_GROUP, "warehouse"):
-        read(filled, group, "events", 5)
-    third = filled.read(0)[2].log_id >> 20
-    monkeypatch.setattr(EventLog, "registered", lambda self, stream: [third] if stream.endswith(b"events") else [])
-    assert filled.trim(0) == 2
-    assert [entry.event_id for entry in filled.read(0)] == ["e2", "e3", "e4"]
-
-
 def test_whoever_trims_goes_by_what_the_service_said(filled, events_redis):
     for group in (PROFILES_GROUP, "warehouse"):
         read(filled, group, "events", 5)

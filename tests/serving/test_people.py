@@ -522,6 +522,16 @@ class TestErase:
         assert 0 < events_redis.pttl(key) <= 3_600_000  # where nobody looks for them, they wait for no more than that
         assert sorted(log.called_back()) == ["u:ann"]
 
+    def test_a_certificate_that_is_gone_holds_up_no_other(self, log, store, events_redis):
+        certificates = Certificates(log)
+        people = People(log, store, certificates)
+        gone, other = people.erase("u:ann").certificate_id, people.erase("u:bob").certificate_id
+        assert {one.certificate_id for one in certificates.pending()} == {gone, other}
+        [key] = [key for key in events_redis.scan_iter("*") if gone.encode() in key]
+        events_redis.delete(key)
+        assert [one.certificate_id for one in certificates.pending()] == [other]
+        assert not [keys for keys in log.keys if events_redis.sismember(keys.purging, gone)]
+
     def test_rules_of_a_backup_go_as_events_do(self, log, store, profiles_redis, tmp_path):
         ledger = Ledger(tmp_path / "erasures.jsonl")
         people = People(log, store, Certificates(log), ledger=ledger)
