@@ -29,6 +29,7 @@ from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc, 
 from serving import redis_client, worker
 from serving.errors import ProfileStoreUnavailable
 from serving.profiles import ProfileStore
+from serving.reception.calls import Phase
 from serving.redis_client import connect
 from serving.redis_server import RedisServer
 from tests.fixtures import Service
@@ -262,7 +263,7 @@ def test_nobody_gets_another_persons_profile(made, stage, record_property):
     assert not [kind for kind in counts if kind.startswith("failed") and kind != "failed UNAVAILABLE"]
     well(stage.target)
     [turns], [server], stores = made["Turns"], made["Server"], made["ProfileStore"]
-    wait_until(lambda: (server._pool.in_hand, turns._free._value) == (0, THREADS))
+    wait_until(lambda: (server._reception.calls.count(Phase.WORKING), turns._free._value) == (0, THREADS))
     for store in stores:
         for node in store._nodes._nodes.values():
             idle, pool = node.line._idle, node.client.connection_pool

@@ -111,7 +111,7 @@ def test_the_access_log_off_all_and_of_errors(caplog):
 
 def test_failures_without_a_line_are_counted_in_the_next(caplog):
     observer = RequestObserver(Telemetry(), "errors", errors_s=0.0)
-    observer._failures["Ingest", "UNAVAILABLE"] = (0.0, 41)
+    observer._failures["", "UNAVAILABLE"] = (0.0, 41)  # of whatever method
     with caplog.at_level(logging.INFO):
         observer.observe("Ingest", "UNAVAILABLE", 0.5)
     assert "41 more" in caplog.text
