@@ -114,6 +114,8 @@ def test_a_sticky_parent_will_do(tmp_path):
 
 
 def test_a_damaged_cache_costs_a_compilation_and_no_call(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # other tests run scripts that silence all loggers
+    monkeypatch.setattr(jit._log, "disabled", False)
     monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path))
 
     def compiled():
@@ -135,6 +137,8 @@ def test_a_damaged_cache_costs_a_compilation_and_no_call(tmp_path, monkeypatch, 
 
 
 def test_a_full_disk_costs_a_compilation_and_no_call(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
+    monkeypatch.setattr(jit._log, "disabled", False)
     monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path))
 
     @kernel()
