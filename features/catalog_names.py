@@ -41,8 +41,9 @@ def _alike(names: pa.ChunkedArray[Any], wanted: Sequence[str]) -> dict[str, str]
         plain = pc.utf8_lower(pc.utf8_trim_whitespace(names))
         asked = {name.strip().lower(): name for name in wanted}
         same = pc.is_in(plain, value_set=pa.array(list(asked), plain.type))
-        return dict(zip(map(asked.get, plain.filter(same).to_pylist()), names.filter(same).to_pylist(), strict=True))  # type: ignore[arg-type]
-    known = {_plain(name): name for name in reversed(names.to_pylist())}
+        held = zip(plain.filter(same).to_pylist(), names.filter(same).to_pylist(), strict=True)
+        return {asked[low]: str(name) for low, name in held}
+    known = {_plain(name): str(name) for name in reversed(names.to_pylist())}
     found = {name: known[_plain(name)] for name in wanted if _plain(name) in known}
     most, often = _FUZZY
     for name in [name for name in wanted if name not in found][: often if len(known) <= most else 0]:

@@ -44,6 +44,7 @@ _TRIM_S = 5.0
 _GROWN = 16 << 20
 """Growth of the process in bytes after which it is worth trying."""
 
+_core: Any = cygrpc  # its stubs lack most of it
 Statused = Callable[[ServingError], tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]]
 _SENDS = frozenset({_grpc._SEND_MESSAGE_TOKEN, _grpc._SEND_INITIAL_METADATA_AND_SEND_MESSAGE_TOKEN})
 _USED = {
@@ -193,7 +194,7 @@ class Reception(ThreadPoolExecutor):
                 self._begin(rpc, request, run)
             return result
 
-        rpc.event.call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), whole)
+        rpc.event.call.start_server_batch((_core.ReceiveMessageOperation(0),), whole)
         state.due.add(_grpc._RECEIVE_MESSAGE_TOKEN)
 
     def _begin(self, rpc: _Rpc, request: bytes | None, run: Callable[[bytes | None], None]) -> None:
@@ -266,7 +267,7 @@ class Reception(ThreadPoolExecutor):
         with state.condition:
             if _grpc._is_rpc_state_active(state):
                 state.code, state.details, state.trailing_metadata = code, details.encode(), metadata
-                _grpc._abort(state, rpc.event.call, cygrpc.StatusCode.unknown, b"")
+                _grpc._abort(state, rpc.event.call, _core.StatusCode.unknown, b"")
 
     def _reap(self) -> None:
         """Ends what is overdue, again and again."""
