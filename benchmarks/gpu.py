@@ -1,4 +1,4 @@
-"""What a GPU gives: the same answers as a CPU, how fast, and how near the speed of its memory.
+"""Measures a GPU: the same answers as a CPU, how fast, and how near the speed of its memory.
 
     python -m benchmarks.gpu [--data DATA] [--bundle BUNDLE] [--rows N ...] [--device cpu]
 
@@ -237,7 +237,7 @@ def _recorded(device: torch.device, work: Callable[[], Any]) -> Callable[[], Any
 
 
 def _check(vectors: Tensor, queries: Tensor, bits: Tensor | None, found: Found) -> dict[str, Any]:
-    """What differs from the truth by more than rounding: a row is right if its true score is among the best."""
+    """Counts what differs from the truth by more than rounding: a row is right if its true score is among the best."""
     scores, rows = _truth(vectors, queries, bits)
     margin = _SAME * scores.abs().amax(1, keepdim=True)
     own = (vectors[found.rows].double() * queries.double().unsqueeze(1)).sum(2)
@@ -304,7 +304,7 @@ def models(device: str, path: Path | None) -> dict[str, Any]:
 
 
 def _faults(result: dict[str, Any]) -> list[str]:
-    """What must not be."""
+    """Returns the faults of a result."""
     found = result["answers"]
     faults = [f"{found['different']} of {found['compared']} answers differ from the CPU's"] * bool(found["different"])
     if found["control"] < found["control_of"]:

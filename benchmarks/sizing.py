@@ -1,4 +1,4 @@
-"""What to provide for: memory, disk and processor time by item, user, event, slate and request, of a real service.
+"""Measures what to provide for: memory, disk and processor time by item, user, event, slate and request.
 
 Sizes are differences of what Redis, the kernel and the file system say before and after. Rates are requests by
 second of processor time, which other work on the machine changes little; start and rebuild are seconds of its clock.
@@ -77,7 +77,7 @@ def sizing(
 
 
 def _started(bundle: Path) -> dict[str, Any]:
-    """What a service of a bundle needs before anybody calls it."""
+    """Returns what a service of a bundle needs before anybody calls it."""
     items = _item_ids(bundle)
     begun = time.perf_counter()
     with (

@@ -225,7 +225,7 @@ def redis_trouble() -> str:
 
 
 def log_size() -> str:
-    """What an event and a slate take, and that the memory of a log that is trimmed levels off."""
+    """Writes what an event and a slate take, and that the memory of a log that is trimmed levels off."""
     path = RESULTS / "log-size.json"
     result = _read(path)
     names = ("payload_bytes", "redis_bytes", "file_bytes", "parquet_bytes")
@@ -300,7 +300,7 @@ def freshness() -> str:
 
 
 def sizing() -> str:
-    """What to provide for, by item, user, event, slate and request."""
+    """Writes what to provide for, by item, user, event, slate and request."""
     path = RESULTS / "sizing.json"
     if not path.exists():
         return "Not measured yet for this version: `make bench-sizing` does it.\n"

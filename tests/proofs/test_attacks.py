@@ -19,15 +19,15 @@ def bounded():
     "names",
     [
         ["open health checks", "open watches", "open calls", "open streams", "open reflections"],
-        ["slow bytes", "messages without their end", "unread lists", "unread watches", "headers that are no text"],
+        ["slow bytes", "messages without their end"],
+        ["unread lists", "unread watches", "headers that are no text"],
     ],
-    ids=["calls that send nothing", "messages and answers that hang"],
+    ids=["calls that send nothing", "messages that hang", "answers that hang"],
 )
 def test_good_calls_are_answered_under_attack_and_nothing_is_left(bounded, names):
     outcome = attacks.attack_all(bounded, names, 2, SECONDS, settle_s=20.0)
-    # Each attack may take 100 MB for as long as it lasts; these are five at once.
-    assert outcome.failures(2 * attacks.MEMORY_MB) == []
-    assert sum(outcome.good.values()) > 0
+    assert outcome.failures() == []
+    assert sum(outcome.good.values()) > 3
     assert outcome.attacker["ended"] > 0
 
 
