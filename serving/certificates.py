@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 
 from serving.errors import NotFound
 from serving.events import EventLog
@@ -118,7 +119,7 @@ class Certificate:
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
-        """One per store; it has a date when each of its copies has, those that were retired left out.
+        """One per store, by name; it has a date when each of its copies has, those that were retired left out.
 
         That of "events" has its second date only when every ledger has the erasure: where one lacks it, a log that is
         put back from a backup would bring the user back.
@@ -126,8 +127,9 @@ class Certificate:
         stores = list(self.stores)
         names = {one.store for one in stores}
         kinds = {copy.store for copy in self.copies} - names - {"ledger"}
-        stores += [Receipt(kind, 0, -1, -1) for kind in sorted(kinds)]
-        return tuple(self._receipt(one) for one in stores)
+        stores += [Receipt(kind, 0, -1, -1) for kind in kinds]
+        # Redis keeps the fields of a hash in no order of its own.
+        return tuple(self._receipt(one) for one in sorted(stores, key=attrgetter("store")))
 
     @property
     def complete(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -140,6 +141,12 @@ def url_of(nodes: list[ClusterNode], scheme: str = "redis+cluster", options: str
 
 
 def _free_ports(count: int) -> list[int]:
+    """Finds ports that nothing listens on, below those that a kernel gives to connections that go out."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
+        ports: list[int] = []
+        while len(ports) < count:
+            port = random.SystemRandom().randrange(15_000, 32_000)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+        return ports
