@@ -12,6 +12,7 @@ import os
 import pickle
 import stat
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,11 +29,21 @@ _DAMAGE = (OSError, EOFError, pickle.UnpicklingError)
 _CACHE = "NUMBA_CACHE_DIR"
 
 
+_warm = threading.Event()
+
+
+def expect_compiled() -> None:
+    """Notes that calls are answered from now on: a kernel that is compiled later holds one up, and is logged."""
+    _warm.set()
+
+
 class _Cache(_FunctionCache):  # type: ignore[misc]
     """A cache that costs a compilation where it is damaged, or its disk is full, and never a call."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Returns compiled code, None where there is none."""
+        if _warm.is_set():
+            _log.warning("%s is compiled for %s while calls wait: the warm-up lacks it", self._name, sig)
         try:
             return super().load_overload(sig, target_context)
         except _DAMAGE as error:

@@ -11,6 +11,7 @@ import numpy as np
 
 from features.catalog import Catalog
 from features.errors import PenchantError
+from features.profile import RING
 from features.profile import Profile as Stored
 from features.profile import decode, empty, encode, pack_record
 from features.schema import event_type_key, item_key
@@ -26,8 +27,11 @@ ITEM_BATCH = 256
 
 _PATIENCE_S = 60.0
 _ITEMS = 8
-_EVENTS = 70
+_TAIL = 70
 """More than a tail holds before it is folded."""
+
+_EVENTS = RING + _TAIL
+"""More than the ring holds: what leaves it is folded by a kernel of its own."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +96,8 @@ class _OneProfile:
         for number in range(1, _EVENTS + 1):
             key, kind = items[number % len(items)], event_type_key(event_types[number % len(event_types)])
             stored += number.to_bytes(8, "big") + pack_record(key, 1, 1, now - _EVENTS + number, 1.0, kind)
-            if number in (1, _EVENTS // 2):  # a tail of one entry, then of several, then behind a state
+            # A tail of one entry, then of several, then behind a state, a full one, and one that items have left.
+            if number in (1, _TAIL // 2, RING, RING + _TAIL // 2):
                 stored = encode(decode(stored))
         self._stored = stored
 

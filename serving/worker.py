@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from features.jit import expect_compiled
 from features.profile import Retention
 from serving.catalog_log import CatalogLog
 from serving.certificates import Certificates
@@ -121,6 +122,7 @@ def work(
         # What is loaded stays: the collector need not walk it with every sweep.
         gc.collect()
         gc.freeze()
+        expect_compiled()
         ready()
         monitor.start()
 

@@ -128,6 +128,8 @@ def service(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     assert "PENCHANT_TOKEN" not in os.environ
     with serving(world, tmp_path_factory.mktemp("service"), workers=2) as running:
         yield running
+    late = [line for line in running.log.read_text().splitlines() if "while calls wait" in line]
+    assert not late, late
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,3 +151,21 @@ def test_a_full_disk_costs_a_compilation_and_no_call(tmp_path, monkeypatch, capl
     with caplog.at_level(logging.WARNING):
         assert triple(np.int64(4)) == 12
     assert "is not kept" in caplog.text
+
+
+def test_a_kernel_that_is_compiled_while_calls_wait_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(jit, "_warm", threading.Event())
+    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path))
+
+    @kernel()
+    def double(value: float) -> float:
+        return 2 * value
+
+    with caplog.at_level(logging.WARNING, "features.jit"):
+        assert double(1.0) == 2.0
+        assert not caplog.messages
+        jit.expect_compiled()
+        assert double(2.0) == 4.0
+        assert not caplog.messages
+        assert double(np.int64(3)) == 6
+    assert [message for message in caplog.messages if "double" in message and "while calls wait" in message]

@@ -573,6 +573,17 @@ class TestRights:
             wait_until(lambda: all(one.purged_at_ms for one in client.get_erasure_certificate(name).receipts))
 
 
+class TestWarmth:
+    def test_a_long_history_compiles_nothing_while_calls_wait(self, client, service, ann):
+        """More events than the ring holds: those that leave it are folded by a kernel of their own."""
+        for begin in range(0, 400, 50):
+            statuses = client.ingest([event(ann, f"i{n % 30}", "view_item") for n in range(begin, begin + 50)])
+            assert not any(status.code for status in statuses)
+            client.recommend(user_id=ann)
+        assert client.get_profile(ann).event_count == 400
+        assert "while calls wait" not in service.log.read_text()
+
+
 class TestCatalog:
     def test_a_new_item_is_found_at_once_by_every_worker(self, client, everywhere, ann):
         item = live("western")
