@@ -17,14 +17,14 @@ from rich.table import Table
 from benchmarks.latency import latency
 from benchmarks.report import BenchmarkError
 from benchmarks.service import running
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from penchant.client import Client, EventFields, event
 from penchant.v1 import ranking_pb2
-from serving.rebuild import rebuild
+from serving.projection.rebuild import rebuild
 from training.config import load_config
-from training.datasets import prepare
-from training.evaluate import evaluate
-from training.export import export
+from training.data.datasets import prepare
+from training.evaluation.evaluate import evaluate
+from training.export.export import export
 from training.train import train
 
 PROTOCOL = "leave-one-out"

@@ -18,14 +18,14 @@ import torch
 
 from benchmarks.report import facts
 from benchmarks.service import running
-from features.tables import write_dataset
+from features.tables.dataset import write_dataset
 from penchant.client import Client
-from serving.rebuild import rebuild
-from training.data import Interactions, read_interactions
-from training.evaluate import ModelScorer, place_all
+from serving.projection.rebuild import rebuild
+from training.data.interactions import Interactions, read_interactions
+from training.data.split import Targets, Which, held_out
+from training.evaluation.evaluate import ModelScorer, place_all
 from training.metrics import ndcg
 from training.run import LoadedRun, load_run
-from training.split import Targets, Which, held_out
 
 PAGE = 10
 CALLERS = 4

@@ -43,9 +43,9 @@ from features.vocabulary import Vocabulary
 from penchant.channels import channel_options
 from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
-from serving.events import EventLog, LoggedEvent
-from serving.profiles import ProfileStore
-from serving.redis_client import Line, connect_one
+from serving.redis.client import PipelinedConnection, connect_one
+from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.profiles import ProfileStore
 
 REGULARS = 16
 """People who come again and again, so that their tails are folded meanwhile; in every other turn somebody new comes."""
@@ -261,7 +261,11 @@ def _bare(ready: Mapping[str, Any]) -> Iterator[dict[str, Callable[[], object]]]
         connect_one(urls[1], _TIMEOUT_S) as events,
         grpc.insecure_channel(ready["listen"], options=channel_options(ready["listen"])) as channel,
     ):
-        reading, writing, nothing = Line(profiles), Line(events), health_pb2_grpc.HealthStub(channel)
+        reading, writing, nothing = (
+            PipelinedConnection(profiles),
+            PipelinedConnection(events),
+            health_pb2_grpc.HealthStub(channel),
+        )
         reading.ask("SET", "bare", bytes(ENTRY.itemsize))
         now = time.time_ns() // 1_000_000
         record = make_records(item_key("bare"), 0, 0, now, 0, event_type_key("view_item"))[0].tobytes()

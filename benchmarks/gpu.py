@@ -29,10 +29,10 @@ from benchmarks.gpu_training import encoding, training
 from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.vocabulary import Vocabulary
-from serving.device_scan import LINES, DeviceScan, Form, Found
-from serving.index import Index
-from serving.model import Model
-from training.index_build import build
+from serving.bundle.device_scan import LINES, DeviceScan, Form, Found
+from serving.bundle.model import Model
+from serving.bundle.vector_index import Index
+from training.export.index import build
 
 UNPROVED = 3
 """Exit status where there is no CUDA device."""

@@ -15,15 +15,15 @@ import pyarrow as pa
 import torch
 
 from features.schema import EVENTS, ITEMS
-from features.tables import open_dataset, write_dataset
+from features.tables.dataset import open_dataset, write_dataset
 from training.config import TrainConfig, load_config
-from training.encoders import EncoderShape, ItemBags, UserEncoder
-from training.fit import Fit
-from training.machine import exact, prepared
+from training.data.split import held_out
+from training.fitting.encoders import Fit
 from training.metrics import hit, ndcg
-from training.ranking import lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.encoders import EncoderShape, ItemBags, UserEncoder
+from training.models.scoring import lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.run import load_modules, sha256_of
-from training.split import held_out
+from training.runtime import exact, prepared
 from training.train import Material, initial_modules, read_material
 
 PEOPLE, FILMS, RATINGS = 6040, 3416, 1_000_000

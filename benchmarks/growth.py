@@ -28,11 +28,11 @@ import torch
 from benchmarks.report import BenchmarkError, facts
 from features.limits import cores
 from features.schema import EVENTS, ITEMS
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from training.config import load_config
-from training.encoders import ItemBags
-from training.fit import Fit
-from training.machine import prepared
+from training.fitting.encoders import Fit
+from training.models.encoders import ItemBags
+from training.runtime import prepared
 from training.train import initial_modules, read_material
 
 PER_PERSON = 100

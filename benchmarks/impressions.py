@@ -15,8 +15,10 @@ import torch
 
 from benchmarks.report import facts
 from features.errors import ConfigError, TrainingError
-from training.evaluate import columns_of_run
-from training.evaluate_tables import (
+from training.data.impressions import Shown
+from training.data.point_in_time import PointInTimeStatistics
+from training.evaluation.evaluate import columns_of_run
+from training.evaluation.impressions import (
     Chances,
     Tested,
     baselines,
@@ -27,11 +29,9 @@ from training.evaluate_tables import (
     test,
     values_of,
 )
-from training.feed import Feed, read_feed
-from training.impressions import Shown
-from training.machine import exact, prepared
+from training.fitting.ranker_impressions import RankerDataset, read_feed
 from training.run import LoadedRun, load_run, note_evaluation
-from training.statistics import Teller
+from training.runtime import exact, prepared
 from training.train import Material
 
 TRIALS = 30
@@ -83,15 +83,19 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     }
 
 
-def _feed(run: LoadedRun, material: Material, shown: Shown) -> Feed:
+def _feed(run: LoadedRun, material: Material, shown: Shown) -> RankerDataset:
     """What trained the ranker."""
-    teller = Teller(material.data, columns_of_run(run), material.actions, shown, material.division.fit_end)
+    teller = PointInTimeStatistics(
+        material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
+    )
     feed = read_feed(teller, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
     assert feed is not None
     return feed
 
 
-def _lightgbm(feed: Feed, tested: Tested, python: Path, trials: int, seed: int) -> tuple[Chances, dict[str, Any]]:
+def _lightgbm(
+    feed: RankerDataset, tested: Tested, python: Path, trials: int, seed: int
+) -> tuple[Chances, dict[str, Any]]:
     """What LightGBM says of the test, and how it was made."""
     features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import BenchmarkError, facts
-from training.datasets import prepare
+from training.data.datasets import prepare
 
 SETTINGS = {
     "protocol": "leave-one-out",

@@ -23,7 +23,7 @@ import grpc.aio
 from hdrh.histogram import HdrHistogram
 
 from benchmarks.report import BenchmarkError, facts
-from features.user_ids import read_user_ids
+from features.tables.user_ids import read_user_ids
 from penchant.channels import channel_options
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
@@ -91,7 +91,7 @@ def latency(
 
     Args:
         target: `HOST:PORT`.
-        users: Users to ask for, drawn at random: their ids, or a file of users (`features.user_ids`).
+        users: Users to ask for, drawn at random: their ids, or a file of users (`features.tables.user_ids`).
         requests: Number of requests; 5,000 unless `duration` says otherwise.
         rate: Requests per second, or "half" for half of the highest rate, measured first.
         duration: Length of the measurement in seconds, instead of `requests`.

@@ -19,11 +19,11 @@ import redis
 from benchmarks.report import BenchmarkError, facts
 from features.profile import RECORD, Profile, Records, empty, fold, make_records
 from features.schema import event_type_key
-from serving.events import EventLog, LoggedEvent
-from serving.profiles import ProfileStore
-from serving.redis_client import Line, connect_one
-from serving.redis_server import RedisServer
-from serving.scripts import LIVE
+from serving.redis.client import PipelinedConnection, connect_one
+from serving.redis.embedded import RedisServer
+from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_scripts import LIVE
+from serving.stores.profiles import ProfileStore
 
 FEW = 10_000
 """People in the smaller population."""
@@ -135,7 +135,7 @@ def _reading(client: redis.Redis, store: ProfileStore, people: int, reads: int) 
 
 
 def _beside_get(client: redis.Redis, store: ProfileStore, chosen: list[str]) -> dict[str, Any]:
-    line = Line(client)
+    line = PipelinedConnection(client)
     keys = [store.key_of(name) for name in chosen]
     times = []
     for name, key in zip(chosen, keys, strict=True):
@@ -168,7 +168,7 @@ def _applying(client: redis.Redis, store: ProfileStore, draw: np.random.Generato
         pairs = zip(who.tolist(), records[: who.size], strict=True)
         batches.append([(_name(one), [(LIVE + number, record.tobytes())]) for one, record in pairs])
     keys = [[b"bare:" + store.key_of(name) for name, _ in batch] for batch in batches]
-    line, blob = Line(client), bytes(int(client.strlen(store.key_of(_name(0)))))
+    line, blob = PipelinedConnection(client), bytes(int(client.strlen(store.key_of(_name(0)))))
     line.ask_all([("SET", key, blob) for key in {key for batch in keys for key in batch}])
 
     def bare(at: int) -> None:
@@ -192,7 +192,7 @@ def _logging(client: redis.Redis, draw: np.random.Generator, people: int) -> dic
         events = enumerate(zip(who, records, strict=True))
         batches.append([LoggedEvent(one, f"{number}-{at}", r.tobytes(), payload % at) for at, (one, r) in events])
 
-    line = Line(client)
+    line = PipelinedConnection(client)
 
     def bare(at: int) -> None:
         line.ask_all(

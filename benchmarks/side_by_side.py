@@ -23,7 +23,7 @@ import torch
 from benchmarks.peers.turns import Histories
 from features.errors import ConfigError
 from features.limits import cores
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from training.config import TrainConfig
 from training.train import read_material
 

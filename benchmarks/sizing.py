@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.report import BenchmarkError, facts
 from benchmarks.service import running
 from penchant.client import Client, event
-from serving.log_watch import FRESH_S
-from serving.rebuild import rebuild
-from serving.redis_server import RedisServer
+from serving.processes.log_watch import FRESH_S
+from serving.projection.rebuild import rebuild
+from serving.redis.embedded import RedisServer
 
 BATCH = 500
 PAGE = 20

@@ -25,13 +25,13 @@ from features.assemble import encoder_inputs, history, ranker_width
 from features.profile import Profile, empty, fold, make_records
 from features.schema import event_type_key
 from serving.config import ServeConfig
-from serving.engine import Engine, Surroundings, open_engine
-from serving.hydrators import Progress
-from serving.profiles import ProfileStore
-from serving.query import Query
-from serving.redis_client import Line, connect_one
-from serving.redis_server import RedisServer
-from serving.telemetry import Telemetry
+from serving.engine.engine import Dependencies, Engine, open_engine
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Query
+from serving.redis.client import PipelinedConnection, connect_one
+from serving.redis.embedded import RedisServer
+from serving.stores.profiles import ProfileStore
 
 # Typed Any because neither has stubs for what is used here.
 faiss: Any = _faiss
@@ -64,7 +64,7 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
     with _store(redis) as url, connect_one(url, timeout_s=1.0) as client:
         store = ProfileStore(client)
         config = ServeConfig.load(bundle=bundle, candidates=candidates)
-        engine = open_engine(bundle, Surroundings(config, store, Progress(), Telemetry()))
+        engine = open_engine(bundle, Dependencies(config, store, CatalogProgress(), Telemetry()))
         people = _people(engine)
         store.put_states(people.items())
         keys = [store.key_of(person) for person in people]
@@ -90,7 +90,7 @@ class _Floor:
         self, engine: Engine, client: Any, keys: list[bytes], people: dict[str, Profile], candidates: int
     ) -> None:
         bundle, columns = engine.bundle, engine.catalog.columns
-        line, vectors = Line(client), np.ascontiguousarray(columns.vectors[: engine.catalog.base_size])
+        line, vectors = PipelinedConnection(client), np.ascontiguousarray(columns.vectors[: engine.catalog.base_size])
         index = faiss.deserialize_index(np.frombuffer(bundle.read("index.faiss"), np.uint8))
         # The road that serving takes: one product over a small catalogue, an inverted file over a large one.
         scan = not hasattr(index, "nprobe")

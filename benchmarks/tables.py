@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import SecretStr
 
 from benchmarks.report import RESULTS
-from serving.exposition import markdown
+from serving.observability.exposition import markdown
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

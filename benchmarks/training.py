@@ -2,7 +2,7 @@
 
 speed       Penchant, RecTools and RecBole take turns on the same threads, data and validation targets; real tokens a
             second, and seconds to the highest validation NDCG@10 that all of them reach within their time
-quality     several seeds of one configuration, measured by `training.evaluate`
+quality     several seeds of one configuration, measured by `training.evaluation.evaluate`
 cold        the same with a share of the items hidden, measured by its protocol `cold-items`
 arithmetic  floating point operations of the model a second, over those of the machine's own matrix products
 """
@@ -24,12 +24,12 @@ from torch import nn
 from benchmarks.report import facts
 from benchmarks.side_by_side import speed
 from features.errors import ConfigError
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from training.config import TrainConfig
-from training.data import TrainingBatches
-from training.evaluate import evaluate
-from training.machine import exact, prepared
+from training.data.interactions import TrainingBatches
+from training.evaluation.evaluate import evaluate
 from training.run import build_modules
+from training.runtime import exact, prepared
 from training.train import Material, read_material, train
 
 PRODUCT_SIZE = 2048

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from features.action_rates import PERSON_STRENGTH, ActionRates, Rates
 from features.catalog import Catalog, Columns, blocks
+from features.decayed_counts import DecayedCounts
+from features.decayed_counts import empty as nothing_remembered
 from features.kernels import affinity, log_odds, matched_weights, pack_newest
-from features.memory import Memory
-from features.memory import empty as nothing_remembered
-from features.outcomes import PERSON_STRENGTH, Outcomes, Rates
 from features.profile import RING, Profile
 from features.schema import (
     NEGATIVE_EVENT_TYPES,
@@ -118,7 +118,7 @@ class History:
     timestamps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
     chosen: npt.NDArray[np.bool_]
-    memory: Memory = field(default_factory=nothing_remembered)
+    memory: DecayedCounts = field(default_factory=nothing_remembered)
     kinds: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ def chosen_rows(past: History) -> npt.NDArray[np.int32]:
     return past.rows[past.chosen & (past.rows >= 0)]
 
 
-def remembered(memory: Memory, type_index: Mapping[int, int]) -> tuple[Memory, npt.NDArray[np.int32]]:
+def remembered(memory: DecayedCounts, type_index: Mapping[int, int]) -> tuple[DecayedCounts, npt.NDArray[np.int32]]:
     """A memory, and its event types as a bundle sees them; int32 [k]."""
     return memory, types_of_keys(memory.keys[memory.of("event_type")].astype(np.uint32), type_index)
 
@@ -301,7 +301,7 @@ def ranker_features(
     rows: npt.NDArray[np.int32],
     relevance: npt.NDArray[np.float32],
     columns: Columns,
-    outcomes: Outcomes,
+    outcomes: ActionRates,
     moment: Moment,
 ) -> npt.NDArray[np.float32]:
     """What the ranker reads of each candidate, in the order of `ranker_names`.
@@ -373,7 +373,7 @@ def ranker_features(
 
 
 def _lasting(
-    past: History, columns: Columns, rows: npt.NDArray[np.int32], outcomes: Outcomes, now_ms: int
+    past: History, columns: Columns, rows: npt.NDArray[np.int32], outcomes: ActionRates, now_ms: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """What the decayed counts and the visit say at a time, ms: float64 [n, 11] of the items, [A] of the person."""
     memory, counts = past.memory, past.memory.at(now_ms)

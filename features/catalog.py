@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.columns import pc
 from features.schema import item_key, item_keys
+from features.tables.convert import pc
 from features.vocabulary import Vocabulary
 
 _FOREVER = np.iinfo(np.int64).max
@@ -42,7 +42,7 @@ class Columns:
         recent_popularity: log1p of the number of events in the last days of training; float32.
         trained: Whether the item was in the training data; bool.
         duration: Playing time, seconds, NaN where unknown; from the attribute `duration`; float32.
-        statistics: What people did with the item when it was shown, see `features.outcomes`; float32 [capacity, S],
+        statistics: What people did with the item when it was shown, see `features.action_rates`; float32 [capacity, S],
             S = 0 where nobody wrote down what was shown.
         put_at: When a live item was put, ms; 0 for the rows of the bundle; int64.
     """
@@ -94,7 +94,7 @@ class Catalog:
         self._change = 0
         self._bitmap: tuple[int, int, npt.NDArray[np.uint8]] | None = None
         self.columns = columns_of(items, vectors)
-        self._kin = Kin(self.columns)
+        self._kin = ItemPrior(self.columns)
 
     @property
     def change(self) -> int:
@@ -318,7 +318,7 @@ def columns_of(items: pa.Table, vectors: npt.NDArray[np.float32]) -> Columns:
     )
 
 
-class Kin:
+class ItemPrior:
     """What the statistics of an item's creator and category say of an item that nobody was shown yet."""
 
     def __init__(self, columns: Columns) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from features.catalog import Catalog
-from features.columns import pc
-from features.rows import bare
 from features.schema import item_key
+from features.tables.conform import bare
+from features.tables.convert import pc
 
 _FEW = 20_000
 """Names up to which signs and plurals are looked through too; of more, only case and blanks."""

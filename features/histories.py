@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.catalog import Columns
-from features.columns import pc
+from features.tables.convert import pc
 
 KEYS = ("category_key", "creator_key")
 """The columns of `EVENTS` that hold what an event was resolved to: NULL where it never was, 0 where there was none."""

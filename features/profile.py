@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from features import controls
-from features import memory as memories
+from features import decayed_counts as memories
 from features.controls import Rules, no_rules
+from features.decayed_counts import DecayedCounts
 from features.errors import ProfileCorrupt, ProfileNewer
 from features.kernels import crc32_rows, evict
-from features.memory import Memory
 from features.schema import PASSIVE_EVENT_TYPES, event_type_key
 
 FORMAT = 4
@@ -137,7 +137,7 @@ class Profile:
     evicted: npt.NDArray[np.uint64]
     count: int
     consent: Purpose | None = None
-    memory: Memory = dataclasses.field(default_factory=memories.empty)
+    memory: DecayedCounts = dataclasses.field(default_factory=memories.empty)
     rules: Rules = dataclasses.field(default_factory=no_rules)
     marks: tuple[int, int, int] = (0, 0, 0)
     lost: bool = False

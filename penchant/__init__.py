@@ -10,21 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serving.app import serve as serve
-    from serving.batch import recommend as recommend
-    from serving.rebuild import rebuild as rebuild
-    from training.datasets import prepare as prepare
-    from training.evaluate import evaluate as evaluate
-    from training.export import export as export
+    from serving.jobs.batch import recommend as recommend
+    from serving.processes.service import serve as serve
+    from serving.projection.rebuild import rebuild as rebuild
+    from training.data.datasets import prepare as prepare
+    from training.evaluation.evaluate import evaluate as evaluate
+    from training.export.export import export as export
     from training.train import train as train
 
 _HOME = {
-    "evaluate": "training.evaluate",
-    "export": "training.export",
-    "prepare": "training.datasets",
-    "rebuild": "serving.rebuild",
-    "recommend": "serving.batch",
-    "serve": "serving.app",
+    "evaluate": "training.evaluation.evaluate",
+    "export": "training.export.export",
+    "prepare": "training.data.datasets",
+    "rebuild": "serving.projection.rebuild",
+    "recommend": "serving.jobs.batch",
+    "serve": "serving.processes.service",
     "train": "training.train",
 }
 

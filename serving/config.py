@@ -31,7 +31,7 @@ from features.environment import Variable, set_by, variables
 from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError
-from serving.log_times import LogTimes
+from serving.log_retention import LogTimes
 from serving.places import local_folder
 
 PREFIX = "PENCHANT_"

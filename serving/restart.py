@@ -15,7 +15,7 @@ from typing import Any
 
 from features.errors import BundleError, PenchantError
 from serving.errors import ConfigError, FailedPrecondition, ResourceExhausted, Unavailable
-from serving.outages import Outage
+from serving.observability.outages import Outage
 
 Report = Callable[[str], None]
 """Takes what is wrong with a part in one line, empty where it is well."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-PACKAGES = ("penchant", "features", "training", "serving", "benchmarks")
+PACKAGES = ("penchant", "cli", "features", "training", "serving", "benchmarks")
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 LIGHT = {
     "typer",
@@ -23,7 +23,7 @@ LIGHT = {
     "penchant.streams",
 }  # what the command line may import besides the standard library
 SHARED = {"features", "numpy", "pyarrow", "numba"}  # what training and serving may have in common
-ON_A_GPU = ("serving.device_scan", "serving.device_kernels")
+ON_A_GPU = ("serving.bundle.device_scan", "serving.bundle.device_kernels")
 """Modules of serving that need torch or Triton; the others import them when a GPU is asked for, not before."""
 FORBIDDEN_IN_SERVING = ("torch", "onnx", "onnxscript", "safetensors", "training")
 
@@ -70,7 +70,7 @@ def rule_2(root: Path) -> Iterator[Violation]:
 
 def rule_5(path: str, tree: ast.Module) -> Iterator[Violation]:
     """The command line imports a command's module when that command runs."""
-    if path != "penchant/cli.py":
+    if path != "cli/main.py":
         return
     for node in _at_import(tree.body):
         for name in _imported(node):

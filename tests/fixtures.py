@@ -61,7 +61,7 @@ def serving(bundle: Path, state: Path, **settings: Any) -> Iterator[Service]:
     settings = {**here, "redis_timeout_ms": 1000, **settings}
     log = state / "serve.log"
     code = (
-        "import json, sys; from serving.app import serve; from serving.config import ServeConfig; "
+        "import json, sys; from serving.processes.service import serve; from serving.config import ServeConfig; "
         "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
     )
     with log.open("a") as sink:
@@ -102,8 +102,8 @@ def trained() -> Path:
 
 def _train(root: Path) -> None:
     from training.config import load_config
-    from training.datasets import prepare
-    from training.export import export
+    from training.data.datasets import prepare
+    from training.export.export import export
     from training.train import train
 
     prepare("simulated", None, root / "data", users=400, items=300, seed=1)

@@ -15,8 +15,8 @@ import pytest
 import typer
 
 import penchant
+from cli import main as cli
 from features.errors import BundleError, PenchantError
-from penchant import cli
 
 HEAVY = (
     "numpy",
@@ -47,7 +47,7 @@ COMMANDS += [
 
 
 def penchant_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from penchant.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from cli.main import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
 
 
@@ -62,7 +62,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_loads_nothing_heavy(command: str) -> None:
     probe = (
-        "import sys\nfrom penchant.cli import main\n"
+        "import sys\nfrom cli.main import main\n"
         "try:\n    main()\nfinally:\n"
         f"    print('loaded', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
     )

@@ -16,7 +16,7 @@ ASCII = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C", "PYTHONUTF8": "0", "
 # What a command does in the end: progress, a title, work that must be finished, the answer.
 COMMAND = """
 import sys, pathlib
-from penchant import cli
+from cli import main as cli
 
 def work():
     for _ in range(3):

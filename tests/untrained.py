@@ -12,11 +12,11 @@ import torch
 
 from features.assemble import FEATURES, statistics_width
 from features.schema import EVENTS, ITEMS
-from features.tables import Dataset, open_dataset, write_dataset
+from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.vocabulary import Vocabulary
 from tests.once import once
 from training.config import Action, TrainConfig
-from training.export import publish_run
+from training.export.export import publish_run
 from training.run import LoadedRun, build_modules
 
 CONFIG = TrainConfig(

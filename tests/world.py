@@ -17,6 +17,7 @@ import onnx
 import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
+from features.action_rates import ActionRates
 from features.assemble import (
     FEATURES,
     Moment,
@@ -29,7 +30,6 @@ from features.assemble import (
 from features.bundle import publish
 from features.catalog import Catalog
 from features.golden import profile_of
-from features.outcomes import Outcomes
 from features.schema import ITEMS, item_keys
 from features.transforms import item_text, text_tokens, token_buckets
 from features.vocabulary import Vocabulary
@@ -131,7 +131,7 @@ def golden(catalog: Catalog) -> dict[str, Any]:
         user = space[rows].mean(axis=0, dtype=np.float32)
         best, answer = _best(catalog, user)
         relevance, moment = np.array(answer["relevance"], np.float32), Moment(now_ms, "home")
-        features = ranker_features(past, best, relevance, catalog.columns, Outcomes.of(MODEL), moment)
+        features = ranker_features(past, best, relevance, catalog.columns, ActionRates.of(MODEL), moment)
         logits = features @ _judgement()[0] + _judgement()[1]
         people.append({"events": events, "now_ms": now_ms, "surface": "home", **answer})
         people[-1] |= {"features": features.tolist(), "logits": logits.tolist()}

@@ -40,15 +40,15 @@ from torch import Tensor, nn
 from features.assemble import ranker_width
 from features.bundle import sync
 from features.errors import TrainingError
-from features.intake import admit
-from features.rows import Intake
-from features.tables import Dataset, open_dataset
+from features.tables.conform import Intake
+from features.tables.dataset import Dataset, open_dataset
+from features.tables.intake import admit
 from features.transforms import ItemInputShapes
 from features.vocabulary import Vocabulary
 from training.config import TrainConfig
-from training.data import item_vocabulary
-from training.encoders import EncoderShape, ItemEncoder, QueryEncoder, UserEncoder
-from training.ranker import Ranker
+from training.data.interactions import item_vocabulary
+from training.models.encoders import EncoderShape, ItemEncoder, QueryEncoder, UserEncoder
+from training.models.ranker import Ranker
 
 FORMAT = 1
 
@@ -216,7 +216,7 @@ def admit_run(run: LoadedRun, **others: Intake) -> dict[str, Any]:
         others: Tables that are read besides those of `run.dataset`.
 
     Returns:
-        See `features.intake.admit`.
+        See `features.tables.intake.admit`.
 
     Raises:
         TablesError: More of a table was rejected than the training allowed.

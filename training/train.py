@@ -16,21 +16,23 @@ import torch
 from features.assemble import FEATURES
 from features.catalog import Columns, columns_of
 from features.errors import TrainingError
-from features.intake import admit
 from features.private_files import make_folders
-from features.tables import Dataset
+from features.tables.dataset import Dataset
+from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
-from training.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
-from training.clock import tell_future
 from training.config import Action, TrainConfig
-from training.data import Interactions, item_vocabulary, read_interactions
-from training.encoders import ItemBags
-from training.feed import learn, read_feed
-from training.fit import Fit, OnStep
-from training.heads import Asker, fit_query_encoder, fit_ranker
-from training.impressions import read_shown, read_slates
-from training.machine import circumstances, exact, prepared
+from training.data.clock import tell_future
+from training.data.impressions import read_shown, read_slates
+from training.data.interactions import Interactions, item_vocabulary, read_interactions
+from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
+from training.data.split import Split, cut_of, split
+from training.fitting.encoders import Fit, OnStep
+from training.fitting.ranker_candidates import CandidateBuilder, fit_query_encoder, fit_ranker
+from training.fitting.ranker_impressions import learn, read_feed
+from training.models.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
+from training.models.encoders import ItemBags
+from training.models.warm_start import near_vectors
 from training.report import write_report
 from training.run import (
     ALLOW,
@@ -46,9 +48,7 @@ from training.run import (
     write_json,
     write_tensors,
 )
-from training.split import Split, cut_of, split
-from training.statistics import Learned, Teller
-from training.warm_start import near_vectors
+from training.runtime import circumstances, exact, prepared
 
 WARM_EVENTS = 1 << 20
 """Events that the vectors to start from are made of at most."""
@@ -119,7 +119,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
             learned, said = _learn_from_impressions(data, material, modules, table, columns, config)
             tables["statistics"] = learned.statistics
             columns = dataclasses.replace(columns, statistics=learned.statistics)
-            asker = Asker(
+            asker = CandidateBuilder(
                 modules, table, material.data, columns, learned.outcomes, material.actions, config, bool(said)
             )
             blend, gain = fit_ranker(asker, material.division, weights)
@@ -159,7 +159,7 @@ def _reads_impressions(config: TrainConfig) -> bool:
 
 def _learn_from_impressions(
     path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: Columns, config: TrainConfig
-) -> tuple[Learned, dict[str, Any]]:
+) -> tuple[StatisticsSnapshot, dict[str, Any]]:
     """Trains the ranker on impressions where there are enough; what is known of what people do with what they see.
 
     Returns:
@@ -169,7 +169,7 @@ def _learn_from_impressions(
     shown = None
     if _reads_impressions(config) and not data.ordered_only:
         shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
-    teller = Teller(data, columns, material.actions, shown, material.division.fit_end)
+    teller = PointInTimeStatistics(data, columns, material.actions, shown, material.division.fit_end)
     if shown is not None:
         feed = read_feed(teller, shown, modules.user, table, config)
         said = learn(modules.ranker.cpu(), feed, config) if feed is not None else {}
@@ -177,7 +177,7 @@ def _learn_from_impressions(
 
 
 def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, folder: Path | None = None) -> Material:
-    """Turns a data set into what a training learns from; `folder` has room for the events (`training.data.Disk`).
+    """Turns a data set into what a training learns from; `folder` has room for the events (`interactions.Disk`).
 
     Raises:
         TrainingError: Nobody has two events left to train on.

@@ -13,12 +13,12 @@ import grpc
 
 from features.item_fields import FIELDS, no_field
 from penchant.v1 import catalog_pb2, catalog_pb2_grpc
-from serving.catalog_log import CatalogLog, Change
-from serving.engine import Host
+from serving.engine.catalog_sync import CatalogSync
+from serving.engine.engine import EngineRef
 from serving.errors import InvalidArgument, NotFound, ServingError
-from serving.follower import Follower
-from serving.services import checks
+from serving.services import validation as checks
 from serving.services.items import MAX_FIELDS, held_fields, item_record, record_item, require_window
+from serving.stores.catalog_log import CatalogLog, Change
 
 MAX_CHANGES = 1_000
 EVERYWHERE_S = 1.0
@@ -44,7 +44,7 @@ class _Made(NamedTuple):
 class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     """Changes the catalogue durably; every worker follows."""
 
-    def __init__(self, host: Host, log: CatalogLog, follower: Follower) -> None:
+    def __init__(self, host: EngineRef, log: CatalogLog, follower: CatalogSync) -> None:
         self._host, self._log, self._follower = host, log, follower
 
     def PutItems(

@@ -20,13 +20,13 @@ from features.event_types import hint
 from features.profile import pack_record
 from features.schema import event_type_key, item_key
 from penchant.v1 import event_pb2, event_pb2_grpc
-from serving.engine import Host
+from serving.engine.engine import EngineRef
 from serving.errors import InvalidArgument, ResourceExhausted, ServingError
-from serving.events import Appended, EventLog, LoggedEvent
-from serving.profiles import Applied, ProfileStore
-from serving.services import checks
+from serving.observability.telemetry import Telemetry
+from serving.services import validation as checks
 from serving.services.streams import Streams
-from serving.telemetry import Telemetry
+from serving.stores.event_log import Appended, EventLog, LoggedEvent
+from serving.stores.profiles import Applied, ProfileStore
 
 MAX_EVENTS = 1_000
 FUTURE_MS = 5 * 60_000
@@ -54,7 +54,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
 
     def __init__(
         self,
-        host: Host,
+        host: EngineRef,
         log: EventLog,
         store: ProfileStore,
         telemetry: Telemetry,

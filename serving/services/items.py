@@ -12,7 +12,7 @@ from features.catalog import Catalog
 from features.item_fields import COLUMNS, FIELDS, ONE_ATTRIBUTE, is_field, no_field, value_of, values_of
 from penchant.v1.catalog_pb2 import Item
 from serving.errors import InvalidArgument
-from serving.services import checks
+from serving.services import validation as checks
 
 MAX_CATEGORIES = 16
 MAX_FIELDS = 64

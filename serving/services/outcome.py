@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf.message import Message
 
 from penchant.v1 import common_pb2
-from serving.telemetry import Telemetry
+from serving.observability.telemetry import Telemetry
 
 _RUNGS = {number: name.removeprefix("RUNG_").lower() for name, number in common_pb2.Rung.items() if number}
 _PARTS = {number: name.removeprefix("PART_") for name, number in common_pb2.Part.items()}

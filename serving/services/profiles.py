@@ -19,17 +19,17 @@ from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
 from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
+from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
-from features.memory import DIMENSIONS, HORIZONS
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
 from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
-from serving.certificates import Certificate, Certificates
-from serving.engine import Engine, Host
+from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
-from serving.people import Consent, People, Rule, Setting
-from serving.profiles import ProfileStore
-from serving.services import checks
+from serving.privacy.certificates import Certificate, Certificates
+from serving.privacy.rights import Consent, Rule, Setting, SubjectRights
+from serving.services import validation as checks
+from serving.stores.profiles import ProfileStore
 
 SHOWN = 100
 """Events that an answer shows at most."""
@@ -61,7 +61,7 @@ _DIALLED = {Dial.CATEGORY_WEIGHT: Kind.CATEGORY, Dial.CREATOR_WEIGHT: Kind.CREAT
 class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     """Does what people may ask for about themselves."""
 
-    def __init__(self, host: Host, people: People, certificates: Certificates, store: ProfileStore) -> None:
+    def __init__(self, host: EngineRef, people: SubjectRights, certificates: Certificates, store: ProfileStore) -> None:
         self._host, self._people, self._certificates, self._store = host, people, certificates, store
 
     def GetProfile(

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from features.catalog import Catalog
 from features.schema import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
-from serving.engine import Engine, Host
+from serving.engine.engine import Engine, EngineRef
 from serving.errors import InvalidArgument
 from serving.experiments import Holdout
-from serving.query import Query, Reason, Slate, Unknown
-from serving.services import checks
+from serving.pipeline.query import Query, Reason, Slate, Unknown
+from serving.services import validation as checks
 from serving.services.items import item_fields, shown_items
 
 MAX_PAGE = 100
@@ -42,7 +42,7 @@ _RUNGS = {
 class RankingService(ranking_pb2_grpc.RankingServiceServicer):
     """Ranks feeds, search results and other engines' hits."""
 
-    def __init__(self, host: Host, holdout: Holdout, default_deadline_s: float) -> None:
+    def __init__(self, host: EngineRef, holdout: Holdout, default_deadline_s: float) -> None:
         self._host, self._holdout, self._default_deadline_s = host, holdout, default_deadline_s
 
     def Recommend(

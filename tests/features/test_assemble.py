@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from features import assemble, profile
+from features.action_rates import ActionRates
 from features.catalog import Catalog
-from features.outcomes import Outcomes
 from features.schema import event_type_key, item_key
 from features.vocabulary import Vocabulary
 
@@ -70,7 +70,7 @@ def test_pack_pads_on_the_right():
     assert assemble.pack([(none, none)])[0].shape == (1, 1)
 
 
-OUTCOMES = Outcomes.of(
+OUTCOMES = ActionRates.of(
     {
         "event_types": ["view_item", "purchase"],
         "actions": [

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.clock import AHEAD_MS, DAY_MS, FEWEST, is_ahead, newest_moment
+from features.tables.clock import AHEAD_MS, DAY_MS, FEWEST, is_ahead, newest_moment
 from tests.real_data import real_data
 
 START = 1_700_000_000_000

@@ -9,19 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import features.events
-import features.tables
+import features.tables.dataset
+import features.tables.event_reader
 from features.schema import EVENTS
-from features.tables import Dataset, open_dataset, write_dataset
+from features.tables.dataset import Dataset, open_dataset, write_dataset
 from tests.untrained import dataset
 
 
 @pytest.fixture
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features.tables, "HELD_ROWS", 0)
-    monkeypatch.setattr(features.tables, "BATCH_ROWS", 7)
-    monkeypatch.setattr(features.events, "BATCH_ROWS", 7)
-    monkeypatch.setattr(features.events, "BUCKET_ROWS", 20)
+    monkeypatch.setattr(features.tables.dataset, "HELD_ROWS", 0)
+    monkeypatch.setattr(features.tables.dataset, "BATCH_ROWS", 7)
+    monkeypatch.setattr(features.tables.event_reader, "BATCH_ROWS", 7)
+    monkeypatch.setattr(features.tables.event_reader, "BUCKET_ROWS", 20)
 
 
 def same(one: Dataset, other: Dataset) -> None:

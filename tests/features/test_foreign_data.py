@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from features.arrays import pc
 from features.catalog import columns_of
 from features.errors import TablesError
-from features.files import find_files, table_path
-from features.intake import lines
 from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
-from features.tables import Dataset, Loaded, conform, open_dataset, read_table
-from features.written import MISSING_WORDS, ListStyle
-from training.data import item_vocabulary
+from features.tables.dataset import Dataset, Loaded, conform, open_dataset, read_table
+from features.tables.files import find_files, table_path
+from features.tables.intake import lines
+from features.tables.written import MISSING_WORDS, ListStyle
+from training.data.interactions import item_vocabulary
 
 NOON = 1_600_000_000_000
 TOPICS = ("Tea", "Bikes", "Garden", "Lamps")

@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import features.events
-import features.tables
+import features.tables.dataset
+import features.tables.event_reader
 from features.catalog import columns_of
 from features.histories import KEYS, Distinct, Logged, history_keys
 from features.profile import Profile
 from features.schema import EVENTS, ITEMS, item_key
-from features.tables import open_dataset, write_dataset
-from serving.rebuild import Histories
+from features.tables.dataset import open_dataset, write_dataset
+from serving.projection.rebuild import Histories
 from training.config import TrainConfig
-from training.data import item_vocabulary, read_interactions
-from training.ranking import Pasts
+from training.data.interactions import item_vocabulary, read_interactions
+from training.models.scoring import UserHistories
 
 NAMES = ("", "tea", "coffee")
 CATALOG = [
@@ -85,11 +85,11 @@ def written(folder: Path, events: pa.Table) -> Path:
     return folder
 
 
-def trained(folder: Path, config: TrainConfig | None = None) -> tuple[Any, Pasts]:
+def trained(folder: Path, config: TrainConfig | None = None) -> tuple[Any, UserHistories]:
     dataset = open_dataset(folder)
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config or TrainConfig())
-    return data, Pasts(data, columns_of(items, np.empty((items.num_rows, 0), np.float32)))
+    return data, UserHistories(data, columns_of(items, np.empty((items.num_rows, 0), np.float32)))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -98,8 +98,8 @@ def test_training_remembers_what_a_rebuild_folds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool, resolved: bool
 ) -> None:
     if streamed:
-        monkeypatch.setattr(features.tables, "HELD_ROWS", 0)
-        for module in (features.tables, features.events):
+        monkeypatch.setattr(features.tables.dataset, "HELD_ROWS", 0)
+        for module in (features.tables.dataset, features.tables.event_reader):
             monkeypatch.setattr(module, "BATCH_ROWS", 64)
     folder = written(tmp_path / "data", events_of(1100, np.random.default_rng(5), resolved))
     data, pasts = trained(folder)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.errors import TablesError
-from features.intake import REJECTED_SHARE, admit, require_few, summary, tell
-from features.rows import Intake, Rejected, Unread
+from features.tables.conform import Intake, Rejected, Unread
+from features.tables.intake import REJECTED_SHARE, admit, require_few, summary, tell
 
 
 def rejected(count: int, file: str = "events.parquet") -> list[Rejected]:

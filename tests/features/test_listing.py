@@ -8,8 +8,8 @@ import pytest
 
 from features.assemble import FEATURES
 from features.errors import TablesError
-from features.listing import features, state_fingerprint
-from features.tables import write_dataset
+from features.feature_report import features, state_fingerprint
+from features.tables.dataset import write_dataset
 from tests.untrained import untrained_bundle
 
 NOW = 1_700_000_000_000

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features import decay, memory
+from features import decay_kernels as decay
+from features import decayed_counts as memory
 from features.schema import event_type_key
 
 HOUR, DAY, MONTH = memory.HORIZONS.values()
@@ -45,7 +46,7 @@ def test_in_pieces_and_at_once_and_by_the_plain_twin_it_is_the_same_to_the_bit(r
         pieces = memory.decode(memory.encode(fold(part, pieces)))
         before = (plain.facts, plain.keys, plain.counts)
         told = (memory._ROOMS, memory._TICKS, memory.VISIT_MS, memory._UNCHOSEN)
-        plain = memory.Memory(*decay.remember_plain(*before, *told, *columns(part)))
+        plain = memory.DecayedCounts(*decay.remember_plain(*before, *told, *columns(part)))
     assert memory.encode(pieces) == memory.encode(whole)
     assert memory.encode(plain) == memory.encode(whole)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from features.action_rates import HALF_LIVES, MATCH_STRENGTH, PERSON_STRENGTH, ActionRates, Rates
 from features.kernels import log_odds, log_odds_plain, matched_weights, matched_weights_plain
-from features.outcomes import HALF_LIVES, MATCH_STRENGTH, PERSON_STRENGTH, Outcomes, Rates
 
 FACTS = {
     "event_types": ["click", "shown"],
@@ -26,7 +26,7 @@ def odds(rate: float) -> float:
 
 
 def test_events_show_items_and_are_actions() -> None:
-    outcomes = Outcomes.of(FACTS)
+    outcomes = ActionRates.of(FACTS)
     shown, acted = outcomes.marks(np.array([SHOWN, CLICK, CLICK, 0], np.int32), np.array([np.nan, 1, 2, 9], np.float32))
     assert shown.tolist() == [[True, False, False, False], [True, True, True, True]]
     assert acted.tolist() == [[False, False, True, False], [False, True, True, False]]
@@ -36,14 +36,14 @@ def test_events_show_items_and_are_actions() -> None:
 
 def test_what_came_before_the_first_showing_does_not_count_and_the_new_counts_more() -> None:
     types = np.array([CLICK, SHOWN, CLICK, SHOWN], np.int32)
-    _, weights = Outcomes.of(FACTS).weights(types, np.full(4, 5, np.float32))
+    _, weights = ActionRates.of(FACTS).weights(types, np.full(4, 5, np.float32))
     older = 0.5**0.25
     np.testing.assert_allclose(weights[:, 0], [0, older, 0, 1])
     np.testing.assert_allclose(weights[:, 2], [0, 0, older, 0])
 
 
 def test_a_person_has_rates_of_their_own_and_with_some_of_the_items() -> None:
-    outcomes = Outcomes.of(FACTS)
+    outcomes = ActionRates.of(FACTS)
     nobody = Rates.of(outcomes, np.empty(0, np.int32), np.empty(0, np.float32))
     np.testing.assert_allclose(nobody.long, [-1, 0.5])
     assert np.abs(nobody.among(np.array([3, 0], np.uint64), np.empty(0, np.uint64))).max() < 1e-9

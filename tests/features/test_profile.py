@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from features import controls, memory, profile
+from features import controls, profile
+from features import decayed_counts as memory
 from features.errors import ProfileCorrupt, ProfileNewer
 from features.schema import event_type_key
 

@@ -29,7 +29,7 @@ from features.schema import (
     USERS,
     USERS_REQUIRED,
 )
-from features.tables import (
+from features.tables.dataset import (
     Loaded,
     Rejected,
     Unread,

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import serving.server
+import serving.services.server
 from penchant.v1 import catalog_pb2_grpc, event_pb2, event_pb2_grpc, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
+from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
-from serving.reception.calls import Bounds
-from serving.reception.executor import Reception
-from serving.telemetry import Telemetry
-from serving.turns import Turns
+from serving.observability.telemetry import Telemetry
+from serving.services.reception.calls import Bounds
+from serving.services.reception.executor import Reception
 
 NONE = Bounds(
     calls=1 << 20,
@@ -73,15 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--token")
     asked = parser.parse_args(arguments)
     if asked.unbounded:
-        serving.server.Reception = Unbounded  # type: ignore[misc]
-        serving.server.Bounds = lambda: NONE  # type: ignore[assignment, misc]
+        serving.services.server.Reception = Unbounded  # type: ignore[misc]
+        serving.services.server.Bounds = lambda: NONE  # type: ignore[assignment, misc]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     config = ServeConfig.load(bundle="none", listen=address, token=asked.token)
-    server = serving.server.Server(config, Turns(config.threads), Telemetry())
+    server = serving.services.server.Server(config, ConcurrencyLimit(config.threads), Telemetry())
     profiles, catalog = profile_pb2_grpc.ProfileServiceServicer(), catalog_pb2_grpc.CatalogServiceServicer()
-    server.start(address, serving.server.Services(Ranking(), Events(), profiles, catalog))
+    server.start(address, serving.services.server.Services(Ranking(), Events(), profiles, catalog))
     print(json.dumps({"listen": address, "workers": [os.getpid()]}), flush=True)
     sys.stdin.read()
     server.stop()

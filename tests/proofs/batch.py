@@ -32,10 +32,10 @@ import yaml
 from features.bundle import open_bundle
 from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2
-from serving.batch import recommend
 from serving.config import ServeConfig
 from serving.experiments import Holdout
-from serving.redis_server import RedisServer
+from serving.jobs.batch import recommend
+from serving.redis.embedded import RedisServer
 from tests.fixtures import PATIENCE_S
 from tests.serving.faults import wait_until
 from tests.serving.inside import inside
@@ -122,7 +122,7 @@ def one_moment() -> Iterator[None]:
     """Service and batch take the same time for now: features decay with every millisecond."""
     now = time.time()
     clock = SimpleNamespace(time=lambda: now, monotonic=time.monotonic)
-    with mock.patch("serving.services.ranking.time", clock), mock.patch("serving.batch.time", clock):
+    with mock.patch("serving.services.ranking.time", clock), mock.patch("serving.jobs.batch.time", clock):
         yield
 
 

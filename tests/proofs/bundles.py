@@ -41,13 +41,13 @@ import pyarrow as pa
 from features import bundle as bundles
 from features.errors import PenchantError
 from serving.config import ServeConfig
-from serving.engine import Engine, Surroundings, open_engine
+from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.errors import ServingError
-from serving.hydrators import Progress
-from serving.profiles import ProfileStore
-from serving.query import Query
-from serving.redis_client import connect
-from serving.telemetry import Telemetry
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Query
+from serving.redis.client import connect
+from serving.stores.profiles import ProfileStore
 from tests.proofs.bundle_mutations import MUTATIONS, seal_again
 from tests.proofs.bundle_oracle import faults
 from tests.world import publish_world
@@ -86,7 +86,7 @@ def opened(path: Path) -> dict[str, Any]:
     """Opens a bundle as a worker does, and asks it."""
     config = ServeConfig(bundle=path, state_dir=path.parent / "state", device="cpu")
     with connect("unix:///nowhere/redis.sock") as client:
-        around = Surroundings(config, ProfileStore(client), Progress(), Telemetry())
+        around = Dependencies(config, ProfileStore(client), CatalogProgress(), Telemetry())
         try:
             engine = open_engine(path, around)
         except (PenchantError, ServingError) as error:
@@ -194,8 +194,8 @@ def unchecked() -> list[Any]:
         return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
     from features import manifest
-    from serving import index_file
-    from serving.model import Model
+    from serving.bundle import index_file
+    from serving.bundle.model import Model
 
     def believed(content: bytes, where: str) -> Any:
         return json.loads(content)
@@ -209,9 +209,9 @@ def unchecked() -> list[Any]:
         mock.patch("features.vocabulary.read_table", mapped),
         mock.patch("features.vocabulary.Vocabulary._check", return_value=None),
         mock.patch("features.bundle_tables._check_rows", return_value=None),
-        mock.patch("serving.model.check_graph", return_value=None),
+        mock.patch("serving.bundle.model.check_graph", return_value=None),
         mock.patch.object(Model, "probe", return_value=None),
-        mock.patch("serving.index.check_index", unread),
+        mock.patch("serving.bundle.vector_index.check_index", unread),
         mock.patch.object(manifest, "parse", believed),
     ]
 

@@ -26,13 +26,13 @@ import grpc
 import pyarrow.parquet as pq
 
 from features.errors import PenchantError
-from features.validate import validate
+from features.tables.validate import validate
 from penchant.client import Client, event
-from serving.certificates import Certificates
-from serving.events import EventLog
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.privacy.certificates import Certificates
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
 from tests.proofs.kills import (
     PARTITIONS,
     PATIENCE_S,
@@ -56,8 +56,9 @@ PURGE_S = 6.0
 
 UNREGISTERED = (
     "import sys\n"
-    "if 'serving.child' in sys.orig_argv or any('serving.app' in word for word in sys.orig_argv):\n"
-    "    import serving.hosts as h, serving.warehouse_place as p\n"
+    "roles = ('serving.processes.child', 'serving.processes.service')\n"
+    "if any(role in word for word in sys.orig_argv for role in roles):\n"
+    "    import serving.jobs.hosts as h, serving.warehouse.place as p\n"
     "    p.WarehousePlace.take = lambda self: None\n"
     "    h.HostKeeper.catch_up = lambda self: 0\n"
     "    h.HostKeeper.run = lambda self, stop: None\n"

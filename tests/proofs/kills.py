@@ -34,13 +34,13 @@ import pyarrow.parquet as pq
 
 from features.profile import RECORD, Profile, empty, fold
 from penchant.client import Client, event
-from serving.consumer import Consumer
-from serving.events import Entry, EventLog
-from serving.log_times import PROFILES_GROUP
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
-from serving.warehouse import GROUP
+from serving.log_retention import PROFILES_GROUP
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import Entry, EventLog
+from serving.stores.profiles import ProfileStore
+from serving.warehouse.writer import GROUP
 from tests.serving.faults import insist, kill, wait_until
 from tests.world import publish_world
 
@@ -55,16 +55,16 @@ VICTIMS = {"worker": 6, "service": 2, "projector": 4, "sink": 4, "events": 2, "p
 """What is killed, and how often beside the others."""
 
 SERVE = (
-    "import json, sys; from serving.app import serve; from serving.config import ServeConfig; "
+    "import json, sys; from serving.processes.service import serve; from serving.config import ServeConfig; "
     "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
 )
-PROJECT = "import sys; from serving.projector import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+PROJECT = "import sys; from serving.projection.projector import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 SINK = (
-    "import sys; from pathlib import Path; from serving.warehouse import run; "
+    "import sys; from pathlib import Path; from serving.warehouse.writer import run; "
     "run(sys.argv[1], Path(sys.argv[2]), partitions=int(sys.argv[3]), flush_s=0.5)"
 )
 HASTY_SINK = (
-    "import serving.warehouse as w; read = w._Intake.read\n"
+    "import serving.warehouse.writer as w; read = w._Intake.read\n"
     "def hasty(self, *words):\n"
     "    seen = read(self, *words)\n"
     "    for partition, held in enumerate(self.held):\n"

@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 import redis
 
 from penchant.v1 import event_pb2
-from serving.consumer import Consumer
-from serving.events import EventLog, LoggedEvent, LoggedImpression
-from serving.log_times import PROFILES_GROUP, LogTimes
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
-from serving.warehouse_tables import event_tables, impression_table
+from serving.log_retention import PROFILES_GROUP, LogTimes
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression
+from serving.warehouse.tables import event_tables, impression_table
 from tests.serving.logged import catalog, event, logged, slate
 
 ITEMS = 20

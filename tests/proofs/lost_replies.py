@@ -24,10 +24,10 @@ import redis
 
 from features.profile import make_records
 from serving.errors import Unavailable
-from serving.events import EventLog, LoggedEvent
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.profiles import ProfileStore
 
 PARTITIONS = 4
 PEOPLE = 20

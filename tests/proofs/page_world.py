@@ -17,9 +17,9 @@ from features.catalog import Catalog
 from features.schema import ITEMS
 from features.transforms import item_text, text_tokens
 from features.vocabulary import Vocabulary
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from tests import world
-from training.index_build import build
+from training.export.index import build
 
 LIVE = 80
 """Items put while the service runs, on top of those of the bundle."""

@@ -30,20 +30,20 @@ from features.controls import Dial as DialKind
 from features.profile import RING, empty, fold, make_records
 from features.schema import event_type_keys, item_key, item_keys
 from penchant.v1 import common_pb2, ranking_pb2
-from serving.bitmap import Bitmap
+from serving.bundle.bitmap import Bitmap
 from serving.config import ServeConfig
-from serving.engine import Engine, Host, Surroundings, open_engine
+from serving.engine.engine import Dependencies, Engine, EngineRef, open_engine
 from serving.experiments import Holdout
-from serving.filters import Blocked, Eligible, Seen
-from serving.hydrators import Progress
-from serving.pipeline import Pipeline
-from serving.profiles import Mark, ProfileStore
-from serving.query import Query
-from serving.redis_client import address_of, connect, partition_of
-from serving.redis_server import RedisServer
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.filters import Blocked, Eligible, Seen
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Query
+from serving.pipeline.runner import Pipeline
+from serving.pipeline.sources import Popular
+from serving.redis.client import address_of, connect, partition_of
+from serving.redis.embedded import RedisServer
 from serving.services.ranking import RankingService
-from serving.sources import Popular
-from serving.telemetry import Telemetry
+from serving.stores.profiles import Mark, ProfileStore
 from tests import world
 from tests.proofs.page_world import item_of, publish_items, put_live
 
@@ -148,7 +148,7 @@ class Served:
 
     def __init__(self, engine: Engine, items: list[dict[str, Any]]) -> None:
         self.engine, self.items = engine, items
-        self.service = RankingService(Host(engine), Holdout(0.0, ""), 60.0)
+        self.service = RankingService(EngineRef(engine), Holdout(0.0, ""), 60.0)
         self.eligible: set[str] = set()
 
     def offer(self, case: Case, draw: np.random.Generator) -> None:
@@ -185,7 +185,7 @@ class Proof:
             if not path.exists():
                 publish_items(path, size)
             config = ServeConfig.load(bundle=path, candidates=depth)
-            engine = open_engine(path, Surroundings(config, self._store, Progress(), Telemetry()))
+            engine = open_engine(path, Dependencies(config, self._store, CatalogProgress(), Telemetry()))
             items = [item_of(number) for number in range(size)]
             self._served[size, depth] = Served(engine, [*items, *put_live(engine, items)])
         return self._served[size, depth]

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 from features.profile import make_records
-from serving.events import EventLog, LoggedEvent
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.event_log import EventLog, LoggedEvent
 from tests.serving.faults import insist
 
 PARTITIONS = 4

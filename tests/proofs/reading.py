@@ -30,14 +30,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import features.arrays
-import features.columns
-import features.files
-import features.rows
-import features.tables
-import features.times
+import features.tables.conform
+import features.tables.convert
+import features.tables.dataset
+import features.tables.files
+import features.tables.times
 from features.errors import TablesError
 from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
-from features.tables import Loaded, open_dataset, read_table
+from features.tables.dataset import Loaded, open_dataset, read_table
 from tests.proofs.reading_oracle import Expected, expect
 from tests.proofs.reading_tables import Case, write_case
 
@@ -92,7 +92,10 @@ def _same(name: str, cell: Any, wanted: Any) -> bool:
 def compare_streamed(case: Case) -> str:
     """What is otherwise where events are read a part at a time; "" if nothing."""
     whole = open_dataset(case.path.parent)
-    with mock.patch.object(features.tables, "HELD_ROWS", 0), mock.patch.object(features.tables, "BATCH_ROWS", 5):
+    with (
+        mock.patch.object(features.tables.dataset, "HELD_ROWS", 0),
+        mock.patch.object(features.tables.dataset, "BATCH_ROWS", 5),
+    ):
         parts = open_dataset(case.path.parent)
     if (whole.info, whole.intake) != (parts.info, parts.intake):
         return f"streamed: {parts.info} {parts.intake}, should be {whole.info} {whole.intake}"
@@ -158,23 +161,23 @@ def _no_dashes(true: Any, storage: Any) -> Any:
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
-    "fractions of a second are dropped": lambda: _wrapped(features.times, "_iso", _no_fractions),
-    "offsets from UTC are ignored": lambda: _wrapped(features.times, "_iso", _no_offsets),
-    "every number is in milliseconds": lambda: _replaced(features.times.UnitVotes, "unit", "ms"),
-    "links are skipped": lambda: _wrapped(features.files, "_walk", _no_links),
-    "the index of a dictionary is its value": lambda: _wrapped(features.columns, "plain", _indices),
-    "a decimal is a float": lambda: _wrapped(features.columns, "_text_of_decimals", _decimals_as_floats),
-    "NaN is 0": lambda: _wrapped(features.columns, "_numbers", _nan_as_zero),
-    "lists are cut": lambda: _wrapped(features.columns, "_list", _short_lists),
-    "folders' names are ignored": lambda: _replaced(features.files, "_partition", {}),
-    "times with a zone are a millisecond late": lambda: _wrapped(features.times, "_typed", _later),
+    "fractions of a second are dropped": lambda: _wrapped(features.tables.times, "_iso", _no_fractions),
+    "offsets from UTC are ignored": lambda: _wrapped(features.tables.times, "_iso", _no_offsets),
+    "every number is in milliseconds": lambda: _replaced(features.tables.times.UnitVotes, "unit", "ms"),
+    "links are skipped": lambda: _wrapped(features.tables.files, "_walk", _no_links),
+    "the index of a dictionary is its value": lambda: _wrapped(features.tables.convert, "plain", _indices),
+    "a decimal is a float": lambda: _wrapped(features.tables.convert, "_text_of_decimals", _decimals_as_floats),
+    "NaN is 0": lambda: _wrapped(features.tables.convert, "_numbers", _nan_as_zero),
+    "lists are cut": lambda: _wrapped(features.tables.convert, "_list", _short_lists),
+    "folders' names are ignored": lambda: _replaced(features.tables.files, "_partition", {}),
+    "times with a zone are a millisecond late": lambda: _wrapped(features.tables.times, "_typed", _later),
     "a UUID has no dashes": lambda: _wrapped(features.arrays, "_uuid_text", _no_dashes),
-    "what cannot be read permits": lambda: _replaced(features.rows, "_close", None),
+    "what cannot be read permits": lambda: _replaced(features.tables.conform, "_close", None),
     "an end for ever is an end in 1978": lambda: mock.patch.object(
-        features.times, "_is_far", lambda v: np.zeros(v.size, bool)
+        features.tables.times, "_is_far", lambda v: np.zeros(v.size, bool)
     ),
     "a price of one comma is thousands": lambda: _wrapped(
-        features.columns, "prices", lambda true, text: true(pc.replace_substring(text, ",", ""))
+        features.tables.convert, "prices", lambda true, text: true(pc.replace_substring(text, ",", ""))
     ),
 }
 """Reading faults, each of which the comparison must find."""

@@ -34,7 +34,7 @@ import grpc
 
 from penchant.client import Client, event
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
-from serving.redis_server import RedisServer
+from serving.redis.embedded import RedisServer
 from tests.fixtures import START_S, Service, serving
 from tests.world import publish_world
 

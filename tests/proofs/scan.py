@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import redis
 
 from features.schema import item_key
-from serving.events import EventLog
-from serving.redis_client import connect
-from serving.redis_server import RedisServer, Role
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer, Role
+from serving.stores.event_log import EventLog
 
 ROLES: tuple[Role, ...] = ("profiles", "events")
 

@@ -34,37 +34,37 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+import features.action_rates
 import features.assemble
-import features.decay
+import features.decay_kernels
+import features.decayed_counts
 import features.kernels
-import features.memory
-import features.outcomes
 import features.profile
-import training.ranking
+import training.models.scoring
 from features.bundle import open_bundle
 from features.catalog import Catalog, Columns
 from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
 from penchant.v1 import common_pb2, event_pb2
-from serving.catalog_log import CatalogLog
-from serving.certificates import Certificates
 from serving.config import ServeConfig
-from serving.engine import Host, Surroundings, open_engine, read_items
-from serving.events import EventLog
-from serving.hydrators import Progress
-from serving.people import People
-from serving.profiles import ProfileStore
-from serving.projector import Projector
-from serving.query import Query
-from serving.rebuild import Histories
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
-from serving.replay import Replay, logged_slates
+from serving.engine.engine import Dependencies, EngineRef, open_engine, read_items
+from serving.jobs.skew import Replay, logged_slates
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Query
+from serving.pipeline.side_effects import _logged, _Shown
+from serving.privacy.certificates import Certificates
+from serving.privacy.rights import SubjectRights
+from serving.projection.projector import Projector
+from serving.projection.rebuild import Histories
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
 from serving.services.events import EventService
-from serving.side_effects import _logged, _Shown
-from serving.telemetry import Telemetry
-from serving.warehouse import Warehouse
-from serving.warehouse_files import WarehouseFiles
-from serving.warehouse_items import ItemTable
+from serving.stores.catalog_log import CatalogLog
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
+from serving.warehouse.files import WarehouseFiles
+from serving.warehouse.items import ItemTable
+from serving.warehouse.writer import Warehouse
 from tests.proofs import oracle
 from tests.proofs.oracle import Told
 from tests.proofs.trained import Trained
@@ -77,10 +77,10 @@ LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000, -1_200_000)
 _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
-    (training.ranking, "RING", 16),
+    (training.models.scoring, "RING", 16),
     (features.profile, "EVICTED_CAP", 12),
-    (features.memory, "DIMENSIONS", _FEW),
-    (features.memory, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
+    (features.decayed_counts, "DIMENSIONS", _FEW),
+    (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
 )
 """Sizes at which a short life goes through everything; every other life has the real ones."""
 
@@ -242,10 +242,10 @@ class World:
         bundle = publish_world(folder / "bundle")
         self.telemetry = Telemetry()
         config = ServeConfig.load(bundle=bundle, log_features=1.0)
-        around = Surroundings(config, self.store, Progress(), Telemetry(), self)  # type: ignore[arg-type]
+        around = Dependencies(config, self.store, CatalogProgress(), Telemetry(), self)  # type: ignore[arg-type]
         self.engine = open_engine(bundle, around)
-        self.events = EventService(Host(self.engine), self.log, self.store, Telemetry(), None)  # type: ignore[arg-type]
-        self.people = People(self.log, self.store, Certificates(self.log))
+        self.events = EventService(EngineRef(self.engine), self.log, self.store, Telemetry(), None)  # type: ignore[arg-type]
+        self.people = SubjectRights(self.log, self.store, Certificates(self.log))
         self.projector = Projector(self.log, self.store, compact_after=1, settle_s=0, telemetry=self.telemetry)
         self.projector.open()
         stack.callback(self.projector.close)
@@ -471,7 +471,7 @@ class Life:
 
     def _compare_profile(self, moment: Moment, histories: Histories | None) -> Iterator[str]:
         profile = dataclasses.replace(moment.profile, consent=None)
-        rooms = features.memory.DIMENSIONS
+        rooms = features.decayed_counts.DIMENSIONS
         expected = oracle.state(moment.events, features.profile.RING, features.profile.EVICTED_CAP, rooms)
         if expected != {
             "count": profile.count,
@@ -517,7 +517,7 @@ class Life:
             for name in self.world.replay.differing(slate, profile):
                 yield f"the plain twins assemble otherwise: {name}"
         past = oracle.remembered(served.events, features.profile.RING)
-        lasts = oracle.past_of(served.events, features.memory.DIMENSIONS)
+        lasts = oracle.past_of(served.events, features.decayed_counts.DIMENSIONS)
         if oracle.encoder(past, served.rows, MODEL["event_types"], MODEL["max_length"]) != list(
             zip(*_encoded(self.world, profile), strict=True)
         ):
@@ -534,7 +534,7 @@ class Life:
 def _past(profile: Profile) -> oracle.Past:
     """The memory of a profile as the oracle tells it."""
     memory = profile.memory
-    cells = {name: memory.of(name) for name in features.memory.DIMENSIONS}
+    cells = {name: memory.of(name) for name in features.decayed_counts.DIMENSIONS}
     counts = {
         name: dict(zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True))
         for name, part in cells.items()
@@ -554,8 +554,13 @@ def _encoded(world: World, profile: Profile) -> tuple[list[int], list[int]]:
 def plain_kernels() -> Iterator[None]:
     """Every kernel replaced by its plain twin, wherever it is used."""
     with contextlib.ExitStack() as stack:
-        users: Sequence[ModuleType] = (features.profile, features.memory, features.assemble, features.outcomes)
-        kernels = vars(features.kernels) | vars(features.decay)
+        users: Sequence[ModuleType] = (
+            features.profile,
+            features.decayed_counts,
+            features.assemble,
+            features.action_rates,
+        )
+        kernels = vars(features.kernels) | vars(features.decay_kernels)
         for name, module in itertools.product(kernels, users):
             twin = kernels.get(f"{name}_plain")
             if twin is not None and hasattr(module, name):

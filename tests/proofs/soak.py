@@ -31,7 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from penchant.client import Client, event
 from serving.config import ServeConfig
-from serving.redis_server import RedisServer
+from serving.redis.embedded import RedisServer
 from tests.fixtures import Service, serving
 from tests.proofs.slopes import grows, stays
 from tests.world import publish_world
@@ -53,7 +53,7 @@ def leak(rate, held=[]):
     while True:
         held.append(os.urandom(int(rate / 20)))
         time.sleep(0.05)
-if "serving.child" in sys.orig_argv:
+if "serving.processes.child" in sys.orig_argv:
     threading.Thread(target=leak, args=(float(os.environ["SOAK_LEAK_BYTES_S"]),), daemon=True).start()
 """
 """The planted fault, as the `sitecustomize` of the processes of the control."""

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from features.bundle import open_bundle
 from features.errors import BundleError
 from features.vocabulary import Vocabulary
-from serving.vetting import vet
+from serving.engine.vetting import vet
 from tests.proofs.bundle_mutations import seal_again
 
 COUNT = int(os.environ.get("BUNDLES", "60"))
@@ -100,7 +100,7 @@ def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_that_ends_the_process_that_reads_it_is_named_by_the_service(bundle, tmp_path, deadly):
     options = ["--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "state"), "--workers", "1"]
-    command = [sys.executable, "-c", "from penchant.cli import main; main()", "serve", str(bundle), *options]
+    command = [sys.executable, "-c", "from cli.main import main; main()", "serve", str(bundle), *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert run.returncode == 2
     assert "query_encoder.onnx: ends the process (SIGSEGV) that reads it; export the run again" in run.stderr
@@ -119,7 +119,7 @@ def test_a_sound_bundle_passes_and_a_malformed_one_is_refused_in_a_process_of_it
 
 @pytest.mark.parametrize("kind", ["float_data", "int64_data"])
 def test_weights_that_are_written_as_numbers_are_taken_too(bundle, kind):
-    from serving.graph_file import check_graph
+    from serving.bundle.graph_file import check_graph
 
     model = onnx.load_model_from_string((bundle / "query_encoder.onnx").read_bytes())
     dtype = TensorProto.FLOAT if kind == "float_data" else TensorProto.INT64

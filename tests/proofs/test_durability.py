@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from features.profile import make_records
-from serving.events import EventLog, LoggedEvent
-from serving.profiles import ProfileStore
+from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.profiles import ProfileStore
 from tests.proofs.kills import HASTY_SINK, compare, held, kills, logged
 from tests.proofs.lost_replies import lost_replies
 from tests.proofs.power_loss import CannotMountError, power_loss

@@ -14,24 +14,24 @@ import pytest
 
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
-from serving.catalog_log import CatalogLog
-from serving.certificates import Certificates
 from serving.config import ServeConfig
-from serving.consumer import Consumer
-from serving.erasure import Purger, replay, replay_ledgers
 from serving.errors import ConfigError, FailedPrecondition
-from serving.events import EventLog
-from serving.hosts import HostKeeper
-from serving.ledger import Ledger
-from serving.log_times import PROFILES_GROUP
-from serving.people import People
-from serving.profiles import ProfileStore
-from serving.projector import Projector
-from serving.rebuild import rebuild
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
-from serving.warehouse import run
-from serving.warehouse_files import WarehouseFiles
+from serving.jobs.hosts import HostKeeper
+from serving.log_retention import PROFILES_GROUP
+from serving.privacy.certificates import Certificates
+from serving.privacy.ledger import Ledger
+from serving.privacy.purge import Purger, replay, replay_ledgers
+from serving.privacy.rights import SubjectRights
+from serving.projection.projector import Projector
+from serving.projection.rebuild import rebuild
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.catalog_log import CatalogLog
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
+from serving.warehouse.files import WarehouseFiles
+from serving.warehouse.writer import run
 from tests.fixtures import serving
 from tests.proofs.scan import Traces, found
 from tests.serving.faults import wait_until
@@ -106,7 +106,7 @@ class Stores:
         self.log, self.store = EventLog(self.events, PARTITIONS), ProfileStore(self.profiles, PARTITIONS)
         self.ledger = Ledger(state / "erasures.jsonl")
         self.certificates = Certificates(self.log)
-        self.people = People(self.log, self.store, self.certificates, ledger=self.ledger)
+        self.people = SubjectRights(self.log, self.store, self.certificates, ledger=self.ledger)
 
     def purge(self) -> int:
         """Lets both servers write their files anew where something was erased."""
@@ -316,7 +316,7 @@ def test_a_damaged_ledger_is_refused(tmp_path):
 
 
 def test_the_warehouse_can_be_dropped_for_good(erased, tmp_path):
-    from serving.warehouse import drop
+    from serving.warehouse.writer import drop
 
     state = put_back(erased, tmp_path / "state")
     with opened(state) as stores:

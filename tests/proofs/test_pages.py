@@ -8,8 +8,8 @@ import pytest
 
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
+from serving.redis.client import connect
+from serving.stores.profiles import ProfileStore
 from tests import world as small
 from tests.proofs import pages
 from tests.proofs.page_world import item_of, publish_items

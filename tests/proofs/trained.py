@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from features.action_rates import ActionRates
 from features.assemble import History, history, ranker_names, type_index
 from features.catalog import Catalog, Columns
-from features.columns import pc
-from features.events import Events
-from features.outcomes import Outcomes
 from features.profile import Profile
 from features.schema import event_type_key
-from features.tables import open_dataset, order_events
+from features.subjects import user_id_of
+from features.tables.convert import pc
+from features.tables.dataset import open_dataset, order_events
+from features.tables.event_reader import Events
 from features.vocabulary import Vocabulary
-from serving.warehouse_tables import user_id_of
 from training.config import Action, TrainConfig
-from training.data import Interactions, read_interactions
-from training.golden import past_differences
-from training.impressions import _folded, read_shown
-from training.ranking import Pasts
-from training.statistics import features_of_line
+from training.data.impressions import _folded, read_shown
+from training.data.interactions import Interactions, read_interactions
+from training.data.point_in_time import features_of_line
+from training.export.golden import past_differences
+from training.models.scoring import UserHistories
 
 NOT_COMPARED = ("relevance", "position")
 """The one comes out of a model; of the other serving knows nothing, and says that every item comes first."""
@@ -61,7 +61,7 @@ class Trained:
         if self._dataset.events.num_rows:
             config = TrainConfig(target_types=list(types))
             self._data = read_interactions(self._dataset, self._vocabulary, config)
-            self._pasts = Pasts(self._data, catalog.columns)
+            self._pasts = UserHistories(self._data, catalog.columns)
             self.numbers = {name: number for number, name in enumerate(self._data.people)}
             self._log_ids = self._dataset.events["log_id"].to_numpy()
 
@@ -94,7 +94,7 @@ class Trained:
         assert shown is not None
         names = ranker_names([action.name for action in actions])
         facts = {"event_types": list(types), "actions": [action.model_dump() for action in actions]}
-        outcomes = Outcomes.of(facts)
+        outcomes = ActionRates.of(facts)
         for slate, (columns, size) in zip(slates, then, strict=True):
             # What was put later was unknown then: the catalogue's doing, not the history's.
             rows = np.where(self._data.rows < size, self._data.rows, -1).astype(np.int32)
@@ -114,7 +114,7 @@ class Trained:
                 )
 
 
-class _AsRead(Pasts):
+class _AsRead(UserHistories):
     """Training's pasts as the models of a bundle read them that knows only some of the event types."""
 
     def __init__(self, data: Interactions, columns: Columns, types: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import redis
 
-from serving.redis_client import connect_one
-from serving.redis_server import RedisServer, Role
+from serving.redis.client import connect_one
+from serving.redis.embedded import RedisServer, Role
 from tests.serving.faults import wait_until
 
 SLOTS = 16384

@@ -10,10 +10,10 @@ import pytest
 import redis
 
 from penchant.client import Client
-from serving.events import EventLog
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
 from tests.fixtures import Service
 from tests.serving.logged import PARTITIONS
 

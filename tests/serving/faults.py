@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
 
 from serving.errors import Unavailable
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
 
 T = TypeVar("T")
 FULL = bool(os.environ.get("FULL"))

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from penchant.client import Client
-from serving import projector, warehouse
 from serving.config import ServeConfig
-from serving.telemetry import Telemetry
-from serving.worker import work
+from serving.observability.telemetry import Telemetry
+from serving.processes.worker import work
+from serving.projection import projector
+from serving.warehouse import writer as warehouse
 from tests.fixtures import PATIENCE_S, START_S
 
 

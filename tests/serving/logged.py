@@ -13,11 +13,11 @@ from features.catalog import Catalog
 from features.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
-from serving.events import EventLog, LoggedEvent, LoggedImpression
-from serving.log_times import LogTimes
-from serving.query import Candidates, Query, Slate
+from serving.log_retention import LogTimes
+from serving.pipeline.query import Candidates, Query, Slate
+from serving.pipeline.side_effects import _logged, _Shown
 from serving.services import events as service
-from serving.side_effects import _logged, _Shown
+from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression
 
 NOTHING_KEPT = LogTimes(0, 0)
 """Times of a log whose entries go as soon as every reader has them."""

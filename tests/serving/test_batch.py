@@ -13,12 +13,12 @@ import pytest
 from features.errors import TablesError
 from penchant.client import event
 from penchant.v1 import catalog_pb2
-from serving.batch import recommend
-from serving.batch_log import SlateFile, deliver, finish
 from serving.config import ServeConfig
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
-from serving.events import EventLog
-from serving.redis_client import connect
+from serving.jobs.batch import recommend
+from serving.jobs.batch_log import SlateFile, deliver, finish
+from serving.redis.client import connect
+from serving.stores.event_log import EventLog
 from tests.proofs import batch as proof
 from tests.serving.logged import slate
 from tests.world import rows_of
@@ -158,8 +158,8 @@ def test_what_was_delivered_is_logged_once_whatever_happens_in_between(config, t
             raise EventLogUnavailable("the reply was lost")
         return written
 
-    monkeypatch.setattr("serving.batch_log._PAUSE_S", 0.0)
-    monkeypatch.setattr("serving.batch_log._ATTEMPTS", 3)
+    monkeypatch.setattr("serving.jobs.batch_log._PAUSE_S", 0.0)
+    monkeypatch.setattr("serving.jobs.batch_log._ATTEMPTS", 3)
     monkeypatch.setattr(EventLog, "append_impressions", lossy)
     left[0] = 1  # everything is lost: the first request, then the replies
     with pytest.raises(EventLogUnavailable, match="in its place, and not all of its slates are logged"):

@@ -26,12 +26,13 @@ from features.errors import ProfileCorrupt
 from features.profile import make_records
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
-from serving import redis_client, worker
 from serving.errors import ProfileStoreUnavailable
-from serving.profiles import ProfileStore
-from serving.reception.calls import Phase
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.processes import worker
+from serving.redis import client as redis_client
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.services.reception.calls import Phase
+from serving.stores.profiles import ProfileStore
 from tests.fixtures import Service
 from tests.serving.faults import FULL, Proxy, wait_until
 from tests.serving.inside import Inside, inside
@@ -241,8 +242,8 @@ def reuse(monkeypatch) -> None:
         connection = line._pool.get_connection()
         return redis_client._Open(connection, connection._sock, redis_client.hiredis.Reader(notEnoughData=False))
 
-    monkeypatch.setattr(redis_client.Line, "_take", take)
-    monkeypatch.setattr(redis_client.Line, "_discard", lambda line, used: line._idle.append(used))
+    monkeypatch.setattr(redis_client.PipelinedConnection, "_take", take)
+    monkeypatch.setattr(redis_client.PipelinedConnection, "_discard", lambda line, used: line._idle.append(used))
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.catalog_log import CatalogLog, Change
 from serving.errors import CatalogLogUnavailable
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.catalog_log import CatalogLog, Change
 from tests.serving.faults import frozen, insist, kill
 
 OPAQUE = st.text(min_size=1, max_size=10) | st.sampled_from(["\0", "*", "{}", "a:b", ":", "put:a", "\r\n", "😀" * 10])

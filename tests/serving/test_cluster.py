@@ -17,12 +17,12 @@ from features.profile import fold, make_records
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.errors import ConfigError, ProfileStoreUnavailable
-from serving.events import EventLog
-from serving.profiles import ProfileStore
-from serving.rebuild import rebuild
-from serving.redis_client import Call, Script, connect, partition_of, partition_prefix
-from serving.redis_nodes import Nodes
-from serving.redis_safety import require_safe
+from serving.projection.rebuild import rebuild
+from serving.redis.client import Call, Script, connect, partition_of, partition_prefix
+from serving.redis.router import RedisRouter
+from serving.redis.safety import require_safe
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
 from tests.serving.clusters import SLOTS, ClusterNode, cluster, url_of
 from tests.serving.faults import Proxy, frozen, wait_until
 from tests.serving.inside import inside
@@ -82,7 +82,7 @@ def test_by_tls_and_with_a_password(tmp_path):
 
 def test_a_script_is_taught_to_each_node_and_replies_keep_their_order(empty):
     with connect(url_of(empty), 5) as client:
-        asked = Nodes(client, ProfileStoreUnavailable)
+        asked = RedisRouter(client, ProfileStoreUnavailable)
         keys = [partition_prefix(number % PARTITIONS) + b"sum" for number in range(100)]
         assert asked.run_all([Call(ADD, (key,), (1,)) for key in keys]) == [1 + n // PARTITIONS for n in range(100)]
         found = asked.run_all([("GET", key) for key in keys])

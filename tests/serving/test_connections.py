@@ -19,11 +19,11 @@ import pytest
 
 from penchant.client import Client
 from penchant.v1 import catalog_pb2_grpc, event_pb2_grpc, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
+from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
-from serving.listener import stop_listening
-from serving.server import Server, Services
-from serving.telemetry import Telemetry
-from serving.turns import Turns
+from serving.observability.telemetry import Telemetry
+from serving.processes.listener import stop_listening
+from serving.services.server import Server, Services
 from tests.proofs.rolls import Load, plain, plain_channel
 from tests.serving.faults import wait_until
 
@@ -48,7 +48,7 @@ class Worker:
 
     def __init__(self, target: str, **settings) -> None:
         config = ServeConfig.load(bundle="none", listen=target, **{"workers": 2, "drain_s": 5, **settings})
-        self.ranking, self.server = Ranking(), Server(config, Turns(config.threads), Telemetry())
+        self.ranking, self.server = Ranking(), Server(config, ConcurrencyLimit(config.threads), Telemetry())
         others = (
             event_pb2_grpc.EventServiceServicer(),
             profile_pb2_grpc.ProfileServiceServicer(),
@@ -245,7 +245,9 @@ class TestStoppingToListen:
 
     def test_nobody_who_connects_is_lost(self, monkeypatch):
         def stop(ends: socket.socket, port: int) -> None:
-            monkeypatch.setattr("serving.listener._listens", lambda found, _: found.fileno() and same(found, ends))
+            monkeypatch.setattr(
+                "serving.processes.listener._listens", lambda found, _: found.fileno() and same(found, ends)
+            )
             assert stop_listening(port) == 1
 
         assert self.lost(stop, rounds=4) == 0

@@ -10,14 +10,14 @@ from features.controls import Kind, blocked
 from features.errors import ProfileCorrupt
 from features.profile import Purpose
 from features.schema import item_key
-from features.tables import write_dataset
+from features.tables.dataset import write_dataset
 from penchant.client import event
 from penchant.v1 import common_pb2
-from serving.certificates import Certificates
-from serving.people import People, Rule
-from serving.profiles import ProfileStore
-from serving.rebuild import rebuild, show
-from serving.redis_client import connect
+from serving.privacy.certificates import Certificates
+from serving.privacy.rights import Rule, SubjectRights
+from serving.projection.rebuild import rebuild, show
+from serving.redis.client import connect
+from serving.stores.profiles import ProfileStore
 from tests.serving.logged import event as logged_event
 from tests.serving.logged import logged
 from tests.world import rows_of
@@ -121,7 +121,7 @@ def test_a_rebuild_repairs_it_with_all_that_the_log_knows(
     log, store, profiles_server, events_server, profiles_redis, tmp_path, damage, spoken
 ):
     store.open()
-    people = People(log, store, Certificates(log))
+    people = SubjectRights(log, store, Certificates(log))
     take(log, store, *(logged_event("ann", f"i{n}", event_id=f"e{n}") for n in range(3)))
     people.set_rules("u:ann", [Rule(Kind.ITEM, "i9")])
     whole = store.read("u:ann")
@@ -153,7 +153,7 @@ def test_a_rebuild_repairs_it_with_all_that_the_log_knows(
 
 
 def test_consent_that_is_withdrawn_holds_for_a_damaged_profile(log, store, profiles_redis):
-    people = People(log, store, Certificates(log))
+    people = SubjectRights(log, store, Certificates(log))
     take(log, store, logged_event("ann", "i1"))
     garbage(profiles_redis, store.key_of("u:ann"))
     people.set_consent("u:ann", Purpose.TRAIN)

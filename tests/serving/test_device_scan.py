@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from benchmarks.gpu import UNPROVED, answers, main
 from features.catalog import Catalog
 from features.vocabulary import Vocabulary
-from serving import device_scan
-from serving.device_scan import BLOCK, GROUP, DeviceScan, maxima_plain, scores_plain
+from serving.bundle import device_scan
+from serving.bundle.device_scan import BLOCK, GROUP, DeviceScan, maxima_plain, scores_plain
+from serving.bundle.vector_index import Index, can_scan_on, exact_search, scan_on
 from serving.errors import ConfigError
-from serving.index import Index, can_scan_on, exact_search, scan_on
-from training.index_build import build
+from training.export.index import build
 
 NOW = 1_700_000_000_000
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA is absent"))

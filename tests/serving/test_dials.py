@@ -19,13 +19,13 @@ from features.profile import make_records
 from features.schema import event_type_key, item_key, item_keys
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
-from serving.adjusters import REACH, Dialled, mix
 from serving.config import ServeConfig
-from serving.engine import Surroundings, open_engine, read_items
-from serving.hydrators import Progress
-from serving.profiles import ProfileStore
-from serving.query import Candidates, Query
-from serving.telemetry import Telemetry
+from serving.engine.engine import Dependencies, open_engine, read_items
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.adjusters import REACH, Dialled, mix
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Candidates, Query
+from serving.stores.profiles import ProfileStore
 from tests.fixtures import serving
 from tests.world import COUNT, DIM, rows_of
 
@@ -288,7 +288,7 @@ class TestSegment:
 
     @pytest.fixture
     def engine(self, world, store):
-        return open_engine(world, Surroundings(ServeConfig.load(bundle=world), store, Progress(), Telemetry()))
+        return open_engine(world, Dependencies(ServeConfig.load(bundle=world), store, CatalogProgress(), Telemetry()))
 
     def asked(self, engine, store, items, genres) -> Query:
         """A feed of who touched these; where the rung is `segment`, it is what those like who like the first."""

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features.profile import make_records
-from serving.consumer import Consumer
 from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
-from serving.events import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
-from serving.redis_client import connect, partition_of
-from serving.redis_server import RedisServer
+from serving.redis.client import connect, partition_of
+from serving.redis.embedded import RedisServer
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
 from tests.serving.faults import frozen, insist, kill, wait_until
 from tests.serving.logged import NOTHING_KEPT
 

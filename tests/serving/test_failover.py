@@ -23,9 +23,9 @@ from features.profile import make_records
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
 from serving.errors import EventLogUnavailable
-from serving.events import EventLog, LoggedEvent
-from serving.profiles import ProfileStore
-from serving.redis_client import connect, partition_of, partition_prefix
+from serving.redis.client import connect, partition_of, partition_prefix
+from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.profiles import ProfileStore
 from tests.serving.clusters import SLOTS, ClusterNode, cluster, follows, in_step, url_of
 from tests.serving.faults import FULL, Proxy, frozen, insist, wait_until
 from tests.serving.inside import inside

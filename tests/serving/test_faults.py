@@ -21,15 +21,15 @@ import pytest
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
-from serving.engine import Surroundings, open_engine
+from serving.engine.engine import Dependencies, open_engine
 from serving.errors import ConfigError
-from serving.events import EventLog
-from serving.hydrators import Progress
-from serving.profiles import ProfileStore
-from serving.query import Query
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
-from serving.telemetry import Telemetry
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Query
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
 from tests.world import publish_world, rows_of
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -145,7 +145,7 @@ class TestRedis:
             assert ids(client.search("late", page_size=1)) == ["late"]
 
     def test_a_redis_that_would_lose_data_is_refused(self, world, profiles, tmp_path):
-        from serving.app import serve
+        from serving.processes.service import serve
 
         config = ServeConfig.load(bundle=world, listen="127.0.0.1:0", redis=profiles.url, workers=1)
         with pytest.raises(ConfigError, match="appendfsync"):
@@ -216,14 +216,14 @@ class TestProcesses:
             assert eventually(lambda: not any(map(alive, children)))
 
     def test_an_address_in_use_is_refused(self, service, world, tmp_path):
-        from serving.app import serve
+        from serving.processes.service import serve
 
         config = ServeConfig.load(bundle=world, listen=service.target, state_dir=tmp_path)
         with pytest.raises(ConfigError, match="cannot listen"):
             serve(config)
 
     def test_a_state_directory_in_use_is_refused(self, service, world):
-        from serving.app import serve
+        from serving.processes.service import serve
 
         config = ServeConfig.load(bundle=world, listen="127.0.0.1:0", state_dir=service.log.parent)
         with pytest.raises(ConfigError, match="in use"):
@@ -306,7 +306,7 @@ class TestHoldout:
 
 def test_a_failed_encoder_serves_from_the_rung_below(world, profiles_redis):
     store, telemetry = ProfileStore(profiles_redis), Telemetry()
-    engine = open_engine(world, Surroundings(ServeConfig.load(bundle=world), store, Progress(), telemetry))
+    engine = open_engine(world, Dependencies(ServeConfig.load(bundle=world), store, CatalogProgress(), telemetry))
     from features.profile import make_records
     from features.schema import item_keys
 

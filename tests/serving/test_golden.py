@@ -15,11 +15,11 @@ from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.vocabulary import Vocabulary
-from serving.golden import replay
-from serving.index import Index
-from serving.model import Model
+from serving.bundle.golden import replay
+from serving.bundle.model import Model
+from serving.bundle.vector_index import Index
 from tests.untrained import untrained_bundle
-from training.index_build import build
+from training.export.index import build
 
 
 @pytest.fixture(scope="module")

@@ -20,28 +20,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.errors import TablesError
-from features.evidence import Evidence
 from features.schema import EVENTS, EVENTS_REQUIRED
 from features.spans import Hole, Spans, read_spans
-from features.tables import conform
-from features.validate import validate
-from features.validate_split import split
-from serving import registry as registries
-from serving.catalog_log import CatalogLog
-from serving.certificates import Certificates
+from features.tables.dataset import conform
+from features.tables.evidence import Evidence
+from features.tables.validate import validate
+from features.tables.validate_split import split
 from serving.config import ServeConfig
 from serving.errors import ConfigError, InUse, NotFound
-from serving.hosts import HostKeeper, hold_in, hosts, register_made, replay_everywhere
-from serving.ledger import Erasure, Ledger
-from serving.people import People
+from serving.jobs.hosts import HostKeeper, hold_in, hosts, register_made, replay_everywhere
 from serving.places import Identity, local_folder, read_identity, write_identity
-from serving.projector import OtherStore, Projector, _in_the_way, _require_own
-from serving.redis_client import partition_of
-from serving.registry import Claim, Copy, Heartbeat, Registry
-from serving.warehouse import Warehouse, run
-from serving.warehouse_files import TakenOver, WarehouseFiles
-from serving.warehouse_items import ItemTable
-from serving.warehouse_place import OtherPlace, WarehousePlace
+from serving.privacy.certificates import Certificates
+from serving.privacy.ledger import Erasure, Ledger
+from serving.privacy.rights import SubjectRights
+from serving.projection.projector import OtherStore, Projector, _in_the_way, _require_own
+from serving.redis.client import partition_of
+from serving.stores import registry as registries
+from serving.stores.catalog_log import CatalogLog
+from serving.stores.registry import Claim, Copy, Heartbeat, Registry
+from serving.warehouse.files import TakenOver, WarehouseFiles
+from serving.warehouse.items import ItemTable
+from serving.warehouse.place import OtherPlace, WarehousePlace
+from serving.warehouse.writer import Warehouse, run
 from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, event, ingest
 
@@ -50,7 +50,7 @@ USERS = [f"user{number}" for number in range(8)]
 
 @pytest.fixture
 def people(log, store):
-    return People(log, store, Certificates(log))
+    return SubjectRights(log, store, Certificates(log))
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ class TestOnePlace:
         assert registry.own("profiles").copy_id == "store-2"
 
     def test_a_projector_whose_place_was_taken_while_it_stood_still_ends(self, log, store, monkeypatch):
-        monkeypatch.setattr("serving.projector._OTHER_S", 0.0)
+        monkeypatch.setattr("serving.projection.projector._OTHER_S", 0.0)
         registry = Registry(log)
         assert _in_the_way(registry, store.store_id(), "redis://one") is None
         _require_own(log, store, "redis://one")
@@ -368,7 +368,7 @@ class TestErasures:
 
     def test_a_cloned_host_is_a_host_of_its_own(self, log, store, tmp_path, monkeypatch):
         monkeypatch.setattr(registries, "BEAT_S", 0.05)
-        monkeypatch.setattr("serving.hosts.BEAT_S", 0.05)
+        monkeypatch.setattr("serving.jobs.hosts.BEAT_S", 0.05)
         first = keeper(log, store, tmp_path / "one")
         first.catch_up()
         shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -413,7 +413,9 @@ class TestErasures:
                 write_identity(two, Identity(copy_id, "x.0"))
             Registry(log).register("warehouse", copy_id, str(place))
         shutil.copytree(two, tmp_path / "backup")
-        certificate = People(log, people._store, Certificates(log), ledger=ledger).erase(f"u:{USERS[0]}").certificate_id
+        certificate = (
+            SubjectRights(log, people._store, Certificates(log), ledger=ledger).erase(f"u:{USERS[0]}").certificate_id
+        )
         said = replay_everywhere([ledger.path], profiles_server.url, events_server.url, PARTITIONS)
         results = {place["place"]: (place["result"], place["rows"]) for place in said["places"]}
         assert results[str(two)] == ("erased", 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.vocabulary import Vocabulary
-from serving.bitmap import (
+from serving.bundle.bitmap import (
     allowed_count,
     allowed_rows,
     clear_keys,
@@ -22,9 +22,9 @@ from serving.bitmap import (
     first_allowed,
     first_allowed_plain,
 )
-from serving.index import SPARE, Index, exact_search
-from training import index_build
-from training.index_build import build
+from serving.bundle.vector_index import SPARE, Index, exact_search
+from training.export import index as index_build
+from training.export.index import build
 
 DIM = 16
 NOW = 1_700_000_000_000

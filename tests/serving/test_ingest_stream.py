@@ -15,9 +15,9 @@ import pytest
 from penchant.client import event
 from penchant.v1 import event_pb2, event_pb2_grpc
 from serving.errors import EventLogUnavailable, ResourceExhausted, Unavailable
-from serving.events import EventLog
-from serving.redis_client import connect
+from serving.redis.client import connect
 from serving.services.streams import Streams
+from serving.stores.event_log import EventLog
 from tests.fixtures import PATIENCE_S
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT.value[0]

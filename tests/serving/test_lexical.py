@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.transforms import text_tokens
-from serving import lexical
-from serving.lexical import K1, MAX_QUERY_TOKENS, B, LexicalIndex, Words
+from serving.bundle import text_index as lexical
+from serving.bundle.text_index import K1, MAX_QUERY_TOKENS, B, LexicalIndex, Words
 
 TEXTS = ["red running shoes", "blue shoes", "red red wine", "", "a wine glass for red wine", "running"]
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.profile import make_records
-from serving.consumer import Consumer
-from serving.events import EventLog, LoggedEvent, LoggedImpression
-from serving.log_times import ALONE_MS, EVENTS_MS, HOUR_MS, PROFILES_GROUP, SLATES_MS, LogTimes
-from serving.side_effects import is_logged
+from serving.log_retention import ALONE_MS, EVENTS_MS, HOUR_MS, PROFILES_GROUP, SLATES_MS, LogTimes
+from serving.pipeline.side_effects import is_logged
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression
 from tests.serving.logged import NOTHING_KEPT
 
 FUTURE = 4_000_000_000_000
@@ -48,7 +48,7 @@ def test_the_log_is_kept_longer_where_nobody_has_a_copy():
 @pytest.fixture
 def filled(events_redis, monkeypatch):
     """A log with five events and slates, a moment old, of which everything may go that is read."""
-    monkeypatch.setattr("serving.log_trim.TOGETHER", 2)
+    monkeypatch.setattr("serving.stores.log_trim.TOGETHER", 2)
     log = EventLog(events_redis, 1, times=NOTHING_KEPT)
     log.open()
     for number in range(5):

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.logs import JsonFormatter, begin_request, request_id_of
-from serving.observer import RequestObserver
-from serving.telemetry import Telemetry
+from serving.observability.logs import JsonFormatter, begin_request, request_id_of
+from serving.observability.observer import RequestObserver
+from serving.observability.telemetry import Telemetry
 
 
 def formatted(message: str, *args: object, error: Exception | None = None, **fields: object) -> str:
@@ -65,7 +65,7 @@ def test_any_other_is_replaced(given_id):
 
 def test_what_nothing_catches_is_a_line_as_well():
     code = (
-        "import threading, warnings; from serving.logs import configure; configure('json', 'worker', 1)\n"
+        "import threading, warnings; from serving.observability.logs import configure; configure('json', 'worker', 1)\n"
         "def fail(): raise RuntimeError('in a thread')\n"
         "t = threading.Thread(target=fail, name='aside'); t.start(); t.join()\n"
         "warnings.warn('beware')\n"

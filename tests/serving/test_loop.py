@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from features.tables import open_dataset
-from features.validate import validate
+from features.tables.dataset import open_dataset
+from features.tables.validate import validate
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
+from serving.redis.client import connect
+from serving.stores.profiles import ProfileStore
 from tests.serving.faults import wait_until
 from tests.world import GENRES, rows_of
 
@@ -28,7 +28,7 @@ SETTINGS += ["warmup_steps=2", "candidates=20"]
 
 
 def penchant(*words: str, status: int = 0) -> tuple[dict, str]:
-    command = [sys.executable, "-c", "from penchant.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from cli.main import main; main()", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stdout

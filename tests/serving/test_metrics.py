@@ -21,12 +21,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from penchant.client import event
-from serving.events import EventLog
-from serving.exposition import FAMILIES, counter_samples, markdown
-from serving.log_watch import LogWatch
-from serving.monitor import Monitor
-from serving.reporting import report
-from serving.telemetry import Telemetry
+from serving.observability.exposition import FAMILIES, counter_samples, markdown
+from serving.observability.reporting import report
+from serving.observability.telemetry import Telemetry
+from serving.processes.log_watch import LogWatch
+from serving.processes.monitor import Monitor
+from serving.stores.event_log import EventLog
 from tests.fixtures import Service, serving
 from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, ingest
@@ -85,7 +85,7 @@ def test_the_service_is_one_page_and_a_killed_worker_takes_nothing_back(watched)
         *("penchant_events_applied_later_total", "penchant_warehouse_damaged_total", "penchant_build_info"),
         *("penchant_warehouse_rows_total", "penchant_projector_events_total", "penchant_projector_damaged_total"),
     }
-    assert "penchant_other" not in page, "a counter has no family: add it to serving/exposition.py"
+    assert "penchant_other" not in page, "a counter has no family: add it to serving/observability/exposition.py"
     recommended = {"method": "Recommend", "code": "OK", "rung": "popular"}
     assert value(before, "penchant_requests_total", surface="home", **recommended) == 10
     assert value(before, "penchant_requests_total", surface="other", **recommended) == 10
@@ -185,8 +185,8 @@ def test_a_process_that_hangs_or_is_gone_is_shown_as_down_with_what_it_last_said
 
 def test_lag_and_size_of_the_log(log: EventLog, events_server, profiles_server):
     """Of a reader that has read two of three events of a user and acknowledged one."""
-    from serving.consumer import Consumer
-    from serving.log_times import PROFILES_GROUP
+    from serving.log_retention import PROFILES_GROUP
+    from serving.stores.consumer_group import Consumer
 
     consumer = Consumer(log, PROFILES_GROUP, "me")
     consumer.open()

@@ -17,9 +17,9 @@ from features.assemble import ranker_width
 from features.bundle import Bundle, open_bundle
 from features.errors import BundleError
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
-from serving import model as model_module
+from serving.bundle import model as model_module
+from serving.bundle.model import Model, ModelError
 from serving.errors import ConfigError
-from serving.model import Model, ModelError
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
 
 RNG = np.random.default_rng(0)

@@ -16,9 +16,9 @@ import pytest
 
 from features.errors import ForeignFileError
 from penchant.client import event
-from serving.app import serve as run_service
 from serving.config import ServeConfig
-from serving.redis_server import RedisServer
+from serving.processes.service import serve as run_service
+from serving.redis.embedded import RedisServer
 from tests.fixtures import serving
 from tests.serving.faults import wait_until
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.outages import Outage
+from serving.observability.outages import Outage
 
 
 class Lines(logging.Handler):

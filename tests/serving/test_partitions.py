@@ -6,12 +6,13 @@ import threading
 
 import pytest
 
-from serving import projector, warehouse
-from serving.erasure import replay_ledgers
 from serving.errors import ConfigError, EventLogUnavailable
-from serving.events import awaited_partitions, partitions_for
-from serving.rebuild import rebuild, show
-from serving.redis_client import connect
+from serving.privacy.purge import replay_ledgers
+from serving.projection import projector
+from serving.projection.rebuild import rebuild, show
+from serving.redis.client import connect
+from serving.stores.event_log import awaited_partitions, partitions_for
+from serving.warehouse import writer as warehouse
 from tests.serving.logged import PARTITIONS, event, ingest
 
 WRONG = PARTITIONS + 1

@@ -8,7 +8,7 @@ import pytest
 
 from penchant.v1 import catalog_pb2, event_pb2, ranking_pb2
 from serving.errors import InvalidArgument
-from serving.reception import parts
+from serving.services.reception import parts
 
 
 def _events(number: int, attributes: int = 0) -> event_pb2.IngestRequest:

@@ -15,10 +15,7 @@ from features.controls import MOST_RULES, Dial, Kind, blocked, dials
 from features.errors import ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
 from features.schema import event_type_key, item_key
-from features.tables import write_dataset
-from serving.certificates import Certificates
-from serving.consumer import Consumer
-from serving.erasure import Purger, replay
+from features.tables.dataset import write_dataset
 from serving.errors import (
     ConsentWithheld,
     DeadlineExceeded,
@@ -28,15 +25,18 @@ from serving.errors import (
     ServingError,
     Unavailable,
 )
-from serving.events import EventLog, LoggedEvent, LoggedImpression, stream_id
-from serving.ledger import Ledger
-from serving.log_times import PROFILES_GROUP, LogTimes
-from serving.people import Consent, People, Rule, Setting, consents
-from serving.profiles import ProfileStore
-from serving.projector import Projector
-from serving.rebuild import rebuild
-from serving.redis_client import address_of, connect, partition_of
-from serving.redis_server import RedisServer
+from serving.log_retention import PROFILES_GROUP, LogTimes
+from serving.privacy.certificates import Certificates
+from serving.privacy.ledger import Ledger
+from serving.privacy.purge import Purger, replay
+from serving.privacy.rights import Consent, Rule, Setting, SubjectRights, consents
+from serving.projection.projector import Projector
+from serving.projection.rebuild import rebuild
+from serving.redis.client import address_of, connect, partition_of
+from serving.redis.embedded import RedisServer
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression, stream_id
+from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, wait_until
 from tests.serving.logged import NOTHING_KEPT, PARTITIONS
 
@@ -46,7 +46,7 @@ NOTHING = Purpose(0)
 
 @pytest.fixture
 def people(log, store):
-    return People(log, store, Certificates(log))
+    return SubjectRights(log, store, Certificates(log))
 
 
 def event(number: int, subject: str = "u:ann", timestamp: int = FUTURE, kind: str = "view_item") -> LoggedEvent:
@@ -92,7 +92,7 @@ def items(store: ProfileStore, subject: str = "u:ann") -> list[int]:
     return [names[int(key)] for key in store.read(subject).records["item"]]
 
 
-def held(people: People, subject: str = "u:ann") -> dict[str, list[str]]:
+def held(people: SubjectRights, subject: str = "u:ann") -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"event": [], "impression": []}
     for kind, _, payload in people.held(subject):
         value = json.loads(payload)
@@ -147,7 +147,7 @@ class TestConsent:
     def test_what_is_said_while_the_profiles_are_away_holds_when_they_are_back(self, log, store, tmp_path):
         ingest(log, store, event(1))
         with connect(f"unix://{tmp_path}/nothing.sock", 0.1) as nowhere:
-            away = People(log, ProfileStore(nowhere, PARTITIONS), Certificates(log))
+            away = SubjectRights(log, ProfileStore(nowhere, PARTITIONS), Certificates(log))
             assert away.set_consent("u:ann", Purpose.TRAIN)[1] is False
         assert items(store) == [1]
         project(log, store)
@@ -156,7 +156,7 @@ class TestConsent:
 
     def test_a_batch_with_a_withdrawal_and_a_grant_ends_as_said(self, log, store, tmp_path):
         with connect(f"unix://{tmp_path}/nothing.sock", 0.1) as nowhere:
-            away = People(log, ProfileStore(nowhere, PARTITIONS, cooldown_s=0), Certificates(log))
+            away = SubjectRights(log, ProfileStore(nowhere, PARTITIONS, cooldown_s=0), Certificates(log))
             log.append([event(1)])
             away.set_consent("u:ann", Purpose.TRAIN)
             log.append([event(2)])
@@ -377,7 +377,7 @@ class TestUndo:
 
     def test_what_is_past_its_retention_goes_with_it(self, log, store):
         old = int(time.time() * 1000) - 3 * 86_400_000
-        people = People(log, store, Certificates(log), Retention({"view_item": 2.0}))
+        people = SubjectRights(log, store, Certificates(log), Retention({"view_item": 2.0}))
         ingest(log, store, event(1, timestamp=old), event(2, timestamp=old, kind="like"), event(3))
         people.refold("u:ann")
         assert items(store) == [2, 3]
@@ -524,7 +524,7 @@ class TestErase:
 
     def test_a_certificate_that_is_gone_holds_up_no_other(self, log, store, events_redis):
         certificates = Certificates(log)
-        people = People(log, store, certificates)
+        people = SubjectRights(log, store, certificates)
         gone, other = people.erase("u:ann").certificate_id, people.erase("u:bob").certificate_id
         assert {one.certificate_id for one in certificates.pending()} == {gone, other}
         [key] = [key for key in events_redis.scan_iter("*") if gone.encode() in key]
@@ -534,7 +534,7 @@ class TestErase:
 
     def test_rules_of_a_backup_go_as_events_do(self, log, store, profiles_redis, tmp_path):
         ledger = Ledger(tmp_path / "erasures.jsonl")
-        people = People(log, store, Certificates(log), ledger=ledger)
+        people = SubjectRights(log, store, Certificates(log), ledger=ledger)
         people.set_rules("u:ann", TestRules.RULES)
         backup = profiles_redis.get(store.key_of("u:ann"))
         people.erase("u:ann")
@@ -566,7 +566,7 @@ class TestErase:
         ):
             log, store = EventLog(events_redis, PARTITIONS), ProfileStore(profiles_redis, PARTITIONS)
             certificates = Certificates(log)
-            people = People(log, store, certificates)
+            people = SubjectRights(log, store, certificates)
             reader = Consumer(log, PROFILES_GROUP, "a", lease_ms=60_000)
             reader.open()
             subject = self.live(log, store, people)

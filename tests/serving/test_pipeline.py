@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from serving import pipeline as p
 from serving.errors import DeadlineExceeded, Unavailable
-from serving.query import POPULAR, Degraded, Proposal, Query, Reason, Unknown
+from serving.pipeline import runner as p
+from serving.pipeline.query import POPULAR, Degraded, Proposal, Query, Reason, Unknown
 
 
 class Recorder:

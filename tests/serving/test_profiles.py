@@ -14,14 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from features import controls, memory
+from features import controls
+from features import decayed_counts as memory
 from features.errors import ProfileCorrupt
 from features.profile import Profile, Purpose, empty, encode, fold, make_records
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
-from serving.profiles import Applied, Loaded, Mark, ProfileStore, TailFull
-from serving.redis_client import address_of, connect, partition_of
-from serving.redis_server import RedisServer
-from serving.telemetry import Telemetry
+from serving.observability.telemetry import Telemetry
+from serving.redis.client import address_of, connect, partition_of
+from serving.redis.embedded import RedisServer
+from serving.stores.profiles import Applied, Loaded, Mark, ProfileStore, TailFull
 from tests.serving.faults import frozen, insist, kill
 
 NOW = 1_700_000_000_000 << 20  # a log id of November 2023

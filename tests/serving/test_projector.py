@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from features.profile import make_records
-from serving.consumer import Consumer
 from serving.errors import ProfileStoreUnavailable
-from serving.events import EventLog, LoggedEvent
-from serving.log_times import PROFILES_GROUP
-from serving.profiles import ProfileStore
-from serving.projector import Projector
-from serving.redis_client import address_of, connect
-from serving.redis_server import RedisServer
-from serving.telemetry import Telemetry
+from serving.log_retention import PROFILES_GROUP
+from serving.observability.telemetry import Telemetry
+from serving.projection.projector import Projector
+from serving.redis.client import address_of, connect
+from serving.redis.embedded import RedisServer
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, kill, wait_until
 from tests.serving.logged import PARTITIONS
 
@@ -216,7 +216,10 @@ def test_kills_of_either_redis_lose_and_double_nothing(tmp_path):
 
 
 def test_the_process_projects_and_ends_on_sigterm(log, store, events_server, profiles_server):
-    program = "import sys; from serving.projector import run; sys.exit(run(sys.argv[1], sys.argv[2], int(sys.argv[3])))"
+    program = (
+        "import sys; from serving.projection.projector import run; "
+        "sys.exit(run(sys.argv[1], sys.argv[2], int(sys.argv[3])))"
+    )
     command = [sys.executable, "-c", program, profiles_server.url, events_server.url, str(PARTITIONS)]
     log.append([event(number) for number in range(5)])
     with subprocess.Popen(command, cwd=ROOT) as process:

@@ -9,17 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features import memory
+from features import decayed_counts as memory
 from features.errors import PenchantError, TablesError
 from features.profile import Profile, Purpose, empty, events_of, fold, make_records
 from features.schema import event_type_key, item_key
-from features.tables import write_dataset
-from serving.certificates import Certificates
+from features.tables.dataset import write_dataset
 from serving.errors import ConfigError, ProfileStoreUnavailable
-from serving.events import EventLog
-from serving.people import People
-from serving.profiles import ProfileStore
-from serving.rebuild import rebuild, show
+from serving.privacy.certificates import Certificates
+from serving.privacy.rights import SubjectRights
+from serving.projection.rebuild import rebuild, show
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
 from tests import untrained
 from tests.real_data import real_data
 
@@ -194,7 +194,7 @@ def test_lost_profiles_are_not_made_anew_without_the_log_that_knows_who_withdrew
 ):
     data = dataset(tmp_path / "data", [event("ann", "i0", 1), event("bob", "i0", 1)])
     log = EventLog(events_redis)
-    People(log, store, Certificates(log)).set_consent("u:ann", Purpose.TRAIN)
+    SubjectRights(log, store, Certificates(log)).set_consent("u:ann", Purpose.TRAIN)
     profiles_redis.flushall()
     with pytest.raises(ConfigError, match="holds no event log"):
         rebuild(data, servers[0])

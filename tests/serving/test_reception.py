@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import ConfigError, ResourceExhausted, Unavailable
-from serving.reception import executor
-from serving.reception.calls import Bounds, Lane, OpenCalls, Phase
-from serving.reception.executor import Reception
-from serving.reception.quiet import hush
-from serving.telemetry import Telemetry
+from serving.observability.telemetry import Telemetry
+from serving.services.reception import executor
+from serving.services.reception.calls import Bounds, Lane, OpenCalls, Phase
+from serving.services.reception.executor import Reception
+from serving.services.reception.quiet import hush
 from tests.proofs.attackers import CHECK, PING, RECOMMEND, STREAM, Wire, frame, message
 from tests.serving.test_server import Running
 
@@ -103,7 +103,7 @@ def test_a_stream_gives_way_if_its_connection_has_more_than_its_share():
 
 @pytest.fixture
 def strict(monkeypatch):
-    monkeypatch.setattr("serving.server.Bounds", lambda: SMALL)
+    monkeypatch.setattr("serving.services.server.Bounds", lambda: SMALL)
     with Running() as server:
         yield server
 

@@ -15,17 +15,17 @@ import pytest
 import redis
 
 from features.profile import Purpose, make_records
-from serving.catalog_log import CatalogLog, Change
-from serving.certificates import Certificates
-from serving.erasure import Purger
 from serving.errors import ProfileStoreUnavailable
-from serving.events import EventLog, LoggedEvent, LoggedImpression
-from serving.people import People, marks
-from serving.profiles import ProfileStore
-from serving.projector import Projector
-from serving.redis_client import Client, connect
-from serving.redis_safety import require_safe
-from serving.redis_server import RedisServer
+from serving.privacy.certificates import Certificates
+from serving.privacy.purge import Purger
+from serving.privacy.rights import SubjectRights, marks
+from serving.projection.projector import Projector
+from serving.redis.client import Client, connect
+from serving.redis.embedded import RedisServer
+from serving.redis.safety import require_safe
+from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression
+from serving.stores.profiles import ProfileStore
 from tests.serving.faults import Proxy
 
 DOCS = Path(__file__).parents[2] / "docs" / "backend.md"
@@ -43,7 +43,7 @@ def work(profiles: Client, events: Client, partitions: int = 2) -> None:
     require_safe(profiles, "profiles")
     log, store = EventLog(events, partitions), ProfileStore(profiles, partitions)
     certificates = Certificates(log)
-    people = People(log, store, certificates)
+    people = SubjectRights(log, store, certificates)
     log.open()
     store.open()
     log.append([event(number) for number in range(70)])

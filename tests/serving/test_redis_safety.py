@@ -12,17 +12,17 @@ import pytest
 import redis
 
 from features.profile import Purpose
-from serving.catalog_log import CatalogLog, Change
-from serving.certificates import Certificates
 from serving.errors import CatalogLogUnavailable, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
-from serving.events import EventLog, LoggedEvent
-from serving.health import HealthMonitor, Part, redis_trouble
-from serving.people import People
-from serving.profiles import ProfileStore
-from serving.projector import Projector
-from serving.redis_client import Line, connect
-from serving.redis_safety import Guard
-from serving.redis_server import RedisServer
+from serving.privacy.certificates import Certificates
+from serving.privacy.rights import SubjectRights
+from serving.processes.health import HealthMonitor, Part, redis_trouble
+from serving.projection.projector import Projector
+from serving.redis.client import PipelinedConnection, connect
+from serving.redis.embedded import RedisServer
+from serving.redis.safety import Guard
+from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, wait_until
 from tests.serving.test_events import event
 
@@ -75,7 +75,7 @@ def test_a_setting_that_becomes_unsafe_stops_every_promise_by_its_name(careless,
     """On connections that are open, for everything that is promised; what cannot be promised is not refused."""
     with connect(careless.url, 2) as client, connect(careless.url, 2) as admin:
         log, catalog = EventLog(client, 2), CatalogLog(client)
-        people = People(log, ProfileStore(client, 2), Certificates(log))
+        people = SubjectRights(log, ProfileStore(client, 2), Certificates(log))
         log.open()
         [first] = log.append([event(1)])
         catalog.put([Change("delete", "i1")])
@@ -111,7 +111,7 @@ def test_a_setting_that_becomes_unsafe_stops_every_promise_by_its_name(careless,
 
 def test_a_check_costs_no_round_trip(careless, monkeypatch):
     exchanges = []
-    exchange = Line._exchange
+    exchange = PipelinedConnection._exchange
 
     def counted(self, line, commands):
         exchanges.append([words[0] for words in commands])
@@ -121,7 +121,7 @@ def test_a_check_costs_no_round_trip(careless, monkeypatch):
         log = EventLog(client, 1)
         log.append([event(1)])
         time.sleep(0.01)
-        monkeypatch.setattr(Line, "_exchange", counted)
+        monkeypatch.setattr(PipelinedConnection, "_exchange", counted)
         log.append([event(2)])
         assert exchanges == [["EVALSHA", "WAITAOF", "CONFIG GET"]]
         client.flushall()

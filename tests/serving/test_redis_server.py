@@ -14,26 +14,26 @@ from pathlib import Path
 import pytest
 import redis
 
-from serving import redis_server
 from serving.errors import (
     ConfigError,
     EventLogUnavailable,
     ProfileStoreUnavailable,
     ResourceExhausted,
 )
-from serving.redis_client import (
-    Breaker,
+from serving.redis import embedded as redis_server
+from serving.redis.client import (
     Call,
-    Line,
+    CircuitBreaker,
+    PipelinedConnection,
     Script,
     connect,
     connect_one,
     printable,
     serving_error,
 )
-from serving.redis_nodes import Nodes, require_partitions
-from serving.redis_safety import require_safe
-from serving.redis_server import RedisServer, find_binary
+from serving.redis.embedded import RedisServer, find_binary
+from serving.redis.router import RedisRouter, require_partitions
+from serving.redis.safety import require_safe
 from tests.serving.faults import kill, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +129,7 @@ def test_it_survives_the_thread_that_started_it(tmp_path):
 def test_a_killed_parent_takes_it_along_and_the_next_one_finds_the_data(tmp_path):
     program = (
         "import pathlib, sys, time\n"
-        "from serving.redis_server import RedisServer\n"
+        "from serving.redis.embedded import RedisServer\n"
         "server = RedisServer(pathlib.Path(sys.argv[1]), 'events').start()\n"
         "print(server.pid, server.url, flush=True)\n"
         "time.sleep(60)\n"
@@ -224,7 +224,7 @@ def test_unsafe_settings_are_refused_by_name(tmp_path):
 
 
 def test_the_number_of_partitions_is_fixed_at_creation(events_redis):
-    nodes = Nodes(events_redis, EventLogUnavailable)
+    nodes = RedisRouter(events_redis, EventLogUnavailable)
     require_partitions(nodes, 16)
     require_partitions(nodes, 16)
     with pytest.raises(ConfigError, match="set partitions to 16"):
@@ -261,12 +261,12 @@ def test_scripts_are_taught_once_and_again_after_they_were_forgotten(events_redi
     calls = [Call(add, (b"sum",), (number,)) for number in (1, 2, 3)]
     for expected in ([1, 3, 6], [7, 9, 12]):
         events_redis.script_flush()
-        assert Line(events_redis).run_all(calls) == expected
-    replies = Line(events_redis).run_all([calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
+        assert PipelinedConnection(events_redis).run_all(calls) == expected
+    replies = PipelinedConnection(events_redis).run_all([calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
     assert replies[0] == 13
     assert isinstance(replies[1], redis.ResponseError)
     assert replies[2:] == [b"13", 15]
-    assert Line(events_redis).run_all([]) == []
+    assert PipelinedConnection(events_redis).run_all([]) == []
 
 
 def test_errors_of_redis_become_errors_of_the_service():
@@ -278,7 +278,7 @@ def test_errors_of_redis_become_errors_of_the_service():
 
 def test_a_breaker_lets_one_caller_look_at_a_time():
     now = [100.0]
-    breaker = Breaker(ProfileStoreUnavailable, 0.5, clock=lambda: now[0])
+    breaker = CircuitBreaker(ProfileStoreUnavailable, 0.5, clock=lambda: now[0])
 
     def call(error: Exception | None = None) -> str:
         try:
@@ -310,10 +310,12 @@ def test_a_breaker_lets_one_caller_look_at_a_time():
 
 def test_a_line_gives_each_refusal_its_place_and_raises_what_the_server_says_of_itself(tmp_path):
     with RedisServer(tmp_path, "profiles") as server, connect_one(server.url, 1) as client:
-        replies = Line(client).ask_all([("SET", "a", 1), ("LPUSH", "a", 1), ("GET", "a"), ("HGETALL", "b")])
+        replies = PipelinedConnection(client).ask_all(
+            [("SET", "a", 1), ("LPUSH", "a", 1), ("GET", "a"), ("HGETALL", "b")]
+        )
         assert isinstance(replies[1], redis.ResponseError)
         assert [replies[0], *replies[2:]] == [True, b"1", {}]  # as redis-py reads them
         client.config_set("requirepass", "secret")
         with connect_one(server.url, 1) as stranger, pytest.raises(redis.AuthenticationError) as failure:
-            Line(stranger).ask_all([("GET", "a")])
+            PipelinedConnection(stranger).ask_all([("GET", "a")])
         assert isinstance(serving_error(failure.value, ProfileStoreUnavailable), ProfileStoreUnavailable)

@@ -22,8 +22,8 @@ import redis
 
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
+from serving.redis.client import connect
+from serving.stores.profiles import ProfileStore
 from tests.serving import faults
 from tests.serving.faults import FULL, PatientServer, Proxy, frozen, wait_until
 from tests.serving.inside import inside

@@ -27,11 +27,11 @@ from penchant.v1 import (
     ranking_pb2,
     ranking_pb2_grpc,
 )
+from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
 from serving.errors import InvalidArgument, ResourceExhausted, Unavailable
-from serving.server import Server, Services
-from serving.telemetry import Telemetry
-from serving.turns import Turns
+from serving.observability.telemetry import Telemetry
+from serving.services.server import Server, Services
 from tests.serving.faults import wait_until
 
 
@@ -98,7 +98,7 @@ class Running:
             self.target = f"127.0.0.1:{probe.getsockname()[1]}"
         self.telemetry, self.ranking, self.events, self.profiles = Telemetry(), Ranking(), Events(), Profiles()
         config = ServeConfig.load(bundle="none", listen=self.target, **settings)
-        self.server = Server(config, Turns(config.threads), self.telemetry)
+        self.server = Server(config, ConcurrencyLimit(config.threads), self.telemetry)
         services = Services(self.ranking, self.events, self.profiles, catalog_pb2_grpc.CatalogServiceServicer())
         self.server.start(self.target, services)
         self.client = Client(self.target, timeout_s=10.0, channels=1)

@@ -8,9 +8,9 @@ import pytest
 
 from features.controls import Dial, Kind, arm_seed
 from features.profile import EVERY_PURPOSE, Purpose
-from serving.certificates import Certificates
 from serving.experiments import SEEDS, Holdout, seed_of
-from serving.people import People, Rule, Setting, marks
+from serving.privacy.certificates import Certificates
+from serving.privacy.rights import Rule, Setting, SubjectRights, marks
 from tests.serving.logged import event, logged, slate
 
 DEVICE, USER = "a:tab", "u:ann"
@@ -18,7 +18,7 @@ DEVICE, USER = "a:tab", "u:ann"
 
 @pytest.fixture
 def people(log, store):
-    return People(log, store, Certificates(log))
+    return SubjectRights(log, store, Certificates(log))
 
 
 def arm_of(store, subject=DEVICE):

@@ -12,18 +12,18 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import features.action_rates
 import features.assemble
-import features.memory
-import features.outcomes
+import features.decayed_counts
 import features.profile
-import training.ranking
+import training.models.scoring
 from features.catalog import Columns
 from features.histories import Logged, history_keys
 from features.profile import RING
 from penchant.client import event
 from penchant.v1 import common_pb2
-from serving.redis_client import connect
-from serving.replay import replay
+from serving.jobs.skew import replay
+from serving.redis.client import connect
 from tests.proofs.skew import KINDS, Ask, Burst, Consent, Fold, Life, Patch, Step, Undo, World, lived, prove
 from tests.serving.test_loop import penchant
 from tests.serving.test_warehouse import rows
@@ -78,7 +78,7 @@ def test_a_training_that_asks_todays_catalogue_is_caught(there: World, life: lis
     def todays(rows: Any, columns: Columns, logged: Logged) -> Any:
         return history_keys(rows, columns, dataclasses.replace(logged, carried=np.zeros_like(logged.carried)))
 
-    with mock.patch.object(training.ranking, "history_keys", todays):
+    with mock.patch.object(training.models.scoring, "history_keys", todays):
         found = lived(there, False, life)
     assert {"training remembers otherwise: categories", "training remembers otherwise: creators"} <= set(found)
     assert "training remembers otherwise: keys" in found
@@ -114,7 +114,9 @@ def altered(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 _DECAY = 0.5 ** (np.arange(RING, dtype=np.float64) / 21)
-_DECAYS = {half: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / (half + 1)) for half in features.outcomes.HALF_LIVES}
+_DECAYS = {
+    half: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / (half + 1)) for half in features.action_rates.HALF_LIVES
+}
 
 
 @pytest.mark.parametrize(
@@ -124,13 +126,13 @@ _DECAYS = {half: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / (half + 1)) for
         (features.profile, "RING", 15, True),
         (features.profile, "EVICTED_CAP", 11, True),
         (features.profile, "_PASSIVE", np.empty(0, np.uint32), True),
-        (features.memory, "_TICKS", features.memory._TICKS + np.array([1, 0, 0]), False),
-        (features.memory, "VISIT_MS", features.memory.VISIT_MS // 2, False),
-        (features.memory, "_UNCHOSEN", features.memory._UNCHOSEN[1:], True),
+        (features.decayed_counts, "_TICKS", features.decayed_counts._TICKS + np.array([1, 0, 0]), False),
+        (features.decayed_counts, "VISIT_MS", features.decayed_counts.VISIT_MS // 2, False),
+        (features.decayed_counts, "_UNCHOSEN", features.decayed_counts._UNCHOSEN[1:], True),
         (features.assemble, "_UNCHOSEN", features.assemble._UNCHOSEN[-1:], False),
         (features.assemble, "_DECAY", _DECAY, False),
         (features.assemble, "_HOUR_MS", 3_600_100, False),
-        (features.outcomes, "_DECAYS", _DECAYS, False),
+        (features.action_rates, "_DECAYS", _DECAYS, False),
     ],
 )
 def test_one_changed_constant_offline_is_caught(there: World, module: Any, name: str, value: Any, small: bool) -> None:

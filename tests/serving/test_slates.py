@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 
 from features.controls import Dial
 from features.schema import item_key
-from serving import side_effects
-from serving.events import Entry
-from serving.query import Candidates, Query, Slate, Unknown
-from serving.side_effects import MOST_DIALS, ImpressionWriter, is_logged
-from serving.telemetry import Telemetry
-from serving.warehouse_tables import impression_table
+from serving.observability.telemetry import Telemetry
+from serving.pipeline import side_effects
+from serving.pipeline.query import Candidates, Query, Slate, Unknown
+from serving.pipeline.side_effects import MOST_DIALS, ImpressionWriter, is_logged
+from serving.stores.event_log import Entry
+from serving.warehouse.tables import impression_table
 from tests.serving.logged import now_ms, shown_of, slate
 
 ASKED = ("seed_item_ids", "upstream_scores", "upstream_weight", "excluded", "excluded_item_ids", "dials", "merged")

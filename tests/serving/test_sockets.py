@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from serving.reception import sockets
-from serving.reception.calls import Bounds, Connection, Lane, OpenCalls
-from serving.reception.sockets import BROKEN_CALLS, FREE_BYTES, Sockets
+from serving.services.reception import sockets
+from serving.services.reception.calls import Bounds, Connection, Lane, OpenCalls
+from serving.services.reception.sockets import BROKEN_CALLS, FREE_BYTES, Sockets
 
 MESSAGE = 4 << 20
 

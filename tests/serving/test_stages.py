@@ -11,51 +11,60 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features.action_rates import ActionRates
 from features.assemble import history
 from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.controls import RULE, Dial, Kind, dial_rules
 from features.controls import encode as encode_rules
-from features.outcomes import Outcomes
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
 from features.schema import ITEMS, event_type_key, item_key, item_keys
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
+from serving.bundle.model import Model
+from serving.bundle.text_index import LexicalIndex
+from serving.bundle.vector_index import Index
+from serving.concurrency import ConcurrencyLimit
 from serving.errors import ProfileStoreUnavailable
-from serving.filters import Blocked, Eligible, Excluded, Seen
-from serving.hydrators import CatalogVersion, Progress, QueryVector, UserVector
-from serving.hydrators import Profile as ProfileHydrator
-from serving.index import Index
-from serving.lexical import LexicalIndex
-from serving.model import Model
-from serving.profiles import Mark, ProfileStore
-from serving.query import NEAREST, Candidates, Proposal, Query, Slate, merge
-from serving.reasons import Reasons
-from serving.redis_client import address_of, connect, partition_of
-from serving.scorers import FeedScorer, Personal, RankScorer, SearchScorer, SimilarScorer, below_zero, cosine, utility
-from serving.selectors import TopK
-from serving.sources import (
+from serving.pipeline.explainers import Reasons
+from serving.pipeline.filters import Blocked, Eligible, Excluded, Seen
+from serving.pipeline.hydrators import CatalogProgress, CatalogVersion, QueryVector, UserVector
+from serving.pipeline.hydrators import Profile as ProfileHydrator
+from serving.pipeline.query import NEAREST, Candidates, Proposal, Query, Slate, merge
+from serving.pipeline.scorers import (
+    FeedScorer,
+    Personal,
+    RankScorer,
+    SearchScorer,
+    SimilarScorer,
+    below_zero,
+    cosine,
+    utility,
+)
+from serving.pipeline.selectors import TopK
+from serving.pipeline.sources import (
+    BoostedSource,
     Fresh,
     GivenCandidates,
     ItemNeighbors,
+    LexicalSource,
     LiveItems,
-    MatchingMeaning,
-    MatchingWords,
     NearestToUser,
     Neighbors,
     NeighborsOfSeeds,
     Popular,
     PopularBeside,
     PopularInSegment,
+    SemanticSource,
     SimilarToSeeds,
-    Wanted,
 )
-from serving.turns import Turns
+from serving.redis.client import address_of, connect, partition_of
+from serving.stores.profiles import Mark, ProfileStore
 from tests import world as small
 from tests.serving.faults import frozen
 
 NOW = 1_800_000_000_000
-TURNS = Turns(1)
+TURNS = ConcurrencyLimit(1)
 TYPES = {event_type_key(name): place for place, name in enumerate(small.MODEL["event_types"], 1)}
 SEEN = np.array(list(TYPES), np.uint32)
 
@@ -119,7 +128,7 @@ def model(bundle):
 
 @pytest.fixture(scope="module")
 def outcomes(bundle):
-    return Outcomes.of(bundle.model)
+    return ActionRates.of(bundle.model)
 
 
 @pytest.fixture
@@ -150,7 +159,7 @@ def put(catalog, name: str, genre: str, now: int = NOW) -> int:
 
 class TestHydrators:
     def test_a_version_that_is_here_is_not_waited_for(self):
-        progress = Progress(5)
+        progress = CatalogProgress(5)
         asked = query(min_catalog_version=5)
         CatalogVersion(progress, TURNS).hydrate(asked)
         assert (asked.catalog_version, asked.degraded) == (5, [])
@@ -158,7 +167,7 @@ class TestHydrators:
     def test_a_version_that_comes_in_time_is_seen(self):
         import threading
 
-        progress = Progress(5)
+        progress = CatalogProgress(5)
         threading.Timer(0.05, progress.reach, [6]).start()
         asked = query(min_catalog_version=6)
         CatalogVersion(progress, TURNS).hydrate(asked)
@@ -166,7 +175,7 @@ class TestHydrators:
 
     def test_a_version_that_does_not_come_costs_a_share_of_the_time_and_is_marked(self):
         asked = query(min_catalog_version=7, deadline=time.monotonic() + 0.2)
-        CatalogVersion(Progress(5), TURNS).hydrate(asked)
+        CatalogVersion(CatalogProgress(5), TURNS).hydrate(asked)
         assert asked.degraded[0].part == "CATALOG_STALE"
         assert asked.seconds_left() > 0
 
@@ -410,7 +419,7 @@ class TestSources:
 
     def test_what_a_dial_asks_more_of_is_proposed_wherever_it_stands(self, catalog):
         row = put(catalog, "new", "comedy")
-        source = Wanted(catalog)
+        source = BoostedSource(catalog)
         asked = query(dials={(Dial.CATEGORY_WEIGHT, item_key("comedy")): 0.5}, seen=np.array([3], np.int32))
         assert source.enable(asked)
         rows, scores = source.retrieve(screened(catalog, asked))
@@ -457,7 +466,7 @@ class TestSources:
 
     def test_words_and_meaning_find_the_genre(self, catalog, index, lexical):
         asked = query(text="space", tokens=text_tokens("space"), query_vector=small.direction("space"))
-        for source in (MatchingWords(lexical, 10), MatchingMeaning(index, 10)):
+        for source in (LexicalSource(lexical, 10), SemanticSource(index, 10)):
             assert genres(catalog, source.retrieve(screened(catalog, asked))[0]) == {"space"}
 
     def test_given_candidates_keep_the_callers_order(self):

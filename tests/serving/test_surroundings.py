@@ -21,7 +21,7 @@ import pytest
 from benchmarks.freshness import client_of
 from benchmarks.report import BenchmarkError
 from features.bundle import open_bundle
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from penchant.client import Client, event
 from penchant.health import check
 from tests.fixtures import Service, serving
@@ -72,7 +72,7 @@ def children(service: Service) -> set[int]:
     for folder in Path("/proc").iterdir():
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) if folder.name.isdigit() else 0
-            if parent == service.ready["pid"] and b"serving.child" in (folder / "cmdline").read_bytes():
+            if parent == service.ready["pid"] and b"serving.processes.child" in (folder / "cmdline").read_bytes():
                 found.add(int(folder.name))
         except OSError:  # ended meanwhile
             continue

@@ -9,7 +9,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.telemetry import BUCKETS, Telemetry, bucket_limit, bucket_of, percentile
+from serving.observability.telemetry import BUCKETS, Telemetry, bucket_limit, bucket_of, percentile
 
 
 @given(st.integers(0, 10**9))

@@ -8,19 +8,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from features.action_rates import ActionRates
 from features.assemble import Moment, encoder_inputs, history, ranker_features
-from features.outcomes import Outcomes
 from features.profile import Profile, fold, make_records
 from features.profile import empty as nobody
 from features.schema import event_type_key, event_type_keys, item_keys
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
-from serving.engine import Engine, Surroundings, open_engine
-from serving.hydrators import Progress
-from serving.profiles import ProfileStore
-from serving.query import Query
-from serving.telemetry import Telemetry
+from serving.engine.engine import Dependencies, Engine, open_engine
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Query
+from serving.stores.profiles import ProfileStore
 from tests.fixtures import PATIENCE_S
 
 NOW = 1_800_000_000_000
@@ -30,7 +30,7 @@ NOW = 1_800_000_000_000
 def engine(request, profiles_redis) -> Engine:
     path = request.getfixturevalue(request.param)
     path = path / "bundle" if request.param == "trained" else path
-    around = Surroundings(ServeConfig.load(bundle=path), ProfileStore(profiles_redis), Progress(), Telemetry())
+    around = Dependencies(ServeConfig.load(bundle=path), ProfileStore(profiles_redis), CatalogProgress(), Telemetry())
     return open_engine(path, around)
 
 
@@ -46,7 +46,7 @@ def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
     depth = engine.bundle.manifest["configuration"].get("candidates", 500)
     best = every[np.argsort(-relevance, kind="stable")[:depth]]
     close = (columns.vectors[best] @ user).astype(np.float32)
-    features = ranker_features(past, best, close, columns, Outcomes.of(facts), Moment(NOW))
+    features = ranker_features(past, best, close, columns, ActionRates.of(facts), Moment(NOW))
     logits = engine.model.rank(user, columns.vectors[best], features)
     worth = (1 / (1 + np.exp(-logits.astype(np.float64))) * facts["action_weights"]).sum(axis=1).clip(1e-6, 1 - 1e-6)
     final = close + facts["blend"] * np.log(worth / (1 - worth))

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
-from serving.turns import Turns
+from serving.concurrency import ConcurrencyLimit
 
 
 def test_who_waits_lets_others_go_first():
-    turns, order = Turns(1), []
+    turns, order = ConcurrencyLimit(1), []
 
     def other() -> None:
         with turns:
@@ -31,7 +31,7 @@ def test_who_waits_lets_others_go_first():
 
 
 def test_a_turn_is_taken_again_and_ended_whatever_happens():
-    turns = Turns(1)
+    turns = ConcurrencyLimit(1)
     with pytest.raises(KeyError), turns, turns.given_up():
         raise KeyError
     with turns:
@@ -39,6 +39,6 @@ def test_a_turn_is_taken_again_and_ended_whatever_happens():
 
 
 def test_without_a_turn_there_is_nothing_to_give_up():
-    turns = Turns(1)
+    turns = ConcurrencyLimit(1)
     with turns.given_up(), turns:
         pass

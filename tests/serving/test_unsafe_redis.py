@@ -19,12 +19,12 @@ import redis
 
 from penchant.client import Client, event
 from penchant.v1.common_pb2 import PART_PROFILE_STORE
-from serving.consumer import Consumer
-from serving.events import EventLog
-from serving.log_times import PROFILES_GROUP
-from serving.profiles import ProfileStore
-from serving.redis_client import connect
-from serving.redis_server import RedisServer
+from serving.log_retention import PROFILES_GROUP
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog
+from serving.stores.profiles import ProfileStore
 from tests.fixtures import Service, serving
 from tests.proofs.rolls import readiness
 from tests.serving.faults import FULL, wait_until

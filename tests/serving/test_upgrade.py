@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from features import controls
-from features.decay import left
+from features.decay_kernels import left
+from features.decayed_counts import _TICKS
 from features.errors import ProfileCorrupt
-from features.memory import _TICKS
 from features.profile import FORMAT, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, Purpose, decode, encode, encode_state
 from serving.errors import ProfileStoreUnavailable
-from serving.profiles import Mark, ProfileStore
-from serving.redis_client import address_of, partition_of
+from serving.redis.client import address_of, partition_of
+from serving.stores.profiles import Mark, ProfileStore
 from tests.serving.test_profiles import NOW, entries, expected, items
 
 

@@ -22,37 +22,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features import memory
+from features import decayed_counts as memory
 from features.bundle import open_bundle
 from features.controls import Kind
 from features.errors import TablesError
 from features.profile import RECORD, Purpose, Retention, empty, fold
 from features.schema import EVENTS, item_key
-from features.tables import open_dataset, read_table, write_dataset
-from serving.catalog_log import CatalogLog, Change
-from serving.certificates import Certificates
-from serving.consumer import Consumer
+from features.subjects import subject_of, user_id_of
+from features.tables.dataset import open_dataset, read_table, write_dataset
 from serving.errors import ConfigError
-from serving.events import EventLog, log_id
-from serving.people import People, Rule
-from serving.profiles import ProfileStore
-from serving.projector import Idle, Projector
-from serving.rebuild import rebuild, rehydrate
-from serving.redis_client import connect, partition_of
-from serving.redis_server import RedisServer
+from serving.observability.telemetry import Telemetry
+from serving.privacy.certificates import Certificates
+from serving.privacy.rights import Rule, SubjectRights
+from serving.projection.projector import Idle, Projector
+from serving.projection.rebuild import rebuild, rehydrate
+from serving.redis.client import connect, partition_of
+from serving.redis.embedded import RedisServer
 from serving.services.items import item_record
-from serving.telemetry import Telemetry
-from serving.warehouse import Warehouse, run
-from serving.warehouse_files import WarehouseFiles
-from serving.warehouse_items import ItemTable
-from serving.warehouse_tables import (
+from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.consumer_group import Consumer
+from serving.stores.event_log import EventLog, log_id
+from serving.stores.profiles import ProfileStore
+from serving.warehouse.files import WarehouseFiles
+from serving.warehouse.items import ItemTable
+from serving.warehouse.tables import (
     DAILY_ROWS,
     IMPRESSION_ROWS,
     SESSION_GAP_MS,
     SESSION_ROWS,
-    subject_of,
-    user_id_of,
 )
+from serving.warehouse.writer import Warehouse, run
 from tests.serving.faults import insist, kill, wait_until
 from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, now_ms, slate
 from tests.world import publish_world
@@ -420,7 +419,7 @@ def test_a_warehouse_is_not_replaced_by_a_data_set(log, make, out):
 
 def test_the_directory_has_one_writer(log, make, out, monkeypatch):
     make()
-    monkeypatch.setattr("serving.redis_server._LOCK_S", 0.05)
+    monkeypatch.setattr("serving.redis.embedded._LOCK_S", 0.05)
     with pytest.raises(ConfigError, match="in use"):
         make()
 
@@ -577,7 +576,7 @@ class TestRebuilding:
         ingest(log, *(event("ann", f"i{n % 10}", event_id=f"late-{n}") for n in range(4200)))  # more than a tail takes
         [damaged] = logged(event("bob", "i1"))
         log.append([replace(damaged, record=bytes([damaged.record[0] ^ 1]) + damaged.record[1:])])
-        People(log, store, Certificates(log)).set_consent("u:cleo", Purpose.TRAIN)
+        SubjectRights(log, store, Certificates(log)).set_consent("u:cleo", Purpose.TRAIN)
         ingest(log, event("cleo", "i1"))
         projecting(log, store, None)
         before = {user: store.read(f"u:{user}") for user in ("ann", "bob")}
@@ -596,13 +595,13 @@ class TestRebuilding:
         ingest(log, *(event("ann", f"i{n}", event_id=f"e{n}") for n in range(5)))
         projecting(log, store, None)
         make().drain()
-        People(log, store, Certificates(log)).undo("u:ann", "e2")
+        SubjectRights(log, store, Certificates(log)).undo("u:ann", "e2")
         again()
         assert store.read("u:ann").records["item"].tolist() == [item_key(f"i{n}") for n in (0, 1, 3, 4)]
 
     def test_a_damaged_profile_gets_its_rules_and_its_newest_events_again(self, log, make, out, again, profiles_redis):
         store, rule = ProfileStore(profiles_redis, PARTITIONS), Rule(Kind.ITEM, "i9")
-        people = People(log, store, Certificates(log))
+        people = SubjectRights(log, store, Certificates(log))
         people.set_rules("u:ann", [rule])
         ingest(log, *(event("ann", f"i{n}") for n in range(3)))
         make().drain()
@@ -622,7 +621,7 @@ class TestRebuilding:
 class TestComingBack:
     def test_a_state_that_was_dropped_is_made_anew_when_the_person_returns(self, log, make, out, profiles_redis):
         store = ProfileStore(profiles_redis, PARTITIONS)
-        people = People(log, store, Certificates(log))
+        people = SubjectRights(log, store, Certificates(log))
         who = ["ann", "bob", "cleo", "dan"]
         ingest(log, *(event(user, f"i{n % 10}", timestamp_ms=now_ms() - 400 + n) for n in range(300) for user in who))
         ingest(log, event("ann", "", "search", query="tea"))
@@ -668,7 +667,7 @@ class TestComingBack:
         assert store.leave(now_ms() + 1000) == 4
         assert all(store.read(f"u:{user}").vacant for user in who)
         log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
-        People(log, store, Certificates(log)).erase("u:bob")
+        SubjectRights(log, store, Certificates(log)).erase("u:bob")
         assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
         log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
@@ -708,7 +707,7 @@ class TestComingBack:
     def test_who_did_little_is_dropped_and_comes_back_as_well(self, log, make, out, profiles_redis):
         """Their events were never folded into a state; those of most people are not."""
         store, telemetry = ProfileStore(profiles_redis, PARTITIONS), Telemetry()
-        people = People(log, store, Certificates(log))
+        people = SubjectRights(log, store, Certificates(log))
         people.set_consent("u:cleo", Purpose.PERSONALISE)  # whom no warehouse may keep
         ingest(log, *(event(user, f"i{n}") for n in range(5) for user in ("ann", "bob", "cleo")))
         projecting(log, store, None)
@@ -801,7 +800,7 @@ class TestTrimming:
 def test_the_command_writes_what_is_there_and_ends(log, out, events_server, tmp_path):
     ingest(log, *(event(f"p{n}", "i1") for n in range(9)))
     log.append_impressions([slate("p1", "r", [1])])
-    command = [sys.executable, "-c", "from penchant.cli import main; main()", "warehouse", "--redis", events_server.url]
+    command = [sys.executable, "-c", "from cli.main import main; main()", "warehouse", "--redis", events_server.url]
     command += ["--out", str(out), "--partitions", str(PARTITIONS), "--bundle", str(publish_world(tmp_path / "b"))]
     done = subprocess.run([*command, "--once"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -828,7 +827,7 @@ def test_kills_of_sink_and_redis_lose_and_double_nothing(tmp_path):
     rng = random.Random(11)
     out = tmp_path / "warehouse"
     program = (
-        "import sys; from pathlib import Path; from serving.warehouse import run; "
+        "import sys; from pathlib import Path; from serving.warehouse.writer import run; "
         "run(sys.argv[1], Path(sys.argv[2]), partitions=4, flush_s=0.05)"
     )
     with contextlib.ExitStack() as stack:

@@ -14,25 +14,25 @@ import pytest
 
 from features.errors import TablesError
 from features.profile import EVERY_PURPOSE, Purpose
-from features.tables import open_dataset
-from serving.catalog_log import CatalogLog
-from serving.certificates import Certificates
-from serving.people import People
-from serving.profiles import ProfileStore
-from serving.rebuild import Histories
-from serving.redis_client import partition_of
-from serving.warehouse import GROUP, Warehouse
-from serving.warehouse_files import WarehouseFiles
-from serving.warehouse_items import ItemTable
+from features.tables.dataset import open_dataset
+from serving.privacy.certificates import Certificates
+from serving.privacy.rights import SubjectRights
+from serving.projection.rebuild import Histories
+from serving.redis.client import partition_of
+from serving.stores.catalog_log import CatalogLog
+from serving.stores.profiles import ProfileStore
+from serving.warehouse.files import WarehouseFiles
+from serving.warehouse.items import ItemTable
+from serving.warehouse.writer import GROUP, Warehouse
 from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, event, ingest, logged, slate
 from tests.serving.test_warehouse import ROOT, at, rows
-from training.impressions import _slates
+from training.data.impressions import _slates
 
 
 @pytest.fixture
 def people(log, profiles_redis):
-    return People(log, ProfileStore(profiles_redis, PARTITIONS), Certificates(log))
+    return SubjectRights(log, ProfileStore(profiles_redis, PARTITIONS), Certificates(log))
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 
 from features.histories import Distinct
 from features.schema import EVENTS, ITEMS
-from features.tables import write_dataset
+from features.tables.dataset import write_dataset
 from training.config import TrainConfig
-from training.data import Interactions
+from training.data.interactions import Interactions
 
 TINY = {
     "dim": 16,

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from tests.training.conftest import interactions, published
-from training.baselines import Ease, Markov, Neighbors, Popular, build_baselines, neighbors_of, popularity_of
 from training.config import TrainConfig
-from training.data import item_vocabulary, read_interactions
-from training.datasets import prepare
-from training.evaluate import METRICS, place_all
-from training.split import Targets, held_out, split
+from training.data.datasets import prepare
+from training.data.interactions import item_vocabulary, read_interactions
+from training.data.split import Targets, held_out, split
+from training.evaluation.evaluate import METRICS, place_all
+from training.models.baselines import Ease, Markov, Neighbors, Popular, build_baselines, neighbors_of, popularity_of
 
 
 def one(person: int, position: int) -> Targets:

@@ -14,7 +14,7 @@ from features.errors import ConfigError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.metrics import ndcg
-from training.ranking import mask_seen, ranks_of
+from training.models.scoring import mask_seen, ranks_of
 
 
 def test_the_peers_ndcg_is_our_own(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from features.errors import ConfigError
 from training.config import TrainConfig, load_config
-from training.machine import prepared
+from training.runtime import prepared
 
 
 def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_variable_that_looks_like_a_setting_is_told(
 
 
 def test_threads_are_as_many_as_the_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.machine.cores", lambda: 3)
+    monkeypatch.setattr("training.runtime.cores", lambda: 3)
     before = torch.get_num_threads()
     with prepared(0):
         assert torch.get_num_threads() == 3

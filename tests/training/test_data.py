@@ -8,9 +8,9 @@ import pytest
 
 from features.errors import TrainingError
 from features.schema import EVENTS, ITEMS
-from features.tables import open_dataset, write_dataset
+from features.tables.dataset import open_dataset, write_dataset
 from training.config import TrainConfig
-from training.data import Interactions, in_batches, item_vocabulary, read_interactions
+from training.data.interactions import Interactions, in_batches, item_vocabulary, read_interactions
 
 EVENTS_OF_A = [
     ("x", "view_item"),

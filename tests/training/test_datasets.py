@@ -23,13 +23,13 @@ import pytest
 
 from features.errors import ConfigError, TablesError
 from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
-from features.tables import open_dataset, read_table, table_path
+from features.tables.dataset import open_dataset, read_table, table_path
 from tests.real_data import real_data
-from training import movielens
-from training.datasets import DatasetError, prepare
-from training.downloads import Url
-from training.movielens import WHEEL
-from training.recipes import told_apart
+from training.data import movielens
+from training.data.datasets import DatasetError, prepare
+from training.data.downloads import Url
+from training.data.movielens import WHEEL
+from training.data.recipes import told_apart
 
 KEYS = {"users", "items", "events", "rejected", "fingerprint", "ordered_only", "name", "out", "seconds"}
 

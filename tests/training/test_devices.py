@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from training.config import TrainConfig
-from training.encoders import ItemBags
-from training.fit import Fit
-from training.machine import exact, in_halves, prepared
+from training.fitting.encoders import Fit
+from training.models.encoders import ItemBags
 from training.run import RunError, sha256_of
+from training.runtime import exact, in_halves, prepared
 from training.train import _claim, initial_modules, read_material
 
 CPU = torch.device("cpu")

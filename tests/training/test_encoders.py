@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
-from training.encoders import (
+from training.models.encoders import (
     CausalAttention,
     CheapDropout,
     EncoderShape,

@@ -11,11 +11,11 @@ import pytest
 
 from features.errors import LeakError
 from tests.training.conftest import TINY, interactions
-from training.baselines import MostUsed, Popular
 from training.config import TrainConfig
-from training.evaluate import Ranked, _compared, _mean_values, _values, evaluate, place, place_all
-from training.ranking import had_before, ranks_of
-from training.split import Targets
+from training.data.split import Targets
+from training.evaluation.evaluate import Ranked, _compared, _mean_values, _values, evaluate, place, place_all
+from training.models.baselines import MostUsed, Popular
+from training.models.scoring import had_before, ranks_of
 from training.train import train
 
 

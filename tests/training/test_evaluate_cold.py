@@ -11,13 +11,13 @@ import torch
 from features.errors import LeakError, TrainingError
 from tests.training.conftest import CIRCLE, CIRCLES, TINY
 from training.config import TrainConfig
-from training.data import Interactions, read_interactions
-from training.evaluate import evaluate
-from training.evaluate_cold import cold_targets
-from training.fit import Fit
-from training.hidden import hidden_items
+from training.data.cold_items import hidden_items
+from training.data.interactions import Interactions, read_interactions
+from training.data.split import split
+from training.evaluation.cold_items import cold_targets
+from training.evaluation.evaluate import evaluate
+from training.fitting.encoders import Fit
 from training.run import build_modules, load_run
-from training.split import split
 from training.train import read_material, train
 
 ITEMS = CIRCLES * CIRCLE
@@ -76,8 +76,8 @@ def test_hidden_items_leave_no_trace_in_a_run(run: Path) -> None:
 def test_hidden_items_get_no_gradient_not_even_as_negatives(
     circles: Path, tmp_path: Path, tiny: TrainConfig, negatives: int
 ) -> None:
-    from features.tables import open_dataset
-    from training.encoders import ItemBags
+    from features.tables.dataset import open_dataset
+    from training.models.encoders import ItemBags
 
     config = TrainConfig(**{**HIDING, "negatives": negatives})
     material = read_material(open_dataset(circles), config, torch.device("cpu"))
@@ -144,7 +144,7 @@ def test_what_cannot_be_asked_is_refused(run: Path, circles: Path, tmp_path: Pat
         ({"protocol": "none"}, LeakError, "protocol=leave-one-out"),
         ({"hide_items": 0.0}, TrainingError, "hide_items=0.1"),
     ):
-        from training.evaluate_cold import _refuse
+        from training.evaluation.cold_items import _refuse
 
         with pytest.raises(error, match=message):
             _refuse(dataclasses.replace(loaded, config=loaded.config.model_copy(update=change)))

@@ -13,9 +13,9 @@ from benchmarks.impressions import impressions
 from features.errors import ConfigError, LeakError, TrainingError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
-from training.datasets import prepare
-from training.evaluate import evaluate
-from training.evaluate_tables import DRAWS, METRICS, Chances, judge, resampled, values_of
+from training.data.datasets import prepare
+from training.evaluation.evaluate import evaluate
+from training.evaluation.impressions import DRAWS, METRICS, Chances, judge, resampled, values_of
 from training.train import train
 
 

@@ -18,12 +18,13 @@ from features.errors import BundleError, ExportError
 from features.histories import history_keys
 from features.transforms import item_text, text_tokens
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
-from training import export as exporting
-from training import golden, ranking
-from training.data import read_interactions
-from training.export import Gates, publish_run
-from training.graphs import Graph
-from training.index_build import build
+from training.data.interactions import read_interactions
+from training.export import golden
+from training.export.export import Gates, publish_run
+from training.export.export import export as exporting
+from training.export.index import build
+from training.export.onnx import Graph
+from training.models import scoring as ranking
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_nan_vectors_are_refused(run, tmp_path):
 
 
 def test_roads_that_part_are_refused(run, tmp_path, monkeypatch):
-    class OffByOne(golden.Pasts):
+    class OffByOne(golden.UserHistories):
         def before(self, person, position):
             return super().before(person, max(position - 1, 0))
 

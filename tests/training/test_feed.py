@@ -14,15 +14,15 @@ import torch
 
 from features.catalog import columns_of
 from features.schema import EVENTS, IMPRESSIONS, ITEMS
-from features.tables import Dataset, open_dataset, write_dataset
+from features.tables.dataset import Dataset, open_dataset, write_dataset
 from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
-from training.data import Interactions, item_vocabulary, read_interactions
-from training.feed import Feed, learn, lesson_of, logits_of
-from training.impressions import NEVER, Shown, read_shown
+from training.data.impressions import NEVER, Shown, read_shown
+from training.data.interactions import Interactions, item_vocabulary, read_interactions
+from training.data.point_in_time import PointInTimeStatistics, line_features
+from training.fitting.ranker_impressions import RankerDataset, learn, lesson_of, logits_of
 from training.metrics import auc
-from training.ranker import Ranker
-from training.statistics import Teller, line_features
+from training.models.ranker import Ranker
 
 HOUR = 3_600_000
 START = 1_700_000_000_000
@@ -74,7 +74,7 @@ class World:
     dataset: Dataset
     data: Interactions
     shown: Shown
-    teller: Callable[[Interactions, Shown], Teller]
+    teller: Callable[[Interactions, Shown], PointInTimeStatistics]
 
 
 def world(path: Path) -> World:
@@ -84,7 +84,7 @@ def world(path: Path) -> World:
     shown = read_shown(path, dataset, vocabulary, data, ACTIONS)
     assert shown is not None
     columns = columns_of(items, np.zeros((data.items, 4), np.float32))
-    return World(dataset, data, shown, lambda d, s: Teller(d, columns, ACTIONS, s, np.diff(d.offsets)))
+    return World(dataset, data, shown, lambda d, s: PointInTimeStatistics(d, columns, ACTIONS, s, np.diff(d.offsets)))
 
 
 def test_labels_join_by_request_inside_the_window(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     ranker = Ranker(4, lesson.features.shape[1], 8, 2, members=2, bins=4, dropout=0.1)
     config = CONFIG.model_copy(update={"ranker_epochs": 30, "ranker_rate": 0.01})
     held = lines.times > START + 72 * HOUR
-    said = learn(ranker, Feed(lines, lesson, held), config)
+    said = learn(ranker, RankerDataset(lines, lesson, held), config)
     found = said["validation"]["0"]
     clicked = lines.labels()[held, 0]
     rates = np.array([0.8 if row % 2 else 0.15 for row in lines.rows[held]])

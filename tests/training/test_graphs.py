@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from features.errors import ExportError
-from training.encoders import EncoderShape, UserEncoder
-from training.graphs import Graph, LastHidden, parity, session_of, to_onnx
+from training.export.onnx import Graph, LastHidden, parity, session_of, to_onnx
+from training.models.encoders import EncoderShape, UserEncoder
 
 DIM, LONGEST = 8, 12
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.heads import Candidates, _choose_blend, _some_words
-from training.ranker import Ranker, level, platt, utility
+from training.fitting.ranker_candidates import Candidates, _choose_blend, _some_words
+from training.models.ranker import Ranker, level, platt, utility
 
 
 def test_platt_finds_the_true_slope_and_shift() -> None:

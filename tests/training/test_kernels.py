@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.kernels import exponentials, exponentials_plain
+from training.models.kernels import exponentials, exponentials_plain
 
 
 @pytest.mark.parametrize(("spread", "level"), [(3.0, 0.0), (20.0, 0.0), (1.0, -30.0), (0.1, 5.0), (0.0, 0.0)])

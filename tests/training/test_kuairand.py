@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
-from features.tables import open_dataset, read_table
+from features.tables.dataset import open_dataset, read_table
 from tests.real_data import real_data
 from training.config import load_config
-from training.data import item_vocabulary, read_interactions
-from training.datasets import DatasetError, prepare
-from training.impressions import read_shown
-from training.kuairand import ACTIONS
-from training.split import cut_of
+from training.data.datasets import DatasetError, prepare
+from training.data.impressions import read_shown
+from training.data.interactions import item_vocabulary, read_interactions
+from training.data.kuairand import ACTIONS
+from training.data.split import cut_of
 
 T = 1_650_000_000_000
 

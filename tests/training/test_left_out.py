@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cli import main as cli
 from features.errors import TablesError
-from features.tables import open_dataset
-from penchant import cli
+from features.tables.dataset import open_dataset
 from tests.training.conftest import TINY
-from training.baselines import recent_popularity_of
 from training.config import TrainConfig
-from training.data import Interactions, item_vocabulary, read_interactions
-from training.segments import popular_in_segments
-from training.split import before_cut, cut_of, held_out, split
+from training.data.interactions import Interactions, item_vocabulary, read_interactions
+from training.data.split import before_cut, cut_of, held_out, split
+from training.export.segments import popular_in_segments
+from training.models.baselines import recent_popularity_of
 from training.train import train
 
 IN_2099 = int(datetime(2099, 12, 31, tzinfo=UTC).timestamp() * 1000)

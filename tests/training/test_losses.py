@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.losses import inclusion, sample_items, softmax_loss
-from training.machine import prepared
+from training.models.losses import inclusion, sample_items, softmax_loss
+from training.runtime import prepared
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

@@ -8,7 +8,7 @@ import pytest
 
 from tests.training.conftest import TINY
 from training.config import TrainConfig
-from training.evaluate import evaluate
+from training.evaluation.evaluate import evaluate
 from training.report import write_report
 from training.train import train
 
@@ -80,7 +80,7 @@ def test_without_the_package_the_switch_says_what_is_missing(
 ) -> None:
     import sys
 
-    from training.board import open_board
+    from training.fitting.tensorboard import open_board
 
     for name in [
         name for name in sys.modules if name.partition(".")[0] == "tensorboard" or "utils.tensorboard" in name

@@ -8,10 +8,10 @@ import pytest
 
 from features.catalog import columns_of
 from features.schema import ITEMS, item_key
-from features.tables import open_dataset, write_dataset
+from features.tables.dataset import open_dataset, write_dataset
 from tests.untrained import CONFIG
-from training.data import item_vocabulary, read_interactions
-from training.segments import PEOPLE, POPULAR, popular_in_segments, segments_of
+from training.data.interactions import item_vocabulary, read_interactions
+from training.export.segments import PEOPLE, POPULAR, popular_in_segments, segments_of
 
 DAY = 86_400_000
 NOW = 1_700_000_000_000

@@ -18,10 +18,10 @@ from features.schema import (
     USERS,
     USERS_REQUIRED,
 )
-from features.tables import conform, order_events
-from training import simulate as playing
-from training.simulate import Simulated, World, simulate
-from training.world import DAY_MS, SLATE, START_MS, TOPICS
+from features.tables.dataset import conform, order_events
+from training.data import simulate as playing
+from training.data.simulate import Simulated, World, simulate
+from training.data.world import DAY_MS, SLATE, START_MS, TOPICS
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from features.errors import TrainingError
 from tests.training.conftest import interactions
 from training.config import TrainConfig
-from training.split import held_out, split
+from training.data.split import held_out, split
 
 LEAVE_ONE_OUT = TrainConfig(protocol="leave-one-out")
 TEMPORAL = TrainConfig(protocol="temporal", test_share=0.4)

@@ -12,17 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import training.data
+import training.data.interactions
 from benchmarks.growth import write_world
 from benchmarks.kills import kills
 from features.assemble import encoder_batch, encoder_inputs, pack
 from features.errors import TrainingError
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from tests.training.conftest import interactions
-from training.baselines import Markov, counts_of, popularity_of
 from training.config import TrainConfig
-from training.data import Disk, Plan, TrainingBatches, item_vocabulary, read_interactions
-from training.split import held_out, split
+from training.data.interactions import Disk, Plan, TrainingBatches, item_vocabulary, read_interactions
+from training.data.split import held_out, split
+from training.models.baselines import Markov, counts_of, popularity_of
 
 histories = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12)
 LEAVE_ONE_OUT = TrainConfig(protocol="leave-one-out")
@@ -50,7 +50,7 @@ def test_blocks_change_nothing(people: list[list[int]]) -> None:
     def made(block: int) -> list[object]:
         data = interactions(people, items=10, times=times)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training.data, "BLOCK_EVENTS", block)
+            patch.setattr(training.data.interactions, "BLOCK_EVENTS", block)
             ends = split(data, LEAVE_ONE_OUT).train_end
             test = held_out(data, temporal, "temporal-successive")
             markov = Markov(data, ends, popularity_of(data, ends))
@@ -76,13 +76,13 @@ def test_any_inside_is_its_plain_twin() -> None:
     flags = rng.random(200) < 0.05
     starts = rng.integers(0, 190, 100)
     ends = starts + rng.integers(0, 10, 100)
-    found = training.data._any_inside(flags, starts, ends)
-    assert found.tolist() == training.data._any_inside_plain(flags, starts, ends).tolist()
+    found = training.data.interactions._any_inside(flags, starts, ends)
+    assert found.tolist() == training.data.interactions._any_inside_plain(flags, starts, ends).tolist()
 
 
 @pytest.mark.parametrize("block", [64, 1 << 16])
 def test_each_event_is_predicted_once_however_people_are_drawn(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.data, "PLAN_PEOPLE", block)
+    monkeypatch.setattr(training.data.interactions, "PLAN_PEOPLE", block)
     rng = np.random.default_rng(0)
     data = interactions([rng.permutation(50)[: rng.integers(1, 40)].tolist() for _ in range(300)], items=50)
     config = TrainConfig(max_length=8, batch_tokens=64)

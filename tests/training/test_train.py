@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from features.errors import TrainingError
-from features.tables import open_dataset
+from features.tables.dataset import open_dataset
 from features.transforms import item_inputs, query_inputs
 from tests.training.conftest import CIRCLE
 from training.config import TrainConfig
-from training.data import Plan, TrainingBatches, item_vocabulary, read_interactions
+from training.data.interactions import Plan, TrainingBatches, item_vocabulary, read_interactions
+from training.data.split import split
 from training.run import RunError, input_shapes, load_run
-from training.split import split
 from training.train import train
 
 

@@ -6,7 +6,7 @@ import torch
 
 from tests.training.conftest import interactions
 from training.config import TrainConfig
-from training.warm_start import near_vectors
+from training.models.warm_start import near_vectors
 
 
 def test_items_of_the_same_histories_lie_together() -> None:

@@ -1,0 +1,1 @@
+"""Reads anybody's Parquet into the canonical tables, and tells what of it was left out."""

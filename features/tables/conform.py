@@ -1,0 +1,338 @@
+"""One table as somebody wrote it -> its good rows in canonical columns, and why each other row was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.arrays import Array, Mask, Misfit, only, owners, pc, plain, to_mask
+from features.errors import TablesError
+from features.schema import Required
+from features.tables.convert import convert
+from features.tables.dialect import Dialect, DialectSurvey, is_marked, is_time
+from features.tables.order import nulls, select
+from features.tables.times import DECLARED, RELATIVE
+
+# Letter case and what separates words are ignored, so USER_ID and userId need no line here.
+ALIASES = {
+    "datetime": "timestamp",
+    "rating": "value",
+    "weight": "value",
+    "event_value": "value",
+    "genres": "categories",
+    "is_available": "available",
+    "availability": "available",
+    "in_stock": "available",
+}
+_NOT_NEGATIVE = ("price", "position")
+_CLOSED = ("available", "allow_train", "allow_measure", "personal")
+"""Columns of permissions: what cannot be read is no permission, and neither is a NULL there, which would be one."""
+_WINDOW = ("available_from", "available_until")
+_AGE = "a time from 1995 up to 2100, best in a column of type timestamp"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that was left out: the file, its 0-based row there, which field is wrong and what would be right."""
+
+    file: str
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """The cells of one optional column of one file that could not be read and are NULL; their rows stay.
+
+    Attributes:
+        file: The file.
+        column: The column, by its canonical name.
+        count: How many cells.
+        row: The first of them, 0-based in the file.
+        reason: What that cell holds and what would be right.
+    """
+
+    file: str
+    column: str
+    count: int
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """The fate of a table's rows.
+
+    Attributes:
+        kept: Number of rows in the table.
+        rejected: The rows that were left out.
+        unread: The cells that were left out of the kept rows.
+        ignored: The columns of its files that mean nothing here.
+        unlisted: Of the items: those that events name and the table does not.
+        hidden: Those are not shown.
+        closed: Of the items: none of them may be shown now.
+    """
+
+    kept: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+    ignored: Sequence[str] = ()
+    unlisted: Sequence[str] = ()
+    hidden: bool = False
+    closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of a file's good rows, and where in the file each of them stands.
+
+    Attributes:
+        source: The file.
+        table: The rows.
+        rows: Where each of them stands, 0-based in the file; int64.
+        rejected: The rows that were left out.
+        unread: The cells that were left out of the rows.
+        altered: A cell is NULL here and not in the file, so the file cannot stand for the table.
+    """
+
+    source: str
+    table: pa.Table
+    rows: npt.NDArray[np.int64]
+    rejected: list[Rejected]
+    unread: list[Unread] = field(default_factory=list)
+    altered: bool = False
+
+
+def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str) -> dict[str, str]:
+    """Canonical column -> the file's column."""
+    chosen: dict[str, str] = {}
+    for name in schema.names:
+        names = {bare(name), *(bare(alias) for alias, meant in ALIASES.items() if meant == name)}
+        same = [n for n in found.names if n == name] or [n for n in found.names if bare(n) in names]
+        if len(same) > 1:
+            raise TablesError(f"{source}: columns {same} all mean {name}: keep one of them")
+        if same:
+            chosen[name] = same[0]
+    for need in required:
+        choices = (need,) if isinstance(need, str) else need
+        if not any(name in chosen for name in choices):
+            raise TablesError(f"{source}: no column {' or '.join(choices)}; it has {found.names}")
+    return chosen
+
+
+def bare(name: str) -> str:
+    """The letters and digits of a name in small letters: `user_id`, `USER ID` and `user.id` are the same."""
+    return "".join(sign for sign in name.lower() if sign.isalnum())
+
+
+@dataclass(slots=True)
+class _Cells:
+    """One column while its faults are looked for: as the file has it, its values, faulty rows with what is right."""
+
+    given: Array
+    values: Array
+    faults: list[tuple[Mask, str]]
+    late: Mask | None = None
+
+    @property
+    def bad(self) -> Mask:
+        """The rows with any fault."""
+        return np.asarray(np.logical_or.reduce([mask for mask, _ in self.faults]), bool)
+
+    def reason(self, name: str, row: int) -> str:
+        """Returns the reason why the cell of a row is refused."""
+        should = next(should for mask, should in self.faults if mask[row])
+        return f"{name} is {_shown(self.given, row)}, should be {should}"
+
+
+def fit(
+    table: pa.Table,
+    schema: pa.Schema,
+    required: Required,
+    source: str,
+    numbers: npt.NDArray[np.int64] | None = None,
+    dialect: Dialect | None = None,
+) -> Part:
+    """Converts the columns, leaves out every row without a required cell, and every other cell that cannot be read.
+
+    Where the cells say whether something is permitted (that an item is shown, that a model is trained on a row), a cell
+    that cannot be read forbids it.
+
+    Args:
+        table: Any number of rows of a file.
+        schema: The canonical columns.
+        required: Those that a row needs.
+        source: The file.
+        numbers: Where in the file each row stands, for a table that is not all of it.
+        dialect: How the writer counted time and wrote lists; None asks the table.
+    """
+    dialect = dialect_of([(table, source)], schema, required) if dialect is None else dialect
+    numbers = np.arange(table.num_rows) if numbers is None else numbers
+    cells = {
+        name: _cells(table, origin, schema.field(name), source, dialect)
+        for name, origin in origins(table.schema, schema, required, source).items()
+    }
+    _settle_times(cells, schema)
+    _apply_rules(cells)
+    faults = list(_row_faults(cells, required))
+    bad = np.logical_or.reduce([mask for mask, _ in faults]) if faults else np.zeros(table.num_rows, bool)
+    rejected = [
+        Rejected(source, int(numbers[row]), "; ".join(tell(int(row)) for mask, tell in faults if mask[row]))
+        for row in np.flatnonzero(bad)
+    ]
+    unread = list(_unread(cells, bad, source, numbers))
+    _close(cells, schema, table.num_rows)
+    altered = any(cell.values.null_count > plain(cell.given).null_count for cell in cells.values())
+    columns = [cells[f.name].values if f.name in cells else nulls(table.num_rows, f.type) for f in schema]
+    full, good = pa.table(columns, schema=schema), np.flatnonzero(~bad)
+    kept = select(full, good) if bad.any() else full
+    return Part(source, kept, numbers[good], rejected, unread, altered)
+
+
+def merge_unread(parts: Iterable[Unread]) -> list[Unread]:
+    """Returns one line per file and column: files in their order, then by first row and column."""
+    merged: dict[tuple[str, str], Unread] = {}
+    for cells in parts:
+        key = (cells.file, cells.column)
+        before = merged.get(key)
+        merged[key] = replace(before, count=before.count + cells.count) if before else cells
+    files = {file: place for place, file in enumerate(dict.fromkeys(file for file, _ in merged))}
+    return sorted(merged.values(), key=lambda cells: (files[cells.file], cells.row, cells.column))
+
+
+def dialect_of(tables: Sequence[tuple[pa.Table, str]], schema: pa.Schema, required: Required) -> Dialect:
+    """Returns the dialect of tables in memory, each with the name of its file."""
+    survey = DialectSurvey(schema)
+    for table, source in tables:
+        for name, origin in origins(table.schema, schema, required, source).items():
+            if survey.asks(name, table.schema.field(origin)):
+                for chunk in table.column(origin).chunks:
+                    survey.add(name, chunk, source)
+    return survey.dialect()
+
+
+def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dialect: Dialect) -> _Cells:
+    given, known = table.column(origin), table.schema.field(origin)
+    if is_time(wanted) and is_marked(known):
+        dialect = Dialect(units={wanted.name: DECLARED})
+    try:
+        column = given.combine_chunks()
+        converted = convert(column, wanted, dialect)
+    except Misfit as misfit:
+        raise TablesError(f"{source}: column {origin} is {given.type}, should be {misfit}") from None
+    except pa.ArrowException as error:
+        raise TablesError(f"{source}: column {origin} ({given.type}): {error}") from error
+    values, bad = converted.values, converted.bad
+    if wanted.name == "available_from" and converted.early is not None:
+        # 0001-01-01 and 1900-01-01 say that there is no beginning, and any date before 1970 means the same today.
+        values, bad = pc.if_else(pa.array(converted.early), 0, values), bad & ~converted.early
+    cells = _Cells(column, values, [(bad, converted.should)], converted.late)
+    if wanted.name in _WINDOW and dialect.units.get(wanted.name) == RELATIVE:
+        # Offsets, or days as a spreadsheet counts them: a catalogue lives in the time of the clock on the wall.
+        cells.faults.append((to_mask(pc.greater(values, 0)), _AGE))
+    relative = is_marked(known) or dialect.units.get(wanted.name) == RELATIVE
+    # A time of 0 is none: in the contract an end at 0 is no end. A beginning at 0 stays, because it means the same.
+    if wanted.name == "available_until" or (is_time(wanted) and not relative and wanted.name != "available_from"):
+        cells.values = only(cells.values, ~to_mask(pc.equal(cells.values, 0)))
+    return cells
+
+
+def _settle_times(cells: Mapping[str, _Cells], schema: pa.Schema) -> None:
+    """A time of 2100 or later is none, but for an end of availability, which it takes away, and a beginning."""
+    for name, cell in cells.items():
+        if is_time(schema.field(name)) and name not in _WINDOW and cell.late is not None:
+            cell.faults.append((cell.late, cell.faults[0][1]))
+
+
+def _row_faults(cells: Mapping[str, _Cells], required: Required) -> Iterator[tuple[Mask, Callable[[int], str]]]:
+    """The rows that a required cell costs, with the words for one of them."""
+    for need in required:
+        names = [name for name in ((need,) if isinstance(need, str) else need) if name in cells]
+        satisfied = np.zeros(len(cells[names[0]].values), bool)
+        absent = ~satisfied
+        for name in names:
+            # Of cells that can stand for one another, one that comes later costs the row only where it is needed.
+            yield cells[name].bad & ~satisfied, partial(cells[name].reason, name)
+            satisfied |= ~_is_absent(cells[name].values) & ~cells[name].bad
+            absent &= _is_absent(cells[name].values) & ~cells[name].bad
+        told = f"{' or '.join(names)} is "
+        yield absent, partial(_absence, told, cells[names[0]].given)
+
+
+def _absence(told: str, column: Array, row: int) -> str:
+    return f"{told}{_shown(column, row)}, should be given in every row"
+
+
+def _is_absent(values: Array) -> Mask:
+    empty = pc.equal(values, "") if pa.types.is_string(values.type) else None
+    return to_mask(values.is_null()) | (False if empty is None else to_mask(empty))
+
+
+def _unread(
+    cells: Mapping[str, _Cells], left_out: Mask, source: str, numbers: npt.NDArray[np.int64]
+) -> Iterator[Unread]:
+    """The cells of kept rows that cannot be read, which become NULL."""
+    for name, cell in cells.items():
+        bad = cell.bad & ~left_out
+        if bad.any():
+            first = int(np.argmax(bad))
+            cell.values = only(cell.values, ~bad)
+            yield Unread(source, name, int(np.count_nonzero(bad)), int(numbers[first]), cell.reason(name, first))
+
+
+def _close(cells: dict[str, _Cells], schema: pa.Schema, length: int) -> None:
+    """Forbids what a cell may permit that cannot be read; an item that begins after the end of time is never shown."""
+    for name in _CLOSED:
+        if name not in schema.names:
+            continue
+        shut = [cells[name].bad] if name in cells else []
+        if name == "available":
+            shut += [cells[part].bad for part in _WINDOW if part in cells]
+            begins = cells["available_from"].late if "available_from" in cells else None
+            shut += [] if begins is None else [begins]
+        closed = np.logical_or.reduce(shut) if shut else np.zeros(length, bool)
+        if closed.any():
+            unknown = pa.nulls(length, pa.bool_())
+            cell = cells.setdefault(name, _Cells(unknown, unknown, [(np.zeros(length, bool), "true or false")]))
+            cell.values = pc.if_else(pa.array(closed), False, cell.values)
+
+
+def _apply_rules(cells: Mapping[str, _Cells]) -> None:
+    """Adds the faults of values that have the right type and cannot be right."""
+    for name in _NOT_NEGATIVE:
+        if name in cells:
+            cells[name].faults.append((to_mask(pc.less(cells[name].values, 0)), "0 or more"))
+    if "propensities" not in cells:
+        return
+    propensities, size = cells["propensities"].values, pc.list_value_length(cells["item_ids"].values)
+    for name in ("propensities", "scores", "features"):
+        if name in cells:
+            uneven = to_mask(pc.not_equal(pc.list_value_length(cells[name].values), size))
+            cells[name].faults.append((uneven, "as long as item_ids"))
+    flat = propensities.flatten().to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.list_value_length(propensities), 0).to_numpy()
+    impossible = owners((flat <= 0) | (flat > 1), lengths)
+    cells["propensities"].faults.append((impossible, "probabilities above 0 and up to 1, or NaN"))
+
+
+def _shown(column: Array, row: int) -> str:
+    """A value as the file holds it, whatever that is, short enough for a line."""
+    value = plain(column.slice(row, 1))
+    if not value.is_valid()[0].as_py():
+        return "missing"
+    if pa.types.is_temporal(value.type):
+        return str(pc.cast(value, pa.string())[0])
+    if pa.types.is_string(value.type) or pa.types.is_large_string(value.type):
+        value = pc.cast(value, pa.large_binary())
+    try:
+        held = value[0].as_py()
+    except (UnicodeDecodeError, ValueError, OverflowError):
+        return f"an unreadable {value.type}"
+    text = repr(held.decode(errors="backslashreplace") if isinstance(held, bytes) else held)
+    return text if len(text) <= 60 else text[:57] + "..."

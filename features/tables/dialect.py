@@ -1,0 +1,77 @@
+"""How the writer of a table counted time and wrote lists, seen from all files before any of them is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from features.arrays import Array, is_text, plain
+from features.tables.times import UnitVotes, is_counted
+from features.tables.written import ListStyle, distinct
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The decisions about the columns of one table, by canonical name.
+
+    Attributes:
+        units: The unit of numbers that are times, a key of `features.tables.times.UNIT_WORDS` or `RELATIVE`; without
+            the columns whose type or metadata says it.
+        styles: How lists are written that are one text.
+        ignored: The columns of the files that no canonical column is made of, in the order of the files.
+    """
+
+    units: Mapping[str, str] = field(default_factory=dict)
+    styles: Mapping[str, ListStyle] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
+
+
+def is_time(wanted: pa.Field) -> bool:  # type: ignore[type-arg]
+    """Returns True if a canonical column holds times."""
+    return b"unit" in (wanted.metadata or {})
+
+
+def is_marked(given: pa.Field) -> bool:  # type: ignore[type-arg]
+    """Returns True if a column says itself that it is in milliseconds."""
+    return (given.metadata or {}).get(b"unit") == b"ms"
+
+
+class DialectSurvey:
+    """Gathers what decides the dialect of a table from its columns, file by file."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        """Takes the canonical schema."""
+        self._schema = schema
+        self._votes: dict[str, UnitVotes] = {}
+        self._cells: dict[str, set[str]] = {}
+        self._ignored: dict[str, None] = {}
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Notes columns of a file that no canonical column is made of; not the row numbers that pandas writes."""
+        self._ignored.update(dict.fromkeys(name for name in names if not name.startswith("__index_level_")))
+
+    def asks(self, name: str, given: pa.Field) -> bool:  # type: ignore[type-arg]
+        """Returns True if the values of a file's column for the canonical column `name` decide anything."""
+        dtype = plain(pa.array([], given.type)).type
+        if is_time(self._schema.field(name)):
+            return is_counted(dtype) and not is_marked(given)
+        return name == "categories" and is_text(dtype)
+
+    def add(self, name: str, column: Array, source: str) -> None:
+        """Counts what a column of which `asks` is true holds in one file."""
+        if is_time(self._schema.field(name)):
+            self._votes.setdefault(name, UnitVotes(name)).add(column, source)
+        else:
+            self._cells.setdefault(name, set()).update(distinct(plain(column)))
+
+    def dialect(self) -> Dialect:
+        """The decisions.
+
+        Raises:
+            TablesError: The unit of a column of times cannot be told.
+        """
+        units = {name: unit for name, votes in self._votes.items() if (unit := votes.unit())}
+        styles = {name: ListStyle.of(cells) for name, cells in self._cells.items()}
+        return Dialect(units, styles, tuple(self._ignored))

@@ -1,0 +1,211 @@
+"""The events of a data set in their order, a part at a time: a data set may be bigger than memory.
+
+What Penchant wrote is in order already and is read from its Parquet files again and again. Anything else (rows out of
+order, malformed rows, foreign types) is brought into order once, some people at a time, in a temporary Arrow file that
+is memory-mapped and has no name, so that it is gone with the process. `TMPDIR` says where.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.schema import EVENTS, item_keys
+from features.tables.conform import Part, Rejected, Unread
+from features.tables.order import codes, event_keys, is_present, nulls, order_events, select
+
+BATCH_ROWS = 1 << 17
+"""Rows that are read at once."""
+BUCKET_ROWS = 1 << 22
+"""Rows that are brought into order at once; a person with more comes at once all the same."""
+
+Read = Callable[[Sequence[str]], Iterator[pa.Table]]
+Parts = Callable[[], Iterable[Part]]
+
+
+class Events:
+    """Events in the order of `order_events`, read as often as somebody asks.
+
+    Attributes:
+        num_rows: Number of events.
+        present: The columns that have a value in some row.
+    """
+
+    def __init__(self, read: Read, num_rows: int, present: Iterable[str]) -> None:
+        """Takes what yields the columns named, any number of rows at a time."""
+        self._read, self.num_rows = read, num_rows
+        self.present = tuple(name for name in EVENTS.names if name in set(present))
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Events:
+        """The events of a table in memory, which must be in order."""
+
+        def read(columns: Sequence[str]) -> Iterator[pa.Table]:
+            chosen = table.select(list(columns))
+            for start in range(0, table.num_rows, BATCH_ROWS):
+                yield chosen.slice(start, BATCH_ROWS)
+
+        events = cls(read, table.num_rows, [name for name in EVENTS.names if is_present(table[name])])
+        events._table = table
+        return events
+
+    _table: pa.Table | None = None
+
+    def batches(self, columns: Sequence[str] = tuple(EVENTS.names)) -> Iterator[pa.Table]:
+        """The columns named, in the order of the rows; those without any value are all NULL."""
+        for table in self._read(columns):
+            yield complete(table, columns)
+
+    def column(self, name: str) -> Iterator[pa.ChunkedArray[Any]]:
+        """One column, in parts."""
+        return (table[name] for table in self.batches([name]))
+
+    def distinct(self, name: str) -> list[str]:
+        """The texts of a column in the order of their first row."""
+        found: dict[str, None] = {}
+        for column in self.column(name):
+            found.update(dict.fromkeys(str(text) for text in column.unique().to_pylist()))
+        return list(found)
+
+    def table(self) -> pa.Table:
+        """All events in memory."""
+        if self._table is not None:
+            return self._table
+        return pa.concat_tables([EVENTS.empty_table(), *self.batches()])
+
+
+def complete(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """The columns in their order; one that the table lacks is all NULL."""
+    fields = [EVENTS.field(name) for name in columns]
+    found = [table[f.name] if f.name in table.column_names else nulls(table.num_rows, f.type) for f in fields]
+    return pa.table(found, schema=pa.schema(fields))
+
+
+class Survey:
+    """One pass over parts: how many rows, which are left out, and whether the others stand in order.
+
+    Attributes:
+        rows: Number of rows that are kept.
+        rejected: The others.
+        unread: The cells that were left out of the kept rows, by part.
+        altered: A kept row has a NULL where its file has something else.
+        present: The columns that have a value in some row.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        """Goes through the parts."""
+        self.rows = 0
+        self.rejected: list[Rejected] = []
+        self.unread: list[Unread] = []
+        self.altered = False
+        self.present: set[str] = set()
+        self._items: dict[str, int] = {}
+        self._runs: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+        self._last: list[npt.NDArray[Any]] = []
+        self._ascending = True
+        for part in parts:
+            self.rows += part.table.num_rows
+            self.rejected += part.rejected
+            self.unread += part.unread
+            self.altered |= part.altered
+            self.present |= {name for name in part.table.column_names if is_present(part.table[name])}
+            if part.table.num_rows:
+                self._follow(part.table)
+
+    @property
+    def items(self) -> list[str]:
+        """The items that are named, in the order of their first row."""
+        return list(self._items)
+
+    def in_order(self) -> bool:
+        """Whether each person's events stand together, oldest first."""
+        runs = np.concatenate(self._runs)
+        return self._ascending and np.unique(runs).size == runs.size
+
+    def _follow(self, table: pa.Table) -> None:
+        things, what = codes(table["item_id"])
+        new = [name for name in things if name not in self._items]
+        self._items.update(zip(new, item_keys(new).tolist(), strict=True))
+        items = np.array([self._items[name] for name in things], np.uint64)
+        people, who = codes(table["user_id"])
+        persons = item_keys(people)[who]
+        keys = [persons, *event_keys(table, persons, items[what])]
+        first = len(self._last) == 0
+        if not first:
+            keys = [np.concatenate([last, key]) for last, key in zip(self._last, keys, strict=True)]
+        self._last = [key[-1:] for key in keys]
+        undecided = keys[0][1:] == keys[0][:-1]
+        self._runs.append(np.concatenate([keys[0][:1] if first else keys[0][:0], keys[0][1:][~undecided]]))
+        for key in keys[1:]:
+            self._ascending &= not np.any(undecided & (key[1:] < key[:-1]))
+            undecided &= key[1:] == key[:-1]
+
+
+def arrange(parts: Parts, survey: Survey) -> Events:
+    """What `order_events` makes of all the parts together, without ever holding them.
+
+    People are numbered by their first row and their rows dealt into buckets of consecutive people; each bucket is then
+    put in order by itself.
+    """
+    if not survey.rows:
+        return Events.of(EVENTS.empty_table())
+    columns = [name for name in EVENTS.names if name in survey.present]
+    with tempfile.TemporaryDirectory(prefix="penchant-") as folder:
+        buckets = [Path(folder) / f"{number}.arrow" for number in range(_deal(parts, columns, Path(folder)))]
+        ordered = Path(folder) / "events.arrow"
+        with ExitStack() as stack:
+            writer = None
+            for bucket in buckets:
+                with pa.memory_map(str(bucket)) as source:
+                    table = pa.ipc.open_stream(source).read_all()
+                    table = order_events(complete(table, EVENTS.names)).select(columns)
+                if writer is None:
+                    sink = stack.enter_context(pa.OSFile(str(ordered), "wb"))
+                    writer = stack.enter_context(pa.ipc.new_file(sink, table.schema))
+                writer.write_table(table, max_chunksize=BATCH_ROWS)
+                bucket.unlink()
+        # Mapped, the file outlives its name.
+        file = pa.ipc.open_file(pa.memory_map(str(ordered)))
+
+    def read(names: Sequence[str]) -> Iterator[pa.Table]:
+        for number in range(file.num_record_batches):
+            batch = file.get_batch(number)
+            yield pa.Table.from_batches([batch]).select([name for name in names if name in batch.schema.names])
+
+    return Events(read, survey.rows, columns)
+
+
+def _deal(parts: Parts, columns: Sequence[str], folder: Path) -> int:
+    """Writes each row into the bucket of its person; returns the number of buckets."""
+    numbers: dict[str, int] = {}
+    counts = np.zeros(0, np.int64)
+    for part in parts():
+        who = _numbered(part.table, numbers)
+        counts = np.concatenate([counts, np.zeros(len(numbers) - counts.size, np.int64)])
+        counts += np.bincount(who, minlength=counts.size)
+    bucket_of = np.maximum(np.cumsum(counts) - counts, 0) // BUCKET_ROWS
+    _, bucket_of = np.unique(bucket_of, return_inverse=True)
+    with ExitStack() as stack:
+        writers: dict[int, Any] = {}
+        for part in parts():
+            buckets = bucket_of[_numbered(part.table, numbers)]
+            for bucket in np.unique(buckets).tolist():
+                chosen = select(part.table.select(list(columns)), np.flatnonzero(buckets == bucket))
+                if bucket not in writers:
+                    sink = stack.enter_context(pa.OSFile(str(folder / f"{bucket}.arrow"), "wb"))
+                    writers[bucket] = stack.enter_context(pa.ipc.new_stream(sink, chosen.schema))
+                writers[bucket].write_table(chosen)
+    return len(writers)
+
+
+def _numbered(table: pa.Table, numbers: dict[str, int]) -> npt.NDArray[np.int64]:
+    """The number of each row's person; new people are added to `numbers`."""
+    people, who = codes(table["user_id"])
+    return np.array([numbers.setdefault(name, len(numbers)) for name in people], np.int64)[who]

@@ -1,0 +1,1 @@
+"""The contents of a bundle, checked, loaded and ready to be searched."""

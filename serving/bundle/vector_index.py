@@ -1,0 +1,234 @@
+"""The nearest items: those whose vectors have the largest inner product with a query.
+
+A small bundle is scanned whole, a larger one is searched with its FAISS index, and on a CUDA device each is scanned
+whole (`serving.bundle.device_scan`). The rows put since then are scanned. Each road only proposes:
+what leaves is scored again, pair by pair, so a score is the same whichever road found the item.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import faiss as _faiss
+import numpy as np
+import numpy.typing as npt
+
+from features.catalog import Catalog
+from features.errors import BundleError
+from features.kernels import dot_rows
+from serving.bundle.bitmap import Bitmap, allowed_count, allowed_rows
+from serving.bundle.index_file import check_index
+from serving.errors import ConfigError
+
+if TYPE_CHECKING:
+    from serving.bundle.device_scan import DeviceScan
+
+# Typed Any because the published stubs lack half of the arguments.
+faiss: Any = _faiss
+
+SPARE = 0.5
+"""A quantised list orders its items roughly, so it proposes this share more than are wanted; export measured it so."""
+
+# A product of matrices rounds by position, so where scores are nearly equal a few more must be proposed.
+_ROUNDING = 16
+
+# So few rows are scored by the CPU before a device has been asked.
+_FEW = 2048
+
+_F32 = npt.NDArray[np.float32]
+_I32 = npt.NDArray[np.int32]
+
+
+class Index:
+    """Searches a catalogue by inner product; one thread per call, any number of calls at once."""
+
+    def __init__(self, data: bytes, catalog: Catalog, device: Literal["cpu", "cuda"] = "cpu") -> None:
+        """Takes an index as export wrote it.
+
+        Args:
+            data: The verified bytes of `index.faiss`.
+            catalog: The catalogue whose rows it indexes; rows it gains later are found too.
+            device: Where the bundle's rows are searched. The answers are the same but for what a FAISS index of lists
+                misses; a CUDA device misses nothing.
+
+        Raises:
+            BundleError: The bytes are no index, or not of this catalogue's vectors.
+            ConfigError: The device cannot be used.
+        """
+        self._catalog = catalog
+        try:
+            facts = check_index(data)
+        except ValueError as error:
+            raise BundleError(f"index.faiss: {error}; export the run again") from error
+        expected = (catalog.base_size, catalog.columns.vectors.shape[1])
+        if (facts.count, facts.dim) != expected:
+            raise BundleError(
+                f"index.faiss: holds {facts.count} vectors of {facts.dim} numbers, the catalogue has "
+                f"{expected[0]} of {expected[1]}; export the run again"
+            )
+        # A small index is not searched, but a bundle that contradicts itself is refused all the same.
+        if facts.vectors is not None and not np.array_equal(facts.vectors, catalog.columns.vectors[: expected[0]]):
+            raise BundleError("index.faiss: holds other vectors than vectors.npy; export the run again")
+        self._index = _parse(data)
+        self._lists = facts.lists
+        self._spare = SPARE if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
+        self._device_scan = None if device == "cpu" else scan_on(device, catalog.columns.vectors[: expected[0]])
+        self.device = device
+
+    def search(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
+        """The best `k` rows of each query, best first, ties by row.
+
+        Args:
+            queries: float32 [B, D].
+            k: How many rows to return, at least 1; fewer come back where fewer are allowed.
+            allowed: Rows that may be returned, one bit a row, lowest bit first; None allows every row.
+
+        Returns:
+            Rows int32 [B, k'] and inner products float32 [B, k'], k' = min(k, number of allowed rows).
+
+        Raises:
+            ValueError: A query is not finite or has the wrong length, or `k` is less than 1.
+        """
+        queries = self._checked(queries, k)
+        # The size first: columns read after it are at least as new.
+        size = self._catalog.size
+        vectors = self._catalog.columns.vectors
+        base = self._catalog.base_size
+        if allowed is None:
+            live, base_count = np.arange(base, size, dtype=np.int32), base
+        else:
+            live = allowed_rows(allowed, base, size)
+            base_count = allowed_count(allowed, base)
+        count = min(k, base_count + live.size)
+        rows, scores = np.empty((len(queries), count), np.int32), np.empty((len(queries), count), np.float32)
+        found = self._propose(queries, min(k, base_count), base_count, allowed)
+        for at, query in enumerate(queries):
+            proposed = found[at][found[at] >= 0].astype(np.int32)
+            rows[at], scores[at] = best(np.concatenate([proposed, live]), vectors, query, count)
+        return rows, scores
+
+    def score(self, query: _F32, rows: _I32) -> _F32:
+        """The inner product of `query` float32 [D] with each of `rows` int32 [n], as `search` scores them; float32 [n].
+
+        Raises:
+            ValueError: The query is not finite or has the wrong length.
+        """
+        query = self._checked(np.asarray(query)[None], 1)[0]
+        return dot_rows(self._catalog.columns.vectors, np.ascontiguousarray(rows, np.int32), query)
+
+    def _propose(self, queries: _F32, k: int, count: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
+        """Rows of the bundle among which the best `k` of `count` allowed ones are, and -1; int64 [B, >= k]."""
+        if k == 0:
+            return np.empty((len(queries), 0), np.int64)
+        if self._device_scan is not None:
+            if allowed is not None and count <= _FEW:
+                return self._every(allowed, len(queries))
+            return self._device_scan.propose(queries, k, allowed)
+        if not self._lists:
+            return self._scan(queries, min(count, k + _ROUNDING), allowed)
+        # The fewer rows are allowed, the farther away the best of them lie, until to score them all costs less.
+        probes = math.ceil(self._index.nprobe * self._index.ntotal / count)
+        if allowed is not None and probes >= self._lists:
+            return self._every(allowed, len(queries))
+        wide = min(count, k + math.ceil(k * self._spare))
+        found = self._ask(queries, wide, probes, allowed)
+        if (found[:, k - 1] < 0).any():
+            found = self._ask(queries, wide, self._lists, allowed)
+        return found
+
+    def _every(self, allowed: Bitmap, lines: int) -> npt.NDArray[np.int64]:
+        """Every allowed row of the bundle, for each of `lines` queries."""
+        rows = allowed_rows(allowed, 0, self._catalog.base_size).astype(np.int64)
+        return np.broadcast_to(rows, (lines, rows.size))
+
+    def _scan(self, queries: _F32, k: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
+        """The best `k` of a small bundle: one matrix product, half the time of FAISS's own exact index."""
+        base = self._catalog.base_size
+        scores = queries @ self._catalog.columns.vectors[:base].T
+        if allowed is not None:
+            scores[:, np.unpackbits(allowed, count=base, bitorder="little") == 0] = -np.inf
+        if k < base:
+            return np.argpartition(scores, base - k, axis=1)[:, base - k :]
+        return np.broadcast_to(np.arange(base), scores.shape)
+
+    def _ask(self, queries: _F32, k: int, probes: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
+        # The number of threads belongs to the calling thread, so it is set by each call.
+        faiss.omp_set_num_threads(1)
+        selector = None if allowed is None else faiss.IDSelectorBitmap(np.ascontiguousarray(allowed))
+        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=min(probes, self._lists))
+        found: npt.NDArray[np.int64] = self._index.search(queries, k, params=parameters)[1]
+        return found
+
+    def _checked(self, queries: _F32, k: int) -> _F32:
+        queries = np.ascontiguousarray(queries, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self._index.d:
+            raise ValueError(f"queries: expected [B, {self._index.d}], got {list(queries.shape)}")
+        if not np.isfinite(queries).all():
+            raise ValueError("queries: a vector holds NaN or infinity, so it has no nearest items")
+        if k < 1:
+            raise ValueError(f"k: must be at least 1, got {k}")
+        return queries
+
+
+def scan_on(device: str, vectors: _F32) -> DeviceScan:
+    """Returns the scan of `vectors` float32 [N, D] on a CUDA device.
+
+    Raises:
+        ConfigError: There is no such device, no package that drives it, or too little memory on it.
+    """
+    try:
+        from serving.bundle.device_scan import DeviceScan, require
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--device cuda: the search on a GPU needs {error.name}; pip install 'penchant[gpu]', or choose "
+            "--device cpu"
+        ) from error
+    require(device)
+    return DeviceScan(vectors, device)
+
+
+def can_scan_on(device: str) -> bool:
+    """Returns True if `scan_on` can be asked: packages and device are there."""
+    try:
+        from serving.bundle.device_scan import require
+
+        require(device)
+    except (ModuleNotFoundError, ConfigError):
+        return False
+    return True
+
+
+def best(candidates: _I32, vectors: _F32, query: _F32, k: int) -> tuple[_I32, _F32]:
+    """The best `k` of `candidates` int32 [n], best first, ties by row: rows int32 [k], scores float32 [k]."""
+    scores = dot_rows(vectors, candidates, query)
+    if k < candidates.size:
+        cut = np.partition(scores, candidates.size - k)[candidates.size - k]
+        keep = np.flatnonzero(scores >= cut)
+        candidates, scores = candidates[keep], scores[keep]
+    order = np.lexsort((candidates, -scores))[:k]
+    return candidates[order], scores[order]
+
+
+def exact_search(vectors: _F32, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
+    """The plain twin of `Index.search` over `vectors` float32 [N, D]: every allowed row is scored."""
+    size = len(vectors)
+    rows = np.arange(size, dtype=np.int32) if allowed is None else allowed_rows(allowed, 0, size)
+    pairs = [best(rows, vectors, query, min(k, rows.size)) for query in np.asarray(queries, np.float32)]
+    return np.stack([rows for rows, _ in pairs]), np.stack([scores for _, scores in pairs])
+
+
+def _parse(data: bytes) -> Any:
+    # No array inside the file can be larger than the file: a wrong length is refused before memory is taken for it.
+    # FAISS counts four bytes for each. The limits are the process's, so they are put back.
+    limits = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+    faiss.set_deserialization_vector_byte_limit(4 * len(data) + 64)
+    faiss.set_deserialization_loop_limit(len(data) + 64)
+    try:
+        return faiss.deserialize_index(np.frombuffer(data, np.uint8))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"index.faiss: FAISS cannot read it ({reason}); export the run again") from error
+    finally:
+        faiss.set_deserialization_vector_byte_limit(limits[0])
+        faiss.set_deserialization_loop_limit(limits[1])

@@ -1,0 +1,1 @@
+"""A bundle that is ready to answer: its models, indexes, catalogue and pipelines together."""

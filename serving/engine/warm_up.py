@@ -1,0 +1,105 @@
+"""Answers made-up requests before anybody asks, so that no caller waits for a kernel to compile or for memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from features.catalog import Catalog
+from features.errors import PenchantError
+from features.profile import RING, decode, empty, encode, pack_record
+from features.profile import Profile as Stored
+from features.schema import event_type_key, item_key
+from features.transforms import ItemInputShapes, item_inputs, item_text
+from serving.bundle.model import Model, ModelError
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.hydrators import Profile
+from serving.pipeline.query import Query
+from serving.pipeline.runner import Pipeline
+
+ITEM_BATCH = 256
+"""Items that are embedded at once."""
+
+_PATIENCE_S = 60.0
+_ITEMS = 8
+_TAIL = 70
+"""More than a tail holds before it is folded."""
+
+_EVENTS = RING + _TAIL
+"""More than the ring holds: what leaves it is folded by a kernel of its own."""
+
+_log = logging.getLogger(__name__)
+
+
+def warm_models(model: Model, shapes: ItemInputShapes, candidates: int) -> None:
+    """Runs the models at the sizes of requests.
+
+    Args:
+        model: The models.
+        shapes: How items are fed to the encoder.
+        candidates: Candidates of a request.
+    """
+    items = item_inputs([{"item_id": "", "title": "warm"}] * ITEM_BATCH, shapes)
+    try:
+        model.warm(items, candidates)
+    except ModelError as error:  # what is made up may be nothing that a model can answer
+        _log.info("a model is not warm, so that its first call takes longer: %s", error)
+
+
+def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_types: Sequence[str]) -> None:
+    """Answers a request of each method for a made-up user; nothing of it is stored, logged or counted.
+
+    Args:
+        pipelines: The pipeline of each method.
+        catalog: Its items.
+        event_types: Names of event types, one of which the user does after the other.
+    """
+    rows = np.arange(min(_ITEMS, catalog.size), dtype=np.int32)
+    if not rows.size:
+        return
+    store = _OneProfile(catalog, rows.tolist(), event_types)
+    for method, pipeline in pipelines.items():
+        hydrators = [part.reading(store) if isinstance(part, Profile) else part for part in pipeline.hydrators]
+        quiet = dataclasses.replace(pipeline, hydrators=hydrators, side_effects=(), recorder=Telemetry())
+        for explain in (False, True):
+            try:
+                quiet.run(_request(method, catalog, rows, explain))
+            except PenchantError as error:
+                _log.info("%s is not warm, so that its first call takes longer: %s", method, error)
+
+
+def _request(method: str, catalog: Catalog, rows: np.ndarray[tuple[int], np.dtype[np.int32]], explain: bool) -> Query:
+    now = time.time_ns() // 1_000_000
+    query = Query("warm", "u:warm", now, time.monotonic() + _PATIENCE_S, _ITEMS, method=method, explain=explain)
+    query.exclude = rows[:1]
+    if method == "search":
+        query.text = item_text(catalog.item(0))
+    elif method == "rank":
+        query.rows, query.upstream = rows, np.ones(rows.size, np.float32)
+    elif method == "similar":
+        query.seeds = rows[:1]
+    return query
+
+
+class _OneProfile:
+    """A store with one profile in it, read as it is from Redis: a state, and entries that are not folded yet."""
+
+    def __init__(self, catalog: Catalog, rows: Sequence[int], event_types: Sequence[str]) -> None:
+        now = time.time_ns() // 1_000_000
+        items = [item_key(catalog.item(row)["item_id"]) for row in rows]
+        stored = encode(empty())
+        for number in range(1, _EVENTS + 1):
+            key, kind = items[number % len(items)], event_type_key(event_types[number % len(event_types)])
+            stored += number.to_bytes(8, "big") + pack_record(key, 1, 1, now - _EVENTS + number, 1.0, kind)
+            # A tail of one entry, then of several, then behind a state, a full one, and one that items have left.
+            if number in (1, _TAIL // 2, RING, RING + _TAIL // 2):
+                stored = encode(decode(stored))
+        self._stored = stored
+
+    def read(self, subject: str) -> Stored:
+        """Returns the profile, whoever is named."""
+        return decode(self._stored)

@@ -1,0 +1,1 @@
+"""Commands that need no server: batch answers, live checks, the skew check, hosts."""

@@ -1,0 +1,271 @@
+"""`penchant recommend`: the same Pipeline over many users, for e-mail and other channels without a request.
+
+It is the service without a network: the same settings, bundle, stores, holdout and stages. What is in the file is
+logged like any slate, so that a channel can be measured: when the file is in its place, and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import track
+
+from features.bundle import sync
+from features.item_fields import arrow_type, is_field, no_field, values_of
+from features.private_files import open_private
+from features.subjects import subject_of
+from features.tables.user_ids import read_users
+from serving.config import ServeConfig
+from serving.engine.catalog_sync import CatalogSync
+from serving.engine.engine import Dependencies, Engine, EngineRef, open_engine
+from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ResourceExhausted
+from serving.experiments import Holdout
+from serving.jobs.batch_log import RUN, SlateFile, deliver, finish
+from serving.jobs.hosts import register_made
+from serving.observability.telemetry import Telemetry
+from serving.pipeline.hydrators import CatalogProgress
+from serving.pipeline.query import Query
+from serving.pipeline.side_effects import SlateCollector
+from serving.privacy.ledger import Ledger
+from serving.privacy.purge import replay
+from serving.redis.client import connect
+from serving.redis.embedded import RedisServer
+from serving.redis.safety import require_safe
+from serving.stores.catalog_log import CatalogLog
+from serving.stores.event_log import EventLog, partitions_for, partitions_of
+from serving.stores.profiles import ProfileStore
+from serving.stores.registry import Registry
+
+ITEMS = 20
+"""Items per user."""
+
+CHANNEL = "batch"
+"""Channel that slates are logged with where none is named."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("item_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),
+        pa.field("rung", pa.string(), nullable=False),
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("request_id", pa.string(), nullable=False),
+        pa.field("profile_version", pa.uint64(), nullable=False),
+        pa.field("bundle_id", pa.string(), nullable=False),
+        # The parts that the answer did without, by their names in the contract; empty when none was.
+        pa.field("degraded", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+_PATIENCE_S = 60.0
+_TIMEOUT_S = 5.0
+_ROWS = 1000
+_LONGEST = 64
+"""Bytes of a surface or a channel, as in the contract."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """What a worker of the service has, without its server."""
+
+    engine: Engine
+    log: EventLog
+    holdout: Holdout
+    slates: SlateCollector
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked for, the same for every user."""
+
+    items: int
+    channel: str
+    surface: str
+    fields: Sequence[str] = ()
+
+
+def recommend(
+    config: ServeConfig,
+    users: Path,
+    out: Path,
+    items: int = ITEMS,
+    *,
+    channel: str = CHANNEL,
+    surface: str = "",
+    log: bool = True,
+    fields: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Writes a feed for each user, the one that the service would answer now, then logs what it wrote.
+
+    Args:
+        config: The settings of the service.
+        users: File of users, or a folder of Parquet: see `features.tables.user_ids`.
+            The ids are those of the tables: `a:` and the anonymous id for an anonymous user.
+        out: Parquet file to write, whole or not at all: `SCHEMA`. Once it is in its place it counts as delivered.
+        items: Items per user.
+        channel: Where the slates will be shown; logged with them.
+        surface: Surface that is asked for; the ranker knows surfaces by their names.
+        log: Whether to log the slates; without, nothing can be measured by them.
+        fields: Fields of the items to write too, by their names in the contract: `title`, `attributes.image`. They are
+            in the column `items`, a struct for each of `item_ids`.
+
+    Returns:
+        `users`, `rejected` (rows of the file without an id), `items_per_user` (mean), `seconds`, `personal` (users
+        whose history was used), `held_out`, `logged` and `not_logged` slates (of users who do not allow it), and
+        `finished`: slates that an earlier run had still to log.
+
+    Raises:
+        TablesError: The users cannot be read.
+        BundleError: The bundle is refused.
+        ConfigError: The settings do not fit the stores, an item has no such field, or another process writes the
+            same file.
+        Unavailable: A Redis does not answer. Nothing is written, as no user should get what was not meant for them;
+            where the file is in its place already, the message says so, and the next run into it logs the rest.
+        ResourceExhausted: The log is full; as above.
+    """
+    begun = time.monotonic()
+    for name, value in (("channel", channel), ("surface", surface)):
+        if len(value.encode()) > _LONGEST:
+            raise ConfigError(f"{name}: {value!r} has more than {_LONGEST} bytes; give a shorter name")
+    for name in fields:
+        if not is_field(name):
+            raise ConfigError(f"fields: {no_field(name)}")
+    named, run = read_users(users), uuid.uuid4().hex
+    named.tell()
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(_opened(config))
+        facts: dict[str, Any] = {"finished": finish(out, service.log)}
+        kept = stack.enter_context(SlateFile(out, run))
+        part = out.with_name(f"{out.name}.part")
+        logged = kept if log and config.impressions else None
+        facts |= _write(service, named.ids, _Asked(items, channel, surface, fields), part, run, logged)
+        kept.sync()
+        sync(part)
+        # Before it is there: an output without a name in the certificates of later erasures would be worse.
+        register_made(Registry(service.log), "batch", out.absolute())
+        os.replace(part, out)
+        kept.due()
+        sync(out.parent)
+        facts["logged"], facts["not_logged"] = _delivered(kept.path, service.log, out)
+    facts["rejected"] = len(named.intake.rejected)
+    facts |= {"seconds": round(time.monotonic() - begun, 3), "bundle_id": service.engine.bundle_id, "out": str(out)}
+    return facts
+
+
+def _write(
+    service: _Service, people: Sequence[str], asked: _Asked, part: Path, run: str, kept: SlateFile | None
+) -> dict[str, Any]:
+    """Answers everybody into a file; what `recommend` says of it."""
+    console = Console(stderr=True)
+    shown = personal = held_out = 0
+    rows: list[dict[str, Any]] = []
+    schema = SCHEMA.with_metadata({RUN: run.encode()})
+    if asked.fields:
+        schema = schema.append(pa.field("items", pa.list_(arrow_type(asked.fields)), nullable=False))
+    with open_private(part) as sink, pq.ParquetWriter(sink, schema) as writer:
+        for place, person in enumerate(track(people, "answering", console=console, disable=not console.is_terminal)):
+            query, row = _answer(service, person, asked)
+            rows.append(row)
+            shown, personal = shown + len(row["item_ids"]), personal + (query.rung != "popular")
+            held_out += query.holdout
+            if len(rows) == _ROWS or place == len(people) - 1:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                slates = service.slates.take()
+                if len(slates) != len(rows):
+                    raise AssertionError(f"{len(rows)} answers made {len(slates)} slates")
+                if kept:
+                    kept.write(slates)
+                rows.clear()
+    return {
+        "users": len(people),
+        "items_per_user": round(shown / max(len(people), 1), 2),
+        "personal": personal,
+        "held_out": held_out,
+    }
+
+
+def _answer(service: _Service, person: str, asked: _Asked) -> tuple[Query, dict[str, Any]]:
+    """The answer to one user, and the row that tells it."""
+    engine, subject = service.engine, subject_of(person)
+    assignment = service.holdout.assign(subject)
+    query = Query(
+        request_id=uuid.uuid4().hex,
+        subject=subject,
+        now_ms=int(time.time() * 1000),
+        deadline=time.monotonic() + _PATIENCE_S,
+        page_size=asked.items,
+        surface=asked.surface,
+        method="recommend",
+        context={"channel": asked.channel} if asked.channel else {},
+        arm=assignment.arm,
+        holdout=assignment.holdout,
+        bucket=assignment.bucket,
+    )
+    slate = engine.pipelines["recommend"].run(query)
+    for part, reason in query.degraded:
+        if part == "PROFILE_STORE":
+            raise ProfileStoreUnavailable(f"{reason}; nothing was written, run it again")
+    row = {
+        "user_id": person,
+        "item_ids": engine.catalog.ids(slate.rows),
+        "scores": slate.scores,
+        "rung": query.rung,
+        "arm": query.arm,
+        "request_id": query.request_id,
+        "profile_version": query.profile.version if query.profile else 0,
+        "bundle_id": engine.bundle_id,
+        "degraded": [part for part, _ in query.degraded],
+    }
+    if asked.fields:
+        row["items"] = values_of(engine.catalog, slate.rows, asked.fields)
+    return query, row
+
+
+def _delivered(path: Path, log: EventLog, out: Path) -> tuple[int, int]:
+    """Logs the slates of a file that is in its place."""
+    try:
+        return deliver(path, log)
+    except (EventLogUnavailable, ResourceExhausted) as error:
+        message = (
+            f"{out} is in its place, and not all of its slates are logged: {error}; the next run into it logs the rest"
+        )
+        raise type(error)(message, retry_after_ms=error.retry_after_ms) from error
+
+
+@contextlib.contextmanager
+def _opened(config: ServeConfig) -> Iterator[_Service]:
+    """What a worker has, with the live catalogue as it is now."""
+    with contextlib.ExitStack() as stack:
+        redis_url, events_redis_url = config.redis, config.events_redis or config.redis
+        if redis_url == "embedded":
+            redis_url = stack.enter_context(RedisServer(config.state_dir, "profiles")).url
+        if events_redis_url == "embedded":
+            events_redis_url = stack.enter_context(RedisServer(config.state_dir, "events")).url
+        profiles = stack.enter_context(connect(redis_url, _TIMEOUT_S))
+        events = stack.enter_context(connect(events_redis_url, _TIMEOUT_S))
+        # A log in another place would make everybody new, and a number of partitions that is not theirs as well.
+        partitions_of(events)
+        partitions = partitions_for(events, config.partitions if "partitions" in config.model_fields_set else None)
+        config = config.model_copy(update={"partitions": partitions})
+        require_safe(events, "events", config.unsafe_redis)
+        store, log = (
+            ProfileStore(profiles, partitions),
+            EventLog(events, partitions, default=config.default_consent, unsafe=config.unsafe_redis),
+        )
+        store.open()
+        if erasures := Ledger(config.ledger_path).erasures():
+            replay(erasures, log, store, int(config.purge_hours * 3_600_000))
+        progress, slates = CatalogProgress(), SlateCollector()
+        engine = open_engine(config.bundle, Dependencies(config, store, progress, Telemetry(), slates))
+        CatalogSync(EngineRef(engine), CatalogLog(events), progress).catch_up()
+        yield _Service(engine, log, Holdout(config.holdout_share, config.holdout_salt), slates)

@@ -1,0 +1,1 @@
+"""Metrics, logs and outages: how a service tells what happens in it."""

@@ -1,0 +1,1 @@
+"""The request: a query goes through hydrators, sources, filters, scorers, adjusters, a selector and explainers."""

@@ -1,0 +1,1 @@
+"""The rights of a user: consent, controls, erasure and its certificates."""

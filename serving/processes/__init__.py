@@ -1,0 +1,1 @@
+"""The processes of a service: supervisor, workers, and the pages on which they tell how they are."""

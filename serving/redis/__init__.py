@@ -1,0 +1,1 @@
+"""Connections to Redis: standalone or cluster, embedded or remote."""

@@ -1,0 +1,306 @@
+"""The way of a call from gRPC to a thread: its message first, whole, and only then a thread.
+
+gRPC's synchronous server hands a call to a thread when its headers have come; the thread then waits for the message,
+for ever if need be. This executor takes the place of the server's pool: it receives the message first. There is no
+public way to do that (see docs/decisions/0012), so this file uses private names of `grpc._server`. It is the only one
+that does, and a server does not start where they are not as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc import _server as _grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from serving.errors import ConfigError, ResourceExhausted, ServingError, Unauthenticated, Unimplemented
+from serving.observability.telemetry import Telemetry
+from serving.services.reception.calls import Bounds, Call, Lane, OpenCalls, Phase
+from serving.services.reception.sockets import Sockets
+
+ROUND_S = 0.1
+"""Time between two looks at what is overdue, in seconds."""
+
+_LEAST_ROUND_S = 0.01
+_LOOK_S = 0.1
+"""Least time between two looks at the sockets, in seconds: a connection can send some MB in it."""
+
+_LOOK_SHARE = 20
+"""Times as long as a look takes, until the next: thousands of connections make it slow."""
+
+_TRIM_S = 5.0
+"""Least time between two returns of free memory to the system, in seconds."""
+
+_GROWN = 16 << 20
+"""Growth of the process in bytes after which it is worth trying."""
+
+_core: Any = cygrpc  # its stubs lack most of it
+Statused = Callable[[ServingError], tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]]
+_SENDS = frozenset({_grpc._SEND_MESSAGE_TOKEN, _grpc._SEND_INITIAL_METADATA_AND_SEND_MESSAGE_TOKEN})
+_USED = {
+    "_handle_unary_unary": ["rpc_event", "state", "method_handler", "default_thread_pool"],
+    "_handle_stream_stream": ["rpc_event", "state", "method_handler", "default_thread_pool"],
+    "_unary_response_in_pool": [
+        "rpc_event", "state", "behavior", "argument_thunk", "request_deserializer", "response_serializer",
+    ],
+    "_stream_response_in_pool": [
+        "rpc_event", "state", "behavior", "argument_thunk", "request_deserializer", "response_serializer",
+    ],
+    "_receive_message": ["state", "call", "request_deserializer"],
+    "_abort": ["state", "call", "code", "details"],
+    "_is_rpc_state_active": ["state"],
+}  # fmt: skip
+
+
+def _require_known_grpc() -> None:
+    """Refuses a gRPC whose private functions are not as this file calls them.
+
+    Raises:
+        ConfigError: They have changed.
+    """
+    for name, parameters in _USED.items():
+        known = list(inspect.signature(getattr(_grpc, name, lambda: None)).parameters)
+        if known != parameters:
+            raise ConfigError(
+                f"grpcio {grpc.__version__}: grpc._server.{name} is not as Penchant needs it; "
+                "install the grpcio of constraints.txt"
+            )
+
+
+def _trimmed(before: int) -> int:
+    """Returns free memory to the system if the process has grown: an attack leaves much of it, in pieces.
+
+    Args:
+        before: Memory of the process after the last time, in bytes; 0 at first.
+    """
+    if not before or _resident() - before > _GROWN:
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        return _resident()
+    return before
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+class _Done(Future[Any]):
+    """What gRPC gets for a job; it has no use for it but to be told that it is over."""
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        fn(self)
+
+
+_NO_MESSAGE = Unimplemented("this method needs a message: send exactly one")
+_REASONS: Mapping[type[ServingError], str] = {ResourceExhausted: "refused.busy", Unauthenticated: "refused.token"}
+"""What counts the calls that get no thread; any other error is about a message that is missing or late."""
+
+_WAKE = object()
+"""A message that is none: it wakes the thread of a stream that waits for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rpc:
+    """A call as gRPC knows it, and as we do."""
+
+    event: Any
+    state: Any
+    call: Call
+
+
+class Reception(ThreadPoolExecutor):
+    """Takes the calls of a server: bounds them, receives their messages, and hands them to threads."""
+
+    def __init__(self, bounds: Bounds, work: Lane, statused: Statused, telemetry: Telemetry) -> None:
+        """Takes the lane of calls that name no other, how an error becomes a status, and what counts the refusals.
+
+        Raises:
+            ConfigError: gRPC is not as this class needs it.
+        """
+        _require_known_grpc()
+        super().__init__(work.places, thread_name_prefix="call")
+        self._over = _Done()
+        self._over.set_result(None)
+        self._work, self._statused, self._telemetry = work, statused, telemetry
+        self._urgent, self._ending = threading.Event(), False
+        self.sockets: Sockets | None = None
+        self.hung_up = 0
+        self._pools: dict[Lane, ThreadPoolExecutor | None] = {}
+        self.calls = OpenCalls(bounds, self._urgent.set)
+        self._reaper = threading.Thread(target=self._reap, name="reaper", daemon=True)
+        self._reaper.start()
+
+    def pool(self, lane: Lane, threads: int) -> None:
+        """Gives a lane threads of its own; with none, its calls run where messages come in, and may never wait."""
+        self._pools[lane] = ThreadPoolExecutor(threads, thread_name_prefix=lane.name) if threads else None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
+        """Takes a call from gRPC, whose serving thread calls this with the headers of one."""
+        job, event, state, behavior, argument, _, serializer = args
+        lane: Lane = getattr(behavior, "lane", self._work)
+        call, error = self.calls.enter(event.call.peer().decode(), lane)
+        rpc = _Rpc(event, state, call)
+        returns = not getattr(behavior, "experimental_non_blocking", False)
+        state.callbacks.append(lambda: self._close(rpc, returns))
+        call.end = lambda error: self._end(rpc, error)
+        call.drop = event.call.cancel
+        call.stuck = lambda: not _SENDS.isdisjoint(state.due)
+        error = getattr(behavior, "refusal", None) or error
+        if error is not None:
+            self._refuse(rpc, error)
+            return self._over
+        many = getattr(behavior, "many", False)
+
+        def run(request: bytes | None) -> None:
+            if not self.calls.start(call):
+                return
+            try:
+                message = (lambda: self._messages(call, request, argument())) if many else (lambda: request)
+                fn(job, event, state, behavior, message, None, lambda answer: self._written(call, serializer, answer))
+            finally:
+                if returns:
+                    self.calls.done(call)
+
+        self._receive(rpc, run, many)
+        return self._over
+
+    def _receive(self, rpc: _Rpc, run: Callable[[bytes | None], None], many: bool) -> None:
+        """Begins to receive the first message of a call; `run` gets it."""
+        state = rpc.state
+        received = _grpc._receive_message(state, rpc.event.call, None)
+
+        def whole(message_event: Any) -> Any:
+            """Is called by gRPC's serving thread when the message has come, or none will."""
+            result = received(message_event)
+            with state.condition:
+                request, state.request = state.request, None
+                active = _grpc._is_rpc_state_active(state)
+            if not active:
+                return result
+            if request is None and not many:
+                self._end(rpc, _NO_MESSAGE)
+            else:
+                self._begin(rpc, request, run)
+            return result
+
+        rpc.event.call.start_server_batch((_core.ReceiveMessageOperation(0),), whole)
+        state.due.add(_grpc._RECEIVE_MESSAGE_TOKEN)
+
+    def _begin(self, rpc: _Rpc, request: bytes | None, run: Callable[[bytes | None], None]) -> None:
+        try:
+            if not self.calls.arrived(rpc.call, len(request or b"")):
+                return
+        except ServingError as error:
+            self._refuse(rpc, error)
+            return
+        if rpc.call.lane not in self._pools:
+            super().submit(run, request)
+        elif pool := self._pools[rpc.call.lane]:
+            pool.submit(run, request)
+        else:
+            run(request)
+
+    def _messages(self, call: Call, first: bytes | None, rest: Iterator[Any]) -> Iterator[bytes]:
+        """Yields the messages of a stream, until one says that it has to end.
+
+        Raises:
+            ServingError: It has to end.
+        """
+        if first is not None:
+            yield first
+        while first is not None:
+            self.calls.took(call, 0)
+            if call.ending:
+                raise call.ending
+            try:
+                message = next(rest)
+            except StopIteration:
+                return
+            if message is _WAKE:
+                continue
+            self.calls.took(call, len(message))
+            yield message
+
+    def _written(self, call: Call, serializer: Callable[[Any], bytes] | None, answer: Any) -> bytes:
+        data: bytes = serializer(answer) if serializer else answer
+        self.calls.wrote(call, len(data))
+        return data
+
+    def _close(self, rpc: _Rpc, returns: bool) -> None:
+        self.calls.close(rpc.call, rpc.state.client is _grpc._CANCELLED)
+        if not returns:
+            self.calls.done(rpc.call)
+
+    def _refuse(self, rpc: _Rpc, error: ServingError) -> None:
+        if self.calls.done(rpc.call):
+            self._telemetry.count(_REASONS.get(type(error), "refused.message"))
+            self._send_error(rpc, error)
+
+    def _end(self, rpc: _Rpc, error: ServingError) -> None:
+        """Ends a call: one without a thread at once, a stream as soon as its thread looks."""
+        if rpc.call.phase is Phase.SENDING:
+            self._refuse(rpc, error)
+        elif rpc.call.phase is Phase.READING:  # it gave its place up
+            self._send_error(rpc, error)
+        elif rpc.call.phase is Phase.WORKING:
+            rpc.call.ending = error
+            state = rpc.state
+            with state.condition:
+                if _grpc._RECEIVE_MESSAGE_TOKEN in state.due and state.request is None:
+                    state.request = _WAKE
+                    state.condition.notify_all()
+
+    def _send_error(self, rpc: _Rpc, error: ServingError) -> None:
+        state = rpc.state
+        code, details, metadata = self._statused(error)
+        with state.condition:
+            if _grpc._is_rpc_state_active(state):
+                state.code, state.details, state.trailing_metadata = code, details.encode(), metadata
+                _grpc._abort(state, rpc.event.call, _core.StatusCode.unknown, b"")
+
+    def _reap(self) -> None:
+        """Ends what is overdue, again and again."""
+        trimmed = looked = time.monotonic()
+        pause, resident = _LOOK_S, 0
+        while not self._ending:
+            if self._urgent.wait(ROUND_S):
+                self._urgent.clear()
+                time.sleep(_LEAST_ROUND_S)
+            for call, error in self.calls.overdue(time.monotonic()):
+                if error is None:
+                    call.drop()
+                else:
+                    call.end(error)
+            now = time.monotonic()
+            if self.sockets and now - looked >= pause:
+                self._look(self.sockets, now - looked)
+                looked, pause = now, max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - now))
+            if now - trimmed > _TRIM_S:
+                trimmed, resident = now, _trimmed(resident)
+
+    def _look(self, sockets: Sockets, seconds: float) -> None:
+        """Hangs up on the connections that work against the server, and forgets those that are closed."""
+        abusive = sockets.abusive(dict(self.calls.connections), seconds)
+        sockets.hang_up(abusive)
+        self.hung_up += len(abusive)
+        self.calls.forget(lambda peer: not sockets.known(peer))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the threads of every lane."""
+        self._ending = True
+        self._urgent.set()
+        for pool in self._pools.values():
+            if pool:
+                pool.shutdown(wait, cancel_futures=cancel_futures)
+        super().shutdown(wait, cancel_futures=cancel_futures)

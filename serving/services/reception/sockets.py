@@ -1,0 +1,155 @@
+"""The sockets of a server: which of them bring no calls but work, and how those end.
+
+HTTP/2 has frames that belong to no call (pings, settings, priorities, headers that never end); gRPC takes all of them,
+and shows none. So the kernel is asked what has come in over each connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from serving.services.reception.calls import Connection
+
+FREE_BYTES = 256 << 10
+"""Bytes a second that a connection may send without a call."""
+
+BROKEN_CALLS = 500
+"""Calls a second that a connection may give up, or fail to send, where it has no answer to ten times fewer."""
+
+_TCP_INFO_BYTES = 136
+_RECEIVED = struct.Struct("=128xQ")
+"""struct tcp_info, of which tcpi_bytes_received is the field at byte 128, of 8 bytes."""
+
+
+MOST_CONNECTIONS = 2048
+"""Connections of a worker at most; of more, those end that have no call, and have had none for longest."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What had come over a connection at the last look: bytes, those of messages, calls, answered, given up, open.
+
+    Attributes:
+        active: Time of its last call, in seconds; of the first look that found it, where it has had none.
+        free: Bytes that it may still send without a call.
+        patience: Calls that it may still give up.
+    """
+
+    received: int
+    taken: int
+    calls: int
+    good: int
+    bad: int
+    open: int
+    active: float
+    free: float = FREE_BYTES
+    patience: float = BROKEN_CALLS
+
+
+class Sockets:
+    """Looks at the connections of a server; one thread may call it."""
+
+    def __init__(self, port: int, message_bytes: int, most: int = MOST_CONNECTIONS) -> None:
+        """Takes the port that the server listens on, the size of its largest message, and its most connections."""
+        self._port, self._message_bytes, self._most = port, message_bytes, most
+        self._seen: dict[str, _Seen] = {}
+        self._now = 0.0
+
+    def abusive(self, connections: Mapping[str, Connection], seconds: float) -> list[str]:
+        """Returns the peers that work against the server, and those that are too many.
+
+        Args:
+            connections: What is known of the connections, by peer.
+            seconds: Time since the last call of this method.
+        """
+        self._now += seconds
+        seen, before, peers = {}, self._seen, []
+        for _, peer, received in self._open():
+            connection = connections.get(peer) or Connection(peer)
+            last = before.get(peer) or _Seen(0, 0, 0, 0, 0, 0, self._now)
+            seen[peer], abuses = self._judge(connection, received, last, seconds)
+            if abuses:
+                peers.append(peer)
+        self._seen = seen
+        if surplus := max(len(seen) - len(peers) - self._most, 0):
+            ending = set(peers)
+            idle = [
+                peer for peer in seen if peer not in ending and not (peer in connections and connections[peer].calls)
+            ]
+            peers += sorted(idle, key=lambda peer: (seen[peer].calls > 0, seen[peer].active))[:surplus]
+        return peers
+
+    def _judge(self, connection: Connection, received: int, last: _Seen, seconds: float) -> tuple[_Seen, bool]:
+        """Returns what is seen of a connection now, and True if it has used up what it may do without a call."""
+        now = _Seen(
+            received, connection.taken, connection.entered, connection.good, connection.bad, len(connection.calls),
+            last.active,
+            min(FREE_BYTES, last.free + FREE_BYTES * seconds),
+            min(BROKEN_CALLS, last.patience + BROKEN_CALLS * seconds),
+        )  # fmt: skip
+        calls = now.calls - last.calls + last.open
+        if calls or now.open:
+            now.active = self._now
+        now.free -= max(received - last.received - calls * self._message_bytes - 2 * (now.taken - last.taken), 0)
+        broken, answered = now.bad - last.bad, now.good - last.good
+        if broken > 10 * answered:
+            now.patience -= broken
+        return now, now.free < 0 or now.patience < 0
+
+    def known(self, peer: str) -> bool:
+        """Returns True if a peer was connected at the last look."""
+        return peer in self._seen
+
+    def hang_up(self, peers: Iterable[str]) -> None:
+        """Ends connections; their calls end with them."""
+        wanted = set(peers)
+        for descriptor, peer, _ in self._open() if wanted else ():
+            if peer not in wanted:
+                continue
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                # The number may be another socket's by now.
+                if _name(connection) == peer:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _open(self) -> list[tuple[int, str, int]]:
+        """Returns descriptor, peer and bytes received of each connection of the server."""
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        address = connection.getsockname()
+                        if address[1] == self._port:
+                            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                            received = _RECEIVED.unpack(info)[0] if len(info) >= _TCP_INFO_BYTES else 0
+                            found.append((int(name), _name(connection), received))
+        return found
+
+
+def connection_limits() -> tuple[int, int]:
+    """Returns the most connections that a worker keeps, and that it takes: files and Redis need descriptors too."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    descriptors = MOST_CONNECTIONS * 4 if descriptors == resource.RLIM_INFINITY else descriptors
+    keeps = max(min(MOST_CONNECTIONS, descriptors // 2), 1)
+    return keeps, max(min(MOST_CONNECTIONS * 2, descriptors * 3 // 4), keeps)
+
+
+def _name(connection: socket.socket) -> str:
+    """Returns the peer as gRPC writes it.
+
+    Raises:
+        OSError: It is not connected.
+    """
+    host, port = connection.getpeername()[:2]
+    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4.
+    if connection.family == socket.AF_INET or host.startswith("::ffff:"):
+        return f"ipv4:{host.removeprefix('::ffff:')}:{port}"
+    return f"ipv6:%5B{host}%5D:{port}"

@@ -1,0 +1,152 @@
+"""A consumer group's side of the event log: one owner per partition, nothing skipped, nothing lost in a crash."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from features.errors import PenchantError
+from serving.errors import ConfigError, Unavailable
+from serving.observability.outages import Outage
+from serving.redis.client import Call
+from serving.redis.router import required
+from serving.stores.event_log import Entry, EventLog, LogReplaced, stream_id
+from serving.stores.event_scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
+
+_log = logging.getLogger(__name__)
+
+
+class Consumer:
+    """Reads the partitions that it can get the lease of.
+
+    An entry is delivered until it is acknowledged: after a crash the next owner asks for what is pending first.
+
+    Attributes:
+        missing: Why some partitions could not be had the last time, None where all servers answered.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        group: str,
+        owner: str,
+        lease_ms: int = 10_000,
+        stream: Literal["events", "impressions"] = "events",
+    ) -> None:
+        """Names a reader; call `open` before anything else.
+
+        Args:
+            log: What to read.
+            group: The group: each sees every event once, whoever of it reads.
+            owner: This reader, different from every other one.
+            lease_ms: How long a partition stays with an owner that says nothing more.
+            stream: What of each partition to read; a lease holds for both, so that they stay with one owner.
+        """
+        self.missing: PenchantError | None = None
+        self._outage = Outage(_log, "some partitions cannot be read")
+        self._log = log
+        self._group = group
+        self._owner = owner
+        self._lease_ms = lease_ms
+        self._streams: list[bytes] = [getattr(keys, stream) for keys in log.keys]
+        self._leases = [keys.lease + b":" + group.encode() for keys in log.keys]
+
+    def open(self) -> None:
+        """Makes the group, beginning with the oldest entry of every partition that can be had, unless it is there.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        self._log.open()
+        self._run([Call(LOG_JOIN, (stream,), (self._group,)) for stream in self._streams])
+
+    def claim(self, after: Sequence[int | None], count: int = 500) -> list[list[Entry] | None]:
+        """Takes or keeps every partition that is free or ours and reads on, in one round trip.
+
+        Args:
+            after: Per partition, None for news, or the log id after which to read again what was delivered and not
+                acknowledged; who gets a partition begins there with 0.
+            count: Most entries per partition.
+
+        Returns:
+            Per partition its entries in log order, None where somebody else owns it, or where it cannot be read now.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; what was read meanwhile is pending.
+        """
+        calls = [
+            Call(
+                LOG_CLAIM,
+                (stream, lease),
+                (self._owner, self._lease_ms, self._group, count, ">" if start is None else stream_id(start)),
+            )
+            for stream, lease, start in zip(self._streams, self._leases, after, strict=True)
+        ]
+        return [None if reply is None else [_entry(*found) for found in reply] for reply in self._run(calls)]
+
+    def acknowledge(self, partition: int, log_ids: Sequence[int]) -> None:
+        """Says that entries need not be delivered again.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; they are delivered again.
+        """
+        if log_ids:
+            names = map(stream_id, log_ids)
+            self._log.nodes.command("XACK", self._streams[partition], self._group, *names)
+
+    def lag(self) -> list[int]:
+        """Number of entries per partition that are not acknowledged yet.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        lags = []
+        for stream in self._streams:
+            groups = self._log.nodes.command("XINFO GROUPS", stream)
+            lags += [
+                group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == self._group.encode()
+            ]
+        return lags
+
+    def release(self) -> None:
+        """Gives up every partition, so that the next owner need not wait for the leases to run out.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        self._run([Call(LOG_RELEASE, (lease,), (self._owner,)) for lease in self._leases])
+
+    def drop(self) -> int:
+        """Drops the group from every partition; returns in how many it was.
+
+        Raises:
+            ConfigError: Somebody reads for it now.
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        if any(required(self._log.nodes.run_all([("EXISTS", lease) for lease in self._leases]))):
+            raise ConfigError(f"{self._group} is still read, or was until a moment ago: stop its process first")
+        dropped = 0
+        for stream in self._streams:
+            if self._log.nodes.command("EXISTS", stream):
+                dropped += int(self._log.nodes.command("XGROUP", "DESTROY", stream, self._group, at=stream))
+        return dropped
+
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        """The reply of each partition, None where its server is away or its stream is damaged."""
+        replies = self._log.nodes.run_all(calls)
+        failures = [reply for reply in replies if isinstance(reply, PenchantError)]
+        replaced = [failure for failure in failures if isinstance(failure, LogReplaced)]
+        if replaced or len(failures) == len(calls):
+            raise (replaced or failures)[0]
+        if failures and not all(isinstance(failure, Unavailable) for failure in failures):
+            self._outage.failed(f"{len(failures)} of {len(calls)}, the others go on: {failures[0]}")
+        elif not failures:
+            self._outage.works()
+        self.missing = failures[0] if failures else None
+        return [None if isinstance(reply, PenchantError) else reply for reply in replies]
+
+
+def _entry(name: bytes, words: Sequence[bytes] | None) -> Entry:
+    """An entry as a script returns it: alternating names and values, nothing where it was deleted meanwhile."""
+    return Entry.of(name, dict(zip(words[::2], words[1::2], strict=True)) if words else {})

@@ -1,0 +1,103 @@
+"""The catalogue as a table of the warehouse: the items of the bundle, and every change since."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from features.bundle import Bundle
+from features.bundle_tables import read_items
+from features.schema import ITEMS, ITEMS_REQUIRED
+from features.tables.convert import pc
+from features.tables.dataset import conform, read_table
+from serving.stores.catalog_log import CatalogLog, Change
+from serving.warehouse.files import put_table
+
+
+class ItemTable:
+    """Keeps `items.parquet` as the catalogue is; an item that was once there stays, as events name it."""
+
+    def __init__(self, path: Path, log: CatalogLog, bundle: Bundle | None = None) -> None:
+        """Takes the file, the changes, and the bundle that holds what no change ever said."""
+        self.version = 0
+        self._path, self._log, self._bundle = path, log, bundle
+        self._items: pa.Table = ITEMS.empty_table()
+        self._opened = self._changed = False
+
+    def open(self) -> None:
+        """Reads the file, where there is one, and the bundle, whose items replace those of the file; once.
+
+        Raises:
+            BundleError: The bundle is refused.
+            TablesError: The file is damaged.
+        """
+        if self._opened:
+            return
+        self._changed = not self._path.exists()
+        if self._path.exists():
+            self._items = read_table(self._path, ITEMS, ITEMS_REQUIRED).table
+        if self._bundle:
+            bundle = self._bundle
+            self.version = int(bundle.manifest.get("catalog_version", 0))
+            before = self._items
+            told = _as_items(read_items(bundle))
+            self._replace(told)
+            self._changed = self._changed or not self._items.equals(before)
+        self._opened = True
+
+    def follow(self) -> bool:
+        """Applies what changed and writes the file where it is not what it was; says whether it wrote.
+
+        Raises:
+            CatalogLogUnavailable: The log does not answer.
+        """
+        while True:
+            self.version, changes = self._log.tail(self.version)
+            if not changes:
+                break
+            self._apply(changes)
+        if not self._changed:
+            return False
+        put_table(self._path, self._items)
+        self._changed = False
+        return True
+
+    def _apply(self, changes: list[Change]) -> None:
+        named = pa.array([change.item_id for change in changes])
+        touched = self._items.filter(pc.is_in(self._items["item_id"], value_set=named))
+        rows = {row["item_id"]: row for row in touched.to_pylist()}
+        for change in changes:
+            if change.kind == "put":
+                rows[change.item_id] = _row(json.loads(change.payload))
+            elif change.kind == "patch" and change.item_id in rows:
+                rows[change.item_id] = _row(_said(rows[change.item_id]) | json.loads(change.payload))
+            elif change.item_id in rows:
+                said = json.loads(change.payload) if change.kind == "availability" else {"available": False}
+                rows[change.item_id] |= {name: value or None for name, value in said.items()}
+                rows[change.item_id]["available"] = bool(said["available"])
+        self._replace(pa.Table.from_pylist(list(rows.values()), ITEMS))
+        self._changed = True
+
+    def _replace(self, rows: pa.Table) -> None:
+        """Puts rows in the place of those of the same items; the table stays in the order of its ids."""
+        others = self._items.filter(pc.invert(pc.is_in(self._items["item_id"], value_set=rows["item_id"])))
+        self._items = pa.concat_tables([others, rows]).sort_by("item_id").combine_chunks()
+
+
+def _row(said: dict[str, Any]) -> dict[str, Any]:
+    """An item as `PutItems` logged it, as a row of the table; a time of 0 means always."""
+    row: dict[str, Any] = {name: said.get(name) or None for name in ITEMS.names}
+    row |= {"available": said.get("available") is not False, "price": said.get("price")}
+    return row | {"attributes": list(said["attributes"].items()) if said.get("attributes") else None}
+
+
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table as `PutItems` would have logged it."""
+    return row | {"attributes": dict(row["attributes"] or ())}
+
+
+def _as_items(table: pa.Table) -> pa.Table:
+    return conform(table, ITEMS, ITEMS_REQUIRED, "items").table

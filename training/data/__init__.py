@@ -1,0 +1,1 @@
+"""Data sets, and the arrays that training makes of them."""

@@ -1,0 +1,70 @@
+"""Parts that the recipes of known data sets share: the tables they make, and how they read Parquet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.errors import TrainingError
+from features.tables.convert import Array
+from features.tables.dataset import Loaded
+
+
+class DatasetError(TrainingError):
+    """A known data set cannot be prepared; the message says what to give instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A data set in canonical tables, before it is written."""
+
+    name: str
+    notes: str
+    events: Loaded
+    items: Loaded
+    users: Loaded | None = None
+    impressions: pa.Table | None = None
+
+
+def read_parquet(file: Path, columns: Mapping[str, str]) -> pa.Table:
+    """The named columns of a Parquet file under their new names, rows in the file's order.
+
+    Raises:
+        DatasetError: The file cannot be read, or lacks one of the columns.
+    """
+    try:
+        with pq.ParquetFile(file) as parquet:
+            absent = [name for name in columns if name not in parquet.schema_arrow.names]
+            if absent:
+                raise DatasetError(f"{file} has no column {', '.join(absent)}; it has {parquet.schema_arrow.names}")
+            table = parquet.read(columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{file} cannot be read as Parquet: {error}") from error
+    return table.select(list(columns)).rename_columns(list(columns.values())).combine_chunks()
+
+
+def constant(text: str, length: int) -> Array:
+    """A column that says the same in every row."""
+    return pa.repeat(pa.scalar(text), length)
+
+
+def told_apart(titles: Sequence[Any], details: Sequence[Any]) -> Array:
+    """Titles, those that several items share followed by a detail in brackets; a title without a detail stays.
+
+    Args:
+        titles: Text or None by item.
+        details: What tells items of the same title apart, text or None by item.
+
+    Returns:
+        Texts of the same length.
+    """
+    shared = {title for title, count in Counter(titles).items() if count > 1 and title is not None}
+    pairs = zip(titles, details, strict=True)
+    named = [f"{title} ({detail})" if title in shared and detail is not None else title for title, detail in pairs]
+    return pa.array(named, pa.string())

@@ -1,0 +1,189 @@
+"""What is trained on, what validates, and what tests: leave-one-out, and one cut through time for everybody.
+
+A target is an event to be predicted from the same person's earlier events. With `repeats: false` only events that are
+new to their person are targets. Order inside one moment is the file's, which `features.tables.dataset` made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from features.errors import TrainingError
+from training.config import TrainConfig
+from training.data.clock import newest_of
+from training.data.interactions import Interactions
+
+Which: TypeAlias = Literal["leave-one-out", "temporal-successive", "temporal-last"]
+DAY_MS = 86_400_000
+FEWEST_EVENTS = 3
+"""Leave-one-out holds out nothing of people with fewer events."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Events to predict: `positions[i]` counts the earlier events of person `people[i]`; both int64 `[n]`."""
+
+    people: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """The number of targets."""
+        return self.people.size
+
+    def take(self, at: npt.NDArray[np.int64]) -> Targets:
+        """Some of the targets."""
+        return Targets(self.people[at], self.positions[at])
+
+    def sample(self, most: int, seed: int) -> Targets:
+        """At most `most` of the targets, drawn at random, in their order."""
+        if len(self) <= most:
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False)))
+
+    def rows(self, data: Interactions) -> npt.NDArray[np.int32]:
+        """The items to predict; int32 `[n]`."""
+        rows: npt.NDArray[np.int32] = data.rows[data.offsets[self.people] + self.positions]
+        return rows
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the events of each person are used.
+
+    Attributes:
+        train_end: Number of leading events that are trained on; int64 `[U]`.
+        fit_end: Number of leading events that no test touches: training and validation; int64 `[U]`.
+        validation: Held out from training, before every test event of its person.
+    """
+
+    train_end: npt.NDArray[np.int64]
+    fit_end: npt.NDArray[np.int64]
+    validation: Targets
+
+
+def split(data: Interactions, config: TrainConfig) -> Split:
+    """Divides the events as `config.protocol` says.
+
+    Leave-one-out tests on each person's last target and validates on the one before. Temporal tests on what comes after
+    the cut, and with `ranker_days` leaves the days before it to the ranker. There, and without a protocol, the last
+    target of some people (`validation_people`, but at most a quarter) validates; theirs are the only events of the
+    training part that are not trained on.
+    """
+    counts = np.diff(data.offsets)
+    if config.protocol == "leave-one-out":
+        test = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
+        fit_end = np.where(test >= 0, test, counts)
+        newest = np.where(test >= 0, last_target(data, fit_end), -1)
+        people, learned = np.flatnonzero(newest > 0), fit_end
+    else:
+        fit_end = counts if config.protocol == "none" else before_cut(data, config)
+        learned = fit_end
+        if config.ranker_days and not data.ordered_only:
+            days = config.ranker_days + config.ranker_validation_days
+            learned = before(data, cut_of(data, config) - round(days * DAY_MS))
+        newest = last_target(data, learned)
+        people = np.flatnonzero(newest > 0)
+        size = min(config.validation_people, people.size // 4)
+        people = np.sort(np.random.default_rng(config.seed).choice(people, size, replace=False))
+    train_end = learned.copy()
+    train_end[people] = newest[people]
+    return Split(train_end, fit_end, Targets(people, newest[people]))
+
+
+def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Targets:
+    """The events that a test predicts, in the order of people and time.
+
+    Raises:
+        TrainingError: The protocol needs times and the data set has order only.
+    """
+    counts = np.diff(data.offsets)
+    if protocol == "leave-one-out":
+        last = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
+        people = np.flatnonzero(last > 0)
+        return Targets(people, last[people])
+    cut = before_cut(data, config)
+    if protocol == "temporal-last":
+        last = last_target(data, counts)
+        people = np.flatnonzero((last >= cut) & (last > 0))
+        return Targets(people, last[people])
+    owners, positions = [], []
+    for block in data.blocks():
+        # The first event of a person has nothing to be predicted from.
+        late = (block.position >= cut[block.owner]) & (block.position > 0)
+        at = np.flatnonzero(data.target[block.events] & late)
+        owners.append(block.owner[at])
+        positions.append(block.position[at])
+    return Targets(np.concatenate(owners), np.concatenate(positions))
+
+
+def last_target(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The position of each person's last target among their leading `ends` events, -1 where there is none."""
+    newest = np.full(ends.size, -1, np.int64)
+    for block in data.blocks():
+        at = np.flatnonzero(data.target[block.events] & (block.position < ends[block.owner]))
+        # Positions ascend, and of several values for one person numpy keeps the last.
+        newest[block.owner[at]] = block.position[at]
+    return newest
+
+
+def before_cut(data: Interactions, config: TrainConfig) -> npt.NDArray[np.int64]:
+    """How many of each person's events are not after `cut_of`; int64 `[U]`.
+
+    Raises:
+        TrainingError: The data set has order only.
+    """
+    return before(data, cut_of(data, config))
+
+
+def before(data: Interactions, moment: int) -> npt.NDArray[np.int64]:
+    """How many of each person's events are not after a moment; int64 `[U]`."""
+    counts = np.zeros(len(data.people), np.int64)
+    for block in data.blocks():
+        early = block.owner[data.timestamps[block.events] <= moment]
+        counts[block.people] = np.bincount(early - block.people.start, minlength=block.people.stop - block.people.start)
+    return counts
+
+
+def cut_of(data: Interactions, config: TrainConfig) -> int:
+    """The last moment, ms, that is not tested: the quantile `1 - test_share` of all times, or `test_days` from the end.
+
+    Without a protocol, the last moment of all. Events from wrong clocks are not the end (`training.data.clock`).
+
+    Raises:
+        TrainingError: The data set has order only.
+    """
+    if data.ordered_only:
+        raise TrainingError("a temporal split needs timestamps, and this data set has order only: use leave-one-out")
+    last = newest_of(data)
+    if config.protocol != "temporal":
+        return last
+    if config.test_days:
+        return last - round(config.test_days * DAY_MS)
+    # `1 - 0.9` is a little below 0.1, and the place of a quantile that falls on an event must not lie before it.
+    return _smallest(data, int((data.timestamps.size - 1) * (1 - config.test_share) + 1e-6))
+
+
+_BINS = 1 << 16
+
+
+def _smallest(data: Interactions, rank: int) -> int:
+    """The time of which `rank` others, counted from 0, stand before in ascending order.
+
+    Times are counted in ever finer bins around the answer, so nothing as long as the events is made.
+    """
+    parts = [data.timestamps[block.events] for block in data.blocks()]
+    low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+    while low < high:
+        width = (high - low) // _BINS + 1
+        counts = np.zeros(_BINS, np.int64)
+        for part in parts:
+            inside = part[(part >= low) & (part <= high)]
+            counts += np.bincount((inside - low) // width, minlength=_BINS)
+        chosen = int(np.searchsorted(np.cumsum(counts), rank, side="right"))
+        rank -= int(counts[:chosen].sum())
+        low, high = low + chosen * width, min(high, low + (chosen + 1) * width - 1)
+    return low

@@ -1,0 +1,1 @@
+"""Measures a run as it will be used."""

@@ -1,0 +1,330 @@
+"""From a finished run to a bundle: graphs, index and tables, published only if every gate is passed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from features.action_rates import ActionRates
+from features.assemble import ENCODER_FEATURES, FEATURES, Moment, ranker_features, ranker_names, ranker_width
+from features.bundle import open_bundle, publish
+from features.catalog import Catalog
+from features.errors import ExportError
+from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
+from training.data.clock import tell_future
+from training.data.interactions import Interactions, read_interactions
+from training.data.split import Targets
+from training.export import golden
+from training.export.index import CUTOFFS, build
+from training.export.onnx import Arrays, Graph, LastHidden, parity, session_of, to_onnx
+from training.export.segments import popular_in_segments
+from training.models.scoring import user_vectors
+from training.run import LoadedRun, admit_run, input_shapes, load_run
+
+PARITY = 1e-5
+"""How far torch and ONNX Runtime may answer apart, relative to the largest number of the answer."""
+
+RECALL = 0.98
+"""Share of the truly best items that the index must find."""
+
+POPULAR = 1000
+"""Number of popular items kept."""
+
+_QUERIES = 400
+_F32 = npt.NDArray[np.float32]
+_Axes = dict[str, Sequence[str | int]]
+
+
+@dataclass
+class Gates:
+    """What was measured against what is demanded; the first gate that fails ends the export."""
+
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def at_most(self, name: str, value: float, limit: float) -> None:
+        """Demands `value <= limit`.
+
+        Raises:
+            ExportError: It is more, or NaN.
+        """
+        self._check(name, value, limit, value <= limit, "above")
+
+    def at_least(self, name: str, value: float, limit: float) -> None:
+        """Demands `value >= limit`.
+
+        Raises:
+            ExportError: It is less, or NaN.
+        """
+        self._check(name, value, limit, value >= limit, "below")
+
+    def _check(self, name: str, value: float, limit: float, passed: bool, side: str) -> None:
+        self.found[name] = {"value": value, "limit": limit, "passed": passed}
+        if not passed:
+            said, gap, edge = (
+                f"{one}" if isinstance(one, int) else f"{one:.4g}" for one in (value, abs(value - limit), limit)
+            )
+            raise ExportError(f"gate {name}: {said} is {gap} {side} the limit {edge}; nothing was published")
+
+
+def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RECALL) -> dict[str, Any]:
+    """Makes a bundle of a run.
+
+    Args:
+        run: Directory of a finished run.
+        out: Directory of the bundle; must not exist, unless it holds this very bundle.
+        data: The data set, where it has moved since the training.
+        recall: Share of the truly best items that the index must find.
+
+    Returns:
+        See `publish_run`; with what `features.tables.intake.summary` says.
+
+    Raises:
+        ExportError: A gate is not passed, or the run does not fit this version; nothing is published.
+        BundleError: `out` holds something else.
+    """
+    loaded = load_run(run, data)
+    if loaded.result["feature_fingerprint"] != FEATURES.fingerprint():
+        raise ExportError(f"{run}: trained on other features than this version has; train again")
+    left_out = admit_run(loaded)
+    return publish_run(loaded, out, recall) | left_out
+
+
+def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[str, Any]:
+    """Makes a bundle of a run in memory; see `export`.
+
+    Returns:
+        `bundle_id`, `path`, `gates` {name: {`value`, `limit`, `passed`}}, `index` {`kind`, `lists`, `probes`}, `items`,
+        `bytes`, `future_events`.
+    """
+    if out.exists():
+        open_bundle(out)  # so that nobody waits for an export that cannot be published
+    gates = Gates()
+    with _staging(out) as staging:
+        catalog = _write_items(loaded, staging)
+        world, sessions = _world(loaded, catalog)
+        _check_assembly(world, gates)
+        _write_models(loaded, world, sessions, staging, gates)
+        data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
+        index = _write_index(loaded, data, world, staging, recall, gates)
+        people = golden.answers(world, golden.make_people(world))
+        (staging / "golden.json").write_text(json.dumps(people, allow_nan=False), encoding="utf-8")
+        _write_tables(loaded, data, catalog, staging)
+        future = tell_future(data)
+        size = sum(file.stat().st_size for file in staging.iterdir())
+        bundle_id = publish(staging, out, _manifest(loaded, gates))
+    return {
+        "bundle_id": bundle_id,
+        "path": str(out),
+        "gates": gates.found,
+        "index": index,
+        "items": catalog.size,
+        "bytes": size,
+        **future,
+    }
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A private directory next to `out`, gone at the end unless it was published."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
+    items = loaded.items
+    for name in ("popularity", "recent_popularity", "trained"):
+        items = items.append_column(name, pa.array(getattr(loaded, name)))
+    flat = pa.array(np.ascontiguousarray(loaded.statistics, np.float32).reshape(-1))
+    width = loaded.statistics.shape[1]
+    items = items.append_column("statistics", pa.FixedSizeListArray.from_arrays(flat, width))
+    with pa.OSFile(str(staging / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, items.schema) as writer:
+        writer.write_table(items)
+    loaded.vocabulary.save(staging / "vocabulary.arrow")
+    vectors = np.ascontiguousarray(loaded.item_vectors, np.float32)
+    if not np.isfinite(vectors).all():
+        raise ExportError(f"{loaded.path}: item vectors hold NaN or infinity; the training went wrong, train again")
+    np.save(staging / "vectors.npy", vectors)
+    return Catalog(items, loaded.vocabulary, vectors)
+
+
+def _world(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.World, dict[str, Any]]:
+    """What golden requests are made from; it answers with the sessions that are put beside it."""
+    sessions: dict[str, Any] = {}
+
+    def ask(name: str, inputs: Arrays) -> _F32:
+        answer: _F32 = sessions[name].run(None, dict(inputs))[0]
+        return answer
+
+    types, shapes = loaded.result["event_types"], input_shapes(loaded.config)
+    outcomes = ActionRates.of(loaded.result)
+    return golden.World(catalog, loaded.neighbors, types, loaded.config, shapes, outcomes, ask), sessions
+
+
+def _check_assembly(world: golden.World, gates: Gates) -> None:
+    people = golden.make_people(world)
+    differences = golden.differences(world, golden.offline(world, people), golden.online(world, people))
+    gates.at_most("assembly_differences", differences, 0)
+
+
+def _write_models(
+    loaded: LoadedRun, world: golden.World, sessions: dict[str, Any], staging: Path, gates: Gates
+) -> None:
+    for make in (_user_graph, _item_graph, _query_graph, _ranker_graph):
+        graph = make(loaded, world)
+        data = to_onnx(graph)
+        gates.at_most(f"parity_{graph.name}", parity(graph, data), PARITY)
+        (staging / f"{graph.name}.onnx").write_bytes(data)
+        sessions[graph.name] = session_of(data)
+
+
+def _user_graph(loaded: LoadedRun, world: golden.World) -> Graph:
+    longest, dim, vectors = loaded.config.max_length, loaded.config.dim, loaded.item_vectors
+    rng = np.random.default_rng(0)
+    cases: list[Arrays] = []
+    for batch, length in ((3, min(longest, 5)), (1, 1), (2, 1), (1, longest), (4, longest), (16, -(-longest // 2))):
+        lengths = rng.integers(1, length + 1, batch) if batch > 2 else np.full(batch, length)
+        real = np.arange(length) < lengths[:, None]
+        picked = vectors[rng.integers(0, len(vectors), (batch, length))]
+        types = rng.integers(0, len(world.event_types) + 1, (batch, length))
+        cases.append(
+            {"vectors": picked * real[..., None].astype(np.float32), "types": types * real, "lengths": lengths}
+        )
+    axes: _Axes = {"vectors": ["people", "length", dim], "types": ["people", "length"], "lengths": ["people"]}
+    return Graph("user_encoder", LastHidden(loaded.user_encoder).eval(), "user", axes, ["people", dim], cases)
+
+
+def _item_graph(loaded: LoadedRun, world: golden.World) -> Graph:
+    rows = np.random.default_rng(0).permutation(world.catalog.size)[:32]
+    items = [world.catalog.item(int(row)) for row in rows]
+    everything = {
+        "item_id": "everything",
+        "title": " ".join(f"word{at}" for at in range(2 * world.shapes.max_tokens)),
+        "categories": [f"category{at}" for at in range(2 * world.shapes.max_categories)],
+        "creator_id": "somebody",
+        "price": 1e6,
+    }
+    groups = ([*items, everything, {"item_id": "nothing"}], [everything], [{"item_id": "nothing"}])
+    cases: list[Arrays] = [item_inputs(group, world.shapes) for group in groups]
+    cases.append({name: array[:, :1] if array.ndim == 2 else array for name, array in cases[0].items()})
+    axes: _Axes = {
+        "tokens": ["items", "words"],
+        "categories": ["items", "labels"],
+        "creators": ["items"],
+        "prices": ["items"],
+    }
+    return Graph("item_encoder", loaded.item_encoder, "item", axes, ["items", loaded.config.dim], cases)
+
+
+def _query_graph(loaded: LoadedRun, world: golden.World) -> Graph:
+    texts = ("red shoes", "!?", "word", " ".join(f"word{at}" for at in range(2 * world.shapes.max_tokens)))
+    every = [query_inputs(text, world.shapes)["tokens"] for text in texts]
+    cases: list[Arrays] = [{"tokens": tokens} for tokens in (np.concatenate(every), *every, every[0][:, :1])]
+    axes: _Axes = {"tokens": ["queries", "words"]}
+    return Graph("query_encoder", loaded.query_encoder, "query", axes, ["queries", loaded.config.dim], cases)
+
+
+def _ranker_graph(loaded: LoadedRun, world: golden.World) -> Graph:
+    dim, catalog = loaded.config.dim, world.catalog
+    people = golden.online(world, golden.make_people(world))
+    rng = np.random.default_rng(0)
+    cases: list[Arrays] = []
+    for made, count in zip(people, (2, 1, 20, 500), strict=False):
+        rows = rng.integers(0, catalog.size, count).astype(np.int32)
+        user = golden.user_vector(world, made)
+        relevance = catalog.columns.vectors[rows] @ user
+        features = ranker_features(made.past, rows, relevance, catalog.columns, world.outcomes, Moment())
+        cases.append({"user": user[None], "items": catalog.columns.vectors[rows], "features": features})
+    actions = len(loaded.result["actions"])
+    axes: _Axes = {"user": [1, dim], "items": ["candidates", dim], "features": ["candidates", ranker_width(actions)]}
+    return Graph("ranker", loaded.ranker, "logits", axes, ["candidates", actions], cases)
+
+
+def _write_index(
+    loaded: LoadedRun, data: Interactions, world: golden.World, staging: Path, target: float, gates: Gates
+) -> dict[str, Any]:
+    built = build(loaded.item_vectors, _likely_queries(loaded, data, world), target)
+    for cut in CUTOFFS:
+        gates.at_least(f"index_recall@{cut}", built.recall[cut], target)
+    (staging / "index.faiss").write_bytes(built.data)
+    return {"kind": built.kind, "lists": built.lists, "probes": built.probes}
+
+
+def _likely_queries(loaded: LoadedRun, data: Interactions, world: golden.World) -> _F32:
+    """Vectors like those that the index will be asked for: of real people, of texts as queries, and of items."""
+    rng = np.random.default_rng(0)
+    people = rng.permutation(len(data.people))[:_QUERIES]
+    targets = Targets(people, np.diff(data.offsets)[people])
+    table = torch.from_numpy(loaded.item_vectors)
+    users = user_vectors(loaded.user_encoder, table, data, targets, loaded.config.max_length)
+    some = rng.permutation(world.catalog.size)[: _QUERIES // 4]
+    texts = [item_text(world.catalog.item(int(row))) for row in some]
+    tokens = np.concatenate([query_inputs(text, world.shapes)["tokens"] for text in texts])
+    return np.concatenate([users, world.ask("query_encoder", {"tokens": tokens}), loaded.item_vectors[some]])
+
+
+def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, staging: Path) -> None:
+    """The tables of the lower rungs and of search by words."""
+    np.save(staging / "neighbors.npy", loaded.neighbors.astype(np.int32))
+    np.save(staging / "neighbor_scores.npy", loaded.neighbor_scores.astype(np.float32))
+    # What is popular now, and among equals what was always popular.
+    scores = (loaded.recent_popularity + 1e-3 * loaded.popularity).astype(np.float32)
+    rows = np.argsort(-scores, kind="stable")[:POPULAR].astype(np.int32)
+    tables = {"": (rows, scores[rows])}
+    keys, first = np.unique(catalog.columns.category, return_index=True)
+    named = dict(zip(keys.tolist(), first.tolist(), strict=True))
+    for key, table in popular_in_segments(data, catalog.columns, loaded.config.recent_days).items():
+        # A category that no item has any more is in histories still, but has lost its name.
+        if key in named:
+            tables[catalog.item(named[key])["categories"][0]] = table
+    popular = pa.table(
+        {
+            "segment": np.repeat(list(tables), [own.size for own, _ in tables.values()]),
+            "row": np.concatenate([own for own, _ in tables.values()]),
+            "score": np.concatenate([own for _, own in tables.values()]),
+        }
+    )
+    with pa.OSFile(str(staging / "popular.arrow"), "wb") as sink, pa.ipc.new_file(sink, popular.schema) as writer:
+        writer.write_table(popular)
+    words = [
+        text_tokens(item_text(item))
+        for batch in loaded.items.to_batches(max_chunksize=10_000)
+        for item in batch.to_pylist()
+    ]
+    np.save(staging / "token_offsets.npy", np.cumsum([0, *(mine.size for mine in words)]).astype(np.int64))
+    np.save(staging / "tokens.npy", np.concatenate([np.empty(0, np.uint32), *words]))
+
+
+def _manifest(loaded: LoadedRun, gates: Gates) -> dict[str, Any]:
+    config, result = loaded.config, loaded.result
+    names = [*ENCODER_FEATURES.names, *ranker_names([action["name"] for action in result["actions"]])]
+    model = {
+        **{name: result[name] for name in ("event_types", "actions", "action_weights", "seen_types", "blend")},
+        **{name: result[name] for name in ("base_rates", "surface_rates")},
+        **{name: getattr(config, name) for name in (*ItemInputShapes.__slots__, "dim", "max_length", "repeats")},
+    }
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "feature_set": {"fingerprint": FEATURES.fingerprint(), "features": names},
+        "data_fingerprint": result["data_fingerprint"],
+        "configuration": config.model_dump(mode="json"),
+        "metrics": {"best_validation": result["best_validation"]},
+        "gates": gates.found,
+        "catalog_version": int(loaded.dataset.info.get("catalog_version", 0)),
+        "model": model,
+    }

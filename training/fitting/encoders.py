@@ -1,0 +1,285 @@
+"""The loop that trains the user and item encoders: steps, validations, checkpoints, and an exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from features.errors import TrainingError
+from training.config import TrainConfig
+from training.data.interactions import Batch, Interactions, TrainingBatches, sent
+from training.data.split import Split, Targets
+from training.fitting.tensorboard import open_board
+from training.metrics import ndcg
+from training.models.baselines import counts_of
+from training.models.encoders import ItemBags
+from training.models.losses import sample_items, softmax_loss
+from training.models.scoring import gather, lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.run import Modules, append_line, keep_lines, save_modules, sha256_of, write_tensors
+
+OnStep: TypeAlias = Callable[[int], None]
+FULL_SOFTMAX_ITEMS = 20_000
+MANY_NEGATIVES = 4_096
+FINAL_RATE = 0.01
+CUDA_SCORES = 1 << 27
+"""Scores that a GPU holds at once at least: it is faster with few large products."""
+
+
+@dataclass
+class State:
+    """Where a training stands, apart from tensors."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    tokens: int = 0
+    validated: float = 0.0
+    best: float = -1.0
+    best_step: int = 0
+    waited: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class Fit:
+    """Trains `modules.user` and `modules.item`; the best by validation end up in `RUN/model.safetensors`."""
+
+    def __init__(
+        self,
+        out: Path,
+        config: TrainConfig,
+        data: Interactions,
+        division: Split,
+        modules: Modules,
+        bags: ItemBags | None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.out, self.config, self.data, self.division, self.bags = out, config, data, division, bags
+        self.modules, self.on_step = modules, on_step
+        self.device = modules.item.ids.weight.device
+        self.batches = TrainingBatches(data, division.train_end, config, self.device)
+        counts = counts_of(data, division.train_end, data.target)
+        self.known = torch.from_numpy(counts_of(data, division.train_end) > 0).to(self.device)
+        self.learned = self.known.nonzero()[:, 0]
+        self.place = torch.cumsum(self.known.cpu(), 0) - 1
+        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()[self.learned.cpu()]
+        self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
+        decayed = [p for p in self.parameters if p.ndim > 1]
+        plain = [p for p in self.parameters if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.state = State()
+        self.show = open_board(out, config)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end, or from the checkpoint on.
+
+        Returns:
+            `tokens_per_second`, `best_validation`, `epochs`, `steps`, `sha256` of weights and optimizer after the last
+            step, and `seconds_before`, the seconds spent before an interruption.
+        """
+        self._resume()
+        before, began = self.state.seconds, time.monotonic()
+        saved = began
+        with self._display() as show:
+            while not self.state.finished:
+                plan = self.batches.epoch(self.state.epoch)
+                while self.state.batch < len(plan) and not self.state.finished:
+                    loss = self._step(self.batches.batch(plan[self.state.batch]), len(plan))
+                    self.state.batch += 1
+                    self.state.seconds = before + time.monotonic() - began
+                    passed = self.state.epoch + self.state.batch / len(plan)
+                    if passed >= self.state.validated + self.config.validate_every - 1e-9:
+                        self._validate(passed, loss)
+                    if time.monotonic() - saved > self.config.checkpoint_seconds:
+                        self._save()
+                        saved = time.monotonic()
+                    show(self.state, len(plan))
+                    if self.on_step is not None:
+                        self.on_step(self.state.step)
+                self.state.epoch, self.state.batch = self.state.epoch + 1, 0
+                self.state.finished |= self.state.epoch >= self.config.epochs
+        if self.state.best_step == 0:
+            self._keep_best(self.state.best)
+        self._save()
+        return {
+            "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
+            "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
+            "epochs": self.state.epoch,
+            "steps": self.state.step,
+            "sha256": {"weights": sha256_of(self._weights()), "optimizer": sha256_of(self._moments())},
+            "seconds_before": before,
+        }
+
+    def _step(self, batch: Batch, per_epoch: int) -> Tensor:
+        """One step of the optimizer; returns the loss.
+
+        Nothing here waits for a GPU, which is at work on earlier steps while the CPU prepares this one.
+        """
+        user, item = self.modules.user.train(), self.modules.item.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self._rate(per_epoch)
+        keep = self.known
+        if self.bags is not None and self.config.id_dropout > 0:
+            keep = keep & (torch.rand(keep.shape, device=self.device) >= self.config.id_dropout)
+        table = item.table(self.bags, keep)
+        assert batch.targets is not None
+        hidden = user(gather(table, batch), batch.types, batch.lengths)
+        targets = batch.targets.flatten()
+        counted = (targets >= 0).nonzero()[:, 0]
+        asked = hidden.flatten(0, 1).index_select(0, sent(counted, self.device))
+        loss = self._loss(asked, table, targets[counted])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        clip_grad_norm_(self.parameters, self.config.clip)
+        self.optimizer.step()
+        self.state.step += 1
+        self.state.tokens += batch.tokens
+        return loss.detach()
+
+    def _loss(self, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """The softmax over all items or over sampled ones; `targets` int64 `[T]` on the CPU."""
+        if self.learned.numel() < self.data.items:
+            # What nobody is trained on is no negative either: it would learn that nobody wants it.
+            table, targets = table[self.learned], self.place[targets]
+        negatives = self.config.negatives or (0 if self.data.items <= FULL_SOFTMAX_ITEMS else MANY_NEGATIVES)
+        correction = None
+        if 0 < negatives < table.shape[0]:
+            rows, targets, correction = sample_items(targets, self.popularity, negatives)
+            table, correction = table[sent(rows, self.device)], sent(correction, self.device)
+        chunk = self.config.loss_chunk
+        if self.device.type == "cuda":
+            chunk = min(max(chunk, CUDA_SCORES // table.shape[0]), users.shape[0])
+        return softmax_loss(users, table, sent(targets, self.device), correction, chunk)
+
+    def _rate(self, per_epoch: int) -> float:
+        """Rises over the warm-up, then falls along a cosine over all epochs."""
+        passed = (self.state.epoch + self.state.batch / per_epoch) / self.config.epochs
+        rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup_steps))
+        return rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
+
+    def _validate(self, passed: float, last: Tensor) -> None:
+        """Measures NDCG@10 on the held-out events, keeps the best weights, and decides whether to go on.
+
+        Raises:
+            TrainingError: The loss is not a number any more.
+        """
+        loss = float(last)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.state.step}: train anew with a learning_rate below "
+                f"{self.config.learning_rate:g}"
+            )
+        self.state.validated = passed
+        value = self._ndcg(self.division.validation)
+        line = {
+            "epoch": round(passed, 3),
+            "step": self.state.step,
+            "seconds": round(self.state.seconds, 1),
+            "loss": loss,
+        }
+        line |= {"ndcg@10": value, "tokens": self.state.tokens}
+        append_line(self.out / "log.jsonl", line)
+        self.show(line)
+        if value > self.state.best or not len(self.division.validation):
+            self._keep_best(value)
+        else:
+            self.state.waited += 1
+            self.state.finished = self.state.waited >= self.config.patience
+
+    def _keep_best(self, value: float) -> None:
+        self.state.best, self.state.best_step, self.state.waited = value, self.state.step, 0
+        save_modules(self.out / "model.safetensors", {"user": self.modules.user, "item": self.modules.item})
+
+    def _ndcg(self, targets: Targets) -> float:
+        """Mean NDCG@10 of relevance alone, over at most `validation_people` of the targets."""
+        if not len(targets):
+            return 0.0
+        targets = targets.sample(self.config.validation_people, self.config.seed)
+        self.modules.user.eval()
+        with torch.inference_mode():
+            table = self.modules.item.eval().table(self.bags, self.known)
+        users = torch.from_numpy(user_vectors(self.modules.user, table, self.data, targets, self.config.max_length))
+        values = []
+        for part in lines(len(targets)):
+            some = targets.take(np.arange(part.start, part.stop))
+            scores = (users[part].to(self.device) @ table.T).float().cpu().numpy()
+            if not self.config.repeats:
+                mask_seen(scores, seen_before(self.data, some))
+            values.append(ndcg(ranks_of(scores, some.rows(self.data)), 10))
+        return float(np.concatenate(values).mean())
+
+    def _save(self) -> None:
+        """Writes everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= self._weights() | self._moments()
+        write_tensors(self.out / "checkpoint.safetensors", tensors, {"state": json.dumps(asdict(self.state))})
+
+    def _weights(self) -> dict[str, Tensor]:
+        networks = (("user", self.modules.user), ("item", self.modules.item))
+        return {f"{name}.{key}": value for name, module in networks for key, value in module.state_dict().items()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        kept = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        return {f"adam.{number}.{key}": value for number, one in enumerate(kept) for key, value in one.items()}
+
+    def _resume(self) -> None:
+        """Takes up the checkpoint, if there is one."""
+        path = self.out / "checkpoint.safetensors"
+        if not path.exists():
+            keep_lines(self.out / "log.jsonl", lambda line: False)
+            return
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            self.state = State(**json.loads(file.metadata()["state"]))
+        # What came after the checkpoint comes again.
+        keep_lines(self.out / "log.jsonl", lambda line: line["step"] <= self.state.step)
+        for name, module in (("user", self.modules.user), ("item", self.modules.item)):
+            prefix = f"{name}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for number, parameter in enumerate(self.parameters):
+            prefix = f"adam.{number}."
+            kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if kept:
+                # The fused optimizer counts its steps where the weights are.
+                self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in kept.items()}
+        torch.set_rng_state(tensors["random"])
+        if "random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
+
+    @contextmanager
+    def _display(self) -> Iterator[Callable[[State, int], None]]:
+        """A bar on stderr with the rate, the remaining time and the best validation so far."""
+        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=sys.stderr)) as bar:
+            task = bar.add_task("", total=float(self.config.epochs))
+
+            def show(state: State, per_epoch: int) -> None:
+                rate = state.tokens / max(state.seconds, 1e-9)
+                passed = state.epoch + state.batch / per_epoch
+                text = f"epoch {state.epoch + 1}/{self.config.epochs}, {rate:,.0f} tokens/s"
+                text += f", ndcg@10 {max(0.0, state.best):.4f}"
+                bar.update(task, completed=passed, description=text)
+
+            yield show

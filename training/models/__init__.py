@@ -1,0 +1,1 @@
+"""The models, their losses, and the baselines that they are compared with."""

@@ -1,0 +1,289 @@
+"""What a model must beat: popularity, recent popularity, first-order Markov, item-to-item and EASE.
+
+Where repeats count, also what each user had most often.
+
+A baseline learns from the events that the model is trained on, and scores all items from the same earlier events that
+the model may read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from features.jit import kernel
+from training.config import TrainConfig
+from training.data.clock import newest_of
+from training.data.interactions import Interactions
+from training.data.split import Split, Targets
+
+Scores = npt.NDArray[np.float64] | npt.NDArray[np.float32]
+DAY_MS = 86_400_000
+EASE_MOST_ITEMS = 8_000
+"""EASE inverts a matrix of items by items; past this it costs minutes and gigabytes."""
+EASE_LAMBDA = 500.0
+HISTORY_DECAY = 0.9
+HISTORY_EVENTS = 200
+NEIGHBOR_EVENTS = 1 << 22
+"""Events that item-to-item learns from at most."""
+
+
+class Baseline(Protocol):
+    """Scores every item for the moment just before each target."""
+
+    name: str
+
+    def scores(self, targets: Targets) -> Scores:
+        """Float `[n, N]`, higher is better."""
+        ...
+
+
+def counts_of(
+    data: Interactions,
+    ends: npt.NDArray[np.int64],
+    counted: npt.NDArray[np.bool_] | None = None,
+    after: float = -np.inf,
+    until: float = np.inf,
+) -> npt.NDArray[np.float64]:
+    """Number of events by item; float64 `[N]`.
+
+    Args:
+        data: All events.
+        ends: The leading events of each person that are looked at; int64 `[U]`.
+        counted: Which events count; bool `[E]`, None for all.
+        after: Events count whose time (ms) is later,
+        until: and not later than this.
+    """
+    counts = np.zeros(data.items, np.int64)
+    for block in data.blocks():
+        chosen = block.position < ends[block.owner]
+        if counted is not None:
+            chosen &= counted[block.events]
+        if after > -np.inf:
+            chosen &= (data.timestamps[block.events] > after) & (data.timestamps[block.events] <= until)
+        counts += np.bincount(data.rows[block.events][chosen], minlength=data.items)
+    return counts.astype(np.float64)
+
+
+def popularity_of(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Number of the leading events that make their item seen, by item; float64 `[N]`."""
+    return counts_of(data, ends, data.seen)
+
+
+def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: float) -> npt.NDArray[np.float64]:
+    """The same in the last days before the newest of these events; all of them where there are no times.
+
+    An event from a wrong clock is not the newest, and not recent.
+    """
+    if data.ordered_only or not (ends > 0).any():
+        return popularity_of(data, ends)
+    newest = newest_of(data, ends)
+    return counts_of(data, ends, data.seen, newest - days * DAY_MS, newest)
+
+
+class Popular:
+    """The same order for everybody: number of events, ties as they come."""
+
+    def __init__(self, name: str, counts: npt.NDArray[np.float64]) -> None:
+        self.name = name
+        self.counts = counts
+
+    def scores(self, targets: Targets) -> Scores:
+        """The counts, for each target."""
+        return np.repeat(self.counts[None], len(targets), axis=0)
+
+
+class Markov:
+    """What followed the newest item most often; ties, and what never followed it, by popularity."""
+
+    name = "markov"
+
+    def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], popularity: npt.NDArray[np.float64]) -> None:
+        self.data = data
+        distinct, self.counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        for block in data.blocks():
+            follows = np.flatnonzero((block.position > 0) & (block.position < ends[block.owner]))
+            rows = data.rows[block.events].astype(np.int64)
+            pairs, counts = np.unique(rows[follows - 1] * data.items + rows[follows], return_counts=True)
+            distinct, place = np.unique(np.concatenate([distinct, pairs]), return_inverse=True)
+            self.counts = np.bincount(place, np.concatenate([self.counts, counts])).astype(np.int64)
+        self.next = distinct % data.items
+        self.starts = np.searchsorted(distinct // data.items, np.arange(data.items + 1))
+        self.popularity = popularity / (popularity.max() + 1)
+
+    def scores(self, targets: Targets) -> Scores:
+        """Bigram counts, plus a fraction below one for popularity."""
+        newest = self.data.rows[self.data.offsets[targets.people] + targets.positions - 1]
+        out = np.repeat(self.popularity[None], len(targets), axis=0)
+        for line, row in enumerate(newest):
+            part = slice(self.starts[row], self.starts[row + 1])
+            out[line, self.next[part]] += self.counts[part]
+        return out
+
+
+class MostUsed:
+    """Each user's own items, the most often used first and of those the newest; then what is popular."""
+
+    name = "most_used"
+
+    def __init__(self, data: Interactions, popularity: npt.NDArray[np.float64]) -> None:
+        self.data, self.popularity = data, popularity / (popularity.max() + 1)
+
+    def scores(self, targets: Targets) -> Scores:
+        """Counts of the user's events that make their item seen, plus a fraction below one for how late the last is."""
+        out = np.repeat(self.popularity[None], len(targets), axis=0)
+        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+            start = int(self.data.offsets[person])
+            part = slice(start, start + int(position))
+            rows = self.data.rows[part][self.data.seen[part]]
+            items, counts = np.unique(rows, return_counts=True)
+            last = np.zeros(self.data.items)
+            last[rows] = np.arange(rows.size)  # of several places for one item numpy keeps the last
+            out[line, items] = counts + last[items] / max(1, rows.size)
+        return out
+
+
+class Neighbors:
+    """Sum of the similarities to the newest items, which count less with every event since."""
+
+    name = "item_to_item"
+
+    def __init__(
+        self, data: Interactions, neighbors: npt.NDArray[np.int32], similarity: npt.NDArray[np.float32]
+    ) -> None:
+        self.data, self.neighbors, self.similarity = data, neighbors, similarity
+
+    def scores(self, targets: Targets) -> Scores:
+        """Weighted sums over the newest 50 events."""
+        out = np.zeros((len(targets), self.data.items), np.float32)
+        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+            rows = _newest(self.data, person, position, 50)
+            weights = (HISTORY_DECAY ** np.arange(rows.size)[::-1]).astype(np.float32)
+            near = self.neighbors[rows]
+            np.add.at(out[line], near[near >= 0], (self.similarity[rows] * weights[:, None])[near >= 0])
+        return out
+
+
+class Ease:
+    """EASE (arXiv:1905.03375): the closed-form linear autoencoder over items."""
+
+    def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], decay: float = 1.0) -> None:
+        """Inverts the regularised co-occurrence; `decay` below 1 makes newer events of a history count more."""
+        self.name = "ease" if decay == 1.0 else "ease_recent"
+        self.data, self.decay = data, decay
+        gram = torch.zeros(data.items, data.items, dtype=torch.float64)
+        for block in data.blocks():
+            chosen = block.position < ends[block.owner]
+            owner, rows = block.owner[chosen], data.rows[block.events][chosen]
+            for start in range(block.people.start, block.people.stop, 4096):
+                some = slice(*np.searchsorted(owner, [start, start + 4096]))
+                had = torch.zeros(min(4096, block.people.stop - start), data.items)
+                had[owner[some] - start, rows[some].astype(np.int64)] = 1
+                gram += had.T @ had
+        gram.diagonal().add_(EASE_LAMBDA)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        weights = inverse / -inverse.diagonal()
+        weights.fill_diagonal_(0)
+        self.weights = weights.float()
+
+    def scores(self, targets: Targets) -> Scores:
+        """The weighted history times the learned matrix."""
+        history = torch.zeros(len(targets), self.data.items)
+        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+            rows = _newest(self.data, person, position, position)
+            history[line, torch.from_numpy(rows.astype(np.int64))] = torch.from_numpy(
+                (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
+            )
+        scores: npt.NDArray[np.float32] = (history @ self.weights).numpy()
+        return scores
+
+
+def _newest(data: Interactions, person: int, position: int, most: int) -> npt.NDArray[np.int32]:
+    end = int(data.offsets[person]) + int(position)
+    return data.rows[max(int(data.offsets[person]), end - most) : end]
+
+
+def neighbors_of(
+    data: Interactions, ends: npt.NDArray[np.int64], keep: int, seed: int = 0
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Items that the same people chose: cosine of the sets of people, over each person's newest 200 events.
+
+    Past `NEIGHBOR_EVENTS` events, people are drawn at random.
+
+    Returns:
+        Rows int32 `[N, keep]`, best first, -1 padded, and their cosines float32 `[N, keep]`, 0 padded.
+    """
+    data = data.sample(ends, NEIGHBOR_EVENTS, seed)
+    owner = data.owner()
+    chosen = np.flatnonzero(data.seen)
+    chosen = chosen[_among_newest(owner[chosen])]
+    pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
+    people, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
+    person_starts = np.searchsorted(people, np.arange(len(data.people) + 1))
+    by_item = np.argsort(rows, kind="stable")
+    item_starts = np.searchsorted(rows[by_item], np.arange(data.items + 1))
+    return _cosines(rows, person_starts, people[by_item], item_starts, min(keep, max(1, data.items - 1)))
+
+
+def _among_newest(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which events of a list sorted by person are among that person's newest `HISTORY_EVENTS`."""
+    ends = np.searchsorted(owner, owner, side="right")
+    newest: npt.NDArray[np.bool_] = ends - np.arange(owner.size) <= HISTORY_EVENTS
+    return newest
+
+
+@kernel()
+def _cosines(
+    rows: Any, person_starts: Any, people: Any, item_starts: Any, keep: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    items = item_starts.size - 1
+    out = np.full((items, keep), -1, np.int32)
+    scores = np.zeros((items, keep), np.float32)
+    together = np.zeros(items, np.float32)
+    for item in range(items):
+        together[:] = 0.0
+        size = item_starts[item + 1] - item_starts[item]
+        for at in range(item_starts[item], item_starts[item + 1]):
+            person = people[at]
+            for other in range(person_starts[person], person_starts[person + 1]):
+                together[rows[other]] += 1.0
+        together[item] = 0.0
+        for other in range(items):
+            if together[other] > 0.0:
+                together[other] /= np.sqrt(np.float32(size * (item_starts[other + 1] - item_starts[other])))
+        found = np.flatnonzero(together > 0.0)
+        if found.size > keep:
+            least = np.partition(together[found], found.size - keep)[found.size - keep]
+            found = found[together[found] >= least]
+        best = found[np.argsort(-together[found], kind="mergesort")[:keep]]
+        for place in range(best.size):
+            out[item, place] = best[place]
+            scores[item, place] = together[best[place]]
+    return out, scores
+
+
+def build_baselines(
+    data: Interactions,
+    division: Split,
+    config: TrainConfig,
+    neighbors: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]],
+) -> Sequence[Baseline]:
+    """All the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size.
+
+    Where repeats count, what a user had most often is one too.
+    """
+    ends = division.train_end
+    counts = popularity_of(data, ends)
+    found: list[Baseline] = [Popular("popular", counts), Markov(data, ends, counts), Neighbors(data, *neighbors)]
+    if not data.ordered_only:
+        recent = recent_popularity_of(data, ends, config.recent_days)
+        found.append(Popular("recent_popular", recent + counts / (counts.max() + 1)))
+    if data.items <= EASE_MOST_ITEMS:
+        found.append(Ease(data, ends))
+    if config.repeats:
+        found.append(MostUsed(data, counts))
+    return found
