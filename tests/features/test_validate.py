@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import PenchantError, TablesError
-from features.schema import EVENTS, IMPRESSIONS
 from features.tables.conform import Intake, Rejected, Unread
+from features.tables.schema import EVENTS, IMPRESSIONS
 from features.tables.validate import LATE_MS, LIMITS, Evidence, judge, validate
 
 NOW = 1_790_000_000_000
