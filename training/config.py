@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from features.environment import Variable, set_by, variables
 from features.errors import ConfigError
+from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.profile import RING
-from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.tables.intake import REJECTED_SHARE
 
 PREFIX = "PENCHANT_TRAIN_"

@@ -20,8 +20,8 @@ from features import controls
 from features.clock import now_ms
 from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
+from features.keys import item_key
 from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
-from features.schema import item_key
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of
 from serving.places import HOST, read_identity

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from features.catalog import Catalog
 from features.clock import now_ms
-from features.schema import ITEMS
+from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
 from serving.log_retention import LogTimes

@@ -14,8 +14,8 @@ import pytest
 from features.clock import now_ms
 from features.controls import MOST_RULES, Dial, Kind, blocked, dials
 from features.errors import ProfileCorrupt
+from features.keys import event_type_key, item_key
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
-from features.schema import event_type_key, item_key
 from features.tables.dataset import write_dataset
 from serving.errors import (
     ConsentWithheld,

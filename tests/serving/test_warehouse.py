@@ -27,10 +27,11 @@ from features.bundle import open_bundle
 from features.clock import now_ms
 from features.controls import Kind
 from features.errors import TablesError
+from features.keys import item_key
 from features.profile import RECORD, Purpose, Retention, empty, fold
-from features.schema import EVENTS, item_key
 from features.subjects import subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
+from features.tables.schema import EVENTS
 from serving.errors import ConfigError
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
