@@ -406,12 +406,12 @@ def projector(
     redis: RedisUrl,
     events_redis: EventsRedis = None,
     partitions: Partitions = None,
-    idle_days: Annotated[
+    evict_after_days: Annotated[
         float, typer.Option(min=0, metavar="DAYS", help="Days after which an untouched profile is dropped; 0 is never.")
     ] = 0.0,
     warehouse: Annotated[
         Path | None,
-        typer.Option(metavar="DATA", exists=True, file_okay=False, help="With --idle-days: makes them anew."),
+        typer.Option(metavar="DATA", exists=True, file_okay=False, help="With --evict-after-days: makes them anew."),
     ] = None,
     metrics_listen: MetricsListen = "",
     log_format: LogFormat = "text",
@@ -424,19 +424,19 @@ def projector(
 ) -> None:
     """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
     _use_cores(1)
-    if idle_days and warehouse is None:
-        raise typer.BadParameter("needs --warehouse, which profiles are made of anew", param_hint="--idle-days")
+    if evict_after_days and warehouse is None:
+        raise typer.BadParameter("needs --warehouse, which profiles are made of anew", param_hint="--evict-after-days")
     from serving.observability.logs import configure
     from serving.observability.telemetry import Telemetry
     from serving.processes.monitor import exposed
     from serving.projection.projector import Idle, run
 
     idle = None
-    if idle_days and warehouse:
+    if evict_after_days and warehouse:
         from features.profile import Retention
         from serving.projection.rebuild import rehydrate
 
-        idle = Idle(idle_days, partial(rehydrate, warehouse, Retention({})))
+        idle = Idle(evict_after_days, partial(rehydrate, warehouse, Retention({})))
     configure(log_format, "projector")
     telemetry = Telemetry()
     with exposed(metrics_listen, "projector", telemetry) as metrics:
