@@ -37,8 +37,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks.report import BenchmarkError, facts
 from benchmarks.service import running
 from features.bundle import open_bundle
+from features.keys import event_type_key, item_key
 from features.profile import ENTRY, make_records
-from features.schema import event_type_key, item_key
 from features.vocabulary import Vocabulary
 from penchant.channels import channel_options
 from penchant.client import Client, event

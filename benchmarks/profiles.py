@@ -17,8 +17,8 @@ import numpy as np
 import redis
 
 from benchmarks.report import BenchmarkError, facts
+from features.keys import event_type_key
 from features.profile import RECORD, Profile, Records, empty, fold, make_records
-from features.schema import event_type_key
 from serving.redis.client import PipelinedConnection, connect_one
 from serving.redis.embedded import RedisServer
 from serving.stores.event_log import EventLog, LoggedEvent

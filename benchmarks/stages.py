@@ -22,8 +22,8 @@ import onnxruntime as _onnxruntime
 
 from benchmarks.report import facts
 from features.assemble import encoder_inputs, history, ranker_width
+from features.keys import event_type_key
 from features.profile import Profile, empty, fold, make_records
-from features.schema import event_type_key
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.observability.telemetry import Telemetry

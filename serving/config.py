@@ -60,8 +60,7 @@ class ServeConfig(BaseModel):
     partitions: int = Field(16, ge=1, le=4096, description="Partitions of the event log, fixed when it is created.")
 
     default_purposes: tuple[str, ...] = Field(
-        EVERY_PURPOSE.names,
-        description="Purposes that users allow until they set their consent: personalise, train, measure.",
+        EVERY_PURPOSE.names, description="Purposes that users allow until they set their consent; the default is all."
     )
     retention_days: dict[str, PositiveFloat] = Field(
         {}, description="Days after which events of a type are left out of rebuilt profiles."

@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from features.errors import SettingsError
+from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.profile import RING
-from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.settings import load_settings
 from features.tables.intake import REJECTED_SHARE
 

@@ -25,7 +25,12 @@ import pyarrow.parquet as pq
 from features.arrays import Array, only, pc
 from features.errors import TablesError
 from features.private_files import FOLDER_MODE, make_folders
-from features.schema import (
+from features.tables.conform import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
+from features.tables.dialect import Dialect, DialectSurvey
+from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
+from features.tables.files import TableFile, find_files, table_path
+from features.tables.order import codes, fingerprint, is_present, order_events, select
+from features.tables.schema import (
     EVENTS,
     EVENTS_REQUIRED,
     IMPRESSIONS,
@@ -36,26 +41,7 @@ from features.schema import (
     USERS_REQUIRED,
     Required,
 )
-from features.tables.conform import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
-from features.tables.dialect import Dialect, DialectSurvey
-from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
-from features.tables.files import TableFile, find_files, table_path
-from features.tables.order import codes, fingerprint, is_present, order_events, select
 from features.tables.times import END_OF_TIME_MS, RELATIVE
-
-__all__ = [
-    "Dataset",
-    "Loaded",
-    "Rejected",
-    "Unread",
-    "conform",
-    "fingerprint",
-    "open_dataset",
-    "order_events",
-    "read_table",
-    "table_path",
-    "write_dataset",
-]
 
 _NAMED = 5
 """Files of a directory that a message names at most."""

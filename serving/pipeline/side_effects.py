@@ -18,7 +18,7 @@ import numpy.typing as npt
 from features.assemble import FEATURES, encoder_digest
 from features.catalog import Catalog
 from features.controls import Dial, Dials
-from features.schema import item_keys
+from features.keys import item_keys
 from serving.errors import ServingError, Unavailable
 from serving.observability.outages import EVENTS_REDIS, Outage, shared_outage
 from serving.observability.telemetry import Telemetry

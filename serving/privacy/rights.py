@@ -20,8 +20,8 @@ import numpy.typing as npt
 from features import controls
 from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
+from features.keys import item_key
 from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
-from features.schema import item_key
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of
 from serving.places import HOST, read_identity
@@ -31,6 +31,7 @@ from serving.redis.client import Call, Request, address_of, partition_of
 from serving.redis.router import required
 from serving.stores.event_log import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
 from serving.stores.event_scripts import EVENT_UNDO, PERSON_MARK
+from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import Mark, ProfileStore
 
 Piece = tuple[str, int, bytes]
@@ -144,6 +145,7 @@ class SubjectRights:
             ledger: Where erasures are noted beside the stores.
         """
         self._log, self._store, self._certificates, self._ledger = log, store, certificates, ledger
+        self._log_erasure = LogErasure(log)
         self._retention = retention or Retention({})
 
     def consents(self, subjects: Sequence[str]) -> list[Consent]:
@@ -276,9 +278,9 @@ class SubjectRights:
         damaged = self._damaged(visitor) or self._damaged(known)
         remembered = self._remembered(visitor)
         for _ in range(_ATTEMPTS):
-            newest = self._log.newest_of(visitor)
+            newest = self._log_erasure.newest_of(visitor)
             merged = self._copied(visitor, known, remembered)
-            erased = self._log.begin_anew(visitor, newest)
+            erased = self._log_erasure.start_afresh(visitor, newest)
             if erased:
                 self._store.erase(visitor, erased.log_id)
                 if Purpose.MEASURE in theirs:
@@ -315,7 +317,7 @@ class SubjectRights:
             Unavailable: A Redis does not answer; a repeat is safe.
         """
         remembered = self._remembered(subject)
-        erased = self._log.erase(subject)
+        erased = self._log_erasure.erase(subject)
         # The projector, which meets the mark in the log, may have been quicker.
         forgotten = max(self._store.erase(subject, erased.log_id), remembered)
         counts = {"profiles": forgotten, "events": erased.events, "impressions": erased.impressions}

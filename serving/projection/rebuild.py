@@ -15,20 +15,23 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.arrays import pc
 from features.assemble import HALF_LIFE
 from features.bundle import open_bundle
 from features.bundle_tables import read_items
 from features.catalog import columns_of
 from features.errors import ProfileCorrupt, TablesError
+from features.event_types import EVENT_TYPES
 from features.histories import Logged, history_keys
+from features.keys import event_type_key, event_type_keys, item_key, item_keys
 from features.profile import PAST_LOST, RECORD, Profile, Records, Retention, empty, fold, make_records
-from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.subjects import subject_of, user_id_of
-from features.tables.convert import pc
-from features.tables.dataset import Dataset, open_dataset, order_events, read_info, read_table, table_path
+from features.tables.dataset import Dataset, open_dataset, read_info, read_table
 from features.tables.event_reader import Events, complete
+from features.tables.files import table_path
 from features.tables.intake import REJECTED_SHARE, admit
-from features.tables.order import codes, is_present
+from features.tables.order import codes, is_present, order_events
+from features.tables.schema import EVENTS, ITEMS, USERS
 from features.vocabulary import Vocabulary
 from serving.errors import ProfileStoreUnavailable
 from serving.privacy.rights import marks

@@ -17,8 +17,8 @@ import grpc
 from features.catalog import Catalog
 from features.errors import PenchantError
 from features.event_types import hint
+from features.keys import event_type_key, item_key
 from features.profile import pack_record
-from features.schema import event_type_key, item_key
 from penchant.v1 import event_pb2, event_pb2_grpc
 from serving.engine.engine import EngineRef
 from serving.errors import InvalidArgument, ResourceExhausted, ServingError

@@ -21,8 +21,9 @@ from features.catalog_names import look_up
 from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
+from features.event_types import EVENT_TYPES
+from features.keys import event_type_key, item_key
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
-from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.arrays import pc
 from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
-from features.schema import EVENTS, IMPRESSIONS
 from features.subjects import user_id_of
-from features.tables.convert import pc
 from features.tables.order import codes
+from features.tables.schema import EVENTS, IMPRESSIONS
 from serving.stores.event_log import Entry
 from serving.stores.event_scripts import SEQUENCE_BITS
 

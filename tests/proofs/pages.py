@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 from features.controls import RULE, Kind, dial_rules, encode
 from features.controls import Dial as DialKind
+from features.keys import event_type_keys, item_key, item_keys
 from features.profile import RING, empty, fold, make_records
-from features.schema import event_type_keys, item_key, item_keys
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bundle.bitmap import Bitmap
 from serving.config import ServeConfig

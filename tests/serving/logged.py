@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from features.catalog import Catalog
-from features.schema import ITEMS
+from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
 from serving.log_retention import LogTimes

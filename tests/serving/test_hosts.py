@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.errors import TablesError
-from features.schema import EVENTS, EVENTS_REQUIRED
 from features.spans import Hole, Spans, read_spans
 from features.tables.dataset import conform
 from features.tables.evidence import Evidence
+from features.tables.schema import EVENTS, EVENTS_REQUIRED
 from features.tables.validate import validate
 from features.tables.validate_split import split
 from serving.config import ServeConfig

@@ -13,8 +13,8 @@ import pytest
 
 from features.controls import MOST_RULES, Dial, Kind, blocked, dials
 from features.errors import ProfileCorrupt
+from features.keys import event_type_key, item_key
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
-from features.schema import event_type_key, item_key
 from features.tables.dataset import write_dataset
 from serving.errors import (
     ConsentWithheld,
@@ -36,6 +36,7 @@ from serving.redis.client import address_of, connect, partition_of
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression, stream_id
+from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, wait_until
 from tests.serving.logged import NOTHING_KEPT, PARTITIONS
@@ -430,7 +431,7 @@ class TestMerge:
     def test_a_repeat_after_a_crash_doubles_nothing(self, people, log, store, monkeypatch):
         ingest(log, store, *(event(number, "a:x") for number in range(5)))
         log.append_impressions([slate(1, "a:x")])
-        monkeypatch.setattr(log, "begin_anew", _crash)
+        monkeypatch.setattr(LogErasure, "start_afresh", _crash)
         with pytest.raises(ProfileStoreUnavailable):
             people.merge("a:x", "u:ann")
         monkeypatch.undo()
@@ -442,16 +443,16 @@ class TestMerge:
 
     def test_what_a_visitor_does_meanwhile_moves_too(self, people, log, store, monkeypatch):
         ingest(log, store, event(1, "a:x"))
-        begin_anew, late = log.begin_anew, [2, 3]
+        start_afresh, late = LogErasure.start_afresh, [2, 3]
 
-        def meanwhile(subject, newest):
+        def meanwhile(erasure, subject, newest):
             if late:
                 number = late.pop(0)
                 ingest(log, store, event(number, "a:x"))
                 log.append_impressions([slate(number, "a:x")])
-            return begin_anew(subject, newest)
+            return start_afresh(erasure, subject, newest)
 
-        monkeypatch.setattr(log, "begin_anew", meanwhile)
+        monkeypatch.setattr(LogErasure, "start_afresh", meanwhile)
         merged = people.merge("a:x", "u:ann")
         assert (merged.events, merged.impressions) == (3, 2)
         project(log, store)
@@ -460,13 +461,13 @@ class TestMerge:
         assert held(people, "a:x") == {"event": [], "impression": []}
 
     def test_a_visitor_who_never_stops_is_named(self, people, log, store, monkeypatch):
-        number, begin_anew = iter(range(100)), log.begin_anew
+        number, start_afresh = iter(range(100)), LogErasure.start_afresh
 
-        def meanwhile(subject, newest):
+        def meanwhile(erasure, subject, newest):
             ingest(log, store, event(next(number), "a:x"))
-            return begin_anew(subject, newest)
+            return start_afresh(erasure, subject, newest)
 
-        monkeypatch.setattr(log, "begin_anew", meanwhile)
+        monkeypatch.setattr(LogErasure, "start_afresh", meanwhile)
         with pytest.raises(Unavailable, match="repeat"):
             people.merge("a:x", "u:ann")
         monkeypatch.undo()
@@ -605,7 +606,7 @@ class TestErase:
             client.config_set("stream-node-max-entries", 100)
             log = EventLog(client, 1, unsafe=True)
             log.append([event(1, f"u:{self.CANARY}"), event(2, "u:other")])
-            log.erase(f"u:{self.CANARY}")
+            LogErasure(log).erase(f"u:{self.CANARY}")
             client.bgrewriteaof()
             wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"])
             assert self.found(client, tmp_path / "events", self.CANARY.encode())
@@ -656,7 +657,7 @@ class TestErase:
 
     def test_an_erasure_that_the_profiles_missed_reaches_them_by_the_log(self, people, log, store):
         ingest(log, store, event(1))
-        log.erase("u:ann")  # and then it crashed
+        LogErasure(log).erase("u:ann")  # and then it crashed
         assert items(store) == [1]
         project(log, store)
         assert items(store) == []

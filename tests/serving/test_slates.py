@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.controls import Dial
-from features.schema import item_key
+from features.keys import item_key
 from serving.observability.telemetry import Telemetry
 from serving.pipeline import side_effects
 from serving.pipeline.query import Candidates, Query, Slate, Unknown

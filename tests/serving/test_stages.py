@@ -17,8 +17,9 @@ from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.controls import RULE, Dial, Kind, dial_rules
 from features.controls import encode as encode_rules
+from features.keys import event_type_key, item_key, item_keys
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
-from features.schema import ITEMS, event_type_key, item_key, item_keys
+from features.tables.schema import ITEMS
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.bundle.model import Model

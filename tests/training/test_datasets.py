@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import SettingsError, TablesError
-from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
-from features.tables.dataset import open_dataset, read_table, table_path
+from features.tables.dataset import open_dataset, read_table
+from features.tables.files import table_path
+from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from tests.real_data import real_data
 from training.data import movielens
 from training.data.datasets import DatasetError, prepare
