@@ -18,6 +18,7 @@ from google.protobuf.json_format import MessageToDict
 from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
+from features.clock import now_ms
 from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
@@ -375,7 +376,7 @@ def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfi
 def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
     """What the person is doing now, None where they are not here."""
     memory = profile.memory
-    if not memory.visiting(time.time_ns() // 1_000_000):
+    if not memory.visiting(now_ms()):
         return None
     here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]
     keys, counts = np.unique(here[here != 0], return_counts=True)

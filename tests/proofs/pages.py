@@ -40,10 +40,12 @@ from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.query import Query
 from serving.pipeline.runner import Pipeline
 from serving.pipeline.sources import Popular
-from serving.redis.client import address_of, connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.ranking import RankingService
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.keys import address_of, partition_of
+from serving.stores.log_entries import Mark
+from serving.stores.profiles import ProfileStore
 from tests import world
 from tests.proofs.page_world import item_of, publish_items, put_live
 

@@ -59,8 +59,10 @@ from serving.pipeline.sources import (
     SemanticSource,
     SimilarToSeeds,
 )
-from serving.redis.client import address_of, connect, partition_of
-from serving.stores.profiles import Mark, ProfileStore
+from serving.redis.client import connect
+from serving.stores.keys import address_of, partition_of
+from serving.stores.log_entries import Mark
+from serving.stores.profiles import ProfileStore
 from tests import world as small
 from tests.serving.faults import frozen
 
