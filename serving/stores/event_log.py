@@ -38,7 +38,7 @@ from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpre
 from serving.stores.log_trim import groups_of, trim
 from serving.stores.meta import fixed_value, require_partitions
 
-PERSON_CAP = 100_000
+USER_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
 
 _PIECE = 1000
@@ -62,7 +62,7 @@ class EventLog:
         memory_mark: float = 0.9,
         cooldown_s: float = 0.5,
         default: Purpose = EVERY_PURPOSE,
-        person_cap: int = PERSON_CAP,
+        user_cap: int = USER_CAP,
         unsafe: bool = False,
         beside: EventLog | None = None,
     ) -> None:
@@ -76,11 +76,11 @@ class EventLog:
             memory_mark: Share of a server's `maxmemory` above which its events are refused; impressions at 5/6 of it.
             cooldown_s: Longest pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
-            person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
+            user_cap: Most events and slates of one person that the log holds at a time; more events are refused.
             unsafe: Whether what is written counts on a Redis that may lose it.
             beside: The same log through other connections; one `look` is enough for both.
         """
-        self._person_cap = person_cap
+        self._user_cap = user_cap
         self.default = default
         self.partitions = partitions
         self.window_ms = window_ms
@@ -317,7 +317,7 @@ class EventLog:
                 address_of(event.subject),
                 int(event.personal),
             )
-        common = (self._index_ms, int(self.default), self._person_cap)
+        common = (self._index_ms, int(self.default), self._user_cap)
         return Call(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
 
     def seen_of(self, subject: str, event_id: str) -> bytes:

@@ -78,7 +78,7 @@ def test_a_retry_gets_the_answer_of_the_first_and_its_record(log, events_redis):
 
 
 def test_one_person_fills_no_more_than_their_share_and_has_it_again_when_it_is_trimmed(events_redis):
-    log = EventLog(events_redis, 1, person_cap=5)
+    log = EventLog(events_redis, 1, user_cap=5)
     log.open()
     appended = log.append([event(number) for number in range(7)] + [event(0, "u:2")])
     assert [one.error is None for one in appended] == [True] * 5 + [False] * 2 + [True]
