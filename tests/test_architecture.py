@@ -59,6 +59,8 @@ PLANTED = [
     Planted("Rule 5: the client and the contract", "penchant/client.py", "import features.errors"),
     Planted("Rule 5: import numpy inside the command", "cli/main.py", "import numpy", SCRIPT),
     Planted("Rule 5: import training.train inside the command", "cli/main.py", "import training.train", SCRIPT),
+    Planted("Rule 5: import numpy inside the command", "cli/options.py", "import numpy", SCRIPT),
+    Planted("Rule 5: import serving.config inside the command", "cli/serve.py", "import serving.config", SCRIPT),
     Planted("Rule 5: write an import statement", "serving/pipeline/runner.py", "X = __import__('torch')", SCRIPT),
     Planted("Rule 6: an __init__.py holds a docstring", "features/__init__.py", "from features import keys", SCRIPT),
     Planted("Rule 6: nothing happens at import", "features/keys.py", "print('hello')", SCRIPT),

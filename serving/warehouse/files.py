@@ -36,9 +36,8 @@ from features.tables.dataset import read_info
 from serving.errors import Unavailable
 from serving.places import Identity, read_identity, write_identity
 from serving.privacy.ledger import Erasure
-from serving.redis.client import address_of
 from serving.redis.embedded import locked
-from serving.stores.event_scripts import SEQUENCE_BITS
+from serving.stores.keys import SEQUENCE_BITS, address_of
 from serving.warehouse.tables import EVENT_ROWS, IMPRESSION_ROWS, SEARCH_ROWS, daily, sessions
 
 TABLES = {"events": EVENT_ROWS, "searches": SEARCH_ROWS, "impressions": IMPRESSION_ROWS}
