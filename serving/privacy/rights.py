@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
 from features.keys import item_key
 from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
+from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of
 from serving.folder_identity import HOST, read_identity
@@ -31,7 +32,8 @@ from serving.redis.client import Call, Request
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
 from serving.stores.event_scripts import EVENT_UNDO, PERSON_MARK
-from serving.stores.keys import address_of, log_id, partition_of, stream_id
+from serving.stores.keys import address_of, log_id, stream_id
+from serving.stores.log_codec import decode, reassigned
 from serving.stores.log_entries import Entry, LoggedEvent, LoggedImpression, Mark, sound
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
@@ -367,7 +369,7 @@ class SubjectRights:
 
     def _arm_of(self, subject: str) -> list[SharedArm]:
         """The shared arm, which outlives what the user says of their answers; none for a user who shares none."""
-        if not subject.startswith("a:"):
+        if not is_anonymous(subject):
             return []
         return [one for one in self._stated(subject)[0] if isinstance(one, SharedArm)]
 
@@ -432,7 +434,7 @@ class SubjectRights:
     def _moved(self, entries: Sequence[Entry], known: str) -> list[Any]:
         """Events as the known person's own, in the log and in the profile."""
         events = [
-            LoggedEvent(known, entry.event_id, entry.record, _renamed(entry.payload, known), entry.personal)
+            LoggedEvent(known, entry.event_id, entry.record, reassigned(entry.payload, known), entry.personal)
             for entry in entries
         ]
         appended = self._log.append(events)
@@ -470,8 +472,8 @@ class SubjectRights:
         there = {payload for kind, _, payload in self.held(known, "impression") if kind == "impression"}
         moved = 0
         for entries in self._log.history(visitor, impressions=True):
-            own = [_renamed(entry.payload, known, _OF_A_PROFILE, merged=True) for entry in entries]
-            new = [LoggedImpression(known, int(json.loads(one)["timestamp"]), one) for one in own if one not in there]
+            own = [reassigned(entry.payload, known, _OF_A_PROFILE, merged=True) for entry in entries]
+            new = [LoggedImpression(known, int(decode(one)["timestamp"]), one) for one in own if one not in there]
             self._log.append_impressions(new)
             moved += len(own)
         return moved
@@ -482,7 +484,7 @@ def consents(log: EventLog, subjects: Sequence[str]) -> list[Consent]:
 
     Args:
         log: The event log, which is what counts.
-        subjects: Keys of people: "u:" and a user id, or "a:" and an anonymous id.
+        subjects: Keys of people: `features.subjects`.
 
     Raises:
         EventLogUnavailable: Redis does not answer.
@@ -565,10 +567,3 @@ def _stored(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
     turned = [(one.dial, item_key(one.name), one.value) for one in rules if isinstance(one, Setting)]
     shared = [controls.arm_rule(one.seed) for one in rules if isinstance(one, SharedArm)]
     return controls.encode(np.concatenate([np.array(hidden, RULE), controls.dial_rules(turned), *shared]))
-
-
-def _renamed(payload: bytes, subject: str, without: Collection[str] = (), **more: Any) -> bytes:
-    """An event or a slate, as another person's, without some of its parts and with others."""
-    value = json.loads(payload) | {"user_id": subject[2:], "anonymous": subject.startswith("a:"), **more}
-    value = {name: part for name, part in value.items() if name not in without}
-    return json.dumps(value, ensure_ascii=False).encode()

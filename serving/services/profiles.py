@@ -25,12 +25,14 @@ from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
 from features.keys import event_type_key, item_key
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
+from features.subjects import anonymous, known
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.rights import Consent, Rule, Setting, SubjectRights
 from serving.services import validation as checks
+from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
 
 SHOWN = 100
@@ -137,7 +139,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     ) -> profile_pb2.MergeIdentitiesResponse:
         """Moves what a visitor did to the person they turn out to be."""
         visitor = checks.identifier(request.anonymous_id, "anonymous_id")
-        merged = self._people.merge(f"a:{visitor}", f"u:{checks.identifier(request.user_id, 'user_id')}")
+        merged = self._people.merge(anonymous(visitor), known(checks.identifier(request.user_id, "user_id")))
         return profile_pb2.MergeIdentitiesResponse(
             events=merged.events,
             impressions=merged.impressions,
@@ -159,7 +161,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             page.documents.extend(self._facts(subject))
         size = sum(map(len, page.documents))
         for kind, at, payload in self._people.held(subject, first, after, _deadline(context)):
-            page.documents.append(json.dumps({"kind": kind} | json.loads(payload), ensure_ascii=False))
+            page.documents.append(json.dumps({"kind": kind} | decode(payload), ensure_ascii=False))
             size += len(payload)
             if size > PAGE_BYTES:
                 page.next_page_token = f"{kind}:{at}"

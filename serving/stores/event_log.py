@@ -21,6 +21,7 @@ from redis.exceptions import ResponseError
 from features.clock import now_ms
 from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
+from features.subjects import partition_of
 from serving.errors import (
     DeadlineExceeded,
     EventLogUnavailable,
@@ -32,7 +33,7 @@ from serving.redis.client import Call, Client, Request, serving_error
 from serving.redis.router import RedisRouter, required
 from serving.stores.admission import Admission
 from serving.stores.event_scripts import EVENT_APPEND, IMPRESSION_APPEND, LOG_TIMES, PERSON_RETURN
-from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, partition_of, stream_id
+from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, stream_id
 from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression, appended_of
 from serving.stores.log_trim import groups_of, trim
 from serving.stores.meta import fixed_value, require_partitions

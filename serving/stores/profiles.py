@@ -39,6 +39,7 @@ from features.profile import (
     is_newer,
     split,
 )
+from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
 from serving.redis.client import Call, Client, Request, Script, serving_error
@@ -51,7 +52,7 @@ from serving.stores.event_scripts import (
     PROFILE_PUT,
     PROFILE_REPLACE,
 )
-from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_of, partition_prefix
+from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_prefix
 from serving.stores.log_entries import Mark
 from serving.stores.meta import fixed_value, require_partitions
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from features.errors import TablesError
 from features.spans import Hole, Spans, read_spans
+from features.subjects import partition_of
 from features.tables.dataset import conform
 from features.tables.evidence import Evidence
 from features.tables.schema import EVENTS, EVENTS_REQUIRED
@@ -36,7 +37,6 @@ from serving.privacy.rights import SubjectRights
 from serving.projection.projector import OtherStore, Projector, _in_the_way, _require_own
 from serving.stores import registry as registries
 from serving.stores.catalog_log import CatalogLog
-from serving.stores.keys import partition_of
 from serving.stores.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse.files import TakenOver, WarehouseFiles
 from serving.warehouse.items import ItemTable

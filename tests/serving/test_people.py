@@ -16,6 +16,7 @@ from features.controls import MOST_RULES, Dial, Kind, blocked, dials
 from features.errors import ProfileCorrupt
 from features.keys import event_type_key, item_key
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
+from features.subjects import partition_of
 from features.tables.dataset import write_dataset
 from serving.errors import (
     ConsentWithheld,
@@ -37,7 +38,7 @@ from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
-from serving.stores.keys import address_of, partition_of, stream_id
+from serving.stores.keys import address_of, stream_id
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore

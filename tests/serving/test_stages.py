@@ -19,6 +19,7 @@ from features.controls import RULE, Dial, Kind, dial_rules
 from features.controls import encode as encode_rules
 from features.keys import event_type_key, item_key, item_keys
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
+from features.subjects import partition_of
 from features.tables.schema import ITEMS
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
@@ -60,7 +61,7 @@ from serving.pipeline.sources import (
     SimilarToSeeds,
 )
 from serving.redis.client import connect
-from serving.stores.keys import address_of, partition_of
+from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
 from tests import world as small

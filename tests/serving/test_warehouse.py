@@ -29,7 +29,7 @@ from features.controls import Kind
 from features.errors import TablesError
 from features.keys import item_key
 from features.profile import RECORD, Purpose, Retention, empty, fold
-from features.subjects import subject_of, user_id_of
+from features.subjects import partition_of, subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
 from features.tables.schema import EVENTS
 from serving.errors import ConfigError
@@ -44,7 +44,7 @@ from serving.services.items import item_record
 from serving.stores.catalog_log import CatalogLog, Change
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
-from serving.stores.keys import log_id, partition_of
+from serving.stores.keys import log_id
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
