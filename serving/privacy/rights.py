@@ -25,7 +25,7 @@ from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, 
 from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of
-from serving.places import HOST, read_identity
+from serving.folder_identity import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
 from serving.redis.client import Call, Request

@@ -27,7 +27,7 @@ from serving.errors import (
     ServingError,
     Unavailable,
 )
-from serving.log_retention import PROFILES_GROUP, LogTimes
+from serving.log_retention import PROFILES_GROUP, LogRetention
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
 from serving.privacy.purge import Purger, replay
@@ -352,7 +352,7 @@ class TestUndo:
         assert [entry.log_id for entries in log.history("u:ann") for entry in entries] == ids
 
     def test_an_event_can_be_undone_as_long_as_the_log_keeps_it(self, log, store, people, events_redis):
-        week = EventLog(events_redis, PARTITIONS, times=LogTimes.of(168, None, True))
+        week = EventLog(events_redis, PARTITIONS, times=LogRetention.of(168, None, True))
         week.append([event(1)])
         assert events_redis.pttl(log.seen_of("u:ann", "e1")) > 167 * 3_600_000
 
