@@ -18,14 +18,14 @@ import numpy.typing as npt
 
 from features import controls
 from features.clock import now_ms
-from features.controls import RULE, Dial, Kind
+from features.controls import CONTROL, ControlKind, Dial
 from features.errors import PenchantError, ProfileCorrupt
 from features.keys import item_key
-from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
+from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, StoredProfile, refold
 from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of
-from serving.places import HOST, read_identity
+from serving.folder_identity import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
 from serving.redis.client import Call, Request
@@ -73,7 +73,7 @@ class Rule:
         until: When it ends, ms; 0 for never.
     """
 
-    kind: Kind
+    kind: ControlKind
     name: str
     until: int = 0
 
@@ -251,8 +251,8 @@ class SubjectRights:
         """
         now = now_ms()
 
-        def anew(stored: Stored) -> Profile:
-            if stored.away:  # what the log still holds is not all of their past
+        def anew(stored: StoredProfile) -> Profile:
+            if stored.evicted:  # what the log still holds is not all of their past
                 self._log.call_back({subject: now})
                 raise Unavailable("this person was away, and their profile is being made anew", retry_after_ms=1000)
             logged = self._logged(subject, stored.erased_before, deadline)
@@ -461,8 +461,8 @@ class SubjectRights:
         if not theirs or Purpose.PERSONALISE not in self.consents([known])[0].purposes:
             return 0
         both = _joined(own, theirs, now_ms())
-        self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
-        return max(0, len(both) - controls.MOST_RULES)
+        self._mark(known, None, forget=False, rules=both[: controls.MAX_CONTROLS])
+        return max(0, len(both) - controls.MAX_CONTROLS)
 
     def _moved_impressions(self, visitor: str, known: str) -> int:
         """Slates as the known person's own, marked as merged; those that an earlier try has moved stay as they are.
@@ -529,7 +529,7 @@ def _rules(value: bytes | None) -> tuple[list[Rule | Setting | SharedArm], int]:
 def _of_words(kind: str, name: str, value: Any) -> Rule | Setting | SharedArm:
     if kind == _SHARED_ARM:
         return SharedArm(int(value))
-    return Rule(Kind[kind], name, value) if kind in Kind.__members__ else Setting(Dial[kind], name, value)
+    return Rule(ControlKind[kind], name, value) if kind in ControlKind.__members__ else Setting(Dial[kind], name, value)
 
 
 def _words_of(rule: Rule | Setting | SharedArm) -> list[Any]:
@@ -546,7 +546,7 @@ def _in_words(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
 
 def _joined(own: Sequence[Rule | Setting], theirs: Sequence[Rule | Setting], now_ms: int) -> list[Rule | Setting]:
     """Returns the rules and dials of two users in one: the own ones first, and of either the rules before the dials."""
-    ends: dict[tuple[Kind, str], int] = {}
+    ends: dict[tuple[ControlKind, str], int] = {}
     for rule in (*own, *theirs):
         if isinstance(rule, Rule) and not 0 < rule.until <= now_ms:
             about = (rule.kind, rule.name)
@@ -565,5 +565,5 @@ def _stored(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
     """Rules as a profile holds them."""
     hidden = [(item_key(rule.name), rule.until, rule.kind) for rule in rules if isinstance(rule, Rule)]
     turned = [(one.dial, item_key(one.name), one.value) for one in rules if isinstance(one, Setting)]
-    shared = [controls.arm_rule(one.seed) for one in rules if isinstance(one, SharedArm)]
-    return controls.encode(np.concatenate([np.array(hidden, RULE), controls.dial_rules(turned), *shared]))
+    shared = [controls.arm_control(one.seed) for one in rules if isinstance(one, SharedArm)]
+    return controls.encode(np.concatenate([np.array(hidden, CONTROL), controls.dial_controls(turned), *shared]))
