@@ -12,26 +12,21 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import redis
-from redis.exceptions import RedisError, ResponseError
-
-from serving.errors import ConfigError, EventLogUnavailable, ServingError
+from serving.errors import ConfigError, ServingError
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger
-from serving.redis.client import Client, command, connect, servers, serving_error
+from serving.redis.client import Client, connect
+from serving.redis.servers import rewrite_files
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import Mark
 from serving.stores.log_erasure import LogErasure
 from serving.stores.meta import partitions_for
 from serving.stores.profiles import ProfileStore
 
-_POLL_S = 0.1
-_REWRITE_S = 3600.0
 _TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
 
@@ -142,7 +137,7 @@ class Purger:
                 continue
             if copy_id:
                 forget_in(self._store, self._certificates, lacking)
-            _rewrite_all(client, stop or threading.Event())
+            rewrite_files(client, stop or threading.Event())
             for certificate in lacking:
                 self._certificates.confirm(certificate, *stores)
                 self._certificates.confirm_copy(certificate, copy_id)
@@ -165,50 +160,3 @@ def forget_in(store: ProfileStore, certificates: Certificates, wanted: Sequence[
     names = {one.certificate_id for one in wanted}
     erasures = [one for one in certificates.erasures() if one.certificate_id in names]
     store.mark_many([(one.partition, Mark(one.log_id, one.address, forget=True, rules=b"")) for one in erasures])
-
-
-def _rewrite_all(client: Client, stop: threading.Event) -> None:
-    """Lets every server write its files anew, from what it holds now; returns when the old ones are gone.
-
-    Raises:
-        ServingError: One does not answer, or could not.
-    """
-    try:
-        for node in servers(client, replicas=True):
-            _rewrite(node, stop)
-    except ResponseError as error:
-        raise ServingError(
-            f"Redis does not write its files anew ({error}); allow BGREWRITEAOF, BGSAVE, CONFIG GET"
-        ) from (error)
-    except RedisError as error:
-        raise serving_error(error, EventLogUnavailable) from error
-
-
-def _rewrite(client: redis.Redis, stop: threading.Event) -> None:
-    _idle(client, stop)
-    if int(client.info("persistence")["aof_enabled"]):
-        command(client, "BGREWRITEAOF")
-        _idle(client, stop)
-        _require(client, "aof_last_bgrewrite_status", "BGREWRITEAOF")
-    if client.config_get("save").get("save"):
-        command(client, "BGSAVE")
-        _idle(client, stop)
-        _require(client, "rdb_last_bgsave_status", "BGSAVE")
-
-
-def _idle(client: redis.Redis, stop: threading.Event) -> None:
-    """Waits until Redis writes no file: one that was begun earlier still holds what was erased since.
-
-    Raises:
-        ServingError: It takes too long, or a stop was asked for.
-    """
-    deadline = time.monotonic() + _REWRITE_S
-    busy = ("aof_rewrite_in_progress", "aof_rewrite_scheduled", "rdb_bgsave_in_progress")
-    while any(int(client.info("persistence")[name]) for name in busy):
-        if stop.wait(_POLL_S) or time.monotonic() > deadline:
-            raise ServingError("Redis is still writing its files anew")
-
-
-def _require(client: redis.Redis, status: str, what: str) -> None:
-    if str(client.info("persistence")[status]) != "ok":
-        raise ServingError(f"{what} failed; the log of that Redis says why")

@@ -28,15 +28,13 @@ from serving.experiments import seed_of
 from serving.folder_identity import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
-from serving.redis.client import Call, Request
-from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import EVENT_UNDO, PERSON_MARK
-from serving.stores.keys import address_of, log_id, stream_id
+from serving.stores.keys import address_of
 from serving.stores.log_codec import decode, reassigned
 from serving.stores.log_entries import Entry, LoggedEvent, LoggedImpression, Mark, sound
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent, StatedControls, UserStatements
 
 Piece = tuple[str, int, bytes]
 """One thing held about a person: "event" or "impression", its log id, and all of it as JSON."""
@@ -46,21 +44,6 @@ _SHARED_ARM = "ARM"
 _ATTEMPTS = 30
 _OF_A_PROFILE = frozenset({"profile_version", "features", "encoder_digest"})
 """Parts of a slate that say which profile it was made from: nobody else's is the same at that version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Consent:
-    """What a person allows.
-
-    Attributes:
-        purposes: What for their data may be used.
-        said_at: Log id at which they said so; 0 where they said nothing and the default holds.
-        forgotten: Log id up to which nothing may be in their profile, whatever other stores still hold; 0 for none.
-    """
-
-    purposes: Purpose
-    said_at: int
-    forgotten: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +132,7 @@ class SubjectRights:
             ledger: Where erasures are noted beside the stores.
         """
         self._log, self._store, self._certificates, self._ledger = log, store, certificates, ledger
+        self._statements = UserStatements(log)
         self._log_erasure = LogErasure(log)
         self._retention = retention or Retention({})
 
@@ -158,7 +142,7 @@ class SubjectRights:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        return consents(self._log, subjects)
+        return self._statements.consents(subjects)
 
     def set_consent(self, subject: str, purposes: Purpose) -> tuple[int, bool]:
         """Sets what a person allows; without PERSONALISE their profile is emptied, and stays empty.
@@ -186,7 +170,7 @@ class SubjectRights:
 
     def _stated(self, subject: str) -> tuple[list[Rule | Setting | SharedArm], int]:
         """`rules`, the shared arm among them."""
-        return _rules(self._log.nodes.command("HGET", self._log.keys_of(subject).rules, address_of(subject)))
+        return _rules(self._statements.controls(subject))
 
     def set_rules(self, subject: str, rules: Sequence[Rule | Setting]) -> tuple[int, bool]:
         """Sets all that a person does not want to be shown, and all their dials. Returns as `set_consent`.
@@ -225,18 +209,12 @@ class SubjectRights:
             Unavailable: A Redis does not answer, or the profile is just being made anew; a repeat is safe.
             ProfileCorrupt: The stored profile is damaged; nothing was undone.
         """
-        entry = self._found(subject, event_id)
+        entry = self._log.event_of(subject, event_id)
         if entry is None:
             raise NotFound("the log holds no such event of this person; older ones cannot be undone", field="event_id")
         # The profile first: a repeat after a crash finds the event still in the log, and undoes it there.
         profile = self.refold(subject, frozenset((entry.log_id,)), deadline)
-        keys = self._log.keys_of(subject)
-        call = Call(
-            EVENT_UNDO,
-            (keys.events, self._log.index_of(subject)),
-            (stream_id(entry.log_id), address_of(subject)),
-        )
-        self._log.nodes.run(call)
+        LogErasure(self._log).undo(subject, entry.log_id)
         return profile.version if profile else 0
 
     def refold(self, subject: str, undone: frozenset[int] = frozenset(), deadline: float = math.inf) -> Profile | None:
@@ -380,12 +358,8 @@ class SubjectRights:
         forget: bool,
         rules: Sequence[Rule | Setting | SharedArm] | None = None,
     ) -> tuple[int, bool]:
-        address, keys = address_of(subject), self._log.keys_of(subject)
-        said = b"" if purposes is None else b"%d" % purposes
-        stored = None if rules is None else _stored(rules)
-        ruled = () if stored is None else (stored, _in_words(rules or ()))
-        call = Call(PERSON_MARK, (keys.events, keys.people, keys.rules), (address, said, int(forget), *ruled))
-        mark = Mark(log_id(self._log.nodes.run(call)), address, purposes, forget, stored)
+        controls_stated = None if rules is None else (_stored(rules), _in_words(rules))
+        mark = self._statements.state(subject, purposes, forget=forget, controls=controls_stated)
         partition = partition_of(subject, self._log.partitions)
         try:
             self._store.mark(partition, mark)
@@ -412,15 +386,6 @@ class SubjectRights:
             found.append(Mark(consent.said_at, address, consent.purposes))
         rules, said_at = self._stated(subject)
         return [*found, Mark(said_at, address, rules=_stored(rules))] if said_at else found
-
-    def _found(self, subject: str, event_id: str) -> Entry | None:
-        """The event of this id; its key lasts as long as the log keeps what every reader has."""
-        keys = self._log.keys_of(subject)
-        place = self._log.nodes.command("GET", self._log.seen_of(subject, event_id))
-        if not place:
-            return None
-        found = self._log.nodes.command("XRANGE", keys.events, place, place)
-        return Entry.of(*found[0]) if found else None
 
     def _logged(self, subject: str, after: int, deadline: float) -> npt.NDArray[np.void]:
         """What the log holds of a person that belongs into the profile; ENTRY [n]."""
@@ -479,51 +444,28 @@ class SubjectRights:
         return moved
 
 
-def consents(log: EventLog, subjects: Sequence[str]) -> list[Consent]:
-    """What each person allows, the log's default where they said nothing.
-
-    Args:
-        log: The event log, which is what counts.
-        subjects: Keys of people: `features.subjects`.
-
-    Raises:
-        EventLogUnavailable: Redis does not answer.
-    """
-    wanted: list[Request] = [("HGET", log.keys_of(subject).people, address_of(subject)) for subject in subjects]
-    return [_consent(value, log.default) for value in required(log.nodes.run_all(wanted))]
-
-
 def marks(log: EventLog) -> Iterator[tuple[int, Mark]]:
-    """What everybody said, by partition: with it, profiles that were lost know again what they may not hold.
+    """Yields partition and mark of everything that users said, for profiles that were lost and may not hold all again.
 
     Raises:
         EventLogUnavailable: Redis does not answer.
     """
-    for partition, keys in enumerate(log.keys):
-        for address, value in log.nodes.scan(keys.people):
-            consent = _consent(value, log.default)
-            if consent.forgotten:
-                yield partition, Mark(consent.forgotten, address, forget=True)
-            if consent.said_at:
-                yield partition, Mark(consent.said_at, address, consent.purposes)
-        for address, value in log.nodes.scan(keys.rules):
-            rules, said_at = _rules(value)
-            yield partition, Mark(said_at, address, rules=_stored(rules))
+    statements = UserStatements(log)
+    for partition, address, consent in statements.every_consent():
+        if consent.forgotten:
+            yield partition, Mark(consent.forgotten, address, forget=True)
+        if consent.said_at:
+            yield partition, Mark(consent.said_at, address, consent.purposes)
+    for partition, address, stated in statements.every_control():
+        rules, said_at = _rules(stated)
+        yield partition, Mark(said_at, address, rules=_stored(rules))
 
 
-def _consent(value: bytes | None, default: Purpose) -> Consent:
-    if value is None:
-        return Consent(default, 0, 0)
-    said, at, forgotten = value.split()
-    return Consent(default if said == b"-" else Purpose(int(said)), log_id(at), log_id(forgotten))
-
-
-def _rules(value: bytes | None) -> tuple[list[Rule | Setting | SharedArm], int]:
-    """Rules as the log holds them in words, and where it does."""
-    if value is None:
+def _rules(stated: StatedControls | None) -> tuple[list[Rule | Setting | SharedArm], int]:
+    """Returns the controls that the log holds in words, and the log id at which they were set."""
+    if stated is None:
         return [], 0
-    at, _, words = value.partition(b" ")
-    return [_of_words(*words) for words in json.loads(words)], log_id(at)
+    return [_of_words(*words) for words in json.loads(stated.words)], stated.said_at
 
 
 def _of_words(kind: str, name: str, value: Any) -> Rule | Setting | SharedArm:

@@ -30,10 +30,11 @@ from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
 from serving.privacy.certificates import Certificate, Certificates
-from serving.privacy.rights import Consent, Rule, Setting, SubjectRights
+from serving.privacy.rights import Rule, Setting, SubjectRights
 from serving.services import validation as checks
 from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent
 
 SHOWN = 100
 """Events that an answer shows at most."""

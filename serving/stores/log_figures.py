@@ -1,4 +1,4 @@
-"""How large the streams of the event log are, and how far their readers: read from Redis, whether readers live or not."""
+"""The sizes of the streams of the event log and the lag of their readers: from Redis itself, dead readers included."""
 
 from __future__ import annotations
 
