@@ -31,7 +31,7 @@ from features.tables.intake import REJECTED_SHARE, admit
 from features.tables.order import codes, is_present
 from features.vocabulary import Vocabulary
 from serving.errors import ProfileStoreUnavailable
-from serving.privacy.rights import marks
+from serving.privacy.marks import marks_of_log
 from serving.redis.client import address_of, connect, partition_of
 from serving.redis.router import RedisRouter, agreed_partitions
 from serving.stores.event_log import Entry, EventLog, partitions_for, partitions_of, sound
@@ -140,7 +140,7 @@ def rebuild(
         store.open()
         log.open()
         # First what may not be there: from then on the store itself refuses it.
-        said = list(marks(log))
+        said = list(marks_of_log(log))
         store.mark_many(said)
         undone = frozenset(entry.undone for entries in _logged(log, since) for entry in entries)
         loaded = store.put_states(_states(dataset, store, log, kept, undone))
