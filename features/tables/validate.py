@@ -16,10 +16,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.arrays import numbers
+from features.arrays import numbers, pc, to_mask
 from features.errors import PenchantError, TablesError
-from features.event_types import hint, meaning
-from features.schema import (
+from features.event_types import PASSIVE_EVENT_TYPES, hint, meaning
+from features.subjects import is_anonymous
+from features.tables.clock import AHEAD_MS
+from features.tables.conform import Rejected
+from features.tables.dataset import Loaded, read_info, read_table
+from features.tables.evidence import SPARED, Evidence, Finding
+from features.tables.files import table_path
+from features.tables.intake import summary, tell
+from features.tables.order import codes, is_present
+from features.tables.schema import (
     EVENTS,
     EVENTS_REQUIRED,
     IMPRESSIONS,
@@ -28,22 +36,12 @@ from features.schema import (
     ITEMS_REQUIRED,
     JUDGMENTS,
     JUDGMENTS_REQUIRED,
-    PASSIVE_EVENT_TYPES,
     USERS,
     USERS_REQUIRED,
 )
-from features.tables.clock import AHEAD_MS
-from features.tables.conform import Rejected
-from features.tables.convert import pc, to_mask
-from features.tables.dataset import Loaded, read_info, read_table, table_path
-from features.tables.evidence import SPARED, Evidence, Finding
-from features.tables.intake import summary, tell
-from features.tables.order import codes, is_present
 from features.tables.validate_clock import clock_skew
 from features.tables.validate_split import split
 from features.tables.written import MISSING_WORDS
-
-__all__ = ["LATE_MS", "LIMITS", "Evidence", "Finding", "judge", "passed", "validate"]
 
 LIMITS: Mapping[str, float] = {
     "types": 0.0,
@@ -408,7 +406,7 @@ class _Join:
         # What is not known is looked up in a row of its own, behind the last.
         people, who = codes(pa.chunked_array([*events["user_id"].chunks, *slates["user_id"].chunks], pa.string()))
         whose = np.append(who[events.num_rows :], -1)
-        anonymous = np.array([name.startswith("a:") for name in people] + [False])
+        anonymous = np.array([is_anonymous(name) for name in people] + [False])
         shown_at = np.append(numbers(slates["timestamp"]), 0)
         lengths = pc.fill_null(pc.list_value_length(slates["item_ids"]), 0).to_numpy().astype(np.int64)
         flat = pc.list_flatten(slates["item_ids"])

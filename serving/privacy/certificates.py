@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 
+from features.clock import now_ms
 from serving.errors import NotFound
 from serving.log_retention import PROFILES_GROUP
 from serving.privacy.ledger import Erasure, is_certificate_id, of_line, to_line
@@ -170,7 +170,7 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        partition, now = erasure.partition, time.time_ns() // 1_000_000
+        partition, now = erasure.partition, now_ms()
         keys = self._log.keys[partition]
         # Noted before the register is read: a copy that registers in between finds the erasure here.
         self.remember([erasure])
@@ -250,7 +250,7 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        now, key = time.time_ns() // 1_000_000, self._key(certificate.certificate_id)
+        now, key = now_ms(), self._key(certificate.certificate_id)
         for receipt in certificate.stores:
             if receipt.store in stores:
                 dates = f"{receipt.entries} {receipt.erased_at or now} {now}"
@@ -263,7 +263,7 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         for receipt in certificate.copies:
             if receipt.copy_id == copy_id and receipt.open:
                 dated = replace(receipt, erased_at=receipt.erased_at or now, purged_at=now if purged else 0)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from features.profile import Purpose
-from serving.redis.client import Request, address_of
+from serving.redis.client import Request
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.log_entries import log_id
+from serving.stores.keys import address_of, log_id
 
 
 @dataclass(frozen=True, slots=True)

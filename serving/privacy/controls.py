@@ -11,8 +11,8 @@ import numpy as np
 
 from features import controls
 from features.controls import RULE, Dial, Kind
-from features.schema import item_key
-from serving.stores.log_entries import log_id
+from features.keys import item_key
+from serving.stores.keys import log_id
 
 _SHARED_ARM = "ARM"
 

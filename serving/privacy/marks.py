@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from features.profile import Purpose
+from features.subjects import partition_of
 from serving.errors import Unavailable
 from serving.privacy.consent import parse_consent, read_consents
 from serving.privacy.controls import StoredControl, parse_controls, to_log, to_profile
-from serving.redis.client import Call, address_of, partition_of
+from serving.redis.client import Call
 from serving.stores.event_log import EventLog
 from serving.stores.event_scripts import PERSON_MARK
-from serving.stores.log_entries import log_id
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.keys import address_of, log_id
+from serving.stores.log_entries import Mark
+from serving.stores.profiles import ProfileStore
 
 
 class MarkWriter:

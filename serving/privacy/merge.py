@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from features.clock import now_ms
 from features.controls import MOST_RULES
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose
-from features.subjects import id_of, is_anonymous
 from serving.errors import ConsentWithheld, FailedPrecondition, Unavailable
 from serving.experiments import seed_of
 from serving.privacy.consent import read_consents
 from serving.privacy.controls import SharedArm, UserControl, join_controls
 from serving.privacy.marks import MarkWriter
-from serving.stores.event_log import Appended, Entry, EventLog, LoggedEvent, LoggedImpression
+from serving.stores.event_log import EventLog
+from serving.stores.log_codec import decode, reassigned
+from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 
@@ -125,7 +124,7 @@ class IdentityMerge:
         """Appends events to the log as the known user's, and applies them to the profile."""
         events = [
             LoggedEvent(
-                self._known, entry.event_id, entry.record, _reassigned(entry.payload, self._known), entry.personal
+                self._known, entry.event_id, entry.record, reassigned(entry.payload, self._known), entry.personal
             )
             for entry in entries
         ]
@@ -149,10 +148,10 @@ class IdentityMerge:
         present = {entry.payload for entry in self._impressions(self._known)}
         moved = 0
         for entries in self._log.history(self._anonymous, impressions=True):
-            payloads = [_reassigned(entry.payload, self._known, _PROFILE_FIELDS, merged=True) for entry in entries]
+            payloads = [reassigned(entry.payload, self._known, _PROFILE_FIELDS, merged=True) for entry in entries]
             self._log.append_impressions(
                 [
-                    LoggedImpression(self._known, int(json.loads(payload)["timestamp"]), payload)
+                    LoggedImpression(self._known, int(decode(payload)["timestamp"]), payload)
                     for payload in payloads
                     if payload not in present
                 ]
@@ -176,7 +175,7 @@ class IdentityMerge:
         [consent] = read_consents(self._log, [self._known])
         if not anonymous or Purpose.PERSONALISE not in consent.purposes:
             return 0
-        joined = join_controls(known, anonymous, time.time_ns() // 1_000_000)
+        joined = join_controls(known, anonymous, now_ms())
         self._marks.write(self._known, controls=joined[:MOST_RULES])
         return max(0, len(joined) - MOST_RULES)
 
@@ -191,10 +190,3 @@ def _profile_size(store: ProfileStore, subject: str) -> tuple[int, bool]:
         return store.read(subject).count, False
     except ProfileCorrupt:
         return 0, True
-
-
-def _reassigned(payload: bytes, subject: str, without: Collection[str] = (), **more: Any) -> bytes:
-    """Returns the payload of an event or a slate as another user's, without some fields and with others."""
-    fields = json.loads(payload) | {"user_id": id_of(subject), "anonymous": is_anonymous(subject), **more}
-    kept = {name: value for name, value in fields.items() if name not in without}
-    return json.dumps(kept, ensure_ascii=False).encode()

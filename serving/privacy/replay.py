@@ -13,10 +13,11 @@ from serving.errors import ConfigError
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.redis.client import connect
-from serving.stores.event_log import EventLog, partitions_for
-from serving.stores.log_entries import Erased
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Erased, Mark
 from serving.stores.log_erasure import LogErasure
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.meta import partitions_for
+from serving.stores.profiles import ProfileStore
 
 _TIMEOUT_S = 10.0
 

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from features.clock import now_ms
 from features.errors import ProfileCorrupt
 from features.profile import ENTRY, Profile, Purpose, Retention, Stored, refold
-from features.subjects import is_anonymous
+from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, NotFound, Unavailable
-from serving.places import HOST, read_identity
+from serving.folder_identity import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.consent import Consent, read_consents
 from serving.privacy.controls import SharedArm, UserControl
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
 from serving.privacy.marks import MarkWriter
 from serving.privacy.merge import IdentityMerge, MergeResult
-from serving.redis.client import Call, address_of, partition_of
-from serving.stores.event_log import Entry, EventLog, sound, stream_id
+from serving.redis.client import Call
+from serving.stores.event_log import EventLog
 from serving.stores.event_scripts import EVENT_UNDO
+from serving.stores.keys import address_of, stream_id
+from serving.stores.log_entries import Entry, sound
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 
@@ -157,14 +159,14 @@ class SubjectRights:
             Unavailable: A Redis does not answer, or the profile is being restored; a repeat is safe.
             ProfileCorrupt: The stored profile is damaged.
         """
-        now_ms = time.time_ns() // 1_000_000
+        now = now_ms()
 
         def fold_again(stored: Stored) -> Profile:
             if stored.away:  # what the log still holds is not all of the user's past
-                self._log.call_back({subject: now_ms})
+                self._log.call_back({subject: now})
                 raise Unavailable("the evicted profile of this user is being restored; try again", retry_after_ms=1000)
             logged = self._logged_entries(subject, stored.erased_before, deadline)
-            return refold(stored, logged, undone, lambda records: self._retention.expired(records, now_ms))
+            return refold(stored, logged, undone, lambda records: self._retention.expired(records, now))
 
         return self._store.replace(subject, fold_again)
 

@@ -18,11 +18,14 @@ from google.protobuf.json_format import MessageToDict
 from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
+from features.clock import now_ms
 from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
+from features.event_types import EVENT_TYPES
+from features.keys import event_type_key, item_key
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
-from features.schema import EVENT_TYPES, event_type_key, item_key
+from features.subjects import anonymous, known
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
@@ -31,6 +34,7 @@ from serving.privacy.consent import Consent
 from serving.privacy.controls import BlockControl, DialControl, UserControl
 from serving.privacy.rights import SubjectRights
 from serving.services import validation as checks
+from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
 
 SHOWN = 100
@@ -137,7 +141,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     ) -> profile_pb2.MergeIdentitiesResponse:
         """Moves what a visitor did to the person they turn out to be."""
         visitor = checks.identifier(request.anonymous_id, "anonymous_id")
-        merged = self._people.merge(f"a:{visitor}", f"u:{checks.identifier(request.user_id, 'user_id')}")
+        merged = self._people.merge(anonymous(visitor), known(checks.identifier(request.user_id, "user_id")))
         return profile_pb2.MergeIdentitiesResponse(
             events=merged.events,
             impressions=merged.impressions,
@@ -159,7 +163,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             page.documents.extend(self._facts(subject))
         size = sum(map(len, page.documents))
         for kind, at, payload in self._people.documents(subject, first, after, _deadline(context)):
-            page.documents.append(json.dumps({"kind": kind} | json.loads(payload), ensure_ascii=False))
+            page.documents.append(json.dumps({"kind": kind} | decode(payload), ensure_ascii=False))
             size += len(payload)
             if size > PAGE_BYTES:
                 page.next_page_token = f"{kind}:{at}"
@@ -378,7 +382,7 @@ def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfi
 def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
     """What the person is doing now, None where they are not here."""
     memory = profile.memory
-    if not memory.visiting(time.time_ns() // 1_000_000):
+    if not memory.visiting(now_ms()):
         return None
     here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]
     keys, counts = np.unique(here[here != 0], return_counts=True)

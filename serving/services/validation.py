@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from features.controls import MOST_RULES, Dial
+from features.subjects import NO_SUBJECT, Subject, anonymous, known
 from features.tables.convert import MOST_ID_BYTES
-from penchant.v1.common_pb2 import Dials, Subject
+from penchant.v1 import common_pb2
+from penchant.v1.common_pb2 import Dials
 from serving.errors import InvalidArgument
 from serving.privacy.controls import DialControl
 
@@ -143,14 +145,14 @@ def attributes(values: Mapping[str, str], field: str, entries: int = 64, limit: 
     return dict(values)
 
 
-def subject(value: Subject, field: str, *, required: bool = True) -> str:
-    """The key of a person: "u:" and the user id, or "a:" and the anonymous id; "" where nobody is named."""
+def subject(value: common_pb2.Subject, field: str, *, required: bool = True) -> Subject:
+    """Returns the subject of a user or an anonymous user, "" if the request names neither."""
     identifier(value.user_id, f"{field}.user_id", required=False)
     identifier(value.anonymous_id, f"{field}.anonymous_id", required=False)
     if value.user_id:
-        return "u:" + value.user_id
+        return known(value.user_id)
     if value.anonymous_id:
-        return "a:" + value.anonymous_id
+        return anonymous(value.anonymous_id)
     if required:
         raise InvalidArgument(field, "is required: give user_id or anonymous_id")
-    return ""
+    return NO_SUBJECT

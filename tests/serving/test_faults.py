@@ -145,7 +145,7 @@ class TestRedis:
             assert ids(client.search("late", page_size=1)) == ["late"]
 
     def test_a_redis_that_would_lose_data_is_refused(self, world, profiles, tmp_path):
-        from serving.processes.service import serve
+        from serving.processes.supervisor import serve
 
         config = ServeConfig.load(bundle=world, listen="127.0.0.1:0", redis=profiles.url, workers=1)
         with pytest.raises(ConfigError, match="appendfsync"):
@@ -216,14 +216,14 @@ class TestProcesses:
             assert eventually(lambda: not any(map(alive, children)))
 
     def test_an_address_in_use_is_refused(self, service, world, tmp_path):
-        from serving.processes.service import serve
+        from serving.processes.supervisor import serve
 
         config = ServeConfig.load(bundle=world, listen=service.target, state_dir=tmp_path)
         with pytest.raises(ConfigError, match="cannot listen"):
             serve(config)
 
     def test_a_state_directory_in_use_is_refused(self, service, world):
-        from serving.processes.service import serve
+        from serving.processes.supervisor import serve
 
         config = ServeConfig.load(bundle=world, listen="127.0.0.1:0", state_dir=service.log.parent)
         with pytest.raises(ConfigError, match="in use"):
@@ -307,8 +307,8 @@ class TestHoldout:
 def test_a_failed_encoder_serves_from_the_rung_below(world, profiles_redis):
     store, telemetry = ProfileStore(profiles_redis), Telemetry()
     engine = open_engine(world, Dependencies(ServeConfig.load(bundle=world), store, CatalogProgress(), telemetry))
+    from features.keys import item_keys
     from features.profile import make_records
-    from features.schema import item_keys
 
     record = make_records(item_keys(["i5"]), 0, 0, 0, float("nan"), 0)[0]
     store.apply("u:ann", [(1 << 50, record.tobytes())])
