@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from features import controls
-from features.controls import RULE, Dial, Kind
+from features.controls import CONTROL, ControlKind, Dial
 from features.keys import item_key
 from serving.stores.keys import log_id
 
@@ -22,12 +22,12 @@ class BlockControl:
     """A block, or with an end a mute: what the user does not want to be shown.
 
     Attributes:
-        kind: Kind of what is blocked.
+        kind: ControlKind of what is blocked.
         name: External id of the item or the creator, or the name of the category.
         until: End of the block, ms; 0 for none.
     """
 
-    kind: Kind
+    kind: ControlKind
     name: str
     until: int = 0
 
@@ -86,8 +86,8 @@ def to_profile(stored: Sequence[StoredControl]) -> bytes:
     dials = [
         (control.dial, item_key(control.name), control.value) for control in stored if isinstance(control, DialControl)
     ]
-    arms = [controls.arm_rule(control.seed) for control in stored if isinstance(control, SharedArm)]
-    return controls.encode(np.concatenate([np.array(blocks, RULE), controls.dial_rules(dials), *arms]))
+    arms = [controls.arm_control(control.seed) for control in stored if isinstance(control, SharedArm)]
+    return controls.encode(np.concatenate([np.array(blocks, CONTROL), controls.dial_controls(dials), *arms]))
 
 
 def join_controls(known: Sequence[UserControl], anonymous: Sequence[UserControl], now_ms: int) -> list[UserControl]:
@@ -97,7 +97,7 @@ def join_controls(known: Sequence[UserControl], anonymous: Sequence[UserControl]
     user's. The known user's controls come first, and of either user's the blocks before the dials: where not all have
     room, the last are left out.
     """
-    ends: dict[tuple[Kind, str], int] = {}
+    ends: dict[tuple[ControlKind, str], int] = {}
     for control in (*known, *anonymous):
         if isinstance(control, BlockControl) and not 0 < control.until <= now_ms:
             target = (control.kind, control.name)
@@ -120,8 +120,8 @@ def _target(control: UserControl) -> tuple[int, str]:
 def _parse_control(kind: str, name: str, value: Any) -> StoredControl:
     if kind == _SHARED_ARM:
         return SharedArm(int(value))
-    if kind in Kind.__members__:
-        return BlockControl(Kind[kind], name, value)
+    if kind in ControlKind.__members__:
+        return BlockControl(ControlKind[kind], name, value)
     return DialControl(Dial[kind], name, value)
 
 

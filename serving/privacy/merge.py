@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from features.clock import now_ms
-from features.controls import MOST_RULES
+from features.controls import MAX_CONTROLS
 from features.errors import PenchantError, ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConsentWithheld, FailedPrecondition, Unavailable
@@ -176,8 +176,8 @@ class IdentityMerge:
         if not anonymous or Purpose.PERSONALISE not in consent.purposes:
             return 0
         joined = join_controls(known, anonymous, now_ms())
-        self._marks.write(self._known, controls=joined[:MOST_RULES])
-        return max(0, len(joined) - MOST_RULES)
+        self._marks.write(self._known, controls=joined[:MAX_CONTROLS])
+        return max(0, len(joined) - MAX_CONTROLS)
 
     def _controls(self, subject: str) -> list[UserControl]:
         stored, _ = self._marks.stored_controls(subject)

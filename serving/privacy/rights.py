@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from features.clock import now_ms
 from features.errors import ProfileCorrupt
-from features.profile import ENTRY, Profile, Purpose, Retention, Stored, refold
+from features.profile import ENTRY, Profile, Purpose, Retention, StoredProfile, refold
 from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, NotFound, Unavailable
 from serving.folder_identity import HOST, read_identity
@@ -161,8 +161,8 @@ class SubjectRights:
         """
         now = now_ms()
 
-        def fold_again(stored: Stored) -> Profile:
-            if stored.away:  # what the log still holds is not all of the user's past
+        def fold_again(stored: StoredProfile) -> Profile:
+            if stored.evicted:  # what the log still holds is not all of the user's past
                 self._log.call_back({subject: now})
                 raise Unavailable("the evicted profile of this user is being restored; try again", retry_after_ms=1000)
             logged = self._logged_entries(subject, stored.erased_before, deadline)
@@ -208,7 +208,7 @@ class SubjectRights:
 
         Args:
             subject: The user.
-            kind: Kind to begin with.
+            kind: ControlKind to begin with.
             after: Log id of that kind behind which to begin.
             deadline: When to give up, on the clock of `time.monotonic`, s.
 

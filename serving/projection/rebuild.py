@@ -229,7 +229,7 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
         "damage": PAST_LOST if profile.lost else "",
         "profile_version": profile.version,
         "event_count": profile.count,
-        "seen_only": int(profile.evicted.size),
+        "seen_only": int(profile.older_items.size),
         "categories": _shares(profile, items),
         "events": [_event(record, items, types) for record in profile.records[::-1][:SHOWN]],
     }

@@ -19,7 +19,7 @@ from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
 from features.clock import now_ms
-from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
+from features.controls import FOR_EVER, MAX_CONTROLS, ControlKind, Dial
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
@@ -54,13 +54,13 @@ _PURPOSES = {
 
 
 _KINDS = {
-    profile_pb2.CONTROL_KIND_ITEM: Kind.ITEM,
-    profile_pb2.CONTROL_KIND_CREATOR: Kind.CREATOR,
-    profile_pb2.CONTROL_KIND_CATEGORY: Kind.CATEGORY,
+    profile_pb2.CONTROL_KIND_ITEM: ControlKind.ITEM,
+    profile_pb2.CONTROL_KIND_CREATOR: ControlKind.CREATOR,
+    profile_pb2.CONTROL_KIND_CATEGORY: ControlKind.CATEGORY,
 }
 
 
-_DIALLED = {Dial.CATEGORY_WEIGHT: Kind.CATEGORY, Dial.CREATOR_WEIGHT: Kind.CREATOR}
+_DIALLED = {Dial.CATEGORY_WEIGHT: ControlKind.CATEGORY, Dial.CREATOR_WEIGHT: ControlKind.CREATOR}
 """What a dial with a name is about."""
 
 
@@ -95,7 +95,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         subject = checks.subject(request.subject, "subject")
         turned = [setting for setting in checks.dials(request.dials, "dials") if setting.value]
         of = f"things, {len(turned)} dials beside them" if turned else "things"
-        checks.count(request.hidden, "hidden", 0, MOST_RULES - len(turned), of)
+        checks.count(request.hidden, "hidden", 0, MAX_CONTROLS - len(turned), of)
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
         version, applied = self._people.set_controls(subject, [*rules, *turned])
         matched, unknown = control_matches(rules, turned, self._host.engine.catalog)
@@ -221,7 +221,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             profile = self._store.read(subject)
         except ProfileCorrupt as error:
             return {"damage": str(error)}
-        engine, memory = self._host.engine, profile.memory
+        engine, memory = self._host.engine, profile.decayed_counts
         found: dict[str, Any] = {"as_of_ms": memory.newest, "horizons": list(HORIZONS)}
         if profile.lost:
             found["damage"] = PAST_LOST
@@ -242,10 +242,10 @@ def control_matches(
     named = [(f"hidden[{place}].id", rule.kind, rule.name) for place, rule in enumerate(rules)]
     fields = {dial: (f"dials.{field}", _DIALLED[dial]) for field, dial in checks.NAMED_DIALS.items()}
     named += [(*fields[setting.dial], setting.name) for setting in dials if setting.name]
-    by_kind: dict[Kind, list[str]] = {}
+    by_kind: dict[ControlKind, list[str]] = {}
     for _, kind, name in named:
         by_kind.setdefault(kind, []).append(name)
-    likely: dict[tuple[Kind, str], str] = {}
+    likely: dict[tuple[ControlKind, str], str] = {}
     for kind, names in by_kind.items():
         likely |= {(kind, name): meant for name, meant in look_up(catalog, kind.name.lower(), names).items()}
     matched, unknown = list[profile_pb2.ControlMatch](), list[profile_pb2.ControlMatch]()
@@ -373,15 +373,15 @@ def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfi
         event_count=profile.count,
         events=events,
         categories=_affinities(profile, items),
-        seen_only=profile.evicted.size,
-        segment=_category(profile.memory.segment(), engine),
+        seen_only=profile.older_items.size,
+        segment=_category(profile.decayed_counts.segment(), engine),
         visit=_visit(profile, engine),
     )
 
 
 def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
     """What the person is doing now, None where they are not here."""
-    memory = profile.memory
+    memory = profile.decayed_counts
     if not memory.visiting(now_ms()):
         return None
     here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Sized
 import numpy as np
 import numpy.typing as npt
 
-from features.controls import MOST_RULES, Dial
+from features.controls import MAX_CONTROLS, Dial
 from features.subjects import NO_SUBJECT, Subject, anonymous, known
 from features.tables.convert import MOST_ID_BYTES
 from penchant.v1 import common_pb2
@@ -117,7 +117,7 @@ def within(value: float, field: str, low: float, high: float) -> float:
 
 def dials(value: Dials, field: str) -> list[DialControl]:
     """The dials that are set, each in its range; at most as many as a person may have rules."""
-    count([*value.categories, *value.creators], field, 0, MOST_RULES, "categories and creators")
+    count([*value.categories, *value.creators], field, 0, MAX_CONTROLS, "categories and creators")
     said = {name.name for name, _ in value.ListFields()}
     turned = [
         DialControl(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from features.clock import now_ms
-from features.controls import MOST_RULES, Dial, Kind, blocked, dials
+from features.controls import MAX_CONTROLS, ControlKind, Dial, blocked_keys, dials
 from features.errors import ProfileCorrupt
 from features.keys import event_type_key, item_key
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
@@ -198,18 +198,18 @@ def servers(profiles_server, events_server):
 
 class TestRules:
     RULES = (
-        BlockControl(Kind.ITEM, "i1"),
-        BlockControl(Kind.CREATOR, "m\0{}", 5000),
-        BlockControl(Kind.CATEGORY, "tea"),
+        BlockControl(ControlKind.ITEM, "i1"),
+        BlockControl(ControlKind.CREATOR, "m\0{}", 5000),
+        BlockControl(ControlKind.CATEGORY, "tea"),
         DialControl(Dial.NOVELTY, "", -0.5),
         DialControl(Dial.CATEGORY_WEIGHT, "tea", 0.25),
     )
 
     def stored(self, store, subject="u:ann"):
-        rules = store.read(subject).rules
+        rules = store.read(subject).controls
         turned = {(Dial.NOVELTY, 0): -0.5, (Dial.CATEGORY_WEIGHT, item_key("tea")): 0.25} if rules.size > 3 else {}
         assert dials(rules) == turned
-        return [blocked(rules, kind, 4999).tolist() for kind in Kind]
+        return [blocked_keys(rules, kind, 4999).tolist() for kind in ControlKind]
 
     def test_they_are_known_in_words_by_the_log_and_as_keys_by_the_profile(self, people, log, store):
         assert people.controls("u:ann") == ([], 0)
@@ -217,7 +217,7 @@ class TestRules:
         assert applied
         assert people.controls("u:ann") == (list(self.RULES), version)
         assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
-        assert blocked(store.read("u:ann").rules, Kind.CREATOR, 5000).size == 0
+        assert blocked_keys(store.read("u:ann").controls, ControlKind.CREATOR, 5000).size == 0
         project(log, store)
         assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
         people.set_controls("u:ann", ())
@@ -258,40 +258,50 @@ class TestRules:
     def test_a_merge_joins_them_and_the_later_end_holds(self, people, store):
         soon = now_ms() + 3_600_000
         theirs = [
-            BlockControl(Kind.ITEM, "i1", soon),
-            BlockControl(Kind.ITEM, "i2", soon),
-            BlockControl(Kind.CREATOR, "i3"),
+            BlockControl(ControlKind.ITEM, "i1", soon),
+            BlockControl(ControlKind.ITEM, "i2", soon),
+            BlockControl(ControlKind.CREATOR, "i3"),
         ]
-        people.set_controls("a:tab", [*theirs, BlockControl(Kind.ITEM, "i4", 50)])
-        people.set_controls("u:ann", [BlockControl(Kind.ITEM, "i1"), BlockControl(Kind.ITEM, "i2", soon - 1)])
+        people.set_controls("a:tab", [*theirs, BlockControl(ControlKind.ITEM, "i4", 50)])
+        people.set_controls(
+            "u:ann", [BlockControl(ControlKind.ITEM, "i1"), BlockControl(ControlKind.ITEM, "i2", soon - 1)]
+        )
         assert people.merge("a:tab", "u:ann").controls_left_out == 0
-        joined = [BlockControl(Kind.ITEM, "i1"), BlockControl(Kind.ITEM, "i2", soon), BlockControl(Kind.CREATOR, "i3")]
+        joined = [
+            BlockControl(ControlKind.ITEM, "i1"),
+            BlockControl(ControlKind.ITEM, "i2", soon),
+            BlockControl(ControlKind.CREATOR, "i3"),
+        ]
         assert people.controls("u:ann")[0] == joined
         assert people.controls("a:tab")[0] == []
         assert self.stored(store) == [[item_key("i1"), item_key("i2")], [item_key("i3")], []]
 
     def test_a_merge_keeps_the_known_person_s_dials_and_adds_the_visitor_s(self, people):
         taste = DialControl(Dial.CREATOR_WEIGHT, "maker", 1.0)
-        people.set_controls("a:tab", [BlockControl(Kind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 1.0), taste])
+        people.set_controls("a:tab", [BlockControl(ControlKind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 1.0), taste])
         people.set_controls("u:ann", [DialControl(Dial.NOVELTY, "", -1.0)])
         people.merge("a:tab", "u:ann")
         assert people.controls("u:ann")[0] == [
             DialControl(Dial.NOVELTY, "", -1.0),
-            BlockControl(Kind.ITEM, "i1"),
+            BlockControl(ControlKind.ITEM, "i1"),
             taste,
         ]
 
     def test_a_merge_that_has_no_room_keeps_the_known_user_s_rules_and_tells_what_it_left_out(self, people):
         own = [
-            *(BlockControl(Kind.ITEM, f"own{n}") for n in range(MOST_RULES - 3)),
+            *(BlockControl(ControlKind.ITEM, f"own{n}") for n in range(MAX_CONTROLS - 3)),
             DialControl(Dial.NOVELTY, "", -1.0),
         ]
-        theirs = [DialControl(Dial.FRESHNESS, "", 1.0), *(BlockControl(Kind.ITEM, f"new{n}") for n in range(4))]
+        theirs = [DialControl(Dial.FRESHNESS, "", 1.0), *(BlockControl(ControlKind.ITEM, f"new{n}") for n in range(4))]
         people.set_controls("u:ann", own)
         people.set_controls("a:tab", [*theirs, own[0]])
         merged = people.merge("a:tab", "u:ann")
         assert merged.controls_left_out == 3
-        assert people.controls("u:ann")[0] == [*own, BlockControl(Kind.ITEM, "new0"), BlockControl(Kind.ITEM, "new1")]
+        assert people.controls("u:ann")[0] == [
+            *own,
+            BlockControl(ControlKind.ITEM, "new0"),
+            BlockControl(ControlKind.ITEM, "new1"),
+        ]
 
 
 class TestUndo:
@@ -342,8 +352,8 @@ class TestUndo:
         people.undo("u:ann", "e200")
         profile = store.read("u:ann")
         assert items(store) == [43, *range(44, 200), *range(201, 300)]
-        assert item_key("i10") not in profile.evicted.tolist()
-        assert (profile.count, profile.evicted.size) == (298, 42)
+        assert item_key("i10") not in profile.older_items.tolist()
+        assert (profile.count, profile.older_items.size) == (298, 42)
 
     def test_an_unknown_id_costs_one_look_however_much_a_user_has_done(self, people, log, store, events_redis):
         ingest(log, store, *(event(number) for number in range(1200)))
@@ -510,12 +520,12 @@ class TestMerge:
 
     @pytest.mark.parametrize("allowed", [Purpose.TRAIN, NOTHING])
     def test_what_a_visitor_said_goes_to_nobody_who_allows_no_personal_answers(self, people, store, allowed):
-        people.set_controls("a:x", [BlockControl(Kind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 0.5)])
+        people.set_controls("a:x", [BlockControl(ControlKind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 0.5)])
         people.set_consent("u:ann", allowed)
         people.merge("a:x", "u:ann")
         assert people.controls("u:ann")[0] == []
         assert people.controls("a:x")[0] == []
-        assert store.read("u:ann").rules.size == 0
+        assert store.read("u:ann").controls.size == 0
 
     def test_what_an_erasure_of_the_person_refuses_does_not_come_back_by_a_merge(self, people, log, store):
         now = now_ms()
@@ -559,10 +569,10 @@ class TestErase:
         people.erase("u:ann")
         profiles_redis.set(store.key_of("u:ann"), backup)
         replay(ledger.erasures(), log, store)
-        assert store.read("u:ann").rules.size == 0
+        assert store.read("u:ann").controls.size == 0
         people.set_controls("u:ann", TestRules.RULES)  # of their new life
         replay(ledger.erasures(), log, store)
-        assert store.read("u:ann").rules.size == len(TestRules.RULES)
+        assert store.read("u:ann").controls.size == len(TestRules.RULES)
 
     CANARY = "canary-5fa1c9"
 

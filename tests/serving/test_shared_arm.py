@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from features.controls import Dial, Kind, arm_seed
+from features.controls import ControlKind, Dial, arm_seed
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.experiments import SEEDS, Holdout, seed_of
 from serving.privacy.certificates import Certificates
@@ -25,7 +25,7 @@ def people(log, store):
 
 def arm_of(store, subject=DEVICE):
     """The seed that a stored profile shares."""
-    return arm_seed(store.read(subject).rules)
+    return arm_seed(store.read(subject).controls)
 
 
 def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
@@ -51,7 +51,7 @@ def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
 
 def test_it_outlives_what_the_device_says_and_the_loss_of_the_profiles(people, log, store, profiles_redis):
     people.merge(DEVICE, USER)
-    rules = [BlockControl(Kind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 0.5)]
+    rules = [BlockControl(ControlKind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 0.5)]
     people.set_controls(DEVICE, rules)
     assert people.controls(DEVICE)[0] == rules
     assert arm_of(store) == seed_of(USER)
