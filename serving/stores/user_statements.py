@@ -25,12 +25,12 @@ class Consent:
 
     Attributes:
         purposes: The purposes for which their data may be used.
-        said_at: Log id at which they said so; 0 if they said nothing and the default holds.
+        set_at: Log id at which they set them; 0 if they never did and the default holds.
         forgotten: Log id up to which nothing may be in their profile, whatever other stores still hold; 0 for none.
     """
 
     purposes: Purpose
-    said_at: int
+    set_at: int
     forgotten: int
 
 
@@ -40,11 +40,11 @@ class StatedControls:
 
     Attributes:
         words: The controls, with names instead of keys; opaque here.
-        said_at: Log id at which the user set them.
+        set_at: Log id at which the user set them.
     """
 
     words: bytes
-    said_at: int
+    set_at: int
 
 
 class UserStatements:
@@ -127,13 +127,13 @@ class UserStatements:
 
 
 def _consent(value: bytes | None, default: Purpose) -> Consent:
-    """Reads `PURPOSES SAID-AT FORGOTTEN`; `-` stands for purposes never stated, such as after an erasure."""
+    """Reads `PURPOSES SET-AT FORGOTTEN`; `-` stands for purposes never stated, such as after an erasure."""
     if value is None:
         return Consent(default, 0, 0)
-    purposes, said_at, forgotten = value.split()
-    return Consent(default if purposes == b"-" else Purpose(int(purposes)), log_id(said_at), log_id(forgotten))
+    purposes, set_at, forgotten = value.split()
+    return Consent(default if purposes == b"-" else Purpose(int(purposes)), log_id(set_at), log_id(forgotten))
 
 
 def _controls(value: bytes) -> StatedControls:
-    said_at, _, words = value.partition(b" ")
-    return StatedControls(words, log_id(said_at))
+    set_at, _, words = value.partition(b" ")
+    return StatedControls(words, log_id(set_at))
