@@ -98,8 +98,6 @@ class IdentityMerge:
         """
         consents = UserStatements(self._log).consents([self._anonymous, self._known])
         anonymous, known = (consent.purposes for consent in consents)
-            consent.purposes for consent in UserStatements(self._log).consents([self._anonymous, self._known])
-        )
         missing = Purpose(known & ~int(anonymous) & int(EVERY_PURPOSE))
         if missing:
             raise FailedPrecondition(
