@@ -19,9 +19,9 @@ from features.histories import history_keys
 from features.transforms import item_text, text_tokens
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
 from training.data.interactions import read_interactions
+from training.export import export as exporting
 from training.export import golden
 from training.export.export import Gates, publish_run
-from training.export.export import export as exporting
 from training.export.index import build
 from training.export.onnx import Graph
 from training.models import scoring as ranking
