@@ -391,7 +391,7 @@ def _names(profile: Profile, bundle: Path | None) -> tuple[dict[int, dict[str, A
     keys = item_keys(table["item_id"].to_pylist())
     rows = np.flatnonzero(np.isin(keys, profile.records["item"]))
     found = table.select(["item_id", "title", "categories"]).take(rows).to_pylist()
-    names = {*EVENT_TYPES, *opened.model["event_types"]}
+    names = {*EVENT_TYPES, *opened.model.event_types}
     return dict(zip(keys[rows].tolist(), found, strict=True)), {event_type_key(name): name for name in names}
 
 
