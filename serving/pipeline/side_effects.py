@@ -24,6 +24,7 @@ from serving.pipeline.query import Query, Slate
 from serving.stores.event_log import EventLog
 from serving.stores.log_codec import encode_features, encode_slate, user_fields
 from serving.stores.log_entries import LoggedImpression
+from serving.stores.restore_requests import RestoreRequests
 
 MOST_EXCLUDED = 100
 """Excluded items that a slate is logged with at most; their number is logged in any case."""
@@ -150,7 +151,7 @@ class ImpressionWriter:
     def _call_back(self, seen: Mapping[str, int]) -> None:
         """Asks for the states of those who are back and have done nothing yet; their next answer asks again."""
         try:
-            self._log.call_back(seen)
+            RestoreRequests(self._log).add(seen)
         except ServingError as error:
             self._lose(error, "users who came back unknown for now", len(seen))
 

@@ -81,9 +81,9 @@ def work(
         guarded = not config.unsafe_redis
         store = ProfileStore(profiles, config.partitions, telemetry=telemetry, guarded=guarded)
         # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
-        writer = ProfileStore(written, config.partitions, telemetry=telemetry, guarded=guarded, beside=store)
+        writer = ProfileStore(written, config.partitions, telemetry=telemetry, guarded=guarded, shared_with=store)
         # The monitor looks at the settings, with connections of its own: a late answer costs nobody else anything.
-        watched = ProfileStore(watched_profiles, config.partitions, guarded=guarded, beside=store)
+        watched = ProfileStore(watched_profiles, config.partitions, guarded=guarded, shared_with=store)
         log = EventLog(
             events,
             config.partitions,
@@ -113,7 +113,7 @@ def work(
             profiles=ProfileService(host, people, certificates, writer),
             catalog=CatalogService(host, changes, follower),
         )
-        watched_log = EventLog(watched_events, config.partitions, unsafe=config.unsafe_redis, beside=log)
+        watched_log = EventLog(watched_events, config.partitions, unsafe=config.unsafe_redis, shared_with=log)
         parts = parts_of(watched, watched_log, changes, follower, progress, config.unsafe_redis)
         tell = control.state if control else lambda _: None
         monitor = HealthMonitor(parts, server.say, tell, strict=config.strict_readiness)

@@ -36,8 +36,11 @@ from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import Entry, sound
 from serving.stores.meta import awaited_partitions
-from serving.stores.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
+from serving.stores.profile_access import TAIL_CAP, TailFull
+from serving.stores.profile_eviction import Evictions
+from serving.stores.profiles import Applied, ProfileStore
 from serving.stores.registry import Copy, Heartbeat, Registry
+from serving.stores.restore_requests import RestoreRequests
 
 COMPACT_AFTER = 64
 """Entries in a tail above which it is folded."""
@@ -302,7 +305,7 @@ class Projector:
                 self._telemetry.count("events_projected", reply.inserted)
                 if reply.tail > self._compact_after:
                     long.append(subject)
-                if reply.away and self._idle:
+                if reply.evicted and self._idle:
                     self._returned[subject] = None
             elif not isinstance(reply, ProfileCorrupt):  # which is counted; a rebuild mends it
                 raise reply
@@ -314,11 +317,11 @@ class Projector:
         self._compact(subject, log_id - 1)
         # Whose past cannot be had now gets it later, with all that would have to be folded without it.
         if self._idle is not None:
-            self._profiles.leave_again(subject)
+            Evictions(self._profiles).evict_again(subject)
 
     def _compact(self, subject: str, up_to: int, at_least: int = 1) -> None:
         try:
-            if self._profiles.compact(subject, up_to, at_least, dropped_too=self._idle is None):
+            if self._profiles.compact(subject, up_to, at_least, evicted_too=self._idle is None):
                 self._telemetry.count("profiles_compacted")
         except ProfileCorrupt as error:
             _log.error("%s", error)
@@ -333,7 +336,7 @@ class Projector:
             return
         if time.monotonic() - self._called >= _CALLED_S:
             self._called = time.monotonic()
-            self._returned |= dict.fromkeys(self._log.called_back())
+            self._returned |= dict.fromkeys(RestoreRequests(self._log).take())
         if self._returned:
             self._welcomed = self._aside.submit(self._rehydrate, list(self._returned))
             self._returned = {}
@@ -354,7 +357,7 @@ class Projector:
             return
         self._swept = time.monotonic()
         before_ms = self._log.now_ms() - int(self._idle.days * 86_400_000)
-        self._telemetry.count("profiles_dropped", self._profiles.leave(before_ms))
+        self._telemetry.count("profiles_dropped", Evictions(self._profiles).evict(before_ms))
 
     def _trim(self) -> None:
         if time.monotonic() - self._trimmed < _TRIM_S:

@@ -40,7 +40,10 @@ from serving.stores.event_log import EventLog
 from serving.stores.keys import LIVE, SEQUENCE_BITS, address_of
 from serving.stores.log_entries import Entry, Mark, sound
 from serving.stores.meta import partitions_for, partitions_of, profile_partitions
-from serving.stores.profiles import Applied, ProfileStore, TailFull
+from serving.stores.profile_access import TailFull
+from serving.stores.profile_eviction import Evictions
+from serving.stores.profile_repair import Repairs
+from serving.stores.profiles import Applied, ProfileStore
 
 SHOWN = 50
 """Events that are shown at most."""
@@ -185,7 +188,7 @@ def rehydrate(
         raise TablesError(f"{warehouse} is not a warehouse: it has no events")
     until = int(read_info(warehouse).get("until", 0))
     # Whoever the warehouse has not caught up with waits for their next event.
-    folded = {subject: version for subject, version in store.dropped(subjects).items() if version <= until}
+    folded = {subject: version for subject, version in Evictions(store).evicted(subjects).items() if version <= until}
     states = {subject: dataclasses.replace(empty(), version=version) for subject, version in folded.items()}
     for partition, own in _by_partition(folded, log.partitions).items():
         events = _events_of(warehouse, partition, own)
@@ -259,8 +262,8 @@ def _apply(
     for entry, gone in zip(events, expired.tolist(), strict=True):
         if not gone:
             own.setdefault(entry.subject, []).append((entry.log_id, entry.record))
-    for subject in store.damaged(list(own)):
-        store.start_over(subject)
+    for subject in Repairs(store).damaged(list(own)):
+        Repairs(store).salvage(subject)
         store.mark_many([one for one in said if one[1].address == address_of(subject)])
     applied = 0
     for (subject, news), reply in zip(own.items(), store.apply_many(list(own.items())), strict=True):

@@ -84,11 +84,11 @@ class CatalogLog:
             cooldown_s: Longest pause between looks at a failed Redis.
             unsafe: Whether changes count on a Redis that may lose them.
         """
-        self._nodes = RedisRouter(client, CatalogLogUnavailable, cooldown_s, guarded="" if unsafe else "events")
+        self._router = RedisRouter(client, CatalogLogUnavailable, cooldown_s, guarded="" if unsafe else "events")
         self._length = stream_length
         self._live_ms = live_ms
         # Half a client's timeout is left for the way there and back.
-        self._longest_block_ms = max(1, int(500 * self._nodes.timeout_s))
+        self._longest_block_ms = max(1, int(500 * self._router.timeout_s))
 
     def put(self, changes: Sequence[Change]) -> int:
         """Makes changes durable, as `write` does; returns the version of the catalogue that holds them all."""
@@ -108,7 +108,7 @@ class CatalogLog:
             batch = changes[start : start + _BATCH]
             words = [word for change in batch for word in (change.kind, change.item_id, _payload(change))]
             call = ScriptCall(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))
-            reached, places = self._nodes.run(call)
+            reached, places = self._router.run(call)
             version, refused = int(reached), [*refused, *(start + int(place) for place in places)]
         return Written(version or self.version(), tuple(refused))
 
@@ -118,7 +118,7 @@ class CatalogLog:
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        return int(self._nodes.command("GET", _VERSION) or 0)
+        return int(self._router.command("GET", _VERSION) or 0)
 
     def snapshot(self, after: int = 0) -> tuple[int, list[Change]]:
         """A version, and what is to be applied, in this order, to get there from version `after`.
@@ -128,7 +128,7 @@ class CatalogLog:
         """
         # The version first: what changes during the scan is of a later one, and comes again with `tail`.
         version = self.version()
-        return version, _ordered(_changes(self._nodes.scan(_ITEMS, _PAGE)), after)
+        return version, _ordered(_changes(self._router.scan(_ITEMS, _PAGE)), after)
 
     def tail(self, after: int, block_ms: int = 0) -> tuple[int, list[Change]]:
         """Follows the log.
@@ -155,7 +155,7 @@ class CatalogLog:
             if left_ms <= 0:
                 return after, []
             block = min(left_ms, self._longest_block_ms)
-            self._nodes.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0", at=_STREAM)
+            self._router.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0", at=_STREAM)
 
     def applied(self, worker: str, version: int) -> None:
         """Says that a worker has applied everything up to a version, and is alive; say it at least every second.
@@ -163,7 +163,7 @@ class CatalogLog:
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        self._nodes.run(ScriptCall(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
+        self._router.run(ScriptCall(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
 
     def leave(self, worker: str) -> None:
         """Says that a worker is gone and need not be waited for.
@@ -171,7 +171,7 @@ class CatalogLog:
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        self._nodes.command("HDEL", _WORKERS, worker)
+        self._router.command("HDEL", _WORKERS, worker)
 
     def wait_all_applied(self, version: int, timeout_s: float, at_least: int = 0) -> bool:
         """Waits until every live worker has applied a version; false when one had not in time.
@@ -187,7 +187,7 @@ class CatalogLog:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            count, lowest = self._nodes.run(ScriptCall(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
+            count, lowest = self._router.run(ScriptCall(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
             if count >= at_least and (lowest is None or lowest >= version):
                 return True
             if time.monotonic() + _POLL_S > deadline:
@@ -196,11 +196,11 @@ class CatalogLog:
 
     def _news(self, after: int) -> tuple[int, list[Change]]:
         """What the versions behind `after` changed; everything that is newer where the stream begins later."""
-        entries = self._nodes.command("XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
+        entries = self._router.command("XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
         if not entries or _version(entries[0][0]) != after + 1:
             return self.snapshot(after)
         names = list(dict.fromkeys(name for _, fields in entries for name in fields))
-        payloads = self._nodes.command("HMGET", _ITEMS, *names)
+        payloads = self._router.command("HMGET", _ITEMS, *names)
         # A payload that is gone was replaced by a later version, which comes in its turn.
         found = _changes((name, payload) for name, payload in zip(names, payloads, strict=True) if payload is not None)
         return _version(entries[-1][0]), _ordered(found, after)

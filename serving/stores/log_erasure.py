@@ -32,7 +32,7 @@ class LogErasure:
         """
         # Read before the script runs: afterwards no entry names their events any more.
         retries = self._retry_keys(subject)
-        erased = self._delete_unindexed(subject, *self._log.nodes.run(self._call(subject, 1)))
+        erased = self._delete_unindexed(subject, *self._log.router.run(self._call(subject, 1)))
         self._forget_retries(retries, erased.log_id >> SEQUENCE_BITS)
         return erased
 
@@ -42,7 +42,7 @@ class LogErasure:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        return self._log.nodes.command("LINDEX", self._log.index_of(subject), -1) or b""
+        return self._log.router.command("LINDEX", self._log.index_of(subject), -1) or b""
 
     def start_afresh(self, subject: str, newest: bytes) -> Erased | None:
         """Deletes the user's events and impressions and refuses nothing: later ones begin a new history, however old.
@@ -57,7 +57,7 @@ class LogErasure:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        reply = self._log.nodes.run(self._call(subject, 0, newest))
+        reply = self._log.router.run(self._call(subject, 0, newest))
         return self._delete_unindexed(subject, *reply) if reply else None
 
     def undo(self, subject: str, log_id: int) -> None:
@@ -67,7 +67,7 @@ class LogErasure:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         keys = (self._log.keys_of(subject).events, self._log.index_of(subject))
-        self._log.nodes.run(ScriptCall(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
+        self._log.router.run(ScriptCall(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
 
     def erase_unnamed(self, partition: int, subject_hash: bytes, address: bytes) -> Erased:
         """Repeats an erasure of a user whose name no entry of the log tells: writes its mark again.
@@ -84,7 +84,7 @@ class LogErasure:
         streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people, keys.rules)
         # By the keyed hash, and by the address for a log that has another key.
         replies = [
-            self._log.nodes.run(ScriptCall(EVENT_ERASE, streams, (subject_hash, address, refuse))) for refuse in (1, 0)
+            self._log.router.run(ScriptCall(EVENT_ERASE, streams, (subject_hash, address, refuse))) for refuse in (1, 0)
         ]
         return Erased(log_id(replies[-1][0]), 0, 0)
 
@@ -95,7 +95,7 @@ class LogErasure:
             EventLogUnavailable: Redis does not answer.
         """
         key = self._log.keys[partition].erased
-        times = required(self._log.nodes.run_all([("HGET", key, subject_hash) for subject_hash, _ in erasures]))
+        times = required(self._log.router.run_all([("HGET", key, subject_hash) for subject_hash, _ in erasures]))
         return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(erasures, times, strict=True)]
 
     def names(self, partition: int, addresses: Collection[bytes]) -> dict[bytes, str]:
@@ -116,14 +116,14 @@ class LogErasure:
     def _call(self, subject: str, *how: int | bytes) -> ScriptCall:
         log, keys = self._log, self._log.keys_of(subject)
         names = (keys.events, keys.impressions, log.index_of(subject), keys.erased, keys.people, keys.rules)
-        return ScriptCall(EVENT_ERASE, names, (log.person(subject), address_of(subject), *how))
+        return ScriptCall(EVENT_ERASE, names, (log.subject_hash(subject), address_of(subject), *how))
 
     def _delete_unindexed(self, subject: str, marker: bytes, events: int, impressions: int) -> Erased:
         """Deletes also what is older than the index: the script deletes what the index names."""
         keys = self._log.keys_of(subject)
         before = self._log.indexed_since(log_id(marker))
         deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
-        self._log.nodes.command("SREM", keys.returned, subject)
+        self._log.router.command("SREM", keys.returned, subject)
         return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
 
     def _delete(self, stream: bytes, subject: str, before: int) -> int:
@@ -131,7 +131,7 @@ class LogErasure:
         for entries in self._log.unindexed(stream, before):
             names = [stream_id(entry.log_id) for entry in entries if entry.subject == subject]
             if names:
-                deleted += int(self._log.nodes.command("XDEL", stream, *names))
+                deleted += int(self._log.router.command("XDEL", stream, *names))
         return deleted
 
     def _retry_keys(self, subject: str) -> dict[bytes, int]:
@@ -151,4 +151,4 @@ class LogErasure:
         """
         names = [name for name, timestamp in retries.items() if timestamp <= erased_at]
         for start in range(0, len(names), _KEYS_AT_ONCE):
-            self._log.nodes.command("DEL", *names[start : start + _KEYS_AT_ONCE])
+            self._log.router.command("DEL", *names[start : start + _KEYS_AT_ONCE])

@@ -107,7 +107,7 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        fields = dict(self._log.nodes.scan(COPIES))
+        fields = dict(self._log.router.scan(COPIES))
         found = [_copy(name[5:].decode(), fields) for name in fields if name.startswith(b"fact:")]
         found = [copy for copy in found if not kinds or copy.kind in kinds]
         return sorted(found, key=lambda copy: (copy.registered_at, copy.copy_id))
@@ -134,7 +134,7 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        chosen = self._log.nodes.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{kind}", instead_of, copy_id)))
+        chosen = self._log.router.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{kind}", instead_of, copy_id)))
         return bytes(chosen).decode() == copy_id
 
     def register(self, kind: Kind, copy_id: str, place: str) -> None:
@@ -148,7 +148,7 @@ class Registry:
         since = known.registered_at if known and not known.retired_at else now
         fact = {"kind": kind, "host": host_name(), "place": place, "registered_at": since}
         if known and known.retired_at:
-            self._log.nodes.command("HDEL", COPIES, f"retired:{copy_id}", at=COPIES)
+            self._log.router.command("HDEL", COPIES, f"retired:{copy_id}", at=COPIES)
         if known is None or (known.host, known.place) != (fact["host"], place) or known.retired_at:
             self._set({f"fact:{copy_id}": json.dumps(fact)})
 
@@ -169,7 +169,7 @@ class Registry:
             EventLogUnavailable: Redis does not answer.
         """
         names = (f"fact:{copy_id}", f"seen:{copy_id}", f"retired:{copy_id}")
-        self._log.nodes.command("HDEL", COPIES, *names, at=COPIES)
+        self._log.router.command("HDEL", COPIES, *names, at=COPIES)
 
     def retire(self, copy_id: str) -> Copy:
         """Declares a copy gone for good; erasures wait for it no more. Returns it.
@@ -190,7 +190,7 @@ class Registry:
             raise ConfigError(f"the {copy.kind} {copy.named()} is in use: stop the process that has it, then retire it")
         self._set({f"retired:{copy.copy_id}": str(now)})
         if copy.own:
-            self._log.nodes.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{copy.kind}", copy.copy_id, "")))
+            self._log.router.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{copy.kind}", copy.copy_id, "")))
         return next(one for one in self.copies() if one.copy_id == copy.copy_id)
 
     def now_ms(self) -> int:
@@ -203,7 +203,7 @@ class Registry:
 
     def _set(self, fields: Mapping[str, str]) -> None:
         words = [word for pair in fields.items() for word in pair]
-        self._log.nodes.run(ScriptCall(HASH_SET, (COPIES,), tuple(words)))
+        self._log.router.run(ScriptCall(HASH_SET, (COPIES,), tuple(words)))
 
 
 class Claim:

@@ -47,7 +47,9 @@ from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.keys import log_id
 from serving.stores.log_erasure import LogErasure
+from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
+from serving.stores.restore_requests import RestoreRequests
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable
 from serving.warehouse.tables import (
@@ -638,7 +640,7 @@ class TestComingBack:
         before = {user: store.read(f"u:{user}") for user in who}
         for user in who:
             store.compact(f"u:{user}", before[user].version)
-        assert store.leave(now_ms() + 1000) == 4
+        assert Evictions(store).evict(now_ms() + 1000) == 4
         people.erase("u:bob")
         people.set_consent("u:cleo", Purpose.TRAIN)
         sink.drain()
@@ -669,12 +671,12 @@ class TestComingBack:
         before = {user: store.read(f"u:{user}") for user in who}
         for user in who:
             store.compact(f"u:{user}", before[user].version)
-        assert store.leave(now_ms() + 1000) == 4
+        assert Evictions(store).evict(now_ms() + 1000) == 4
         assert all(store.read(f"u:{user}").emptied for user in who)
-        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
+        RestoreRequests(log).add(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         SubjectRights(log, store, Certificates(log)).erase("u:bob")
-        assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
-        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
+        assert sorted(RestoreRequests(log).take()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
+        RestoreRequests(log).add(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
         assert [store.read(f"u:{user}").count for user in who] == [9, 0, 9, 0]
         assert store.read("u:ann").records.tobytes() == before["ann"].records.tobytes()
@@ -686,7 +688,7 @@ class TestComingBack:
         ingest(log, *(event("ann", f"i{n}") for n in range(5)))
         projecting(log, store, None)
         make().drain()
-        assert store.leave(now_ms() + 1000) == 1
+        assert Evictions(store).evict(now_ms() + 1000) == 1
         [file] = out.glob(damaged)
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
@@ -703,10 +705,10 @@ class TestComingBack:
         ingest(log, *(event("ann", f"i{n}") for n in range(5)))
         projecting(log, store, None)
         store.compact("u:ann", store.read("u:ann").version)
-        assert store.leave(now_ms() + 1000) == 1
+        assert Evictions(store).evict(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n}") for n in range(9)))
         projecting(log, store, Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({}))))
-        assert store.dropped(["u:ann"])
+        assert Evictions(store).evicted(["u:ann"])
         assert store.read("u:ann").count == 9  # what is new is there, and is not folded without the past
 
     def test_who_did_little_is_dropped_and_comes_back_as_well(self, log, make, out, profiles_redis):
@@ -726,7 +728,7 @@ class TestComingBack:
         projector._sweep()
         assert telemetry.counters()["profiles_dropped"] == 2
         assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
-        log.call_back({"u:ann": now_ms()})
+        RestoreRequests(log).add({"u:ann": now_ms()})
         projector.step()
         projector.close()
         assert store.read("u:ann").records.tobytes() == before.records.tobytes()
@@ -736,7 +738,7 @@ class TestComingBack:
         store = ProfileStore(profiles_redis, PARTITIONS, tail_cap=50)
         ingest(log, event("ann", "i1"))
         projecting(log, store, None)
-        assert store.leave(now_ms() + 1000) == 1
+        assert Evictions(store).evict(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n % 10}", event_id=f"e{n}") for n in range(120)), event("bob", "i1"))
         projector = Projector(
             log, store, settle_s=0, batch=20, idle=Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({})))
@@ -745,9 +747,9 @@ class TestComingBack:
         wait_until(lambda: projector.step() == 0 and sum(projector.lag()) == 0)
         projector.close()
         assert store.read("u:bob").count == 1
-        assert store.dropped(["u:ann"])
+        assert Evictions(store).evicted(["u:ann"])
         make().drain()
-        log.call_back({"u:ann": now_ms()})
+        RestoreRequests(log).add({"u:ann": now_ms()})
         projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
         assert store.read("u:ann").count == 121
 
