@@ -69,7 +69,7 @@ class RedisRouter:
     @property
     def unsafe(self) -> str:
         """The reason for which nothing that is written counts, as of the last check of each server; empty without."""
-        return next((guard.trouble for guard in self._nodes.guards.values() if guard.trouble), "")
+        return next((node.guard.trouble for node in self._nodes.all() if node.guard and node.guard.trouble), "")
 
     def check_safety(self, keys: Sequence[bytes]) -> None:
         """Asks every server that has one of some keys for its settings.

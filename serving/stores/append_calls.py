@@ -63,7 +63,7 @@ class AppendCalls:
                 int(event.personal),
             )
         common = (self.index_ms, int(self.default), self.user_cap)
-        streams = (keys.events, keys.erased, keys.floor, keys.people)
+        streams = (keys.events, keys.erased, keys.floor, keys.consents)
         return ScriptCall(EVENT_APPEND, (*streams, *names), (*common, *arguments))
 
     def impressions(self, partition: int, impressions: Sequence[LoggedImpression]) -> ScriptCall:
@@ -84,5 +84,5 @@ class AppendCalls:
                 address_of(slate.subject),
             )
         common = (self.index_ms, int(self.default))
-        streams = (keys.impressions, keys.erased, keys.floor, keys.people)
+        streams = (keys.impressions, keys.erased, keys.floor, keys.consents)
         return ScriptCall(IMPRESSION_APPEND, (*streams, *names), (*common, *arguments))

@@ -31,7 +31,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        unsettled = self._log.keys[_partition(certificate_id)].purging
+        unsettled = self._log.keys[_partition(certificate_id)].open_certificates
         self._log.router.run(
             ScriptCall(CERTIFICATE_ISSUE, (self._key(certificate_id), unsettled), (certificate_id, *fields))
         )
@@ -53,7 +53,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        requests: list[Request] = [("SMEMBERS", keys.purging) for keys in self._log.keys]
+        requests: list[Request] = [("SMEMBERS", keys.open_certificates) for keys in self._log.keys]
         return [name.decode() for names in required(self._log.router.run_all(requests)) for name in names]
 
     def close(self, certificate_id: str) -> None:
@@ -62,7 +62,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        self._log.router.command("SREM", self._log.keys[_partition(certificate_id)].purging, certificate_id)
+        self._log.router.command("SREM", self._log.keys[_partition(certificate_id)].open_certificates, certificate_id)
 
     def set_field(self, certificate_id: str, name: str, value: str) -> None:
         """Sets one field of a certificate.

@@ -10,7 +10,7 @@ from features.profile import RECORD
 from serving.redis.connection import ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.keys import SEQUENCE_BITS, address_of, log_id, stream_id
+from serving.stores.keys import address_of, log_id, stream_id, time_of
 from serving.stores.log_entries import Erased
 from serving.stores.scripts import EVENT_ERASE, EVENT_UNDO
 
@@ -33,7 +33,7 @@ class LogErasure:
         # Read before the script runs: afterwards no entry names their events any more.
         retries = self._retry_keys(subject)
         erased = self._delete_unindexed(subject, *self._log.router.run(self._call(subject, 1)))
-        self._forget_retries(retries, erased.log_id >> SEQUENCE_BITS)
+        self._forget_retries(retries, time_of(erased.log_id))
         return erased
 
     def newest_of(self, subject: str) -> bytes:
@@ -81,7 +81,7 @@ class LogErasure:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         keys = self._log.keys[partition]
-        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people, keys.rules)
+        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.consents, keys.controls)
         # By the keyed hash, and by the address for a log that has another key.
         replies = [
             self._log.router.run(ScriptCall(EVENT_ERASE, streams, (subject_hash, address, refuse))) for refuse in (1, 0)
@@ -96,7 +96,7 @@ class LogErasure:
         """
         key = self._log.keys[partition].erased
         times = required(self._log.router.run_all([("HGET", key, subject_hash) for subject_hash, _ in erasures]))
-        return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(erasures, times, strict=True)]
+        return [int(at or 0) < time_of(place) for (_, place), at in zip(erasures, times, strict=True)]
 
     def names(self, partition: int, addresses: Collection[bytes]) -> dict[bytes, str]:
         """Finds the users of some addresses by the names in the streams of a partition; reads all of it.
@@ -115,7 +115,7 @@ class LogErasure:
 
     def _call(self, subject: str, *how: int | bytes) -> ScriptCall:
         log, keys = self._log, self._log.keys_of(subject)
-        names = (keys.events, keys.impressions, log.index_of(subject), keys.erased, keys.people, keys.rules)
+        names = (keys.events, keys.impressions, log.index_of(subject), keys.erased, keys.consents, keys.controls)
         return ScriptCall(EVENT_ERASE, names, (log.subject_hash(subject), address_of(subject), *how))
 
     def _delete_unindexed(self, subject: str, marker: bytes, events: int, impressions: int) -> Erased:

@@ -17,7 +17,7 @@ _SAMPLES = 5
 
 @dataclass(frozen=True, slots=True)
 class ReaderFigures:
-    """How far a consumer group is in one stream.
+    """The progress of a consumer group in one stream.
 
     Attributes:
         group: Its name.

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from features.errors import ProfileCorrupt, ProfileNewer
 from features.profile import HEADER_SIZE, Purpose, decode_consent, empty, encode, split
-from serving.stores.keys import LIVE, SEQUENCE_BITS
+from serving.stores.keys import LIVE, time_of
 
 FRONT = HEADER_SIZE + 24
 """Bytes that tell of the last event: the header, and after it the newest time in the state or a log id of the tail."""
@@ -61,10 +61,10 @@ def last_seen(front: bytes) -> int:
     """
     if not int.from_bytes(front[8:12], "little"):
         controls_length = int.from_bytes(front[12:16], "little")
-        return 0 if controls_length else int.from_bytes(front[HEADER_SIZE : HEADER_SIZE + 8], "big") >> SEQUENCE_BITS
+        return 0 if controls_length else time_of(int.from_bytes(front[HEADER_SIZE : HEADER_SIZE + 8], "big"))
     version = folded_until(front)
     newest = int.from_bytes(front[HEADER_SIZE + 16 : FRONT], "little", signed=True)
-    return version >> SEQUENCE_BITS if version >= LIVE else newest
+    return time_of(version) if version >= LIVE else newest
 
 
 def may_be_restored(front: bytes) -> bool:

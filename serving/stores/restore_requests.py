@@ -1,4 +1,4 @@
-"""Requests to restore the profiles of evicted users who have returned, from whoever meets them to the projector."""
+"""Requests to restore the profiles of evicted users who have returned, for the projector."""
 
 from __future__ import annotations
 

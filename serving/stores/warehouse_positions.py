@@ -1,4 +1,4 @@
-"""How far the warehouse has written each stream of the log, whichever folder it writes to.
+"""Positions up to which the warehouse has written each stream of the log, whichever folder it writes to.
 
 The log remembers it, because a folder may be an old copy of itself: files that go less far than the log says have lost
 entries that are delivered to no one again.

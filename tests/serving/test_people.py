@@ -561,7 +561,7 @@ class TestErase:
         [key] = [key for key in events_redis.scan_iter("*") if gone.encode() in key]
         events_redis.delete(key)
         assert [one.certificate_id for one in certificates.pending()] == [other]
-        assert not [keys for keys in log.keys if events_redis.sismember(keys.purging, gone)]
+        assert not [keys for keys in log.keys if events_redis.sismember(keys.open_certificates, gone)]
 
     def test_rules_of_a_backup_go_as_events_do(self, log, store, profiles_redis, tmp_path):
         ledger = Ledger(tmp_path / "erasures.jsonl")

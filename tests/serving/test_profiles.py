@@ -178,7 +178,7 @@ def test_compaction_during_applies_loses_nothing(profiles_server, profiles_redis
 
 def test_a_late_entry_stops_a_compaction_that_has_not_seen_it(store, profiles_redis, monkeypatch):
     store.apply("u:1", entries([1, 3]))
-    read, looks = store._blob, []
+    read, looks = store.blob, []
 
     def read_then_insert(subject):
         blob = read(subject)
@@ -187,7 +187,7 @@ def test_a_late_entry_stops_a_compaction_that_has_not_seen_it(store, profiles_re
             ProfileStore(profiles_redis).apply("u:1", entries([2]))
         return blob
 
-    monkeypatch.setattr(store, "_blob", read_then_insert)
+    monkeypatch.setattr(store, "blob", read_then_insert)
     assert store.compact("u:1", NOW + 3) == 3
     assert len(looks) == 2
     monkeypatch.undo()
@@ -261,7 +261,7 @@ def test_rules_survive_all_that_happens_to_events_and_the_newest_word_counts(sto
 
 def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, monkeypatch):
     store.apply("u:1", entries([1, 2]))
-    read, looks = store._blob, []
+    read, looks = store.blob, []
 
     def read_then_rule(subject):
         blob = read(subject)
@@ -270,7 +270,7 @@ def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, m
             ProfileStore(profiles_redis).mark(partition_of("u:1", 16), ruled(NOW))
         return blob
 
-    monkeypatch.setattr(store, "_blob", read_then_rule)
+    monkeypatch.setattr(store, "blob", read_then_rule)
     assert store.compact("u:1", NOW + 2) == 2
     assert len(looks) == 2
     monkeypatch.undo()

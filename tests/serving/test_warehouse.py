@@ -426,7 +426,7 @@ def test_a_warehouse_is_not_replaced_by_a_data_set(log, make, out):
 
 def test_the_directory_has_one_writer(log, make, out, monkeypatch):
     make()
-    monkeypatch.setattr("serving.redis.embedded._LOCK_S", 0.05)
+    monkeypatch.setattr("serving.files._LOCK_S", 0.05)
     with pytest.raises(ConfigError, match="in use"):
         make()
 
