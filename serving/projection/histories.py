@@ -97,7 +97,7 @@ class LoggedHistories:
         self._events = UserEvents(dataset)
         self.subjects = self._events.subjects
         self.events, self.rejected = dataset.events.num_rows, len(dataset.rejected)
-        self._users = {subject: user for user, subject in enumerate(self.subjects)}
+        self._users: dict[str, int] = {subject: user for user, subject in enumerate(self.subjects)}
 
     def of(self, subject: str) -> LoggedHistory:
         """Returns the events of a user; none for a user whom the data set does not have."""

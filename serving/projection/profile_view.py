@@ -103,7 +103,7 @@ def view_profile(profile: Profile, items: Items, event_types: Mapping[int, str],
     Args:
         profile: The profile.
         items: The items of its events, as far as they are known.
-        event_types: Names of event types beside the standard ones, by key.
+        event_types: Names of the bundle's event types, by key; the standard ones are known.
         limit: Most events that are shown.
     """
     types = {event_type_key(name): name for name in EVENT_TYPES} | dict(event_types)

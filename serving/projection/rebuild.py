@@ -11,7 +11,7 @@ import numpy as np
 
 from features.clock import now_ms
 from features.profile import RECORD, Retention
-from features.tables.dataset import read_info
+from features.tables.dataset import Dataset, read_info
 from features.tables.intake import REJECTED_SHARE, admit
 from serving.privacy.marks import marks_of_log
 from serving.projection.histories import read_history
@@ -21,7 +21,7 @@ from serving.stores.event_log import EventLog
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Entry, Mark, sound
 from serving.stores.meta import partitions_for, partitions_of
-from serving.stores.profiles import Applied, ProfileStore, TailFull
+from serving.stores.profiles import Applied, Loaded, ProfileStore, TailFull
 
 _TIMEOUT_S = 10.0
 
@@ -37,10 +37,9 @@ def rebuild(
 ) -> dict[str, Any]:
     """Folds the events of a data set, such as the warehouse, into profiles and stores those.
 
-    Events that came in live since stay: a profile that goes further than the data set is left as it is, one that
-    stores newer events after its state keeps them. What the log says of users holds, also if the profiles were lost:
-    what was erased, undone, or forgotten by a reset is not brought back from any data set, and a user who allows no
-    personal answers gets no profile. What the log has got since the data set was written is applied as well.
+    Events that came in live since stay, and what the log has got since the data set was written is applied as well.
+    What was erased, undone or forgotten by a reset is not brought back from any data set, even if the profiles were
+    lost, and a user who allows no personal answers gets no profile.
 
     Args:
         data: Directory of the data set.
@@ -60,6 +59,7 @@ def rebuild(
         Unavailable: A Redis does not answer; a repeat is safe.
     """
     begun = time.monotonic()
+    # Read first: what the warehouse gets meanwhile is in the log as well.
     until = int(read_info(data).get("until", 0))
     dataset, retention = read_history(data), retention or Retention({})
     left_out = admit(dataset.intake, max_rejected_share, "--max-rejected-share ", dataset.info.get("time_units"))
@@ -70,14 +70,7 @@ def rebuild(
         store, log = ProfileStore(client, partitions), EventLog(events, partitions)
         store.open()
         log.open()
-        # The marks first: from then on the store itself refuses what may not be there.
-        marks = list(marks_of_log(log))
-        store.mark_many(marks)
-        undone = frozenset(entry.undone for entries in _logged(log, until) for entry in entries)
-        loaded = store.put_states(fold_states(dataset, store, log, retention, undone))
-        # And again: a profile that took the place of a damaged one knows nothing of them yet.
-        store.mark_many(marks)
-        applied = sum(_apply(entries, store, retention, marks) for entries in _logged(log, until))
+        loaded, applied = _fill(store, log, dataset, until, retention)
     return {
         "profiles": loaded.written,
         "kept": loaded.kept,
@@ -86,6 +79,18 @@ def rebuild(
         **left_out,
         "seconds": round(time.monotonic() - begun, 3),
     }
+
+
+def _fill(store: ProfileStore, log: EventLog, dataset: Dataset, until: int, retention: Retention) -> tuple[Loaded, int]:
+    """Stores the states of a data set, then applies the events of the log behind `until`; returns their number too."""
+    # The marks first: from then on the store itself refuses what may not be there.
+    marks = list(marks_of_log(log))
+    store.mark_many(marks)
+    undone = frozenset(entry.undone for entries in _logged(log, until) for entry in entries)
+    loaded = store.put_states(fold_states(dataset, store, log, retention, undone))
+    # And again: a profile that took the place of a damaged one knows nothing of them yet.
+    store.mark_many(marks)
+    return loaded, sum(_apply(entries, store, retention, marks) for entries in _logged(log, until))
 
 
 def _logged(log: EventLog, after: int) -> Iterator[list[Entry]]:
