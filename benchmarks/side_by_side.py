@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers.trainer_clock import SharedHistories
-from features.errors import ConfigError
+from features.errors import SettingsError
 from features.limits import cores
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
@@ -131,7 +131,7 @@ def speed(
         them to the highest NDCG@10 that this peer reached.
 
     Raises:
-        ConfigError: A peer's environment is missing.
+        SettingsError: A peer's environment is missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         histories, settings = _histories(data, config)
@@ -177,7 +177,7 @@ class _Spec:
         """Returns the command that trains on the histories in a file.
 
         Raises:
-            ConfigError: The interpreter is missing.
+            SettingsError: The interpreter is missing.
         """
         interpreter = str(_interpreter(self.place, self.name))
         return [
@@ -215,7 +215,7 @@ def _compare(curves: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Returns rates, and seconds to the highest validation NDCG@10 that every curve reaches."""
     if any(not lines for lines in curves.values()):
         silent = ", ".join(name for name, lines in curves.items() if not lines)
-        raise ConfigError(f"no validation of {silent} within its time: give --budget more, or validate more often")
+        raise SettingsError(f"no validation of {silent} within its time: give --budget more, or validate more often")
     goal = min(max(line["ndcg@10"] for line in lines) for lines in curves.values())
     trainers: dict[str, dict[str, Any]] = {}
     for name, lines in curves.items():
@@ -273,7 +273,7 @@ def _interpreter(place: Path, name: str) -> Path:
     path = place if place.is_file() else place / "bin" / "python"
     if not path.exists():
         file = PEERS / f"{name.removesuffix('_equal')}.txt"
-        raise ConfigError(f"{path} is missing: {file} says how to make the environment, or leave it out with --only")
+        raise SettingsError(f"{path} is missing: {file} says how to make the environment, or leave it out with --only")
     return path.absolute()  # not resolved: an environment is known by the place of its interpreter
 
 

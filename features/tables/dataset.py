@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.arrays import Array, only, pc
+from features.clock import now_ms
 from features.errors import TablesError
 from features.private_files import FOLDER_MODE, make_folders
 from features.tables.conform import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
@@ -399,7 +399,7 @@ def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
 
 def _is_closed(items: pa.Table) -> bool:
     """Returns True if there are items and none of them may be shown now."""
-    now = time.time_ns() // 1_000_000
+    now = now_ms()
     shown = pc.fill_null(items["available"], True)
     shown = pc.and_(shown, pc.less_equal(pc.fill_null(items["available_from"], 0), now))
     shown = pc.and_(shown, pc.greater(pc.fill_null(items["available_until"], END_OF_TIME_MS), now))

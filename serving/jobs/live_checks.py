@@ -16,7 +16,9 @@ from features.tables.schema import EVENTS, EVENTS_REQUIRED, IMPRESSIONS, IMPRESS
 from features.tables.validate import judge
 from serving.redis.client import connect
 from serving.stores.catalog_log import CatalogLog
-from serving.stores.event_log import Entry, EventLog, partitions_of
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Entry
+from serving.stores.meta import partitions_of
 from serving.warehouse.tables import event_tables, impression_table
 
 MOST = 100_000

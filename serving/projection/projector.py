@@ -24,16 +24,18 @@ from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
 from serving.errors import ConfigError, ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
+from serving.folder_identity import FolderIdentity, new_id
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
-from serving.places import Identity, new_id
 from serving.privacy.certificates import Certificates
 from serving.privacy.purge import Purger
 from serving.redis.client import connect, printable
 from serving.restart import Report, Trouble, described, keep_running
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import Entry, EventLog, awaited_partitions, sound
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Entry, sound
+from serving.stores.meta import awaited_partitions
 from serving.stores.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.stores.registry import Copy, Heartbeat, Registry
 
@@ -153,7 +155,7 @@ class Projector:
         """
         try:
             with contextlib.suppress(ProfileStoreUnavailable):  # `run_ids` knows of which partitions
-                self._profiles.look()
+                self._profiles.check_safety()
             run_ids = self._profiles.run_ids()
             for partition, (before, now) in enumerate(zip(self._run_ids, run_ids, strict=True)):
                 if before != now:
@@ -440,7 +442,7 @@ def _own_store(
     Raises:
         OtherStore: A projector fills another one, and this one is not to be patient.
     """
-    registry, identity = Registry(log), Identity("", f"{new_id()}.0")
+    registry, identity = Registry(log), FolderIdentity("", f"{new_id()}.0")
     standing = Outage(_log, "no events are brought into profiles by this host")
     while not stop.is_set():
         try:

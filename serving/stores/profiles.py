@@ -16,20 +16,20 @@ from typing import Literal, TypeVar
 import redis
 from redis.exceptions import ResponseError
 
-from features.controls import MOST_RULES, RULE
-from features.decayed_counts import LARGEST_MEMORY
+from features.controls import CONTROL, MAX_CONTROLS
+from features.decayed_counts import MAX_STATE_SIZE
 from features.errors import PenchantError, ProfileCorrupt, ProfileNewer
 from features.profile import (
     ENTRY,
     EVENT,
-    EVICTED_CAP,
     HEADER_SIZE,
+    OLDER_ITEMS_CAP,
     RECORD,
     REPAIR,
     RING,
     Profile,
     Purpose,
-    Stored,
+    StoredProfile,
     decode,
     decode_consent,
     empty,
@@ -39,30 +39,22 @@ from features.profile import (
     is_newer,
     split,
 )
+from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
-from serving.redis.client import (
-    META,
-    Call,
-    Client,
-    Request,
-    Script,
-    address_of,
-    partition_of,
-    partition_prefix,
-    serving_error,
-)
-from serving.redis.router import RedisRouter, remembered, require_partitions, required
+from serving.redis.client import Call, Client, Request, Script, serving_error
+from serving.redis.router import RedisRouter, required
 from serving.stores.event_scripts import (
-    LIVE,
     PROFILE_APPLY,
     PROFILE_COMPACT,
     PROFILE_LEAVE,
     PROFILE_MARK,
     PROFILE_PUT,
     PROFILE_REPLACE,
-    SEQUENCE_BITS,
 )
+from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_prefix
+from serving.stores.log_entries import Mark
+from serving.stores.meta import fixed_value, require_partitions
 
 TAIL_CAP = 4096
 """Entries a tail may hold before it has been folded; who produces more is not a person."""
@@ -79,7 +71,7 @@ _EVERYBODY = b"penchant:{p*}:profile:*"
 _AWAY = 5  # where in a header it stands that the state was dropped
 _FOLDED = slice(16, 24)  # where in a header it stands up to which log id the state goes
 _ERASED = slice(24, 32)  # where in a header it stands up to which log id events are refused
-_LARGEST_STATE = RING * EVENT.itemsize + EVICTED_CAP * 8 + LARGEST_MEMORY + MOST_RULES * RULE.itemsize + 64
+_LARGEST_STATE = RING * EVENT.itemsize + OLDER_ITEMS_CAP * 8 + MAX_STATE_SIZE + MAX_CONTROLS * CONTROL.itemsize + 64
 _FRONT = HEADER_SIZE + 24  # what tells of the last event: the header, and the newest time in the state or a log id
 
 
@@ -102,25 +94,6 @@ class Applied:
     refused: int
     tail: int
     away: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A change to what may be known of a person, as it stands in the log.
-
-    Attributes:
-        log_id: Where it stands.
-        address: Whose it is, as `redis_client.address_of` says.
-        consent: What the person allows from now on; None where that stays as it is.
-        forget: Whether the profile forgets everything up to here.
-        rules: What the person never wants to be shown, as `features.controls.encode` says; None where that stays.
-    """
-
-    log_id: int
-    address: bytes
-    consent: Purpose | None = None
-    forget: bool = False
-    rules: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +157,13 @@ class ProfileStore:
         """
         require_partitions(self._nodes, len(self._prefixes))
 
-    def look(self) -> None:
+    def check_safety(self) -> None:
         """Looks at the settings of every server, if the store is guarded.
 
         Raises:
             ProfileStoreUnavailable: A server does not answer, or is unsafe.
         """
-        self._nodes.look([META, *self._prefixes])
+        self._nodes.check_safety([META, *self._prefixes])
 
     def store_id(self) -> str:
         """The id of this store among the copies of the log; made when it is first asked for.
@@ -200,7 +173,7 @@ class ProfileStore:
         Raises:
             ProfileStoreUnavailable: Redis does not answer.
         """
-        self._id = remembered(self._nodes, "profiles_id", self._id or uuid.uuid4().hex).decode()
+        self._id = fixed_value(self._nodes, "profiles_id", self._id or uuid.uuid4().hex).decode()
         return self._id
 
     def read(self, subject: str) -> Profile:
@@ -261,7 +234,7 @@ class ProfileStore:
                 return 0
             stored = split(blob)
             due = stored.tail[stored.tail["log_id"] <= up_to]
-            if due.size < at_least or (stored.away and not dropped_too):
+            if due.size < at_least or (stored.evicted and not dropped_too):
                 return 0
             folded = fold(stored.state, due["record"], int(due["log_id"][-1]))
             end = HEADER_SIZE + int.from_bytes(blob[8:12], "little")
@@ -306,7 +279,7 @@ class ProfileStore:
             forgotten += map(int, required(self._nodes.run_all(calls)))
         return forgotten
 
-    def replace(self, subject: str, change: Callable[[Stored], Profile]) -> Profile | None:
+    def replace(self, subject: str, change: Callable[[StoredProfile], Profile]) -> Profile | None:
         """Puts a changed profile, with everything folded, in the place of the one there is.
 
         Args:
@@ -542,7 +515,7 @@ def _readable(blob: bytes) -> bytes:
     except ProfileCorrupt:
         return encode(replace(empty(), consent=_consent(blob)), *_marks(blob))
     state = stored.state
-    kept = replace(empty(), consent=state.consent, rules=state.rules) if state.lost else state
+    kept = replace(empty(), consent=state.consent, controls=state.controls) if state.lost else state
     return encode(kept, *stored.versions)
 
 

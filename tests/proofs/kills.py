@@ -38,7 +38,8 @@ from serving.log_retention import PROFILES_GROUP
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import Entry, EventLog
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Entry
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.writer import GROUP
 from tests.serving.faults import insist, kill, wait_until
@@ -55,7 +56,7 @@ VICTIMS = {"worker": 6, "service": 2, "projector": 4, "sink": 4, "events": 2, "p
 """What is killed, and how often beside the others."""
 
 SERVE = (
-    "import json, sys; from serving.processes.service import serve; from serving.config import ServeConfig; "
+    "import json, sys; from serving.processes.supervisor import serve; from serving.config import ServeConfig; "
     "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
 )
 PROJECT = "import sys; from serving.projection.projector import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
@@ -320,7 +321,7 @@ def compare(
 
 def _bytes(profile: Profile) -> tuple[bytes, bytes, int]:
     """What must be the same, bit for bit."""
-    return profile.records.tobytes(), profile.evicted.tobytes(), profile.version
+    return profile.records.tobytes(), profile.older_items.tobytes(), profile.version
 
 
 def logged(log: EventLog) -> dict[str, list[Entry]]:

@@ -43,6 +43,7 @@ import features.profile
 import training.models.scoring
 from features.bundle import open_bundle
 from features.catalog import Catalog, Columns
+from features.clock import now_ms
 from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.config import ServeConfig
@@ -78,7 +79,7 @@ _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
     (training.models.scoring, "RING", 16),
-    (features.profile, "EVICTED_CAP", 12),
+    (features.profile, "OLDER_ITEMS_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
     (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
 )
@@ -372,7 +373,7 @@ class Life:
         late = LATE_MS[burst.late]
         self.tally["late"] += burst.count * (late < 0)
         for part in np.array_split(np.array(at), min(burst.parts, burst.count)):
-            now = time.time_ns() // 1_000_000
+            now = now_ms()
             sent = [self._event(burst, kind, int(item), now + late) for item in part]
             if burst.unapplied:
                 with mock.patch.object(self.world.events, "_apply", lambda good, _: [False] * len(good)):
@@ -406,7 +407,7 @@ class Life:
     def _ask(self, person: int) -> None:
         if person in self.behind:
             return
-        query = Query(uuid.uuid4().hex, self.subjects[person], time.time_ns() // 1_000_000, time.monotonic() + 60, 5)
+        query = Query(uuid.uuid4().hex, self.subjects[person], now_ms(), time.monotonic() + 60, 5)
         query.surface = "home"
         slate = self.world.engine.pipelines["recommend"].run(query)
         if query.user_vector is None or not slate.rows.size:
@@ -472,11 +473,11 @@ class Life:
     def _compare_profile(self, moment: Moment, histories: Histories | None) -> Iterator[str]:
         profile = dataclasses.replace(moment.profile, consent=None)
         rooms = features.decayed_counts.DIMENSIONS
-        expected = oracle.state(moment.events, features.profile.RING, features.profile.EVICTED_CAP, rooms)
+        expected = oracle.state(moment.events, features.profile.RING, features.profile.OLDER_ITEMS_CAP, rooms)
         if expected != {
             "count": profile.count,
             "records": profile.records.tobytes(),
-            "evicted": profile.evicted.tolist(),
+            "evicted": profile.older_items.tolist(),
             "past": _past(profile),
         }:
             yield "online is not what the oracle says"
@@ -533,7 +534,7 @@ class Life:
 
 def _past(profile: Profile) -> oracle.Past:
     """The memory of a profile as the oracle tells it."""
-    memory = profile.memory
+    memory = profile.decayed_counts
     cells = {name: memory.of(name) for name in features.decayed_counts.DIMENSIONS}
     counts = {
         name: dict(zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True))
