@@ -55,7 +55,7 @@ def training(device: torch.device, data: Path | None, seconds: float, epochs: in
             material = {kind: read_material(open_dataset(path), config, kind) for kind in {_CPU, device}}
             trial = _Trial(material, config, Path(folder))
             apart, moved = trial.apart(device), trial.moved(device)
-            checks = {
+            checks: dict[str, Any] = {
                 "control": apart.pop("control"),
                 "apart": apart,
                 "same_twice": trial.digest(device) == trial.digest(device),

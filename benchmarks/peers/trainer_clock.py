@@ -44,8 +44,14 @@ class SharedHistories:
 
     def save(self, path: Path) -> None:
         """Writes one .npz file."""
-        arrays = {"rows": self.rows, "offsets": self.offsets, "validated": self.validated, "targets": self.targets}
-        np.savez(path, items=self.items, **arrays)
+        np.savez(
+            path,
+            rows=self.rows,
+            offsets=self.offsets,
+            validated=self.validated,
+            targets=self.targets,
+            items=self.items,
+        )
 
     @classmethod
     def load(cls, path: Path) -> SharedHistories:
