@@ -136,9 +136,8 @@ def gpu() -> str:
         f"{counts['different']} of {counts['compared']:,} answers differ from the CPU's (control: {counts['control']} "
         f"of {counts['control_of']} spoiled ones were noticed). Quality is of relevance alone, on the test's targets. "
     )
-    summary += (
-        f"ONNX Runtime on the GPU: unproved, {models}." if models else f"ONNX Runtime: {result['models']['us']} us."
-    )
+    unproved = models.get("unproved")
+    summary += f"ONNX Runtime on the GPU: unproved, {unproved}." if unproved else f"ONNX Runtime: {models['us']} us."
     return f"{summary}\n\n" + "\n".join(tables) + markdown.source(path, result)
 
 
