@@ -44,7 +44,8 @@ from features.vocabulary import Vocabulary
 from penchant.channels import channel_options
 from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
-from serving.redis.client import PipelinedConnection, connect_one
+from serving.redis.client import connect_one
+from serving.redis.connection import PipelinedConnection
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore

@@ -20,7 +20,8 @@ from benchmarks.report import BenchmarkError, facts
 from features.clock import now_ms
 from features.keys import event_type_key
 from features.profile import RECORD, Profile, Records, empty, fold, make_records
-from serving.redis.client import PipelinedConnection, connect_one
+from serving.redis.client import connect_one
+from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer
 from serving.stores.event_log import EventLog
 from serving.stores.keys import LIVE
