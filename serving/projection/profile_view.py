@@ -208,7 +208,7 @@ def _names(profile: Profile, bundle: Path | None) -> tuple[Items, Mapping[int, s
     keys = item_keys(table["item_id"].to_pylist())
     rows = np.flatnonzero(np.isin(keys, profile.records["item"]))
     items = table.select(["item_id", "title", "categories"]).take(rows).to_pylist()
-    types = {event_type_key(name): name for name in opened.model["event_types"]}
+    types = {event_type_key(name): name for name in opened.model.event_types}
     return dict(zip(keys[rows].tolist(), items, strict=True)), types
 
 
