@@ -30,7 +30,8 @@ from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.query import Query
-from serving.redis.client import PipelinedConnection, connect_one
+from serving.redis.client import connect_one
+from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer
 from serving.stores.profiles import ProfileStore
 
