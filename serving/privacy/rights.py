@@ -21,7 +21,8 @@ from features.clock import now_ms
 from features.controls import CONTROL, ControlKind, Dial
 from features.errors import PenchantError, ProfileCorrupt
 from features.keys import item_key
-from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, StoredProfile, refold
+from features.profile import EVERY_PURPOSE, Profile, Purpose, Retention, StoredProfile, refold
+from features.records import ENTRY
 from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of

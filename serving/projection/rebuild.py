@@ -25,7 +25,9 @@ from features.errors import ProfileCorrupt, TablesError
 from features.event_types import EVENT_TYPES
 from features.histories import Logged, history_keys
 from features.keys import event_type_key, event_type_keys, item_key, item_keys
-from features.profile import PAST_LOST, RECORD, Profile, Records, Retention, empty, fold, make_records
+from features.profile import Profile, Retention, empty, fold
+from features.profile_codec import PAST_LOST
+from features.records import RECORD, Records, make_records
 from features.subjects import Subject, known, partition_of, subject_of, user_id_of
 from features.tables.dataset import Dataset, open_dataset, read_info, read_table
 from features.tables.event_reader import Events, complete

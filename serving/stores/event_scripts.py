@@ -6,7 +6,8 @@ and are compared as two halves of 32 bits (Lua compares strings by locale).
 
 from __future__ import annotations
 
-from features.profile import ENTRY, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, SMALLEST_STATE
+from features.profile_codec import HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, SMALLEST_STATE
+from features.records import ENTRY
 from serving.redis.client import Script
 from serving.stores.keys import LIVE, SEQUENCE_BITS
 
