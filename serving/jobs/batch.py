@@ -38,7 +38,7 @@ from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.query import Query
 from serving.pipeline.side_effects import SlateCollector
 from serving.privacy.ledger import Ledger
-from serving.privacy.purge import replay
+from serving.privacy.replay import replay
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe

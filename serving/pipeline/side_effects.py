@@ -116,7 +116,7 @@ class ImpressionWriter:
             shown = [one for one in batch if one is not None]
             self._write(list(self._payloads(shown)))
             queries = [one.query for one in shown]
-            back = {query.subject: query.now_ms for query in queries if query.profile and query.profile.vacant}
+            back = {query.subject: query.now_ms for query in queries if query.profile and query.profile.emptied}
             if back:
                 self._call_back(back)
             if batch[-1] is None:

@@ -34,7 +34,7 @@ from features.tables.intake import REJECTED_SHARE, admit
 from features.tables.order import codes, is_present, order_events
 from features.tables.schema import EVENTS, ITEMS, USERS
 from features.vocabulary import Vocabulary
-from serving.privacy.rights import marks
+from serving.privacy.marks import marks_of_log
 from serving.redis.client import connect
 from serving.stores.event_log import EventLog
 from serving.stores.keys import LIVE, SEQUENCE_BITS, address_of
@@ -144,7 +144,7 @@ def rebuild(
         store.open()
         log.open()
         # First what may not be there: from then on the store itself refuses it.
-        said = list(marks(log))
+        said = list(marks_of_log(log))
         store.mark_many(said)
         undone = frozenset(entry.undone for entries in _logged(log, since) for entry in entries)
         loaded = store.put_states(_states(dataset, store, log, kept, undone))
@@ -229,7 +229,7 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
         "damage": PAST_LOST if profile.lost else "",
         "profile_version": profile.version,
         "event_count": profile.count,
-        "seen_only": int(profile.evicted.size),
+        "seen_only": int(profile.older_items.size),
         "categories": _shares(profile, items),
         "events": [_event(record, items, types) for record in profile.records[::-1][:SHOWN]],
     }

@@ -32,8 +32,8 @@ from serving.errors import ConfigError, InUse, ResourceExhausted, ServingError, 
 from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
+from serving.privacy.consent import read_consents
 from serving.privacy.ledger import Ledger
-from serving.privacy.rights import consents
 from serving.redis.client import Call, Request, connect
 from serving.redis.router import required
 from serving.restart import Report, Trouble, described, keep_running
@@ -460,7 +460,7 @@ class Warehouse:
     def _allowing(self, entries: Sequence[Entry]) -> Allowing:
         """What of `ALLOWS` the person of an entry allows now; who allows none of it is not in the warehouse."""
         subjects = sorted({entry.subject for entry in entries if entry.subject})
-        said = consents(self._log, subjects) if subjects else []
+        said = read_consents(self._log, subjects) if subjects else []
         purposes = {who: consent.purposes & _KEPT_FOR for who, consent in zip(subjects, said, strict=True)}
         return lambda entry: purposes.get(entry.subject, Purpose(0))
 

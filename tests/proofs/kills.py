@@ -321,7 +321,7 @@ def compare(
 
 def _bytes(profile: Profile) -> tuple[bytes, bytes, int]:
     """What must be the same, bit for bit."""
-    return profile.records.tobytes(), profile.evicted.tobytes(), profile.version
+    return profile.records.tobytes(), profile.older_items.tobytes(), profile.version
 
 
 def logged(log: EventLog) -> dict[str, list[Entry]]:
