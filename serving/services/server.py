@@ -423,10 +423,10 @@ class Server:
         for name in ("", *names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def say(self, service: str, serving: bool) -> None:
-        """Sets the health of a service, by its full name; "" is that of the worker as a whole."""
+    def set_serving(self, service: str, is_serving: bool) -> None:
+        """Sets the health of a service, by its full name; "" is the worker as a whole."""
         status = health_pb2.HealthCheckResponse
-        self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+        self._health.set(service, status.SERVING if is_serving else status.NOT_SERVING)
 
     def not_ready(self) -> None:
         """Says NOT_SERVING for good, for every service, and serves on."""
