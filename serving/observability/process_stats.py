@@ -41,7 +41,7 @@ def process_stats() -> dict[str, Any]:
 
 @functools.cache
 def _started() -> float:
-    """Returns the start time of this process, seconds since 1970; on other systems than Linux, that of the first call."""
+    """Returns the start time of this process, seconds since 1970; off Linux, that of the first call."""
     try:
         ticks = int((_SELF / "stat").read_text(encoding="latin-1").rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])

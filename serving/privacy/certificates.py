@@ -12,10 +12,8 @@ from features.clock import now_ms
 from serving.errors import NotFound
 from serving.log_retention import PROFILES_GROUP
 from serving.privacy.ledger import Erasure, is_certificate_id, of_line, to_line
-from serving.redis.client import Call, Request
-from serving.redis.router import required
+from serving.stores.certificate_store import CertificateStore
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import CERTIFICATE_DATE, CERTIFICATE_ISSUE, HASH_SET
 from serving.stores.registry import ERASED_FROM, Copy, Registry
 
 _log = logging.getLogger(__name__)
@@ -156,6 +154,7 @@ class Certificates:
     def __init__(self, log: EventLog, due_ms: int = 24 * 3_600_000) -> None:
         """Takes the log, and the time in which the bytes of an erasure are to leave the disks, ms."""
         self._log, self._due_ms = log, due_ms
+        self._stored = CertificateStore(log)
         self.registry = Registry(log)
         self.partitions = log.partitions
 
@@ -170,11 +169,10 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        partition, now = erasure.partition, now_ms()
-        keys = self._log.keys[partition]
+        now = now_ms()
         # Noted before the register is read: a copy that registers in between finds the erasure here.
         self.remember([erasure])
-        groups = [group["name"].decode() for group in self._log.groups(keys.events)]
+        groups = [group["name"].decode() for group in self._log.groups(self._log.keys[erasure.partition].events)]
         receipts = [Receipt(store, entries, now) for store, entries in counts.items()]
         receipts += [Receipt(group, 0, 0) for group in groups if group != PROFILES_GROUP]
         registered = self.registry.copies()
@@ -186,9 +184,7 @@ class Certificates:
         )
         due_at = now + self._due_ms
         certificate = Certificate(erasure.certificate_id, erasure.log_id, due_at, tuple(receipts), copies, remainders)
-        arguments = (certificate.certificate_id, *_fields(certificate))
-        key = self._key(certificate.certificate_id)
-        self._log.nodes.run(Call(CERTIFICATE_ISSUE, (key, keys.purging), arguments))
+        self._stored.issue(certificate.certificate_id, _fields(certificate))
         return certificate
 
     def remember(self, erasures: Iterable[Erasure]) -> None:
@@ -198,8 +194,7 @@ class Certificates:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         for erasure in erasures:
-            fields = (erasure.certificate_id, json.dumps(to_line(erasure)))
-            self._log.nodes.run(Call(HASH_SET, (self._noted(erasure.partition),), fields))
+            self._stored.note(erasure.certificate_id, json.dumps(to_line(erasure)))
 
     def erasures(self) -> list[Erasure]:
         """Reads all erasures that were ever noted in the log, in log order.
@@ -207,10 +202,7 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        erasures: dict[str, Erasure] = {}
-        for partition in range(self._log.partitions):
-            lines = self._log.nodes.scan(self._noted(partition))
-            erasures |= {name.decode(): of_line(line) for name, line in lines}
+        erasures = {certificate_id: of_line(line) for certificate_id, line in self._stored.notes()}
         return sorted(erasures.values(), key=lambda erasure: erasure.log_id)
 
     def get(self, certificate_id: str) -> Certificate:
@@ -220,9 +212,7 @@ class Certificates:
             NotFound: No certificate has this id.
             EventLogUnavailable: Redis does not answer.
         """
-        fields: dict[bytes, bytes] = {}
-        if is_certificate_id(certificate_id) and int(certificate_id[:4], 16) < self._log.partitions:
-            fields = self._log.nodes.command("HGETALL", self._key(certificate_id))
+        fields = self._stored.read(certificate_id) if is_certificate_id(certificate_id) else {}
         if not fields:
             raise NotFound("no certificate has this id; give that of EraseSubject", field="certificate_id")
         return _certificate(certificate_id, fields)
@@ -233,15 +223,13 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        requests: list[Request] = [("SMEMBERS", keys.purging) for keys in self._log.keys]
         certificates = []
-        for keys, names in zip(self._log.keys, required(self._log.nodes.run_all(requests)), strict=True):
-            for name in names:
-                try:
-                    certificates.append(self.get(name.decode()))
-                except NotFound:
-                    _log.warning("the certificate %s is gone: it is not waited for any more", name.decode())
-                    self._log.nodes.command("SREM", keys.purging, name)
+        for certificate_id in self._stored.open_ids():
+            try:
+                certificates.append(self.get(certificate_id))
+            except NotFound:
+                _log.warning("the certificate %s is gone: it is not waited for any more", certificate_id)
+                self._stored.close(certificate_id)
         return certificates
 
     def confirm(self, certificate: Certificate, *stores: str) -> None:
@@ -250,11 +238,11 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        now, key = now_ms(), self._key(certificate.certificate_id)
+        now = now_ms()
         for receipt in certificate.stores:
             if receipt.store in stores:
                 dates = f"{receipt.entries} {receipt.erased_at or now} {now}"
-                self._log.nodes.command("HSET", key, f"store:{receipt.store}", dates)
+                self._stored.set_field(certificate.certificate_id, f"store:{receipt.store}", dates)
         self._settle(certificate)
 
     def confirm_copy(self, certificate: Certificate, copy_id: str, *, purged: bool = True) -> None:
@@ -289,20 +277,13 @@ class Certificates:
 
     def _date(self, certificate: Certificate, receipt: CopyReceipt) -> None:
         """Stores a copy's receipt, unless the certificate has been issued again for a later erasure meanwhile."""
-        arguments = (certificate.log_id, f"copy:{receipt.copy_id}", json.dumps(asdict(receipt)))
-        self._log.nodes.run(Call(CERTIFICATE_DATE, (self._key(certificate.certificate_id),), arguments))
+        name, value = f"copy:{receipt.copy_id}", json.dumps(asdict(receipt))
+        self._stored.set_field_of(certificate.certificate_id, certificate.log_id, name, value)
 
     def _settle(self, certificate: Certificate) -> None:
         """Removes a certificate from those that are waited for, if it is complete now."""
         if self.get(certificate.certificate_id).complete:
-            keys = self._log.keys[int(certificate.certificate_id[:4], 16)]
-            self._log.nodes.command("SREM", keys.purging, certificate.certificate_id)
-
-    def _key(self, certificate_id: str) -> bytes:
-        return self._log.keys[int(certificate_id[:4], 16)].certificates + b":" + certificate_id.encode()
-
-    def _noted(self, partition: int) -> bytes:
-        return self._log.keys[partition].certificates + b":noted"
+            self._stored.close(certificate.certificate_id)
 
 
 def _copy_receipt(copy: Copy, now: int, profiles: str) -> CopyReceipt:

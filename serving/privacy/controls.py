@@ -12,7 +12,6 @@ import numpy as np
 from features import controls
 from features.controls import CONTROL, ControlKind, Dial
 from features.keys import item_key
-from serving.stores.keys import log_id
 
 _SHARED_ARM = "ARM"
 
@@ -65,12 +64,9 @@ StoredControl = UserControl | SharedArm
 """A control as it is stored: a shared arm is stored with the controls, though no user sets it."""
 
 
-def parse_controls(value: bytes | None) -> tuple[list[StoredControl], int]:
-    """Returns the controls that the log holds of a user, and the log id at which they were set; 0 if never."""
-    if value is None:
-        return [], 0
-    place, _, words = value.partition(b" ")
-    return [_parse_control(*control) for control in json.loads(words)], log_id(place)
+def parse_controls(words: bytes) -> list[StoredControl]:
+    """Returns the controls that the log holds of a user, from what `to_log` returned."""
+    return [_parse_control(*control) for control in json.loads(words)]
 
 
 def to_log(stored: Sequence[StoredControl]) -> bytes:

@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from features.profile import Purpose
 from features.subjects import partition_of
 from serving.errors import Unavailable
-from serving.privacy.consent import parse_consent, read_consents
 from serving.privacy.controls import StoredControl, parse_controls, to_log, to_profile
-from serving.redis.client import Call
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import PERSON_MARK
-from serving.stores.keys import address_of, log_id
+from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import UserStatements
 
 
 class MarkWriter:
@@ -26,7 +24,7 @@ class MarkWriter:
 
     def __init__(self, log: EventLog, store: ProfileStore) -> None:
         """Takes the stores."""
-        self._log, self._store = log, store
+        self._log, self._store, self._statements = log, store, UserStatements(log)
 
     def write(
         self,
@@ -50,13 +48,8 @@ class MarkWriter:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        address, keys = address_of(subject), self._log.keys_of(subject)
-        allowed = b"" if purposes is None else b"%d" % purposes
-        stored = None if controls is None else to_profile(controls)
-        control_arguments = () if stored is None else (stored, to_log(controls or ()))
-        arguments = (address, allowed, int(forget), *control_arguments)
-        place = self._log.nodes.run(Call(PERSON_MARK, (keys.events, keys.people, keys.rules), arguments))
-        mark = Mark(log_id(place), address, purposes, forget, stored)
+        stored = None if controls is None else (to_profile(controls), to_log(controls))
+        mark = self._statements.state(subject, purposes, forget=forget, controls=stored)
         return mark.log_id, self._apply(subject, mark)
 
     def stored_controls(self, subject: str) -> tuple[list[StoredControl], int]:
@@ -65,8 +58,8 @@ class MarkWriter:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        value = self._log.nodes.command("HGET", self._log.keys_of(subject).rules, address_of(subject))
-        return parse_controls(value)
+        stated = self._statements.controls(subject)
+        return (parse_controls(stated.words), stated.set_at) if stated else ([], 0)
 
     def _apply(self, subject: str, mark: Mark) -> bool:
         """Brings a mark into the profile; returns False if its store does not answer."""
@@ -83,7 +76,7 @@ class MarkWriter:
 
     def _marks_of(self, subject: str) -> list[Mark]:
         """Returns all that the log knows the user to have set, for a profile that has lost it."""
-        address, [consent] = address_of(subject), read_consents(self._log, [subject])
+        address, [consent] = address_of(subject), self._statements.consents([subject])
         marks = [Mark(consent.forgotten, address, forget=True)] if consent.forgotten else []
         if consent.set_at:
             marks.append(Mark(consent.set_at, address, consent.purposes))
@@ -99,13 +92,11 @@ def marks_of_log(log: EventLog) -> Iterator[tuple[int, Mark]]:
     Raises:
         EventLogUnavailable: Redis does not answer.
     """
-    for partition, keys in enumerate(log.keys):
-        for address, value in log.nodes.scan(keys.people):
-            consent = parse_consent(value, log.default)
-            if consent.forgotten:
-                yield partition, Mark(consent.forgotten, address, forget=True)
-            if consent.set_at:
-                yield partition, Mark(consent.set_at, address, consent.purposes)
-        for address, value in log.nodes.scan(keys.rules):
-            controls, set_at = parse_controls(value)
-            yield partition, Mark(set_at, address, rules=to_profile(controls))
+    statements = UserStatements(log)
+    for partition, address, consent in statements.every_consent():
+        if consent.forgotten:
+            yield partition, Mark(consent.forgotten, address, forget=True)
+        if consent.set_at:
+            yield partition, Mark(consent.set_at, address, consent.purposes)
+    for partition, address, stated in statements.every_control():
+        yield partition, Mark(stated.set_at, address, rules=to_profile(parse_controls(stated.words)))

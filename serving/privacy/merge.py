@@ -11,7 +11,6 @@ from features.errors import PenchantError, ProfileCorrupt
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConsentWithheld, FailedPrecondition, Unavailable
 from serving.experiments import seed_of
-from serving.privacy.consent import read_consents
 from serving.privacy.controls import SharedArm, UserControl, join_controls
 from serving.privacy.marks import MarkWriter
 from serving.stores.event_log import EventLog
@@ -19,6 +18,7 @@ from serving.stores.log_codec import decode, reassigned
 from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import UserStatements
 
 _ATTEMPTS = 30
 _PROFILE_FIELDS = frozenset({"profile_version", "features", "encoder_digest"})
@@ -96,7 +96,8 @@ class IdentityMerge:
         Raises:
             FailedPrecondition: It is not.
         """
-        anonymous, known = (consent.purposes for consent in read_consents(self._log, [self._anonymous, self._known]))
+        consents = UserStatements(self._log).consents([self._anonymous, self._known])
+        anonymous, known = (consent.purposes for consent in consents)
         missing = Purpose(known & ~int(anonymous) & int(EVERY_PURPOSE))
         if missing:
             raise FailedPrecondition(
@@ -172,7 +173,7 @@ class IdentityMerge:
             The number of controls that had no room.
         """
         anonymous, known = self._controls(self._anonymous), self._controls(self._known)
-        [consent] = read_consents(self._log, [self._known])
+        [consent] = UserStatements(self._log).consents([self._known])
         if not anonymous or Purpose.PERSONALISE not in consent.purposes:
             return 0
         joined = join_controls(known, anonymous, now_ms())

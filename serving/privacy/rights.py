@@ -20,18 +20,16 @@ from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, NotFound, Unavailable
 from serving.folder_identity import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
-from serving.privacy.consent import Consent, read_consents
 from serving.privacy.controls import SharedArm, UserControl
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
 from serving.privacy.marks import MarkWriter
 from serving.privacy.merge import IdentityMerge, MergeResult
-from serving.redis.client import Call
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import EVENT_UNDO
-from serving.stores.keys import address_of, stream_id
-from serving.stores.log_entries import Entry, sound
+from serving.stores.keys import address_of
+from serving.stores.log_entries import sound
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent, UserStatements
 
 Document = tuple[str, int, bytes]
 """One thing that the log holds of a user: "event" or "impression", its log id, and all of it as JSON."""
@@ -69,7 +67,7 @@ class SubjectRights:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        return read_consents(self._log, subjects)
+        return UserStatements(self._log).consents(subjects)
 
     def set_consent(self, subject: str, purposes: Purpose) -> tuple[int, bool]:
         """Sets what a user allows; without PERSONALISE their profile is emptied, and stays empty.
@@ -135,18 +133,12 @@ class SubjectRights:
             Unavailable: A Redis does not answer, or the profile is being restored; a repeat is safe.
             ProfileCorrupt: The stored profile is damaged; nothing was undone.
         """
-        entry = self._find_event(subject, event_id)
+        entry = self._log.event_of(subject, event_id)
         if entry is None:
             raise NotFound("the log holds no such event of this user; older ones cannot be undone", field="event_id")
         # The profile first: a repeat after a crash finds the event still in the log, and undoes it there.
         profile = self.refold(subject, frozenset((entry.log_id,)), deadline)
-        keys = self._log.keys_of(subject)
-        call = Call(
-            EVENT_UNDO,
-            (keys.events, self._log.index_of(subject)),
-            (stream_id(entry.log_id), address_of(subject)),
-        )
-        self._log.nodes.run(call)
+        LogErasure(self._log).undo(subject, entry.log_id)
         return profile.version if profile else 0
 
     def refold(self, subject: str, undone: frozenset[int] = frozenset(), deadline: float = math.inf) -> Profile | None:
@@ -242,15 +234,6 @@ class SubjectRights:
             return []
         stored, _ = self._marks.stored_controls(subject)
         return [control for control in stored if isinstance(control, SharedArm)]
-
-    def _find_event(self, subject: str, event_id: str) -> Entry | None:
-        """Finds an event by the key that recognises its retries, which lasts as long as events stay in the log."""
-        keys = self._log.keys_of(subject)
-        place = self._log.nodes.command("GET", self._log.seen_of(subject, event_id))
-        if not place:
-            return None
-        entries = self._log.nodes.command("XRANGE", keys.events, place, place)
-        return Entry.of(*entries[0]) if entries else None
 
     def _logged_entries(self, subject: str, after: int, deadline: float) -> npt.NDArray[np.void]:
         """Returns what the log holds of a user that belongs into the profile; ENTRY [n]."""

@@ -156,9 +156,9 @@ class MetricsPage:
                 continue
             labels = (state.name, state.name.partition(" ")[0])
             behind = max(0, newest - int(version))
-            since = (
-                self._behind_since.setdefault(state.name, now) if behind else self._behind_since.pop(state.name, now)
-            )
+            since = self._behind_since.setdefault(state.name, now)
+            if not behind:
+                del self._behind_since[state.name]
             yield "penchant_catalog_lag_versions", labels, behind
             yield "penchant_catalog_lag_seconds", labels, now - since if behind else 0.0
 

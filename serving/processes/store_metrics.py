@@ -12,10 +12,11 @@ from redis.exceptions import RedisError
 from features.errors import PenchantError
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.exposition import OTHER, Sample
-from serving.redis.client import Client, connect, servers
+from serving.redis.client import Client, connect
+from serving.redis.servers import figures_of
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.event_log import EventLog
-from serving.stores.log_state import stream_states
+from serving.stores.log_figures import stream_figures
 from serving.warehouse.place import GROUP
 
 FRESH_S = 5.0
@@ -25,7 +26,7 @@ MOST_PARTITIONS = 64
 """Most partitions with labels of their own; of more, `all` has the sum, and the greatest age."""
 
 _TIMEOUT_S = 1.0
-_READERS = {PROFILES_GROUP.encode(): "projector", GROUP.encode(): "warehouse"}
+_READERS = {PROFILES_GROUP: "projector", GROUP: "warehouse"}
 
 
 class StoreMetrics:
@@ -83,31 +84,34 @@ class StoreMetrics:
 
 
 def _server_samples(store: str, client: Client) -> list[Sample]:
-    memory = data = aof = 0
-    for server in servers(client):
-        info = server.info("memory")
-        memory += int(info["used_memory"])
-        data += int(info["used_memory_dataset"])
-        aof += int(server.info("persistence").get("aof_current_size", 0))
+    sizes = figures_of(client)
     return [
-        ("penchant_redis_memory_bytes", (store,), memory),
-        ("penchant_redis_data_bytes", (store,), data),
-        ("penchant_redis_aof_bytes", (store,), aof),
+        ("penchant_redis_memory_bytes", (store,), sizes.memory),
+        ("penchant_redis_data_bytes", (store,), sizes.data),
+        ("penchant_redis_aof_bytes", (store,), sizes.aof),
     ]
 
 
 def _log_samples(log: EventLog) -> Iterator[Sample]:
-    """Yields size and lag of the streams; those of many partitions are summed up to bound the number of labels."""
+    """Yields size and lag of the streams; those of many partitions are summed up, to bound the number of labels."""
+    clocks = log.clocks()
     totals: dict[tuple[str, tuple[str, ...]], float] = {}
-    for state in stream_states(log):
-        partition = str(state.partition) if log.partitions <= MOST_PARTITIONS else "all"
-        for family, value in (("penchant_log_entries", state.entries), ("penchant_log_bytes", state.size)):
-            sample: tuple[str, tuple[str, ...]] = family, (state.stream, partition)
-            totals[sample] = totals.get(sample, 0) + value
-        for lag in state.lags:
-            labels = (_READERS.get(lag.group, OTHER), state.stream, partition)
-            entries, age = ("penchant_log_lag_entries", labels), ("penchant_log_lag_seconds", labels)
-            totals[entries] = totals.get(entries, 0) + lag.entries
-            totals[age] = max(totals.get(age, 0.0), lag.age_ms / 1000)
+    for figures in stream_figures(log):
+        labels: tuple[str, ...] = (figures.stream, _label(log, figures.partition))
+        for family, size in (("penchant_log_entries", figures.entries), ("penchant_log_bytes", figures.bytes)):
+            totals[family, labels] = totals.get((family, labels), 0) + size
+        clock = clocks[figures.partition]
+        if clock is None:
+            continue
+        for reader in figures.readers:
+            reader_labels = (_READERS.get(reader.group, OTHER), *labels)
+            entries, age = ("penchant_log_lag_entries", reader_labels), ("penchant_log_lag_seconds", reader_labels)
+            seconds = 0.0 if reader.oldest_at is None else max(0, clock - reader.oldest_at) / 1000
+            totals[entries] = totals.get(entries, 0) + reader.behind
+            totals[age] = max(totals.get(age, 0.0), seconds)
     for (family, labels), value in totals.items():
         yield family, labels, value
+
+
+def _label(log: EventLog, partition: int) -> str:
+    return str(partition) if log.partitions <= MOST_PARTITIONS else "all"

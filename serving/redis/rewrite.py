@@ -9,7 +9,8 @@ import redis
 from redis.exceptions import RedisError, ResponseError
 
 from serving.errors import EventLogUnavailable, ServingError
-from serving.redis.client import Client, command, servers, serving_error
+from serving.redis.client import Client, serving_error
+from serving.redis.servers import servers
 
 _POLL_S = 0.1
 _REWRITE_S = 3600.0
@@ -40,11 +41,11 @@ def _rewrite_server(client: redis.Redis, stop: threading.Event) -> None:
     # A rewrite that began earlier still copies what was deleted since: only one that begins after it counts.
     _wait_until_idle(client, stop)
     if int(client.info("persistence")["aof_enabled"]):
-        command(client, "BGREWRITEAOF")
+        client.execute_command("BGREWRITEAOF")  # type: ignore[no-untyped-call]
         _wait_until_idle(client, stop)
         _require_ok(client, "aof_last_bgrewrite_status", "BGREWRITEAOF")
     if client.config_get("save").get("save"):
-        command(client, "BGSAVE")
+        client.execute_command("BGSAVE")  # type: ignore[no-untyped-call]
         _wait_until_idle(client, stop)
         _require_ok(client, "rdb_last_bgsave_status", "BGSAVE")
 

@@ -30,12 +30,12 @@ from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
 from serving.privacy.certificates import Certificate, Certificates
-from serving.privacy.consent import Consent
 from serving.privacy.controls import BlockControl, DialControl, UserControl
 from serving.privacy.rights import SubjectRights
 from serving.services import validation as checks
 from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent
 
 SHOWN = 100
 """Events that an answer shows at most."""

@@ -115,9 +115,8 @@ class TestWorker:
 
     def test_an_unsafe_or_absent_events_redis_stops_events_and_not_rankings(self, own):
         with connect(own.url, 1.0) as client:
-            parts = [
-                HealthCheck("events_redis", lambda: redis_trouble(client, "events", False), (EVENTS, PROFILES, CATALOG))
-            ]
+            services = (EVENTS, PROFILES, CATALOG)
+            parts = [HealthCheck("events_redis", lambda: redis_trouble(client, "events", False), services)]
             monitor, said = self.monitor(parts)
             assert not monitor.check()
             assert not said

@@ -29,7 +29,6 @@ from serving.errors import (
 )
 from serving.log_retention import PROFILES_GROUP, LogRetention
 from serving.privacy.certificates import Certificates
-from serving.privacy.consent import Consent, read_consents
 from serving.privacy.controls import BlockControl, DialControl
 from serving.privacy.ledger import Ledger
 from serving.privacy.purge import Purger
@@ -45,6 +44,7 @@ from serving.stores.keys import address_of, stream_id
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent, UserStatements
 from tests.serving.faults import insist, wait_until
 from tests.serving.logged import NOTHING_KEPT, PARTITIONS
 
@@ -112,7 +112,7 @@ class TestConsent:
     def test_who_said_nothing_allows_the_default(self, people, log, events_redis):
         assert people.consents(["u:ann", "a:ann"]) == [Consent(EVERY_PURPOSE, 0, 0)] * 2
         shy = EventLog(events_redis, PARTITIONS, default=Purpose.MEASURE)
-        assert read_consents(shy, ["u:ann"]) == [Consent(Purpose.MEASURE, 0, 0)]
+        assert UserStatements(shy).consents(["u:ann"]) == [Consent(Purpose.MEASURE, 0, 0)]
         assert not shy.append([event(1)])[0].personal
 
     @pytest.mark.parametrize("purposes", list(map(Purpose, range(8))))
