@@ -94,7 +94,7 @@ class ImpressionWriter:
         try:
             self._waiting.put_nowait(shown)
         except queue.Full:
-            self._telemetry.count("impressions.dropped")
+            self._telemetry.count(("slates", "dropped"))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Writes what still waits, as far as the time goes."""
@@ -126,13 +126,13 @@ class ImpressionWriter:
         """Yields the slates as they are logged; one that cannot be written costs itself, not the thread."""
         for one in shown:
             if not is_logged(one.query.subject, self._share):
-                self._telemetry.count("impressions.left_out")
+                self._telemetry.count(("slates", "left_out"))
                 continue
             try:
                 yield _logged(one, self._share)
             except Exception as error:  # noqa: BLE001 - a defect in one slate must not end the log
                 self._damaged.failed(f"the one of the request {one.query.request_id!r}: {error!r}", trace=error)
-                self._telemetry.count("impressions.dropped")
+                self._telemetry.count(("slates", "dropped"))
 
     def _write(self, batch: list[LoggedImpression]) -> None:
         """Writes a batch once: a second try could write it twice, and lost slates do less harm than doubled ones."""
@@ -142,10 +142,10 @@ class ImpressionWriter:
             written = self._log.append_impressions(batch)
         except ServingError as error:
             self._lose(error, "slates not logged", len(batch))
-            self._telemetry.count("impressions.dropped", len(batch))
+            self._telemetry.count(("slates", "dropped"), len(batch))
             return
         self._outage.works()
-        self._telemetry.count("impressions.written", written)
+        self._telemetry.count(("slates", "written"), written)
 
     def _call_back(self, seen: Mapping[str, int]) -> None:
         """Asks for the states of those who are back and have done nothing yet; their next answer asks again."""

@@ -113,8 +113,7 @@ class Projector:
             lease_ms: How long a partition stays with a projector that is gone.
             batch: Most events per partition and step.
             idle: When profiles are dropped, and how they are made anew; None keeps them.
-            telemetry: Counts `events_projected`, `events_damaged`, `profiles_compacted`, `profiles_dropped` and
-                `profiles_returned`.
+            telemetry: Counts `projector_events`, `projector_damaged` and `projector_profiles`.
             require_own: Raises once the profiles of the log are elsewhere; `run` asks regularly, and first of all after
                 it has stood still for as long as a projector may before another one takes its place.
         """
@@ -289,7 +288,7 @@ class Projector:
                 self._profiles.mark(partition, entry.mark)
         grouped: dict[str, list[tuple[int, bytes]]] = {}
         events, damaged = sound(entries)
-        self._telemetry.count("events_damaged", damaged)
+        self._telemetry.count("projector_damaged", damaged)
         for entry in events:
             grouped.setdefault(entry.subject, []).append((entry.log_id, entry.record))
         batch = list(grouped.items())
@@ -299,7 +298,7 @@ class Projector:
                 self._make_room(subject, own[0][0])
                 reply = self._profiles.apply(subject, own)
             if isinstance(reply, Applied):
-                self._telemetry.count("events_projected", reply.inserted)
+                self._telemetry.count("projector_events", reply.inserted)
                 if reply.tail > self._compact_after:
                     long.append(subject)
                 if reply.away and self._idle:
@@ -319,7 +318,7 @@ class Projector:
     def _compact(self, subject: str, up_to: int, at_least: int = 1) -> None:
         try:
             if self._profiles.compact(subject, up_to, at_least, dropped_too=self._idle is None):
-                self._telemetry.count("profiles_compacted")
+                self._telemetry.count(("projector_profiles", "compacted"))
         except ProfileCorrupt as error:
             _log.error("%s", error)
 
@@ -344,7 +343,7 @@ class Projector:
             return
         try:
             back = self._idle.rehydrate(returned, self._profiles, self._log)
-            self._telemetry.count("profiles_returned", back)
+            self._telemetry.count(("projector_profiles", "restored"), back)
         except (TablesError, ServingError, OSError) as error:
             _log.error("%d people came back, and their past cannot be had: %s", len(returned), error)
 
@@ -354,7 +353,7 @@ class Projector:
             return
         self._swept = time.monotonic()
         before_ms = self._log.now_ms() - int(self._idle.days * 86_400_000)
-        self._telemetry.count("profiles_dropped", self._profiles.leave(before_ms))
+        self._telemetry.count(("projector_profiles", "evicted"), self._profiles.leave(before_ms))
 
     def _trim(self) -> None:
         if time.monotonic() - self._trimmed < _TRIM_S:

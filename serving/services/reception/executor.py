@@ -103,8 +103,8 @@ class _Done(Future[Any]):
 
 
 _NO_MESSAGE = Unimplemented("this method needs a message: send exactly one")
-_REASONS: Mapping[type[ServingError], str] = {ResourceExhausted: "refused.busy", Unauthenticated: "refused.token"}
-"""What counts the calls that get no thread; any other error is about a message that is missing or late."""
+_REASONS: Mapping[type[ServingError], str] = {ResourceExhausted: "busy", Unauthenticated: "token"}
+"""Reasons by which refused calls are counted; any other error is about a message that is missing or late."""
 
 _WAKE = object()
 """A message that is none: it wakes the thread of a stream that waits for one."""
@@ -244,7 +244,7 @@ class Reception(ThreadPoolExecutor):
 
     def _refuse(self, rpc: _Rpc, error: ServingError) -> None:
         if self.calls.done(rpc.call):
-            self._telemetry.count(_REASONS.get(type(error), "refused.message"))
+            self._telemetry.count(("requests_refused", _REASONS.get(type(error), "message")))
             self._send_error(rpc, error)
 
     def _end(self, rpc: _Rpc, error: ServingError) -> None:
