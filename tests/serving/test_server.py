@@ -250,7 +250,7 @@ def test_what_is_in_hand_waits_or_was_refused_is_measured():
         counts = server.telemetry.counters()
         assert counts["requests_refused.busy"] >= 1
         assert counts["requests_refused.token"] == 1
-        assert counts["request.Search.OK.."] >= 2  # the client may ask again
+        assert counts["requests.Search.OK.."] >= 2  # the client may ask again
 
 
 class TestClient:

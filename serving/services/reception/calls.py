@@ -235,7 +235,7 @@ class OpenCalls:
             self._wake()
 
     def done(self, call: OpenCall) -> bool:
-        """Notes that no thread works on a call any more; it is open until it is read. Returns False if that was noted."""
+        """Notes that no thread works on a call any more; it stays open until it is read. False if that was noted."""
         with self._lock:
             if call.phase not in (Phase.WORKING, Phase.SENDING):
                 return False
