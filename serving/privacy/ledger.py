@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from features.bundle import sync
 from features.errors import ForeignFileError
+from features.files import sync
 from features.private_files import make_folders, open_private
 from serving.errors import ConfigError, Unavailable
 

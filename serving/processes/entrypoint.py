@@ -28,7 +28,7 @@ from serving.observability.telemetry import Telemetry
 from serving.restart import Trouble
 
 if TYPE_CHECKING:
-    from serving.projection.projector import Idle
+    from serving.projection.eviction import Eviction
 
 _log = logging.getLogger("serving.processes.entrypoint")  # not __name__, which is __main__ here
 _writing = threading.Lock()
@@ -131,7 +131,7 @@ def _work(
 def _project(
     config: ServeConfig, spec: dict[str, Any], control: ProcessControl, telemetry: Telemetry, ready: Callable[..., None]
 ) -> None:
-    from serving.projection.projector import run
+    from serving.projection.process import run
 
     run(
         config.redis,
@@ -140,7 +140,7 @@ def _project(
         control.stop,
         # Twice as often as erasures are due, so that a round that fails leaves time for another.
         purge_s=config.purge_hours * 1800,
-        idle=_idle(config) if config.evict_after_days else None,
+        eviction=_eviction(config) if config.evict_after_days else None,
         ready=ready,
         telemetry=telemetry,
         trouble=Trouble(control.report_state),
@@ -148,13 +148,14 @@ def _project(
     )
 
 
-def _idle(config: ServeConfig) -> Idle:
+def _eviction(config: ServeConfig) -> Eviction:
     # Imported only if profiles are evicted: Arrow takes memory.
     from features.profile import Retention
-    from serving.projection.projector import Idle
-    from serving.projection.rebuild import rehydrate
+    from serving.projection.eviction import Eviction
+    from serving.projection.restore import restore_profiles
 
-    return Idle(config.evict_after_days, partial(rehydrate, config.warehouse_path, Retention(config.retention_days)))
+    restore = partial(restore_profiles, config.warehouse_path, Retention(config.retention_days))
+    return Eviction(config.evict_after_days, restore)
 
 
 def _write_warehouse(

@@ -110,7 +110,7 @@ class Sockets:
         calls = now.calls - last.calls + last.open
         if calls or now.open:
             now.active = self._now
-        # Allowed: a message per call, which may not be complete yet, and twice the messages, for the frames around them.
+        # Allowed: a message per call, as it may be incomplete, and twice the messages, for the frames around them.
         now.free -= max(received - last.received - calls * self._message_bytes - 2 * (now.taken - last.taken), 0)
         broken, answered = now.bad - last.bad, now.good - last.good
         if broken > 10 * answered:
