@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from features.schema import EVENTS, ITEMS
 from features.tables.dataset import open_dataset, write_dataset
+from features.tables.schema import EVENTS, ITEMS
 from training.config import TrainConfig, load_config
 from training.data.split import held_out
 from training.fitting.encoders import Fit

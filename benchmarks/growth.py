@@ -27,8 +27,8 @@ import torch
 
 from benchmarks.report import BenchmarkError, facts
 from features.limits import cores
-from features.schema import EVENTS, ITEMS
 from features.tables.dataset import open_dataset
+from features.tables.schema import EVENTS, ITEMS
 from training.config import load_config
 from training.fitting.encoders import Fit
 from training.models.encoders import ItemBags

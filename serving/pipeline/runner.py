@@ -41,7 +41,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from features.controls import Dial, Kind, blocked
-from features.schema import item_keys
+from features.keys import item_keys
 from serving.bundle.bitmap import Bitmap, clear_keys, clear_rows
 from serving.pipeline.candidates import Candidates, Proposal, fills, interleaved, merge
 from serving.pipeline.execution import SOURCE, Execution

@@ -24,8 +24,11 @@ from serving.errors import ConfigError, EventLogUnavailable, ServingError
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.redis.client import Client, command, connect, servers, serving_error
-from serving.stores.event_log import EventLog, partitions_for
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Mark
+from serving.stores.log_erasure import LogErasure
+from serving.stores.meta import partitions_for
+from serving.stores.profiles import ProfileStore
 
 _POLL_S = 0.1
 _REWRITE_S = 3600.0
@@ -54,7 +57,7 @@ def replay(erasures: Sequence[Erasure], log: EventLog, store: ProfileStore, due_
     """
     if foreign := [one.certificate_id for one in erasures if one.partition >= log.partitions]:
         raise ConfigError(f"erasure {foreign[0]} is of a log with more than {log.partitions} partitions: say how many")
-    certificates, again = Certificates(log, due_ms), 0
+    certificates, log_erasure, again = Certificates(log, due_ms), LogErasure(log), 0
     log.open()
     store.open()
     own_store = store.store_id()
@@ -62,13 +65,15 @@ def replay(erasures: Sequence[Erasure], log: EventLog, store: ProfileStore, due_
     forgotten = dict(zip(erasures, store.mark_many(marks), strict=True))
     for partition in sorted({one.partition for one in erasures}):
         own = [one for one in erasures if one.partition == partition]
-        lacking = {one for one, lacks in zip(own, _lacking(log, own), strict=True) if lacks}
-        names = log.names(partition, {one.address for one in lacking}) if lacking else {}
+        lacking = {one for one, lacks in zip(own, _lacking(log_erasure, own), strict=True) if lacks}
+        names = log_erasure.names(partition, {one.address for one in lacking}) if lacking else {}
         for one in own:
             place, counts = one.log_id, {"profiles": forgotten[one], "events": 0, "impressions": 0}
             if one in lacking:
                 name = names.get(one.address)
-                erased = log.erase(name) if name else log.erase_again(partition, one.person, one.address)
+                erased = (
+                    log_erasure.erase(name) if name else log_erasure.erase_unnamed(partition, one.person, one.address)
+                )
                 place, counts = erased.log_id, counts | {"events": erased.events, "impressions": erased.impressions}
                 counts["profiles"] += store.mark(partition, Mark(place, one.address, forget=True, rules=b""))
             if one in lacking or forgotten[one]:
@@ -94,7 +99,7 @@ def replay_ledgers(
     return {"erasures": len(erasures), "again": again}
 
 
-def _lacking(log: EventLog, own: Sequence[Erasure]) -> list[bool]:
+def _lacking(log: LogErasure, own: Sequence[Erasure]) -> list[bool]:
     return log.lacks(own[0].partition, [(one.person, one.log_id) for one in own])
 
 

@@ -88,7 +88,7 @@ def work(
             events,
             config.partitions,
             default=config.default_consent,
-            person_cap=config.person_cap,
+            user_cap=config.user_cap,
             times=config.log_times,
             unsafe=config.unsafe_redis,
         )

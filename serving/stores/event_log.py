@@ -12,13 +12,13 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import redis
 from redis.exceptions import ResponseError
 
+from features.clock import now_ms
 from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
 from serving.errors import (
@@ -28,58 +28,16 @@ from serving.errors import (
     Unavailable,
 )
 from serving.log_retention import HOUR_MS, LogTimes
-from serving.redis.client import (
-    META,
-    Call,
-    Client,
-    Request,
-    address_of,
-    partition_of,
-    serving_error,
-)
-from serving.redis.router import RedisRouter, remembered, require_partitions, required
+from serving.redis.client import Call, Client, Request, serving_error
+from serving.redis.router import RedisRouter, required
 from serving.stores.admission import Admission
-from serving.stores.event_scripts import (
-    EVENT_APPEND,
-    EVENT_ERASE,
-    IMPRESSION_APPEND,
-    LOG_TIMES,
-    PERSON_RETURN,
-    SEQUENCE_BITS,
-)
-from serving.stores.log_entries import (
-    Appended,
-    Entry,
-    Erased,
-    LoggedEvent,
-    LoggedImpression,
-    PartitionKeys,
-    appended_of,
-    log_id,
-    sound,
-    stream_id,
-)
+from serving.stores.event_scripts import EVENT_APPEND, IMPRESSION_APPEND, LOG_TIMES, PERSON_RETURN
+from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, partition_of, stream_id
+from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression, appended_of
 from serving.stores.log_trim import groups_of, trim
-from serving.stores.meta import awaited_partitions, partitions_for, partitions_of
+from serving.stores.meta import fixed_value, require_partitions
 
-__all__ = [
-    "Appended",
-    "Entry",
-    "Erased",
-    "EventLog",
-    "LogReplaced",
-    "LoggedEvent",
-    "LoggedImpression",
-    "PartitionKeys",
-    "awaited_partitions",
-    "log_id",
-    "partitions_for",
-    "partitions_of",
-    "sound",
-    "stream_id",
-]
-
-PERSON_CAP = 100_000
+USER_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
 
 _PIECE = 1000
@@ -103,7 +61,7 @@ class EventLog:
         memory_mark: float = 0.9,
         cooldown_s: float = 0.5,
         default: Purpose = EVERY_PURPOSE,
-        person_cap: int = PERSON_CAP,
+        user_cap: int = USER_CAP,
         unsafe: bool = False,
         beside: EventLog | None = None,
     ) -> None:
@@ -117,11 +75,11 @@ class EventLog:
             memory_mark: Share of a server's `maxmemory` above which its events are refused; impressions at 5/6 of it.
             cooldown_s: Longest pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
-            person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
+            user_cap: Most events and slates of one person that the log holds at a time; more events are refused.
             unsafe: Whether what is written counts on a Redis that may lose it.
             beside: The same log through other connections; one `look` is enough for both.
         """
-        self._person_cap = person_cap
+        self._user_cap = user_cap
         self.default = default
         self.partitions = partitions
         self.window_ms = window_ms
@@ -147,20 +105,20 @@ class EventLog:
         require_partitions(self.nodes, self.partitions)
         self._tell_times()
         # Tombstones hold a keyed hash: the name of who was erased must not survive in them.
-        self._salt = remembered(self.nodes, "salt", os.urandom(16).hex())
+        self._salt = fixed_value(self.nodes, "salt", os.urandom(16).hex())
 
     @property
     def unsafe(self) -> str:
         """Why nothing is acknowledged now, with the setting at fault, as of the last look; empty where all is well."""
         return self.nodes.unsafe
 
-    def look(self) -> None:
+    def check_safety(self) -> None:
         """Looks at the settings of every server of the log; `unsafe` says what was seen.
 
         Raises:
             EventLogUnavailable: A server does not answer, or is unsafe.
         """
-        self.nodes.look([keys.events for keys in self.keys])
+        self.nodes.check_safety([keys.events for keys in self.keys])
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Appended]:
         """Appends events in their order, in one round trip; each that is answered without error is on disk.
@@ -212,67 +170,6 @@ class EventLog:
         """
         return self._range(self.keys[partition].impressions, after, count)
 
-    def erase(self, subject: str) -> Erased:
-        """Deletes the person's events and impressions, and refuses everything of theirs from before this moment.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer; a repeat is safe.
-        """
-        retries = self._retries_of(subject)
-        erased = self._rid_of(subject, *self.nodes.run(self._erasure(subject, 1)))
-        self._forget_retries(retries, erased.log_id >> SEQUENCE_BITS)
-        return erased
-
-    def newest_of(self, subject: str) -> bytes:
-        """What tells whether the log has got anything more of a person; nothing where it holds nothing.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer.
-        """
-        return self.nodes.command("LINDEX", self.index_of(subject), -1) or b""
-
-    def begin_anew(self, subject: str, newest: bytes) -> Erased | None:
-        """Deletes the person's events and impressions; what comes then is the first of a new history, however old.
-
-        Args:
-            subject: The person.
-            newest: What `newest_of` said.
-
-        Returns:
-            None where something has come since, and nothing was deleted.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer; a repeat is safe.
-        """
-        reply = self.nodes.run(self._erasure(subject, 0, newest))
-        return self._rid_of(subject, *reply) if reply else None
-
-    def erase_again(self, partition: int, person: bytes, address: bytes) -> Erased:
-        """`erase` for somebody whose name only a log of before could tell, and does not: their mark is made anew.
-
-        Args:
-            partition: Theirs.
-            person: The keyed hash that `erase` remembered.
-            address: As `redis_client.address_of` says.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer; a repeat is safe.
-        """
-        keys = self.keys[partition]
-        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people, keys.rules)
-        # By the keyed hash, and by the address for a log that has another key.
-        replies = [self.nodes.run(Call(EVENT_ERASE, streams, (person, address, refuse))) for refuse in (1, 0)]
-        return Erased(log_id(replies[-1][0]), 0, 0)
-
-    def lacks(self, partition: int, persons: Sequence[tuple[bytes, int]]) -> list[bool]:
-        """For each person (keyed hash, log id of an erasure) whether the log does not know that erasure.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer.
-        """
-        found = required(self.nodes.run_all([("HGET", self.keys[partition].erased, person) for person, _ in persons]))
-        return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(persons, found, strict=True)]
-
     def call_back(self, seen: Mapping[str, int]) -> None:
         """Asks the projector for states that were dropped because people stayed away; asking again changes nothing.
 
@@ -303,21 +200,6 @@ class EventLog:
         replies = self.nodes.run_all([("SPOP", keys.returned, _PIECE) for keys in self.keys])
         return [name.decode() for reply in replies if not isinstance(reply, PenchantError) for name in reply]
 
-    def names(self, partition: int, addresses: Collection[bytes]) -> dict[bytes, str]:
-        """Whom the streams of a partition name among the people of some addresses; reads all of it.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer.
-        """
-        found: dict[bytes, str] = {}
-        for stream in (self.keys[partition].events, self.keys[partition].impressions):
-            after = 0
-            while entries := self._range(stream, after, _PIECE):
-                after = entries[-1].log_id
-                named = {entry.subject for entry in entries if entry.subject} - set(found.values())
-                found |= {address_of(subject): subject for subject in named if address_of(subject) in addresses}
-        return found
-
     def erased(self, subjects: Sequence[str]) -> list[int]:
         """For each person the time, in ms, up to which whatever they did is refused; 0 where they were not erased.
 
@@ -328,7 +210,7 @@ class EventLog:
         return [int(found or 0) for found in required(self.nodes.run_all(wanted))]
 
     def person(self, subject: str) -> bytes:
-        """The keyed hash under which an erasure is remembered; 16 bytes.
+        """The keyed hash under which an erasure is fixed_value; 16 bytes.
 
         Raises:
             EventLogUnavailable: Redis does not answer, and the key is not known yet.
@@ -363,8 +245,8 @@ class EventLog:
         keys = self.keys_of(subject)
         stream, wanted = (keys.impressions, b"i") if impressions else (keys.events, b"e")
         noted = self.nodes.command("LRANGE", self.index_of(subject), 0, -1)
-        before = self._indexed_since(self.now_ms(partition_of(subject, self.partitions)) << SEQUENCE_BITS)
-        for entries in self._unindexed(stream, before):
+        before = self.indexed_since(self.now_ms(partition_of(subject, self.partitions)) << SEQUENCE_BITS)
+        for entries in self.unindexed(stream, before):
             _require_time(deadline)
             yield [entry for entry in entries if entry.subject == subject and entry.log_id > after]
         oldest = max(before, after + 1)
@@ -412,7 +294,7 @@ class EventLog:
         return groups_of(self.nodes, stream)
 
     def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> Call:
-        keys, now = self.keys[partition], time.time_ns() // 1_000_000
+        keys, now = self.keys[partition], now_ms()
         names: list[bytes] = []
         words: list[bytes | str | int] = []
         for event in events:
@@ -434,7 +316,7 @@ class EventLog:
                 address_of(event.subject),
                 int(event.personal),
             )
-        common = (self._index_ms, int(self.default), self._person_cap)
+        common = (self._index_ms, int(self.default), self._user_cap)
         return Call(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
 
     def seen_of(self, subject: str, event_id: str) -> bytes:
@@ -464,56 +346,30 @@ class EventLog:
             self.nodes.run(Call(LOG_TIMES, (META,), (self._times.stored, self._times.index_ms)))
             self._times_told = True
 
-    def _indexed_since(self, now: int) -> int:
-        """The index of a user without news has expired; what is older than this is looked for one by one."""
+    def indexed_since(self, now: int) -> int:
+        """Returns the log id from which every user's index is complete; older entries have to be searched for.
+
+        The index of a user without new entries expires.
+
+        Args:
+            now: The log id of now.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
         shortest = int(self.nodes.command("HGET", META, "index_ms") or self._index_ms)
         return now - (min(shortest, self._index_ms) << SEQUENCE_BITS)
 
-    def _unindexed(self, stream: bytes, before: int) -> Iterator[list[Entry]]:
+    def unindexed(self, stream: bytes, before: int) -> Iterator[list[Entry]]:
+        """Reads the entries of a stream before a log id, in pieces.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
         after = 0
         while entries := [entry for entry in self._range(stream, after, _PIECE) if entry.log_id < before]:
             yield entries
             after = entries[-1].log_id
-
-    def _erasure(self, subject: str, *how: int | bytes) -> Call:
-        keys = self.keys_of(subject)
-        names = (keys.events, keys.impressions, self.index_of(subject), keys.erased, keys.people, keys.rules)
-        return Call(EVENT_ERASE, names, (self.person(subject), address_of(subject), *how))
-
-    def _rid_of(self, subject: str, marker: bytes, events: int, impressions: int) -> Erased:
-        """Deletes what no index tells of as well."""
-        keys = self.keys_of(subject)
-        before = self._indexed_since(log_id(marker))
-        deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
-        self.nodes.command("SREM", keys.returned, subject)
-        return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
-
-    def _retries_of(self, subject: str) -> dict[bytes, int]:
-        """The keys by which retries of a person's events are recognised, each with the time of the event, ms."""
-        return {
-            self.seen_of(subject, entry.event_id): int(np.frombuffer(entry.record, RECORD)["timestamp"][0])
-            for entries in self.history(subject)
-            for entry in entries
-            if len(entry.record) == RECORD.itemsize
-        }
-
-    def _forget_retries(self, retries: Mapping[bytes, int], erased_at: int) -> None:
-        """Deletes the keys by which retries of erased events were recognised.
-
-        The erasure refuses those now, but for an event that was ahead of the clock: its key goes when its time is over,
-        and so does that of one that came while it was erased, and all of them where a crash comes between.
-        """
-        names = [name for name, timestamp in retries.items() if timestamp <= erased_at]
-        for start in range(0, len(names), _PIECE):
-            self.nodes.command("DEL", *names[start : start + _PIECE])
-
-    def _delete(self, stream: bytes, subject: str, before: int) -> int:
-        deleted = 0
-        for entries in self._unindexed(stream, before):
-            own = [stream_id(entry.log_id) for entry in entries if entry.subject == subject]
-            if own:
-                deleted += int(self.nodes.command("XDEL", stream, *own))
-        return deleted
 
 
 def _refusal(error: ResponseError) -> ServingError:

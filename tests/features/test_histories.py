@@ -15,9 +15,10 @@ import features.tables.dataset
 import features.tables.event_reader
 from features.catalog import columns_of
 from features.histories import KEYS, Distinct, Logged, history_keys
+from features.keys import item_key
 from features.profile import Profile
-from features.schema import EVENTS, ITEMS, item_key
 from features.tables.dataset import open_dataset, write_dataset
+from features.tables.schema import EVENTS, ITEMS
 from serving.projection.rebuild import Histories
 from training.config import TrainConfig
 from training.data.interactions import item_vocabulary, read_interactions

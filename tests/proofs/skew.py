@@ -43,6 +43,7 @@ import features.profile
 import training.models.scoring
 from features.bundle import open_bundle
 from features.catalog import Catalog, Columns
+from features.clock import now_ms
 from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.config import ServeConfig
@@ -372,7 +373,7 @@ class Life:
         late = LATE_MS[burst.late]
         self.tally["late"] += burst.count * (late < 0)
         for part in np.array_split(np.array(at), min(burst.parts, burst.count)):
-            now = time.time_ns() // 1_000_000
+            now = now_ms()
             sent = [self._event(burst, kind, int(item), now + late) for item in part]
             if burst.unapplied:
                 with mock.patch.object(self.world.events, "_apply", lambda good, _: [False] * len(good)):
@@ -406,7 +407,7 @@ class Life:
     def _ask(self, person: int) -> None:
         if person in self.behind:
             return
-        query = Query(uuid.uuid4().hex, self.subjects[person], time.time_ns() // 1_000_000, time.monotonic() + 60, 5)
+        query = Query(uuid.uuid4().hex, self.subjects[person], now_ms(), time.monotonic() + 60, 5)
         query.surface = "home"
         slate = self.world.engine.pipelines["recommend"].run(query)
         if query.user_vector is None or not slate.rows.size:

@@ -14,14 +14,15 @@ import numpy as np
 import pyarrow as pa
 
 from features.action_rates import ActionRates
+from features.arrays import pc
 from features.assemble import History, history, ranker_names, type_index
 from features.catalog import Catalog, Columns
+from features.keys import event_type_key
 from features.profile import Profile
-from features.schema import event_type_key
 from features.subjects import user_id_of
-from features.tables.convert import pc
-from features.tables.dataset import open_dataset, order_events
+from features.tables.dataset import open_dataset
 from features.tables.event_reader import Events
+from features.tables.order import order_events
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
 from training.data.impressions import _folded, read_shown

@@ -9,12 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features.clock import now_ms
 from features.profile import make_records
 from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
-from serving.redis.client import connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
+from serving.stores.event_log import EventLog
+from serving.stores.keys import log_id, partition_of, stream_id
+from serving.stores.log_entries import LoggedEvent, LoggedImpression
+from serving.stores.log_erasure import LogErasure
 from tests.serving.faults import frozen, insist, kill, wait_until
 from tests.serving.logged import NOTHING_KEPT
 
@@ -73,7 +77,7 @@ def test_a_retry_gets_the_answer_of_the_first_and_its_record(log, events_redis):
 
 
 def test_one_person_fills_no_more_than_their_share_and_has_it_again_when_it_is_trimmed(events_redis):
-    log = EventLog(events_redis, 1, person_cap=5)
+    log = EventLog(events_redis, 1, user_cap=5)
     log.open()
     appended = log.append([event(number) for number in range(7)] + [event(0, "u:2")])
     assert [one.error is None for one in appended] == [True] * 5 + [False] * 2 + [True]
@@ -94,7 +98,7 @@ def test_ids_are_opaque_and_never_mix(events_redis, pairs):
     assert sum(not one.duplicate for one in appended) == len(set(pairs))
     assert {(entry.subject, entry.event_id) for entry in everything(log)} == set(pairs)
     for subject in {subject for subject, _ in pairs}:
-        assert log.erase(subject).events == len({pair for pair in pairs if pair[0] == subject})
+        assert LogErasure(log).erase(subject).events == len({pair for pair in pairs if pair[0] == subject})
     assert [entry for entry in everything(log) if entry.subject] == []
 
 
@@ -108,14 +112,14 @@ def test_retries_are_forgotten_after_the_window(events_redis):
 
 def test_a_retry_of_an_event_ahead_of_the_clock_is_known_for_as_long_as_it_is_taken(events_redis):
     log = EventLog(events_redis, 4, window_ms=50, times=NOTHING_KEPT)
-    ahead = event(1, timestamp=time.time_ns() // 1_000_000 + 60_000)
+    ahead = event(1, timestamp=now_ms() + 60_000)
     log.append([ahead])
     time.sleep(0.1)
     assert log.append([ahead])[0].duplicate
 
 
 def test_a_sequence_number_never_overflows_a_log_id(log, events_redis):
-    ahead = int(time.time() * 1000) + 3_600_000  # as after the clock was set back by an hour
+    ahead = now_ms() + 3_600_000  # as after the clock was set back by an hour
     stream = log.keys[partition_of("u:1", 4)].events
     events_redis.xadd(stream, {"s": "u:x"}, id=f"{ahead}-{(1 << 20) - 2}")
     ids = [one.log_id for one in log.append([event(number) for number in range(3)])]
@@ -124,10 +128,10 @@ def test_a_sequence_number_never_overflows_a_log_id(log, events_redis):
 
 
 def test_the_past_of_an_erased_person_is_refused_and_their_future_is_not(log, events_redis):
-    now = int(time.time() * 1000)
+    now = now_ms()
     log.append([event(1), event(2), event(3, subject="u:2")])
     log.append_impressions([LoggedImpression("u:1", now, b"{}")])
-    erased = log.erase("u:1")
+    erased = LogErasure(log).erase("u:1")
     assert (erased.events, erased.impressions) == (2, 1)
     old, new = log.append([event(4, timestamp=now - 1), event(5)])
     assert isinstance(old.error, FailedPrecondition)
@@ -140,7 +144,7 @@ def test_the_past_of_an_erased_person_is_refused_and_their_future_is_not(log, ev
     # Consumers meet the erasure in order, and nothing but the streams and indexes of what came later names the person.
     assert [entry.log_id for entry in everything(log) if entry.erased] == [erased.log_id]
     assert b"u:1" not in b"".join(events_redis.hkeys(log.keys[partition_of("u:1", 4)].erased))
-    assert log.erase("u:1").events == 1
+    assert LogErasure(log).erase("u:1").events == 1
     assert not any(b"u:1" in key for key in events_redis.scan_iter())
 
 
@@ -152,7 +156,7 @@ def test_an_erasure_takes_all_of_somebody_who_did_much(log, events_redis):
         log.append_impressions([LoggedImpression("u:1", now, b"{}")] * 100)
     log.append([event(1, "u:2", now)])
     time.sleep(0.002)
-    erased = log.erase("u:1")
+    erased = LogErasure(log).erase("u:1")
     assert (erased.events, erased.impressions) == (2300, 2300)
     assert [entry.subject for entry in everything(log) if entry.subject] == ["u:2"]
     assert everything(log, log.read_impressions) == []
@@ -165,7 +169,7 @@ def test_an_erasure_finds_what_its_index_has_forgotten(events_redis):
     log.append([event(number, subject) for number in range(3) for subject in ("u:1", "u:2")])
     time.sleep(0.05)
     assert not any(b":index:" in key for key in events_redis.scan_iter())
-    assert log.erase("u:1").events == 3
+    assert LogErasure(log).erase("u:1").events == 3
     assert {entry.subject for entry in everything(log)} == {"", "u:2"}
 
 
@@ -200,7 +204,7 @@ def test_a_filling_log_refuses_impressions_then_events_and_still_erases(tmp_path
         slate = LoggedImpression("u:1", FUTURE, b"{}")
         assert taken(lambda: log.append_impressions([slate])) == impressions
         assert taken(lambda: log.append([event(2)])) == events
-        assert log.erase("u:1").events == 1 + events
+        assert LogErasure(log).erase("u:1").events == 1 + events
         reader = Consumer(log, "readers", "a")
         reader.open()
         [entries] = reader.claim([None])
@@ -271,7 +275,7 @@ def test_one_owner_per_partition_and_pending_goes_to_the_next(log):
     assert second.claim([PENDING] * 4) == [None] * 4
     assert sum(first.lag()) == 40
     first.acknowledge(0, ids(read[0]))
-    log.erase(read[1][3].subject)
+    LogErasure(log).erase(read[1][3].subject)
     first.release()
     left = second.claim([PENDING] * 4)
     assert list(map(ids, left)) == [[], *map(ids, read[1:])]
@@ -307,4 +311,4 @@ def test_trimming_waits_for_the_slowest_reader(events_redis):
     assert log.trim(0) == 1  # the last one delivered stays
     assert ids(log.read(0)) == appended[5:]
     assert log.append([event(11)])[0].error is None
-    assert log.erase("u:1").events == 6
+    assert LogErasure(log).erase("u:1").events == 6

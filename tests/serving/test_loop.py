@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import grpc
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from features.clock import now_ms
 from features.tables.dataset import open_dataset
 from features.tables.validate import validate
 from penchant.client import event
@@ -115,7 +115,7 @@ def test_train_on_what_the_service_wrote_export_and_serve_again(serve, world, tm
 def test_who_stayed_away_is_known_again_once_they_ask(serve, tmp_path):
     """The state is dropped as after long idleness; the answers to somebody who does nothing bring it back."""
     warehouse = tmp_path / "state" / "warehouse"
-    with serve(warehouse=True, warehouse_flush_s=0.2, idle_days=1) as service, service.client() as client:
+    with serve(warehouse=True, warehouse_flush_s=0.2, evict_after_days=1) as service, service.client() as client:
         client.ingest([event("ann", item, "like") for item in sorted(rows_of(GENRES[0]))[:6]])
         version = client.get_profile("ann").profile_version
         before = client.recommend(user_id="ann", page_size=5)
@@ -125,7 +125,7 @@ def test_who_stayed_away_is_known_again_once_they_ask(serve, tmp_path):
         with connect(service.ready["redis"], 5) as profiles:
             store = ProfileStore(profiles)
             store.compact("u:ann", version)
-            assert store.leave(time.time_ns() // 1_000_000 + 60_000) == 1
+            assert store.leave(now_ms() + 60_000) == 1
         # The answer that meets the dropped state, and those before the projector has looked, know nothing of them.
         answers = [client.recommend(user_id="ann", page_size=5)]
         assert answers[0].rung != common_pb2.RUNG_SEQUENCE

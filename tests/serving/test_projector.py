@@ -19,10 +19,13 @@ from serving.errors import ProfileStoreUnavailable
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.telemetry import Telemetry
 from serving.projection.projector import Projector
-from serving.redis.client import address_of, connect
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.keys import address_of
+from serving.stores.log_entries import LoggedEvent
+from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, kill, wait_until
 from tests.serving.logged import PARTITIONS
@@ -124,7 +127,7 @@ def test_the_erased_do_not_come_back(log, store):
     log.append([event(number) for number in range(5)])
     other = ready(Consumer(log, PROFILES_GROUP, "the one before", lease_ms=1))
     other.claim([None] * PARTITIONS)  # delivered, and left pending
-    erased = log.erase("u:1")
+    erased = LogErasure(log).erase("u:1")
     store.erase("u:1", erased.log_id)
     log.append([event(9)])
     time.sleep(0.01)

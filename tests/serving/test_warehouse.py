@@ -24,24 +24,28 @@ from hypothesis import strategies as st
 
 from features import decayed_counts as memory
 from features.bundle import open_bundle
+from features.clock import now_ms
 from features.controls import Kind
 from features.errors import TablesError
+from features.keys import item_key
 from features.profile import RECORD, Purpose, Retention, empty, fold
-from features.schema import EVENTS, item_key
 from features.subjects import subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
+from features.tables.schema import EVENTS
 from serving.errors import ConfigError
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import Rule, SubjectRights
 from serving.projection.projector import Idle, Projector
 from serving.projection.rebuild import rebuild, rehydrate
-from serving.redis.client import connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.items import item_record
 from serving.stores.catalog_log import CatalogLog, Change
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, log_id
+from serving.stores.event_log import EventLog
+from serving.stores.keys import log_id, partition_of
+from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable
@@ -53,7 +57,7 @@ from serving.warehouse.tables import (
 )
 from serving.warehouse.writer import Warehouse, run
 from tests.serving.faults import insist, kill, wait_until
-from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, now_ms, slate
+from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, slate
 from tests.world import publish_world
 
 ROOT = Path(__file__).parents[2]
@@ -271,7 +275,7 @@ class TestErasure:
             warehouse.drain()
         before = b"".join(contents(out, "events", "searches", "impressions", "sessions").values())
         assert b"canary" in before
-        log.erase("u:canary")
+        LogErasure(log).erase("u:canary")
         ingest(log, event("bird", "i9"))
         warehouse.drain()
         files = contents(out, "events", "searches", "impressions", "sessions", "daily")
@@ -286,7 +290,7 @@ class TestErasure:
         ingest(log, event("ann", "i1"))
         log.append_impressions([slate("ann", "old", [1])])
         warehouse.drain()
-        log.erase("u:ann")
+        LogErasure(log).erase("u:ann")
         time.sleep(0.005)
         [new] = ingest(log, event("ann", "i2"))
         log.append_impressions([slate("ann", "new", [2])])
@@ -300,7 +304,7 @@ class TestErasure:
         ingest(log, event("ann", "i1"), event("bob", "i1"))
         log.append_impressions([slate("ann", "old", [1]), slate("bob", "his", [1])])
         assert [warehouse.step(), warehouse.step()] == [0, 4]
-        log.erase("u:ann")
+        LogErasure(log).erase("u:ann")
         warehouse.drain()
         assert [row["user_id"] for row in rows(out)] == ["bob"]
         assert [row["user_id"] for row in rows(out, "impressions")] == ["bob"]
@@ -309,7 +313,7 @@ class TestErasure:
         first = make()
         ingest(log, event("ann", "i1"))
         first.drain()
-        log.erase("u:ann")
+        LogErasure(log).erase("u:ann")
         monkeypatch.setattr(WarehouseFiles, "revise", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
         with pytest.raises(OSError, match="killed here"):
             first.drain()

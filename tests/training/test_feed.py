@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from features.catalog import columns_of
-from features.schema import EVENTS, IMPRESSIONS, ITEMS
 from features.tables.dataset import Dataset, open_dataset, write_dataset
+from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS
 from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
 from training.data.impressions import NEVER, Shown, read_shown

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.tables.dataset import open_dataset, read_table
+from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from tests.real_data import real_data
 from training.config import load_config
 from training.data.datasets import DatasetError, prepare

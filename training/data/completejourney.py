@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.progress import Progress
 
-from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
-from features.tables.convert import Array, pack_list, pack_map, pc
+from features.arrays import Array, pc
+from features.tables.convert import pack_list, pack_map
 from features.tables.dataset import Loaded, conform
+from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
 from training.data.recipes import DatasetError, Made, constant, read_parquet
 
 _PRODUCT = ("department", "brand", "product_category", "product_type", "package_size")

@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
-from features.tables.convert import pc
+from features.arrays import pc
 from features.tables.dataset import Loaded, conform, write_dataset
 from features.tables.intake import REJECTED_SHARE, admit
+from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
 from training.data import kuairand
 from training.data.completejourney import complete_journey
 from training.data.movielens import movielens

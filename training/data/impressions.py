@@ -18,10 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.action_rates import ActionRates
-from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED, item_keys
-from features.tables.convert import pc
-from features.tables.dataset import Dataset, Loaded, read_table, table_path
+from features.arrays import pc
+from features.keys import item_keys
+from features.tables.dataset import Dataset, Loaded, read_table
+from features.tables.files import table_path
 from features.tables.order import codes, is_present
+from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.vocabulary import Vocabulary
 from training.config import Action
 from training.data.interactions import Interactions

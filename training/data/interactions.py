@@ -15,13 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from features.arrays import pc
 from features.assemble import encoder_batch
 from features.errors import TrainingError
+from features.event_types import NEGATIVE_EVENT_TYPES
 from features.histories import KEYS, Distinct, Logged
 from features.jit import kernel
-from features.schema import NEGATIVE_EVENT_TYPES
 from features.tables.clock import newest_moment
-from features.tables.convert import pc
 from features.tables.dataset import Dataset, states_availability
 from features.tables.event_reader import Events
 from features.tables.order import codes

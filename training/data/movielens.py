@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 from rich.progress import Progress
 
-from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
-from features.tables.convert import Array, pack_map, pc
+from features.arrays import Array, pc
+from features.tables.convert import pack_map
 from features.tables.dataset import conform
+from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
 from training.data.downloads import Url, Wheel, fetch_first
 from training.data.recipes import DatasetError, Made, constant, read_parquet, told_apart
 

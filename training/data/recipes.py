@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.arrays import Array
 from features.errors import TrainingError
-from features.tables.convert import Array
 from features.tables.dataset import Loaded
 
 

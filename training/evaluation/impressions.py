@@ -17,8 +17,9 @@ from features.action_rates import ActionRates, Rates
 from features.assemble import ranker_width
 from features.catalog import blocks
 from features.errors import LeakError, TrainingError
-from features.schema import JUDGMENTS, JUDGMENTS_REQUIRED, Required
-from features.tables.dataset import Loaded, read_table, table_path
+from features.tables.dataset import Loaded, read_table
+from features.tables.files import table_path
+from features.tables.schema import JUDGMENTS, JUDGMENTS_REQUIRED, Required
 from features.transforms import query_inputs
 from training.data.clock import tell_future
 from training.data.impressions import NEVER, Shown, read_shown, read_slates

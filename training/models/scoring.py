@@ -14,8 +14,8 @@ from features.assemble import History, are_choices, remembered, type_index
 from features.catalog import Columns
 from features.decayed_counts import DecayedCounts, empty, fold
 from features.histories import history_keys
+from features.keys import event_type_keys
 from features.profile import RING
-from features.schema import event_type_keys
 from training.data.interactions import Batch, Interactions, in_batches, to_batch
 from training.data.split import Targets
 from training.models.encoders import UserEncoder
