@@ -28,7 +28,7 @@ from features.profile import Profile, empty, fold, make_records
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
 from serving.redis.client import PipelinedConnection, connect_one
 from serving.redis.embedded import RedisServer

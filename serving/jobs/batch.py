@@ -33,7 +33,7 @@ from serving.experiments import Holdout
 from serving.jobs.batch_log import RUN, SlateFile, deliver, finish
 from serving.jobs.hosts import register_made
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
 from serving.pipeline.side_effects import SlateCollector
 from serving.privacy.ledger import Ledger

@@ -21,7 +21,7 @@ from features.errors import PenchantError
 from serving.engine.catalog_sync import CatalogSync
 from serving.errors import Unavailable
 from serving.observability.outages import Outage
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.redis.client import Client, servers, serving_error
 from serving.redis.safety import require_safe
 from serving.restart import Trouble, described

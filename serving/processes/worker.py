@@ -18,7 +18,7 @@ from serving.errors import ConfigError, ServingError, Unavailable
 from serving.experiments import Holdout
 from serving.observability.observer import RequestObserver
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.side_effects import ImpressionWriter
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger

@@ -44,7 +44,7 @@ from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.errors import ServingError
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
 from serving.redis.client import connect
 from serving.stores.profiles import ProfileStore

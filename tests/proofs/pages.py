@@ -36,7 +36,7 @@ from serving.engine.engine import Dependencies, Engine, EngineRef, open_engine
 from serving.experiments import Holdout
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.filters import Blocked, Eligible, Seen
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
 from serving.pipeline.runner import Pipeline
 from serving.pipeline.sources import Popular

@@ -50,7 +50,7 @@ from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, EngineRef, open_engine, read_items
 from serving.jobs.skew import Replay, logged_slates
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
 from serving.pipeline.side_effects import _logged, _Shown
 from serving.privacy.certificates import Certificates

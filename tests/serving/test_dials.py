@@ -23,7 +23,7 @@ from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, open_engine, read_items
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.adjusters import REACH, Dialled, mix
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Candidates, Query
 from serving.stores.profiles import ProfileStore
 from tests.fixtures import serving

@@ -24,7 +24,7 @@ from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, open_engine
 from serving.errors import ConfigError
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer

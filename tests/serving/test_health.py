@@ -23,7 +23,7 @@ from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.log_retention import PROFILES_GROUP
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.processes.health import (
     CATALOG,
     EVENTS,

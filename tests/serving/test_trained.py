@@ -18,7 +18,7 @@ from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
+from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
 from serving.stores.profiles import ProfileStore
 from tests.fixtures import PATIENCE_S
