@@ -114,7 +114,7 @@ def serve(
     """
     use_cores(1)
     from serving.config import ServeConfig
-    from serving.processes.service import serve
+    from serving.processes.supervisor import serve
 
     loaded = ServeConfig.load(
         config,
@@ -201,7 +201,7 @@ def projector(
         raise typer.BadParameter("needs --warehouse, to restore evicted profiles from", param_hint="--evict-after-days")
     from serving.observability.logs import configure
     from serving.observability.telemetry import Telemetry
-    from serving.processes.monitor import exposed
+    from serving.processes.metrics_page import exposed
     from serving.projection.projector import Idle, run
 
     idle = None
@@ -254,11 +254,11 @@ def warehouse(
 ) -> None:
     """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
     use_cores(1)
+    from serving.folder_identity import local_folder
     from serving.observability.logs import configure
     from serving.observability.telemetry import Telemetry
-    from serving.places import local_folder
     from serving.privacy.ledger import Ledger
-    from serving.processes.monitor import exposed
+    from serving.processes.metrics_page import exposed
     from serving.warehouse.writer import drop, run
 
     events = events_redis or redis

@@ -25,8 +25,8 @@ from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
 from features.settings import load_settings
 from serving.errors import ConfigError
-from serving.log_retention import LogTimes
-from serving.places import local_folder
+from serving.folder_identity import local_folder
+from serving.log_retention import LogRetention
 
 PREFIX = "PENCHANT_"
 _FOREIGN = ("DATA", "TRAIN_")
@@ -246,9 +246,9 @@ class ServeConfig(BaseModel):
         return Purpose.of(self.default_purposes)
 
     @property
-    def log_times(self) -> LogTimes:
+    def log_times(self) -> LogRetention:
         """The time for which the log keeps entries that every reader has."""
-        return LogTimes.of(self.log_hours, self.slate_log_hours, self.warehouse)
+        return LogRetention.of(self.log_hours, self.slate_log_hours, self.warehouse)
 
     @property
     def host(self) -> str:

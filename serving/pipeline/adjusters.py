@@ -81,12 +81,12 @@ class DialAdjuster:
         """
         columns, shares = self._catalog.columns, list[Values]()
         if user.profile:
-            memory = user.profile.memory
+            counters = user.profile.decayed_counts
             for name in ("category", "creator"):
-                part = memory.of(name)
-                counts = memory.counts[part, -1:].astype(np.float64)
+                part = counters.of(name)
+                counts = counters.counts[part, -1:].astype(np.float64)
                 if counts.size and counts.max() > 0:
-                    matched = matched_weights(getattr(columns, name)[rows], memory.keys[part], counts)[:, 0]
+                    matched = matched_weights(getattr(columns, name)[rows], counters.keys[part], counts)[:, 0]
                     shares.append(matched / counts.max())
         return np.asarray(np.mean(shares, axis=0)) if shares else _places(columns.popularity[rows].astype(np.float64))
 

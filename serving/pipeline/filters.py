@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from features.catalog import Catalog
-from features.controls import Kind, blocked
+from features.controls import ControlKind, blocked_keys
 from serving.bundle.bitmap import Bitmap, allowed_count
 from serving.pipeline.request import Mask, Request, Rows, UserState
 from serving.pipeline.results import HeldBack
@@ -72,22 +72,22 @@ class BlockedFilter:
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True if the user has blocks."""
-        return bool(user.rules.size)
+        return bool(user.controls.size)
 
     def hold_back(self, request: Request, user: UserState) -> HeldBack:
         """Returns the rows that a block covers at the time of the request."""
         columns, now = self._catalog.columns, request.now_ms
-        items = self._catalog.rows_of_keys(blocked(user.rules, Kind.ITEM, now))
-        creators = columns.creator, blocked(user.rules, Kind.CREATOR, now)
-        return HeldBack(items[items >= 0], (creators, (columns.category, blocked(user.rules, Kind.CATEGORY, now))))
+        items = self._catalog.rows_of_keys(blocked_keys(user.controls, ControlKind.ITEM, now))
+        creators = columns.creator, blocked_keys(user.controls, ControlKind.CREATOR, now)
+        return HeldBack(items[items >= 0], (creators, (columns.category, blocked_keys(user.controls, ControlKind.CATEGORY, now))))
 
     def keep(self, request: Request, user: UserState, rows: Rows) -> Mask:
         """Returns True for the rows that no block covers at the time of the request."""
         columns, now = self._catalog.columns, request.now_ms
-        items = self._catalog.rows_of_keys(blocked(user.rules, Kind.ITEM, now))
+        items = self._catalog.rows_of_keys(blocked_keys(user.controls, ControlKind.ITEM, now))
         kept = absent(rows, items[items >= 0], self._catalog.size)
-        kept &= ~np.isin(columns.creator[rows], blocked(user.rules, Kind.CREATOR, now))
-        kept &= ~np.isin(columns.category[rows], blocked(user.rules, Kind.CATEGORY, now))
+        kept &= ~np.isin(columns.creator[rows], blocked_keys(user.controls, ControlKind.CREATOR, now))
+        kept &= ~np.isin(columns.category[rows], blocked_keys(user.controls, ControlKind.CATEGORY, now))
         return kept
 
 

@@ -98,7 +98,7 @@ class ProfileHydrator:
         return bool(request.subject)
 
     def hydrate(self, request: Request, user: UserState) -> Hydrated:
-        """Finds `rules` and `dials`, then `profile`, `history`, `seen` and `segment`.
+        """Finds `controls` and `dials`, then `profile`, `history`, `seen` and `segment`.
 
         The latter shape a personal answer, so they stay empty for users who are held out and for requests that are not
         to be personal. If the user does not allow personal answers, neither is used, and only `withheld` is set.
@@ -112,8 +112,8 @@ class ProfileHydrator:
         assignment = self._assignment(user.assignment, profile)
         if not self._allows(profile):
             return Hydrated(user._replace(assignment=assignment, withheld=True), degraded)
-        turned = {**dials(profile.rules), **request.dials}
-        user = user._replace(assignment=assignment, rules=profile.rules, dials=turned)
+        turned = {**dials(profile.controls), **request.dials}
+        user = user._replace(assignment=assignment, controls=profile.controls, dials=turned)
         if not assignment.holdout and request.personalize:
             user = user._replace(
                 profile=profile,
@@ -125,12 +125,12 @@ class ProfileHydrator:
 
     def _assignment(self, assigned: Assignment, profile: Profile) -> Assignment:
         """Returns the arm: of an anonymous user who was merged into a user, the arm of that user."""
-        seed = arm_seed(profile.rules)
+        seed = arm_seed(profile.controls)
         return self._holdout.drawn(seed) if seed is not None and assigned.arm and self._holdout else assigned
 
     def _segment(self, profile: Profile, turned: Dials) -> str:
         """Returns the name of the category chosen most or, before the first choice, of the one turned up most."""
-        key = profile.memory.segment()
+        key = profile.decayed_counts.segment()
         if not key:
             raised = {key: value for (dial, key), value in turned.items() if dial is Dial.CATEGORY_WEIGHT and value > 0}
             key = max(raised, key=lambda category: (raised[category], category), default=0)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.assemble import History
-from features.controls import Dials, Rules, no_rules
+from features.controls import Controls, Dials, no_controls
 from features.profile import Profile
 from features.transforms import text_tokens
 from serving.experiments import UNASSIGNED, Assignment
@@ -137,7 +137,7 @@ class UserState(NamedTuple):
     Attributes:
         profile: The user's profile, None unless it was read and may shape the answer.
         withheld: True where the user does not allow personal answers.
-        rules: What the user has blocked; RULE [n].
+        controls: The blocks, mutes and dials that the user has set; CONTROL [n].
         dials: How the user, or this request, wants the answer made.
         segment: The category the user chooses most, if there is a table of what such users like, else "".
         history: The profile's events as this bundle sees them.
@@ -153,7 +153,7 @@ class UserState(NamedTuple):
 
     profile: Profile | None = None
     withheld: bool = False
-    rules: Rules = no_rules()
+    controls: Controls = no_controls()
     dials: Dials = MappingProxyType({})
     segment: str = ""
     history: History | None = None

@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from features.controls import Dial, Kind, blocked
+from features.controls import Dial, ControlKind, blocked_keys
 from features.keys import item_keys
 from serving.bundle.bitmap import Bitmap, clear_keys, clear_rows
 from serving.pipeline.candidates import Candidates, Proposal, fills, interleaved, merge
@@ -120,7 +120,7 @@ class Pipeline:
         for screen in self.filters:
             if screen.enable(request, user):
                 with execution.reading(screen):
-                    execution.held_back[screen.name] = _clear(allowed, screen.hold_back(request, user))
+                    execution.held_back[screen.name] = clear(allowed, screen.hold_back(request, user))
         execution.dropped = dict(execution.held_back)
         execution.end("allowed", begun)
         return allowed
@@ -226,7 +226,7 @@ class Pipeline:
         wanted = [unknown for unknown in request.unknown if unknown.item_id not in request.exclude_unknown]
         execution.drop("excluded", len(request.unknown) - len(wanted))
         keys = item_keys([unknown.item_id for unknown in wanted])
-        stays = ~np.isin(keys, blocked(execution.user.rules, Kind.ITEM, request.now_ms))
+        stays = ~np.isin(keys, blocked_keys(execution.user.controls, ControlKind.ITEM, request.now_ms))
         execution.drop("blocked", int((~stays).sum()))
         order = slice(None) if request.upstream is None else np.argsort(-request.upstream, kind="stable")
         # Places close up: of the known candidates above an unknown one, only those that were kept count.
@@ -263,7 +263,7 @@ def top_k(scores: Scores, k: int) -> Selected:
     return Selected(positions, np.ones(positions.size, np.float64))
 
 
-def _clear(allowed: Bitmap, held: HeldBack) -> int:
+def clear(allowed: Bitmap, held: HeldBack) -> int:
     """Takes the rows that a filter holds back out of `allowed`, in place; returns how many were in it."""
     count = int(clear_rows(allowed, held.rows))
     for column, keys in held.keyed:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
+from features.clock import now_ms
 from serving.pipeline.candidates import Candidates
 from serving.pipeline.request import Request, Scores, UserState
 from serving.pipeline.results import Selected
@@ -31,10 +30,10 @@ class TopKSelector:
 
     def select(self, request: Request, user: UserState, candidates: Candidates, scores: Scores) -> Selected:
         """Returns the `page_size` best of those that may be shown at this moment."""
-        now_ms = int(time.time() * 1000)
+        now = now_ms()
         best = self._best(np.arange(scores.size), request.page_size, candidates, scores)
-        if not self._catalog.eligible(candidates.rows[best], now_ms).all():
-            eligible = np.flatnonzero(self._catalog.eligible(candidates.rows, now_ms))
+        if not self._catalog.eligible(candidates.rows[best], now).all():
+            eligible = np.flatnonzero(self._catalog.eligible(candidates.rows, now))
             best = self._best(eligible, request.page_size, candidates, scores)
         return Selected(best, np.ones(best.size, np.float64))
 

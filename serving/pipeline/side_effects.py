@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import logging
 import queue
 import threading
@@ -25,6 +23,7 @@ from serving.observability.telemetry import Telemetry
 from serving.pipeline.request import Request, UserState
 from serving.pipeline.results import Slate
 from serving.stores.event_log import EventLog
+from serving.stores.log_codec import encode_features, encode_slate, user_fields
 from serving.stores.log_entries import LoggedImpression
 
 MOST_EXCLUDED = 100
@@ -117,9 +116,9 @@ class ImpressionWriter:
                 batch.append(self._waiting.get_nowait())
             slates = [pending for pending in batch if pending is not None]
             self._write(list(self._payloads(slates)))
-            evicted = [one for one in slates if (profile := one.slate.user.profile) and profile.vacant]
-            if evicted:
-                self._call_back({pending.request.subject: pending.request.now_ms for pending in evicted})
+            emptied = [slate for slate in slates if (profile := slate.slate.user.profile) and profile.emptied]
+            if emptied:
+                self._call_back({pending.request.subject: pending.request.now_ms for pending in emptied})
             if batch[-1] is None:
                 return
 
@@ -198,8 +197,7 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
     request, slate, user = pending.request, pending.slate, pending.slate.user
     payload: dict[str, Any] = {
         "request_id": request.request_id,
-        "user_id": request.subject[2:],
-        "anonymous": request.subject.startswith("a:"),
+        **user_fields(request.subject),
         "timestamp": request.now_ms,
         "session_id": request.session_id,
         "surface": request.surface,
@@ -223,15 +221,13 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
     }
     if slate.features is not None and user.encoded is not None:
         rows, types = user.encoded
-        # As text, for the entry is JSON; a number of the table takes four bytes.
         unknown = np.full(slate.features.shape[1], np.nan, np.float32)
-        features = np.array(_page(slate, list(slate.features), unknown), "<f4")
-        payload["features"] = base64.b64encode(features.tobytes()).decode()
+        features = np.array(_page(slate, list(slate.features), unknown), np.float32)
+        payload["features"] = encode_features(features)
         payload["encoder_digest"] = encoder_digest(item_keys(pending.catalog.ids(rows)), types)
     if share < 1:  # the number of users whose slates this one stands for
         payload["weight"] = 1 / share
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return LoggedImpression(request.subject, request.now_ms, text.encode())
+    return LoggedImpression(request.subject, request.now_ms, encode_slate(payload))
 
 
 def _page(slate: Slate, known: list[_T], unknown: _T) -> list[_T]:

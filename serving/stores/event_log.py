@@ -21,18 +21,19 @@ from redis.exceptions import ResponseError
 from features.clock import now_ms
 from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
+from features.subjects import partition_of
 from serving.errors import (
     DeadlineExceeded,
     EventLogUnavailable,
     ServingError,
     Unavailable,
 )
-from serving.log_retention import HOUR_MS, LogTimes
+from serving.log_retention import HOUR_MS, LogRetention
 from serving.redis.client import Call, Client, Request, serving_error
 from serving.redis.router import RedisRouter, required
 from serving.stores.admission import Admission
 from serving.stores.event_scripts import EVENT_APPEND, IMPRESSION_APPEND, LOG_TIMES, PERSON_RETURN
-from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, partition_of, stream_id
+from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, stream_id
 from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression, appended_of
 from serving.stores.log_trim import groups_of, trim
 from serving.stores.meta import fixed_value, require_partitions
@@ -57,7 +58,7 @@ class EventLog:
         partitions: int = 16,
         *,
         window_ms: int = 24 * HOUR_MS,
-        times: LogTimes | None = None,
+        times: LogRetention | None = None,
         memory_mark: float = 0.9,
         cooldown_s: float = 0.5,
         default: Purpose = EVERY_PURPOSE,
@@ -84,7 +85,7 @@ class EventLog:
         self.partitions = partitions
         self.window_ms = window_ms
         self.client = client
-        self._times, self._index_ms, self._times_told = times, (times or LogTimes()).index_ms, times is None
+        self._times, self._index_ms, self._times_told = times, (times or LogRetention()).index_ms, times is None
         self._mark = memory_mark
         role: Literal["", "events"] = "" if unsafe else "events"
         others = beside.nodes if beside else None
@@ -282,7 +283,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        times = self._times or LogTimes.read(self.nodes.command("HGET", META, "times"))
+        times = self._times or LogRetention.read(self.nodes.command("HGET", META, "times"))
         return trim(self.nodes, self.keys[partition], times, self.now_ms(partition))
 
     def groups(self, stream: bytes) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, EngineRef, open_engine, read_items
-from serving.jobs.skew import Replay, logged_slates
+from serving.jobs.skew import FeatureReplay, logged_slates
 from serving.observability.telemetry import Telemetry
 from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Query
@@ -79,7 +79,7 @@ _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
     (training.models.scoring, "RING", 16),
-    (features.profile, "EVICTED_CAP", 12),
+    (features.profile, "OLDER_ITEMS_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
     (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
 )
@@ -254,7 +254,7 @@ class World:
         # Training's side: a catalogue of its own.
         read, _ = read_items(opened)
         self.offline = AsOf(read._items, read.vocabulary, read.columns.vectors)
-        self.replay = Replay(opened, self.engine.model, self.offline)
+        self.replay = FeatureReplay(opened, self.engine.model, self.offline)
 
     def put(self, shown: _Shown) -> None:
         """Takes slates for the engine, as its writer does, but at once."""
@@ -473,11 +473,11 @@ class Life:
     def _compare_profile(self, moment: Moment, histories: Histories | None) -> Iterator[str]:
         profile = dataclasses.replace(moment.profile, consent=None)
         rooms = features.decayed_counts.DIMENSIONS
-        expected = oracle.state(moment.events, features.profile.RING, features.profile.EVICTED_CAP, rooms)
+        expected = oracle.state(moment.events, features.profile.RING, features.profile.OLDER_ITEMS_CAP, rooms)
         if expected != {
             "count": profile.count,
             "records": profile.records.tobytes(),
-            "evicted": profile.evicted.tolist(),
+            "evicted": profile.older_items.tolist(),
             "past": _past(profile),
         }:
             yield "online is not what the oracle says"
@@ -534,7 +534,7 @@ class Life:
 
 def _past(profile: Profile) -> oracle.Past:
     """The memory of a profile as the oracle tells it."""
-    memory = profile.memory
+    memory = profile.decayed_counts
     cells = {name: memory.of(name) for name in features.decayed_counts.DIMENSIONS}
     counts = {
         name: dict(zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True))

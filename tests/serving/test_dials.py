@@ -22,7 +22,7 @@ from penchant.v1 import common_pb2
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, open_engine, read_items
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.adjusters import REACH, Dialled, mix
+from serving.pipeline.adjusters import REACH, DialAdjuster, mix
 from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.query import Candidates, Query
 from serving.stores.profiles import ProfileStore
@@ -101,7 +101,7 @@ def adjusted(catalog, dials, scores, *, explain=False):
     asked = Query("r", "u:ann", 0, time.monotonic() + 5, count, dials=dials, explain=explain)
     given = np.array([scores], np.float32)
     candidates = Candidates(np.arange(count, dtype=np.int32), given, ("upstream",))
-    return Dialled(catalog).adjust(asked, candidates, given[0]), asked.moves
+    return DialAdjuster(catalog).adjust(asked, candidates, given[0]), asked.moves
 
 
 class TestAdjusted:

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from features.clock import now_ms
 from features.profile import make_records
+from features.subjects import partition_of
 from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
-from serving.stores.keys import log_id, partition_of, stream_id
+from serving.stores.keys import log_id, stream_id
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from tests.serving.faults import frozen, insist, kill, wait_until

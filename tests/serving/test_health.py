@@ -23,8 +23,8 @@ from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.log_retention import PROFILES_GROUP
-from serving.stores.catalog_log import CatalogProgress
-from serving.processes.health import (
+from serving.processes.readiness import full_disk
+from serving.processes.worker_health import (
     CATALOG,
     EVENTS,
     OVERALL,
@@ -35,7 +35,6 @@ from serving.processes.health import (
     Part,
     redis_trouble,
 )
-from serving.processes.readiness import full_disk
 from serving.projection import projector
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
@@ -166,7 +165,7 @@ class TestWorker:
 
         changes, progress = CatalogLog(events_redis), CatalogProgress()
         look = Catalogue(changes, Following(), progress)  # type: ignore[arg-type]
-        monkeypatch.setattr("serving.processes.health.BEHIND_S", 0.1)
+        monkeypatch.setattr("serving.processes.worker_health.BEHIND_S", 0.1)
         assert look() == ""
         version = changes.put([Change("delete", "i1")])
         assert look() == ""
@@ -281,7 +280,7 @@ class TestRestarting:
 
 
 def test_a_second_instance_takes_over_only_where_it_is_told_to(service, world, tmp_path):
-    from serving.processes.service import serve
+    from serving.processes.supervisor import serve
 
     config = ServeConfig.load(bundle=world, listen=service.target, state_dir=tmp_path)
     with pytest.raises(ConfigError, match="share_port"):

@@ -15,10 +15,11 @@ from features.action_rates import ActionRates
 from features.assemble import history
 from features.bundle import open_bundle
 from features.catalog import Catalog
-from features.controls import RULE, Dial, Kind, dial_rules
+from features.controls import CONTROL, ControlKind, Dial, dial_controls
 from features.controls import encode as encode_rules
 from features.keys import event_type_key, item_key, item_keys
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
+from features.subjects import partition_of
 from features.tables.schema import ITEMS
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
@@ -27,14 +28,14 @@ from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index
 from serving.concurrency import ConcurrencyLimit
 from serving.errors import ProfileStoreUnavailable
-from serving.pipeline.explainers import Reasons
-from serving.pipeline.filters import Blocked, Eligible, Excluded, Seen
-from serving.pipeline.hydrators import CatalogProgress, CatalogVersion, QueryVector, UserVector
+from serving.pipeline.explainers import SlateExplainer
+from serving.pipeline.filters import BlockedFilter, EligibilityFilter, ExcludedFilter, SeenFilter
+from serving.pipeline.hydrators import CatalogProgress, CatalogVersionHydrator, QueryVectorHydrator, UserVectorHydrator
 from serving.pipeline.hydrators import Profile as ProfileHydrator
 from serving.pipeline.query import NEAREST, Candidates, Proposal, Query, Slate, merge
 from serving.pipeline.scorers import (
     FeedScorer,
-    Personal,
+    PersonalRanker,
     RankScorer,
     SearchScorer,
     SimilarScorer,
@@ -42,25 +43,25 @@ from serving.pipeline.scorers import (
     cosine,
     utility,
 )
-from serving.pipeline.selectors import TopK
+from serving.pipeline.selectors import TopKSelector
 from serving.pipeline.sources import (
     BoostedSource,
-    Fresh,
-    GivenCandidates,
-    ItemNeighbors,
+    FreshSource,
+    UpstreamSource,
+    ItemToItemSource,
     LexicalSource,
     LiveItems,
-    NearestToUser,
-    Neighbors,
-    NeighborsOfSeeds,
-    Popular,
-    PopularBeside,
-    PopularInSegment,
+    UserVectorSource,
+    NeighborTable,
+    SeedNeighborsSource,
+    PopularSource,
+    PopularExtraSource,
+    SegmentSource,
     SemanticSource,
-    SimilarToSeeds,
+    SeedVectorSource,
 )
 from serving.redis.client import connect
-from serving.stores.keys import address_of, partition_of
+from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
 from tests import world as small
@@ -104,8 +105,8 @@ def person(catalog: Catalog, ids: list[str]) -> Query:
 
 def screened(catalog: Catalog, asked: Query) -> Query:
     """The query with the bitmap that the runner makes of the filters of a feed."""
-    asked.allowed, _ = Eligible(catalog).bitmap(asked)
-    for screen in (Excluded(catalog), Blocked(catalog), Seen(catalog)):
+    asked.allowed, _ = EligibilityFilter(catalog).bitmap(asked)
+    for screen in (ExcludedFilter(catalog), BlockedFilter(catalog), SeenFilter(catalog)):
         screen.hold_back(asked, asked.allowed)
     return asked
 
@@ -148,7 +149,7 @@ def lexical():
 @pytest.fixture
 def popular(catalog):
     rows = np.arange(small.COUNT, dtype=np.int32)
-    return Popular(rows, np.log1p(rows[::-1].astype(np.float32)), catalog, LiveItems(catalog))
+    return PopularSource(rows, np.log1p(rows[::-1].astype(np.float32)), catalog, LiveItems(catalog))
 
 
 def genres(catalog, rows) -> set[str]:
@@ -164,7 +165,7 @@ class TestHydrators:
     def test_a_version_that_is_here_is_not_waited_for(self):
         progress = CatalogProgress(5)
         asked = query(min_catalog_version=5)
-        CatalogVersion(progress, TURNS).hydrate(asked)
+        CatalogVersionHydrator(progress, TURNS).hydrate(asked)
         assert (asked.catalog_version, asked.degraded) == (5, [])
 
     def test_a_version_that_comes_in_time_is_seen(self):
@@ -173,12 +174,12 @@ class TestHydrators:
         progress = CatalogProgress(5)
         threading.Timer(0.05, progress.reach, [6]).start()
         asked = query(min_catalog_version=6)
-        CatalogVersion(progress, TURNS).hydrate(asked)
+        CatalogVersionHydrator(progress, TURNS).hydrate(asked)
         assert (asked.catalog_version, asked.degraded) == (6, [])
 
     def test_a_version_that_does_not_come_costs_a_share_of_the_time_and_is_marked(self):
         asked = query(min_catalog_version=7, deadline=time.monotonic() + 0.2)
-        CatalogVersion(CatalogProgress(5), TURNS).hydrate(asked)
+        CatalogVersionHydrator(CatalogProgress(5), TURNS).hydrate(asked)
         assert asked.degraded[0].part == "CATALOG_STALE"
         assert asked.seconds_left() > 0
 
@@ -280,8 +281,8 @@ class TestHydrators:
     def test_what_somebody_said_holds_where_what_they_did_is_not_read(self, catalog, profiles_redis, fields):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i1"]).tobytes())])
-        turned = dial_rules([(Dial.NOVELTY, 0, 0.5), (Dial.CREATOR_WEIGHT, 7, -1)])
-        rules = np.concatenate([np.array([(1, 0, Kind.ITEM)], RULE), turned])
+        turned = dial_controls([(Dial.NOVELTY, 0, 0.5), (Dial.CREATOR_WEIGHT, 7, -1)])
+        rules = np.concatenate([np.array([(1, 0, ControlKind.ITEM)], CONTROL), turned])
         store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=encode_rules(rules)))
         asked = query(**fields, dials={(Dial.NOVELTY, 0): -1.0})
         ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments={item_key("space"): "space"}).hydrate(asked)
@@ -298,7 +299,7 @@ class TestHydrators:
         store = ProfileStore(profiles_redis)
         segments = {item_key(name): name for name in ("space", "romance")}
         rules = encode_rules(
-            dial_rules([(Dial.CATEGORY_WEIGHT, item_key(n), v) for n, v in (("space", 0.1), ("romance", 1))])
+            dial_controls([(Dial.CATEGORY_WEIGHT, item_key(n), v) for n, v in (("space", 0.1), ("romance", 1))])
         )
         hydrator, found = ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments=segments), []
         store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=rules))
@@ -314,7 +315,7 @@ class TestHydrators:
     def test_the_person_lies_where_their_items_do(self, catalog, model):
         asked = person(catalog, ["i0", "i4"])
         asked.user_vector = None
-        UserVector(model, catalog).hydrate(asked)
+        UserVectorHydrator(model, catalog).hydrate(asked)
         np.testing.assert_allclose(asked.user_vector, small.vectors()[[0, 4]].mean(axis=0), rtol=1e-5)
 
     def test_a_failed_encoder_leaves_no_vector(self, catalog, model):
@@ -322,17 +323,17 @@ class TestHydrators:
         asked.user_vector = None
         catalog.columns.vectors[0] = np.nan
         with pytest.raises(Exception, match="NaN"):
-            UserVector(model, catalog).hydrate(asked)
+            UserVectorHydrator(model, catalog).hydrate(asked)
         assert asked.user_vector is None
 
     def test_items_that_nobody_knows_make_no_person(self, catalog, model):
         asked = query(history=history(fold(empty(), make_records(item_keys(["?"]), 0, 0, 0, 0, 0), 1), catalog, TYPES))
-        assert not UserVector(model, catalog).enable(asked)
+        assert not UserVectorHydrator(model, catalog).enable(asked)
 
     def test_words_lie_where_their_genre_does(self, model):
         shapes = ItemInputShapes(**{name: small.MODEL[name] for name in ItemInputShapes.__slots__})
         asked = query(text="Westerns!")
-        QueryVector(model, shapes).hydrate(asked)
+        QueryVectorHydrator(model, shapes).hydrate(asked)
         np.testing.assert_allclose(asked.query_vector, small.direction("western"))
         assert asked.tokens.tolist() == text_tokens("western").tolist()
 
@@ -340,7 +341,7 @@ class TestHydrators:
 class TestSources:
     def test_nearest_names_the_genre_without_what_was_seen(self, catalog, index):
         asked = screened(catalog, person(catalog, ["i0", "i4"]))
-        rows, scores = NearestToUser(index, 8).retrieve(asked)
+        rows, scores = UserVectorSource(index, 8).retrieve(asked)
         assert genres(catalog, rows) == {"western"}
         assert not {0, 4} & set(rows.tolist())
         assert (np.diff(scores) <= 0).all()
@@ -348,24 +349,24 @@ class TestSources:
     def test_nearest_names_a_page_at_least(self, catalog, index):
         asked = screened(catalog, person(catalog, ["i0", "i4"]))
         asked.page_size = 30
-        assert NearestToUser(index, 8).retrieve(asked)[0].size == 30
+        assert UserVectorSource(index, 8).retrieve(asked)[0].size == 30
 
     def test_what_the_filters_do_not_hold_back_may_return(self, catalog, index):
         asked = person(catalog, ["i0", "i4"])
         asked.seen = asked.seen[:0]
-        assert {0, 4} <= set(NearestToUser(index, 10).retrieve(screened(catalog, asked))[0].tolist())
+        assert {0, 4} <= set(UserVectorSource(index, 10).retrieve(screened(catalog, asked))[0].tolist())
 
     def test_a_live_item_is_nearest_at_once(self, catalog, index):
         row = put(catalog, "new", "western")
-        rows, _ = NearestToUser(index, 9).retrieve(screened(catalog, person(catalog, ["i0", "i4"])))
+        rows, _ = UserVectorSource(index, 9).retrieve(screened(catalog, person(catalog, ["i0", "i4"])))
         assert row in rows
 
     def test_no_source_runs_before_the_filters(self, catalog, index):
         with pytest.raises(ValueError, match="allowed"):
-            NearestToUser(index, 9).retrieve(person(catalog, ["i0", "i4"]))
+            UserVectorSource(index, 9).retrieve(person(catalog, ["i0", "i4"]))
 
     def test_neighbours_add_up_and_newer_items_weigh_more(self, catalog):
-        table = Neighbors(
+        table = NeighborTable(
             np.array([[2, 3], [3, -1], [0, -1], [0, -1]], np.int32),
             np.array([[0.9, 0.5], [0.8, 0], [1, 0], [1, 0]], np.float32),
         )
@@ -374,21 +375,21 @@ class TestSources:
         assert rows.tolist() == [3, 2]
         np.testing.assert_allclose(scores, [0.5 * 0.5 + 0.8, 0.45])
         asked = screened(catalog, person(catalog, ["i0", "i1"]))
-        source = ItemNeighbors(table, 9)
+        source = ItemToItemSource(table, 9)
         assert source.enable(asked)
         assert source.retrieve(asked)[0].tolist() == [3, 2]
         seeds = screened(catalog, query(seeds=np.array([1, 39], np.int32)))
-        assert NeighborsOfSeeds(table, 9).retrieve(seeds)[0].tolist() == [3]
+        assert SeedNeighborsSource(table, 9).retrieve(seeds)[0].tolist() == [3]
         # What may not be shown takes no place, not even that of a single neighbour.
         catalog.set_available(3, False)
-        assert ItemNeighbors(table, 1).retrieve(screened(catalog, asked))[0].tolist() == [2]
+        assert ItemToItemSource(table, 1).retrieve(screened(catalog, asked))[0].tolist() == [2]
 
     def test_who_is_known_by_no_item_has_no_neighbours(self, catalog):
-        table = Neighbors(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
+        table = NeighborTable(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
         asked = screened(catalog, person(catalog, ["i0", "i1"]))
-        assert not ItemNeighbors(table, 9).retrieve(asked)[0].size
-        assert not ItemNeighbors(table, 9).enable(person(catalog, ["i999"]))
-        assert not ItemNeighbors(table, 9).enable(query())
+        assert not ItemToItemSource(table, 9).retrieve(asked)[0].size
+        assert not ItemToItemSource(table, 9).enable(person(catalog, ["i999"]))
+        assert not ItemToItemSource(table, 9).enable(query())
 
     def test_popular_fills_pages_past_what_may_not_be_shown(self, catalog, popular):
         catalog.set_available(0, False)
@@ -397,7 +398,7 @@ class TestSources:
 
     def test_popular_is_in_the_end_everything_the_table_then_live_items_then_the_rest(self, catalog):
         table = np.array([7, 3], np.int32)
-        source = Popular(table, np.array([0.5, 0.0], np.float32), catalog, LiveItems(catalog))
+        source = PopularSource(table, np.array([0.5, 0.0], np.float32), catalog, LiveItems(catalog))
         old, young = put(catalog, "old", "space", NOW - 86_400_000), put(catalog, "young", "space", NOW)
         rows, scores = source.retrieve(screened(catalog, query(page_size=30)))
         rest = [row for row in range(small.COUNT) if row not in (7, 3)]
@@ -411,7 +412,7 @@ class TestSources:
 
     def test_a_segment_s_page_is_what_may_be_shown_of_its_table(self, catalog):
         rows = np.array([9, 1, 5, 13, 17], np.int32)
-        source = PopularInSegment({"space": (rows, np.arange(5, 0, -1, dtype=np.float32))})
+        source = SegmentSource({"space": (rows, np.arange(5, 0, -1, dtype=np.float32))})
         catalog.set_available(1, False)
         asked = screened(catalog, query(segment="space", page_size=1, seen=np.array([5], np.int32)))
         assert source.enable(asked)
@@ -435,7 +436,7 @@ class TestSources:
         assert not source.enable(asked)
 
     def test_a_dial_has_the_popular_to_choose_from_where_nothing_is_near(self, catalog, popular):
-        source = PopularBeside(popular)
+        source = PopularExtraSource(popular)
         assert source.enable(query(dials={(Dial.NOVELTY, 0): -1.0}))
         assert not source.enable(query(dials={(Dial.NOVELTY, 0): 0.0}))
         known = person(catalog, ["i0"])
@@ -448,7 +449,7 @@ class TestSources:
 
     def test_fresh_names_the_newest_first_and_no_old_ones(self, catalog):
         day = 86_400_000
-        source = Fresh(LiveItems(catalog), 14, 50)
+        source = FreshSource(LiveItems(catalog), 14, 50)
         assert not source.enable(query())
         old, older, young = (put(catalog, f"n{age}", "space", NOW - age * day) for age in (3, 20, 1))
         asked = screened(catalog, query())
@@ -463,7 +464,7 @@ class TestSources:
 
     def test_similar_points_where_the_seeds_point(self, catalog, index):
         asked = screened(catalog, query(seeds=np.array([1], np.int32)))
-        rows, _ = SimilarToSeeds(index, catalog, 9).retrieve(asked)
+        rows, _ = SeedVectorSource(index, catalog, 9).retrieve(asked)
         assert genres(catalog, rows) == {"space"}
         assert 1 not in rows
 
@@ -474,9 +475,9 @@ class TestSources:
 
     def test_given_candidates_keep_the_callers_order(self):
         rows = np.array([7, 3, 5], np.int32)
-        assert GivenCandidates().retrieve(query(rows=rows))[1].tolist() == [0, -1, -2]
+        assert UpstreamSource().retrieve(query(rows=rows))[1].tolist() == [0, -1, -2]
         scores = np.array([1, 9, 5], np.float32)
-        assert GivenCandidates().retrieve(query(rows=rows, upstream=scores))[1] is scores
+        assert UpstreamSource().retrieve(query(rows=rows, upstream=scores))[1] is scores
 
 
 class TestFilters:
@@ -484,20 +485,20 @@ class TestFilters:
         rows = np.arange(8, dtype=np.int32)
         genre = item_key(small.GENRES[2])
         rules = [
-            (item_key("i1"), 0, Kind.ITEM),
-            (item_key("gone"), 0, Kind.ITEM),
-            (genre, NOW + 1, Kind.CATEGORY),
-            (item_key(small.GENRES[3]), NOW, Kind.CATEGORY),  # over by now
-            (item_key("i4"), 0, Kind.CREATOR),
+            (item_key("i1"), 0, ControlKind.ITEM),
+            (item_key("gone"), 0, ControlKind.ITEM),
+            (genre, NOW + 1, ControlKind.CATEGORY),
+            (item_key(small.GENRES[3]), NOW, ControlKind.CATEGORY),  # over by now
+            (item_key("i4"), 0, ControlKind.CREATOR),
         ]
         catalog.columns.creator[4:6] = item_key("i4"), item_key("another")
-        asked = query(rules=np.array(rules, RULE))
-        assert Blocked(catalog).enable(asked)
-        assert rows[~Blocked(catalog).keep(asked, rows)].tolist() == [1, 2, 4, 6]
-        assert not Blocked(catalog).enable(query())
-        assert not Blocked(catalog).required
-        bitmap, _ = Eligible(catalog).bitmap(asked)
-        assert Blocked(catalog).hold_back(asked, bitmap) == 2 + small.COUNT // 4
+        asked = query(rules=np.array(rules, CONTROL))
+        assert BlockedFilter(catalog).enable(asked)
+        assert rows[~BlockedFilter(catalog).keep(asked, rows)].tolist() == [1, 2, 4, 6]
+        assert not BlockedFilter(catalog).enable(query())
+        assert not BlockedFilter(catalog).required
+        bitmap, _ = EligibilityFilter(catalog).bitmap(asked)
+        assert BlockedFilter(catalog).hold_back(asked, bitmap) == 2 + small.COUNT // 4
         held = np.flatnonzero(np.unpackbits(bitmap, bitorder="little")[: small.COUNT] == 0)
         assert held.tolist() == sorted({1, 4, *range(2, small.COUNT, 4)})
 
@@ -508,16 +509,16 @@ class TestFilters:
         put(catalog, "new", "space")
         some = rng.integers(0, catalog.size, size).astype(np.int32)
         names = [*rng.choice(["c0", "c1", "nobody"], size), *rng.choice(small.GENRES, size), *catalog.ids(some)]
-        kinds = [Kind.CREATOR] * size + [Kind.CATEGORY] * size + [Kind.ITEM] * size
+        kinds = [ControlKind.CREATOR] * size + [ControlKind.CATEGORY] * size + [ControlKind.ITEM] * size
         rules = [(item_key(name), 0, kind) for name, kind in zip(names, kinds, strict=True)][: size + 1]
         catalog.set_available(5, False)
-        asked = query(rules=np.array(rules, RULE), seen=some, exclude=some[: size // 2], seeds=some[size // 2 :])
+        asked = query(rules=np.array(rules, CONTROL), seen=some, exclude=some[: size // 2], seeds=some[size // 2 :])
         every = np.arange(catalog.size, dtype=np.int32)
-        bitmap, held = Eligible(catalog).bitmap(asked)
+        bitmap, held = EligibilityFilter(catalog).bitmap(asked)
         bits = np.unpackbits(bitmap, bitorder="little")[: catalog.size].view(bool)
-        np.testing.assert_array_equal(bits, Eligible(catalog).keep(asked, every))
+        np.testing.assert_array_equal(bits, EligibilityFilter(catalog).keep(asked, every))
         assert held == (~bits).sum() == 1
-        for screen in (Excluded(catalog), Blocked(catalog), Seen(catalog)):
+        for screen in (ExcludedFilter(catalog), BlockedFilter(catalog), SeenFilter(catalog)):
             mine = bitmap.copy()
             count = screen.hold_back(asked, mine)
             left = np.unpackbits(mine, bitorder="little")[: catalog.size].view(bool)
@@ -530,21 +531,21 @@ class TestFilters:
     def test_what_may_not_be_shown_goes(self, catalog):
         catalog.set_available(0, True, available_from=NOW + 1)
         catalog.set_available(7, True, available_until=NOW)
-        assert Eligible(catalog).keep(query(), self.ROWS).tolist() == [True, False, False]
+        assert EligibilityFilter(catalog).keep(query(), self.ROWS).tolist() == [True, False, False]
 
     def test_eligibility_and_the_callers_exclusions_fail_closed(self, catalog):
-        assert Eligible(catalog).required
-        assert Excluded(catalog).required
-        assert not Seen(catalog).required
+        assert EligibilityFilter(catalog).required
+        assert ExcludedFilter(catalog).required
+        assert not SeenFilter(catalog).required
 
     def test_the_seen_go(self, catalog):
         asked = query(seen=np.array([7, 7, 39], np.int32))
-        assert Seen(catalog).keep(asked, self.ROWS).tolist() == [True, True, False]
+        assert SeenFilter(catalog).keep(asked, self.ROWS).tolist() == [True, True, False]
 
     def test_exclusions_and_seeds_go(self, catalog):
         asked = query(exclude=np.array([3], np.int32), seeds=np.array([0], np.int32))
-        assert Excluded(catalog).keep(asked, self.ROWS).tolist() == [False, False, True]
-        assert not Excluded(catalog).enable(query())
+        assert ExcludedFilter(catalog).keep(asked, self.ROWS).tolist() == [False, False, True]
+        assert not ExcludedFilter(catalog).enable(query())
 
 
 class TestScorers:
@@ -555,7 +556,7 @@ class TestScorers:
     def test_a_feed_is_relevance_and_blended_utility(self, catalog, model, outcomes):
         asked = person(catalog, ["i0", "i4"])
         rows = np.array([8, 1, 12], np.int32)
-        score = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25).score(asked, rows)
+        score = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25).score(asked, rows)
         relevance = small.vectors()[rows] @ asked.user_vector
         affinity = np.array([1.0, 0.0, 1.0])
         odds = np.stack([affinity - 1, 2 * affinity - 2], axis=1)
@@ -565,7 +566,7 @@ class TestScorers:
         np.testing.assert_allclose(asked.probabilities, probabilities, rtol=1e-5)
 
     def test_a_score_never_depends_on_the_other_candidates(self, catalog, model, outcomes):
-        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
         rows = np.arange(40, dtype=np.int32)
         together = personal.score(person(catalog, ["i0", "i5"]), rows)
         alone = [personal.score(person(catalog, ["i0", "i5"]), rows[at : at + 1])[0] for at in range(40)]
@@ -574,16 +575,16 @@ class TestScorers:
     def test_without_a_blend_only_the_page_is_judged(self, catalog, model, outcomes):
         asked = person(catalog, ["i0", "i4"])
         asked.page_size = 3
-        score = Personal(model, catalog, outcomes, [0.5, 0.5], 0.0).score(asked, np.arange(40, dtype=np.int32))
+        score = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.0).score(asked, np.arange(40, dtype=np.int32))
         judged = np.flatnonzero(np.isfinite(asked.probabilities[:, 0]))
         assert sorted(judged) == sorted(np.argsort(-score, kind="stable")[:3])
 
     def test_nobody_s_feed_goes_by_popularity(self, catalog, model, outcomes):
-        scorer = FeedScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
+        scorer = FeedScorer(PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25))
         assert scorer.score(query(), self.candidates(popular=[1, 3, 2])).tolist() == [1, 3, 2]
 
     def test_neighbours_go_before_what_is_popular(self, catalog, model, outcomes):
-        scorer = FeedScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
+        scorer = FeedScorer(PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25))
         nan = float("nan")
         found = self.candidates(
             neighbors=[0.1, nan, 0.9, nan, nan, nan, nan],
@@ -595,7 +596,7 @@ class TestScorers:
         assert np.isfinite(scorer.score(query(), found)).all()
 
     def test_what_fills_a_personal_page_stands_behind_in_its_own_order(self, catalog, model, outcomes):
-        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
         asked, nan = person(catalog, ["i0", "i4"]), np.nan
         named = {NEAREST: [2, 1, nan, nan, nan, nan], "popular": [nan, nan, 4, 3, 2, nan], "fresh": [nan] * 5 + [-1.0]}
         # Spaceships are near, westerns fill up: better by the score, and behind all the same; what is new competes.
@@ -628,7 +629,7 @@ class TestScorers:
 
     @pytest.fixture
     def ranks(self, catalog, model, outcomes, lexical):
-        return RankScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25), SearchScorer(lexical, catalog, 0.25))
+        return RankScorer(PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25), SearchScorer(lexical, catalog, 0.25))
 
     def test_nobody_known_the_order_is_the_callers(self, ranks):
         upstream = np.array([0.1, 1e30, -5], np.float32)
@@ -652,7 +653,7 @@ class TestScorers:
         assert asked.probabilities is not None
 
     def test_a_known_person_adds_to_the_callers_score(self, catalog, model, outcomes, ranks):
-        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
         asked = person(catalog, ["i0"])
         asked.rows, asked.upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
         found = Candidates(asked.rows, asked.upstream[None], ("upstream",))
@@ -706,7 +707,7 @@ class TestScorers:
 class TestTopK:
     def select(self, catalog, rows, scores, page_size=3, **options):
         found = merge([Proposal("x", np.array(rows, np.int32), np.array(scores, np.float32))])
-        at, chance = TopK(catalog, **options).select(query(page_size=page_size), found, found.scores[0])
+        at, chance = TopKSelector(catalog, **options).select(query(page_size=page_size), found, found.scores[0])
         assert (chance == 1).all()
         return found.rows[at].tolist()
 
@@ -734,7 +735,7 @@ class TestReasons:
         rows = np.array(rows, np.int32)
         table = np.array(list(scores.values()), np.float32).reshape(len(scores), rows.size)
         slate = Slate(rows, rows * 0, rows * 1.0, Candidates(rows, table, tuple(scores)), None, {}, [])
-        return Reasons(catalog).explain(asked, slate)
+        return SlateExplainer(catalog).explain(asked, slate)
 
     def test_the_nearest_item_of_the_history_is_named(self, catalog):
         (first, second) = self.reasons(catalog, person(catalog, ["i0", "i1"]), [4, 5], nearest=[1, 1])

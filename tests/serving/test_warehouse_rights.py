@@ -14,12 +14,12 @@ import pytest
 
 from features.errors import TablesError
 from features.profile import EVERY_PURPOSE, Purpose
+from features.subjects import partition_of
 from features.tables.dataset import open_dataset
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
 from serving.projection.rebuild import Histories
 from serving.stores.catalog_log import CatalogLog
-from serving.stores.keys import partition_of
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from features.assemble import History, are_choices, remembered, type_index
+from features.assemble import History, are_choices, counts_and_kinds, type_index
 from features.catalog import Columns
 from features.decayed_counts import DecayedCounts, empty, fold
 from features.histories import history_keys
@@ -141,7 +141,7 @@ class UserHistories:
         start, end = int(self._data.offsets[person]), int(self._data.offsets[person]) + position
         part = slice(max(start, end - RING), end)
         categories, creators = self._history_keys(part)
-        memory, kinds = remembered(self._memory(person, start, end), self._index)
+        memory, kinds = counts_and_kinds(self._memory(person, start, end), self._index)
         return History(
             rows=self._data.rows[part],
             types=self._data.types[part].astype(np.int32),
@@ -150,7 +150,7 @@ class UserHistories:
             timestamps=self._data.timestamps[part],
             values=self._data.values[part],
             chosen=are_choices(self._keys[self._data.types[part] - 1]),
-            memory=memory,
+            decayed_counts=memory,
             kinds=kinds,
         )
 

@@ -29,7 +29,7 @@ from serving.restart import Trouble
 if TYPE_CHECKING:
     from serving.projection.projector import Idle
 
-_log = logging.getLogger("serving.processes.child")
+_log = logging.getLogger("serving.processes.entrypoint")
 _saying = threading.Lock()
 
 
