@@ -29,10 +29,10 @@ from serving.config import ServeConfig
 from serving.engine.engine import Engine, open_engine
 from serving.engine.pipelines import Dependencies
 from serving.observability.telemetry import Telemetry
-from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.request import Request
 from serving.redis.client import PipelinedConnection, connect_one
 from serving.redis.embedded import RedisServer
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.profiles import ProfileStore
 
 # Typed Any because neither has stubs for what is used here.

@@ -22,8 +22,7 @@ from serving.engine.engine import EngineRef
 from serving.engine.warm_up import ITEM_BATCH
 from serving.errors import ServingError, Unavailable
 from serving.observability.outages import Outage
-from serving.stores.catalog_log import CatalogProgress
-from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 
 _BLOCK_MS = 500
 _RETRY_S = 0.5
@@ -161,7 +160,7 @@ class CatalogSync:
                 outage.works()
 
     def _put_or_skip(self, changes: Sequence[Change], put: Callable[[Sequence[Change]], None]) -> None:
-        """Puts or patches a batch; if that fails, its items one by one, so that a bad item does not hold up the others."""
+        """Puts or patches a batch; if that fails, each item alone, so that a bad item does not hold up the others."""
         try:
             put(changes)
         except (PenchantError, ValueError, KeyError, TypeError) as error:
@@ -185,7 +184,7 @@ class CatalogSync:
         self._deleted.difference_update(rows)
 
     def _patch(self, changes: Sequence[Change]) -> None:
-        """Changes fields of existing items; words and vectors are computed again only if these fields are part of them."""
+        """Changes fields of existing items; computes words and vectors again only if these fields are part of them."""
         engine = self._engine_ref.engine
         patches: dict[str, dict[str, Any]] = {}
         for change in changes:
@@ -201,7 +200,7 @@ class CatalogSync:
             engine.lexical.put(worded, [text_tokens(item_text(items[row])) for row in worded])
 
     def _vectors(self, items: Mapping[int, Mapping[str, Any]]) -> dict[int, npt.NDArray[np.float32]]:
-        """Returns the vectors by content of the live items among these, by row; a row of the bundle keeps its trained one."""
+        """Returns the vectors by content of the live items, by row; an item of the bundle keeps its trained vector."""
         engine = self._engine_ref.engine
         live = [row for row in items if row >= engine.catalog.base_size]
         if not live:

@@ -67,8 +67,8 @@ def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
     # Imported late: the process that only asks for a verdict has no use for models.
     from serving.bundle.golden import replay
     from serving.bundle.model import Model
-    from serving.bundle.vector_index import Index
     from serving.bundle.tables import input_shapes, read_catalog
+    from serving.bundle.vector_index import Index
     from serving.engine.engine import bounded_memory
 
     tell("manifest.json")

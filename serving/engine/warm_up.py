@@ -64,7 +64,8 @@ def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_ty
     store = _OneProfile(catalog, rows.tolist(), event_types)
     for method, pipeline in pipelines.items():
         hydrators = [
-            hydrator.reading(store) if isinstance(hydrator, ProfileHydrator) else hydrator for hydrator in pipeline.hydrators
+            hydrator.reading(store) if isinstance(hydrator, ProfileHydrator) else hydrator
+            for hydrator in pipeline.hydrators
         ]
         quiet = dataclasses.replace(pipeline, hydrators=hydrators, side_effects=(), recorder=Telemetry())
         for explain in (False, True):

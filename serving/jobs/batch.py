@@ -35,7 +35,6 @@ from serving.experiments import Holdout
 from serving.jobs.batch_log import RUN, SlateFile, deliver, finish
 from serving.jobs.hosts import register_made
 from serving.observability.telemetry import Telemetry
-from serving.stores.catalog_log import CatalogProgress
 from serving.pipeline.request import Request
 from serving.pipeline.results import Slate
 from serving.pipeline.side_effects import SlateCollector
@@ -44,7 +43,7 @@ from serving.privacy.purge import replay
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe
-from serving.stores.catalog_log import CatalogLog
+from serving.stores.catalog_log import CatalogLog, CatalogProgress
 from serving.stores.event_log import EventLog
 from serving.stores.meta import partitions_for, partitions_of
 from serving.stores.profiles import ProfileStore

@@ -121,7 +121,9 @@ def replay(data: Path, bundle: Path, allowed: float = ALLOWED) -> dict[str, Any]
             inputs.update(names)
     detail = f"{differing} of {slates} slates were served with other values than their events give"
     if inputs:
-        detail += f", most often {', '.join(name for name, _ in inputs.most_common(3))}: training would learn from those"
+        detail += (
+            f", most often {', '.join(name for name, _ in inputs.most_common(3))}: training would learn from those"
+        )
     return {
         "name": "served_features",
         "passed": differing <= allowed * slates,

@@ -12,7 +12,7 @@ from features.catalog import Catalog
 from features.controls import Dial, Dials
 from features.kernels import matched_weights
 from serving.pipeline.candidates import Candidates
-from serving.pipeline.request import Rows, Request, Scores, UserState
+from serving.pipeline.request import Request, Rows, Scores, UserState
 from serving.pipeline.results import Adjusted
 
 REACH = 3.0
@@ -127,7 +127,7 @@ def _by_dial(dials: Dials) -> dict[Dial, dict[int, float]]:
 
 
 def _as_move(move: npt.NDArray[np.floating]) -> Scores:
-    return np.clip(move, -_LARGEST, _LARGEST).astype(np.float32)
+    return np.asarray(np.clip(move, -_LARGEST, _LARGEST), np.float32)
 
 
 def _deviation(scores: Scores) -> float:

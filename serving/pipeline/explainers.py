@@ -56,7 +56,10 @@ class SlateExplainer:
         if request.upstream is None:
             return {}
         scores = slate.candidates.of("upstream").tolist()
-        return {at: Reason("upstream", _NONE, f"the caller's score is {score:.4g}", score) for at, score in enumerate(scores)}
+        return {
+            at: Reason("upstream", _NONE, f"the caller's score is {score:.4g}", score)
+            for at, score in enumerate(scores)
+        }
 
     def _words(self, request: Request, slate: Slate) -> ByPosition:
         reasons: ByPosition = {}

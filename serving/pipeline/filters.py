@@ -78,8 +78,9 @@ class BlockedFilter:
         """Returns the rows that a block covers at the time of the request."""
         columns, now = self._catalog.columns, request.now_ms
         items = self._catalog.rows_of_keys(blocked_keys(user.controls, ControlKind.ITEM, now))
-        creators = columns.creator, blocked_keys(user.controls, ControlKind.CREATOR, now)
-        return HeldBack(items[items >= 0], (creators, (columns.category, blocked_keys(user.controls, ControlKind.CATEGORY, now))))
+        creators = blocked_keys(user.controls, ControlKind.CREATOR, now)
+        categories = blocked_keys(user.controls, ControlKind.CATEGORY, now)
+        return HeldBack(items[items >= 0], ((columns.creator, creators), (columns.category, categories)))
 
     def keep(self, request: Request, user: UserState, rows: Rows) -> Mask:
         """Returns True for the rows that no block covers at the time of the request."""

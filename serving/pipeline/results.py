@@ -124,7 +124,7 @@ class Slate:
     features: Scores | None = None
     moves: Moves = field(default_factory=dict)
     unknown: tuple[Unknown, ...] = ()
-    user: UserState = UserState()
+    user: UserState = field(default_factory=UserState)
     rung: str = "popular"
     degraded: Sequence[Degraded] = ()
 

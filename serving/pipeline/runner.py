@@ -3,19 +3,19 @@
 Stages return values and change nothing; only the runner applies what they return, times them, counts them and checks
 the deadline between them. So the whole behaviour under failure is to be read here:
 
-| step      | stage: what it returns                 | when it fails                                     | rung                  |
-|-----------|----------------------------------------|---------------------------------------------------|-----------------------|
-| hydrate   | Hydrator: the next state of the user   | the state stays as it is, marked                  | a lower one           |
-| hold_back | Eligibility: the rows that may be shown | the request fails                                | none                  |
-|           | Filter: the rows to take out of them   | required: the request fails; personal: the        | popular               |
-|           |                                        | popular pool only, marked                         |                       |
-| retrieve  | Source: rows and scores                | skipped, marked; the tiers below fill the page    | the highest that fills |
-|           | Filter: a mask of the candidates       | as in hold_back                                   | popular               |
-| score     | Scorer: float32 per candidate          | interleaved source ranks, marked                  | the same              |
-| adjust    | Adjuster: the moved scores             | the scores stay as they are, marked               | the same              |
-| select    | Selector: positions, propensities      | plain top-k, marked                               | the same              |
-| explain   | Explainer: reasons per item            | no reasons, counted                               | the same              |
-| apply     | SideEffect: nothing; never blocks      | counted                                           | the same              |
+| step      | stage: what it returns                  | when it fails                                  | rung        |
+|-----------|-----------------------------------------|------------------------------------------------|-------------|
+| hydrate   | Hydrator: the next state of the user    | the state stays as it is, marked               | a lower one |
+| hold_back | Eligibility: the rows that may be shown | the request fails                              | none        |
+|           | Filter: the rows to take out of them    | required: the request fails; personal: the     | popular     |
+|           |                                         | popular pool only, marked                      |             |
+| retrieve  | Source: rows and scores                 | skipped, marked; the tiers below fill the page | of its tier |
+|           | Filter: a mask of the candidates        | as in hold_back                                | popular     |
+| score     | Scorer: float32 per candidate           | interleaved source ranks, marked               | the same    |
+| adjust    | Adjuster: the moved scores              | the scores stay as they are, marked            | the same    |
+| select    | Selector: positions, propensities       | plain top-k, marked                            | the same    |
+| explain   | Explainer: reasons per item             | no reasons, counted                            | the same    |
+| apply     | SideEffect: nothing; never blocks       | counted                                        | the same    |
 
 **A full page.** The filters work twice. Before retrieval the rows that they hold back are taken out of one bitmap that
 every source reads, so that they never take the place of rows that may be shown. Afterwards the filters prove each
@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from features.controls import Dial, ControlKind, blocked_keys
+from features.controls import ControlKind, Dial, blocked_keys
 from features.keys import item_keys
 from serving.bundle.bitmap import Bitmap, clear_keys, clear_rows
 from serving.pipeline.candidates import Candidates, Proposal, fills, interleaved, merge
@@ -142,9 +142,7 @@ class Pipeline:
                 break
         return kept
 
-    def _propose(
-        self, execution: Execution, allowed: Bitmap, sources: Sequence[Source], level: int
-    ) -> list[Proposal]:
+    def _propose(self, execution: Execution, allowed: Bitmap, sources: Sequence[Source], level: int) -> list[Proposal]:
         proposals: list[Proposal] = []
         for source in execution.enabled(sources):
             with execution.without(source, SOURCE):

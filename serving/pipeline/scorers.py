@@ -76,7 +76,9 @@ class PersonalRanker:
         if self._blend:
             scores = (relevance + self._blend * utility(probabilities, self._weights)).astype(np.float32)
         logged = zlib.crc32(request.request_id.encode()) < self._logged
-        return Scored(scores, _spread(probabilities, at, rows.size), _spread(features, at, rows.size) if logged else None)
+        return Scored(
+            scores, _spread(probabilities, at, rows.size), _spread(features, at, rows.size) if logged else None
+        )
 
     def features(self, request: Request, user: UserState, rows: Rows, relevance: Scores) -> Scores:
         """Returns what the ranker reads of rows; float32 [n, F]."""

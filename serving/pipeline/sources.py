@@ -10,9 +10,9 @@ from features.assemble import chosen_rows
 from features.catalog import Catalog
 from features.controls import Dial
 from serving.bundle.bitmap import Bitmap, allowed_rows, clear_keys, first_allowed
+from serving.bundle.tables import NeighborTable
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index
-from serving.bundle.tables import NeighborTable
 from serving.pipeline.request import (
     FRESH,
     NEAREST,
@@ -273,7 +273,7 @@ class BoostedSource:
 
 
 def popularity_of(catalog: Catalog, rows: Rows | slice | None = None) -> Scores:
-    """Returns the popularity of items in training, recent and then overall; of the bundle's rows by default; float32 [n]."""
+    """Returns the popularity of `rows` (by default all of the bundle) in training, recent and then overall; float32 [n]."""
     columns, at = catalog.columns, slice(catalog.base_size) if rows is None else rows
     return (columns.recent_popularity[at] + 1e-3 * columns.popularity[at]).astype(np.float32)
 

@@ -39,7 +39,7 @@ from serving.projection import projector
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.restart import Trouble, described, keep_running
-from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
 from serving.warehouse import writer as warehouse
