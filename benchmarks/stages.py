@@ -30,7 +30,8 @@ from serving.engine.engine import Engine, open_engine
 from serving.engine.pipelines import Dependencies
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.request import Request
-from serving.redis.client import PipelinedConnection, connect_one
+from serving.redis.client import connect_one
+from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer
 from serving.stores.catalog_log import CatalogProgress
 from serving.stores.profiles import ProfileStore
@@ -101,8 +102,8 @@ class _Floor:
         users = [user_session.run(None, feed)[0] for feed in inputs]
         rows = min(candidates, engine.catalog.size)
         # If the ranker does not move the order, it judges the page only, here as in the pipeline.
-        judged = rows if bundle.model["blend"] else PAGE
-        features = np.zeros((judged, ranker_width(len(bundle.model["actions"]))), np.float32)
+        judged = rows if bundle.model.blend else PAGE
+        features = np.zeros((judged, ranker_width(len(bundle.model.actions))), np.float32)
         ranked = [{"user": user, "items": columns.vectors[:judged], "features": features} for user in users]
         self.calls: dict[str, Call] = {
             "redis": lambda at: line.ask(b"GET", keys[at % len(keys)]),
@@ -166,7 +167,7 @@ def _profiles(engine: Engine) -> dict[str, Profile]:
     columns, size = engine.catalog.columns, engine.catalog.base_size
     weights = np.exp(columns.popularity[:size].astype(np.float64))
     keys = engine.catalog.vocabulary.keys
-    kind = event_type_key(engine.bundle.model["event_types"][0])
+    kind = event_type_key(engine.bundle.model.event_types[0])
     profiles = {}
     for number in range(USERS):
         count = min(EVENTS, size // 2)

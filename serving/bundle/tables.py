@@ -8,7 +8,6 @@ import numpy.typing as npt
 from features import bundle_tables
 from features.bundle import Bundle
 from features.catalog import Catalog
-from features.transforms import ItemInputShapes
 from serving.bundle.bitmap import Bitmap, first_allowed
 from serving.bundle.text_index import LexicalIndex
 
@@ -48,8 +47,3 @@ def read_catalog(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:
     vectors = bundle_tables.read_vectors(bundle, len(vocabulary))
     words = LexicalIndex(*bundle_tables.read_words(bundle, len(vocabulary)))
     return Catalog(items, vocabulary, vectors), words
-
-
-def input_shapes(bundle: Bundle) -> ItemInputShapes:
-    """Returns how items and words are fed to the encoders of a bundle."""
-    return ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})

@@ -19,7 +19,7 @@ from features.transforms import ItemInputShapes, item_text, text_tokens
 from serving.bundle.bitmap import clear_keys, clear_rows, first_allowed
 from serving.bundle.golden import replay
 from serving.bundle.model import Device, Model, uses_cuda
-from serving.bundle.tables import input_shapes, read_catalog
+from serving.bundle.tables import read_catalog
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index, can_scan_on
 from serving.engine.pipelines import CHOICES, Dependencies, PipelineBuilder, candidate_count
@@ -63,12 +63,12 @@ class Engine:
     @property
     def surfaces(self) -> list[str]:
         """The names of the surfaces that the ranker was trained on."""
-        return list(self.bundle.model.get("surface_rates") or {})
+        return list(self.bundle.model.surface_rates)
 
     @property
     def actions(self) -> list[str]:
         """The names of the ranker's actions."""
-        return [action["name"] for action in self.bundle.model["actions"]]
+        return self.bundle.model.action_names
 
 
 class EngineRef:
@@ -94,30 +94,30 @@ def open_engine(
         ConfigError: The device asked for is not there.
     """
     config, bundle = dependencies.config, open_bundle(path, bundle_id, sealed)
-    fingerprint = bundle.manifest["feature_set"]["fingerprint"]
+    fingerprint = bundle.manifest.feature_fingerprint
     if fingerprint != FEATURES.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
+    spec = bundle.model
     with bounded_memory(bundle, config.device):
         catalog, lexical = read_catalog(bundle)
         model = Model(bundle, config.device)
         # `cuda` insists on both; `auto` takes for each what is there.
         on_device = model.device == "cuda" and (config.device == "cuda" or can_scan_on("cuda"))
         index = Index(bundle.read("index.faiss"), catalog, "cuda" if on_device else "cpu")
-        shapes = input_shapes(bundle)
-        model.probe(shapes, len(bundle.model["event_types"]))
+        model.probe(spec.shapes, len(spec.event_types))
         replay(bundle, model, catalog, index)
         _warm_up(catalog, lexical)
         pipelines = PipelineBuilder(bundle, model, catalog, index, lexical, dependencies).pipelines()
-        warm_models(model, shapes, candidate_count(bundle, config))
-        warm_pipelines(pipelines, catalog, [*bundle.model["event_types"], *CHOICES])
+        warm_models(model, spec.shapes, candidate_count(bundle, config))
+        warm_pipelines(pipelines, catalog, [*spec.event_types, *CHOICES])
         return Engine(
             bundle=bundle,
             model=model,
             catalog=catalog,
             lexical=lexical,
-            shapes=shapes,
+            shapes=spec.shapes,
             pipelines=pipelines,
-            event_types={event_type_key(name): name for name in bundle.model["event_types"]},
+            event_types={event_type_key(name): name for name in spec.event_types},
         )
 
 
@@ -135,9 +135,8 @@ def bounded_memory(bundle: Bundle, device: Device) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
-    size = sum(facts["size"] for facts in bundle.manifest["files"].values())
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    limit = used + _ROOM + _ROOM_PER_BYTE * size
+    limit = used + _ROOM + _ROOM_PER_BYTE * bundle.manifest.size
     if before[0] != resource.RLIM_INFINITY:
         limit = min(limit, before[0])
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))

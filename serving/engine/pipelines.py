@@ -20,7 +20,7 @@ from features.catalog import Catalog
 from features.event_types import NEGATIVE_EVENT_TYPES
 from features.keys import event_type_key, item_key
 from serving.bundle.model import Model
-from serving.bundle.tables import NeighborTable, input_shapes
+from serving.bundle.tables import NeighborTable
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index
 from serving.concurrency import ConcurrencyLimit
@@ -107,7 +107,7 @@ class PipelineBuilder:
         self._neighbors = NeighborTable(*read_neighbors(bundle, len(catalog.vocabulary)))
         logged = self._config.log_features if dependencies.impressions else 0.0
         self._personal = personal_ranker(bundle, model, catalog, logged)
-        self._query_vector = QueryVectorHydrator(model, input_shapes(bundle))
+        self._query_vector = QueryVectorHydrator(model, bundle.model.shapes)
         self._search_scorer = SearchScorer(lexical, catalog, self._config.search_personal)
 
     def pipelines(self) -> Mapping[str, Pipeline]:
@@ -172,7 +172,7 @@ class PipelineBuilder:
             ProfileHydrator(
                 self._dependencies.store,
                 self._catalog,
-                type_index(self._bundle.model["event_types"]),
+                type_index(self._bundle.model.event_types),
                 self._seen_keys(),
                 limit,
                 self._config.default_consent,
@@ -184,11 +184,11 @@ class PipelineBuilder:
 
     def _seen_keys(self) -> npt.NDArray[np.uint32]:
         """Returns the event types after which an item is not shown again; uint32 [n]."""
-        facts = self._bundle.model
+        spec = self._bundle.model
         names = set(NEGATIVE_EVENT_TYPES)
-        if not facts["repeats"]:
+        if not spec.repeats:
             # A live event of a type that training never saw counts as well.
-            names.update(facts["seen_types"], (name for name in CHOICES if name not in facts["event_types"]))
+            names.update(spec.seen_types, (name for name in CHOICES if name not in spec.event_types))
         return np.array(sorted(map(event_type_key, names)), np.uint32)
 
     def _pipeline(
@@ -220,9 +220,8 @@ class PipelineBuilder:
 
 def personal_ranker(bundle: Bundle, model: Model, catalog: Catalog, logged: float = 0.0) -> PersonalRanker:
     """Returns the ranker of a bundle; `logged` is the share of requests whose features are kept for the log."""
-    facts = bundle.model
-    weights, blend = facts["action_weights"], float(facts["blend"])
-    return PersonalRanker(model, catalog, ActionRates.of(facts), weights, blend, logged)
+    spec = bundle.model
+    return PersonalRanker(model, catalog, ActionRates.of_model(spec), spec.action_weights, spec.blend, logged)
 
 
 def candidate_count(bundle: Bundle, config: ServeConfig) -> int:
@@ -230,4 +229,4 @@ def candidate_count(bundle: Bundle, config: ServeConfig) -> int:
 
     By default as many as evaluation ranked, so that the answers that were measured are those that are served.
     """
-    return config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
+    return config.candidates or bundle.manifest.candidates or _CANDIDATES

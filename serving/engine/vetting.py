@@ -67,7 +67,7 @@ def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
     # Imported late: the process that only asks for a verdict has no use for models.
     from serving.bundle.golden import replay
     from serving.bundle.model import Model
-    from serving.bundle.tables import input_shapes, read_catalog
+    from serving.bundle.tables import read_catalog
     from serving.bundle.vector_index import Index
     from serving.engine.engine import bounded_memory
 
@@ -79,7 +79,7 @@ def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
         tell("index.faiss")
         index = Index(bundle.read("index.faiss"), catalog)
         model = Model(bundle, "cpu", tell)
-        model.probe(input_shapes(bundle), len(bundle.model["event_types"]), tell)
+        model.probe(bundle.model.shapes, len(bundle.model.event_types), tell)
         tell("golden.json")
         replay(bundle, model, catalog, index)
 

@@ -28,7 +28,7 @@ from serving.bundle.tables import read_catalog
 from serving.engine.pipelines import personal_ranker
 from serving.pipeline.hydrators import UserVectorHydrator
 from serving.pipeline.request import Request, UserState
-from serving.projection.rebuild import Histories
+from serving.projection.histories import LoggedHistories
 
 ALLOWED = 0.01
 """Share of slates that may differ: events that a user has undone or erased since are not in the warehouse any more."""
@@ -43,9 +43,9 @@ class FeatureReplay:
 
     def __init__(self, bundle: Bundle, model: Model, catalog: Catalog) -> None:
         """Takes the models, and the catalogue as it was when the slates were served."""
-        self._catalog, self._types = catalog, type_index(bundle.model["event_types"])
+        self._catalog, self._types = catalog, type_index(bundle.model.event_types)
         self._user_vector, self._ranker = UserVectorHydrator(model, catalog), personal_ranker(bundle, model, catalog)
-        self.names = ranker_names([action["name"] for action in bundle.model["actions"]])
+        self.names = ranker_names(bundle.model.action_names)
 
     def differing(self, slate: Mapping[str, Any], profile: Profile) -> list[str]:
         """Returns the inputs that are not those that were served; empty where all are, bit for bit.
@@ -105,8 +105,8 @@ def replay(data: Path, bundle: Path, allowed: float = ALLOWED) -> dict[str, Any]
     """
     opened = open_bundle(bundle)
     catalog, _ = read_catalog(opened)
-    features, histories = FeatureReplay(opened, Model(opened, "cpu"), catalog), Histories(data)
-    served = opened.bundle_id, int(opened.manifest["catalog_version"])
+    features, histories = FeatureReplay(opened, Model(opened, "cpu"), catalog), LoggedHistories(data)
+    served = opened.bundle_id, opened.manifest.catalog_version
     inputs: Counter[str] = Counter()
     slates = differing = elsewhere = 0
     impressions = table_path(data, "impressions")

@@ -15,25 +15,26 @@ import grpc
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
-from features.clock import now_ms
 from features.controls import FOR_EVER, MAX_CONTROLS, ControlKind, Dial
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
-from features.keys import event_type_key, item_key
-from features.profile import PAST_LOST, RING, Profile, Purpose, Records
+from features.keys import event_type_key
+from features.profile import PAST_LOST, RING, Profile, Purpose
 from features.subjects import anonymous, known
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
 from serving.privacy.certificates import Certificate, Certificates
-from serving.privacy.rights import Consent, Rule, Setting, SubjectRights
+from serving.privacy.controls import BlockControl, DialControl, UserControl
+from serving.privacy.rights import SubjectRights
+from serving.projection.profile_view import VisitView, view_profile
 from serving.services import validation as checks
 from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent
 
 SHOWN = 100
 """Events that an answer shows at most."""
@@ -76,14 +77,14 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         shown = self._shown(subject, SHOWN)
         [consent] = self._people.consents([subject])
         shown.purposes.extend(_named(consent))
-        shown.consent_given = bool(consent.said_at)
+        shown.consent_given = bool(consent.set_at)
         return shown
 
     def GetControls(
         self, request: profile_pb2.GetControlsRequest, context: grpc.ServicerContext
     ) -> profile_pb2.GetControlsResponse:
         """Shows how a person wants their answers made."""
-        rules, version = self._people.rules(checks.subject(request.subject, "subject"))
+        rules, version = self._people.controls(checks.subject(request.subject, "subject"))
         return profile_pb2.GetControlsResponse(hidden=_hidden(rules), dials=_dials(rules), profile_version=version)
 
     def SetControls(
@@ -95,7 +96,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         of = f"things, {len(turned)} dials beside them" if turned else "things"
         checks.count(request.hidden, "hidden", 0, MAX_CONTROLS - len(turned), of)
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
-        version, applied = self._people.set_rules(subject, [*rules, *turned])
+        version, applied = self._people.set_controls(subject, [*rules, *turned])
         matched, unknown = control_matches(rules, turned, self._host.engine.catalog)
         return profile_pb2.SetControlsResponse(
             profile_version=version, applied=applied, matched=matched, unknown=unknown
@@ -147,7 +148,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             left_behind=merged.left_behind,
             profile_version=merged.version,
             damaged=merged.damaged,
-            rules_left_out=merged.rules_left_out,
+            rules_left_out=merged.controls_left_out,
         )
 
     def ExportSubject(
@@ -160,7 +161,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         if not request.page_token:
             page.documents.extend(self._facts(subject))
         size = sum(map(len, page.documents))
-        for kind, at, payload in self._people.held(subject, first, after, _deadline(context)):
+        for kind, at, payload in self._people.documents(subject, first, after, _deadline(context)):
             page.documents.append(json.dumps({"kind": kind} | decode(payload), ensure_ascii=False))
             size += len(payload)
             if size > PAGE_BYTES:
@@ -205,8 +206,8 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     def _facts(self, subject: str) -> Iterator[str]:
         """What is held about a person beside events and slates."""
         [consent] = self._people.consents([subject])
-        said = {"kind": "consent", "purposes": consent.purposes.names, "given": bool(consent.said_at)}
-        rules = self._people.rules(subject)[0]
+        said = {"kind": "consent", "purposes": consent.purposes.names, "given": bool(consent.set_at)}
+        rules = self._people.controls(subject)[0]
         wanted = {"hidden": [MessageToDict(one) for one in _hidden(rules)], "dials": MessageToDict(_dials(rules))}
         profile = MessageToDict(self._shown(subject, RING), preserving_proto_field_name=True)
         for document in (said, {"kind": "controls", **wanted}, {"kind": "profile", **profile}):
@@ -233,7 +234,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
 
 
 def control_matches(
-    rules: Sequence[Rule], dials: Sequence[Setting], catalog: Catalog
+    rules: Sequence[BlockControl], dials: Sequence[DialControl], catalog: Catalog
 ) -> tuple[list[profile_pb2.ControlMatch], list[profile_pb2.ControlMatch]]:
     """Returns which controls and dials name something that the catalogue has, and which do not."""
     kinds = {meant: kind for kind, meant in _KINDS.items()}
@@ -264,29 +265,29 @@ def _deadline(context: grpc.ServicerContext) -> float:
     return math.inf if left is None else time.monotonic() + left
 
 
-def _hidden(rules: Sequence[Rule | Setting]) -> list[profile_pb2.Control]:
+def _hidden(rules: Sequence[UserControl]) -> list[profile_pb2.Control]:
     """What is never shown, in the words of the contract."""
     kinds = {meant: kind for kind, meant in _KINDS.items()}
     return [
         profile_pb2.Control(kind=kinds[rule.kind], id=rule.name, until_ms=rule.until)
         for rule in rules
-        if isinstance(rule, Rule)
+        if isinstance(rule, BlockControl)
     ]
 
 
-def _dials(rules: Sequence[Rule | Setting]) -> common_pb2.Dials:
+def _dials(rules: Sequence[UserControl]) -> common_pb2.Dials:
     """The dials, in the words of the contract."""
     found = common_pb2.Dials()
     names = {dial: name for name, dial in (checks.WHOLE_DIALS | checks.NAMED_DIALS).items()}
     for one in rules:
-        if isinstance(one, Setting) and one.name:
+        if isinstance(one, DialControl) and one.name:
             getattr(found, names[one.dial])[one.name] = one.value
-        elif isinstance(one, Setting):
+        elif isinstance(one, DialControl):
             setattr(found, names[one.dial], one.value)
     return found
 
 
-def _rule(control: profile_pb2.Control, field: str) -> Rule:
+def _rule(control: profile_pb2.Control, field: str) -> BlockControl:
     """A control, checked.
 
     Raises:
@@ -296,7 +297,9 @@ def _rule(control: profile_pb2.Control, field: str) -> Rule:
         known = ", ".join(profile_pb2.ControlKind.Name(one) for one in _KINDS)
         raise InvalidArgument(f"{field}.kind", f"must be one of {known}, got {control.kind}")
     name = checks.identifier(control.id, f"{field}.id")
-    return Rule(_KINDS[control.kind], name, checks.whole(control.until_ms, f"{field}.until_ms", 0, FOR_EVER - 1))
+    return BlockControl(
+        _KINDS[control.kind], name, checks.whole(control.until_ms, f"{field}.until_ms", 0, FOR_EVER - 1)
+    )
 
 
 def _named(consent: Consent) -> list[profile_pb2.Purpose.ValueType]:
@@ -345,65 +348,40 @@ def _place(token: str) -> tuple[str, int]:
 
 
 def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfileResponse:
-    """A profile in words."""
-    newest = profile.records[::-1]
-    rows = engine.catalog.rows_of_keys(np.ascontiguousarray(newest["item"]))
-    items = {row: engine.catalog.item(row) for row in set(rows.tolist()) if row >= 0}
-    types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
-    events = []
-    for record, row in zip(newest[:limit], rows[:limit].tolist(), strict=True):
-        item, value = items.get(row, {}), float(record["value"])
-        events.append(
-            profile_pb2.ProfileEvent(
-                item_id=item.get("item_id", ""),
-                title=item.get("title") or "",
-                event_type=types.get(int(record["event_type"]), ""),
-                timestamp_ms=int(record["timestamp"]),
-                value=value if value == value else None,
-            )
-        )
+    """Returns a profile in words."""
+    keys = np.unique(profile.records["item"])
+    rows = engine.catalog.rows_of_keys(keys).tolist()
+    items = {key: engine.catalog.item(row) for key, row in zip(keys.tolist(), rows, strict=True) if row >= 0}
+    view = view_profile(profile, items, engine.event_types, limit)
     return profile_pb2.GetProfileResponse(
-        found=bool(profile.count) or profile.lost,
-        damage=PAST_LOST if profile.lost else "",
-        profile_version=profile.version,
-        event_count=profile.count,
-        events=events,
-        categories=_affinities(profile, items),
-        seen_only=profile.older_items.size,
-        segment=_category(profile.decayed_counts.segment(), engine),
-        visit=_visit(profile, engine),
+        found=view.found,
+        damage=view.damage,
+        profile_version=view.version,
+        event_count=view.event_count,
+        events=[
+            profile_pb2.ProfileEvent(
+                item_id=event.item_id,
+                title=event.title,
+                event_type=event.event_type,
+                timestamp_ms=event.timestamp,
+                value=event.value,
+            )
+            for event in view.events
+        ],
+        categories=[profile_pb2.Affinity(name=name, share=share) for name, share in view.categories],
+        seen_only=view.seen_only,
+        segment=_category(view.segment, engine),
+        visit=_visit(view.visit, engine),
     )
 
 
-def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
-    """What the person is doing now, None where they are not here."""
-    memory = profile.decayed_counts
-    if not memory.visiting(now_ms()):
+def _visit(visit: VisitView | None, engine: Engine) -> profile_pb2.Visit | None:
+    if visit is None:
         return None
-    here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]
-    keys, counts = np.unique(here[here != 0], return_counts=True)
-    most = _category(int(keys[counts.argmax()]), engine) if keys.size else ""
-    return profile_pb2.Visit(began_ms=memory.visit_began, events=memory.visit_events, category=most)
-
-
-def _chosen(records: Records) -> Records:
-    """The events by which the user chose an item: showings and refusals are no liking."""
-    return records[are_choices(records["event_type"])]
+    return profile_pb2.Visit(began_ms=visit.began, events=visit.events, category=_category(visit.category, engine))
 
 
 def _category(key: int, engine: Engine) -> str:
     """The name of a category, "" where no item of the catalogue has it first."""
     rows = np.flatnonzero(engine.catalog.columns.category[: engine.catalog.size] == np.uint64(key))
     return str(engine.catalog.item(int(rows[0]))["categories"][0]) if key and rows.size else ""
-
-
-def _affinities(profile: Profile, items: dict[int, dict[str, Any]]) -> list[profile_pb2.Affinity]:
-    """The decayed share of each category whose name is known among the user's choices, strongest first."""
-    names = {item_key(item["categories"][0]): item["categories"][0] for item in items.values() if item["categories"]}
-    chosen = _chosen(profile.records)
-    weights = 0.5 ** (np.arange(chosen.size)[::-1] / HALF_LIFE)
-    keys, place = np.unique(chosen["category"], return_inverse=True)
-    shares = np.bincount(place, weights, keys.size) / max(weights.sum(), 1e-12)
-    found = [(names[key], share) for key, share in zip(keys.tolist(), shares.tolist(), strict=True) if key in names]
-    found.sort(key=lambda pair: (-pair[1], pair[0]))
-    return [profile_pb2.Affinity(name=name, share=share) for name, share in found]

@@ -11,7 +11,7 @@ import numpy as np
 from features.profile import RECORD, Purpose, verify
 from serving.errors import ConsentWithheld, EventLogUnavailable, FailedPrecondition, ResourceExhausted, ServingError
 from serving.log_retention import HOUR_MS
-from serving.redis.client import reply_error, serving_error
+from serving.redis.errors import reply_error, serving_error
 from serving.stores.keys import log_id
 
 

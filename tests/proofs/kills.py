@@ -59,7 +59,7 @@ SERVE = (
     "import json, sys; from serving.processes.supervisor import serve; from serving.config import ServeConfig; "
     "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
 )
-PROJECT = "import sys; from serving.projection.projector import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+PROJECT = "import sys; from serving.projection.process import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 SINK = (
     "import sys; from pathlib import Path; from serving.warehouse.writer import run; "
     "run(sys.argv[1], Path(sys.argv[2]), partitions=int(sys.argv[3]), flush_s=0.5)"

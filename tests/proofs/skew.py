@@ -56,8 +56,8 @@ from serving.pipeline.request import Request
 from serving.pipeline.side_effects import PendingSlate, logged_impression
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
+from serving.projection.histories import LoggedHistories
 from serving.projection.projector import Projector
-from serving.projection.rebuild import Histories
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.events import EventService
@@ -456,7 +456,7 @@ class Life:
         """Reads the sink's Parquet and compares it with what was seen; then forgets what was seen."""
         self.sink.drain()
         out: Path = self.sink.out  # type: ignore[attr-defined]
-        histories = Histories(out) if any(out.glob("events/*/*.parquet")) else None
+        histories = LoggedHistories(out) if any(out.glob("events/*/*.parquet")) else None
         found: list[str] = []
         for moment in self.moments:
             found += self._compare_profile(moment, histories)
@@ -471,7 +471,7 @@ class Life:
         self.served.clear()
         return found
 
-    def _compare_profile(self, moment: Moment, histories: Histories | None) -> Iterator[str]:
+    def _compare_profile(self, moment: Moment, histories: LoggedHistories | None) -> Iterator[str]:
         profile = dataclasses.replace(moment.profile, consent=None)
         rooms = features.decayed_counts.DIMENSIONS
         expected = oracle.state(moment.events, features.profile.RING, features.profile.OLDER_ITEMS_CAP, rooms)
@@ -505,7 +505,7 @@ class Life:
             for name in trained.differing_slates(rows, then, _ACTIONS, MODEL["event_types"]):
                 yield f"training assembles otherwise: {name}"
 
-    def _compare_slate(self, served: Served, slate: dict[str, Any], histories: Histories | None) -> Iterator[str]:
+    def _compare_slate(self, served: Served, slate: dict[str, Any], histories: LoggedHistories | None) -> Iterator[str]:
         assert histories is not None
         subject = next(one for one in self.subjects if one.removeprefix("u:") == slate["user_id"])
         profile = histories.of(subject).replayed(slate["profile_version"], served.forgotten)

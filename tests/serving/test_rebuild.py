@@ -17,7 +17,8 @@ from features.tables.dataset import write_dataset
 from serving.errors import ConfigError, ProfileStoreUnavailable
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
-from serving.projection.rebuild import rebuild, show
+from serving.projection.profile_view import show
+from serving.projection.rebuild import rebuild
 from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 from tests import untrained

@@ -35,9 +35,12 @@ from features.tables.schema import EVENTS
 from serving.errors import ConfigError
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
-from serving.privacy.rights import Rule, SubjectRights
-from serving.projection.projector import Idle, Projector
-from serving.projection.rebuild import rebuild, rehydrate
+from serving.privacy.controls import BlockControl
+from serving.privacy.rights import SubjectRights
+from serving.projection.eviction import Eviction
+from serving.projection.projector import Projector
+from serving.projection.rebuild import rebuild
+from serving.projection.restore import restore_profiles
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.items import item_record
@@ -604,9 +607,9 @@ class TestRebuilding:
         assert store.read("u:ann").records["item"].tolist() == [item_key(f"i{n}") for n in (0, 1, 3, 4)]
 
     def test_a_damaged_profile_gets_its_rules_and_its_newest_events_again(self, log, make, out, again, profiles_redis):
-        store, rule = ProfileStore(profiles_redis, PARTITIONS), Rule(ControlKind.ITEM, "i9")
+        store, rule = ProfileStore(profiles_redis, PARTITIONS), BlockControl(ControlKind.ITEM, "i9")
         people = SubjectRights(log, store, Certificates(log))
-        people.set_rules("u:ann", [rule])
+        people.set_controls("u:ann", [rule])
         ingest(log, *(event("ann", f"i{n}") for n in range(3)))
         make().drain()
         ingest(log, event("ann", "i4"), event("cleo", "i4"))
@@ -629,7 +632,7 @@ class TestComingBack:
         who = ["ann", "bob", "cleo", "dan"]
         ingest(log, *(event(user, f"i{n % 10}", timestamp_ms=now_ms() - 400 + n) for n in range(300) for user in who))
         ingest(log, event("ann", "", "search", query="tea"))
-        people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i3")])
+        people.set_controls("u:ann", [BlockControl(ControlKind.ITEM, "i3")])
         projecting(log, store, None)
         assert people.undo("u:dan", entry_of(log, "u:dan", 7))
         sink = make()
@@ -646,8 +649,8 @@ class TestComingBack:
         time.sleep(0.01)
         ingest(log, *(event(user, "i1", "like") for user in who))
         telemetry = Telemetry()
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))), telemetry)
-        assert telemetry.counters()["profiles_returned"] == 2  # of the others nothing may come back
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))), telemetry)
+        assert telemetry.counters()["profiles_restored"] == 2  # of the others nothing may come back
         assert [store.read(f"u:{user}").count for user in who] == [302, 1, 0, 300]
         for user in ("ann", "dan"):
             found, old = store.read(f"u:{user}"), before[user]
@@ -674,7 +677,7 @@ class TestComingBack:
         SubjectRights(log, store, Certificates(log)).erase("u:bob")
         assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
         log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert [store.read(f"u:{user}").count for user in who] == [9, 0, 9, 0]
         assert store.read("u:ann").records.tobytes() == before["ann"].records.tobytes()
         assert store.read("u:nobody").version == 0
@@ -690,11 +693,11 @@ class TestComingBack:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         ingest(log, event("ann", "i1", "like"), event("bob", "i1"))
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert [store.read(user).count for user in ("u:ann", "u:bob")] == [1, 1]
         file.write_bytes(whole)
         ingest(log, event("ann", "i2", "like"))
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert store.read("u:ann").count == 7
 
     def test_a_warehouse_that_is_not_there_loses_nothing(self, log, profiles_redis, tmp_path):
@@ -704,7 +707,7 @@ class TestComingBack:
         store.compact("u:ann", store.read("u:ann").version)
         assert store.leave(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n}") for n in range(9)))
-        projecting(log, store, Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, tmp_path / "nothing", Retention({}))))
         assert store.dropped(["u:ann"])
         assert store.read("u:ann").count == 9  # what is new is there, and is not folded without the past
 
@@ -719,11 +722,15 @@ class TestComingBack:
         before = store.read("u:ann")
         time.sleep(1.1)  # the server tells its time in seconds
         projector = Projector(
-            log, store, settle_s=0, idle=Idle(1e-9, partial(rehydrate, out, Retention({}))), telemetry=telemetry
+            log,
+            store,
+            settle_s=0,
+            eviction=Eviction(1e-9, partial(restore_profiles, out, Retention({}))),
+            telemetry=telemetry,
         )
         projector.open()
-        projector._sweep()
-        assert telemetry.counters()["profiles_dropped"] == 2
+        projector._evictor.sweep()
+        assert telemetry.counters()["profiles_evicted"] == 2
         assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
         log.call_back({"u:ann": now_ms()})
         projector.step()
@@ -738,7 +745,11 @@ class TestComingBack:
         assert store.leave(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n % 10}", event_id=f"e{n}") for n in range(120)), event("bob", "i1"))
         projector = Projector(
-            log, store, settle_s=0, batch=20, idle=Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({})))
+            log,
+            store,
+            settle_s=0,
+            batch=20,
+            eviction=Eviction(1, partial(restore_profiles, tmp_path / "nothing", Retention({}))),
         )
         projector.open()
         wait_until(lambda: projector.step() == 0 and sum(projector.lag()) == 0)
@@ -747,7 +758,7 @@ class TestComingBack:
         assert store.dropped(["u:ann"])
         make().drain()
         log.call_back({"u:ann": now_ms()})
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert store.read("u:ann").count == 121
 
 
@@ -755,9 +766,9 @@ def entry_of(log, subject, place) -> str:
     return [entry.event_id for entries in log.history(subject) for entry in entries][place]
 
 
-def projecting(log, store, idle, telemetry=None) -> None:
+def projecting(log, store, eviction, telemetry=None) -> None:
     """A projector brings all that is pending and new, and ends."""
-    projector = Projector(log, store, settle_s=0, lease_ms=1, compact_after=4, idle=idle, telemetry=telemetry)
+    projector = Projector(log, store, settle_s=0, lease_ms=1, compact_after=4, eviction=eviction, telemetry=telemetry)
     projector.open()
     idle = 0
     while idle < 3:
