@@ -273,7 +273,7 @@ class BoostedSource:
 
 
 def popularity_of(catalog: Catalog, rows: Rows | slice | None = None) -> Scores:
-    """Returns the popularity of `rows`, by default all of the bundle, in training: recent, then overall; float32 [n]."""
+    """Returns the popularity of `rows`, by default all of the bundle, in training: recent then overall; float32 [n]."""
     columns, at = catalog.columns, slice(catalog.base_size) if rows is None else rows
     return (columns.recent_popularity[at] + 1e-3 * columns.popularity[at]).astype(np.float32)
 
