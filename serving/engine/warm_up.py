@@ -13,7 +13,9 @@ from features.catalog import Catalog
 from features.clock import now_ms
 from features.errors import PenchantError
 from features.keys import event_type_key, item_key
-from features.profile import RING, Profile, decode, empty, encode, pack_record
+from features.profile import RING, Profile, empty
+from features.profile_codec import decode, encode
+from features.records import pack_record
 from features.transforms import ItemInputShapes, item_inputs, item_text
 from serving.bundle.model import Model, ModelError
 from serving.observability.telemetry import Telemetry
