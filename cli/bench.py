@@ -108,7 +108,7 @@ def bench_profiles(
     use_cores(1)
     from benchmarks.profiles import profiles
 
-    print_result(profiles(people=users, events=events, reads=reads))
+    print_result(profiles(users=users, events=events, reads=reads))
 
 
 @bench.command()
@@ -122,7 +122,7 @@ def fidelity(
     use_cores()
     from benchmarks.fidelity import fidelity
 
-    print_result(fidelity(run, bundle, protocol=protocol, people=users))
+    print_result(fidelity(run, bundle, protocol=protocol, users=users))
 
 
 @bench.command()

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from features.clock import now_ms
-from features.profile import RECORD, Purpose
+from features.profile import Purpose
+from features.records import RECORD
 from serving.redis.connection import Argument, ScriptCall
 from serving.stores.keys import PartitionKeys, address_of
 from serving.stores.log_entries import LoggedEvent, LoggedImpression

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,31 @@ class Written(NamedTuple):
 
     version: int
     refused: tuple[int, ...]
+
+
+class CatalogProgress:
+    """The version of the catalogue that a worker has applied; any thread may wait for one.
+
+    Attributes:
+        version: The version.
+    """
+
+    def __init__(self, version: int = 0) -> None:
+        self.version = version
+        self._changed = threading.Condition()
+
+    def reach(self, version: int) -> None:
+        """Notes that everything up to `version` is applied here; lower only where the log began again."""
+        with self._changed:
+            self.version = version
+            self._changed.notify_all()
+
+    def wait(self, version: int, seconds: float) -> bool:
+        """Waits until `version` is applied; returns False if the time is over first."""
+        if self.version >= version:
+            return True
+        with self._changed:
+            return self._changed.wait_for(lambda: self.version >= version, max(seconds, 0.0))
 
 
 class CatalogLog:
@@ -183,8 +209,8 @@ class CatalogLog:
         Args:
             version: The version.
             timeout_s: Longest wait.
-            at_least: Number of workers that are known to exist: after an outage of Redis, some may have given no sign of
-                life yet.
+            at_least: Number of workers that are known to exist: after an outage of Redis, some may have given no sign
+                of life yet.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.

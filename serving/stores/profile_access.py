@@ -13,7 +13,9 @@ from redis.exceptions import ResponseError
 from features.controls import CONTROL, MAX_CONTROLS
 from features.decayed_counts import MAX_STATE_SIZE
 from features.errors import PenchantError, ProfileCorrupt
-from features.profile import ENTRY, EVENT, HEADER_SIZE, OLDER_ITEMS_CAP, REPAIR, RING, empty, encode, is_newer
+from features.profile import OLDER_ITEMS_CAP, RING, empty
+from features.profile_codec import HEADER_SIZE, REPAIR, encode, is_newer
+from features.records import ENTRY, EVENT
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
@@ -65,7 +67,7 @@ class ProfileAccess:
             client: The profiles Redis.
             partitions: Partitions of the event log.
             cooldown_s: Longest pause between tries of a failed Redis; personal answers are back that long after it is.
-            telemetry: Counts `profile_corrupt`.
+            telemetry: Counts `profiles_corrupt`.
             guarded: True to read and write nothing while a server could evict keys; call `check_safety` regularly.
             shared_with: The same store through other connections; one `check_safety` is enough for both.
         """
@@ -156,7 +158,7 @@ class ProfileAccess:
         if is_newer(blob):
             raise ProfileStoreUnavailable(NEWER, retry_after_ms=NEWER_PAUSE_MS)
         if len(blob) > _LARGEST_PROFILE:
-            self._telemetry.count("profile_corrupt")
+            self._telemetry.count("profiles_corrupt")
             raise ProfileCorrupt(
                 f"a stored profile has more than {_LARGEST_PROFILE} bytes, which none can have; {REPAIR}"
             )
@@ -184,7 +186,7 @@ class ProfileAccess:
         if "NEWER" in message:
             return ProfileStoreUnavailable(NEWER, retry_after_ms=NEWER_PAUSE_MS)
         if "CORRUPT" in message or "WRONGTYPE" in message:
-            self._telemetry.count("profile_corrupt")
+            self._telemetry.count("profiles_corrupt")
             return ProfileCorrupt(f"the stored profile is damaged ({message}); {REPAIR}")
         if "TAILFULL" in message:
             reason = "this user sends events faster than they are folded; slow down"

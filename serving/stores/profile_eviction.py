@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import redis
 
-from features.profile import HEADER_SIZE, is_newer
+from features.profile_codec import HEADER_SIZE, is_newer
 from serving.redis.connection import Request
 from serving.stores.profile_access import CHUNK, ProfileAccess, chunks
 from serving.stores.profile_header import FRONT, folded_until, is_evicted, last_seen, may_be_restored

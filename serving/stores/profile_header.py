@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from features.errors import ProfileCorrupt, ProfileNewer
-from features.profile import HEADER_SIZE, Purpose, decode_consent, empty, encode, split
+from features.profile import Purpose, empty
+from features.profile_codec import HEADER_SIZE, decode_consent, encode, split
 from serving.stores.keys import LIVE, time_of
 
 FRONT = HEADER_SIZE + 24

@@ -12,21 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from features.errors import PenchantError, ProfileCorrupt
-from features.profile import (
-    ENTRY,
-    HEADER_SIZE,
-    RECORD,
-    Profile,
-    Purpose,
-    StoredProfile,
-    decode,
-    empty,
-    encode,
-    encode_consent,
-    fold,
-    is_newer,
-    split,
-)
+from features.profile import Profile, Purpose, StoredProfile, empty, fold
+from features.profile_codec import HEADER_SIZE, decode, encode, encode_consent, is_newer, split
+from features.records import ENTRY, RECORD
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable
 from serving.observability.telemetry import Telemetry
@@ -123,7 +111,7 @@ class ProfileStore(ProfileAccess):
         try:
             return decode(blob)
         except ProfileCorrupt:
-            self._telemetry.count("profile_corrupt")
+            self._telemetry.count("profiles_corrupt")
             raise
 
     def apply(self, subject: str, entries: Entries) -> Applied:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 import features.tables.dataset
 import features.tables.event_reader
-from features.catalog import columns_of
+from features.catalog_columns import columns_of
 from features.histories import KEYS, Distinct, Logged, history_keys
 from features.keys import item_key
 from features.profile import Profile
 from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
-from serving.projection.rebuild import Histories
+from serving.projection.histories import LoggedHistories
 from training.config import TrainConfig
 from training.data.interactions import item_vocabulary, read_interactions
 from training.models.scoring import UserHistories
@@ -106,7 +106,7 @@ def test_training_remembers_what_a_rebuild_folds(
     data, pasts = trained(folder)
     assert (data.origins.max() > 0) == resolved
     assert data.origins.flags.writeable == resolved  # what carries nothing needs no room on the disk
-    histories = Histories(folder)
+    histories = LoggedHistories(folder)
     for number, name in enumerate(data.people):
         own = histories.of(f"u:{name}")
         for position in (1, 40, 290, len(own.records)):
