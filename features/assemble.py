@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from features.action_rates import USER_STRENGTH, ActionRates, Rates
-from features.catalog import Catalog, Columns, blocks
+from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns
 from features.decayed_counts import DecayedCounts
 from features.decayed_counts import empty as no_counts
 from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.feature_set import Feature, FeatureSet
+from features.item_prior import blocks
 from features.kernels import affinity, log_odds, matched_weights, pack_newest
 from features.keys import event_type_key, event_type_keys
 from features.profile import RING, Profile
@@ -313,7 +315,7 @@ def ranker_features(
     past: History,
     rows: npt.NDArray[np.int32],
     relevance: npt.NDArray[np.float32],
-    columns: Columns,
+    columns: CatalogColumns,
     actions: ActionRates,
     moment: Moment,
 ) -> npt.NDArray[np.float32]:
@@ -367,7 +369,7 @@ def ranker_features(
 
 
 def _fill_item_features(
-    out: npt.NDArray[np.float32], columns: Columns, rows: npt.NDArray[np.int32], now_ms: int
+    out: npt.NDArray[np.float32], columns: CatalogColumns, rows: npt.NDArray[np.int32], now_ms: int
 ) -> None:
     """Fills the columns that are about the item alone."""
     price, duration = columns.price[rows], columns.duration[rows]
@@ -384,7 +386,7 @@ def _fill_item_features(
 
 
 def _fill_ring_features(
-    out: npt.NDArray[np.float32], past: History, columns: Columns, rows: npt.NDArray[np.int32], moment: Moment
+    out: npt.NDArray[np.float32], past: History, columns: CatalogColumns, rows: npt.NDArray[np.int32], moment: Moment
 ) -> None:
     """Fills the columns that are about the newest events of the user."""
     weights = _DECAY[: len(past)][::-1] * are_read(past)
@@ -404,7 +406,7 @@ def _fill_ring_features(
 
 
 def _decayed_features(
-    past: History, columns: Columns, rows: npt.NDArray[np.int32], actions: ActionRates, now_ms: int
+    past: History, columns: CatalogColumns, rows: npt.NDArray[np.int32], actions: ActionRates, now_ms: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Returns the features from the decayed counts and the visit at a time, ms.
 

@@ -51,7 +51,6 @@ class Dial(enum.IntEnum):
     @property
     def least(self) -> float:
         """The lowest value of the dial; the highest is 1."""
-        # Diversity can only be raised: a slate as alike as possible is no use to a user.
         return 0.0 if self is Dial.DIVERSITY else -1.0
 
 
