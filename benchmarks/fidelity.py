@@ -22,8 +22,8 @@ from features.tables.dataset import write_dataset
 from penchant.client import Client
 from serving.projection.rebuild import rebuild
 from training.data.interactions import Interactions, read_interactions
-from training.data.split import Targets, Which, held_out
-from training.evaluation.evaluate import ModelScorer, place_all
+from training.data.split import Targets, TestProtocol, held_out
+from training.evaluation.events import ModelScorer, place_all
 from training.metrics import ndcg
 from training.run import LoadedRun, load_run
 
@@ -51,7 +51,7 @@ def fidelity(
     """
     loaded = load_run(run)
     data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
-    targets = _some(held_out(data, loaded.config, cast(Which, protocol)), people, np.random.default_rng(seed))
+    targets = _some(held_out(data, loaded.config, cast(TestProtocol, protocol)), people, np.random.default_rng(seed))
     offline, shown = _offline(loaded, data, targets)
     pages, rungs, degraded = _online(loaded, data, targets, bundle)
     online = np.array([_place(page, row) for page, row in zip(pages, targets.rows(data).tolist(), strict=True)])

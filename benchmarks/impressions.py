@@ -17,7 +17,6 @@ from benchmarks.report import facts
 from features.errors import ConfigError, TrainingError
 from training.data.impressions import Shown
 from training.data.point_in_time import PointInTimeStatistics
-from training.evaluation.evaluate import columns_of_run
 from training.evaluation.impressions import (
     Chances,
     Tested,
@@ -30,7 +29,7 @@ from training.evaluation.impressions import (
     values_of,
 )
 from training.fitting.ranker_impressions import RankerDataset, read_feed
-from training.run import LoadedRun, load_run, note_evaluation
+from training.run import LoadedRun, columns_of_run, load_run, note_evaluation
 from training.runtime import exact, prepared
 from training.train import Material
 

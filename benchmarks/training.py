@@ -26,7 +26,7 @@ from benchmarks.side_by_side import speed
 from features.errors import ConfigError
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
-from training.data.interactions import TrainingBatches
+from training.data.batches import TrainingBatches
 from training.evaluation.evaluate import evaluate
 from training.run import build_modules
 from training.runtime import exact, prepared

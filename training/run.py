@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from features.assemble import ranker_width
 from features.bundle import sync
+from features.catalog import Columns, columns_of
 from features.errors import TrainingError
 from features.tables.conform import Intake
 from features.tables.dataset import Dataset, open_dataset
@@ -202,6 +203,12 @@ def open_moment(data: Path, run: Path) -> Dataset:
     dataset = open_dataset(data, until=begun["until"], items_from=items)
     # The items are those of that time, and so is the version of the catalogue that export writes into the bundle.
     return dataclasses.replace(dataset, info=dataset.info | {"catalog_version": begun["catalog_version"]})
+
+
+def columns_of_run(run: LoadedRun) -> Columns:
+    """The catalogue as the run's bundle will hold it."""
+    learned = {name: getattr(run, name) for name in ("popularity", "recent_popularity", "trained", "statistics")}
+    return dataclasses.replace(columns_of(run.items, run.item_vectors), **learned)
 
 
 ALLOW = "penchant train --set max_rejected_share="

@@ -28,7 +28,8 @@ from training.data.interactions import Interactions, item_vocabulary, read_inter
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, split
 from training.fitting.encoders import Fit, OnStep
-from training.fitting.ranker_candidates import CandidateBuilder, fit_query_encoder, fit_ranker
+from training.fitting.query_encoder import fit_query_encoder
+from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import learn, read_feed
 from training.models.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags

@@ -20,8 +20,8 @@ from features.schema import EVENTS, ITEMS, item_key
 from features.tables.dataset import open_dataset, write_dataset
 from serving.projection.rebuild import Histories
 from training.config import TrainConfig
+from training.data.histories import UserHistories
 from training.data.interactions import item_vocabulary, read_interactions
-from training.models.scoring import UserHistories
 
 NAMES = ("", "tea", "coffee")
 CATALOG = [

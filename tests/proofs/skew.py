@@ -40,7 +40,7 @@ import features.decay_kernels
 import features.decayed_counts
 import features.kernels
 import features.profile
-import training.models.scoring
+import training.data.histories
 from features.bundle import open_bundle
 from features.catalog import Catalog, Columns
 from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
@@ -77,7 +77,7 @@ LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000, -1_200_000)
 _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
-    (training.models.scoring, "RING", 16),
+    (training.data.histories, "RING", 16),
     (features.profile, "EVICTED_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
     (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),

@@ -24,11 +24,11 @@ from features.tables.dataset import open_dataset, order_events
 from features.tables.event_reader import Events
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
+from training.data.histories import UserHistories
 from training.data.impressions import _folded, read_shown
 from training.data.interactions import Interactions, read_interactions
 from training.data.point_in_time import features_of_line
 from training.export.golden import past_differences
-from training.models.scoring import UserHistories
 
 NOT_COMPARED = ("relevance", "position")
 """The one comes out of a model; of the other serving knows nothing, and says that every item comes first."""

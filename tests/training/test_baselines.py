@@ -11,7 +11,7 @@ from training.config import TrainConfig
 from training.data.datasets import prepare
 from training.data.interactions import item_vocabulary, read_interactions
 from training.data.split import Targets, held_out, split
-from training.evaluation.evaluate import METRICS, place_all
+from training.evaluation.events import METRICS, place_all
 from training.models.baselines import Ease, Markov, Neighbors, Popular, build_baselines, neighbors_of, popularity_of
 
 

@@ -13,7 +13,8 @@ from features.errors import LeakError
 from tests.training.conftest import TINY, interactions
 from training.config import TrainConfig
 from training.data.split import Targets
-from training.evaluation.evaluate import Ranked, _compared, _mean_values, _values, evaluate, place, place_all
+from training.evaluation.evaluate import evaluate
+from training.evaluation.events import Ranked, _compared, _mean_values, _values, place, place_all
 from training.models.baselines import MostUsed, Popular
 from training.models.scoring import had_before, ranks_of
 from training.train import train

@@ -11,8 +11,7 @@ import torch
 from features.errors import LeakError, TrainingError
 from tests.training.conftest import CIRCLE, CIRCLES, TINY
 from training.config import TrainConfig
-from training.data.cold_items import hidden_items
-from training.data.interactions import Interactions, read_interactions
+from training.data.interactions import Interactions, hidden_items, read_interactions
 from training.data.split import split
 from training.evaluation.cold_items import cold_targets
 from training.evaluation.evaluate import evaluate

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.fitting.ranker_candidates import Candidates, _choose_blend, _some_words
+from training.fitting.query_encoder import _some_words
+from training.fitting.ranker_candidates import Candidates, _choose_blend
 from training.models.ranker import Ranker, level, platt, utility
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import training.data.batches
 import training.data.interactions
 from benchmarks.growth import write_world
 from benchmarks.kills import kills
@@ -20,7 +21,8 @@ from features.errors import TrainingError
 from features.tables.dataset import open_dataset
 from tests.training.conftest import interactions
 from training.config import TrainConfig
-from training.data.interactions import Disk, Plan, TrainingBatches, item_vocabulary, read_interactions
+from training.data.batches import Plan, TrainingBatches
+from training.data.interactions import Disk, item_vocabulary, read_interactions
 from training.data.split import held_out, split
 from training.models.baselines import Markov, counts_of, popularity_of
 
@@ -76,13 +78,13 @@ def test_any_inside_is_its_plain_twin() -> None:
     flags = rng.random(200) < 0.05
     starts = rng.integers(0, 190, 100)
     ends = starts + rng.integers(0, 10, 100)
-    found = training.data.interactions._any_inside(flags, starts, ends)
-    assert found.tolist() == training.data.interactions._any_inside_plain(flags, starts, ends).tolist()
+    found = training.data.batches._any_inside(flags, starts, ends)
+    assert found.tolist() == training.data.batches._any_inside_plain(flags, starts, ends).tolist()
 
 
 @pytest.mark.parametrize("block", [64, 1 << 16])
 def test_each_event_is_predicted_once_however_people_are_drawn(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.data.interactions, "PLAN_PEOPLE", block)
+    monkeypatch.setattr(training.data.batches, "PLAN_PEOPLE", block)
     rng = np.random.default_rng(0)
     data = interactions([rng.permutation(50)[: rng.integers(1, 40)].tolist() for _ in range(300)], items=50)
     config = TrainConfig(max_length=8, batch_tokens=64)

@@ -19,9 +19,9 @@ from features.assemble import Moment, ranker_features, ranker_width, statistics_
 from features.catalog import Columns
 from features.kernels import dot_rows, log_odds
 from training.config import Action
+from training.data.histories import UserHistories
 from training.data.impressions import HOUR_MS, Shown
 from training.data.interactions import Interactions
-from training.models.scoring import UserHistories
 
 ITEM_STRENGTH, CREATOR_STRENGTH, CATEGORY_STRENGTH, SURFACE_STRENGTH = 20.0, 20.0, 100.0, 50.0
 """Showings that the expectation of a rate is worth."""

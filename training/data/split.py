@@ -12,12 +12,13 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from features.assemble import Moment
 from features.errors import TrainingError
 from training.config import TrainConfig
 from training.data.clock import newest_of
 from training.data.interactions import Interactions
 
-Which: TypeAlias = Literal["leave-one-out", "temporal-successive", "temporal-last"]
+TestProtocol: TypeAlias = Literal["leave-one-out", "temporal-successive", "temporal-last"]
 DAY_MS = 86_400_000
 FEWEST_EVENTS = 3
 """Leave-one-out holds out nothing of people with fewer events."""
@@ -94,7 +95,7 @@ def split(data: Interactions, config: TrainConfig) -> Split:
     return Split(train_end, fit_end, Targets(people, newest[people]))
 
 
-def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Targets:
+def held_out(data: Interactions, config: TrainConfig, protocol: TestProtocol) -> Targets:
     """The events that a test predicts, in the order of people and time.
 
     Raises:
@@ -165,6 +166,11 @@ def cut_of(data: Interactions, config: TrainConfig) -> int:
         return last - round(config.test_days * DAY_MS)
     # `1 - 0.9` is a little below 0.1, and the place of a quantile that falls on an event must not lie before it.
     return _smallest(data, int((data.timestamps.size - 1) * (1 - config.test_share) + 1e-6))
+
+
+def moment_of(data: Interactions, targets: Targets, at: int) -> Moment:
+    """When a target came, as far as candidates may know: the surface is nobody's."""
+    return Moment(int(data.timestamps[data.offsets[targets.people[at]] + targets.positions[at]]))
 
 
 _BINS = 1 << 16

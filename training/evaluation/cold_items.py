@@ -18,9 +18,8 @@ import torch
 
 from features.errors import LeakError, TrainingError
 from training.data.clock import newest_of, tell_future
-from training.data.cold_items import hidden_items
-from training.data.interactions import Interactions, read_interactions
-from training.data.split import Targets, held_out, split
+from training.data.interactions import Interactions, hidden_items, read_interactions
+from training.data.split import Targets, TestProtocol, held_out, split
 from training.metrics import hit, interval, ndcg
 from training.models.scoring import lines, mask_seen, ranks_of, seen_before, user_vectors
 from training.run import LoadedRun, admit_run, load_run
@@ -44,7 +43,7 @@ class Asked:
     rows: npt.NDArray[np.int32]
 
 
-def evaluate_cold(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
+def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
     """How often a hidden item stands among the first 50 of the catalogue for a person who then chose it.
 
     Each run hides the items that its seed drew; their targets are pooled.
@@ -109,8 +108,8 @@ def cold_targets(run: LoadedRun) -> Asked:
 
 def warm_targets(run: LoadedRun, visible: Interactions) -> Asked:
     """The held-out events of items that the run was trained on."""
-    which = "leave-one-out" if run.config.protocol == "leave-one-out" else "temporal-successive"
-    targets = held_out(visible, run.config, which)  # type: ignore[arg-type]
+    protocol: TestProtocol = "leave-one-out" if run.config.protocol == "leave-one-out" else "temporal-successive"
+    targets = held_out(visible, run.config, protocol)
     targets = targets.take(np.flatnonzero(run.trained[targets.rows(visible)]))
     return Asked(visible, targets, targets.rows(visible))
 

@@ -10,26 +10,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from features.action_rates import ActionRates, Rates
 from features.assemble import ranker_width
 from features.catalog import blocks
 from features.errors import LeakError, TrainingError
-from features.schema import JUDGMENTS, JUDGMENTS_REQUIRED, Required
-from features.tables.dataset import Loaded, read_table, table_path
-from features.transforms import query_inputs
 from training.data.clock import tell_future
+from training.data.histories import UserHistories
 from training.data.impressions import NEVER, Shown, read_shown, read_slates
 from training.data.interactions import Interactions
 from training.data.point_in_time import features_of_line
 from training.data.split import before_cut, cut_of
-from training.evaluation.evaluate import columns_of_run
 from training.fitting.ranker_impressions import RankerBatch, lesson_of, line_users, logits_of
-from training.metrics import RESAMPLES, Floats, auc, ece, gauc, graded_ndcg, interval, log_loss, measure
-from training.models.scoring import UserHistories
-from training.run import LoadedRun, admit_run, input_shapes, load_run
+from training.metrics import RESAMPLES, Floats, auc, ece, gauc, log_loss, measure
+from training.run import LoadedRun, admit_run, columns_of_run, load_run
 from training.runtime import exact, prepared
 from training.train import Material, read_material
 
@@ -292,59 +287,3 @@ def _weighted(values: Floats, weights: npt.NDArray[Any]) -> float:
     known = ~np.isnan(values)
     mass = weights[known].sum()
     return float(values[known] @ weights[known] / mass) if mass else float("nan")
-
-
-def _table(data: Path, name: str, schema: pa.Schema, required: Required) -> Loaded:
-    path = table_path(data, name)
-    if path is None:
-        raise TrainingError(f"{data} has no table {name}, which this protocol measures on")
-    return read_table(path, schema, required)
-
-
-def evaluate_search(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
-    """How well the query encoder alone ranks the whole catalogue for judged queries; unjudged counts as irrelevant.
-
-    Returns:
-        `metrics` {`ndcg@10` (gains 2^grade - 1), `recall@100` (of grades above 0): {mean, low, high}} over the queries
-        that have a relevant item, averaged over runs; `protocol`, `seeds`, `queries`, `items`, `baselines` (none).
-
-    Raises:
-        TrainingError: The data set has no judgments, or none with a relevant item.
-    """
-    loaded = [load_run(run, data) for run in runs]
-    judged_by = _table(Path(data or loaded[0].result["data"]), "judgments", JUDGMENTS, JUDGMENTS_REQUIRED)
-    left_out = admit_run(loaded[0], judgments=judged_by.intake)
-    table = judged_by.table
-    grades: dict[str, dict[int, float]] = {}
-    rows = loaded[0].vocabulary.rows([str(name) for name in table["item_id"].to_pylist()])
-    grade_of = table["grade"].to_numpy()
-    for query, row, grade in zip(table["query"].to_pylist(), rows.tolist(), grade_of.tolist(), strict=True):
-        grades.setdefault(str(query), {})[row] = grade
-    asked = [query for query, judged in grades.items() if any(grade > 0 for grade in judged.values())]
-    if not asked:
-        raise TrainingError("no judged query has a relevant item")
-    with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
-        values = np.mean([[_search(run, query, grades[query]) for query in asked] for run in loaded], axis=0)
-    queries = np.arange(len(asked))
-    return {
-        "protocol": "search",
-        "runs": [str(run.path) for run in loaded],
-        "seeds": [run.config.seed for run in loaded],
-        "users": 0,
-        "queries": len(asked),
-        "items": len(loaded[0].vocabulary),
-        "metrics": {name: interval(values[:, i], queries) for i, name in enumerate(("ndcg@10", "recall@100"))},
-        "baselines": {},
-        **left_out,
-    }
-
-
-def _search(run: LoadedRun, query: str, judged: dict[int, float]) -> tuple[float, float]:
-    tokens = torch.from_numpy(query_inputs(query, input_shapes(run.config))["tokens"])
-    asked = run.query_encoder(tokens)[0].numpy()
-    lengths = np.maximum(np.linalg.norm(run.item_vectors, axis=1), 1e-12)
-    best = np.argsort(-(run.item_vectors @ asked) / lengths, kind="stable")[:SEARCH_DEPTH].tolist()
-    gains = [2.0 ** judged.get(row, 0.0) - 1 for row in best]
-    relevant = [row for row, grade in judged.items() if grade > 0]
-    recall = len(set(best) & set(relevant)) / len(relevant)
-    return graded_ndcg(gains[:10], [2.0**grade - 1 for grade in judged.values()], 10), recall

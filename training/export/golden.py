@@ -24,8 +24,8 @@ from features.tables.dataset import Dataset
 from features.tables.event_reader import Events
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from training.config import TrainConfig
+from training.data.histories import UserHistories
 from training.data.interactions import read_interactions
-from training.models.scoring import UserHistories
 
 Event = dict[str, Any]
 Ask = Callable[[str, Mapping[str, npt.NDArray[Any]]], npt.NDArray[np.float32]]

@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from features.catalog import Columns
 from training.data.clock import newest_of
+from training.data.histories import UserHistories
 from training.data.interactions import Interactions
-from training.models.scoring import UserHistories
 
 PEOPLE = 10
 """People that a segment needs: what fewer like would be theirs to tell."""

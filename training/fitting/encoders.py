@@ -22,7 +22,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from features.errors import TrainingError
 from training.config import TrainConfig
-from training.data.interactions import Batch, Interactions, TrainingBatches, sent
+from training.data.batches import Batch, TrainingBatches, sent
+from training.data.interactions import Interactions
 from training.data.split import Split, Targets
 from training.fitting.tensorboard import open_board
 from training.metrics import ndcg
