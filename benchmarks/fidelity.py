@@ -23,7 +23,7 @@ from penchant.client import Client
 from serving.projection.rebuild import rebuild
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Targets, TestProtocol, held_out
-from training.evaluation.events import ModelScorer, place_all
+from training.evaluation.events import ModelScorer, rank_all
 from training.metrics import ndcg
 from training.run import LoadedRun, load_run
 
@@ -84,7 +84,7 @@ def _offline(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Ranks of the targets, and the pages as rows, best first, as `penchant evaluate` makes them."""
     with torch.inference_mode():
-        [ranked] = place_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
+        [ranked] = rank_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
     return ranked.ranks, ranked.shown
 
 

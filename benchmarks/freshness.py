@@ -37,14 +37,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks.report import BenchmarkError, facts
 from benchmarks.service import running
 from features.bundle import open_bundle
+from features.clock import now_ms
+from features.keys import event_type_key, item_key
 from features.profile import ENTRY, make_records
-from features.schema import event_type_key, item_key
 from features.vocabulary import Vocabulary
 from penchant.channels import channel_options
 from penchant.client import Client, event
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 from serving.redis.client import PipelinedConnection, connect_one
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore
 
 REGULARS = 16
@@ -267,7 +269,7 @@ def _bare(ready: Mapping[str, Any]) -> Iterator[dict[str, Callable[[], object]]]
             health_pb2_grpc.HealthStub(channel),
         )
         reading.ask("SET", "bare", bytes(ENTRY.itemsize))
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         record = make_records(item_key("bare"), 0, 0, now, 0, event_type_key("view_item"))[0].tobytes()
         payload = json.dumps({"item_id": "bare", "event_type": "view_item", "timestamp": now}).encode()
         one = LoggedEvent("", "bare", record, payload)

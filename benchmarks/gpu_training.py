@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from features.schema import EVENTS, ITEMS
 from features.tables.dataset import open_dataset, write_dataset
+from features.tables.schema import EVENTS, ITEMS
 from training.config import TrainConfig, load_config
 from training.data.split import held_out
-from training.fitting.encoders import Fit
+from training.fitting.encoders import EncoderTrainer
 from training.metrics import hit, ndcg
 from training.models.encoders import EncoderShape, ItemBags, UserEncoder
-from training.models.scoring import lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import load_modules, sha256_of
 from training.runtime import exact, prepared
 from training.train import Material, initial_modules, read_material
@@ -88,7 +88,7 @@ class _Trial:
     def __init__(self, material: dict[torch.device, Material], config: TrainConfig, folder: Path) -> None:
         self.material, self.config, self.folder, self.number = material, config, folder, 0
 
-    def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> Fit:
+    def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> EncoderTrainer:
         """A training that has not begun; into its own folder unless `out` is given."""
         self.number += 1
         out = out or self.folder / f"run-{self.number}"
@@ -97,9 +97,9 @@ class _Trial:
         torch.manual_seed(config.seed)
         modules = initial_modules(material, config, device, fresh=True)
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        return Fit(out, config, material.data, material.division, modules, bags)
+        return EncoderTrainer(out, config, material.data, material.division, modules, bags)
 
-    def steps(self, fit: Fit, count: int) -> list[float]:
+    def steps(self, fit: EncoderTrainer, count: int) -> list[float]:
         """Goes some steps on; their losses."""
         plan = fit.batches.epoch(fit.state.epoch)
         losses = []
@@ -178,14 +178,14 @@ class _Trial:
             "utilisation": round(float(np.mean(shares)), 3) if shares else None,
         }
 
-    def _ranks(self, fit: Fit) -> Any:
+    def _ranks(self, fit: EncoderTrainer) -> Any:
         targets = held_out(fit.data, self.config, "leave-one-out")
         fit.modules.user.eval()
         with torch.inference_mode():
             table = fit.modules.item.eval().table(fit.bags, fit.known)
         users = user_vectors(fit.modules.user, table, fit.data, targets, self.config.max_length)
         vectors, ranks = table.float().cpu().numpy(), []
-        for part in lines(len(targets)):
+        for part in slices(len(targets)):
             some = targets.take(np.arange(part.start, part.stop))
             scores = users[part] @ vectors.T
             mask_seen(scores, seen_before(fit.data, some))
@@ -250,7 +250,7 @@ def _complete(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _weights_apart(one: Fit, other: Fit) -> float:
+def _weights_apart(one: EncoderTrainer, other: EncoderTrainer) -> float:
     """The length of the difference over that of the weights; Adam makes whole steps of a gradient that is rounding."""
     a, b = (torch.cat([w.detach().cpu().double().flatten() for w in fit._weights().values()]) for fit in (one, other))
     return float((a - b).norm() / a.norm())

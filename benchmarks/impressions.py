@@ -15,20 +15,20 @@ import torch
 
 from benchmarks.report import facts
 from features.errors import ConfigError, TrainingError
-from training.data.impressions import Shown
+from training.data.impressions import Examples
 from training.data.point_in_time import PointInTimeStatistics
 from training.evaluation.impressions import (
-    Chances,
-    Tested,
+    Probabilities,
+    TestedExamples,
     baselines,
     compared,
-    read_tested,
+    read_test_material,
     resampled,
     spread,
     test,
     values_of,
 )
-from training.fitting.ranker_impressions import RankerDataset, read_feed
+from training.fitting.ranker_impressions import RankerDataset, read_ranker_dataset
 from training.run import LoadedRun, columns_of_run, load_run, note_evaluation
 from training.runtime import exact, prepared
 from training.train import Material
@@ -63,7 +63,7 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     loaded = load_run(run, data)
     if loaded.result["ranker_source"] != "impressions":
         raise TrainingError(f"{run}: its ranker did not learn from impressions, so there is nothing to compare")
-    material, shown = read_tested([loaded], data)
+    material, shown = read_test_material([loaded], data)
     with prepared(loaded.config.threads), exact(), torch.inference_mode():
         feed = _feed(loaded, material, shown)
         tested = test([loaded], material.data, shown)
@@ -82,19 +82,19 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     }
 
 
-def _feed(run: LoadedRun, material: Material, shown: Shown) -> RankerDataset:
+def _feed(run: LoadedRun, material: Material, shown: Examples) -> RankerDataset:
     """What trained the ranker."""
     teller = PointInTimeStatistics(
         material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
     )
-    feed = read_feed(teller, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
+    feed = read_ranker_dataset(teller, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
     assert feed is not None
     return feed
 
 
 def _lightgbm(
-    feed: RankerDataset, tested: Tested, python: Path, trials: int, seed: int
-) -> tuple[Chances, dict[str, Any]]:
+    feed: RankerDataset, tested: TestedExamples, python: Path, trials: int, seed: int
+) -> tuple[Probabilities, dict[str, Any]]:
     """What LightGBM says of the test, and how it was made."""
     features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
@@ -111,10 +111,10 @@ def _lightgbm(
         with np.load(out) as answer:
             live, slate = np.split(answer["chances"].astype(np.float64), 2)
             said = {"version": done.stdout.split()[-1], "trials": trials, "choices": json.loads(str(answer["choices"]))}
-    return Chances(live, slate), said
+    return Probabilities(live, slate), said
 
 
-def _ahead(names: Sequence[str], tested: Tested, peer: Chances) -> dict[str, dict[str, float]]:
+def _ahead(names: Sequence[str], tested: TestedExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
     """Every metric of ours minus LightGBM's, with intervals by drawing the same people for both."""
     labels, people = tested.lines.labels(), tested.lines.people
     found: dict[str, dict[str, float]] = {}

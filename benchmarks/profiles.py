@@ -17,12 +17,14 @@ import numpy as np
 import redis
 
 from benchmarks.report import BenchmarkError, facts
+from features.clock import now_ms
+from features.keys import event_type_key
 from features.profile import RECORD, Profile, Records, empty, fold, make_records
-from features.schema import event_type_key
 from serving.redis.client import PipelinedConnection, connect_one
 from serving.redis.embedded import RedisServer
-from serving.stores.event_log import EventLog, LoggedEvent
-from serving.stores.event_scripts import LIVE
+from serving.stores.event_log import EventLog
+from serving.stores.keys import LIVE
+from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore
 
 FEW = 10_000
@@ -182,7 +184,7 @@ def _logging(client: redis.Redis, draw: np.random.Generator, people: int) -> dic
     """Events into the log, durable, beside XADDs of the same words to a stream that is synced alike."""
     log = EventLog(client)
     log.open()
-    now = time.time_ns() // 1_000_000
+    now = now_ms()
     batches = []
     for number in range(BATCHES):
         records = _history(draw, BATCH)

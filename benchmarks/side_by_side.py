@@ -136,7 +136,7 @@ def speed(
         histories, settings = _histories(data, config)
         file = Path(folder) / "histories.npz"
         histories.save(file)
-        ours = {"data": str(data.resolve()), "set": {**settings, "validation_people": max(1, histories.people.size)}}
+        ours = {"data": str(data.resolve()), "set": {**settings, "validation_users": max(1, histories.people.size)}}
         sizes = Sizes.of(config)
         asked: dict[str, tuple[Path, str, dict[str, Any]]] = {
             "penchant": (Path(sys.executable), "penchant_sasrec", ours),
@@ -167,7 +167,7 @@ def speed(
         "people": int(histories.offsets.size - 1),
         "items": histories.items,
         "events": int(histories.rows.size),
-        "validation_people": int(histories.people.size),
+        "validation_users": int(histories.people.size),
         "budget_seconds": budget,
         "turn_seconds": turn,
         "method": "each trainer is a process with the same threads; they take turns, and a clock stands still while "
@@ -231,7 +231,7 @@ def _histories(data: Path, config: TrainConfig) -> tuple[Histories, dict[str, An
     kept = np.arange(events.rows.size) - np.repeat(starts, np.diff(events.offsets)) < np.repeat(
         division.train_end, np.diff(events.offsets)
     )
-    targets = division.validation.sample(config.validation_people, config.seed)
+    targets = division.validation.sample(config.validation_users, config.seed)
     histories = Histories(
         rows=events.rows[kept].astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(division.train_end)]).astype(np.int64),

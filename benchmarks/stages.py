@@ -22,8 +22,9 @@ import onnxruntime as _onnxruntime
 
 from benchmarks.report import facts
 from features.assemble import encoder_inputs, history, ranker_width
+from features.clock import now_ms
+from features.keys import event_type_key
 from features.profile import Profile, empty, fold, make_records
-from features.schema import event_type_key
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.observability.telemetry import Telemetry
@@ -124,7 +125,7 @@ def _measure(engine: Engine, people: list[str], floor: _Floor, requests: int) ->
         query = Query(
             request_id=str(at),
             subject=people[at % len(people)],
-            now_ms=time.time_ns() // 1_000_000,
+            now_ms=now_ms(),
             deadline=time.monotonic() + 1.0,
             page_size=PAGE,
         )

@@ -14,16 +14,11 @@ from features.action_rates import PERSON_STRENGTH, ActionRates, Rates
 from features.catalog import Catalog, Columns, blocks
 from features.decayed_counts import DecayedCounts
 from features.decayed_counts import empty as nothing_remembered
+from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
+from features.feature_set import Feature, FeatureSet
 from features.kernels import affinity, log_odds, matched_weights, pack_newest
+from features.keys import event_type_key, event_type_keys
 from features.profile import RING, Profile
-from features.schema import (
-    NEGATIVE_EVENT_TYPES,
-    PASSIVE_EVENT_TYPES,
-    Feature,
-    FeatureSet,
-    event_type_key,
-    event_type_keys,
-)
 
 HALF_LIFE = 20
 """Number of events after which an event weighs half in an affinity."""

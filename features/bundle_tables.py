@@ -14,7 +14,7 @@ from features.arrow_file import read_table
 from features.assemble import statistics_width
 from features.bundle import Bundle
 from features.errors import BundleError, VocabularyError
-from features.schema import ITEMS
+from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 
 _LEARNED: dict[str, pa.DataType] = {

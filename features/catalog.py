@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.schema import item_key, item_keys
-from features.tables.convert import pc
+from features.arrays import pc
+from features.keys import item_key, item_keys
 from features.vocabulary import Vocabulary
 
 _FOREVER = np.iinfo(np.int64).max

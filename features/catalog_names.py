@@ -8,10 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from features.arrays import pc
 from features.catalog import Catalog
-from features.schema import item_key
-from features.tables.conform import bare
-from features.tables.convert import pc
+from features.keys import bare_name, item_key
 
 _FEW = 20_000
 """Names up to which signs and plurals are looked through too; of more, only case and blanks."""
@@ -54,4 +53,4 @@ def _alike(names: pa.ChunkedArray[Any], wanted: Sequence[str]) -> dict[str, str]
 
 def _plain(name: str) -> str:
     """A name without case, blanks, signs and the s of a plural; as it is where that leaves nothing."""
-    return bare(name).removesuffix("s") or name
+    return bare_name(name).removesuffix("s") or name

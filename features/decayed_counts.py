@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from features.decay_kernels import TICKS, left, remember
-from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES, event_type_key
+from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
+from features.keys import event_type_key
 
 HORIZONS = {"hour": 3_600_000, "day": 86_400_000, "month": 30 * 86_400_000}
 """Half-lives, ms: what somebody wants right now, what fills their days, and who they are. A ring of 256 events tells of

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.action_rates import ActionRates
+from features.arrays import pc
 from features.assemble import (
     ENCODER_FEATURES,
     FEATURES,
@@ -28,9 +29,8 @@ from features.bundle import open_bundle
 from features.bundle_tables import read_items
 from features.catalog import Catalog
 from features.decayed_counts import DIMENSIONS, HORIZONS, VISIT_MS
+from features.keys import event_type_keys, item_keys
 from features.profile import EVICTED_CAP, FORMAT, RECORD, RING, empty, fold, make_records
-from features.schema import event_type_keys, item_keys
-from features.tables.convert import pc
 from features.tables.dataset import Dataset, open_dataset
 from features.tables.intake import require_few, summary, tell
 from features.tables.order import codes, is_present

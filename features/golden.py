@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from features.catalog import Catalog
 from features.histories import KEYS, Logged, history_keys
+from features.keys import event_type_keys, item_keys
 from features.profile import ENTRY, Profile, Records, decode, empty, encode, fold, make_records
-from features.schema import event_type_keys, item_keys
 
 TOP = 10
 """Number of best items that a golden answer names."""

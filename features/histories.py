@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.arrays import pc
 from features.catalog import Columns
-from features.tables.convert import pc
 
 KEYS = ("category_key", "creator_key")
 """The columns of `EVENTS` that hold what an event was resolved to: NULL where it never was, 0 where there was none."""

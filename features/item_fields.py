@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.catalog import RECORD_FIELDS, Catalog
-from features.schema import ITEMS
+from features.tables.schema import ITEMS
 
 COLUMNS = {f"{name}_ms" if name in ("available_from", "available_until") else name: name for name in RECORD_FIELDS}
 """The column of the catalogue that holds each field."""

@@ -23,8 +23,9 @@ from features import decayed_counts as memories
 from features.controls import Rules, no_rules
 from features.decayed_counts import DecayedCounts
 from features.errors import ProfileCorrupt, ProfileNewer
+from features.event_types import PASSIVE_EVENT_TYPES
 from features.kernels import crc32_rows, evict
-from features.schema import PASSIVE_EVENT_TYPES, event_type_key
+from features.keys import event_type_key
 
 FORMAT = 4
 """Version of a stored profile's layout and of what its numbers mean."""

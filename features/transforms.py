@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.schema import item_keys
+from features.keys import item_keys
 
 _WORD = re.compile(r"\w+", re.UNICODE)
 _DESCRIPTION_WORDS = 64

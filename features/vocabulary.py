@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from features.arrow_file import read_table
 from features.errors import VocabularyError
-from features.schema import item_keys
+from features.keys import item_keys
 
 _TYPES: dict[str, pa.DataType] = {
     "id": pa.string(),

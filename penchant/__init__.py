@@ -1,4 +1,4 @@
-"""Learns what people like from what they do, and answers what next, for this person, here, now.
+"""Learns what users like from what they do, and answers what next, for this user, here, now.
 
 `penchant.client` calls a running service. What the command line does is here as functions, each loaded when it is
 first used: `prepare`, `train`, `evaluate`, `export`, `serve`, `recommend` and `rebuild`.

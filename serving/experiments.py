@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from features.schema import item_key
+from features.keys import item_key
 
 BUCKETS = 10_000
 SEEDS = 1 << 20

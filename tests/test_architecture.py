@@ -37,6 +37,7 @@ class Planted:
 PLANTED = [
     Planted("Rule 1: features imports no sibling", "features/planted.py", "import training"),
     Planted("Rule 1: features imports no sibling", "features/planted.py", "from penchant.v1 import common_pb2"),
+    Planted("Rule 1: features computes", "features/profile.py", "from features.tables import dataset"),
     Planted("Rule 1: features needs numpy, pyarrow and numba only", "features/planted.py", "import redis", SCRIPT),
     Planted("Rule 2: training and serving meet in the bundle only", "training/planted.py", "import serving.errors"),
     Planted("Rule 2: training and serving meet in the bundle only", "serving/errors.py", "import training"),
@@ -69,9 +70,11 @@ PLANTED = [
     Planted("Rule 5: the client and the contract", "penchant/client.py", "import features.errors"),
     Planted("Rule 5: import numpy inside the command", "cli/main.py", "import numpy", SCRIPT),
     Planted("Rule 5: import training.train inside the command", "cli/main.py", "import training.train", SCRIPT),
+    Planted("Rule 5: import numpy inside the command", "cli/options.py", "import numpy", SCRIPT),
+    Planted("Rule 5: import serving.config inside the command", "cli/serve.py", "import serving.config", SCRIPT),
     Planted("Rule 5: write an import statement", "serving/pipeline/runner.py", "X = __import__('torch')", SCRIPT),
-    Planted("Rule 6: an __init__.py holds a docstring", "features/__init__.py", "from features import schema", SCRIPT),
-    Planted("Rule 6: nothing happens at import", "features/schema.py", "print('hello')", SCRIPT),
+    Planted("Rule 6: an __init__.py holds a docstring", "features/__init__.py", "from features import keys", SCRIPT),
+    Planted("Rule 6: nothing happens at import", "features/keys.py", "print('hello')", SCRIPT),
     Planted("Rule 6: nothing happens at import", "training/planted.py", "for x in range(3):\n    pass", SCRIPT),
     Planted("Rule 6: say in a docstring", "training/planted.py", "X = 1", SCRIPT),
 ]

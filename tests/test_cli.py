@@ -16,6 +16,7 @@ import typer
 
 import penchant
 from cli import main as cli
+from cli import options
 from features.errors import BundleError, PenchantError
 
 HEAVY = (
@@ -91,12 +92,14 @@ def test_every_command_is_listed() -> None:
 
     listed = names(cli.app)
     for group in cli.app.registered_groups:
-        listed |= {f"{group.name} {name}" for name in (names(group.typer_instance) if group.typer_instance else ())}
+        assert group.typer_instance
+        prefix = f"{group.name} " if isinstance(group.name, str) else ""
+        listed |= {f"{prefix}{name}" for name in names(group.typer_instance)}
     assert listed == set(COMMANDS)
 
 
 def test_answer_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._answer({
+    options.print_result({
         "users": np.int64(3), "mean": np.float32(0.5), "rows": np.arange(2), "out": Path("a/b"),
         "nothing": math.nan, "nested": {"high": [math.inf, 1.5], 7: None}, "name": "Käse\n",
     })  # fmt: skip
@@ -188,7 +191,7 @@ def test_cores_are_set_unless_the_caller_has(monkeypatch: pytest.MonkeyPatch) ->
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    cli._use_cores(1)
+    options.use_cores(1)
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert os.environ["OMP_NUM_THREADS"] == "7"

@@ -16,14 +16,14 @@ ASCII = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C", "PYTHONUTF8": "0", "
 # What a command does in the end: progress, a title, work that must be finished, the answer.
 COMMAND = """
 import sys, pathlib
-from cli import main as cli
+from cli import main as cli, options
 
 def work():
     for _ in range(3):
         print("training \\u2501\\u2501 \\u6709\\u673a\\u7eff\\u8336", file=sys.stderr, flush=True)
         print("Th\\u00e9i\\u00e8re", flush=True)
     pathlib.Path(sys.argv[1]).write_text("finished", encoding="utf-8")
-    cli._answer({"title": "\\u7eff\\u8336", "path": pathlib.Path("caf\\u00e9\\udcff")})
+    options.print_result({"title": "\\u7eff\\u8336", "path": pathlib.Path("caf\\u00e9\\udcff")})
 
 cli.app = work
 cli.main()
@@ -52,7 +52,7 @@ def test_a_terminal_without_the_letters_gets_them_escaped(command, locale):
 
 def test_without_the_streams_made_secure_it_is_lost(command, tmp_path):
     # The control: what an ASCII terminal does to a plain print.
-    command[2] = command[2].replace("from penchant import cli", "from penchant import cli; cli.secure_streams = int")
+    command[2] = command[2].replace("def work", "cli.secure_streams = int\n\ndef work", 1)
     done = subprocess.run(command, env=environment(**ASCII), capture_output=True, check=False)
     assert done.returncode == 1
     assert not (tmp_path / "work").exists()

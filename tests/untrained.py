@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 
 from features.assemble import FEATURES, statistics_width
-from features.schema import EVENTS, ITEMS
 from features.tables.dataset import Dataset, open_dataset, write_dataset
+from features.tables.schema import EVENTS, ITEMS
 from features.vocabulary import Vocabulary
 from tests.once import once
 from training.config import Action, TrainConfig

@@ -30,7 +30,8 @@ from features.assemble import (
 from features.bundle import publish
 from features.catalog import Catalog
 from features.golden import profile_of
-from features.schema import ITEMS, item_keys
+from features.keys import item_keys
+from features.tables.schema import ITEMS
 from features.transforms import item_text, text_tokens, token_buckets
 from features.vocabulary import Vocabulary
 

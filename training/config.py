@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from features.environment import Variable, set_by, variables
 from features.errors import ConfigError
+from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.profile import RING
-from features.schema import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.tables.intake import REJECTED_SHARE
 
 PREFIX = "PENCHANT_TRAIN_"
@@ -49,14 +49,14 @@ class TrainConfig(_Frozen):
     )
     test_share: float = Field(0.1, gt=0, lt=1, description="Share of all events, the newest, that temporal holds out.")
     test_days: float = Field(0, ge=0, description="Days, the last, that temporal holds out; 0: test_share says it.")
-    hide_items: float = Field(
+    cold_item_share: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="Share of the items, drawn by the seed, whose events nobody trains on; "
         "`evaluate --protocol cold-items` then measures how well content alone places them.",
     )
-    validation_people: int = Field(3000, ge=0, description="People whose newest training event validates the model.")
+    validation_users: int = Field(3000, ge=0, description="People whose newest training event validates the model.")
 
     max_length: int = Field(100, ge=1, le=RING, description="Events of a person that the encoder reads, the newest.")
     target_types: tuple[str, ...] = Field((), description="Event types to predict; none given: all but the passive.")

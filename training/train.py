@@ -22,18 +22,18 @@ from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
-from training.data.clock import tell_future
-from training.data.impressions import read_shown, read_slates
+from training.data.clock import report_future_events
+from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, split
-from training.fitting.encoders import Fit, OnStep
+from training.fitting.encoders import EncoderTrainer, OnStep
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
-from training.fitting.ranker_impressions import learn, read_feed
+from training.fitting.ranker_impressions import learn, read_ranker_dataset
 from training.models.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
-from training.models.warm_start import near_vectors
+from training.models.warm_start import cooccurrence_vectors
 from training.report import write_report
 from training.run import (
     ALLOW,
@@ -105,10 +105,10 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         left_out = _admit(data, dataset, config)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
-        left_out |= tell_future(material.data)
+        left_out |= report_future_events(material.data)
         modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        progress = Fit(out, config, material.data, material.division, modules, bags, on_step).run()
+        progress = EncoderTrainer(out, config, material.data, material.division, modules, bags, on_step).run()
         load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
         with exact():
             tables = _tables(material, modules, bags, config)
@@ -155,7 +155,7 @@ def _reads_impressions(config: TrainConfig) -> bool:
 
     These are cut by time: one that is not later than another's test could tell of it.
     """
-    return bool(config.ranker_steps) and not config.hide_items and config.protocol != "leave-one-out"
+    return bool(config.ranker_steps) and not config.cold_item_share and config.protocol != "leave-one-out"
 
 
 def _learn_from_impressions(
@@ -169,10 +169,10 @@ def _learn_from_impressions(
     data, said = material.data, {}
     shown = None
     if _reads_impressions(config) and not data.ordered_only:
-        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
+        shown = read_examples(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
     teller = PointInTimeStatistics(data, columns, material.actions, shown, material.division.fit_end)
     if shown is not None:
-        feed = read_feed(teller, shown, modules.user, table, config)
+        feed = read_ranker_dataset(teller, shown, modules.user, table, config)
         said = learn(modules.ranker.cpu(), feed, config) if feed is not None else {}
     return teller.at(1 if data.ordered_only else cut_of(data, config) + 1), said
 
@@ -248,7 +248,7 @@ def initial_modules(material: Material, config: TrainConfig, device: torch.devic
     modules = build_modules(config, data.items, len(data.event_types), len(material.actions), content)
     if config.warm_start and fresh:
         some = data.sample(material.division.train_end, WARM_EVENTS, config.seed)
-        start = near_vectors(some, np.ones(some.rows.size, bool), config)
+        start = cooccurrence_vectors(some, np.ones(some.rows.size, bool), config)
         with torch.no_grad():
             modules.item.ids.weight.copy_(start)
     for module in vars(modules).values():

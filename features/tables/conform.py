@@ -13,10 +13,11 @@ import pyarrow as pa
 
 from features.arrays import Array, Mask, Misfit, only, owners, pc, plain, to_mask
 from features.errors import TablesError
-from features.schema import Required
+from features.keys import bare_name
 from features.tables.convert import convert
 from features.tables.dialect import Dialect, DialectSurvey, is_marked, is_time
 from features.tables.order import nulls, select
+from features.tables.schema import Required
 from features.tables.times import DECLARED, RELATIVE
 
 # Letter case and what separates words are ignored, so USER_ID and userId need no line here.
@@ -113,8 +114,8 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
     """Canonical column -> the file's column."""
     chosen: dict[str, str] = {}
     for name in schema.names:
-        names = {bare(name), *(bare(alias) for alias, meant in ALIASES.items() if meant == name)}
-        same = [n for n in found.names if n == name] or [n for n in found.names if bare(n) in names]
+        names = {bare_name(name), *(bare_name(alias) for alias, meant in ALIASES.items() if meant == name)}
+        same = [n for n in found.names if n == name] or [n for n in found.names if bare_name(n) in names]
         if len(same) > 1:
             raise TablesError(f"{source}: columns {same} all mean {name}: keep one of them")
         if same:
@@ -124,11 +125,6 @@ def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str
         if not any(name in chosen for name in choices):
             raise TablesError(f"{source}: no column {' or '.join(choices)}; it has {found.names}")
     return chosen
-
-
-def bare(name: str) -> str:
-    """The letters and digits of a name in small letters: `user_id`, `USER ID` and `user.id` are the same."""
-    return "".join(sign for sign in name.lower() if sign.isalnum())
 
 
 @dataclass(slots=True)

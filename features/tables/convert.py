@@ -33,8 +33,6 @@ from features.tables.dialect import Dialect, is_time
 from features.tables.times import read_times
 from features.tables.written import as_bools, lists, maps, prices
 
-__all__ = ["Array", "Converted", "Mask", "Misfit", "convert", "owners", "pack_list", "pack_map", "pc", "to_mask"]
-
 MOST_ID_BYTES = 512
 """The longest id that the contract takes."""
 

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.arrays import Array, only, pc
+from features.clock import now_ms
 from features.errors import TablesError
 from features.private_files import FOLDER_MODE, make_folders
-from features.schema import (
+from features.tables.conform import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
+from features.tables.dialect import Dialect, DialectSurvey
+from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
+from features.tables.files import TableFile, find_files, table_path
+from features.tables.order import codes, fingerprint, is_present, order_events, select
+from features.tables.schema import (
     EVENTS,
     EVENTS_REQUIRED,
     IMPRESSIONS,
@@ -36,26 +41,7 @@ from features.schema import (
     USERS_REQUIRED,
     Required,
 )
-from features.tables.conform import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
-from features.tables.dialect import Dialect, DialectSurvey
-from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
-from features.tables.files import TableFile, find_files, table_path
-from features.tables.order import codes, fingerprint, is_present, order_events, select
 from features.tables.times import END_OF_TIME_MS, RELATIVE
-
-__all__ = [
-    "Dataset",
-    "Loaded",
-    "Rejected",
-    "Unread",
-    "conform",
-    "fingerprint",
-    "open_dataset",
-    "order_events",
-    "read_table",
-    "table_path",
-    "write_dataset",
-]
 
 _NAMED = 5
 """Files of a directory that a message names at most."""
@@ -413,7 +399,7 @@ def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
 
 def _is_closed(items: pa.Table) -> bool:
     """Returns True if there are items and none of them may be shown now."""
-    now = time.time_ns() // 1_000_000
+    now = now_ms()
     shown = pc.fill_null(items["available"], True)
     shown = pc.and_(shown, pc.less_equal(pc.fill_null(items["available_from"], 0), now))
     shown = pc.and_(shown, pc.greater(pc.fill_null(items["available_until"], END_OF_TIME_MS), now))

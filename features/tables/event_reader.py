@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.schema import EVENTS, item_keys
+from features.keys import item_keys
 from features.tables.conform import Part, Rejected, Unread
 from features.tables.order import codes, event_keys, is_present, nulls, order_events, select
+from features.tables.schema import EVENTS
 
 BATCH_ROWS = 1 << 17
 """Rows that are read at once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from features.clock import now_ms
 from features.tables.conform import Intake, Rejected
 
 SPARED = 0.01
@@ -37,7 +37,7 @@ class Evidence:
     items: pa.Array[Any] | pa.ChunkedArray[Any] | None = None
     impressions: pa.Table | None = None
     rejected: list[Rejected] = field(default_factory=list)
-    now_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    now_ms: int = field(default_factory=now_ms)
     intakes: Mapping[str, Intake] = field(default_factory=dict)
     empty: Sequence[str] = ()
     place: Callable[[int], str] = "row {}".format

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.schema import item_keys
-from features.tables.convert import Array, pc
+from features.arrays import Array, pc
+from features.keys import item_keys
 
 _TIMES = ("log_id", "timestamp", "sequence")
 

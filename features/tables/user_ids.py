@@ -32,12 +32,13 @@ from typing import Any, NoReturn
 import pyarrow as pa
 
 from features.errors import TablesError
-from features.schema import USERS
-from features.tables.conform import Intake, Rejected, bare
+from features.keys import bare_name
+from features.tables.conform import Intake, Rejected
 from features.tables.convert import MOST_ID_BYTES
 from features.tables.dataset import read_table
 from features.tables.files import SUFFIXES
 from features.tables.intake import tell
+from features.tables.schema import USERS
 
 _COLUMN = pa.schema([USERS.field("user_id")])
 _RIGHT = "give one id a line, or a column user_id in CSV, JSON lines or Parquet"
@@ -205,10 +206,10 @@ def _layout(text: str, suffix: str) -> tuple[str, int | None]:
     """Returns the separator of fields and the place of `user_id` in the header; None where there is no header."""
     first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "").rstrip("\n")
     usual = {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(suffix)
-    if len(first) > csv.field_size_limit() or bare(first) == "userid":
-        return usual or _WHOLE_LINE, 0 if bare(first) == "userid" else None
+    if len(first) > csv.field_size_limit() or bare_name(first) == "userid":
+        return usual or _WHOLE_LINE, 0 if bare_name(first) == "userid" else None
     for delimiter in (*((usual,) if usual else ()), *_DELIMITERS):
-        names = [bare(name) for name in next(csv.reader([first], delimiter=delimiter), [])]
+        names = [bare_name(name) for name in next(csv.reader([first], delimiter=delimiter), [])]
         if names.count("userid") == 1:
             return delimiter, names.index("userid")
     return usual or _WHOLE_LINE, None
@@ -260,13 +261,13 @@ def _listed(path: Path, content: Any) -> Iterable[Any]:
     if isinstance(content, list):
         return content
     if isinstance(content, dict):
-        lists = {bare(name): held for name, held in content.items() if isinstance(held, list | dict)}
+        lists = {bare_name(name): held for name, held in content.items() if isinstance(held, list | dict)}
         known = [name for name in _LISTS if name in lists]
         if len(known) == 1 or len(lists) == 1:
             held = lists[known[0]] if known else next(iter(lists.values()))
             # Columns as pandas writes them: {"user_id": {"0": "p1", ...}}
             return held.values() if isinstance(held, dict) and known[:1] == ["userid"] else _list_of(path, held)
-        if "userid" in map(bare, content):
+        if "userid" in map(bare_name, content):
             return [content]
     raise TablesError(f"{path} is not a list of users: give a list of ids, or of objects with user_id")
 
@@ -281,7 +282,7 @@ def _of_entry(path: Path, place: str, at: int, entry: Any) -> Any:
     """The id of an object, or the id itself."""
     if not isinstance(entry, dict):
         return entry
-    names = [name for name in entry if bare(name) == "userid"]
+    names = [name for name in entry if bare_name(name) == "userid"]
     if len(names) != 1:
         what = f"{names} all mean user_id: keep one" if names else f"no user_id among {list(entry)[:5]}"
         _refuse(path, place, at, what)

@@ -16,10 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.arrays import numbers
+from features.arrays import numbers, pc, to_mask
 from features.errors import PenchantError, TablesError
-from features.event_types import hint, meaning
-from features.schema import (
+from features.event_types import PASSIVE_EVENT_TYPES, hint, meaning
+from features.tables.clock import AHEAD_MS
+from features.tables.conform import Rejected
+from features.tables.dataset import Loaded, read_info, read_table
+from features.tables.evidence import SPARED, Evidence, Finding
+from features.tables.files import table_path
+from features.tables.intake import summary, tell
+from features.tables.order import codes, is_present
+from features.tables.schema import (
     EVENTS,
     EVENTS_REQUIRED,
     IMPRESSIONS,
@@ -28,22 +35,12 @@ from features.schema import (
     ITEMS_REQUIRED,
     JUDGMENTS,
     JUDGMENTS_REQUIRED,
-    PASSIVE_EVENT_TYPES,
     USERS,
     USERS_REQUIRED,
 )
-from features.tables.clock import AHEAD_MS
-from features.tables.conform import Rejected
-from features.tables.convert import pc, to_mask
-from features.tables.dataset import Loaded, read_info, read_table, table_path
-from features.tables.evidence import SPARED, Evidence, Finding
-from features.tables.intake import summary, tell
-from features.tables.order import codes, is_present
 from features.tables.validate_clock import clock_skew
 from features.tables.validate_split import split
 from features.tables.written import MISSING_WORDS
-
-__all__ = ["LATE_MS", "LIMITS", "Evidence", "Finding", "judge", "passed", "validate"]
 
 LIMITS: Mapping[str, float] = {
     "types": 0.0,

@@ -15,7 +15,7 @@ from features.bundle import Bundle
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.golden import apart, profile_of
-from features.schema import event_type_key
+from features.keys import event_type_key
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from serving.bundle.model import Model, ModelError
 from serving.bundle.vector_index import Index

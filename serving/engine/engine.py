@@ -17,7 +17,8 @@ from features.bundle import Bundle, open_bundle
 from features.bundle_tables import read_neighbors, read_popular, read_vectors, read_vocabulary, read_words
 from features.catalog import Catalog
 from features.errors import BundleError
-from features.schema import NEGATIVE_EVENT_TYPES, event_type_key, item_key
+from features.event_types import NEGATIVE_EVENT_TYPES
+from features.keys import event_type_key, item_key
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from serving.bundle.bitmap import clear_keys, clear_rows, first_allowed
 from serving.bundle.golden import replay

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from features.catalog import Catalog
+from features.clock import now_ms
 from features.errors import PenchantError
+from features.keys import event_type_key, item_key
 from features.profile import RING, decode, empty, encode, pack_record
 from features.profile import Profile as Stored
-from features.schema import event_type_key, item_key
 from features.transforms import ItemInputShapes, item_inputs, item_text
 from serving.bundle.model import Model, ModelError
 from serving.observability.telemetry import Telemetry
@@ -73,7 +74,7 @@ def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_ty
 
 
 def _request(method: str, catalog: Catalog, rows: np.ndarray[tuple[int], np.dtype[np.int32]], explain: bool) -> Query:
-    now = time.time_ns() // 1_000_000
+    now = now_ms()
     query = Query("warm", "u:warm", now, time.monotonic() + _PATIENCE_S, _ITEMS, method=method, explain=explain)
     query.exclude = rows[:1]
     if method == "search":
@@ -89,7 +90,7 @@ class _OneProfile:
     """A store with one profile in it, read as it is from Redis: a state, and entries that are not folded yet."""
 
     def __init__(self, catalog: Catalog, rows: Sequence[int], event_types: Sequence[str]) -> None:
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         items = [item_key(catalog.item(row)["item_id"]) for row in rows]
         stored = encode(empty())
         for number in range(1, _EVENTS + 1):

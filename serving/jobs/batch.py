@@ -42,7 +42,8 @@ from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe
 from serving.stores.catalog_log import CatalogLog
-from serving.stores.event_log import EventLog, partitions_for, partitions_of
+from serving.stores.event_log import EventLog
+from serving.stores.meta import partitions_for, partitions_of
 from serving.stores.profiles import ProfileStore
 from serving.stores.registry import Registry
 

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from features.private_files import open_private
 from features.subjects import anonymous, known
 from serving.errors import ConfigError, EventLogUnavailable
-from serving.stores.event_log import EventLog, LoggedImpression
-from serving.stores.event_scripts import SEQUENCE_BITS
+from serving.stores.event_log import EventLog
+from serving.stores.keys import SEQUENCE_BITS
+from serving.stores.log_entries import LoggedImpression
 
 RUN = b"penchant.run"
 """Key of the metadata of an output that holds the id of its run."""

@@ -28,7 +28,8 @@ from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.purge import forget_in, replay, replay_ledgers
 from serving.redis.client import connect, printable
 from serving.restart import Report, Trouble, described, keep_running
-from serving.stores.event_log import EventLog, partitions_for
+from serving.stores.event_log import EventLog
+from serving.stores.meta import partitions_for
 from serving.stores.profiles import ProfileStore
 from serving.stores.registry import BEAT_S, Claim, Copy, Heartbeat, Kind, Registry
 from serving.warehouse.files import WarehouseFiles

@@ -10,12 +10,15 @@ import pyarrow as pa
 
 from features.bundle import open_bundle
 from features.bundle_tables import read_items
-from features.schema import EVENTS, EVENTS_REQUIRED, IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.tables.dataset import conform
-from features.tables.validate import Evidence, judge
+from features.tables.evidence import Evidence
+from features.tables.schema import EVENTS, EVENTS_REQUIRED, IMPRESSIONS, IMPRESSIONS_REQUIRED
+from features.tables.validate import judge
 from serving.redis.client import connect
 from serving.stores.catalog_log import CatalogLog
-from serving.stores.event_log import Entry, EventLog, partitions_of
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Entry
+from serving.stores.meta import partitions_of
 from serving.warehouse.tables import event_tables, impression_table
 
 MOST = 100_000

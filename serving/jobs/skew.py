@@ -19,10 +19,10 @@ from features.assemble import encoder_digest, history, ranker_names, type_index
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
 from features.kernels import dot_rows
+from features.keys import item_keys
 from features.profile import Profile
-from features.schema import item_keys
 from features.subjects import subject_of
-from features.tables.dataset import table_path
+from features.tables.files import table_path
 from serving.bundle.model import Model
 from serving.engine.engine import personal, read_items
 from serving.pipeline.hydrators import UserVector

@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.controls import Kind, blocked
-from features.schema import item_keys
+from features.keys import item_keys
 from serving.bundle.bitmap import Bitmap
 from serving.errors import DeadlineExceeded, ServingError
 from serving.pipeline.query import (

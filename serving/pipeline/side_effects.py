@@ -18,12 +18,13 @@ import numpy.typing as npt
 from features.assemble import FEATURES, encoder_digest
 from features.catalog import Catalog
 from features.controls import Dial, Dials
-from features.schema import item_keys
+from features.keys import item_keys
 from serving.errors import ServingError, Unavailable
 from serving.observability.outages import EVENTS_REDIS, Outage, shared_outage
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.query import Query, Slate
-from serving.stores.event_log import EventLog, LoggedImpression
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedImpression
 
 MOST_EXCLUDED = 100
 """Excluded items that a slate is logged with at most; their number is logged in any case."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 
+from features.clock import now_ms
 from serving.errors import NotFound
 from serving.log_retention import PROFILES_GROUP
 from serving.privacy.ledger import Erasure, is_certificate_id, of_line, to_line
@@ -171,7 +171,7 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        partition, now = erasure.partition, time.time_ns() // 1_000_000
+        partition, now = erasure.partition, now_ms()
         keys = self._log.keys[partition]
         # Noted before anything is asked of the register: a copy that registers now finds it here.
         self.remember([erasure])
@@ -251,7 +251,7 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        now, key = time.time_ns() // 1_000_000, self._key(certificate.certificate_id)
+        now, key = now_ms(), self._key(certificate.certificate_id)
         for one in certificate.stores:
             if one.store in stores:
                 said = f"{one.entries} {one.erased_at or now} {now}"
@@ -264,7 +264,7 @@ class Certificates:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         for one in certificate.copies:
             if one.copy_id == copy_id and one.open:
                 self._date(certificate, replace(one, erased_at=one.erased_at or now, purged_at=now if purged else 0))

@@ -24,9 +24,11 @@ from serving.errors import ConfigError, EventLogUnavailable, ServingError
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.redis.client import Client, command, connect, servers, serving_error
-from serving.stores.event_log import EventLog, partitions_for
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Mark
 from serving.stores.log_erasure import LogErasure
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.meta import partitions_for
+from serving.stores.profiles import ProfileStore
 
 _POLL_S = 0.1
 _REWRITE_S = 3600.0

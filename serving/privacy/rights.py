@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,21 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from features import controls
+from features.clock import now_ms
 from features.controls import RULE, Dial, Kind
 from features.errors import PenchantError, ProfileCorrupt
+from features.keys import item_key
 from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
-from features.schema import item_key
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of
 from serving.places import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
-from serving.redis.client import Call, Request, address_of, partition_of
+from serving.redis.client import Call, Request
 from serving.redis.router import required
-from serving.stores.event_log import Entry, EventLog, LoggedEvent, LoggedImpression, log_id, sound, stream_id
+from serving.stores.event_log import EventLog
 from serving.stores.event_scripts import EVENT_UNDO, PERSON_MARK
+from serving.stores.keys import address_of, log_id, partition_of, stream_id
+from serving.stores.log_entries import Entry, LoggedEvent, LoggedImpression, Mark, sound
 from serving.stores.log_erasure import LogErasure
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.profiles import ProfileStore
 
 Piece = tuple[str, int, bytes]
 """One thing held about a person: "event" or "impression", its log id, and all of it as JSON."""
@@ -245,7 +247,7 @@ class SubjectRights:
             Unavailable: A Redis does not answer, or the profile is just being made anew; a repeat is safe.
             ProfileCorrupt: The stored profile is damaged.
         """
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
 
         def anew(stored: Stored) -> Profile:
             if stored.away:  # what the log still holds is not all of their past
@@ -456,7 +458,7 @@ class SubjectRights:
         theirs, own = self.rules(visitor)[0], self.rules(known)[0]
         if not theirs or Purpose.PERSONALISE not in self.consents([known])[0].purposes:
             return 0
-        both = _joined(own, theirs, time.time_ns() // 1_000_000)
+        both = _joined(own, theirs, now_ms())
         self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
         return max(0, len(both) - controls.MOST_RULES)
 

@@ -151,8 +151,8 @@ def parts_of(
     unsafe: bool,
 ) -> list[Part]:
     """Returns what every worker needs: both Redis, and a catalogue that is not behind."""
-    profiles = partial(redis_trouble, store.client, "profiles", unsafe, store.look)
-    events = partial(redis_trouble, log.client, "events", unsafe, log.look)
+    profiles = partial(redis_trouble, store.client, "profiles", unsafe, store.check_safety)
+    events = partial(redis_trouble, log.client, "events", unsafe, log.check_safety)
     return [
         Part("profiles_redis", profiles, (PROFILES,)),
         Part("events_redis", events, (EVENTS, PROFILES, CATALOG)),
@@ -169,7 +169,7 @@ def redis_trouble(
         client: The Redis.
         role: What it is for.
         unsafe: Accept one that may lose acknowledged data.
-        look: Looks at the settings for those who use it, and keeps what it sees; `EventLog.look`, `ProfileStore.look`.
+        look: Looks at the settings for those who use it, and keeps what it sees: `check_safety` of the log or store.
 
     Raises:
         Unavailable: It does not answer, or its settings are unsafe.

@@ -33,7 +33,9 @@ from serving.privacy.purge import Purger
 from serving.redis.client import connect, printable
 from serving.restart import Report, Trouble, described, keep_running
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import Entry, EventLog, awaited_partitions, sound
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Entry, sound
+from serving.stores.meta import awaited_partitions
 from serving.stores.profiles import TAIL_CAP, Applied, ProfileStore, TailFull
 from serving.stores.registry import Copy, Heartbeat, Registry
 
@@ -153,7 +155,7 @@ class Projector:
         """
         try:
             with contextlib.suppress(ProfileStoreUnavailable):  # `run_ids` knows of which partitions
-                self._profiles.look()
+                self._profiles.check_safety()
             run_ids = self._profiles.run_ids()
             for partition, (before, now) in enumerate(zip(self._run_ids, run_ids, strict=True)):
                 if before != now:

@@ -15,28 +15,32 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.arrays import pc
 from features.assemble import HALF_LIFE
 from features.bundle import open_bundle
 from features.bundle_tables import read_items
 from features.catalog import columns_of
+from features.clock import now_ms
 from features.errors import ProfileCorrupt, TablesError
+from features.event_types import EVENT_TYPES
 from features.histories import Logged, history_keys
+from features.keys import event_type_key, event_type_keys, item_key, item_keys
 from features.profile import PAST_LOST, RECORD, Profile, Records, Retention, empty, fold, make_records
-from features.schema import EVENT_TYPES, EVENTS, ITEMS, USERS, event_type_key, event_type_keys, item_key, item_keys
 from features.subjects import subject_of, user_id_of
-from features.tables.convert import pc
-from features.tables.dataset import Dataset, open_dataset, order_events, read_info, read_table, table_path
+from features.tables.dataset import Dataset, open_dataset, read_info, read_table
 from features.tables.event_reader import Events, complete
+from features.tables.files import table_path
 from features.tables.intake import REJECTED_SHARE, admit
-from features.tables.order import codes, is_present
+from features.tables.order import codes, is_present, order_events
+from features.tables.schema import EVENTS, ITEMS, USERS
 from features.vocabulary import Vocabulary
-from serving.errors import ProfileStoreUnavailable
 from serving.privacy.rights import marks
-from serving.redis.client import address_of, connect, partition_of
-from serving.redis.router import RedisRouter, agreed_partitions
-from serving.stores.event_log import Entry, EventLog, partitions_for, partitions_of, sound
-from serving.stores.event_scripts import LIVE, SEQUENCE_BITS
-from serving.stores.profiles import Applied, Mark, ProfileStore, TailFull
+from serving.redis.client import connect
+from serving.stores.event_log import EventLog
+from serving.stores.keys import LIVE, SEQUENCE_BITS, address_of, partition_of
+from serving.stores.log_entries import Entry, Mark, sound
+from serving.stores.meta import partitions_for, partitions_of, profile_partitions
+from serving.stores.profiles import Applied, ProfileStore, TailFull
 
 SHOWN = 50
 """Events that are shown at most."""
@@ -212,7 +216,7 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
         ProfileStoreUnavailable: Redis does not answer.
     """
     with connect(redis_url, _TIMEOUT_S) as client:
-        store = ProfileStore(client, agreed_partitions(RedisRouter(client, ProfileStoreUnavailable), partitions))
+        store = ProfileStore(client, profile_partitions(client, partitions))
         store.open()
         try:
             profile = store.read(subject_of(user))
@@ -251,7 +255,7 @@ def _apply(
     own: dict[str, list[tuple[int, bytes]]] = {}
     events, _ = sound(entries)
     records = np.frombuffer(b"".join(entry.record for entry in events), RECORD)
-    expired = retention.expired(records, time.time_ns() // 1_000_000)
+    expired = retention.expired(records, now_ms())
     for entry, gone in zip(events, expired.tolist(), strict=True):
         if not gone:
             own.setdefault(entry.subject, []).append((entry.log_id, entry.record))
@@ -280,7 +284,7 @@ def _states(
     records, log_ids = _records(dataset), _log_ids(dataset.events)
     # Each person's events stand together; `codes` numbers people in the order of their first one.
     ends = np.cumsum(np.bincount(who, minlength=len(people)))
-    gone = retention.expired(records, time.time_ns() // 1_000_000)
+    gone = retention.expired(records, now_ms())
     gone |= np.isin(log_ids, np.array(sorted(undone), np.uint64))
     for chunk in _chunked(len(people), _PEOPLE):
         subjects = [key(people[person]) for person in chunk]

@@ -13,7 +13,6 @@ import select
 import socket
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -48,7 +47,6 @@ from serving.redis.safety import Guard
 
 Argument: TypeAlias = bytes | str | int
 Client: TypeAlias = redis.Redis | Cluster
-META = b"penchant:meta"
 _SCHEMES = ("redis://", "rediss://", "unix://")
 _CLUSTERS = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
 _PORT = 6379
@@ -176,25 +174,6 @@ def printable(url: str) -> str:
     return "".join(clean.groups()) if clean else "".join(re.findall(r"^[\w+]+://", url)) + "..."
 
 
-def partition_of(subject: str, partitions: int) -> int:
-    """The partition that holds everything of a person."""
-    return zlib.crc32(subject.encode()) % partitions
-
-
-def address_of(subject: str) -> bytes:
-    """Under what a person is found where no name may stand; 16 bytes.
-
-    Without a secret: it would have to lie in the very stores that it is to protect, and the profiles must be found by
-    whoever is left with their Redis alone.
-    """
-    return hashlib.blake2b(subject.encode(), digest_size=16, person=b"penchant").digest()
-
-
-def partition_prefix(partition: int) -> bytes:
-    """What every key of a partition starts with; the braces make it one slot of a cluster, whatever an id contains."""
-    return b"penchant:{p%02d}:" % partition
-
-
 @dataclass(frozen=True, slots=True)
 class Script:
     """A Lua script, sent by its hash.
@@ -307,7 +286,7 @@ class PipelinedConnection:
         line = self._take()
         try:
             if guard and (guard.trouble or not line.looked_at):
-                guard.admit(*self._exchange(line, [guard.look]))
+                guard.admit(*self._exchange(line, [guard.settings_command]))
                 line.looked_at = True
             replies = self._exchange(line, [*commands, *guard.proofs] if guard else commands)
         except BaseException:  # also where the caller is interrupted: a reply may still come

@@ -13,18 +13,9 @@ import redis
 from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
 from features.errors import PenchantError
-from serving.errors import ConfigError, ProfileStoreUnavailable, ResourceExhausted, Unavailable
+from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.outages import EVENTS_REDIS, PROFILES_REDIS, shared_outage
-from serving.redis.client import (
-    META,
-    Argument,
-    Call,
-    CircuitBreaker,
-    Client,
-    PipelinedConnection,
-    Request,
-    serving_error,
-)
+from serving.redis.client import Argument, Call, CircuitBreaker, Client, PipelinedConnection, Request, serving_error
 from serving.redis.cluster import Cluster
 from serving.redis.safety import Guard
 
@@ -47,10 +38,10 @@ class _Node:
         durable = any(isinstance(request, Call) and request.script.durable for request in requests)
         return self.guard if durable else None
 
-    def look(self) -> None:
+    def check_safety(self) -> None:
         """Asks for the settings, and lets the guard judge them."""
         if self.guard:
-            self.guard.admit(self.line.ask_all([self.guard.look])[0])
+            self.guard.admit(self.line.ask_all([self.guard.settings_command])[0])
 
     def work(self, work: Callable[[redis.Redis], T]) -> T:
         """Does something with the client, unless the server is unsafe and nothing may be asked of it then."""
@@ -110,7 +101,7 @@ class RedisRouter:
         """Why nothing that is written counts, as of the last look at each server; empty where all is well."""
         return next((node.guard.trouble for node in self._nodes.values() if node.guard and node.guard.trouble), "")
 
-    def look(self, keys: Sequence[bytes]) -> None:
+    def check_safety(self, keys: Sequence[bytes]) -> None:
         """Asks every server that has one of some keys for its settings.
 
         Raises:
@@ -124,7 +115,7 @@ class RedisRouter:
                 if node in looked:
                     continue
                 looked.add(node)
-                reply = self._exchange(node, node.look)
+                reply = self._exchange(node, node.check_safety)
                 if isinstance(reply, ResponseError):
                     raise self._told(reply)
             except PenchantError as error:  # the others are looked at all the same
@@ -354,70 +345,3 @@ def _key(request: Request) -> bytes:
     key = request.keys[0] if isinstance(request, Call) else request[1]
     assert isinstance(key, bytes), "a key is bytes"
     return key
-
-
-def remembered(nodes: RedisRouter, name: str, value: str) -> bytes:
-    """A fact about this Redis that is fixed when it is first asked for.
-
-    Raises:
-        Unavailable: It is away, or must be durable and is not safe.
-        PenchantError: It refuses.
-    """
-    # Asked first and written only when new, so that a full Redis can still be opened.
-    known = nodes.command("HGET", META, name)
-    if known is None:
-        nodes.look([META])  # nothing begins on a server that forgets it
-        nodes.command("HSETNX", META, name, value)
-        known = nodes.command("HGET", META, name)
-    return bytes(known)
-
-
-PARTITIONS = 16
-"""Partitions of a new log where no number is asked for."""
-
-
-def recorded_partitions(nodes: RedisRouter) -> int | None:
-    """The number of partitions that the data of a Redis is spread over, None where it holds none yet.
-
-    Raises:
-        Unavailable: It is away.
-        PenchantError: It refuses.
-    """
-    found = nodes.command("HGET", META, "partitions")
-    return None if found is None else int(found)
-
-
-def agreed_partitions(nodes: RedisRouter, asked: int | None) -> int:
-    """The number of partitions on record, else that which is asked for, else `PARTITIONS`; writes nothing.
-
-    Raises:
-        ConfigError: The data there has another number than is asked for.
-        Unavailable: It is away.
-        PenchantError: It refuses.
-    """
-    found = recorded_partitions(nodes)
-    if found is None:
-        return asked or PARTITIONS
-    if asked is not None and asked != found:
-        raise _other_partitions(found, asked)
-    return found
-
-
-def require_partitions(nodes: RedisRouter, partitions: int) -> None:
-    """Writes the number of partitions into a new Redis and checks it in an old one.
-
-    Raises:
-        ConfigError: The data there has another number of partitions.
-        Unavailable: It is away.
-        PenchantError: It refuses.
-    """
-    found = int(remembered(nodes, "partitions", str(partitions)))
-    if found != partitions:
-        raise _other_partitions(found, partitions)
-
-
-def _other_partitions(found: int, asked: int) -> ConfigError:
-    return ConfigError(
-        f"this Redis holds data in {found} partitions and {asked} were asked for; "
-        f"the number is fixed at creation: set partitions to {found}, or start with an empty Redis"
-    )

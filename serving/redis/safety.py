@@ -64,7 +64,7 @@ class Guard:
     """Lets no write to one server count that this server could lose; any thread may call anything.
 
     Attributes:
-        look: The command that asks for the settings.
+        settings_command: The command that asks for the settings.
         proofs: The commands that follow a write; none where writes may be lost until they are repeated.
         strict: True if an unsafe server is not read from either.
         trouble: Why nothing counts now, empty where all was well at the last look.
@@ -74,11 +74,11 @@ class Guard:
         """Takes what `wanted_settings` takes, the class of the errors, and the longest wait for a reply."""
         self._role, self._away = role, away
         self._wanted = wanted_settings(role, clustered)
-        self.look: Final[tuple[str, ...]] = ("CONFIG GET", *self._wanted)
+        self.settings_command: Final[tuple[str, ...]] = ("CONFIG GET", *self._wanted)
         wait_ms = max(1, min(_WAIT_MS, int(500 * timeout_s)))
         self.strict: Final = role == "profiles"
         self.proofs: Final[tuple[tuple[str | int, ...], ...]] = (
-            () if self.strict else (("WAITAOF", 1, 0, wait_ms), self.look)
+            () if self.strict else (("WAITAOF", 1, 0, wait_ms), self.settings_command)
         )
         self.trouble = ""
         self._looked_at = float("-inf")
@@ -102,7 +102,7 @@ class Guard:
             raise self._refusal(self.trouble)
 
     def admit(self, settings: Any) -> None:
-        """Judges the reply to `look`.
+        """Judges the reply to `settings_command`.
 
         Raises:
             Unavailable: A setting is unsafe, or cannot be read; of the class given.

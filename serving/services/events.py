@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +14,19 @@ from typing import Any
 import grpc
 
 from features.catalog import Catalog
+from features.clock import now_ms
 from features.errors import PenchantError
 from features.event_types import hint
+from features.keys import event_type_key, item_key
 from features.profile import pack_record
-from features.schema import event_type_key, item_key
 from penchant.v1 import event_pb2, event_pb2_grpc
 from serving.engine.engine import EngineRef
 from serving.errors import InvalidArgument, ResourceExhausted, ServingError
 from serving.observability.telemetry import Telemetry
 from serving.services import validation as checks
 from serving.services.streams import Streams
-from serving.stores.event_log import Appended, EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Appended, LoggedEvent
 from serving.stores.profiles import Applied, ProfileStore
 
 MAX_EVENTS = 1_000
@@ -81,7 +82,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
     def _take(self, events: Sequence[event_pb2.Event]) -> list[event_pb2.EventStatus]:
         """Checks, appends and applies a batch; the only road of an event into the log."""
         checks.count(events, "events", 1, MAX_EVENTS, "events")
-        now = int(time.time() * 1000)
+        now = now_ms()
         statuses = [event_pb2.EventStatus() for _ in events]
         good: list[_Checked] = []
         for place, event in enumerate(events):

@@ -18,11 +18,13 @@ from google.protobuf.json_format import MessageToDict
 from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
+from features.clock import now_ms
 from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
+from features.event_types import EVENT_TYPES
+from features.keys import event_type_key, item_key
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
-from features.schema import EVENT_TYPES, event_type_key, item_key
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
@@ -374,7 +376,7 @@ def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfi
 def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
     """What the person is doing now, None where they are not here."""
     memory = profile.memory
-    if not memory.visiting(time.time_ns() // 1_000_000):
+    if not memory.visiting(now_ms()):
         return None
     here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]
     keys, counts = np.unique(here[here != 0], return_counts=True)

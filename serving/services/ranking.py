@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
-from features.schema import item_key
+from features.keys import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import InvalidArgument

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from features.errors import PenchantError
 from serving.errors import ResourceExhausted, Unavailable
-from serving.redis.client import Call, Request, partition_of
+from serving.redis.client import Call, Request
 from serving.redis.router import RedisRouter, required
+from serving.stores.keys import partition_of
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 
 _MEMORY_CHECK_S = 1.0

@@ -11,8 +11,10 @@ from serving.errors import ConfigError, Unavailable
 from serving.observability.outages import Outage
 from serving.redis.client import Call
 from serving.redis.router import required
-from serving.stores.event_log import Entry, EventLog, LogReplaced, stream_id
+from serving.stores.event_log import EventLog, LogReplaced
 from serving.stores.event_scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
+from serving.stores.keys import stream_id
+from serving.stores.log_entries import Entry
 
 _log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import redis
 from redis.exceptions import ResponseError
 
+from features.clock import now_ms
 from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
 from serving.errors import (
@@ -27,55 +28,14 @@ from serving.errors import (
     Unavailable,
 )
 from serving.log_retention import HOUR_MS, LogTimes
-from serving.redis.client import (
-    META,
-    Call,
-    Client,
-    Request,
-    address_of,
-    partition_of,
-    serving_error,
-)
-from serving.redis.router import RedisRouter, remembered, require_partitions, required
+from serving.redis.client import Call, Client, Request, serving_error
+from serving.redis.router import RedisRouter, required
 from serving.stores.admission import Admission
-from serving.stores.event_scripts import (
-    EVENT_APPEND,
-    IMPRESSION_APPEND,
-    LOG_TIMES,
-    PERSON_RETURN,
-    SEQUENCE_BITS,
-)
-from serving.stores.log_entries import (
-    Appended,
-    Entry,
-    Erased,
-    LoggedEvent,
-    LoggedImpression,
-    PartitionKeys,
-    appended_of,
-    log_id,
-    sound,
-    stream_id,
-)
+from serving.stores.event_scripts import EVENT_APPEND, IMPRESSION_APPEND, LOG_TIMES, PERSON_RETURN
+from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, partition_of, stream_id
+from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression, appended_of
 from serving.stores.log_trim import groups_of, trim
-from serving.stores.meta import awaited_partitions, partitions_for, partitions_of
-
-__all__ = [
-    "Appended",
-    "Entry",
-    "Erased",
-    "EventLog",
-    "LogReplaced",
-    "LoggedEvent",
-    "LoggedImpression",
-    "PartitionKeys",
-    "awaited_partitions",
-    "log_id",
-    "partitions_for",
-    "partitions_of",
-    "sound",
-    "stream_id",
-]
+from serving.stores.meta import fixed_value, require_partitions
 
 PERSON_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
@@ -145,20 +105,20 @@ class EventLog:
         require_partitions(self.nodes, self.partitions)
         self._tell_times()
         # Tombstones hold a keyed hash: the name of who was erased must not survive in them.
-        self._salt = remembered(self.nodes, "salt", os.urandom(16).hex())
+        self._salt = fixed_value(self.nodes, "salt", os.urandom(16).hex())
 
     @property
     def unsafe(self) -> str:
         """Why nothing is acknowledged now, with the setting at fault, as of the last look; empty where all is well."""
         return self.nodes.unsafe
 
-    def look(self) -> None:
+    def check_safety(self) -> None:
         """Looks at the settings of every server of the log; `unsafe` says what was seen.
 
         Raises:
             EventLogUnavailable: A server does not answer, or is unsafe.
         """
-        self.nodes.look([keys.events for keys in self.keys])
+        self.nodes.check_safety([keys.events for keys in self.keys])
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Appended]:
         """Appends events in their order, in one round trip; each that is answered without error is on disk.
@@ -250,7 +210,7 @@ class EventLog:
         return [int(found or 0) for found in required(self.nodes.run_all(wanted))]
 
     def person(self, subject: str) -> bytes:
-        """The keyed hash under which an erasure is remembered; 16 bytes.
+        """The keyed hash under which an erasure is fixed_value; 16 bytes.
 
         Raises:
             EventLogUnavailable: Redis does not answer, and the key is not known yet.
@@ -334,7 +294,7 @@ class EventLog:
         return groups_of(self.nodes, stream)
 
     def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> Call:
-        keys, now = self.keys[partition], time.time_ns() // 1_000_000
+        keys, now = self.keys[partition], now_ms()
         names: list[bytes] = []
         words: list[bytes | str | int] = []
         for event in events:

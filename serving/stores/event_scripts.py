@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from features.profile import ENTRY, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, SMALLEST_STATE
 from serving.redis.client import Script
-
-LIVE = 1 << 40
-"""Log ids from here on come from the live log; bulk import counts from 1."""
-
-SEQUENCE_BITS = 20
-"""Bits of a log id that count within its millisecond."""
+from serving.stores.keys import LIVE, SEQUENCE_BITS
 
 _TAIL = f"""
 -- A later version wrote this profile: nothing of it may be read wrongly, or lost.

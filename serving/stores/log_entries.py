@@ -11,20 +11,8 @@ import numpy as np
 from features.profile import RECORD, Purpose, verify
 from serving.errors import ConsentWithheld, EventLogUnavailable, FailedPrecondition, ResourceExhausted, ServingError
 from serving.log_retention import HOUR_MS
-from serving.redis.client import partition_prefix, reply_error, serving_error
-from serving.stores.event_scripts import SEQUENCE_BITS
-from serving.stores.profiles import Mark
-
-
-def log_id(stream_id: bytes) -> int:
-    """The log id of a stream id `ms-seq`."""
-    milliseconds, _, sequence = stream_id.partition(b"-")
-    return int(milliseconds) << SEQUENCE_BITS | int(sequence)
-
-
-def stream_id(log_id: int) -> bytes:
-    """The stream id of a log id."""
-    return b"%d-%d" % (log_id >> SEQUENCE_BITS, log_id & ((1 << SEQUENCE_BITS) - 1))
+from serving.redis.client import reply_error, serving_error
+from serving.stores.keys import log_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +60,25 @@ class Appended:
     record: bytes = b""
     error: ServingError | None = None
     personal: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A change to what may be known of a person, as it stands in the log.
+
+    Attributes:
+        log_id: Where it stands.
+        address: Whose it is, as `redis_client.address_of` says.
+        consent: What the person allows from now on; None where that stays as it is.
+        forget: Whether the profile forgets everything up to here.
+        rules: What the person never wants to be shown, as `features.controls.encode` says; None where that stays.
+    """
+
+    log_id: int
+    address: bytes
+    consent: Purpose | None = None
+    forget: bool = False
+    rules: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,29 +142,6 @@ class Erased:
     log_id: int
     events: int
     impressions: int
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionKeys:
-    """The keys of one partition; `seen`, `index` and `lease` are continued by whom they are about."""
-
-    events: bytes
-    impressions: bytes
-    seen: bytes
-    index: bytes
-    erased: bytes
-    floor: bytes
-    lease: bytes
-    people: bytes
-    rules: bytes
-    certificates: bytes
-    purging: bytes
-    returned: bytes
-
-    @classmethod
-    def of(cls, partition: int) -> PartitionKeys:
-        """Names them."""
-        return cls(*(partition_prefix(partition) + name.encode() for name in cls.__slots__))
 
 
 def appended_of(event: LoggedEvent, reply: Any) -> Appended:

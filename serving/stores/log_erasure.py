@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from features.profile import RECORD
-from serving.redis.client import Call, address_of
+from serving.redis.client import Call
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import EVENT_ERASE, SEQUENCE_BITS
-from serving.stores.log_entries import Erased, log_id, stream_id
+from serving.stores.event_scripts import EVENT_ERASE
+from serving.stores.keys import SEQUENCE_BITS, address_of, log_id, stream_id
+from serving.stores.log_entries import Erased
 
 _KEYS_AT_ONCE = 1000
 

@@ -8,7 +8,7 @@ from serving.log_retention import LogTimes
 from serving.redis.client import Call
 from serving.redis.router import RedisRouter
 from serving.stores.event_scripts import LOG_TRIM
-from serving.stores.log_entries import PartitionKeys
+from serving.stores.keys import PartitionKeys
 
 TOGETHER = 5000
 """Entries of a stream that are trimmed in one step, some milliseconds that others wait."""

@@ -41,28 +41,19 @@ from features.profile import (
 )
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
-from serving.redis.client import (
-    META,
-    Call,
-    Client,
-    Request,
-    Script,
-    address_of,
-    partition_of,
-    partition_prefix,
-    serving_error,
-)
-from serving.redis.router import RedisRouter, remembered, require_partitions, required
+from serving.redis.client import Call, Client, Request, Script, serving_error
+from serving.redis.router import RedisRouter, required
 from serving.stores.event_scripts import (
-    LIVE,
     PROFILE_APPLY,
     PROFILE_COMPACT,
     PROFILE_LEAVE,
     PROFILE_MARK,
     PROFILE_PUT,
     PROFILE_REPLACE,
-    SEQUENCE_BITS,
 )
+from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_of, partition_prefix
+from serving.stores.log_entries import Mark
+from serving.stores.meta import fixed_value, require_partitions
 
 TAIL_CAP = 4096
 """Entries a tail may hold before it has been folded; who produces more is not a person."""
@@ -102,25 +93,6 @@ class Applied:
     refused: int
     tail: int
     away: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A change to what may be known of a person, as it stands in the log.
-
-    Attributes:
-        log_id: Where it stands.
-        address: Whose it is, as `redis_client.address_of` says.
-        consent: What the person allows from now on; None where that stays as it is.
-        forget: Whether the profile forgets everything up to here.
-        rules: What the person never wants to be shown, as `features.controls.encode` says; None where that stays.
-    """
-
-    log_id: int
-    address: bytes
-    consent: Purpose | None = None
-    forget: bool = False
-    rules: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +156,13 @@ class ProfileStore:
         """
         require_partitions(self._nodes, len(self._prefixes))
 
-    def look(self) -> None:
+    def check_safety(self) -> None:
         """Looks at the settings of every server, if the store is guarded.
 
         Raises:
             ProfileStoreUnavailable: A server does not answer, or is unsafe.
         """
-        self._nodes.look([META, *self._prefixes])
+        self._nodes.check_safety([META, *self._prefixes])
 
     def store_id(self) -> str:
         """The id of this store among the copies of the log; made when it is first asked for.
@@ -200,7 +172,7 @@ class ProfileStore:
         Raises:
             ProfileStoreUnavailable: Redis does not answer.
         """
-        self._id = remembered(self._nodes, "profiles_id", self._id or uuid.uuid4().hex).decode()
+        self._id = fixed_value(self._nodes, "profiles_id", self._id or uuid.uuid4().hex).decode()
         return self._id
 
     def read(self, subject: str) -> Profile:

@@ -25,20 +25,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.arrays import pc
 from features.bundle import sync
 from features.errors import TablesError
 from features.private_files import make_folders, open_private
 from features.profile import EVERY_PURPOSE, Purpose
 from features.spans import SPANS, Spans, read_spans
 from features.subjects import subject_of
-from features.tables.convert import pc
 from features.tables.dataset import read_info
 from serving.errors import Unavailable
 from serving.places import Identity, read_identity, write_identity
 from serving.privacy.ledger import Erasure
-from serving.redis.client import address_of
 from serving.redis.embedded import locked
-from serving.stores.event_scripts import SEQUENCE_BITS
+from serving.stores.keys import SEQUENCE_BITS, address_of
 from serving.warehouse.tables import EVENT_ROWS, IMPRESSION_ROWS, SEARCH_ROWS, daily, sessions
 
 TABLES = {"events": EVENT_ROWS, "searches": SEARCH_ROWS, "impressions": IMPRESSION_ROWS}

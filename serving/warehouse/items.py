@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from features.arrays import pc
 from features.bundle import Bundle
 from features.bundle_tables import read_items
-from features.schema import ITEMS, ITEMS_REQUIRED
-from features.tables.convert import pc
 from features.tables.dataset import conform, read_table
+from features.tables.schema import ITEMS, ITEMS_REQUIRED
 from serving.stores.catalog_log import CatalogLog, Change
 from serving.warehouse.files import put_table
 

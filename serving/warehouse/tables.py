@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.arrays import pc
 from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
-from features.schema import EVENTS, IMPRESSIONS
 from features.subjects import user_id_of
-from features.tables.convert import pc
 from features.tables.order import codes
-from serving.stores.event_log import Entry
-from serving.stores.event_scripts import SEQUENCE_BITS
+from features.tables.schema import EVENTS, IMPRESSIONS
+from serving.stores.keys import SEQUENCE_BITS
+from serving.stores.log_entries import Entry
 
 SESSION_GAP_MS = 30 * 60_000
 """Time without an event after which a visit that has no id of its own is over; that of Google Analytics."""

@@ -34,13 +34,16 @@ from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
 from serving.privacy.rights import consents
-from serving.redis.client import Call, Request, address_of, connect, partition_prefix
+from serving.redis.client import Call, Request, connect
 from serving.redis.router import required
 from serving.restart import Report, Trouble, described, keep_running
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import Entry, EventLog, awaited_partitions, partitions_for
-from serving.stores.event_scripts import HASH_SET, SEQUENCE_BITS
+from serving.stores.event_log import EventLog
+from serving.stores.event_scripts import HASH_SET
+from serving.stores.keys import SEQUENCE_BITS, address_of, partition_prefix
+from serving.stores.log_entries import Entry
+from serving.stores.meta import awaited_partitions, partitions_for
 from serving.warehouse.files import ALLOWS, DamagedFiles, Limits, TakenOver, WarehouseFiles, by_day
 from serving.warehouse.items import ItemTable
 from serving.warehouse.place import GROUP, OtherPlace, WarehousePlace

@@ -11,7 +11,7 @@ import pytest
 from features import assemble, profile
 from features.action_rates import ActionRates
 from features.catalog import Catalog
-from features.schema import event_type_key, item_key
+from features.keys import event_type_key, item_key
 from features.vocabulary import Vocabulary
 
 TYPES = {event_type_key("view_item"): 1, event_type_key("purchase"): 2}

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from features.catalog import Catalog
-from features.schema import item_key
+from features.keys import item_key
 from features.vocabulary import Vocabulary
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import features.tables.dataset
 import features.tables.event_reader
-from features.schema import EVENTS
 from features.tables.dataset import Dataset, open_dataset, write_dataset
+from features.tables.schema import EVENTS
 from tests.untrained import dataset
 
 

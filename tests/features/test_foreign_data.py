@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from features.arrays import pc
 from features.catalog import columns_of
 from features.errors import TablesError
-from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from features.tables.dataset import Dataset, Loaded, conform, open_dataset, read_table
 from features.tables.files import find_files, table_path
 from features.tables.intake import lines
+from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from features.tables.written import MISSING_WORDS, ListStyle
 from training.data.interactions import item_vocabulary
 

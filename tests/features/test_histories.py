@@ -15,9 +15,10 @@ import features.tables.dataset
 import features.tables.event_reader
 from features.catalog import columns_of
 from features.histories import KEYS, Distinct, Logged, history_keys
+from features.keys import item_key
 from features.profile import Profile
-from features.schema import EVENTS, ITEMS, item_key
 from features.tables.dataset import open_dataset, write_dataset
+from features.tables.schema import EVENTS, ITEMS
 from serving.projection.rebuild import Histories
 from training.config import TrainConfig
 from training.data.histories import UserHistories
@@ -127,7 +128,7 @@ def test_keys_stay_with_their_events_in_samples_and_where_items_are_hidden(tmp_p
         for number, name in enumerate(data.people)
         for at in every[data.offsets[number] : data.offsets[number + 1]].tolist()
     }
-    hidden, _ = trained(folder, TrainConfig(hide_items=0.5))
+    hidden, _ = trained(folder, TrainConfig(cold_item_share=0.5))
     assert 0 < hidden.rows.size < data.rows.size
     some = data.sample(np.diff(data.offsets), 300, seed=1)
     assert 0 < some.rows.size < data.rows.size

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from features import controls, profile
 from features import decayed_counts as memory
 from features.errors import ProfileCorrupt, ProfileNewer
-from features.schema import event_type_key
+from features.keys import event_type_key
 
 TYPES = np.array([*map(event_type_key, ("view_item", "purchase", "hide")), *range(6)], np.uint32)
 

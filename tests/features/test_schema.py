@@ -7,16 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features import schema
-from features.schema import (
-    EVENT_TYPES,
-    Feature,
-    FeatureSet,
-    event_type_key,
-    event_type_keys,
-    item_key,
-    item_keys,
-)
+from features.event_types import EVENT_TYPES
+from features.feature_set import Feature, FeatureSet
+from features.keys import event_type_key, event_type_keys, item_key, item_keys
+from features.tables import schema
 
 TABLES = {
     "EVENTS": ("user_id", "item_id", "event_type"),

@@ -19,7 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features.errors import TablesError
-from features.schema import (
+from features.tables.conform import Rejected, Unread
+from features.tables.dataset import Loaded, conform, open_dataset, read_table, write_dataset
+from features.tables.files import table_path
+from features.tables.order import fingerprint, order_events
+from features.tables.schema import (
     EVENTS,
     EVENTS_REQUIRED,
     IMPRESSIONS,
@@ -28,18 +32,6 @@ from features.schema import (
     ITEMS_REQUIRED,
     USERS,
     USERS_REQUIRED,
-)
-from features.tables.dataset import (
-    Loaded,
-    Rejected,
-    Unread,
-    conform,
-    fingerprint,
-    open_dataset,
-    order_events,
-    read_table,
-    table_path,
-    write_dataset,
 )
 
 MAP = EVENTS.field("attributes").type

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.errors import TablesError
-from features.schema import USERS, USERS_REQUIRED
 from features.tables.convert import MOST_ID_BYTES
 from features.tables.dataset import read_table
+from features.tables.schema import USERS, USERS_REQUIRED
 from features.tables.user_ids import read_user_ids, read_users
 
 FIVE = ["p1", "p2", "p3", "p4", "p5"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.errors import VocabularyError
-from features.schema import item_keys
+from features.keys import item_keys
 from features.vocabulary import Vocabulary
 
 ids = st.lists(st.text(min_size=1, max_size=12).filter(lambda s: s.isprintable() or True), unique=True, max_size=30)

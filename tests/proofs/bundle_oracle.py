@@ -14,7 +14,7 @@ import onnxruntime
 import pyarrow as pa
 from onnx import numpy_helper
 
-from features.schema import item_key
+from features.keys import item_key
 from features.transforms import text_tokens
 
 _TOLERANCE = 2e-3

@@ -38,7 +38,8 @@ from serving.log_retention import PROFILES_GROUP
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import Entry, EventLog
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import Entry
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.writer import GROUP
 from tests.serving.faults import insist, kill, wait_until

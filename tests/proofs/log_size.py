@@ -24,7 +24,8 @@ from serving.log_retention import PROFILES_GROUP, LogTimes
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.warehouse.tables import event_tables, impression_table
 from tests.serving.logged import catalog, event, logged, slate
 

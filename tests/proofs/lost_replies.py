@@ -26,7 +26,8 @@ from features.profile import make_records
 from serving.errors import Unavailable
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore
 
 PARTITIONS = 4

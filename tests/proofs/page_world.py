@@ -14,7 +14,7 @@ import pyarrow as pa
 from features.assemble import FEATURES
 from features.bundle import publish
 from features.catalog import Catalog
-from features.schema import ITEMS
+from features.tables.schema import ITEMS
 from features.transforms import item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.engine.engine import Engine

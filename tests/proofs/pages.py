@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 from features.controls import RULE, Kind, dial_rules, encode
 from features.controls import Dial as DialKind
+from features.keys import event_type_keys, item_key, item_keys
 from features.profile import RING, empty, fold, make_records
-from features.schema import event_type_keys, item_key, item_keys
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bundle.bitmap import Bitmap
 from serving.config import ServeConfig
@@ -40,10 +40,12 @@ from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.query import Query
 from serving.pipeline.runner import Pipeline
 from serving.pipeline.sources import Popular
-from serving.redis.client import address_of, connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.ranking import RankingService
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.keys import address_of, partition_of
+from serving.stores.log_entries import Mark
+from serving.stores.profiles import ProfileStore
 from tests import world
 from tests.proofs.page_world import item_of, publish_items, put_live
 

@@ -35,7 +35,8 @@ import numpy as np
 from features.profile import make_records
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent
 from tests.serving.faults import insist
 
 PARTITIONS = 4

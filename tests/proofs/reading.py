@@ -36,8 +36,8 @@ import features.tables.dataset
 import features.tables.files
 import features.tables.times
 from features.errors import TablesError
-from features.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from features.tables.dataset import Loaded, open_dataset, read_table
+from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from tests.proofs.reading_oracle import Expected, expect
 from tests.proofs.reading_tables import Case, write_case
 

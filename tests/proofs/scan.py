@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import redis
 
-from features.schema import item_key
+from features.keys import item_key
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer, Role
 from serving.stores.event_log import EventLog

@@ -43,6 +43,7 @@ import features.profile
 import training.data.histories
 from features.bundle import open_bundle
 from features.catalog import Catalog, Columns
+from features.clock import now_ms
 from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.config import ServeConfig
@@ -372,20 +373,20 @@ class Life:
         late = LATE_MS[burst.late]
         self.tally["late"] += burst.count * (late < 0)
         for part in np.array_split(np.array(at), min(burst.parts, burst.count)):
-            now = time.time_ns() // 1_000_000
-            sent = [self._event(burst, kind, int(item), now + late) for item in part]
+            now = now_ms()
+            to_device = [self._event(burst, kind, int(item), now + late) for item in part]
             if burst.unapplied:
                 with mock.patch.object(self.world.events, "_apply", lambda good, _: [False] * len(good)):
-                    statuses = self.world.events._take(sent)
+                    statuses = self.world.events._take(to_device)
                 self.behind.add(burst.person)
             else:
-                statuses = self.world.events._take(sent)
-            for one, status in zip(sent, statuses, strict=True):
+                statuses = self.world.events._take(to_device)
+            for one, status in zip(to_device, statuses, strict=True):
                 assert not status.code, status
                 self.ids[status.profile_version] = one.event_id
                 if self.allowed[burst.person]:
                     self.events[burst.person].append(self._told(one, status.profile_version))
-            self.tally["events"] += len(sent)
+            self.tally["events"] += len(to_device)
             self._look()
 
     def _event(self, burst: Burst, kind: str, item: int, timestamp: int) -> event_pb2.Event:
@@ -406,7 +407,7 @@ class Life:
     def _ask(self, person: int) -> None:
         if person in self.behind:
             return
-        query = Query(uuid.uuid4().hex, self.subjects[person], time.time_ns() // 1_000_000, time.monotonic() + 60, 5)
+        query = Query(uuid.uuid4().hex, self.subjects[person], now_ms(), time.monotonic() + 60, 5)
         query.surface = "home"
         slate = self.world.engine.pipelines["recommend"].run(query)
         if query.user_vector is None or not slate.rows.size:

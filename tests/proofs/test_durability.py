@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from features.profile import make_records
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore
 from tests.proofs.kills import HASTY_SINK, compare, held, kills, logged
 from tests.proofs.lost_replies import lost_replies

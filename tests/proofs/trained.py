@@ -14,20 +14,21 @@ import numpy as np
 import pyarrow as pa
 
 from features.action_rates import ActionRates
+from features.arrays import pc
 from features.assemble import History, history, ranker_names, type_index
 from features.catalog import Catalog, Columns
+from features.keys import event_type_key
 from features.profile import Profile
-from features.schema import event_type_key
 from features.subjects import user_id_of
-from features.tables.convert import pc
-from features.tables.dataset import open_dataset, order_events
+from features.tables.dataset import open_dataset
 from features.tables.event_reader import Events
+from features.tables.order import order_events
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
 from training.data.histories import UserHistories
-from training.data.impressions import _folded, read_shown
+from training.data.impressions import _folded, read_examples
 from training.data.interactions import Interactions, read_interactions
-from training.data.point_in_time import features_of_line
+from training.data.point_in_time import features_of_example
 from training.export.golden import past_differences
 
 NOT_COMPARED = ("relevance", "position")
@@ -90,7 +91,7 @@ class Trained:
             actions: The actions of the bundle.
             types: The event types of the bundle, which knows fewer of them than the events have.
         """
-        shown = read_shown(self._out, self._dataset, self._vocabulary, self._data, actions)
+        shown = read_examples(self._out, self._dataset, self._vocabulary, self._data, actions)
         assert shown is not None
         names = ranker_names([action.name for action in actions])
         facts = {"event_types": list(types), "actions": [action.model_dump() for action in actions]}
@@ -104,7 +105,7 @@ class Trained:
             assert len(lines) == len(slate["item_ids"])
             for at in range(len(lines)):
                 user = np.zeros(columns.vectors.shape[1], np.float32)
-                found = features_of_line(pasts, lines, at, user, columns, outcomes)
+                found = features_of_example(pasts, lines, at, user, columns, outcomes)
                 served = np.array(slate["features"][lines.places[at]], np.float32)
                 differs = found.view(np.uint32) != served.view(np.uint32)
                 yield from (

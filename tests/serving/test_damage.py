@@ -8,8 +8,8 @@ import pytest
 
 from features.controls import Kind, blocked
 from features.errors import ProfileCorrupt
+from features.keys import item_key
 from features.profile import Purpose
-from features.schema import item_key
 from features.tables.dataset import write_dataset
 from penchant.client import event
 from penchant.v1 import common_pb2

@@ -9,12 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features.clock import now_ms
 from features.profile import make_records
 from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
-from serving.redis.client import connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression, log_id, stream_id
+from serving.stores.event_log import EventLog
+from serving.stores.keys import log_id, partition_of, stream_id
+from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from tests.serving.faults import frozen, insist, kill, wait_until
 from tests.serving.logged import NOTHING_KEPT
@@ -109,14 +112,14 @@ def test_retries_are_forgotten_after_the_window(events_redis):
 
 def test_a_retry_of_an_event_ahead_of_the_clock_is_known_for_as_long_as_it_is_taken(events_redis):
     log = EventLog(events_redis, 4, window_ms=50, times=NOTHING_KEPT)
-    ahead = event(1, timestamp=time.time_ns() // 1_000_000 + 60_000)
+    ahead = event(1, timestamp=now_ms() + 60_000)
     log.append([ahead])
     time.sleep(0.1)
     assert log.append([ahead])[0].duplicate
 
 
 def test_a_sequence_number_never_overflows_a_log_id(log, events_redis):
-    ahead = int(time.time() * 1000) + 3_600_000  # as after the clock was set back by an hour
+    ahead = now_ms() + 3_600_000  # as after the clock was set back by an hour
     stream = log.keys[partition_of("u:1", 4)].events
     events_redis.xadd(stream, {"s": "u:x"}, id=f"{ahead}-{(1 << 20) - 2}")
     ids = [one.log_id for one in log.append([event(number) for number in range(3)])]
@@ -125,7 +128,7 @@ def test_a_sequence_number_never_overflows_a_log_id(log, events_redis):
 
 
 def test_the_past_of_an_erased_person_is_refused_and_their_future_is_not(log, events_redis):
-    now = int(time.time() * 1000)
+    now = now_ms()
     log.append([event(1), event(2), event(3, subject="u:2")])
     log.append_impressions([LoggedImpression("u:1", now, b"{}")])
     erased = LogErasure(log).erase("u:1")

@@ -17,8 +17,8 @@ import pytest
 import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from features.keys import event_type_key
 from features.profile import pack_record
-from features.schema import event_type_key
 from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
@@ -41,7 +41,8 @@ from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.restart import Trouble, described, keep_running
 from serving.stores.catalog_log import CatalogLog, Change
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent
 from serving.warehouse import writer as warehouse
 from tests.fixtures import START_S
 from tests.proofs.rolls import Fleet, Load, plain, plain_channel, readiness, shipped

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.errors import TablesError
-from features.schema import EVENTS, EVENTS_REQUIRED
 from features.spans import Hole, Spans, read_spans
 from features.tables.dataset import conform
 from features.tables.evidence import Evidence
+from features.tables.schema import EVENTS, EVENTS_REQUIRED
 from features.tables.validate import validate
 from features.tables.validate_split import split
 from serving.config import ServeConfig
@@ -34,9 +34,9 @@ from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.rights import SubjectRights
 from serving.projection.projector import OtherStore, Projector, _in_the_way, _require_own
-from serving.redis.client import partition_of
 from serving.stores import registry as registries
 from serving.stores.catalog_log import CatalogLog
+from serving.stores.keys import partition_of
 from serving.stores.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse.files import TakenOver, WarehouseFiles
 from serving.warehouse.items import ItemTable

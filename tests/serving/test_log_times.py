@@ -14,7 +14,8 @@ from features.profile import make_records
 from serving.log_retention import ALONE_MS, EVENTS_MS, HOUR_MS, PROFILES_GROUP, SLATES_MS, LogTimes
 from serving.pipeline.side_effects import is_logged
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from tests.serving.logged import NOTHING_KEPT
 
 FUTURE = 4_000_000_000_000

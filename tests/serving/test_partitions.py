@@ -11,7 +11,7 @@ from serving.privacy.purge import replay_ledgers
 from serving.projection import projector
 from serving.projection.rebuild import rebuild, show
 from serving.redis.client import connect
-from serving.stores.event_log import awaited_partitions, partitions_for
+from serving.stores.meta import awaited_partitions, partitions_for
 from serving.warehouse import writer as warehouse
 from tests.serving.logged import PARTITIONS, event, ingest
 

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from features.clock import now_ms
 from features.controls import MOST_RULES, Dial, Kind, blocked, dials
 from features.errors import ProfileCorrupt
+from features.keys import event_type_key, item_key
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
-from features.schema import event_type_key, item_key
 from features.tables.dataset import write_dataset
 from serving.errors import (
     ConsentWithheld,
@@ -32,10 +33,12 @@ from serving.privacy.purge import Purger, replay
 from serving.privacy.rights import Consent, Rule, Setting, SubjectRights, consents
 from serving.projection.projector import Projector
 from serving.projection.rebuild import rebuild
-from serving.redis.client import address_of, connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression, stream_id
+from serving.stores.event_log import EventLog
+from serving.stores.keys import address_of, partition_of, stream_id
+from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, wait_until
@@ -249,7 +252,7 @@ class TestRules:
             people.set_rules("u:bob", self.RULES)
 
     def test_a_merge_joins_them_and_the_later_end_holds(self, people, store):
-        soon = time.time_ns() // 1_000_000 + 3_600_000
+        soon = now_ms() + 3_600_000
         theirs = [Rule(Kind.ITEM, "i1", soon), Rule(Kind.ITEM, "i2", soon), Rule(Kind.CREATOR, "i3")]
         people.set_rules("a:tab", [*theirs, Rule(Kind.ITEM, "i4", 50)])
         people.set_rules("u:ann", [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", soon - 1)])
@@ -377,7 +380,7 @@ class TestUndo:
         assert items(store) == list(range(undone, 150))
 
     def test_what_is_past_its_retention_goes_with_it(self, log, store):
-        old = int(time.time() * 1000) - 3 * 86_400_000
+        old = now_ms() - 3 * 86_400_000
         people = SubjectRights(log, store, Certificates(log), Retention({"view_item": 2.0}))
         ingest(log, store, event(1, timestamp=old), event(2, timestamp=old, kind="like"), event(3))
         people.refold("u:ann")
@@ -423,7 +426,7 @@ class TestMerge:
         users = {json.loads(payload)["user_id"] for _, _, payload in people.held("u:ann")}
         assert users == {"ann"}
         assert people.merge("a:x", "u:ann") == type(merged)(0, 0, 0, 0, 0)
-        ingest(log, store, event(4, "a:x", timestamp=int(time.time() * 1000) - 60_000))  # late, and not lost
+        ingest(log, store, event(4, "a:x", timestamp=now_ms() - 60_000))  # late, and not lost
         assert items(store, "a:x") == [4]
         assert people.merge("a:x", "u:ann").events == 1
         assert items(store) == [1, 2, 3, 4]
@@ -500,7 +503,7 @@ class TestMerge:
         assert store.read("u:ann").rules.size == 0
 
     def test_what_an_erasure_of_the_person_refuses_does_not_come_back_by_a_merge(self, people, log, store):
-        now = int(time.time() * 1000)
+        now = now_ms()
         ingest(log, store, event(1, "a:x", timestamp=now - 1000), event(2, "a:x"))
         people.erase("u:ann")
         merged = people.merge("a:x", "u:ann")
@@ -514,7 +517,7 @@ def _crash(*_, **__):
 
 class TestErase:
     def test_a_name_that_was_erased_waits_nowhere(self, people, log, events_redis):
-        before = int(time.time() * 1000) - 50
+        before = now_ms() - 50
         people.erase("u:ann")
         log.call_back({"u:ann": before, "u:bob": before})  # an answer to them was on its way
         assert sorted(log.called_back()) == ["u:bob"]
@@ -578,7 +581,7 @@ class TestErase:
             profile = profiles_redis.dump(store.key_of(subject))
             assert record in profile
 
-            before = int(time.time() * 1000)
+            before = now_ms()
             certificate = people.erase(subject)
             receipts = {receipt.store: receipt for receipt in certificate.receipts}
             assert {name: one.entries for name, one in receipts.items()} == {
@@ -637,7 +640,7 @@ class TestErase:
             },
         ]
         write_dataset(tmp_path / "backup", pa.Table.from_pylist(data), pa.table({"item_id": ["i1", "i2"]}), name="test")
-        now = int(time.time() * 1000) - 1
+        now = now_ms() - 1
         certificate = people.erase("u:ann")
         # Late, from whoever had it in hand; from a client that kept it; from a replay; from a restored backup.
         assert store.apply("u:ann", [(entry.log_id, entry.record) for entry in batch]).inserted == 0

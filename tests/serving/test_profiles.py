@@ -20,9 +20,11 @@ from features.errors import ProfileCorrupt
 from features.profile import Profile, Purpose, empty, encode, fold, make_records
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.observability.telemetry import Telemetry
-from serving.redis.client import address_of, connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
-from serving.stores.profiles import Applied, Loaded, Mark, ProfileStore, TailFull
+from serving.stores.keys import address_of, partition_of
+from serving.stores.log_entries import Mark
+from serving.stores.profiles import Applied, Loaded, ProfileStore, TailFull
 from tests.serving.faults import frozen, insist, kill
 
 NOW = 1_700_000_000_000 << 20  # a log id of November 2023

@@ -19,10 +19,12 @@ from serving.errors import ProfileStoreUnavailable
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.telemetry import Telemetry
 from serving.projection.projector import Projector
-from serving.redis.client import address_of, connect
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.keys import address_of
+from serving.stores.log_entries import LoggedEvent
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, kill, wait_until

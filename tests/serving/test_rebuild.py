@@ -11,8 +11,8 @@ import pytest
 
 from features import decayed_counts as memory
 from features.errors import PenchantError, TablesError
+from features.keys import event_type_key, item_key
 from features.profile import Profile, Purpose, empty, events_of, fold, make_records
-from features.schema import event_type_key, item_key
 from features.tables.dataset import write_dataset
 from serving.errors import ConfigError, ProfileStoreUnavailable
 from serving.privacy.certificates import Certificates

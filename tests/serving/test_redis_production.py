@@ -24,7 +24,8 @@ from serving.redis.client import Client, connect
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe
 from serving.stores.catalog_log import CatalogLog, Change
-from serving.stores.event_log import EventLog, LoggedEvent, LoggedImpression
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import Proxy
 

@@ -21,7 +21,8 @@ from serving.redis.client import PipelinedConnection, connect
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import Guard
 from serving.stores.catalog_log import CatalogLog, Change
-from serving.stores.event_log import EventLog, LoggedEvent
+from serving.stores.event_log import EventLog
+from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import insist, wait_until
 from tests.serving.test_events import event
@@ -197,7 +198,7 @@ def test_it_is_known_also_while_nobody_writes(careless):
         log = EventLog(client, 1)
         log.open()
         beside = EventLog(client, 1, beside=log)
-        part = Part("events_redis", lambda: redis_trouble(client, "events", False, beside.look))
+        part = Part("events_redis", lambda: redis_trouble(client, "events", False, beside.check_safety))
         monitor = HealthMonitor([part], lambda _, __: None)
         monitor.start()
         try:
@@ -231,12 +232,12 @@ def test_profiles_that_could_be_evicted_are_neither_read_nor_written(evicting):
         }
         with configured(admin, "maxmemory-policy", "allkeys-lru"):
             with pytest.raises(ProfileStoreUnavailable):
-                beside.look()
+                beside.check_safety()
             for name, use in uses.items():
                 with pytest.raises(ProfileStoreUnavailable, match="set maxmemory-policy 'noeviction'") as refused:
                     use()
                 assert "no profile is read or written" in str(refused.value), name
-        beside.look()
+        beside.check_safety()
         for use in uses.values():
             use()
         evicting.again(**{"maxmemory-policy": "allkeys-lru"})

@@ -32,8 +32,9 @@ from serving.redis.client import (
     serving_error,
 )
 from serving.redis.embedded import RedisServer, find_binary
-from serving.redis.router import RedisRouter, require_partitions
+from serving.redis.router import RedisRouter
 from serving.redis.safety import require_safe
+from serving.stores.meta import require_partitions
 from tests.serving.faults import kill, wait_until
 
 ROOT = Path(__file__).parents[2]

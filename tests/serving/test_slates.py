@@ -11,15 +11,16 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.clock import now_ms
 from features.controls import Dial
-from features.schema import item_key
+from features.keys import item_key
 from serving.observability.telemetry import Telemetry
 from serving.pipeline import side_effects
 from serving.pipeline.query import Candidates, Query, Slate, Unknown
 from serving.pipeline.side_effects import MOST_DIALS, ImpressionWriter, is_logged
-from serving.stores.event_log import Entry
+from serving.stores.log_entries import Entry
 from serving.warehouse.tables import impression_table
-from tests.serving.logged import now_ms, shown_of, slate
+from tests.serving.logged import shown_of, slate
 
 ASKED = ("seed_item_ids", "upstream_scores", "upstream_weight", "excluded", "excluded_item_ids", "dials", "merged")
 NEW = ("method", "page_size", "source_names", "sources")

@@ -17,8 +17,9 @@ from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.controls import RULE, Dial, Kind, dial_rules
 from features.controls import encode as encode_rules
+from features.keys import event_type_key, item_key, item_keys
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
-from features.schema import ITEMS, event_type_key, item_key, item_keys
+from features.tables.schema import ITEMS
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
 from serving.bundle.model import Model
@@ -58,8 +59,10 @@ from serving.pipeline.sources import (
     SemanticSource,
     SimilarToSeeds,
 )
-from serving.redis.client import address_of, connect, partition_of
-from serving.stores.profiles import Mark, ProfileStore
+from serving.redis.client import connect
+from serving.stores.keys import address_of, partition_of
+from serving.stores.log_entries import Mark
+from serving.stores.profiles import ProfileStore
 from tests import world as small
 from tests.serving.faults import frozen
 

@@ -11,8 +11,9 @@ from features.decayed_counts import _TICKS
 from features.errors import ProfileCorrupt
 from features.profile import FORMAT, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, Purpose, decode, encode, encode_state
 from serving.errors import ProfileStoreUnavailable
-from serving.redis.client import address_of, partition_of
-from serving.stores.profiles import Mark, ProfileStore
+from serving.stores.keys import address_of, partition_of
+from serving.stores.log_entries import Mark
+from serving.stores.profiles import ProfileStore
 from tests.serving.test_profiles import NOW, entries, expected, items
 
 

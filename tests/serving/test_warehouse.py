@@ -24,24 +24,27 @@ from hypothesis import strategies as st
 
 from features import decayed_counts as memory
 from features.bundle import open_bundle
+from features.clock import now_ms
 from features.controls import Kind
 from features.errors import TablesError
+from features.keys import item_key
 from features.profile import RECORD, Purpose, Retention, empty, fold
-from features.schema import EVENTS, item_key
 from features.subjects import subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
+from features.tables.schema import EVENTS
 from serving.errors import ConfigError
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import Rule, SubjectRights
 from serving.projection.projector import Idle, Projector
 from serving.projection.rebuild import rebuild, rehydrate
-from serving.redis.client import connect, partition_of
+from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.items import item_record
 from serving.stores.catalog_log import CatalogLog, Change
 from serving.stores.consumer_group import Consumer
-from serving.stores.event_log import EventLog, log_id
+from serving.stores.event_log import EventLog
+from serving.stores.keys import log_id, partition_of
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
@@ -54,7 +57,7 @@ from serving.warehouse.tables import (
 )
 from serving.warehouse.writer import Warehouse, run
 from tests.serving.faults import insist, kill, wait_until
-from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, now_ms, slate
+from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, slate
 from tests.world import publish_world
 
 ROOT = Path(__file__).parents[2]

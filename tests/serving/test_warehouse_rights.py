@@ -18,8 +18,8 @@ from features.tables.dataset import open_dataset
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
 from serving.projection.rebuild import Histories
-from serving.redis.client import partition_of
 from serving.stores.catalog_log import CatalogLog
+from serving.stores.keys import partition_of
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable

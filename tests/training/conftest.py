@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from features.histories import Distinct
-from features.schema import EVENTS, ITEMS
 from features.tables.dataset import write_dataset
+from features.tables.schema import EVENTS, ITEMS
 from training.config import TrainConfig
 from training.data.interactions import Interactions
 

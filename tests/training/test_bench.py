@@ -80,7 +80,7 @@ def test_trainers_take_turns_to_the_end(circles: Path) -> None:
     mine = found["trainers"]["penchant"]
     assert [line["tokens"] for line in mine["curve"]] == sorted(line["tokens"] for line in mine["curve"])
     assert len(mine["curve"]) == 4
-    assert found["validation_people"] == 160
+    assert found["validation_users"] == 160
     assert mine["setup_seconds"] <= mine["curve"][0]["seconds"]
     json.dumps(found)
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from features.errors import TrainingError
-from features.schema import EVENTS, ITEMS
 from features.tables.dataset import open_dataset, write_dataset
+from features.tables.schema import EVENTS, ITEMS
 from training.config import TrainConfig
 from training.data.batches import in_batches
 from training.data.interactions import Interactions, item_vocabulary, read_interactions

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from features.catalog import columns_of
-from features.schema import EVENTS, IMPRESSIONS, ITEMS
 from features.tables.dataset import Dataset, open_dataset, write_dataset
+from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS
 from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
-from training.data.impressions import NEVER, Shown, read_shown
+from training.data.impressions import NEVER, Examples, read_examples
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
-from training.data.point_in_time import PointInTimeStatistics, line_features
-from training.fitting.ranker_impressions import RankerDataset, learn, lesson_of, logits_of
+from training.data.point_in_time import PointInTimeStatistics, example_features
+from training.fitting.ranker_impressions import RankerDataset, learn, logits_of, ranker_batch
 from training.metrics import auc
 from training.models.ranker import Ranker
 
@@ -73,15 +73,15 @@ def write(
 class World:
     dataset: Dataset
     data: Interactions
-    shown: Shown
-    teller: Callable[[Interactions, Shown], PointInTimeStatistics]
+    shown: Examples
+    teller: Callable[[Interactions, Examples], PointInTimeStatistics]
 
 
 def world(path: Path) -> World:
     dataset = open_dataset(path)
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, CONFIG)
-    shown = read_shown(path, dataset, vocabulary, data, ACTIONS)
+    shown = read_examples(path, dataset, vocabulary, data, ACTIONS)
     assert shown is not None
     columns = columns_of(items, np.zeros((data.items, 4), np.float32))
     return World(dataset, data, shown, lambda d, s: PointInTimeStatistics(d, columns, ACTIONS, s, np.diff(d.offsets)))
@@ -128,10 +128,10 @@ def test_the_events_of_hidden_items_leave_what_is_read_beside_them_too(tmp_path:
     dataset = open_dataset(path)
     _, vocabulary = item_vocabulary(dataset)
     whole = read_interactions(dataset, vocabulary, CONFIG)
-    some = read_interactions(dataset, vocabulary, CONFIG.model_copy(update={"hide_items": 0.4}))
+    some = read_interactions(dataset, vocabulary, CONFIG.model_copy(update={"cold_item_share": 0.4}))
     assert 0 < some.rows.size < whole.rows.size
-    known = read_shown(path, dataset, vocabulary, whole, ACTIONS)
-    hidden = read_shown(path, dataset, vocabulary, some, ACTIONS)
+    known = read_examples(path, dataset, vocabulary, whole, ACTIONS)
+    hidden = read_examples(path, dataset, vocabulary, some, ACTIONS)
     assert known is not None
     assert hidden is not None
     left = np.isin(known.rows, some.rows)
@@ -171,7 +171,7 @@ def test_only_slates_of_the_methods_that_the_ranker_is_for_are_read(tmp_path: Pa
     data = read_interactions(dataset, vocabulary, CONFIG)
 
     def rows(*methods: str) -> list[int]:
-        shown = read_shown(path, dataset, vocabulary, data, ACTIONS, methods)
+        shown = read_examples(path, dataset, vocabulary, data, ACTIONS, methods)
         assert shown is not None
         return shown.rows.tolist()
 
@@ -233,12 +233,12 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world(random_feed(tmp_path_factory.mktemp("feed")))
 
 
-def features(made: World, data: Interactions, shown: Shown, lines: Shown, every: float = 24.0) -> np.ndarray:
+def features(made: World, data: Interactions, shown: Examples, lines: Examples, every: float = 24.0) -> np.ndarray:
     users = np.zeros((len(lines), 4), np.float32)
-    return line_features(made.teller(data, shown), lines, users, every_hours=every, last=START + 96 * HOUR)
+    return example_features(made.teller(data, shown), lines, users, every_hours=every, last=START + 96 * HOUR)
 
 
-def without_the_future(made: World, moment: int) -> tuple[Interactions, Shown]:
+def without_the_future(made: World, moment: int) -> tuple[Interactions, Examples]:
     """The world as it was at a moment; what came later has other types, values and outcomes."""
     later = made.data.timestamps >= moment
     data = dataclasses.replace(
@@ -249,7 +249,7 @@ def without_the_future(made: World, moment: int) -> tuple[Interactions, Shown]:
     return data, dataclasses.replace(made.shown, done=done, where=np.where(after, 0, made.shown.where))
 
 
-def leaks(made: World, read: Callable[[Interactions, Shown, Shown], np.ndarray]) -> bool:
+def leaks(made: World, read: Callable[[Interactions, Examples, Examples], np.ndarray]) -> bool:
     """Whether what is read of the early impressions changes when the future does."""
     moment = START + 50 * HOUR
     early = made.shown.between(0, moment)
@@ -263,7 +263,7 @@ def test_no_feature_knows_the_future(feed: World, every: float) -> None:
 
 
 def test_a_feature_that_knows_the_future_is_found(feed: World) -> None:
-    def planted(data: Interactions, shown: Shown, lines: Shown) -> np.ndarray:
+    def planted(data: Interactions, shown: Examples, lines: Examples) -> np.ndarray:
         whole = feed.teller(data, shown).at(START + 97 * HOUR).statistics
         return np.concatenate([features(feed, data, shown, lines), whole[lines.rows]], axis=1)
 
@@ -287,7 +287,7 @@ def test_statistics_are_those_of_the_events_so_far(feed: World) -> None:
 
 def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     lines = feed.shown
-    lesson = lesson_of(
+    lesson = ranker_batch(
         np.zeros((len(lines), 4), np.float32), np.zeros((len(lines), 4), np.float32),
         features(feed, feed.data, feed.shown, lines), lines.labels(),
     )  # fmt: skip

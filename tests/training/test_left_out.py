@@ -150,7 +150,7 @@ def read(data: Path, config: TrainConfig) -> tuple[Interactions, Any]:
 def test_wrong_clocks_move_neither_what_is_recent_nor_what_is_tested(
     circles: Path, tmp_path: Path, tiny: TrainConfig, future: int, settings: dict[str, float]
 ) -> None:
-    config = tiny.model_copy(update={"protocol": "temporal", "recent_days": 0.2, "validation_people": 0, **settings})
+    config = tiny.model_copy(update={"protocol": "temporal", "recent_days": 0.2, "validation_users": 0, **settings})
     clean, _ = read(circles, config)
     mixed, _ = read(planted(circles, tmp_path / "data", 0, future), config)
     assert clean.trusted_until == clean.timestamps.max() == mixed.trusted_until

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from features.catalog import columns_of
-from features.schema import ITEMS, item_key
+from features.keys import item_key
 from features.tables.dataset import open_dataset, write_dataset
+from features.tables.schema import ITEMS
 from tests.untrained import CONFIG
 from training.data.interactions import item_vocabulary, read_interactions
 from training.export.segments import PEOPLE, POPULAR, popular_in_segments, segments_of

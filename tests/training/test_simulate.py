@@ -8,7 +8,9 @@ import pyarrow.compute as pc
 import pytest
 
 from features.errors import ConfigError
-from features.schema import (
+from features.tables.dataset import conform
+from features.tables.order import order_events
+from features.tables.schema import (
     EVENTS,
     EVENTS_REQUIRED,
     IMPRESSIONS,
@@ -18,7 +20,6 @@ from features.schema import (
     USERS,
     USERS_REQUIRED,
 )
-from features.tables.dataset import conform, order_events
 from training.data import simulate as playing
 from training.data.simulate import Simulated, World, simulate
 from training.data.world import DAY_MS, SLATE, START_MS, TOPICS

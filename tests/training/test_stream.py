@@ -24,7 +24,7 @@ from training.config import TrainConfig
 from training.data.batches import Plan, TrainingBatches
 from training.data.interactions import Disk, item_vocabulary, read_interactions
 from training.data.split import held_out, split
-from training.models.baselines import Markov, counts_of, popularity_of
+from training.models.baselines import MarkovBaseline, counts_of, popularity_of
 
 histories = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12)
 LEAVE_ONE_OUT = TrainConfig(protocol="leave-one-out")
@@ -55,7 +55,7 @@ def test_blocks_change_nothing(people: list[list[int]]) -> None:
             patch.setattr(training.data.interactions, "BLOCK_EVENTS", block)
             ends = split(data, LEAVE_ONE_OUT).train_end
             test = held_out(data, temporal, "temporal-successive")
-            markov = Markov(data, ends, popularity_of(data, ends))
+            markov = MarkovBaseline(data, ends, popularity_of(data, ends))
             found = [ends, split(data, temporal).fit_end, test.people, test.positions, counts_of(data, ends)]
             return [array.tolist() for array in (*found, markov.next, markov.starts, markov.counts)]
 
@@ -84,7 +84,7 @@ def test_any_inside_is_its_plain_twin() -> None:
 
 @pytest.mark.parametrize("block", [64, 1 << 16])
 def test_each_event_is_predicted_once_however_people_are_drawn(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.data.batches, "PLAN_PEOPLE", block)
+    monkeypatch.setattr(training.data.batches, "PLAN_USERS", block)
     rng = np.random.default_rng(0)
     data = interactions([rng.permutation(50)[: rng.integers(1, 40)].tolist() for _ in range(300)], items=50)
     config = TrainConfig(max_length=8, batch_tokens=64)

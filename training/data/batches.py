@@ -50,15 +50,15 @@ def to_batch(
         more = ((0, 0), (0, targets.shape[1] - rows.shape[1]))
         rows, types = np.pad(rows, more), np.pad(types, more)
     return Batch(
-        rows=sent(torch.from_numpy(rows), device),
-        types=sent(torch.from_numpy(types), device),
-        lengths=sent(torch.from_numpy(lengths), device),
+        rows=to_device(torch.from_numpy(rows), device),
+        types=to_device(torch.from_numpy(types), device),
+        lengths=to_device(torch.from_numpy(lengths), device),
         tokens=int(lengths.sum()),
         targets=None if targets is None else torch.from_numpy(targets),
     )
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Returns a tensor of the CPU on `device`; a GPU takes it while both go on with their work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -66,7 +66,7 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 Windows: TypeAlias = npt.NDArray[np.int64]
 """Parts of histories, each an input and its targets: the events `windows[i, 0]:windows[i, 1]`; int64 `[n, 2]`."""
 
-PLAN_PEOPLE = 1 << 16
+PLAN_USERS = 1 << 16
 """People whose windows are mixed with one another; a smaller data set is mixed as a whole."""
 ROUND_LENGTH = 8
 """Batches are as long as a multiple of this, or as the longest that the encoder reads."""
@@ -131,7 +131,7 @@ class Plan(Sequence[Windows]):
         self._batches, self._number = batches, number
         runs = -(-batches.train_end.size // _RUN)
         order = self._rng(0).permutation(runs)
-        self._blocks = [order[at : at + PLAN_PEOPLE // _RUN] for at in range(0, runs, PLAN_PEOPLE // _RUN)]
+        self._blocks = [order[at : at + PLAN_USERS // _RUN] for at in range(0, runs, PLAN_USERS // _RUN)]
         self._made: tuple[int, list[Windows]] = (-1, [])
         self._first = np.cumsum([0, *(len(self._block(block)) for block in range(len(self._blocks)))])
 

@@ -30,7 +30,7 @@ def newest_of(data: Interactions, ends: npt.NDArray[np.int64] | None = None) -> 
     return newest
 
 
-def tell_future(data: Interactions) -> dict[str, Any]:
+def report_future_events(data: Interactions) -> dict[str, Any]:
     """Tells on stderr of events from wrong clocks, which lie after the end of the data.
 
     Returns:

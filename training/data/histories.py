@@ -9,8 +9,8 @@ from features.assemble import History, are_choices, remembered, type_index
 from features.catalog import Columns
 from features.decayed_counts import DecayedCounts, empty, fold
 from features.histories import history_keys
+from features.keys import event_type_keys
 from features.profile import RING
-from features.schema import event_type_keys
 from training.data.interactions import Interactions
 
 

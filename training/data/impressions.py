@@ -18,10 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.action_rates import ActionRates
-from features.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED, item_keys
-from features.tables.convert import pc
-from features.tables.dataset import Dataset, Loaded, read_table, table_path
+from features.arrays import pc
+from features.keys import item_keys
+from features.tables.dataset import Dataset, Loaded, read_table
+from features.tables.files import table_path
 from features.tables.order import codes, is_present
+from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from features.vocabulary import Vocabulary
 from training.config import Action
 from training.data.interactions import Interactions
@@ -33,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shown:
+class Examples:
     """One line per item of a slate, by time; arrays of one length n.
 
     Attributes:
@@ -66,31 +68,31 @@ class Shown:
         """Whether each action followed, as one knew at a moment; bool [n, A]."""
         return self.done <= known_until
 
-    def take(self, at: npt.NDArray[Any]) -> Shown:
+    def take(self, at: npt.NDArray[Any]) -> Examples:
         """Some of the lines."""
         arrays = {
             field.name: getattr(self, field.name)[at] for field in dataclasses.fields(self) if field.name != "surfaces"
         }
-        return Shown(surfaces=self.surfaces, **arrays)
+        return Examples(surfaces=self.surfaces, **arrays)
 
     @property
     def unequal(self) -> npt.NDArray[np.float64] | None:
         """The weights, None where all are the same, so that measures are what they are without."""
         return None if (self.weights == self.weights[:1]).all() else self.weights
 
-    def between(self, after: int, until: int) -> Shown:
+    def between(self, after: int, until: int) -> Examples:
         """The lines later than `after` and not later than `until`, ms."""
         return self.take(np.flatnonzero((self.times > after) & (self.times <= until)))
 
 
-def read_shown(
+def read_examples(
     path: Path,
     dataset: Dataset,
     vocabulary: Vocabulary,
     data: Interactions,
     actions: Sequence[Action],
     methods: Sequence[str] = ("recommend", "rank"),
-) -> Shown | None:
+) -> Examples | None:
     """What was shown to people who have events, and what followed; None without a table of impressions.
 
     Slates of people who do not allow training are left out, and those of other methods. Dials and upstream scores
@@ -151,7 +153,7 @@ def _made_by(slates: pa.Table, methods: Sequence[str]) -> Any:
 
 def _lines(
     slates: pa.Table, vocabulary: Vocabulary, data: Interactions, actions: int, log_ids: pa.ChunkedArray[Any]
-) -> tuple[Shown, list[str]]:
+) -> tuple[Examples, list[str]]:
     """What was shown, nothing done yet, and the request of each line."""
     listed: Any = slates["item_ids"].combine_chunks()
     sizes = np.diff(listed.offsets.to_numpy())
@@ -172,7 +174,7 @@ def _lines(
         versions = pc.fill_null(slates["profile_version"], 0).to_numpy()[slate][kept]
         logged = pc.fill_null(log_ids, 0).to_numpy()
         positions = np.where(versions > 0, _folded(data, people, versions, logged), positions)
-    lines = Shown(
+    lines = Examples(
         people=people,
         positions=positions,
         rows=rows[kept],
@@ -215,7 +217,7 @@ def _by_person(data: Interactions, people: _I64) -> Iterator[tuple[_I64, slice]]
 
 
 def _follow(
-    lines: Shown,
+    lines: Examples,
     requests: Sequence[str],
     column: pa.ChunkedArray[Any],
     data: Interactions,

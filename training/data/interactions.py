@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from features.arrays import pc
 from features.errors import TrainingError
+from features.event_types import NEGATIVE_EVENT_TYPES
 from features.histories import KEYS, Distinct, Logged
-from features.schema import NEGATIVE_EVENT_TYPES
 from features.tables.clock import newest_moment
-from features.tables.convert import pc
 from features.tables.dataset import Dataset, states_availability
 from features.tables.event_reader import Events
 from features.tables.order import codes
@@ -54,7 +54,7 @@ class Names(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class Block:
+class UserBlock:
     """Some neighbouring people and their events.
 
     Attributes:
@@ -123,7 +123,7 @@ class Interactions:
         """The person of each event; int64 `[E]`: for data that fits into memory."""
         return np.repeat(np.arange(len(self.people)), np.diff(self.offsets))
 
-    def blocks(self, events: int | None = None) -> Iterator[Block]:
+    def blocks(self, events: int | None = None) -> Iterator[UserBlock]:
         """All people in their order, those of about `events` events (`BLOCK_EVENTS`) at a time."""
         start, count = 0, self.offsets.size - 1
         while start < count:
@@ -132,7 +132,7 @@ class Interactions:
             offsets = self.offsets[start : end + 1]
             owner = np.repeat(np.arange(start, end), np.diff(offsets))
             position = np.arange(offsets[0], offsets[-1]) - self.offsets[owner]
-            yield Block(slice(start, end), slice(int(offsets[0]), int(offsets[-1])), owner, position)
+            yield UserBlock(slice(start, end), slice(int(offsets[0]), int(offsets[-1])), owner, position)
             start = end
 
     def sample(self, ends: npt.NDArray[np.int64], most: int, seed: int) -> Interactions:
@@ -228,7 +228,7 @@ def read_interactions(
         target &= data.timestamps[block.events] <= data.trusted_until
         data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, seen
     data = dataclasses.replace(data, event_types=event_types)
-    return _without(data, hidden_items(data.items, config)) if config.hide_items else data
+    return _without(data, draw_cold_items(data.items, config)) if config.cold_item_share else data
 
 
 def _trusted_until(events: Events) -> int:
@@ -265,8 +265,8 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
     values = disk.array(np.float32, size) if valued else np.broadcast_to(np.float32(np.nan), size)
     resolved = any(name in events.present for name in KEYS)
     origins = disk.array(np.uint32, size) if resolved else np.broadcast_to(np.uint32(0), size)
-    items, keys = _Numbers(vocabulary.rows), Distinct()
-    kinds = _Numbers(lambda names: range(len(kinds.known), len(kinds.known) + len(names)))
+    items, keys = _TextCodes(vocabulary.rows), Distinct()
+    kinds = _TextCodes(lambda names: range(len(kinds.known), len(kinds.known) + len(names)))
     people: list[Any] = []
     begins: list[npt.NDArray[np.int64]] = []
     at, last = 0, None
@@ -307,7 +307,7 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
     ), list(kinds.known)
 
 
-class _Numbers:
+class _TextCodes:
     """Numbers of texts, each asked for once."""
 
     def __init__(self, ask: Callable[[list[str]], Iterable[int]]) -> None:
@@ -345,9 +345,9 @@ def _first_time(
     return fresh
 
 
-def hidden_items(items: int, config: TrainConfig) -> npt.NDArray[np.bool_]:
-    """The share `hide_items` of a catalogue of `items` rows, drawn by the seed; bool `[items]`."""
+def draw_cold_items(items: int, config: TrainConfig) -> npt.NDArray[np.bool_]:
+    """The share `cold_item_share` of a catalogue of `items` rows, drawn by the seed; bool `[items]`."""
     hidden = np.zeros(items, bool)
     drawn = np.random.default_rng([config.seed, items]).permutation(items)
-    hidden[drawn[: round(config.hide_items * items)]] = True
+    hidden[drawn[: round(config.cold_item_share * items)]] = True
     return hidden

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.schema import IMPRESSIONS
-from features.tables.convert import pack_map, pc
+from features.arrays import pc
+from features.tables.convert import pack_map
+from features.tables.schema import IMPRESSIONS
 
 SHOWN, VIEWED = "view_item_list", "view_item"
 ACTIONS = {

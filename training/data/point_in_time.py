@@ -20,7 +20,7 @@ from features.catalog import Columns
 from features.kernels import dot_rows, log_odds
 from training.config import Action
 from training.data.histories import UserHistories
-from training.data.impressions import HOUR_MS, Shown
+from training.data.impressions import HOUR_MS, Examples
 from training.data.interactions import Interactions
 
 ITEM_STRENGTH, CREATOR_STRENGTH, CATEGORY_STRENGTH, SURFACE_STRENGTH = 20.0, 20.0, 100.0, 50.0
@@ -55,7 +55,7 @@ class PointInTimeStatistics:
         data: Interactions,
         columns: Columns,
         actions: Sequence[Action],
-        shown: Shown | None,
+        shown: Examples | None,
         ends: npt.NDArray[np.int64],
     ) -> None:
         """Takes the events and impressions; of the events only each person's leading `ends`, int64 [U], ever count."""
@@ -132,9 +132,9 @@ def _summed(keys: npt.NDArray[np.uint64], counts: _F64) -> _F64:
     return np.stack(summed, 1)
 
 
-def line_features(
+def example_features(
     teller: PointInTimeStatistics,
-    lines: Shown,
+    lines: Examples,
     users: npt.NDArray[np.float32],
     *,
     every_hours: float,
@@ -153,13 +153,13 @@ def line_features(
     pasts = UserHistories(teller.data, teller.columns)
     for part, columns, outcomes in _replay(teller, lines, round(every_hours * HOUR_MS), last):
         for at in range(part.start, part.stop):
-            out[at] = features_of_line(pasts, lines, at, users[at], columns, outcomes)
+            out[at] = features_of_example(pasts, lines, at, users[at], columns, outcomes)
     return out
 
 
-def features_of_line(
+def features_of_example(
     pasts: UserHistories,
-    lines: Shown,
+    lines: Examples,
     at: int,
     user: npt.NDArray[np.float32],
     columns: Columns,
@@ -175,7 +175,7 @@ def features_of_line(
 
 
 def _replay(
-    teller: PointInTimeStatistics, lines: Shown, every: int, last: int
+    teller: PointInTimeStatistics, lines: Examples, every: int, last: int
 ) -> Iterator[tuple[slice, Columns, ActionRates]]:
     """The lines in parts, with the catalogue and the rates as they were known: items by `every` ms, surfaces hourly."""
     hours = np.minimum(lines.times, last) - last  # at most 0

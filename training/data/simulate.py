@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from features.schema import EVENTS, IMPRESSIONS, ITEMS, USERS
-from features.tables.convert import Array, pack_list, pack_map, pc
+from features.arrays import Array, pc
+from features.tables.convert import pack_list, pack_map
+from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS, USERS
 from training.data.world import DAY_MS, SLATE, START_MS, SUCCESSORS, TOPICS, Floats, Ints, World
 
 __all__ = ["Simulated", "World", "simulate"]

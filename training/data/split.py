@@ -71,7 +71,7 @@ def split(data: Interactions, config: TrainConfig) -> Split:
 
     Leave-one-out tests on each person's last target and validates on the one before. Temporal tests on what comes after
     the cut, and with `ranker_days` leaves the days before it to the ranker. There, and without a protocol, the last
-    target of some people (`validation_people`, but at most a quarter) validates; theirs are the only events of the
+    target of some people (`validation_users`, but at most a quarter) validates; theirs are the only events of the
     training part that are not trained on.
     """
     counts = np.diff(data.offsets)
@@ -88,7 +88,7 @@ def split(data: Interactions, config: TrainConfig) -> Split:
             learned = before(data, cut_of(data, config) - round(days * DAY_MS))
         newest = last_target(data, learned)
         people = np.flatnonzero(newest > 0)
-        size = min(config.validation_people, people.size // 4)
+        size = min(config.validation_users, people.size // 4)
         people = np.sort(np.random.default_rng(config.seed).choice(people, size, replace=False))
     train_end = learned.copy()
     train_end[people] = newest[people]

@@ -1,6 +1,6 @@
 """Measures how well content alone places items that nobody was trained on.
 
-A run trained with `hide_items` has never met some of the items: not in a history, not as a target, not as a negative,
+A run trained with `cold_item_share` has never met some of the items: not in a history, not as a target, not as a negative,
 not in a count. Here their events become targets, each asked of the events before it that the run may know, and ranked
 among the whole catalogue: the other items compete with all that their own history taught.
 """
@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 
 from features.errors import LeakError, TrainingError
-from training.data.clock import newest_of, tell_future
-from training.data.interactions import Interactions, hidden_items, read_interactions
+from training.data.clock import newest_of, report_future_events
+from training.data.interactions import Interactions, draw_cold_items, read_interactions
 from training.data.split import Targets, TestProtocol, held_out, split
 from training.metrics import hit, interval, ndcg
-from training.models.scoring import lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import LoadedRun, admit_run, load_run
 from training.runtime import exact, prepared
 
@@ -63,7 +63,9 @@ def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[
     left_out = admit_run(loaded[0])
     asked = [cold_targets(run) for run in loaded]
     if not all(len(one.targets) for one in asked):
-        raise TrainingError("nobody chose a hidden item after the training part: hide more with --set hide_items=0.1")
+        raise TrainingError(
+            "nobody chose a hidden item after the training part: hide more with --set cold_item_share=0.1"
+        )
     known = [warm_targets(run, one.visible) for run, one in zip(loaded, asked, strict=True)]
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
         cold = [_ranks(run, one) for run, one in zip(loaded, asked, strict=True)]
@@ -79,7 +81,7 @@ def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[
         "targets": sum(len(one.targets) for one in asked),
         "warm_targets": sum(len(one.targets) for one in known),
         "items": items,
-        "hidden": [int(hidden_items(items, run.config).sum()) for run in loaded],
+        "hidden": [int(draw_cold_items(items, run.config).sum()) for run in loaded],
         "metrics": metrics,
         "by_seed": {name: [float(of(ranks).mean()) for ranks in cold] for name, of in _METRICS.items()},
         "warm": _pooled(warm, known),
@@ -87,7 +89,7 @@ def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[
         "over_chance": metrics[f"recall@{NEAR}"]["mean"] / chance,
         "baselines": {},
         **left_out,
-        **tell_future(asked[0].visible),
+        **report_future_events(asked[0].visible),
     }
 
 
@@ -95,8 +97,8 @@ def cold_targets(run: LoadedRun) -> Asked:
     """The events of hidden items after all that the run was trained and validated on."""
     config = run.config
     visible = read_interactions(run.dataset, run.vocabulary, config)
-    whole = read_interactions(run.dataset, run.vocabulary, config.model_copy(update={"hide_items": 0.0}))
-    hidden, owner = hidden_items(whole.items, config)[whole.rows], whole.owner()
+    whole = read_interactions(run.dataset, run.vocabulary, config.model_copy(update={"cold_item_share": 0.0}))
+    hidden, owner = draw_cold_items(whole.items, config)[whole.rows], whole.owner()
     before = np.cumsum(~hidden) - ~hidden - visible.offsets[owner]
     ends = split(visible, config).fit_end
     chosen = hidden & whole.target & (before > 0) & (before >= ends[owner])
@@ -117,8 +119,8 @@ def warm_targets(run: LoadedRun, visible: Interactions) -> Asked:
 def _refuse(run: LoadedRun) -> None:
     if run.config.protocol == "none":
         raise LeakError(f"{run.path} was trained on everything: train with --set protocol=leave-one-out")
-    if not run.config.hide_items:
-        raise TrainingError(f"{run.path} hid no item from its training: train with --set hide_items=0.1")
+    if not run.config.cold_item_share:
+        raise TrainingError(f"{run.path} hid no item from its training: train with --set cold_item_share=0.1")
     if not run.result["content"]:
         raise TrainingError(f"{run.path} learned nothing from what items say of themselves, so it cannot place them")
 
@@ -128,7 +130,7 @@ def _ranks(run: LoadedRun, asked: Asked) -> npt.NDArray[np.int64]:
     table = torch.from_numpy(run.item_vectors)
     users = user_vectors(run.user_encoder, table, asked.visible, asked.targets, run.config.max_length)
     ranks = np.empty(asked.rows.size, np.int64)
-    for part in lines(asked.rows.size):
+    for part in slices(asked.rows.size):
         scores = users[part] @ run.item_vectors.T
         if not run.config.repeats:
             mask_seen(scores, seen_before(asked.visible, asked.targets.take(np.arange(part.start, part.stop))))

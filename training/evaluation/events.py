@@ -18,19 +18,19 @@ import torch
 from features.action_rates import ActionRates
 from features.assemble import Moment, ranker_features
 from features.errors import LeakError, TrainingError
-from training.data.clock import tell_future
+from training.data.clock import report_future_events
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Split, Targets, TestProtocol, held_out, moment_of, split
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.models.ranker import utility
-from training.models.scoring import had_before, lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import had_before, mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import LoadedRun, admit_run, columns_of_run, load_run
 from training.runtime import exact, prepared
 
 SHOWN = 10
-LOGIT_PEOPLE = 64
+LOGIT_USERS = 64
 """People whose candidates the ranker scores at once."""
 METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
     "hit@10": lambda ranks: hit(ranks, 10),
@@ -45,7 +45,7 @@ _Values = dict[str, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Ranking:
     """Where one scorer put the targets: ranks int64 `[n]`, and what it showed, int64 `[n, SHOWN]`."""
 
     ranks: npt.NDArray[np.int64]
@@ -73,7 +73,7 @@ class ModelScorer:
         scores[:, self.sunk] = -np.inf
         return scores
 
-    def place(self, scores: npt.NDArray[np.float32], part: slice) -> Ranked:
+    def place(self, scores: npt.NDArray[np.float32], part: slice) -> Ranking:
         """Ranks by relevance, and again by the final score among the most relevant."""
         numbers = np.arange(part.start, part.stop)
         rows = self.targets.take(numbers).rows(self.data)
@@ -82,7 +82,7 @@ class ModelScorer:
         depth = min(self.run.config.candidates, scores.shape[1])
         best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
         final = np.take_along_axis(scores, best, axis=1)  # what is masked stays at minus infinity
-        for some in lines(numbers.size, LOGIT_PEOPLE):
+        for some in slices(numbers.size, LOGIT_USERS):
             logits = self.logits(numbers[some], best[some].astype(np.int32))
             final[some] += np.float32(float(self.run.result["blend"])) * utility(logits, self.weights).numpy()
         order = np.argsort(-final, axis=1, kind="stable")[:, :SHOWN]
@@ -90,7 +90,7 @@ class ModelScorer:
         at, place_in = np.nonzero(best == rows[:, None])
         mine = final[at, place_in]
         ranks[at] = np.where(np.isfinite(mine), np.sum(final[at] >= mine[:, None], axis=1) - 1, ranks[at])
-        return Ranked(ranks, np.take_along_axis(best, order, axis=1))
+        return Ranking(ranks, np.take_along_axis(best, order, axis=1))
 
     def logits(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> torch.Tensor:
         """The ranker's logits of `rows` `[n, C]` just before the targets `numbers` `[n]`; float `[n, C, A]`."""
@@ -144,7 +144,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         raise TrainingError(f"{run.path}: the data set has no event that {protocol} could test")
     models = [ModelScorer(one, data, targets) for one in runs]
     baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
-    placed = place_all(models, baselines, data, targets, run.config.repeats)
+    placed = rank_all(models, baselines, data, targets, run.config.repeats)
     ours, beside = placed[: len(models)], placed[len(models) :]
     warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
     counts = popularity_of(data, division.train_end)
@@ -161,7 +161,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         "items": data.items,
         "blend": [one.result["blend"] for one in runs],
         **answer,
-        **tell_future(data),
+        **report_future_events(data),
         "coverage@10": float(np.mean([coverage(one.shown[warm], data.items) for one in ours])),
         "novelty@10": float(np.mean([novelty(one.shown[warm], counts) for one in ours])),
     }
@@ -170,7 +170,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
 def _parts(
     runs: Sequence[LoadedRun],
     baselines: Sequence[Baseline],
-    placed: Sequence[Ranked],
+    placed: Sequence[Ranking],
     data: Interactions,
     targets: Targets,
     warm: npt.NDArray[np.int64],
@@ -182,7 +182,7 @@ def _parts(
     parts = {
         "repeats": (placed, targets, warm[again]),
         "new": (placed, targets, warm[~again]),
-        "new_alone": (place_all(models, baselines, data, alone, repeats=False), alone, np.arange(len(alone))),
+        "new_alone": (rank_all(models, baselines, data, alone, repeats=False), alone, np.arange(len(alone))),
     }
     answer = {}
     for name, (ranked, those, at) in parts.items():
@@ -194,16 +194,16 @@ def _parts(
     return answer
 
 
-def _values(ranked: Ranked) -> _Values:
+def _values(ranked: Ranking) -> _Values:
     return {metric: of(ranked.ranks) for metric, of in METRICS.items()}
 
 
-def _mean_values(ranked: Sequence[Ranked]) -> _Values:
+def _mean_values(ranked: Sequence[Ranking]) -> _Values:
     return {metric: np.mean([of(one.ranks) for one in ranked], axis=0) for metric, of in METRICS.items()}
 
 
 def _summary(
-    ours: Sequence[Ranked], beside: Mapping[str, Ranked], targets: Targets, warm: npt.NDArray[np.int64]
+    ours: Sequence[Ranking], beside: Mapping[str, Ranking], targets: Targets, warm: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
     """Means over seeds and users, with intervals, and the differences to each baseline."""
     model, others = _mean_values(ours), {name: _values(one) for name, one in beside.items()}
@@ -236,12 +236,12 @@ def _compared(
     }
 
 
-def place_all(
+def rank_all(
     models: Sequence[ModelScorer], baselines: Sequence[Baseline], data: Interactions, targets: Targets, repeats: bool
-) -> list[Ranked]:
+) -> list[Ranking]:
     """Ranks the targets by every scorer, some targets at a time."""
-    parts: list[list[Ranked]] = []
-    for part in lines(len(targets)):
+    parts: list[list[Ranking]] = []
+    for part in slices(len(targets)):
         some = targets.take(np.arange(part.start, part.stop))
         seen = None if repeats else seen_before(data, some)
 
@@ -254,16 +254,16 @@ def place_all(
         ranked += [place(masked(baseline.scores(some)), some.rows(data)) for baseline in baselines]
         parts.append(ranked)
     return [
-        Ranked(np.concatenate([one.ranks for one in column]), np.concatenate([one.shown for one in column]))
+        Ranking(np.concatenate([one.ranks for one in column]), np.concatenate([one.shown for one in column]))
         for column in zip(*parts, strict=True)
     ]
 
 
-def place(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranked:
+def place(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranking:
     """Ranks by one score; scores `[n, N]`."""
     size = min(SHOWN, scores.shape[1])
     shown = np.argpartition(-scores, size - 1, axis=1)[:, :size]
-    return Ranked(ranks_of(scores, rows), shown)
+    return Ranking(ranks_of(scores, rows), shown)
 
 
 def _known_rows(data: Interactions, division: Split) -> npt.NDArray[np.bool_]:

@@ -16,13 +16,13 @@ from features.action_rates import ActionRates, Rates
 from features.assemble import ranker_width
 from features.catalog import blocks
 from features.errors import LeakError, TrainingError
-from training.data.clock import tell_future
+from training.data.clock import report_future_events
 from training.data.histories import UserHistories
-from training.data.impressions import NEVER, Shown, read_shown, read_slates
+from training.data.impressions import NEVER, Examples, read_examples, read_slates
 from training.data.interactions import Interactions
-from training.data.point_in_time import features_of_line
+from training.data.point_in_time import features_of_example
 from training.data.split import before_cut, cut_of
-from training.fitting.ranker_impressions import RankerBatch, lesson_of, line_users, logits_of
+from training.fitting.ranker_impressions import RankerBatch, example_users, logits_of, ranker_batch
 from training.metrics import RESAMPLES, Floats, auc, ece, gauc, log_loss, measure
 from training.run import LoadedRun, admit_run, columns_of_run, load_run
 from training.runtime import exact, prepared
@@ -35,7 +35,7 @@ SEARCH_DEPTH = 100
 
 
 @dataclass(frozen=True)
-class Chances:
+class Probabilities:
     """Probabilities of the actions on the same lines; float64 [n, A], or [n] of one action.
 
     Attributes:
@@ -46,13 +46,13 @@ class Chances:
     live: Floats
     slate: Floats
 
-    def of(self, action: int) -> Chances:
+    def of(self, action: int) -> Probabilities:
         """Those of one action."""
-        return Chances(self.live[:, action], self.slate[:, action])
+        return Probabilities(self.live[:, action], self.slate[:, action])
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestedExamples:
     """The impressions after the cut, as runs judge them.
 
     Attributes:
@@ -62,10 +62,10 @@ class Tested:
         chances: The mean of the runs.
     """
 
-    lines: Shown
+    lines: Examples
     live: RankerBatch
     slate: RankerBatch
-    chances: Chances
+    chances: Probabilities
 
 
 def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
@@ -88,17 +88,17 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
     loaded = [load_run(run, data) for run in runs]
     slates = read_slates(Path(data or loaded[0].result["data"]))
     left_out = admit_run(loaded[0], **({} if slates is None else {"impressions": slates.intake}))
-    material, shown = read_tested(loaded, data)
+    material, shown = read_test_material(loaded, data)
     first = loaded[0]
     with prepared(first.config.threads), exact(), torch.inference_mode():
         tested = test(loaded, material.data, shown)
-    left_out |= tell_future(material.data)
+    left_out |= report_future_events(material.data)
     return (
         compared(loaded, material.data.items, tested, baselines(first, material.data, shown, tested.lines)) | left_out
     )
 
 
-def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material, Shown]:
+def read_test_material(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material, Examples]:
     """What the first run learned from, and all impressions.
 
     Raises:
@@ -111,7 +111,7 @@ def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material,
     first = runs[0]
     path = Path(data or first.result["data"])
     material = read_material(first.dataset, first.config, torch.device("cpu"), first.path)
-    shown = read_shown(
+    shown = read_examples(
         path, material.dataset, material.vocabulary, material.data, material.actions, first.config.methods
     )
     if shown is None:
@@ -119,12 +119,14 @@ def read_tested(runs: Sequence[LoadedRun], data: Path | None) -> tuple[Material,
     return material, shown
 
 
-def compared(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mapping[str, Chances]) -> dict[str, Any]:
+def compared(
+    runs: Sequence[LoadedRun], items: int, tested: TestedExamples, beside: Mapping[str, Probabilities]
+) -> dict[str, Any]:
     """Returns what `evaluate_impressions` answers; `beside` are the scorers to compare."""
     labels, people, weights = tested.lines.labels(), tested.lines.people, tested.lines.unequal
     names = [action["name"] for action in runs[0].result["actions"]]
 
-    def figures(chances: Chances) -> dict[str, dict[str, float]]:
+    def figures(chances: Probabilities) -> dict[str, dict[str, float]]:
         return {
             f"{name}/{metric}": value
             for number, name in enumerate(names)
@@ -149,7 +151,7 @@ def compared(runs: Sequence[LoadedRun], items: int, tested: Tested, beside: Mapp
     return answer
 
 
-def test(runs: Sequence[LoadedRun], data: Interactions, shown: Shown) -> Tested:
+def test(runs: Sequence[LoadedRun], data: Interactions, shown: Examples) -> TestedExamples:
     """Asks runs for the impressions after the cut.
 
     Raises:
@@ -167,22 +169,22 @@ def test(runs: Sequence[LoadedRun], data: Interactions, shown: Shown) -> Tested:
         for run, both in zip(runs, lessons, strict=True)
     ]
     live, still = lessons[0]
-    return Tested(lines, live, still, Chances(*np.mean(chances, axis=0)))
+    return TestedExamples(lines, live, still, Probabilities(*np.mean(chances, axis=0)))
 
 
-def _lesson(run: LoadedRun, data: Interactions, lines: Shown) -> RankerBatch:
+def _lesson(run: LoadedRun, data: Interactions, lines: Examples) -> RankerBatch:
     """Lines as the run's bundle would read them."""
     columns, outcomes = columns_of_run(run), ActionRates.of(run.result)
     table = torch.from_numpy(run.item_vectors)
-    users = line_users(run.user_encoder, table, data, lines, run.config)
+    users = example_users(run.user_encoder, table, data, lines, run.config)
     features = np.empty((len(lines), ranker_width(len(outcomes))), np.float32)
     pasts = UserHistories(data, columns)
     for at in range(len(lines)):
-        features[at] = features_of_line(pasts, lines, at, users[at], columns, outcomes)
-    return lesson_of(users, run.item_vectors[lines.rows], features, lines.labels())
+        features[at] = features_of_example(pasts, lines, at, users[at], columns, outcomes)
+    return ranker_batch(users, run.item_vectors[lines.rows], features, lines.labels())
 
 
-def baselines(run: LoadedRun, data: Interactions, shown: Shown, lines: Shown) -> dict[str, Chances]:
+def baselines(run: LoadedRun, data: Interactions, shown: Examples, lines: Examples) -> dict[str, Probabilities]:
     """What plain rates say, all learned before the cut: of everybody, of items, of people, and of all at once.
 
     Args:
@@ -216,12 +218,12 @@ def baselines(run: LoadedRun, data: Interactions, shown: Shown, lines: Shown) ->
         "item_user_surface": outcomes.base + surfaces + item + user,
     }
     chances = {name: 1 / (1 + np.exp(-logits)) for name, logits in odds.items()}
-    return {name: Chances(one, one) for name, one in chances.items()}
+    return {name: Probabilities(one, one) for name, one in chances.items()}
 
 
 def judge(
     labels: npt.NDArray[np.bool_],
-    chances: Chances,
+    chances: Probabilities,
     people: npt.NDArray[np.int64],
     weights: Floats | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -240,7 +242,7 @@ def spread(values: Floats, drawn: Floats) -> dict[str, dict[str, float]]:
 
 def values_of(
     labels: npt.NDArray[np.bool_],
-    chances: Chances,
+    chances: Probabilities,
     people: npt.NDArray[np.int64],
     weights: Floats | None = None,
 ) -> Floats:
@@ -252,7 +254,7 @@ def values_of(
 
 def resampled(
     labels: npt.NDArray[np.bool_],
-    chances: Chances,
+    chances: Probabilities,
     people: npt.NDArray[np.int64],
     weights: Floats | None = None,
 ) -> Floats:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from features.errors import TrainingError
-from features.schema import JUDGMENTS, JUDGMENTS_REQUIRED
-from features.tables.dataset import Loaded, read_table, table_path
+from features.tables.dataset import Loaded, read_table
+from features.tables.files import table_path
+from features.tables.schema import JUDGMENTS, JUDGMENTS_REQUIRED
 from features.transforms import query_inputs
 from training.metrics import graded_ndcg, interval
 from training.run import LoadedRun, admit_run, input_shapes, load_run

@@ -23,7 +23,7 @@ from features.bundle import open_bundle, publish
 from features.catalog import Catalog
 from features.errors import ExportError
 from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
-from training.data.clock import tell_future
+from training.data.clock import report_future_events
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Targets
 from training.export import golden
@@ -121,7 +121,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         people = golden.answers(world, golden.make_people(world))
         (staging / "golden.json").write_text(json.dumps(people, allow_nan=False), encoding="utf-8")
         _write_tables(loaded, data, catalog, staging)
-        future = tell_future(data)
+        future = report_future_events(data)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
     return {

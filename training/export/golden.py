@@ -18,10 +18,11 @@ from features.decayed_counts import DecayedCounts
 from features.golden import TOP, profile_of
 from features.histories import KEYS
 from features.kernels import dot_rows
+from features.keys import event_type_key, item_key
 from features.profile import RING
-from features.schema import EVENTS, event_type_key, item_key
 from features.tables.dataset import Dataset
 from features.tables.event_reader import Events
+from features.tables.schema import EVENTS
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from training.config import TrainConfig
 from training.data.histories import UserHistories

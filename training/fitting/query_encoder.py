@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.config import TrainConfig
-from training.data.batches import sent
+from training.data.batches import to_device
 from training.models.encoders import ItemEncoder, QueryEncoder
 from training.models.losses import sample_items, softmax_loss
 
@@ -51,10 +51,10 @@ def fit_query_encoder(
         for group in optimizer.param_groups:
             group["lr"] = QUERY_RATE * (1 - step / config.query_steps)
         chosen = worded[torch.randint(worded.numel(), (min(QUERY_BATCH, worded.numel()),), generator=generator)]
-        words = sent(_some_words(tokens[chosen], generator), goal.device)
+        words = to_device(_some_words(tokens[chosen], generator), goal.device)
         asked = functional.normalize(query(words), dim=1) * QUERY_SHARPNESS
         rows, positions, _ = sample_items(chosen, level, QUERY_NEGATIVES)
-        items, positions = goal[sent(rows, goal.device)], sent(positions, goal.device)
+        items, positions = goal[to_device(rows, goal.device)], to_device(positions, goal.device)
         loss = softmax_loss(asked, items, positions, chunk=config.loss_chunk)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from training.data.interactions import Interactions
 from training.data.split import Split, Targets, moment_of
 from training.metrics import ndcg
 from training.models.ranker import BLENDS, Ranker, platt, utility
-from training.models.scoring import lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import Modules
 
 RANKER_BATCH = 64
@@ -35,7 +35,7 @@ _SELECTING = 4  # each fourth person chooses the blend and calibrates
 
 
 @dataclass(frozen=True)
-class Candidates:
+class RankerCandidates:
     """What the ranker is asked for some targets, all on the CPU.
 
     Attributes:
@@ -61,7 +61,7 @@ def fit_ranker(asker: CandidateBuilder, division: Split, weights: list[float]) -
         one standard error of the difference.
     """
     config, ranker = asker.config, asker.ranker
-    targets = division.validation.sample(config.validation_people, config.seed)
+    targets = division.validation.sample(config.validation_users, config.seed)
     if not config.ranker_steps or len(targets) < FEWEST_TARGETS:
         return 0.0, {}
     chooses = targets.people % _SELECTING == 0
@@ -100,7 +100,7 @@ class CandidateBuilder:
         self.outcomes, self.learned = outcomes, learned
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
 
-    def candidates(self, targets: Targets, count: int) -> Candidates:
+    def candidates(self, targets: Targets, count: int) -> RankerCandidates:
         """The most relevant items of each person, beside the target.
 
         Fewer than `config.candidates` are drawn at random from these, an eighth of them from the popular items.
@@ -109,7 +109,7 @@ class CandidateBuilder:
         rng = np.random.default_rng(self.config.seed)
         truth = targets.rows(self.data)
         rows = np.empty((len(targets), count + 1), np.int32)
-        for part in lines(len(targets)):
+        for part in slices(len(targets)):
             scores = users[part] @ self.columns.vectors.T
             if not self.config.repeats:
                 mask_seen(scores, seen_before(self.data, targets.take(np.arange(part.start, part.stop))))
@@ -118,7 +118,7 @@ class CandidateBuilder:
         features = np.stack([self._features(targets, users, rows, at) for at in range(len(targets))])
         real = rows != truth[:, None]
         real[:, 0] = True
-        return Candidates(
+        return RankerCandidates(
             users=torch.from_numpy(users),
             rows=torch.from_numpy(rows.astype(np.int64)),
             features=torch.from_numpy(features),
@@ -126,11 +126,11 @@ class CandidateBuilder:
             real=torch.from_numpy(real),
         )
 
-    def logits(self, asked: Candidates) -> Tensor:
+    def logits(self, asked: RankerCandidates) -> Tensor:
         """The ranker's logits, a few people at a time; float `[n, C, A]`."""
         parts = [
             self.ranker(asked.users[part].unsqueeze(1), self.table[asked.rows[part]], asked.features[part])
-            for part in lines(asked.users.shape[0], RANKER_BATCH)
+            for part in slices(asked.users.shape[0], RANKER_BATCH)
         ]
         return torch.cat(parts)
 
@@ -175,7 +175,7 @@ class CandidateBuilder:
         return labels
 
 
-def _learn(ranker: Ranker, table: Tensor, drawn: Candidates, config: TrainConfig) -> None:
+def _learn(ranker: Ranker, table: Tensor, drawn: RankerCandidates, config: TrainConfig) -> None:
     """Binary cross-entropy per action, from relevance on."""
     generator = torch.Generator().manual_seed(config.seed)
     ranker.standardise(drawn.features[drawn.real])
@@ -200,7 +200,7 @@ def _learn(ranker: Ranker, table: Tensor, drawn: Candidates, config: TrainConfig
     ranker.eval()
 
 
-def _choose_blend(whole: Candidates, worth: Tensor) -> tuple[float, dict[str, float]]:
+def _choose_blend(whole: RankerCandidates, worth: Tensor) -> tuple[float, dict[str, float]]:
     """The blend whose final score ranks the targets best among the candidates."""
     relevance = whole.features[..., 0]
     # A target that relevance leaves out of the candidates never reaches the ranker.

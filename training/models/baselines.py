@@ -85,7 +85,7 @@ def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: 
     return counts_of(data, ends, data.seen, newest - days * DAY_MS, newest)
 
 
-class Popular:
+class PopularBaseline:
     """The same order for everybody: number of events, ties as they come."""
 
     def __init__(self, name: str, counts: npt.NDArray[np.float64]) -> None:
@@ -97,7 +97,7 @@ class Popular:
         return np.repeat(self.counts[None], len(targets), axis=0)
 
 
-class Markov:
+class MarkovBaseline:
     """What followed the newest item most often; ties, and what never followed it, by popularity."""
 
     name = "markov"
@@ -125,7 +125,7 @@ class Markov:
         return out
 
 
-class MostUsed:
+class MostUsedBaseline:
     """Each user's own items, the most often used first and of those the newest; then what is popular."""
 
     name = "most_used"
@@ -147,7 +147,7 @@ class MostUsed:
         return out
 
 
-class Neighbors:
+class NeighborsBaseline:
     """Sum of the similarities to the newest items, which count less with every event since."""
 
     name = "item_to_item"
@@ -168,7 +168,7 @@ class Neighbors:
         return out
 
 
-class Ease:
+class EaseBaseline:
     """EASE (arXiv:1905.03375): the closed-form linear autoencoder over items."""
 
     def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], decay: float = 1.0) -> None:
@@ -278,12 +278,16 @@ def build_baselines(
     """
     ends = division.train_end
     counts = popularity_of(data, ends)
-    found: list[Baseline] = [Popular("popular", counts), Markov(data, ends, counts), Neighbors(data, *neighbors)]
+    found: list[Baseline] = [
+        PopularBaseline("popular", counts),
+        MarkovBaseline(data, ends, counts),
+        NeighborsBaseline(data, *neighbors),
+    ]
     if not data.ordered_only:
         recent = recent_popularity_of(data, ends, config.recent_days)
-        found.append(Popular("recent_popular", recent + counts / (counts.max() + 1)))
+        found.append(PopularBaseline("recent_popular", recent + counts / (counts.max() + 1)))
     if data.items <= EASE_MOST_ITEMS:
-        found.append(Ease(data, ends))
+        found.append(EaseBaseline(data, ends))
     if config.repeats:
-        found.append(MostUsed(data, counts))
+        found.append(MostUsedBaseline(data, counts))
     return found

@@ -98,8 +98,8 @@ def had_before(data: Interactions, targets: Targets) -> npt.NDArray[np.bool_]:
 
 def mask_seen(scores: npt.NDArray[np.floating], seen: list[npt.NDArray[np.int32]]) -> None:
     """Sinks each line's seen items to minus infinity, in place; scores `[n, N]`."""
-    lines = np.repeat(np.arange(len(seen)), [rows.size for rows in seen])
-    scores[lines, np.concatenate(seen) if seen else np.empty(0, np.int32)] = -np.inf
+    slices = np.repeat(np.arange(len(seen)), [rows.size for rows in seen])
+    scores[slices, np.concatenate(seen) if seen else np.empty(0, np.int32)] = -np.inf
 
 
 def ranks_of(scores: npt.NDArray[np.floating], rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
@@ -112,7 +112,7 @@ def ranks_of(scores: npt.NDArray[np.floating], rows: npt.NDArray[np.int32]) -> n
     return np.where(np.isfinite(target), before, scores.shape[1])
 
 
-def lines(count: int, size: int = RANK_ROWS) -> Iterator[slice]:
+def slices(count: int, size: int = RANK_ROWS) -> Iterator[slice]:
     """Slices over `count` targets, `size` at a time."""
     for start in range(0, count, size):
         yield slice(start, min(count, start + size))

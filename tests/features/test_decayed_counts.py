@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from features import decay_kernels as decay
 from features import decayed_counts as memory
-from features.schema import event_type_key
+from features.keys import event_type_key
 
 HOUR, DAY, MONTH = memory.HORIZONS.values()
 NOW = 1_700_000_000_000

@@ -1,0 +1,386 @@
+"""Commands around a service: serve, recommend, projector, warehouse, erase, hosts, and the stored profiles."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cli.options import (
+    BundleDir,
+    DataDir,
+    Device,
+    EventsRedis,
+    LogFormat,
+    MetricsListen,
+    Partitions,
+    RedisUrl,
+    ServeConfigFile,
+    StateDir,
+    UsersFile,
+    parse_settings,
+    print_ready,
+    print_result,
+    use_cores,
+)
+
+if TYPE_CHECKING:
+    from features.profile import Purpose
+
+commands = typer.Typer()
+profiles = typer.Typer(help="The stored profiles of users.", no_args_is_help=True)
+
+_Listen = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Address to serve; port 0 takes a free one.", show_default="127.0.0.1:50051"
+    ),
+]
+_ServeRedis = Annotated[
+    str | None,
+    typer.Option(
+        metavar="embedded|URL", help="Redis of the profiles: its URL, or one started here.", show_default="embedded"
+    ),
+]
+_BatchRedis = Annotated[
+    str | None,
+    typer.Option(
+        metavar="embedded|URL",
+        help="Redis of the profiles: its URL, or one started on the data of a service that is stopped.",
+        show_default="embedded",
+    ),
+]
+_Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Processes that serve.", show_default="one per core")
+]
+_Insecure = Annotated[
+    bool | None, typer.Option("--insecure", help="Allow an address beyond this machine without TLS and token.")
+]
+_TlsCertificate = Annotated[
+    Path | None,
+    typer.Option("--tls-cert", metavar="FILE", exists=True, dir_okay=False, help="PEM certificate chain."),
+]
+_TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="PEM private key.")]
+_TokenFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", exists=True, dir_okay=False, help="File with the token that each call must carry."),
+]
+_Holdout = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, metavar="SHARE", help="Share of users, 0 to 1, who get the unpersonalised answer."),
+]
+_AccessLog = Annotated[
+    Literal["off", "errors", "all"] | None,
+    typer.Option(
+        metavar="off|errors|all",
+        help="Requests with a line in the log; of errors one a minute for each method and code.",
+        show_default="errors",
+    ),
+]
+_HealthListen = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Address of /healthz and /readyz over HTTP.", show_default="off"),
+]
+_SharePort = Annotated[
+    bool | None,
+    typer.Option("--share-port", help="Listen where another instance listens already, to take over from it."),
+]
+_ItemsBundle = Annotated[
+    Path | None,
+    typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle whose items are in the catalogue."),
+]
+
+
+@commands.command()
+def serve(
+    bundle: BundleDir,
+    config: ServeConfigFile = None,
+    listen: _Listen = None,
+    redis: _ServeRedis = None,
+    events_redis: EventsRedis = None,
+    workers: _Workers = None,
+    device: Device = None,
+    state_dir: StateDir = None,
+    insecure: _Insecure = None,
+    tls_cert: _TlsCertificate = None,
+    tls_key: _TlsKey = None,
+    token_file: _TokenFile = None,
+    holdout: _Holdout = None,
+    metrics_listen: MetricsListen = None,
+    log_format: LogFormat = None,
+    access_log: _AccessLog = None,
+    health_listen: _HealthListen = None,
+    share_port: _SharePort = None,
+) -> None:
+    """Serves a bundle over gRPC until it is told to stop."""
+    use_cores(1)
+    from serving.config import ServeConfig
+    from serving.processes.service import serve
+
+    settings = ServeConfig.load(
+        config,
+        bundle=bundle,
+        listen=listen,
+        redis=redis,
+        events_redis=events_redis,
+        workers=workers,
+        device=device,
+        state_dir=state_dir,
+        insecure=insecure,
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
+        token_file=token_file,
+        holdout_share=holdout,
+        metrics_listen=metrics_listen,
+        log_format=log_format,
+        access_log=access_log,
+        health_listen=health_listen,
+        share_port=share_port,
+    )
+    raise typer.Exit(serve(settings))
+
+
+@commands.command()
+def recommend(
+    bundle: BundleDir,
+    users: UsersFile,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
+    config: ServeConfigFile = None,
+    redis: _BatchRedis = None,
+    events_redis: EventsRedis = None,
+    state_dir: StateDir = None,
+    items: Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Items for each user.")] = 20,
+    channel: Annotated[
+        str, typer.Option(metavar="NAME", help="Channel that the slates are logged with: email, push.")
+    ] = "batch",
+    surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that is asked for and logged.")] = "",
+    log: Annotated[
+        bool, typer.Option("--log/--no-log", help="Log the slates as impressions; without, they cannot be measured.")
+    ] = True,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Field of the items to write too: title. Repeat for more.")
+    ] = None,
+) -> None:
+    """Answers many users at once as the service would, for e-mail and other channels, and logs the slates."""
+    use_cores(1)
+    from serving.config import ServeConfig
+    from serving.jobs.batch import recommend
+
+    settings = ServeConfig.load(config, bundle=bundle, redis=redis, events_redis=events_redis, state_dir=state_dir)
+    print_result(recommend(settings, users, out, items, channel=channel, surface=surface, log=log, fields=field or ()))
+
+
+@commands.command()
+def projector(
+    redis: RedisUrl,
+    events_redis: EventsRedis = None,
+    partitions: Partitions = None,
+    idle_days: Annotated[
+        float, typer.Option(min=0, metavar="DAYS", help="Days after which an untouched profile is evicted; 0 is never.")
+    ] = 0.0,
+    warehouse: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA", exists=True, file_okay=False, help="With --idle-days: restores the evicted profiles."
+        ),
+    ] = None,
+    metrics_listen: MetricsListen = None,
+    log_format: LogFormat = None,
+    unsafe_redis: Annotated[
+        bool,
+        typer.Option(
+            "--unsafe-redis", envvar="PENCHANT_UNSAFE_REDIS", help="Accept a Redis whose settings may lose data."
+        ),
+    ] = False,
+) -> None:
+    """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
+    use_cores(1)
+    if idle_days and warehouse is None:
+        raise typer.BadParameter("needs --warehouse, to restore evicted profiles from", param_hint="--idle-days")
+    from serving.observability.logs import configure
+    from serving.observability.telemetry import Telemetry
+    from serving.processes.monitor import exposed
+    from serving.projection.projector import Idle, run
+
+    idle = None
+    if idle_days and warehouse:
+        from features.profile import Retention
+        from serving.projection.rebuild import rehydrate
+
+        idle = Idle(idle_days, partial(rehydrate, warehouse, Retention({})))
+    configure(log_format or "text", "projector")
+    telemetry = Telemetry()
+    with exposed(metrics_listen or "", "projector", telemetry) as metrics:
+        events = events_redis or redis
+        ready = partial(print_ready, metrics=metrics)
+        status = run(redis, events, partitions, idle=idle, ready=ready, telemetry=telemetry, unsafe=unsafe_redis)
+        raise typer.Exit(status)
+
+
+@commands.command()
+def warehouse(
+    redis: RedisUrl,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Directory of the Parquet: a data set that grows.")
+    ] = None,
+    events_redis: EventsRedis = None,
+    bundle: _ItemsBundle = None,
+    partitions: Partitions = None,
+    flush: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest wait to be written, in seconds.")] = 30.0,
+    once: Annotated[bool, typer.Option("--once", help="Write what the log holds now, then end.")] = False,
+    retention: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="DAYS", help="Delete days that are older.", show_default="keep all"),
+    ] = None,
+    default_purposes: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What users allow who have set nothing; as `serve` is told.")
+    ] = "personalise,train,measure",
+    ledger: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The service's ledger of erasures, for files put back from a backup."),
+    ] = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Drop the warehouse for good, so that the log keeps nothing for it; end.")
+    ] = False,
+    metrics_listen: MetricsListen = None,
+    log_format: LogFormat = None,
+) -> None:
+    """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
+    use_cores(1)
+    from serving.observability.logs import configure
+    from serving.observability.telemetry import Telemetry
+    from serving.places import local_folder
+    from serving.privacy.ledger import Ledger
+    from serving.processes.monitor import exposed
+    from serving.warehouse.writer import drop, run
+
+    events = events_redis or redis
+    if forget:
+        print_result(drop(events, partitions))
+        return
+    if out is None:
+        raise typer.BadParameter("say where the Parquet goes", param_hint="--out")
+    options: dict[str, Any] = {"flush_s": flush, "once": once, "days": retention}
+    options |= {"default": _purposes(default_purposes), "ledger": None if ledger is None else Ledger(ledger)}
+    configure(log_format or "text", "warehouse")
+    telemetry = Telemetry()
+    with exposed(metrics_listen or "", "warehouse", telemetry) as metrics:
+        ready = partial(print_ready, metrics=metrics)
+        result = run(events, local_folder(out), bundle, partitions, ready=ready, telemetry=telemetry, **options)
+    print_result(result)
+
+
+def _purposes(names: str) -> Purpose:
+    from features.profile import Purpose
+
+    try:
+        return Purpose.of(name for name in names.split(",") if name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--default-purposes") from None
+
+
+@commands.command()
+def erase(
+    redis: RedisUrl,
+    replay: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Ledger of erasures, one per host; repeatable."),
+    ],
+    events_redis: EventsRedis = None,
+    partitions: Partitions = None,
+) -> None:
+    """Makes erasures hold again after a Redis or Parquet was put back from a backup; `serve` does so when it starts.
+
+    The status is 1 if a registered folder of Parquet cannot be reached from this host.
+    """
+    use_cores(1)
+    from serving.jobs.hosts import replay_everywhere
+
+    result = replay_everywhere(replay, redis, events_redis or redis, partitions)
+    for place in result["places"]:
+        print(f"{place['result']}: {place['place']} on {place['host']}, {place['rows']} rows")
+    print_result(result)
+    unreached = [place for place in result["places"] if place["result"] not in ("erased", "in use", "retired")]
+    raise typer.Exit(1 if unreached else 0)
+
+
+@commands.command()
+def hosts(
+    redis: Annotated[str, typer.Option("--redis", metavar="URL", help="Redis of the event log.")],
+    retire: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            help="Copy that is gone for good, its disk destroyed; no erasure waits for it; repeatable.",
+        ),
+    ] = None,
+    partitions: Partitions = None,
+) -> None:
+    """Lists every copy of an event log: warehouses, profile stores, ledgers, batch files and bundles of all hosts."""
+    use_cores(1)
+    from serving.jobs.hosts import hosts
+
+    result = hosts(redis, retire or [], partitions)
+    for copy in result["copies"]:
+        label = " (the log's own)" if copy["own"] else ""
+        waiting = f", {copy['waiting']} erasures wait for it" if copy["waiting"] else ""
+        place = f"{copy['host']}:{copy['place']}{label}"
+        print(f"{copy['copy_id'][:12]}  {copy['kind']:10}{place}: {copy['state']}{waiting}")
+    print_result(result)
+
+
+@profiles.command()
+def rebuild(
+    data: DataDir,
+    redis: RedisUrl,
+    events_redis: EventsRedis = None,
+    partitions: Partitions = None,
+    retention: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE=DAYS", help="Leave out events of a type that are older than this; repeatable."),
+    ] = None,
+    max_rejected_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="Share of a table's rows that may be malformed.", show_default="0.01"
+        ),
+    ] = None,
+) -> None:
+    """Builds the profiles from a data set, such as the warehouse, in place of those that are stored."""
+    use_cores(1)
+    from features.profile import Retention
+    from serving.projection.rebuild import rebuild
+
+    days = {name: _days(name, value) for name, value in parse_settings(retention or []).items()}
+    options = {} if max_rejected_share is None else {"max_rejected_share": max_rejected_share}
+    result = rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days), **options)
+    print_result(result)
+
+
+def _days(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not value > 0:
+        raise typer.BadParameter(f"{name}: a number of days above 0, not {value!r}", param_hint="--retention")
+    return float(value)
+
+
+@profiles.command()
+def show(
+    user: Annotated[
+        str, typer.Argument(metavar="USER", help="Id of the user; of an anonymous user a: and the anonymous id.")
+    ],
+    redis: RedisUrl,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle that names items, not keys."),
+    ] = None,
+    partitions: Partitions = None,
+) -> None:
+    """Shows one profile as a user would read it; of a damaged one what is wrong, and the status is 1."""
+    use_cores(1)
+    from serving.projection.rebuild import show
+
+    profile = show(user, redis, bundle, partitions=partitions)
+    print_result(profile)
+    raise typer.Exit(1 if profile["damage"] else 0)

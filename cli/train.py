@@ -1,0 +1,185 @@
+"""Commands from data to a bundle: data, validate, features, train, evaluate, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cli.options import (
+    DataDir,
+    Device,
+    MovedData,
+    RunDir,
+    SourceFile,
+    TrainConfigFile,
+    TrainSettings,
+    parse_settings,
+    print_result,
+    use_cores,
+)
+
+commands = typer.Typer()
+
+
+@commands.command()
+def data(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a known data set; an unknown one lists them.")],
+    out: Annotated[Path, typer.Option(metavar="DATA", help="Directory to write.")],
+    source: SourceFile = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="An option of that data set; an unknown one lists them; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Turns a known data set into the canonical tables."""
+    use_cores()
+    from training.data.datasets import prepare
+
+    print_result(prepare(name, source, out, **parse_settings(options or [])))
+
+
+@commands.command()
+def validate(
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", exists=True, file_okay=False, help="Data set directory.")
+    ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Redis of the event log of a running service, instead of a data set."),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE",
+            exists=True,
+            file_okay=False,
+            help="With --live, the bundle that names the items; with a warehouse, the one whose inputs to replay.",
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CHECK=SHARE", help="Share of rows, 0 to 1, that a check lets pass; repeatable."),
+    ] = None,
+) -> None:
+    """Checks a data set, or what a running service logs.
+
+    A check that fails says what to correct. The status is 1 if one fails, or if there was nothing to check.
+    """
+    use_cores()
+    if (data is None) == (live is None):
+        raise typer.BadParameter("give either DATA or --live URL", param_hint="DATA")
+    limits = parse_settings(allow or [])
+    if wrong := [name for name, share in limits.items() if not isinstance(share, int | float)]:
+        raise typer.BadParameter(f"{wrong[0]} needs a number: write CHECK=SHARE", param_hint="--allow")
+    if data is not None:
+        report = _validate_data(data, bundle, limits)
+    else:
+        from serving.jobs.live_checks import validate_live
+
+        assert live is not None
+        report = validate_live(live, bundle, limits)
+    _print_checks(report)
+    print_result(report)
+    raise typer.Exit(0 if report["passed"] else 1)
+
+
+def _validate_data(data: Path, bundle: Path | None, limits: dict[str, float]) -> dict[str, Any]:
+    """Checks a data set; with a bundle also that its logged features are those that a replay computes."""
+    from features.tables.validate import validate
+
+    allowed = limits.pop("served_features", None) if bundle else None
+    report: dict[str, Any] = validate(data, limits)
+    if bundle is not None:
+        from serving.jobs.skew import ALLOWED, replay
+
+        check = replay(data, bundle, ALLOWED if allowed is None else allowed)
+        if check["slates"]:
+            report["checks"].append(check)
+        else:
+            report["skipped"][check["name"]] = "no slate of this bundle was logged with its features (log_features)"
+    return report
+
+
+def _print_checks(report: dict[str, Any]) -> None:
+    """Prints a line for each check, and adds to the report whether all of them passed."""
+    for check in report["checks"]:
+        print(f"{'PASS' if check['passed'] else 'FAIL'}  {check['name']}: {check['detail']}")
+    for name, reason in report["skipped"].items():
+        print(f"SKIP  {name}: {reason}")
+    # A check of nothing proves nothing, so it does not pass.
+    report["passed"] = bool(report["checks"]) and all(check["passed"] for check in report["checks"])
+    if not report["checks"]:
+        print("FAIL  nothing was checked: a data set or a log needs events")
+
+
+@commands.command()
+def features(
+    data: Annotated[
+        Path | None, typer.Option(metavar="DATA", exists=True, file_okay=False, help="Data set to measure coverage in.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle whose items to measure.")
+    ] = None,
+) -> None:
+    """Lists every feature: type, window, meaning and, over a data set or a bundle, coverage."""
+    use_cores(1)
+    from features.feature_report import features
+
+    report = features(data, bundle)
+    for row in report["features"]:
+        share = "" if row["coverage"] is None else f" ({row['coverage']:.0%})"
+        print(f"{row['input']:8}{row['name']:22}{row['type']:9}{row['window']:20}{row['meaning']}{share}")
+    print_result(report)
+
+
+@commands.command()
+def train(
+    data: DataDir,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; an unfinished one is resumed.")],
+    config: TrainConfigFile = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of everything random.")] = None,
+    settings: TrainSettings = None,
+) -> None:
+    """Trains the encoders and the ranker."""
+    use_cores()
+    from training.config import load_config
+    from training.train import train
+
+    print_result(train(data, out, load_config(config, settings or [], device, seed)))
+
+
+@commands.command()
+def evaluate(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="Training runs; several are seeds of one."),
+    ],
+    protocol: Annotated[
+        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search", "cold-items"],
+        typer.Option(help="How the test part is cut and asked."),
+    ] = "leave-one-out",
+    data: MovedData = None,
+) -> None:
+    """Measures runs by ranking the full catalogue, and the baselines on the same targets."""
+    use_cores()
+    from training.evaluation.evaluate import evaluate
+
+    print_result(evaluate(runs, protocol, data))
+
+
+@commands.command()
+def export(
+    run: RunDir,
+    out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory of the new bundle.")],
+    data: MovedData = None,
+) -> None:
+    """Turns a run into a bundle, if it passes every parity gate."""
+    use_cores()
+    from training.export.export import export
+
+    print_result(export(run, out, data=data))

@@ -1,0 +1,43 @@
+"""The keys that stand for ids and event types in stored profiles and in bundles: hashes, so that no registry exists."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def event_type_key(name: str) -> int:
+    """The uint32 that stands for an event type in a stored record: CRC-32 of its UTF-8 name, so no registry exists."""
+    return zlib.crc32(name.encode())
+
+
+def event_type_keys(names: Sequence[str]) -> npt.NDArray[np.uint32]:
+    """``event_type_key`` of each name; there are few distinct ones, so each is computed once."""
+    known = {name: event_type_key(name) for name in set(names)}
+    return np.fromiter((known[name] for name in names), np.uint32, len(names))
+
+
+def _digest(external: str | None) -> bytes:
+    return hashlib.blake2b(external.encode(), digest_size=8).digest() if external else bytes(8)
+
+
+def item_key(external: str | None) -> int:
+    """The uint64 key of an external id: BLAKE2b-64 of its UTF-8 bytes, little endian; 0 (none) for None and ``""``.
+
+    Creators and categories use the same function; which of them a key means is known from where it stands.
+    """
+    return int.from_bytes(_digest(external), "little")
+
+
+def item_keys(externals: Sequence[str | None]) -> npt.NDArray[np.uint64]:
+    """``item_key`` of each id, as uint64[n]."""
+    return np.frombuffer(b"".join(map(_digest, externals)), "<u8").astype(np.uint64)
+
+
+def bare_name(name: str) -> str:
+    """Returns the letters and digits of a name in lower case: `user_id`, `USER ID` and `user.id` are the same name."""
+    return "".join(character for character in name.lower() if character.isalnum())
