@@ -74,7 +74,7 @@ def fidelity(
 def _some(targets: Targets, people: int, draw: np.random.Generator) -> Targets:
     """One target each of some people."""
     order = draw.permutation(len(targets))
-    _, first = np.unique(targets.people[order], return_index=True)
+    _, first = np.unique(targets.users[order], return_index=True)
     chosen = order[np.sort(first)[:people]]
     return targets.take(np.sort(chosen))
 
@@ -92,7 +92,7 @@ def _online(
     run: LoadedRun, data: Interactions, targets: Targets, bundle: Path
 ) -> tuple[list[list[int]], dict[str, int], int]:
     """Pages as rows, best first, as the service makes them; answers by rung; degraded answers."""
-    names = [data.people[person] for person in targets.people.tolist()]
+    names = [data.users[person] for person in targets.users.tolist()]
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state"
         write_dataset(Path(folder) / "data", _before(run, data, targets), run.dataset.items, name="histories")
@@ -109,7 +109,7 @@ def _online(
 
 def _before(run: LoadedRun, data: Interactions, targets: Targets) -> pa.Table:
     """The events before each target, of the chosen people only."""
-    starts = data.offsets[targets.people]
+    starts = data.offsets[targets.users]
     keep = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, targets.positions, strict=True)])
     return run.dataset.events.take(pa.array(keep))
 

@@ -116,7 +116,7 @@ def _lightgbm(
 
 def _ahead(names: Sequence[str], tested: TestedExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
     """Every metric of ours minus LightGBM's, with intervals by drawing the same people for both."""
-    labels, people = tested.lines.labels(), tested.lines.people
+    labels, people = tested.lines.labels(), tested.lines.users
     found: dict[str, dict[str, float]] = {}
     for action, name in enumerate(names):
         both = tested.chances.of(action), peer.of(action)

@@ -121,7 +121,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
             tables["statistics"] = learned.statistics
             columns = dataclasses.replace(columns, statistics=learned.statistics)
             asker = CandidateBuilder(
-                modules, table, material.data, columns, learned.outcomes, material.actions, config, bool(said)
+                modules, table, material.data, columns, learned.action_rates, material.actions, config, bool(said)
             )
             blend, gain = fit_ranker(asker, material.division, weights)
     save_modules(out / "query.safetensors", {"query": modules.query})
@@ -287,7 +287,7 @@ def _facts(material: Material, weights: list[float]) -> dict[str, Any]:
     return {
         "data_fingerprint": material.dataset.info["fingerprint"],
         "feature_fingerprint": FEATURES.fingerprint(),
-        "people": len(data.people),
+        "people": len(data.users),
         "items": data.items,
         "events": int(data.rows.size),
         "event_types": data.event_types,

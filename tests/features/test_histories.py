@@ -103,20 +103,20 @@ def test_training_remembers_what_a_rebuild_folds(
         for module in (features.tables.dataset, features.tables.event_reader):
             monkeypatch.setattr(module, "BATCH_ROWS", 64)
     folder = written(tmp_path / "data", events_of(1100, np.random.default_rng(5), resolved))
-    data, pasts = trained(folder)
+    data, histories = trained(folder)
     assert (data.origins.max() > 0) == resolved
     assert data.origins.flags.writeable == resolved  # what carries nothing needs no room on the disk
     histories = Histories(folder)
-    for number, name in enumerate(data.people):
+    for number, name in enumerate(data.users):
         own = histories.of(f"u:{name}")
         for position in (1, 40, 290, len(own.records)):
             profile: Profile = own.replayed(int(own.log_ids[position - 1]))
-            past = pasts.before(number, position)
+            past = histories.before(number, position)
             assert past.categories.tolist() == profile.records["category"].tolist()
             assert past.creators.tolist() == profile.records["creator"].tolist()
             assert past.memory.keys.tolist() == profile.memory.keys.tolist()
             assert past.memory.counts.tobytes() == profile.memory.counts.tobytes()
-        assert pasts.whole(number).segment() == profile.memory.segment()
+        assert histories.whole(number).segment() == profile.memory.segment()
 
 
 def test_keys_stay_with_their_events_in_samples_and_where_items_are_hidden(tmp_path: Path) -> None:
@@ -125,16 +125,16 @@ def test_keys_stay_with_their_events_in_samples_and_where_items_are_hidden(tmp_p
     every = np.arange(data.rows.size)
     told = {
         (name, int(data.timestamps[at]), int(data.rows[at])): data.logged(slice(at, at + 1)).keys.tolist()
-        for number, name in enumerate(data.people)
+        for number, name in enumerate(data.users)
         for at in every[data.offsets[number] : data.offsets[number + 1]].tolist()
     }
     hidden, _ = trained(folder, TrainConfig(cold_item_share=0.5))
     assert 0 < hidden.rows.size < data.rows.size
     some = data.sample(np.diff(data.offsets), 300, seed=1)
     assert 0 < some.rows.size < data.rows.size
-    sizes = {size: name for name, size in zip(data.people, np.diff(data.offsets).tolist(), strict=True)}
+    sizes = {size: name for name, size in zip(data.users, np.diff(data.offsets).tolist(), strict=True)}
     for part in (hidden, some):
-        for number, name in enumerate(part.people):
+        for number, name in enumerate(part.users):
             begin, end = int(part.offsets[number]), int(part.offsets[number + 1])
             owner = name or sizes[end - begin]
             for at in range(begin, end):

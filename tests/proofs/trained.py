@@ -63,7 +63,7 @@ class Trained:
             config = TrainConfig(target_types=list(types))
             self._data = read_interactions(self._dataset, self._vocabulary, config)
             self._pasts = UserHistories(self._data, catalog.columns)
-            self.numbers = {name: number for number, name in enumerate(self._data.people)}
+            self.numbers = {name: number for number, name in enumerate(self._data.users)}
             self._log_ids = self._dataset.events["log_id"].to_numpy()
 
     def differing(self, subject: str, profile: Profile) -> list[str]:
@@ -95,17 +95,17 @@ class Trained:
         assert shown is not None
         names = ranker_names([action.name for action in actions])
         facts = {"event_types": list(types), "actions": [action.model_dump() for action in actions]}
-        outcomes = ActionRates.of(facts)
+        action_rates = ActionRates.of(facts)
         for slate, (columns, size) in zip(slates, then, strict=True):
             # What was put later was unknown then: the catalogue's doing, not the history's.
             rows = np.where(self._data.rows < size, self._data.rows, -1).astype(np.int32)
-            pasts = _AsRead(dataclasses.replace(self._data, rows=rows), columns, types)
-            own = (shown.people == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
+            histories = _AsRead(dataclasses.replace(self._data, rows=rows), columns, types)
+            own = (shown.users == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
             lines = shown.take(np.flatnonzero(own))
             assert len(lines) == len(slate["item_ids"])
             for at in range(len(lines)):
                 user = np.zeros(columns.vectors.shape[1], np.float32)
-                found = features_of_example(pasts, lines, at, user, columns, outcomes)
+                found = features_of_example(histories, lines, at, user, columns, action_rates)
                 served = np.array(slate["features"][lines.places[at]], np.float32)
                 differs = found.view(np.uint32) != served.view(np.uint32)
                 yield from (

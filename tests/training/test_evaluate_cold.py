@@ -51,7 +51,7 @@ def test_nothing_but_their_events_is_missing(run: Path, whole: Interactions) -> 
     loaded = load_run(run)
     visible = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
     kept = ~draw_cold_items(ITEMS, loaded.config)[whole.rows]
-    assert list(visible.people) == list(whole.people)
+    assert list(visible.users) == list(whole.users)
     assert 0 < kept.sum() < kept.size
     for name in ("rows", "types", "timestamps", "target", "seen"):
         assert (getattr(visible, name) == getattr(whole, name)[kept]).all(), name
@@ -113,17 +113,17 @@ def test_targets_come_after_all_that_was_trained_on(run: Path, whole: Interactio
     assert len(asked.targets) > 10
     assert hidden[asked.rows].all()
     ends = split(asked.visible, loaded.config).fit_end
-    assert (asked.targets.positions >= ends[asked.targets.people]).all()
+    assert (asked.targets.positions >= ends[asked.targets.users]).all()
     newest: dict[int, int] = {}
-    for person in range(len(whole.people)):
+    for person in range(len(whole.users)):
         part = slice(whole.offsets[person], whole.offsets[person + 1])
         rows = whole.rows[part]
         # By hand: hidden items that follow the last but one visible event or stand at the end.
         shown = np.flatnonzero(~hidden[rows])
         fitted = shown[ends[person] - 1] if ends[person] else -1
         newest[person] = sum(1 for at, row in enumerate(rows) if hidden[row] and at > fitted and (shown < at).any())
-    found = np.bincount(asked.targets.people, minlength=len(whole.people))
-    assert found.tolist() == [newest[person] for person in range(len(whole.people))]
+    found = np.bincount(asked.targets.users, minlength=len(whole.users))
+    assert found.tolist() == [newest[person] for person in range(len(whole.users))]
 
 
 def test_content_places_hidden_items_where_they_belong(run: Path) -> None:

@@ -138,8 +138,8 @@ def test_the_events_of_hidden_items_leave_what_is_read_beside_them_too(tmp_path:
     assert (hidden.done[left] == known.done[left]).all()
     assert (hidden.done[~np.isin(known.rows, some.rows)] == NEVER).all()
     for at in range(len(hidden)):
-        own = some.rows[some.offsets[hidden.people[at]] :][: hidden.positions[at]]
-        before = whole.rows[whole.offsets[known.people[at]] :][: known.positions[at]]
+        own = some.rows[some.offsets[hidden.users[at]] :][: hidden.positions[at]]
+        before = whole.rows[whole.offsets[known.users[at]] :][: known.positions[at]]
         assert own.tolist() == before[np.isin(before, some.rows)].tolist()
 
 
@@ -193,7 +193,7 @@ def test_labels_join_by_person_where_events_name_no_request(tmp_path: Path) -> N
     lines = world(write(tmp_path, events, slates, 1)).shown
     asked = {
         (int(p), int(t - START) / HOUR): bool(done)
-        for p, t, done in zip(lines.people, lines.times, lines.labels()[:, 0], strict=True)
+        for p, t, done in zip(lines.users, lines.times, lines.labels()[:, 0], strict=True)
     }
     assert [asked[key] for key in sorted(asked)] == [True, False, False, True]
 
@@ -280,7 +280,7 @@ def test_statistics_are_those_of_the_events_so_far(feed: World) -> None:
         shown, clicked = (int((mine & (feed.data.types == kind)).sum()) for kind in kinds)
         assert statistics[row, 0] == pytest.approx(np.log1p(shown))
         # The rate is pulled to others', so it lies between them and what happened.
-        rate = 1 / (1 + np.exp(-(statistics[row, 2] + teller.at(moment).outcomes.base[0])))
+        rate = 1 / (1 + np.exp(-(statistics[row, 2] + teller.at(moment).action_rates.base[0])))
         assert abs(rate - clicked / max(shown, 1)) < 0.4
     assert not teller.at(START).statistics.any()
 

@@ -163,7 +163,7 @@ def test_wrong_clocks_move_neither_what_is_recent_nor_what_is_tested(
     for protocol in ("temporal-successive", "temporal-last"):
         targets = [held_out(data, config, protocol) for data in (clean, mixed)]  # type: ignore[arg-type]
         times = [
-            data.timestamps[data.offsets[own.people] + own.positions]
+            data.timestamps[data.offsets[own.users] + own.positions]
             for data, own in zip((clean, mixed), targets, strict=True)
         ]
         assert times[1].max() <= mixed.trusted_until

@@ -56,7 +56,7 @@ def test_blocks_change_nothing(people: list[list[int]]) -> None:
             ends = split(data, LEAVE_ONE_OUT).train_end
             test = held_out(data, temporal, "temporal-successive")
             markov = MarkovBaseline(data, ends, popularity_of(data, ends))
-            found = [ends, split(data, temporal).fit_end, test.people, test.positions, counts_of(data, ends)]
+            found = [ends, split(data, temporal).fit_end, test.users, test.positions, counts_of(data, ends)]
             return [array.tolist() for array in (*found, markov.next, markov.starts, markov.counts)]
 
     assert made(3) == made(1 << 20)
@@ -147,7 +147,7 @@ def test_the_growing_world_has_the_size_asked_for(tmp_path: Path) -> None:
     _, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, LEAVE_ONE_OUT, tmp_path)
     assert data.items == 500
-    assert [data.people[0], data.people[199]] == ["person-0", "person-199"]
+    assert [data.users[0], data.users[199]] == ["person-0", "person-199"]
     assert not [file for file in tmp_path.iterdir() if file.is_file()]  # its files have no names
     assert isinstance(
         TrainingBatches(data, split(data, LEAVE_ONE_OUT).train_end, LEAVE_ONE_OUT, torch.device("cpu")).epoch(0), Plan

@@ -110,8 +110,8 @@ def read_examples(
     slates = _slates(path, methods)
     if slates is None:
         return None
-    lines, requests = _lines(slates, vocabulary, data, len(actions), data.beside(dataset.events["log_id"]))
-    _follow(lines, requests, data.beside(dataset.events["request_id"]), data, actions)
+    lines, requests = _lines(slates, vocabulary, data, len(actions), data.aligned(dataset.events["log_id"]))
+    _follow(lines, requests, data.aligned(dataset.events["request_id"]), data, actions)
     return lines
 
 
@@ -160,7 +160,7 @@ def _lines(
     slate = np.repeat(np.arange(slates.num_rows), sizes)
     names, which = codes(pa.chunked_array([listed.flatten()]))
     rows = vocabulary.rows_of_keys(item_keys(names))[which]
-    numbers = {name: number for number, name in enumerate(data.people)}
+    numbers = {name: number for number, name in enumerate(data.users)}
     users, who = codes(slates["user_id"])
     people = np.array([numbers.get(name, -1) for name in users], np.int64)[who][slate]
     surfaces, where = codes(slates["surface"].fill_null(""))  # type: ignore[arg-type]
@@ -229,9 +229,9 @@ def _follow(
         numbers = {name: number for number, name in enumerate(known)}
         asked = np.array([numbers.get(name, -1) for name in requests], np.int64)
     else:
-        whose, asked = data.owner(), lines.people
-    outcomes = ActionRates.of({"event_types": data.event_types, "actions": [action.model_dump() for action in actions]})
-    _, acted = outcomes.marks(data.types, data.values)
+        whose, asked = data.owner(), lines.users
+    action_rates = ActionRates.of({"event_types": data.event_types, "actions": [action.model_dump() for action in actions]})
+    _, acted = action_rates.marks(data.types, data.values)
     wanted = asked * data.items + lines.rows
     for number, action in enumerate(actions):
         done = np.flatnonzero(acted[number])

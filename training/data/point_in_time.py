@@ -38,13 +38,13 @@ class StatisticsSnapshot:
         statistics: By row of the catalogue, see `features.catalog.Columns`; float32 [N, S].
     """
 
-    outcomes: ActionRates
+    action_rates: ActionRates
     statistics: npt.NDArray[np.float32]
 
     def facts(self) -> dict[str, Any]:
         """The part that a run's result and a bundle's manifest hold."""
-        rates = {name: [float(rate) for rate in rates] for name, rates in self.outcomes.surfaces.items()}
-        return {"base_rates": [float(rate) for rate in self.outcomes.base], "surface_rates": rates}
+        rates = {name: [float(rate) for rate in rates] for name, rates in self.action_rates.surfaces.items()}
+        return {"base_rates": [float(rate) for rate in self.action_rates.base], "surface_rates": rates}
 
 
 class PointInTimeStatistics:
@@ -60,13 +60,13 @@ class PointInTimeStatistics:
     ) -> None:
         """Takes the events and impressions; of the events only each person's leading `ends`, int64 [U], ever count."""
         facts = {"event_types": data.event_types, "actions": [action.model_dump() for action in actions]}
-        self.data, self.columns, self.shown, self.outcomes = data, columns, shown, ActionRates.of(facts)
+        self.data, self.columns, self.shown, self.action_rates = data, columns, shown, ActionRates.of(facts)
         # Where no action says what shows items, nothing is known of what was shown, and so of no rate.
         self.logged = any(action.shown_types for action in actions)
         if not self.logged:
             return
         usable = np.arange(data.rows.size) < np.repeat(data.offsets[:-1] + ends, np.diff(data.offsets))
-        seen, acted = self.outcomes.marks(data.types, data.values)
+        seen, acted = self.action_rates.marks(data.types, data.values)
         began = np.cumsum(seen, axis=1)
         before = np.concatenate([np.zeros((len(actions), 1), np.int64), began], axis=1)[:, data.offsets[:-1]]
         counts = began - np.repeat(before, np.diff(data.offsets), axis=1) > 0
@@ -76,7 +76,7 @@ class PointInTimeStatistics:
         """What was known just before a moment, ms."""
         if not self.logged:
             return StatisticsSnapshot(
-                self.outcomes, np.zeros((self.data.items, statistics_width(len(self.outcomes))), np.float32)
+                self.action_rates, np.zeros((self.data.items, statistics_width(len(self.action_rates))), np.float32)
             )
         early = self.data.timestamps < moment
         seen, acted = (self._by_row(marks & early) for marks in (self.seen, self.acted))
@@ -88,14 +88,14 @@ class PointInTimeStatistics:
         often = np.log1p(np.stack([seen.max(1), _summed(self.columns.creator, seen).max(1)], 1))
         statistics = np.concatenate([often, item - base, creator - base, category - base], axis=1)
         surfaces = self._surfaces(moment, base)
-        outcomes = dataclasses.replace(self.outcomes, base=base[0], surfaces=surfaces)
-        return StatisticsSnapshot(outcomes, statistics.astype(np.float32))
+        action_rates = dataclasses.replace(self.action_rates, base=base[0], surfaces=surfaces)
+        return StatisticsSnapshot(action_rates, statistics.astype(np.float32))
 
     def surfaces_at(self, learned: StatisticsSnapshot, moment: int) -> ActionRates:
         """The same, with what was known of the surfaces just before a moment."""
         if not self.logged:
-            return learned.outcomes
-        return dataclasses.replace(learned.outcomes, surfaces=self._surfaces(moment, learned.outcomes.base[None]))
+            return learned.action_rates
+        return dataclasses.replace(learned.action_rates, surfaces=self._surfaces(moment, learned.action_rates.base[None]))
 
     def _by_row(self, marks: npt.NDArray[np.bool_]) -> _F64:
         counts = [np.bincount(self.data.rows[mine], minlength=self.data.items) for mine in marks]
@@ -149,27 +149,27 @@ def example_features(
         every_hours: Hours between two moments at which statistics are learned.
         last: The last such moment, ms; lines after it see what was known then.
     """
-    out = np.empty((len(lines), ranker_width(len(teller.outcomes))), np.float32)
-    pasts = UserHistories(teller.data, teller.columns)
-    for part, columns, outcomes in _replay(teller, lines, round(every_hours * HOUR_MS), last):
+    out = np.empty((len(lines), ranker_width(len(teller.action_rates))), np.float32)
+    histories = UserHistories(teller.data, teller.columns)
+    for part, columns, action_rates in _replay(teller, lines, round(every_hours * HOUR_MS), last):
         for at in range(part.start, part.stop):
-            out[at] = features_of_example(pasts, lines, at, users[at], columns, outcomes)
+            out[at] = features_of_example(histories, lines, at, users[at], columns, action_rates)
     return out
 
 
 def features_of_example(
-    pasts: UserHistories,
+    histories: UserHistories,
     lines: Examples,
     at: int,
     user: npt.NDArray[np.float32],
     columns: Columns,
-    outcomes: ActionRates,
+    action_rates: ActionRates,
 ) -> npt.NDArray[np.float32]:
-    """What the ranker reads of line `at`, where `columns` and `outcomes` hold what is known of items; float32 [F]."""
+    """What the ranker reads of line `at`, where `columns` and `action_rates` hold what is known of items; float32 [F]."""
     row = lines.rows[at : at + 1]
-    past = pasts.before(int(lines.people[at]), int(lines.positions[at]))
+    past = histories.before(int(lines.users[at]), int(lines.positions[at]))
     moment = Moment(int(lines.times[at]), lines.surfaces[lines.where[at]], lines.places[at : at + 1])
-    found = ranker_features(past, row, dot_rows(columns.vectors, row, user), columns, outcomes, moment)
+    found = ranker_features(past, row, dot_rows(columns.vectors, row, user), columns, action_rates, moment)
     only: npt.NDArray[np.float32] = found[0]
     return only
 

@@ -77,7 +77,7 @@ def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[
         "protocol": "cold-items",
         "runs": [str(run.path) for run in loaded],
         "seeds": [run.config.seed for run in loaded],
-        "users": int(np.unique(np.concatenate([one.targets.people for one in asked])).size),
+        "users": int(np.unique(np.concatenate([one.targets.users for one in asked])).size),
         "targets": sum(len(one.targets) for one in asked),
         "warm_targets": sum(len(one.targets) for one in known),
         "items": items,
@@ -139,5 +139,5 @@ def _ranks(run: LoadedRun, asked: Asked) -> npt.NDArray[np.int64]:
 
 
 def _pooled(ranks: Sequence[npt.NDArray[np.int64]], asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
-    people, places = np.concatenate([one.targets.people for one in asked]), np.concatenate(ranks)
+    people, places = np.concatenate([one.targets.users for one in asked]), np.concatenate(ranks)
     return {name: interval(of(places), people) for name, of in _METRICS.items()}

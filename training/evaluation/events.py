@@ -63,8 +63,8 @@ class ModelScorer:
         self.users = user_vectors(run.user_encoder, table, data, targets, run.config.max_length)
         self.sunk = ~run.trained & (not run.result["content"])
         self.columns = columns_of_run(run)
-        self.pasts = UserHistories(data, self.columns)
-        self.outcomes, self.timed = ActionRates.of(run.result), run.result["ranker_source"] == "impressions"
+        self.histories = UserHistories(data, self.columns)
+        self.action_rates, self.timed = ActionRates.of(run.result), run.result["ranker_source"] == "impressions"
         self.weights = torch.tensor(run.result["action_weights"])
 
     def relevance(self, part: slice) -> npt.NDArray[np.float32]:
@@ -98,14 +98,14 @@ class ModelScorer:
         relevance = np.einsum("nd,ncd->nc", users, vectors)
         features = [
             ranker_features(
-                self.pasts.before(int(person), int(position)),
+                self.histories.before(int(person), int(position)),
                 rows[at],
                 relevance[at],
                 self.columns,
-                self.outcomes,
+                self.action_rates,
                 moment_of(self.data, some, at) if self.timed else Moment(),
             )
-            for at, (person, position) in enumerate(zip(some.people, some.positions, strict=True))
+            for at, (person, position) in enumerate(zip(some.users, some.positions, strict=True))
         ]
         with torch.inference_mode():
             found: torch.Tensor = self.run.ranker(
@@ -155,7 +155,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         "protocol": protocol,
         "runs": [str(one.path) for one in runs],
         "seeds": [one.config.seed for one in runs],
-        "users": int(np.unique(targets.people).size),
+        "users": int(np.unique(targets.users).size),
         "targets": len(targets),
         "cold": len(targets) - warm.size,
         "items": data.items,
@@ -222,7 +222,7 @@ def _compared(
     model: _Values, others: Mapping[str, _Values], targets: Targets, at: npt.NDArray[np.int64]
 ) -> dict[str, dict[str, Any]]:
     """The model's metrics on some targets, the baselines', and the differences between them."""
-    people = targets.people[at]
+    people = targets.users[at]
     return {
         "metrics": {metric: interval(values[at], people) for metric, values in model.items()},
         "baselines": {

@@ -123,7 +123,7 @@ def compared(
     runs: Sequence[LoadedRun], items: int, tested: TestedExamples, beside: Mapping[str, Probabilities]
 ) -> dict[str, Any]:
     """Returns what `evaluate_impressions` answers; `beside` are the scorers to compare."""
-    labels, people, weights = tested.lines.labels(), tested.lines.people, tested.lines.unequal
+    labels, people, weights = tested.lines.labels(), tested.lines.users, tested.lines.unequal_weights
     names = [action["name"] for action in runs[0].result["actions"]]
 
     def figures(chances: Probabilities) -> dict[str, dict[str, float]]:
@@ -161,7 +161,7 @@ def test(runs: Sequence[LoadedRun], data: Interactions, shown: Examples) -> Test
     lines = shown.between(cut_of(data, config), NEVER)
     if not len(lines):
         raise TrainingError("the data set has no impression of a known person after the cut")
-    known = np.minimum(lines.positions, before_cut(data, config)[lines.people])
+    known = np.minimum(lines.positions, before_cut(data, config)[lines.users])
     slate = dataclasses.replace(lines, positions=known)
     lessons = [[_lesson(run, data, some) for some in (lines, slate)] for run in runs]
     chances = [
@@ -174,13 +174,13 @@ def test(runs: Sequence[LoadedRun], data: Interactions, shown: Examples) -> Test
 
 def _lesson(run: LoadedRun, data: Interactions, lines: Examples) -> RankerBatch:
     """Lines as the run's bundle would read them."""
-    columns, outcomes = columns_of_run(run), ActionRates.of(run.result)
+    columns, action_rates = columns_of_run(run), ActionRates.of(run.result)
     table = torch.from_numpy(run.item_vectors)
     users = example_users(run.user_encoder, table, data, lines, run.config)
-    features = np.empty((len(lines), ranker_width(len(outcomes))), np.float32)
-    pasts = UserHistories(data, columns)
+    features = np.empty((len(lines), ranker_width(len(action_rates))), np.float32)
+    histories = UserHistories(data, columns)
     for at in range(len(lines)):
-        features[at] = features_of_example(pasts, lines, at, users[at], columns, outcomes)
+        features[at] = features_of_example(histories, lines, at, users[at], columns, action_rates)
     return ranker_batch(users, run.item_vectors[lines.rows], features, lines.labels())
 
 
@@ -198,24 +198,24 @@ def baselines(run: LoadedRun, data: Interactions, shown: Examples, lines: Exampl
     """
     cut = cut_of(data, run.config)
     before = shown.between(-1, cut)
-    rate = np.average(before.labels(cut), axis=0, weights=before.unequal)
-    outcomes = ActionRates.of(run.result)
+    rate = np.average(before.labels(cut), axis=0, weights=before.unequal_weights)
+    action_rates = ActionRates.of(run.result)
     base = np.log((rate + 1e-6) / (1 - rate + 1e-6))
     item = blocks(run.statistics)[0][lines.rows].astype(np.float64)
     ends = before_cut(data, run.config)
-    people, which = np.unique(lines.people, return_inverse=True)
+    people, which = np.unique(lines.users, return_inverse=True)
     columns = columns_of_run(run)
-    rates, pasts = np.empty((people.size, len(outcomes))), UserHistories(data, columns)
+    rates, histories = np.empty((people.size, len(action_rates))), UserHistories(data, columns)
     for at, person in enumerate(people.tolist()):
-        past = pasts.before(person, int(ends[person]))
-        rates[at] = Rates.of(outcomes, past.types, past.values).long - outcomes.base
+        past = histories.before(person, int(ends[person]))
+        rates[at] = Rates.of(action_rates, past.types, past.values).long - action_rates.base
     user = rates[which]
-    surfaces = np.stack([outcomes.surface(name) for name in lines.surfaces])[lines.where]
+    surfaces = np.stack([action_rates.surface(name) for name in lines.surfaces])[lines.where]
     odds = {
         "base_rate": np.broadcast_to(base, item.shape),
         "item_rate": base + item,
         "user_rate": base + user,
-        "item_user_surface": outcomes.base + surfaces + item + user,
+        "item_user_surface": action_rates.base + surfaces + item + user,
     }
     chances = {name: 1 / (1 + np.exp(-logits)) for name, logits in odds.items()}
     return {name: Probabilities(one, one) for name, one in chances.items()}

@@ -24,8 +24,8 @@ Table = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 def segments_of(data: Interactions, columns: Columns) -> npt.NDArray[np.uint64]:
     """The segment of each person after all of their events, as serving reads it; 0 for none; uint64 `[U]`."""
-    pasts = UserHistories(data, columns)
-    return np.array([pasts.whole(person).segment() for person in range(data.offsets.size - 1)], np.uint64)
+    histories = UserHistories(data, columns)
+    return np.array([histories.whole(person).segment() for person in range(data.offsets.size - 1)], np.uint64)
 
 
 def popular_in_segments(data: Interactions, columns: Columns, recent_days: float) -> dict[int, Table]:

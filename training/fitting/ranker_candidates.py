@@ -64,7 +64,7 @@ def fit_ranker(asker: CandidateBuilder, division: Split, weights: list[float]) -
     targets = division.validation.sample(config.validation_users, config.seed)
     if not config.ranker_steps or len(targets) < FEWEST_TARGETS:
         return 0.0, {}
-    chooses = targets.people % _SELECTING == 0
+    chooses = targets.users % _SELECTING == 0
     if not asker.learned:
         drawn = asker.candidates(targets.take(np.flatnonzero(~chooses)), RANKER_NEGATIVES)
         _learn(ranker, asker.table, drawn, config)
@@ -87,7 +87,7 @@ class CandidateBuilder:
         table: Tensor,
         data: Interactions,
         columns: Columns,
-        outcomes: ActionRates,
+        action_rates: ActionRates,
         actions: tuple[Action, ...],
         config: TrainConfig,
         learned: bool = False,
@@ -96,8 +96,8 @@ class CandidateBuilder:
         self.user, self.ranker = modules.user.eval(), modules.ranker.cpu()
         self.device_table, self.table = table, table.cpu()
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
-        self.pasts = UserHistories(data, columns)
-        self.outcomes, self.learned = outcomes, learned
+        self.histories = UserHistories(data, columns)
+        self.action_rates, self.learned = action_rates, learned
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
 
     def candidates(self, targets: Targets, count: int) -> RankerCandidates:
@@ -157,13 +157,13 @@ class CandidateBuilder:
     def _features(
         self, targets: Targets, users: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], at: int
     ) -> npt.NDArray[np.float32]:
-        past = self.pasts.before(int(targets.people[at]), int(targets.positions[at]))
+        past = self.histories.before(int(targets.users[at]), int(targets.positions[at]))
         relevance = self.columns.vectors[rows[at]] @ users[at]
         moment = moment_of(self.data, targets, at) if self.learned else Moment()
-        return ranker_features(past, rows[at], relevance, self.columns, self.outcomes, moment)
+        return ranker_features(past, rows[at], relevance, self.columns, self.action_rates, moment)
 
     def _labels(self, targets: Targets, width: int) -> npt.NDArray[np.float32]:
-        events = self.data.offsets[targets.people] + targets.positions
+        events = self.data.offsets[targets.users] + targets.positions
         labels = np.zeros((len(targets), width, len(self.actions)), np.float32)
         for number, action in enumerate(self.actions):
             names = self.data.event_types

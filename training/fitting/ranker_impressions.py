@@ -106,7 +106,7 @@ def example_users(
     """The person's vector just before each line, zeros for somebody without a history; float32 [n, D]."""
     users = np.zeros((len(lines), table.shape[1]), np.float32)
     known = np.flatnonzero(lines.positions > 0)
-    targets = Targets(lines.people[known], lines.positions[known])
+    targets = Targets(lines.users[known], lines.positions[known])
     users[known] = user_vectors(encoder.eval(), table, data, targets, config.max_length)
     return users
 
@@ -128,7 +128,7 @@ def learn(ranker: Ranker, feed: RankerDataset, config: TrainConfig) -> dict[str,
     ranker.load_state_dict(best)
     logits = logits_of(ranker, held)
     slopes = [platt(logits[:, a], held.labels[:, a], steady=STEADY)[0] for a in range(logits.shape[1])]
-    report = _report(logits, held, train, feed.lines.people[feed.validates])
+    report = _report(logits, held, train, feed.lines.users[feed.validates])
     ranker.load_state_dict(start)
     _pass(ranker, feed.lesson, config, epochs, None)
     # Half an event more of both kinds, for what nobody has done yet may still be done.

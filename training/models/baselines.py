@@ -117,7 +117,7 @@ class MarkovBaseline:
 
     def scores(self, targets: Targets) -> Scores:
         """Bigram counts, plus a fraction below one for popularity."""
-        newest = self.data.rows[self.data.offsets[targets.people] + targets.positions - 1]
+        newest = self.data.rows[self.data.offsets[targets.users] + targets.positions - 1]
         out = np.repeat(self.popularity[None], len(targets), axis=0)
         for line, row in enumerate(newest):
             part = slice(self.starts[row], self.starts[row + 1])
@@ -136,7 +136,7 @@ class MostUsedBaseline:
     def scores(self, targets: Targets) -> Scores:
         """Counts of the user's events that make their item seen, plus a fraction below one for how late the last is."""
         out = np.repeat(self.popularity[None], len(targets), axis=0)
-        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             start = int(self.data.offsets[person])
             part = slice(start, start + int(position))
             rows = self.data.rows[part][self.data.seen[part]]
@@ -160,7 +160,7 @@ class NeighborsBaseline:
     def scores(self, targets: Targets) -> Scores:
         """Weighted sums over the newest 50 events."""
         out = np.zeros((len(targets), self.data.items), np.float32)
-        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             rows = _newest(self.data, person, position, 50)
             weights = (HISTORY_DECAY ** np.arange(rows.size)[::-1]).astype(np.float32)
             near = self.neighbors[rows]
@@ -179,9 +179,9 @@ class EaseBaseline:
         for block in data.blocks():
             chosen = block.position < ends[block.owner]
             owner, rows = block.owner[chosen], data.rows[block.events][chosen]
-            for start in range(block.people.start, block.people.stop, 4096):
+            for start in range(block.users.start, block.users.stop, 4096):
                 some = slice(*np.searchsorted(owner, [start, start + 4096]))
-                had = torch.zeros(min(4096, block.people.stop - start), data.items)
+                had = torch.zeros(min(4096, block.users.stop - start), data.items)
                 had[owner[some] - start, rows[some].astype(np.int64)] = 1
                 gram += had.T @ had
         gram.diagonal().add_(EASE_LAMBDA)
@@ -193,7 +193,7 @@ class EaseBaseline:
     def scores(self, targets: Targets) -> Scores:
         """The weighted history times the learned matrix."""
         history = torch.zeros(len(targets), self.data.items)
-        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             rows = _newest(self.data, person, position, position)
             history[line, torch.from_numpy(rows.astype(np.int64))] = torch.from_numpy(
                 (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
@@ -223,7 +223,7 @@ def neighbors_of(
     chosen = chosen[_among_newest(owner[chosen])]
     pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
     people, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
-    person_starts = np.searchsorted(people, np.arange(len(data.people) + 1))
+    person_starts = np.searchsorted(people, np.arange(len(data.users) + 1))
     by_item = np.argsort(rows, kind="stable")
     item_starts = np.searchsorted(rows[by_item], np.arange(data.items + 1))
     return _cosines(rows, person_starts, people[by_item], item_starts, min(keep, max(1, data.items - 1)))

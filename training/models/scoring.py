@@ -52,7 +52,7 @@ def _encode_last(
     lengths = np.minimum(targets.positions[at], max_length)
     for group in in_batches(lengths, ENCODE_TOKENS):
         some = at[group]
-        starts = data.offsets[targets.people[some]]
+        starts = data.offsets[targets.users[some]]
         batch = to_batch(data, starts, starts + targets.positions[some], max_length, table.device)
         out[some] = encoder.last(gather(table, batch), batch.types, batch.lengths).float().cpu().numpy()
 
@@ -66,7 +66,7 @@ def _encode_shared(
     max_length: int,
     out: npt.NDArray[np.float32],
 ) -> None:
-    people, inverse = np.unique(targets.people[at], return_inverse=True)
+    people, inverse = np.unique(targets.users[at], return_inverse=True)
     longest = np.zeros(people.size, np.int64)
     np.maximum.at(longest, inverse, targets.positions[at])
     by_person = np.split(at[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])
@@ -81,7 +81,7 @@ def _encode_shared(
 
 def seen_before(data: Interactions, targets: Targets) -> list[npt.NDArray[np.int32]]:
     """The items that each person had before each target, by the events that make items seen."""
-    starts = data.offsets[targets.people]
+    starts = data.offsets[targets.users]
     lists = []
     for start, position in zip(starts.tolist(), targets.positions.tolist(), strict=True):
         rows = data.rows[start : start + position]
