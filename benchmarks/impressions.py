@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import facts
-from features.errors import ConfigError, TrainingError
+from features.errors import SettingsError, TrainingError
 from training.data.impressions import Examples
 from training.data.point_in_time import PointInTimeStatistics
 from training.evaluation.impressions import (
@@ -55,11 +55,11 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
 
     Raises:
         TrainingError: The run did not learn from impressions, or LightGBM failed.
-        ConfigError: There is no such interpreter.
+        SettingsError: There is no such interpreter.
     """
     began = time.monotonic()
     if not python.exists():
-        raise ConfigError(f"{python} is missing: make it as benchmarks/peers/lightgbm.txt says")
+        raise SettingsError(f"{python} is missing: make it as benchmarks/peers/lightgbm.txt says")
     loaded = load_run(run, data)
     if loaded.result["ranker_source"] != "impressions":
         raise TrainingError(f"{run}: its ranker did not learn from impressions, so there is nothing to compare")

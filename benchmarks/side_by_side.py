@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers.turns import Histories
-from features.errors import ConfigError
+from features.errors import SettingsError
 from features.limits import cores
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
@@ -130,7 +130,7 @@ def speed(
         them to the highest NDCG@10 that this peer reached.
 
     Raises:
-        ConfigError: A peer's environment is missing.
+        SettingsError: A peer's environment is missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         histories, settings = _histories(data, config)
@@ -188,7 +188,7 @@ def _compare(curves: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Rates, and seconds to the highest validation NDCG@10 that every curve reaches."""
     if any(not lines for lines in curves.values()):
         silent = ", ".join(name for name, lines in curves.items() if not lines)
-        raise ConfigError(f"no validation of {silent} within its time: give --budget more, or validate more often")
+        raise SettingsError(f"no validation of {silent} within its time: give --budget more, or validate more often")
     goal = min(max(line["ndcg@10"] for line in lines) for lines in curves.values())
     trainers: dict[str, dict[str, Any]] = {}
     for name, lines in curves.items():
@@ -235,7 +235,7 @@ def _histories(data: Path, config: TrainConfig) -> tuple[Histories, dict[str, An
     histories = Histories(
         rows=events.rows[kept].astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(division.train_end)]).astype(np.int64),
-        people=targets.people,
+        people=targets.users,
         targets=targets.rows(events).astype(np.int64),
         items=events.items,
     )
@@ -246,7 +246,7 @@ def _interpreter(place: Path, name: str) -> Path:
     found = place if place.is_file() else place / "bin" / "python"
     if not found.exists():
         file = PEERS / f"{name.removesuffix('_equal')}.txt"
-        raise ConfigError(f"{found} is missing: {file} says how to make the environment, or leave it out with --only")
+        raise SettingsError(f"{found} is missing: {file} says how to make the environment, or leave it out with --only")
     return found.absolute()  # not resolved: an environment is known by the place of its interpreter
 
 

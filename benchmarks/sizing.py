@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.report import BenchmarkError, facts
 from benchmarks.service import running
 from penchant.client import Client, event
-from serving.processes.log_watch import FRESH_S
+from serving.processes.store_metrics import FRESH_S
 from serving.projection.rebuild import rebuild
 from serving.redis.embedded import RedisServer
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.report import facts
 from benchmarks.side_by_side import speed
-from features.errors import ConfigError
+from features.errors import SettingsError
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
 from training.data.batches import TrainingBatches
@@ -61,7 +61,7 @@ def quality(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) ->
     runs = _runs(data, config, seeds, out)
     protocol = {"leave-one-out": "leave-one-out", "temporal": "temporal-successive"}.get(config.protocol)
     if protocol is None:
-        raise ConfigError("protocol is none, so nothing is held out to measure: take a configuration that holds out")
+        raise SettingsError("protocol is none, so nothing is held out to measure: take a configuration that holds out")
     return {**evaluate(runs, protocol, data), "training": _trained(runs), "config": config.model_dump()}
 
 
@@ -78,7 +78,7 @@ def _runs(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> l
         run, wanted = out / f"seed-{seed}", config.model_copy(update={"seed": seed})
         if (run / "result.json").exists():
             if TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8")) != wanted:
-                raise ConfigError(f"{run} was trained with another configuration: give another --out, or delete it")
+                raise SettingsError(f"{run} was trained with another configuration: give another --out, or delete it")
         else:
             train(data, run, wanted)
         runs.append(run)
@@ -159,7 +159,7 @@ def _train_for(data: Path, config: TrainConfig, sizes: Sequence[int], budget: fl
         undisturbed = config.model_copy(update={"validate_every": 1e6, "checkpoint_seconds": 1e6})
         train(data, Path(folder) / "run", undisturbed, on_step)
     if len(marks) < 2:
-        raise ConfigError(
+        raise SettingsError(
             f"an epoch has {len(sizes)} steps, too few to measure: take more data or a lower batch_tokens"
         )
     (began, first), (ended, last) = marks

@@ -13,8 +13,8 @@ from cli.options import (
     EmbeddedRedis,
     MovedData,
     RunDir,
+    Settings,
     TrainConfigFile,
-    TrainSettings,
     UsersFile,
     print_result,
     use_cores,
@@ -196,7 +196,7 @@ def training(
         typer.Option(help="Speed against other trainers, quality of seeds, cold items, or arithmetic rate."),
     ] = "speed",
     config: TrainConfigFile = None,
-    settings: TrainSettings = None,
+    settings: Settings = None,
     budget: Annotated[
         float, typer.Option(min=1, metavar="S", help="Seconds of training for each trainer (speed, arithmetic).")
     ] = 600,

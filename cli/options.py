@@ -29,7 +29,7 @@ TrainConfigFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="YAML file of settings, or the name of one that comes along: movielens."),
 ]
-TrainSettings = Annotated[
+Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A single setting, over those of the file; repeatable."),
 ]
@@ -38,7 +38,7 @@ ServeConfigFile = Annotated[
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
-    typer.Option(help="Where the models run; auto takes a GPU where one works.", show_default="auto"),
+    typer.Option(help="Where the models run; auto takes a GPU where one works."),
 ]
 UsersFile = Annotated[
     Path,
@@ -58,17 +58,15 @@ EventsRedis = Annotated[
 ]
 Partitions = Annotated[
     int | None,
-    typer.Option(
-        min=1, metavar="N", help="Partitions of a new event log.", show_default="those of the log; 16 for a new one"
-    ),
+    typer.Option(min=1, metavar="N", help="Partitions of a new event log; of an existing one as it has."),
 ]
 StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where an embedded Redis keeps its data.")]
 MetricsListen = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Address of the metrics, for Prometheus.", show_default="off")
+    str | None, typer.Option(metavar="HOST:PORT", help="Address of the metrics, for Prometheus; none without.")
 ]
 LogFormat = Annotated[
     Literal["text", "json"] | None,
-    typer.Option(metavar="text|json", help="Format of the log's lines on standard error.", show_default="text"),
+    typer.Option(metavar="text|json", help="Format of the log's lines on standard error."),
 ]
 
 

@@ -18,6 +18,7 @@ from cli.options import (
     Partitions,
     RedisUrl,
     ServeConfigFile,
+    Settings,
     StateDir,
     UsersFile,
     parse_settings,
@@ -34,27 +35,20 @@ profiles = typer.Typer(help="The stored profiles of users.", no_args_is_help=Tru
 
 _Listen = Annotated[
     str | None,
-    typer.Option(
-        metavar="HOST:PORT", help="Address to serve; port 0 takes a free one.", show_default="127.0.0.1:50051"
-    ),
+    typer.Option(metavar="HOST:PORT", help="Address to serve; port 0 takes a free one."),
 ]
 _ServeRedis = Annotated[
     str | None,
-    typer.Option(
-        metavar="embedded|URL", help="Redis of the profiles: its URL, or one started here.", show_default="embedded"
-    ),
+    typer.Option(metavar="embedded|URL", help="Redis of the profiles: its URL, or one started here."),
 ]
 _BatchRedis = Annotated[
     str | None,
     typer.Option(
         metavar="embedded|URL",
         help="Redis of the profiles: its URL, or one started on the data of a service that is stopped.",
-        show_default="embedded",
     ),
 ]
-_Workers = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Processes that serve.", show_default="one per core")
-]
+_Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that serve; else one per core.")]
 _Insecure = Annotated[
     bool | None, typer.Option("--insecure", help="Allow an address beyond this machine without TLS and token.")
 ]
@@ -76,12 +70,11 @@ _AccessLog = Annotated[
     typer.Option(
         metavar="off|errors|all",
         help="Requests with a line in the log; of errors one a minute for each method and code.",
-        show_default="errors",
     ),
 ]
 _HealthListen = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="Address of /healthz and /readyz over HTTP.", show_default="off"),
+    typer.Option(metavar="HOST:PORT", help="Address of /healthz and /readyz over HTTP; none without."),
 ]
 _SharePort = Annotated[
     bool | None,
@@ -113,14 +106,19 @@ def serve(
     access_log: _AccessLog = None,
     health_listen: _HealthListen = None,
     share_port: _SharePort = None,
+    settings: Settings = None,
 ) -> None:
-    """Serves a bundle over gRPC until it is told to stop."""
+    """Serves a bundle over gRPC until it is told to stop.
+
+    docs/settings.md lists every setting with its default; options win over --set, and that over variables and the file.
+    """
     use_cores(1)
     from serving.config import ServeConfig
-    from serving.processes.service import serve
+    from serving.processes.supervisor import serve
 
-    settings = ServeConfig.load(
+    loaded = ServeConfig.load(
         config,
+        settings or [],
         bundle=bundle,
         listen=listen,
         redis=redis,
@@ -139,7 +137,7 @@ def serve(
         health_listen=health_listen,
         share_port=share_port,
     )
-    raise typer.Exit(serve(settings))
+    raise typer.Exit(serve(loaded))
 
 
 @commands.command()
@@ -162,14 +160,16 @@ def recommend(
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Field of the items to write too: title. Repeat for more.")
     ] = None,
+    settings: Settings = None,
 ) -> None:
     """Answers many users at once as the service would, for e-mail and other channels, and logs the slates."""
     use_cores(1)
     from serving.config import ServeConfig
     from serving.jobs.batch import recommend
 
-    settings = ServeConfig.load(config, bundle=bundle, redis=redis, events_redis=events_redis, state_dir=state_dir)
-    print_result(recommend(settings, users, out, items, channel=channel, surface=surface, log=log, fields=field or ()))
+    options = {"bundle": bundle, "redis": redis, "events_redis": events_redis, "state_dir": state_dir}
+    loaded = ServeConfig.load(config, settings or [], **options)
+    print_result(recommend(loaded, users, out, items, channel=channel, surface=surface, log=log, fields=field or ()))
 
 
 @commands.command()
@@ -177,13 +177,13 @@ def projector(
     redis: RedisUrl,
     events_redis: EventsRedis = None,
     partitions: Partitions = None,
-    idle_days: Annotated[
-        float, typer.Option(min=0, metavar="DAYS", help="Days after which an untouched profile is evicted; 0 is never.")
-    ] = 0.0,
+    evict_after_days: Annotated[
+        float | None, typer.Option(min=0, metavar="DAYS", help="Days after which an inactive profile is evicted.")
+    ] = None,
     warehouse: Annotated[
         Path | None,
         typer.Option(
-            metavar="DATA", exists=True, file_okay=False, help="With --idle-days: restores the evicted profiles."
+            metavar="DATA", exists=True, file_okay=False, help="With --evict-after-days: restores the evicted profiles."
         ),
     ] = None,
     metrics_listen: MetricsListen = None,
@@ -197,19 +197,19 @@ def projector(
 ) -> None:
     """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
     use_cores(1)
-    if idle_days and warehouse is None:
-        raise typer.BadParameter("needs --warehouse, to restore evicted profiles from", param_hint="--idle-days")
+    if evict_after_days and warehouse is None:
+        raise typer.BadParameter("needs --warehouse, to restore evicted profiles from", param_hint="--evict-after-days")
     from serving.observability.logs import configure
     from serving.observability.telemetry import Telemetry
-    from serving.processes.monitor import exposed
+    from serving.processes.metrics_page import exposed
     from serving.projection.projector import Idle, run
 
     idle = None
-    if idle_days and warehouse:
+    if evict_after_days and warehouse:
         from features.profile import Retention
         from serving.projection.rebuild import rehydrate
 
-        idle = Idle(idle_days, partial(rehydrate, warehouse, Retention({})))
+        idle = Idle(evict_after_days, partial(rehydrate, warehouse, Retention({})))
     configure(log_format or "text", "projector")
     telemetry = Telemetry()
     with exposed(metrics_listen or "", "projector", telemetry) as metrics:
@@ -228,15 +228,20 @@ def warehouse(
     events_redis: EventsRedis = None,
     bundle: _ItemsBundle = None,
     partitions: Partitions = None,
-    flush: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest wait to be written, in seconds.")] = 30.0,
+    flush: Annotated[
+        float | None, typer.Option(min=0.1, metavar="S", help="Longest wait to be written, in seconds.")
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Write what the log holds now, then end.")] = False,
     retention: Annotated[
         float | None,
-        typer.Option(min=1, metavar="DAYS", help="Delete days that are older.", show_default="keep all"),
+        typer.Option(min=1, metavar="DAYS", help="Delete days that are older; none are without."),
     ] = None,
     default_purposes: Annotated[
-        str, typer.Option(metavar="NAME,...", help="What users allow who have set nothing; as `serve` is told.")
-    ] = "personalise,train,measure",
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Purposes that users allow until they set their consent, as `serve` has them."
+        ),
+    ] = None,
     ledger: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The service's ledger of erasures, for files put back from a backup."),
@@ -249,11 +254,11 @@ def warehouse(
 ) -> None:
     """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
     use_cores(1)
+    from serving.folder_identity import local_folder
     from serving.observability.logs import configure
     from serving.observability.telemetry import Telemetry
-    from serving.places import local_folder
     from serving.privacy.ledger import Ledger
-    from serving.processes.monitor import exposed
+    from serving.processes.metrics_page import exposed
     from serving.warehouse.writer import drop, run
 
     events = events_redis or redis
@@ -262,8 +267,9 @@ def warehouse(
         return
     if out is None:
         raise typer.BadParameter("say where the Parquet goes", param_hint="--out")
-    options: dict[str, Any] = {"flush_s": flush, "once": once, "days": retention}
-    options |= {"default": _purposes(default_purposes), "ledger": None if ledger is None else Ledger(ledger)}
+    options: dict[str, Any] = {"once": once, "days": retention, "ledger": None if ledger is None else Ledger(ledger)}
+    options |= {} if flush is None else {"flush_s": flush}
+    options |= {} if default_purposes is None else {"default": _purposes(default_purposes)}
     configure(log_format or "text", "warehouse")
     telemetry = Telemetry()
     with exposed(metrics_listen or "", "warehouse", telemetry) as metrics:
@@ -343,9 +349,7 @@ def rebuild(
     ] = None,
     max_rejected_share: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, metavar="SHARE", help="Share of a table's rows that may be malformed.", show_default="0.01"
-        ),
+        typer.Option(min=0, max=1, metavar="SHARE", help="Share of a table's rows that may be malformed."),
     ] = None,
 ) -> None:
     """Builds the profiles from a data set, such as the warehouse, in place of those that are stored."""

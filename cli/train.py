@@ -12,9 +12,9 @@ from cli.options import (
     Device,
     MovedData,
     RunDir,
+    Settings,
     SourceFile,
     TrainConfigFile,
-    TrainSettings,
     parse_settings,
     print_result,
     use_cores,
@@ -143,7 +143,7 @@ def train(
     config: TrainConfigFile = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of everything random.")] = None,
-    settings: TrainSettings = None,
+    settings: Settings = None,
 ) -> None:
     """Trains the encoders and the ranker."""
     use_cores()

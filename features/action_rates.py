@@ -19,7 +19,7 @@ from features.profile import RING
 HALF_LIVES = (40, 4)
 """Showings after which a showing weighs half, in a person's long and short memory."""
 
-PERSON_STRENGTH = 4.0
+USER_STRENGTH = 4.0
 MATCH_STRENGTH = 2.0
 """Showings that the expectation of a rate is worth: of a person, and of a person with some of the items."""
 
@@ -116,8 +116,8 @@ class Rates:
         if not types.size:
             return cls(outcomes.base, outcomes.base, np.zeros((0, 2 * len(outcomes)), np.float64))
         weights, brief = outcomes.weights(types, values)
-        long = _rate(weights.sum(axis=0)[None], outcomes.base[None], PERSON_STRENGTH)
-        return cls(long[0], _rate(brief.sum(axis=0)[None], long, PERSON_STRENGTH)[0], weights)
+        long = _rate(weights.sum(axis=0)[None], outcomes.base[None], USER_STRENGTH)
+        return cls(long[0], _rate(brief.sum(axis=0)[None], long, USER_STRENGTH)[0], weights)
 
     def among(self, keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64]) -> _F64:
         """Log-odds above the person's own, among the events that share a candidate's key; float64 [n, A]."""

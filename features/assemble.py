@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.action_rates import PERSON_STRENGTH, ActionRates, Rates
+from features.action_rates import USER_STRENGTH, ActionRates, Rates
 from features.catalog import Catalog, Columns, blocks
 from features.decayed_counts import DecayedCounts
 from features.decayed_counts import empty as nothing_remembered
@@ -102,8 +102,8 @@ class History:
         timestamps: Time of the event, ms; int64.
         values: Value of the event, NaN where it has none; float32.
         chosen: The user chose the item: it was neither only shown nor refused; bool.
-        memory: What all events of the profile add up to, also older ones.
-        kinds: As `types`, of the event types in the memory; int32 [k].
+        decayed_counts: The sums of all events of the profile, also of those older than these.
+        kinds: As `types`, of the event types in the decayed counts; int32 [k].
     """
 
     rows: npt.NDArray[np.int32]
@@ -113,7 +113,7 @@ class History:
     timestamps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
     chosen: npt.NDArray[np.bool_]
-    memory: DecayedCounts = field(default_factory=nothing_remembered)
+    decayed_counts: DecayedCounts = field(default_factory=nothing_remembered)
     kinds: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     def __len__(self) -> int:
@@ -173,7 +173,7 @@ def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -
         np.ascontiguousarray(records["timestamp"]),
         np.ascontiguousarray(records["value"]),
         are_choices(records["event_type"]),
-        *remembered(profile.memory, type_index),
+        *counts_and_kinds(profile.decayed_counts, type_index),
     )
 
 
@@ -203,7 +203,9 @@ def chosen_rows(past: History) -> npt.NDArray[np.int32]:
     return past.rows[past.chosen & (past.rows >= 0)]
 
 
-def remembered(memory: DecayedCounts, type_index: Mapping[int, int]) -> tuple[DecayedCounts, npt.NDArray[np.int32]]:
+def counts_and_kinds(
+    memory: DecayedCounts, type_index: Mapping[int, int]
+) -> tuple[DecayedCounts, npt.NDArray[np.int32]]:
     """A memory, and its event types as a bundle sees them; int32 [k]."""
     return memory, types_of_keys(memory.keys[memory.of("event_type")].astype(np.uint32), type_index)
 
@@ -237,7 +239,7 @@ def seen_rows(profile: Profile, catalog: Catalog, seen_keys: npt.NDArray[np.uint
     """
     records = profile.records
     recent = records["item"][np.isin(records["event_type"], seen_keys)]
-    rows = catalog.rows_of_keys(np.concatenate([recent, profile.evicted]))
+    rows = catalog.rows_of_keys(np.concatenate([recent, profile.older_items]))
     return rows[rows >= 0]
 
 
@@ -342,8 +344,8 @@ def ranker_features(
     if known:
         out[:, 15:17] = statistics[:, :2]
     out[:, 17] = np.log1p(_since(mine, of_item))
-    if past.memory.visit_events and past.memory.newest:
-        in_visit = past.timestamps >= past.memory.visit_began
+    if past.decayed_counts.visit_events and past.decayed_counts.newest:
+        in_visit = past.timestamps >= past.decayed_counts.visit_began
         out[:, 18] = np.isin(mine, of_item[in_visit])
     if moment.now_ms:
         out[:, 19:common], month_rate = _lasting(past, columns, rows, outcomes, moment.now_ms)
@@ -371,7 +373,7 @@ def _lasting(
     past: History, columns: Columns, rows: npt.NDArray[np.int32], outcomes: ActionRates, now_ms: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """What the decayed counts and the visit say at a time, ms: float64 [n, 11] of the items, [A] of the person."""
-    memory, counts = past.memory, past.memory.at(now_ms)
+    memory, counts = past.decayed_counts, past.decayed_counts.at(now_ms)
     out = np.zeros((rows.size, 11), np.float64)
     for place, name in enumerate(("category", "creator")):
         part = memory.of(name)
@@ -389,7 +391,7 @@ def _lasting(
     month = np.ascontiguousarray(events[:, 2])
     shown, acted = ((marks[:, past.kinds] * month).sum(axis=1) for marks in (outcomes.shown, outcomes.acted))
     base = outcomes.base[None]
-    return out, log_odds(acted[None], shown[None], base, PERSON_STRENGTH)[0] - outcomes.base
+    return out, log_odds(acted[None], shown[None], base, USER_STRENGTH)[0] - outcomes.base
 
 
 def _item_keys(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:

@@ -58,7 +58,7 @@ def _power_plain(ticks: int) -> float:
 
 
 @kernel()
-def left(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
+def decay_factors(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
     """What is left, at a time, of what was 1 at the beginning of the half-life that another time lies in.
 
     Args:
@@ -77,8 +77,8 @@ def left(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
     return out
 
 
-def left_plain(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
-    """The plain twin of `left`."""
+def decay_factors_plain(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
+    """The plain twin of `decay_factors`."""
     first = min(max(newest, -FARTHEST), FARTHEST)
     last = min(max(now, first), FARTHEST)
     return np.array(
@@ -106,7 +106,7 @@ def _place(keys: _Keys, counts: _Counts, start: int, size: int, room: int, key: 
 
 
 @kernel(error_model="numpy")
-def remember(
+def fold_counts(
     facts: _Ints,
     keys: _Keys,
     counts: _Counts,
@@ -191,7 +191,7 @@ def remember(
     return told, table[used], tally[used]
 
 
-def remember_plain(
+def fold_counts_plain(
     facts: _Ints,
     keys: _Keys,
     counts: _Counts,
@@ -205,7 +205,7 @@ def remember_plain(
     types: npt.NDArray[np.uint32],
     times: _Ints,
 ) -> tuple[_Ints, _Keys, _Counts]:
-    """The plain twin of `remember`."""
+    """The plain twin of `fold_counts`."""
     newest, began, visit, *sizes = facts.tolist()
     every = iter(list(zip(keys.tolist(), counts, strict=True)))
     tables = [dict(islice(every, size)) for size in sizes]

@@ -15,7 +15,7 @@ from operator import gt
 import numpy as np
 import numpy.typing as npt
 
-from features.decay_kernels import TICKS, left, remember
+from features.decay_kernels import TICKS, decay_factors, fold_counts
 from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.keys import event_type_key
 
@@ -40,7 +40,7 @@ _MOST = 2**32 - 1
 
 FACTS_SIZE = _FACTS.size
 CELL_SIZE = 8 + 4 * len(HORIZONS)
-LARGEST_MEMORY = FACTS_SIZE + CELL_SIZE * sum(DIMENSIONS.values())
+MAX_STATE_SIZE = FACTS_SIZE + CELL_SIZE * sum(DIMENSIONS.values())
 """Bytes of a memory in which there is no room for more keys."""
 
 Keys = npt.NDArray[np.uint64]
@@ -89,7 +89,7 @@ class DecayedCounts:
 
     def at(self, now_ms: int) -> npt.NDArray[np.float64]:
         """The counts decayed to a time, ms; float64 [n, 3]. Before the newest event they are what they are at it."""
-        return self.counts.astype(np.float64) * left(now_ms, self.newest, _TICKS)
+        return self.counts.astype(np.float64) * decay_factors(now_ms, self.newest, _TICKS)
 
     def segment(self) -> int:
         """Who they are, in one key: the category with the largest long-term count, of those the smallest; 0 for none.
@@ -126,7 +126,7 @@ def fold(
         types: Key of its type; uint32 [n].
         times: When it happened, ms; int64 [n].
     """
-    found: tuple[npt.NDArray[np.int64], Keys, Counts] = remember(
+    found: tuple[npt.NDArray[np.int64], Keys, Counts] = fold_counts(
         memory.facts,
         memory.keys,
         memory.counts,
@@ -164,9 +164,9 @@ def decode(stored: bytes | memoryview) -> DecayedCounts:
     return DecayedCounts(np.array(facts, np.int64), keys.copy(), counts.reshape(count, len(HORIZONS)).copy())
 
 
-def of_format_3(memory: DecayedCounts) -> DecayedCounts:
+def from_format_3(memory: DecayedCounts) -> DecayedCounts:
     """Returns the memory of a profile of format 3, whose counts stood at the newest event, as it is kept now."""
-    counts = memory.counts / left(memory.newest, memory.newest, _TICKS)
+    counts = memory.counts / decay_factors(memory.newest, memory.newest, _TICKS)
     return DecayedCounts(memory.facts, memory.keys, counts.astype(np.float32))
 
 

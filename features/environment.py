@@ -1,4 +1,4 @@
-"""Settings in environment variables, by_setting apart from variables that only begin like them.
+"""Settings in environment variables, told apart from variables that only begin like them.
 
 Kubernetes and Docker give every container variables about the services around it, named after them: a service called
 `penchant-metrics` makes PENCHANT_METRICS_PORT=tcp://10.0.0.1:9090 in all containers of its namespace, and a setting may

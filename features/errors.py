@@ -11,6 +11,7 @@ class PenchantError(Exception):
 
     ```
     PenchantError
+    ├── SettingsError        a setting is unknown, or its value cannot work
     ├── TablesError          a table of a data set cannot be read or written
     ├── VocabularyError      ids clash, or the file of ids is damaged
     ├── ProfileCorrupt       the stored profile of a person fails its checks
@@ -18,12 +19,15 @@ class PenchantError(Exception):
     ├── BundleError          a bundle is damaged, foreign or incomplete
     ├── ForeignFileError     a file or folder to keep users' data in belongs to another user
     ├── TrainingError        a training, an evaluation or an export cannot go on
-    │   ├── ConfigError      its configuration cannot work
     │   ├── LeakError        what is tested would have been seen in training
     │   └── ExportError      a run does not pass the gates of export
     └── ServingError         see `serving/errors.py`: each class carries its gRPC status
     ```
     """
+
+
+class SettingsError(PenchantError):
+    """A setting is unknown, or its value cannot work; the message says what to change."""
 
 
 class TablesError(PenchantError):
@@ -52,10 +56,6 @@ class ForeignFileError(PenchantError):
 
 class TrainingError(PenchantError):
     """A training, an evaluation or an export cannot go on."""
-
-
-class ConfigError(TrainingError):
-    """The configuration of a training cannot work; the message says what to change."""
 
 
 class LeakError(TrainingError):

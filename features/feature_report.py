@@ -30,7 +30,7 @@ from features.bundle_tables import read_items
 from features.catalog import Catalog
 from features.decayed_counts import DIMENSIONS, HORIZONS, VISIT_MS
 from features.keys import event_type_keys, item_keys
-from features.profile import EVICTED_CAP, FORMAT, RECORD, RING, empty, fold, make_records
+from features.profile import FORMAT, OLDER_ITEMS_CAP, RECORD, RING, empty, fold, make_records
 from features.tables.dataset import Dataset, open_dataset
 from features.tables.intake import require_few, summary, tell
 from features.tables.order import codes, is_present
@@ -96,7 +96,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
 
 def state_fingerprint() -> str:
     """Sha256 over everything that changes what is folded: the record's fields and how much is remembered."""
-    facts = {"format": FORMAT, "record": RECORD.descr, "ring": RING, "evicted": EVICTED_CAP}
+    facts = {"format": FORMAT, "record": RECORD.descr, "ring": RING, "evicted": OLDER_ITEMS_CAP}
     facts |= {"horizons": HORIZONS, "dimensions": DIMENSIONS, "visit": VISIT_MS}
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 

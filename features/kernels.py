@@ -61,20 +61,21 @@ def crc32_rows_plain(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
 
 
 @kernel()
-def evict(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int) -> npt.NDArray[np.uint64]:
-    """Appends to `evicted` those of `pushed` that it lacks, one by one, and keeps the newest `cap`.
+def append_distinct(keys: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int) -> npt.NDArray[np.uint64]:
+    """Appends to `keys` the keys of `pushed` that it lacks, one by one, and keeps the newest `cap`.
 
     Args:
-        evicted: Item keys pushed out so far, oldest first, without repeats; uint64 [m].
+        keys: Item keys pushed out of the ring so far, oldest first, without repeats; uint64 [m].
         pushed: Item keys pushed out now, oldest first; 0 means no item and is skipped; uint64 [k].
         cap: Number of keys to keep.
 
     Returns:
         The new list, uint64 [<= cap].
     """
-    kept = np.empty(evicted.size + pushed.size, np.uint64)
-    kept[: evicted.size] = evicted
-    start, end = max(0, evicted.size - cap), evicted.size
+    # A fold pushes out few keys at a time, so a scan of the list is enough.
+    kept = np.empty(keys.size + pushed.size, np.uint64)
+    kept[: keys.size] = keys
+    start, end = max(0, keys.size - cap), keys.size
     for i in range(pushed.size):
         key = pushed[i]
         known = key == np.uint64(0)
@@ -90,9 +91,11 @@ def evict(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: 
     return kept[start:end].copy()
 
 
-def evict_plain(evicted: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int) -> npt.NDArray[np.uint64]:
-    """The plain twin of `evict`."""
-    kept = evicted[-cap:].tolist() if cap else []
+def append_distinct_plain(
+    keys: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int
+) -> npt.NDArray[np.uint64]:
+    """The plain twin of `append_distinct`."""
+    kept = keys[-cap:].tolist() if cap else []
     for key in pushed.tolist():
         if key and key not in kept:
             kept = [*kept, key][-cap:] if cap else []

@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from features import controls
 from features import decayed_counts as memories
-from features.controls import Rules, no_rules
+from features.controls import Controls, no_controls
 from features.decayed_counts import DecayedCounts
 from features.errors import ProfileCorrupt, ProfileNewer
 from features.event_types import PASSIVE_EVENT_TYPES
-from features.kernels import crc32_rows, evict
+from features.kernels import append_distinct, crc32_rows
 from features.keys import event_type_key
 
 FORMAT = 4
@@ -41,7 +41,7 @@ LATER_FORMATS = bytes(range(FORMAT + 1, FORMAT + 4))
 RING = 256
 """Number of newest events about items kept whole; at least the length of any encoder."""
 
-EVICTED_CAP = 8192
+OLDER_ITEMS_CAP = 8192
 """Number of older items remembered only as seen."""
 
 EVENT = np.dtype(
@@ -123,11 +123,11 @@ class Profile:
     Attributes:
         version: Log id up to and including which events are folded; 0 for nobody.
         records: The newest events about items, oldest first; EVENT [<= RING].
-        evicted: Items pushed out of `records`, oldest first, without repeats; uint64 [<= EVICTED_CAP].
+        older_items: Items pushed out of `records`, oldest first, without repeats; uint64 [<= OLDER_ITEMS_CAP].
         count: Number of events ever folded.
         consent: What the person allows; None where they said nothing, so that the service's default holds.
-        memory: What all of their events add up to.
-        rules: What they never want to be shown; RULE [n].
+        decayed_counts: The sums of all events of the user, also of those that have left the ring.
+        rules: What they never want to be shown; CONTROL [n].
         marks: Log ids up to which events are forgotten, and at which they said what they allow and what they never want
             to be shown; 0 for none.
         lost: Whether a past that cannot be read was set aside, so that this is only what came since.
@@ -135,11 +135,11 @@ class Profile:
 
     version: int
     records: Events
-    evicted: npt.NDArray[np.uint64]
+    older_items: npt.NDArray[np.uint64]
     count: int
     consent: Purpose | None = None
-    memory: DecayedCounts = dataclasses.field(default_factory=memories.empty)
-    rules: Rules = dataclasses.field(default_factory=no_rules)
+    decayed_counts: DecayedCounts = dataclasses.field(default_factory=memories.empty)
+    controls: Controls = dataclasses.field(default_factory=no_controls)
     marks: tuple[int, int, int] = (0, 0, 0)
     lost: bool = False
 
@@ -148,13 +148,13 @@ class Profile:
         return log_id <= max(self.version, self.marks[0]) or log_id in self.marks
 
     @property
-    def vacant(self) -> bool:
+    def emptied(self) -> bool:
         """Whether there were events and none is left: they stayed away and their state was dropped, or undid all."""
         return self.version > 0 and not self.count
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Stored:
+class StoredProfile:
     """A stored profile taken apart.
 
     Attributes:
@@ -171,7 +171,7 @@ class Stored:
     erased_before: int = 0
     consent_version: int = 0
     rules_version: int = 0
-    away: bool = False
+    evicted: bool = False
 
     @property
     def versions(self) -> tuple[int, int, int]:
@@ -255,20 +255,20 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     events = events_of(records)
     joined = _joined(profile.records, _about_items(events))
     cut = max(0, joined.size - RING)
-    evicted = profile.evicted
+    evicted = profile.older_items
     if cut:
         passive = (joined["event_type"][:cut, None] == _PASSIVE).any(1)
         pushed = np.where(passive, np.uint64(0), joined["item"][:cut])
-        evicted = evict(evicted, pushed, EVICTED_CAP)
+        evicted = append_distinct(evicted, pushed, OLDER_ITEMS_CAP)
     columns = (events[name] for name in ("item", "category", "creator", "event_type", "timestamp"))
-    memory = memories.fold(profile.memory, *columns)
+    memory = memories.fold(profile.decayed_counts, *columns)
     count = profile.count + records.size
-    said = profile.consent, memory, profile.rules, profile.marks, profile.lost
+    said = profile.consent, memory, profile.controls, profile.marks, profile.lost
     return Profile(last_id, joined[cut:], evicted, count, *said)
 
 
 def refold(
-    stored: Stored,
+    stored: StoredProfile,
     logged: npt.NDArray[np.void],
     undone: Container[int] = (),
     expired: Callable[[Records], npt.NDArray[np.bool_]] | None = None,
@@ -292,7 +292,7 @@ def refold(
     folded = int(np.searchsorted(ids, np.uint64(state.version), side="right"))
     ring = _about_items(state.records)
     known, first = _still_logged(ring, records[:folded])
-    older, evicted, count = ring[: ring.size - known], state.evicted, state.count - known
+    older, evicted, count = ring[: ring.size - known], state.older_items, state.count - known
     gone = np.array([one in undone for one in ids.tolist()], np.bool_)
     # What waits in the tail and has left the log already is as good as what the log holds.
     rest = stored.tail[~np.isin(stored.tail["log_id"].astype(np.uint64), ids)]
@@ -311,9 +311,9 @@ def refold(
     order = np.argsort(np.concatenate([ids[~gone], rest["log_id"].astype(np.uint64)]), kind="stable")
     events = _joined(records[~gone], waiting)[order]
     count = max(count - before, 0) + older.size
-    base = dataclasses.replace(empty(), consent=state.consent, rules=state.rules, lost=state.lost)
+    base = dataclasses.replace(empty(), consent=state.consent, controls=state.controls, lost=state.lost)
     base = fold(base, older, state.version)
-    base = dataclasses.replace(base, evicted=evicted, count=count)
+    base = dataclasses.replace(base, older_items=evicted, count=count)
     newest = [state.version, *ids[-1:].tolist(), *stored.tail["log_id"][-1:].tolist()]
     return fold(base, events, max(newest))
 
@@ -333,10 +333,10 @@ def _still_logged(ring: Events, logged: Events) -> tuple[int, int]:
 def encode_state(profile: Profile) -> bytes:
     """The state as bytes, with a checksum over all of it."""
     body = (
-        _STATE.pack(profile.count, profile.records.size, profile.evicted.size)
-        + memories.encode(profile.memory)
+        _STATE.pack(profile.count, profile.records.size, profile.older_items.size)
+        + memories.encode(profile.decayed_counts)
         + events_of(profile.records).tobytes()
-        + profile.evicted.astype("<u8").tobytes()
+        + profile.older_items.astype("<u8").tobytes()
     )
     return body + zlib.crc32(body).to_bytes(4, "little")
 
@@ -358,7 +358,7 @@ def decode_state(state: bytes | memoryview, version: int) -> Profile:
     records = np.frombuffer(state, EVENT, ring, begin)
     evicted = np.frombuffer(state, "<u8", seen, begin + ring * EVENT.itemsize)
     memory = memories.decode(state[_STATE.size : begin])
-    return Profile(version, records, evicted.astype(np.uint64), count, memory=memory)
+    return Profile(version, records, evicted.astype(np.uint64), count, decayed_counts=memory)
 
 
 def encode_consent(consent: Purpose | None) -> bytes:
@@ -384,7 +384,7 @@ def encode(profile: Profile, erased_before: int = 0, consent_version: int = 0, r
 
     A header of 48 bytes comes first, then the state and the rules; without events there is no state.
     """
-    state, rules = encode_state(profile) if profile.count else b"", controls.encode(profile.rules)
+    state, rules = encode_state(profile) if profile.count else b"", controls.encode(profile.controls)
     numbers = (profile.version, erased_before, consent_version, rules_version)
     versions = (number.to_bytes(8, "big") for number in numbers)
     consent = encode_consent(profile.consent)
@@ -397,7 +397,7 @@ def is_newer(blob: bytes) -> bool:
     return blob[:4] == _MAGIC and blob[4:5] in LATER_FORMATS
 
 
-def split(blob: bytes) -> Stored:
+def split(blob: bytes) -> StoredProfile:
     """Takes a stored profile apart, without folding.
 
     Raises:
@@ -422,10 +422,10 @@ def split(blob: bytes) -> Stored:
     folded, erased, said, ruled = (int.from_bytes(number, "big") for number in versions)
     state = decode_state(memoryview(blob)[HEADER_SIZE:middle], folded)
     if version < FORMAT:
-        state = dataclasses.replace(state, memory=memories.of_format_3(state.memory))
+        state = dataclasses.replace(state, decayed_counts=memories.from_format_3(state.decayed_counts))
     if rules_length or any(consent):
         rules = controls.decode(memoryview(blob)[middle:start])
-        state = dataclasses.replace(state, consent=decode_consent(consent), rules=rules)
+        state = dataclasses.replace(state, consent=decode_consent(consent), controls=rules)
     if condition == _LOST:
         state = dataclasses.replace(state, lost=True)
     if erased or said or ruled:
@@ -435,7 +435,7 @@ def split(blob: bytes) -> Stored:
         if not verify(tail).all():
             raise ProfileCorrupt(f"an entry in the tail of a profile fails its checksum; {REPAIR}")
         tail = _unfolded(tail, state.version)
-    return Stored(state, tail, erased, said, ruled, condition == _AWAY)
+    return StoredProfile(state, tail, erased, said, ruled, condition == _AWAY)
 
 
 def decode(blob: bytes) -> Profile:

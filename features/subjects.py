@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import NewType
 
 Subject = NewType("Subject", str)
 """The key of a user in every store."""
+
+NO_SUBJECT = Subject("")
+"""The subject of a request that names no user."""
 
 _KNOWN, _ANONYMOUS = "u:", "a:"
 _PREFIXES = (_KNOWN, _ANONYMOUS)
@@ -43,3 +47,8 @@ def user_id_of(subject: str) -> str:
 def subject_of(user_id: str) -> Subject:
     """Returns the subject that `user_id_of` named."""
     return Subject(user_id) if user_id.startswith(_PREFIXES) else known(user_id)
+
+
+def partition_of(subject: str, partitions: int) -> int:
+    """Returns the partition of the event log that holds everything about a user."""
+    return zlib.crc32(subject.encode()) % partitions

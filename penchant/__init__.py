@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from serving.jobs.batch import recommend as recommend
-    from serving.processes.service import serve as serve
+    from serving.processes.supervisor import serve as serve
     from serving.projection.rebuild import rebuild as rebuild
     from training.data.datasets import prepare as prepare
     from training.evaluation.evaluate import evaluate as evaluate
@@ -24,7 +24,7 @@ _HOME = {
     "prepare": "training.data.datasets",
     "rebuild": "serving.projection.rebuild",
     "recommend": "serving.jobs.batch",
-    "serve": "serving.processes.service",
+    "serve": "serving.processes.supervisor",
     "train": "training.train",
 }
 

@@ -1,51 +1,45 @@
-"""How the service is set up: one frozen object, printed once at start.
+"""The settings of the service: one frozen object, printed once at start.
 
-Values come, the first found winning, from the command line (keyword arguments of `ServeConfig.load`), from `PENCHANT_*`
-environment variables, from a YAML file and from the defaults here. An unknown key is an error that names the nearest
-known one.
+`features.settings` says where values come from; the variables are `PENCHANT_*`.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, get_origin
+from typing import Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PositiveFloat,
     SecretStr,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from features.environment import Variable, set_by, variables
 from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
+from features.settings import load_settings
 from serving.errors import ConfigError
-from serving.log_retention import LogTimes
-from serving.places import local_folder
+from serving.folder_identity import local_folder
+from serving.log_retention import LogRetention
 
 PREFIX = "PENCHANT_"
 _FOREIGN = ("DATA", "TRAIN_")
-"""Variables of the tests and of training."""
+"""Beginnings of variables that belong to tests and training, after the prefix."""
 _DRAIN_DELAY_S = 5.0
-"""Kubernetes takes a second or two to take an endpoint out everywhere, balancers that probe every few seconds more."""
+"""Kubernetes needs a second or two to remove an endpoint everywhere, balancers that probe every few seconds more."""
 
 MOST_SURFACES = 64
 """Most surfaces with labels of their own."""
 
 
 class ServeConfig(BaseModel):
-    """Everything that `penchant serve` can be told."""
+    """Every setting of `penchant serve`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,7 +49,7 @@ class ServeConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where the models run and the index is searched; auto takes a GPU for what can run there, cuda "
-        "insists on it for both.",
+        "requires one for both.",
     )
 
     redis: str = Field("embedded", description='URL of the Redis that holds profiles, or "embedded".')
@@ -66,24 +60,24 @@ class ServeConfig(BaseModel):
     partitions: int = Field(16, ge=1, le=4096, description="Partitions of the event log, fixed when it is created.")
 
     default_purposes: tuple[str, ...] = Field(
-        EVERY_PURPOSE.names, description="What people allow who have said nothing: personalise, train, measure."
+        EVERY_PURPOSE.names, description="Purposes that users allow until they set their consent; the default is all."
     )
     retention_days: dict[str, PositiveFloat] = Field(
-        {}, description="Days after which events of a type leave profiles that are folded anew."
+        {}, description="Days after which events of a type are left out of rebuilt profiles."
     )
     refused_in_ids: str = Field(
         "\0{}",
-        description="Characters that no id of an event may hold: signs of a cut string or of a template that nobody "
+        description="Characters that no id of an event may hold: signs of a cut string or of a template that was not "
         "filled in. Empty where ids do hold them.",
     )
-    person_cap: int = Field(
-        100_000, ge=1, description="Events and slates of one person that the log holds; more events are refused."
+    user_cap: int = Field(
+        100_000, ge=1, description="Events and slates of one user that the log holds; more events are refused."
     )
-    idle_days: float = Field(
+    evict_after_days: float = Field(
         0.0,
         ge=0,
-        description="Days without an event after which a profile is dropped, and made anew from the warehouse when the "
-        "person comes back; 0 is never. Only where the warehouse holds all that profiles were made of.",
+        description="Days without an event after which a profile is evicted; it is restored from the warehouse when "
+        "its user returns; 0 is never. Only where the warehouse holds every event that profiles were made of.",
     )
     log_hours: PositiveFloat | None = Field(
         None,
@@ -100,11 +94,11 @@ class ServeConfig(BaseModel):
     )
 
     erasure_ledger: Path | None = Field(
-        None, description="File that erasures are noted in, to keep apart from backups; None: in `state_dir`."
+        None, description="File that records erasures, to keep apart from backups; None: in `state_dir`."
     )
 
-    projector: bool = Field(True, description="Bring events into profiles here, not in a process of its own.")
-    warehouse: bool = Field(True, description="Write the log to Parquet here, not in a process of its own.")
+    projector: bool = Field(True, description="Run the projector here; else run `penchant projector`.")
+    warehouse: bool = Field(True, description="Write the log to Parquet here; else run `penchant warehouse`.")
     warehouse_dir: Path | None = Field(
         None,
         description="Directory of the Parquet, a path or file:// URL; None means `warehouse` in `state_dir`. Where "
@@ -115,44 +109,46 @@ class ServeConfig(BaseModel):
         None, description="Days after which the Parquet of a day is deleted; None keeps it for ever."
     )
 
-    token: SecretStr | None = Field(None, description="Secret every call must carry as `authorization: Bearer ...`.")
+    token: SecretStr | None = Field(None, description="Secret that calls carry as `authorization: Bearer ...`.")
     token_file: Path | None = Field(None, description="File that holds the token.")
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the server.")
     tls_key: Path | None = Field(None, description="PEM private key of the server.")
     tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must come from.")
     insecure: bool = Field(False, description="Allow a public address without TLS and token.")
 
-    threads: int = Field(2, ge=1, le=256, description="Rankings that a worker works on at once; others wait.")
-    max_concurrent: int = Field(32, ge=1, le=1024, description="Calls per worker in hand or waiting; more are refused.")
-    max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message taken, in bytes.")
-    default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that brings none, in milliseconds.")
-    drain_s: float = Field(10.0, ge=0, description="Time that calls in hand are given at the end, in seconds.")
+    threads: int = Field(2, ge=1, le=256, description="Rankings that a worker computes at once; others wait.")
+    max_concurrent: int = Field(
+        32, ge=1, le=1024, description="Calls of a worker, in progress or waiting; more are refused."
+    )
+    max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message accepted, in bytes.")
+    default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that sets none, in milliseconds.")
+    drain_s: float = Field(10.0, ge=0, description="Time that calls in progress get to finish at a stop, in seconds.")
     drain_delay_s: float | None = Field(
         None,
         ge=0,
-        description="Time that a stop waits, not ready and still serving, for balancers to look elsewhere, in seconds; "
-        "None is 5, and 0 where `listen` is a loopback address.",
+        description="Time that a stop waits, not ready and still serving, until balancers send calls elsewhere, in "
+        "seconds; None is 5, and 0 where `listen` is a loopback address.",
     )
     max_connection_age_s: float = Field(
         120.0,
         ge=0,
-        description="Age at which the service asks a client to open a connection anew, 10 % more or less, in seconds, "
-        "so that connections spread over workers and instances; 0 is never.",
+        description="Age at which the service asks a client to reconnect, 10 % more or less, in seconds, so that "
+        "connections spread over workers and instances; 0 is never.",
     )
     max_connection_age_grace_s: float = Field(
-        3600.0, gt=0, description="Time that calls in hand on such a connection are given, in seconds."
+        3600.0, gt=0, description="Time that calls in progress on such a connection get to finish, in seconds."
     )
     share_port: bool = Field(
-        False, description="Listen where another instance listens already, to take over when that one stops."
+        False, description="Listen on an address that another instance holds, to take over when it stops."
     )
 
     candidates: int = Field(0, ge=0, le=5000, description="Candidates a source proposes; 0 as many as in evaluation.")
     fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
     search_personal: float = Field(
-        0.25, ge=0, le=1, description="Most that a person's taste moves a search score of 0 to 1."
+        0.25, ge=0, le=1, description="Most that a user's taste moves a search score of 0 to 1."
     )
-    holdout_share: float = Field(0.0, ge=0, le=1, description="Share of people who get the unpersonalised answer.")
-    holdout_salt: str = Field("holdout-1", description="Salt of the hash that picks them; change it to draw anew.")
+    holdout_share: float = Field(0.0, ge=0, le=1, description="Share of users who get the unpersonalised answer.")
+    holdout_salt: str = Field("holdout-1", description="Salt of the hash that picks them; change it to draw others.")
 
     impressions: bool = Field(True, description="Write every live slate to the impression log.")
     impression_share: float = Field(
@@ -160,11 +156,14 @@ class ServeConfig(BaseModel):
         gt=0,
         le=1,
         description="Share of users whose slates are logged, all of theirs or none, drawn by a hash of the user; "
-        "evaluation makes up for it by the column `weight`.",
+        "evaluation corrects for it by the column `weight`.",
     )
-    impression_queue: int = Field(10_000, ge=1, description="Slates that may wait for the log before they are dropped.")
+    impression_queue: int = Field(10_000, ge=1, description="Slates that may wait for the log; more are dropped.")
     log_features: float = Field(
-        0.01, ge=0, le=1, description="Share of slates that are logged with the values the models read; 0 is off."
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of slates that are logged with the features that models read; 0 is off.",
     )
     metrics_listen: str = Field(
         "",
@@ -189,29 +188,13 @@ class ServeConfig(BaseModel):
     strict_readiness: bool = Field(False, description="Count as ready only while nothing is degraded.")
 
     @classmethod
-    def load(cls, file: Path | None = None, **overrides: Any) -> Self:
-        """Builds the configuration; overrides that are None count as not given.
+    def load(cls, file: Path | None = None, assignments: Iterable[str] = (), **options: Any) -> Self:
+        """Returns the settings from a file, `KEY=VALUE` assignments and options; options that are None are not given.
 
         Raises:
-            ConfigError: A key is unknown or a value is not allowed.
+            SettingsError: A key is unknown or a value is not allowed.
         """
-        values = _from_file(file) if file else {}
-        given = {name: value for name, value in overrides.items() if value is not None}
-        for name in (*values, *given):
-            if name not in cls.model_fields:
-                raise ConfigError(f"unknown setting {name!r}; {_nearest(name, cls)}")
-        environment = variables(PREFIX, cls.model_fields, os.environ, _FOREIGN)
-        environment = {name: variable for name, variable in environment.items() if name not in given}
-        values |= {name: _parsed(name, variable) for name, variable in environment.items()}
-        try:
-            return cls(**{**values, **given})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "configuration"
-            if first["loc"] and (variable := environment.get(str(first["loc"][0]))):
-                meaning = cls.model_fields[str(first["loc"][0])].description
-                raise ConfigError(f"{variable.name}: {first['msg']}; it sets {where}: {meaning}") from None
-            raise ConfigError(f"{where}: {first['msg']}{set_by(environment, first['msg'])}") from None
+        return load_settings(cls, PREFIX, file, assignments, options, foreign=_FOREIGN)
 
     @field_validator("listen", "metrics_listen", "health_listen")
     @classmethod
@@ -242,10 +225,14 @@ class ServeConfig(BaseModel):
             raise ValueError("tls_certificate and tls_key belong together: give both or none")
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
-        if self.idle_days and not (self.warehouse or self.warehouse_dir):
-            raise ValueError("idle_days needs the warehouse to make profiles anew: set warehouse, or its warehouse_dir")
-        if self.idle_days and not self.default_consent & (Purpose.TRAIN | Purpose.MEASURE):
-            raise ValueError("idle_days needs people in the warehouse: let default_purposes hold train or measure")
+        if self.evict_after_days and not (self.warehouse or self.warehouse_dir):
+            raise ValueError(
+                "evict_after_days needs the warehouse to restore profiles from: set warehouse, or its warehouse_dir"
+            )
+        if self.evict_after_days and not self.default_consent & (Purpose.TRAIN | Purpose.MEASURE):
+            raise ValueError(
+                "evict_after_days needs users in the warehouse: let default_purposes hold train or measure"
+            )
         if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
             raise ValueError(
                 f"listen: {self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set "
@@ -255,13 +242,13 @@ class ServeConfig(BaseModel):
 
     @property
     def default_consent(self) -> Purpose:
-        """What people allow who have said nothing."""
+        """The purposes that users allow until they set their consent."""
         return Purpose.of(self.default_purposes)
 
     @property
-    def log_times(self) -> LogTimes:
-        """For how long the log keeps what every reader has."""
-        return LogTimes.of(self.log_hours, self.slate_log_hours, self.warehouse)
+    def log_times(self) -> LogRetention:
+        """The time for which the log keeps entries that every reader has."""
+        return LogRetention.of(self.log_hours, self.slate_log_hours, self.warehouse)
 
     @property
     def host(self) -> str:
@@ -275,7 +262,7 @@ class ServeConfig(BaseModel):
 
     @property
     def delay_s(self) -> float:
-        """Time between saying not ready and draining, the default resolved, in seconds."""
+        """Time between "not ready" and draining, the default resolved, in seconds."""
         if self.drain_delay_s is not None:
             return self.drain_delay_s
         return 0.0 if _is_loopback(self.host) else _DRAIN_DELAY_S
@@ -292,11 +279,11 @@ class ServeConfig(BaseModel):
 
     @property
     def ledger_path(self) -> Path:
-        """The file of the erasures, the default resolved."""
+        """File that records erasures, the default resolved."""
         return self.erasure_ledger or self.state_dir / "erasures.jsonl"
 
     def secret(self) -> str:
-        """The token, from the setting or its file; empty where calls need none.
+        """Returns the token, from the setting or its file; empty if calls need none.
 
         Raises:
             ConfigError: The file cannot be read, or is empty.
@@ -312,39 +299,8 @@ class ServeConfig(BaseModel):
         return self.token.get_secret_value() if self.token else ""
 
     def printable(self) -> dict[str, Any]:
-        """The settings as JSON values, without the secret."""
+        """Returns the settings that differ from the defaults as JSON values, without the secret."""
         return self.model_dump(mode="json", exclude={"token"}, exclude_defaults=True)
-
-
-def _from_file(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping of settings")
-    return values
-
-
-def _parsed(name: str, variable: Variable) -> Any:
-    """Returns the value of a variable, as text unless its setting is a list or a mapping.
-
-    Raises:
-        ConfigError: A list or a mapping is not JSON.
-    """
-    if get_origin(ServeConfig.model_fields[name].annotation) not in (tuple, dict):
-        return variable.text
-    try:
-        return json.loads(variable.text)
-    except ValueError:
-        raise ConfigError(
-            f"{variable.name}: sets {name}; write lists and mappings in the environment as JSON"
-        ) from None
-
-
-def _nearest(name: str, config: type[ServeConfig]) -> str:
-    near = difflib.get_close_matches(name, config.model_fields, n=1, cutoff=0.0)
-    return f"did you mean {near[0]!r}?"
 
 
 def _is_loopback(host: str) -> bool:

@@ -24,7 +24,7 @@ ALONE_MS = 7 * 24 * HOUR_MS
 
 
 @dataclass(frozen=True, slots=True)
-class LogTimes:
+class LogRetention:
     """For how long entries stay that every reader has.
 
     Attributes:
@@ -38,13 +38,13 @@ class LogTimes:
     copied: bool = False
 
     @classmethod
-    def of(cls, log_hours: float | None, slate_log_hours: float | None, copied: bool) -> LogTimes:
+    def of(cls, log_hours: float | None, slate_log_hours: float | None, copied: bool) -> LogRetention:
         """From the settings, in hours."""
         events, slates = (None if hours is None else int(hours * HOUR_MS) for hours in (log_hours, slate_log_hours))
         return cls(events, slates, copied)
 
     @classmethod
-    def read(cls, stored: bytes | None) -> LogTimes:
+    def read(cls, stored: bytes | None) -> LogRetention:
         """As the log holds them; nothing was said where it holds none."""
         events, _, slates = (stored or b"").partition(b" ")
         events_ms, slates_ms = (int(one) if one.isdigit() else None for one in (events, slates))

@@ -61,7 +61,7 @@ def serving(bundle: Path, state: Path, **settings: Any) -> Iterator[Service]:
     settings = {**here, "redis_timeout_ms": 1000, **settings}
     log = state / "serve.log"
     code = (
-        "import json, sys; from serving.processes.service import serve; from serving.config import ServeConfig; "
+        "import json, sys; from serving.processes.supervisor import serve; from serving.config import ServeConfig; "
         "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
     )
     with log.open("a") as sink:

@@ -47,7 +47,7 @@ PLANTED = [
     Planted("Rule 3: penchant.v1", "serving/pipeline/runner.py", "from penchant.v1 import common_pb2"),
     Planted("Rule 3: penchant.v1", "cli/main.py", "from penchant.v1 import common_pb2"),
     Planted("Rule 3: penchant.v1", "training/planted.py", "from penchant.v1 import common_pb2"),
-    Planted(DOWNWARD, "serving/pipeline/runner.py", "from serving.processes import service"),
+    Planted(DOWNWARD, "serving/pipeline/runner.py", "from serving.processes import supervisor"),
     Planted(DOWNWARD, "serving/errors.py", "from serving.redis import client"),
     Planted(DOWNWARD, "serving/redis/client.py", "from serving.stores import profiles"),
     Planted(DOWNWARD, "serving/bundle/vector_index.py", "from serving.pipeline import scorers"),

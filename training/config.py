@@ -1,25 +1,21 @@
-"""How a model is trained: one frozen object, kept beside what it made.
+"""The settings of a training: one frozen object, which the run keeps with its model.
 
-Values come, the first found winning, from the command line (`key=value`), from `PENCHANT_TRAIN_*` environment
-variables, from a YAML file and from the defaults here. An unknown key is an error that names the nearest known one.
+`features.settings` says where values come from; the variables are `PENCHANT_TRAIN_*`.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from features.environment import Variable, set_by, variables
-from features.errors import ConfigError
+from features.errors import SettingsError
 from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.profile import RING
+from features.settings import load_settings
 from features.tables.intake import REJECTED_SHARE
 
 PREFIX = "PENCHANT_TRAIN_"
@@ -138,13 +134,13 @@ class TrainConfig(_Frozen):
         """The device that `device` means on this machine.
 
         Raises:
-            ConfigError: It names one that this machine lacks.
+            SettingsError: It names one that this machine lacks.
         """
         cuda = torch.cuda.is_available()
         if self.device == "auto":
             return torch.device("cuda" if cuda else "cpu")
         if self.device.startswith("cuda") and not cuda:
-            raise ConfigError("device is cuda, but this machine offers none: use --device cpu or auto")
+            raise SettingsError("device is cuda, but this machine offers none: use --device cpu or auto")
         return torch.device(self.device)
 
 
@@ -154,63 +150,27 @@ def load_config(
     device: str | None = None,
     seed: int | None = None,
 ) -> TrainConfig:
-    """Builds the configuration of a training.
+    """Returns the configuration of a training.
 
     Args:
         file: YAML file of settings; the name of one that comes with Penchant (`movielens`) works too.
-        overrides: `key=value` texts, the value in YAML, or a mapping.
+        overrides: `KEY=VALUE` texts, or a mapping.
         device: Replaces `device` when given.
         seed: Replaces `seed` when given.
 
     Raises:
-        ConfigError: A key is unknown, or a value is not allowed; that of a variable is named by the variable.
+        SettingsError: A key is unknown, or a value is not allowed; that of a variable is named by the variable.
     """
-    values = _from_file(file) if file is not None else {}
-    given = dict(overrides) if isinstance(overrides, Mapping) else dict(_parse(text) for text in overrides)
-    given |= {name: value for name, value in (("device", device), ("seed", seed)) if value is not None}
-    environment = variables(PREFIX, TrainConfig.model_fields, os.environ)
-    environment = {name: variable for name, variable in environment.items() if name not in given}
-    values |= {name: _parsed(variable) for name, variable in environment.items()} | given
-    for name in values:
-        if name not in TrainConfig.model_fields:
-            raise ConfigError(f"unknown setting {name!r}{_nearest(name)}")
-    try:
-        return TrainConfig(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "settings"
-        if first["loc"] and (variable := environment.get(str(first["loc"][0]))):
-            where = f"{variable.name}: sets {where}"
-        got = f" (got {first['input']!r})" if first["loc"] else set_by(environment, first["msg"])
-        raise ConfigError(f"{where}: {first['msg']}{got}") from None
+    options: dict[str, Any] = {"device": device, "seed": seed}
+    assignments: Iterable[str] = ()
+    if isinstance(overrides, Mapping):
+        options = {**overrides, **{name: value for name, value in options.items() if value is not None}}
+    else:
+        assignments = overrides
+    return load_settings(TrainConfig, PREFIX, _resolved(file) if file else None, assignments, options)
 
 
-def _from_file(file: Path) -> dict[str, Any]:
+def _resolved(file: Path) -> Path:
+    """Returns the path of a file of settings; a name that is no file may be one of those that come with Penchant."""
     shipped = Path(__file__).parent / "configs" / f"{file}.yaml"
-    path = shipped if not file.exists() and shipped.is_file() else file
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold `key: value` lines")
-    return values
-
-
-def _parsed(variable: Variable) -> Any:
-    try:
-        return yaml.safe_load(variable.text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{variable.name}: not YAML ({error}); write a number, a word or [a, list]") from None
-
-
-def _parse(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{text!r} is not a setting: write key=value")
-    return name.strip(), yaml.safe_load(value)
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else f"; known are {', '.join(TrainConfig.model_fields)}"
+    return shipped if not file.exists() and shipped.is_file() else file

@@ -19,6 +19,7 @@ import pyarrow as pa
 from features.arrays import numbers, pc, to_mask
 from features.errors import PenchantError, TablesError
 from features.event_types import PASSIVE_EVENT_TYPES, hint, meaning
+from features.subjects import is_anonymous
 from features.tables.clock import AHEAD_MS
 from features.tables.conform import Rejected
 from features.tables.dataset import Loaded, read_info, read_table
@@ -405,7 +406,7 @@ class _Join:
         # What is not known is looked up in a row of its own, behind the last.
         people, who = codes(pa.chunked_array([*events["user_id"].chunks, *slates["user_id"].chunks], pa.string()))
         whose = np.append(who[events.num_rows :], -1)
-        anonymous = np.array([name.startswith("a:") for name in people] + [False])
+        anonymous = np.array([is_anonymous(name) for name in people] + [False])
         shown_at = np.append(numbers(slates["timestamp"]), 0)
         lengths = pc.fill_null(pc.list_value_length(slates["item_ids"]), 0).to_numpy().astype(np.int64)
         flat = pc.list_flatten(slates["item_ids"])

@@ -6,7 +6,6 @@ nothing, a partition that is silent while so many users of the others are active
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from features.arrays import numbers
 from features.spans import Hole, read_spans
+from features.subjects import partition_of, subject_of
 from features.tables.clock import iso_time
 from features.tables.evidence import Evidence, Finding
 from features.tables.order import codes, is_present
@@ -101,5 +101,4 @@ def _gaps(
 
 def _partition(user: str, partitions: int) -> int:
     """The partition of a user, as the service finds it."""
-    subject = user if user.startswith(("u:", "a:")) else f"u:{user}"
-    return zlib.crc32(subject.encode()) % partitions
+    return partition_of(subject_of(user), partitions)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from features.bundle import sync
+from features.clock import now_ms
 from features.item_fields import arrow_type, is_field, no_field, values_of
 from features.private_files import open_private
 from features.subjects import subject_of
@@ -202,7 +203,7 @@ def _answer(service: _Service, person: str, asked: _Asked) -> tuple[Query, dict[
     query = Query(
         request_id=uuid.uuid4().hex,
         subject=subject,
-        now_ms=int(time.time() * 1000),
+        now_ms=now_ms(),
         deadline=time.monotonic() + _PATIENCE_S,
         page_size=asked.items,
         surface=asked.surface,

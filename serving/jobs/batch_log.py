@@ -8,7 +8,6 @@ the next run into the same output. The slates of an output that never came into 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import time
@@ -21,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.private_files import open_private
-from features.subjects import anonymous, known
 from serving.errors import ConfigError, EventLogUnavailable
 from serving.stores.event_log import EventLog
 from serving.stores.keys import SEQUENCE_BITS
+from serving.stores.log_codec import decode, subject_in
 from serving.stores.log_entries import LoggedImpression
 
 RUN = b"penchant.run"
@@ -172,9 +171,8 @@ def _read(path: Path) -> Iterator[list[LoggedImpression]]:
 
 
 def _slate(payload: bytes) -> LoggedImpression:
-    said = json.loads(payload)
-    subject = (anonymous if said["anonymous"] else known)(said["user_id"])
-    return LoggedImpression(subject, said["timestamp"], payload)
+    fields = decode(payload)
+    return LoggedImpression(subject_in(fields), fields["timestamp"], payload)
 
 
 def run_of(out: Path) -> str:

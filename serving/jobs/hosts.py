@@ -21,8 +21,8 @@ from features.errors import PenchantError, TablesError
 from features.private_files import make_folders
 from serving.config import ServeConfig
 from serving.errors import ConfigError, InUse, ServingError, Unavailable
+from serving.folder_identity import HOST, FolderIdentity, host_name, new_id, read_identity, write_identity
 from serving.observability.outages import Outage
-from serving.places import HOST, Identity, host_name, new_id, read_identity, write_identity
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.purge import forget_in, replay, replay_ledgers
@@ -153,7 +153,7 @@ class HostKeeper:
         if verdict == "copied":
             _log.warning("%s is a copy of a folder that is in use on another host; it is registered as its own", folder)
         copy_id = identity.copy_id if identity and verdict == "free" else new_id()
-        taken = Identity(copy_id, f"{self._process}.0")
+        taken = FolderIdentity(copy_id, f"{self._process}.0")
         write_identity(folder, taken)
         self._registry.register(kind, copy_id, place)
         self._behind |= {folder} if kind == "warehouse" else set()
@@ -325,7 +325,7 @@ def hold_in(
         return None
     try:
         if not kept_here:  # a process that stood still meanwhile may not go on
-            files.keep(Identity(copy.copy_id, f"{new_id()}.0"))
+            files.keep(FolderIdentity(copy.copy_id, f"{new_id()}.0"))
             registry.seen(copy.copy_id, "", "gone through erasures")
         gone = files.hold(erasures)
         files.derive()

@@ -161,7 +161,7 @@ class ProcessState:
         name: Its name, such as "worker 0"; its role is the first word.
         up: It answered.
         restarts: Times that it was started again.
-        figures: Those of `process_figures`; empty before it first answered.
+        figures: Those of `process_stats`; empty before it first answered.
         gauges: Its gauges.
     """
 

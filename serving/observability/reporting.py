@@ -10,7 +10,7 @@ import json
 import socket
 import threading
 
-from serving.observability.process_figures import process_figures
+from serving.observability.process_stats import process_stats
 from serving.observability.telemetry import Telemetry
 
 QUESTION = b"?"
@@ -32,7 +32,7 @@ def _answer(connection: socket.socket, telemetry: Telemetry) -> None:
     with connection:
         try:
             while connection.recv(1):
-                answer = {"telemetry": telemetry.snapshot(), "figures": process_figures()}
+                answer = {"telemetry": telemetry.snapshot(), "figures": process_stats()}
                 connection.sendall(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
         except OSError:
             return  # the supervisor is gone, and this process is about to stop

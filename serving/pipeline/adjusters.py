@@ -75,7 +75,7 @@ class Dialled:
         """
         columns, shares = self._catalog.columns, list[Values]()
         if query.profile:
-            memory = query.profile.memory
+            memory = query.profile.decayed_counts
             for name in ("category", "creator"):
                 part = memory.of(name)
                 counts = memory.counts[part, -1:].astype(np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from features.catalog import Catalog
-from features.controls import Kind, blocked
+from features.controls import ControlKind, blocked_keys
 from serving.bundle.bitmap import Bitmap, allowed_count, clear_keys, clear_rows
 from serving.pipeline.query import Mask, Query, Rows
 
@@ -76,18 +76,18 @@ class Blocked:
     def hold_back(self, query: Query, allowed: Bitmap) -> int:
         """Takes the rows out that a rule holds back at the time of the request: a pass over a column for each kind."""
         columns, now = self._catalog.columns, query.now_ms
-        items = self._catalog.rows_of_keys(blocked(query.rules, Kind.ITEM, now))
+        items = self._catalog.rows_of_keys(blocked_keys(query.rules, ControlKind.ITEM, now))
         count = int(clear_rows(allowed, items[items >= 0]))
-        count += int(clear_keys(allowed, columns.creator, blocked(query.rules, Kind.CREATOR, now)))
-        return count + int(clear_keys(allowed, columns.category, blocked(query.rules, Kind.CATEGORY, now)))
+        count += int(clear_keys(allowed, columns.creator, blocked_keys(query.rules, ControlKind.CREATOR, now)))
+        return count + int(clear_keys(allowed, columns.category, blocked_keys(query.rules, ControlKind.CATEGORY, now)))
 
     def keep(self, query: Query, rows: Rows) -> Mask:
         """True for the rows that no rule holds back at the time of the request."""
         columns, now = self._catalog.columns, query.now_ms
-        items = self._catalog.rows_of_keys(blocked(query.rules, Kind.ITEM, now))
+        items = self._catalog.rows_of_keys(blocked_keys(query.rules, ControlKind.ITEM, now))
         kept = absent(rows, items[items >= 0], self._catalog.size)
-        kept &= ~np.isin(columns.creator[rows], blocked(query.rules, Kind.CREATOR, now))
-        kept &= ~np.isin(columns.category[rows], blocked(query.rules, Kind.CATEGORY, now))
+        kept &= ~np.isin(columns.creator[rows], blocked_keys(query.rules, ControlKind.CREATOR, now))
+        kept &= ~np.isin(columns.category[rows], blocked_keys(query.rules, ControlKind.CATEGORY, now))
         return kept
 
 

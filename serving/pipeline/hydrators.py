@@ -133,7 +133,7 @@ class Profile:
         if not self._allows(profile):
             query.withheld = True
             return
-        query.rules, query.dials = profile.rules, {**dials(profile.rules), **query.dials}
+        query.rules, query.dials = profile.controls, {**dials(profile.controls), **query.dials}
         if query.holdout or not query.personalize:
             return
         past = history(profile, self._catalog, self._type_index)
@@ -143,14 +143,14 @@ class Profile:
 
     def _share_arm(self, query: Query, profile: Stored) -> None:
         """Puts an anonymous user who was merged into a user into that user's arm."""
-        seed = arm_seed(profile.rules)
+        seed = arm_seed(profile.controls)
         if seed is not None and query.arm and self._holdout:
             drawn = self._holdout.drawn(seed)
             query.arm, query.holdout, query.bucket = drawn.arm, drawn.holdout, drawn.bucket
 
     def _segment(self, profile: Stored, turned: Dials) -> str:
         """The name of the category they choose most; of who chose nothing yet, of the one they turned up most."""
-        key = profile.memory.segment()
+        key = profile.decayed_counts.segment()
         if not key:
             wanted = {key: value for (dial, key), value in turned.items() if dial is Dial.CATEGORY_WEIGHT and value > 0}
             key = max(wanted, key=lambda one: (wanted[one], one), default=0)

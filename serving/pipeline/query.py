@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.assemble import History
-from features.controls import Dial, Dials, Rules, no_rules
+from features.controls import Controls, Dial, Dials, no_controls
 from features.profile import Profile
 from serving.bundle.bitmap import Bitmap
 
@@ -100,7 +100,7 @@ class Query:
         min_catalog_version: Catalogue version to wait for, 0 for none.
         profile: The person's profile, once read.
         withheld: Whether the person does not allow personal answers.
-        rules: What the person never wants to be shown; RULE [n].
+        rules: What the person never wants to be shown; CONTROL [n].
         dials: How the person, or this request, wants the answer made.
         moves: How far each turned dial moved each candidate's score, where reasons are wanted; float32 [n].
         segment: Who they are: the category they choose most, where there is a table of what such people like, else "".
@@ -145,7 +145,7 @@ class Query:
     min_catalog_version: int = 0
     profile: Profile | None = None
     withheld: bool = False
-    rules: Rules = field(default_factory=no_rules)
+    rules: Controls = field(default_factory=no_controls)
     dials: Dials = field(default_factory=dict)
     moves: dict[tuple[Dial, int], Scores] = field(default_factory=dict)
     segment: str = ""

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from features.controls import Kind, blocked
+from features.controls import ControlKind, blocked_keys
 from features.keys import item_keys
 from serving.bundle.bitmap import Bitmap
 from serving.errors import DeadlineExceeded, ServingError
@@ -345,7 +345,7 @@ class Pipeline:
         wanted = [unknown for unknown in query.unknown if unknown.item_id not in query.exclude_unknown]
         run.drop("excluded", len(query.unknown) - len(wanted))
         keys = item_keys([unknown.item_id for unknown in wanted])
-        stays = ~np.isin(keys, blocked(query.rules, Kind.ITEM, query.now_ms))
+        stays = ~np.isin(keys, blocked_keys(query.rules, ControlKind.ITEM, query.now_ms))
         run.drop("blocked", int((~stays).sum()))
         order = slice(None) if query.upstream is None else np.argsort(-query.upstream, kind="stable")
         above = np.concatenate([[0], np.cumsum(np.isin(query.rows[order], kept))])

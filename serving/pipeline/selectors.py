@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
+from features.clock import now_ms
 from serving.pipeline.query import Candidates, Query, Scores
 
 
@@ -31,10 +30,10 @@ class TopK:
         self, query: Query, candidates: Candidates, scores: Scores
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
         """The `page_size` best of those that may be shown at this moment."""
-        now_ms = int(time.time() * 1000)
+        now = now_ms()
         best = self._best(np.arange(scores.size), query, candidates, scores)
-        if not self._catalog.eligible(candidates.rows[best], now_ms).all():
-            may = np.flatnonzero(self._catalog.eligible(candidates.rows, now_ms))
+        if not self._catalog.eligible(candidates.rows[best], now).all():
+            may = np.flatnonzero(self._catalog.eligible(candidates.rows, now))
             best = self._best(may, query, candidates, scores)
         return best, np.ones(best.size, np.float64)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import logging
 import queue
 import threading
@@ -24,6 +22,7 @@ from serving.observability.outages import EVENTS_REDIS, Outage, shared_outage
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.query import Query, Slate
 from serving.stores.event_log import EventLog
+from serving.stores.log_codec import encode_features, encode_slate, user_fields
 from serving.stores.log_entries import LoggedImpression
 
 MOST_EXCLUDED = 100
@@ -117,7 +116,7 @@ class ImpressionWriter:
             shown = [one for one in batch if one is not None]
             self._write(list(self._payloads(shown)))
             queries = [one.query for one in shown]
-            back = {query.subject: query.now_ms for query in queries if query.profile and query.profile.vacant}
+            back = {query.subject: query.now_ms for query in queries if query.profile and query.profile.emptied}
             if back:
                 self._call_back(back)
             if batch[-1] is None:
@@ -198,8 +197,7 @@ def _logged(shown: _Shown, share: float = 1.0) -> LoggedImpression:
     query, slate = shown.query, shown.slate
     payload: dict[str, Any] = {
         "request_id": query.request_id,
-        "user_id": query.subject[2:],
-        "anonymous": query.subject.startswith("a:"),
+        **user_fields(query.subject),
         "timestamp": query.now_ms,
         "session_id": query.session_id,
         "surface": query.surface,
@@ -223,15 +221,13 @@ def _logged(shown: _Shown, share: float = 1.0) -> LoggedImpression:
     }
     if slate.features is not None and query.encoded is not None:
         rows, types = query.encoded
-        # As text, for the entry is JSON; a number of the table takes four bytes.
         unknown = np.full(slate.features.shape[1], np.nan, np.float32)
-        features = np.array(_page(slate, list(slate.features), unknown), "<f4")
-        payload["features"] = base64.b64encode(features.tobytes()).decode()
+        features = np.array(_page(slate, list(slate.features), unknown), np.float32)
+        payload["features"] = encode_features(features)
         payload["encoder_digest"] = encoder_digest(item_keys(shown.catalog.ids(rows)), types)
     if share < 1:  # the slates of so many users are this one's to stand for
         payload["weight"] = 1 / share
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return LoggedImpression(query.subject, query.now_ms, text.encode())
+    return LoggedImpression(query.subject, query.now_ms, encode_slate(payload))
 
 
 def _page(slate: Slate, known: list[_T], unknown: _T) -> list[_T]:

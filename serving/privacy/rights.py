@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,20 +18,22 @@ import numpy.typing as npt
 
 from features import controls
 from features.clock import now_ms
-from features.controls import RULE, Dial, Kind
+from features.controls import CONTROL, ControlKind, Dial
 from features.errors import PenchantError, ProfileCorrupt
 from features.keys import item_key
-from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, Stored, refold
+from features.profile import ENTRY, EVERY_PURPOSE, Profile, Purpose, Retention, StoredProfile, refold
+from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, FailedPrecondition, NotFound, Unavailable
 from serving.experiments import seed_of
-from serving.places import HOST, read_identity
+from serving.folder_identity import HOST, read_identity
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger, new_certificate_id
 from serving.redis.client import Call, Request
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
 from serving.stores.event_scripts import EVENT_UNDO, PERSON_MARK
-from serving.stores.keys import address_of, log_id, partition_of, stream_id
+from serving.stores.keys import address_of, log_id, stream_id
+from serving.stores.log_codec import decode, reassigned
 from serving.stores.log_entries import Entry, LoggedEvent, LoggedImpression, Mark, sound
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
@@ -71,7 +73,7 @@ class Rule:
         until: When it ends, ms; 0 for never.
     """
 
-    kind: Kind
+    kind: ControlKind
     name: str
     until: int = 0
 
@@ -249,8 +251,8 @@ class SubjectRights:
         """
         now = now_ms()
 
-        def anew(stored: Stored) -> Profile:
-            if stored.away:  # what the log still holds is not all of their past
+        def anew(stored: StoredProfile) -> Profile:
+            if stored.evicted:  # what the log still holds is not all of their past
                 self._log.call_back({subject: now})
                 raise Unavailable("this person was away, and their profile is being made anew", retry_after_ms=1000)
             logged = self._logged(subject, stored.erased_before, deadline)
@@ -367,7 +369,7 @@ class SubjectRights:
 
     def _arm_of(self, subject: str) -> list[SharedArm]:
         """The shared arm, which outlives what the user says of their answers; none for a user who shares none."""
-        if not subject.startswith("a:"):
+        if not is_anonymous(subject):
             return []
         return [one for one in self._stated(subject)[0] if isinstance(one, SharedArm)]
 
@@ -432,7 +434,7 @@ class SubjectRights:
     def _moved(self, entries: Sequence[Entry], known: str) -> list[Any]:
         """Events as the known person's own, in the log and in the profile."""
         events = [
-            LoggedEvent(known, entry.event_id, entry.record, _renamed(entry.payload, known), entry.personal)
+            LoggedEvent(known, entry.event_id, entry.record, reassigned(entry.payload, known), entry.personal)
             for entry in entries
         ]
         appended = self._log.append(events)
@@ -459,8 +461,8 @@ class SubjectRights:
         if not theirs or Purpose.PERSONALISE not in self.consents([known])[0].purposes:
             return 0
         both = _joined(own, theirs, now_ms())
-        self._mark(known, None, forget=False, rules=both[: controls.MOST_RULES])
-        return max(0, len(both) - controls.MOST_RULES)
+        self._mark(known, None, forget=False, rules=both[: controls.MAX_CONTROLS])
+        return max(0, len(both) - controls.MAX_CONTROLS)
 
     def _moved_impressions(self, visitor: str, known: str) -> int:
         """Slates as the known person's own, marked as merged; those that an earlier try has moved stay as they are.
@@ -470,8 +472,8 @@ class SubjectRights:
         there = {payload for kind, _, payload in self.held(known, "impression") if kind == "impression"}
         moved = 0
         for entries in self._log.history(visitor, impressions=True):
-            own = [_renamed(entry.payload, known, _OF_A_PROFILE, merged=True) for entry in entries]
-            new = [LoggedImpression(known, int(json.loads(one)["timestamp"]), one) for one in own if one not in there]
+            own = [reassigned(entry.payload, known, _OF_A_PROFILE, merged=True) for entry in entries]
+            new = [LoggedImpression(known, int(decode(one)["timestamp"]), one) for one in own if one not in there]
             self._log.append_impressions(new)
             moved += len(own)
         return moved
@@ -482,7 +484,7 @@ def consents(log: EventLog, subjects: Sequence[str]) -> list[Consent]:
 
     Args:
         log: The event log, which is what counts.
-        subjects: Keys of people: "u:" and a user id, or "a:" and an anonymous id.
+        subjects: Keys of people: `features.subjects`.
 
     Raises:
         EventLogUnavailable: Redis does not answer.
@@ -527,7 +529,7 @@ def _rules(value: bytes | None) -> tuple[list[Rule | Setting | SharedArm], int]:
 def _of_words(kind: str, name: str, value: Any) -> Rule | Setting | SharedArm:
     if kind == _SHARED_ARM:
         return SharedArm(int(value))
-    return Rule(Kind[kind], name, value) if kind in Kind.__members__ else Setting(Dial[kind], name, value)
+    return Rule(ControlKind[kind], name, value) if kind in ControlKind.__members__ else Setting(Dial[kind], name, value)
 
 
 def _words_of(rule: Rule | Setting | SharedArm) -> list[Any]:
@@ -544,7 +546,7 @@ def _in_words(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
 
 def _joined(own: Sequence[Rule | Setting], theirs: Sequence[Rule | Setting], now_ms: int) -> list[Rule | Setting]:
     """Returns the rules and dials of two users in one: the own ones first, and of either the rules before the dials."""
-    ends: dict[tuple[Kind, str], int] = {}
+    ends: dict[tuple[ControlKind, str], int] = {}
     for rule in (*own, *theirs):
         if isinstance(rule, Rule) and not 0 < rule.until <= now_ms:
             about = (rule.kind, rule.name)
@@ -563,12 +565,5 @@ def _stored(rules: Sequence[Rule | Setting | SharedArm]) -> bytes:
     """Rules as a profile holds them."""
     hidden = [(item_key(rule.name), rule.until, rule.kind) for rule in rules if isinstance(rule, Rule)]
     turned = [(one.dial, item_key(one.name), one.value) for one in rules if isinstance(one, Setting)]
-    shared = [controls.arm_rule(one.seed) for one in rules if isinstance(one, SharedArm)]
-    return controls.encode(np.concatenate([np.array(hidden, RULE), controls.dial_rules(turned), *shared]))
-
-
-def _renamed(payload: bytes, subject: str, without: Collection[str] = (), **more: Any) -> bytes:
-    """An event or a slate, as another person's, without some of its parts and with others."""
-    value = json.loads(payload) | {"user_id": subject[2:], "anonymous": subject.startswith("a:"), **more}
-    value = {name: part for name, part in value.items() if name not in without}
-    return json.dumps(value, ensure_ascii=False).encode()
+    shared = [controls.arm_control(one.seed) for one in rules if isinstance(one, SharedArm)]
+    return controls.encode(np.concatenate([np.array(hidden, CONTROL), controls.dial_controls(turned), *shared]))

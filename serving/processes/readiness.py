@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serving.config import ServeConfig
-from serving.processes.http import Page, Render
-from serving.processes.supervisor import Child
+from serving.processes.http_server import Page, Render
+from serving.processes.managed_process import ManagedProcess
 
 HUNG_S = 15.0
 """Time without a tick of the supervisor after which the service counts as hung."""
@@ -38,12 +38,12 @@ class Readiness:
         self.phase: Literal["starting", "serving", "stopping"] = "starting"
         self._strict = config.strict_readiness
         self._folders = (config.state_dir, config.warehouse_path) if config.warehouse else (config.state_dir,)
-        self._workers: Sequence[Child] = ()
-        self._readers: Sequence[Child] = ()
+        self._workers: Sequence[ManagedProcess] = ()
+        self._readers: Sequence[ManagedProcess] = ()
         self._own: Mapping[str, str] = {}
         self._ticked: float | None = None
 
-    def watch(self, workers: Sequence[Child], readers: Sequence[Child]) -> None:
+    def watch(self, workers: Sequence[ManagedProcess], readers: Sequence[ManagedProcess]) -> None:
         """Takes the processes of the service."""
         self._workers, self._readers = workers, readers
 

@@ -1,8 +1,7 @@
-"""Keeps the processes of a service running, and knows the state of each.
+"""`penchant serve`: one parent that starts the stores and the workers, watches them, and ends them.
 
-A process gets its orders as one line of JSON on standard input, and words of command after it. It answers on standard
-output with lines of JSON: `{"ready": true}` or `{"error": ...}` once, then `{"state": {...}}` from time to time and
-`{"done": COMMAND}`. One that ends is started again after a pause that grows while it keeps ending.
+The parent touches no model. Workers are processes of their own that share the address (SO_REUSEPORT); one that dies is
+started again. When the parent dies, however it dies, the workers see their standard input end and stop.
 """
 
 from __future__ import annotations
@@ -11,235 +10,255 @@ import contextlib
 import json
 import logging
 import os
-import subprocess
-import sys
+import signal
+import socket
 import threading
 import time
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
+from redis.exceptions import RedisError
+
+from features.bundle import Bundle, open_bundle
+from features.private_files import set_private_umask
+from serving.config import ServeConfig
+from serving.engine.vetting import vet
 from serving.errors import ConfigError
-from serving.processes.monitor import Monitor
+from serving.jobs.hosts import kept
+from serving.observability import logs
+from serving.processes.http_server import HttpServer
+from serving.processes.managed_process import ManagedProcess, ProcessDied, stop_all
+from serving.processes.metrics_page import MetricsPage
+from serving.processes.readiness import Readiness
+from serving.processes.store_metrics import StoreMetrics
+from serving.redis.client import connect, printable
+from serving.redis.embedded import RedisServer, close_to_others
+from serving.redis.safety import require_safe
+from serving.restart import Trouble
 
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 10.0
-SILENT_S = 10.0
-"""Time without a word after which a process that reports is in trouble."""
-
-_HEALTHY_S = 3.0
-"""Time ready after which a process that ends has not ended at its start."""
-
-_STOP_S = 5.0
-"""Time a process is given to end, on top of the drain, in seconds."""
+START_S = 120.0
+_TICK_S = 0.1
+_CLOSE_S = 2.0
+"""Longest wait for the workers to stop listening."""
+SHARED = ("vocabulary.arrow",)
+"""Files of a bundle that the workers share in memory, sealed; each has the others for itself."""
 _log = logging.getLogger(__name__)
 
 
-class ChildDied(ConfigError):
-    """A process ended without a word, or does not get ready."""
+def serve(config: ServeConfig) -> int:
+    """Serves a bundle until SIGTERM or SIGINT; prints one line of JSON when every worker answers.
+
+    Returns:
+        0 after a stop that was asked for.
+
+    Raises:
+        BundleError: The bundle is refused.
+        ConfigError: The service cannot start like this.
+        ForeignFileError: A folder or file for users' data belongs to another user.
+    """
+    set_private_umask()
+    logs.configure(config.log_format, "supervisor")
+    settings = config.printable()
+    for name in ("redis", "events_redis"):
+        if "://" in settings.get(name, ""):
+            settings[name] = printable(settings[name])
+    _log.info("settings that differ from the defaults: %s", json.dumps(settings))
+    bundle = open_bundle(config.bundle)
+    _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
+    stopping = Stopping()
+    if config.state_dir.exists():
+        close_to_others(config.state_dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_signals(stopping))
+        readiness = Readiness(config)
+        health = None
+        if config.health_listen:
+            # It answers until the last process has ended.
+            health = stack.enter_context(HttpServer(config.health_listen, readiness.pages()))
+        redis, events = stack.enter_context(_stores(config))
+        stack.enter_context(kept(config, redis, events, Trouble(readiness.tell)))
+        address = stack.enter_context(_reserved(config))
+        monitor, metrics = stack.enter_context(_monitored(config, bundle, redis, events))
+        sealed = {name: bundle.seal(name) for name in SHARED}
+        for handle in sealed.values():
+            stack.callback(os.close, handle)
+        orders = _orders(config, bundle, address, redis, events) | {"sealed": sealed}
+        workers = [
+            ManagedProcess(f"worker {number}", orders | {"role": "worker", "number": number}, monitor)
+            for number in range(config.worker_count)
+        ]
+        roles = {"projector": config.projector, "warehouse": config.warehouse}
+        readers = [ManagedProcess(role, orders | {"role": role}, monitor) for role, wanted in roles.items() if wanted]
+        readiness.watch(workers, readers)
+        children = workers + readers
+        # The workers end first, and those who read the log take in what they logged last.
+        stack.callback(stop_all, readers, config.drain_s, stopping.hurry)
+        stack.callback(stop_all, workers, config.drain_s, stopping.hurry)
+        for child in children:
+            child.start()
+        for child in children:
+            try:
+                if not child.wait_ready(START_S, stopping.asked):
+                    return 0
+            except ProcessDied:
+                vet(bundle.path, bundle.bundle_id)  # what ended it may be a file of the bundle
+                raise
+        ready = {
+            "listen": address,
+            "bundle_id": bundle.bundle_id,
+            "pid": os.getpid(),
+            "redis": printable(redis),
+            "events_redis": printable(events),
+            "workers": [child.pid for child in workers],
+            "warehouse": str(config.warehouse_path) if config.warehouse else None,
+            "metrics": metrics,
+            "health": health.address if health else None,
+        }
+        readiness.phase = "serving"
+        print(json.dumps(ready), flush=True)
+        _log.info("ready: %d workers on %s%s", len(workers), address, f", metrics on {metrics}" if metrics else "")
+        while not stopping.asked.wait(_TICK_S):
+            readiness.tick()
+            for child in children:
+                child.keep()
+        readiness.phase = "stopping"
+        _leave(workers, config.delay_s, stopping.hurry, readiness)
+        _log.info("stopping: calls in hand have %g s", config.drain_s)
+    _log.info("stopped")
+    return 0
 
 
-class Child:
-    """A process that is kept running.
+def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.Event, readiness: Readiness) -> None:
+    """Says not ready, serves on for a while, then lets no worker listen any more.
+
+    All of them stop listening before the first one sends its callers away: these must not come to the next one, which
+    is about to end as well, but to an instance that stays.
+    """
+    _log.info("stopping: not ready, ending in %.1f s", delay_s)
+    for worker in workers:
+        worker.command("unready")
+    end = time.monotonic() + delay_s
+    while not hurry.wait(max(min(end - time.monotonic(), _TICK_S), 0.0)) and time.monotonic() < end:
+        readiness.tick()
+    for worker in workers:
+        worker.command("close")
+    end = time.monotonic() + _CLOSE_S
+    for worker in workers:
+        worker.wait_done("close", end)
+
+
+def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, events: str) -> dict[str, Any]:
+    """The settings of the children: everything found out here is in place of what it was found from.
+
+    They open the very bundle that was verified here, by its real path and its id: a link may move while they run.
+    """
+    settings = config.model_dump(mode="json", exclude={"token", "token_file"})
+    settings |= {"listen": address, "redis": redis, "events_redis": events, "insecure": True}
+    settings["workers"] = config.worker_count
+    settings["bundle"] = str(bundle.path)
+    return {"settings": settings, "token": config.secret(), "bundle_id": bundle.bundle_id}
+
+
+@contextlib.contextmanager
+def _monitored(
+    config: ServeConfig, bundle: Bundle, redis: str, events: str
+) -> Iterator[tuple[MetricsPage, str | None]]:
+    """What collects the reports of all processes, and where their metrics are served, None if nowhere.
+
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+    with (
+        contextlib.closing(StoreMetrics(redis, events, config.partitions)) as watch,
+        contextlib.closing(MetricsPage(bundle.bundle_id, watch.look)) as monitor,
+    ):
+        if not config.metrics_listen:
+            yield monitor, None
+            return
+        with HttpServer(config.metrics_listen, {"/metrics": monitor.page}) as server:
+            yield monitor, server.address
+
+
+@contextlib.contextmanager
+def _stores(config: ServeConfig) -> Iterator[tuple[str, str]]:
+    """The URLs of the profiles and of the events; embedded servers run while the block does."""
+    with contextlib.ExitStack() as stack:
+        profiles, events = config.redis, config.events_redis or config.redis
+        if profiles == "embedded":
+            profiles = stack.enter_context(RedisServer(config.state_dir, "profiles")).url
+        if events == "embedded":
+            events = stack.enter_context(RedisServer(config.state_dir, "events")).url
+        _require_safe(profiles, "profiles", config.unsafe_redis)
+        _require_safe(events, "events", config.unsafe_redis)
+        yield profiles, events
+
+
+def _require_safe(url: str, role: Literal["events", "profiles"], unsafe: bool) -> None:
+    """Refuses a Redis that would lose data; one that is away now is looked at by nobody, and served without.
+
+    Raises:
+        ConfigError: Its configuration is unsafe.
+    """
+    with connect(url, timeout_s=1.0) as client:
+        try:
+            require_safe(client, role, unsafe)
+        except RedisError as error:
+            _log.warning("the %s Redis %s does not answer (%s): starting without it", role, printable(url), error)
+
+
+@contextlib.contextmanager
+def _reserved(config: ServeConfig) -> Iterator[str]:
+    """The address, a free port found where 0 was asked for; bound, but not listened on, so that nobody else takes it.
+
+    Raises:
+        ConfigError: Somebody else uses it.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        try:
+            # Without SO_REUSEPORT first: with it, two services would share one port without a word.
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if config.share_port:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                probe.bind((config.host, config.port))
+                port = probe.getsockname()[1]
+            keeper = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            keeper.bind((config.host, port))
+        except OSError as error:  # in use, of another machine, or of a family that the kernel has not
+            raise ConfigError(
+                f"cannot listen on {config.listen}: {error.strerror}; choose another address, or "
+                "set share_port to take over from an instance of this service that listens there"
+            ) from None
+        yield f"[{config.host}]:{port}" if family == socket.AF_INET6 else f"{config.host}:{port}"
+
+
+class Stopping:
+    """How far a stop is asked for.
 
     Attributes:
-        name: Name for messages.
-        pid: Its id, 0 before it was started.
-        starts: Number of times that it was started.
-        ready: True from the moment when it says so until it ends.
+        asked: Set by the first SIGTERM or SIGINT.
+        hurry: Set by the second one: nothing is waited for any more.
     """
 
-    def __init__(self, name: str, orders: dict[str, Any], monitor: Monitor) -> None:
-        self.name = name
-        self._monitor = monitor
-        self.pid = self.starts = 0
-        self.ready = False
-        self._orders = orders
-        self._process: subprocess.Popen[str] | None = None
-        self._pause = FIRST_PAUSE_S
-        self._again = self._heard = self._ready_at = 0.0
-        self._error = ""
-        self._state: dict[str, Any] = {}
-        self._done = set[str]()
-        self._news = threading.Condition()
-        self._reader: threading.Thread | None = None
+    def __init__(self) -> None:
+        self.asked, self.hurry = threading.Event(), threading.Event()
 
-    def start(self) -> None:
-        """Starts the process."""
-        with self._monitor.connect(self.name) as reports:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "serving.processes.child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                env=_environment(),
-                process_group=0,
-                pass_fds=[reports.fileno(), *self._orders["sealed"].values()],
-            )
-            orders = self._orders | {"report_fd": reports.fileno()}
-        with self._news:
-            self._process, self.pid, self._again, self._ready_at = process, process.pid, 0.0, 0.0
-            self._error, self.ready, self._state = "", False, {}
-            self._done.clear()
-        self.starts += 1
-        self._reader = threading.Thread(target=self._read, args=(process,), name=f"read-{self.name}", daemon=True)
-        self._reader.start()
-        # The pipe stays open: that it ends tells the child that we are gone.
-        self._write(json.dumps(orders))
-
-    def wait_ready(self, seconds: float, stop: threading.Event) -> bool:
-        """Waits until the process says that it is ready; False when a stop was asked for first.
-
-        Raises:
-            ConfigError: It refused to start; the message is its own.
-            ChildDied: It ended without a word, or does not get ready in time.
-        """
-        end = time.monotonic() + seconds
-        while True:
-            if stop.is_set():
-                return False
-            assert self._process is not None
-            ended = self._process.poll() is not None
-            if ended and self._reader:
-                self._reader.join()  # its last words
-            if self.ready:
-                return True
-            if self._error:
-                raise ConfigError(self._error)
-            if ended or time.monotonic() > end:
-                raise ChildDied(f"{self.name} did not start: it ended or hangs; see the log above")
-            with self._news:
-                self._news.wait(0.05)
-
-    def keep(self) -> None:
-        """Starts the process again where it ended, after a pause that grows while it keeps ending."""
-        assert self._process is not None
-        if self._process.poll() is None:
-            return
-        now = time.monotonic()
-        if not self._again:
-            if self._ready_at and now - self._ready_at > _HEALTHY_S:
-                self._pause = FIRST_PAUSE_S
-            self._again = now + self._pause
-            self._close()
-            status = self._process.returncode
-            _log.error("%s ended with status %s; again in %.1f s. %s", self.name, status, self._pause, self._error)
-            self._error = self._error or f"ended with status {status}"
-            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-        elif now >= self._again:
-            before = self._error
-            try:
-                self.start()
-            except OSError as error:  # no memory or handles for a process now: the others serve on
-                _log.error("%s cannot be started; again in %.1f s. %s", self.name, self._pause, error)
-                self._again = now + self._pause
-                self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-            self._error = before  # it stands until the process is ready, or says another
-
-    def trouble(self) -> dict[str, str]:
-        """Returns what is wrong with it, by part; the process itself is the part of its name."""
-        with self._news:
-            if not self.ready:
-                running = self._process is not None and self._process.poll() is None
-                word = "starting" if running and not self._error else "restarting"
-                return {self.name: f"{word}: {self._error}" if self._error else word}
-            found = dict(self._state.get("trouble", {}))
-            if self._heard and (silent := time.monotonic() - self._heard) > SILENT_S:
-                found[self.name] = f"has said nothing for {silent:.0f} s"
-            return found
-
-    def command(self, word: str) -> None:
-        """Sends a word of command; see `serving.processes.child`."""
-        if self.ready:
-            self._write(word)
-
-    def wait_done(self, word: str, end: float) -> bool:
-        """Waits until a command is done or the time, monotonic, is over; True where it is done, or nobody is left."""
-        with self._news:
-            return self._news.wait_for(
-                lambda: word in self._done or not self.ready, timeout=max(end - time.monotonic(), 0.0)
-            )
-
-    def terminate(self) -> None:
-        """Asks the process to stop; asked again, it hurries."""
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
-
-    def end(self, until: float, hurry: threading.Event) -> None:
-        """Waits for the process until a time, monotonic, then ends it by force; hands on that it shall hurry."""
-        process = self._process
-        if not process:
-            return
-        hurried = False
-        while process.poll() is None:
-            if hurry.is_set() and not hurried:
-                hurried = True
-                self.terminate()
-            left = until - time.monotonic()
-            if left <= 0:
-                _log.error("%s does not stop; killing it", self.name)
-                process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(max(left, 0.05), 0.1))
-        if process.returncode > 0:
-            _log.warning("%s ended with status %d", self.name, process.returncode)
-        self._close()
-
-    def _write(self, line: str) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended: `keep` sees to that
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        """Takes in what the process says, until it ends."""
-        pipe: IO[str] | None = process.stdout
-        assert pipe is not None
-        for line in pipe:
-            with self._news:
-                try:
-                    self._take(json.loads(line))
-                except (ValueError, AttributeError, TypeError):  # a library that prints
-                    _log.warning("%s: %s", self.name, line.rstrip())
-                self._news.notify_all()
-        with self._news:
-            if self._process is process:
-                self.ready = False
-            self._news.notify_all()
-
-    def _take(self, message: dict[str, Any]) -> None:
-        self._heard = time.monotonic() if "state" in message else self._heard
-        if "ready" in message:
-            self.ready, self._error, self._heard, self._ready_at = True, "", 0.0, time.monotonic()
-        self._error = str(message.get("error", self._error))
-        self._state = message.get("state", self._state)
-        if "done" in message:
-            self._done.add(str(message["done"]))
-
-    def _close(self) -> None:
-        """Closes the pipes of a process that has ended, and waits for what it said last."""
-        assert self._process is not None
-        if self._reader:
-            self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+    def ask(self) -> None:
+        """Asks for a stop, or for a quick one."""
+        (self.hurry if self.asked.is_set() else self.asked).set()
 
 
-def stop_all(children: Sequence[Child], drain_s: float, hurry: threading.Event) -> None:
-    """Asks processes to stop and waits until they have; by force where they take longer than the drain and 5 s."""
-    for child in children:
-        child.terminate()
-    end = time.monotonic() + drain_s + _STOP_S
-    for child in children:
-        child.end(end, hurry)
-
-
-def _environment() -> dict[str, str]:
-    """One thread per library and none that spins: the service scales by processes. No library reports to its maker."""
-    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    ours = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    # gRPC's core logs each bad header and each broken handshake: a line for whoever wants to fill the disk.
-    return {"ORT_DISABLE_TELEMETRY": "1", "GRPC_VERBOSITY": "NONE", **os.environ, **ours}
+@contextlib.contextmanager
+def _signals(stopping: Stopping) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a stop; outside the main thread, where signals cannot be caught, nothing does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: stopping.ask()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

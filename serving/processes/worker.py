@@ -23,8 +23,8 @@ from serving.pipeline.side_effects import ImpressionWriter
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
 from serving.privacy.rights import SubjectRights
-from serving.processes.health import HealthMonitor, parts_of
-from serving.processes.listener import stop_listening
+from serving.processes.listen_sockets import stop_listening
+from serving.processes.worker_health import HealthMonitor, parts_of
 from serving.redis.client import connect
 from serving.services.catalog import CatalogService
 from serving.services.events import EventService
@@ -37,7 +37,7 @@ from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 
 if TYPE_CHECKING:
-    from serving.processes.child import Control
+    from serving.processes.entrypoint import Control
 
 WRITE_TIMEOUT_S = 1.0
 """Longest wait of a call that writes: the events Redis syncs to disk before it answers."""
@@ -88,7 +88,7 @@ def work(
             events,
             config.partitions,
             default=config.default_consent,
-            person_cap=config.person_cap,
+            user_cap=config.user_cap,
             times=config.log_times,
             unsafe=config.unsafe_redis,
         )

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 from features.errors import ProfileCorrupt, TablesError
 from serving.errors import ConfigError, ProfileStoreUnavailable, ResourceExhausted, ServingError, Unavailable
+from serving.folder_identity import FolderIdentity, new_id
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
-from serving.places import Identity, new_id
 from serving.privacy.certificates import Certificates
 from serving.privacy.purge import Purger
 from serving.redis.client import connect, printable
@@ -442,7 +442,7 @@ def _own_store(
     Raises:
         OtherStore: A projector fills another one, and this one is not to be patient.
     """
-    registry, identity = Registry(log), Identity("", f"{new_id()}.0")
+    registry, identity = Registry(log), FolderIdentity("", f"{new_id()}.0")
     standing = Outage(_log, "no events are brought into profiles by this host")
     while not stop.is_set():
         try:

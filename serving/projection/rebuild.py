@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from features.event_types import EVENT_TYPES
 from features.histories import Logged, history_keys
 from features.keys import event_type_key, event_type_keys, item_key, item_keys
 from features.profile import PAST_LOST, RECORD, Profile, Records, Retention, empty, fold, make_records
-from features.subjects import subject_of, user_id_of
+from features.subjects import Subject, known, partition_of, subject_of, user_id_of
 from features.tables.dataset import Dataset, open_dataset, read_info, read_table
 from features.tables.event_reader import Events, complete
 from features.tables.files import table_path
@@ -37,7 +37,7 @@ from features.vocabulary import Vocabulary
 from serving.privacy.rights import marks
 from serving.redis.client import connect
 from serving.stores.event_log import EventLog
-from serving.stores.keys import LIVE, SEQUENCE_BITS, address_of, partition_of
+from serving.stores.keys import LIVE, SEQUENCE_BITS, address_of
 from serving.stores.log_entries import Entry, Mark, sound
 from serving.stores.meta import partitions_for, partitions_of, profile_partitions
 from serving.stores.profiles import Applied, ProfileStore, TailFull
@@ -87,7 +87,7 @@ class Histories:
         dataset = _history(data)
         people, who = codes(dataset.events["user_id"])
         self.events, self.rejected = dataset.events.num_rows, len(dataset.rejected)
-        self.subjects = [subject_of(name) if "until" in dataset.info else f"u:{name}" for name in people]
+        self.subjects = [_namer(dataset)(name) for name in people]
         self._records, self._log_ids = _records(dataset), _log_ids(dataset.events)
         # Each person's events stand together; `codes` numbers people in the order of their first one.
         ends = np.cumsum(np.bincount(who, minlength=len(people)))
@@ -229,7 +229,7 @@ def show(user: str, redis_url: str, bundle: Path | None = None, *, partitions: i
         "damage": PAST_LOST if profile.lost else "",
         "profile_version": profile.version,
         "event_count": profile.count,
-        "seen_only": int(profile.evicted.size),
+        "seen_only": int(profile.older_items.size),
         "categories": _shares(profile, items),
         "events": [_event(record, items, types) for record in profile.records[::-1][:SHOWN]],
     }
@@ -275,11 +275,16 @@ def _apply(
     return applied
 
 
+def _namer(dataset: Dataset) -> Callable[[str], Subject]:
+    """Returns the reading of a user id: a warehouse, which goes up to a log id, names anonymous users too."""
+    return subject_of if "until" in dataset.info else known
+
+
 def _states(
     dataset: Dataset, store: ProfileStore, log: EventLog, retention: Retention, undone: Collection[int] = ()
 ) -> Iterator[tuple[str, Profile]]:
     """The profile of each person of a data set, less what they erased or undid and what is past its retention."""
-    key = subject_of if "until" in dataset.info else "u:{}".format
+    key = _namer(dataset)
     people, who = codes(dataset.events["user_id"])
     records, log_ids = _records(dataset), _log_ids(dataset.events)
     # Each person's events stand together; `codes` numbers people in the order of their first one.

@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
+from features.clock import now_ms
 from features.item_fields import FIELDS, no_field
 from penchant.v1 import catalog_pb2, catalog_pb2_grpc
 from serving.engine.catalog_sync import CatalogSync
@@ -52,7 +52,7 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     ) -> catalog_pb2.PutItemsResponse:
         """Puts whole items, new or in place of others; bad ones do not hurt good ones."""
         checks.count(request.items, "items", 1, MAX_CHANGES, "items")
-        now = int(time.time() * 1000)
+        now = now_ms()
 
         def change(item: catalog_pb2.Item, status: catalog_pb2.ItemStatus) -> Change:
             checks.identifier(item.item_id, "item_id")

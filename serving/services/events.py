@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from features.errors import PenchantError
 from features.event_types import hint
 from features.keys import event_type_key, item_key
 from features.profile import pack_record
+from features.subjects import Subject, id_of
 from penchant.v1 import event_pb2, event_pb2_grpc
 from serving.engine.engine import EngineRef
 from serving.errors import InvalidArgument, ResourceExhausted, ServingError
@@ -26,6 +26,7 @@ from serving.observability.telemetry import Telemetry
 from serving.services import validation as checks
 from serving.services.streams import Streams
 from serving.stores.event_log import EventLog
+from serving.stores.log_codec import encode_event, user_fields
 from serving.stores.log_entries import Appended, LoggedEvent
 from serving.stores.profiles import Applied, ProfileStore
 
@@ -35,7 +36,6 @@ _SHOWN = 80
 """Characters of an id that a message shows at most."""
 _LONG_AGO_MS = 30 * 365 * 24 * 3_600_000
 
-_JSON = json.JSONEncoder(ensure_ascii=False)
 _OPTIONAL = ("session_id", "request_id", "surface", "query")
 
 
@@ -44,7 +44,7 @@ class _Checked:
     """An event that may go into the log, and its place in the request."""
 
     place: int
-    subject: str
+    subject: Subject
     event: event_pb2.Event
     timestamp: int
     attributes: dict[str, str]
@@ -152,7 +152,7 @@ def _check(place: int, event: event_pb2.Event, now: int, window_ms: int, refused
     checks.identifier(event.session_id, "session_id", required=False)
     checks.identifier(event.request_id, "request_id", required=False)
     for name, value in (
-        ("subject.user_id" if event.subject.user_id else "subject.anonymous_id", subject[2:]),
+        ("subject.user_id" if event.subject.user_id else "subject.anonymous_id", id_of(subject)),
         ("event_id", event.event_id),
         ("item_id", event.item_id),
         ("session_id", event.session_id),
@@ -201,8 +201,7 @@ def _payload(checked: _Checked) -> bytes:
     """All of an event, in the words of the events table."""
     event = checked.event
     payload: dict[str, Any] = {
-        "user_id": checked.subject[2:],
-        "anonymous": checked.subject.startswith("a:"),
+        **user_fields(checked.subject),
         "event_id": event.event_id,
         "item_id": event.item_id,
         "event_type": event.event_type,
@@ -212,7 +211,7 @@ def _payload(checked: _Checked) -> bytes:
     payload |= {name: getattr(event, name) for name in ("value", "position") if event.HasField(name)}
     if checked.attributes:
         payload["attributes"] = checked.attributes
-    return _JSON.encode(payload).encode()
+    return encode_event(payload)
 
 
 def _status(entry: Appended, applied: bool | PenchantError) -> event_pb2.EventStatus:

@@ -19,18 +19,20 @@ from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
 from features.clock import now_ms
-from features.controls import FOR_EVER, MOST_RULES, Dial, Kind
+from features.controls import FOR_EVER, MAX_CONTROLS, ControlKind, Dial
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
 from features.keys import event_type_key, item_key
 from features.profile import PAST_LOST, RING, Profile, Purpose, Records
+from features.subjects import anonymous, known
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.rights import Consent, Rule, Setting, SubjectRights
 from serving.services import validation as checks
+from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
 
 SHOWN = 100
@@ -50,13 +52,13 @@ _PURPOSES = {
 
 
 _KINDS = {
-    profile_pb2.CONTROL_KIND_ITEM: Kind.ITEM,
-    profile_pb2.CONTROL_KIND_CREATOR: Kind.CREATOR,
-    profile_pb2.CONTROL_KIND_CATEGORY: Kind.CATEGORY,
+    profile_pb2.CONTROL_KIND_ITEM: ControlKind.ITEM,
+    profile_pb2.CONTROL_KIND_CREATOR: ControlKind.CREATOR,
+    profile_pb2.CONTROL_KIND_CATEGORY: ControlKind.CATEGORY,
 }
 
 
-_DIALLED = {Dial.CATEGORY_WEIGHT: Kind.CATEGORY, Dial.CREATOR_WEIGHT: Kind.CREATOR}
+_DIALLED = {Dial.CATEGORY_WEIGHT: ControlKind.CATEGORY, Dial.CREATOR_WEIGHT: ControlKind.CREATOR}
 """What a dial with a name is about."""
 
 
@@ -91,7 +93,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         subject = checks.subject(request.subject, "subject")
         turned = [setting for setting in checks.dials(request.dials, "dials") if setting.value]
         of = f"things, {len(turned)} dials beside them" if turned else "things"
-        checks.count(request.hidden, "hidden", 0, MOST_RULES - len(turned), of)
+        checks.count(request.hidden, "hidden", 0, MAX_CONTROLS - len(turned), of)
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
         version, applied = self._people.set_rules(subject, [*rules, *turned])
         matched, unknown = control_matches(rules, turned, self._host.engine.catalog)
@@ -137,7 +139,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     ) -> profile_pb2.MergeIdentitiesResponse:
         """Moves what a visitor did to the person they turn out to be."""
         visitor = checks.identifier(request.anonymous_id, "anonymous_id")
-        merged = self._people.merge(f"a:{visitor}", f"u:{checks.identifier(request.user_id, 'user_id')}")
+        merged = self._people.merge(anonymous(visitor), known(checks.identifier(request.user_id, "user_id")))
         return profile_pb2.MergeIdentitiesResponse(
             events=merged.events,
             impressions=merged.impressions,
@@ -159,7 +161,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             page.documents.extend(self._facts(subject))
         size = sum(map(len, page.documents))
         for kind, at, payload in self._people.held(subject, first, after, _deadline(context)):
-            page.documents.append(json.dumps({"kind": kind} | json.loads(payload), ensure_ascii=False))
+            page.documents.append(json.dumps({"kind": kind} | decode(payload), ensure_ascii=False))
             size += len(payload)
             if size > PAGE_BYTES:
                 page.next_page_token = f"{kind}:{at}"
@@ -217,7 +219,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             profile = self._store.read(subject)
         except ProfileCorrupt as error:
             return {"damage": str(error)}
-        engine, memory = self._host.engine, profile.memory
+        engine, memory = self._host.engine, profile.decayed_counts
         found: dict[str, Any] = {"as_of_ms": memory.newest, "horizons": list(HORIZONS)}
         if profile.lost:
             found["damage"] = PAST_LOST
@@ -238,10 +240,10 @@ def control_matches(
     named = [(f"hidden[{place}].id", rule.kind, rule.name) for place, rule in enumerate(rules)]
     fields = {dial: (f"dials.{field}", _DIALLED[dial]) for field, dial in checks.NAMED_DIALS.items()}
     named += [(*fields[setting.dial], setting.name) for setting in dials if setting.name]
-    by_kind: dict[Kind, list[str]] = {}
+    by_kind: dict[ControlKind, list[str]] = {}
     for _, kind, name in named:
         by_kind.setdefault(kind, []).append(name)
-    likely: dict[tuple[Kind, str], str] = {}
+    likely: dict[tuple[ControlKind, str], str] = {}
     for kind, names in by_kind.items():
         likely |= {(kind, name): meant for name, meant in look_up(catalog, kind.name.lower(), names).items()}
     matched, unknown = list[profile_pb2.ControlMatch](), list[profile_pb2.ControlMatch]()
@@ -367,15 +369,15 @@ def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfi
         event_count=profile.count,
         events=events,
         categories=_affinities(profile, items),
-        seen_only=profile.evicted.size,
-        segment=_category(profile.memory.segment(), engine),
+        seen_only=profile.older_items.size,
+        segment=_category(profile.decayed_counts.segment(), engine),
         visit=_visit(profile, engine),
     )
 
 
 def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
     """What the person is doing now, None where they are not here."""
-    memory = profile.memory
+    memory = profile.decayed_counts
     if not memory.visiting(now_ms()):
         return None
     here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.catalog import Catalog
+from features.clock import now_ms
 from features.keys import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
@@ -119,7 +120,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             request_id=options.request_id or uuid.uuid4().hex,
             subject=subject,
             # The server's clock alone decides what may be shown.
-            now_ms=int(time.time() * 1000),
+            now_ms=now_ms(),
             deadline=time.monotonic() + seconds_left(context, self._default_deadline_s),
             page_size=page_size,
             method=method,

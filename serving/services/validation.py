@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence, Sized
 import numpy as np
 import numpy.typing as npt
 
-from features.controls import MOST_RULES, Dial
+from features.controls import MAX_CONTROLS, Dial
+from features.subjects import NO_SUBJECT, Subject, anonymous, known
 from features.tables.convert import MOST_ID_BYTES
-from penchant.v1.common_pb2 import Dials, Subject
+from penchant.v1 import common_pb2
+from penchant.v1.common_pb2 import Dials
 from serving.errors import InvalidArgument
 from serving.privacy.rights import Setting
 
@@ -115,7 +117,7 @@ def within(value: float, field: str, low: float, high: float) -> float:
 
 def dials(value: Dials, field: str) -> list[Setting]:
     """The dials that are set, each in its range; at most as many as a person may have rules."""
-    count([*value.categories, *value.creators], field, 0, MOST_RULES, "categories and creators")
+    count([*value.categories, *value.creators], field, 0, MAX_CONTROLS, "categories and creators")
     said = {name.name for name, _ in value.ListFields()}
     turned = [
         Setting(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))
@@ -143,14 +145,14 @@ def attributes(values: Mapping[str, str], field: str, entries: int = 64, limit: 
     return dict(values)
 
 
-def subject(value: Subject, field: str, *, required: bool = True) -> str:
-    """The key of a person: "u:" and the user id, or "a:" and the anonymous id; "" where nobody is named."""
+def subject(value: common_pb2.Subject, field: str, *, required: bool = True) -> Subject:
+    """Returns the subject of a user or an anonymous user, "" if the request names neither."""
     identifier(value.user_id, f"{field}.user_id", required=False)
     identifier(value.anonymous_id, f"{field}.anonymous_id", required=False)
     if value.user_id:
-        return "u:" + value.user_id
+        return known(value.user_id)
     if value.anonymous_id:
-        return "a:" + value.anonymous_id
+        return anonymous(value.anonymous_id)
     if required:
         raise InvalidArgument(field, "is required: give user_id or anonymous_id")
-    return ""
+    return NO_SUBJECT

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from features.errors import PenchantError
+from features.subjects import partition_of
 from serving.errors import ResourceExhausted, Unavailable
 from serving.redis.client import Call, Request
 from serving.redis.router import RedisRouter, required
-from serving.stores.keys import partition_of
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 
 _MEMORY_CHECK_S = 1.0

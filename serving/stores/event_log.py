@@ -21,23 +21,24 @@ from redis.exceptions import ResponseError
 from features.clock import now_ms
 from features.errors import PenchantError
 from features.profile import EVERY_PURPOSE, RECORD, Purpose
+from features.subjects import partition_of
 from serving.errors import (
     DeadlineExceeded,
     EventLogUnavailable,
     ServingError,
     Unavailable,
 )
-from serving.log_retention import HOUR_MS, LogTimes
+from serving.log_retention import HOUR_MS, LogRetention
 from serving.redis.client import Call, Client, Request, serving_error
 from serving.redis.router import RedisRouter, required
 from serving.stores.admission import Admission
 from serving.stores.event_scripts import EVENT_APPEND, IMPRESSION_APPEND, LOG_TIMES, PERSON_RETURN
-from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, partition_of, stream_id
+from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, stream_id
 from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression, appended_of
 from serving.stores.log_trim import groups_of, trim
 from serving.stores.meta import fixed_value, require_partitions
 
-PERSON_CAP = 100_000
+USER_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
 
 _PIECE = 1000
@@ -57,11 +58,11 @@ class EventLog:
         partitions: int = 16,
         *,
         window_ms: int = 24 * HOUR_MS,
-        times: LogTimes | None = None,
+        times: LogRetention | None = None,
         memory_mark: float = 0.9,
         cooldown_s: float = 0.5,
         default: Purpose = EVERY_PURPOSE,
-        person_cap: int = PERSON_CAP,
+        user_cap: int = USER_CAP,
         unsafe: bool = False,
         beside: EventLog | None = None,
     ) -> None:
@@ -75,16 +76,16 @@ class EventLog:
             memory_mark: Share of a server's `maxmemory` above which its events are refused; impressions at 5/6 of it.
             cooldown_s: Longest pause between looks at a failed Redis.
             default: What a person allows who has said nothing.
-            person_cap: Most events and slates of one person that the log holds at a time; more events are refused.
+            user_cap: Most events and slates of one person that the log holds at a time; more events are refused.
             unsafe: Whether what is written counts on a Redis that may lose it.
             beside: The same log through other connections; one `look` is enough for both.
         """
-        self._person_cap = person_cap
+        self._user_cap = user_cap
         self.default = default
         self.partitions = partitions
         self.window_ms = window_ms
         self.client = client
-        self._times, self._index_ms, self._times_told = times, (times or LogTimes()).index_ms, times is None
+        self._times, self._index_ms, self._times_told = times, (times or LogRetention()).index_ms, times is None
         self._mark = memory_mark
         role: Literal["", "events"] = "" if unsafe else "events"
         others = beside.nodes if beside else None
@@ -282,7 +283,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        times = self._times or LogTimes.read(self.nodes.command("HGET", META, "times"))
+        times = self._times or LogRetention.read(self.nodes.command("HGET", META, "times"))
         return trim(self.nodes, self.keys[partition], times, self.now_ms(partition))
 
     def groups(self, stream: bytes) -> list[dict[str, Any]]:
@@ -316,7 +317,7 @@ class EventLog:
                 address_of(event.subject),
                 int(event.personal),
             )
-        common = (self._index_ms, int(self.default), self._person_cap)
+        common = (self._index_ms, int(self.default), self._user_cap)
         return Call(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
 
     def seen_of(self, subject: str, event_id: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from dataclasses import dataclass, fields
 
 META = b"penchant:meta"
@@ -14,11 +13,6 @@ LIVE = 1 << 40
 
 SEQUENCE_BITS = 20
 """Bits of a log id that count within its millisecond."""
-
-
-def partition_of(subject: str, partitions: int) -> int:
-    """Returns the partition that holds everything about a user."""
-    return zlib.crc32(subject.encode()) % partitions
 
 
 def address_of(subject: str) -> bytes:

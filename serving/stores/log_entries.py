@@ -155,7 +155,7 @@ def appended_of(event: LoggedEvent, reply: Any) -> Appended:
     if reply[0] == 5:
         return Appended(0, error=serving_error(reply_error(reply[1].decode()), EventLogUnavailable))
     if reply[0] == 4:
-        reason = "the log holds more of this person than of anybody who is one; is it a bot? Raise person_cap if not"
+        reason = "the log holds more of this person than of anybody who is one; is it a bot? Raise user_cap if not"
         return Appended(0, error=ResourceExhausted(reason, field="subject", retry_after_ms=HOUR_MS))
     if reply[0] == 3:
         return Appended(0, error=ConsentWithheld("this person allows none of its purposes: the event was not stored"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.log_retention import LogTimes
+from serving.log_retention import LogRetention
 from serving.redis.client import Call
 from serving.redis.router import RedisRouter
 from serving.stores.event_scripts import LOG_TRIM
@@ -26,7 +26,7 @@ def groups_of(nodes: RedisRouter, stream: bytes) -> list[Group]:
     return list(nodes.command("XINFO GROUPS", stream)) if nodes.command("EXISTS", stream) else []
 
 
-def trim(nodes: RedisRouter, keys: PartitionKeys, times: LogTimes, now_ms: int) -> int:
+def trim(nodes: RedisRouter, keys: PartitionKeys, times: LogRetention, now_ms: int) -> int:
     """Deletes the events and slates of a partition that are old enough and that every reader of theirs has.
 
     Args:

@@ -16,20 +16,20 @@ from typing import Literal, TypeVar
 import redis
 from redis.exceptions import ResponseError
 
-from features.controls import MOST_RULES, RULE
-from features.decayed_counts import LARGEST_MEMORY
+from features.controls import CONTROL, MAX_CONTROLS
+from features.decayed_counts import MAX_STATE_SIZE
 from features.errors import PenchantError, ProfileCorrupt, ProfileNewer
 from features.profile import (
     ENTRY,
     EVENT,
-    EVICTED_CAP,
     HEADER_SIZE,
+    OLDER_ITEMS_CAP,
     RECORD,
     REPAIR,
     RING,
     Profile,
     Purpose,
-    Stored,
+    StoredProfile,
     decode,
     decode_consent,
     empty,
@@ -39,6 +39,7 @@ from features.profile import (
     is_newer,
     split,
 )
+from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
 from serving.redis.client import Call, Client, Request, Script, serving_error
@@ -51,7 +52,7 @@ from serving.stores.event_scripts import (
     PROFILE_PUT,
     PROFILE_REPLACE,
 )
-from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_of, partition_prefix
+from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_prefix
 from serving.stores.log_entries import Mark
 from serving.stores.meta import fixed_value, require_partitions
 
@@ -70,7 +71,7 @@ _EVERYBODY = b"penchant:{p*}:profile:*"
 _AWAY = 5  # where in a header it stands that the state was dropped
 _FOLDED = slice(16, 24)  # where in a header it stands up to which log id the state goes
 _ERASED = slice(24, 32)  # where in a header it stands up to which log id events are refused
-_LARGEST_STATE = RING * EVENT.itemsize + EVICTED_CAP * 8 + LARGEST_MEMORY + MOST_RULES * RULE.itemsize + 64
+_LARGEST_STATE = RING * EVENT.itemsize + OLDER_ITEMS_CAP * 8 + MAX_STATE_SIZE + MAX_CONTROLS * CONTROL.itemsize + 64
 _FRONT = HEADER_SIZE + 24  # what tells of the last event: the header, and the newest time in the state or a log id
 
 
@@ -233,7 +234,7 @@ class ProfileStore:
                 return 0
             stored = split(blob)
             due = stored.tail[stored.tail["log_id"] <= up_to]
-            if due.size < at_least or (stored.away and not dropped_too):
+            if due.size < at_least or (stored.evicted and not dropped_too):
                 return 0
             folded = fold(stored.state, due["record"], int(due["log_id"][-1]))
             end = HEADER_SIZE + int.from_bytes(blob[8:12], "little")
@@ -278,7 +279,7 @@ class ProfileStore:
             forgotten += map(int, required(self._nodes.run_all(calls)))
         return forgotten
 
-    def replace(self, subject: str, change: Callable[[Stored], Profile]) -> Profile | None:
+    def replace(self, subject: str, change: Callable[[StoredProfile], Profile]) -> Profile | None:
         """Puts a changed profile, with everything folded, in the place of the one there is.
 
         Args:
@@ -514,7 +515,7 @@ def _readable(blob: bytes) -> bytes:
     except ProfileCorrupt:
         return encode(replace(empty(), consent=_consent(blob)), *_marks(blob))
     state = stored.state
-    kept = replace(empty(), consent=state.consent, rules=state.rules) if state.lost else state
+    kept = replace(empty(), consent=state.consent, controls=state.controls) if state.lost else state
     return encode(kept, *stored.versions)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from features.errors import PenchantError
 from serving.errors import ConfigError, NotFound
-from serving.places import Identity, host_name, kernel_id, read_identity, runs, write_identity
+from serving.folder_identity import FolderIdentity, host_name, kernel_id, read_identity, runs, write_identity
 from serving.redis.client import Call
 from serving.stores.event_log import EventLog
 from serving.stores.event_scripts import HASH_CHOOSE, HASH_SET
@@ -58,7 +58,7 @@ class Copy:
         registered_at: When it was registered, ms.
         seen_at: When a process that has it was last heard of, ms; 0 for never.
         token: That process; "" after it has ended in order.
-        kernel: The kernel that it runs on, `places.kernel_id`.
+        kernel: The kernel that it runs on, `folder_identity.kernel_id`.
         pid: Its process id there.
         state: What it said about itself.
         retired_at: When it was declared gone for good, ms; 0 for a copy in use.
@@ -243,11 +243,11 @@ class Heartbeat:
     def __init__(self, registry: Registry) -> None:
         """Takes the register; `say` begins."""
         self._registry = registry
-        self._said: dict[str, tuple[Path | None, Identity, str]] = {}
+        self._said: dict[str, tuple[Path | None, FolderIdentity, str]] = {}
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def say(self, folder: Path | None, identity: Identity, state: str) -> None:
+    def say(self, folder: Path | None, identity: FolderIdentity, state: str) -> None:
         """Says what a copy is doing, now and every `BEAT_S` from now on.
 
         Args:
@@ -291,7 +291,7 @@ class Heartbeat:
         self._said.clear()
         self._thread = None
 
-    def _leave(self, copy_id: str, identity: Identity, state: str) -> None:
+    def _leave(self, copy_id: str, identity: FolderIdentity, state: str) -> None:
         known = self._registry.get(copy_id)
         if known and known.process == identity.process:  # else another process has it already
             self._registry.seen(copy_id, "", state)

@@ -34,7 +34,7 @@ from features.spans import SPANS, Spans, read_spans
 from features.subjects import subject_of
 from features.tables.dataset import read_info
 from serving.errors import Unavailable
-from serving.places import Identity, read_identity, write_identity
+from serving.folder_identity import FolderIdentity, read_identity, write_identity
 from serving.privacy.ledger import Erasure
 from serving.redis.embedded import locked
 from serving.stores.keys import SEQUENCE_BITS, address_of
@@ -60,7 +60,7 @@ class WarehouseFiles:
     def __init__(self, out: Path) -> None:
         """Names the directory; `open` takes it."""
         self.out = Path(out)
-        self.identity: Identity | None = None
+        self.identity: FolderIdentity | None = None
         self._lock, self._repaired = -1, False
 
     def open(self, wait_s: float | None = None, *, repaired: bool = True) -> None:
@@ -95,7 +95,7 @@ class WarehouseFiles:
             else:
                 old.rename(whole)
 
-    def keep(self, identity: Identity) -> None:
+    def keep(self, identity: FolderIdentity) -> None:
         """Makes a directory that is open this process's own by its identity; see `require_own`.
 
         Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from serving.errors import ConfigError, InUse
-from serving.places import Identity, new_id, read_identity, write_identity
+from serving.folder_identity import FolderIdentity, new_id, read_identity, write_identity
 from serving.stores.event_log import EventLog
 from serving.stores.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse.files import WarehouseFiles
@@ -50,7 +50,7 @@ class WarehousePlace:
         if known and verdict == "busy":
             raise InUse(f"{self._files.out} is written by a process on {known.host}; this one takes over when it ends")
         self._require_own(identity)
-        taken = Identity(identity.copy_id if identity else new_id(), f"{self._process}.0")
+        taken = FolderIdentity(identity.copy_id if identity else new_id(), f"{self._process}.0")
         if known and identity and known.token and known.process != identity.process:
             _log.warning(
                 "%s is not as the last warehouse of this log left it: it was put back from a backup, or copied. What "
@@ -70,7 +70,7 @@ class WarehousePlace:
         self._taken, self._files.identity = False, None
         self._heartbeat.end()
 
-    def _require_own(self, identity: Identity | None) -> None:
+    def _require_own(self, identity: FolderIdentity | None) -> None:
         """Refuses a folder that is not the warehouse of this log.
 
         Raises:
@@ -88,7 +88,7 @@ class WarehousePlace:
                 "drop it, and what the log still holds is written here"
             )
 
-    def _refused(self, own: Copy | None, identity: Identity | None) -> OtherPlace:
+    def _refused(self, own: Copy | None, identity: FolderIdentity | None) -> OtherPlace:
         register_rows(self._registry, self._files, identity)
         named = own.named() if own else "another one, registered a moment ago"
         here = self._files.out.absolute()
@@ -117,7 +117,7 @@ class WarehousePlace:
         return False
 
 
-def register_rows(registry: Registry, files: WarehouseFiles, identity: Identity | None) -> str:
+def register_rows(registry: Registry, files: WarehouseFiles, identity: FolderIdentity | None) -> str:
     """Registers a folder that holds rows of users though it is not the log's own; returns its id, "" without rows.
 
     Args:
@@ -131,7 +131,7 @@ def register_rows(registry: Registry, files: WarehouseFiles, identity: Identity 
     if not files.holds_rows():
         return ""
     if identity is None:
-        identity = Identity(new_id(), new_id())
+        identity = FolderIdentity(new_id(), new_id())
         write_identity(files.out, identity)
     registry.register("warehouse", identity.copy_id, str(files.out.absolute()))
     return identity.copy_id

@@ -5,8 +5,6 @@ Everything here is a pure function of its input, so that a repeat writes the sam
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
 from features.subjects import user_id_of
 from features.tables.order import codes
 from features.tables.schema import EVENTS, IMPRESSIONS
+from serving.stores import log_codec
 from serving.stores.keys import SEQUENCE_BITS
 from serving.stores.log_entries import Entry
 
@@ -144,16 +143,11 @@ def _allowed(purposes: Purpose) -> dict[str, bool]:
 def _said(entry: Entry) -> dict[str, Any] | None:
     """The payload of an entry, None where it is damaged."""
     try:
-        said = json.loads(entry.payload)
-        if isinstance(said, dict) and "features" in said:
-            values = np.frombuffer(base64.b64decode(said["features"]), "<f4")
-            said["features"] = values.reshape(len(said["item_ids"]), -1).tolist()
-        if isinstance(said, dict) and "sources" in said:
-            said["sources"] = _sources(said["sources"], said["source_names"])
-    except (ValueError, TypeError, KeyError):
+        fields = log_codec.decode(entry.payload) if entry.record else log_codec.decode_slate(entry.payload)
+    except ValueError:
         return None
-    needed = {"item_ids", "request_id", "timestamp"} if not entry.record else {"item_id", "event_type", "timestamp"}
-    return said if isinstance(said, dict) and needed <= said.keys() else None
+    needed = {"item_id", "event_type", "timestamp"} if entry.record else {"item_ids", "request_id", "timestamp"}
+    return fields if needed <= fields.keys() else None
 
 
 def _event(entry: Entry, record: Any, said: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +168,6 @@ def _event(entry: Entry, record: Any, said: dict[str, Any]) -> dict[str, Any]:
 
 def _attributes(said: dict[str, Any]) -> list[tuple[str, str]] | None:
     return list(said["attributes"].items()) if said.get("attributes") else None
-
-
-def _sources(masks: Sequence[int], names: Sequence[str]) -> list[list[str]]:
-    """The names of the sources of each item, of which the log holds one bit each."""
-    return [[name for bit, name in enumerate(names) if mask >> bit & 1] for mask in masks]
 
 
 def _impression(entry: Entry, said: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from features.action_rates import HALF_LIVES, MATCH_STRENGTH, PERSON_STRENGTH, ActionRates, Rates
+from features.action_rates import HALF_LIVES, MATCH_STRENGTH, USER_STRENGTH, ActionRates, Rates
 from features.kernels import log_odds, log_odds_plain, matched_weights, matched_weights_plain
 
 FACTS = {
@@ -50,7 +50,7 @@ def test_a_person_has_rates_of_their_own_and_with_some_of_the_items() -> None:
     types, values = np.array([SHOWN, CLICK, SHOWN], np.int32), np.full(3, 5, np.float32)
     rates = Rates.of(outcomes, types, values)
     older, base = 0.5 ** (1 / HALF_LIVES[0]), 1 / (1 + np.exp(1))
-    mine = (older + PERSON_STRENGTH * base) / (1 + older + PERSON_STRENGTH)
+    mine = (older + USER_STRENGTH * base) / (1 + older + USER_STRENGTH)
     assert rates.long[0] == pytest.approx(odds(mine))
     among = rates.among(np.array([7, 8, 0], np.uint64), np.array([7, 7, 8], np.uint64))
     assert among[0, 0] == pytest.approx(odds((older + MATCH_STRENGTH * mine) / (older + MATCH_STRENGTH)) - odds(mine))

@@ -46,15 +46,15 @@ def test_in_pieces_and_at_once_and_by_the_plain_twin_it_is_the_same_to_the_bit(r
         pieces = memory.decode(memory.encode(fold(part, pieces)))
         before = (plain.facts, plain.keys, plain.counts)
         told = (memory._ROOMS, memory._TICKS, memory.VISIT_MS, memory._UNCHOSEN)
-        plain = memory.DecayedCounts(*decay.remember_plain(*before, *told, *columns(part)))
+        plain = memory.DecayedCounts(*decay.fold_counts_plain(*before, *told, *columns(part)))
     assert memory.encode(pieces) == memory.encode(whole)
     assert memory.encode(plain) == memory.encode(whole)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1))
 def test_what_is_left_is_the_same_by_the_plain_twin(now, then):
-    found = decay.left(now, then, memory._TICKS)
-    assert found.tobytes() == decay.left_plain(now, then, memory._TICKS).tobytes()
+    found = decay.decay_factors(now, then, memory._TICKS)
+    assert found.tobytes() == decay.decay_factors_plain(now, then, memory._TICKS).tobytes()
     assert ((found >= 0) & (found <= 1)).all()
 
 
@@ -62,11 +62,13 @@ def test_what_is_left_is_the_same_by_the_plain_twin(now, then):
 def test_what_was_one_halves_with_every_half_life(passed):
     ticks = memory._TICKS
     began = NOW // MONTH * MONTH  # all half-lives begin then
-    assert decay.left(began, began, ticks).tolist() == [1, 1, 1]
+    assert decay.decay_factors(began, began, ticks).tolist() == [1, 1, 1]
     exact = 0.5 ** (passed / np.array([HOUR, DAY, MONTH]))
-    np.testing.assert_allclose(decay.left(began + passed, began, ticks), exact, rtol=0.011, atol=1e-70)  # within a tick
-    assert decay.left(began + MONTH, began, ticks)[2] == 0.5
-    assert decay.left(began - passed, began, ticks).tolist() == [1, 1, 1]
+    np.testing.assert_allclose(
+        decay.decay_factors(began + passed, began, ticks), exact, rtol=0.011, atol=1e-70
+    )  # within a tick
+    assert decay.decay_factors(began + MONTH, began, ticks)[2] == 0.5
+    assert decay.decay_factors(began - passed, began, ticks).tolist() == [1, 1, 1]
 
 
 def test_the_roots_are_correctly_rounded():

@@ -114,9 +114,9 @@ def test_training_remembers_what_a_rebuild_folds(
             past = histories.before(number, position)
             assert past.categories.tolist() == profile.records["category"].tolist()
             assert past.creators.tolist() == profile.records["creator"].tolist()
-            assert past.memory.keys.tolist() == profile.memory.keys.tolist()
-            assert past.memory.counts.tobytes() == profile.memory.counts.tobytes()
-        assert histories.whole(number).segment() == profile.memory.segment()
+            assert past.decayed_counts.keys.tolist() == profile.decayed_counts.keys.tolist()
+            assert past.decayed_counts.counts.tobytes() == profile.decayed_counts.counts.tobytes()
+        assert histories.whole(number).segment() == profile.decayed_counts.segment()
 
 
 def test_keys_stay_with_their_events_in_samples_and_where_items_are_hidden(tmp_path: Path) -> None:

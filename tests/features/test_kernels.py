@@ -19,13 +19,15 @@ def test_crc32_rows_is_the_one_of_zlib(rows):
 
 
 @given(st.lists(st.integers(1, 12), unique=True, max_size=8), key_arrays, st.integers(0, 8))
-def test_evict_agrees_with_its_twin(evicted, pushed, cap):
+def test_append_distinct_agrees_with_its_twin(evicted, pushed, cap):
     before = np.array(evicted, np.uint64)
-    np.testing.assert_array_equal(kernels.evict(before, pushed, cap), kernels.evict_plain(before, pushed, cap))
+    np.testing.assert_array_equal(
+        kernels.append_distinct(before, pushed, cap), kernels.append_distinct_plain(before, pushed, cap)
+    )
 
 
-def test_evict_keeps_the_newest_and_no_key_twice():
-    kept = kernels.evict(np.array([1, 2, 3], np.uint64), np.array([2, 0, 4, 4, 5], np.uint64), 4)
+def test_append_distinct_keeps_the_newest_and_no_key_twice():
+    kept = kernels.append_distinct(np.array([1, 2, 3], np.uint64), np.array([2, 0, 4, 4, 5], np.uint64), 4)
     assert kept.tolist() == [2, 3, 4, 5]
 
 

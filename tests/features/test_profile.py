@@ -53,9 +53,9 @@ def same(left: profile.Profile, right: profile.Profile) -> bool:
     return (
         (left.version, left.count) == (right.version, right.count)
         and left.records.tobytes() == right.records.tobytes()
-        and left.evicted.tolist() == right.evicted.tolist()
-        and memory.encode(left.memory) == memory.encode(right.memory)
-        and left.rules.tobytes() == right.rules.tobytes()
+        and left.older_items.tolist() == right.older_items.tolist()
+        and memory.encode(left.decayed_counts) == memory.encode(right.decayed_counts)
+        and left.controls.tobytes() == right.controls.tobytes()
     )
 
 
@@ -84,7 +84,7 @@ def test_the_ring_keeps_the_newest_and_remembers_the_others_as_seen():
     folded = profile.fold(profile.empty(), events, 7)
     assert folded.count == profile.RING + 10
     assert folded.records.tobytes() == profile.events_of(events[10:]).tobytes()
-    assert folded.evicted.tolist() == list(dict.fromkeys(events["item"][:10].tolist()))
+    assert folded.older_items.tolist() == list(dict.fromkeys(events["item"][:10].tolist()))
 
 
 def test_a_search_is_counted_and_pushes_nothing_out_of_the_ring():
@@ -93,7 +93,7 @@ def test_a_search_is_counted_and_pushes_nothing_out_of_the_ring():
     without = profile.fold(profile.empty(), events[events["item"] != 0], 7)
     assert 0 < without.count < profile.RING < folded.count == profile.RING + 200
     assert same(folded, dataclasses.replace(without, count=folded.count))
-    assert folded.evicted.size == 0
+    assert folded.older_items.size == 0
 
 
 @given(st.integers(0, 300), st.integers(0, 40), st.randoms())
@@ -163,7 +163,7 @@ def test_a_profile_folded_anew_is_the_fold_of_what_remains(folded, waiting, left
         assert same(found, wanted)
     assert found.records.tobytes() == wanted.records.tobytes()
     assert found.count == wanted.count
-    assert set(found.evicted.tolist()) >= set(wanted.evicted.tolist())
+    assert set(found.older_items.tolist()) >= set(wanted.older_items.tolist())
 
 
 def test_what_has_left_the_log_stays_when_a_profile_is_folded_anew():
@@ -206,7 +206,7 @@ def test_nobody_is_a_profile():
 @given(st.integers(0, 2**31), st.integers(1, 255))
 def test_a_changed_byte_is_noticed(at, change):
     events = records(6)
-    known = dataclasses.replace(profile.empty(), rules=np.array([(7, 0, 1), (8, 9, 2)], controls.RULE))
+    known = dataclasses.replace(profile.empty(), controls=np.array([(7, 0, 1), (8, 9, 2)], controls.CONTROL))
     blob = bytearray(profile.encode(profile.fold(known, events[:4], 4)) + tail_of([5, 6], events[4:]))
     # Versions and marks are compared, not checksummed.
     checked = [*range(16), *(i for i in range(48, len(blob)) if not _is_log_id(i, len(blob)))]

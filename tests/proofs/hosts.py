@@ -56,7 +56,7 @@ PURGE_S = 6.0
 
 UNREGISTERED = (
     "import sys\n"
-    "roles = ('serving.processes.child', 'serving.processes.service')\n"
+    "roles = ('serving.processes.entrypoint', 'serving.processes.supervisor')\n"
     "if any(role in word for word in sys.orig_argv for role in roles):\n"
     "    import serving.jobs.hosts as h, serving.warehouse.place as p\n"
     "    p.WarehousePlace.take = lambda self: None\n"

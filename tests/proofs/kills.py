@@ -56,7 +56,7 @@ VICTIMS = {"worker": 6, "service": 2, "projector": 4, "sink": 4, "events": 2, "p
 """What is killed, and how often beside the others."""
 
 SERVE = (
-    "import json, sys; from serving.processes.service import serve; from serving.config import ServeConfig; "
+    "import json, sys; from serving.processes.supervisor import serve; from serving.config import ServeConfig; "
     "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
 )
 PROJECT = "import sys; from serving.projection.projector import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
@@ -321,7 +321,7 @@ def compare(
 
 def _bytes(profile: Profile) -> tuple[bytes, bytes, int]:
     """What must be the same, bit for bit."""
-    return profile.records.tobytes(), profile.evicted.tobytes(), profile.version
+    return profile.records.tobytes(), profile.older_items.tobytes(), profile.version
 
 
 def logged(log: EventLog) -> dict[str, list[Entry]]:

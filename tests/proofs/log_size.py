@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import redis
 
 from penchant.v1 import event_pb2
-from serving.log_retention import PROFILES_GROUP, LogTimes
+from serving.log_retention import PROFILES_GROUP, LogRetention
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
@@ -110,7 +110,7 @@ def level(folder: Path, seconds: float, trims: bool) -> dict[str, Any]:
     """Memory of a log that is written to, read and trimmed: the most of each half of the time, less what was there."""
     with RedisServer(folder / f"level-{trims}", "events") as server, connect(server.url, 30) as client:
         assert isinstance(client, redis.Redis)
-        log = EventLog(client, 1, times=LogTimes(int(250 * seconds), int(60 * seconds), True))
+        log = EventLog(client, 1, times=LogRetention(int(250 * seconds), int(60 * seconds), True))
         log.open()
         readers = [Consumer(log, PROFILES_GROUP, "a"), Consumer(log, "warehouse", "b")]
         readers += [Consumer(log, "warehouse", "b", stream="impressions")]
@@ -136,7 +136,7 @@ def trimming(folder: Path, entries: int) -> dict[str, Any]:
     """How long others wait behind a step of trimming, at most, and how much goes in a second."""
     with RedisServer(folder / "trim", "events") as server, connect(server.url, 30) as client:
         assert isinstance(client, redis.Redis)
-        log = EventLog(client, 1, times=LogTimes(0, 0, True))
+        log = EventLog(client, 1, times=LogRetention(0, 0, True))
         log.open()
         for first in range(0, entries, _TOGETHER):
             log.append_impressions(slates_of(_TOGETHER, first))

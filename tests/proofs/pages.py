@@ -25,10 +25,11 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from features.controls import RULE, Kind, dial_rules, encode
+from features.controls import CONTROL, ControlKind, dial_controls, encode
 from features.controls import Dial as DialKind
 from features.keys import event_type_keys, item_key, item_keys
 from features.profile import RING, empty, fold, make_records
+from features.subjects import partition_of
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bundle.bitmap import Bitmap
 from serving.config import ServeConfig
@@ -43,7 +44,7 @@ from serving.pipeline.sources import Popular
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.ranking import RankingService
-from serving.stores.keys import address_of, partition_of
+from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
 from tests import world
@@ -84,7 +85,7 @@ class Case:
     live: float
     events: int
     focused: bool
-    rules: tuple[tuple[Kind, int], ...]
+    rules: tuple[tuple[ControlKind, int], ...]
     dial: float
     excluded: int
     seeds: int
@@ -103,7 +104,8 @@ CASES = st.builds(
     events=st.sampled_from((0, 1, 5, 60, 400)),
     focused=st.booleans(),
     rules=st.lists(
-        st.tuples(st.sampled_from((Kind.CATEGORY, Kind.CREATOR, Kind.ITEM)), st.integers(-2, 30)), max_size=8
+        st.tuples(st.sampled_from((ControlKind.CATEGORY, ControlKind.CREATOR, ControlKind.ITEM)), st.integers(-2, 30)),
+        max_size=8,
     ).map(tuple),
     dial=st.sampled_from((0.0, 0.0, 1.0, -1.0)),
     excluded=st.sampled_from((0, 3, 200)),
@@ -242,13 +244,13 @@ class _User:
         holding = [(kind, number) for kind, number in case.rules if number >= 0]
         rules = [(item_key(_about(kind, number)), 0, kind) for kind, number in holding]
         rules += [(item_key(_about(kind, -number)), now - _HOUR_MS, kind) for kind, number in ended]
-        dials = dial_rules([(DialKind.CATEGORY_WEIGHT, item_key(world.GENRES[0]), case.dial)] if case.dial else [])
-        self.rules = np.concatenate([np.array(rules, RULE), dials])
-        names = {kind: {_about(kind, number) for of, number in holding if of is kind} for kind in Kind}
-        self.blocked = names[Kind.ITEM] | {
+        dials = dial_controls([(DialKind.CATEGORY_WEIGHT, item_key(world.GENRES[0]), case.dial)] if case.dial else [])
+        self.rules = np.concatenate([np.array(rules, CONTROL), dials])
+        names = {kind: {_about(kind, number) for of, number in holding if of is kind} for kind in ControlKind}
+        self.blocked = names[ControlKind.ITEM] | {
             item["item_id"]
             for item in items
-            if item["categories"][0] in names[Kind.CATEGORY] or item["creator_id"] in names[Kind.CREATOR]
+            if item["categories"][0] in names[ControlKind.CATEGORY] or item["creator_id"] in names[ControlKind.CREATOR]
         }
 
 
@@ -342,11 +344,11 @@ def _answers(
     yield _Answer("rank", served.service.Rank(ranked, call).slate, case.page, may, len(set(ids)))
 
 
-def _about(kind: Kind, number: int) -> str:
+def _about(kind: ControlKind, number: int) -> str:
     """What a rule is about; among the items are some that no catalogue knows."""
-    if kind is Kind.CATEGORY:
+    if kind is ControlKind.CATEGORY:
         return [*world.GENRES, "nothing"][number % 5]
-    return f"c{number % 5}" if kind is Kind.CREATOR else (f"?{number}" if number % 5 == 4 else f"i{number}")
+    return f"c{number % 5}" if kind is ControlKind.CREATOR else (f"?{number}" if number % 5 == 4 else f"i{number}")
 
 
 def _some(every: list[str], count: int, draw: np.random.Generator) -> list[str]:

@@ -79,7 +79,7 @@ _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
     (training.data.histories, "RING", 16),
-    (features.profile, "EVICTED_CAP", 12),
+    (features.profile, "OLDER_ITEMS_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
     (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
 )
@@ -473,11 +473,11 @@ class Life:
     def _compare_profile(self, moment: Moment, histories: Histories | None) -> Iterator[str]:
         profile = dataclasses.replace(moment.profile, consent=None)
         rooms = features.decayed_counts.DIMENSIONS
-        expected = oracle.state(moment.events, features.profile.RING, features.profile.EVICTED_CAP, rooms)
+        expected = oracle.state(moment.events, features.profile.RING, features.profile.OLDER_ITEMS_CAP, rooms)
         if expected != {
             "count": profile.count,
             "records": profile.records.tobytes(),
-            "evicted": profile.evicted.tolist(),
+            "evicted": profile.older_items.tolist(),
             "past": _past(profile),
         }:
             yield "online is not what the oracle says"
@@ -534,7 +534,7 @@ class Life:
 
 def _past(profile: Profile) -> oracle.Past:
     """The memory of a profile as the oracle tells it."""
-    memory = profile.memory
+    memory = profile.decayed_counts
     cells = {name: memory.of(name) for name in features.decayed_counts.DIMENSIONS}
     counts = {
         name: dict(zip(memory.keys[part].tolist(), memory.counts[part].tolist(), strict=True))

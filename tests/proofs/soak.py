@@ -53,7 +53,7 @@ def leak(rate, held=[]):
     while True:
         held.append(os.urandom(int(rate / 20)))
         time.sleep(0.05)
-if "serving.processes.child" in sys.orig_argv:
+if "serving.processes.entrypoint" in sys.orig_argv:
     threading.Thread(target=leak, args=(float(os.environ["SOAK_LEAK_BYTES_S"]),), daemon=True).start()
 """
 """The planted fault, as the `sitecustomize` of the processes of the control."""

@@ -26,7 +26,7 @@ from features.tables.order import order_events
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
 from training.data.histories import UserHistories
-from training.data.impressions import _folded, read_examples
+from training.data.impressions import _positions_by_version, read_examples
 from training.data.interactions import Interactions, read_interactions
 from training.data.point_in_time import features_of_example
 from training.export.golden import past_differences
@@ -72,7 +72,7 @@ class Trained:
         if person is None:
             return ["rows"] * int((profile.records["item"] != 0).any())
         versions = np.array([profile.version], np.uint64)
-        [position] = _folded(self._data, np.array([person]), versions, self._log_ids)
+        [position] = _positions_by_version(self._data, np.array([person]), versions, self._log_ids)
         served = history(profile, self._catalog, type_index(self._data.event_types))
         return list(past_differences(self._pasts.before(person, int(position)), served))
 

@@ -14,14 +14,14 @@ from features.clock import now_ms
 from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
-from serving.log_retention import LogTimes
+from serving.log_retention import LogRetention
 from serving.pipeline.query import Candidates, Query, Slate
 from serving.pipeline.side_effects import _logged, _Shown
 from serving.services import events as service
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 
-NOTHING_KEPT = LogTimes(0, 0)
+NOTHING_KEPT = LogRetention(0, 0)
 """Times of a log whose entries go as soon as every reader has them."""
 
 PARTITIONS = 4

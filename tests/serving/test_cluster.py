@@ -14,6 +14,7 @@ from redis.crc import key_slot
 
 from features.profile import empty as none
 from features.profile import fold, make_records
+from features.subjects import partition_of
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.errors import ConfigError, ProfileStoreUnavailable
@@ -22,7 +23,7 @@ from serving.redis.client import Call, Script, connect
 from serving.redis.router import RedisRouter
 from serving.redis.safety import require_safe
 from serving.stores.event_log import EventLog
-from serving.stores.keys import partition_of, partition_prefix
+from serving.stores.keys import partition_prefix
 from serving.stores.profiles import ProfileStore
 from tests.serving.clusters import SLOTS, ClusterNode, cluster, url_of
 from tests.serving.faults import Proxy, frozen, wait_until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from features.errors import SettingsError
 from features.profile import Purpose
 from serving.config import ServeConfig
 from serving.errors import ConfigError
@@ -22,12 +23,25 @@ def test_the_command_line_wins_over_the_environment_over_the_file_over_the_defau
     assert (found.threads, found.workers, found.partitions, found.port) == (4, 3, 2, 50051)
 
 
+def test_a_single_setting_wins_over_the_environment_and_an_option_over_it(monkeypatch):
+    monkeypatch.setenv("PENCHANT_THREADS", "3")
+    config = ServeConfig.load(
+        None, ["threads=4", "workers=5", "token=123", "retention_days={view_item: 3}"], bundle="b", workers=6
+    )
+    assert (config.threads, config.workers, config.secret()) == (4, 6, "123")
+    assert config.retention_days == {"view_item": 3.0}
+    with pytest.raises(SettingsError, match="did you mean 'workers'"):
+        ServeConfig.load(None, ["worker=3"], bundle="b")
+    with pytest.raises(SettingsError, match="write KEY=VALUE"):
+        ServeConfig.load(None, ["threads"], bundle="b")
+
+
 def test_an_unknown_setting_names_the_nearest(tmp_path):
-    with pytest.raises(ConfigError, match="did you mean 'workers'"):
+    with pytest.raises(SettingsError, match="did you mean 'workers'"):
         load(worker=3)
     file = tmp_path / "serve.yaml"
     file.write_text("holdout_shar: 0.5\n")
-    with pytest.raises(ConfigError, match="did you mean 'holdout_share'"):
+    with pytest.raises(SettingsError, match="did you mean 'holdout_share'"):
         ServeConfig.load(file, bundle="b")
 
 
@@ -60,12 +74,12 @@ def test_the_address_of_a_service_called_penchant_metrics_is_no_setting(monkeypa
         ("WORKERS", "two"),
         ("LISTEN", "50051"),
         ("DEFAULT_PURPOSES", '["sell"]'),
-        ("RETENTION_DAYS", "view_item: 3"),
+        ("RETENTION_DAYS", "view_item"),
     ],
 )
 def test_a_wrong_value_of_a_variable_names_the_variable(monkeypatch, name, value):
     monkeypatch.setenv(f"PENCHANT_{name}", value)
-    with pytest.raises(ConfigError, match=rf"^PENCHANT_{name}: .*sets {name.lower()}") as failure:
+    with pytest.raises(SettingsError, match=rf"^PENCHANT_{name}: .*sets {name.lower()}") as failure:
         load()
     assert len(str(failure.value).splitlines()) == 1
     # Given at the command line as well, the variable does not count.
@@ -77,9 +91,9 @@ def test_a_wrong_value_of_a_variable_names_the_variable(monkeypatch, name, value
 def test_settings_that_do_not_fit_each_other_name_the_variables(monkeypatch):
     monkeypatch.setenv("PENCHANT_LISTEN", "0.0.0.0:50051")
     monkeypatch.setenv("PENCHANT_TLS_CERTIFICATE", "c")
-    with pytest.raises(ConfigError, match=r"belong together.* \(set by PENCHANT_TLS_CERTIFICATE\)"):
+    with pytest.raises(SettingsError, match=r"belong together.* \(set by PENCHANT_TLS_CERTIFICATE\)"):
         load()
-    with pytest.raises(ConfigError, match=r"not a loopback address.* \(set by PENCHANT_LISTEN, PENCHANT_TLS_"):
+    with pytest.raises(SettingsError, match=r"not a loopback address.* \(set by PENCHANT_LISTEN, PENCHANT_TLS_"):
         load(tls_key="k")
 
 
@@ -87,26 +101,27 @@ def test_a_secret_of_the_environment_is_not_told(monkeypatch):
     monkeypatch.setenv("PENCHANT_TOKEN", "s3cret")
     assert load().secret() == "s3cret"
     monkeypatch.setenv("PENCHANT_WORKERS", "two")
-    with pytest.raises(ConfigError) as failure:
+    with pytest.raises(SettingsError) as failure:
         load()
     assert "s3cret" not in str(failure.value)
 
 
-def test_a_list_in_the_environment_is_json(monkeypatch):
-    monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", '["train"]')
+@pytest.mark.parametrize("text", ['["train"]', "[train]"])
+def test_a_list_in_the_environment_is_json_or_yaml(monkeypatch, text):
+    monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", text)
     assert load().default_consent is Purpose.TRAIN
     monkeypatch.setenv("PENCHANT_DEFAULT_PURPOSES", "train,measure")
-    with pytest.raises(ConfigError, match=r"PENCHANT_DEFAULT_PURPOSES.*as JSON"):
+    with pytest.raises(SettingsError, match=r"PENCHANT_DEFAULT_PURPOSES.*write a list as"):
         load()
 
 
-def test_profiles_are_dropped_only_where_they_can_be_made_anew():
-    with pytest.raises(ConfigError, match="idle_days needs the warehouse"):
-        load(idle_days=30, warehouse=False)
-    with pytest.raises(ConfigError, match="idle_days needs people in the warehouse"):
-        load(idle_days=30, default_purposes=["personalise"])
-    load(idle_days=30)
-    load(idle_days=30, warehouse=False, warehouse_dir="elsewhere")
+def test_profiles_are_evicted_only_where_they_can_be_restored():
+    with pytest.raises(SettingsError, match="evict_after_days needs the warehouse"):
+        load(evict_after_days=30, warehouse=False)
+    with pytest.raises(SettingsError, match="evict_after_days needs users in the warehouse"):
+        load(evict_after_days=30, default_purposes=["personalise"])
+    load(evict_after_days=30)
+    load(evict_after_days=30, warehouse=False, warehouse_dir="elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -124,15 +139,15 @@ def test_profiles_are_dropped_only_where_they_can_be_made_anew():
     ],
 )
 def test_a_value_that_cannot_be_names_its_setting(settings):
-    with pytest.raises(ConfigError, match=next(iter(settings))):
+    with pytest.raises(SettingsError, match=next(iter(settings))):
         load(**settings)
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "10.0.0.1:1", "example.org:1", "*:1"])
 def test_an_address_beyond_this_machine_needs_protection(listen, tmp_path):
-    with pytest.raises(ConfigError, match="loopback"):
+    with pytest.raises(SettingsError, match="loopback"):
         load(listen=listen)
-    with pytest.raises(ConfigError, match="loopback"):
+    with pytest.raises(SettingsError, match="loopback"):
         load(listen=listen, tls_certificate="c", tls_key="k")
     assert load(listen=listen, insecure=True).insecure
     assert load(listen=listen, tls_certificate="c", tls_key="k", token="t").port
@@ -150,7 +165,7 @@ def test_workers_are_as_many_as_the_container_grants(monkeypatch):
 
 
 def test_half_a_key_pair_is_refused():
-    with pytest.raises(ConfigError, match="belong together"):
+    with pytest.raises(SettingsError, match="belong together"):
         load(tls_certificate="c")
 
 

@@ -22,7 +22,7 @@ from penchant.v1 import catalog_pb2_grpc, event_pb2_grpc, profile_pb2_grpc, rank
 from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
 from serving.observability.telemetry import Telemetry
-from serving.processes.listener import stop_listening
+from serving.processes.listen_sockets import stop_listening
 from serving.services.server import Server, Services
 from tests.proofs.rolls import Load, plain, plain_channel
 from tests.serving.faults import wait_until
@@ -246,7 +246,7 @@ class TestStoppingToListen:
     def test_nobody_who_connects_is_lost(self, monkeypatch):
         def stop(ends: socket.socket, port: int) -> None:
             monkeypatch.setattr(
-                "serving.processes.listener._listens", lambda found, _: found.fileno() and same(found, ends)
+                "serving.processes.listen_sockets._listens", lambda found, _: found.fileno() and same(found, ends)
             )
             assert stop_listening(port) == 1
 

@@ -6,7 +6,7 @@ import grpc
 import pyarrow as pa
 import pytest
 
-from features.controls import Kind, blocked
+from features.controls import ControlKind, blocked_keys
 from features.errors import ProfileCorrupt
 from features.keys import item_key
 from features.profile import Purpose
@@ -123,7 +123,7 @@ def test_a_rebuild_repairs_it_with_all_that_the_log_knows(
     store.open()
     people = SubjectRights(log, store, Certificates(log))
     take(log, store, *(logged_event("ann", f"i{n}", event_id=f"e{n}") for n in range(3)))
-    people.set_rules("u:ann", [Rule(Kind.ITEM, "i9")])
+    people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i9")])
     whole = store.read("u:ann")
     damage(profiles_redis, store.key_of("u:ann"))
     said = show("ann", profiles_server.url)
@@ -132,7 +132,7 @@ def test_a_rebuild_repairs_it_with_all_that_the_log_knows(
     with pytest.raises(ProfileCorrupt, match=REPAIR):
         store.read("u:ann")
     if spoken:
-        people.set_rules("u:ann", [Rule(Kind.ITEM, "i8")])
+        people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i8")])
         take(log, store, logged_event("ann", "i5", event_id="e5"))
         assert store.compact("u:ann", 1 << 63)
         assert store.read("u:ann").lost
@@ -145,7 +145,7 @@ def test_a_rebuild_repairs_it_with_all_that_the_log_knows(
     rebuild(data, profiles_server.url, events_server.url)
     again = store.read("u:ann")
     assert (again.lost, again.count) == (False, 4 if spoken else 3)
-    held = blocked(again.rules, Kind.ITEM, 0).tolist()
+    held = blocked_keys(again.controls, ControlKind.ITEM, 0).tolist()
     assert held == [item_key("i8" if spoken else "i9")]
     if not spoken:
         assert again.records.tobytes() == whole.records.tobytes()

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from features.clock import now_ms
 from features.profile import make_records
+from features.subjects import partition_of
 from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
-from serving.stores.keys import log_id, partition_of, stream_id
+from serving.stores.keys import log_id, stream_id
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from tests.serving.faults import frozen, insist, kill, wait_until
@@ -77,7 +78,7 @@ def test_a_retry_gets_the_answer_of_the_first_and_its_record(log, events_redis):
 
 
 def test_one_person_fills_no_more_than_their_share_and_has_it_again_when_it_is_trimmed(events_redis):
-    log = EventLog(events_redis, 1, person_cap=5)
+    log = EventLog(events_redis, 1, user_cap=5)
     log.open()
     appended = log.append([event(number) for number in range(7)] + [event(0, "u:2")])
     assert [one.error is None for one in appended] == [True] * 5 + [False] * 2 + [True]

@@ -20,12 +20,13 @@ import pytest
 from redis.crc import key_slot
 
 from features.profile import make_records
+from features.subjects import partition_of
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
 from serving.errors import EventLogUnavailable
 from serving.redis.client import connect
 from serving.stores.event_log import EventLog
-from serving.stores.keys import partition_of, partition_prefix
+from serving.stores.keys import partition_prefix
 from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore
 from tests.serving.clusters import SLOTS, ClusterNode, cluster, follows, in_step, url_of

@@ -145,7 +145,7 @@ class TestRedis:
             assert ids(client.search("late", page_size=1)) == ["late"]
 
     def test_a_redis_that_would_lose_data_is_refused(self, world, profiles, tmp_path):
-        from serving.processes.service import serve
+        from serving.processes.supervisor import serve
 
         config = ServeConfig.load(bundle=world, listen="127.0.0.1:0", redis=profiles.url, workers=1)
         with pytest.raises(ConfigError, match="appendfsync"):
@@ -216,14 +216,14 @@ class TestProcesses:
             assert eventually(lambda: not any(map(alive, children)))
 
     def test_an_address_in_use_is_refused(self, service, world, tmp_path):
-        from serving.processes.service import serve
+        from serving.processes.supervisor import serve
 
         config = ServeConfig.load(bundle=world, listen=service.target, state_dir=tmp_path)
         with pytest.raises(ConfigError, match="cannot listen"):
             serve(config)
 
     def test_a_state_directory_in_use_is_refused(self, service, world):
-        from serving.processes.service import serve
+        from serving.processes.supervisor import serve
 
         config = ServeConfig.load(bundle=world, listen="127.0.0.1:0", state_dir=service.log.parent)
         with pytest.raises(ConfigError, match="in use"):

@@ -24,7 +24,8 @@ from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.log_retention import PROFILES_GROUP
 from serving.pipeline.hydrators import CatalogProgress
-from serving.processes.health import (
+from serving.processes.readiness import full_disk
+from serving.processes.worker_health import (
     CATALOG,
     EVENTS,
     OVERALL,
@@ -35,7 +36,6 @@ from serving.processes.health import (
     Part,
     redis_trouble,
 )
-from serving.processes.readiness import full_disk
 from serving.projection import projector
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
@@ -166,7 +166,7 @@ class TestWorker:
 
         changes, progress = CatalogLog(events_redis), CatalogProgress()
         look = Catalogue(changes, Following(), progress)  # type: ignore[arg-type]
-        monkeypatch.setattr("serving.processes.health.BEHIND_S", 0.1)
+        monkeypatch.setattr("serving.processes.worker_health.BEHIND_S", 0.1)
         assert look() == ""
         version = changes.put([Change("delete", "i1")])
         assert look() == ""
@@ -281,7 +281,7 @@ class TestRestarting:
 
 
 def test_a_second_instance_takes_over_only_where_it_is_told_to(service, world, tmp_path):
-    from serving.processes.service import serve
+    from serving.processes.supervisor import serve
 
     config = ServeConfig.load(bundle=world, listen=service.target, state_dir=tmp_path)
     with pytest.raises(ConfigError, match="share_port"):

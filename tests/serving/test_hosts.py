@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from features.errors import TablesError
 from features.spans import Hole, Spans, read_spans
+from features.subjects import partition_of
 from features.tables.dataset import conform
 from features.tables.evidence import Evidence
 from features.tables.schema import EVENTS, EVENTS_REQUIRED
@@ -28,15 +29,14 @@ from features.tables.validate import validate
 from features.tables.validate_split import split
 from serving.config import ServeConfig
 from serving.errors import ConfigError, InUse, NotFound
+from serving.folder_identity import FolderIdentity, local_folder, read_identity, write_identity
 from serving.jobs.hosts import HostKeeper, hold_in, hosts, register_made, replay_everywhere
-from serving.places import Identity, local_folder, read_identity, write_identity
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.rights import SubjectRights
 from serving.projection.projector import OtherStore, Projector, _in_the_way, _require_own
 from serving.stores import registry as registries
 from serving.stores.catalog_log import CatalogLog
-from serving.stores.keys import partition_of
 from serving.stores.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse.files import TakenOver, WarehouseFiles
 from serving.warehouse.items import ItemTable
@@ -197,7 +197,7 @@ class TestOnePlace:
     def test_the_same_folder_through_a_mount_without_locks_is_not_taken_for_a_copy(self, log, tmp_path, monkeypatch):
         """The control of the one before."""
         monkeypatch.setattr(registries, "BEAT_S", 0.05)
-        registry, identity = Registry(log), Identity("a" * 32, "process.0")
+        registry, identity = Registry(log), FolderIdentity("a" * 32, "process.0")
         write_identity(tmp_path, identity)
         registry.register("warehouse", identity.copy_id, "elsewhere")
         heartbeat, claim = Heartbeat(registry), Claim()
@@ -410,7 +410,7 @@ class TestErasures:
         for place in (two, tmp_path / "nowhere"):
             copy_id = "b" * 32 if place == two else "c" * 32
             if place == two:
-                write_identity(two, Identity(copy_id, "x.0"))
+                write_identity(two, FolderIdentity(copy_id, "x.0"))
             Registry(log).register("warehouse", copy_id, str(place))
         shutil.copytree(two, tmp_path / "backup")
         certificate = (

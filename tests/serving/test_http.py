@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from serving.errors import ConfigError
-from serving.processes.http import CONNECTIONS, HEAD_BYTES, HttpServer, Page
+from serving.processes.http_server import CONNECTIONS, HEAD_BYTES, HttpServer, Page
 
 BIG = b"x" * 3_000_000
 

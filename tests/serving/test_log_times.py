@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.profile import make_records
-from serving.log_retention import ALONE_MS, EVENTS_MS, HOUR_MS, PROFILES_GROUP, SLATES_MS, LogTimes
+from serving.log_retention import ALONE_MS, EVENTS_MS, HOUR_MS, PROFILES_GROUP, SLATES_MS, LogRetention
 from serving.pipeline.side_effects import is_logged
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
@@ -28,8 +28,8 @@ def event(number: int, subject: str = "u:1") -> LoggedEvent:
 
 @given(st.one_of(st.none(), st.floats(0.001, 10_000)), st.one_of(st.none(), st.floats(0.001, 10_000)), st.booleans())
 def test_what_the_service_says_is_what_whoever_trims_reads(events, slates, copied):
-    told = LogTimes.of(events, slates, copied)
-    read = LogTimes.read(told.stored)
+    told = LogRetention.of(events, slates, copied)
+    read = LogRetention.read(told.stored)
     assert (read.events_ms, read.slates_ms) == (told.events_ms, told.slates_ms)
     for groups in ((), (PROFILES_GROUP,), (PROFILES_GROUP, "warehouse")):
         kept = read.kept(groups, groups[1:])
@@ -39,11 +39,11 @@ def test_what_the_service_says_is_what_whoever_trims_reads(events, slates, copie
 
 
 def test_the_log_is_kept_longer_where_nobody_has_a_copy():
-    usual = LogTimes.read(None)
+    usual = LogRetention.read(None)
     assert usual.kept((PROFILES_GROUP, "warehouse"), ("warehouse",)) == (EVENTS_MS, SLATES_MS)
     assert usual.kept((PROFILES_GROUP,), ()) == (ALONE_MS, ALONE_MS)
     assert usual.kept(("warehouse",), ("warehouse",))[0] == ALONE_MS  # the projector has not joined yet
-    assert LogTimes.of(3, None, True).kept((PROFILES_GROUP,), ()) == (3 * HOUR_MS, 3 * HOUR_MS)
+    assert LogRetention.of(3, None, True).kept((PROFILES_GROUP,), ()) == (3 * HOUR_MS, 3 * HOUR_MS)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_what_one_reader_has_not_acknowledged_stays_and_the_other_stream_need_no
 def test_whoever_trims_goes_by_what_the_service_said(filled, events_redis):
     for group in (PROFILES_GROUP, "warehouse"):
         read(filled, group, "events", 5)
-    week = EventLog(events_redis, 1, times=LogTimes.of(168, None, True))
+    week = EventLog(events_redis, 1, times=LogRetention.of(168, None, True))
     week.open()
     other = EventLog(events_redis, 1)  # a projector elsewhere
     assert other.trim(0) == 0

@@ -115,7 +115,7 @@ def test_train_on_what_the_service_wrote_export_and_serve_again(serve, world, tm
 def test_who_stayed_away_is_known_again_once_they_ask(serve, tmp_path):
     """The state is dropped as after long idleness; the answers to somebody who does nothing bring it back."""
     warehouse = tmp_path / "state" / "warehouse"
-    with serve(warehouse=True, warehouse_flush_s=0.2, idle_days=1) as service, service.client() as client:
+    with serve(warehouse=True, warehouse_flush_s=0.2, evict_after_days=1) as service, service.client() as client:
         client.ingest([event("ann", item, "like") for item in sorted(rows_of(GENRES[0]))[:6]])
         version = client.get_profile("ann").profile_version
         before = client.recommend(user_id="ann", page_size=5)

@@ -24,8 +24,8 @@ from penchant.client import event
 from serving.observability.exposition import FAMILIES, counter_samples, markdown
 from serving.observability.reporting import report
 from serving.observability.telemetry import Telemetry
-from serving.processes.log_watch import LogWatch
-from serving.processes.monitor import Monitor
+from serving.processes.metrics_page import MetricsPage
+from serving.processes.store_metrics import StoreMetrics
 from serving.stores.event_log import EventLog
 from tests.fixtures import Service, serving
 from tests.serving.faults import wait_until
@@ -143,7 +143,7 @@ def test_the_id_of_a_request_is_the_callers_and_comes_back(watched):
 @given(st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=2), min_size=1, max_size=6), st.data())
 def test_sums_over_processes_that_end_and_come_back_never_go_back(rounds, data):
     """Two processes count and are asked; now and then one ends. What was seen once is in every later sum."""
-    monitor, seen, counted = Monitor("b", patience_s=5.0), 0, 0
+    monitor, seen, counted = MetricsPage("b", patience_s=5.0), 0, 0
     with contextlib.closing(monitor):
         live = [started(monitor, f"worker {number}") for number in range(2)]
         for counts in rounds:
@@ -160,7 +160,7 @@ def test_sums_over_processes_that_end_and_come_back_never_go_back(rounds, data):
                 live[ended] = started(monitor, f"worker {ended}")
 
 
-def started(monitor: Monitor, name: str) -> Telemetry:
+def started(monitor: MetricsPage, name: str) -> Telemetry:
     telemetry = Telemetry()
     with monitor.connect(name) as theirs:
         report(os.dup(theirs.fileno()), telemetry)
@@ -168,7 +168,7 @@ def started(monitor: Monitor, name: str) -> Telemetry:
 
 
 def test_a_process_that_hangs_or_is_gone_is_shown_as_down_with_what_it_last_said():
-    with contextlib.closing(Monitor("b", patience_s=0.2)) as monitor:
+    with contextlib.closing(MetricsPage("b", patience_s=0.2)) as monitor:
         telemetry = started(monitor, "worker 0")
         telemetry.count("events.taken", 3)
         monitor.samples()
@@ -194,7 +194,7 @@ def test_lag_and_size_of_the_log(log: EventLog, events_server, profiles_server):
     claimed = consumer.claim([None] * PARTITIONS, 2)
     (partition,) = [number for number, entries in enumerate(claimed) if entries]
     consumer.acknowledge(partition, ids[:1])
-    with contextlib.closing(LogWatch(profiles_server.url, events_server.url, PARTITIONS)) as watch:
+    with contextlib.closing(StoreMetrics(profiles_server.url, events_server.url, PARTITIONS)) as watch:
         found, version = watch.look()
         samples = {(name, labels): n for name, labels, n in found}
         where = ("projector", "events", str(partition))
@@ -212,7 +212,7 @@ def test_stores_that_do_not_answer_are_down_and_cost_no_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and nothing listens
         url = f"redis://127.0.0.1:{taken.getsockname()[1]}/0"
-        with contextlib.closing(LogWatch(url, url, 1)) as watch:
+        with contextlib.closing(StoreMetrics(url, url, 1)) as watch:
             assert watch.look() == (
                 [("penchant_redis_up", ("profiles",), 0), ("penchant_redis_up", ("events",), 0)],
                 None,

@@ -17,7 +17,7 @@ import pytest
 from features.errors import ForeignFileError
 from penchant.client import event
 from serving.config import ServeConfig
-from serving.processes.service import serve as run_service
+from serving.processes.supervisor import serve as run_service
 from serving.redis.embedded import RedisServer
 from tests.fixtures import serving
 from tests.serving.faults import wait_until

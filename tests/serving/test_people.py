@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 
 from features.clock import now_ms
-from features.controls import MOST_RULES, Dial, Kind, blocked, dials
+from features.controls import MAX_CONTROLS, ControlKind, Dial, blocked_keys, dials
 from features.errors import ProfileCorrupt
 from features.keys import event_type_key, item_key
 from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
+from features.subjects import partition_of
 from features.tables.dataset import write_dataset
 from serving.errors import (
     ConsentWithheld,
@@ -26,7 +27,7 @@ from serving.errors import (
     ServingError,
     Unavailable,
 )
-from serving.log_retention import PROFILES_GROUP, LogTimes
+from serving.log_retention import PROFILES_GROUP, LogRetention
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
 from serving.privacy.purge import Purger, replay
@@ -37,7 +38,7 @@ from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
-from serving.stores.keys import address_of, partition_of, stream_id
+from serving.stores.keys import address_of, stream_id
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
@@ -194,18 +195,18 @@ def servers(profiles_server, events_server):
 
 class TestRules:
     RULES = (
-        Rule(Kind.ITEM, "i1"),
-        Rule(Kind.CREATOR, "m\0{}", 5000),
-        Rule(Kind.CATEGORY, "tea"),
+        Rule(ControlKind.ITEM, "i1"),
+        Rule(ControlKind.CREATOR, "m\0{}", 5000),
+        Rule(ControlKind.CATEGORY, "tea"),
         Setting(Dial.NOVELTY, "", -0.5),
         Setting(Dial.CATEGORY_WEIGHT, "tea", 0.25),
     )
 
     def stored(self, store, subject="u:ann"):
-        rules = store.read(subject).rules
+        rules = store.read(subject).controls
         turned = {(Dial.NOVELTY, 0): -0.5, (Dial.CATEGORY_WEIGHT, item_key("tea")): 0.25} if rules.size > 3 else {}
         assert dials(rules) == turned
-        return [blocked(rules, kind, 4999).tolist() for kind in Kind]
+        return [blocked_keys(rules, kind, 4999).tolist() for kind in ControlKind]
 
     def test_they_are_known_in_words_by_the_log_and_as_keys_by_the_profile(self, people, log, store):
         assert people.rules("u:ann") == ([], 0)
@@ -213,7 +214,7 @@ class TestRules:
         assert applied
         assert people.rules("u:ann") == (list(self.RULES), version)
         assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
-        assert blocked(store.read("u:ann").rules, Kind.CREATOR, 5000).size == 0
+        assert blocked_keys(store.read("u:ann").controls, ControlKind.CREATOR, 5000).size == 0
         project(log, store)
         assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
         people.set_rules("u:ann", ())
@@ -253,30 +254,34 @@ class TestRules:
 
     def test_a_merge_joins_them_and_the_later_end_holds(self, people, store):
         soon = now_ms() + 3_600_000
-        theirs = [Rule(Kind.ITEM, "i1", soon), Rule(Kind.ITEM, "i2", soon), Rule(Kind.CREATOR, "i3")]
-        people.set_rules("a:tab", [*theirs, Rule(Kind.ITEM, "i4", 50)])
-        people.set_rules("u:ann", [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", soon - 1)])
+        theirs = [
+            Rule(ControlKind.ITEM, "i1", soon),
+            Rule(ControlKind.ITEM, "i2", soon),
+            Rule(ControlKind.CREATOR, "i3"),
+        ]
+        people.set_rules("a:tab", [*theirs, Rule(ControlKind.ITEM, "i4", 50)])
+        people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i1"), Rule(ControlKind.ITEM, "i2", soon - 1)])
         assert people.merge("a:tab", "u:ann").rules_left_out == 0
-        joined = [Rule(Kind.ITEM, "i1"), Rule(Kind.ITEM, "i2", soon), Rule(Kind.CREATOR, "i3")]
+        joined = [Rule(ControlKind.ITEM, "i1"), Rule(ControlKind.ITEM, "i2", soon), Rule(ControlKind.CREATOR, "i3")]
         assert people.rules("u:ann")[0] == joined
         assert people.rules("a:tab")[0] == []
         assert self.stored(store) == [[item_key("i1"), item_key("i2")], [item_key("i3")], []]
 
     def test_a_merge_keeps_the_known_person_s_dials_and_adds_the_visitor_s(self, people):
         taste = Setting(Dial.CREATOR_WEIGHT, "maker", 1.0)
-        people.set_rules("a:tab", [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 1.0), taste])
+        people.set_rules("a:tab", [Rule(ControlKind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 1.0), taste])
         people.set_rules("u:ann", [Setting(Dial.NOVELTY, "", -1.0)])
         people.merge("a:tab", "u:ann")
-        assert people.rules("u:ann")[0] == [Setting(Dial.NOVELTY, "", -1.0), Rule(Kind.ITEM, "i1"), taste]
+        assert people.rules("u:ann")[0] == [Setting(Dial.NOVELTY, "", -1.0), Rule(ControlKind.ITEM, "i1"), taste]
 
     def test_a_merge_that_has_no_room_keeps_the_known_user_s_rules_and_tells_what_it_left_out(self, people):
-        own = [*(Rule(Kind.ITEM, f"own{n}") for n in range(MOST_RULES - 3)), Setting(Dial.NOVELTY, "", -1.0)]
-        theirs = [Setting(Dial.FRESHNESS, "", 1.0), *(Rule(Kind.ITEM, f"new{n}") for n in range(4))]
+        own = [*(Rule(ControlKind.ITEM, f"own{n}") for n in range(MAX_CONTROLS - 3)), Setting(Dial.NOVELTY, "", -1.0)]
+        theirs = [Setting(Dial.FRESHNESS, "", 1.0), *(Rule(ControlKind.ITEM, f"new{n}") for n in range(4))]
         people.set_rules("u:ann", own)
         people.set_rules("a:tab", [*theirs, own[0]])
         merged = people.merge("a:tab", "u:ann")
         assert merged.rules_left_out == 3
-        assert people.rules("u:ann")[0] == [*own, Rule(Kind.ITEM, "new0"), Rule(Kind.ITEM, "new1")]
+        assert people.rules("u:ann")[0] == [*own, Rule(ControlKind.ITEM, "new0"), Rule(ControlKind.ITEM, "new1")]
 
 
 class TestUndo:
@@ -327,8 +332,8 @@ class TestUndo:
         people.undo("u:ann", "e200")
         profile = store.read("u:ann")
         assert items(store) == [43, *range(44, 200), *range(201, 300)]
-        assert item_key("i10") not in profile.evicted.tolist()
-        assert (profile.count, profile.evicted.size) == (298, 42)
+        assert item_key("i10") not in profile.older_items.tolist()
+        assert (profile.count, profile.older_items.size) == (298, 42)
 
     def test_an_unknown_id_costs_one_look_however_much_a_user_has_done(self, people, log, store, events_redis):
         ingest(log, store, *(event(number) for number in range(1200)))
@@ -347,7 +352,7 @@ class TestUndo:
         assert [entry.log_id for entries in log.history("u:ann") for entry in entries] == ids
 
     def test_an_event_can_be_undone_as_long_as_the_log_keeps_it(self, log, store, people, events_redis):
-        week = EventLog(events_redis, PARTITIONS, times=LogTimes.of(168, None, True))
+        week = EventLog(events_redis, PARTITIONS, times=LogRetention.of(168, None, True))
         week.append([event(1)])
         assert events_redis.pttl(log.seen_of("u:ann", "e1")) > 167 * 3_600_000
 
@@ -495,12 +500,12 @@ class TestMerge:
 
     @pytest.mark.parametrize("allowed", [Purpose.TRAIN, NOTHING])
     def test_what_a_visitor_said_goes_to_nobody_who_allows_no_personal_answers(self, people, store, allowed):
-        people.set_rules("a:x", [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 0.5)])
+        people.set_rules("a:x", [Rule(ControlKind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 0.5)])
         people.set_consent("u:ann", allowed)
         people.merge("a:x", "u:ann")
         assert people.rules("u:ann")[0] == []
         assert people.rules("a:x")[0] == []
-        assert store.read("u:ann").rules.size == 0
+        assert store.read("u:ann").controls.size == 0
 
     def test_what_an_erasure_of_the_person_refuses_does_not_come_back_by_a_merge(self, people, log, store):
         now = now_ms()
@@ -544,10 +549,10 @@ class TestErase:
         people.erase("u:ann")
         profiles_redis.set(store.key_of("u:ann"), backup)
         replay(ledger.erasures(), log, store)
-        assert store.read("u:ann").rules.size == 0
+        assert store.read("u:ann").controls.size == 0
         people.set_rules("u:ann", TestRules.RULES)  # of their new life
         replay(ledger.erasures(), log, store)
-        assert store.read("u:ann").rules.size == len(TestRules.RULES)
+        assert store.read("u:ann").controls.size == len(TestRules.RULES)
 
     CANARY = "canary-5fa1c9"
 

@@ -18,11 +18,12 @@ from features import controls
 from features import decayed_counts as memory
 from features.errors import ProfileCorrupt
 from features.profile import Profile, Purpose, empty, encode, fold, make_records
+from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.observability.telemetry import Telemetry
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
-from serving.stores.keys import address_of, partition_of
+from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import Applied, Loaded, ProfileStore, TailFull
 from tests.serving.faults import frozen, insist, kill
@@ -60,7 +61,14 @@ def expected(numbers, start: int = NOW) -> Profile:
 
 def same(left: Profile, right: Profile) -> bool:
     one, other = (
-        (p.version, p.count, p.records.tobytes(), p.evicted.tolist(), memory.encode(p.memory), p.rules.tobytes())
+        (
+            p.version,
+            p.count,
+            p.records.tobytes(),
+            p.older_items.tolist(),
+            memory.encode(p.decayed_counts),
+            p.controls.tobytes(),
+        )
         for p in (left, right)
     )
     return one == other
@@ -221,7 +229,7 @@ def test_somebody_without_a_profile_can_be_erased(store):
     assert store.apply("u:new", entries([0, 1])) == Applied(1, 1, 1)
 
 
-RULES = np.array([(7, 0, controls.Kind.ITEM), (8, 1000, controls.Kind.CREATOR)], controls.RULE)
+RULES = np.array([(7, 0, controls.ControlKind.ITEM), (8, 1000, controls.ControlKind.CREATOR)], controls.CONTROL)
 
 
 def ruled(log_id: int, rules=RULES) -> Mark:
@@ -231,22 +239,22 @@ def ruled(log_id: int, rules=RULES) -> Mark:
 def test_rules_survive_all_that_happens_to_events_and_the_newest_word_counts(store):
     place = partition_of("u:1", 16)
     store.mark(place, ruled(NOW))  # before there is anything else
-    assert store.read("u:1").rules.tobytes() == RULES.tobytes()
+    assert store.read("u:1").controls.tobytes() == RULES.tobytes()
     store.apply("u:1", entries([1, 2]))
     store.compact("u:1", NOW + 1)
-    assert same(store.read("u:1"), replace(expected([1, 2]), rules=RULES))
+    assert same(store.read("u:1"), replace(expected([1, 2]), controls=RULES))
     store.mark(place, ruled(NOW + 3, RULES[:1]))
     store.mark(place, ruled(NOW + 2))  # late
-    assert same(store.read("u:1"), replace(expected([1, 2]), rules=RULES[:1]))
+    assert same(store.read("u:1"), replace(expected([1, 2]), controls=RULES[:1]))
     store.put_states([("u:1", expected([1, 2, 3]))])
-    assert same(store.read("u:1"), replace(expected([1, 2, 3]), rules=RULES[:1]))
+    assert same(store.read("u:1"), replace(expected([1, 2, 3]), controls=RULES[:1]))
     store.mark(place, Mark(NOW + 3, address_of("u:1"), forget=True))  # a reset
-    assert same(store.read("u:1"), replace(empty(), rules=RULES[:1]))
+    assert same(store.read("u:1"), replace(empty(), controls=RULES[:1]))
     store.apply("u:1", entries([5]))
     store.erase("u:1", NOW + 9)
     assert same(store.read("u:1"), empty())
     store.mark(place, ruled(NOW + 3))
-    assert not store.read("u:1").rules.size
+    assert not store.read("u:1").controls.size
 
 
 def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, monkeypatch):
@@ -264,7 +272,7 @@ def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, m
     assert store.compact("u:1", NOW + 2) == 2
     assert len(looks) == 2
     monkeypatch.undo()
-    assert same(store.read("u:1"), replace(expected([1, 2]), rules=RULES))
+    assert same(store.read("u:1"), replace(expected([1, 2]), controls=RULES))
 
 
 def test_who_stays_away_leaves_nothing_of_their_events(store):
@@ -290,7 +298,7 @@ def test_who_stays_away_leaves_nothing_of_their_events(store):
         "u:old": 3,
     }
     assert [store.read(person).count for person in ("u:idle", "u:few", "u:waiting", "u:only")] == [0, 0, 3, 2]
-    assert store.read("u:1").rules.tobytes() == RULES.tobytes()
+    assert store.read("u:1").controls.tobytes() == RULES.tobytes()
     assert store.leave(before + 1) == 0
     # What was there once does not come again; what is new waits for the state that is made anew.
     assert store.apply("u:idle", entries([1, 2, 3])) == Applied(1, 0, 1, away=True)

@@ -57,7 +57,7 @@ def record(item: str, minute: int, kind: str = "view_item", category="", creator
 
 
 def bytes_of(profile: Profile) -> tuple[int, bytes, list[int], bytes]:
-    return profile.count, profile.records.tobytes(), profile.evicted.tolist(), memory.encode(profile.memory)
+    return profile.count, profile.records.tobytes(), profile.older_items.tolist(), memory.encode(profile.decayed_counts)
 
 
 def test_each_person_gets_their_own_events_in_order(tmp_path, store, servers):
@@ -98,7 +98,7 @@ def test_the_result_is_the_fold_of_the_events_one_by_one(tmp_path, store, server
         for minute, one in own:
             profile = fold(profile, record(one["item_id"], minute, category=str(int(one["item_id"][1:]) % 5)), 1)
         assert bytes_of(store.read(f"u:{user}")) == bytes_of(profile)
-        assert profile.evicted.size
+        assert profile.older_items.size
 
 
 def test_live_events_stay_and_a_second_time_changes_nothing(tmp_path, store, servers):

@@ -15,7 +15,7 @@ from features.profile import Purpose
 from serving.errors import CatalogLogUnavailable, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
-from serving.processes.health import HealthMonitor, Part, redis_trouble
+from serving.processes.worker_health import HealthMonitor, Part, redis_trouble
 from serving.projection.projector import Projector
 from serving.redis.client import PipelinedConnection, connect
 from serving.redis.embedded import RedisServer

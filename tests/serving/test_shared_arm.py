@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from features.controls import Dial, Kind, arm_seed
+from features.controls import ControlKind, Dial, arm_seed
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.experiments import SEEDS, Holdout, seed_of
 from serving.privacy.certificates import Certificates
@@ -23,7 +23,7 @@ def people(log, store):
 
 def arm_of(store, subject=DEVICE):
     """The seed that a stored profile shares."""
-    return arm_seed(store.read(subject).rules)
+    return arm_seed(store.read(subject).controls)
 
 
 def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
@@ -49,7 +49,7 @@ def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
 
 def test_it_outlives_what_the_device_says_and_the_loss_of_the_profiles(people, log, store, profiles_redis):
     people.merge(DEVICE, USER)
-    rules = [Rule(Kind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 0.5)]
+    rules = [Rule(ControlKind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 0.5)]
     people.set_rules(DEVICE, rules)
     assert people.rules(DEVICE)[0] == rules
     assert arm_of(store) == seed_of(USER)

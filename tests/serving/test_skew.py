@@ -124,7 +124,7 @@ _DECAYS = {
     [
         (features.profile, "RING", RING - 1, False),
         (features.profile, "RING", 15, True),
-        (features.profile, "EVICTED_CAP", 11, True),
+        (features.profile, "OLDER_ITEMS_CAP", 11, True),
         (features.profile, "_PASSIVE", np.empty(0, np.uint32), True),
         (features.decayed_counts, "_TICKS", features.decayed_counts._TICKS + np.array([1, 0, 0]), False),
         (features.decayed_counts, "VISIT_MS", features.decayed_counts.VISIT_MS // 2, False),

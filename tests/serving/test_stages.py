@@ -15,10 +15,11 @@ from features.action_rates import ActionRates
 from features.assemble import history
 from features.bundle import open_bundle
 from features.catalog import Catalog
-from features.controls import RULE, Dial, Kind, dial_rules
+from features.controls import CONTROL, ControlKind, Dial, dial_controls
 from features.controls import encode as encode_rules
 from features.keys import event_type_key, item_key, item_keys
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
+from features.subjects import partition_of
 from features.tables.schema import ITEMS
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
@@ -60,7 +61,7 @@ from serving.pipeline.sources import (
     SimilarToSeeds,
 )
 from serving.redis.client import connect
-from serving.stores.keys import address_of, partition_of
+from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
 from tests import world as small
@@ -280,8 +281,8 @@ class TestHydrators:
     def test_what_somebody_said_holds_where_what_they_did_is_not_read(self, catalog, profiles_redis, fields):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i1"]).tobytes())])
-        turned = dial_rules([(Dial.NOVELTY, 0, 0.5), (Dial.CREATOR_WEIGHT, 7, -1)])
-        rules = np.concatenate([np.array([(1, 0, Kind.ITEM)], RULE), turned])
+        turned = dial_controls([(Dial.NOVELTY, 0, 0.5), (Dial.CREATOR_WEIGHT, 7, -1)])
+        rules = np.concatenate([np.array([(1, 0, ControlKind.ITEM)], CONTROL), turned])
         store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=encode_rules(rules)))
         asked = query(**fields, dials={(Dial.NOVELTY, 0): -1.0})
         ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments={item_key("space"): "space"}).hydrate(asked)
@@ -298,7 +299,7 @@ class TestHydrators:
         store = ProfileStore(profiles_redis)
         segments = {item_key(name): name for name in ("space", "romance")}
         rules = encode_rules(
-            dial_rules([(Dial.CATEGORY_WEIGHT, item_key(n), v) for n, v in (("space", 0.1), ("romance", 1))])
+            dial_controls([(Dial.CATEGORY_WEIGHT, item_key(n), v) for n, v in (("space", 0.1), ("romance", 1))])
         )
         hydrator, found = ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments=segments), []
         store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=rules))
@@ -484,14 +485,14 @@ class TestFilters:
         rows = np.arange(8, dtype=np.int32)
         genre = item_key(small.GENRES[2])
         rules = [
-            (item_key("i1"), 0, Kind.ITEM),
-            (item_key("gone"), 0, Kind.ITEM),
-            (genre, NOW + 1, Kind.CATEGORY),
-            (item_key(small.GENRES[3]), NOW, Kind.CATEGORY),  # over by now
-            (item_key("i4"), 0, Kind.CREATOR),
+            (item_key("i1"), 0, ControlKind.ITEM),
+            (item_key("gone"), 0, ControlKind.ITEM),
+            (genre, NOW + 1, ControlKind.CATEGORY),
+            (item_key(small.GENRES[3]), NOW, ControlKind.CATEGORY),  # over by now
+            (item_key("i4"), 0, ControlKind.CREATOR),
         ]
         catalog.columns.creator[4:6] = item_key("i4"), item_key("another")
-        asked = query(rules=np.array(rules, RULE))
+        asked = query(rules=np.array(rules, CONTROL))
         assert Blocked(catalog).enable(asked)
         assert rows[~Blocked(catalog).keep(asked, rows)].tolist() == [1, 2, 4, 6]
         assert not Blocked(catalog).enable(query())
@@ -508,10 +509,10 @@ class TestFilters:
         put(catalog, "new", "space")
         some = rng.integers(0, catalog.size, size).astype(np.int32)
         names = [*rng.choice(["c0", "c1", "nobody"], size), *rng.choice(small.GENRES, size), *catalog.ids(some)]
-        kinds = [Kind.CREATOR] * size + [Kind.CATEGORY] * size + [Kind.ITEM] * size
+        kinds = [ControlKind.CREATOR] * size + [ControlKind.CATEGORY] * size + [ControlKind.ITEM] * size
         rules = [(item_key(name), 0, kind) for name, kind in zip(names, kinds, strict=True)][: size + 1]
         catalog.set_available(5, False)
-        asked = query(rules=np.array(rules, RULE), seen=some, exclude=some[: size // 2], seeds=some[size // 2 :])
+        asked = query(rules=np.array(rules, CONTROL), seen=some, exclude=some[: size // 2], seeds=some[size // 2 :])
         every = np.arange(catalog.size, dtype=np.int32)
         bitmap, held = Eligible(catalog).bitmap(asked)
         bits = np.unpackbits(bitmap, bitorder="little")[: catalog.size].view(bool)

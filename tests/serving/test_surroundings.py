@@ -72,7 +72,7 @@ def children(service: Service) -> set[int]:
     for folder in Path("/proc").iterdir():
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) if folder.name.isdigit() else 0
-            if parent == service.ready["pid"] and b"serving.processes.child" in (folder / "cmdline").read_bytes():
+            if parent == service.ready["pid"] and b"serving.processes.entrypoint" in (folder / "cmdline").read_bytes():
                 found.add(int(folder.name))
         except OSError:  # ended meanwhile
             continue

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from features import controls
-from features.decay_kernels import left
+from features.decay_kernels import decay_factors
 from features.decayed_counts import _TICKS
 from features.errors import ProfileCorrupt
 from features.profile import FORMAT, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, Purpose, decode, encode, encode_state
+from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable
-from serving.stores.keys import address_of, partition_of
+from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
 from tests.serving.test_profiles import NOW, entries, expected, items
@@ -25,8 +26,8 @@ def store(profiles_redis):
 def older(blob: bytes) -> bytes:
     """The same profile as format 3 stored it: with counts as they stand at the newest event."""
     profile = decode(blob)
-    memory = profile.memory
-    memory.counts[:] = memory.counts * left(memory.newest, memory.newest, _TICKS)
+    memory = profile.decayed_counts
+    memory.counts[:] = memory.counts * decay_factors(memory.newest, memory.newest, _TICKS)
     state = encode_state(profile)
     middle = HEADER_SIZE + int.from_bytes(blob[8:12], "little")
     assert middle == HEADER_SIZE + len(state)
@@ -35,21 +36,21 @@ def older(blob: bytes) -> bytes:
 
 def alike(left_, right_) -> bool:
     """Whether two profiles are the same but for the rounding of their counts."""
-    np.testing.assert_allclose(left_.memory.counts, right_.memory.counts, rtol=1e-6)
+    np.testing.assert_allclose(left_.decayed_counts.counts, right_.decayed_counts.counts, rtol=1e-6)
     return (
         left_.records.tobytes() == right_.records.tobytes()
-        and left_.memory.facts.tolist() == right_.memory.facts.tolist()
-        and left_.memory.keys.tolist() == right_.memory.keys.tolist()
+        and left_.decayed_counts.facts.tolist() == right_.decayed_counts.facts.tolist()
+        and left_.decayed_counts.keys.tolist() == right_.decayed_counts.keys.tolist()
         and (left_.version, left_.count, left_.consent, left_.marks)
         == (right_.version, right_.count, right_.consent, right_.marks)
-        and left_.rules.tobytes() == right_.rules.tobytes()
+        and left_.controls.tobytes() == right_.controls.tobytes()
     )
 
 
 def test_an_older_profile_is_read_applied_to_marked_and_rewritten_by_compaction(store, profiles_redis):
     assert OLDEST_FORMAT <= 3 < FORMAT
     store.put_states([("u:1", expected(range(40)))])
-    rules = controls.encode(np.array([(7, 0, 1), (8, 9, 2)], controls.RULE))
+    rules = controls.encode(np.array([(7, 0, 1), (8, 9, 2)], controls.CONTROL))
     store.mark(partition_of("u:1", 16), Mark(NOW + 50, address_of("u:1"), consent=Purpose(3), rules=rules))
     key = store.key_of("u:1")
     before = store.read("u:1")

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from features import decayed_counts as memory
 from features.bundle import open_bundle
 from features.clock import now_ms
-from features.controls import Kind
+from features.controls import ControlKind
 from features.errors import TablesError
 from features.keys import item_key
 from features.profile import RECORD, Purpose, Retention, empty, fold
-from features.subjects import subject_of, user_id_of
+from features.subjects import partition_of, subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
 from features.tables.schema import EVENTS
 from serving.errors import ConfigError
@@ -44,7 +44,7 @@ from serving.services.items import item_record
 from serving.stores.catalog_log import CatalogLog, Change
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
-from serving.stores.keys import log_id, partition_of
+from serving.stores.keys import log_id
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
@@ -548,8 +548,8 @@ def test_profiles_made_of_it_are_those_that_live_folding_made(
         found = store.read(subject)
         assert found.records.tobytes() == expected.records.tobytes()
         assert (found.version, found.count) == (expected.version, expected.count)
-        assert found.evicted.tolist() == expected.evicted.tolist()
-        assert memory.encode(found.memory) == memory.encode(expected.memory)
+        assert found.older_items.tolist() == expected.older_items.tolist()
+        assert memory.encode(found.decayed_counts) == memory.encode(expected.decayed_counts)
 
 
 def test_a_row_that_differs_by_one_key_is_another_profile(
@@ -591,7 +591,7 @@ class TestRebuilding:
             found = store.read(f"u:{user}")
             assert (found.version, found.count) == (profile.version, profile.count)
             assert found.records.tobytes() == profile.records.tobytes()
-            assert memory.encode(found.memory) == memory.encode(profile.memory)
+            assert memory.encode(found.decayed_counts) == memory.encode(profile.decayed_counts)
         assert store.read("u:cleo").count == 0
 
     def test_what_was_undone_does_not_come_back(self, log, make, out, again, profiles_redis):
@@ -604,7 +604,7 @@ class TestRebuilding:
         assert store.read("u:ann").records["item"].tolist() == [item_key(f"i{n}") for n in (0, 1, 3, 4)]
 
     def test_a_damaged_profile_gets_its_rules_and_its_newest_events_again(self, log, make, out, again, profiles_redis):
-        store, rule = ProfileStore(profiles_redis, PARTITIONS), Rule(Kind.ITEM, "i9")
+        store, rule = ProfileStore(profiles_redis, PARTITIONS), Rule(ControlKind.ITEM, "i9")
         people = SubjectRights(log, store, Certificates(log))
         people.set_rules("u:ann", [rule])
         ingest(log, *(event("ann", f"i{n}") for n in range(3)))
@@ -619,7 +619,7 @@ class TestRebuilding:
         again()
         found = store.read("u:ann")
         assert (found.count, found.records.tobytes()) == (4, whole.records.tobytes())
-        assert found.rules.tobytes() == whole.rules.tobytes()
+        assert found.controls.tobytes() == whole.controls.tobytes()
 
 
 class TestComingBack:
@@ -629,7 +629,7 @@ class TestComingBack:
         who = ["ann", "bob", "cleo", "dan"]
         ingest(log, *(event(user, f"i{n % 10}", timestamp_ms=now_ms() - 400 + n) for n in range(300) for user in who))
         ingest(log, event("ann", "", "search", query="tea"))
-        people.set_rules("u:ann", [Rule(Kind.ITEM, "i3")])
+        people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i3")])
         projecting(log, store, None)
         assert people.undo("u:dan", entry_of(log, "u:dan", 7))
         sink = make()
@@ -642,7 +642,7 @@ class TestComingBack:
         people.set_consent("u:cleo", Purpose.TRAIN)
         sink.drain()
         assert store.read("u:ann").count == 0
-        assert store.read("u:ann").rules.size == 1
+        assert store.read("u:ann").controls.size == 1
         time.sleep(0.01)
         ingest(log, *(event(user, "i1", "like") for user in who))
         telemetry = Telemetry()
@@ -654,10 +654,10 @@ class TestComingBack:
             like = logged(event(user, "i1", "like"))[0].record
             again = fold(old, np.frombuffer(like, RECORD), found.version)
             assert found.records[:-1].tobytes() == again.records[:-1].tobytes()
-            assert found.evicted.tolist() == again.evicted.tolist()
-            assert found.rules.tobytes() == old.rules.tobytes()
-            assert found.memory.keys.tolist() == again.memory.keys.tolist()
-            np.testing.assert_allclose(found.memory.counts, again.memory.counts, rtol=0.02)  # likes of two moments
+            assert found.older_items.tolist() == again.older_items.tolist()
+            assert found.controls.tobytes() == old.controls.tobytes()
+            assert found.decayed_counts.keys.tolist() == again.decayed_counts.keys.tolist()
+            np.testing.assert_allclose(found.decayed_counts.counts, again.decayed_counts.counts, rtol=0.02)
 
     def test_who_only_asks_is_called_back_too(self, log, make, out, profiles_redis):
         store = ProfileStore(profiles_redis, PARTITIONS)
@@ -669,7 +669,7 @@ class TestComingBack:
         for user in who:
             store.compact(f"u:{user}", before[user].version)
         assert store.leave(now_ms() + 1000) == 4
-        assert all(store.read(f"u:{user}").vacant for user in who)
+        assert all(store.read(f"u:{user}").emptied for user in who)
         log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         SubjectRights(log, store, Certificates(log)).erase("u:bob")
         assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
@@ -729,7 +729,7 @@ class TestComingBack:
         projector.step()
         projector.close()
         assert store.read("u:ann").records.tobytes() == before.records.tobytes()
-        assert memory.encode(store.read("u:ann").memory) == memory.encode(before.memory)
+        assert memory.encode(store.read("u:ann").decayed_counts) == memory.encode(before.decayed_counts)
 
     def test_one_whose_past_cannot_be_had_keeps_nobody_waiting(self, log, make, out, profiles_redis, tmp_path):
         store = ProfileStore(profiles_redis, PARTITIONS, tail_cap=50)

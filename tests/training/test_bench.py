@@ -10,7 +10,7 @@ import benchmarks.training
 from benchmarks.peers.turns import Histories
 from benchmarks.side_by_side import _compare, speed
 from benchmarks.training import arithmetic, cold, quality
-from features.errors import ConfigError
+from features.errors import SettingsError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.metrics import ndcg
@@ -70,7 +70,7 @@ def test_a_slow_peer_does_not_hide_how_far_another_one_came() -> None:
 
 
 def test_a_trainer_without_a_validation_is_named() -> None:
-    with pytest.raises(ConfigError, match="slow"):
+    with pytest.raises(SettingsError, match="slow"):
         _compare({"penchant": [_line(4, 200, 0.05)], "slow": []})
 
 
@@ -87,7 +87,7 @@ def test_trainers_take_turns_to_the_end(circles: Path) -> None:
 
 def test_a_missing_environment_says_how_to_make_it(circles: Path, tmp_path: Path) -> None:
     config = TrainConfig(**{**TINY, "protocol": "leave-one-out"})
-    with pytest.raises(ConfigError, match=r"recbole\.txt"):
+    with pytest.raises(SettingsError, match=r"recbole\.txt"):
         speed(circles, config, tmp_path, budget=1.0, turn=1.0, validate_every=1.0, names=["recbole_equal"])
 
 
@@ -113,7 +113,7 @@ def test_seeds_are_trained_once_and_measured_together(circles: Path, tmp_path: P
     made = (tmp_path / "q" / "seed-1" / "result.json").stat().st_mtime_ns
     quality(circles, config, [1], tmp_path / "q")
     assert (tmp_path / "q" / "seed-1" / "result.json").stat().st_mtime_ns == made
-    with pytest.raises(ConfigError, match="another configuration"):
+    with pytest.raises(SettingsError, match="another configuration"):
         quality(circles, config.model_copy(update={"epochs": 2}), [1], tmp_path / "q")
     hidden = cold(circles, config, [1, 2], tmp_path / "c")
     assert hidden["protocol"] == "cold-items"

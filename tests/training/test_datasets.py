@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from features.errors import ConfigError, TablesError
+from features.errors import SettingsError, TablesError
 from features.tables.dataset import open_dataset, read_table
 from features.tables.files import table_path
 from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
@@ -410,7 +410,7 @@ def test_an_unknown_name_or_option_names_the_nearest(tmp_path: Path) -> None:
         prepare("simulated", None, tmp_path, user=3)
     with pytest.raises(DatasetError, match="leave out --from"):
         prepare("simulated", tmp_path, tmp_path)
-    with pytest.raises(ConfigError, match="a world needs 1 user, 32 items"):
+    with pytest.raises(SettingsError, match="a world needs 1 user, 32 items"):
         prepare("simulated", None, tmp_path, items=3)
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.impressions import impressions
-from features.errors import ConfigError, LeakError, TrainingError
+from features.errors import LeakError, SettingsError, TrainingError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.data.datasets import prepare
@@ -138,7 +138,7 @@ def test_a_peer_gets_the_rankers_lines_and_stands_beside_it(simulated: tuple[Pat
         assert ahead["low"] <= ahead["mean"] <= ahead["high"]
     logged = json.loads((simulated[1] / "evaluations.jsonl").read_text().splitlines()[-1])
     assert logged["baselines"] == found["baselines"]
-    with pytest.raises(ConfigError, match=r"lightgbm\.txt"):
+    with pytest.raises(SettingsError, match=r"lightgbm\.txt"):
         impressions(simulated[1], tmp_path / "gone")
     peer.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(TrainingError, match="lightgbm"):

@@ -109,7 +109,7 @@ def test_labels_join_by_request_inside_the_window(tmp_path: Path) -> None:
     # i1 was liked too late, and its click names no request.
     assert lines.labels().tolist() == [[True, False], [False, False], [False, False], [False, False], [True, False]]
     assert lines.positions.tolist() == [0, 0, 3, 3, 3]
-    assert [lines.surfaces[at] for at in lines.where] == ["x", "x", "", "", ""]
+    assert [lines.surfaces[at] for at in lines.surface_indices] == ["x", "x", "", "", ""]
     assert not lines.labels(START + HOUR // 4).any()
 
 
@@ -135,8 +135,8 @@ def test_the_events_of_hidden_items_leave_what_is_read_beside_them_too(tmp_path:
     assert known is not None
     assert hidden is not None
     left = np.isin(known.rows, some.rows)
-    assert (hidden.done[left] == known.done[left]).all()
-    assert (hidden.done[~np.isin(known.rows, some.rows)] == NEVER).all()
+    assert (hidden.action_times[left] == known.action_times[left]).all()
+    assert (hidden.action_times[~np.isin(known.rows, some.rows)] == NEVER).all()
     for at in range(len(hidden)):
         own = some.rows[some.offsets[hidden.users[at]] :][: hidden.positions[at]]
         before = whole.rows[whole.offsets[known.users[at]] :][: known.positions[at]]
@@ -245,8 +245,14 @@ def without_the_future(made: World, moment: int) -> tuple[Interactions, Examples
         made.data, types=np.where(later, 1 + made.data.types % 3, made.data.types).astype(np.int32)
     )
     after = made.shown.times >= moment
-    done = np.where((made.shown.done >= moment) | after[:, None], NEVER - made.shown.done % 2, made.shown.done)
-    return data, dataclasses.replace(made.shown, done=done, where=np.where(after, 0, made.shown.where))
+    done = np.where(
+        (made.shown.action_times >= moment) | after[:, None],
+        NEVER - made.shown.action_times % 2,
+        made.shown.action_times,
+    )
+    return data, dataclasses.replace(
+        made.shown, action_times=done, surface_indices=np.where(after, 0, made.shown.surface_indices)
+    )
 
 
 def leaks(made: World, read: Callable[[Interactions, Examples, Examples], np.ndarray]) -> bool:
@@ -299,7 +305,7 @@ def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     found = said["validation"]["0"]
     clicked = lines.labels()[held, 0]
     rates = np.array([0.8 if row % 2 else 0.15 for row in lines.rows[held]])
-    best = auc(clicked, rates * np.array([1 if lines.surfaces[at] == "home" else 0.5 for at in lines.where[held]]))
+    best = auc(clicked, rates * np.where(lines.surface_indices[held] == lines.surfaces.index("home"), 1, 0.5))
     assert found["auc"] > best - 0.06
     assert found["log_loss"] < found["base_log_loss"]
     assert found["ece"] < 0.15

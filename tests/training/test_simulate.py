@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from features.errors import ConfigError
+from features.errors import SettingsError
 from features.tables.dataset import conform
 from features.tables.order import order_events
 from features.tables.schema import (
@@ -119,7 +119,7 @@ def test_topics_have_words_of_their_own() -> None:
 
 def test_a_world_too_small_is_refused() -> None:
     for sizes in ({"users": 0}, {"items": 31}, {"days": 0}, {"events_per_user": 0}):
-        with pytest.raises(ConfigError, match="a world needs 1 user, 32 items, 1 day"):
+        with pytest.raises(SettingsError, match="a world needs 1 user, 32 items, 1 day"):
             World.make(**sizes)
 
 

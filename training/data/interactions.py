@@ -114,7 +114,7 @@ class Interactions:
     trusted_until: int = NEVER
     source_rows: npt.NDArray[np.int64] | None = None
 
-    def beside(self, column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
+    def aligned(self, column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
         """Returns a column of the data set's events with a value for each event here, in the same order."""
         return column if self.source_rows is None else column.take(self.source_rows)
 

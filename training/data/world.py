@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from features.errors import ConfigError
+from features.errors import SettingsError
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -81,11 +81,11 @@ class World:
         """Draw a world.
 
         Raises:
-            ConfigError: A size is too small for a world.
+            SettingsError: A size is too small for a world.
         """
         least = 2 * len(TOPICS)
         if users < 1 or items < least or days < 1 or events_per_user < 1:
-            raise ConfigError(f"a world needs 1 user, {least} items, 1 day and 1 event per user, or more of each")
+            raise SettingsError(f"a world needs 1 user, {least} items, 1 day and 1 event per user, or more of each")
         rng = np.random.default_rng([seed, 0])
         main = np.concatenate([np.arange(least) % len(TOPICS), rng.integers(len(TOPICS), size=items - least)])
         late = (rng.random(items) < 0.3) & (np.arange(items) >= least)

@@ -1,8 +1,8 @@
 """Measures how well content alone places items that nobody was trained on.
 
-A run trained with `cold_item_share` has never met some of the items: not in a history, not as a target, not as a negative,
-not in a count. Here their events become targets, each asked of the events before it that the run may know, and ranked
-among the whole catalogue: the other items compete with all that their own history taught.
+A run trained with `cold_item_share` has never met some of the items: not in a history, not as a target, not as a
+negative, not in a count. Here their events become targets, each predicted from the events before it that the run may
+know, and ranked among the whole catalogue, where the other items compete with all that their own history taught.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def baselines(run: LoadedRun, data: Interactions, shown: Examples, lines: Exampl
         past = histories.before(person, int(ends[person]))
         rates[at] = Rates.of(action_rates, past.types, past.values).long - action_rates.base
     user = rates[which]
-    surfaces = np.stack([action_rates.surface(name) for name in lines.surfaces])[lines.where]
+    surfaces = np.stack([action_rates.surface(name) for name in lines.surfaces])[lines.surface_indices]
     odds = {
         "base_rate": np.broadcast_to(base, item.shape),
         "item_rate": base + item,

@@ -137,12 +137,12 @@ def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assemb
 def past_differences(one: History, other: History) -> dict[str, int]:
     """Returns the number of values in which two pasts differ, to the bit, by the name of what differs."""
     pairs: list[tuple[type, History | DecayedCounts, History | DecayedCounts]]
-    pairs = [(History, one, other), (DecayedCounts, one.memory, other.memory)]
+    pairs = [(History, one, other), (DecayedCounts, one.decayed_counts, other.decayed_counts)]
     found = {
         field.name: _unequal(getattr(left, field.name), getattr(right, field.name))
         for part, left, right in pairs
         for field in dataclasses.fields(part)
-        if field.name != "memory"
+        if field.name != "decayed_counts"
     }
     return {name: count for name, count in found.items() if count}
 

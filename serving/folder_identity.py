@@ -29,7 +29,7 @@ _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+")
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class FolderIdentity:
     """A folder as the log knows it.
 
     Attributes:
@@ -45,10 +45,10 @@ class Identity:
         """The part of the token that stays while the process runs."""
         return self.token.partition(".")[0]
 
-    def next(self) -> Identity:
+    def next(self) -> FolderIdentity:
         """The same folder and process, with the next token."""
         process, _, count = self.token.partition(".")
-        return Identity(self.copy_id, f"{process}.{int(count or 0) + 1}")
+        return FolderIdentity(self.copy_id, f"{process}.{int(count or 0) + 1}")
 
 
 def new_id() -> str:
@@ -78,7 +78,7 @@ def local_folder(place: str | Path) -> Path:
     )
 
 
-def read_identity(folder: Path) -> Identity | None:
+def read_identity(folder: Path) -> FolderIdentity | None:
     """Returns the identity of a folder, None if it has none yet.
 
     Raises:
@@ -87,7 +87,7 @@ def read_identity(folder: Path) -> Identity | None:
     path = folder / NAME
     try:
         facts = json.loads(path.read_bytes())
-        return Identity(str(facts["id"]), str(facts["token"]))
+        return FolderIdentity(str(facts["id"]), str(facts["token"]))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -99,7 +99,7 @@ def read_identity(folder: Path) -> Identity | None:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give this user access to it") from error
 
 
-def write_identity(folder: Path, identity: Identity) -> None:
+def write_identity(folder: Path, identity: FolderIdentity) -> None:
     """Writes the identity of a folder; it is on disk when this returns.
 
     Raises:

@@ -31,7 +31,7 @@ _SAMPLES = 5
 _READERS = {PROFILES_GROUP.encode(): "projector", GROUP.encode(): "warehouse"}
 
 
-class LogWatch:
+class StoreMetrics:
     """Looks at the Redis of the profiles and at that of the events; one thread at a time may call it."""
 
     def __init__(self, profiles_url: str, events_url: str, partitions: int, fresh_s: float = FRESH_S) -> None:

@@ -29,7 +29,7 @@ from serving.restart import Trouble
 if TYPE_CHECKING:
     from serving.projection.projector import Idle
 
-_log = logging.getLogger("serving.processes.child")
+_log = logging.getLogger("serving.processes.entrypoint")
 _saying = threading.Lock()
 
 
@@ -141,7 +141,7 @@ def _read_log(
             config.partitions,
             control.stop,
             purge_s=config.purge_hours * 1800,
-            idle=_idle(config) if config.idle_days else None,
+            idle=_idle(config) if config.evict_after_days else None,
             ready=lambda _: ready(),
             telemetry=telemetry,
             trouble=trouble,
@@ -175,7 +175,7 @@ def _idle(config: ServeConfig) -> Idle:
     from serving.projection.projector import Idle
     from serving.projection.rebuild import rehydrate
 
-    return Idle(config.idle_days, partial(rehydrate, config.warehouse_path, Retention(config.retention_days)))
+    return Idle(config.evict_after_days, partial(rehydrate, config.warehouse_path, Retention(config.retention_days)))
 
 
 def _say(what: dict[str, Any]) -> None:

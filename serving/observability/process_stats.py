@@ -16,7 +16,7 @@ _SELF = Path("/proc/self")
 _PAGE = resource.getpagesize()
 
 
-def process_figures() -> dict[str, Any]:
+def process_stats() -> dict[str, Any]:
     """Returns the figures of this process as JSON values.
 
     Those that only Linux gives are left out elsewhere.

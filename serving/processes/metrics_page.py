@@ -26,10 +26,10 @@ from serving.observability.exposition import (
     rendered,
     time_samples,
 )
-from serving.observability.process_figures import process_figures
+from serving.observability.process_stats import process_stats
 from serving.observability.reporting import QUESTION
 from serving.observability.telemetry import BUCKETS, Telemetry
-from serving.processes.http import HttpServer, Page
+from serving.processes.http_server import HttpServer, Page
 
 PATIENCE_S = 1.0
 """Longest wait for the processes, all together."""
@@ -60,7 +60,7 @@ class _Process:
     restarts: int = 0
 
 
-class Monitor:
+class MetricsPage:
     """Collects what the processes report; any thread may call it."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Monitor:
                     _add(process.answer, counts, times)
             own = self._telemetry.snapshot()
             _add({"telemetry": own}, counts, times)
-            states.append(ProcessState(self._role, True, figures=process_figures(), gauges=own["gauges"]))
+            states.append(ProcessState(self._role, True, figures=process_stats(), gauges=own["gauges"]))
             samples = [*counter_samples(counts), *time_samples(times), *stores, *self._catalog_lag(states, newest)]
             for state in states:
                 samples += process_samples(state)
@@ -179,7 +179,7 @@ def exposed(address: str, role: str, telemetry: Telemetry) -> Iterator[str | Non
     if not address:
         yield None
         return
-    with HttpServer(address, {"/metrics": Monitor("", role=role, telemetry=telemetry).page}) as server:
+    with HttpServer(address, {"/metrics": MetricsPage("", role=role, telemetry=telemetry).page}) as server:
         yield server.address
 
 
