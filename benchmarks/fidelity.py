@@ -85,7 +85,7 @@ def _offline(
     """Ranks of the targets, and the pages as rows, best first, as `penchant evaluate` makes them."""
     with torch.inference_mode():
         [ranked] = rank_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
-    return ranked.ranks, ranked.shown
+    return ranked.ranks, ranked.top
 
 
 def _online(

@@ -19,14 +19,14 @@ from training.data.impressions import Examples
 from training.data.point_in_time import PointInTimeStatistics
 from training.evaluation.impressions import (
     Probabilities,
-    TestedExamples,
+    ScoredExamples,
     baselines,
-    compared,
+    compare,
+    metric_values,
+    predict_test,
     read_test_material,
-    resampled,
-    spread,
-    test,
-    values_of,
+    resample_metrics,
+    with_intervals,
 )
 from training.fitting.ranker_impressions import RankerDataset, read_ranker_dataset
 from training.run import LoadedRun, columns_of_run, load_run, note_evaluation
@@ -66,11 +66,11 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     material, shown = read_test_material([loaded], data)
     with prepared(loaded.config.threads), exact(), torch.inference_mode():
         feed = _feed(loaded, material, shown)
-        tested = test([loaded], material.data, shown)
+        tested = predict_test([loaded], material.data, shown)
     peer, said = _lightgbm(feed, tested, python, trials, loaded.config.seed)
-    beside = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.lines)}
+    beside = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.examples)}
     names = [action.name for action in material.actions]
-    measured = compared([loaded], material.data.items, tested, beside)
+    measured = compare([loaded], material.data.items, tested, beside)
     note_evaluation(run, measured)
     return {
         **measured,
@@ -93,7 +93,7 @@ def _feed(run: LoadedRun, material: Material, shown: Examples) -> RankerDataset:
 
 
 def _lightgbm(
-    feed: RankerDataset, tested: TestedExamples, python: Path, trials: int, seed: int
+    feed: RankerDataset, tested: ScoredExamples, python: Path, trials: int, seed: int
 ) -> tuple[Probabilities, dict[str, Any]]:
     """What LightGBM says of the test, and how it was made."""
     features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
@@ -114,13 +114,13 @@ def _lightgbm(
     return Probabilities(live, slate), said
 
 
-def _ahead(names: Sequence[str], tested: TestedExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
+def _ahead(names: Sequence[str], tested: ScoredExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
     """Every metric of ours minus LightGBM's, with intervals by drawing the same people for both."""
-    labels, people = tested.lines.labels(), tested.lines.users
+    labels, people = tested.examples.labels(), tested.examples.users
     found: dict[str, dict[str, float]] = {}
     for action, name in enumerate(names):
-        both = tested.chances.of(action), peer.of(action)
-        mine, theirs = (values_of(labels[:, action], chances, people) for chances in both)
-        my_draws, their_draws = (resampled(labels[:, action], chances, people) for chances in both)
-        found |= {f"{name}/{n}": value for n, value in spread(mine - theirs, my_draws - their_draws).items()}
+        both = tested.probabilities.of(action), peer.of(action)
+        mine, theirs = (metric_values(labels[:, action], probabilities, people) for probabilities in both)
+        my_draws, their_draws = (resample_metrics(labels[:, action], probabilities, people) for probabilities in both)
+        found |= {f"{name}/{n}": value for n, value in with_intervals(mine - theirs, my_draws - their_draws).items()}
     return found

@@ -28,7 +28,7 @@ from features.tables.dataset import open_dataset
 from training.config import TrainConfig
 from training.data.batches import TrainingBatches
 from training.evaluation.evaluate import evaluate
-from training.run import build_modules
+from training.run import build_modules, read_config
 from training.runtime import exact, prepared
 from training.train import Material, read_material, train
 
@@ -77,7 +77,7 @@ def _runs(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> l
     for seed in seeds:
         run, wanted = out / f"seed-{seed}", config.model_copy(update={"seed": seed})
         if (run / "result.json").exists():
-            if TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8")) != wanted:
+            if read_config(run) != wanted:
                 raise SettingsError(f"{run} was trained with another configuration: give another --out, or delete it")
         else:
             train(data, run, wanted)

@@ -14,7 +14,7 @@ from tests.training.conftest import TINY, interactions
 from training.config import TrainConfig
 from training.data.split import Targets
 from training.evaluation.evaluate import evaluate
-from training.evaluation.events import Ranking, _compared, _mean_values, _values, place, rank_all
+from training.evaluation.events import Ranking, _compared, _mean_values, _values, rank, rank_all
 from training.models.baselines import MostUsedBaseline, PopularBaseline
 from training.models.scoring import had_before, ranks_of
 from training.train import train
@@ -96,7 +96,7 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
 
 def test_what_is_shown_are_the_best() -> None:
     scores = np.arange(40, dtype=np.float32)[None]
-    assert sorted(place(scores, np.array([0], np.int32)).shown[0].tolist()) == list(range(30, 40))
+    assert sorted(rank(scores, np.array([0], np.int32)).top[0].tolist()) == list(range(30, 40))
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_targets_come_after_all_that_was_trained_on(run: Path, whole: Interactio
     hidden = draw_cold_items(ITEMS, loaded.config)
     assert len(asked.targets) > 10
     assert hidden[asked.rows].all()
-    ends = split(asked.visible, loaded.config).fit_end
+    ends = split(asked.events, loaded.config).fit_end
     assert (asked.targets.positions >= ends[asked.targets.users]).all()
     newest: dict[int, int] = {}
     for person in range(len(whole.users)):
@@ -129,7 +129,7 @@ def test_targets_come_after_all_that_was_trained_on(run: Path, whole: Interactio
 def test_content_places_hidden_items_where_they_belong(run: Path) -> None:
     found = evaluate([run], "cold-items")
     assert found["items"] == ITEMS
-    assert found["hidden"] == [6]
+    assert found["cold_items"] == [6]
     assert found["chance"] == 50 / ITEMS
     assert found["metrics"]["recall@50"]["mean"] == 1.0  # forty items in all
     # Title and category name the circle, so a hidden item of the right circle stands before three quarters of all.
@@ -145,7 +145,7 @@ def test_what_cannot_be_asked_is_refused(run: Path, circles: Path, tmp_path: Pat
         ({"protocol": "none"}, LeakError, "protocol=leave-one-out"),
         ({"cold_item_share": 0.0}, TrainingError, "cold_item_share=0.1"),
     ):
-        from training.evaluation.cold_items import _refuse
+        from training.evaluation.cold_items import _refuse_unfit
 
         with pytest.raises(error, match=message):
-            _refuse(dataclasses.replace(loaded, config=loaded.config.model_copy(update=change)))
+            _refuse_unfit(dataclasses.replace(loaded, config=loaded.config.model_copy(update=change)))

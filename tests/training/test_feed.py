@@ -20,7 +20,7 @@ from training.config import Action, TrainConfig
 from training.data.impressions import NEVER, Examples, read_examples
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, example_features
-from training.fitting.ranker_impressions import RankerDataset, learn, logits_of, ranker_batch
+from training.fitting.ranker_impressions import RankerDataset, fit_on_impressions, logits_of, ranker_batch
 from training.metrics import auc
 from training.models.ranker import Ranker
 
@@ -301,7 +301,7 @@ def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     ranker = Ranker(4, lesson.features.shape[1], 8, 2, members=2, bins=4, dropout=0.1)
     config = CONFIG.model_copy(update={"ranker_epochs": 30, "ranker_rate": 0.01})
     held = lines.times > START + 72 * HOUR
-    said = learn(ranker, RankerDataset(lines, lesson, held), config)
+    said = fit_on_impressions(ranker, RankerDataset(lines, lesson, held), config)
     found = said["validation"]["0"]
     clicked = lines.labels()[held, 0]
     rates = np.array([0.8 if row % 2 else 0.15 for row in lines.rows[held]])

@@ -111,7 +111,7 @@ def example_users(
     return users
 
 
-def learn(ranker: Ranker, feed: RankerDataset, config: TrainConfig) -> dict[str, Any]:
+def fit_on_impressions(ranker: Ranker, feed: RankerDataset, config: TrainConfig) -> dict[str, Any]:
     """Trains the ranker in place: validation says how long and how surely, then all lines train it anew.
 
     Validation tells how steep the logits should be, but not how high: one day's rate of an action says less of the next
