@@ -100,8 +100,8 @@ class _Floor:
         users = [user_session.run(None, feed)[0] for feed in inputs]
         rows = min(candidates, engine.catalog.size)
         # Where the ranker does not move the order, it judges the page only, here as there.
-        judged = rows if bundle.model["blend"] else PAGE
-        features = np.zeros((judged, ranker_width(len(bundle.model["actions"]))), np.float32)
+        judged = rows if bundle.model.blend else PAGE
+        features = np.zeros((judged, ranker_width(len(bundle.model.actions))), np.float32)
         ranked = [{"user": user, "items": columns.vectors[:judged], "features": features} for user in users]
         self.calls: dict[str, Call] = {
             "redis": lambda at: line.ask(b"GET", keys[at % len(keys)]),
@@ -165,7 +165,7 @@ def _people(engine: Engine) -> dict[str, Profile]:
     columns, size = engine.catalog.columns, engine.catalog.base_size
     weights = np.exp(columns.popularity[:size].astype(np.float64))
     keys = engine.catalog.vocabulary.keys
-    kind = event_type_key(engine.bundle.model["event_types"][0])
+    kind = event_type_key(engine.bundle.model.event_types[0])
     people = {}
     for number in range(PEOPLE):
         count = min(EVENTS, size // 2)

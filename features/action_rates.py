@@ -6,7 +6,7 @@ is remembered does not count, for nobody knows what else they were shown then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.kernels import log_odds, matched_weights
+from features.manifest import ActionSpec, ModelSpec
 from features.profile import RING
 
 HALF_LIVES = (40, 4)
@@ -52,23 +53,35 @@ class ActionRates:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> ActionRates:
-        """Reads `event_types`, `actions`, `base_rates` and `surface_rates` of a run's result or a bundle's model.
+        """Reads `event_types`, `actions`, `base_rates` and `surface_rates` of a run's result."""
+        actions = list(map(ActionSpec.of, facts["actions"]))
+        base_rates = facts.get("base_rates") or [0.0] * len(actions)
+        return cls._build(facts["event_types"], actions, base_rates, facts.get("surface_rates") or {})
 
-        An action that names no type that shows items may follow anything.
-        """
-        names, actions = facts["event_types"], facts["actions"]
-        shown = np.zeros((len(actions), 1 + len(names)), bool)
+    @classmethod
+    def of_model(cls, model: ModelSpec) -> ActionRates:
+        """Reads the actions of a bundle's model, and their rates."""
+        return cls._build(model.event_types, model.actions, model.base_rates, model.surface_rates)
+
+    @classmethod
+    def _build(
+        cls,
+        event_types: Sequence[str],
+        actions: Sequence[ActionSpec],
+        base_rates: Sequence[float],
+        surface_rates: Mapping[str, Sequence[float]],
+    ) -> ActionRates:
+        shown = np.zeros((len(actions), 1 + len(event_types)), bool)
         acted = np.zeros_like(shown)
         for number, action in enumerate(actions):
-            types = action.get("shown_types") or ()
-            shown[number] = not types
-            for at, name in enumerate(names, 1):
-                shown[number, at] |= name in types
-                acted[number, at] = name == action["event_type"]
-        least = [-np.inf if action["min_value"] is None else action["min_value"] for action in actions]
-        base = np.array(facts.get("base_rates") or np.zeros(len(actions)), np.float64)
-        surfaces = {name: np.array(rates, np.float32) for name, rates in (facts.get("surface_rates") or {}).items()}
-        return cls(shown, acted, np.array(least, np.float64), base, surfaces)
+            # An action that names no type that shows items may follow anything.
+            shown[number] = not action.shown_types
+            for at, name in enumerate(event_types, 1):
+                shown[number, at] |= name in action.shown_types
+                acted[number, at] = name == action.event_type
+        least = [-np.inf if action.min_value is None else action.min_value for action in actions]
+        surfaces = {name: np.array(rates, np.float32) for name, rates in surface_rates.items()}
+        return cls(shown, acted, np.array(least, np.float64), np.array(base_rates, np.float64), surfaces)
 
     def surface(self, name: str) -> npt.NDArray[np.float32]:
         """What a surface adds to the log-odds of each action; float32 [A], zeros where it is unknown."""

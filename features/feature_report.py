@@ -67,7 +67,7 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
         opened = open_bundle(bundle)
         table = read_items(opened)
         catalog = _catalog(table)
-        said["fits"] = opened.manifest["feature_set"]["fingerprint"] == FEATURES.fingerprint()
+        said["fits"] = opened.manifest.feature_fingerprint == FEATURES.fingerprint()
     if data is not None:
         dataset = open_dataset(data)
         tell(dataset.intake, dataset.info.get("time_units"))

@@ -1,7 +1,7 @@
-"""Golden requests: made-up people whose right answers travel in the bundle.
+"""Golden requests: made-up users whose right answers travel in the bundle.
 
-Export writes them down, serving asks for them again before a bundle may serve. Both send the made-up events down the
-road that real ones take: records, a fold, the stored bytes, and back.
+Export writes the answers down, serving asks for them again before a bundle may serve. Both send the made-up events
+down the path that real ones take: records, a fold, the stored bytes, and back.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ TOP = 10
 
 
 def profile_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Profile:
-    """What serving would read of a person with these events.
+    """Returns the profile that serving would read of a user with these events.
 
-    The older half is folded, the newer half still lies in the tail, in no order.
+    The older half is folded, the newer half still lies in the tail, in no order, so that both are put to the test.
 
     Args:
-        events: `item_id`, `event_type`, `timestamp` (ms) and `value` (None where there is none), oldest first; and
-            `category_key` and `creator_key`, where the item was another one when the event came.
-        catalog: Where the items' categories and creators are looked up, as at ingest.
+        events: `item_id`, `event_type`, `timestamp` (ms) and `value` (None if it has none), oldest first; and
+            `category_key` and `creator_key` if the item had others when the event came.
+        catalog: The items, whose categories and creators are looked up as at ingest.
     """
     records = records_of(events, catalog)
     half = len(events) // 2
@@ -40,7 +40,7 @@ def profile_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Profile
 
 
 def records_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Records:
-    """The records that ingest would write; RECORD [n]."""
+    """Returns the records that ingest would write; RECORD [n]."""
     ids = [event["item_id"] for event in events]
     logged = Logged.of(pa.table({name: pa.array([event.get(name) for event in events], pa.uint64()) for name in KEYS}))
     return make_records(
@@ -52,15 +52,15 @@ def records_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Records
     )
 
 
-def apart(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """How far two answers are apart: the largest difference, relative to the largest number expected where above 1.
+def largest_difference(answer: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Returns the largest difference between two answers, relative to the largest number expected if that is above 1.
 
     Returns:
-        Infinity where the shapes differ or a number is not finite; 0 for two empty answers.
+        Infinity if the shapes differ or a number is not finite; 0 for two empty answers.
     """
-    if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
+    if answer.shape != expected.shape or not (np.isfinite(answer).all() and np.isfinite(expected).all()):
         return float("inf")
-    if not found.size:
+    if not answer.size:
         return 0.0
-    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()
+    difference = np.abs(answer.astype(np.float64) - expected.astype(np.float64)).max()
     return float(difference / max(1.0, np.abs(expected).max()))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from features import strict_json
 from features.errors import BundleError
+from features.transforms import ItemInputShapes
 
 FORMAT = 1
 MOST_BYTES = 16 << 20
@@ -19,12 +23,131 @@ _BUCKETS = 1 << 31
 _NAMES = 1 << 12
 _LARGEST = 1e30
 _HEX = frozenset("0123456789abcdef")
+_IDENTITY = ("model", "configuration", "feature_set", "data_fingerprint", "catalog_version")
+"""Fields that the bundle id is made of, next to the hashes of the files."""
 
 Check = Callable[[Any], str]
-"""Returns what a value should be, "" where it is."""
+"""Returns what a value should be, "" if it is."""
 
 
-def parse(content: bytes, where: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """The size and the hash of a file, as they were when the bundle was published.
+
+    Attributes:
+        size: Bytes.
+        sha256: Hash of its content, hexadecimal.
+    """
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ActionSpec:
+    """An action whose probability the ranker predicts.
+
+    Attributes:
+        name: Its name.
+        event_type: Type of the events that are the action.
+        min_value: Smallest value of an event that counts; None: any does.
+        shown_types: Types of the events that show an item and so may lead to the action; none: any may.
+    """
+
+    name: str
+    event_type: str
+    min_value: float | None = None
+    shown_types: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ActionSpec:
+        """Returns an action of a manifest or of a run's result."""
+        shown_types = tuple(values.get("shown_types") or ())
+        return cls(values["name"], values["event_type"], values["min_value"], shown_types)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """How the models of a bundle are fed and combined; A actions.
+
+    Attributes:
+        dim: Length of the vectors of users, items and queries.
+        max_length: Most events that the user encoder reads.
+        shapes: Sizes of the inputs of the item encoder and the query encoder.
+        event_types: Names of the event types that the user encoder tells apart, in the order of its table.
+        seen_types: Names of the event types whose items are not recommended again.
+        actions: The actions that the ranker predicts, in the order of its outputs.
+        action_weights: What each action is worth; [A].
+        base_rates: Log-odds of each action over all impressions, 0 if the run did not measure them; [A].
+        surface_rates: Log-odds of each action above `base_rates`, by surface; [A] each.
+        blend: Weight of the ranker's utility in the final score.
+        repeats: Whether items are recommended again after an event of `seen_types`.
+    """
+
+    dim: int
+    max_length: int
+    shapes: ItemInputShapes
+    event_types: tuple[str, ...]
+    seen_types: tuple[str, ...]
+    actions: tuple[ActionSpec, ...]
+    action_weights: tuple[float, ...]
+    base_rates: tuple[float, ...]
+    surface_rates: Mapping[str, tuple[float, ...]]
+    blend: float
+    repeats: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """Returns the model of a manifest whose fields are checked."""
+        return cls(
+            dim=values["dim"],
+            max_length=values["max_length"],
+            shapes=ItemInputShapes(**{field.name: values[field.name] for field in fields(ItemInputShapes)}),
+            event_types=tuple(values["event_types"]),
+            seen_types=tuple(values["seen_types"]),
+            actions=tuple(map(ActionSpec.of, values["actions"])),
+            action_weights=tuple(values["action_weights"]),
+            base_rates=tuple(values.get("base_rates") or [0.0] * len(values["actions"])),
+            surface_rates={name: tuple(rates) for name, rates in (values.get("surface_rates") or {}).items()},
+            blend=float(values["blend"]),
+            repeats=values["repeats"],
+        )
+
+    @property
+    def action_names(self) -> list[str]:
+        """Names of the actions, in the order of the ranker's outputs."""
+        return [action.name for action in self.actions]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The manifest of a bundle.
+
+    Attributes:
+        bundle_id: Id that the manifest states.
+        content_id: Id that its content gives; another than `bundle_id` in a manifest that was changed.
+        files: Size and hash of each file, by name.
+        model: How the models are fed and combined.
+        feature_fingerprint: Fingerprint of the features that the models were trained on.
+        catalog_version: Version of the catalogue log that the tables of items were cut at; 0: before any.
+        candidates: Candidates that evaluation ranked for each request; None if the run did not say.
+    """
+
+    bundle_id: str
+    content_id: str
+    files: Mapping[str, FileFacts]
+    model: ModelSpec
+    feature_fingerprint: str
+    catalog_version: int
+    candidates: int | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(facts.size for facts in self.files.values())
+
+
+def parse(content: bytes, where: str) -> Manifest:
     """Reads a manifest.
 
     Args:
@@ -35,19 +158,40 @@ def parse(content: bytes, where: str) -> dict[str, Any]:
         BundleError: It is not JSON, is of another format, or a field is missing or out of range.
     """
     try:
-        manifest = strict_json.loads(content)
+        document = strict_json.loads(content)
     except ValueError as error:
         raise BundleError(f"{where}: not JSON ({error}); publish the bundle again") from error
-    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
-        version = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(document, dict) or type(document.get("format")) is not int or document["format"] != FORMAT:
+        version = document.get("format") if isinstance(document, dict) else None
         raise BundleError(f"{where}: format {_short(version)}, this version reads {FORMAT}; export the run again")
-    _check(manifest, _FIELDS, where)
-    for name, facts in manifest["files"].items():
+    _check_document(document, where)
+    return Manifest(
+        bundle_id=document["bundle_id"],
+        content_id=content_id(document),
+        files={name: FileFacts(facts["size"], facts["sha256"]) for name, facts in document["files"].items()},
+        model=ModelSpec.of(document["model"]),
+        feature_fingerprint=document["feature_set"]["fingerprint"],
+        catalog_version=document["catalog_version"],
+        candidates=document["configuration"].get("candidates"),
+    )
+
+
+def content_id(document: Mapping[str, Any]) -> str:
+    """Returns the id of a bundle, made of the hashes of its files and of what its manifest says of the models."""
+    content = {
+        "files": {name: document["files"][name]["sha256"] for name in sorted(document["files"])},
+        **{name: document.get(name) for name in _IDENTITY},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_document(document: dict[str, Any], where: str) -> None:
+    _check(document, _FIELDS, where)
+    for name, facts in document["files"].items():
         _check(facts, _FILE, where, f"files.{name}.")
-    _check(manifest["feature_set"], {"fingerprint": _text}, where, "feature_set.")
-    _check(manifest["configuration"], {}, where, "configuration.", {"candidates": _whole(1, _BUCKETS)})
-    _check_model(manifest["model"], where)
-    return manifest
+    _check(document["feature_set"], {"fingerprint": _text}, where, "feature_set.")
+    _check(document["configuration"], {}, where, "configuration.", {"candidates": _whole(1, _BUCKETS)})
+    _check_model(document["model"], where)
 
 
 def _check_model(model: dict[str, Any], where: str) -> None:
@@ -55,19 +199,20 @@ def _check_model(model: dict[str, Any], where: str) -> None:
     for at, action in enumerate(model["actions"]):
         _check(action, _ACTION, where, f"model.actions[{at}].", {"shown_types": _list(_text)})
     count = len(model["actions"])
-    of_actions = {name: model.get(name) for name in ("action_weights", "base_rates")}
-    of_actions |= {f"surface_rates[{name!r}]": rates for name, rates in (model.get("surface_rates") or {}).items()}
-    for name, numbers in of_actions.items():
-        if numbers is not None and ((wrong := _list(_number())(numbers)) or len(numbers) != count):
+    by_action = {name: model[name] for name in ("action_weights", "base_rates") if model.get(name) is not None}
+    by_action |= {f"surface_rates[{name!r}]": rates for name, rates in (model.get("surface_rates") or {}).items()}
+    for name, numbers in by_action.items():
+        if (wrong := _list(_number())(numbers)) or len(numbers) != count:
             raise _error(where, f"model.{name}", numbers, wrong or f"a list of {count} numbers, one for each action")
 
 
 def _check(
-    values: Any, fields: Mapping[str, Check], where: str, above: str = "", optional: Mapping[str, Check] | None = None
+    values: Any, required: Mapping[str, Check], where: str, above: str = "", optional: Mapping[str, Check] | None = None
 ) -> None:
+    """Refuses an object that lacks a required field, or has a field that is not what it should be."""
     if not isinstance(values, dict):
         raise _error(where, above.rstrip("."), values, "an object")
-    for name, check in fields.items():
+    for name, check in required.items():
         if name not in values:
             raise BundleError(f"{where}: has no {above + name!r}; publish the bundle again")
         if should := check(values[name]):
@@ -88,6 +233,7 @@ def _short(value: Any) -> str:
 
 def _whole(low: int, high: int) -> Check:
     def check(value: Any) -> str:
+        # Not isinstance: true and false are integers in Python, and numbers nowhere else.
         sound = type(value) is int and low <= value <= high
         return "" if sound else f"a whole number from {low} to {high}"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from features.bundle import sync
+from features.files import sync
 from serving.errors import ConfigError
 
 NAME = ".identity"

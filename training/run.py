@@ -38,9 +38,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from features.assemble import ranker_width
-from features.bundle import sync
 from features.catalog import Columns, columns_of
 from features.errors import TrainingError
+from features.files import sync
 from features.tables.conform import Intake
 from features.tables.dataset import Dataset, open_dataset
 from features.tables.intake import admit

@@ -14,25 +14,25 @@ from features.assemble import Moment, encoder_inputs, history, ranker_features, 
 from features.bundle import Bundle
 from features.catalog import Catalog
 from features.errors import BundleError
-from features.golden import apart, profile_of
+from features.golden import largest_difference, profile_of
 from features.keys import event_type_key
-from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
+from features.transforms import item_inputs, query_inputs, text_tokens
 from serving.bundle.model import Model, ModelError
 from serving.bundle.vector_index import Index
 
 TOLERANCE = 1e-3
-"""How far an answer may lie from the golden one, relative to its largest number: other processors round otherwise."""
+"""Largest difference from a golden answer, relative to its largest number: other processors round otherwise."""
 
 RECALL = 0.9
 """Share of all golden best items that the index must find; export measured it on far more queries."""
 
 _F32 = npt.NDArray[np.float32]
 _MALFORMED = (ModelError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-"""Whatever a request raises that is not of the form that export writes."""
+"""Errors that a request raises if it is not of the form that export writes."""
 
 
 def replay(bundle: Bundle, model: Model, catalog: Catalog, index: Index) -> None:
-    """Sends the golden requests down the road of real ones, before the catalogue takes live changes.
+    """Sends the golden requests down the path of real ones, before the catalogue takes live changes.
 
     Raises:
         BundleError: An answer is not the golden one; the message says which, and by how much.
@@ -41,12 +41,13 @@ def replay(bundle: Bundle, model: Model, catalog: Catalog, index: Index) -> None
 
 
 class _Replay:
+    """One pass over the golden requests; `_retrieved` of `_expected` best items came back from the index."""
+
     def __init__(self, bundle: Bundle, model: Model, catalog: Catalog, index: Index) -> None:
         self._bundle, self._model, self._index, self._catalog = bundle, model, index, catalog
-        self._types = {event_type_key(name): 1 + at for at, name in enumerate(bundle.model["event_types"])}
-        self._shapes = ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})
-        self._outcomes = ActionRates.of(bundle.model)
-        self._found = self._wanted = 0
+        self._types = {event_type_key(name): 1 + at for at, name in enumerate(bundle.model.event_types)}
+        self._shapes, self._rates = bundle.model.shapes, ActionRates.of_model(bundle.model)
+        self._retrieved = self._expected = 0
 
     def run(self) -> None:
         try:
@@ -54,38 +55,39 @@ class _Replay:
             for kind in ("people", "queries", "items") if self._catalog.size else ("items",):
                 if not golden[kind]:
                     raise ValueError(f"there are no {kind}, so nothing shows that the models answer as at export")
-            for at, person in enumerate(golden["people"]):
-                self._person(f"people[{at}]", person)
+            for at, user in enumerate(golden["people"]):
+                self._user(f"people[{at}]", user)
             for at, query in enumerate(golden["queries"]):
                 self._query(f"queries[{at}]", query)
-            for at, new in enumerate(golden["items"]):
-                vectors = self._model.encode_items(item_inputs([new["item"]], self._shapes))
-                self._close(f"items[{at}].vector", vectors[0], new["vector"])
+            for at, item in enumerate(golden["items"]):
+                vectors = self._model.encode_items(item_inputs([item["item"]], self._shapes))
+                self._require_close(f"items[{at}].vector", vectors[0], item["vector"])
         except _MALFORMED as error:
             raise self._refusal(f"a request cannot be replayed: {error!r:.300}") from error
-        if self._found < RECALL * self._wanted:
-            raise self._refusal(f"the index finds {self._found} of {self._wanted} best items, fewer than {RECALL:.0%}")
+        if self._retrieved < RECALL * self._expected:
+            recall = f"{self._retrieved} of {self._expected} best items"
+            raise self._refusal(f"the index finds {recall}, fewer than {RECALL:.0%}")
 
-    def _person(self, name: str, golden: Mapping[str, Any]) -> None:
+    def _user(self, name: str, golden: Mapping[str, Any]) -> None:
         columns = self._catalog.columns
         profile = profile_of(golden["events"], self._catalog)
         past = history(profile, self._catalog, self._types)
         rows, types = encoder_inputs(rows_read(past), past.types, self._model.max_length)
         user = self._model.encode_user(columns.vectors[rows], types)
-        self._close(f"{name}.vector", user, golden["vector"])
+        self._require_close(f"{name}.vector", user, golden["vector"])
         best = self._best(name, user, golden)
         moment = Moment(golden["now_ms"], golden["surface"])
         relevance = np.array(golden["relevance"], np.float32)
-        features = ranker_features(past, best, relevance, columns, self._outcomes, moment)
-        self._close(f"{name}.features", features, golden["features"])
+        features = ranker_features(past, best, relevance, columns, self._rates, moment)
+        self._require_close(f"{name}.features", features, golden["features"])
         logits = self._model.rank(user, columns.vectors[best], features)
-        self._close(f"{name}.logits", logits, golden["logits"])
+        self._require_close(f"{name}.logits", logits, golden["logits"])
 
     def _query(self, name: str, golden: Mapping[str, Any]) -> None:
         if text_tokens(golden["text"]).tolist() != golden["tokens"]:
             raise self._refusal(f"{name}: {golden['text']!r} has other words here than where it was exported")
         vector = self._model.encode_query(query_inputs(golden["text"], self._shapes)["tokens"])
-        self._close(f"{name}.vector", vector, golden["vector"])
+        self._require_close(f"{name}.vector", vector, golden["vector"])
         self._best(name, vector, golden)
 
     def _best(self, name: str, vector: _F32, golden: Mapping[str, Any]) -> npt.NDArray[np.int32]:
@@ -94,15 +96,15 @@ class _Replay:
         if (best < 0).any():
             raise self._refusal(f"{name}: the catalogue lacks one of {golden['item_ids']}")
         scores = self._index.score(vector, best)
-        self._close(f"{name}.relevance", scores, golden["relevance"])
-        # Where scores are equal but for rounding, another item is as right.
-        enough = scores.min() - TOLERANCE * max(1.0, float(np.abs(scores).max()))
-        self._found += int((self._index.search(vector[None], best.size)[1] >= enough).sum())
-        self._wanted += best.size
+        self._require_close(f"{name}.relevance", scores, golden["relevance"])
+        # Scores are counted, not rows: if two are equal but for rounding, either item is right.
+        least = scores.min() - TOLERANCE * max(1.0, float(np.abs(scores).max()))
+        self._retrieved += int((self._index.search(vector[None], best.size)[1] >= least).sum())
+        self._expected += best.size
         return best
 
-    def _close(self, name: str, found: _F32, golden: Sequence[Any]) -> None:
-        difference = apart(found, np.array(golden, np.float32))
+    def _require_close(self, name: str, answer: _F32, golden: Sequence[Any]) -> None:
+        difference = largest_difference(answer, np.array(golden, np.float32))
         if difference > TOLERANCE:
             raise self._refusal(f"{name} is {difference:.2g} away from the golden answer, the limit is {TOLERANCE:.2g}")
 

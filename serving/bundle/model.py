@@ -1,4 +1,4 @@
-"""The models of a bundle as ONNX Runtime sessions: on CUDA where it is there and asked for, else on the CPU.
+"""The models of a bundle as ONNX Runtime sessions: on CUDA if it is asked for and available, else on the CPU.
 
 A session is given one thread and never spins: a service scales by processes, and a spinning thread starves the others.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -43,36 +44,36 @@ _LONGEST_REASON = 300
 _FAULTS = tuple(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
-Tell = Callable[[str], object]
+Announce = Callable[[str], object]
+"""Takes the name of the file that is about to be read or asked."""
 
 
 def _silent(_: str) -> None:
-    """Tells nothing."""
+    """Announces nothing."""
 
 
 class ModelError(ServingError):
-    """A model failed, or answered with NaN or infinity; the caller goes on without its answer."""
+    """A model that failed, or answered with NaN or infinity; the caller goes on without its answer."""
 
 
 class Model:
     """The four models of a bundle; any number of threads may call at once."""
 
-    def __init__(self, bundle: Bundle, device: Device = "cpu", tell: Tell = _silent) -> None:
+    def __init__(self, bundle: Bundle, device: Device = "cpu", announce: Announce = _silent) -> None:
         """Loads the models from the bundle's verified bytes.
 
         Args:
             bundle: An opened bundle.
-            device: `cuda` insists on it, `auto` takes it where it is there.
-            tell: Called with the name of each file before it is read.
+            device: `cuda` insists on it, `auto` takes it if it is available.
+            announce: Called with the name of each file before it is read.
 
         Raises:
             BundleError: A file is no model, or its inputs and outputs are not those that the manifest promises.
-            ConfigError: `cuda` is asked for and not there.
+            ConfigError: `cuda` is asked for and not available.
         """
-        model, self._path, self._tell = bundle.model, bundle.path, tell
-        self.dim = int(model["dim"])
-        self.max_length = int(model["max_length"])
-        self.actions = len(model["actions"])
+        self._path, self._announce = bundle.path, announce
+        self.dim, self.max_length = bundle.model.dim, bundle.model.max_length
+        self.actions = len(bundle.model.actions)
         self._providers = _providers(device)
         self.device = "cuda" if len(self._providers) > 1 else "cpu"
         self._insists = device == "cuda"
@@ -86,13 +87,13 @@ class Model:
         self._query = self._load(bundle, "query_encoder.onnx", words, [None, dim])
         self._ranker = self._load(bundle, "ranker.onnx", pairs, [None, self.actions])
 
-    def probe(self, shapes: ItemInputShapes, event_types: int, tell: Tell = _silent) -> None:
+    def probe(self, shapes: ItemInputShapes, event_types: int, announce: Announce = _silent) -> None:
         """Asks each model for its smallest and its largest inputs, so that no request is the first to.
 
         Args:
             shapes: How items and words are fed to the encoders.
             event_types: Number of the event types that the user encoder knows.
-            tell: Called with the name of each file before it is asked.
+            announce: Called with the name of each file before its model is asked.
 
         Raises:
             BundleError: A model fails, answers NaN or infinity or in another shape, or its tables are smaller than the
@@ -105,7 +106,7 @@ class Model:
             "ranker.onnx": self._probe_ranker,
         }
         for name, probe in probes.items():
-            tell(name)
+            announce(name)
             try:
                 probe()
             except ModelError as error:
@@ -138,24 +139,24 @@ class Model:
             _require(self.rank(user, items, features), count, self.actions)
 
     def encode_user(self, vectors: _F32, types: _I64) -> _F32:
-        """The vector of one person.
+        """Returns the vector of one user.
 
         Args:
-            vectors: Vectors of the items of the person's events, oldest first; float32 [L, D], 1 <= L <= max_length.
+            vectors: Vectors of the items of the user's events, oldest first; float32 [L, D], 1 <= L <= max_length.
             types: Types of the events; int64 [L].
 
         Returns:
             float32 [D]; the inner product with an item's vector is the relevance.
 
         Raises:
-            ModelError: The answer is not finite.
+            ModelError: The model fails, or its answer is not finite.
             ValueError: There is no event, or more than `max_length`.
         """
         user: _F32 = self.encode_users(vectors[None], types[None], np.array([len(types)], np.int64))[0]
         return user
 
     def encode_users(self, vectors: _F32, types: _I64, lengths: _I64) -> _F32:
-        """The vectors of many people, padded on the right.
+        """Returns the vectors of many users, whose events are padded on the right.
 
         Args:
             vectors: float32 [B, L, D], 0 at padding.
@@ -167,17 +168,17 @@ class Model:
 
         Raises:
             ModelError: The answer is not finite.
-            ValueError: Somebody has no event, or the sequences are longer than `max_length`.
+            ValueError: A user has no event, or the sequences are longer than `max_length`.
         """
         if not lengths.size or lengths.min() < 1 or types.shape[1] > self.max_length:
-            raise ValueError(f"a person's events must be 1 to {self.max_length}; without any there is no vector")
+            raise ValueError(f"a user's events must be 1 to {self.max_length}; without any there is no vector")
         return self._run(self._user, {"vectors": vectors, "types": types, "lengths": lengths})
 
     def encode_items(self, inputs: Mapping[str, npt.NDArray[Any]]) -> _F32:
-        """The vectors of items by their content.
+        """Returns the vectors of items by their content.
 
         Args:
-            inputs: What `features.transforms.item_inputs` makes of n items.
+            inputs: `features.transforms.item_inputs` of n items.
 
         Returns:
             float32 [n, D].
@@ -188,7 +189,7 @@ class Model:
         return self._run(self._item, dict(inputs))
 
     def encode_query(self, tokens: _I64) -> _F32:
-        """The vector of a query's words.
+        """Returns the vector of a query's words.
 
         Args:
             tokens: `tokens` of `features.transforms.query_inputs`; int64 [T] or [1, T].
@@ -203,15 +204,15 @@ class Model:
         return query
 
     def rank(self, user: _F32, items: _F32, features: _F32) -> _F32:
-        """How likely each action is for each candidate.
+        """Returns how likely each action is for each candidate.
 
         Args:
-            user: The person's vector; float32 [D].
+            user: The user's vector; float32 [D].
             items: Vectors of the candidates; float32 [n, D].
             features: `features.assemble.ranker_features` of the candidates; float32 [n, F].
 
         Returns:
-            Logits float32 [n, A], in the order of the manifest's actions; a line never depends on the other candidates.
+            Logits float32 [n, A], in the order of the manifest's actions; a row never depends on the other candidates.
 
         Raises:
             ModelError: The answer is not finite.
@@ -242,13 +243,15 @@ class Model:
 
     def _load(self, bundle: Bundle, name: str, inputs: _Shapes, output: list[int | None]) -> Any:
         options = onnxruntime.SessionOptions()
+        # Bit-for-bit answers on any number of cores, and a core for each worker.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = _ERRORS_ONLY
         path = bundle.path / name
-        self._tell(name)
+        self._announce(name)
         content = bundle.read(name)
+        # First: the parser of ONNX Runtime trusts a file, and a hostile one could end the process.
         check_graph(content, str(path))
         try:
             session = onnxruntime.InferenceSession(content, options, providers=self._providers)
@@ -264,14 +267,7 @@ class Model:
                 )
             # The session has fallen back to the CPU, and so do the others.
             self.device, self._providers = "cpu", self._providers[-1:]
-        found = {node.name: node.shape for node in session.get_inputs()}
-        answer = session.get_outputs()[0].shape
-        same = found.keys() == inputs.keys() and all(_fits(found[key], inputs[key]) for key in inputs)
-        if not (same and _fits(answer, output)):
-            raise BundleError(
-                f"{path}: takes {found} and answers {answer}, the manifest promises {inputs} and {output} "
-                "(None = any); export the run again"
-            )
+        _require_shapes(session, path, inputs, output)
         return session
 
     def _run(self, session: Any, inputs: dict[str, npt.NDArray[Any]]) -> _F32:
@@ -284,28 +280,40 @@ class Model:
         return answer
 
 
+def _require_shapes(session: Any, path: Path, inputs: _Shapes, output: list[int | None]) -> None:
+    """Refuses a model whose inputs and outputs are not those that the manifest promises."""
+    shapes = {node.name: node.shape for node in session.get_inputs()}
+    answer = session.get_outputs()[0].shape
+    fit = shapes.keys() == inputs.keys() and all(_fits(shapes[name], inputs[name]) for name in inputs)
+    if not (fit and _fits(answer, output)):
+        raise BundleError(
+            f"{path}: takes {shapes} and answers {answer}, the manifest promises {inputs} and {output} "
+            "(None = any); export the run again"
+        )
+
+
 def _require(answer: _F32, count: int, width: int) -> None:
     if answer.shape != (count, width):
         raise ModelError(f"a model answers {list(answer.shape)} instead of [{count}, {width}]")
 
 
 def uses_cuda(device: Device) -> bool:
-    """Returns True where the models would run on a GPU.
+    """Returns True if the models would run on a GPU.
 
     Raises:
-        ConfigError: `cuda` is asked for and not there.
+        ConfigError: `cuda` is asked for and not available.
     """
     return len(_providers(device)) > 1
 
 
 def _providers(device: Device) -> list[Any]:
-    there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if device == "cuda" and not there:
+    available = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "cuda" and not available:
         raise ConfigError(
             "--device cuda: this ONNX Runtime has no CUDA provider; uninstall onnxruntime and pip install "
             "'penchant[gpu]', which brings onnxruntime-gpu, or choose --device cpu"
         )
-    if not there or device == "cpu":
+    if not available or device == "cpu":
         return ["CPUExecutionProvider"]
     # CUDA and cuDNN may come as packages, where no loader looks; it tells on stdout what it does not find.
     with contextlib.redirect_stdout(sys.stderr):
@@ -314,8 +322,8 @@ def _providers(device: Device) -> list[Any]:
 
 
 def _fits(shape: list[Any], expected: list[int | None]) -> bool:
-    """Whether a shape has the promised numbers; where any is promised, it must be free."""
+    """Returns True if a shape has the promised sizes; an axis of any size must have no fixed one."""
     return len(shape) == len(expected) and all(
-        isinstance(size, str) if wanted is None else size == wanted
-        for size, wanted in zip(shape, expected, strict=True)
+        isinstance(size, str) if promised is None else size == promised
+        for size, promised in zip(shape, expected, strict=True)
     )

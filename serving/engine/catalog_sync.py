@@ -70,7 +70,7 @@ class CatalogSync:
         Raises:
             CatalogLogUnavailable: The log does not answer.
         """
-        self._progress.reach(int(self._host.engine.bundle.manifest.get("catalog_version", 0)))
+        self._progress.reach(self._host.engine.bundle.manifest.catalog_version)
         while True:
             version, changes = self._log.tail(self._progress.version)
             self.apply(changes)

@@ -95,12 +95,12 @@ class Engine:
     @property
     def surfaces(self) -> list[str]:
         """Names of the surfaces that the ranker was trained on."""
-        return list(self.bundle.model.get("surface_rates") or {})
+        return list(self.bundle.model.surface_rates)
 
     @property
     def actions(self) -> list[str]:
         """Names of the ranker's actions."""
-        return [action["name"] for action in self.bundle.model["actions"]]
+        return self.bundle.model.action_names
 
 
 class EngineRef:
@@ -147,7 +147,7 @@ def open_engine(
         ConfigError: The device asked for is not there.
     """
     bundle = open_bundle(path, bundle_id, sealed)
-    fingerprint = bundle.manifest["feature_set"]["fingerprint"]
+    fingerprint = bundle.manifest.feature_fingerprint
     if fingerprint != FEATURES.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
     with bounded_memory(bundle, around.config.device):
@@ -156,20 +156,20 @@ def open_engine(
         # `cuda` insists on both; `auto` takes for each what is there.
         on_device = model.device == "cuda" and (around.config.device == "cuda" or can_scan_on("cuda"))
         index = Index(bundle.read("index.faiss"), catalog, "cuda" if on_device else "cpu")
-        model.probe(input_shapes(bundle), len(bundle.model["event_types"]))
+        model.probe(bundle.model.shapes, len(bundle.model.event_types))
         replay(bundle, model, catalog, index)
         _warm_up(catalog, lexical)
         pipelines = _Builder(bundle, model, catalog, index, lexical, around).pipelines()
-        warm_models(model, input_shapes(bundle), _count(bundle, around.config))
-        warm_pipelines(pipelines, catalog, [*bundle.model["event_types"], *CHOICES])
+        warm_models(model, bundle.model.shapes, _count(bundle, around.config))
+        warm_pipelines(pipelines, catalog, [*bundle.model.event_types, *CHOICES])
         return Engine(
             bundle=bundle,
             model=model,
             catalog=catalog,
             lexical=lexical,
-            shapes=input_shapes(bundle),
+            shapes=bundle.model.shapes,
             pipelines=pipelines,
-            event_types={event_type_key(name): name for name in bundle.model["event_types"]},
+            event_types={event_type_key(name): name for name in bundle.model.event_types},
         )
 
 
@@ -187,9 +187,8 @@ def bounded_memory(bundle: Bundle, device: Device) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
-    size = sum(facts["size"] for facts in bundle.manifest["files"].values())
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    limit = used + _ROOM + _ROOM_PER_BYTE * size
+    limit = used + _ROOM + _ROOM_PER_BYTE * bundle.manifest.size
     if before[0] != resource.RLIM_INFINITY:
         limit = min(limit, before[0])
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
@@ -214,9 +213,9 @@ class _Builder:
         self._count = _count(bundle, around.config)
         self._tables = read_popular(bundle, len(catalog.vocabulary))
         self._neighbors = Neighbors(*read_neighbors(bundle, len(catalog.vocabulary)))
-        self._repeats = bool(bundle.model["repeats"])
+        self._repeats = bundle.model.repeats
         self._personal = personal(bundle, model, catalog, around.config.log_features if around.impressions else 0.0)
-        self._words = QueryVector(model, input_shapes(bundle))
+        self._words = QueryVector(model, bundle.model.shapes)
         self._text = SearchScorer(lexical, catalog, around.config.search_personal)
 
     def pipelines(self) -> Mapping[str, Pipeline]:
@@ -274,12 +273,12 @@ class _Builder:
 
     def _person(self, segments: Mapping[int, str] | None = None) -> list[Hydrator]:
         """What finds out about the person; `segments` are those that the pipeline has tables of, key -> name."""
-        facts = self._bundle.model
-        keys = type_index(facts["event_types"])
+        spec = self._bundle.model
+        keys = type_index(spec.event_types)
         # A live event of a type that training never saw counts as well; what is refused stays away in any case.
         told = CHOICES if not self._repeats else ()
-        unknown = [name for name in told if name not in facts["event_types"]]
-        names = {*NEGATIVE_EVENT_TYPES, *(() if self._repeats else facts["seen_types"]), *unknown}
+        unknown = [name for name in told if name not in spec.event_types]
+        names = {*NEGATIVE_EVENT_TYPES, *(() if self._repeats else spec.seen_types), *unknown}
         seen = np.array(sorted(map(event_type_key, names)), np.uint32)
         return [
             CatalogVersion(self._around.progress, self._around.turns),
@@ -325,9 +324,8 @@ class _Builder:
 
 def personal(bundle: Bundle, model: Model, catalog: Catalog, logged: float = 0.0) -> Personal:
     """What a bundle's ranker thinks of rows; `logged` is the share of requests whose features are kept for the log."""
-    facts = bundle.model
-    weights, blend = facts["action_weights"], float(facts["blend"])
-    return Personal(model, catalog, ActionRates.of(facts), weights, blend, logged)
+    spec = bundle.model
+    return Personal(model, catalog, ActionRates.of_model(spec), spec.action_weights, spec.blend, logged)
 
 
 def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
@@ -344,12 +342,7 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
 
 
 def _count(bundle: Bundle, config: ServeConfig) -> int:
-    return config.candidates or int(bundle.manifest["configuration"].get("candidates", _CANDIDATES))
-
-
-def input_shapes(bundle: Bundle) -> ItemInputShapes:
-    """Returns how items and words are fed to the encoders of a bundle."""
-    return ItemInputShapes(**{name: int(bundle.model[name]) for name in ItemInputShapes.__slots__})
+    return config.candidates or bundle.manifest.candidates or _CANDIDATES
 
 
 def read_items(bundle: Bundle) -> tuple[Catalog, LexicalIndex]:

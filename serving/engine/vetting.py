@@ -68,7 +68,7 @@ def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
     from serving.bundle.golden import replay
     from serving.bundle.model import Model
     from serving.bundle.vector_index import Index
-    from serving.engine.engine import bounded_memory, input_shapes, read_items
+    from serving.engine.engine import bounded_memory, read_items
 
     tell("manifest.json")
     bundle = open_bundle(path, bundle_id)
@@ -78,7 +78,7 @@ def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
         tell("index.faiss")
         index = Index(bundle.read("index.faiss"), catalog)
         model = Model(bundle, "cpu", tell)
-        model.probe(input_shapes(bundle), len(bundle.model["event_types"]), tell)
+        model.probe(bundle.model.shapes, len(bundle.model.event_types), tell)
         tell("golden.json")
         replay(bundle, model, catalog, index)
 

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from features.bundle import sync
 from features.clock import now_ms
+from features.files import sync
 from features.item_fields import arrow_type, is_field, no_field, values_of
 from features.private_files import open_private
 from features.subjects import subject_of
@@ -38,7 +38,7 @@ from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.query import Query
 from serving.pipeline.side_effects import SlateCollector
 from serving.privacy.ledger import Ledger
-from serving.privacy.purge import replay
+from serving.privacy.replay import replay
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe

@@ -25,7 +25,7 @@ from serving.folder_identity import HOST, FolderIdentity, host_name, new_id, rea
 from serving.observability.outages import Outage
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger
-from serving.privacy.purge import forget_in, replay, replay_ledgers
+from serving.privacy.replay import forget_in, replay, replay_ledgers
 from serving.redis.client import connect, printable
 from serving.restart import Report, Trouble, described, keep_running
 from serving.stores.event_log import EventLog

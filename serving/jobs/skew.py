@@ -42,9 +42,9 @@ class Replay:
 
     def __init__(self, bundle: Bundle, model: Model, catalog: Catalog) -> None:
         """Takes the models, and the catalogue as it was when the slates were served."""
-        self._catalog, self._types = catalog, type_index(bundle.model["event_types"])
+        self._catalog, self._types = catalog, type_index(bundle.model.event_types)
         self._user, self._personal = UserVector(model, catalog), personal(bundle, model, catalog)
-        self.names = ranker_names([action["name"] for action in bundle.model["actions"]])
+        self.names = ranker_names(bundle.model.action_names)
 
     def differing(self, slate: Mapping[str, Any], profile: Profile) -> list[str]:
         """The inputs that are not those that were served; none where all are, bit for bit.
@@ -97,7 +97,7 @@ def replay(data: Path, bundle: Path, allowed: float = ALLOWED) -> dict[str, Any]
     opened = open_bundle(bundle)
     catalog, _ = read_items(opened)
     again, histories = Replay(opened, Model(opened, "cpu"), catalog), Histories(data)
-    served = opened.bundle_id, int(opened.manifest["catalog_version"])
+    served = opened.bundle_id, opened.manifest.catalog_version
     inputs: Counter[str] = Counter()
     slates = differing = elsewhere = 0
     where = table_path(data, "impressions")

@@ -1,4 +1,4 @@
-"""The erasures of a service in a file outside its stores, so that a store put back from a backup goes through them."""
+"""The erasures of a service in a file outside its stores, so that they can be replayed into a restored backup."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from features.bundle import sync
 from features.errors import ForeignFileError
+from features.files import sync
 from features.private_files import make_folders, open_private
 from serving.errors import ConfigError, Unavailable
 
@@ -20,23 +20,23 @@ _ID = re.compile(r"[0-9a-f]{4}-[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """What it takes to make an erasure hold again; it names nobody.
+    """An erasure as far as a replay needs it; it holds no user id.
 
     Attributes:
-        certificate_id: Its certificate.
-        person: Keyed hash under which the log remembers it; 16 bytes.
-        address: Where the person's profile is found, `redis_client.address_of`; 16 bytes.
-        log_id: Where it stands in the log.
+        certificate_id: Id of its certificate.
+        subject_hash: Keyed hash under which the log stores it; 16 bytes.
+        address: Address of the user's profile, as `address_of` returns it; 16 bytes.
+        log_id: Its log id.
     """
 
     certificate_id: str
-    person: bytes
+    subject_hash: bytes
     address: bytes
     log_id: int
 
     @property
     def partition(self) -> int:
-        """The partition of the person."""
+        """The partition of the user."""
         return int(self.certificate_id[:4], 16)
 
 
@@ -44,7 +44,7 @@ class Ledger:
     """The erasures of this service in a file that is kept outside the stores; one line of JSON each."""
 
     def __init__(self, path: Path) -> None:
-        """Names the file; it comes into being with the first erasure."""
+        """Takes the path of the file, which the first erasure creates."""
         self._path = path
 
     @property
@@ -62,7 +62,8 @@ class Ledger:
         try:
             make_folders(self._path.parent)
             new = not self._path.exists()
-            with open_private(self._path, "ab", buffering=0) as sink:  # one write: those of several workers do not mix
+            # Unbuffered, so that all lines are one write: those of several workers do not mix.
+            with open_private(self._path, "ab", buffering=0) as sink:
                 sink.write(lines)
                 os.fsync(sink.fileno())
             if new:
@@ -71,28 +72,28 @@ class Ledger:
             raise Unavailable(f"the erasure holds, and {self._path} cannot be written ({error}); repeat it") from error
 
     def erasures(self) -> list[Erasure]:
-        """All that it holds, oldest first.
+        """Reads all erasures, oldest first.
 
         Raises:
             ConfigError: A line of it is damaged.
         """
         if not self._path.exists():
             return []
-        found = []
+        erasures = []
         for number, line in enumerate(self._path.read_bytes().splitlines(), 1):
             try:
-                found.append(of_line(line))
+                erasures.append(of_line(line))
             except (ValueError, KeyError, TypeError) as error:
-                # A crash leaves half of the last line, of an erasure that was not answered yet.
+                # A crash may cut the last line short; the call that wrote it was not answered, and is repeated.
                 raise ConfigError(
-                    f"{self._path}, line {number} is no erasure ({error!r}): take it from a copy, or remove it where "
-                    "it is the last one and cut short"
+                    f"{self._path}, line {number} is no erasure ({error!r}): take it from a copy, or remove it if "
+                    "it is the last line and cut short"
                 ) from error
-        return found
+        return erasures
 
 
 def new_certificate_id(partition: int) -> str:
-    """Returns a new name for a certificate; it tells the partition."""
+    """Returns a new certificate id, which begins with the partition."""
     return f"{partition:04x}-{secrets.token_hex(16)}"
 
 
@@ -102,20 +103,20 @@ def is_certificate_id(text: str) -> bool:
 
 
 def to_line(erasure: Erasure) -> dict[str, Any]:
-    """An erasure as JSON."""
+    """Returns an erasure as the fields of a line."""
     line = {"certificate_id": erasure.certificate_id, "log_id": erasure.log_id}
-    return line | {"person": erasure.person.hex(), "address": erasure.address.hex()}
+    return line | {"person": erasure.subject_hash.hex(), "address": erasure.address.hex()}
 
 
 def of_line(line: bytes) -> Erasure:
-    """An erasure of a line; raises ValueError, KeyError or TypeError for what is none."""
-    said = json.loads(line)
-    hashes = bytes.fromhex(said["person"]), bytes.fromhex(said["address"])
-    return Erasure(_require_id(said["certificate_id"]), *hashes, int(said["log_id"]))
+    """Returns the erasure of a line; raises ValueError, KeyError or TypeError if there is none in it."""
+    fields = json.loads(line)
+    hashes = bytes.fromhex(fields["person"]), bytes.fromhex(fields["address"])
+    return Erasure(_require_id(fields["certificate_id"]), *hashes, int(fields["log_id"]))
 
 
 def _require_id(certificate_id: str) -> str:
-    """A certificate id as it is; raises ValueError for what is none."""
+    """Returns a certificate id; raises ValueError if the text is none."""
     if not is_certificate_id(certificate_id):
         raise ValueError(f"{certificate_id!r} is no certificate id")
     return certificate_id

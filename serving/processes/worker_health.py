@@ -22,8 +22,9 @@ from serving.engine.catalog_sync import CatalogSync
 from serving.errors import Unavailable
 from serving.observability.outages import Outage
 from serving.pipeline.hydrators import CatalogProgress
-from serving.redis.client import Client, servers, serving_error
+from serving.redis.client import Client, serving_error
 from serving.redis.safety import require_safe
+from serving.redis.servers import write_trouble
 from serving.restart import Trouble, described
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.event_log import EventLog
@@ -178,16 +179,7 @@ def redis_trouble(
     """
     look()
     require_safe(client, role, unsafe)
-    for node in servers(client):
-        persistence = node.info("persistence")
-        if persistence.get("loading"):
-            return "it is loading its data"
-        if persistence.get("aof_enabled") and persistence.get("aof_last_write_status") != "ok":
-            return "it cannot write to its disk; give that room"
-        memory = node.info("memory")
-        if 0 < int(memory.get("maxmemory", 0)) <= int(memory.get("used_memory", 0)):
-            return "its memory is full; raise maxmemory"
-    return ""
+    return write_trouble(client)
 
 
 class Catalogue:

@@ -34,7 +34,7 @@ from features.tables.intake import REJECTED_SHARE, admit
 from features.tables.order import codes, is_present, order_events
 from features.tables.schema import EVENTS, ITEMS, USERS
 from features.vocabulary import Vocabulary
-from serving.privacy.rights import marks
+from serving.privacy.marks import marks_of_log
 from serving.redis.client import connect
 from serving.stores.event_log import EventLog
 from serving.stores.keys import LIVE, SEQUENCE_BITS, address_of
@@ -144,7 +144,7 @@ def rebuild(
         store.open()
         log.open()
         # First what may not be there: from then on the store itself refuses it.
-        said = list(marks(log))
+        said = list(marks_of_log(log))
         store.mark_many(said)
         undone = frozenset(entry.undone for entries in _logged(log, since) for entry in entries)
         loaded = store.put_states(_states(dataset, store, log, kept, undone))
@@ -391,7 +391,7 @@ def _names(profile: Profile, bundle: Path | None) -> tuple[dict[int, dict[str, A
     keys = item_keys(table["item_id"].to_pylist())
     rows = np.flatnonzero(np.isin(keys, profile.records["item"]))
     found = table.select(["item_id", "title", "categories"]).take(rows).to_pylist()
-    names = {*EVENT_TYPES, *opened.model["event_types"]}
+    names = {*EVENT_TYPES, *opened.model.event_types}
     return dict(zip(keys[rows].tolist(), found, strict=True)), {event_type_key(name): name for name in names}
 
 

@@ -213,24 +213,6 @@ Request: TypeAlias = Call | tuple[Argument, ...]
 """A script or a command with its words, of which the second is its key."""
 
 
-def command(client: redis.Redis, *words: Argument) -> Any:
-    """Sends one command.
-
-    Raises:
-        RedisError: The server is away or refuses.
-    """
-    return client.execute_command(*words)  # type: ignore[no-untyped-call]
-
-
-def servers(client: Client, *, replicas: bool = False) -> list[redis.Redis]:
-    """The server, or the nodes of a cluster, with those that stand by for them where these count as well.
-
-    Raises:
-        RedisError: No node of the cluster says which there are.
-    """
-    return client.nodes(replicas=replicas) if isinstance(client, Cluster) else [client]
-
-
 @dataclass(slots=True)
 class _Open:
     """A connection on which nothing is outstanding, its socket, what parses replies, and whether a guard looked at it.

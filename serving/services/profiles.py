@@ -30,10 +30,12 @@ from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import DataLoss, InvalidArgument
 from serving.privacy.certificates import Certificate, Certificates
-from serving.privacy.rights import Consent, Rule, Setting, SubjectRights
+from serving.privacy.controls import BlockControl, DialControl, UserControl
+from serving.privacy.rights import SubjectRights
 from serving.services import validation as checks
 from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent
 
 SHOWN = 100
 """Events that an answer shows at most."""
@@ -76,14 +78,14 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         shown = self._shown(subject, SHOWN)
         [consent] = self._people.consents([subject])
         shown.purposes.extend(_named(consent))
-        shown.consent_given = bool(consent.said_at)
+        shown.consent_given = bool(consent.set_at)
         return shown
 
     def GetControls(
         self, request: profile_pb2.GetControlsRequest, context: grpc.ServicerContext
     ) -> profile_pb2.GetControlsResponse:
         """Shows how a person wants their answers made."""
-        rules, version = self._people.rules(checks.subject(request.subject, "subject"))
+        rules, version = self._people.controls(checks.subject(request.subject, "subject"))
         return profile_pb2.GetControlsResponse(hidden=_hidden(rules), dials=_dials(rules), profile_version=version)
 
     def SetControls(
@@ -95,7 +97,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         of = f"things, {len(turned)} dials beside them" if turned else "things"
         checks.count(request.hidden, "hidden", 0, MAX_CONTROLS - len(turned), of)
         rules = [_rule(control, f"hidden[{place}]") for place, control in enumerate(request.hidden)]
-        version, applied = self._people.set_rules(subject, [*rules, *turned])
+        version, applied = self._people.set_controls(subject, [*rules, *turned])
         matched, unknown = control_matches(rules, turned, self._host.engine.catalog)
         return profile_pb2.SetControlsResponse(
             profile_version=version, applied=applied, matched=matched, unknown=unknown
@@ -147,7 +149,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
             left_behind=merged.left_behind,
             profile_version=merged.version,
             damaged=merged.damaged,
-            rules_left_out=merged.rules_left_out,
+            rules_left_out=merged.controls_left_out,
         )
 
     def ExportSubject(
@@ -160,7 +162,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         if not request.page_token:
             page.documents.extend(self._facts(subject))
         size = sum(map(len, page.documents))
-        for kind, at, payload in self._people.held(subject, first, after, _deadline(context)):
+        for kind, at, payload in self._people.documents(subject, first, after, _deadline(context)):
             page.documents.append(json.dumps({"kind": kind} | decode(payload), ensure_ascii=False))
             size += len(payload)
             if size > PAGE_BYTES:
@@ -205,8 +207,8 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     def _facts(self, subject: str) -> Iterator[str]:
         """What is held about a person beside events and slates."""
         [consent] = self._people.consents([subject])
-        said = {"kind": "consent", "purposes": consent.purposes.names, "given": bool(consent.said_at)}
-        rules = self._people.rules(subject)[0]
+        said = {"kind": "consent", "purposes": consent.purposes.names, "given": bool(consent.set_at)}
+        rules = self._people.controls(subject)[0]
         wanted = {"hidden": [MessageToDict(one) for one in _hidden(rules)], "dials": MessageToDict(_dials(rules))}
         profile = MessageToDict(self._shown(subject, RING), preserving_proto_field_name=True)
         for document in (said, {"kind": "controls", **wanted}, {"kind": "profile", **profile}):
@@ -233,7 +235,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
 
 
 def control_matches(
-    rules: Sequence[Rule], dials: Sequence[Setting], catalog: Catalog
+    rules: Sequence[BlockControl], dials: Sequence[DialControl], catalog: Catalog
 ) -> tuple[list[profile_pb2.ControlMatch], list[profile_pb2.ControlMatch]]:
     """Returns which controls and dials name something that the catalogue has, and which do not."""
     kinds = {meant: kind for kind, meant in _KINDS.items()}
@@ -264,29 +266,29 @@ def _deadline(context: grpc.ServicerContext) -> float:
     return math.inf if left is None else time.monotonic() + left
 
 
-def _hidden(rules: Sequence[Rule | Setting]) -> list[profile_pb2.Control]:
+def _hidden(rules: Sequence[UserControl]) -> list[profile_pb2.Control]:
     """What is never shown, in the words of the contract."""
     kinds = {meant: kind for kind, meant in _KINDS.items()}
     return [
         profile_pb2.Control(kind=kinds[rule.kind], id=rule.name, until_ms=rule.until)
         for rule in rules
-        if isinstance(rule, Rule)
+        if isinstance(rule, BlockControl)
     ]
 
 
-def _dials(rules: Sequence[Rule | Setting]) -> common_pb2.Dials:
+def _dials(rules: Sequence[UserControl]) -> common_pb2.Dials:
     """The dials, in the words of the contract."""
     found = common_pb2.Dials()
     names = {dial: name for name, dial in (checks.WHOLE_DIALS | checks.NAMED_DIALS).items()}
     for one in rules:
-        if isinstance(one, Setting) and one.name:
+        if isinstance(one, DialControl) and one.name:
             getattr(found, names[one.dial])[one.name] = one.value
-        elif isinstance(one, Setting):
+        elif isinstance(one, DialControl):
             setattr(found, names[one.dial], one.value)
     return found
 
 
-def _rule(control: profile_pb2.Control, field: str) -> Rule:
+def _rule(control: profile_pb2.Control, field: str) -> BlockControl:
     """A control, checked.
 
     Raises:
@@ -296,7 +298,9 @@ def _rule(control: profile_pb2.Control, field: str) -> Rule:
         known = ", ".join(profile_pb2.ControlKind.Name(one) for one in _KINDS)
         raise InvalidArgument(f"{field}.kind", f"must be one of {known}, got {control.kind}")
     name = checks.identifier(control.id, f"{field}.id")
-    return Rule(_KINDS[control.kind], name, checks.whole(control.until_ms, f"{field}.until_ms", 0, FOR_EVER - 1))
+    return BlockControl(
+        _KINDS[control.kind], name, checks.whole(control.until_ms, f"{field}.until_ms", 0, FOR_EVER - 1)
+    )
 
 
 def _named(consent: Consent) -> list[profile_pb2.Purpose.ValueType]:

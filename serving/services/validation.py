@@ -15,7 +15,7 @@ from features.tables.convert import MOST_ID_BYTES
 from penchant.v1 import common_pb2
 from penchant.v1.common_pb2 import Dials
 from serving.errors import InvalidArgument
-from serving.privacy.rights import Setting
+from serving.privacy.controls import DialControl
 
 MAX_QUERY_CHARACTERS = 1024
 YEAR_2100_MS = 4_102_444_800_000
@@ -115,19 +115,19 @@ def within(value: float, field: str, low: float, high: float) -> float:
     return value
 
 
-def dials(value: Dials, field: str) -> list[Setting]:
+def dials(value: Dials, field: str) -> list[DialControl]:
     """The dials that are set, each in its range; at most as many as a person may have rules."""
     count([*value.categories, *value.creators], field, 0, MAX_CONTROLS, "categories and creators")
     said = {name.name for name, _ in value.ListFields()}
     turned = [
-        Setting(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))
+        DialControl(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))
         for name, dial in WHOLE_DIALS.items()
         if name in said
     ]
     for name, dial in NAMED_DIALS.items():
         for about, weight in getattr(value, name).items():
             identifier(about, f"{field}.{name} (a key)")
-            turned.append(Setting(dial, about, within(weight, f"{field}.{name}[{about!r}]", dial.least, 1)))
+            turned.append(DialControl(dial, about, within(weight, f"{field}.{name}[{about!r}]", dial.least, 1)))
     return turned
 
 

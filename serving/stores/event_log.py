@@ -163,6 +163,16 @@ class EventLog:
         found = self.nodes.command("XREVRANGE", self.keys[partition].events, "+", "-", "COUNT", count)
         return [Entry.of(name, fields) for name, fields in reversed(found)]
 
+    def event_of(self, subject: str, event_id: str) -> Entry | None:
+        """Returns the event of this id, None if the log does not hold it or retries of it are forgotten.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        place = self.nodes.command("GET", self.seen_of(subject, event_id))
+        entries = self.nodes.command("XRANGE", self.keys_of(subject).events, place, place) if place else None
+        return Entry.of(*entries[0]) if entries else None
+
     def read_impressions(self, partition: int, after: int = 0, count: int = 1000) -> list[Entry]:
         """The impressions of a partition behind a log id, as `read`.
 

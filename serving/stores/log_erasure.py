@@ -10,7 +10,7 @@ from features.profile import RECORD
 from serving.redis.client import Call
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import EVENT_ERASE
+from serving.stores.event_scripts import EVENT_ERASE, EVENT_UNDO
 from serving.stores.keys import SEQUENCE_BITS, address_of, log_id, stream_id
 from serving.stores.log_entries import Erased
 
@@ -59,6 +59,15 @@ class LogErasure:
         """
         reply = self._log.nodes.run(self._call(subject, 0, newest))
         return self._delete_unindexed(subject, *reply) if reply else None
+
+    def undo(self, subject: str, log_id: int) -> None:
+        """Deletes one event of a user and writes a mark, so that consumers undo it in order.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        keys = (self._log.keys_of(subject).events, self._log.index_of(subject))
+        self._log.nodes.run(Call(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
 
     def erase_unnamed(self, partition: int, subject_hash: bytes, address: bytes) -> Erased:
         """Repeats an erasure of a user whose name no entry of the log tells: writes its mark again.

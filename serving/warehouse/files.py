@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.arrays import pc
-from features.bundle import sync
 from features.errors import TablesError
+from features.files import sync
 from features.private_files import make_folders, open_private
 from features.profile import EVERY_PURPOSE, Purpose
 from features.spans import SPANS, Spans, read_spans

@@ -41,7 +41,7 @@ class ItemTable:
             self._items = read_table(self._path, ITEMS, ITEMS_REQUIRED).table
         if self._bundle:
             bundle = self._bundle
-            self.version = int(bundle.manifest.get("catalog_version", 0))
+            self.version = bundle.manifest.catalog_version
             before = self._items
             told = _as_items(read_items(bundle))
             self._replace(told)

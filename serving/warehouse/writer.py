@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,17 +33,16 @@ from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
-from serving.privacy.rights import consents
-from serving.redis.client import Call, Request, connect
-from serving.redis.router import required
+from serving.redis.client import connect
 from serving.restart import Report, Trouble, described, keep_running
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import HASH_SET
-from serving.stores.keys import SEQUENCE_BITS, address_of, partition_prefix
+from serving.stores.keys import SEQUENCE_BITS, address_of
 from serving.stores.log_entries import Entry
 from serving.stores.meta import awaited_partitions, partitions_for
+from serving.stores.user_statements import UserStatements
+from serving.stores.warehouse_positions import WarehousePositions
 from serving.warehouse.files import ALLOWS, DamagedFiles, Limits, TakenOver, WarehouseFiles, by_day
 from serving.warehouse.items import ItemTable
 from serving.warehouse.place import GROUP, OtherPlace, WarehousePlace
@@ -439,20 +438,18 @@ class Warehouse:
         partitions = [one for one in partitions if any(intake.held[one] for intake in intakes.values())]
         if not partitions:
             return
-        keys = _written_keys(partitions)
-        before = required(self._log.nodes.run_all([("HMGET", key, *intakes) for key in keys]))
+        positions = WarehousePositions(self._log)
+        before = positions.read(partitions, tuple(intakes))
         spans = self._files.spans()
-        notes: list[Request] = []
-        for partition, key, given in zip(partitions, keys, before, strict=True):
-            words: list[str] = []
-            for (name, intake), place in zip(intakes.items(), given, strict=True):
+        reached: dict[int, dict[str, int]] = {}
+        for partition, noted in zip(partitions, before, strict=True):
+            for name, intake in intakes.items():
                 if intake.held[partition]:
-                    after, until = int(place) if place else None, intake.held[partition][-1].log_id
+                    after, until = noted[name], intake.held[partition][-1].log_id
                     spans.add(name, partition, after, until)
-                    words += [name, str(max(after or 0, until))]
-            notes.append(Call(HASH_SET, (key,), tuple(words)))
+                    reached.setdefault(partition, {})[name] = max(after or 0, until)
         self._files.say_spans(spans)
-        required(self._log.nodes.run_all(notes))
+        positions.note(reached)
         for partition in partitions:
             self._events.done(partition)
             self._impressions.done(partition)
@@ -460,7 +457,7 @@ class Warehouse:
     def _allowing(self, entries: Sequence[Entry]) -> Allowing:
         """What of `ALLOWS` the person of an entry allows now; who allows none of it is not in the warehouse."""
         subjects = sorted({entry.subject for entry in entries if entry.subject})
-        said = consents(self._log, subjects) if subjects else []
+        said = UserStatements(self._log).consents(subjects) if subjects else []
         purposes = {who: consent.purposes & _KEPT_FOR for who, consent in zip(subjects, said, strict=True)}
         return lambda entry: purposes.get(entry.subject, Purpose(0))
 
@@ -619,14 +616,8 @@ def drop(events_redis_url: str, partitions: int | None = None) -> dict[str, Any]
                 f"{len(lacking)} erasures have not reached the Parquet: run penchant warehouse --once first"
             )
         dropped = Consumer(log, GROUP, "").drop() + Consumer(log, GROUP, "", stream="impressions").drop()
-        for key in _written_keys(range(partitions)):
-            log.nodes.command("DEL", key)
+        WarehousePositions(log).forget(range(partitions))
         return {"partitions": partitions, "groups": dropped}
-
-
-def _written_keys(partitions: Iterable[int]) -> list[bytes]:
-    """The keys that say how far each stream of a partition was written, whichever folder has it."""
-    return [partition_prefix(partition) + b"written" for partition in partitions]
 
 
 def _lag(warehouse: Warehouse) -> int | None:

@@ -10,6 +10,7 @@ import pytest
 
 from features import bundle
 from features.errors import BundleError
+from features.manifest import ActionSpec, ModelSpec
 
 
 def staged(path, salt: str = ""):
@@ -38,7 +39,9 @@ def published(tmp_path):
 
 def test_what_is_published_opens(published, tmp_path):
     opened = bundle.open_bundle(published)
-    assert opened.model == MODEL
+    assert opened.model == ModelSpec.of(MODEL)
+    assert (opened.model.dim, opened.model.shapes.token_buckets, opened.model.base_rates) == (4, 7, (-1.0,))
+    assert opened.model.actions == (ActionSpec("like", "like"),)
     assert opened.read("index.faiss") == b"index.faiss" * 100
     assert len(opened.bundle_id) == 16
     assert not (tmp_path / "staging").exists()

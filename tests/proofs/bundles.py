@@ -197,22 +197,19 @@ def unchecked() -> list[Any]:
     from serving.bundle import index_file
     from serving.bundle.model import Model
 
-    def believed(content: bytes, where: str) -> Any:
-        return json.loads(content)
-
     def unread(data: bytes) -> index_file.IndexFacts:
         dim, count = np.frombuffer(data, "<i4", 1, 4)[0], np.frombuffer(data, "<i8", 1, 8)[0]
         return index_file.IndexFacts(int(count), int(dim), None, 0)
 
     return [
-        mock.patch("features.bundle_tables.read_table", mapped),
+        mock.patch("features.bundle.read_table", mapped),
         mock.patch("features.vocabulary.read_table", mapped),
         mock.patch("features.vocabulary.Vocabulary._check", return_value=None),
         mock.patch("features.bundle_tables._check_rows", return_value=None),
         mock.patch("serving.bundle.model.check_graph", return_value=None),
         mock.patch.object(Model, "probe", return_value=None),
         mock.patch("serving.bundle.vector_index.check_index", unread),
-        mock.patch.object(manifest, "parse", believed),
+        mock.patch.object(manifest, "_check_document", return_value=None),
     ]
 
 

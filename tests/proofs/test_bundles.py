@@ -135,4 +135,4 @@ def test_the_seal_is_of_the_file(bundle):
     handle = opened.seal("index.faiss")
     content = os.pread(handle, 1 << 20, 0)
     os.close(handle)
-    assert hashlib.sha256(content).hexdigest() == opened.manifest["files"]["index.faiss"]["sha256"]
+    assert hashlib.sha256(content).hexdigest() == opened.manifest.files["index.faiss"].sha256

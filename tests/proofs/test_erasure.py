@@ -20,7 +20,8 @@ from serving.jobs.hosts import HostKeeper
 from serving.log_retention import PROFILES_GROUP
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
-from serving.privacy.purge import Purger, replay, replay_ledgers
+from serving.privacy.purge import Purger
+from serving.privacy.replay import replay, replay_ledgers
 from serving.privacy.rights import SubjectRights
 from serving.projection.projector import Projector
 from serving.projection.rebuild import rebuild

@@ -14,7 +14,8 @@ from features.tables.dataset import write_dataset
 from penchant.client import event
 from penchant.v1 import common_pb2
 from serving.privacy.certificates import Certificates
-from serving.privacy.rights import Rule, SubjectRights
+from serving.privacy.controls import BlockControl
+from serving.privacy.rights import SubjectRights
 from serving.projection.rebuild import rebuild, show
 from serving.redis.client import connect
 from serving.stores.profiles import ProfileStore
@@ -123,7 +124,7 @@ def test_a_rebuild_repairs_it_with_all_that_the_log_knows(
     store.open()
     people = SubjectRights(log, store, Certificates(log))
     take(log, store, *(logged_event("ann", f"i{n}", event_id=f"e{n}") for n in range(3)))
-    people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i9")])
+    people.set_controls("u:ann", [BlockControl(ControlKind.ITEM, "i9")])
     whole = store.read("u:ann")
     damage(profiles_redis, store.key_of("u:ann"))
     said = show("ann", profiles_server.url)
@@ -132,7 +133,7 @@ def test_a_rebuild_repairs_it_with_all_that_the_log_knows(
     with pytest.raises(ProfileCorrupt, match=REPAIR):
         store.read("u:ann")
     if spoken:
-        people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i8")])
+        people.set_controls("u:ann", [BlockControl(ControlKind.ITEM, "i8")])
         take(log, store, logged_event("ann", "i5", event_id="e5"))
         assert store.compact("u:ann", 1 << 63)
         assert store.read("u:ann").lost

@@ -14,6 +14,7 @@ import pytest
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
 from features.errors import BundleError
+from features.manifest import FileFacts
 from features.vocabulary import Vocabulary
 from serving.bundle.golden import replay
 from serving.bundle.model import Model
@@ -48,8 +49,8 @@ def with_golden(bundle: Bundle, tmp_path, change) -> Bundle:
     content = json.dumps(golden).encode()
     shutil.copytree(bundle.path, tmp_path / "bundle")
     (tmp_path / "bundle" / "golden.json").write_bytes(content)
-    facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = {**bundle.manifest, "files": {**bundle.manifest["files"], "golden.json": facts}}
+    facts = FileFacts(len(content), hashlib.sha256(content).hexdigest())
+    manifest = dataclasses.replace(bundle.manifest, files={**bundle.manifest.files, "golden.json": facts})
     return dataclasses.replace(bundle, path=tmp_path / "bundle", manifest=manifest)
 
 

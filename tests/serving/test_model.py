@@ -16,6 +16,7 @@ import torch
 from features.assemble import ranker_width
 from features.bundle import Bundle, open_bundle
 from features.errors import BundleError
+from features.manifest import FileFacts
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
 from serving.bundle import model as model_module
 from serving.bundle.model import Model, ModelError
@@ -42,7 +43,7 @@ def model(bundle) -> Model:
 
 @pytest.fixture(scope="module")
 def shapes(bundle) -> ItemInputShapes:
-    return ItemInputShapes(**{name: bundle.model[name] for name in ItemInputShapes.__slots__})
+    return bundle.model.shapes
 
 
 @torch.inference_mode()
@@ -114,12 +115,12 @@ def changed(bundle: Bundle, tmp_path, **files: bytes) -> Bundle:
     """A bundle as `open_bundle` would return it if these were its verified files."""
     path = tmp_path / "bundle"
     shutil.copytree(bundle.path, path)
-    manifest = {**bundle.manifest, "files": dict(bundle.manifest["files"])}
+    facts = dict(bundle.manifest.files)
     for name, content in files.items():
         name = name.replace("_onnx", ".onnx")
         (path / name).write_bytes(content)
-        manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return dataclasses.replace(bundle, path=path, manifest=manifest)
+        facts[name] = FileFacts(len(content), hashlib.sha256(content).hexdigest())
+    return dataclasses.replace(bundle, path=path, manifest=dataclasses.replace(bundle.manifest, files=facts))
 
 
 def test_refuses_what_is_no_model(bundle, tmp_path):

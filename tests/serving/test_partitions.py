@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from serving.errors import ConfigError, EventLogUnavailable
-from serving.privacy.purge import replay_ledgers
+from serving.privacy.replay import replay_ledgers
 from serving.projection import projector
 from serving.projection.rebuild import rebuild, show
 from serving.redis.client import connect

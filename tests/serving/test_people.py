@@ -29,9 +29,11 @@ from serving.errors import (
 )
 from serving.log_retention import PROFILES_GROUP, LogRetention
 from serving.privacy.certificates import Certificates
+from serving.privacy.controls import BlockControl, DialControl
 from serving.privacy.ledger import Ledger
-from serving.privacy.purge import Purger, replay
-from serving.privacy.rights import Consent, Rule, Setting, SubjectRights, consents
+from serving.privacy.purge import Purger
+from serving.privacy.replay import replay
+from serving.privacy.rights import SubjectRights
 from serving.projection.projector import Projector
 from serving.projection.rebuild import rebuild
 from serving.redis.client import connect
@@ -42,6 +44,7 @@ from serving.stores.keys import address_of, stream_id
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
+from serving.stores.user_statements import Consent, UserStatements
 from tests.serving.faults import insist, wait_until
 from tests.serving.logged import NOTHING_KEPT, PARTITIONS
 
@@ -99,7 +102,7 @@ def items(store: ProfileStore, subject: str = "u:ann") -> list[int]:
 
 def held(people: SubjectRights, subject: str = "u:ann") -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"event": [], "impression": []}
-    for kind, _, payload in people.held(subject):
+    for kind, _, payload in people.documents(subject):
         value = json.loads(payload)
         found[kind].append(value.get("event_id") or value["request_id"])
     return found
@@ -109,7 +112,7 @@ class TestConsent:
     def test_who_said_nothing_allows_the_default(self, people, log, events_redis):
         assert people.consents(["u:ann", "a:ann"]) == [Consent(EVERY_PURPOSE, 0, 0)] * 2
         shy = EventLog(events_redis, PARTITIONS, default=Purpose.MEASURE)
-        assert consents(shy, ["u:ann"]) == [Consent(Purpose.MEASURE, 0, 0)]
+        assert UserStatements(shy).consents(["u:ann"]) == [Consent(Purpose.MEASURE, 0, 0)]
         assert not shy.append([event(1)])[0].personal
 
     @pytest.mark.parametrize("purposes", list(map(Purpose, range(8))))
@@ -118,7 +121,7 @@ class TestConsent:
         version, applied = people.set_consent("u:ann", purposes)
         assert applied
         [consent] = people.consents(["u:ann"])
-        assert (consent.purposes, consent.said_at) == (purposes, version)
+        assert (consent.purposes, consent.set_at) == (purposes, version)
         [appended] = log.append([event(2)])
         assert isinstance(appended.error, ConsentWithheld) == (purposes == NOTHING)
         assert log.append_impressions([slate(1)]) == bool(purposes & (Purpose.TRAIN | Purpose.MEASURE))
@@ -195,11 +198,11 @@ def servers(profiles_server, events_server):
 
 class TestRules:
     RULES = (
-        Rule(ControlKind.ITEM, "i1"),
-        Rule(ControlKind.CREATOR, "m\0{}", 5000),
-        Rule(ControlKind.CATEGORY, "tea"),
-        Setting(Dial.NOVELTY, "", -0.5),
-        Setting(Dial.CATEGORY_WEIGHT, "tea", 0.25),
+        BlockControl(ControlKind.ITEM, "i1"),
+        BlockControl(ControlKind.CREATOR, "m\0{}", 5000),
+        BlockControl(ControlKind.CATEGORY, "tea"),
+        DialControl(Dial.NOVELTY, "", -0.5),
+        DialControl(Dial.CATEGORY_WEIGHT, "tea", 0.25),
     )
 
     def stored(self, store, subject="u:ann"):
@@ -209,15 +212,15 @@ class TestRules:
         return [blocked_keys(rules, kind, 4999).tolist() for kind in ControlKind]
 
     def test_they_are_known_in_words_by_the_log_and_as_keys_by_the_profile(self, people, log, store):
-        assert people.rules("u:ann") == ([], 0)
-        version, applied = people.set_rules("u:ann", self.RULES)
+        assert people.controls("u:ann") == ([], 0)
+        version, applied = people.set_controls("u:ann", self.RULES)
         assert applied
-        assert people.rules("u:ann") == (list(self.RULES), version)
+        assert people.controls("u:ann") == (list(self.RULES), version)
         assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
         assert blocked_keys(store.read("u:ann").controls, ControlKind.CREATOR, 5000).size == 0
         project(log, store)
         assert self.stored(store) == [[item_key("i1")], [item_key("m\0{}")], [item_key("tea")]]
-        people.set_rules("u:ann", ())
+        people.set_controls("u:ann", ())
         assert self.stored(store) == [[], [], []]
         project(log, store)
         assert self.stored(store) == [[], [], []]
@@ -231,7 +234,7 @@ class TestRules:
             pa.table({"item_id": ["i1"]}),
             name="test",
         )
-        people.set_rules("u:ann", self.RULES)
+        people.set_controls("u:ann", self.RULES)
         people.reset("u:ann")
         assert self.stored(store)[0]
         profiles_redis.flushall()
@@ -241,47 +244,64 @@ class TestRules:
     @pytest.mark.parametrize("projected", [False, True])
     def test_they_go_with_the_person_and_with_the_consent(self, people, log, store, projected):
         for person in ("u:ann", "u:bob"):
-            people.set_rules(person, self.RULES)
+            people.set_controls(person, self.RULES)
         people.erase("u:ann")
         people.set_consent("u:bob", Purpose.TRAIN)
         if projected:
             project(log, store)
         for person in ("u:ann", "u:bob"):
-            assert people.rules(person)[0] == []
+            assert people.controls(person)[0] == []
             assert self.stored(store, person) == [[], [], []]
         with pytest.raises(ConsentWithheld):
-            people.set_rules("u:bob", self.RULES)
+            people.set_controls("u:bob", self.RULES)
 
     def test_a_merge_joins_them_and_the_later_end_holds(self, people, store):
         soon = now_ms() + 3_600_000
         theirs = [
-            Rule(ControlKind.ITEM, "i1", soon),
-            Rule(ControlKind.ITEM, "i2", soon),
-            Rule(ControlKind.CREATOR, "i3"),
+            BlockControl(ControlKind.ITEM, "i1", soon),
+            BlockControl(ControlKind.ITEM, "i2", soon),
+            BlockControl(ControlKind.CREATOR, "i3"),
         ]
-        people.set_rules("a:tab", [*theirs, Rule(ControlKind.ITEM, "i4", 50)])
-        people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i1"), Rule(ControlKind.ITEM, "i2", soon - 1)])
-        assert people.merge("a:tab", "u:ann").rules_left_out == 0
-        joined = [Rule(ControlKind.ITEM, "i1"), Rule(ControlKind.ITEM, "i2", soon), Rule(ControlKind.CREATOR, "i3")]
-        assert people.rules("u:ann")[0] == joined
-        assert people.rules("a:tab")[0] == []
+        people.set_controls("a:tab", [*theirs, BlockControl(ControlKind.ITEM, "i4", 50)])
+        people.set_controls(
+            "u:ann", [BlockControl(ControlKind.ITEM, "i1"), BlockControl(ControlKind.ITEM, "i2", soon - 1)]
+        )
+        assert people.merge("a:tab", "u:ann").controls_left_out == 0
+        joined = [
+            BlockControl(ControlKind.ITEM, "i1"),
+            BlockControl(ControlKind.ITEM, "i2", soon),
+            BlockControl(ControlKind.CREATOR, "i3"),
+        ]
+        assert people.controls("u:ann")[0] == joined
+        assert people.controls("a:tab")[0] == []
         assert self.stored(store) == [[item_key("i1"), item_key("i2")], [item_key("i3")], []]
 
     def test_a_merge_keeps_the_known_person_s_dials_and_adds_the_visitor_s(self, people):
-        taste = Setting(Dial.CREATOR_WEIGHT, "maker", 1.0)
-        people.set_rules("a:tab", [Rule(ControlKind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 1.0), taste])
-        people.set_rules("u:ann", [Setting(Dial.NOVELTY, "", -1.0)])
+        taste = DialControl(Dial.CREATOR_WEIGHT, "maker", 1.0)
+        people.set_controls("a:tab", [BlockControl(ControlKind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 1.0), taste])
+        people.set_controls("u:ann", [DialControl(Dial.NOVELTY, "", -1.0)])
         people.merge("a:tab", "u:ann")
-        assert people.rules("u:ann")[0] == [Setting(Dial.NOVELTY, "", -1.0), Rule(ControlKind.ITEM, "i1"), taste]
+        assert people.controls("u:ann")[0] == [
+            DialControl(Dial.NOVELTY, "", -1.0),
+            BlockControl(ControlKind.ITEM, "i1"),
+            taste,
+        ]
 
     def test_a_merge_that_has_no_room_keeps_the_known_user_s_rules_and_tells_what_it_left_out(self, people):
-        own = [*(Rule(ControlKind.ITEM, f"own{n}") for n in range(MAX_CONTROLS - 3)), Setting(Dial.NOVELTY, "", -1.0)]
-        theirs = [Setting(Dial.FRESHNESS, "", 1.0), *(Rule(ControlKind.ITEM, f"new{n}") for n in range(4))]
-        people.set_rules("u:ann", own)
-        people.set_rules("a:tab", [*theirs, own[0]])
+        own = [
+            *(BlockControl(ControlKind.ITEM, f"own{n}") for n in range(MAX_CONTROLS - 3)),
+            DialControl(Dial.NOVELTY, "", -1.0),
+        ]
+        theirs = [DialControl(Dial.FRESHNESS, "", 1.0), *(BlockControl(ControlKind.ITEM, f"new{n}") for n in range(4))]
+        people.set_controls("u:ann", own)
+        people.set_controls("a:tab", [*theirs, own[0]])
         merged = people.merge("a:tab", "u:ann")
-        assert merged.rules_left_out == 3
-        assert people.rules("u:ann")[0] == [*own, Rule(ControlKind.ITEM, "new0"), Rule(ControlKind.ITEM, "new1")]
+        assert merged.controls_left_out == 3
+        assert people.controls("u:ann")[0] == [
+            *own,
+            BlockControl(ControlKind.ITEM, "new0"),
+            BlockControl(ControlKind.ITEM, "new1"),
+        ]
 
 
 class TestUndo:
@@ -307,7 +327,7 @@ class TestUndo:
         past = store.read("u:ann")
         store.leave(FUTURE)
         ingest(log, store, event(3))
-        with pytest.raises(Unavailable, match="made anew"):
+        with pytest.raises(Unavailable, match="being restored"):
             people.undo("u:ann", "e3")
         assert log.called_back() == ["u:ann"]
         assert items(store) == [3]
@@ -347,7 +367,7 @@ class TestUndo:
         with pytest.raises(DeadlineExceeded, match="more time"):
             people.undo("u:ann", "e1", time.monotonic() - 1)
         with pytest.raises(DeadlineExceeded):
-            list(people.held("u:ann", deadline=time.monotonic() - 1))
+            list(people.documents("u:ann", deadline=time.monotonic() - 1))
         assert items(store) == [0, 1, 2, 3, 4]
         assert [entry.log_id for entries in log.history("u:ann") for entry in entries] == ids
 
@@ -423,12 +443,12 @@ class TestMerge:
         assert held(people, "a:x") == {"event": [], "impression": []}
         slates = {
             one["request_id"]: one
-            for kind, _, said in people.held("u:ann")
+            for kind, _, said in people.documents("u:ann")
             if (one := json.loads(said)) and kind != "event"
         }
         assert "profile_version" in slates["r2"]
         assert "profile_version" not in slates["r1"]  # that of the visitor
-        users = {json.loads(payload)["user_id"] for _, _, payload in people.held("u:ann")}
+        users = {json.loads(payload)["user_id"] for _, _, payload in people.documents("u:ann")}
         assert users == {"ann"}
         assert people.merge("a:x", "u:ann") == type(merged)(0, 0, 0, 0, 0)
         ingest(log, store, event(4, "a:x", timestamp=now_ms() - 60_000))  # late, and not lost
@@ -500,11 +520,11 @@ class TestMerge:
 
     @pytest.mark.parametrize("allowed", [Purpose.TRAIN, NOTHING])
     def test_what_a_visitor_said_goes_to_nobody_who_allows_no_personal_answers(self, people, store, allowed):
-        people.set_rules("a:x", [Rule(ControlKind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 0.5)])
+        people.set_controls("a:x", [BlockControl(ControlKind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 0.5)])
         people.set_consent("u:ann", allowed)
         people.merge("a:x", "u:ann")
-        assert people.rules("u:ann")[0] == []
-        assert people.rules("a:x")[0] == []
+        assert people.controls("u:ann")[0] == []
+        assert people.controls("a:x")[0] == []
         assert store.read("u:ann").controls.size == 0
 
     def test_what_an_erasure_of_the_person_refuses_does_not_come_back_by_a_merge(self, people, log, store):
@@ -544,13 +564,13 @@ class TestErase:
     def test_rules_of_a_backup_go_as_events_do(self, log, store, profiles_redis, tmp_path):
         ledger = Ledger(tmp_path / "erasures.jsonl")
         people = SubjectRights(log, store, Certificates(log), ledger=ledger)
-        people.set_rules("u:ann", TestRules.RULES)
+        people.set_controls("u:ann", TestRules.RULES)
         backup = profiles_redis.get(store.key_of("u:ann"))
         people.erase("u:ann")
         profiles_redis.set(store.key_of("u:ann"), backup)
         replay(ledger.erasures(), log, store)
         assert store.read("u:ann").controls.size == 0
-        people.set_rules("u:ann", TestRules.RULES)  # of their new life
+        people.set_controls("u:ann", TestRules.RULES)  # of their new life
         replay(ledger.erasures(), log, store)
         assert store.read("u:ann").controls.size == len(TestRules.RULES)
 
@@ -734,11 +754,11 @@ class TestExport:
             "event": [f"e{number}" for number in range(1500)],
             "impression": ["r0", "r1", "r2"],
         }
-        pieces = list(people.held("u:ann"))
+        pieces = list(people.documents("u:ann"))
         for cut in (0, 1499, 1501):
             kind, at, _ = pieces[cut]
-            assert list(people.held("u:ann", kind, at)) == pieces[cut + 1 :]
-        assert list(people.held("u:bob")) == []
+            assert list(people.documents("u:ann", kind, at)) == pieces[cut + 1 :]
+        assert list(people.documents("u:bob")) == []
         # What the index has forgotten is found one by one.
         old = EventLog(events_redis, PARTITIONS, times=NOTHING_KEPT)
         events_redis.delete(log.index_of("u:ann"))
@@ -756,4 +776,4 @@ def test_a_damaged_profile_can_be_reset_and_keeps_its_consent(people, log, store
     people.reset("u:ann")
     assert store.read("u:ann").consent == Purpose.PERSONALISE
     assert address_of("u:ann") in key
-    assert stream_id(people.consents(["u:ann"])[0].said_at)
+    assert stream_id(people.consents(["u:ann"])[0].set_at)

@@ -17,8 +17,9 @@ import redis
 from features.profile import Purpose, make_records
 from serving.errors import ProfileStoreUnavailable
 from serving.privacy.certificates import Certificates
+from serving.privacy.marks import marks_of_log
 from serving.privacy.purge import Purger
-from serving.privacy.rights import SubjectRights, marks
+from serving.privacy.rights import SubjectRights
 from serving.projection.projector import Projector
 from serving.redis.client import Client, connect
 from serving.redis.embedded import RedisServer
@@ -63,9 +64,9 @@ def work(profiles: Client, events: Client, partitions: int = 2) -> None:
     assert store.read("u:ann").count == 70
     people.undo("u:ann", "e3")
     people.set_consent("u:ann", Purpose(7))
-    assert list(marks(log))
+    assert list(marks_of_log(log))
     people.reset("u:ann")
-    assert len(list(people.held("u:ann"))) == 70
+    assert len(list(people.documents("u:ann"))) == 70
     people.erase("u:ann")
     assert Purger(certificates, events, profiles, 1.0).purge() == 1
     catalog = CatalogLog(events)

@@ -10,7 +10,9 @@ from features.controls import ControlKind, Dial, arm_seed
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.experiments import SEEDS, Holdout, seed_of
 from serving.privacy.certificates import Certificates
-from serving.privacy.rights import Rule, Setting, SubjectRights, marks
+from serving.privacy.controls import BlockControl, DialControl
+from serving.privacy.marks import marks_of_log
+from serving.privacy.rights import SubjectRights
 from tests.serving.logged import event, logged, slate
 
 DEVICE, USER = "a:tab", "u:ann"
@@ -35,9 +37,9 @@ def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
     assert arm_of(store, USER) is None
     for salt in ("s", "t"):
         assert Holdout(0.5, salt).drawn(seed_of(USER)) == Holdout(0.5, salt).assign(USER)
-    assert people.rules(DEVICE) == ([], 0)  # nothing that the user has set
+    assert people.controls(DEVICE) == ([], 0)  # nothing that the user has set
     # What was shown before keeps its arm, and can be told from what was shown in that of the user.
-    held = [json.loads(text) for kind, _, text in people.held(USER) if kind == "impression"]
+    held = [json.loads(text) for kind, _, text in people.documents(USER) if kind == "impression"]
     found = {one["request_id"]: one for one in held}
     assert [(found[name]["arm"], found[name].get("merged")) for name in ("r1", "r2")] == [
         ("holdout", True),
@@ -49,11 +51,11 @@ def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
 
 def test_it_outlives_what_the_device_says_and_the_loss_of_the_profiles(people, log, store, profiles_redis):
     people.merge(DEVICE, USER)
-    rules = [Rule(ControlKind.ITEM, "i1"), Setting(Dial.NOVELTY, "", 0.5)]
-    people.set_rules(DEVICE, rules)
-    assert people.rules(DEVICE)[0] == rules
+    rules = [BlockControl(ControlKind.ITEM, "i1"), DialControl(Dial.NOVELTY, "", 0.5)]
+    people.set_controls(DEVICE, rules)
+    assert people.controls(DEVICE)[0] == rules
     assert arm_of(store) == seed_of(USER)
-    people.set_rules(DEVICE, [])
+    people.set_controls(DEVICE, [])
     assert arm_of(store) == seed_of(USER)
     people.reset(DEVICE)
     people.set_consent(DEVICE, Purpose.MEASURE)
@@ -61,7 +63,7 @@ def test_it_outlives_what_the_device_says_and_the_loss_of_the_profiles(people, l
     people.set_consent(DEVICE, EVERY_PURPOSE)
     profiles_redis.flushall()
     assert arm_of(store) is None
-    store.mark_many(list(marks(log)))
+    store.mark_many(list(marks_of_log(log)))
     assert arm_of(store) == seed_of(USER)
 
 

@@ -132,7 +132,7 @@ def model(bundle):
 
 @pytest.fixture(scope="module")
 def outcomes(bundle):
-    return ActionRates.of(bundle.model)
+    return ActionRates.of_model(bundle.model)
 
 
 @pytest.fixture

@@ -36,27 +36,29 @@ def engine(request, profiles_redis) -> Engine:
 
 def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
     """The best rows for a person by the definition of the score, without index, pipeline or kernels for retrieval."""
-    facts, columns = engine.bundle.model, engine.catalog.columns
-    places = {event_type_key(name): place for place, name in enumerate(facts["event_types"], 1)}
+    spec, columns = engine.bundle.model, engine.catalog.columns
+    places = {event_type_key(name): place for place, name in enumerate(spec.event_types, 1)}
     past = history(profile, engine.catalog, places)
-    rows, types = encoder_inputs(past.rows, past.types, facts["max_length"])
+    rows, types = encoder_inputs(past.rows, past.types, spec.max_length)
     user = engine.model.encode_user(columns.vectors[rows], types)
     every = np.setdiff1d(np.arange(engine.catalog.size, dtype=np.int32), past.rows)
     relevance = columns.vectors[every] @ user
-    depth = engine.bundle.manifest["configuration"].get("candidates", 500)
+    depth = engine.bundle.manifest.candidates or 500
     best = every[np.argsort(-relevance, kind="stable")[:depth]]
     close = (columns.vectors[best] @ user).astype(np.float32)
-    features = ranker_features(past, best, close, columns, ActionRates.of(facts), Moment(NOW))
+    features = ranker_features(past, best, close, columns, ActionRates.of_model(spec), Moment(NOW))
     logits = engine.model.rank(user, columns.vectors[best], features)
-    worth = (1 / (1 + np.exp(-logits.astype(np.float64))) * facts["action_weights"]).sum(axis=1).clip(1e-6, 1 - 1e-6)
-    final = close + facts["blend"] * np.log(worth / (1 - worth))
+    worth = (
+        (1 / (1 + np.exp(-logits.astype(np.float64))) * np.array(spec.action_weights)).sum(axis=1).clip(1e-6, 1 - 1e-6)
+    )
+    final = close + spec.blend * np.log(worth / (1 - worth))
     return best[np.argsort(-final, kind="stable")[:page]].tolist()
 
 
 def test_the_feed_is_that_of_the_definition(engine, profiles_redis):
     rng = np.random.default_rng(5)
     store = ProfileStore(profiles_redis)
-    types = engine.bundle.model["seen_types"]
+    types = engine.bundle.model.seen_types
     for number in range(10):
         length = int(rng.integers(1, 30))
         rows = rng.integers(0, engine.catalog.size, length)

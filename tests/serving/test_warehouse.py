@@ -35,7 +35,8 @@ from features.tables.schema import EVENTS
 from serving.errors import ConfigError
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
-from serving.privacy.rights import Rule, SubjectRights
+from serving.privacy.controls import BlockControl
+from serving.privacy.rights import SubjectRights
 from serving.projection.projector import Idle, Projector
 from serving.projection.rebuild import rebuild, rehydrate
 from serving.redis.client import connect
@@ -604,9 +605,9 @@ class TestRebuilding:
         assert store.read("u:ann").records["item"].tolist() == [item_key(f"i{n}") for n in (0, 1, 3, 4)]
 
     def test_a_damaged_profile_gets_its_rules_and_its_newest_events_again(self, log, make, out, again, profiles_redis):
-        store, rule = ProfileStore(profiles_redis, PARTITIONS), Rule(ControlKind.ITEM, "i9")
+        store, rule = ProfileStore(profiles_redis, PARTITIONS), BlockControl(ControlKind.ITEM, "i9")
         people = SubjectRights(log, store, Certificates(log))
-        people.set_rules("u:ann", [rule])
+        people.set_controls("u:ann", [rule])
         ingest(log, *(event("ann", f"i{n}") for n in range(3)))
         make().drain()
         ingest(log, event("ann", "i4"), event("cleo", "i4"))
@@ -629,7 +630,7 @@ class TestComingBack:
         who = ["ann", "bob", "cleo", "dan"]
         ingest(log, *(event(user, f"i{n % 10}", timestamp_ms=now_ms() - 400 + n) for n in range(300) for user in who))
         ingest(log, event("ann", "", "search", query="tea"))
-        people.set_rules("u:ann", [Rule(ControlKind.ITEM, "i3")])
+        people.set_controls("u:ann", [BlockControl(ControlKind.ITEM, "i3")])
         projecting(log, store, None)
         assert people.undo("u:dan", entry_of(log, "u:dan", 7))
         sink = make()

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from features.assemble import FEATURES
-from features.bundle import open_bundle
+from features.bundle import MANIFEST, open_bundle
 from features.errors import BundleError, ExportError
 from features.histories import history_keys
 from features.transforms import item_text, text_tokens
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
 from training.data.interactions import read_interactions
+from training.export import export as exporting
 from training.export import golden
 from training.export.export import Gates, publish_run
-from training.export.export import export as exporting
 from training.export.index import build
 from training.export.onnx import Graph
 from training.models import scoring as ranking
@@ -42,14 +42,14 @@ def table(bundle, name: str) -> pa.Table:
 
 
 def test_the_manifest_says_everything_that_serving_needs(bundle, run):
-    manifest = bundle.manifest
-    assert manifest["feature_set"]["fingerprint"] == FEATURES.fingerprint()
+    manifest = json.loads((bundle.path / MANIFEST).read_bytes())
+    assert bundle.manifest.feature_fingerprint == FEATURES.fingerprint()
     assert manifest["data_fingerprint"] == run.result["data_fingerprint"]
-    assert bundle.model["event_types"] == ["like", "purchase", "view_item"]
-    assert bundle.model["actions"] == [
+    assert bundle.model.event_types == ("like", "purchase", "view_item")
+    assert manifest["model"]["actions"] == [
         {"name": "buy", "event_type": "purchase", "min_value": None, "shown_types": [], "window_hours": 24.0}
     ]
-    assert {name: bundle.model[name] for name in ("dim", "max_length", "blend", "seen_types", "repeats")} == {
+    assert {name: manifest["model"][name] for name in ("dim", "max_length", "blend", "seen_types", "repeats")} == {
         "dim": 16,
         "max_length": 10,
         "blend": 0.25,

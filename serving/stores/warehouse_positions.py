@@ -1,0 +1,60 @@
+"""How far the warehouse has written each stream of the log, whichever folder it writes to.
+
+The log remembers it, because a folder may be an old copy of itself: files that go less far than the log says have lost
+entries that are delivered to no one again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from serving.redis.client import Call, Request
+from serving.redis.router import required
+from serving.stores.event_log import EventLog
+from serving.stores.event_scripts import HASH_SET
+from serving.stores.keys import partition_prefix
+
+
+class WarehousePositions:
+    """Reads and notes positions; any thread may call anything."""
+
+    def __init__(self, log: EventLog) -> None:
+        """Takes the log."""
+        self._log = log
+
+    def read(self, partitions: Sequence[int], streams: Sequence[str]) -> list[dict[str, int | None]]:
+        """Returns for each partition the last log id that was written of each stream, None if nothing was.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer.
+        """
+        requests: list[Request] = [("HMGET", _key(partition), *streams) for partition in partitions]
+        return [
+            {stream: int(value) if value else None for stream, value in zip(streams, values, strict=True)}
+            for values in required(self._log.nodes.run_all(requests))
+        ]
+
+    def note(self, positions: Mapping[int, Mapping[str, int]]) -> None:
+        """Notes the last log id written, by partition and stream; a full Redis takes it too.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        calls = [
+            Call(HASH_SET, (_key(partition),), tuple(word for pair in streams.items() for word in pair))
+            for partition, streams in positions.items()
+        ]
+        required(self._log.nodes.run_all(calls))
+
+    def forget(self, partitions: Iterable[int]) -> None:
+        """Forgets all positions of some partitions.
+
+        Raises:
+            EventLogUnavailable: Redis does not answer; a repeat is safe.
+        """
+        for partition in partitions:
+            self._log.nodes.command("DEL", _key(partition))
+
+
+def _key(partition: int) -> bytes:
+    return partition_prefix(partition) + b"written"
