@@ -44,6 +44,7 @@ check-code: $(VENV)/.ready-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tests/architecture_rules.py
+	$(BIN)/python tests/lua_syntax.py
 	$(BIN)/python -m benchmarks.tables --check
 
 check-protos: $(VENV)/.ready-dev $(VENV_PROTOS)/.ready

@@ -1,4 +1,4 @@
-"""The whole road in minutes: data, training, evaluation, export, service, and what one user's events change."""
+"""Runs everything once, in minutes: data, training, evaluation, export, service, and the effect of a user's events."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Story:
-    """What the demo asks of a data set.
+    """The demo's choices for a data set.
 
     Attributes:
-        user: What a user is called.
+        user: The word for a user.
         action: Event type of the events that are sent.
         search: Words searched for, and acted on afterwards by the first user.
         value: Value of the events that are sent, if they have one.
         options: Options of the data set's preparation.
-        config: A configuration that comes along, where not the defaults.
-        settings: Settings of the training on top of it.
+        config: A configuration that comes along, if not the defaults.
+        settings: Settings of the training that override the configuration.
     """
 
     user: str
@@ -64,25 +64,25 @@ STORIES = {
 
 
 def demo(dataset: str = "movielens-1m", out: Path = Path("build/demo"), source: Path | None = None) -> dict[str, Any]:
-    """Goes from raw data to ranked answers and measures both.
+    """Goes from raw data to ranked slates and measures their quality and latency.
 
     Args:
         dataset: A data set with a story: one of `STORIES`.
         out: Directory for the data, the run and the bundle; an older demo there is replaced.
-        source: What to read the data set from; None downloads it or takes it from its package.
+        source: File to read the data set from; None downloads it or takes it from its package.
 
     Returns:
         `quality` {metric: {mean, low, high}}, `baselines` {name: {metric: value}}, `margins` {baseline: the interval
         {mean, low, high} by which NDCG@10 is above it}, `ahead` (of every baseline, the whole interval above zero);
-        `parts` {"repeats", "new", "new_alone": the same four and `targets`} where repeats count; `latency_ms`,
-        `same_titles` (titles that stand twice on a page), how far the feeds moved, `phases` {name: seconds}, `seconds`.
+        `parts` {"repeats", "new", "new_alone": the same four and `targets`} if repeats count; `latency_ms`,
+        `same_titles` (titles that occur twice on a page), how far the feeds moved, `phases` {name: seconds}, `seconds`.
 
     Raises:
         BenchmarkError: There is no story for the data set.
     """
     if dataset not in STORIES:
         raise BenchmarkError(f"no demo for {dataset!r}: choose one of {', '.join(STORIES)}")
-    story, screen, clock = STORIES[dataset], Console(), _Clock()
+    story, screen, clock = STORIES[dataset], Console(), _PhaseClock()
     measured = _learn(dataset, source, story, out, screen, clock)
     with running(out / "bundle", "--state-dir", str(out / "state")) as service:
         cast = _Cast(out / "data", story.search)
@@ -102,18 +102,14 @@ def demo(dataset: str = "movielens-1m", out: Path = Path("build/demo"), source: 
         "dataset": dataset,
         **_figures(measured),
         "parts": {name: {"targets": part["targets"], **_figures(part)} for name, part in _parts(measured).items()},
-        "latency_ms": speed["latency_ms"],
-        "rate": speed["rate"],
-        "errors": speed["errors"],
-        "rungs": speed["rungs"],
-        "degraded": speed["degraded"],
+        **{name: speed[name] for name in ("latency_ms", "rate", "errors", "rungs", "degraded")},
         **moved,
         "phases": clock.laps,
         "seconds": round(sum(clock.laps.values()), 1),
     }
 
 
-class _Clock:
+class _PhaseClock:
     """Seconds of the phases, from the beginning on."""
 
     def __init__(self) -> None:
@@ -127,9 +123,9 @@ class _Clock:
 
 
 def _learn(
-    dataset: str, source: Path | None, story: Story, out: Path, screen: Console, clock: _Clock
+    dataset: str, source: Path | None, story: Story, out: Path, screen: Console, clock: _PhaseClock
 ) -> dict[str, Any]:
-    """Data, training, evaluation, export; the evaluation."""
+    """Prepares the data, trains, evaluates and exports; returns the evaluation."""
     for name in ("data", "run", "bundle", "state"):
         shutil.rmtree(out / name, ignore_errors=True)
     screen.rule("data")
@@ -143,8 +139,8 @@ def _learn(
     measured: dict[str, Any] = evaluate([out / "run"], PROTOCOL)
     clock.lap("evaluation")
     parts = _parts(measured)
-    what = "item" if parts else "new item"
-    screen.rule(f"quality: the last {what} of each of {measured['targets']:,} users, found among all items")
+    target = "item" if parts else "new item"
+    screen.rule(f"quality: the last {target} of each of {measured['targets']:,} users, found among all items")
     _judge(measured, "", screen)
     for name, part in parts.items():
         _judge(part, f"{name}: {part['targets']:,} items {_PARTS[name]}", screen)
@@ -157,9 +153,9 @@ def _learn(
 
 
 _PARTS = {
-    "repeats": "were had by their user before",
+    "repeats": "repeat an item of their user",
     "new": "are new to their user, on the same page",
-    "new_alone": "are new to their user, among what is new to them",
+    "new_alone": "are new to their user, among the items new to them",
 }
 
 
@@ -169,7 +165,7 @@ def _parts(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _figures(measured: dict[str, Any]) -> dict[str, Any]:
-    """The figures of an evaluation, or of a part of one, as the demo answers them."""
+    """Returns the figures of an evaluation, or of a part of one, as the demo reports them."""
     margins = {name: row["ndcg@10"] for name, row in measured["paired"].items()}
     return {
         "quality": measured["metrics"],
@@ -180,13 +176,13 @@ def _figures(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judge(measured: dict[str, Any], title: str, screen: Console) -> None:
-    """Prints model and baselines, and in one line what their difference proves."""
+    """Prints model and baselines, and in one line whether their difference is significant."""
     table = Table("", "ndcg@10", "hit@10", "penchant's lead", title=title, title_justify="left")
     margins = _figures(measured)["margins"]
     for name, row in measured["baselines"].items():
         table.add_row(name, f"{row['ndcg@10']:.3f}", f"{row['hit@10']:.3f}", _interval(margins[name]))
-    ours = measured["metrics"]
-    table.add_row("penchant", _interval(ours["ndcg@10"]), f"{ours['hit@10']['mean']:.3f}", "", style="bold")
+    metrics = measured["metrics"]
+    table.add_row("penchant", _interval(metrics["ndcg@10"]), f"{metrics['hit@10']['mean']:.3f}", "", style="bold")
     screen.print(table)
     behind = [f"{name}: {_interval(margin)}" for name, margin in margins.items() if margin["high"] < 0]
     undecided = [
@@ -205,7 +201,7 @@ def _interval(figure: dict[str, float]) -> str:
 
 
 def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[str, Any]:
-    """Two feeds and a search, some events of the first user, and the feeds again; how far they moved."""
+    """Shows two feeds and a search, sends events of the first user, and shows how far the feeds moved."""
     first, second = cast.pair
     screen.rule("two feeds and a search")
     before = {user: client.recommend(user_id=user, page_size=PAGE, explain=True) for user in cast.pair}
@@ -215,12 +211,13 @@ def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[st
     matching = client.search(query, user_id=first, page_size=PAGE, explain=True)
     screen.print(cast.table(matching, f"search “{query}” by {story.user} {first}"))
 
-    screen.rule("events, and the very next answer")
+    screen.rule("events, and the very next slate")
     touched = cast.named(_ids(matching), query)[:5]
     values: EventFields = {} if story.value is None else {"value": story.value}
     statuses = client.ingest([event(first, item, story.action, **values) for item in touched])
     screen.print(f"{story.user} {first}, {story.action}: {'; '.join(map(cast.title, touched))}")
     version = max(status.profile_version for status in statuses)
+    # The first user's feed must hold the events; the second one's must not move, so it names no version.
     after = {
         first: client.recommend(user_id=first, page_size=PAGE, explain=True, min_profile_version=version),
         second: client.recommend(user_id=second, page_size=PAGE, explain=True),
@@ -237,7 +234,7 @@ def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[st
     screen.print(f"{moved['new_items']} of {PAGE} items are new; {moved['left_because_seen']} had to leave as seen.")
     screen.print(f"{story.user} {second}'s feed is {'unchanged' if moved['other_unchanged'] else 'CHANGED'}.")
     if moved["same_titles"]:
-        screen.print(f"{moved['same_titles']} titles stand TWICE on a page.")
+        screen.print(f"{moved['same_titles']} titles occur TWICE on a page.")
     return moved
 
 
@@ -246,45 +243,45 @@ def _ids(slate: ranking_pb2.Slate) -> list[str]:
 
 
 class _Cast:
-    """The users and items of a data set, for readers.
+    """The users and items of a data set, in words for the screen.
 
     Attributes:
         users: All users.
-        pair: Two with a long history; nothing in that of the first matches the search, so that events can teach it.
+        pair: Two users with a long history; the first one's matches nothing of the search, so that events change it.
     """
 
     def __init__(self, data: Path, search: str) -> None:
         dataset = open_dataset(data)
         ids, titles = dataset.items["item_id"].to_pylist(), dataset.items["title"].to_pylist()
         self._titles = {str(item): str(title or item) for item, title in zip(ids, titles, strict=True)}
-        who, what = dataset.events["user_id"].to_pylist(), dataset.events["item_id"].to_pylist()
-        counts = Counter(map(str, who))
-        wanted = {item for item, title in self._titles.items() if search and search in title.lower()}
-        had = {str(user) for user, item in zip(who, what, strict=True) if item in wanted}
+        user_ids, item_ids = dataset.events["user_id"].to_pylist(), dataset.events["item_id"].to_pylist()
+        counts = Counter(map(str, user_ids))
+        matching = {item for item, title in self._titles.items() if search and search in title.lower()}
+        taught = {str(user) for user, item in zip(user_ids, item_ids, strict=True) if item in matching}
         self.users = sorted(counts)
         long = [user for user in self.users if counts[user] >= HISTORY]
-        first = next((user for user in long if user not in had), None)
+        first = next((user for user in long if user not in taught), None)
         second = next((user for user in long if user != first), None)
         if first is None or second is None:
             raise BenchmarkError(f"{data}: the demo needs two users with {HISTORY} events each")
         self.pair = (first, second)
 
     def title(self, item_id: str) -> str:
-        """The title of an item, or its id where it has none."""
+        """Returns the title of an item, or its id if it has none."""
         return self._titles.get(item_id, item_id)
 
     def named(self, item_ids: list[str], query: str) -> list[str]:
-        """The items that bear the words of a query in their title, in their order; all where none does."""
-        bearing = [item for item in item_ids if query.lower() in self.title(item).lower()]
-        return bearing or item_ids
+        """Returns the items whose title contains a query, in their order; all if none does."""
+        matching = [item for item in item_ids if query.lower() in self.title(item).lower()]
+        return matching or item_ids
 
     def same_titles(self, slate: ranking_pb2.Slate) -> int:
-        """How many lines of a slate say again what stands above them."""
+        """Returns the number of items of a slate whose title an item above them has."""
         titles = [self.title(item.item_id) for item in slate.items]
         return len(titles) - len(set(titles))
 
     def table(self, slate: ranking_pb2.Slate, title: str) -> Table:
-        """A slate as a table."""
+        """Returns a slate as a table."""
         table = Table("item", "score", "because", title=title, title_justify="left")
         for item in slate.items:
             reasons = "; ".join(reason.text for reason in item.reasons)
@@ -295,5 +292,5 @@ class _Cast:
 def _try_it(service: dict[str, Any], bundle: Path, user: str, screen: Console) -> None:
     body = json.dumps({"options": {"subject": {"userId": user}, "pageSize": 3, "explain": True}})
     url = f"http://{service['listen']}/penchant.v1.RankingService/Recommend"
-    screen.print(f"To ask it yourself, while it runs (or again after `penchant serve {bundle}`):")
+    screen.print(f"To try it yourself, while it runs (or again after `penchant serve {bundle}`):")
     screen.print(f"  buf curl --http2-prior-knowledge --protocol grpc -d '{body}' {url}", soft_wrap=True, markup=False)

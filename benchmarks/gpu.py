@@ -1,8 +1,8 @@
-"""Measures a GPU: the same answers as a CPU, how fast, and how near the speed of its memory.
+"""Measures a GPU: whether its answers are those of a CPU, its speed, and its share of the speed of its memory.
 
     python -m benchmarks.gpu [--data DATA] [--bundle BUNDLE] [--rows N ...] [--device cpu]
 
-Checks come before timings: a figure of wrong answers is none. Without a CUDA device it says "unproved: no CUDA device"
+Checks come before timings: a timing of wrong answers is none. Without a CUDA device it says "unproved: no CUDA device"
 and ends with status 3; `--device cpu --rows 20000 --seconds 2` rehearses every part where there is none. The last line
 is the result in JSON.
 """
@@ -29,13 +29,13 @@ from benchmarks.gpu_training import encoding, training
 from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.vocabulary import Vocabulary
-from serving.bundle.device_scan import LINES, DeviceScan, Form, Found
+from serving.bundle.device_scan import LINES, DeviceScan, Form, ScanResult
 from serving.bundle.model import Model
 from serving.bundle.vector_index import Index
 from training.export.index import build
 
 UNPROVED = 3
-"""Exit status where there is no CUDA device."""
+"""Exit status if there is no CUDA device."""
 ROWS = (10_000_000, 100_000_000)
 DIM = 64
 K = 100
@@ -49,7 +49,7 @@ onnxruntime: Any = _onnxruntime
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs every part; the exit status is 0, 1 where a check failed, or `UNPROVED`."""
+    """Runs every part; returns the exit status: 0, 1 if a check failed, or `UNPROVED`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
@@ -76,10 +76,10 @@ def main(arguments: Sequence[str]) -> int:
         result[name] = step()
         seconds = time.monotonic() - started
         print(f"{name}, {seconds:.1f} s: {json.dumps(result[name])}", file=sys.stderr, flush=True)
-    for one in result["retrieval"]:
-        for line in one["timings"]:
-            line["of_copy"] = round(line["gb_s"] / result["copy_gb_s"], 3)
-            line["scan_of_copy"] = round(line["scan_gb_s"] / result["copy_gb_s"], 3)
+    for scans in result["retrieval"]:
+        for timing in scans["timings"]:
+            timing["of_copy"] = round(timing["gb_s"] / result["copy_gb_s"], 3)
+            timing["scan_of_copy"] = round(timing["scan_gb_s"] / result["copy_gb_s"], 3)
     result["faults"] = [fault for fault in _faults(result) if fault]
     result["seconds"] = round(time.monotonic() - began, 1)
     print(json.dumps(result))
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """The device and what drives it."""
+    """Returns the device, its memory and the versions of its software."""
     if device.type != "cuda":
         return {"name": "none, a rehearsal on the CPU", "torch": torch.__version__}
     facts = torch.cuda.get_device_properties(device)
@@ -100,7 +100,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second by a copy within the device's memory, in GB."""
+    """Returns the bytes read and written a second by a copy within the device's memory, in GB."""
     size = 1 << (31 if device.type == "cuda" else 24)
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
@@ -108,7 +108,8 @@ def copy_rate(device: torch.device) -> float:
 
 
 def milliseconds(device: torch.device, work: Callable[[], Any], rounds: int = 20) -> float:
-    """The median time of some work, by the device's own clock."""
+    """Returns the median time of some work, by the device's own clock."""
+    # The first rounds compile kernels and allocate memory.
     for _ in range(3):
         work()
     times = []
@@ -128,44 +129,44 @@ def milliseconds(device: torch.device, work: Callable[[], Any], rounds: int = 20
 
 
 def answers(device: torch.device, rows: int = 100_000, queries: int = 64) -> dict[str, int]:
-    """Answers of `Index` on the device against those on the CPU, to the bit, by any share of allowed rows.
+    """Compares answers of `Index` on the device with those on the CPU, to the bit, for any share of allowed rows.
 
     Returns:
-        `compared`, `different`, and `control`: how many differ where the device holds another vector for the best row
-        of each query, which must be all.
+        `compared`, `different`, and `control`: the number that differ if the device holds another vector for the best
+        row of each query, which must be all (`control_of`).
     """
     rng = np.random.default_rng(3)
     vectors = _vectors(rng, rows)
     ids = [f"i{row}" for row in range(rows)]
     catalog = Catalog(pa.table({"item_id": ids}), Vocabulary.build(ids), vectors)
     data = build(vectors[:rows], _vectors(rng, 20), 0.98, exact_up_to=rows).data
-    cpu, other = Index(data, catalog), _on(device, data, catalog, vectors)
+    on_cpu, on_device = Index(data, catalog), _on(device, data, catalog, vectors)
     catalog.put([{"item_id": f"new{number}"} for number in range(50)], _vectors(rng, 50), _NOW)
-    asked = _vectors(rng, queries)
+    queried = _vectors(rng, queries)
     compared = different = 0
     for share in (None, 0.5, 0.05, 0.03, 0.001):
         mask = rng.random(catalog.size) < (share or 1.0)
         allowed = None if share is None else np.packbits(mask, bitorder="little")
         for k in (1, 10, K):
-            expected, answer = cpu.search(asked, k, allowed), other.search(asked, k, allowed)
+            expected, answer = on_cpu.search(queried, k, allowed), on_device.search(queried, k, allowed)
             compared += queries
             different += _different(expected, answer)
     spoiled = vectors[:rows].copy()
-    spoiled[cpu.search(asked, 1)[0][:, 0] % rows] = 0
-    control = _different(cpu.search(asked, K), _on(device, data, catalog, spoiled).search(asked, K))
+    spoiled[on_cpu.search(queried, 1)[0][:, 0] % rows] = 0
+    control = _different(on_cpu.search(queried, K), _on(device, data, catalog, spoiled).search(queried, K))
     return {"compared": compared, "different": different, "control": control, "control_of": queries}
 
 
 def _on(device: torch.device, data: bytes, catalog: Catalog, vectors: npt.NDArray[np.float32]) -> Index:
-    """An index whose device holds `vectors`; scanned in bf16, which has more to prove."""
+    """Returns an index whose device holds `vectors`; scanned in bf16, which rounds and so has more to prove."""
     index = Index(data, catalog, "cpu")
     index._device_scan = DeviceScan(vectors[: catalog.base_size], device, "bfloat16")
     return index
 
 
 def _different(expected: tuple[Any, Any], answer: tuple[Any, Any]) -> int:
-    same = (expected[0] == answer[0]).all(1) & (expected[1] == answer[1]).all(1)
-    return int((~same).sum())
+    equal = (expected[0] == answer[0]).all(1) & (expected[1] == answer[1]).all(1)
+    return int((~equal).sum())
 
 
 def _vectors(rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
@@ -175,7 +176,7 @@ def _vectors(rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
 
 
 def retrieval(device: torch.device, rows: int) -> dict[str, Any]:
-    """Exactness against all scores in float64, and times, over random vectors of many lengths.
+    """Checks searches against all scores in float64 and times them, over random vectors of many lengths.
 
     Returns:
         `rows`, `checks` [{form, masked, wrong, unproven, apart, same_rows}] and `timings` [{form, batch, ms, scan_ms,
@@ -194,10 +195,11 @@ def retrieval(device: torch.device, rows: int) -> dict[str, Any]:
         scan = DeviceScan(vectors, device, form)
         for allowed in (None, bits):
             on_device = scan.bitmap(allowed)
-            found = scan.search(queries[:8], K, on_device)
-            differs = _check(vectors, queries[:8], on_device, found)
+            matches = scan.search(queries[:8], K, on_device)
+            differs = _check(vectors, queries[:8], on_device, matches)
             checks.append({"form": form, "masked": allowed is not None, **differs})
         timings += [_timed(scan, queries[:batch], bits) for batch in BATCHES]
+        # The memory of two scans of 100 million rows is more than the device has.
         del scan
     return {"rows": rows, "dim": DIM, "k": K, "checks": checks, "timings": timings}
 
@@ -225,7 +227,7 @@ def _timed(scan: DeviceScan, queries: Tensor, bits: npt.NDArray[np.uint8]) -> di
 
 
 def _recorded(device: torch.device, work: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work on a GPU without the time that the CPU takes to launch it, as a search runs it."""
+    """Returns the work without the time that the CPU takes to launch it, as a search runs it on a GPU."""
     if device.type != "cuda":
         return work
     work()
@@ -236,24 +238,24 @@ def _recorded(device: torch.device, work: Callable[[], Any]) -> Callable[[], Any
     return graph.replay
 
 
-def _check(vectors: Tensor, queries: Tensor, bits: Tensor | None, found: Found) -> dict[str, Any]:
-    """Counts what differs from the truth by more than rounding: a row is right if its true score is among the best."""
+def _check(vectors: Tensor, queries: Tensor, bits: Tensor | None, matches: ScanResult) -> dict[str, Any]:
+    """Counts the rows that differ from the truth by more than rounding: a right row's true score is among the best."""
     scores, rows = _truth(vectors, queries, bits)
     margin = _SAME * scores.abs().amax(1, keepdim=True)
-    own = (vectors[found.rows].double() * queries.double().unsqueeze(1)).sum(2)
-    wrong = (own < scores[:, -1:] - margin).sum() + (found.rows.sort(1).values.diff(dim=1) == 0).sum()
+    true_scores = (vectors[matches.rows].double() * queries.double().unsqueeze(1)).sum(2)
+    wrong = (true_scores < scores[:, -1:] - margin).sum() + (matches.rows.sort(1).values.diff(dim=1) == 0).sum()
     if bits is not None:
-        wrong = wrong + (~_set(found.rows, bits)).sum()
+        wrong = wrong + (~_set(matches.rows, bits)).sum()
     return {
         "wrong": int(wrong),
-        "unproven": int((~found.proven).sum()),
-        "apart": float((found.scores.double() - own).abs().max()),
-        "same_rows": float((rows.sort(1).values == found.rows.sort(1).values).float().mean()),
+        "unproven": int((~matches.proven).sum()),
+        "apart": float((matches.scores.double() - true_scores).abs().max()),
+        "same_rows": float((rows.sort(1).values == matches.rows.sort(1).values).float().mean()),
     }
 
 
 def _truth(vectors: Tensor, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The best `K` scores in float64 and their rows."""
+    """Returns the best `K` scores in float64 and their rows."""
     scores, rows = [], []
     for at in range(0, len(vectors), _CHUNK):
         part = queries.double() @ vectors[at : at + _CHUNK].double().T
@@ -271,11 +273,11 @@ def _set(rows: Tensor, bits: Tensor) -> Tensor:
 
 
 def models(device: str, path: Path | None) -> dict[str, Any]:
-    """The user encoder and the ranker by ONNX Runtime on the GPU: how far from the CPU's answers, and microseconds.
+    """Runs the user encoder and the ranker by ONNX Runtime on the GPU and on the CPU.
 
     Returns:
-        `unproved` and the reason where ONNX Runtime has no CUDA provider, or no bundle is given; else `apart` and `us`,
-        each {model: figure}, the latter on both devices.
+        `unproved` and the reason if ONNX Runtime has no CUDA provider, or no bundle is given; else `apart` (the largest
+        difference) and `us` (microseconds, on both devices), each {model: figure}.
     """
     if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return {"unproved": f"onnxruntime {onnxruntime.__version__} has no CUDA provider"}
@@ -294,23 +296,25 @@ def models(device: str, path: Path | None) -> dict[str, Any]:
     }
     apart = {name: float(np.abs(ask(cpu) - ask(gpu)).max()) for name, ask in work.items()}
     host = torch.device("cpu")
-    both = {"cpu": cpu, device: gpu}
+    by_device = {"cpu": cpu, device: gpu}
     us = {
-        f"{name}, {on}": round(1e3 * milliseconds(host, functools.partial(ask, model)), 1)
+        f"{name}, {place}": round(1e3 * milliseconds(host, functools.partial(ask, model)), 1)
         for name, ask in work.items()
-        for on, model in both.items()
+        for place, model in by_device.items()
     }
     return {"apart": apart, "us": us}
 
 
 def _faults(result: dict[str, Any]) -> list[str]:
     """Returns the faults of a result."""
-    found = result["answers"]
-    faults = [f"{found['different']} of {found['compared']} answers differ from the CPU's"] * bool(found["different"])
-    if found["control"] < found["control_of"]:
-        faults.append(f"control: {found['control']} of {found['control_of']} spoiled answers were noticed")
-    for one in result["retrieval"]:
-        faults += [f"{one['rows']} rows: {check}" for check in one["checks"] if check["wrong"] or check["unproven"]]
+    counts = result["answers"]
+    faults = [f"{counts['different']} of {counts['compared']} answers differ from the CPU's"] * bool(
+        counts["different"]
+    )
+    if counts["control"] < counts["control_of"]:
+        faults.append(f"control: {counts['control']} of {counts['control_of']} spoiled answers were noticed")
+    for scans in result["retrieval"]:
+        faults += [f"{scans['rows']} rows: {check}" for check in scans["checks"] if check["wrong"] or check["unproven"]]
     if any(apart > 1e-3 for apart in result["models"].get("apart", {}).values()):
         faults.append(f"models on the GPU are {result['models']['apart']} away from the CPU's")
     return [*faults, *result["encoding"]["faults"], *result["training"]["faults"]]

@@ -1,4 +1,4 @@
-"""Training and encoding on a GPU: the CPU's weights in float32, the same twice, checkpoints that move, and rates."""
+"""Training and encoding on a GPU: equal weights in float32, reproducible runs, checkpoints that move, and rates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from training.run import load_modules, sha256_of
 from training.runtime import exact, prepared
 from training.train import Material, initial_modules, read_material
 
-PEOPLE, FILMS, RATINGS = 6040, 3416, 1_000_000
+USERS, FILMS, RATINGS = 6040, 3416, 1_000_000
 CLOSE = 1e-4
 _LARGE = 32768
 _STEPS = 4
@@ -39,14 +39,14 @@ def training(device: torch.device, data: Path | None, seconds: float, epochs: in
 
     Args:
         device: The GPU, or the CPU for a rehearsal.
-        data: Canonical tables; None draws some of MovieLens-1M's shape, which have no meaning.
+        data: Canonical tables; None draws random ones of MovieLens-1M's shape.
         seconds: Longest time of each rate.
         epochs: Epochs of the training to quality; 0: those of the configuration.
 
     Returns:
-        `apart` {loss, weights}: relative difference from the CPU after some steps in float32, `control` where it is of
-        weights one step apart; `same_twice`; `moved`, the same of a checkpoint that goes on on the other device;
-        `tokens_per_second` {what: rate}; `quality`, as configured and with larger batches.
+        `apart` {loss, weights}: relative difference from the CPU after some steps in float32; `control`, that of
+        weights one step apart; `same_twice`; `moved`, that of a checkpoint that continues on the other device;
+        `tokens_per_second` {training: rate}; `quality`, as configured and with larger batches.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = data or drawn(Path(folder) / "data")
@@ -55,8 +55,12 @@ def training(device: torch.device, data: Path | None, seconds: float, epochs: in
             material = {kind: read_material(open_dataset(path), config, kind) for kind in {_CPU, device}}
             trial = _Trial(material, config, Path(folder))
             apart, moved = trial.apart(device), trial.moved(device)
-            control = apart.pop("control")
-            same = trial.digest(device) == trial.digest(device)
+            checks: dict[str, Any] = {
+                "control": apart.pop("control"),
+                "apart": apart,
+                "same_twice": trial.digest(device) == trial.digest(device),
+                "moved": moved,
+            }
             rates = {
                 "cpu": trial.rate(_CPU, seconds),
                 "gpu": trial.rate(device, seconds),
@@ -66,20 +70,24 @@ def training(device: torch.device, data: Path | None, seconds: float, epochs: in
                 trial.quality(device, epochs or config.epochs, **changes)
                 for changes in ({}, {"batch_tokens": 8192, "learning_rate": 0.006})
             ]
-    faults = [f"float32 training differs from the CPU's: {apart}"] * (max(apart.values()) > CLOSE)
-    faults += [f"control: weights one step apart are only {control} apart"] * (control <= CLOSE)
-    faults += ["the same seed gave other weights"] * (not same)
-    faults += [f"a checkpoint did not move between devices: {moved}"] * (max(moved.values()) > CLOSE)
     return {
         "data": "drawn" if data is None else data.name,
-        "apart": apart,
-        "control": control,
-        "same_twice": same,
-        "moved": moved,
+        **checks,
         "tokens_per_second": rates,
         "quality": quality,
-        "faults": faults,
+        "faults": list(_faults(**checks)),
     }
+
+
+def _faults(apart: dict[str, float], control: float, same_twice: bool, moved: dict[str, float]) -> Iterator[str]:
+    if max(apart.values()) > CLOSE:
+        yield f"float32 training differs from the CPU's: {apart}"
+    if control <= CLOSE:
+        yield f"control: weights one step apart are only {control} apart"
+    if not same_twice:
+        yield "the same seed gave other weights"
+    if max(moved.values()) > CLOSE:
+        yield f"a checkpoint did not move between devices: {moved}"
 
 
 class _Trial:
@@ -88,8 +96,13 @@ class _Trial:
     def __init__(self, material: dict[torch.device, Material], config: TrainConfig, folder: Path) -> None:
         self.material, self.config, self.folder, self.number = material, config, folder, 0
 
+<<<<<<< HEAD
     def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> EncoderTrainer:
         """A training that has not begun; into its own folder unless `out` is given."""
+=======
+    def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> Fit:
+        """Returns a training that has not begun; in a folder of its own unless `out` is given."""
+>>>>>>> house
         self.number += 1
         out = out or self.folder / f"run-{self.number}"
         out.mkdir(exist_ok=True)
@@ -99,8 +112,13 @@ class _Trial:
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         return EncoderTrainer(out, config, material.data, material.division, modules, bags)
 
+<<<<<<< HEAD
     def steps(self, fit: EncoderTrainer, count: int) -> list[float]:
         """Goes some steps on; their losses."""
+=======
+    def steps(self, fit: Fit, count: int) -> list[float]:
+        """Continues by some steps; returns their losses."""
+>>>>>>> house
         plan = fit.batches.epoch(fit.state.epoch)
         losses = []
         for _ in range(count):
@@ -109,7 +127,7 @@ class _Trial:
         return [float(loss) for loss in losses]
 
     def apart(self, device: torch.device) -> dict[str, float]:
-        """The largest differences of losses and weights from the CPU's, in float32 and without dropout."""
+        """Returns the largest differences of losses and weights from the CPU's, in float32 and without dropout."""
         with exact():
             fits = [self.fit(kind, dropout=0.0, id_dropout=0.0) for kind in (_CPU, device)]
             losses = [self.steps(fit, _STEPS) for fit in fits]
@@ -119,7 +137,7 @@ class _Trial:
         return {"loss": loss, "weights": weights, "control": _weights_apart(*fits)}
 
     def moved(self, device: torch.device) -> dict[str, float]:
-        """How far weights are apart where a checkpoint of one device went on on the other, or on its own."""
+        """Returns the difference of the weights if a checkpoint of one device continues on the other or on its own."""
         apart = {}
         with exact():
             for begin, end in ((device, _CPU), (_CPU, device)):
@@ -134,13 +152,13 @@ class _Trial:
         return apart
 
     def digest(self, device: torch.device) -> dict[str, str] | str:
-        """A digest of the weights after some steps, as trainings take them: with dropout and fast products."""
+        """Returns a digest of the weights after some steps as trainings take them: with dropout and fast products."""
         fit = self.fit(device)
         self.steps(fit, _STEPS * 2)
         return sha256_of(fit._weights())
 
     def rate(self, device: torch.device, seconds: float, **changes: Any) -> float:
-        """Real tokens a second, after some steps that compile and load what the others need."""
+        """Returns the real tokens a second, after steps that compile kernels and fill caches for the others."""
         fit = self.fit(device, **changes)
         plan = fit.batches.epoch(0)
         warm = min(_WARM, len(plan) // 2)
@@ -158,7 +176,7 @@ class _Trial:
 
         Returns:
             `batch_tokens`, `seconds` of the encoders, `epochs`, `best_validation`, `hit@10`, `ndcg@10`, and
-            `utilisation`, the mean share of time in which the GPU was at work, None where nothing tells.
+            `utilisation`, the mean share of time in which the GPU was at work, None if its driver does not say.
         """
         fit = self.fit(device, epochs=epochs, **changes)
         with _watched(device) as shares:
@@ -185,16 +203,21 @@ class _Trial:
             table = fit.modules.item.eval().table(fit.bags, fit.known)
         users = user_vectors(fit.modules.user, table, fit.data, targets, self.config.max_length)
         vectors, ranks = table.float().cpu().numpy(), []
+<<<<<<< HEAD
         for part in slices(len(targets)):
             some = targets.take(np.arange(part.start, part.stop))
+=======
+        for part in lines(len(targets)):
+            chunk = targets.take(np.arange(part.start, part.stop))
+>>>>>>> house
             scores = users[part] @ vectors.T
-            mask_seen(scores, seen_before(fit.data, some))
-            ranks.append(ranks_of(scores, some.rows(fit.data)))
+            mask_seen(scores, seen_before(fit.data, chunk))
+            ranks.append(ranks_of(scores, chunk.rows(fit.data)))
         return np.concatenate(ranks)
 
 
 def encoding(device: torch.device, users: int = 4096, length: int = 200) -> dict[str, Any]:
-    """The user encoder of MovieLens's size over whole histories: users a second, and how far from the CPU's vectors."""
+    """Measures a user encoder of MovieLens's size over whole histories: users a second, difference from the CPU."""
     torch.manual_seed(0)
     encoder = UserEncoder(EncoderShape(64, 2, 2, 256, length, 3, 0.2)).eval()
     vectors, types = 0.1 * torch.randn(users, length, 64), torch.randint(1, 4, (users, length))
@@ -208,25 +231,25 @@ def encoding(device: torch.device, users: int = 4096, length: int = 200) -> dict
         rates = {}
         for name, kind, size in (("gpu", device, users), ("cpu", _CPU, few)):
             encoder.to(kind)
-            given = [tensor[:size].to(kind) for tensor in inputs]
-            encoder.last(*given)
+            batch = [tensor[:size].to(kind) for tensor in inputs]
+            encoder.last(*batch)
             _wait(kind)
             began = time.monotonic()
             for _ in range(3):
-                encoder.last(*given)
+                encoder.last(*batch)
             _wait(kind)
             rates[name] = round(3 * size / (time.monotonic() - began))
     faults = [f"user vectors on the GPU are {apart} away from the CPU's"] * (apart > CLOSE)
     return {"apart": apart, "users_per_second": rates, "events": length, "faults": faults}
 
 
-def drawn(out: Path, people: int = PEOPLE, items: int = FILMS, events: int = RATINGS) -> Path:
-    """A data set of MovieLens-1M's shape: what follows an item is one of its few neighbours, else what is popular."""
+def drawn(out: Path, users: int = USERS, items: int = FILMS, events: int = RATINGS) -> Path:
+    """Writes a data set of MovieLens-1M's shape: an item is followed by one of a few neighbours or by a popular one."""
     rng = np.random.default_rng(0)
     popular = rng.zipf(1.3, 4 * events)
     popular = popular[popular <= items][:events] - 1
-    lengths = np.maximum(20, rng.lognormal(4.6, 0.9, people) * events / people / 150).astype(int)
-    user = np.repeat(np.arange(people), lengths)
+    lengths = np.maximum(20, rng.lognormal(4.6, 0.9, users) * events / users / 150).astype(int)
+    user = np.repeat(np.arange(users), lengths)
     item = popular[np.arange(user.size) % popular.size]
     follows = rng.random(user.size) < 0.5
     for at in np.flatnonzero(follows[1:] & (user[1:] == user[:-1])) + 1:
@@ -250,9 +273,18 @@ def _complete(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+<<<<<<< HEAD
 def _weights_apart(one: EncoderTrainer, other: EncoderTrainer) -> float:
     """The length of the difference over that of the weights; Adam makes whole steps of a gradient that is rounding."""
     a, b = (torch.cat([w.detach().cpu().double().flatten() for w in fit._weights().values()]) for fit in (one, other))
+=======
+def _weights_apart(first: Fit, second: Fit) -> float:
+    """Returns the length of the difference over that of the weights."""
+    # One norm of all weights, not the largest difference: Adam takes whole steps of a gradient that is mere rounding.
+    a, b = (
+        torch.cat([w.detach().cpu().double().flatten() for w in fit._weights().values()]) for fit in (first, second)
+    )
+>>>>>>> house
     return float((a - b).norm() / a.norm())
 
 
@@ -263,11 +295,12 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _watched(device: torch.device) -> Iterator[list[float]]:
-    """Shares of time in which the GPU was at work, while the block runs; none where its driver does not tell."""
+    """Yields shares of time in which the GPU was at work while the block runs; none if its driver does not say."""
     shares: list[float] = []
     end = threading.Event()
 
     def watch() -> None:
+        # torch reads it through the NVIDIA driver's own library, which not every machine has.
         with contextlib.suppress(ModuleNotFoundError, RuntimeError):
             while not end.wait(0.2):
                 shares.append(torch.cuda.utilization(device) / 100)

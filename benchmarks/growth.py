@@ -1,8 +1,8 @@
-"""Does the cost of training grow as the work does? Tokens per second and memory at 10^6, 10^7 and 10^8 events.
+"""Scaling of the cost of training: tokens per second and memory at 10^6, 10^7 and 10^8 events.
 
-For each size a simple world is written straight into the canonical tables, in row groups, and a training of its own
-process prepares it. Then the trainings take turns of some seconds, so that a slow moment of the machine hits all of
-them: one goes on while the others are stopped. Tokens and times are the training's own, from step to step.
+For each size a simple world is written straight into the canonical tables, in row groups, and a training in a process
+of its own prepares it. Then the trainings alternate every few seconds, so that a slow moment of the machine hits all of
+them: one runs while the others are stopped. Tokens and times are the training's own, from step to step.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from training.models.encoders import ItemBags
 from training.runtime import prepared
 from training.train import initial_modules, read_material
 
-PER_PERSON = 100
-"""Mean events of a person, between half and one and a half times as many."""
-GROUP_PEOPLE = 10_000
+EVENTS_PER_USER = 100
+"""Mean number of events of a user; each has between half and one and a half times as many."""
+GROUP_USERS = 10_000
 CLUSTERS = 100
 SAMPLE_S = 0.1
 SETTLE_S = 5.0
-"""Seconds of a turn that are not measured, for pages and caches to come back."""
+"""Unmeasured seconds after a training is resumed, in which its pages and caches return."""
 _COUNTER = struct.Struct("<qqd")  # steps, tokens, moment of the last step (monotonic)
 
 
@@ -58,31 +58,27 @@ def growth(
 
     Args:
         sizes: Numbers of events.
-        seconds: Steady seconds of each training that are measured, in `rounds` turns.
-        rounds: Turns of each training.
+        seconds: Measured seconds of each training, over all its `rounds`.
+        rounds: Number of times that each training is resumed.
         items: Number of items, the same for all.
         threads: Threads of a training; 0 means one per core.
-        folder: Where there is room for about 25 bytes an event, twice; None is the system's place for temporary files.
+        folder: A folder with room for about 25 bytes an event, twice; None is the system's folder of temporary files.
 
     Returns:
         `sizes` {events: `generate_seconds`, `prepare_seconds` up to the first step (all at once, so they wait for one
-        another) and `prepare_cpu_seconds`, `tokens_per_second`, `rounds` (of each turn), `tokens`, `seconds`,
+        another) and `prepare_cpu_seconds`, `tokens_per_second`, `rounds` (the rate of each), `tokens`, `seconds`,
         `peak_anonymous_mib`}, `slowest_to_fastest` (ratio of rates), `memory_ratio`, and the circumstances.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        trainings = []
+        trainings: list[Training] = []
         try:
             for size in sorted(sizes, reverse=True):  # all are prepared at once, the longest begins first
                 trainings.append(Training.start(Path(name), size, items, threads))
-            trainings.reverse()
-            for training in trainings:
-                training.warm_up()
-            for turn in range(rounds):
-                for training in trainings if turn % 2 == 0 else trainings[::-1]:
-                    training.turn(seconds / rounds)
+            _alternate(trainings[::-1], rounds, seconds / rounds)
         finally:
             for training in trainings:
                 training.end()
+    trainings.reverse()
     rates = [training.tokens / training.seconds for training in trainings]
     peaks = [training.peak_kib for training in trainings]
     return {
@@ -95,27 +91,36 @@ def growth(
     }
 
 
+def _alternate(trainings: Sequence[Training], rounds: int, seconds: float) -> None:
+    for training in trainings:
+        training.warm_up()
+    for number in range(rounds):
+        # Back and forth, so that none is always measured in the wake of the same other one.
+        for training in trainings if number % 2 == 0 else trainings[::-1]:
+            training.measure(seconds)
+
+
 def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
-    """Writes about `events` events of people who mostly stay in one of `CLUSTERS` groups of items, in time order."""
+    """Writes about `events` events of users who mostly stay in one of `CLUSTERS` groups of items, in time order."""
     out.mkdir(parents=True)
     names = pa.array([f"item-{row}" for row in range(items)])
     fields = [EVENTS.field(name) for name in ("user_id", "item_id", "event_type", "timestamp")]
     pq.write_table(pa.table({"item_id": names}, schema=pa.schema([ITEMS.field("item_id")])), out / "items.parquet")
     rng = np.random.default_rng(seed)
-    people = max(1, events // PER_PERSON)
+    users = max(1, events // EVENTS_PER_USER)
     with pq.ParquetWriter(out / "events.parquet", pa.schema(fields), compression="zstd") as writer:
-        for start in range(0, people, GROUP_PEOPLE):
-            count = min(GROUP_PEOPLE, people - start)
-            lengths = rng.integers(PER_PERSON // 2, PER_PERSON * 3 // 2 + 1, count)
+        for start in range(0, users, GROUP_USERS):
+            count = min(GROUP_USERS, users - start)
+            lengths = rng.integers(EVENTS_PER_USER // 2, EVENTS_PER_USER * 3 // 2 + 1, count)
             owner = np.repeat(np.arange(start, start + count), lengths)
             size = owner.size
-            # A step further in the person's own cluster, or an item of a popularity that falls off, at random.
+            # The next item of the user's own cluster, or an item drawn by a popularity that falls off.
             walk = (np.arange(size) * 7 + owner) % (items // CLUSTERS) * CLUSTERS + owner % CLUSTERS
             popular = (items * rng.random(size) ** 3).astype(np.int64)
             rows = np.where(rng.random(size) < 0.7, walk, popular)
             place = np.arange(size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             columns = [
-                pa.array([f"person-{person}" for person in range(start, start + count)]).take(owner - start),
+                pa.array([f"user-{user}" for user in range(start, start + count)]).take(owner - start),
                 names.take(rows),
                 pa.array(["view_item"]).take(np.zeros(size, np.int64)),
                 pa.array(1_600_000_000_000 + owner % 86_400 * 1_000 + place * 60_000),
@@ -125,7 +130,7 @@ def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
 
 @dataclass
 class Training:
-    """One training in a process of its own, and what was seen of it."""
+    """A training in a process of its own, and its measures."""
 
     size: int
     process: subprocess.Popen[bytes]
@@ -140,7 +145,7 @@ class Training:
 
     @classmethod
     def start(cls, folder: Path, size: int, items: int, threads: int) -> Training:
-        """Makes the world and begins to prepare it."""
+        """Writes the world and starts a training that prepares it."""
         began = time.monotonic()
         write_world(folder / f"{size}", size, items)
         generated = time.monotonic()
@@ -153,15 +158,15 @@ class Training:
         return training
 
     def warm_up(self) -> None:
-        """Waits until steps are made, and stops the training."""
+        """Waits for the first steps, and stops the training."""
         while not self.prepare_seconds:
             self._alive()
             time.sleep(SAMPLE_S)
         time.sleep(SETTLE_S)
         self.process.send_signal(signal.SIGSTOP)
 
-    def turn(self, seconds: float) -> None:
-        """Lets the training go on and measures it, from the end of one step to the end of another."""
+    def measure(self, seconds: float) -> None:
+        """Resumes the training and measures it, from the end of one step to the end of another."""
         self.process.send_signal(signal.SIGCONT)
         time.sleep(SETTLE_S)
         _, before, began = self._read()
@@ -179,7 +184,7 @@ class Training:
         self.process.wait()
 
     def figures(self) -> dict[str, Any]:
-        """What is reported."""
+        """Returns the measures that are reported."""
         return {
             "generate_seconds": self.generate_seconds,
             "prepare_seconds": self.prepare_seconds,
@@ -200,11 +205,11 @@ class Training:
             raise BenchmarkError(f"the training ended by itself with status {self.process.returncode}: see above")
 
     def _watch(self, began: float) -> None:
-        about = Path(f"/proc/{self.process.pid}")
+        proc = Path(f"/proc/{self.process.pid}")
         while self.process.poll() is None:
             try:
-                lines = (about / "status").read_text(encoding="ascii").splitlines()
-                used = (about / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[11:13]
+                lines = (proc / "status").read_text(encoding="ascii").splitlines()
+                used = (proc / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[11:13]
             except OSError:
                 return
             if not self.prepare_seconds and self._read()[0] > 0:
@@ -215,7 +220,7 @@ class Training:
 
 
 def _train(data: Path, counter: Path, threads: int) -> None:
-    """Trains until it is killed, and keeps the counter."""
+    """Trains until it is killed, and keeps the counter up to date."""
     settings = {"threads": threads, "device": "cpu", "epochs": 10_000, "patience": 10_000, "content": False}
     config = load_config(None, {**settings, "validation_users": 500})
     out = data.with_suffix(".run")
@@ -228,10 +233,11 @@ def _train(data: Path, counter: Path, threads: int) -> None:
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         fit = EncoderTrainer(out, config, material.data, material.division, modules, bags)
 
-        def keep(step: int) -> None:
+        def count(step: int) -> None:
+            # One write of a few bytes, so that a reader never sees half of it.
             os.pwrite(file.fileno(), _COUNTER.pack(step, fit.state.tokens, time.monotonic()), 0)
 
-        fit.on_step = keep
+        fit.on_step = count
         fit.run()
 
 

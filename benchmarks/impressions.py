@@ -1,4 +1,4 @@
-"""`penchant bench impressions`: the ranker on a feed's last day, beside plain rates and LightGBM on its features."""
+"""`penchant bench impressions`: the ranker on a feed's last day, compared with plain rates and with LightGBM."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     """Measures a run on the impressions after its cut, and logs that in the run.
 
     LightGBM gets the very matrix that the ranker reads, is tuned on the validation day by random search, and is trained
-    on the same lines.
+    on the same examples.
 
     Args:
         run: A run with `protocol: temporal` whose ranker learned from impressions.
         python: An interpreter that has lightgbm.
         trials: Sets of settings that are tried for each action.
-        data: The data set, where it has moved.
+        data: The data set, if it has moved.
 
     Returns:
-        What `evaluate --protocol impressions` answers, `lightgbm` among its baselines; `ahead` {`ACTION/METRIC`: ours
-        minus LightGBM's, {mean, low, high}}; `lightgbm` {version, trials, choices}, `lines`, `seconds`.
+        The result of `evaluate --protocol impressions`, with `lightgbm` among its baselines; `ahead` {`ACTION/METRIC`:
+        Penchant's minus LightGBM's, {mean, low, high}}; `lightgbm` {version, trials, choices}, `lines` (examples of
+        each part), `seconds`.
 
     Raises:
         TrainingError: The run did not learn from impressions, or LightGBM failed.
@@ -66,48 +67,73 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     material, shown = read_test_material([loaded], data)
     with prepared(loaded.config.threads), exact(), torch.inference_mode():
         feed = _feed(loaded, material, shown)
+<<<<<<< HEAD
         tested = predict_test([loaded], material.data, shown)
     peer, said = _lightgbm(feed, tested, python, trials, loaded.config.seed)
     beside = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.examples)}
     names = [action.name for action in material.actions]
     measured = compare([loaded], material.data.items, tested, beside)
+=======
+        tested = test([loaded], material.data, shown)
+    peer, peer_facts = _lightgbm(feed, tested, python, trials, loaded.config.seed)
+    rivals = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.lines)}
+    names = [action.name for action in material.actions]
+    measured = compared([loaded], material.data.items, tested, rivals)
+>>>>>>> house
     note_evaluation(run, measured)
     return {
         **measured,
         "ahead": _ahead(names, tested, peer),
-        "lightgbm": said,
+        "lightgbm": peer_facts,
         "lines": {"train": int((~feed.validates).sum()), "validation": int(feed.validates.sum())},
         "seconds": round(time.monotonic() - began, 1),
         **facts(),
     }
 
 
+<<<<<<< HEAD
 def _feed(run: LoadedRun, material: Material, shown: Examples) -> RankerDataset:
     """What trained the ranker."""
     teller = PointInTimeStatistics(
         material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
     )
     feed = read_ranker_dataset(teller, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
+=======
+def _feed(run: LoadedRun, material: Material, shown: Shown) -> RankerDataset:
+    """Returns the examples that trained the ranker."""
+    statistics = PointInTimeStatistics(
+        material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
+    )
+    feed = read_feed(statistics, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
+>>>>>>> house
     assert feed is not None
     return feed
 
 
 def _lightgbm(
+<<<<<<< HEAD
     feed: RankerDataset, tested: ScoredExamples, python: Path, trials: int, seed: int
 ) -> tuple[Probabilities, dict[str, Any]]:
     """What LightGBM says of the test, and how it was made."""
+=======
+    feed: RankerDataset, tested: Tested, python: Path, trials: int, seed: int
+) -> tuple[Chances, dict[str, Any]]:
+    """Returns LightGBM's probabilities for the test, and its version and settings."""
+>>>>>>> house
     features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
-    given: dict[str, Any] = {f"{name}_x": features[mask] for name, mask in parts.items()}
-    given |= {f"{name}_y": labels[mask] for name, mask in parts.items()}
-    asked = np.concatenate([tested.live.features.numpy(), tested.slate.features.numpy()])
+    arrays: dict[str, Any] = {f"{name}_x": features[mask] for name, mask in parts.items()}
+    arrays |= {f"{name}_y": labels[mask] for name, mask in parts.items()}
+    test_x = np.concatenate([tested.live.features.numpy(), tested.slate.features.numpy()])
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "in.npz", Path(folder) / "out.npz"
-        np.savez(source, test_x=asked, trials=trials, seed=seed, **given)
+        # The labels of the test are not handed over.
+        np.savez(source, test_x=test_x, trials=trials, seed=seed, **arrays)
         command = [str(python), str(_PEER), str(source), str(out)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if run.returncode:
             raise TrainingError(f"{python} {_PEER.name} failed: it needs an interpreter with numpy and lightgbm")
+<<<<<<< HEAD
         with np.load(out) as answer:
             live, slate = np.split(answer["chances"].astype(np.float64), 2)
             said = {"version": done.stdout.split()[-1], "trials": trials, "choices": json.loads(str(answer["choices"]))}
@@ -124,3 +150,21 @@ def _ahead(names: Sequence[str], tested: ScoredExamples, peer: Probabilities) ->
         my_draws, their_draws = (resample_metrics(labels[:, action], probabilities, people) for probabilities in both)
         found |= {f"{name}/{n}": value for n, value in with_intervals(mine - theirs, my_draws - their_draws).items()}
     return found
+=======
+        with np.load(out) as predictions:
+            live, slate = np.split(predictions["chances"].astype(np.float64), 2)
+            choices = json.loads(str(predictions["choices"]))
+    return Chances(live, slate), {"version": run.stdout.split()[-1], "trials": trials, "choices": choices}
+
+
+def _ahead(names: Sequence[str], tested: Tested, peer: Chances) -> dict[str, dict[str, float]]:
+    """Returns Penchant's metrics minus LightGBM's, with intervals by drawing the same users for both."""
+    labels, users = tested.lines.labels(), tested.lines.people
+    margins: dict[str, dict[str, float]] = {}
+    for action, name in enumerate(names):
+        pair = tested.chances.of(action), peer.of(action)
+        values, peer_values = (values_of(labels[:, action], chances, users) for chances in pair)
+        draws, peer_draws = (resampled(labels[:, action], chances, users) for chances in pair)
+        margins |= {f"{name}/{n}": value for n, value in spread(values - peer_values, draws - peer_draws).items()}
+    return margins
+>>>>>>> house

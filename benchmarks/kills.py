@@ -1,8 +1,8 @@
-"""A training that is killed again and again ends exactly as one that is left alone: weights, optimizer and all files.
+"""A training that is killed again and again ends exactly as an undisturbed one: weights, optimizer and all files.
 
 `penchant train` runs in a process of its own and gets SIGKILL: while it starts, between checkpoints, in the middle of
 writing one (its unfinished file is then still there after the death, which is checked), and while the heads are
-trained after the encoders. The same command then goes on.
+trained after the encoders. The same command then continues.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ POLL_S = 0.0005
 LONGEST_S = 1800.0
 
 
-def kills(count: int = 20, *, seed: int = 0, people: int = 400, epochs: int = 12) -> dict[str, Any]:
+def kills(count: int = 20, *, seed: int = 0, users: int = 400, epochs: int = 12) -> dict[str, Any]:
     """Kills a training `count` times at moments drawn from `seed`, and compares its end.
 
     Args:
         count: Number of kills; a third of them (rounded up) inside a checkpoint, a fifth while the heads train.
         seed: Seed of the moments, and of the training.
-        people: People of the simulated data set.
+        users: Users of the simulated data set.
         epochs: Epochs of the training.
 
     Returns:
@@ -59,87 +59,87 @@ def kills(count: int = 20, *, seed: int = 0, people: int = 400, epochs: int = 12
         `seconds` (undisturbed and killed), and the circumstances.
 
     Raises:
-        BenchmarkError: The two ends differ, or a training failed by itself.
+        BenchmarkError: The two ends differ, or a training failed on its own.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare("simulated", None, folder / "data", users=people, items=300)
+        prepare("simulated", None, folder / "data", users=users, items=300)
         settings = SETTINGS | {"epochs": epochs}
-        alone = Life(folder / "data", folder / "alone", seed, settings)
-        alone.go_on(lambda: False)
-        killed = Life(folder / "data", folder / "killed", seed, settings)
-        done = killed.suffer(count, alone.lasted, np.random.default_rng(seed))
-        one, other = _end(folder / "alone"), _end(folder / "killed")
-        differing = [key for key in one if one[key] != other[key]]
+        undisturbed = InterruptedTraining(folder / "data", folder / "undisturbed", seed, settings)
+        undisturbed.resume(lambda: False)
+        killed = InterruptedTraining(folder / "data", folder / "killed", seed, settings)
+        moments = killed.suffer(count, undisturbed.milestones, np.random.default_rng(seed))
+        expected, end = _end(folder / "undisturbed"), _end(folder / "killed")
+        differing = [key for key in expected if expected[key] != end[key]]
         if differing:
-            first = next((pair for pair in zip(one["log"], other["log"], strict=False) if pair[0] != pair[1]), None)
+            lines = zip(expected["log"], end["log"], strict=False)
             raise BenchmarkError(
-                f"after {dict(done)} the training ended otherwise in {', '.join(differing)}; the first validation that "
-                f"differs, undisturbed and killed: {first}"
+                f"after {dict(moments)} the training ended otherwise in {', '.join(differing)}; the first validation "
+                f"that differs, undisturbed and killed: {next((pair for pair in lines if pair[0] != pair[1]), None)}"
             )
         return {
-            "kills": dict(sorted(done.items())),
+            "kills": dict(sorted(moments.items())),
             "attempts": killed.attempts,
             "identical": True,
-            "sha256": one["sha256"],
-            "steps": one["steps"],
-            "seconds": {"undisturbed": round(alone.seconds, 1), "killed": round(killed.seconds, 1)},
+            "sha256": end["sha256"],
+            "steps": end["steps"],
+            "seconds": {"undisturbed": round(undisturbed.seconds, 1), "killed": round(killed.seconds, 1)},
             "settings": settings,
             **facts(),
         }
 
 
-class Life:
+class InterruptedTraining:
     """One training, in as many processes as it takes.
 
     Attributes:
-        lasted: Seconds of the last process that came to the end: to the first checkpoint, to the encoders' end, to the
-            end.
+        milestones: Seconds of the last process that finished: until the first checkpoint, until the encoders were
+            trained, until the end.
         attempts: Processes started.
         seconds: Time that they took together.
     """
 
     def __init__(self, data: Path, out: Path, seed: int, settings: Mapping[str, Any]) -> None:
-        chosen = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+        options = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
         self.command = [sys.executable, "-m", "penchant", "train", str(data), "--out", str(out), "--seed", str(seed)]
-        self.command += chosen
+        self.command += options
         self.out = out
         self.checkpoint, self.draft = out / "checkpoint.safetensors", out / "checkpoint.safetensors.draft"
-        self.lasted = (0.0, 0.0, 0.0)
+        self.milestones = (0.0, 0.0, 0.0)
         self.attempts, self.seconds = 0, 0.0
 
-    def suffer(self, count: int, lasted: tuple[float, float, float], rng: np.random.Generator) -> Counter[str]:
-        """Gets killed `count` times, then comes to its end."""
-        started, trained, ended = lasted
+    def suffer(self, count: int, milestones: tuple[float, float, float], rng: np.random.Generator) -> Counter[str]:
+        """Gets killed `count` times, then trains to its end; returns the number of kills by moment."""
+        started, trained, ended = milestones
         writes, heads = -(-count // 3), count // 5
-        wanted = ["write"] * writes + ["anywhere"] * (count - writes - heads)
-        wanted = [*rng.permutation(wanted), *["heads"] * heads]
-        done: Counter[str] = Counter()
-        while wanted:
-            moment = str(wanted[0])
+        planned = ["write"] * writes + ["anywhere"] * (count - writes - heads)
+        planned = [*rng.permutation(planned), *["heads"] * heads]
+        moments: Counter[str] = Counter()
+        while planned:
+            moment = str(planned[0])
             # Short against the whole, so that the training does not come to its end before the last kill.
             wait = float(rng.random()) * (trained - started) / (2 * count)
             if moment == "heads":
                 wait = float(rng.random()) * (ended - trained) * 0.9
             elif moment == "anywhere" and rng.random() < 0.25:
                 moment, wait = "start", float(rng.random()) * started
-            if not self.go_on(self._moment(moment, wait)):
-                raise BenchmarkError(f"the training was over before {len(wanted)} kills: make it longer")
+            if not self.resume(self._moment(moment, wait)):
+                raise BenchmarkError(f"the training was over before {len(planned)} kills: make it longer")
             if moment == "write" and not self.draft.exists():
-                moment = "anywhere"  # it was too fast; the next one is again meant to hit the writing
-                if "anywhere" in wanted:
-                    wanted.remove("anywhere")
+                moment = "anywhere"  # the writing was over; the next kill is again meant to hit one
+                if "anywhere" in planned:
+                    planned.remove("anywhere")
             else:
-                wanted.pop(0)
-            done[moment] += 1
-        self.go_on(lambda: False)
-        return done
+                planned.pop(0)
+            moments[moment] += 1
+        self.resume(lambda: False)
+        return moments
 
-    def go_on(self, due: Callable[[], bool]) -> bool:
-        """Runs the command until it is due to be killed; returns whether it was, False where it came to its end.
+    def resume(self, due: Callable[[], bool]) -> bool:
+        """Runs the command until it is due to be killed; returns True if it was, False if it finished before.
 
         Raises:
-            BenchmarkError: It failed by itself, or takes too long.
+            BenchmarkError: The training failed on its own, or takes too long.
         """
         began, last = time.monotonic(), _changed(self.checkpoint)
         started = trained = 0.0
@@ -166,14 +166,14 @@ class Life:
                 run.wait()
             self.seconds += time.monotonic() - began
             if run.returncode == 0:
-                self.lasted = started, trained, time.monotonic() - began
+                self.milestones = started, trained, time.monotonic() - began
             elif run.returncode > 0:
                 errors.seek(0)
                 raise BenchmarkError(f"the training failed: {errors.read()[-2000:].decode(errors='replace')}")
         return run.returncode != 0
 
     def _moment(self, name: str, wait: float) -> Callable[[], bool]:
-        """What says that the moment has come, `wait` seconds after what it waits for."""
+        """Returns a function that is true from `wait` seconds after the state that the moment is named after."""
         last, reached = _changed(self.checkpoint), [0.0]
         begin: dict[str, Callable[[], bool]] = {
             "start": lambda: True,
@@ -201,13 +201,13 @@ def _changed(path: Path) -> int:
 
 
 def _is_finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint says that the encoders are trained."""
+    """Returns True if a checkpoint says that the encoders are trained."""
     return _says_finished(checkpoint, _changed(checkpoint))
 
 
 @lru_cache(maxsize=1)
 def _says_finished(checkpoint: Path, changed: int) -> bool:
-    """Looks once at each checkpoint, for this is asked a thousand times a second."""
+    # Each checkpoint is read once only, because this is called a thousand times a second.
     if not changed:
         return False
     try:
@@ -219,7 +219,7 @@ def _says_finished(checkpoint: Path, changed: int) -> bool:
 
 
 def _end(out: Path) -> dict[str, Any]:
-    """What must be the same."""
+    """Returns the parts of a finished training that must be the same, killed or not."""
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     digests = result["sha256"] | {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in FILES}

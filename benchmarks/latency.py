@@ -37,13 +37,13 @@ PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
 
 @dataclass
 class Tally:
-    """What came back.
+    """The results of the calls.
 
     Attributes:
         histogram: Latencies from the intended start, in microseconds, three digits.
         errors: Number of failed calls, by gRPC status.
         rungs: Number of answers, by rung.
-        degraded: Number of answers that gave something up, by part.
+        degraded: Number of degraded answers, by part.
         short: Number of answers with fewer items than were asked for.
     """
 
@@ -91,24 +91,24 @@ def latency(
 
     Args:
         target: `HOST:PORT`.
-        users: Users to ask for, drawn at random: their ids, or a file of users (`features.tables.user_ids`).
-        requests: Number of requests; 5,000 unless `duration` says otherwise.
+        users: Users to request slates for, drawn at random: ids, or a file of them (`features.tables.user_ids`).
+        requests: Number of requests; 5,000 unless `duration` is given.
         rate: Requests per second, or "half" for half of the highest rate, measured first.
         duration: Length of the measurement in seconds, instead of `requests`.
         surface: Surface that the requests name.
-        page_size: Number of items asked for.
+        page_size: Number of items requested.
         timeout_s: Deadline of each request in seconds.
-        seed: Seed of arrivals and people.
+        seed: Seed of arrivals and users.
 
     Returns:
-        `rate` (offered, per second), `achieved_rate`, `highest_rate` where it was measured, `latency_ms`, `errors`,
+        `rate` (offered, per second), `achieved_rate`, `highest_rate` if it was measured, `latency_ms`, `errors`,
         `rungs` (shares), `degraded`, `short`, `requests`, and the circumstances.
 
     Raises:
-        BenchmarkError: Nobody to ask for, no such service, or a rate that is not a number.
+        BenchmarkError: There are no users, there is no such service, or the rate is not a number.
     """
-    people = _people(users)
-    caller = _Caller(target, people, surface, page_size, timeout_s, random.Random(seed))
+    user_ids = _user_ids(users)
+    caller = _Caller(target, user_ids, surface, page_size, timeout_s, random.Random(seed))
     figures, tally = asyncio.run(_measure(caller, requests, rate, duration))
     return {
         **figures,
@@ -117,7 +117,7 @@ def latency(
         "rungs": {rung: round(count / max(tally.answers, 1), 4) for rung, count in tally.rungs.items()},
         "degraded": dict(tally.degraded),
         "short": tally.short,
-        "people": len(people),
+        "users": len(user_ids),
         "page_size": page_size,
         "method": f"open loop, Poisson arrivals, latency from the intended start, {CHANNELS} connections",
         **facts(),
@@ -125,13 +125,13 @@ def latency(
 
 
 class _Caller:
-    """Asks for one random person at a time, over connections that reach different workers."""
+    """Requests slates for random users, over connections that reach different workers."""
 
     def __init__(
-        self, target: str, people: Sequence[str], surface: str, page_size: int, timeout_s: float, draw: random.Random
+        self, target: str, users: Sequence[str], surface: str, page_size: int, timeout_s: float, draw: random.Random
     ) -> None:
         self.target, self.page_size, self.draw = target, page_size, draw
-        self._people, self._surface, self._timeout_s = people, surface, timeout_s
+        self._users, self._surface, self._timeout_s = users, surface, timeout_s
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[Any] = []
 
@@ -139,9 +139,10 @@ class _Caller:
         """Opens the connections.
 
         Raises:
-            BenchmarkError: Nobody answers at the target.
+            BenchmarkError: No service answers at the target.
         """
         for number in range(CHANNELS):
+            # Channels with equal options would share one connection, and so one worker.
             options = [("penchant.channel", number), ("grpc.use_local_subchannel_pool", 1)]
             options += channel_options(self.target)
             channel = grpc.aio.insecure_channel(self.target, options=options)
@@ -150,7 +151,9 @@ class _Caller:
             try:
                 await asyncio.wait_for(channel.channel_ready(), 10)
             except TimeoutError:
-                raise BenchmarkError(f"nobody answers at {self.target}: start `penchant serve` there first") from None
+                raise BenchmarkError(
+                    f"no service answers at {self.target}: start `penchant serve` there first"
+                ) from None
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -158,9 +161,9 @@ class _Caller:
             await channel.close(None)
 
     async def ask(self, tally: Tally, intended: float) -> None:
-        """Sends one request and counts what comes back, from the moment it was meant to start."""
+        """Sends one request and counts its answer or error, timed from the moment it was meant to start."""
         options = ranking_pb2.RankingOptions(
-            subject=common_pb2.Subject(user_id=self.draw.choice(self._people)),
+            subject=common_pb2.Subject(user_id=self.draw.choice(self._users)),
             surface=self._surface,
             page_size=self.page_size,
         )
@@ -194,10 +197,11 @@ async def _measure(
 
 
 async def _open_loop(caller: _Caller, rate: float, count: int) -> tuple[Tally, float]:
-    """Sends `count` requests at the moments of a Poisson process; the tally, and the seconds until the last answer."""
+    """Sends `count` requests at the moments of a Poisson process; returns the tally, and seconds to the last answer."""
     tally, waiting = Tally(), set()
     begun = intended = time.perf_counter()
     for _ in range(count):
+        # The moments do not depend on the answers: a slow server delays no later request.
         intended += caller.draw.expovariate(rate)
         pause = intended - time.perf_counter()
         if pause > 0:
@@ -210,7 +214,7 @@ async def _open_loop(caller: _Caller, rate: float, count: int) -> tuple[Tally, f
 
 
 async def _closed_loop(caller: _Caller, seconds: float) -> float:
-    """Keeps the server full for some seconds; the answers per second.
+    """Keeps the server full for some seconds; returns the answers per second.
 
     Raises:
         BenchmarkError: No request was answered.
@@ -228,11 +232,11 @@ async def _closed_loop(caller: _Caller, seconds: float) -> float:
     return tally.answers / (time.perf_counter() - begun)
 
 
-def _people(users: Path | Sequence[str]) -> list[str]:
-    people = read_user_ids(users) if isinstance(users, Path) else list(users)
-    if not people:
-        raise BenchmarkError("no user to ask for: name at least one")
-    return people
+def _user_ids(users: Path | Sequence[str]) -> list[str]:
+    user_ids = read_user_ids(users) if isinstance(users, Path) else list(users)
+    if not user_ids:
+        raise BenchmarkError("there is no user to request slates for: name at least one")
+    return user_ids
 
 
 def _number(rate: str | float) -> float:

@@ -1,4 +1,4 @@
-"""What every figure carries with it: the machine, the versions, the commit and the command that gave it."""
+"""The circumstances of a measurement: the machine, the versions, the commit and the command that gave the figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BenchmarkError(PenchantError):
 
 
 def facts() -> dict[str, Any]:
-    """The circumstances of a measurement made now."""
+    """Returns the circumstances of a measurement made now."""
     return {
         "machine": {
             "processor": _processor(),
@@ -54,9 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     print(run.stdout, end="")
     if not run.returncode:
         figures = json.loads(run.stdout.splitlines()[-1])
-        said = {"title": title, **figures, **facts(), "command": shlex.join(command)}
+        # The command that was measured, in place of this one, which only keeps its figures.
+        record = {"title": title, **figures, **facts(), "command": shlex.join(command)}
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return run.returncode
 
 
@@ -70,27 +71,28 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
+            # A serving machine has no torch, one without a GPU no other build; the rest still says what was measured.
             continue
-    return found
+    return versions
 
 
 def _commit() -> str:
-    """The commit, `-dirty` where any file but the results differs from it."""
+    """Returns the commit, with `-dirty` if any file but the results differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results"]
     try:
-        said = [
+        revision, differing = (
             subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
             for command in ([*git, "describe", "--always", "--abbrev=12"], changed)
-        ]
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return said[0] + ("-dirty" if said[1] else "")
+    return revision + ("-dirty" if differing else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Starts a service as a user would, and stops it."""
+"""Starts a service as an operator would, and stops it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STOP_S = 30.0
 
 
 class ServiceError(PenchantError):
-    """A service did not start or did not stop; the message holds what it said."""
+    """A service did not start or did not stop."""
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def running(bundle: Path, *options: str) -> Iterator[dict[str, Any]]:
         The service's ready line: `listen`, `bundle_id`, `pid` and the Redis URLs.
 
     Raises:
-        ServiceError: It did not get ready in time, or ended with an error.
+        ServiceError: The service was not ready in time, or ended with an error.
     """
     command = [sys.executable, "-m", "penchant", "serve", str(bundle), "--listen", "127.0.0.1:0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -50,11 +50,13 @@ def running(bundle: Path, *options: str) -> Iterator[dict[str, Any]]:
         finally:
             if process.stdout:
                 process.stdout.close()
+        # An error of the block explains more than the status of a service that was stopped because of it.
         if status and sys.exc_info()[0] is None:
             raise ServiceError(f"the service ended with status {status}")
 
 
 def _ready(process: subprocess.Popen[str], command: list[str]) -> dict[str, Any]:
+    # Reading a line has no timeout of its own; killing the process ends the loop below.
     watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()
     try:

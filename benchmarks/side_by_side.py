@@ -1,4 +1,4 @@
-"""Penchant's training and other people's, side by side: each a process, all on the same threads, taking turns.
+"""Penchant's training and those of other libraries, side by side: processes that alternate on the same threads.
 
 `benchmarks/peers` says how the environments of RecTools and RecBole are made. Each of them trains twice: with its own
 recommended settings, and with Penchant's width, blocks, heads, length, dropout and loss.
@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from benchmarks.peers.turns import Histories
+from benchmarks.peers.trainer_clock import SharedHistories
 from features.errors import SettingsError
 from features.limits import cores
 from features.tables.dataset import open_dataset
@@ -33,7 +33,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What `equal` trainers share with Penchant's configuration."""
+    """The sizes that `equal` trainers share with Penchant's configuration."""
 
     dim: int
     layers: int
@@ -44,11 +44,11 @@ class Sizes:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Sizes:
-        """The sizes of a configuration."""
+        """Returns the sizes of a configuration."""
         return cls(config.dim, config.layers, config.heads, config.feed_forward, config.max_length, config.dropout)
 
     def rectools(self) -> dict[str, Any]:
-        """As arguments of `SASRecModel`; its feed-forward part is as wide as its vectors, whatever one asks."""
+        """Returns arguments of `SASRecModel`, whose feed-forward part is always as wide as its vectors."""
         return {
             "n_factors": self.dim,
             "n_blocks": self.layers,
@@ -59,7 +59,7 @@ class Sizes:
         }
 
     def recbole(self) -> dict[str, Any]:
-        """As RecBole's settings; at length 200 its batches of 2,048 would need ten gigabytes for attention."""
+        """Returns RecBole's settings."""
         return {
             "hidden_size": self.dim,
             "inner_size": self.feed_forward,
@@ -69,45 +69,46 @@ class Sizes:
             "hidden_dropout_prob": self.dropout,
             "attn_dropout_prob": self.dropout,
             "loss_type": "CE",
+            # At length 200 its batches of 2,048 would need ten gigabytes for attention.
             "train_batch_size": max(64, 2048 * 50 // self.length),
         }
 
 
 @dataclass
 class Trainer:
-    """One process that takes turns; `lines` are its validations."""
+    """One of the alternating processes; `lines` are its validations."""
 
     name: str
     process: subprocess.Popen[str]
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def turn(self, seconds: float) -> bool:
-        """Lets it train for about `seconds`, or to its end if 0; False when it is over.
+    def run_for(self, seconds: float) -> bool:
+        """Lets the process train for about `seconds`, or finish if 0; returns False if it is over.
 
         Raises:
             RuntimeError: It failed.
         """
-        said, heard = _pipe(self.process.stdin), _pipe(self.process.stdout)
+        stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
         try:
-            said.write(f"{seconds or ''}\n")
-            said.flush()
+            stdin.write(f"{seconds or ''}\n")
+            stdin.flush()
         except BrokenPipeError:
-            pass  # it ended by itself; what it said is still to be read
-        for text in heard:
+            pass  # it ended by itself; its last validations are still in the other pipe
+        for text in stdout:
             line = json.loads(text)
             if "paused" in line:
                 return True
             self.lines.append(line)
             print(f"{self.name}: {text}", end="", file=sys.stderr, flush=True)
         if self.process.wait():
-            raise RuntimeError(f"{self.name} failed with status {self.process.returncode}; what it said stands above")
+            raise RuntimeError(f"{self.name} failed with status {self.process.returncode}; see its messages above")
         return False
 
     def end(self) -> None:
-        """Ends the process, whatever it is doing, and lets go of its pipes."""
+        """Ends the process, whatever it is doing, and closes its pipes."""
         self.process.kill()
         self.process.wait()
-        with contextlib.suppress(BrokenPipeError):  # a turn that it did not wait for may still lie in the pipe
+        with contextlib.suppress(BrokenPipeError):  # a time slice that it did not read may still be in the pipe
             _pipe(self.process.stdin).close()
         _pipe(self.process.stdout).close()
 
@@ -121,7 +122,7 @@ def speed(
     validate_every: float,
     names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Trains side by side, by turns, until everybody has had `budget` seconds or has come to its own end.
+    """Trains side by side, in time slices, until every trainer has had `budget` seconds or has come to its own end.
 
     Returns:
         `trainers` {name: {tokens_per_second, targets_per_second, seconds_to_goal, best, setup_seconds, curve}}, `goal`
@@ -136,6 +137,7 @@ def speed(
         histories, settings = _histories(data, config)
         file = Path(folder) / "histories.npz"
         histories.save(file)
+<<<<<<< HEAD
         ours = {"data": str(data.resolve()), "set": {**settings, "validation_users": max(1, histories.people.size)}}
         sizes = Sizes.of(config)
         asked: dict[str, tuple[Path, str, dict[str, Any]]] = {
@@ -146,46 +148,88 @@ def speed(
             "recbole_equal": (peers / "recbole", "recbole_sasrec", sizes.recbole()),
         }
         asked = {name: one for name, one in asked.items() if not names or name in names}
+=======
+        own_settings = {**settings, "validation_people": max(1, histories.validated.size)}
+        specs = _specs(peers, {"data": str(data.resolve()), "set": own_settings}, Sizes.of(config))
+        specs = {name: spec for name, spec in specs.items() if not names or name in names}
+>>>>>>> house
         threads = config.threads or cores()
-        commands = {
-            name: [
-                *(str(_interpreter(place, name)), "-m", f"benchmarks.peers.{module}", str(file)),
-                *("--settings", json.dumps(told), "--threads", str(threads), "--validate-every", str(validate_every)),
-            ]
-            for name, (place, module, told) in asked.items()
-        }
+        options = ("--threads", str(threads), "--validate-every", str(validate_every))
+        commands = {name: [*spec.command(file), *options] for name, spec in specs.items()}
         trainers = [Trainer(name, _start(command, threads)) for name, command in commands.items()]
         try:
-            _take_turns(trainers, budget, turn)
+            _alternate(trainers, budget, turn)
         finally:
-            for one in trainers:
-                one.end()
+            for trainer in trainers:
+                trainer.end()
     return {
-        **_compare({one.name: one.lines for one in trainers}),
-        "settings": {name: told for name, (_, _, told) in asked.items() if name != "penchant"},
+        **_compare({trainer.name: trainer.lines for trainer in trainers}),
+        "settings": {name: spec.settings for name, spec in specs.items() if name != "penchant"},
         "config": config.model_dump(),
-        "people": int(histories.offsets.size - 1),
+        "users": int(histories.offsets.size - 1),
         "items": histories.items,
         "events": int(histories.rows.size),
+<<<<<<< HEAD
         "validation_users": int(histories.people.size),
+=======
+        "validation_users": int(histories.validated.size),
+>>>>>>> house
         "budget_seconds": budget,
         "turn_seconds": turn,
-        "method": "each trainer is a process with the same threads; they take turns, and a clock stands still while "
+        "method": "each trainer is a process with the same threads; they alternate, and a clock stands still while "
         "others train; set-up is on the clock, the peers' validations are not, Penchant's are",
     }
 
 
-def _take_turns(trainers: Sequence[Trainer], budget: float, turn: float) -> None:
-    going, spent = list(trainers), 0.0
-    while going and spent < budget:
-        going = [one for one in going if one.turn(min(turn, budget - spent))]
-        spent += turn
-    for one in going:
-        one.turn(0)
+@dataclass(frozen=True)
+class _Spec:
+    """A trainer's interpreter (or the environment that holds it), its module in `benchmarks.peers`, its settings."""
+
+    name: str
+    place: Path
+    module: str
+    settings: dict[str, Any]
+
+    def command(self, data: Path) -> list[str]:
+        """Returns the command that trains on the histories in a file.
+
+        Raises:
+            SettingsError: The interpreter is missing.
+        """
+        interpreter = str(_interpreter(self.place, self.name))
+        return [
+            interpreter,
+            "-m",
+            f"benchmarks.peers.{self.module}",
+            str(data),
+            "--settings",
+            json.dumps(self.settings),
+        ]
+
+
+def _specs(peers: Path, own_settings: dict[str, Any], sizes: Sizes) -> dict[str, _Spec]:
+    rectools, recbole = peers / "rectools", peers / "recbole"
+    specs = (
+        _Spec("penchant", Path(sys.executable), "penchant_sasrec", own_settings),
+        _Spec("rectools", rectools, "rectools_sasrec", {}),
+        _Spec("rectools_equal", rectools, "rectools_sasrec", sizes.rectools()),
+        _Spec("recbole", recbole, "recbole_sasrec", {}),
+        _Spec("recbole_equal", recbole, "recbole_sasrec", sizes.recbole()),
+    )
+    return {spec.name: spec for spec in specs}
+
+
+def _alternate(trainers: Sequence[Trainer], budget: float, seconds: float) -> None:
+    running, spent = list(trainers), 0.0
+    while running and spent < budget:
+        running = [trainer for trainer in running if trainer.run_for(min(seconds, budget - spent))]
+        spent += seconds
+    for trainer in running:
+        trainer.run_for(0)
 
 
 def _compare(curves: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Rates, and seconds to the highest validation NDCG@10 that every curve reaches."""
+    """Returns rates, and seconds to the highest validation NDCG@10 that every curve reaches."""
     if any(not lines for lines in curves.values()):
         silent = ", ".join(name for name, lines in curves.items() if not lines)
         raise SettingsError(f"no validation of {silent} within its time: give --budget more, or validate more often")
@@ -202,40 +246,48 @@ def _compare(curves: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "seconds": last["seconds"],
             "curve": lines,
         }
-    ours = trainers.get("penchant")
+    penchant = trainers.get("penchant")
     ratios = {
         name: {
-            "tokens_per_second": round(ours["tokens_per_second"] / one["tokens_per_second"], 2),
-            "targets_per_second": round(ours["targets_per_second"] / one["targets_per_second"], 2),
-            "seconds_to_goal": round(one["seconds_to_goal"] / ours["seconds_to_goal"], 2),
-            "seconds_to_its_best": _to_its_best(ours, one),
+            "tokens_per_second": round(penchant["tokens_per_second"] / peer["tokens_per_second"], 2),
+            "targets_per_second": round(penchant["targets_per_second"] / peer["targets_per_second"], 2),
+            "seconds_to_goal": round(peer["seconds_to_goal"] / penchant["seconds_to_goal"], 2),
+            "seconds_to_its_best": _to_its_best(penchant, peer),
         }
-        for name, one in trainers.items()
-        if ours is not None and name != "penchant"
+        for name, peer in trainers.items()
+        if penchant is not None and name != "penchant"
     }
     return {"goal": goal, "trainers": trainers, "ratios": ratios}
 
 
-def _to_its_best(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> float | None:
-    """A peer's seconds to the best NDCG@10 that it reached, over ours to it; None where ours did not get there."""
-    theirs = next(line["seconds"] for line in peer["curve"] if line["ndcg@10"] >= peer["best"])
-    mine = next((line["seconds"] for line in ours["curve"] if line["ndcg@10"] >= peer["best"]), None)
-    return None if mine is None else round(theirs / mine, 2)
+def _to_its_best(penchant: Mapping[str, Any], peer: Mapping[str, Any]) -> float | None:
+    """Returns a peer's seconds to its best NDCG@10 over Penchant's to the same; None if Penchant did not reach it."""
+    peer_seconds = next(line["seconds"] for line in peer["curve"] if line["ndcg@10"] >= peer["best"])
+    seconds = next((line["seconds"] for line in penchant["curve"] if line["ndcg@10"] >= peer["best"]), None)
+    return None if seconds is None else round(peer_seconds / seconds, 2)
 
 
-def _histories(data: Path, config: TrainConfig) -> tuple[Histories, dict[str, Any]]:
-    """The training part that `config` makes of a data set, and the settings that differ from the defaults."""
+def _histories(data: Path, config: TrainConfig) -> tuple[SharedHistories, dict[str, Any]]:
+    """Returns the training part that `config` makes of a data set, and the settings that differ from the defaults."""
     material = read_material(open_dataset(data), config, torch.device("cpu"))
     events, division = material.data, material.division
     starts = events.offsets[:-1]
     kept = np.arange(events.rows.size) - np.repeat(starts, np.diff(events.offsets)) < np.repeat(
         division.train_end, np.diff(events.offsets)
     )
+<<<<<<< HEAD
     targets = division.validation.sample(config.validation_users, config.seed)
     histories = Histories(
         rows=events.rows[kept].astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(division.train_end)]).astype(np.int64),
         people=targets.users,
+=======
+    targets = division.validation.sample(config.validation_people, config.seed)
+    histories = SharedHistories(
+        rows=events.rows[kept].astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(division.train_end)]).astype(np.int64),
+        validated=targets.people,
+>>>>>>> house
         targets=targets.rows(events).astype(np.int64),
         items=events.items,
     )
@@ -243,11 +295,11 @@ def _histories(data: Path, config: TrainConfig) -> tuple[Histories, dict[str, An
 
 
 def _interpreter(place: Path, name: str) -> Path:
-    found = place if place.is_file() else place / "bin" / "python"
-    if not found.exists():
+    path = place if place.is_file() else place / "bin" / "python"
+    if not path.exists():
         file = PEERS / f"{name.removesuffix('_equal')}.txt"
-        raise SettingsError(f"{found} is missing: {file} says how to make the environment, or leave it out with --only")
-    return found.absolute()  # not resolved: an environment is known by the place of its interpreter
+        raise SettingsError(f"{path} is missing: {file} says how to make the environment, or leave it out with --only")
+    return path.absolute()  # not resolved: an environment is known by the place of its interpreter
 
 
 def _start(command: Sequence[str], threads: int) -> subprocess.Popen[str]:

@@ -1,6 +1,6 @@
-"""Measures what to provide for: memory, disk and processor time by item, user, event, slate and request.
+"""Measures the resources to provide: memory, disk and processor time by item, user, event, slate and request.
 
-Sizes are differences of what Redis, the kernel and the file system say before and after. Rates are requests by
+Sizes are differences of the figures of Redis, the kernel and the file system before and after. Rates are requests by
 second of processor time, which other work on the machine changes little; start and rebuild are seconds of its clock.
 """
 
@@ -37,8 +37,8 @@ def sizing(
     """Measures services of one worker, profiles, events and slates in embedded Redis, and Parquet.
 
     Args:
-        bundles: Directories of bundles of different sizes: what they differ by is the memory of an item.
-        users: Users to make, with `events` events each, through `Ingest`.
+        bundles: Directories of bundles of different sizes: their difference is the memory of their items.
+        users: Users to create, with `events` events each, through `Ingest`.
         events: Events of each user.
         requests: Requests for slates of 20 items.
         seed: Seed of users, items and moments.
@@ -56,7 +56,7 @@ def sizing(
     if not bundles:
         raise BenchmarkError("nothing to measure: name a bundle, or two of different sizes")
     measured = [_started(bundle) for bundle in bundles]
-    small, large = (pick(measured, key=lambda one: one["items"]) for pick in (min, max))
+    small, large = (pick(measured, key=lambda figures: figures["items"]) for pick in (min, max))
     more = large["items"] - small["items"]
     largest = bundles[measured.index(large)]
     with tempfile.TemporaryDirectory(prefix="sizing") as folder:
@@ -77,7 +77,7 @@ def sizing(
 
 
 def _started(bundle: Path) -> dict[str, Any]:
-    """Returns what a service of a bundle needs before anybody calls it."""
+    """Returns the resources of a bundle's service after its first calls."""
     items = _item_ids(bundle)
     begun = time.perf_counter()
     with (
@@ -98,7 +98,7 @@ def _started(bundle: Path) -> dict[str, Any]:
 
 
 def _filled(bundle: Path, state: Path, users: int, events: int, requests: int, rng: random.Random) -> dict[str, Any]:
-    """Sizes in Redis and processor time, before and after events, then before and after slates."""
+    """Measures sizes in Redis and processor time, before and after events, then before and after slates."""
     items = _item_ids(bundle)
     with (
         running(bundle, *_OPTIONS, "--state-dir", str(state)) as ready,
@@ -113,7 +113,7 @@ def _filled(bundle: Path, state: Path, users: int, events: int, requests: int, r
             client.recommend(user_id=f"u{rng.randrange(users)}", page_size=PAGE, surface="home")
         _wait(lambda: _scrape(ready["metrics"])["penchant_slates_total written"] >= requests)
         _wait(lambda: not _behind(ready["metrics"], "warehouse"))
-        shown = _settled(ready["metrics"])
+        served = _settled(ready["metrics"])
     count = users * events
 
     def each(name: str, before: Counter[str], after: Counter[str], n: int) -> float:
@@ -126,14 +126,14 @@ def _filled(bundle: Path, state: Path, users: int, events: int, requests: int, r
     return {
         "user_bytes": each("penchant_redis_data_bytes profiles", empty, full, users),
         "event_bytes": each("penchant_redis_data_bytes events", empty, full, count),
-        "slate_bytes": each("penchant_redis_data_bytes events", full, shown, requests),
+        "slate_bytes": each("penchant_redis_data_bytes events", full, served, requests),
         "event_disk": each("penchant_redis_aof_bytes events", empty, full, count),
-        "slate_disk": each("penchant_redis_aof_bytes events", full, shown, requests),
+        "slate_disk": each("penchant_redis_aof_bytes events", full, served, requests),
         "events_per_core_second": round(count / cpu(empty, full)),
-        "requests_per_core_second": round(requests / cpu(full, shown)),
+        "requests_per_core_second": round(requests / cpu(full, served)),
         "rss": {
             name.rpartition("_bytes ")[2]: int(value)
-            for name, value in shown.items()
+            for name, value in served.items()
             if name.startswith("penchant_process_resident_memory_bytes")
         },
     }
@@ -149,7 +149,7 @@ def _ingest(client: Client, rng: random.Random, items: Sequence[str], numbers: r
 
 
 def _on_disk(warehouse: Path, events: int, slates: int) -> dict[str, float]:
-    """Bytes of Parquet of an event and of a slate, once the warehouse has written them."""
+    """Returns the bytes of Parquet of an event and of a slate, once the warehouse has written them."""
     sizes = {
         name: sum(path.stat().st_size for path in warehouse.rglob("*.parquet") if name in path.parts[-3:][0])
         for name in ("events", "impressions")
@@ -161,16 +161,16 @@ def _on_disk(warehouse: Path, events: int, slates: int) -> dict[str, float]:
 
 
 def _rebuilt(state: Path) -> dict[str, float]:
-    """Makes all profiles from the Parquet, into an empty Redis."""
+    """Measures a rebuild of all profiles from the Parquet, into an empty Redis."""
     with (
         tempfile.TemporaryDirectory(prefix="sizing") as folder,
         RedisServer(Path(folder), "profiles") as profiles,
         RedisServer(state, "events") as log,
     ):
         begun = time.perf_counter()
-        made = rebuild(state / "warehouse", profiles.url, log.url)
+        counts = rebuild(state / "warehouse", profiles.url, log.url)
         seconds = time.perf_counter() - begun
-    return {"rebuild_s": round(seconds, 1), "rebuild_events_per_second": round(made["events"] / seconds)}
+    return {"rebuild_s": round(seconds, 1), "rebuild_events_per_second": round(counts["events"] / seconds)}
 
 
 def _item_ids(bundle: Path) -> list[str]:
@@ -183,27 +183,28 @@ def _behind(address: str, reader: str) -> float:
 
 
 def _settled(address: str) -> Counter[str]:
-    """The samples once the stores are looked at again: what the page says of them may be some seconds old."""
+    """Returns the samples after the service has looked at its stores again."""
+    # The page keeps its figures of the stores for some seconds.
     time.sleep(FRESH_S + 1)
     return _scrape(address)
 
 
-def _wait(done: Callable[[], bool]) -> None:
+def _wait(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE_S
-    while not done():
+    while not condition():
         if time.monotonic() > end:
             raise BenchmarkError(f"the service is not done within {PATIENCE_S:.0f} s: see its log")
         time.sleep(1.0)
 
 
 def _scrape(address: str) -> Counter[str]:
-    """The samples of the metrics, by name and the values of the labels, `role` left out."""
+    """Returns the samples of the metrics, by name and the values of the labels, without `role`."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as page:
         text = page.read().decode()
-    found: Counter[str] = Counter()
+    samples: Counter[str] = Counter()
     order = ("reader", "stream", "partition", "process", "mode", "store", "result")
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = (sample.labels[name] for name in order if name in sample.labels)
-            found[" ".join((sample.name, *labels))] += sample.value  # type: ignore[assignment]
-    return found
+            samples[" ".join((sample.name, *labels))] += sample.value  # type: ignore[assignment]
+    return samples

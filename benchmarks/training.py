@@ -1,9 +1,9 @@
-"""Training: how fast beside other trainers, how good, how well it places new items, how near the machine's arithmetic.
+"""Training: its speed against other trainers, its quality, its placing of new items, its share of peak arithmetic.
 
-speed       Penchant, RecTools and RecBole take turns on the same threads, data and validation targets; real tokens a
+speed       Penchant, RecTools and RecBole alternate on the same threads, data and validation targets; real tokens a
             second, and seconds to the highest validation NDCG@10 that all of them reach within their time
 quality     several seeds of one configuration, measured by `training.evaluation.evaluate`
-cold        the same with a share of the items hidden, measured by its protocol `cold-items`
+cold        the same with a share of the items held out as cold ones, measured by its protocol `cold-items`
 arithmetic  floating point operations of the model a second, over those of the machine's own matrix products
 """
 
@@ -39,13 +39,13 @@ WARM_UP = 20
 
 
 def training(part: str, data: Path, config: TrainConfig, **options: Any) -> dict[str, Any]:
-    """One part of the benchmark, with its circumstances.
+    """Runs one part of the benchmark and adds its circumstances.
 
     Args:
         part: `speed`, `quality`, `cold` or `arithmetic`.
         data: Directory of the canonical tables.
-        config: How Penchant trains.
-        options: What the part takes beyond these.
+        config: Penchant's configuration.
+        options: Further arguments of the part.
     """
     parts: dict[str, Callable[..., dict[str, Any]]] = {
         "speed": speed,
@@ -66,8 +66,13 @@ def quality(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) ->
 
 
 def cold(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> dict[str, Any]:
+<<<<<<< HEAD
     """The same with a tenth of the items hidden (unless the configuration says how many), measured as `cold-items`."""
     config = config if config.cold_item_share else config.model_copy(update={"cold_item_share": 0.1})
+=======
+    """Trains with cold items (a tenth of all, unless the configuration says) and measures as `cold-items`."""
+    config = config if config.hide_items else config.model_copy(update={"hide_items": 0.1})
+>>>>>>> house
     runs = _runs(data, config, seeds, out)
     return {**evaluate(runs, "cold-items", data), "training": _trained(runs), "config": config.model_dump()}
 
@@ -86,14 +91,14 @@ def _runs(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> l
 
 
 def _trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """What each training cost."""
+    """Returns the cost of each training."""
     results = [json.loads((run / "result.json").read_text(encoding="utf-8")) for run in runs]
     names = ("seconds", "tokens_per_second", "epochs", "best_validation", "parameters")
     return [{name: result[name] for name in names} for result in results]
 
 
 def arithmetic(data: Path, config: TrainConfig, budget: float) -> dict[str, Any]:
-    """The model's operations a second over at most `budget` seconds of an epoch, beside the machine's matrix products.
+    """Measures the model's operations a second over at most `budget` seconds of an epoch, and those of bare products.
 
     Counted are two operations per weight of every linear map of the user encoder and per element of the scores of
     attention (twice: scores and mixture) and of the softmax over all items, three times over for the gradients; nothing
@@ -101,7 +106,7 @@ def arithmetic(data: Path, config: TrainConfig, budget: float) -> dict[str, Any]
 
     Returns:
         `tokens_per_second`, `flops_per_token`, `achieved_gflops`, `product_gflops` {product: rate}, `share` {product:
-        achieved over it}, and what it is made of.
+        achieved over it}, and the figures they are computed from.
     """
     material = read_material(open_dataset(data), config, torch.device("cpu"))
     batches = TrainingBatches(material.data, material.division.train_end, config, torch.device("cpu"))
@@ -128,10 +133,10 @@ def arithmetic(data: Path, config: TrainConfig, budget: float) -> dict[str, Any]
 
 
 def _flops(material: Material, config: TrainConfig, lengths: Any) -> dict[str, float]:
-    """Operations per token, forwards and backwards; `lengths` float64 of all windows."""
+    """Returns operations per token, forwards and backwards; `lengths` are float64, of all windows."""
     data = material.data
     modules = build_modules(config, data.items, len(data.event_types), len(material.actions), content=False)
-    linear = sum(one.weight.numel() for one in modules.user.modules() if isinstance(one, nn.Linear))
+    linear = sum(layer.weight.numel() for layer in modules.user.modules() if isinstance(layer, nn.Linear))
     attended = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
     return {
         "linear": 6.0 * linear,
@@ -141,7 +146,7 @@ def _flops(material: Material, config: TrainConfig, lengths: Any) -> dict[str, f
 
 
 def _train_for(data: Path, config: TrainConfig, sizes: Sequence[int], budget: float) -> tuple[float, int]:
-    """Steady seconds and the tokens of their steps, at most to the end of the first epoch."""
+    """Returns the seconds of steady steps and their tokens, at most to the end of the first epoch."""
     marks: list[tuple[float, int]] = []
     warm = min(WARM_UP, len(sizes) // 4)
 
@@ -167,7 +172,7 @@ def _train_for(data: Path, config: TrainConfig, sizes: Sequence[int], budget: fl
 
 
 def _products(dim: int, items: int) -> dict[str, float]:
-    """Operations a second of matrix products."""
+    """Returns the operations a second of matrix products."""
     square = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
     with exact():
         rates = {"float32": _rate(square, square)}

@@ -108,7 +108,7 @@ def bench_profiles(
     use_cores(1)
     from benchmarks.profiles import profiles
 
-    print_result(profiles(people=users, events=events, reads=reads))
+    print_result(profiles(users=users, events=events, reads=reads))
 
 
 @bench.command()

@@ -202,20 +202,23 @@ def projector(
     from serving.observability.logs import configure
     from serving.observability.telemetry import Telemetry
     from serving.processes.metrics_page import exposed
-    from serving.projection.projector import Idle, run
+    from serving.projection.eviction import Eviction
+    from serving.projection.process import run
 
-    idle = None
+    eviction = None
     if evict_after_days and warehouse:
         from features.profile import Retention
-        from serving.projection.rebuild import rehydrate
+        from serving.projection.restore import restore_profiles
 
-        idle = Idle(evict_after_days, partial(rehydrate, warehouse, Retention({})))
+        eviction = Eviction(evict_after_days, partial(restore_profiles, warehouse, Retention({})))
     configure(log_format or "text", "projector")
     telemetry = Telemetry()
     with exposed(metrics_listen or "", "projector", telemetry) as metrics:
         events = events_redis or redis
         ready = partial(print_ready, metrics=metrics)
-        status = run(redis, events, partitions, idle=idle, ready=ready, telemetry=telemetry, unsafe=unsafe_redis)
+        status = run(
+            redis, events, partitions, eviction=eviction, ready=ready, telemetry=telemetry, unsafe=unsafe_redis
+        )
         raise typer.Exit(status)
 
 
@@ -383,7 +386,7 @@ def show(
 ) -> None:
     """Shows one profile as a user would read it; of a damaged one what is wrong, and the status is 1."""
     use_cores(1)
-    from serving.projection.rebuild import show
+    from serving.projection.profile_view import show
 
     profile = show(user, redis, bundle, partitions=partitions)
     print_result(profile)

@@ -1,1 +1,1 @@
-"""Other people's trainers, each run by an interpreter of its own; none of these files imports Penchant."""
+"""Trainers of other libraries, each run by an interpreter of its own; none of these files imports Penchant."""

@@ -2,7 +2,7 @@
 
 IN holds `train_x`, `train_y`, `validation_x`, `validation_y`, `test_x`, `trials` and `seed`; the labels of the test
 stay with the caller. For each action a random search over so many trials looks for the lowest log loss on validation,
-with early stopping; the best one is trained anew on training and validation. OUT holds `chances` [n, A], `trials`
+with early stopping; the best one is trained again on training and validation. OUT holds `chances` [n, A], `trials`
 [A, T] (log loss on validation) and `choices` (JSON, per action). Needs numpy and lightgbm and nothing of Penchant.
 """
 
@@ -20,7 +20,7 @@ ROUNDS, PATIENCE = 800, 30
 
 
 def draw(rng: np.random.Generator) -> dict[str, Any]:
-    """One set of settings."""
+    """Returns a random set of settings."""
     return {
         "learning_rate": float(np.exp(rng.uniform(np.log(0.02), np.log(0.12)))),
         "num_leaves": int(np.exp(rng.uniform(np.log(4), np.log(96)))),
@@ -37,31 +37,31 @@ def draw(rng: np.random.Generator) -> dict[str, Any]:
 
 def main(source: str, out: str) -> None:
     """Tunes, trains and predicts."""
-    given = np.load(source)
-    # What is binned holds for every trial only where no trial's settings leave features out of it.
-    binned = {"verbose": -1, "seed": int(given["seed"]), "feature_pre_filter": False}
+    arrays = np.load(source)
+    # The bins hold for every trial only if no trial's settings leave features out of them.
+    binned = {"verbose": -1, "seed": int(arrays["seed"]), "feature_pre_filter": False}
     fixed = binned | {"objective": "binary", "deterministic": True, "force_col_wise": True}
     chances, losses, choices = [], [], []
-    for action in range(given["train_y"].shape[1]):
-        rng = np.random.default_rng([int(given["seed"]), action])
-        train_y, validation_y = given["train_y"][:, action], given["validation_y"][:, action]
+    for action in range(arrays["train_y"].shape[1]):
+        rng = np.random.default_rng([int(arrays["seed"]), action])
+        train_y, validation_y = arrays["train_y"][:, action], arrays["validation_y"][:, action]
         best: tuple[float, int, dict[str, Any]] | None = None
         tried = []
-        train = lgb.Dataset(given["train_x"], train_y, params=binned)
-        held = lgb.Dataset(given["validation_x"], validation_y, reference=train)
-        for trial in range(int(given["trials"])):
+        train = lgb.Dataset(arrays["train_x"], train_y, params=binned)
+        validation = lgb.Dataset(arrays["validation_x"], validation_y, reference=train)
+        for trial in range(int(arrays["trials"])):
             settings = draw(rng)
             stop = lgb.early_stopping(PATIENCE, verbose=False)
-            model = lgb.train(settings | fixed, train, ROUNDS, [held], callbacks=[stop])
+            model = lgb.train(settings | fixed, train, ROUNDS, [validation], callbacks=[stop])
             loss = float(model.best_score["valid_0"]["binary_logloss"])
             tried.append(loss)
             if best is None or loss < best[0]:
                 best = (loss, model.best_iteration, settings)
             print(f"action {action} trial {trial} log loss {loss:.5f} best {best[0]:.5f}", file=sys.stderr, flush=True)
         assert best is not None
-        x, y = (np.concatenate([given[f"train_{one}"], given[f"validation_{one}"]]) for one in "xy")
+        x, y = (np.concatenate([arrays[f"train_{part}"], arrays[f"validation_{part}"]]) for part in "xy")
         model = lgb.train(best[2] | fixed, lgb.Dataset(x, y[:, action], params=binned), best[1])
-        chances.append(model.predict(given["test_x"]))
+        chances.append(model.predict(arrays["test_x"]))
         losses.append(tried)
         choices.append({"log_loss": best[0], "rounds": best[1], **best[2]})
     np.savez(out, chances=np.stack(chances, 1), trials=np.array(losses), choices=json.dumps(choices))

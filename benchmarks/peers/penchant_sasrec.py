@@ -1,4 +1,4 @@
-"""Penchant's own training as one of the trainers that take turns.
+"""Penchant's own training as one of the alternating trainers.
 
 `--settings` are {"data": canonical tables, "config": file or shipped name, "set": {setting: value}}. It is
 `training.train` itself, with its own validations on the clock.
@@ -10,38 +10,39 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks.peers.turns import Turns, arguments
+from benchmarks.peers.trainer_clock import TrainerClock, arguments
 from training.config import load_config
 from training.train import train
 
 
 class _OverError(Exception):
-    """All turns are over."""
+    """The caller gives the trainer no more time."""
 
 
 def main() -> None:
-    """Trains by turns until the input ends or the configuration's epochs do."""
-    asked = arguments()
-    turns = Turns(asked.validate_every)
-    told = asked.settings
-    overrides = {**told.get("set", {}), "threads": asked.threads, "query_steps": 0, "ranker_steps": 0}
-    config = load_config(told.get("config"), overrides, device="cpu")
+    """Trains in time slices until the input ends or the configuration's epochs do."""
+    options = arguments()
+    clock = TrainerClock(options.validate_every)
+    settings = options.settings
+    # The peers train no heads, so the time of Penchant's own is left out.
+    overrides = {**settings.get("set", {}), "threads": options.threads, "query_steps": 0, "ranker_steps": 0}
+    config = load_config(settings.get("config"), overrides, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "run", "log.jsonl")
-        seen = 0
+        reported = 0
 
         def on_step(step: int) -> None:
-            nonlocal seen
+            nonlocal reported
             lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-            for line in map(json.loads, lines[seen:]):
-                turns.tokens, turns.targets = line["tokens"], line["tokens"]
-                turns.report(line["ndcg@10"])
-            seen = len(lines)
-            if not turns.step(0, 0):
+            for line in map(json.loads, lines[reported:]):
+                clock.tokens, clock.targets = line["tokens"], line["tokens"]
+                clock.report(line["ndcg@10"])
+            reported = len(lines)
+            if not clock.step(0, 0):
                 raise _OverError
 
         try:
-            train(Path(told["data"]), Path(folder, "run"), config, on_step)
+            train(Path(settings["data"]), Path(folder, "run"), config, on_step)
         except _OverError:
             return
 

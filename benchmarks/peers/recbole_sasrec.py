@@ -2,7 +2,7 @@
 
 `--settings` are RecBole's; without any it trains as RecBole ships SASRec (64 wide, two blocks, two heads, the newest 50
 events, full softmax, batches of 2,048, dropout 0.5, Adam at 0.001). It trains on one target per sequence, so an event
-is read once for every later event of its person.
+is read once for every later event of its user.
 """
 
 # This runs in an environment of its own, see recbole.txt.
@@ -28,54 +28,54 @@ from recbole.model.sequential_recommender import SASRec
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
-from benchmarks.peers.turns import Histories, Turns, arguments
+from benchmarks.peers.trainer_clock import SharedHistories, TrainerClock, arguments
 
 USERS_AT_ONCE = 256
 
 
 class Over(Exception):
-    """All turns are over."""
+    """The caller gives the trainer no more time."""
 
 
 class Watched:
     """A loader that counts what the trainer takes from it, validates by the clock, and stops when all is over."""
 
     def __init__(
-        self, loader: Any, model: Any, histories: Histories, turns: Turns, inner: npt.NDArray[np.int64]
+        self, loader: Any, model: Any, histories: SharedHistories, clock: TrainerClock, inner: npt.NDArray[np.int64]
     ) -> None:
-        self.loader, self.model, self.histories, self.turns, self.inner = loader, model, histories, turns, inner
+        self.loader, self.model, self.histories, self.clock, self.inner = loader, model, histories, clock, inner
         self.generator, self._sampler = loader.generator, loader._sampler
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Returns the number of batches of an epoch."""
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches; a step is over when the next one is asked for."""
+        """Yields the batches; a step is over when the next batch is requested."""
         for batch in self.loader:
             yield batch
             lengths = batch[self.model.ITEM_SEQ_LEN]
-            goes_on = self.turns.step(int(lengths.sum()), lengths.numel())
-            if self.turns.due() or not goes_on:
-                with self.turns.paused():
+            goes_on = self.clock.step(int(lengths.sum()), lengths.numel())
+            if self.clock.due() or not goes_on:
+                with self.clock.paused():
                     value = self.histories.ndcg(*vectors(self.model, self.histories, self.inner))
                     self.model.train()
-                self.turns.report(value)
+                self.clock.report(value)
             if not goes_on:
                 raise Over
 
 
 def vectors(
-    model: Any, histories: Histories, inner: npt.NDArray[np.int64]
+    model: Any, histories: SharedHistories, inner: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """The people who validate, and all items, in the order of `histories`."""
+    """Returns the vectors of the users who validate, and of all items, in the order of `histories`."""
     model.eval()
     length, users = model.max_seq_length, []
     with torch.no_grad():
-        for start in range(0, histories.people.size, USERS_AT_ONCE):
-            people = histories.people[start : start + USERS_AT_ONCE]
-            newest = [inner[histories.of(person)][-length:] for person in people]
-            x = np.zeros((people.size, length), np.int64)
+        for start in range(0, histories.validated.size, USERS_AT_ONCE):
+            chunk = histories.validated[start : start + USERS_AT_ONCE]
+            newest = [inner[histories.of(user)][-length:] for user in chunk]
+            x = np.zeros((chunk.size, length), np.int64)
             for line, rows in enumerate(newest):
                 x[line, : rows.size] = rows
             lengths = torch.tensor([rows.size for rows in newest])
@@ -85,8 +85,8 @@ def vectors(
     return np.concatenate(users), items
 
 
-def write_inter(histories: Histories, folder: Path) -> None:
-    """RecBole's own file of interactions, one line each."""
+def write_inter(histories: SharedHistories, folder: Path) -> None:
+    """Writes RecBole's own file of interactions, one line each."""
     (folder / "speed").mkdir()
     owner = np.repeat(np.arange(histories.offsets.size - 1), np.diff(histories.offsets))
     with (folder / "speed" / "speed.inter").open("w", encoding="utf-8") as file:
@@ -96,7 +96,7 @@ def write_inter(histories: Histories, folder: Path) -> None:
 
 
 def configuration(folder: Path, settings: dict[str, Any]) -> Any:
-    """RecBole's defaults, this data set, no negatives (the full softmax needs none), and `settings` over all."""
+    """Returns RecBole's defaults for this data set, without negatives (the full softmax needs none), and `settings`."""
     described = {
         "data_path": str(folder),
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
@@ -111,24 +111,24 @@ def configuration(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Trains by turns until the input ends."""
-    asked = arguments()
+    """Trains in time slices until the input ends."""
+    options = arguments()
     sys.argv = sys.argv[:1]  # RecBole reads the command line too
     logging.disable(logging.WARNING)
-    torch.set_num_threads(asked.threads)
-    histories = Histories.load(asked.data)
-    turns = Turns(asked.validate_every)
+    torch.set_num_threads(options.threads)
+    histories = SharedHistories.load(options.data)
+    clock = TrainerClock(options.validate_every)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Over):
         write_inter(histories, Path(folder))
-        config = configuration(Path(folder), asked.settings)
+        config = configuration(Path(folder), options.settings)
         init_seed(config["seed"], config["reproducibility"])
         dataset = create_dataset(config)
         dataset._change_feat_format()  # orders the events and augments them
         loader = TrainDataLoader(config, dataset, None, shuffle=True)
         model = SASRec(config, dataset)
-        known = dataset.field2token_id["item_id"]
-        inner = np.array([known.get(str(item), 0) for item in range(histories.items)])
-        watched, trainer = Watched(loader, model, histories, turns, inner), Trainer(config, model)
+        token_ids = dataset.field2token_id["item_id"]
+        inner = np.array([token_ids.get(str(item), 0) for item in range(histories.items)])
+        watched, trainer = Watched(loader, model, histories, clock, inner), Trainer(config, model)
         epoch = 0
         while True:
             trainer._train_epoch(watched, epoch, show_progress=False)

@@ -22,7 +22,7 @@ from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
-from benchmarks.peers.turns import Histories, Turns, arguments
+from benchmarks.peers.trainer_clock import SharedHistories, TrainerClock, arguments
 
 MANY_EPOCHS = 100_000
 USERS_AT_ONCE = 256
@@ -31,63 +31,65 @@ USERS_AT_ONCE = 256
 class Watch(Callback):  # type: ignore[misc]
     """Counts steps, validates by the clock, and stops when all is over."""
 
-    def __init__(self, model: Any, histories: Histories, turns: Turns) -> None:
-        self.model, self.histories, self.turns = model, histories, turns
+    def __init__(self, model: Any, histories: SharedHistories, clock: TrainerClock) -> None:
+        self.model, self.histories, self.clock = model, histories, clock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        """RecTools trains with a copy of the trainer that it is given; there is one clock."""
+        """Returns itself."""
+        # RecTools trains with a deep copy of the trainer that it is given, but there is one clock.
         return self
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Called by Lightning after each step."""
-        goes_on = self.turns.step(int((batch["x"] != 0).sum()), int((batch["y"] != 0).sum()))
-        if self.turns.due() or not goes_on:
-            with self.turns.paused():
+        """Counts a step, after which Lightning calls it."""
+        goes_on = self.clock.step(int((batch["x"] != 0).sum()), int((batch["y"] != 0).sum()))
+        if self.clock.due() or not goes_on:
+            with self.clock.paused():
                 value = self.histories.ndcg(*vectors(self.model, self.histories))
                 module.train()
-            self.turns.report(value)
+            self.clock.report(value)
         trainer.should_stop = not goes_on
         if not goes_on:
             raise KeyboardInterrupt  # Lightning would finish its epoch first
 
 
-def vectors(model: Any, histories: Histories) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """The people who validate, and all items, in the order of `histories`."""
+def vectors(model: Any, histories: SharedHistories) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Returns the vectors of the users who validate, and of all items, in the order of `histories`."""
     net, preparator = model.lightning_model.torch_model.eval(), model.data_preparator
-    known = preparator.item_id_map.to_internal
-    inner = np.array([known.get(item, 0) for item in range(histories.items)])
+    item_numbers = preparator.item_id_map.to_internal
+    inner = np.array([item_numbers.get(item, 0) for item in range(histories.items)])
     length = preparator.session_max_len
     users = []
     with torch.no_grad():
         table = net.item_model.get_all_embeddings()
-        for start in range(0, histories.people.size, USERS_AT_ONCE):
-            people = histories.people[start : start + USERS_AT_ONCE]
-            x = np.zeros((people.size, length), np.int64)
-            for line, person in enumerate(people):
-                newest = inner[histories.of(person)][-length:]
+        for start in range(0, histories.validated.size, USERS_AT_ONCE):
+            chunk = histories.validated[start : start + USERS_AT_ONCE]
+            x = np.zeros((chunk.size, length), np.int64)
+            for line, user in enumerate(chunk):
+                newest = inner[histories.of(user)][-length:]
                 x[line, length - newest.size :] = newest
             users.append(net.encode_sessions({"x": torch.from_numpy(x)}, table)[:, -1].numpy())
+    # An item that the trainer does not know has number 0, which is its padding.
     items = table.numpy()[inner].copy()
     items[inner == 0] = np.nan
     return np.concatenate(users), items
 
 
 def main() -> None:
-    """Trains by turns until the input ends."""
-    asked = arguments()
+    """Trains in time slices until the input ends."""
+    options = arguments()
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(1)
-    histories = Histories.load(asked.data)
-    turns = Turns(asked.validate_every)
+    histories = SharedHistories.load(options.data)
+    clock = TrainerClock(options.validate_every)
     owner = np.repeat(np.arange(histories.offsets.size - 1), np.diff(histories.offsets))
     order = pd.Timestamp("2000-01-01") + pd.to_timedelta(np.arange(owner.size), unit="s")
     columns = {Columns.User: owner, Columns.Item: histories.rows, Columns.Weight: 1.0, Columns.Datetime: order}
-    model = SASRecModel(**asked.settings)
+    model = SASRecModel(**options.settings)
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    watch = Watch(model, histories, turns)
+    watch = Watch(model, histories, clock)
     model._trainer = Trainer(
         max_epochs=MANY_EPOCHS, accelerator="cpu", callbacks=[watch], enable_model_summary=False, **quiet
     )

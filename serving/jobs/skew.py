@@ -27,7 +27,7 @@ from serving.bundle.model import Model
 from serving.engine.engine import personal, read_items
 from serving.pipeline.hydrators import UserVector
 from serving.pipeline.query import Query
-from serving.projection.rebuild import Histories
+from serving.projection.histories import LoggedHistories
 
 ALLOWED = 0.01
 """Share of slates that may differ: what somebody took back or was made to forget is not in the warehouse any more."""
@@ -96,7 +96,7 @@ def replay(data: Path, bundle: Path, allowed: float = ALLOWED) -> dict[str, Any]
     """
     opened = open_bundle(bundle)
     catalog, _ = read_items(opened)
-    again, histories = Replay(opened, Model(opened, "cpu"), catalog), Histories(data)
+    again, histories = Replay(opened, Model(opened, "cpu"), catalog), LoggedHistories(data)
     served = opened.bundle_id, opened.manifest.catalog_version
     inputs: Counter[str] = Counter()
     slates = differing = elsewhere = 0

@@ -27,7 +27,7 @@ from serving.observability.telemetry import Telemetry
 from serving.restart import Trouble
 
 if TYPE_CHECKING:
-    from serving.projection.projector import Idle
+    from serving.projection.eviction import Eviction
 
 _log = logging.getLogger("serving.processes.entrypoint")
 _saying = threading.Lock()
@@ -133,7 +133,7 @@ def _read_log(
     # Imported where they are needed: a projector has no use for models, an index or gRPC.
     trouble = Trouble(control.state)
     if role == "projector":
-        from serving.projection.projector import run
+        from serving.projection.process import run
 
         run(
             config.redis,
@@ -141,7 +141,7 @@ def _read_log(
             config.partitions,
             control.stop,
             purge_s=config.purge_hours * 1800,
-            idle=_idle(config) if config.evict_after_days else None,
+            eviction=_eviction(config) if config.evict_after_days else None,
             ready=lambda _: ready(),
             telemetry=telemetry,
             trouble=trouble,
@@ -168,14 +168,16 @@ def _read_log(
     )
 
 
-def _idle(config: ServeConfig) -> Idle:
-    """When profiles are dropped, and how they come back."""
-    # Imported where it is needed: a projector that drops nothing has no use for Arrow.
+def _eviction(config: ServeConfig) -> Eviction:
+    """Returns when profiles are evicted, and how they are restored."""
+    # Imported where it is needed: a projector that evicts nothing has no use for Arrow.
     from features.profile import Retention
-    from serving.projection.projector import Idle
-    from serving.projection.rebuild import rehydrate
+    from serving.projection.eviction import Eviction
+    from serving.projection.restore import restore_profiles
 
-    return Idle(config.evict_after_days, partial(rehydrate, config.warehouse_path, Retention(config.retention_days)))
+    return Eviction(
+        config.evict_after_days, partial(restore_profiles, config.warehouse_path, Retention(config.retention_days))
+    )
 
 
 def _say(what: dict[str, Any]) -> None:

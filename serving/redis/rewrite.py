@@ -9,7 +9,8 @@ import redis
 from redis.exceptions import RedisError, ResponseError
 
 from serving.errors import EventLogUnavailable, ServingError
-from serving.redis.client import Client, serving_error
+from serving.redis.client import Client
+from serving.redis.errors import serving_error
 from serving.redis.servers import servers
 
 _POLL_S = 0.1

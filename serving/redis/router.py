@@ -15,8 +15,11 @@ from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 from features.errors import PenchantError
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.outages import EVENTS_REDIS, PROFILES_REDIS, shared_outage
-from serving.redis.client import Argument, Call, CircuitBreaker, Client, PipelinedConnection, Request, serving_error
+from serving.redis.breaker import CircuitBreaker
+from serving.redis.client import Client
 from serving.redis.cluster import Cluster
+from serving.redis.connection import Argument, PipelinedConnection, Request, ScriptCall
+from serving.redis.errors import serving_error
 from serving.redis.safety import Guard
 
 T = TypeVar("T")
@@ -35,7 +38,7 @@ class _Node:
         """The guard, where the replies to some requests are a promise, or nothing may be asked of an unsafe server."""
         if self.guard is None or self.guard.strict:
             return self.guard
-        durable = any(isinstance(request, Call) and request.script.durable for request in requests)
+        durable = any(isinstance(request, ScriptCall) and request.script.durable for request in requests)
         return self.guard if durable else None
 
     def check_safety(self) -> None:
@@ -136,7 +139,7 @@ class RedisRouter:
         """
         return self._one(words, _key(words) if at is None else at)
 
-    def run(self, call: Call) -> Any:
+    def run(self, call: ScriptCall) -> Any:
         """Runs one script.
 
         Raises:
@@ -214,7 +217,7 @@ class RedisRouter:
             return required(self._all([request], [key]))[0]
         if isinstance(reply, ResponseError):
             raise self._told(reply)
-        if isinstance(request, Call):
+        if isinstance(request, ScriptCall):
             self._refusals.works()
         return reply
 
@@ -230,7 +233,7 @@ class RedisRouter:
             places = [place for place in places if isinstance(replies[place], AskError)]
             if not places:
                 break
-        written = (reply for request, reply in zip(requests, replies, strict=True) if isinstance(request, Call))
+        written = (reply for request, reply in zip(requests, replies, strict=True) if isinstance(request, ScriptCall))
         if not all(isinstance(reply, Exception) for reply in written):
             self._refusals.works()
         return _not_all_away([self._told(reply) if isinstance(reply, RedisError) else reply for reply in replies])
@@ -342,6 +345,6 @@ def _not_all_away(replies: list[T]) -> list[T]:
 
 
 def _key(request: Request) -> bytes:
-    key = request.keys[0] if isinstance(request, Call) else request[1]
+    key = request.keys[0] if isinstance(request, ScriptCall) else request[1]
     assert isinstance(key, bytes), "a key is bytes"
     return key

@@ -15,16 +15,15 @@ import grpc
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from features.assemble import HALF_LIFE, are_choices
 from features.catalog import Catalog
 from features.catalog_names import look_up
-from features.clock import now_ms
 from features.controls import FOR_EVER, MAX_CONTROLS, ControlKind, Dial
 from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
-from features.keys import event_type_key, item_key
-from features.profile import PAST_LOST, RING, Profile, Purpose, Records
+from features.keys import event_type_key
+from features.profile import RING, Profile, Purpose
+from features.profile_codec import PAST_LOST
 from features.subjects import anonymous, known
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
@@ -32,6 +31,7 @@ from serving.errors import DataLoss, InvalidArgument
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.controls import BlockControl, DialControl, UserControl
 from serving.privacy.rights import SubjectRights
+from serving.projection.profile_view import VisitView, view_profile
 from serving.services import validation as checks
 from serving.stores.log_codec import decode
 from serving.stores.profiles import ProfileStore
@@ -349,65 +349,40 @@ def _place(token: str) -> tuple[str, int]:
 
 
 def _shown(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfileResponse:
-    """A profile in words."""
-    newest = profile.records[::-1]
-    rows = engine.catalog.rows_of_keys(np.ascontiguousarray(newest["item"]))
-    items = {row: engine.catalog.item(row) for row in set(rows.tolist()) if row >= 0}
-    types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
-    events = []
-    for record, row in zip(newest[:limit], rows[:limit].tolist(), strict=True):
-        item, value = items.get(row, {}), float(record["value"])
-        events.append(
-            profile_pb2.ProfileEvent(
-                item_id=item.get("item_id", ""),
-                title=item.get("title") or "",
-                event_type=types.get(int(record["event_type"]), ""),
-                timestamp_ms=int(record["timestamp"]),
-                value=value if value == value else None,
-            )
-        )
+    """Returns a profile in words."""
+    keys = np.unique(profile.records["item"])
+    rows = engine.catalog.rows_of_keys(keys).tolist()
+    items = {key: engine.catalog.item(row) for key, row in zip(keys.tolist(), rows, strict=True) if row >= 0}
+    view = view_profile(profile, items, engine.event_types, limit)
     return profile_pb2.GetProfileResponse(
-        found=bool(profile.count) or profile.lost,
-        damage=PAST_LOST if profile.lost else "",
-        profile_version=profile.version,
-        event_count=profile.count,
-        events=events,
-        categories=_affinities(profile, items),
-        seen_only=profile.older_items.size,
-        segment=_category(profile.decayed_counts.segment(), engine),
-        visit=_visit(profile, engine),
+        found=view.found,
+        damage=view.damage,
+        profile_version=view.version,
+        event_count=view.event_count,
+        events=[
+            profile_pb2.ProfileEvent(
+                item_id=event.item_id,
+                title=event.title,
+                event_type=event.event_type,
+                timestamp_ms=event.timestamp,
+                value=event.value,
+            )
+            for event in view.events
+        ],
+        categories=[profile_pb2.Affinity(name=name, share=share) for name, share in view.categories],
+        seen_only=view.seen_only,
+        segment=_category(view.segment, engine),
+        visit=_visit(view.visit, engine),
     )
 
 
-def _visit(profile: Profile, engine: Engine) -> profile_pb2.Visit | None:
-    """What the person is doing now, None where they are not here."""
-    memory = profile.decayed_counts
-    if not memory.visiting(now_ms()):
+def _visit(visit: VisitView | None, engine: Engine) -> profile_pb2.Visit | None:
+    if visit is None:
         return None
-    here = _chosen(profile.records[profile.records["timestamp"] >= memory.visit_began])["category"]
-    keys, counts = np.unique(here[here != 0], return_counts=True)
-    most = _category(int(keys[counts.argmax()]), engine) if keys.size else ""
-    return profile_pb2.Visit(began_ms=memory.visit_began, events=memory.visit_events, category=most)
-
-
-def _chosen(records: Records) -> Records:
-    """The events by which the user chose an item: showings and refusals are no liking."""
-    return records[are_choices(records["event_type"])]
+    return profile_pb2.Visit(began_ms=visit.began, events=visit.events, category=_category(visit.category, engine))
 
 
 def _category(key: int, engine: Engine) -> str:
     """The name of a category, "" where no item of the catalogue has it first."""
     rows = np.flatnonzero(engine.catalog.columns.category[: engine.catalog.size] == np.uint64(key))
     return str(engine.catalog.item(int(rows[0]))["categories"][0]) if key and rows.size else ""
-
-
-def _affinities(profile: Profile, items: dict[int, dict[str, Any]]) -> list[profile_pb2.Affinity]:
-    """The decayed share of each category whose name is known among the user's choices, strongest first."""
-    names = {item_key(item["categories"][0]): item["categories"][0] for item in items.values() if item["categories"]}
-    chosen = _chosen(profile.records)
-    weights = 0.5 ** (np.arange(chosen.size)[::-1] / HALF_LIFE)
-    keys, place = np.unique(chosen["category"], return_inverse=True)
-    shares = np.bincount(place, weights, keys.size) / max(weights.sum(), 1e-12)
-    found = [(names[key], share) for key, share in zip(keys.tolist(), shares.tolist(), strict=True) if key in names]
-    found.sort(key=lambda pair: (-pair[1], pair[0]))
-    return [profile_pb2.Affinity(name=name, share=share) for name, share in found]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from features.errors import PenchantError
 from features.subjects import partition_of
 from serving.errors import ResourceExhausted, Unavailable
-from serving.redis.client import Call, Request
+from serving.redis.connection import Request, ScriptCall
 from serving.redis.router import RedisRouter, required
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 
@@ -34,7 +34,7 @@ class Admission:
         self._nodes, self._streams = nodes, streams
         self._memory = [_Memory(0.0, -_MEMORY_KNOWN_S)] * len(streams)
 
-    def send(self, new: Sequence[_New], call: Callable[[int, Sequence[_New]], Call], mark: float) -> list[Any]:
+    def send(self, new: Sequence[_New], call: Callable[[int, Sequence[_New]], ScriptCall], mark: float) -> list[Any]:
         """Sends what is new to the servers that have memory for it; what came of each, or the error that kept it away.
 
         Raises:
@@ -66,7 +66,7 @@ class Admission:
                 replies[place] = reply
         return replies
 
-    def _look(self, partitions: Collection[int], beside: Sequence[Call] = ()) -> list[Any]:
+    def _look(self, partitions: Collection[int], beside: Sequence[ScriptCall] = ()) -> list[Any]:
         """Learns how much memory the servers of some partitions use; returns the replies to what is asked beside that.
 
         Raises:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from serving.errors import CatalogLogUnavailable
-from serving.redis.client import Call, Client
+from serving.redis.client import Client
+from serving.redis.connection import ScriptCall
 from serving.redis.router import RedisRouter
-from serving.stores.event_scripts import CATALOG_APPLIED, CATALOG_LOWEST, CATALOG_PUT
+from serving.stores.scripts import CATALOG_APPLIED, CATALOG_LOWEST, CATALOG_PUT
 
 Kind = Literal["put", "patch", "availability", "delete"]
 
@@ -106,7 +107,7 @@ class CatalogLog:
         for start in range(0, len(changes), _BATCH):
             batch = changes[start : start + _BATCH]
             words = [word for change in batch for word in (change.kind, change.item_id, _payload(change))]
-            call = Call(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))
+            call = ScriptCall(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))
             reached, places = self._nodes.run(call)
             version, refused = int(reached), [*refused, *(start + int(place) for place in places)]
         return Written(version or self.version(), tuple(refused))
@@ -162,7 +163,7 @@ class CatalogLog:
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        self._nodes.run(Call(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
+        self._nodes.run(ScriptCall(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
 
     def leave(self, worker: str) -> None:
         """Says that a worker is gone and need not be waited for.
@@ -186,7 +187,7 @@ class CatalogLog:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            count, lowest = self._nodes.run(Call(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
+            count, lowest = self._nodes.run(ScriptCall(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
             if count >= at_least and (lowest is None or lowest >= version):
                 return True
             if time.monotonic() + _POLL_S > deadline:

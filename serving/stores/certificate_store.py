@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from serving.redis.client import Call, Request
+from serving.redis.connection import Request, ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import CERTIFICATE_DATE, CERTIFICATE_ISSUE, HASH_SET
+from serving.stores.scripts import CERTIFICATE_DATE, CERTIFICATE_ISSUE, HASH_SET
 
 
 class CertificateStore:
@@ -32,7 +32,9 @@ class CertificateStore:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         unsettled = self._log.keys[_partition(certificate_id)].purging
-        self._log.nodes.run(Call(CERTIFICATE_ISSUE, (self._key(certificate_id), unsettled), (certificate_id, *fields)))
+        self._log.nodes.run(
+            ScriptCall(CERTIFICATE_ISSUE, (self._key(certificate_id), unsettled), (certificate_id, *fields))
+        )
 
     def read(self, certificate_id: str) -> Mapping[bytes, bytes]:
         """Returns the fields of a certificate, none if it is not there.
@@ -76,7 +78,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        self._log.nodes.run(Call(CERTIFICATE_DATE, (self._key(certificate_id),), (log_id, name, value)))
+        self._log.nodes.run(ScriptCall(CERTIFICATE_DATE, (self._key(certificate_id),), (log_id, name, value)))
 
     def note(self, certificate_id: str, line: str) -> None:
         """Notes an erasure for the hosts that were not there when it was made; a full Redis takes it too.
@@ -84,7 +86,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        self._log.nodes.run(Call(HASH_SET, (self._notes(_partition(certificate_id)),), (certificate_id, line)))
+        self._log.nodes.run(ScriptCall(HASH_SET, (self._notes(_partition(certificate_id)),), (certificate_id, line)))
 
     def notes(self) -> Iterator[tuple[str, bytes]]:
         """Yields certificate id and line of every erasure that was ever noted.

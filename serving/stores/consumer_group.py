@@ -9,12 +9,12 @@ from typing import Any, Literal
 from features.errors import PenchantError
 from serving.errors import ConfigError, Unavailable
 from serving.observability.outages import Outage
-from serving.redis.client import Call
+from serving.redis.connection import ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog, LogReplaced
-from serving.stores.event_scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
 from serving.stores.keys import stream_id
 from serving.stores.log_entries import Entry
+from serving.stores.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Consumer:
             EventLogUnavailable: Redis does not answer.
         """
         self._log.open()
-        self._run([Call(LOG_JOIN, (stream,), (self._group,)) for stream in self._streams])
+        self._run([ScriptCall(LOG_JOIN, (stream,), (self._group,)) for stream in self._streams])
 
     def claim(self, after: Sequence[int | None], count: int = 500) -> list[list[Entry] | None]:
         """Takes or keeps every partition that is free or ours and reads on, in one round trip.
@@ -78,7 +78,7 @@ class Consumer:
             EventLogUnavailable: Redis does not answer; what was read meanwhile is pending.
         """
         calls = [
-            Call(
+            ScriptCall(
                 LOG_CLAIM,
                 (stream, lease),
                 (self._owner, self._lease_ms, self._group, count, ">" if start is None else stream_id(start)),
@@ -117,7 +117,7 @@ class Consumer:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        self._run([Call(LOG_RELEASE, (lease,), (self._owner,)) for lease in self._leases])
+        self._run([ScriptCall(LOG_RELEASE, (lease,), (self._owner,)) for lease in self._leases])
 
     def drop(self) -> int:
         """Drops the group from every partition; returns in how many it was.
@@ -134,7 +134,7 @@ class Consumer:
                 dropped += int(self._log.nodes.command("XGROUP", "DESTROY", stream, self._group, at=stream))
         return dropped
 
-    def _run(self, calls: Sequence[Call]) -> list[Any]:
+    def _run(self, calls: Sequence[ScriptCall]) -> list[Any]:
         """The reply of each partition, None where its server is away or its stream is damaged."""
         replies = self._log.nodes.run_all(calls)
         failures = [reply for reply in replies if isinstance(reply, PenchantError)]

@@ -20,7 +20,8 @@ from redis.exceptions import ResponseError
 
 from features.clock import now_ms
 from features.errors import PenchantError
-from features.profile import EVERY_PURPOSE, RECORD, Purpose
+from features.profile import EVERY_PURPOSE, Purpose
+from features.records import RECORD
 from features.subjects import partition_of
 from serving.errors import (
     DeadlineExceeded,
@@ -29,14 +30,16 @@ from serving.errors import (
     Unavailable,
 )
 from serving.log_retention import HOUR_MS, LogRetention
-from serving.redis.client import Call, Client, Request, serving_error
+from serving.redis.client import Client
+from serving.redis.connection import Request, ScriptCall
+from serving.redis.errors import serving_error
 from serving.redis.router import RedisRouter, required
 from serving.stores.admission import Admission
-from serving.stores.event_scripts import EVENT_APPEND, IMPRESSION_APPEND, LOG_TIMES, PERSON_RETURN
 from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, address_of, log_id, stream_id
 from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression, appended_of
 from serving.stores.log_trim import groups_of, trim
 from serving.stores.meta import fixed_value, require_partitions
+from serving.stores.scripts import EVENT_APPEND, IMPRESSION_APPEND, LOG_TIMES, USER_RETURN
 
 USER_CAP = 100_000
 """Events and slates that the log holds of one person at most: 14,000 a day for a week is no person."""
@@ -197,7 +200,7 @@ class EventLog:
         for subject, at in seen.items():
             told.setdefault(partition_of(subject, self.partitions), []).extend((subject, self.person(subject), at))
         calls = [
-            Call(PERSON_RETURN, (self.keys[partition].returned, self.keys[partition].erased), (HOUR_MS, *words))
+            ScriptCall(USER_RETURN, (self.keys[partition].returned, self.keys[partition].erased), (HOUR_MS, *words))
             for partition, words in told.items()
         ]
         required(self.nodes.run_all(calls))
@@ -304,7 +307,7 @@ class EventLog:
         """
         return groups_of(self.nodes, stream)
 
-    def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> Call:
+    def _event_call(self, partition: int, events: Sequence[LoggedEvent]) -> ScriptCall:
         keys, now = self.keys[partition], now_ms()
         names: list[bytes] = []
         words: list[bytes | str | int] = []
@@ -328,13 +331,13 @@ class EventLog:
                 int(event.personal),
             )
         common = (self._index_ms, int(self.default), self._user_cap)
-        return Call(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
+        return ScriptCall(EVENT_APPEND, (keys.events, keys.erased, keys.floor, keys.people, *names), (*common, *words))
 
     def seen_of(self, subject: str, event_id: str) -> bytes:
         """The key that holds the place of an event in the log, for as long as a retry of it can be taken."""
         return self.keys_of(subject).seen + _seen(subject.encode(), event_id)
 
-    def _impression_call(self, partition: int, impressions: Sequence[LoggedImpression]) -> Call:
+    def _impression_call(self, partition: int, impressions: Sequence[LoggedImpression]) -> ScriptCall:
         keys = self.keys[partition]
         names = [keys.index + b":" + one.subject.encode() for one in impressions]
         words = [
@@ -343,7 +346,7 @@ class EventLog:
             for word in (self.person(one.subject), one.timestamp, one.subject, one.payload, address_of(one.subject))
         ]
         common = (self._index_ms, int(self.default))
-        return Call(
+        return ScriptCall(
             IMPRESSION_APPEND, (keys.impressions, keys.erased, keys.floor, keys.people, *names), (*common, *words)
         )
 
@@ -354,7 +357,7 @@ class EventLog:
     def _tell_times(self) -> None:
         """Has the log know for how long its entries stay, and the shortest time that an index of it was kept for."""
         if self._times is not None and not self._times_told:
-            self.nodes.run(Call(LOG_TIMES, (META,), (self._times.stored, self._times.index_ms)))
+            self.nodes.run(ScriptCall(LOG_TIMES, (META,), (self._times.stored, self._times.index_ms)))
             self._times_told = True
 
     def indexed_since(self, now: int) -> int:

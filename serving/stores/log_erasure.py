@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from features.profile import RECORD
-from serving.redis.client import Call
+from features.records import RECORD
+from serving.redis.connection import ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import EVENT_ERASE, EVENT_UNDO
 from serving.stores.keys import SEQUENCE_BITS, address_of, log_id, stream_id
 from serving.stores.log_entries import Erased
+from serving.stores.scripts import EVENT_ERASE, EVENT_UNDO
 
 _KEYS_AT_ONCE = 1000
 
@@ -67,7 +67,7 @@ class LogErasure:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         keys = (self._log.keys_of(subject).events, self._log.index_of(subject))
-        self._log.nodes.run(Call(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
+        self._log.nodes.run(ScriptCall(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
 
     def erase_unnamed(self, partition: int, subject_hash: bytes, address: bytes) -> Erased:
         """Repeats an erasure of a user whose name no entry of the log tells: writes its mark again.
@@ -84,7 +84,7 @@ class LogErasure:
         streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people, keys.rules)
         # By the keyed hash, and by the address for a log that has another key.
         replies = [
-            self._log.nodes.run(Call(EVENT_ERASE, streams, (subject_hash, address, refuse))) for refuse in (1, 0)
+            self._log.nodes.run(ScriptCall(EVENT_ERASE, streams, (subject_hash, address, refuse))) for refuse in (1, 0)
         ]
         return Erased(log_id(replies[-1][0]), 0, 0)
 
@@ -113,10 +113,10 @@ class LogErasure:
                 names |= {address_of(subject): subject for subject in unseen if address_of(subject) in addresses}
         return names
 
-    def _call(self, subject: str, *how: int | bytes) -> Call:
+    def _call(self, subject: str, *how: int | bytes) -> ScriptCall:
         log, keys = self._log, self._log.keys_of(subject)
         names = (keys.events, keys.impressions, log.index_of(subject), keys.erased, keys.people, keys.rules)
-        return Call(EVENT_ERASE, names, (log.person(subject), address_of(subject), *how))
+        return ScriptCall(EVENT_ERASE, names, (log.person(subject), address_of(subject), *how))
 
     def _delete_unindexed(self, subject: str, marker: bytes, events: int, impressions: int) -> Erased:
         """Deletes also what is older than the index: the script deletes what the index names."""

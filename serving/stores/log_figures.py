@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from features.errors import PenchantError
-from serving.redis.client import Request
+from serving.redis.connection import Request
 from serving.stores.event_log import EventLog
 
 STREAMS = ("events", "impressions")

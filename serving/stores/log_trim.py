@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from serving.log_retention import LogRetention
-from serving.redis.client import Call
+from serving.redis.connection import ScriptCall
 from serving.redis.router import RedisRouter
-from serving.stores.event_scripts import LOG_TRIM
 from serving.stores.keys import PartitionKeys
+from serving.stores.scripts import LOG_TRIM
 
 TOGETHER = 5000
 """Entries of a stream that are trimmed in one step, some milliseconds that others wait."""
@@ -50,7 +50,7 @@ def trim(nodes: RedisRouter, keys: PartitionKeys, times: LogRetention, now_ms: i
         limit = min([limit, *(_needed_by(nodes, group, stream, limit) for group in groups)])
         limits.append(max(0, limit))
     # The index of a user forgets what neither stream can hold any more.
-    call = Call(LOG_TRIM, (*streams, keys.floor), (*limits, min(limits), TOGETHER))
+    call = ScriptCall(LOG_TRIM, (*streams, keys.floor), (*limits, min(limits), TOGETHER))
     deleted = 0
     while True:  # others wait behind each step
         events, slates = map(int, nodes.run(call))

@@ -19,42 +19,27 @@ from redis.exceptions import ResponseError
 from features.controls import CONTROL, MAX_CONTROLS
 from features.decayed_counts import MAX_STATE_SIZE
 from features.errors import PenchantError, ProfileCorrupt, ProfileNewer
-from features.profile import (
-    ENTRY,
-    EVENT,
-    HEADER_SIZE,
-    OLDER_ITEMS_CAP,
-    RECORD,
-    REPAIR,
-    RING,
-    Profile,
-    Purpose,
-    StoredProfile,
-    decode,
-    decode_consent,
-    empty,
-    encode,
-    encode_consent,
-    fold,
-    is_newer,
-    split,
-)
+from features.profile import OLDER_ITEMS_CAP, RING, Profile, Purpose, StoredProfile, empty, fold
+from features.profile_codec import HEADER_SIZE, REPAIR, decode, decode_consent, encode, encode_consent, is_newer, split
+from features.records import ENTRY, EVENT, RECORD
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
-from serving.redis.client import Call, Client, Request, Script, serving_error
+from serving.redis.client import Client
+from serving.redis.connection import Request, Script, ScriptCall
+from serving.redis.errors import serving_error
 from serving.redis.router import RedisRouter, required
-from serving.stores.event_scripts import (
+from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_prefix
+from serving.stores.log_entries import Mark
+from serving.stores.meta import fixed_value, require_partitions
+from serving.stores.scripts import (
     PROFILE_APPLY,
     PROFILE_COMPACT,
-    PROFILE_LEAVE,
+    PROFILE_EVICT,
     PROFILE_MARK,
     PROFILE_PUT,
     PROFILE_REPLACE,
 )
-from serving.stores.keys import LIVE, META, SEQUENCE_BITS, address_of, partition_prefix
-from serving.stores.log_entries import Mark
-from serving.stores.meta import fixed_value, require_partitions
 
 TAIL_CAP = 4096
 """Entries a tail may hold before it has been folded; who produces more is not a person."""
@@ -427,7 +412,7 @@ class ProfileStore:
     def _leave(self, keys: Sequence[bytes], before_ms: int) -> int:
         wanted: list[Request] = [("GETRANGE", key, 0, _FRONT - 1) for key in keys]
         idle = [
-            Call(PROFILE_LEAVE, (key,), (_EMPTY, front[:HEADER_SIZE], before_ms))
+            ScriptCall(PROFILE_EVICT, (key,), (_EMPTY, front[:HEADER_SIZE], before_ms))
             for key, front in zip(keys, self._nodes.run_all(wanted), strict=True)
             if isinstance(front, bytes) and len(front) == _FRONT and not is_newer(front)
             if _last_seen(front) < before_ms and _elsewhere(front)
@@ -443,7 +428,7 @@ class ProfileStore:
         [head] = self._heads([subject])
         if len(head) < HEADER_SIZE or head[_AWAY] != 1:
             return False
-        return bool(self._nodes.run(self._call(PROFILE_LEAVE, subject, head, _NEVER)))
+        return bool(self._nodes.run(self._call(PROFILE_EVICT, subject, head, _NEVER)))
 
     def run_ids(self) -> list[str]:
         """Per partition, what changes when its Redis was started again, and so may have lost its last two seconds.
@@ -465,20 +450,20 @@ class ProfileStore:
             raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have; {REPAIR}")
         return blob
 
-    def _application(self, subject: str, entries: Entries) -> Call:
+    def _application(self, subject: str, entries: Entries) -> ScriptCall:
         packed = b"".join(log_id.to_bytes(8, "big") + record for log_id, record in entries)
         if len(packed) != len(entries) * ENTRY.itemsize:
             raise ValueError(f"a record has {RECORD.itemsize} bytes")
         return self._call(PROFILE_APPLY, subject, packed, self._tail_cap)
 
-    def _marking(self, partition: int, mark: Mark) -> Call:
+    def _marking(self, partition: int, mark: Mark) -> ScriptCall:
         consent = b"" if mark.consent is None else encode_consent(mark.consent)
         rules = (0, b"") if mark.rules is None else (1, mark.rules)
         arguments = (_EMPTY, mark.log_id.to_bytes(8, "big"), consent, int(mark.forget), *rules)
-        return Call(PROFILE_MARK, (self._prefixes[partition] + mark.address,), arguments)
+        return ScriptCall(PROFILE_MARK, (self._prefixes[partition] + mark.address,), arguments)
 
-    def _call(self, script: Script, subject: str, *arguments: bytes | int) -> Call:
-        return Call(script, (self.key_of(subject),), (_EMPTY, *arguments))
+    def _call(self, script: Script, subject: str, *arguments: bytes | int) -> ScriptCall:
+        return ScriptCall(script, (self.key_of(subject),), (_EMPTY, *arguments))
 
     def key_of(self, subject: str) -> bytes:
         """The key of a person's profile; it names nobody."""

@@ -22,9 +22,9 @@ from typing import Any, Literal
 from features.errors import PenchantError
 from serving.errors import ConfigError, NotFound
 from serving.folder_identity import FolderIdentity, host_name, kernel_id, read_identity, runs, write_identity
-from serving.redis.client import Call
+from serving.redis.connection import ScriptCall
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import HASH_CHOOSE, HASH_SET
+from serving.stores.scripts import HASH_CHOOSE, HASH_SET
 
 COPIES = b"penchant:copies"
 BEAT_S = 2.0
@@ -134,7 +134,7 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        chosen = self._log.nodes.run(Call(HASH_CHOOSE, (COPIES,), (f"own:{kind}", instead_of, copy_id)))
+        chosen = self._log.nodes.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{kind}", instead_of, copy_id)))
         return bytes(chosen).decode() == copy_id
 
     def register(self, kind: Kind, copy_id: str, place: str) -> None:
@@ -190,7 +190,7 @@ class Registry:
             raise ConfigError(f"the {copy.kind} {copy.named()} is in use: stop the process that has it, then retire it")
         self._set({f"retired:{copy.copy_id}": str(now)})
         if copy.own:
-            self._log.nodes.run(Call(HASH_CHOOSE, (COPIES,), (f"own:{copy.kind}", copy.copy_id, "")))
+            self._log.nodes.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{copy.kind}", copy.copy_id, "")))
         return next(one for one in self.copies() if one.copy_id == copy.copy_id)
 
     def now_ms(self) -> int:
@@ -203,7 +203,7 @@ class Registry:
 
     def _set(self, fields: Mapping[str, str]) -> None:
         words = [word for pair in fields.items() for word in pair]
-        self._log.nodes.run(Call(HASH_SET, (COPIES,), tuple(words)))
+        self._log.nodes.run(ScriptCall(HASH_SET, (COPIES,), tuple(words)))
 
 
 class Claim:

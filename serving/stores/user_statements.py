@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from features.profile import Purpose
 from features.subjects import partition_of
-from serving.redis.client import Call, Request
+from serving.redis.connection import Request, ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import PERSON_MARK
 from serving.stores.keys import address_of, log_id
 from serving.stores.log_entries import Mark
+from serving.stores.scripts import USER_MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ class UserStatements:
         """
         address, keys = address_of(subject), self._log.keys_of(subject)
         consent = b"" if purposes is None else b"%d" % purposes
-        call = Call(
-            PERSON_MARK, (keys.events, keys.people, keys.rules), (address, consent, int(forget), *(controls or ()))
+        call = ScriptCall(
+            USER_MARK, (keys.events, keys.people, keys.rules), (address, consent, int(forget), *(controls or ()))
         )
         encoded = None if controls is None else controls[0]
         return Mark(log_id(self._log.nodes.run(call)), address, purposes, forget, encoded)

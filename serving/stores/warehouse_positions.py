@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from serving.redis.client import Call, Request
+from serving.redis.connection import Request, ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.event_scripts import HASH_SET
 from serving.stores.keys import partition_prefix
+from serving.stores.scripts import HASH_SET
 
 
 class WarehousePositions:
@@ -41,7 +41,7 @@ class WarehousePositions:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         calls = [
-            Call(HASH_SET, (_key(partition),), tuple(word for pair in streams.items() for word in pair))
+            ScriptCall(HASH_SET, (_key(partition),), tuple(word for pair in streams.items() for word in pair))
             for partition, streams in positions.items()
         ]
         required(self._log.nodes.run_all(calls))

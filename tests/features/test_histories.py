@@ -19,7 +19,7 @@ from features.keys import item_key
 from features.profile import Profile
 from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
-from serving.projection.rebuild import Histories
+from serving.projection.histories import LoggedHistories
 from training.config import TrainConfig
 from training.data.histories import UserHistories
 from training.data.interactions import item_vocabulary, read_interactions
@@ -106,8 +106,13 @@ def test_training_remembers_what_a_rebuild_folds(
     data, user_histories = trained(folder)
     assert (data.origins.max() > 0) == resolved
     assert data.origins.flags.writeable == resolved  # what carries nothing needs no room on the disk
+<<<<<<< HEAD
     histories = Histories(folder)
     for number, name in enumerate(data.users):
+=======
+    histories = LoggedHistories(folder)
+    for number, name in enumerate(data.people):
+>>>>>>> house
         own = histories.of(f"u:{name}")
         for position in (1, 40, 290, len(own.records)):
             profile: Profile = own.replayed(int(own.log_ids[position - 1]))

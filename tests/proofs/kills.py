@@ -32,7 +32,8 @@ import grpc
 import numpy as np
 import pyarrow.parquet as pq
 
-from features.profile import RECORD, Profile, empty, fold
+from features.profile import Profile, empty, fold
+from features.records import RECORD
 from penchant.client import Client, event
 from serving.log_retention import PROFILES_GROUP
 from serving.redis.client import connect
@@ -59,7 +60,7 @@ SERVE = (
     "import json, sys; from serving.processes.supervisor import serve; from serving.config import ServeConfig; "
     "sys.exit(serve(ServeConfig.load(**json.loads(sys.argv[1]))))"
 )
-PROJECT = "import sys; from serving.projection.projector import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+PROJECT = "import sys; from serving.projection.process import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 SINK = (
     "import sys; from pathlib import Path; from serving.warehouse.writer import run; "
     "run(sys.argv[1], Path(sys.argv[2]), partitions=int(sys.argv[3]), flush_s=0.5)"

@@ -40,11 +40,17 @@ import features.decay_kernels
 import features.decayed_counts
 import features.kernels
 import features.profile
+<<<<<<< HEAD
 import training.data.histories
+=======
+import features.records
+import training.models.scoring
+>>>>>>> house
 from features.bundle import open_bundle
 from features.catalog import Catalog, Columns
 from features.clock import now_ms
-from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
+from features.profile import EVERY_PURPOSE, Profile, Purpose
+from features.profile_codec import encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, EngineRef, open_engine, read_items
@@ -55,8 +61,8 @@ from serving.pipeline.query import Query
 from serving.pipeline.side_effects import _logged, _Shown
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
+from serving.projection.histories import LoggedHistories
 from serving.projection.projector import Projector
-from serving.projection.rebuild import Histories
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.events import EventService
@@ -455,7 +461,7 @@ class Life:
         """Reads the sink's Parquet and compares it with what was seen; then forgets what was seen."""
         self.sink.drain()
         out: Path = self.sink.out  # type: ignore[attr-defined]
-        histories = Histories(out) if any(out.glob("events/*/*.parquet")) else None
+        histories = LoggedHistories(out) if any(out.glob("events/*/*.parquet")) else None
         found: list[str] = []
         for moment in self.moments:
             found += self._compare_profile(moment, histories)
@@ -470,7 +476,7 @@ class Life:
         self.served.clear()
         return found
 
-    def _compare_profile(self, moment: Moment, histories: Histories | None) -> Iterator[str]:
+    def _compare_profile(self, moment: Moment, histories: LoggedHistories | None) -> Iterator[str]:
         profile = dataclasses.replace(moment.profile, consent=None)
         rooms = features.decayed_counts.DIMENSIONS
         expected = oracle.state(moment.events, features.profile.RING, features.profile.OLDER_ITEMS_CAP, rooms)
@@ -504,7 +510,7 @@ class Life:
             for name in trained.differing_slates(rows, then, _ACTIONS, MODEL["event_types"]):
                 yield f"training assembles otherwise: {name}"
 
-    def _compare_slate(self, served: Served, slate: dict[str, Any], histories: Histories | None) -> Iterator[str]:
+    def _compare_slate(self, served: Served, slate: dict[str, Any], histories: LoggedHistories | None) -> Iterator[str]:
         assert histories is not None
         subject = next(one for one in self.subjects if one.removeprefix("u:") == slate["user_id"])
         profile = histories.of(subject).replayed(slate["profile_version"], served.forgotten)
@@ -557,6 +563,7 @@ def plain_kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         users: Sequence[ModuleType] = (
             features.profile,
+            features.records,
             features.decayed_counts,
             features.assemble,
             features.action_rates,

@@ -15,7 +15,7 @@ from penchant.client import Client
 from serving.config import ServeConfig
 from serving.observability.telemetry import Telemetry
 from serving.processes.worker import work
-from serving.projection import projector
+from serving.projection import process
 from serving.warehouse import writer as warehouse
 from tests.fixtures import PATIENCE_S, START_S
 
@@ -46,7 +46,7 @@ def inside(
     threads = [
         threading.Thread(target=work, args=(config, Telemetry(), stop, ready.set)),
         threading.Thread(
-            target=projector.run, args=(profiles_url, events_url, config.partitions, stop), kwargs={"purge_s": purge_s}
+            target=process.run, args=(profiles_url, events_url, config.partitions, stop), kwargs={"purge_s": purge_s}
         ),
     ]
     if out:

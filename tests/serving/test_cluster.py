@@ -13,13 +13,15 @@ import pytest
 from redis.crc import key_slot
 
 from features.profile import empty as none
-from features.profile import fold, make_records
+from features.profile import fold
+from features.records import make_records
 from features.subjects import partition_of
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.errors import ConfigError, ProfileStoreUnavailable
 from serving.projection.rebuild import rebuild
-from serving.redis.client import Call, Script, connect
+from serving.redis.client import connect
+from serving.redis.connection import Script, ScriptCall
 from serving.redis.router import RedisRouter
 from serving.redis.safety import require_safe
 from serving.stores.event_log import EventLog
@@ -86,7 +88,9 @@ def test_a_script_is_taught_to_each_node_and_replies_keep_their_order(empty):
     with connect(url_of(empty), 5) as client:
         asked = RedisRouter(client, ProfileStoreUnavailable)
         keys = [partition_prefix(number % PARTITIONS) + b"sum" for number in range(100)]
-        assert asked.run_all([Call(ADD, (key,), (1,)) for key in keys]) == [1 + n // PARTITIONS for n in range(100)]
+        assert asked.run_all([ScriptCall(ADD, (key,), (1,)) for key in keys]) == [
+            1 + n // PARTITIONS for n in range(100)
+        ]
         found = asked.run_all([("GET", key) for key in keys])
         assert [int(value) for value in found] == [7 if n % PARTITIONS < 4 else 6 for n in range(100)]
         ids = asked.at_each(keys, lambda node: node.info("server")["run_id"])

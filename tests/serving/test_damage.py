@@ -16,7 +16,8 @@ from penchant.v1 import common_pb2
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl
 from serving.privacy.rights import SubjectRights
-from serving.projection.rebuild import rebuild, show
+from serving.projection.profile_view import show
+from serving.projection.rebuild import rebuild
 from serving.redis.client import connect
 from serving.stores.profiles import ProfileStore
 from tests.serving.logged import event as logged_event

@@ -18,7 +18,7 @@ import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.keys import event_type_key
-from features.profile import pack_record
+from features.records import pack_record
 from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
@@ -36,7 +36,7 @@ from serving.processes.worker_health import (
     Part,
     redis_trouble,
 )
-from serving.projection import projector
+from serving.projection import process
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.restart import Trouble, described, keep_running
@@ -230,7 +230,7 @@ class TestRestarting:
     @staticmethod
     def running(role: str, both: tuple[str, str], out: Path, stop: threading.Event, trouble: Trouble):
         if role == "projector":
-            return lambda: projector.run(*both, PARTITIONS, stop, trouble=trouble)
+            return lambda: process.run(*both, PARTITIONS, stop, trouble=trouble)
         return lambda: warehouse.run(both[1], out, partitions=PARTITIONS, stop=stop, trouble=trouble, flush_s=0.2)
 
     @pytest.mark.parametrize("role", ["projector", "warehouse"])

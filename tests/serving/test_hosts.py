@@ -9,7 +9,6 @@ import shutil
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,8 @@ from serving.jobs.hosts import HostKeeper, hold_in, hosts, register_made, replay
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.rights import SubjectRights
-from serving.projection.projector import OtherStore, Projector, _in_the_way, _require_own
+from serving.projection.projector import Projector
+from serving.projection.store_owner import OtherStore, StoreOwner
 from serving.stores import registry as registries
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.registry import Claim, Copy, Heartbeat, Registry
@@ -236,25 +236,26 @@ class TestOnePlace:
         with pytest.raises(ConfigError, match=r"\.identity is no identity"):
             once(tmp_path)
 
-    def test_a_second_profile_store_is_refused_while_a_projector_fills_the_first(self, log):
+    def test_a_second_profile_store_is_refused_while_a_projector_fills_the_first(self, log, store):
         registry = Registry(log)
-        assert _in_the_way(registry, "store-1", "redis://one") is None
+        assert StoreOwner(log, store, "redis://one").claim(registry, "store-1") is None
         registry.seen("store-1", "process", "projecting")
-        refusal = _in_the_way(registry, "store-2", "redis://two")
+        refusal = StoreOwner(log, store, "redis://two").claim(registry, "store-2")
         assert isinstance(refusal, OtherStore)
         assert "redis://one" in str(refusal)
         registry.seen("store-1", "", "stopped")
-        assert _in_the_way(registry, "store-2", "redis://two") is None
+        assert StoreOwner(log, store, "redis://two").claim(registry, "store-2") is None
         assert registry.own("profiles").copy_id == "store-2"
 
     def test_a_projector_whose_place_was_taken_while_it_stood_still_ends(self, log, store, monkeypatch):
-        monkeypatch.setattr("serving.projection.projector._OTHER_S", 0.0)
+        monkeypatch.setattr("serving.projection.projector._OWNER_S", 0.0)
         registry = Registry(log)
-        assert _in_the_way(registry, store.store_id(), "redis://one") is None
-        _require_own(log, store, "redis://one")
+        assert StoreOwner(log, store, "redis://one").claim(registry, store.store_id()) is None
+        owner = StoreOwner(log, store, "redis://one")
+        owner.require()
         registry.register("profiles", "store-2", "redis://two")
         registry.choose("profiles", "store-2", instead_of=store.store_id())
-        projector = Projector(log, store, require_own=partial(_require_own, log, store, "redis://one"))
+        projector = Projector(log, store, require_own=owner.require)
         with pytest.raises(OtherStore, match="redis://two"):
             projector.run(threading.Event())
 

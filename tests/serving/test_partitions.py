@@ -8,8 +8,9 @@ import pytest
 
 from serving.errors import ConfigError, EventLogUnavailable
 from serving.privacy.replay import replay_ledgers
-from serving.projection import projector
-from serving.projection.rebuild import rebuild, show
+from serving.projection import process
+from serving.projection.profile_view import show
+from serving.projection.rebuild import rebuild
 from serving.redis.client import connect
 from serving.stores.meta import awaited_partitions, partitions_for
 from serving.warehouse import writer as warehouse
@@ -31,7 +32,7 @@ def test_every_command_takes_the_number_of_the_log(log, store, profiles_server, 
         told.append(facts["partitions"])
         stop.set()
 
-    projector.run(profiles, events, None, stop, ready=ready)
+    process.run(profiles, events, None, stop, ready=ready)
     assert told == [PARTITIONS]
     assert warehouse.run(events, out, once=True)["partitions"] == PARTITIONS
     assert show("ann", profiles)["found"] is False
@@ -40,7 +41,7 @@ def test_every_command_takes_the_number_of_the_log(log, store, profiles_server, 
     assert replay_ledgers([ledger], profiles, events) == {"erasures": 0, "again": 0}
     assert warehouse.drop(events)["partitions"] == PARTITIONS
     asked_wrongly = [
-        lambda: projector.run(profiles, events, WRONG, threading.Event()),
+        lambda: process.run(profiles, events, WRONG, threading.Event()),
         lambda: warehouse.run(events, out, None, WRONG, once=True),
         lambda: warehouse.drop(events, WRONG),
         lambda: rebuild(out, profiles, events, partitions=WRONG),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features.profile import make_records
+from features.records import make_records
 from serving.errors import ProfileStoreUnavailable
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.telemetry import Telemetry
@@ -220,7 +220,7 @@ def test_kills_of_either_redis_lose_and_double_nothing(tmp_path):
 
 def test_the_process_projects_and_ends_on_sigterm(log, store, events_server, profiles_server):
     program = (
-        "import sys; from serving.projection.projector import run; "
+        "import sys; from serving.projection.process import run; "
         "sys.exit(run(sys.argv[1], sys.argv[2], int(sys.argv[3])))"
     )
     command = [sys.executable, "-c", program, profiles_server.url, events_server.url, str(PARTITIONS)]

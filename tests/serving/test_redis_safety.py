@@ -17,7 +17,8 @@ from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
 from serving.processes.worker_health import HealthMonitor, Part, redis_trouble
 from serving.projection.projector import Projector
-from serving.redis.client import PipelinedConnection, connect
+from serving.redis.client import connect
+from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import Guard
 from serving.stores.catalog_log import CatalogLog, Change

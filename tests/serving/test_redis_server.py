@@ -21,17 +21,11 @@ from serving.errors import (
     ResourceExhausted,
 )
 from serving.redis import embedded as redis_server
-from serving.redis.client import (
-    Call,
-    CircuitBreaker,
-    PipelinedConnection,
-    Script,
-    connect,
-    connect_one,
-    printable,
-    serving_error,
-)
+from serving.redis.breaker import CircuitBreaker
+from serving.redis.client import connect, connect_one, printable
+from serving.redis.connection import PipelinedConnection, Script, ScriptCall
 from serving.redis.embedded import RedisServer, find_binary
+from serving.redis.errors import serving_error
 from serving.redis.router import RedisRouter
 from serving.redis.safety import require_safe
 from serving.stores.meta import require_partitions
@@ -259,11 +253,11 @@ def test_a_wrong_password_is_waited_for(tmp_path):
 def test_scripts_are_taught_once_and_again_after_they_were_forgotten(events_redis):
     add = Script.of("return redis.call('INCRBY', KEYS[1], ARGV[1])")
     fail = Script.of("return redis.error_reply('NO thanks')")
-    calls = [Call(add, (b"sum",), (number,)) for number in (1, 2, 3)]
+    calls = [ScriptCall(add, (b"sum",), (number,)) for number in (1, 2, 3)]
     for expected in ([1, 3, 6], [7, 9, 12]):
         events_redis.script_flush()
         assert PipelinedConnection(events_redis).run_all(calls) == expected
-    replies = PipelinedConnection(events_redis).run_all([calls[0], Call(fail, ()), ("GET", b"sum"), calls[1]])
+    replies = PipelinedConnection(events_redis).run_all([calls[0], ScriptCall(fail, ()), ("GET", b"sum"), calls[1]])
     assert replies[0] == 13
     assert isinstance(replies[1], redis.ResponseError)
     assert replies[2:] == [b"13", 15]

@@ -28,7 +28,8 @@ from features.clock import now_ms
 from features.controls import ControlKind
 from features.errors import TablesError
 from features.keys import item_key
-from features.profile import RECORD, Purpose, Retention, empty, fold
+from features.profile import Purpose, Retention, empty, fold
+from features.records import RECORD
 from features.subjects import partition_of, subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
 from features.tables.schema import EVENTS
@@ -37,8 +38,10 @@ from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl
 from serving.privacy.rights import SubjectRights
-from serving.projection.projector import Idle, Projector
-from serving.projection.rebuild import rebuild, rehydrate
+from serving.projection.eviction import Eviction
+from serving.projection.projector import Projector
+from serving.projection.rebuild import rebuild
+from serving.projection.restore import restore_profiles
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.items import item_record
@@ -647,8 +650,8 @@ class TestComingBack:
         time.sleep(0.01)
         ingest(log, *(event(user, "i1", "like") for user in who))
         telemetry = Telemetry()
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))), telemetry)
-        assert telemetry.counters()["profiles_returned"] == 2  # of the others nothing may come back
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))), telemetry)
+        assert telemetry.counters()["profiles_restored"] == 2  # of the others nothing may come back
         assert [store.read(f"u:{user}").count for user in who] == [302, 1, 0, 300]
         for user in ("ann", "dan"):
             found, old = store.read(f"u:{user}"), before[user]
@@ -675,7 +678,7 @@ class TestComingBack:
         SubjectRights(log, store, Certificates(log)).erase("u:bob")
         assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
         log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert [store.read(f"u:{user}").count for user in who] == [9, 0, 9, 0]
         assert store.read("u:ann").records.tobytes() == before["ann"].records.tobytes()
         assert store.read("u:nobody").version == 0
@@ -691,11 +694,11 @@ class TestComingBack:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         ingest(log, event("ann", "i1", "like"), event("bob", "i1"))
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert [store.read(user).count for user in ("u:ann", "u:bob")] == [1, 1]
         file.write_bytes(whole)
         ingest(log, event("ann", "i2", "like"))
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert store.read("u:ann").count == 7
 
     def test_a_warehouse_that_is_not_there_loses_nothing(self, log, profiles_redis, tmp_path):
@@ -705,7 +708,7 @@ class TestComingBack:
         store.compact("u:ann", store.read("u:ann").version)
         assert store.leave(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n}") for n in range(9)))
-        projecting(log, store, Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, tmp_path / "nothing", Retention({}))))
         assert store.dropped(["u:ann"])
         assert store.read("u:ann").count == 9  # what is new is there, and is not folded without the past
 
@@ -720,11 +723,15 @@ class TestComingBack:
         before = store.read("u:ann")
         time.sleep(1.1)  # the server tells its time in seconds
         projector = Projector(
-            log, store, settle_s=0, idle=Idle(1e-9, partial(rehydrate, out, Retention({}))), telemetry=telemetry
+            log,
+            store,
+            settle_s=0,
+            eviction=Eviction(1e-9, partial(restore_profiles, out, Retention({}))),
+            telemetry=telemetry,
         )
         projector.open()
-        projector._sweep()
-        assert telemetry.counters()["profiles_dropped"] == 2
+        projector._evictor.sweep()
+        assert telemetry.counters()["profiles_evicted"] == 2
         assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
         log.call_back({"u:ann": now_ms()})
         projector.step()
@@ -739,7 +746,11 @@ class TestComingBack:
         assert store.leave(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n % 10}", event_id=f"e{n}") for n in range(120)), event("bob", "i1"))
         projector = Projector(
-            log, store, settle_s=0, batch=20, idle=Idle(1, partial(rehydrate, tmp_path / "nothing", Retention({})))
+            log,
+            store,
+            settle_s=0,
+            batch=20,
+            eviction=Eviction(1, partial(restore_profiles, tmp_path / "nothing", Retention({}))),
         )
         projector.open()
         wait_until(lambda: projector.step() == 0 and sum(projector.lag()) == 0)
@@ -748,7 +759,7 @@ class TestComingBack:
         assert store.dropped(["u:ann"])
         make().drain()
         log.call_back({"u:ann": now_ms()})
-        projecting(log, store, Idle(1, partial(rehydrate, out, Retention({}))))
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert store.read("u:ann").count == 121
 
 
@@ -756,9 +767,9 @@ def entry_of(log, subject, place) -> str:
     return [entry.event_id for entries in log.history(subject) for entry in entries][place]
 
 
-def projecting(log, store, idle, telemetry=None) -> None:
+def projecting(log, store, eviction, telemetry=None) -> None:
     """A projector brings all that is pending and new, and ends."""
-    projector = Projector(log, store, settle_s=0, lease_ms=1, compact_after=4, idle=idle, telemetry=telemetry)
+    projector = Projector(log, store, settle_s=0, lease_ms=1, compact_after=4, eviction=eviction, telemetry=telemetry)
     projector.open()
     idle = 0
     while idle < 3:

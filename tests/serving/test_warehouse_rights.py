@@ -18,7 +18,7 @@ from features.subjects import partition_of
 from features.tables.dataset import open_dataset
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
-from serving.projection.rebuild import Histories
+from serving.projection.histories import LoggedHistories
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
@@ -59,7 +59,7 @@ def test_a_table_whose_last_row_was_undone_is_no_table_rather_than_an_empty_one(
     people.undo("u:ann", "asked")
     warehouse.drain()
     assert not (tmp_path / "searches").exists()
-    assert Histories(tmp_path).of("u:ann").records.size == 1
+    assert LoggedHistories(tmp_path).of("u:ann").records.size == 1
 
 
 def test_who_allows_no_training_is_not_in_it(log, people, warehouse, tmp_path):

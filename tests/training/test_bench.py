@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import benchmarks.training
-from benchmarks.peers.turns import Histories
+from benchmarks.peers.trainer_clock import SharedHistories
 from benchmarks.side_by_side import _compare, speed
 from benchmarks.training import arithmetic, cold, quality
 from features.errors import SettingsError
@@ -23,7 +23,7 @@ def test_the_peers_ndcg_is_our_own(tmp_path: Path) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     rows = rng.integers(0, 30, offsets[-1])
     people = np.sort(rng.choice(700, 600, replace=False))
-    histories = Histories(rows, offsets, people, rng.integers(0, 30, 600), 30)
+    histories = SharedHistories(rows, offsets, people, rng.integers(0, 30, 600), 30)
     histories.save(tmp_path / "h.npz")
     # Whole numbers, so that there are ties.
     users, items = (rng.integers(-2, 3, (n, 4)).astype(np.float32) for n in (600, 30))
@@ -31,11 +31,11 @@ def test_the_peers_ndcg_is_our_own(tmp_path: Path) -> None:
     mask_seen(scores, [histories.of(person) for person in people])
     expected = ndcg(ranks_of(scores, histories.targets.astype(np.int32)), 10).mean()
     assert 0.05 < expected < 0.9
-    assert Histories.load(tmp_path / "h.npz").ndcg(users, items) == pytest.approx(expected)
+    assert SharedHistories.load(tmp_path / "h.npz").ndcg(users, items) == pytest.approx(expected)
 
 
 def test_an_item_that_a_peer_does_not_know_is_never_found() -> None:
-    histories = Histories(np.array([0]), np.array([0, 1]), np.array([0]), np.array([2]), 3)
+    histories = SharedHistories(np.array([0]), np.array([0, 1]), np.array([0]), np.array([2]), 3)
     users, items = np.ones((1, 2), np.float32), np.array([[0, 0], [1, 1], [np.nan, np.nan]], np.float32)
     assert histories.ndcg(users, items) == 0.0
     items[2] = 2

@@ -147,7 +147,7 @@ def test_the_growing_world_has_the_size_asked_for(tmp_path: Path) -> None:
     _, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, LEAVE_ONE_OUT, tmp_path)
     assert data.items == 500
-    assert [data.users[0], data.users[199]] == ["person-0", "person-199"]
+    assert [data.users[0], data.users[199]] == ["user-0", "user-199"]
     assert not [file for file in tmp_path.iterdir() if file.is_file()]  # its files have no names
     assert isinstance(
         TrainingBatches(data, split(data, LEAVE_ONE_OUT).train_end, LEAVE_ONE_OUT, torch.device("cpu")).epoch(0), Plan
@@ -155,7 +155,7 @@ def test_the_growing_world_has_the_size_asked_for(tmp_path: Path) -> None:
 
 
 def test_killed_trainings_end_like_the_undisturbed_one() -> None:
-    found = kills(3, people=150, epochs=4)
+    found = kills(3, users=150, epochs=4)
     assert found["identical"]
     assert sum(found["kills"].values()) >= 3
     json.dumps(found)

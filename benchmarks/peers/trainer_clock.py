@@ -1,6 +1,6 @@
-"""What the trainers that are compared have in common: the data, a clock that they share by turns, and one NDCG.
+"""The common part of the trainers that are compared: the data, the clock of their time slices, and one NDCG.
 
-A trainer is a process. It reads a number of seconds from stdin, trains for about as long, says `{"paused": true}` and
+A trainer is a process. It reads a number of seconds from stdin, trains for about as long, prints `{"paused": true}` and
 waits; its clock stands still meanwhile, so a slow moment of the machine hits all trainers alike. End of input ends it.
 One line of JSON on stdout per validation. Needs numpy only.
 """
@@ -25,58 +25,66 @@ USERS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class Histories:
-    """What everybody trains on and is validated on, items numbered from 0.
+class SharedHistories:
+    """The data that all trainers train on and are validated on, items numbered from 0.
 
     Attributes:
-        rows: The training events of all people, each person's together, oldest first; int64 `[E]`.
-        offsets: Person `u` owns `offsets[u]:offsets[u + 1]`; int64 `[U + 1]`.
-        people: Who validates; int64 `[V]`.
-        targets: What they chose next; int64 `[V]`.
+        rows: Items of the training events of all users, each user's together, oldest first; int64 `[E]`.
+        offsets: The events of user `u` are `offsets[u]:offsets[u + 1]`; int64 `[U + 1]`.
+        validated: Users of the validation; int64 `[V]`.
+        targets: Their next items; int64 `[V]`.
         items: Number of items.
     """
 
     rows: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
-    people: npt.NDArray[np.int64]
+    validated: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
     items: int
 
     def save(self, path: Path) -> None:
         """Writes one .npz file."""
-        np.savez(path, rows=self.rows, offsets=self.offsets, people=self.people, targets=self.targets, items=self.items)
+        np.savez(
+            path,
+            rows=self.rows,
+            offsets=self.offsets,
+            validated=self.validated,
+            targets=self.targets,
+            items=self.items,
+        )
 
     @classmethod
-    def load(cls, path: Path) -> Histories:
-        """Reads what `save` wrote."""
+    def load(cls, path: Path) -> SharedHistories:
+        """Reads a file that `save` wrote."""
         with np.load(path) as file:
-            return cls(file["rows"], file["offsets"], file["people"], file["targets"], int(file["items"]))
+            return cls(file["rows"], file["offsets"], file["validated"], file["targets"], int(file["items"]))
 
-    def of(self, person: int) -> npt.NDArray[np.int64]:
-        """A person's training events, oldest first."""
-        return self.rows[self.offsets[person] : self.offsets[person + 1]]
+    def of(self, user: int) -> npt.NDArray[np.int64]:
+        """Returns the items of a user's training events, oldest first."""
+        return self.rows[self.offsets[user] : self.offsets[user + 1]]
 
     def ndcg(self, users: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32]) -> float:
-        """Mean NDCG@10 of the validation targets: all items ranked, seen ones masked, ties counting against the target.
+        """Returns the mean NDCG@10 of the validation targets, all items ranked, seen ones masked.
 
         Args:
-            users: float32 `[V, D]`, in the order of `people`.
+            users: float32 `[V, D]`, in the order of `validated`.
             vectors: float32 `[items, D]`; a row of NaN is an item that the trainer does not know and cannot recommend.
         """
         values = []
-        for start in range(0, self.people.size, USERS_AT_ONCE):
+        for start in range(0, self.validated.size, USERS_AT_ONCE):
             scores = users[start : start + USERS_AT_ONCE] @ vectors.T
             scores[:, np.isnan(vectors[:, 0])] = -np.inf
-            for line, person in enumerate(self.people[start : start + USERS_AT_ONCE]):
-                scores[line, self.of(person)] = -np.inf
+            for line, user in enumerate(self.validated[start : start + USERS_AT_ONCE]):
+                scores[line, self.of(user)] = -np.inf
             truth = scores[np.arange(scores.shape[0]), self.targets[start : start + USERS_AT_ONCE]]
+            # Ties count against the target, or a trainer whose scores are all equal would be perfect.
             ranks = (scores >= truth[:, None]).sum(1) - 1
             values.append(np.where(np.isfinite(truth) & (ranks < 10), 1 / np.log2(ranks + 2.0), 0.0))
         return float(np.concatenate(values).mean())
 
 
 def arguments() -> argparse.Namespace:
-    """`data` (.npz of `Histories`), `settings` (a dictionary, from JSON), `threads`, `validate_every` (seconds)."""
+    """Returns `data` (.npz of `SharedHistories`), `settings` (from JSON), `threads`, `validate_every` (seconds)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("--settings", type=json.loads, default={})
@@ -85,45 +93,45 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Turns:
-    """The clock and the voice of one trainer; its first turn begins when it is made."""
+class TrainerClock:
+    """The clock of one trainer, and its reports; the first time slice begins when it is made."""
 
     def __init__(self, validate_every: float) -> None:
         self.validate_every = validate_every
-        # Libraries print what they like; stdout is for the lines that the caller reads.
+        # Libraries print to stdout, which is for the lines that the caller reads.
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self.tokens = self.targets = self.steps = 0
-        self.setup = self._away = 0.0
+        self.setup = self._stopped = 0.0
         self._validated = 0.0
         self.over = False
         self._began = time.monotonic()
-        self._turn_ends = 0.0
+        self._slice_ends = 0.0
         self._wait()
 
     @property
     def seconds(self) -> float:
-        """Seconds of its own since the first turn began, what `paused` encloses left out."""
-        return time.monotonic() - self._began - self._away
+        """Seconds since the first time slice began, without those spent inside `paused`."""
+        return time.monotonic() - self._began - self._stopped
 
     def step(self, tokens: int, targets: int) -> bool:
-        """Counts one step of the optimizer, and waits where the turn is over; False when all is over.
+        """Counts one step of the optimizer, and waits if the time slice is over; returns False if training is over.
 
         Args:
-            tokens: Real events that the encoder read, no padding.
+            tokens: Events that the encoder read, without padding.
             targets: Events that were predicted.
         """
         if not self.steps:
             self.setup = self._validated = self.seconds
         self.steps, self.tokens, self.targets = self.steps + 1, self.tokens + tokens, self.targets + targets
-        if self.seconds >= self._turn_ends and not self.over:
+        if self.seconds >= self._slice_ends and not self.over:
             with self.paused():
                 self._say({"paused": True})
             self._wait()
         return not self.over
 
     def due(self) -> bool:
-        """Whether `validate_every` seconds have passed since the last validation."""
+        """Returns True once for each `validate_every` seconds that have passed."""
         if self.steps and self.seconds - self._validated >= self.validate_every:
             self._validated = self.seconds
             return True
@@ -134,18 +142,18 @@ class Turns:
         """Stops the clock."""
         began = time.monotonic()
         yield
-        self._away += time.monotonic() - began
+        self._stopped += time.monotonic() - began
 
     def report(self, ndcg: float) -> None:
-        """Says where the training stands."""
-        said = {"seconds": round(self.seconds, 3), "setup_seconds": round(self.setup, 3), "steps": self.steps}
-        self._say({**said, "tokens": self.tokens, "targets": self.targets, "ndcg@10": ndcg})
+        """Prints a validation: seconds, steps, tokens, targets and NDCG@10."""
+        times = {"seconds": round(self.seconds, 3), "setup_seconds": round(self.setup, 3), "steps": self.steps}
+        self._say({**times, "tokens": self.tokens, "targets": self.targets, "ndcg@10": ndcg})
 
     def _wait(self) -> None:
         with self.paused():
             line = sys.stdin.readline()
         self.over = not line.strip()
-        self._turn_ends = self.seconds + float(line.strip() or 0)
+        self._slice_ends = self.seconds + float(line.strip() or 0)
 
     def _say(self, content: dict[str, Any]) -> None:
         self._out.write(json.dumps(content) + "\n")
