@@ -96,13 +96,8 @@ class _Trial:
     def __init__(self, material: dict[torch.device, Material], config: TrainConfig, folder: Path) -> None:
         self.material, self.config, self.folder, self.number = material, config, folder, 0
 
-<<<<<<< HEAD
     def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> EncoderTrainer:
-        """A training that has not begun; into its own folder unless `out` is given."""
-=======
-    def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> Fit:
         """Returns a training that has not begun; in a folder of its own unless `out` is given."""
->>>>>>> house
         self.number += 1
         out = out or self.folder / f"run-{self.number}"
         out.mkdir(exist_ok=True)
@@ -112,13 +107,8 @@ class _Trial:
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         return EncoderTrainer(out, config, material.data, material.division, modules, bags)
 
-<<<<<<< HEAD
     def steps(self, fit: EncoderTrainer, count: int) -> list[float]:
-        """Goes some steps on; their losses."""
-=======
-    def steps(self, fit: Fit, count: int) -> list[float]:
         """Continues by some steps; returns their losses."""
->>>>>>> house
         plan = fit.batches.epoch(fit.state.epoch)
         losses = []
         for _ in range(count):
@@ -203,13 +193,8 @@ class _Trial:
             table = fit.modules.item.eval().table(fit.bags, fit.known)
         users = user_vectors(fit.modules.user, table, fit.data, targets, self.config.max_length)
         vectors, ranks = table.float().cpu().numpy(), []
-<<<<<<< HEAD
         for part in slices(len(targets)):
-            some = targets.take(np.arange(part.start, part.stop))
-=======
-        for part in lines(len(targets)):
             chunk = targets.take(np.arange(part.start, part.stop))
->>>>>>> house
             scores = users[part] @ vectors.T
             mask_seen(scores, seen_before(fit.data, chunk))
             ranks.append(ranks_of(scores, chunk.rows(fit.data)))
@@ -273,18 +258,12 @@ def _complete(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-<<<<<<< HEAD
-def _weights_apart(one: EncoderTrainer, other: EncoderTrainer) -> float:
-    """The length of the difference over that of the weights; Adam makes whole steps of a gradient that is rounding."""
-    a, b = (torch.cat([w.detach().cpu().double().flatten() for w in fit._weights().values()]) for fit in (one, other))
-=======
-def _weights_apart(first: Fit, second: Fit) -> float:
+def _weights_apart(first: EncoderTrainer, second: EncoderTrainer) -> float:
     """Returns the length of the difference over that of the weights."""
     # One norm of all weights, not the largest difference: Adam takes whole steps of a gradient that is mere rounding.
     a, b = (
         torch.cat([w.detach().cpu().double().flatten() for w in fit._weights().values()]) for fit in (first, second)
     )
->>>>>>> house
     return float((a - b).norm() / a.norm())
 
 

@@ -67,19 +67,11 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     material, shown = read_test_material([loaded], data)
     with prepared(loaded.config.threads), exact(), torch.inference_mode():
         feed = _feed(loaded, material, shown)
-<<<<<<< HEAD
         tested = predict_test([loaded], material.data, shown)
-    peer, said = _lightgbm(feed, tested, python, trials, loaded.config.seed)
-    beside = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.examples)}
-    names = [action.name for action in material.actions]
-    measured = compare([loaded], material.data.items, tested, beside)
-=======
-        tested = test([loaded], material.data, shown)
     peer, peer_facts = _lightgbm(feed, tested, python, trials, loaded.config.seed)
-    rivals = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.lines)}
+    rivals = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.examples)}
     names = [action.name for action in material.actions]
-    measured = compared([loaded], material.data.items, tested, rivals)
->>>>>>> house
+    measured = compare([loaded], material.data.items, tested, rivals)
     note_evaluation(run, measured)
     return {
         **measured,
@@ -91,35 +83,20 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     }
 
 
-<<<<<<< HEAD
 def _feed(run: LoadedRun, material: Material, shown: Examples) -> RankerDataset:
-    """What trained the ranker."""
-    teller = PointInTimeStatistics(
-        material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
-    )
-    feed = read_ranker_dataset(teller, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
-=======
-def _feed(run: LoadedRun, material: Material, shown: Shown) -> RankerDataset:
     """Returns the examples that trained the ranker."""
     statistics = PointInTimeStatistics(
         material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
     )
-    feed = read_feed(statistics, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
->>>>>>> house
+    feed = read_ranker_dataset(statistics, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
     assert feed is not None
     return feed
 
 
 def _lightgbm(
-<<<<<<< HEAD
     feed: RankerDataset, tested: ScoredExamples, python: Path, trials: int, seed: int
 ) -> tuple[Probabilities, dict[str, Any]]:
-    """What LightGBM says of the test, and how it was made."""
-=======
-    feed: RankerDataset, tested: Tested, python: Path, trials: int, seed: int
-) -> tuple[Chances, dict[str, Any]]:
     """Returns LightGBM's probabilities for the test, and its version and settings."""
->>>>>>> house
     features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
     arrays: dict[str, Any] = {f"{name}_x": features[mask] for name, mask in parts.items()}
@@ -133,38 +110,21 @@ def _lightgbm(
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if run.returncode:
             raise TrainingError(f"{python} {_PEER.name} failed: it needs an interpreter with numpy and lightgbm")
-<<<<<<< HEAD
-        with np.load(out) as answer:
-            live, slate = np.split(answer["chances"].astype(np.float64), 2)
-            said = {"version": done.stdout.split()[-1], "trials": trials, "choices": json.loads(str(answer["choices"]))}
-    return Probabilities(live, slate), said
-
-
-def _ahead(names: Sequence[str], tested: ScoredExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
-    """Every metric of ours minus LightGBM's, with intervals by drawing the same people for both."""
-    labels, people = tested.examples.labels(), tested.examples.users
-    found: dict[str, dict[str, float]] = {}
-    for action, name in enumerate(names):
-        both = tested.probabilities.of(action), peer.of(action)
-        mine, theirs = (metric_values(labels[:, action], probabilities, people) for probabilities in both)
-        my_draws, their_draws = (resample_metrics(labels[:, action], probabilities, people) for probabilities in both)
-        found |= {f"{name}/{n}": value for n, value in with_intervals(mine - theirs, my_draws - their_draws).items()}
-    return found
-=======
         with np.load(out) as predictions:
             live, slate = np.split(predictions["chances"].astype(np.float64), 2)
             choices = json.loads(str(predictions["choices"]))
-    return Chances(live, slate), {"version": run.stdout.split()[-1], "trials": trials, "choices": choices}
+    return Probabilities(live, slate), {"version": run.stdout.split()[-1], "trials": trials, "choices": choices}
 
 
-def _ahead(names: Sequence[str], tested: Tested, peer: Chances) -> dict[str, dict[str, float]]:
+def _ahead(names: Sequence[str], tested: ScoredExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
     """Returns Penchant's metrics minus LightGBM's, with intervals by drawing the same users for both."""
-    labels, users = tested.lines.labels(), tested.lines.people
+    labels, users = tested.examples.labels(), tested.examples.users
     margins: dict[str, dict[str, float]] = {}
     for action, name in enumerate(names):
-        pair = tested.chances.of(action), peer.of(action)
-        values, peer_values = (values_of(labels[:, action], chances, users) for chances in pair)
-        draws, peer_draws = (resampled(labels[:, action], chances, users) for chances in pair)
-        margins |= {f"{name}/{n}": value for n, value in spread(values - peer_values, draws - peer_draws).items()}
+        pair = tested.probabilities.of(action), peer.of(action)
+        values, peer_values = (metric_values(labels[:, action], chances, users) for chances in pair)
+        draws, peer_draws = (resample_metrics(labels[:, action], chances, users) for chances in pair)
+        margins |= {
+            f"{name}/{n}": value for n, value in with_intervals(values - peer_values, draws - peer_draws).items()
+        }
     return margins
->>>>>>> house

@@ -137,22 +137,9 @@ def speed(
         histories, settings = _histories(data, config)
         file = Path(folder) / "histories.npz"
         histories.save(file)
-<<<<<<< HEAD
-        ours = {"data": str(data.resolve()), "set": {**settings, "validation_users": max(1, histories.people.size)}}
-        sizes = Sizes.of(config)
-        asked: dict[str, tuple[Path, str, dict[str, Any]]] = {
-            "penchant": (Path(sys.executable), "penchant_sasrec", ours),
-            "rectools": (peers / "rectools", "rectools_sasrec", {}),
-            "rectools_equal": (peers / "rectools", "rectools_sasrec", sizes.rectools()),
-            "recbole": (peers / "recbole", "recbole_sasrec", {}),
-            "recbole_equal": (peers / "recbole", "recbole_sasrec", sizes.recbole()),
-        }
-        asked = {name: one for name, one in asked.items() if not names or name in names}
-=======
-        own_settings = {**settings, "validation_people": max(1, histories.validated.size)}
+        own_settings = {**settings, "validation_users": max(1, histories.validated.size)}
         specs = _specs(peers, {"data": str(data.resolve()), "set": own_settings}, Sizes.of(config))
         specs = {name: spec for name, spec in specs.items() if not names or name in names}
->>>>>>> house
         threads = config.threads or cores()
         options = ("--threads", str(threads), "--validate-every", str(validate_every))
         commands = {name: [*spec.command(file), *options] for name, spec in specs.items()}
@@ -169,11 +156,7 @@ def speed(
         "users": int(histories.offsets.size - 1),
         "items": histories.items,
         "events": int(histories.rows.size),
-<<<<<<< HEAD
-        "validation_users": int(histories.people.size),
-=======
         "validation_users": int(histories.validated.size),
->>>>>>> house
         "budget_seconds": budget,
         "turn_seconds": turn,
         "method": "each trainer is a process with the same threads; they alternate, and a clock stands still while "
@@ -275,19 +258,11 @@ def _histories(data: Path, config: TrainConfig) -> tuple[SharedHistories, dict[s
     kept = np.arange(events.rows.size) - np.repeat(starts, np.diff(events.offsets)) < np.repeat(
         division.train_end, np.diff(events.offsets)
     )
-<<<<<<< HEAD
     targets = division.validation.sample(config.validation_users, config.seed)
-    histories = Histories(
-        rows=events.rows[kept].astype(np.int64),
-        offsets=np.concatenate([[0], np.cumsum(division.train_end)]).astype(np.int64),
-        people=targets.users,
-=======
-    targets = division.validation.sample(config.validation_people, config.seed)
     histories = SharedHistories(
         rows=events.rows[kept].astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(division.train_end)]).astype(np.int64),
-        validated=targets.people,
->>>>>>> house
+        validated=targets.users,
         targets=targets.rows(events).astype(np.int64),
         items=events.items,
     )

@@ -66,13 +66,8 @@ def quality(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) ->
 
 
 def cold(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> dict[str, Any]:
-<<<<<<< HEAD
-    """The same with a tenth of the items hidden (unless the configuration says how many), measured as `cold-items`."""
-    config = config if config.cold_item_share else config.model_copy(update={"cold_item_share": 0.1})
-=======
     """Trains with cold items (a tenth of all, unless the configuration says) and measures as `cold-items`."""
-    config = config if config.hide_items else config.model_copy(update={"hide_items": 0.1})
->>>>>>> house
+    config = config if config.cold_item_share else config.model_copy(update={"cold_item_share": 0.1})
     runs = _runs(data, config, seeds, out)
     return {**evaluate(runs, "cold-items", data), "training": _trained(runs), "config": config.model_dump()}
 

@@ -13,12 +13,12 @@ from features.profile import Retention
 from serving.concurrency import ConcurrencyLimit
 from serving.config import MOST_SURFACES, ServeConfig
 from serving.engine.catalog_sync import CatalogSync
-from serving.engine.engine import Dependencies, EngineRef, open_engine
+from serving.engine.engine import EngineRef, open_engine
+from serving.engine.pipelines import Dependencies
 from serving.errors import ConfigError, ServingError, Unavailable
 from serving.experiments import Holdout
 from serving.observability.observer import RequestObserver
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.side_effects import ImpressionWriter
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
@@ -32,7 +32,7 @@ from serving.services.profiles import ProfileService
 from serving.services.ranking import RankingService
 from serving.services.server import Server, Services
 from serving.services.streams import Streams
-from serving.stores.catalog_log import CatalogLog
+from serving.stores.catalog_log import CatalogLog, CatalogProgress
 from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 

@@ -21,13 +21,12 @@ from features.errors import PenchantError
 from serving.engine.catalog_sync import CatalogSync
 from serving.errors import Unavailable
 from serving.observability.outages import Outage
-from serving.pipeline.hydrators import CatalogProgress
 from serving.redis.client import Client
 from serving.redis.errors import serving_error
 from serving.redis.safety import require_safe
 from serving.redis.servers import write_trouble
 from serving.restart import Trouble, described
-from serving.stores.catalog_log import CatalogLog
+from serving.stores.catalog_log import CatalogLog, CatalogProgress
 from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 

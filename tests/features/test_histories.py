@@ -103,25 +103,20 @@ def test_training_remembers_what_a_rebuild_folds(
         for module in (features.tables.dataset, features.tables.event_reader):
             monkeypatch.setattr(module, "BATCH_ROWS", 64)
     folder = written(tmp_path / "data", events_of(1100, np.random.default_rng(5), resolved))
-    data, user_histories = trained(folder)
+    data, pasts = trained(folder)
     assert (data.origins.max() > 0) == resolved
     assert data.origins.flags.writeable == resolved  # what carries nothing needs no room on the disk
-<<<<<<< HEAD
-    histories = Histories(folder)
-    for number, name in enumerate(data.users):
-=======
     histories = LoggedHistories(folder)
-    for number, name in enumerate(data.people):
->>>>>>> house
+    for number, name in enumerate(data.users):
         own = histories.of(f"u:{name}")
         for position in (1, 40, 290, len(own.records)):
             profile: Profile = own.replayed(int(own.log_ids[position - 1]))
-            past = user_histories.before(number, position)
+            past = pasts.before(number, position)
             assert past.categories.tolist() == profile.records["category"].tolist()
             assert past.creators.tolist() == profile.records["creator"].tolist()
             assert past.decayed_counts.keys.tolist() == profile.decayed_counts.keys.tolist()
             assert past.decayed_counts.counts.tobytes() == profile.decayed_counts.counts.tobytes()
-        assert user_histories.whole(number).segment() == profile.decayed_counts.segment()
+        assert pasts.whole(number).segment() == profile.decayed_counts.segment()
 
 
 def test_keys_stay_with_their_events_in_samples_and_where_items_are_hidden(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.log_retention import PROFILES_GROUP
-from serving.pipeline.hydrators import CatalogProgress
 from serving.processes.readiness import full_disk
 from serving.processes.worker_health import (
     CATALOG,
@@ -40,7 +39,7 @@ from serving.projection import process
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.restart import Trouble, described, keep_running
-from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
 from serving.warehouse import writer as warehouse
