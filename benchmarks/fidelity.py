@@ -23,8 +23,7 @@ from penchant.client import Client
 from serving.projection.rebuild import rebuild
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Targets, TestProtocol, held_out
-from training.evaluation.evaluate import rank_all
-from training.evaluation.events import ModelScorer
+from training.evaluation.events import ModelScorer, rank_all
 from training.metrics import ndcg
 from training.run import LoadedRun, load_run
 
