@@ -95,7 +95,7 @@ class ImpressionWriter:
         try:
             self._waiting.put_nowait(pending)
         except queue.Full:
-            self._telemetry.count("impressions.dropped")
+            self._telemetry.count(("slates", "dropped"))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Writes the waiting slates, as far as the time goes."""
@@ -126,13 +126,13 @@ class ImpressionWriter:
         """Yields the slates as they are logged; one that cannot be written is dropped, and the thread goes on."""
         for pending in slates:
             if not is_logged(pending.request.subject, self._share):
-                self._telemetry.count("impressions.left_out")
+                self._telemetry.count(("slates", "left_out"))
                 continue
             try:
                 yield logged_impression(pending, self._share)
             except Exception as error:  # noqa: BLE001 - a defect in one slate must not end the log
                 self._damaged.failed(f"the one of the request {pending.request.request_id!r}: {error!r}", trace=error)
-                self._telemetry.count("impressions.dropped")
+                self._telemetry.count(("slates", "dropped"))
 
     def _write(self, batch: list[LoggedImpression]) -> None:
         """Writes a batch once: a second try could write it twice, and lost slates do less harm than doubled ones."""
@@ -142,10 +142,10 @@ class ImpressionWriter:
             written = self._log.append_impressions(batch)
         except ServingError as error:
             self._lose(error, "slates not logged", len(batch))
-            self._telemetry.count("impressions.dropped", len(batch))
+            self._telemetry.count(("slates", "dropped"), len(batch))
             return
         self._outage.works()
-        self._telemetry.count("impressions.written", written)
+        self._telemetry.count(("slates", "written"), written)
 
     def _call_back(self, returned_at: Mapping[str, int]) -> None:
         """Asks for the evicted profiles of users who return before their first event; the next answer asks again."""

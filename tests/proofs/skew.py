@@ -363,11 +363,11 @@ class Life:
 
     def fold(self) -> None:
         """Lets the projector catch up: it applies what is missing, and folds what is long."""
-        before = self.world.telemetry.counters().get("profiles_compacted", 0)
+        before = self.world.telemetry.counters().get("projector_profiles.compacted", 0)
         idle = 0
         while idle < 2:
             idle = 0 if self.world.projector.step() else idle + 1
-        self.tally["compactions"] += self.world.telemetry.counters().get("profiles_compacted", 0) - before
+        self.tally["compactions"] += self.world.telemetry.counters().get("projector_profiles.compacted", 0) - before
         self.behind.clear()
 
     def _burst(self, burst: Burst) -> None:

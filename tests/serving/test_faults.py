@@ -320,4 +320,4 @@ def test_a_failed_encoder_serves_from_the_rung_below(world, profiles_redis):
     assert [entry.part for entry in slate.degraded] == ["USER_ENCODER"]
     assert set(engine.catalog.ids(slate.rows)) <= rows_of("space")
     assert slate.rows.size == 5
-    assert telemetry.counters()["failed.user_vector"] == 1
+    assert telemetry.counters()["stage_failures.user_vector"] == 1

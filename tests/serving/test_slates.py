@@ -126,7 +126,7 @@ def test_of_a_share_of_users_every_slate_is_logged_and_says_what_it_stands_for(l
     rows, _ = impression_table(held)
     assert rows["weight"].to_pylist() == [4.0] * len(held)
     assert table(slate("ann", "r", [1]).payload)["weight"].to_pylist() == [None]  # where all are logged
-    assert telemetry.counters()["impressions.left_out"] == 180 - len(held)
+    assert telemetry.counters()["slates.left_out"] == 180 - len(held)
 
 
 def test_a_slate_that_cannot_be_written_costs_itself_alone(log):
@@ -139,4 +139,4 @@ def test_a_slate_that_cannot_be_written_costs_itself_alone(log):
     writer.close()
     held = [json.loads(entry.payload) for entries in log.history("u:ann", impressions=True) for entry in entries]
     assert [one["request_id"] for one in held] == ["r1", "r3"]
-    assert telemetry.counters()["impressions.dropped"] == 1
+    assert telemetry.counters()["slates.dropped"] == 1
