@@ -125,7 +125,5 @@ def _ahead(names: Sequence[str], tested: ScoredExamples, peer: Probabilities) ->
         values, peer_values = (metric_values(labels[:, action], chances, users) for chances in pair)
         draws, peer_draws = (resample_metrics(labels[:, action], chances, users) for chances in pair)
         intervals = with_intervals(values - peer_values, draws - peer_draws)
-        margins |= {
-            f"{name}/{n}": value for n, value in with_intervals(values - peer_values, draws - peer_draws).items()
-        }
+        margins |= {f"{name}/{n}": value for n, value in intervals.items()}
     return margins
