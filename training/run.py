@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from features.assemble import ranker_width
-from features.catalog import Columns, columns_of
+from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
 from features.files import sync
 from features.tables.conform import Intake
@@ -214,7 +214,7 @@ def open_dataset_of_run(data: Path, run: Path) -> Dataset:
     return dataclasses.replace(dataset, info=dataset.info | {"catalog_version": record["catalog_version"]})
 
 
-def columns_of_run(run: LoadedRun) -> Columns:
+def columns_of_run(run: LoadedRun) -> CatalogColumns:
     """Returns the catalogue's columns as the run's bundle will hold them."""
     tables = {name: getattr(run, name) for name in ("popularity", "recent_popularity", "trained", "statistics")}
     return dataclasses.replace(columns_of(run.items, run.item_vectors), **tables)

@@ -43,7 +43,8 @@ import features.profile
 import features.records
 import training.data.histories
 from features.bundle import open_bundle
-from features.catalog import Catalog, Columns
+from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns
 from features.clock import now_ms
 from features.profile import EVERY_PURPOSE, Profile, Purpose
 from features.profile_codec import encode
@@ -208,7 +209,7 @@ class Served:
     """A slate, the catalogue's columns and the rows of its items at that moment, and the events the person then had."""
 
     request_id: str
-    columns: Columns
+    columns: CatalogColumns
     rows: dict[str, int]
     size: int
     events: tuple[Told, ...]
@@ -222,7 +223,7 @@ class AsOf(Catalog):
     _limit = 1 << 31
 
     @contextlib.contextmanager
-    def as_of(self, columns: Columns, size: int) -> Iterator[None]:
+    def as_of(self, columns: CatalogColumns, size: int) -> Iterator[None]:
         """Has the columns and the number of items of an earlier moment."""
         now, self.columns, self._limit = self.columns, columns, size
         try:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from features.action_rates import ActionRates
 from features.assemble import Moment, ranker_features, ranker_width, statistics_width
-from features.catalog import Columns
+from features.catalog_columns import CatalogColumns
 from features.kernels import dot_rows, log_odds
 from training.config import Action
 from training.data.histories import UserHistories
@@ -35,7 +35,7 @@ class StatisticsSnapshot:
 
     Attributes:
         action_rates: Reads actions from events, with the rates of all users and those of the surfaces.
-        statistics: By row of the catalogue, see `features.catalog.Columns`; float32 [N, S].
+        statistics: By row of the catalogue, see `features.catalog_columns.CatalogColumns`; float32 [N, S].
     """
 
     action_rates: ActionRates
@@ -53,7 +53,7 @@ class PointInTimeStatistics:
     def __init__(
         self,
         data: Interactions,
-        columns: Columns,
+        columns: CatalogColumns,
         actions: Sequence[Action],
         impressions: Examples | None,
         ends: npt.NDArray[np.int64],
@@ -171,7 +171,7 @@ def features_of_example(
     examples: Examples,
     at: int,
     user_vector: npt.NDArray[np.float32],
-    columns: Columns,
+    columns: CatalogColumns,
     action_rates: ActionRates,
 ) -> npt.NDArray[np.float32]:
     """Computes the ranker's features of example `at`; `columns` and `action_rates` hold the statistics; float32 [F]."""
@@ -186,7 +186,7 @@ def features_of_example(
 
 def _replay(
     statistics: PointInTimeStatistics, examples: Examples, every: int, last: int
-) -> Iterator[tuple[slice, Columns, ActionRates]]:
+) -> Iterator[tuple[slice, CatalogColumns, ActionRates]]:
     """Yields the examples in parts, with the catalogue and rates of their time: items by `every` ms, surfaces hourly.
 
     Moments are counted back from `last`, the end of training, so that the newest statistics are exactly those that the
@@ -197,7 +197,7 @@ def _replay(
     hour = -(-elapsed // HOUR_MS) - 1  # the hours that have ended before, counted back from the last moment
     hour[examples.times > last] = 0
     borders = np.flatnonzero(np.diff(hour)) + 1
-    newest: tuple[int, StatisticsSnapshot, Columns] | None = None
+    newest: tuple[int, StatisticsSnapshot, CatalogColumns] | None = None
     for start, stop in zip([0, *borders], [*borders, len(examples)], strict=True):
         if start == stop:
             continue

@@ -14,8 +14,8 @@ import torch
 
 from features.action_rates import ActionRates, Rates
 from features.assemble import ranker_width
-from features.catalog import blocks
 from features.errors import LeakError, TrainingError
+from features.item_prior import blocks
 from training.data.clock import report_future_events
 from training.data.histories import UserHistories
 from training.data.impressions import NEVER, Examples, read_examples, read_slates
