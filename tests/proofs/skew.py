@@ -41,7 +41,7 @@ import features.decayed_counts
 import features.kernels
 import features.profile
 import features.records
-import training.models.scoring
+import training.data.histories
 from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.catalog_columns import CatalogColumns
@@ -82,10 +82,10 @@ LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000, -1_200_000)
 _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
-    (training.models.scoring, "RING", 16),
+    (training.data.histories, "RING", 16),
     (features.profile, "OLDER_ITEMS_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
-    (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
+    (features.decayed_counts, "_CAPACITIES", np.array(list(_FEW.values()), np.int64)),
 )
 """Sizes at which a short life goes through everything; every other life has the real ones."""
 
