@@ -11,9 +11,8 @@ import numpy as np
 
 from features.catalog import Catalog
 from features.errors import PenchantError
-from features.profile import RING
+from features.profile import RING, decode, empty, encode, pack_record
 from features.profile import Profile as Stored
-from features.profile import decode, empty, encode, pack_record
 from features.schema import event_type_key, item_key
 from features.transforms import ItemInputShapes, item_inputs, item_text
 from serving.hydrators import Profile
