@@ -24,7 +24,8 @@ from benchmarks.report import facts
 from features.assemble import encoder_inputs, history, ranker_width
 from features.clock import now_ms
 from features.keys import event_type_key
-from features.profile import Profile, empty, fold, make_records
+from features.profile import Profile, empty, fold
+from features.records import make_records
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, Engine, open_engine
 from serving.observability.telemetry import Telemetry

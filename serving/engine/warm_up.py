@@ -13,8 +13,10 @@ from features.catalog import Catalog
 from features.clock import now_ms
 from features.errors import PenchantError
 from features.keys import event_type_key, item_key
-from features.profile import RING, decode, empty, encode, pack_record
+from features.profile import RING, empty
 from features.profile import Profile as Stored
+from features.profile_codec import decode, encode
+from features.records import pack_record
 from features.transforms import ItemInputShapes, item_inputs, item_text
 from serving.bundle.model import Model, ModelError
 from serving.observability.telemetry import Telemetry

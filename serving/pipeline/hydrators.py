@@ -15,8 +15,9 @@ from features.assemble import chosen_rows, encoder_inputs, history, rows_read, s
 from features.catalog import Catalog
 from features.controls import Dial, Dials, arm_seed, dials
 from features.errors import ProfileCorrupt
-from features.profile import EVERY_PURPOSE, PAST_LOST, Purpose
+from features.profile import EVERY_PURPOSE, Purpose
 from features.profile import Profile as Stored
+from features.profile_codec import PAST_LOST
 from features.transforms import ItemInputShapes, query_inputs, text_tokens
 from serving.bundle.model import Model
 from serving.concurrency import ConcurrencyLimit

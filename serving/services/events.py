@@ -17,7 +17,7 @@ from features.clock import now_ms
 from features.errors import PenchantError
 from features.event_types import hint
 from features.keys import event_type_key, item_key
-from features.profile import pack_record
+from features.records import pack_record
 from features.subjects import Subject, id_of
 from penchant.v1 import event_pb2, event_pb2_grpc
 from serving.engine.engine import EngineRef

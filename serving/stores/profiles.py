@@ -19,26 +19,9 @@ from redis.exceptions import ResponseError
 from features.controls import CONTROL, MAX_CONTROLS
 from features.decayed_counts import MAX_STATE_SIZE
 from features.errors import PenchantError, ProfileCorrupt, ProfileNewer
-from features.profile import (
-    ENTRY,
-    EVENT,
-    HEADER_SIZE,
-    OLDER_ITEMS_CAP,
-    RECORD,
-    REPAIR,
-    RING,
-    Profile,
-    Purpose,
-    StoredProfile,
-    decode,
-    decode_consent,
-    empty,
-    encode,
-    encode_consent,
-    fold,
-    is_newer,
-    split,
-)
+from features.profile import OLDER_ITEMS_CAP, RING, Profile, Purpose, StoredProfile, empty, fold
+from features.profile_codec import HEADER_SIZE, REPAIR, decode, decode_consent, encode, encode_consent, is_newer, split
+from features.records import ENTRY, EVENT, RECORD
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry

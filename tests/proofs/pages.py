@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 from features.controls import CONTROL, ControlKind, dial_controls, encode
 from features.controls import Dial as DialKind
 from features.keys import event_type_keys, item_key, item_keys
-from features.profile import RING, empty, fold, make_records
+from features.profile import RING, empty, fold
+from features.records import make_records
 from features.subjects import partition_of
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bundle.bitmap import Bitmap

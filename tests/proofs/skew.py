@@ -40,11 +40,13 @@ import features.decay_kernels
 import features.decayed_counts
 import features.kernels
 import features.profile
+import features.records
 import training.models.scoring
 from features.bundle import open_bundle
 from features.catalog import Catalog, Columns
 from features.clock import now_ms
-from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
+from features.profile import EVERY_PURPOSE, Profile, Purpose
+from features.profile_codec import encode
 from penchant.v1 import common_pb2, event_pb2
 from serving.config import ServeConfig
 from serving.engine.engine import Dependencies, EngineRef, open_engine, read_items
@@ -557,6 +559,7 @@ def plain_kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         users: Sequence[ModuleType] = (
             features.profile,
+            features.records,
             features.decayed_counts,
             features.assemble,
             features.action_rates,

@@ -23,7 +23,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.errors import ProfileCorrupt
-from features.profile import make_records
+from features.records import make_records
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 from serving.errors import ProfileStoreUnavailable

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from features.bundle import open_bundle
 from features.controls import Dial
 from features.keys import event_type_key, item_key, item_keys
-from features.profile import make_records
+from features.records import make_records
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
 from serving.config import ServeConfig

@@ -308,7 +308,7 @@ def test_a_failed_encoder_serves_from_the_rung_below(world, profiles_redis):
     store, telemetry = ProfileStore(profiles_redis), Telemetry()
     engine = open_engine(world, Dependencies(ServeConfig.load(bundle=world), store, CatalogProgress(), telemetry))
     from features.keys import item_keys
-    from features.profile import make_records
+    from features.records import make_records
 
     record = make_records(item_keys(["i5"]), 0, 0, 0, float("nan"), 0)[0]
     store.apply("u:ann", [(1 << 50, record.tobytes())])

@@ -18,7 +18,7 @@ import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.keys import event_type_key
-from features.profile import pack_record
+from features.records import pack_record
 from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from features import controls
 from features import decayed_counts as memory
 from features.errors import ProfileCorrupt
-from features.profile import Profile, Purpose, empty, encode, fold, make_records
+from features.profile import Profile, Purpose, empty, fold
+from features.profile_codec import encode
+from features.records import make_records
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.observability.telemetry import Telemetry

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features.profile import make_records
+from features.records import make_records
 from serving.errors import ProfileStoreUnavailable
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.telemetry import Telemetry

@@ -18,7 +18,8 @@ from features.catalog import Catalog
 from features.controls import CONTROL, ControlKind, Dial, dial_controls
 from features.controls import encode as encode_rules
 from features.keys import event_type_key, item_key, item_keys
-from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
+from features.profile import EVERY_PURPOSE, Purpose, empty, fold
+from features.records import make_records
 from features.subjects import partition_of
 from features.tables.schema import ITEMS
 from features.transforms import ItemInputShapes, item_text, text_tokens

@@ -11,8 +11,9 @@ import pytest
 from features.action_rates import ActionRates
 from features.assemble import Moment, encoder_inputs, history, ranker_features
 from features.keys import event_type_key, event_type_keys, item_keys
-from features.profile import Profile, fold, make_records
+from features.profile import Profile, fold
 from features.profile import empty as nobody
+from features.records import make_records
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig

@@ -28,7 +28,8 @@ from features.clock import now_ms
 from features.controls import ControlKind
 from features.errors import TablesError
 from features.keys import item_key
-from features.profile import RECORD, Purpose, Retention, empty, fold
+from features.profile import Purpose, Retention, empty, fold
+from features.records import RECORD
 from features.subjects import partition_of, subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
 from features.tables.schema import EVENTS
