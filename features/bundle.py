@@ -168,7 +168,7 @@ class Bundle:
 
 
 def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
-    """Turns a directory of finished files into a bundle.
+    """Publishes a directory of finished files as a bundle.
 
     Args:
         staging: Holds every file of `FILES`, on the same file system as `out`; gone afterwards.

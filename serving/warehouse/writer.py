@@ -204,7 +204,7 @@ class Warehouse:
             days: Days after which the rows of a day are deleted; None keeps them for ever.
             ledger: The erasures that the files must have been through, also where they come from a backup.
             place: Registers the directory as the warehouse of the log; None leaves it unregistered.
-            telemetry: Counts `warehouse_events`, `warehouse_impressions`, `warehouse_damaged`, `warehouse_erased`.
+            telemetry: Counts `warehouse_rows`, `warehouse_damaged` and `warehouse_erased`.
         """
         self._log, self._files, self._items = log, files, items
         self._certificates = Certificates(log)
@@ -481,7 +481,7 @@ class Warehouse:
             self._files.expire((datetime.fromtimestamp(self._log.now_ms() / 1000, UTC) - timedelta(self._days)).date())
 
     def _count(self, what: str, written: int, damaged: int) -> None:
-        self._telemetry.count(f"warehouse_{what}", written)
+        self._telemetry.count(("warehouse_rows", what), written)
         if damaged:
             _log.error("%d %s of the log are damaged and left out of the warehouse", damaged, what)
             self._telemetry.count("warehouse_damaged", damaged)
@@ -585,9 +585,9 @@ def run(
 
             keep_running("warehouse", write, stop, reporter, patient=patient)
         counts = telemetry.counters()
-        names = ("events", "impressions", "erased", "damaged")
-        found = {name: counts.get(f"warehouse_{name}", 0) for name in names}
-        return {"out": str(out), "partitions": partitions, "lag": _lag(warehouse), **found}
+        names = {"events": "rows.events", "impressions": "rows.impressions", "erased": "erased", "damaged": "damaged"}
+        totals = {name: counts.get(f"warehouse_{counter}", 0) for name, counter in names.items()}
+        return {"out": str(out), "partitions": partitions, "lag": _lag(warehouse), **totals}
 
 
 def drop(events_redis_url: str, partitions: int | None = None) -> dict[str, Any]:

@@ -410,7 +410,7 @@ def test_a_damaged_profile_is_counted_and_mended_by_a_rebuild(profiles_redis, st
     profiles_redis.set(key, stored)
     with pytest.raises(ProfileCorrupt):
         store.read("u:1")
-    assert telemetry.counters()["profile_corrupt"] == 1
+    assert telemetry.counters()["profiles_corrupt"] == 1
     assert store.put_states([("u:1", expected([1], start=1))]) == Loaded(1, 0)
     assert items(store.read("u:1")) == [1]
 
