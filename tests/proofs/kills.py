@@ -143,7 +143,7 @@ class Senders(WorkerThreads):
     """Clients that send events at a rate, repeat unacknowledged ones, and write the others into a ledger."""
 
     def __init__(self, target: str, ledger: Path, rate: float, prefix: str = "") -> None:
-        """Takes the service, the file of acknowledged events, the events to send a second, and the prefix of their ids."""
+        """Takes the service, the file of acknowledged events, events to send a second, and the prefix of their ids."""
         super().__init__(SENDERS)
         self._prefix = prefix
         self.sent = self.acknowledged = self.retries = 0
