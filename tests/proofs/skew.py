@@ -85,7 +85,7 @@ SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (training.data.histories, "RING", 16),
     (features.profile, "OLDER_ITEMS_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
-    (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
+    (features.decayed_counts, "_CAPACITIES", np.array(list(_FEW.values()), np.int64)),
 )
 """Sizes at which a short life goes through everything; every other life has the real ones."""
 
