@@ -136,6 +136,7 @@ class EventLog:
             ResourceExhausted: The log is nearly full; the rest of it is kept for events.
         """
         self._store_times()
+        # Slates are three times as large as events and can be done without: they stop first.
         replies = self._admission.send(impressions, self._calls.impressions, self._mark * 5 / 6)
         return sum(reply is not None for reply in required(replies))
 
@@ -191,7 +192,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer, and the key is not known yet.
         """
-        if not self._salt:
+        if not self._salt:  # the log was unreachable when it was opened
             self.open()
         return hashlib.blake2b(subject.encode(), digest_size=16, key=self._salt).digest()
 
@@ -260,6 +261,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
+        # Other processes trim as well, by the times that the service stored.
         times = self._times or LogRetention.read(self.router.command("HGET", META, "times"))
         return trim(self.router, self.keys[partition], times, self.now_ms(partition))
 

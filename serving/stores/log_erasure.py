@@ -150,5 +150,6 @@ class LogErasure:
         so does that of an event that came during the erasure, and all of them if a crash comes between.
         """
         names = [name for name, timestamp in retries.items() if timestamp <= erased_at]
+        # In pieces, because the server does nothing else while it deletes.
         for start in range(0, len(names), _KEYS_AT_ONCE):
             self._log.router.command("DEL", *names[start : start + _KEYS_AT_ONCE])
