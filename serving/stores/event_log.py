@@ -200,10 +200,6 @@ class EventLog:
         """Returns the keys of the user's partition."""
         return self.keys[partition_of(subject, self.partitions)]
 
-    def index_of(self, subject: str) -> bytes:
-        """Returns the key of the list of what the streams hold of a user."""
-        return self.keys_of(subject).index_of(subject)
-
     def seen_of(self, subject: str, event_id: str) -> bytes:
         """Returns the key that holds the place of an event in the log, for as long as a retry of it can be taken."""
         return self.keys_of(subject).seen_of(subject, event_id)
@@ -225,7 +221,7 @@ class EventLog:
         """
         keys = self.keys_of(subject)
         stream, kind = (keys.impressions, b"i") if impressions else (keys.events, b"e")
-        indexed = self.router.command("LRANGE", self.index_of(subject), 0, -1)
+        indexed = self.router.command("LRANGE", keys.index_of(subject), 0, -1)
         before = self.indexed_since(self.now_ms(partition_of(subject, self.partitions)) << SEQUENCE_BITS)
         for entries in self.unindexed(stream, before):
             _require_time(deadline)
