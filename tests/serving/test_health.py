@@ -196,8 +196,8 @@ class TestRestarting:
         keep_running("part", attempt, threading.Event(), said.append)
         pauses = [after - before for before, after in itertools.pairwise(begun)]
         assert all(pause >= 0.01 * 2**place for place, pause in enumerate(pauses))
-        assert said[1] == "failed, is started again: the disk is full"
-        assert said[0] == "failed, is started again: KeyError; the log says more"
+        assert said[1] == "failed and is restarted: the disk is full"
+        assert said[0] == "failed and is restarted: KeyError; the log says more"
         assert said[-1] == ""
 
     def test_a_mistake_at_the_start_is_raised_and_one_that_comes_later_is_waited_for(self):
@@ -215,7 +215,7 @@ class TestRestarting:
             keep_running("part", wrong, threading.Event(), said.append)
         assert said == []
         keep_running("part", later, stop, said.append)
-        assert said == ["", "failed, is started again: set it right"]
+        assert said == ["", "failed and is restarted: set it right"]
 
     def test_an_error_about_a_user_names_nobody(self):
         assert "ann" not in described(ResourceExhausted("u:ann has too many", field="subject"))
