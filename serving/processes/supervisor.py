@@ -58,9 +58,7 @@ def serve(config: ServeConfig) -> int:
     """
     set_private_umask()
     logs.configure(config.log_format, "supervisor")
-    _log.info("settings that differ from the defaults: %s", json.dumps(_printable(config)))
-    bundle = open_bundle(config.bundle)
-    _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
+    bundle = _open_bundle(config)
     if config.state_dir.exists():
         close_to_others(config.state_dir)
     stopping, readiness = StopRequest(), Readiness(config)
@@ -91,12 +89,15 @@ def serve(config: ServeConfig) -> int:
     return 0
 
 
-def _printable(config: ServeConfig) -> dict[str, Any]:
+def _open_bundle(config: ServeConfig) -> Bundle:
     settings = config.printable()
     for name in ("redis", "events_redis"):
         if "://" in settings.get(name, ""):
             settings[name] = printable(settings[name])  # without the password of the URL
-    return settings
+    _log.info("settings that differ from the defaults: %s", json.dumps(settings))
+    bundle = open_bundle(config.bundle)
+    _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
+    return bundle
 
 
 def _processes(

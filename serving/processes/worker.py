@@ -100,17 +100,14 @@ def work(
         engine_ref = EngineRef(open_engine(config.bundle, dependencies, bundle_id, sealed))
         catalog_sync = CatalogSync(engine_ref, stores.changes, progress, config.worker_count)
         catalog_sync.start()
+        # Each surface with a label of its own costs memory for ever; by default those of the ranker's training have one.
         surfaces = config.metrics_surfaces or engine_ref.engine.surfaces[:MOST_SURFACES]
         server = Server(config, limit, telemetry, RequestObserver(telemetry, config.access_log, surfaces))
+        # A stream holds a thread for as long as it lasts, so most threads are left to short calls.
         streams = Streams(max(1, config.max_concurrent // 4))
-        services = _services(config, stores, engine_ref, catalog_sync, telemetry, streams)
-        checks = health_checks(
-            stores.checked_profiles, stores.checked_log, stores.changes, catalog_sync, progress, config.unsafe_redis
-        )
-        report_state = control.report_state if control else lambda _: None
-        monitor = HealthMonitor(checks, server.set_serving, report_state, strict=config.strict_readiness)
+        monitor = _monitor(config, stores, catalog_sync, progress, server, control)
         monitor.check()
-        server.start(config.listen, services)
+        server.start(config.listen, _services(config, stores, engine_ref, catalog_sync, telemetry, streams))
         _settle()
         ready()
         monitor.start()
@@ -172,6 +169,21 @@ def _services(
         profiles=ProfileService(engine_ref, rights, certificates, stores.writer),
         catalog=CatalogService(engine_ref, stores.changes, catalog_sync),
     )
+
+
+def _monitor(
+    config: ServeConfig,
+    stores: _Stores,
+    catalog_sync: CatalogSync,
+    progress: CatalogProgress,
+    server: Server,
+    control: ProcessControl | None,
+) -> HealthMonitor:
+    checks = health_checks(
+        stores.checked_profiles, stores.checked_log, stores.changes, catalog_sync, progress, config.unsafe_redis
+    )
+    report_state = control.report_state if control else lambda _: None
+    return HealthMonitor(checks, server.set_serving, report_state, strict=config.strict_readiness)
 
 
 def _settle() -> None:

@@ -126,7 +126,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
     def MergeIdentities(
         self, request: profile_pb2.MergeIdentitiesRequest, context: grpc.ServicerContext
     ) -> profile_pb2.MergeIdentitiesResponse:
-        """Moves the events and slates of an anonymous user to the user that it turns out to be."""
+        """Moves the events and slates of an anonymous user to a known one."""
         source = anonymous(checks.identifier(request.anonymous_id, "anonymous_id"))
         merged = self._rights.merge(source, known(checks.identifier(request.user_id, "user_id")))
         return profile_pb2.MergeIdentitiesResponse(

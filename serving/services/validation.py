@@ -122,7 +122,7 @@ def within(value: float, field: str, low: float, high: float) -> float:
 def dials(value: Dials, field: str) -> list[DialControl]:
     """Returns the dials that are set, each in its range; at most as many as a user may have controls."""
     count([*value.categories, *value.creators], field, 0, MAX_CONTROLS, "categories and creators")
-    # The contract tells a dial that is not set from one that is set to 0, which turns off a stored one.
+    # The contract tells a dial that is not set from one that is set to 0, which resets a stored one.
     set_fields = {descriptor.name for descriptor, _ in value.ListFields()}
     controls = [
         DialControl(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))

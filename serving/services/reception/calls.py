@@ -77,7 +77,7 @@ class Lane:
 
 
 @dataclass(eq=False, slots=True)
-class ClientConnection:
+class PeerConnection:
     """A connection of a client: its open calls, and its behaviour so far.
 
     Attributes:
@@ -117,7 +117,7 @@ class OpenCall:
         stuck: Returns True if a part of the answer of a stream waits for its reader.
     """
 
-    connection: ClientConnection
+    connection: PeerConnection
     lane: Lane
     since: float
     phase: Phase = Phase.SENDING
@@ -136,7 +136,7 @@ class OpenCalls:
     def __init__(self, bounds: Bounds, wake: Callable[[], None] = lambda: None) -> None:
         """Begins without calls; `wake` is called when `overdue` has calls to end before its next round."""
         self.bounds, self._wake = bounds, wake
-        self.connections: dict[str, ClientConnection] = {}
+        self.connections: dict[str, PeerConnection] = {}
         self.refused = self.bytes_in_hand = self.unread = 0
         self._phases: dict[Phase, dict[int, OpenCall]] = {phase: {} for phase in Phase if phase is not Phase.GONE}
         self._lock = threading.Lock()
@@ -150,7 +150,7 @@ class OpenCalls:
         with self._lock:
             connection = self.connections.get(peer)
             if connection is None:
-                connection = self.connections[peer] = ClientConnection(peer)
+                connection = self.connections[peer] = PeerConnection(peer)
             call = OpenCall(connection, lane, time.monotonic())
             connection.entered += 1
             connection.calls[id(call)] = self._phases[Phase.SENDING][id(call)] = call
@@ -160,7 +160,7 @@ class OpenCalls:
             self._wake()
         return call, error
 
-    def _refusal(self, connection: ClientConnection) -> ServingError | None:
+    def _refusal(self, connection: PeerConnection) -> ServingError | None:
         if len(connection.calls) > self.bounds.calls:
             advice = f"this connection has {self.bounds.calls} open calls: wait for one to end"
         elif connection.unread > self.bounds.unread:
@@ -338,7 +338,7 @@ def _evicted_error(lane: Lane) -> ServingError:
 
 def _greediest(calls: Iterable[OpenCall]) -> tuple[int, OpenCall]:
     """Returns the number of calls of the connection with the most, and its call that is idle for longest."""
-    by_connection: dict[ClientConnection, list[OpenCall]] = {}
+    by_connection: dict[PeerConnection, list[OpenCall]] = {}
     for call in calls:
         by_connection.setdefault(call.connection, []).append(call)
     greedy = max(by_connection.values(), key=lambda group: (len(group), -min(call.since for call in group)))

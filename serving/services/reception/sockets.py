@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from serving.services.reception.calls import ClientConnection
+from serving.services.reception.calls import PeerConnection
 
 FREE_BYTES = 256 << 10
 """Bytes a second that a connection may send without a call."""
@@ -73,7 +73,7 @@ class Sockets:
         self._traffic: dict[str, _Traffic] = {}
         self._now = 0.0
 
-    def abusive(self, connections: Mapping[str, ClientConnection], seconds: float) -> list[str]:
+    def abusive(self, connections: Mapping[str, PeerConnection], seconds: float) -> list[str]:
         """Returns the peers that abuse the server, and those beyond the most connections.
 
         Args:
@@ -83,7 +83,7 @@ class Sockets:
         self._now += seconds
         traffic, before, peers = {}, self._traffic, []
         for _, peer, received in self._open():
-            connection = connections.get(peer) or ClientConnection(peer)
+            connection = connections.get(peer) or PeerConnection(peer)
             last = before.get(peer) or _Traffic(0, 0, 0, 0, 0, 0, self._now)
             traffic[peer], is_abusive = self._judge(connection, received, last, seconds)
             if is_abusive:
@@ -98,7 +98,7 @@ class Sockets:
         return peers
 
     def _judge(
-        self, connection: ClientConnection, received: int, last: _Traffic, seconds: float
+        self, connection: PeerConnection, received: int, last: _Traffic, seconds: float
     ) -> tuple[_Traffic, bool]:
         """Returns the traffic of a connection by now, and True if it has used up its allowance without a call."""
         now = _Traffic(
