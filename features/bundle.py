@@ -74,7 +74,7 @@ class Bundle:
 
     @property
     def model(self) -> ModelSpec:
-        """How its models are fed and combined."""
+        """Sizes, names and weights by which its models are fed and combined."""
         return self.manifest.model
 
     def table(self, name: str, types: Mapping[str, pa.DataType], required: frozenset[str]) -> pa.Table:

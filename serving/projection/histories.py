@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.arrays import pc
-from features.catalog import columns_of
+from features.catalog_columns import columns_of
 from features.histories import Logged, history_keys
 from features.keys import event_type_keys, item_keys
 from features.profile import Profile, empty, fold

@@ -192,7 +192,7 @@ def _logged(valid: Sequence[_Checked], catalog: Catalog) -> tuple[list[LoggedEve
     logged, unknown = [], set()
     for checked in valid:
         event, item = checked.event, item_key(checked.event.item_id)
-        value, kin = event.value if event.HasField("value") else math.nan, catalog.kin_of(item)
+        value, kin = event.value if event.HasField("value") else math.nan, catalog.category_and_creator(item)
         if kin is None and event.item_id:
             unknown.add(checked.place)
         record = pack_record(item, *(kin or (0, 0)), checked.timestamp, value, event_type_key(event.event_type))

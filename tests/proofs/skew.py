@@ -41,9 +41,10 @@ import features.decayed_counts
 import features.kernels
 import features.profile
 import features.records
-import training.models.scoring
+import training.data.histories
 from features.bundle import open_bundle
-from features.catalog import Catalog, Columns
+from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns
 from features.clock import now_ms
 from features.profile import EVERY_PURPOSE, Profile, Purpose
 from features.profile_codec import encode
@@ -81,10 +82,10 @@ LATE_MS = (0, 0, 0, -3_600_000, -23 * 3_600_000, 240_000, -1_200_000)
 _FEW = {"category": 2, "creator": 3, "event_type": 3}
 SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (features.profile, "RING", 16),
-    (training.models.scoring, "RING", 16),
+    (training.data.histories, "RING", 16),
     (features.profile, "OLDER_ITEMS_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
-    (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
+    (features.decayed_counts, "_CAPACITIES", np.array(list(_FEW.values()), np.int64)),
 )
 """Sizes at which a short life goes through everything; every other life has the real ones."""
 
@@ -208,7 +209,7 @@ class Served:
     """A slate, the catalogue's columns and the rows of its items at that moment, and the events the person then had."""
 
     request_id: str
-    columns: Columns
+    columns: CatalogColumns
     rows: dict[str, int]
     size: int
     events: tuple[Told, ...]
@@ -222,7 +223,7 @@ class AsOf(Catalog):
     _limit = 1 << 31
 
     @contextlib.contextmanager
-    def as_of(self, columns: Columns, size: int) -> Iterator[None]:
+    def as_of(self, columns: CatalogColumns, size: int) -> Iterator[None]:
         """Has the columns and the number of items of an earlier moment."""
         now, self.columns, self._limit = self.columns, columns, size
         try:

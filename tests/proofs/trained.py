@@ -16,7 +16,8 @@ import pyarrow as pa
 from features.action_rates import ActionRates
 from features.arrays import pc
 from features.assemble import History, history, ranker_names, type_index
-from features.catalog import Catalog, Columns
+from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns
 from features.keys import event_type_key
 from features.profile import Profile
 from features.subjects import user_id_of
@@ -25,11 +26,11 @@ from features.tables.event_reader import Events
 from features.tables.order import order_events
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
-from training.data.impressions import _folded, read_shown
+from training.data.histories import UserHistories
+from training.data.impressions import _positions_by_version, read_examples
 from training.data.interactions import Interactions, read_interactions
-from training.data.point_in_time import features_of_line
+from training.data.point_in_time import features_of_example
 from training.export.golden import past_differences
-from training.models.scoring import UserHistories
 
 NOT_COMPARED = ("relevance", "position")
 """The one comes out of a model; of the other serving knows nothing, and says that every item comes first."""
@@ -63,7 +64,7 @@ class Trained:
             config = TrainConfig(target_types=list(types))
             self._data = read_interactions(self._dataset, self._vocabulary, config)
             self._pasts = UserHistories(self._data, catalog.columns)
-            self.numbers = {name: number for number, name in enumerate(self._data.people)}
+            self.numbers = {name: number for number, name in enumerate(self._data.users)}
             self._log_ids = self._dataset.events["log_id"].to_numpy()
 
     def differing(self, subject: str, profile: Profile) -> list[str]:
@@ -72,14 +73,14 @@ class Trained:
         if person is None:
             return ["rows"] * int((profile.records["item"] != 0).any())
         versions = np.array([profile.version], np.uint64)
-        [position] = _folded(self._data, np.array([person]), versions, self._log_ids)
+        [position] = _positions_by_version(self._data, np.array([person]), versions, self._log_ids)
         served = history(profile, self._catalog, type_index(self._data.event_types))
         return list(past_differences(self._pasts.before(person, int(position)), served))
 
     def differing_slates(
         self,
         slates: Sequence[Mapping[str, Any]],
-        then: Sequence[tuple[Columns, int]],
+        then: Sequence[tuple[CatalogColumns, int]],
         actions: Sequence[Action],
         types: Sequence[str],
     ) -> Iterator[str]:
@@ -91,21 +92,21 @@ class Trained:
             actions: The actions of the bundle.
             types: The event types of the bundle, which knows fewer of them than the events have.
         """
-        shown = read_shown(self._out, self._dataset, self._vocabulary, self._data, actions)
+        shown = read_examples(self._out, self._dataset, self._vocabulary, self._data, actions)
         assert shown is not None
         names = ranker_names([action.name for action in actions])
         facts = {"event_types": list(types), "actions": [action.model_dump() for action in actions]}
-        outcomes = ActionRates.of(facts)
+        action_rates = ActionRates.of(facts)
         for slate, (columns, size) in zip(slates, then, strict=True):
             # What was put later was unknown then: the catalogue's doing, not the history's.
             rows = np.where(self._data.rows < size, self._data.rows, -1).astype(np.int32)
-            pasts = _AsRead(dataclasses.replace(self._data, rows=rows), columns, types)
-            own = (shown.people == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
+            histories = _AsRead(dataclasses.replace(self._data, rows=rows), columns, types)
+            own = (shown.users == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
             lines = shown.take(np.flatnonzero(own))
             assert len(lines) == len(slate["item_ids"])
             for at in range(len(lines)):
                 user = np.zeros(columns.vectors.shape[1], np.float32)
-                found = features_of_line(pasts, lines, at, user, columns, outcomes)
+                found = features_of_example(histories, lines, at, user, columns, action_rates)
                 served = np.array(slate["features"][lines.places[at]], np.float32)
                 differs = found.view(np.uint32) != served.view(np.uint32)
                 yield from (
@@ -118,7 +119,7 @@ class Trained:
 class _AsRead(UserHistories):
     """Training's pasts as the models of a bundle read them that knows only some of the event types."""
 
-    def __init__(self, data: Interactions, columns: Columns, types: Sequence[str]) -> None:
+    def __init__(self, data: Interactions, columns: CatalogColumns, types: Sequence[str]) -> None:
         super().__init__(data, columns)
         numbers = type_index(types)
         known = [numbers.get(event_type_key(name), 0) for name in data.event_types]
