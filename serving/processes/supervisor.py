@@ -166,6 +166,7 @@ def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.E
     end = time.monotonic() + delay_s
     while not hurry.wait(max(min(end - time.monotonic(), _TICK_S), 0.0)) and time.monotonic() < end:
         readiness.tick()
+    # To all before waiting for any: they close at the same time.
     for worker in workers:
         worker.send("close")
     end = time.monotonic() + _CLOSE_S
@@ -256,6 +257,7 @@ def _reserved(config: ServeConfig) -> Iterator[str]:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 probe.bind((config.host, config.port))
                 port = probe.getsockname()[1]
+            # Held until the end, though it never listens: a port that no process holds could be taken between restarts.
             keeper = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             keeper.bind((config.host, port))

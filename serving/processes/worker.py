@@ -100,7 +100,7 @@ def work(
         engine_ref = EngineRef(open_engine(config.bundle, dependencies, bundle_id, sealed))
         catalog_sync = CatalogSync(engine_ref, stores.changes, progress, config.worker_count)
         catalog_sync.start()
-        # Each surface with a label of its own costs memory for ever; by default those of the ranker's training have one.
+        # A label costs memory for ever; by default the surfaces that the ranker was trained on have one.
         surfaces = config.metrics_surfaces or engine_ref.engine.surfaces[:MOST_SURFACES]
         server = Server(config, limit, telemetry, RequestObserver(telemetry, config.access_log, surfaces))
         # A stream holds a thread for as long as it lasts, so most threads are left to short calls.

@@ -72,6 +72,7 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
         def change(patch: catalog_pb2.ItemPatch, status: catalog_pb2.ItemStatus) -> Change:
             row = self._require_row(checks.identifier(patch.item.item_id, "item_id"))
             fields = item_record(patch.item, _changed_fields(patch))
+            # A patch may change one end of the window only; the other is the catalogue's.
             require_window(self._engine_ref.engine.catalog.record(row) | fields)
             return Change("patch", patch.item.item_id, _json(fields))
 
@@ -95,6 +96,7 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
                 continue
             item = record_item(item_id, catalog.record(row))
             size += item.ByteSize()
+            # At least one item per response, or a large item could never be read.
             if response.items and size > ANSWER_BYTES:
                 response.remaining_item_ids.extend(ids[place:])
                 break
@@ -170,10 +172,12 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
                 accepted.append(status)
             except ServingError as error:
                 _refuse(status, error)
+        # One write for all valid changes: a round trip for each would take the caller's time.
         version, deleted = self._log.write(changes)
         # Another caller may have deleted an item after the check above.
         for place in deleted:
             _refuse(accepted[place], NotFound(_UNKNOWN, field="item_id"))
+        # Part of the caller's time is left for the response, and a slow worker must not make a durable change fail.
         seconds = min(EVERYWHERE_S, context.time_remaining() * _WAIT_SHARE)
         return _Outcome(version, statuses, self._catalog_sync.wait_everywhere(version, seconds))
 

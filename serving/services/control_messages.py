@@ -88,6 +88,7 @@ def control_matches(
     blocks: Sequence[BlockControl], dials: Sequence[DialControl], catalog: Catalog
 ) -> tuple[list[profile_pb2.ControlMatch], list[profile_pb2.ControlMatch]]:
     """Returns the controls that name something of the catalogue, and those that do not."""
+    # Both are stored: the name may be of an item that the catalogue gets tomorrow, or of one that it lost.
     named = [(f"hidden[{place}].id", block.kind, block.name) for place, block in enumerate(blocks)]
     fields = {dial: (f"dials.{field}", _DIAL_KINDS[dial]) for field, dial in checks.NAMED_DIALS.items()}
     named += [(*fields[dial.dial], dial.name) for dial in dials if dial.name]
@@ -107,6 +108,7 @@ def _nearest_names(
     catalog: Catalog, named: Sequence[tuple[str, ControlKind, str]]
 ) -> Mapping[tuple[ControlKind, str], str]:
     """Returns the nearest name of the catalogue for each kind and name: the name itself if the catalogue has it."""
+    # All names of a kind together, as each look-up walks the names of the catalogue.
     by_kind: dict[ControlKind, list[str]] = {}
     for _, kind, name in named:
         by_kind.setdefault(kind, []).append(name)

@@ -92,6 +92,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
                 statuses[place] = _refused(error)
         if valid:
             logged, unknown = _logged(valid, self._engine_ref.engine.catalog)
+            # The log first: an event that is durable is applied sooner or later, the reverse would lose it.
             appended = self._log.append(logged)
             applied = self._apply(valid, appended)
             hints = self._hints(valid, unknown)
@@ -127,6 +128,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         try:
             outcome = dict(zip(by_subject, self._store.apply_many(list(by_subject.items())), strict=True))
         except ServingError:
+            # The events are durable, so the call succeeds: the projector applies them when the store is back.
             self._telemetry.count("events_applied_later", len(valid))
             return [entry.personal and not entry.record for entry in appended]
         return [
@@ -163,6 +165,7 @@ def _check(place: int, event: event_pb2.Event, now: int, window_ms: int, refused
     checks.identifier(event.surface, "surface", required=False, limit=64)
     checks.text(event.query, "query", required=event.event_type == "search")
     timestamp = event.timestamp_ms or now
+    # The window is the time in which the log recognises a retry; beyond it an event could count twice.
     oldest, newest = now - window_ms, now + FUTURE_MS
     if not oldest <= timestamp <= newest:
         raise InvalidArgument(
@@ -179,6 +182,7 @@ def _advice(timestamp: int, now: int) -> str:
     """Returns the likely mistake of a time that an event cannot have, and its remedy."""
     if timestamp < 0 or timestamp > now:
         return "send milliseconds since 1970, UTC, and set the caller's clock"
+    # Read as seconds it would be a time of the last decades.
     if now - _LONG_AGO_MS < timestamp * 1000 < now + FUTURE_MS:
         return "send milliseconds; these look like seconds"
     return "older history belongs to bulk import, `penchant profiles rebuild`"
@@ -192,6 +196,7 @@ def _logged(valid: Sequence[_Checked], catalog: Catalog) -> tuple[list[LoggedEve
     logged, unknown = [], set()
     for checked in valid:
         event, item = checked.event, item_key(checked.event.item_id)
+        # Stored with the event: a category that an item gets later must not rewrite the history of its users.
         value, kin = event.value if event.HasField("value") else math.nan, catalog.category_and_creator(item)
         if kin is None and event.item_id:
             unknown.add(checked.place)

@@ -75,6 +75,7 @@ def _item(item_id: str, values: Mapping[str, Any]) -> Item:
         if name == "categories":
             item.categories.extend(value)
         elif name == "attributes":
+            # The catalogue may hold null for an attribute, the contract cannot.
             item.attributes.update({key: text or "" for key, text in value.items()})
         elif name.startswith(ONE_ATTRIBUTE):
             item.attributes[name.removeprefix(ONE_ATTRIBUTE)] = value

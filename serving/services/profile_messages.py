@@ -19,6 +19,7 @@ from serving.projection.profile_view import VisitView, view_profile
 
 def profile_message(profile: Profile, engine: Engine, limit: int) -> profile_pb2.GetProfileResponse:
     """Returns a profile with names instead of keys, and at most `limit` events."""
+    # Each item once: a user's events repeat items, and reading one of the catalogue is slow.
     keys = np.unique(profile.records["item"])
     rows = engine.catalog.rows_of_keys(keys).tolist()
     items = {key: engine.catalog.item(row) for key, row in zip(keys.tolist(), rows, strict=True) if row >= 0}
@@ -57,6 +58,7 @@ def counts_document(profile: Profile, engine: Engine) -> dict[str, Any]:
     document: dict[str, Any] = {"as_of_ms": decayed.newest, "horizons": list(HORIZONS)}
     if profile.lost:
         document["damage"] = PAST_LOST
+    # The bundle knows the types of its training, which may have names of their own.
     types = {event_type_key(name): name for name in EVENT_TYPES} | dict(engine.event_types)
     for dimension in DIMENSIONS:
         part, counts = decayed.of(dimension), document.setdefault(dimension, {})
@@ -68,6 +70,7 @@ def counts_document(profile: Profile, engine: Engine) -> dict[str, Any]:
 
 def _category(key: int, engine: Engine) -> str:
     """Returns the name of a category, "" if it is the first category of no item in the catalogue."""
+    # A search through all items: no index is kept for a name that few requests need.
     rows = np.flatnonzero(engine.catalog.columns.category[: engine.catalog.size] == np.uint64(key))
     return str(engine.catalog.item(int(rows[0]))["categories"][0]) if key and rows.size else ""
 

@@ -152,6 +152,7 @@ class ProfileService(profile_pb2_grpc.ProfileServiceServicer):
         for kind, log_id, payload in self._rights.documents(subject, first_kind, after, _deadline(context)):
             page.documents.append(json.dumps({"kind": kind} | decode(payload), ensure_ascii=False))
             size += len(payload)
+            # Checked after the document: a page has at least one, however large.
             if size > PAGE_BYTES:
                 page.next_page_token = f"{kind}:{log_id}"
                 break

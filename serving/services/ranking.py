@@ -81,6 +81,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         checks.weighted(upstream, weight, "upstream_weight", "candidates.upstream_scores")
         rows = _rows(engine.catalog, ids, missing)
         _, first = np.unique(rows, return_index=True)
+        # `unique` sorts by row; the order of the caller is restored, as it decides ties.
         first = np.sort(first[rows[first] >= 0])
         ranked = replace(
             base,
@@ -130,6 +131,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             session_id=options.session_id,
             context=_context(options.context),
             exclude=rows[rows >= 0],
+            # Candidates that the catalogue does not have are excluded by id, because they have no row.
             exclude_unknown=frozenset(missing),
             personalize=options.personalization != ranking_pb2.PERSONALIZATION_DISABLED,
             dials={
@@ -247,6 +249,7 @@ def _items(slate: Slate, catalog: Catalog, fields: Sequence[str]) -> list[rankin
 
 def _known_items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]:
     names = slate.candidates.names
+    # A source that has not proposed an item has no score for it.
     proposed_by = np.isfinite(slate.candidates.scores).T.tolist()
     probabilities = [] if slate.probabilities is None else slate.probabilities.tolist()
     return [

@@ -66,6 +66,7 @@ class Streams:
             except (ResourceExhausted, EventLogUnavailable):
                 if time.monotonic() + pause > end or not context.is_active() or self._closing.wait(pause):
                     raise
+                # Short at first, as a log that was full for a moment has room again soon.
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def close(self) -> None:
@@ -73,5 +74,6 @@ class Streams:
         self._closing.set()
         with self._lock:
             contexts = list(self._open)
+        # Outside the lock, which each stream takes as it ends.
         for context in contexts:
             context.cancel()  # type: ignore[no-untyped-call]

@@ -156,6 +156,7 @@ class OpenCalls:
             connection.calls[id(call)] = self._phases[Phase.SENDING][id(call)] = call
             error = self._refusal(connection)
             crowded = len(self._phases[Phase.SENDING]) > self.bounds.sending
+        # Outside the lock, which the woken thread takes next.
         if crowded:
             self._wake()
         return call, error
@@ -180,6 +181,7 @@ class OpenCalls:
             if call.phase is not Phase.SENDING or call.closed:
                 return False
             lane, evicted = call.lane, None
+            # A single message of any allowed size passes, or it could never be taken.
             if self.bytes_in_hand and self.bytes_in_hand + size > self.bounds.bytes_in_hand:
                 self.refused += 1
                 raise _busy(lane)
@@ -189,6 +191,7 @@ class OpenCalls:
                     self.refused += 1
                     raise _busy(lane)
                 self._leave_lane(evicted)
+                # A stream is ended by its own thread; a call without a thread counts as refused at once.
                 if not lane.stream:
                     self.refused += 1
                     self._read(evicted, 0)
@@ -197,17 +200,20 @@ class OpenCalls:
             call.size = size
             call.connection.taken += size
             self.bytes_in_hand += size
+        # Ending a call takes gRPC's lock, under which gRPC may call back into this object.
         if evicted is not None:
             evicted.end(_evicted_error(lane))
         return True
 
     def _evictable(self, lane: Lane, newcomer: OpenCall) -> OpenCall | None:
         """Returns the call that loses its place: of a connection with more than its share, or a long idle stream."""
+        # A call that a thread works on would end no sooner by losing its place.
         candidates = [call for call in lane.calls.values() if lane.stream or not call.started]
         if not candidates:
             return None
         most, oldest = _greediest(candidates)
         share = sum(call.connection is newcomer.connection for call in lane.calls.values())
+        # By two at least: else two connections with as many calls would displace each other's for ever.
         if most > share + 1 or (lane.stream and time.monotonic() - oldest.since > ROOM_S):
             return oldest
         return None
@@ -220,6 +226,7 @@ class OpenCalls:
 
     def took(self, call: OpenCall, size: int) -> None:
         """Notes another message of a stream, or that the stream waits for one."""
+        # Without the lock, as a stream calls this for every message; an addition lost in a race does no harm.
         call.since = time.monotonic()
         call.connection.taken += size
 
@@ -227,6 +234,7 @@ class OpenCalls:
         """Notes that an answer, or a part of it, is on its way to its reader."""
         with self._lock:
             call.since = time.monotonic()
+            # A stream keeps its place between its answers; any other call needs none after its only one.
             if call.phase is Phase.WORKING and not call.lane.stream:
                 self._leave_lane(call)
                 self._read(call, size)
@@ -254,6 +262,7 @@ class OpenCalls:
             if call.phase is Phase.READING:
                 self.unread -= call.size
                 call.connection.unread -= call.size
+            # Its thread still holds memory for it; `done` moves it on.
             if call.phase is not Phase.WORKING:
                 self._move(call, Phase.GONE)
 
@@ -262,6 +271,7 @@ class OpenCalls:
             self._move(call, Phase.GONE)
             return
         self._move(call, Phase.READING)
+        # Small answers count as well: a client that leaves thousands of them unread holds that many calls open.
         call.size = size + OVERHEAD
         self.unread += call.size
         call.connection.unread += call.size
@@ -295,6 +305,7 @@ class OpenCalls:
         """
         bounds = self.bounds
         with self._lock:
+            # Copies, judged outside the lock: no call has to wait for this search.
             sending, working, reading = (list(calls.values()) for calls in self._phases.values())
             surplus = self.unread - bounds.unread_worker
         slow = DeadlineExceeded(f"the message did not come within {bounds.message_s:g} s: send it at once")
@@ -341,6 +352,7 @@ def _greediest(calls: Iterable[OpenCall]) -> tuple[int, OpenCall]:
     by_connection: dict[PeerConnection, list[OpenCall]] = {}
     for call in calls:
         by_connection.setdefault(call.connection, []).append(call)
+    # Of connections with as many calls, the one that has held a call for longest.
     greedy = max(by_connection.values(), key=lambda group: (len(group), -min(call.since for call in group)))
     return len(greedy), min(greedy, key=lambda call: call.since)
 

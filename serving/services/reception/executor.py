@@ -157,10 +157,12 @@ class Reception(ThreadPoolExecutor):
         lane: Lane = getattr(behavior, "lane", self._work)
         call, error = self.calls.enter(event.call.peer().decode(), lane)
         rpc = _Rpc(event, state, call)
+        # A method that answers by a callback returns at once, so its call ends when the client closes it, not here.
         returns = not getattr(behavior, "experimental_non_blocking", False)
         state.callbacks.append(lambda: self._close(rpc, returns))
         call.end = lambda error: self._end(rpc, error)
         call.drop = event.call.cancel
+        # gRPC keeps an operation in `due` until the peer has taken its bytes.
         call.stuck = lambda: not _SENDS.isdisjoint(state.due)
         error = getattr(behavior, "refusal", None) or error
         if error is not None:
@@ -169,9 +171,11 @@ class Reception(ThreadPoolExecutor):
         many = getattr(behavior, "many", False)
 
         def run(request: bytes | None) -> None:
+            # The call may have ended while it waited for a thread; its work would be for no reader.
             if not self.calls.start(call):
                 return
             try:
+                # Without a deserializer: the interceptors parse the bytes, so that they can answer a malformed message.
                 message = (lambda: self._messages(call, request, argument())) if many else (lambda: request)
                 fn(job, event, state, behavior, message, None, lambda answer: self._written(call, serializer, answer))
             finally:
@@ -184,16 +188,19 @@ class Reception(ThreadPoolExecutor):
     def _receive(self, rpc: _Rpc, run: Callable[[bytes | None], None], many: bool) -> None:
         """Begins to receive the first message of a call; `run` gets it."""
         state = rpc.state
+        # gRPC's own handler of a message, around which `whole` is put; it must run first, as it changes the state.
         received = _grpc._receive_message(state, rpc.event.call, None)
 
         def whole(message_event: Any) -> Any:
             """Continues on gRPC's serving thread when the message has come, or will not come."""
             result = received(message_event)
             with state.condition:
+                # Taken out of the state, where a stream's thread would find it a second time.
                 request, state.request = state.request, None
                 active = _grpc._is_rpc_state_active(state)
             if not active:
                 return result
+            # A client may close its side without a message; for a stream that is an empty one.
             if request is None and not many:
                 self._end(rpc, _NO_MESSAGE)
             else:
@@ -227,6 +234,7 @@ class Reception(ThreadPoolExecutor):
             yield first
         while first is not None:
             self.calls.took(call, 0)
+            # Looked at before each wait: the reaper cannot raise in this thread, only wake it.
             if call.ending:
                 raise call.ending
             try:
@@ -245,6 +253,7 @@ class Reception(ThreadPoolExecutor):
 
     def _close(self, rpc: _Rpc, returns: bool) -> None:
         self.calls.close(rpc.call, rpc.state.client is _grpc._CANCELLED)
+        # No thread would tell that the work on such a call has ended.
         if not returns:
             self.calls.done(rpc.call)
 
@@ -282,8 +291,10 @@ class Reception(ThreadPoolExecutor):
         while not self._ending:
             if self._urgent.wait(ROUND_S):
                 self._urgent.clear()
+                # A flood of calls wakes this loop all the time; it must not take a core of its own.
                 time.sleep(_LEAST_ROUND_S)
             for call, error in self.calls.overdue(time.monotonic()):
+                # A client that does not read would not read an error either, and the error would be held for it.
                 if error is None:
                     call.drop()
                 else:

@@ -25,6 +25,7 @@ class _HeaderFilter(logging.Filter):
         if time.monotonic() < self._next:
             return False
         record.msg = f"headers that are not UTF-8 were read as Latin-1: {self._count} since the last such line"
+        # The arguments hold the bytes of the caller, who could fill the log with anything.
         record.args, record.exc_info, record.exc_text = (), None, None
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         self._next, self._count = time.monotonic() + _PAUSE_S, 0

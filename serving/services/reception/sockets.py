@@ -89,6 +89,7 @@ class Sockets:
             if is_abusive:
                 peers.append(peer)
         self._traffic = traffic
+        # Of too many, those that never had a call go first: a client opens a connection to use it.
         if surplus := max(len(traffic) - len(peers) - self._most, 0):
             ending = set(peers)
             idle = [
@@ -104,6 +105,7 @@ class Sockets:
         now = _Traffic(
             received, connection.taken, connection.entered, connection.good, connection.bad, len(connection.calls),
             last.active,
+            # Allowances refill with time up to one second's worth, as a token bucket does.
             min(FREE_BYTES, last.free + FREE_BYTES * seconds),
             min(BROKEN_CALLS, last.patience + BROKEN_CALLS * seconds),
         )  # fmt: skip
@@ -113,6 +115,7 @@ class Sockets:
         # Allowed: a message per call, as it may be incomplete, and twice the messages, for the frames around them.
         now.free -= max(received - last.received - calls * self._message_bytes - 2 * (now.taken - last.taken), 0)
         broken, answered = now.bad - last.bad, now.good - last.good
+        # A client that cancels a few of many calls, as hedging does, is no abuser.
         if broken > 10 * answered:
             now.patience -= broken
         return now, now.free < 0 or now.patience < 0
@@ -139,6 +142,7 @@ class Sockets:
             with contextlib.suppress(OSError):
                 if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                     continue
+                # gRPC does not hand out its sockets; a duplicate can be asked and closed without harm.
                 with socket.socket(fileno=os.dup(int(name))) as connection:
                     if connection.family in (socket.AF_INET, socket.AF_INET6):
                         address = connection.getsockname()
