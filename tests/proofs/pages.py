@@ -224,7 +224,7 @@ class Proof:
                 event_type_keys(user.types),
             )
             self._store.put_states([(subject, fold(empty(), records, len(user.events)))])
-        mark = Mark(1 << 51, address_of(subject), rules=encode(user.rules))
+        mark = Mark(1 << 51, address_of(subject), controls=encode(user.rules))
         self._store.mark(partition_of(subject, _PARTITIONS), mark)
 
 
