@@ -192,6 +192,7 @@ def process_samples(process: ProcessState) -> Iterable[Sample]:
 
 def rendered(samples: Iterable[Sample], accept: str = "") -> tuple[bytes, str]:
     """Returns the exposition and its content type: OpenMetrics where `accept` asks for it, else the text format."""
+    # A registry per page, because the samples are those of all processes and exist for this scrape only.
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(samples))
     encode, content_type = choose_encoder(accept)

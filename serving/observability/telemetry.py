@@ -144,6 +144,7 @@ class Telemetry:
         A histogram has its cells that are not 0, by index.
         """
         total = self._total()
+        # Most cells are 0, and the snapshot goes through a socket with every scrape.
         times = [
             (_parts(key), {str(index): cell for index, cell in enumerate(cells) if cell})
             for key, cells in total.times.items()

@@ -80,10 +80,9 @@ def serve(config: ServeConfig) -> int:
         if not _start([*workers, *readers], bundle, stopping.asked):
             return 0
         readiness.phase = "serving"
-        urls = {"redis": printable(redis), "events_redis": printable(events)}
-        _print_ready(config, bundle, workers, {"listen": address, **urls, "metrics": metrics, "health": health})
+        addresses = {"listen": address, "redis": redis, "events_redis": events, "metrics": metrics, "health": health}
+        _print_ready(config, bundle, workers, addresses)
         _keep_running([*workers, *readers], stopping.asked, readiness)
-        readiness.phase = "stopping"
         _leave(workers, config.delay_s, stopping.hurry, readiness)
         _log.info("stopping: calls in progress have %g s", config.drain_s)
     _log.info("stopped")
@@ -138,6 +137,8 @@ def _print_ready(
 ) -> None:
     ready = {
         **addresses,
+        "redis": printable(addresses["redis"] or ""),
+        "events_redis": printable(addresses["events_redis"] or ""),
         "bundle_id": bundle.bundle_id,
         "pid": os.getpid(),
         "workers": [worker.pid for worker in workers],
@@ -161,6 +162,7 @@ def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.E
     All workers stop listening before the first one sends its callers away: callers must reconnect to an instance that
     stays, not to the next worker, which is about to end as well.
     """
+    readiness.phase = "stopping"
     _log.info("stopping: not ready, ending in %.1f s", delay_s)
     for worker in workers:
         worker.send("unready")

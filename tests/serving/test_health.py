@@ -17,6 +17,7 @@ import pytest
 import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from features.errors import SettingsError
 from features.keys import event_type_key
 from features.records import pack_record
 from penchant.client import Client
@@ -295,6 +296,6 @@ def test_settings_of_a_stop(tmp_path):
     assert load().delay_s == 0
     assert load(listen="0.0.0.0:50051", insecure=True).delay_s == 5
     assert load(listen="0.0.0.0:50051", insecure=True, drain_delay_s=0).delay_s == 0
-    with pytest.raises(ConfigError, match="HOST:PORT"):
+    with pytest.raises(SettingsError, match="HOST:PORT"):
         load(health_listen="8080")
     assert json.loads(json.dumps(load(health_listen="0.0.0.0:8080").printable()))["health_listen"] == "0.0.0.0:8080"

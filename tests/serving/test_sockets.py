@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serving.services.reception import sockets
-from serving.services.reception.calls import Bounds, PeerConnection, Lane, OpenCalls
+from serving.services.reception.calls import Bounds, Lane, OpenCalls, PeerConnection
 from serving.services.reception.sockets import BROKEN_CALLS, FREE_BYTES, Sockets
 
 MESSAGE = 4 << 20

@@ -200,7 +200,7 @@ class OpenCalls:
             call.size = size
             call.connection.taken += size
             self.bytes_in_hand += size
-        # Ending a call takes gRPC's lock, under which gRPC may call back into this object.
+        # Ending a call takes gRPC's lock, under which gRPC may call methods of this object.
         if evicted is not None:
             evicted.end(_evicted_error(lane))
         return True
