@@ -114,6 +114,7 @@ def milliseconds(device: torch.device, work: Callable[[], Any], rounds: int = 20
         work()
     times = []
     for _ in range(rounds):
+        # The device's events do not count the time in which the CPU launches the work.
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
@@ -141,6 +142,7 @@ def answers(device: torch.device, rows: int = 100_000, queries: int = 64) -> dic
     catalog = Catalog(pa.table({"item_id": ids}), Vocabulary.build(ids), vectors)
     data = build(vectors[:rows], _vectors(rng, 20), 0.98, exact_up_to=rows).data
     on_cpu, on_device = Index(data, catalog), _on(device, data, catalog, vectors)
+    # Items that are put live are scanned by the CPU and merged: both ways must agree on them too.
     catalog.put([{"item_id": f"new{number}"} for number in range(50)], _vectors(rng, 50), _NOW)
     queried = _vectors(rng, queries)
     compared = different = 0
@@ -151,6 +153,7 @@ def answers(device: torch.device, rows: int = 100_000, queries: int = 64) -> dic
             expected, answer = on_cpu.search(queried, k, allowed), on_device.search(queried, k, allowed)
             compared += queries
             different += _different(expected, answer)
+    # The control: a comparison that cannot fail proves nothing.
     spoiled = vectors[:rows].copy()
     spoiled[on_cpu.search(queried, 1)[0][:, 0] % rows] = 0
     control = _different(on_cpu.search(queried, K), _on(device, data, catalog, spoiled).search(queried, K))
@@ -256,6 +259,7 @@ def _check(vectors: Tensor, queries: Tensor, bits: Tensor | None, matches: ScanR
 
 def _truth(vectors: Tensor, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the best `K` scores in float64 and their rows."""
+    # In chunks, because 100 million vectors in float64 do not fit next to the ones in float32.
     scores, rows = [], []
     for at in range(0, len(vectors), _CHUNK):
         part = queries.double() @ vectors[at : at + _CHUNK].double().T

@@ -88,8 +88,10 @@ def _measure(client: redis.Redis, log_client: redis.Redis, users: int, events: i
     store, draw = ProfileStore(client), np.random.default_rng(0)
     store.open()
     few = min(FEW, users)
+    # What the server itself takes is no cost of a profile.
     empty_server = _memory(client)
     store.put_states(_states(draw, range(few), events))
+    # Before the others are stored: a read must not cost more in a larger population.
     few_read = _reading(client, store, few, reads)
     store.put_states(_states(draw, range(few, users), events))
     bytes_per_user = (_memory(client) - empty_server) / users
@@ -143,6 +145,7 @@ def _compared_with_get(client: redis.Redis, store: ProfileStore, subjects: list[
     keys = [store.key_of(subject) for subject in subjects]
     times = []
     for subject, key in zip(subjects, keys, strict=True):
+        # The bare read comes second and finds the string in the cache: the ratio is the higher for it.
         times.append((_us(partial(store.read, subject)), _us(partial(connection.ask, b"GET", key))))
     read, bare = np.median(np.array(times), axis=0).tolist()
     return {"read_us": round(read, 1), "get_us": round(bare, 1), "ratio": round(read / bare, 2)}
@@ -215,6 +218,7 @@ def _rates(
     client: redis.Redis, measured: Callable[[int], object], bare: Callable[[int], object], size: int
 ) -> dict[str, Any]:
     """Returns events per second of a core, measured and bare; a core's time is the client's plus the server's."""
+    # Processor time, not the clock: what else runs on the machine does not count.
     spent = np.zeros(2)
     for at in range(BATCHES):
         # Alternating, so that both meet the same state of the machine.
