@@ -22,6 +22,16 @@ from cli.options import (
 
 commands = typer.Typer()
 
+_ValidateBundle = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="BUNDLE",
+        exists=True,
+        file_okay=False,
+        help="With --live, the bundle that names the items; with a warehouse, the one whose inputs to replay.",
+    ),
+]
+
 
 @commands.command()
 def data(
@@ -51,15 +61,7 @@ def validate(
         str | None,
         typer.Option(metavar="URL", help="Redis of the event log of a running service, instead of a data set."),
     ] = None,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="BUNDLE",
-            exists=True,
-            file_okay=False,
-            help="With --live, the bundle that names the items; with a warehouse, the one whose inputs to replay.",
-        ),
-    ] = None,
+    bundle: _ValidateBundle = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(metavar="CHECK=SHARE", help="Share of rows, 0 to 1, that a check lets pass; repeatable."),
@@ -91,6 +93,7 @@ def _validate_data(data: Path, bundle: Path | None, limits: dict[str, float]) ->
     """Checks a data set; with a bundle also that its logged features are those that a replay computes."""
     from features.tables.validate import validate
 
+    # This limit is the replay's; the checks of a data set would refuse the name.
     allowed = limits.pop("served_features", None) if bundle else None
     report: dict[str, Any] = validate(data, limits)
     if bundle is not None:
