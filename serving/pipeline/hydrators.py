@@ -172,7 +172,7 @@ class ProfileHydrator:
     def _awaited(
         self, request: Request, profile: Profile | ProfileStoreUnavailable
     ) -> tuple[Profile | ProfileStoreUnavailable, tuple[Degraded, ...]]:
-        """Returns the profile with the event that is waited for, or the last one read, marked, when the time is over."""
+        """Returns the profile with the event that is waited for, or when the time is over the last one read, marked."""
         # Half of the time at most: the other stages still have to run.
         end = time.monotonic() + request.seconds_left() * WAIT_SHARE
         pause = _FIRST_PAUSE_S
