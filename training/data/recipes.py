@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from features.arrays import Array
 from features.errors import TrainingError
-from features.tables.dataset import Loaded
+from features.tables.dataset import LoadedTable
 
 
 class DatasetError(TrainingError):
@@ -21,14 +21,14 @@ class DatasetError(TrainingError):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class PreparedTables:
     """A data set in canonical tables, before it is written."""
 
     name: str
     notes: str
-    events: Loaded
-    items: Loaded
-    users: Loaded | None = None
+    events: LoadedTable
+    items: LoadedTable
+    users: LoadedTable | None = None
     impressions: pa.Table | None = None
 
 
@@ -54,7 +54,7 @@ def constant(text: str, length: int) -> Array:
     return pa.repeat(pa.scalar(text), length)
 
 
-def told_apart(titles: Sequence[Any], details: Sequence[Any]) -> Array:
+def distinguish_titles(titles: Sequence[Any], details: Sequence[Any]) -> Array:
     """Titles, those that several items share followed by a detail in brackets; a title without a detail stays.
 
     Args:
