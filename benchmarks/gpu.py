@@ -80,6 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         for timing in scans["timings"]:
             timing["of_copy"] = round(timing["gb_s"] / result["copy_gb_s"], 3)
             timing["scan_of_copy"] = round(timing["scan_gb_s"] / result["copy_gb_s"], 3)
+    # In the end, so that a run with faults still prints all its figures.
     result["faults"] = [fault for fault in _faults(result) if fault]
     result["seconds"] = round(time.monotonic() - began, 1)
     print(json.dumps(result))
@@ -101,6 +102,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 def copy_rate(device: torch.device) -> float:
     """Returns the bytes read and written a second by a copy within the device's memory, in GB."""
+    # Large against every cache, or the speed of a cache would be the limit that searches are compared with.
     size = 1 << (31 if device.type == "cuda" else 24)
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
@@ -173,6 +175,7 @@ def _different(expected: tuple[Any, Any], answer: tuple[Any, Any]) -> int:
 
 
 def _vectors(rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
+    # Vectors of several lengths: with equal ones a wrong norm would not show.
     lengths = np.exp(rng.normal(0, 0.2, (count, 1)))
     vectors: npt.NDArray[np.float32] = (rng.normal(size=(count, DIM)) * lengths).astype(np.float32)
     return vectors

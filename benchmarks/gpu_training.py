@@ -241,9 +241,11 @@ def drawn(out: Path, users: int = USERS, items: int = FILMS, events: int = RATIN
     rng = np.random.default_rng(0)
     popular = rng.zipf(1.3, 4 * events)
     popular = popular[popular <= items][:events] - 1
+    # MovieLens-1M has users of 20 ratings and more, with a long tail of heavy ones.
     lengths = np.maximum(20, rng.lognormal(4.6, 0.9, users) * events / users / 150).astype(int)
     user = np.repeat(np.arange(users), lengths)
     item = popular[np.arange(user.size) % popular.size]
+    # Half of the events follow a rule, so that there is something to learn.
     follows = rng.random(user.size) < 0.5
     for at in np.flatnonzero(follows[1:] & (user[1:] == user[:-1])) + 1:
         item[at] = (item[at - 1] + 1 + at % 3) % items

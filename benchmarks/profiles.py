@@ -63,6 +63,7 @@ def profiles(*, users: int = 1_000_000, events: int = 100, reads: int = 2000) ->
     """
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        # Half as much again as the limit allows, so that a profile too large is measured and not refused.
         room = int((users + FEW) * (SHARE_OF_RAW * events * RECORD.itemsize + BYTES_PER_USER) * 1.5) + (1 << 28)
         with (
             RedisServer(Path(folder), "profiles", max_memory=room) as server,
@@ -121,6 +122,7 @@ def _history(draw: np.random.Generator, count: int) -> Records:
 
 
 def _states(draw: np.random.Generator, users: range, events: int) -> Iterator[tuple[str, Profile]]:
+    # Events are drawn for many users at once: a draw per user would take longer than the storing.
     for start in range(users.start, users.stop, _CHUNK):
         chunk = range(start, min(start + _CHUNK, users.stop))
         records = _history(draw, events * len(chunk))
@@ -157,6 +159,7 @@ def _tail(client: redis.Redis, store: ProfileStore, draw: np.random.Generator, r
     for subject in subjects:
         store.apply(subject, _entries(_history(draw, TAIL), LIVE))
     profile, records = store.read(subjects[0]), _history(draw, TAIL)
+    # The same fold that a read does, without Redis.
     folds = [_us(lambda: fold(profile, records, 1)) for _ in range(reads)]
     reading = _compared_with_get(client, store, [subjects[at % len(subjects)] for at in range(reads)])
     return {"events": TAIL, **reading, "fold_us": round(float(np.median(folds)), 1)}
@@ -203,6 +206,7 @@ def _logging(client: redis.Redis, draw: np.random.Generator, users: int) -> dict
 
     connection = PipelinedConnection(client)
 
+    # The same fields to one stream: what the log does on top is to recognise retries, and its partitions.
     def bare(at: int) -> None:
         connection.ask_all(
             [
