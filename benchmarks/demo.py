@@ -95,17 +95,13 @@ def demo(dataset: str = "movielens-1m", out: Path = Path("build/demo"), source: 
         clock.lap("requests")
         screen.print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in clock.laps.items()))
         _try_it(service, out / "bundle", cast.pair[0], screen)
-        # A script has no terminal, and would wait for ever.
-        if sys.stdin.isatty():
-            screen.input("The service runs until you press Enter. ")
     return {
         "dataset": dataset,
         **_figures(measured),
         "parts": {name: {"targets": part["targets"], **_figures(part)} for name, part in _parts(measured).items()},
         **{name: speed[name] for name in ("latency_ms", "rate", "errors", "rungs", "degraded")},
         **moved,
-        "phases": clock.laps,
-        "seconds": round(sum(clock.laps.values()), 1),
+        **clock.figures(),
     }
 
 
@@ -122,6 +118,10 @@ class _PhaseClock:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._since = time.monotonic()
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the seconds of each phase, and of all."""
+        return {"phases": self.laps, "seconds": round(sum(self.laps.values()), 1)}
 
     def lap(self, name: str) -> None:
         """Ends a phase."""
@@ -304,3 +304,6 @@ def _try_it(service: dict[str, Any], bundle: Path, user: str, screen: Console) -
     url = f"http://{service['listen']}/penchant.v1.RankingService/Recommend"
     screen.print(f"To try it yourself, while it runs (or again after `penchant serve {bundle}`):")
     screen.print(f"  buf curl --http2-prior-knowledge --protocol grpc -d '{body}' {url}", soft_wrap=True, markup=False)
+    # A script has no terminal, and would wait for ever.
+    if sys.stdin.isatty():
+        screen.input("The service runs until you press Enter. ")

@@ -185,15 +185,7 @@ def read_your_writes(
         regular = pair % 4 >= 2
         user = f"{run}-{pair // 4 % REGULARS}-{pair % 2}" if regular else f"{run}-new-{pair}"
         item = items[pair % len(items)]
-        begun = time.perf_counter()
-        [status] = writer.ingest([event(user, item, "view_item")])
-        applied = time.perf_counter()
-        slate = reader.rank(items[:CANDIDATES], user_id=user, min_profile_version=status.profile_version)
-        answered = time.perf_counter()
-        results.times["service"].append(applied - begun)
-        results.times["answer"].append(answered - begun)
-        results.pairs += 1
-        results.faults.update(faults(status, slate))
+        status = _write_and_read(writer, reader, user, item, items[:CANDIDATES], results)
         if pair % every:
             continue
         if on_sample:
@@ -204,6 +196,21 @@ def read_your_writes(
         if newest.profile_version != status.profile_version or newest.events[0].item_id != item:
             results.faults["profile"] += 1
     return results
+
+
+def _write_and_read(
+    writer: Client, reader: Client, user: str, item: str, candidates: Sequence[str], results: PairResults
+) -> event_pb2.EventStatus:
+    begun = time.perf_counter()
+    [status] = writer.ingest([event(user, item, "view_item")])
+    applied = time.perf_counter()
+    slate = reader.rank(candidates, user_id=user, min_profile_version=status.profile_version)
+    answered = time.perf_counter()
+    results.times["service"].append(applied - begun)
+    results.times["answer"].append(answered - begun)
+    results.pairs += 1
+    results.faults.update(faults(status, slate))
+    return status
 
 
 def _time_floors(floors: Sequence[Mapping[str, Callable[[], object]]], results: PairResults) -> None:

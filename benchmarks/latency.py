@@ -28,6 +28,7 @@ from penchant.channels import channel_options
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
 CHANNELS = 8
+METHOD = f"open loop, Poisson arrivals, latency from the intended start, {CHANNELS} connections"
 CALLERS = 16
 WARM_UP_S = 2.0
 CEILING_S = 6.0
@@ -121,14 +122,7 @@ def latency(
     user_ids = _user_ids(users)
     caller = _Caller(target, user_ids, surface, page_size, timeout_s, random.Random(seed))
     figures, tally = asyncio.run(_measure(caller, requests, rate, duration))
-    return {
-        **figures,
-        **tally.figures(),
-        "users": len(user_ids),
-        "page_size": page_size,
-        "method": f"open loop, Poisson arrivals, latency from the intended start, {CHANNELS} connections",
-        **facts(),
-    }
+    return {**figures, **tally.figures(), "users": len(user_ids), "page_size": page_size, "method": METHOD, **facts()}
 
 
 class _Caller:

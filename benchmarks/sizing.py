@@ -66,10 +66,7 @@ def sizing(
     return {
         "bundles": measured,
         "worker_bytes_per_item": _bytes_per_item(small, large),
-        "users": users,
-        "events": events,
-        "requests": requests,
-        "page": PAGE,
+        **{"users": users, "events": events, "requests": requests, "page": PAGE},
         **figures,
         **facts(),
     }
