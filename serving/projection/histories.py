@@ -113,7 +113,7 @@ def read_history(data: Path) -> Dataset:
     Raises:
         TablesError: It cannot be read.
     """
-    dataset = open_dataset(data, until=LAST_LOG_ID, everybody=True)
+    dataset = open_dataset(data, until=LAST_LOG_ID, include_withheld=True)
     if "until" not in dataset.info:
         return dataset
     events, intake, searches = dataset.events, dataset.intake, table_path(data, "searches")

@@ -115,7 +115,7 @@ def test_who_allows_only_measuring_is_measured_and_never_trained_on(log, people,
     assert measured(tmp_path) == {"ann", "eve"}
     [day] = rows(tmp_path, "daily")
     assert (day["item_id"], day["shown"], day["events"], day["people"]) == ("i1", 2, 2, 2)
-    assert set(open_dataset(tmp_path, everybody=True).events["user_id"].to_pylist()) == set(names)
+    assert set(open_dataset(tmp_path, include_withheld=True).events["user_id"].to_pylist()) == set(names)
 
 
 def test_a_withdrawal_takes_a_purpose_from_the_rows_that_are_there(log, people, warehouse, tmp_path):
