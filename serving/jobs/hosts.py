@@ -32,7 +32,9 @@ from serving.stores.event_log import EventLog
 from serving.stores.meta import partitions_for
 from serving.stores.profiles import ProfileStore
 from serving.stores.registry import BEAT_S, Claim, Copy, Heartbeat, Kind, Registry
+from serving.warehouse.derived import derive
 from serving.warehouse.files import WarehouseFiles
+from serving.warehouse.revision import hold_erasures
 
 _TIMEOUT_S = 10.0
 _REGISTER_S = 5.0
@@ -325,10 +327,10 @@ def hold_in(
         return None
     try:
         if not kept_here:  # a process that stood still meanwhile may not go on
-            files.keep(FolderIdentity(copy.copy_id, f"{new_id()}.0"))
+            files.claim(FolderIdentity(copy.copy_id, f"{new_id()}.0"))
             registry.seen(copy.copy_id, "", "gone through erasures")
-        gone = files.hold(erasures)
-        files.derive()
+        gone = hold_erasures(files, erasures)
+        derive(files)
         return gone
     finally:
         files.close()

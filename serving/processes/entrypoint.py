@@ -149,7 +149,7 @@ def _read_log(
         )
         return
     from serving.privacy.ledger import Ledger
-    from serving.warehouse import writer as warehouse
+    from serving.warehouse import process as warehouse
 
     warehouse.run(
         config.events_redis,

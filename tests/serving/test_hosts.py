@@ -41,7 +41,8 @@ from serving.stores.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse.files import TakenOver, WarehouseFiles
 from serving.warehouse.items import ItemTable
 from serving.warehouse.place import OtherPlace, WarehousePlace
-from serving.warehouse.writer import Warehouse, run
+from serving.warehouse.process import run
+from serving.warehouse.writer import WarehouseWriter
 from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, event, ingest
 
@@ -64,10 +65,10 @@ def opened(log):
     """Opens warehouses; all are closed at the end."""
     with contextlib.ExitStack() as stack:
 
-        def build(out: Path, *, registered: bool = True) -> Warehouse:
+        def build(out: Path, *, registered: bool = True) -> WarehouseWriter:
             files = WarehouseFiles(out)
             place = WarehousePlace(log, files) if registered else None
-            made = Warehouse(log, files, ItemTable(out / "items.parquet", CatalogLog(log.client)), place=place)
+            made = WarehouseWriter(log, files, ItemTable(out / "items.parquet", CatalogLog(log.client)), place=place)
             stack.callback(made.close)
             made.open(wait_s=0.0)
             return made
@@ -141,7 +142,7 @@ class TestOnePlace:
         once(tmp_path / "one")
         files = WarehouseFiles(tmp_path / "two")
         items = ItemTable(tmp_path / "two" / "items.parquet", CatalogLog(log.client))
-        other = Warehouse(log, files, items, flush_s=0.05, place=WarehousePlace(log, files))
+        other = WarehouseWriter(log, files, items, flush_s=0.05, place=WarehousePlace(log, files))
         stop = threading.Event()
         thread = threading.Thread(target=other.run, args=(stop,))
         thread.start()

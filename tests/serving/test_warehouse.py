@@ -50,15 +50,17 @@ from serving.stores.event_log import EventLog
 from serving.stores.keys import log_id
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
+from serving.warehouse.derived import derive
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable
+from serving.warehouse.process import run
 from serving.warehouse.tables import (
     DAILY_ROWS,
     IMPRESSION_ROWS,
     SESSION_GAP_MS,
     SESSION_ROWS,
 )
-from serving.warehouse.writer import Warehouse, run
+from serving.warehouse.writer import WarehouseWriter
 from tests.serving.faults import insist, kill, wait_until
 from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, slate
 from tests.world import publish_world
@@ -72,12 +74,12 @@ def make(log, tmp_path):
     """Makes warehouses on the log and one directory, closed at the end; each finds what the last one left."""
     with contextlib.ExitStack() as stack:
 
-        def build(out: Path = tmp_path / "warehouse", **options) -> Warehouse:
+        def build(out: Path = tmp_path / "warehouse", **options) -> WarehouseWriter:
             files = WarehouseFiles(out)
             stack.callback(files.close)
             bundle = options.pop("bundle", None)
             items = ItemTable(out / "items.parquet", CatalogLog(log.client), bundle and open_bundle(bundle))
-            warehouse = Warehouse(log, files, items, flush_s=3600, **options)
+            warehouse = WarehouseWriter(log, files, items, flush_s=3600, **options)
             warehouse.open()
             return warehouse
 
@@ -101,7 +103,7 @@ def contents(out: Path, *tables: str) -> dict[str, bytes]:
     return {str(f.relative_to(out)): f.read_bytes() for name in tables for f in sorted(out.glob(f"{name}/**/*.*"))}
 
 
-def crash(warehouse: Warehouse) -> None:
+def crash(warehouse: WarehouseWriter) -> None:
     """What a kill leaves: the directory free, the lease run out, nothing acknowledged."""
     warehouse._files.close()
     warehouse._events.consumer.release()
@@ -360,7 +362,7 @@ def test_days_that_are_over_are_packed_and_the_rows_stay(log, make, out, events_
     [packed] = (out / "events" / days[0]).glob("*.parquet")
     assert packed.stem == f"p{partition_of('u:ann', PARTITIONS):02d}-{log_id(at(0)):020d}-{log_id(at(0, 3)):020d}"
     assert warehouse._files.pack(until) == 0
-    assert warehouse._files.derive() == 2
+    assert derive(warehouse._files) == 2
     assert [row["events"] for row in rows(out, "sessions")] == [4, 4, 4]
 
 
@@ -404,7 +406,7 @@ def test_readers_go_as_far_as_everything_is_there(log, make, out):
     # Some partitions are ahead: their new rows are not for readers yet.
     for partition in range(2):
         warehouse._events.read(1000, [0] * PARTITIONS)
-        warehouse._write_partition(partition)
+        warehouse._partition_writer.write(partition)
     assert len(rows(out)) > 20
     assert open_dataset(out).info["fingerprint"] == moment.info["fingerprint"]
     assert not crash(warehouse)
@@ -517,10 +519,10 @@ def test_sessions_and_daily_figures_by_hand(log, make, out):
         [file] = out.glob(f"{name}/*/*.parquet") if name != "impressions" else list(out.glob("impressions/*/*"))[:1]
         assert pq.ParquetFile(file).schema_arrow.names == schema.names
     before = contents(out, "sessions", "daily")
-    assert warehouse._files.derive() == 0
+    assert derive(warehouse._files) == 0
     for file in out.glob("sessions/*/*.parquet"):
         file.unlink()
-    assert warehouse._files.derive() == 1
+    assert derive(warehouse._files) == 1
     assert contents(out, "sessions", "daily") == before
 
 
@@ -842,7 +844,7 @@ def test_kills_of_sink_and_redis_lose_and_double_nothing(tmp_path):
     rng = random.Random(11)
     out = tmp_path / "warehouse"
     program = (
-        "import sys; from pathlib import Path; from serving.warehouse.writer import run; "
+        "import sys; from pathlib import Path; from serving.warehouse.process import run; "
         "run(sys.argv[1], Path(sys.argv[2]), partitions=4, flush_s=0.05)"
     )
     with contextlib.ExitStack() as stack:
@@ -889,7 +891,7 @@ def test_it_waits_for_a_log_that_is_away(tmp_path):
     with RedisServer(tmp_path, "events") as server, connect(server.url, 0.5) as client:
         log = EventLog(client, 1, cooldown_s=0.05)
         items = ItemTable(out / "items.parquet", CatalogLog(client, cooldown_s=0.05))
-        warehouse = Warehouse(log, WarehouseFiles(out), items, flush_s=0.05, derive_s=0.05)
+        warehouse = WarehouseWriter(log, WarehouseFiles(out), items, flush_s=0.05, derive_s=0.05)
         stop = threading.Event()
         thread = threading.Thread(target=warehouse.run, args=(stop,))
         thread.start()
