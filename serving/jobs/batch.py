@@ -32,7 +32,7 @@ from serving.engine.engine import Dependencies, Engine, EngineRef, open_engine
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ResourceExhausted
 from serving.experiments import Holdout
 from serving.jobs.batch_log import RUN, SlateFile, deliver, finish
-from serving.jobs.hosts import register_made
+from serving.jobs.copies import register_made
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.query import Query

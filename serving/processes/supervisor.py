@@ -24,7 +24,7 @@ from features.private_files import set_private_umask
 from serving.config import ServeConfig
 from serving.engine.vetting import vet
 from serving.errors import ConfigError
-from serving.jobs.hosts import kept
+from serving.jobs.host_keeper import host_kept
 from serving.observability import logs
 from serving.processes.http_server import HttpServer
 from serving.processes.managed_process import ManagedProcess, ProcessDied, stop_all
@@ -76,7 +76,7 @@ def serve(config: ServeConfig) -> int:
             # It answers until the last process has ended.
             health = stack.enter_context(HttpServer(config.health_listen, readiness.pages()))
         redis, events = stack.enter_context(_stores(config))
-        stack.enter_context(kept(config, redis, events, Trouble(readiness.tell)))
+        stack.enter_context(host_kept(config, redis, events, Trouble(readiness.tell)))
         address = stack.enter_context(_reserved(config))
         monitor, metrics = stack.enter_context(_monitored(config, bundle, redis, events))
         sealed = {name: bundle.seal(name) for name in SHARED}

@@ -16,7 +16,7 @@ from penchant.client import Client, event
 from penchant.v1 import common_pb2
 from serving.config import ServeConfig
 from serving.errors import ConfigError, FailedPrecondition
-from serving.jobs.hosts import HostKeeper
+from serving.jobs.host_keeper import HostKeeper
 from serving.log_retention import PROFILES_GROUP
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger

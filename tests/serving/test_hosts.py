@@ -29,7 +29,9 @@ from features.tables.validate_split import split
 from serving.config import ServeConfig
 from serving.errors import ConfigError, InUse, NotFound
 from serving.folder_identity import FolderIdentity, local_folder, read_identity, write_identity
-from serving.jobs.hosts import HostKeeper, hold_in, hosts, register_made, replay_everywhere
+from serving.jobs.copies import hold_in, register_made
+from serving.jobs.host_keeper import HostKeeper
+from serving.jobs.hosts import hosts, replay_everywhere
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.rights import SubjectRights
@@ -370,7 +372,7 @@ class TestErasures:
 
     def test_a_cloned_host_is_a_host_of_its_own(self, log, store, tmp_path, monkeypatch):
         monkeypatch.setattr(registries, "BEAT_S", 0.05)
-        monkeypatch.setattr("serving.jobs.hosts.BEAT_S", 0.05)
+        monkeypatch.setattr("serving.jobs.host_keeper.BEAT_S", 0.05)
         first = keeper(log, store, tmp_path / "one")
         first.catch_up()
         shutil.copytree(tmp_path / "one", tmp_path / "two")

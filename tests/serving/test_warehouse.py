@@ -319,7 +319,9 @@ class TestErasure:
         ingest(log, event("ann", "i1"))
         first.drain()
         LogErasure(log).erase("u:ann")
-        monkeypatch.setattr(WarehouseFiles, "revise", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
+        monkeypatch.setattr(
+            "serving.warehouse.partition_writer.revise", lambda *_: (_ for _ in ()).throw(OSError("killed here"))
+        )
         with pytest.raises(OSError, match="killed here"):
             first.drain()
         crash(first)
