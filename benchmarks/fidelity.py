@@ -1,6 +1,6 @@
-"""Whether the service answers what evaluation measured: the same people, the same targets, once through `Recommend`.
+"""Compares the answers of the service with those that evaluation measured: the same users, the same targets.
 
-Each person's profile is made from the events before the target by the ordinary rebuild, the service is started as a
+Each user's profile is made from the events before the target by the ordinary rebuild, the service is started as a
 user would start it, and the rank of the target on the page is compared with the rank that evaluation gives it.
 """
 
@@ -34,24 +34,24 @@ NOWHERE = 1 << 30
 
 
 def fidelity(
-    run: Path, bundle: Path, *, protocol: str = "leave-one-out", people: int = 1000, seed: int = 1
+    run: Path, bundle: Path, *, protocol: str = "leave-one-out", users: int = 1000, seed: int = 1
 ) -> dict[str, Any]:
     """Measures NDCG@10 offline and through a running service.
 
     Args:
         run: Directory of the run.
         bundle: The bundle that was exported from it.
-        protocol: What the run held out.
-        people: Number of people, one target each.
+        protocol: The events that the run held out.
+        users: Number of users, one target each.
         seed: Seed of their choice.
 
     Returns:
-        `ndcg@10` {`evaluate`, `recommend`, `difference`}, `same_page` (share of people whose pages are equal item by
+        `ndcg@10` {`evaluate`, `recommend`, `difference`}, `same_page` (share of users whose pages are equal item by
         item), `rungs`, `degraded`, and the circumstances.
     """
     loaded = load_run(run)
     data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
-    targets = _some(held_out(data, loaded.config, cast(Which, protocol)), people, np.random.default_rng(seed))
+    targets = _some(held_out(data, loaded.config, cast(Which, protocol)), users, np.random.default_rng(seed))
     offline, shown = _offline(loaded, data, targets)
     pages, rungs, degraded = _online(loaded, data, targets, bundle)
     online = np.array([_place(page, row) for page, row in zip(pages, targets.rows(data).tolist(), strict=True)])
@@ -71,18 +71,18 @@ def fidelity(
     }
 
 
-def _some(targets: Targets, people: int, draw: np.random.Generator) -> Targets:
-    """One target each of some people."""
+def _some(targets: Targets, users: int, draw: np.random.Generator) -> Targets:
+    """Returns one target each of some users."""
     order = draw.permutation(len(targets))
     _, first = np.unique(targets.people[order], return_index=True)
-    chosen = order[np.sort(first)[:people]]
+    chosen = order[np.sort(first)[:users]]
     return targets.take(np.sort(chosen))
 
 
 def _offline(
     run: LoadedRun, data: Interactions, targets: Targets
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ranks of the targets, and the pages as rows, best first, as `penchant evaluate` makes them."""
+    """Returns the ranks of the targets, and the pages as rows, best first, as `penchant evaluate` makes them."""
     with torch.inference_mode():
         [ranked] = place_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
     return ranked.ranks, ranked.shown
@@ -91,15 +91,15 @@ def _offline(
 def _online(
     run: LoadedRun, data: Interactions, targets: Targets, bundle: Path
 ) -> tuple[list[list[int]], dict[str, int], int]:
-    """Pages as rows, best first, as the service makes them; answers by rung; degraded answers."""
-    names = [data.people[person] for person in targets.people.tolist()]
+    """Returns the pages as rows, best first, as the service makes them; answers by rung; degraded answers."""
+    user_ids = [data.people[user] for user in targets.people.tolist()]
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state"
         write_dataset(Path(folder) / "data", _before(run, data, targets), run.dataset.items, name="histories")
         with running(bundle, "--state-dir", str(state)) as service:
             rebuild(Path(folder) / "data", service["redis"], service["events_redis"])
             with Client(service["listen"], timeout_s=TIMEOUT_S) as client, ThreadPoolExecutor(CALLERS) as callers:
-                slates = list(callers.map(lambda name: client.recommend(user_id=name, page_size=PAGE), names))
+                slates = list(callers.map(lambda user_id: client.recommend(user_id=user_id, page_size=PAGE), user_ids))
     rungs: dict[str, int] = {}
     for slate in slates:
         rungs[str(slate.rung)] = rungs.get(str(slate.rung), 0) + 1
@@ -108,7 +108,7 @@ def _online(
 
 
 def _before(run: LoadedRun, data: Interactions, targets: Targets) -> pa.Table:
-    """The events before each target, of the chosen people only."""
+    """Returns the events before each target, of the chosen users only."""
     starts = data.offsets[targets.people]
     keep = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, targets.positions, strict=True)])
     return run.dataset.events.take(pa.array(keep))

@@ -39,7 +39,7 @@ from benchmarks.service import running
 from features.bundle import open_bundle
 from features.clock import now_ms
 from features.keys import event_type_key, item_key
-from features.profile import ENTRY, make_records
+from features.records import ENTRY, make_records
 from features.vocabulary import Vocabulary
 from penchant.channels import channel_options
 from penchant.client import Client, event

@@ -29,7 +29,7 @@ from benchmarks.gpu_training import encoding, training
 from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.vocabulary import Vocabulary
-from serving.bundle.device_scan import LINES, DeviceScan, Form, Found
+from serving.bundle.device_scan import LINES, DeviceScan, Form, ScanResult
 from serving.bundle.model import Model
 from serving.bundle.vector_index import Index
 from training.export.index import build
@@ -238,7 +238,7 @@ def _recorded(device: torch.device, work: Callable[[], Any]) -> Callable[[], Any
     return graph.replay
 
 
-def _check(vectors: Tensor, queries: Tensor, bits: Tensor | None, matches: Found) -> dict[str, Any]:
+def _check(vectors: Tensor, queries: Tensor, bits: Tensor | None, matches: ScanResult) -> dict[str, Any]:
     """Counts the rows that differ from the truth by more than rounding: a right row's true score is among the best."""
     scores, rows = _truth(vectors, queries, bits)
     margin = _SAME * scores.abs().amax(1, keepdim=True)

@@ -19,7 +19,8 @@ import redis
 from benchmarks.report import BenchmarkError, facts
 from features.clock import now_ms
 from features.keys import event_type_key
-from features.profile import RECORD, Profile, Records, empty, fold, make_records
+from features.profile import Profile, empty, fold
+from features.records import RECORD, Records, make_records
 from serving.redis.client import connect_one
 from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer

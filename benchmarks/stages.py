@@ -1,8 +1,8 @@
-"""What a request costs without a server around it, and the same native calls in a bare loop beside it: the floor.
+"""Measures a request without a server around it, and in turns the same native calls in a bare loop: the floor.
 
-Both take turns over the same people against the same Redis, so that a slow moment of the machine hits both. The floor
-reads the person's string, runs the user encoder, searches the index and runs the ranker, each on inputs made before;
-what lies between the two is what Penchant itself costs.
+Both take turns over the same users against the same Redis, so that a slow moment of the machine hits both. The floor
+reads the user's string, runs the user encoder, searches the index and runs the ranker, each on inputs made before;
+the difference of the two is the cost of Penchant itself.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from benchmarks.report import facts
 from features.assemble import encoder_inputs, history, ranker_width
 from features.clock import now_ms
 from features.keys import event_type_key
-from features.profile import Profile, empty, fold, make_records
+from features.profile import Profile, empty, fold
+from features.records import make_records
 from serving.config import ServeConfig
-from serving.engine.engine import Dependencies, Engine, open_engine
+from serving.engine.engine import Engine, open_engine
+from serving.engine.pipelines import Dependencies
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Query
+from serving.pipeline.request import Request
 from serving.redis.client import connect_one
 from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.profiles import ProfileStore
 
 # Typed Any because neither has stubs for what is used here.
 faiss: Any = _faiss
 onnxruntime: Any = _onnxruntime
 
-PEOPLE = 200
+USERS = 200
 EVENTS = 100
 PAGE = 10
 WARM_UP = 50
@@ -48,12 +50,12 @@ Call = Callable[[int], object]
 
 
 def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candidates: int = 500) -> dict[str, Any]:
-    """Measures `Recommend` of a bundle in one process and one thread, for people made up of popular items.
+    """Measures `Recommend` of a bundle in one process and one thread, for made-up users of popular items.
 
     Args:
         bundle: Directory of the bundle.
         requests: Number of requests, and of turns of the floor.
-        redis: URL of the Redis to keep the people in, or "embedded".
+        redis: URL of the Redis to keep the profiles in, or "embedded".
         candidates: Number of candidates of each source.
 
     Returns:
@@ -67,10 +69,10 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
         store = ProfileStore(client)
         config = ServeConfig.load(bundle=bundle, candidates=candidates)
         engine = open_engine(bundle, Dependencies(config, store, CatalogProgress(), Telemetry()))
-        people = _people(engine)
-        store.put_states(people.items())
-        keys = [store.key_of(person) for person in people]
-        figures = _measure(engine, list(people), _Floor(engine, client, keys, people, candidates), requests)
+        profiles = _profiles(engine)
+        store.put_states(profiles.items())
+        keys = [store.key_of(subject) for subject in profiles]
+        figures = _measure(engine, list(profiles), _Floor(engine, client, keys, profiles, candidates), requests)
         client.delete(*keys)
         return {
             "bundle_id": engine.bundle_id,
@@ -89,18 +91,18 @@ class _Floor:
     """The native calls of one request, on inputs made beforehand."""
 
     def __init__(
-        self, engine: Engine, client: Any, keys: list[bytes], people: dict[str, Profile], candidates: int
+        self, engine: Engine, client: Any, keys: list[bytes], profiles: dict[str, Profile], candidates: int
     ) -> None:
         bundle, columns = engine.bundle, engine.catalog.columns
         line, vectors = PipelinedConnection(client), np.ascontiguousarray(columns.vectors[: engine.catalog.base_size])
         index = faiss.deserialize_index(np.frombuffer(bundle.read("index.faiss"), np.uint8))
-        # The road that serving takes: one product over a small catalogue, an inverted file over a large one.
+        # As serving searches: one product over a small catalogue, an inverted file over a large one.
         scan = not hasattr(index, "nprobe")
         user_session, ranker_session = _session(bundle.read("user_encoder.onnx")), _session(bundle.read("ranker.onnx"))
-        inputs = [_encoder_feed(engine, profile) for profile in people.values()]
+        inputs = [_encoder_feed(engine, profile) for profile in profiles.values()]
         users = [user_session.run(None, feed)[0] for feed in inputs]
         rows = min(candidates, engine.catalog.size)
-        # Where the ranker does not move the order, it judges the page only, here as there.
+        # If the ranker does not move the order, it judges the page only, here as in the pipeline.
         judged = rows if bundle.model.blend else PAGE
         features = np.zeros((judged, ranker_width(len(bundle.model.actions))), np.float32)
         ranked = [{"user": user, "items": columns.vectors[:judged], "features": features} for user in users]
@@ -116,38 +118,38 @@ class _Floor:
         }
 
 
-def _measure(engine: Engine, people: list[str], floor: _Floor, requests: int) -> dict[str, Any]:
+def _measure(engine: Engine, subjects: list[str], floor: _Floor, requests: int) -> dict[str, Any]:
     faiss.omp_set_num_threads(1)
     pipeline = engine.pipelines["recommend"]
-    ours: dict[str, list[float]] = defaultdict(list)
-    theirs: dict[str, list[float]] = defaultdict(list)
+    measured: dict[str, list[float]] = defaultdict(list)
+    floors: dict[str, list[float]] = defaultdict(list)
     for at in range(-WARM_UP, requests):
         begun = time.perf_counter_ns()
-        query = Query(
+        request = Request(
             request_id=str(at),
-            subject=people[at % len(people)],
+            subject=subjects[at % len(subjects)],
             now_ms=now_ms(),
             deadline=time.monotonic() + 1.0,
             page_size=PAGE,
         )
-        slate = pipeline.run(query)
+        slate = pipeline.run(request)
         whole = time.perf_counter_ns() - begun
-        if query.rung != "sequence" or query.degraded or slate.rows.size != PAGE:
-            raise RuntimeError(f"a request was not whole: rung {query.rung}, {slate.rows.size} items, {query.degraded}")
+        if slate.rung != "sequence" or slate.degraded or slate.rows.size != PAGE:
+            raise RuntimeError(f"a request was not whole: rung {slate.rung}, {slate.rows.size} items, {slate.degraded}")
         bare = {name: _nanoseconds(call, at) for name, call in floor.calls.items()}
         if at < 0:
             continue
         for name, microseconds in slate.timings:
-            ours[name].append(microseconds)
-        ours[""].append(whole / 1000)
+            measured[name].append(microseconds)
+        measured[""].append(whole / 1000)
         for name, nanoseconds in bare.items():
-            theirs[name].append(nanoseconds / 1000)
-        theirs[""].append(sum(bare.values()) / 1000)
-    pipeline_us, floor_us = float(np.median(ours.pop(""))), float(np.median(theirs.pop("")))
+            floors[name].append(nanoseconds / 1000)
+        floors[""].append(sum(bare.values()) / 1000)
+    pipeline_us, floor_us = float(np.median(measured.pop(""))), float(np.median(floors.pop("")))
     return {
-        "stages_us": {name: float(np.median(times)) for name, times in ours.items()},
+        "stages_us": {name: float(np.median(times)) for name, times in measured.items()},
         "pipeline_us": round(pipeline_us, 1),
-        "floor_stages_us": {name: round(float(np.median(times)), 1) for name, times in theirs.items()},
+        "floor_stages_us": {name: round(float(np.median(times)), 1) for name, times in floors.items()},
         "floor_us": round(floor_us, 1),
         "ratio_to_floor": round(pipeline_us / floor_us, 3),
         "policy_us": round(pipeline_us - floor_us, 1),
@@ -160,21 +162,21 @@ def _nanoseconds(call: Call, at: int) -> int:
     return time.perf_counter_ns() - begun
 
 
-def _people(engine: Engine) -> dict[str, Profile]:
-    """People who touched popular items, the same ones every time."""
+def _profiles(engine: Engine) -> dict[str, Profile]:
+    """Returns profiles of users of popular items by subject, the same ones every time."""
     draw = np.random.default_rng(1)
     columns, size = engine.catalog.columns, engine.catalog.base_size
     weights = np.exp(columns.popularity[:size].astype(np.float64))
     keys = engine.catalog.vocabulary.keys
     kind = event_type_key(engine.bundle.model.event_types[0])
-    people = {}
-    for number in range(PEOPLE):
+    profiles = {}
+    for number in range(USERS):
         count = min(EVENTS, size // 2)
         rows = draw.choice(size, count, replace=False, p=weights / weights.sum())
         times = 1_700_000_000_000 + 60_000 * np.arange(count)
         records = make_records(keys[rows], columns.category[rows], columns.creator[rows], times, np.nan, kind)
-        people[f"u:bench-{number}"] = fold(empty(), records, count)
-    return people
+        profiles[f"u:bench-{number}"] = fold(empty(), records, count)
+    return profiles
 
 
 def _encoder_feed(engine: Engine, profile: Profile) -> dict[str, npt.NDArray[Any]]:

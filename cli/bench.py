@@ -122,7 +122,7 @@ def fidelity(
     use_cores()
     from benchmarks.fidelity import fidelity
 
-    print_result(fidelity(run, bundle, protocol=protocol, people=users))
+    print_result(fidelity(run, bundle, protocol=protocol, users=users))
 
 
 @bench.command()

@@ -35,7 +35,7 @@ def data(
         ),
     ] = None,
 ) -> None:
-    """Turns a known data set into the canonical tables."""
+    """Converts a known data set to the canonical tables."""
     use_cores()
     from training.data.datasets import prepare
 
@@ -178,7 +178,7 @@ def export(
     out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory of the new bundle.")],
     data: MovedData = None,
 ) -> None:
-    """Turns a run into a bundle, if it passes every parity gate."""
+    """Makes a bundle of a run, if it passes every parity gate."""
     use_cores()
     from training.export.export import export
 

@@ -1,7 +1,7 @@
-"""Reads the Arrow files of a bundle or a run so that nothing in them can mislead: neither the reader nor what uses it.
+"""Reads the Arrow files of a bundle or a run so that nothing in them can mislead the reader, or what uses its columns.
 
-Arrow maps what a file says without looking: an offset that points outside of it ends the process, at once or at the
-first request that touches it. Here every offset, length and letter is checked before a column leaves.
+Arrow trusts the offsets of a file: one that points outside of it ends the process, at once or at the first request that
+touches it. Here every offset, length and letter is checked before a column leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BATCH = 3
 """Number of a record batch among the headers of a message."""
 
 MALFORMED = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError, OverflowError, struct.error)
-"""Whatever a malformed file raises."""
+"""Errors that a malformed file raises."""
 
 
 def read_table(content: bytes | memoryview, types: Mapping[str, pa.DataType], required: frozenset[str]) -> pa.Table:
@@ -32,7 +32,7 @@ def read_table(content: bytes | memoryview, types: Mapping[str, pa.DataType], re
         required: Those that it must have, without a NULL.
 
     Raises:
-        ValueError: It is not a whole and sound Arrow file of these columns; the message says what is wrong.
+        ValueError: It is not a whole and sound Arrow file of these columns; the message says why.
     """
     try:
         table = _read(content)
@@ -48,13 +48,14 @@ def read_table(content: bytes | memoryview, types: Mapping[str, pa.DataType], re
 
 
 def _read(content: bytes | memoryview) -> pa.Table:
-    """Reads the messages in their order, after a look at each; the footer must say the same of where they lie."""
+    """Reads the messages in their order, after a check of each; the footer must list the same places."""
     whole = memoryview(content)
     if bytes(whole[:_START]) != _MAGIC + b"\x00\x00" or bytes(whole[-len(_MAGIC) :]) != _MAGIC:
         raise ValueError("it does not begin and end as an Arrow file")
     batches = _messages(whole)[1:]
     if _listed(whole) != batches:
         raise ValueError("its footer names other record batches than it has")
+    # As a stream: the reader of files follows the footer, whose places could overlap or go back.
     buffer = pa.py_buffer(content)
     stream: Any = pa.ipc.open_stream(buffer.slice(_START))
     table: pa.Table = stream.read_all()
@@ -64,30 +65,30 @@ def _read(content: bytes | memoryview) -> pa.Table:
 
 
 def _messages(whole: memoryview) -> list[tuple[int, int, int]]:
-    """Returns where each message begins, and the length of its head and of its body."""
-    found: list[tuple[int, int, int]] = []
+    """Returns the place at which each message begins, and the length of its head and of its body."""
+    messages: list[tuple[int, int, int]] = []
     place = _START
     while True:
         mark, size = struct.unpack_from("<II", whole, place)
         if mark != _CONTINUES:
             raise ValueError("a message does not begin where the last one ends")
         if not size:
-            return found
+            return messages
         head = whole[place + 8 : place + 8 + size]
         # A compressed batch of a megabyte can hold thirty gigabytes; export writes none.
-        if found:
+        if messages:
             _require_plain(head)
         (table,) = struct.unpack_from("<I", head)
         length = _field(head, table, 3)
         body: int = struct.unpack_from("<q", head, length)[0] if length else 0
         if not 0 <= body <= len(whole):
             raise ValueError("a message is longer than the file")
-        found.append((place, 8 + size, body))
+        messages.append((place, 8 + size, body))
         place += 8 + size + body
 
 
 def _listed(whole: memoryview) -> list[tuple[int, int, int]]:
-    """Returns the same of the record batches, as the footer lists them."""
+    """Returns the same of the record batches as the footer lists them."""
     end = len(whole) - len(_MAGIC) - 4
     (size,) = struct.unpack_from("<I", whole, end)
     if not _START <= size <= end:
@@ -99,6 +100,7 @@ def _listed(whole: memoryview) -> list[tuple[int, int, int]]:
         return []
     vector = field + struct.unpack_from("<I", footer, field)[0]
     (count,) = struct.unpack_from("<I", footer, vector)
+    # Before the list is made: a count of billions would take the memory of the machine.
     if count > size // _BLOCK.size:
         raise ValueError("its footer is longer than the file")
     return [_BLOCK.unpack_from(footer, vector + 4 + at * _BLOCK.size) for at in range(count)]
@@ -120,7 +122,7 @@ def _require_plain(metadata: memoryview) -> None:
 
 
 def _field(metadata: memoryview, table: int, number: int) -> int:
-    """Returns where a field of a table stands, 0 where it is left out."""
+    """Returns the place of a field of a table, 0 if it is left out."""
     if table >= len(metadata):
         raise ValueError("a message points outside of itself")
     places = table - struct.unpack_from("<i", metadata, table)[0]

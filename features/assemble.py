@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from features.action_rates import USER_STRENGTH, ActionRates, Rates
-from features.catalog import Catalog, Columns, blocks
+from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns
 from features.decayed_counts import DecayedCounts
 from features.decayed_counts import empty as nothing_remembered
 from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
 from features.feature_set import Feature, FeatureSet
+from features.item_prior import blocks
 from features.kernels import affinity, log_odds, matched_weights, pack_newest
 from features.keys import event_type_key, event_type_keys
 from features.profile import RING, Profile
@@ -297,7 +299,7 @@ def ranker_features(
     past: History,
     rows: npt.NDArray[np.int32],
     relevance: npt.NDArray[np.float32],
-    columns: Columns,
+    columns: CatalogColumns,
     outcomes: ActionRates,
     moment: Moment,
 ) -> npt.NDArray[np.float32]:
@@ -370,7 +372,7 @@ def ranker_features(
 
 
 def _lasting(
-    past: History, columns: Columns, rows: npt.NDArray[np.int32], outcomes: ActionRates, now_ms: int
+    past: History, columns: CatalogColumns, rows: npt.NDArray[np.int32], outcomes: ActionRates, now_ms: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """What the decayed counts and the visit say at a time, ms: float64 [n, 11] of the items, [A] of the person."""
     memory, counts = past.decayed_counts, past.decayed_counts.at(now_ms)

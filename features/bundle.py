@@ -74,7 +74,7 @@ class Bundle:
 
     @property
     def model(self) -> ModelSpec:
-        """How its models are fed and combined."""
+        """Sizes, names and weights by which its models are fed and combined."""
         return self.manifest.model
 
     def table(self, name: str, types: Mapping[str, pa.DataType], required: frozenset[str]) -> pa.Table:
@@ -168,7 +168,7 @@ class Bundle:
 
 
 def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
-    """Turns a directory of finished files into a bundle.
+    """Publishes a directory of finished files as a bundle.
 
     Args:
         staging: Holds every file of `FILES`, on the same file system as `out`; gone afterwards.

@@ -1,9 +1,10 @@
-"""Numba kernels of what decays; each has a plain twin beside it, `<name>_plain`.
+"""Numba kernels of the decayed counts; each public one has a plain twin, `<name>_plain`.
 
 A half-life has 128 ticks, which are counted since the epoch. A count is kept as it was at the beginning of the
-half-life that the newest event lies in: an event adds a number between 1 and 2, and only where a half-life ends is the
-count halved, which no rounding touches. So however a history is cut into pieces, and on whatever machine, the bits are
-the same, and an event costs one addition per horizon to each of its counts.
+half-life that the newest event lies in. So an event adds a number between 1 and 2, and only at the end of a half-life
+are all counts halved, which no rounding touches. Decaying at every event instead would round at every event, and the
+result would depend on how a history was cut into pieces; this way the bits are the same for every cut and on every
+machine, and an event costs one addition per horizon to each of its counts.
 """
 
 from __future__ import annotations
@@ -17,34 +18,37 @@ import numpy.typing as npt
 from features.jit import kernel
 
 TICKS = 128
-"""Ticks per half-life."""
+"""Ticks per half-life: a power of two, so that the start of a half-life is found by a shift."""
 
 FARTHEST = 1 << 61
-"""Times beyond this, in ms, are taken for it, so that differences of times fit."""
+"""Times beyond this, in ms, are taken for it, so that differences of times fit into 64 bits."""
 
 _BITS = 7
 _Ints = npt.NDArray[np.int64]
 _Keys = npt.NDArray[np.uint64]
 _Counts = npt.NDArray[np.float32]
+_Weights = npt.NDArray[np.float64]
 
 
-def _roots() -> npt.NDArray[np.float64]:
-    """2 ** (i / 128) for i in 0 .. 127, correctly rounded: by roots of integers, for no library promises its `pow`."""
-    roots, places = [1 << 500], 500
-    for _ in range(_BITS):  # each time those between: the root of two neighbours' product
-        ends = [*roots, 2 << places]
-        between = (math.isqrt(first * second) for first, second in pairwise(ends))
-        roots = [one for pair in zip(roots, between, strict=True) for one in pair]
-    return np.array([root / (1 << places) for root in roots], np.float64)
+def _roots() -> _Weights:
+    """Returns 2 ** (i / 128) for i in 0 .. 127, correctly rounded: by integer roots, as no library promises `pow`."""
+    roots, bits = [1 << 500], 500
+    # Each round adds the numbers halfway, in the exponent, between two neighbours: the root of their product.
+    for _ in range(_BITS):
+        ends = [*roots, 2 << bits]
+        halfway = (math.isqrt(lower * upper) for lower, upper in pairwise(ends))
+        roots = [root for pair in zip(roots, halfway, strict=True) for root in pair]
+    return np.array([root / (1 << bits) for root in roots], np.float64)
 
 
 _ROOTS = _roots()
-_HALVED = 2.0 ** -np.arange(256, dtype=np.float64)  # exact; what was halved more often than this is nothing
+# Exact. A count that was halved more often than this adds nothing to any other: it is taken for 0.
+_HALVED = 2.0 ** -np.arange(256, dtype=np.float64)
 
 
 @kernel()
 def _power(ticks: int) -> float:
-    """2 ** (ticks / 128), of less than 128 ticks."""
+    """Returns 2 ** (ticks / 128), for less than 128 ticks."""
     halvings = -(ticks >> _BITS)
     if halvings >= _HALVED.size:
         return 0.0
@@ -58,26 +62,26 @@ def _power_plain(ticks: int) -> float:
 
 
 @kernel()
-def decay_factors(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
-    """What is left, at a time, of what was 1 at the beginning of the half-life that another time lies in.
+def decay_factors(now: int, newest: int, ticks: _Ints) -> _Weights:
+    """Returns the decay from the start of the half-life containing `newest` to `now`, one factor per horizon.
 
     Args:
-        now: The time, ms; one before `newest` counts as it.
-        newest: The time that tells which half-life, ms.
+        now: The time, ms; one before `newest` counts as `newest`.
+        newest: The time that tells the half-life, ms.
         ticks: Length of a tick of each horizon, ms; int64 [h].
 
     Returns:
         float64 [h], each in [0, 1].
     """
-    out = np.empty(ticks.size, np.float64)
+    factors = np.empty(ticks.size, np.float64)
     first = min(max(newest, -FARTHEST), FARTHEST)
     last = min(max(now, first), FARTHEST)
     for h in range(ticks.size):
-        out[h] = _power(((first // ticks[h]) & ~(TICKS - 1)) - last // ticks[h])
-    return out
+        factors[h] = _power(((first // ticks[h]) & ~(TICKS - 1)) - last // ticks[h])
+    return factors
 
 
-def decay_factors_plain(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.float64]:
+def decay_factors_plain(now: int, newest: int, ticks: _Ints) -> _Weights:
     """The plain twin of `decay_factors`."""
     first = min(max(newest, -FARTHEST), FARTHEST)
     last = min(max(now, first), FARTHEST)
@@ -87,15 +91,17 @@ def decay_factors_plain(now: int, newest: int, ticks: _Ints) -> npt.NDArray[np.f
 
 
 @kernel()
-def _place(keys: _Keys, counts: _Counts, start: int, size: int, room: int, key: np.uint64) -> int:
-    """Where a key's counts are; where it has none and there is no room, in the place of the least one."""
+def _place(keys: _Keys, counts: _Counts, start: int, size: int, capacity: int, key: np.uint64) -> int:
+    """Returns the place of a key's counts; a new key of a full dimension takes that of the least long-term count."""
+    # At most 24 keys: a scan is faster than a hash table, and the order of the keys stays that of their first event.
     for place in range(start, start + size):
         if keys[place] == key:
             return place
     place, long = start + size, counts.shape[1] - 1
-    if size == room:
+    if size == capacity:
         place = start
         for at in range(start + 1, start + size):
+            # The smaller of two keys with equal counts, so that the result does not depend on their order.
             equal = counts[at, long] == counts[place, long]
             if counts[at, long] < counts[place, long] or (equal and keys[at] < keys[place]):
                 place = at
@@ -105,12 +111,52 @@ def _place(keys: _Keys, counts: _Counts, start: int, size: int, room: int, key: 
     return place
 
 
+@kernel(error_model="numpy", inline="always")
+def _advance(
+    now: int, first: bool, starts: _Ints, sizes: _Ints, counts: _Counts, bases: _Ints, ticks: _Ints, weights: _Weights
+) -> None:
+    """Halves the counts for each half-life that has ended by `now`, and sets the weights of an event at `now`."""
+    # Inlined, because a call for each event would double the time of a fold.
+    for h in range(ticks.size):
+        tick = now // ticks[h]
+        halvings = (tick >> _BITS) - bases[h]
+        # A late event lies in an earlier half-life: it halves nothing, and weighs less than 1.
+        if first or halvings > 0:
+            bases[h] += halvings
+            for d in range(starts.size):
+                for place in range(starts[d], starts[d] + sizes[d]):
+                    counts[place, h] = np.float32(np.float64(counts[place, h]) * _power(-halvings * TICKS))
+        weights[h] = _power(tick - bases[h] * TICKS)
+
+
+@kernel()
+def _spread(keys: _Keys, counts: _Counts, starts: _Ints, sizes: _Ints, capacities: _Ints) -> tuple[_Keys, _Counts]:
+    """Returns copies of keys and counts with free places behind the keys of each dimension, up to its capacity."""
+    spread_keys = np.zeros(capacities.sum(), np.uint64)
+    spread_counts = np.zeros((capacities.sum(), counts.shape[1]), np.float32)
+    at = 0
+    for d in range(sizes.size):
+        spread_keys[starts[d] : starts[d] + sizes[d]] = keys[at : at + sizes[d]]
+        spread_counts[starts[d] : starts[d] + sizes[d]] = counts[at : at + sizes[d]]
+        at += sizes[d]
+    return spread_keys, spread_counts
+
+
+@kernel()
+def _used(starts: _Ints, sizes: _Ints, capacities: _Ints) -> npt.NDArray[np.bool_]:
+    """Returns a mask of the places of `_spread` that hold a key."""
+    used = np.zeros(capacities.sum(), np.bool_)
+    for d in range(sizes.size):
+        used[starts[d] : starts[d] + sizes[d]] = True
+    return used
+
+
 @kernel(error_model="numpy")
 def fold_counts(
     facts: _Ints,
     keys: _Keys,
     counts: _Counts,
-    rooms: _Ints,
+    capacities: _Ints,
     ticks: _Ints,
     pause: int,
     unchosen: npt.NDArray[np.uint32],
@@ -120,14 +166,14 @@ def fold_counts(
     types: npt.NDArray[np.uint32],
     times: _Ints,
 ) -> tuple[_Ints, _Keys, _Counts]:
-    """Folds events into decayed counts and into the visit; see `features.decayed_counts` for what they mean.
+    """Folds events into decayed counts and into the visit; see `features.decayed_counts` for their meaning.
 
     Args:
-        facts: Time of the newest event, beginning of the visit, events in it, and the number of keys that are
-            remembered of categories, of creators and of types; int64 [6].
+        facts: Time of the newest event, beginning of the visit, events in it, and the number of keys that are kept of
+            categories, of creators and of types; int64 [6].
         keys: The keys, in this order; uint64 [k].
         counts: Their counts at the beginning of the half-life of the newest event; float32 [k, h].
-        rooms: Most keys of each; int64 [3].
+        capacities: Most keys of each dimension; int64 [3].
         ticks: Length of a tick of each horizon, ms; int64 [h].
         pause: Length of the pause after which a visit is over, ms.
         unchosen: Types that count for no category and no creator; uint32 [u].
@@ -135,19 +181,14 @@ def fold_counts(
         categories: Key of its category, 0 for none; uint64 [n].
         creators: Key of its creator, 0 for none; uint64 [n].
         types: Key of its type; uint32 [n].
-        times: When it happened, ms; int64 [n].
+        times: Time of the event, ms; int64 [n].
 
     Returns:
         The new facts, keys and counts.
     """
     newest, began, visit = facts[0], facts[1], facts[2]
-    sizes, starts = facts[3:].copy(), np.cumsum(rooms) - rooms
-    table, tally = np.zeros(rooms.sum(), np.uint64), np.zeros((rooms.sum(), ticks.size), np.float32)
-    at = 0
-    for d in range(3):
-        table[starts[d] : starts[d] + sizes[d]] = keys[at : at + sizes[d]]
-        tally[starts[d] : starts[d] + sizes[d]] = counts[at : at + sizes[d]]
-        at += sizes[d]
+    sizes, starts = facts[3:].copy(), np.cumsum(capacities) - capacities
+    table, tally = _spread(keys, counts, starts, sizes, capacities)
     weights = np.empty(ticks.size, np.float64)
     bases = (min(max(newest, -FARTHEST), FARTHEST) // ticks) >> _BITS
     for i in range(items.size):
@@ -157,45 +198,36 @@ def fold_counts(
         first = visit == 0
         if first or now - newest > pause:
             began, visit = now, 0
-        if now >= began:
+        if now >= began:  # a late event of an earlier visit is not counted in this one
             visit += 1
         newest = now if first else max(newest, now)
-        for h in range(ticks.size):
-            tick = now // ticks[h]
-            halvings = (tick >> _BITS) - bases[h]
-            if first or halvings > 0:
-                bases[h] += halvings
-                for d in range(3):
-                    for place in range(starts[d], starts[d] + sizes[d]):
-                        tally[place, h] = np.float32(np.float64(tally[place, h]) * _power(-halvings * TICKS))
-            weights[h] = _power(tick - bases[h] * TICKS)
+        _advance(now, first, starts, sizes, tally, bases, ticks, weights)
         chosen = True
-        for one in unchosen:
-            chosen = chosen and types[i] != one
+        for unchosen_type in unchosen:
+            chosen = chosen and types[i] != unchosen_type
         for d in range(3):
             key = np.uint64(types[i])
             if d < 2:
                 key = categories[i] if d == 0 else creators[i]
                 if not chosen or key == np.uint64(0):
                     continue
-            place = _place(table, tally, starts[d], sizes[d], rooms[d], key)
+            place = _place(table, tally, starts[d], sizes[d], capacities[d], key)
             sizes[d] = max(sizes[d], place + 1 - starts[d])
             for h in range(ticks.size):
+                # Added as float64 and rounded once, as the plain twin does.
                 tally[place, h] = np.float32(np.float64(tally[place, h]) + weights[h])
-    told = np.empty(6, np.int64)
-    told[0], told[1], told[2] = newest, began, visit
-    told[3:] = sizes
-    used = np.zeros(table.size, np.bool_)
-    for d in range(3):
-        used[starts[d] : starts[d] + sizes[d]] = True
-    return told, table[used], tally[used]
+    new_facts = np.empty(6, np.int64)
+    new_facts[0], new_facts[1], new_facts[2] = newest, began, visit
+    new_facts[3:] = sizes
+    used = _used(starts, sizes, capacities)
+    return new_facts, table[used], tally[used]
 
 
 def fold_counts_plain(
     facts: _Ints,
     keys: _Keys,
     counts: _Counts,
-    rooms: _Ints,
+    capacities: _Ints,
     ticks: _Ints,
     pause: int,
     unchosen: npt.NDArray[np.uint32],
@@ -207,11 +239,9 @@ def fold_counts_plain(
 ) -> tuple[_Ints, _Keys, _Counts]:
     """The plain twin of `fold_counts`."""
     newest, began, visit, *sizes = facts.tolist()
-    every = iter(list(zip(keys.tolist(), counts, strict=True)))
-    tables = [dict(islice(every, size)) for size in sizes]
-    lengths = [tick * TICKS for tick in ticks.tolist()]
-    events = zip(items, categories, creators, types, times.tolist(), strict=True)
-    for item, category, creator, kind, time in events:
+    cells = iter(list(zip(keys.tolist(), counts, strict=True)))
+    tables = [dict(islice(cells, size)) for size in sizes]
+    for item, category, creator, kind, time in zip(items, categories, creators, types, times.tolist(), strict=True):
         if not item:
             continue
         now = min(max(time, -FARTHEST), FARTHEST)
@@ -220,32 +250,39 @@ def fold_counts_plain(
         if not visit or now - before > pause:
             began, visit = now, 0
         visit += now >= began
-        bases = [newest // length for length in lengths]
-        share = np.array([_power_plain((before // n - base) * TICKS) for n, base in zip(lengths, bases, strict=True)])
-        passed = zip(ticks.tolist(), bases, strict=True)
-        weights = np.array([_power_plain(now // tick - base * TICKS) for tick, base in passed])
+        factors, weights = _advance_plain(now, before, newest, ticks)
         chosen = kind not in unchosen
-        for table, room, key in zip(
-            tables, rooms, (chosen * int(category), chosen * int(creator), int(kind)), strict=True
-        ):
-            for one, count in table.items():
-                table[one] = (count.astype(np.float64) * share).astype(np.float32)
+        event_keys = (chosen * int(category), chosen * int(creator), int(kind))
+        for table, capacity, key in zip(tables, capacities, event_keys, strict=True):
+            for old, count in table.items():
+                table[old] = (count.astype(np.float64) * factors).astype(np.float32)
             if key or table is tables[2]:
-                _add_plain(table, int(room), key, weights)
-    told = np.array([newest, began, visit, *map(len, tables)], np.int64)
-    cells = [cell for table in tables for cell in table.items()]
-    tally = np.array([count for _, count in cells], np.float32).reshape(len(cells), ticks.size)
-    return told, np.array([key for key, _ in cells], np.uint64), tally
+                _add_plain(table, int(capacity), key, weights)
+    new_facts = np.array([newest, began, visit, *map(len, tables)], np.int64)
+    new_keys = np.array([key for table in tables for key in table], np.uint64)
+    tally = np.array([count for table in tables for count in table.values()], np.float32)
+    return new_facts, new_keys, tally.reshape(new_keys.size, ticks.size)
 
 
-def _add_plain(
-    table: dict[int, npt.NDArray[np.float32]], room: int, key: int, weights: npt.NDArray[np.float64]
-) -> None:
-    """Adds to a key's counts; a new key takes the place of the least one, so the order of the others stays."""
-    if key not in table and len(table) == room:
-        least = min(table, key=lambda one: (table[one][-1], one))
-        cells = [(key, np.zeros(weights.size, np.float32)) if one == least else (one, c) for one, c in table.items()]
+def _advance_plain(now: int, before: int, newest: int, ticks: _Ints) -> tuple[_Weights, _Weights]:
+    """Returns the factors by which the counts are halved, and the weights of an event at `now`; the twin of `_advance`.
+
+    `before` and `newest` are the times of the newest event without this one and with it.
+    """
+    factors, weights = [], []
+    for tick in ticks.tolist():
+        base = newest // (tick * TICKS)
+        factors.append(_power_plain((before // (tick * TICKS) - base) * TICKS))
+        weights.append(_power_plain(now // tick - base * TICKS))
+    return np.array(factors), np.array(weights)
+
+
+def _add_plain(table: dict[int, npt.NDArray[np.float32]], capacity: int, key: int, weights: _Weights) -> None:
+    """Adds to a key's counts; a new key takes the place of the least one, so the order of the other keys stays."""
+    zeros = np.zeros(weights.size, np.float32)
+    if key not in table and len(table) == capacity:
+        least = min(table, key=lambda candidate: (table[candidate][-1], candidate))
+        cells = [(key, zeros) if old == least else (old, counts) for old, counts in table.items()]
         table.clear()
         table.update(cells)
-    before = table.get(key, np.zeros(weights.size, np.float32))
-    table[key] = (before.astype(np.float64) + weights).astype(np.float32)
+    table[key] = (table.get(key, zeros).astype(np.float64) + weights).astype(np.float32)

@@ -30,7 +30,9 @@ from features.bundle_tables import read_items
 from features.catalog import Catalog
 from features.decayed_counts import DIMENSIONS, HORIZONS, VISIT_MS
 from features.keys import event_type_keys, item_keys
-from features.profile import FORMAT, OLDER_ITEMS_CAP, RECORD, RING, empty, fold, make_records
+from features.profile import OLDER_ITEMS_CAP, RING, empty, fold
+from features.profile_codec import FORMAT
+from features.records import RECORD, make_records
 from features.tables.dataset import Dataset, open_dataset
 from features.tables.intake import require_few, summary, tell
 from features.tables.order import codes, is_present

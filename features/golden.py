@@ -16,7 +16,9 @@ import pyarrow as pa
 from features.catalog import Catalog
 from features.histories import KEYS, Logged, history_keys
 from features.keys import event_type_keys, item_keys
-from features.profile import ENTRY, Profile, Records, decode, empty, encode, fold, make_records
+from features.profile import Profile, empty, fold
+from features.profile_codec import decode, encode
+from features.records import ENTRY, Records, make_records
 
 TOP = 10
 """Number of best items that a golden answer names."""

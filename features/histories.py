@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.arrays import pc
-from features.catalog import Columns
+from features.catalog_columns import CatalogColumns
 
 KEYS = ("category_key", "creator_key")
 """The columns of `EVENTS` that hold what an event was resolved to: NULL where it never was, 0 where there was none."""
@@ -83,7 +83,7 @@ def _encoded(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np
 
 
 def history_keys(
-    rows: npt.NDArray[np.int32], columns: Columns, logged: Logged
+    rows: npt.NDArray[np.int32], columns: CatalogColumns, logged: Logged
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Returns the category and the creator of events as every history has them; two uint64 [n].
 

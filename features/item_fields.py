@@ -18,7 +18,7 @@ COLUMNS = {f"{name}_ms" if name in ("available_from", "available_until") else na
 
 FIELDS = tuple(COLUMNS)
 ONE_ATTRIBUTE = "attributes."
-"""What the name of a single attribute begins with."""
+"""Beginning of the name of a single attribute."""
 
 _LONGEST = 64
 
@@ -29,17 +29,17 @@ def is_field(name: str) -> bool:
 
 
 def no_field(name: str) -> str:
-    """Returns what is wrong with a name that is no field of an item, and what there is."""
+    """Returns what is wrong with a name that is no field of an item, and the fields that it has."""
     close = difflib.get_close_matches(name[:_LONGEST].lower().strip(), FIELDS, 1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    there = f"{', '.join(FIELDS)}, or attributes.NAME for a single attribute"
-    return f"{name[:_LONGEST]!r} is no field of an item: it has {there}{meant}"
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    fields = f"{', '.join(FIELDS)}, or attributes.NAME for a single attribute"
+    return f"{name[:_LONGEST]!r} is no field of an item: it has {fields}{hint}"
 
 
 def values_of(
     catalog: Catalog, rows: npt.NDArray[np.integer[Any]] | Sequence[int], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Returns the named fields of the items of some rows, by name; None, or nothing in it, where an item has none."""
+    """Returns the named fields of the items of some rows, by name; None or empty if an item has none."""
     columns = ["attributes" if name.startswith(ONE_ATTRIBUTE) else COLUMNS[name] for name in names]
     records = catalog.records([int(row) for row in rows], list(dict.fromkeys(columns)))
     return [{name: value_of(record, name) for name in names} for record in records]

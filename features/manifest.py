@@ -68,7 +68,7 @@ class ActionSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """How the models of a bundle are fed and combined; A actions.
+    """Sizes, names and weights by which the models of a bundle are fed and combined; A actions.
 
     Attributes:
         dim: Length of the vectors of users, items and queries.
@@ -127,7 +127,7 @@ class Manifest:
         bundle_id: Id that the manifest states.
         content_id: Id that its content gives; another than `bundle_id` in a manifest that was changed.
         files: Size and hash of each file, by name.
-        model: How the models are fed and combined.
+        model: Sizes, names and weights of the models.
         feature_fingerprint: Fingerprint of the features that the models were trained on.
         catalog_version: Version of the catalogue log that the tables of items were cut at; 0: before any.
         candidates: Candidates that evaluation ranked for each request; None if the run did not say.
@@ -147,12 +147,12 @@ class Manifest:
         return sum(facts.size for facts in self.files.values())
 
 
-def parse(content: bytes, where: str) -> Manifest:
+def parse(content: bytes, path: str) -> Manifest:
     """Reads a manifest.
 
     Args:
         content: The file.
-        where: Its path, for messages.
+        path: Its path, for messages.
 
     Raises:
         BundleError: It is not JSON, is of another format, or a field is missing or out of range.
@@ -160,11 +160,11 @@ def parse(content: bytes, where: str) -> Manifest:
     try:
         document = strict_json.loads(content)
     except ValueError as error:
-        raise BundleError(f"{where}: not JSON ({error}); publish the bundle again") from error
+        raise BundleError(f"{path}: not JSON ({error}); publish the bundle again") from error
     if not isinstance(document, dict) or type(document.get("format")) is not int or document["format"] != FORMAT:
         version = document.get("format") if isinstance(document, dict) else None
-        raise BundleError(f"{where}: format {_short(version)}, this version reads {FORMAT}; export the run again")
-    _check_document(document, where)
+        raise BundleError(f"{path}: format {_short(version)}, this version reads {FORMAT}; export the run again")
+    _check_document(document, path)
     return Manifest(
         bundle_id=document["bundle_id"],
         content_id=content_id(document),
@@ -185,45 +185,45 @@ def content_id(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_document(document: dict[str, Any], where: str) -> None:
-    _check(document, _FIELDS, where)
+def _check_document(document: dict[str, Any], path: str) -> None:
+    _check(document, _FIELDS, path)
     for name, facts in document["files"].items():
-        _check(facts, _FILE, where, f"files.{name}.")
-    _check(document["feature_set"], {"fingerprint": _text}, where, "feature_set.")
-    _check(document["configuration"], {}, where, "configuration.", {"candidates": _whole(1, _BUCKETS)})
-    _check_model(document["model"], where)
+        _check(facts, _FILE, path, f"files.{name}.")
+    _check(document["feature_set"], {"fingerprint": _text}, path, "feature_set.")
+    _check(document["configuration"], {}, path, "configuration.", {"candidates": _whole(1, _BUCKETS)})
+    _check_model(document["model"], path)
 
 
-def _check_model(model: dict[str, Any], where: str) -> None:
-    _check(model, _MODEL, where, "model.", {"base_rates": _list(_number()), "surface_rates": _mapping})
+def _check_model(model: dict[str, Any], path: str) -> None:
+    _check(model, _MODEL, path, "model.", {"base_rates": _list(_number()), "surface_rates": _mapping})
     for at, action in enumerate(model["actions"]):
-        _check(action, _ACTION, where, f"model.actions[{at}].", {"shown_types": _list(_text)})
+        _check(action, _ACTION, path, f"model.actions[{at}].", {"shown_types": _list(_text)})
     count = len(model["actions"])
     by_action = {name: model[name] for name in ("action_weights", "base_rates") if model.get(name) is not None}
     by_action |= {f"surface_rates[{name!r}]": rates for name, rates in (model.get("surface_rates") or {}).items()}
     for name, numbers in by_action.items():
         if (wrong := _list(_number())(numbers)) or len(numbers) != count:
-            raise _error(where, f"model.{name}", numbers, wrong or f"a list of {count} numbers, one for each action")
+            raise _error(path, f"model.{name}", numbers, wrong or f"a list of {count} numbers, one for each action")
 
 
 def _check(
-    values: Any, required: Mapping[str, Check], where: str, above: str = "", optional: Mapping[str, Check] | None = None
+    values: Any, required: Mapping[str, Check], path: str, above: str = "", optional: Mapping[str, Check] | None = None
 ) -> None:
     """Refuses an object that lacks a required field, or has a field that is not what it should be."""
     if not isinstance(values, dict):
-        raise _error(where, above.rstrip("."), values, "an object")
+        raise _error(path, above.rstrip("."), values, "an object")
     for name, check in required.items():
         if name not in values:
-            raise BundleError(f"{where}: has no {above + name!r}; publish the bundle again")
+            raise BundleError(f"{path}: has no {above + name!r}; publish the bundle again")
         if should := check(values[name]):
-            raise _error(where, above + name, values[name], should)
+            raise _error(path, above + name, values[name], should)
     for name, check in (optional or {}).items():
         if values.get(name) is not None and (should := check(values[name])):
-            raise _error(where, above + name, values[name], should)
+            raise _error(path, above + name, values[name], should)
 
 
-def _error(where: str, name: str, value: Any, should: str) -> BundleError:
-    return BundleError(f"{where}: {name} is {_short(value)}, should be {should}; publish the bundle again")
+def _error(path: str, name: str, value: Any, should: str) -> BundleError:
+    return BundleError(f"{path}: {name} is {_short(value)}, should be {should}; publish the bundle again")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The ONNX operators that a bundle's models may use: export refuses others, and serving refuses what has others.
+"""The ONNX operators that a bundle's models may use: export refuses others, and so does serving.
 
 Each is a function of its inputs alone, and takes time and memory by their sizes: there is no loop, no branch, no
 sequence, no text, no random number, and none reads a file.

@@ -1,8 +1,8 @@
 """Files and folders that no other user of the machine can open: mode 600 and 700, whatever the umask says.
 
-A file is created with its mode, so there is no moment in which it is open to others. What an older version or another
-program left open is closed when it is next used, and what belongs to another user is refused: in a folder for temporary
-files anyone can put a folder, a file or a link under the name that is about to be used.
+A file is created with its mode, so there is no moment in which it is open to others. A file or folder that an older
+version or another program left open is closed when it is next used. One that belongs to another user is refused: in a
+folder for temporary files anyone can put a folder, a file or a link under the name that is about to be used.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 
 def set_private_umask() -> None:
-    """Keeps what libraries create in this process, and in the processes that it starts, from all other users."""
+    """Keeps files that libraries create in this process, and in those that it starts, from all other users."""
     os.umask(_OTHERS)
 
 
 def make_folders(path: Path) -> None:
-    """Makes a folder and those above it where they are missing, each for this user alone; leaves others as they are.
+    """Makes a folder and those above it that are missing, each for this user alone; leaves others as they are.
 
     Raises:
         OSError: A folder cannot be made.
@@ -53,17 +53,18 @@ def private_folder(path: Path, deep: bool = False) -> None:
     """Makes a folder for this user alone, or closes one that is there to others and says so in the log.
 
     A mounted volume of root's, or a folder that all users share by its sticky bit, is taken as it is: it cannot or must
-    not be closed, but what is put into it is.
+    not be closed, but files that are put into it are.
 
     Args:
         path: The folder.
-        deep: Closes all that is in it as well; for a folder that nothing but Penchant writes to.
+        deep: Closes everything in it as well; for a folder that Penchant alone writes to.
 
     Raises:
         ForeignFileError: The folder, a link on the way to it, or something in it belongs to another user.
         OSError: It cannot be made or opened.
     """
     path = Path(os.path.abspath(path))
+    # A link on the way that another user owns could lead elsewhere a moment after it was followed.
     for place in (path, *path.parents):
         _refuse_foreign(place, os.lstat(place) if os.path.lexists(place) else None, links_only=True)
     real = path.resolve()
@@ -92,7 +93,7 @@ def open_private(path: Path, mode: str = "wb", buffering: int = -1) -> IO[Any]:
     """Opens a file for writing that this user alone can read; text is UTF-8. A link is not followed.
 
     Args:
-        path: The file; made where it is missing.
+        path: The file; made if it is missing.
         mode: As of `open`; anything but "r".
         buffering: As of `open`.
 
@@ -105,7 +106,7 @@ def open_private(path: Path, mode: str = "wb", buffering: int = -1) -> IO[Any]:
 
 
 def _open_private(path: str, flags: int) -> int:
-    # Not truncated before it is known whose it is; without O_NONBLOCK a pipe in its place would keep us waiting.
+    # Truncated only once its owner is known; without O_NONBLOCK a pipe in its place would keep the caller waiting.
     cut = flags & os.O_TRUNC
     handle = os.open(path, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
     try:
@@ -125,13 +126,13 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _close_all(path: Path, handle: int) -> int:
-    """Takes the rights of others from all that is below an open folder; returns how many had any."""
+    """Takes the rights of others from everything below an open folder; returns the number that had any."""
     closed = 0
     for folder, names, files, inside in os.fwalk(".", dir_fd=handle):
         for name in (*names, *files):
             try:
                 entry = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
-            except FileNotFoundError:  # another process of ours removed it
+            except FileNotFoundError:  # another process of this service removed it
                 continue
             try:
                 status = os.fstat(entry)
@@ -150,7 +151,7 @@ def _is_own(status: os.stat_result) -> bool:
 
 
 def _refuse_foreign(path: Path, status: os.stat_result | None, links_only: bool = False) -> None:
-    """Refuses what belongs to neither this user nor root."""
+    """Refuses a file that belongs to neither this user nor root."""
     if status is None or _is_own(status) or status.st_uid == _ROOT:
         return
     if not links_only or stat.S_ISLNK(status.st_mode):

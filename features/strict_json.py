@@ -1,4 +1,4 @@
-"""JSON from files that another hand may have written: no number, name or nesting in it that surprises a reader."""
+"""JSON from files that another hand may have written, without numbers, names or nesting that surprise a reader."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
+    # The length first: reading a million digits takes Python a second.
     if len(text) > _DIGITS or not -_LARGEST <= (number := int(text)) < _LARGEST:
         raise ValueError(f"it holds {text[:_DIGITS]}, which does not fit in 64 bits")
     return number

@@ -32,7 +32,7 @@ class Vocabulary:
     """
 
     def __init__(self, table: pa.Table) -> None:
-        """Wraps the columns of a vocabulary file; call `build` or `open` instead."""
+        """Wraps the columns of a vocabulary file; callers use `build`, `open` or `read`."""
         table = table.combine_chunks()
         self._ids = _column(table, "id")
         self.keys: npt.NDArray[np.uint64] = _column(table, "key").to_numpy(zero_copy_only=False)
@@ -45,7 +45,7 @@ class Vocabulary:
         """Gives `ids` the rows 0 to n-1 in their order.
 
         Raises:
-            VocabularyError: An id is empty or stands twice, or two ids share a key.
+            VocabularyError: An id is empty or there twice, or two ids share a key.
         """
         ids = list(ids)
         keys = item_keys(ids)
@@ -75,12 +75,12 @@ class Vocabulary:
             raise VocabularyError(f"{path}: cannot be read ({error.strerror})") from error
 
     @classmethod
-    def read(cls, content: bytes | memoryview, where: str) -> Vocabulary:
+    def read(cls, content: bytes | memoryview, path: str) -> Vocabulary:
         """Checks the bytes of a file that `save` wrote, and wraps them: its columns point into `content`.
 
         Args:
             content: The file.
-            where: Its path, for messages.
+            path: Its path, for messages.
 
         Raises:
             VocabularyError: The file is not a vocabulary, or its keys and rows are not those of its ids.
@@ -89,7 +89,7 @@ class Vocabulary:
             vocabulary = cls(read_table(content, _TYPES, frozenset(_TYPES)).select(_SCHEMA.names))
             vocabulary._check()
         except ValueError as error:
-            raise VocabularyError(f"{where}: not a vocabulary file ({error})") from error
+            raise VocabularyError(f"{path}: not a vocabulary file ({error})") from error
         return vocabulary
 
     def _check(self) -> None:
@@ -118,24 +118,25 @@ class Vocabulary:
         return self.keys.size
 
     def rows(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
-        """The row of each id, -1 where it is unknown; int32 [n]."""
+        """Returns the row of each id, -1 if it is unknown; int32 [n]."""
         return self.rows_of_keys(item_keys(ids))
 
     def rows_of_keys(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
-        """The row of each key, -1 where it is unknown; int32 [n]."""
+        """Returns the row of each key, -1 if it is unknown; int32 [n]."""
         if not len(self):
             return np.full(keys.size, -1, np.int32)
         at = np.searchsorted(self._sorted_keys, keys)
-        at[at == len(self)] = 0
+        at[at == len(self)] = 0  # a key above all others; the comparison below refuses it
         return np.where(self._sorted_keys[at] == keys, self._sorted_rows[at], np.int32(-1)).astype(np.int32)
 
     def row_of_key(self, key: int) -> int:
-        """The row of one key, -1 where it is unknown."""
+        """Returns the row of one key, -1 if it is unknown."""
+        # For a single key, a search in Python costs less than a call into numpy.
         at = bisect_left(self._sorted_keys, key)
         return int(self._sorted_rows[at]) if at < len(self) and self._sorted_keys[at] == key else -1
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
-        """The ids of `rows`, each in [0, len)."""
+        """Returns the ids of `rows`, each in [0, len)."""
         return [str(name) for name in self._ids.take(np.asarray(rows, np.int64)).to_pylist()]
 
 

@@ -1,4 +1,4 @@
-"""Options of gRPC channels that every caller of a service needs: past the proxy to what runs on this machine."""
+"""Options of gRPC channels that every caller of a service needs: past the proxy to a service on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LOCAL_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loop
 
 
 def channel_options(target: str) -> list[tuple[str, int]]:
-    """Returns what a gRPC channel to `target` needs: no proxy reaches what runs on this machine.
+    """Returns the options of a gRPC channel to `target`: no proxy reaches a service on this machine.
 
     gRPC sends every connection to the proxy that `grpc_proxy`, `https_proxy` or `http_proxy` names, also those to
     loopback addresses, unless `no_proxy` lists them.
@@ -49,7 +49,7 @@ def _is_loopback(host: str) -> bool:
         except OSError:
             return name in _names_of_loopback()
     address = getattr(address, "ipv4_mapped", None) or address
-    # A service that listens on every address is called by what it says it listens on.
+    # A service that listens on every address prints that one, and callers use what it prints.
     return address.is_loopback or address.is_unspecified
 
 

@@ -1,4 +1,4 @@
-"""The health check of the image: `python -m penchant.health` ends with 0 where the service of this machine serves.
+"""The health check of the image: `python -m penchant.health` ends with 0 if the service of this machine serves.
 
 The service is found by the variables that set it up: PENCHANT_LISTEN and PENCHANT_TLS_CERTIFICATE, which has to name
 localhost as well. A service that wants certificates of its clients (PENCHANT_TLS_CLIENT_CA) is only asked to accept a
@@ -22,7 +22,7 @@ _TIMEOUT_S = 4.0
 
 
 def check(environment: Mapping[str, str], timeout_s: float = _TIMEOUT_S) -> str:
-    """Returns what is wrong with the service that these variables set up; nothing where it serves."""
+    """Returns what is wrong with the service that these variables set up; "" if it serves."""
     host, _, port = environment.get("PENCHANT_LISTEN", _LISTEN).rpartition(":")
     certificate = environment.get("PENCHANT_TLS_CERTIFICATE")
     host = host.strip("[]")
@@ -30,6 +30,7 @@ def check(environment: Mapping[str, str], timeout_s: float = _TIMEOUT_S) -> str:
         host = "localhost"
     try:
         if environment.get("PENCHANT_TLS_CLIENT_CA"):
+            # The handshake would fail without a certificate of a client, but the port accepts.
             socket.create_connection((host, int(port)), timeout_s).close()
             return ""
         return _ask(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", certificate, timeout_s)

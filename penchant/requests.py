@@ -1,4 +1,4 @@
-"""What a caller says, checked before it is sent: options of ranking calls, events and patches of items."""
+"""Requests of a caller, checked before they are sent: options of ranking calls, events and patches of items."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penchant.v1 import catalog_pb2, common_pb2, event_pb2, ranking_pb2
 
 
 class Options(TypedDict, total=False):
-    """What every ranking call takes; the meaning of each is that of `RankingOptions` in the contract."""
+    """Options of every ranking call; the meaning of each is that of `RankingOptions` in the contract."""
 
     user_id: str
     anonymous_id: str
@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
 
 
 class EventFields(TypedDict, total=False):
-    """The other fields of an event; the meaning of each is that of `Event` in the contract."""
+    """Further fields of an event; the meaning of each is that of `Event` in the contract."""
 
     event_id: str
     timestamp_ms: int
@@ -82,16 +82,16 @@ def item_patch(item_id: str, **fields: Any) -> catalog_pb2.ItemPatch:
     _require_known(fields, names, "item_patch()")
     if not fields:
         raise ValueError(f"item_patch() names no field to change: {', '.join(names)}")
-    given = {name: value for name, value in fields.items() if value is not None}
+    values = {name: value for name, value in fields.items() if value is not None}
     mask = field_mask_pb2.FieldMask(paths=list(fields))
-    return catalog_pb2.ItemPatch(item=catalog_pb2.Item(item_id=item_id, **given), update_mask=mask)
+    return catalog_pb2.ItemPatch(item=catalog_pb2.Item(item_id=item_id, **values), update_mask=mask)
 
 
 def ranking_options(options: Options, of: str) -> ranking_pb2.RankingOptions:
-    """Returns the options of a call as the contract has them, with a request id of its own where none is given.
+    """Returns the options of a call as the contract has them, with a new request id if they name none.
 
     Raises:
-        TypeError: The call has no option of some name.
+        TypeError: The call has no option of a name.
     """
     _require_known(options, Options.__annotations__, f"{of}()")
     subject = None
@@ -115,14 +115,14 @@ def ranking_options(options: Options, of: str) -> ranking_pb2.RankingOptions:
     )
 
 
-def _require_known(given: Iterable[str], known: Collection[str], of: str) -> None:
-    """Refuses a name that an option does not have.
+def _require_known(names: Iterable[str], options: Collection[str], of: str) -> None:
+    """Refuses a name that no option has.
 
     Raises:
-        TypeError: Names it, the nearest one that there is, and all of them.
+        TypeError: Names it, the nearest option, and all of them.
     """
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {close[0]!r}? " if close else ""
-            raise TypeError(f"{of} has no option {name!r}: {meant}it has {', '.join(known)}")
+    for name in names:
+        if name not in options:
+            close = difflib.get_close_matches(name, options, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"{of} has no option {name!r}: {hint}it has {', '.join(options)}")

@@ -1,4 +1,4 @@
-"""Standard streams that cost no work: they take any sign, and outlive whatever reads them.
+"""Standard streams that cost no work: they take any character, and outlive their readers.
 
 A training of hours must not end because a title has a letter that the terminal lacks, because `| head` has read enough,
 or because the terminal is gone.
@@ -16,7 +16,7 @@ from typing import TextIO
 
 
 class _Lasting(io.FileIO):
-    """An open descriptor whose reader may go away: what is written from then on is dropped."""
+    """An open descriptor whose reader may end: everything written from then on is dropped."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -31,6 +31,7 @@ class _Lasting(io.FileIO):
         except OSError as error:
             if error.errno not in self._gone:
                 raise
+            # In the place of the dead reader, so that later writes do not fail again.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
@@ -38,7 +39,7 @@ class _Lasting(io.FileIO):
 
 
 def secure_streams() -> None:
-    """Makes stdout and stderr escape what their encoding lacks and outlive their readers; opens those that are closed.
+    """Makes stdout and stderr escape characters that they lack and outlive their readers; opens closed ones.
 
     Streams that another library has put in the place of the interpreter's own stay as they are.
     """

@@ -1,4 +1,4 @@
-"""Turns: how many calls a worker works on at once, so that few finish early instead of many finishing late."""
+"""A limit of the calls that a worker works on at once, so that few finish early instead of many finishing late."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Self
 
 
 class ConcurrencyLimit:
-    """A few turns that calls take one after the other; who waits for something gives its turn up meanwhile.
+    """A few slots that calls take one after the other; a call that waits for something releases its slot meanwhile.
 
     Attributes:
-        waiting: Number of calls that wait for a turn now.
+        waiting: Number of calls that wait for a slot now.
     """
 
     def __init__(self, count: int) -> None:
         self._free = threading.BoundedSemaphore(count)
         self._lock = threading.Lock()
         self.waiting = 0
-        self._mine = threading.local()
+        # Whether this thread holds a slot: a stage that waits does not know if its caller took one.
+        self._thread = threading.local()
 
     def __enter__(self) -> Self:
-        """Waits for a turn."""
+        """Waits for a slot and takes it."""
         if not self._free.acquire(blocking=False):
             with self._lock:
                 self.waiting += 1
@@ -31,18 +32,18 @@ class ConcurrencyLimit:
             finally:
                 with self._lock:
                     self.waiting -= 1
-        self._mine.held = True
+        self._thread.holds = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends it."""
-        self._mine.held = False
+        """Releases the slot."""
+        self._thread.holds = False
         self._free.release()
 
     @contextlib.contextmanager
-    def given_up(self) -> Iterator[None]:
-        """Lets others go first while the block waits; nothing happens in a thread that has no turn."""
-        if not getattr(self._mine, "held", False):
+    def released(self) -> Iterator[None]:
+        """Lets other calls go first while the block waits; does nothing in a thread that holds no slot."""
+        if not getattr(self._thread, "holds", False):
             yield
             return
         self.__exit__()

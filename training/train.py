@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from features.assemble import FEATURES
-from features.catalog import Columns, columns_of
+from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
 from features.private_files import make_folders
 from features.tables.dataset import Dataset
@@ -158,7 +158,7 @@ def _reads_impressions(config: TrainConfig) -> bool:
 
 
 def _learn_from_impressions(
-    path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: Columns, config: TrainConfig
+    path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: CatalogColumns, config: TrainConfig
 ) -> tuple[StatisticsSnapshot, dict[str, Any]]:
     """Trains the ranker on impressions where there are enough; what is known of what people do with what they see.
 
@@ -274,7 +274,7 @@ def _tables(
     }
 
 
-def _columns(material: Material, tables: dict[str, npt.NDArray[Any]]) -> Columns:
+def _columns(material: Material, tables: dict[str, npt.NDArray[Any]]) -> CatalogColumns:
     """The catalogue as serving will see it."""
     learned = {name: tables[name] for name in ("popularity", "recent_popularity", "trained")}
     return dataclasses.replace(columns_of(material.items, tables["item_vectors"]), **learned)

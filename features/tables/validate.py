@@ -300,7 +300,7 @@ def _unexplained_outcomes(evidence: Evidence) -> Iterator[Finding]:
         of,
         f"{np.count_nonzero(wrong)} of {of} outcomes that name a request are not explained by it ({told})",
         "send back the request_id of the very answer that led to the event, with the item as it stood there; "
-        "where no slate is found at all, look for dropped impressions (counter impressions.dropped)",
+        "where no slate is found at all, look for dropped slates (metric penchant_slates_total, result dropped)",
     )
 
 

@@ -63,11 +63,11 @@ class Item(_message.Message):
     description: _builtins.str
     """Description, at most 16,384 characters."""
     creator_id: _builtins.str
-    """Id of who made or sells it."""
+    """Id of its maker or seller."""
     price: _builtins.float
-    """Price in the product's currency, at least 0; absent where it has none."""
+    """Price in the product's currency, at least 0; absent if it has none."""
     available: _builtins.bool
-    """Whether it may be shown; true when absent."""
+    """True if it may be shown; true if absent."""
     available_from_ms: _builtins.int
     """Shown from this time on, in milliseconds since the epoch, UTC; 0 means always."""
     available_until_ms: _builtins.int
@@ -80,7 +80,7 @@ class Item(_message.Message):
 
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Anything else; at most 64 entries."""
+        """Further attributes; at most 64 entries."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ Global___Item: _TypeAlias = Item  # noqa: Y015
 
 @_typing.final
 class ItemStatus(_message.Message):
-    """What became of one item."""
+    """The result of a change of one item."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -129,11 +129,11 @@ class ItemStatus(_message.Message):
     code: _builtins.int
     """The google.rpc.Code: 0 is OK."""
     message: _builtins.str
-    """The fault and how to correct it; with OK a hint: PutItems replaced an item, and fields of it are gone."""
+    """The fault and how to correct it; with OK a hint: PutItems replaced an item and cleared some of its fields."""
     field: _builtins.str
-    """The field that is wrong; empty when OK."""
+    """The invalid field; empty if OK."""
     replaced: _builtins.bool
-    """With PutItems: True if the item replaced one that the catalogue had."""
+    """With PutItems: true if the item replaced one of the catalogue."""
     @_builtins.property
     def cleared_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """With PutItems: names of the fields that the replaced item had and the new one does not have."""
@@ -182,7 +182,7 @@ Global___PutItemsRequest: _TypeAlias = PutItemsRequest  # noqa: Y015
 
 @_typing.final
 class PutItemsResponse(_message.Message):
-    """What was put."""
+    """The results of PutItems."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -190,9 +190,9 @@ class PutItemsResponse(_message.Message):
     STATUSES_FIELD_NUMBER: _builtins.int
     VISIBLE_EVERYWHERE_FIELD_NUMBER: _builtins.int
     catalog_version: _builtins.int
-    """Version of the catalogue that holds the change; send it as min_catalog_version to be sure to see it."""
+    """Version of the catalogue that holds the change; send it as min_catalog_version to read your own write."""
     visible_everywhere: _builtins.bool
-    """True when every worker had applied the change before this answer."""
+    """True if every worker had applied the change before this response."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemStatus]:
         """One status per item, in the order of the request."""
@@ -271,7 +271,7 @@ Global___PatchItemsRequest: _TypeAlias = PatchItemsRequest  # noqa: Y015
 
 @_typing.final
 class PatchItemsResponse(_message.Message):
-    """The result of each change."""
+    """The results of PatchItems."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -281,7 +281,7 @@ class PatchItemsResponse(_message.Message):
     catalog_version: _builtins.int
     """Version of the catalogue that holds the changes."""
     visible_everywhere: _builtins.bool
-    """True when every worker had applied the changes before this answer."""
+    """True if every worker had applied the changes before this response."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemStatus]:
         """One status per patch, in the order of the request; NOT_FOUND for items that the catalogue does not have."""
@@ -351,7 +351,7 @@ class GetItemsResponse(_message.Message):
 
     @_builtins.property
     def remaining_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The ids that did not fit, because an answer holds about 3 MiB; ask for them in another call."""
+        """The ids that did not fit, because a response holds about 3 MiB; request them in another call."""
 
     def __init__(
         self,
@@ -382,7 +382,7 @@ class Availability(_message.Message):
     item_id: _builtins.str
     """External id of the item."""
     available: _builtins.bool
-    """Whether it may be shown."""
+    """True if it may be shown."""
     available_from_ms: _builtins.int
     """Shown from this time on, in milliseconds since the epoch, UTC; 0 means always."""
     available_until_ms: _builtins.int
@@ -429,7 +429,7 @@ Global___SetAvailabilityRequest: _TypeAlias = SetAvailabilityRequest  # noqa: Y0
 
 @_typing.final
 class SetAvailabilityResponse(_message.Message):
-    """What was set."""
+    """The results of SetAvailability."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -439,10 +439,10 @@ class SetAvailabilityResponse(_message.Message):
     catalog_version: _builtins.int
     """Version of the catalogue that holds the change."""
     visible_everywhere: _builtins.bool
-    """True when every worker had applied the change before this answer."""
+    """True if every worker had applied the change before this response."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemStatus]:
-        """One status per change, in the order of the request; NOT_FOUND for items the catalogue does not know."""
+        """One status per change, in the order of the request; NOT_FOUND for items that the catalogue does not have."""
 
     def __init__(
         self,
@@ -485,7 +485,7 @@ Global___DeleteItemsRequest: _TypeAlias = DeleteItemsRequest  # noqa: Y015
 
 @_typing.final
 class DeleteItemsResponse(_message.Message):
-    """What was deleted."""
+    """The results of DeleteItems."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -495,10 +495,10 @@ class DeleteItemsResponse(_message.Message):
     catalog_version: _builtins.int
     """Version of the catalogue that holds the change."""
     visible_everywhere: _builtins.bool
-    """True when every worker had applied the change before this answer."""
+    """True if every worker had applied the change before this response."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemStatus]:
-        """One status per item, in the order of the request; NOT_FOUND for items the catalogue does not know."""
+        """One status per item, in the order of the request; NOT_FOUND for items that the catalogue does not have."""
 
     def __init__(
         self,

@@ -67,8 +67,8 @@ class CatalogServiceServicer(object):
     """
 
     def PutItems(self, request, context):
-        """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
-        afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+        """Puts whole items: a new one, or one in place of the item with this id. A field that the request omits is
+        cleared; the status names such fields. PatchItems changes single fields. New items are found by Search and
         SimilarItems at once, placed by their content.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -90,14 +90,14 @@ class CatalogServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetAvailability(self, request, context):
-        """Sets whether and when items may be shown.
+        """Sets the availability of items: now, and from or until a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteItems(self, request, context):
-        """Deletes items: they are never shown again.
+        """Deletes items, which are never shown again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

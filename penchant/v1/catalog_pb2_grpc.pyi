@@ -34,8 +34,8 @@ class CatalogServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CatalogServiceAsyncStub: ...
     PutItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.PutItemsRequest, _catalog_pb2.PutItemsResponse]
-    """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
-    afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+    """Puts whole items: a new one, or one in place of the item with this id. A field that the request omits is
+    cleared; the status names such fields. PatchItems changes single fields. New items are found by Search and
     SimilarItems at once, placed by their content.
     """
     PatchItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.PatchItemsRequest, _catalog_pb2.PatchItemsResponse]
@@ -43,9 +43,9 @@ class CatalogServiceStub:
     GetItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.GetItemsRequest, _catalog_pb2.GetItemsResponse]
     """Returns items as the catalogue has them now."""
     SetAvailability: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.SetAvailabilityRequest, _catalog_pb2.SetAvailabilityResponse]
-    """Sets whether and when items may be shown."""
+    """Sets the availability of items: now, and from or until a time."""
     DeleteItems: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.DeleteItemsRequest, _catalog_pb2.DeleteItemsResponse]
-    """Deletes items: they are never shown again."""
+    """Deletes items, which are never shown again."""
 
 @_typing.type_check_only
 class CatalogServiceAsyncStub(CatalogServiceStub):
@@ -53,8 +53,8 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.PutItemsRequest, _catalog_pb2.PutItemsResponse]  # type: ignore[assignment]
-    """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
-    afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+    """Puts whole items: a new one, or one in place of the item with this id. A field that the request omits is
+    cleared; the status names such fields. PatchItems changes single fields. New items are found by Search and
     SimilarItems at once, placed by their content.
     """
     PatchItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.PatchItemsRequest, _catalog_pb2.PatchItemsResponse]  # type: ignore[assignment]
@@ -62,9 +62,9 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     GetItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.GetItemsRequest, _catalog_pb2.GetItemsResponse]  # type: ignore[assignment]
     """Returns items as the catalogue has them now."""
     SetAvailability: _aio.UnaryUnaryMultiCallable[_catalog_pb2.SetAvailabilityRequest, _catalog_pb2.SetAvailabilityResponse]  # type: ignore[assignment]
-    """Sets whether and when items may be shown."""
+    """Sets the availability of items: now, and from or until a time."""
     DeleteItems: _aio.UnaryUnaryMultiCallable[_catalog_pb2.DeleteItemsRequest, _catalog_pb2.DeleteItemsResponse]  # type: ignore[assignment]
-    """Deletes items: they are never shown again."""
+    """Deletes items, which are never shown again."""
 
 class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
     """Changes the catalogue durably; every worker follows."""
@@ -75,8 +75,8 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _catalog_pb2.PutItemsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_pb2.PutItemsResponse, _abc.Awaitable[_catalog_pb2.PutItemsResponse]]:
-        """Puts whole items: a new one, or one in place of the item with this id. A field that the request leaves out is gone
-        afterwards; the status names such fields. PatchItems changes single fields. New items are found by Search and
+        """Puts whole items: a new one, or one in place of the item with this id. A field that the request omits is
+        cleared; the status names such fields. PatchItems changes single fields. New items are found by Search and
         SimilarItems at once, placed by their content.
         """
 
@@ -102,7 +102,7 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _catalog_pb2.SetAvailabilityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_pb2.SetAvailabilityResponse, _abc.Awaitable[_catalog_pb2.SetAvailabilityResponse]]:
-        """Sets whether and when items may be shown."""
+        """Sets the availability of items: now, and from or until a time."""
 
     @_abc_1.abstractmethod
     def DeleteItems(
@@ -110,6 +110,6 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _catalog_pb2.DeleteItemsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_pb2.DeleteItemsResponse, _abc.Awaitable[_catalog_pb2.DeleteItemsResponse]]:
-        """Deletes items: they are never shown again."""
+        """Deletes items, which are never shown again."""
 
 def add_CatalogServiceServicer_to_server(servicer: CatalogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EventServiceStub(object):
-    """Takes events durably and applies them to profiles at once.
+    """Logs events durably and applies them to profiles at once.
     """
 
     def __init__(self, channel):
@@ -48,18 +48,19 @@ class EventServiceStub(object):
 
 
 class EventServiceServicer(object):
-    """Takes events durably and applies them to profiles at once.
+    """Logs events durably and applies them to profiles at once.
     """
 
     def Ingest(self, request, context):
-        """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones.
+        """Appends a batch of events; each gets a status of its own, and an invalid event does not affect the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def IngestStream(self, request_iterator, context):
-        """Takes events in bulk: batch after batch on one stream, each answered once it is durable. The next batch is read only then, so a caller that sends faster than the log takes is slowed down by the flow control of the connection.
+        """Logs events in bulk: batch after batch on one stream, each answered once it is durable. The next batch is read only then, so the
+        connection's flow control slows a caller that sends faster than the log can write.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +88,7 @@ def add_EventServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EventService(object):
-    """Takes events durably and applies them to profiles at once.
+    """Logs events durably and applies them to profiles at once.
     """
 
     @staticmethod

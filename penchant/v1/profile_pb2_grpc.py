@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ProfileServiceStub(object):
-    """Does what people may ask for about themselves.
+    """Fulfils the requests of users about their own data.
     """
 
     def __init__(self, channel):
@@ -88,75 +88,75 @@ class ProfileServiceStub(object):
 
 
 class ProfileServiceServicer(object):
-    """Does what people may ask for about themselves.
+    """Fulfils the requests of users about their own data.
     """
 
     def GetProfile(self, request, context):
-        """Shows a profile as a person would read it.
+        """Returns a profile in a form that its user can read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetControls(self, request, context):
-        """Shows how a person wants their answers made.
+        """Returns a user's controls: blocks, mutes and dials.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetControls(self, request, context):
-        """Sets how a person wants their answers made: what is never shown, and their dials; the very next answer obeys.
+        """Sets a user's controls: blocks, mutes and dials. They hold from the very next slate on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetConsent(self, request, context):
-        """Sets what a person's data may be used for; the next answer and the next event obey.
+        """Sets the purposes a user's data may be used for. They hold from the next slate and the next event on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResetLearning(self, request, context):
-        """Empties a person's profile: what they did until now shapes no answer any more.
+        """Empties a user's profile: earlier events affect no later slate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UndoEvent(self, request, context):
-        """Makes one event count no more.
+        """Removes one event from the profile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MergeIdentities(self, request, context):
-        """Moves what an anonymous user did to the user they turn out to be. The anonymous id begins again without a past, in the arm of
-        that user: the answers of one device are of one arm whether it sends the anonymous id or the user id.
+        """Moves the events and slates of an anonymous user to a known one. The anonymous id starts again with an empty history, in the arm
+        of that user, so that all slates of a device are in one arm, whether it sends the anonymous id or the user id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportSubject(self, request, context):
-        """Hands out everything that is held about a person, in pages.
+        """Returns all data held about a user, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetErasureCertificate(self, request, context):
-        """Shows the certificate of an erasure as it is now.
+        """Returns the current certificate of an erasure.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EraseSubject(self, request, context):
-        """Erases a person from every store of the service; earlier events of theirs are refused from then on.
+        """Erases a user from every store of the service; earlier events of the user are refused from then on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,7 +224,7 @@ def add_ProfileServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ProfileService(object):
-    """Does what people may ask for about themselves.
+    """Fulfils the requests of users about their own data.
     """
 
     @staticmethod

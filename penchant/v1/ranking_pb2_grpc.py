@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class RankingServiceStub(object):
-    """Ranks feeds, search results and other engines' hits.
+    """Ranks feeds, search results, and candidates of other engines.
 
-    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
-    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
-    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
-    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
-    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
+    A page is full whenever enough items may be shown: those that are available now, not blocked by the user, and not excluded by the
+    caller. Recommend also leaves out items that the user has seen, if the slate is personal, and in the end takes every other item of
+    the catalogue: popular items, then live ones, then all others. Search and SimilarItems leave out the seeds only: after the matches
+    of words, and after the close neighbours, come farther items with lower scores; without a seed that the catalogue has there is no
+    similar item. Rank orders the caller's candidates and adds none.
     """
 
     def __init__(self, channel):
@@ -64,38 +64,38 @@ class RankingServiceStub(object):
 
 
 class RankingServiceServicer(object):
-    """Ranks feeds, search results and other engines' hits.
+    """Ranks feeds, search results, and candidates of other engines.
 
-    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
-    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
-    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
-    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
-    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
+    A page is full whenever enough items may be shown: those that are available now, not blocked by the user, and not excluded by the
+    caller. Recommend also leaves out items that the user has seen, if the slate is personal, and in the end takes every other item of
+    the catalogue: popular items, then live ones, then all others. Search and SimilarItems leave out the seeds only: after the matches
+    of words, and after the close neighbours, come farther items with lower scores; without a seed that the catalogue has there is no
+    similar item. Rank orders the caller's candidates and adds none.
     """
 
     def Recommend(self, request, context):
-        """Retrieves and ranks a feed for a person.
+        """Retrieves and ranks a feed for a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Search(self, request, context):
-        """Finds items for a query and orders them for this person.
+        """Finds items for a query and orders them for the user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rank(self, request, context):
-        """Re-ranks the caller's candidates: a side-car for another engine. An id that the catalogue does not know keeps its place.
+        """Re-ranks the caller's candidates, as a side-car of another engine. An id that the catalogue does not have keeps its place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SimilarItems(self, request, context):
-        """Finds items like one or several seeds.
+        """Finds items that are similar to one or several seeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,13 +133,13 @@ def add_RankingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RankingService(object):
-    """Ranks feeds, search results and other engines' hits.
+    """Ranks feeds, search results, and candidates of other engines.
 
-    A page is full whenever enough items may be shown: those that are available now, are not blocked by the user, and not excluded
-    by the caller. Recommend also leaves out what the user has seen, where the answer is personal, and takes every other item of the
-    catalogue in the end: popular items, then live ones, then the rest. Search and SimilarItems leave nothing out but the seeds:
-    after the matches of words, and after the close neighbours, come farther ones, each with its lower score; without a seed that
-    the catalogue knows there is nothing similar. Rank orders the caller's candidates and adds none.
+    A page is full whenever enough items may be shown: those that are available now, not blocked by the user, and not excluded by the
+    caller. Recommend also leaves out items that the user has seen, if the slate is personal, and in the end takes every other item of
+    the catalogue: popular items, then live ones, then all others. Search and SimilarItems leave out the seeds only: after the matches
+    of words, and after the close neighbours, come farther items with lower scores; without a seed that the catalogue has there is no
+    similar item. Rank orders the caller's candidates and adds none.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Sets of rows as bitmaps: one bit a row, lowest bit first, uint8 [ceil(rows / 8)]; rows behind the end are not in it.
+"""Sets of rows as bitmaps: one bit a row, lowest bit first, uint8 [ceil(rows / 8)]; rows past the end are not in it.
 
 A million rows are 125 kB, so a set is copied, cut down and searched in microseconds.
 """
@@ -17,21 +17,22 @@ _U64 = npt.NDArray[np.uint64]
 
 
 def allowed_rows(allowed: Bitmap, start: int, stop: int) -> _I32:
-    """The rows in [start, stop) whose bit is set; rows behind the bitmap are not allowed; int32 [n]."""
+    """Returns the rows in [start, stop) whose bit is set; rows past the bitmap are not allowed; int32 [n]."""
     first = start // 8
     part = allowed[first : -(-stop // 8)]
-    some = np.flatnonzero(part)
-    place, bit = np.nonzero(np.unpackbits(part[some, None], axis=1, bitorder="little"))
-    rows = ((some[place] + first) * 8 + bit).astype(np.int32)
+    # Only bytes that hold a bit are unpacked: a filter often leaves a few rows of a million.
+    nonzero = np.flatnonzero(part)
+    place, bit = np.nonzero(np.unpackbits(part[nonzero, None], axis=1, bitorder="little"))
+    rows = ((nonzero[place] + first) * 8 + bit).astype(np.int32)
     return rows[(rows >= start) & (rows < stop)]
 
 
 def allowed_count(allowed: Bitmap, stop: int) -> int:
-    """The number of rows in [0, stop) whose bit is set."""
-    whole, rest = divmod(stop, 8)
+    """Returns the number of rows in [0, stop) whose bit is set."""
+    whole, bits = divmod(stop, 8)
     count = int(np.bitwise_count(allowed[:whole]).sum(dtype=np.int64))
-    if rest and whole < allowed.size:
-        count += int(allowed[whole] & ((1 << rest) - 1)).bit_count()
+    if bits and whole < allowed.size:
+        count += int(allowed[whole] & ((1 << bits) - 1)).bit_count()
     return count
 
 
@@ -40,7 +41,7 @@ def clear_rows(bitmap: Bitmap, rows: _I32) -> int:
     """Takes `rows` int32 [n] out of a bitmap, in place.
 
     Returns:
-        How many of them were in it.
+        The number of them that were in it.
     """
     count = 0
     for i in range(rows.size):
@@ -52,7 +53,7 @@ def clear_rows(bitmap: Bitmap, rows: _I32) -> int:
 
 
 def clear_rows_plain(bitmap: Bitmap, rows: _I32) -> int:
-    """The plain twin of `clear_rows`."""
+    """Does the same as `clear_rows` in plain numpy, for tests to compare."""
     bits = np.unpackbits(bitmap, bitorder="little")
     before = int(bits.sum())
     bits[rows[rows < bits.size]] = 0
@@ -70,7 +71,7 @@ def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
         keys: The keys, none of them 0; uint64 [k].
 
     Returns:
-        How many rows were in it that are no longer.
+        The number of rows taken out.
     """
     count = 0
     if keys.size == 0:
@@ -85,6 +86,7 @@ def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
         while slots[at] != np.uint64(0) and slots[at] != keys[i]:
             at = (at + np.uint64(1)) & last
         slots[at] = keys[i]
+    # Byte by byte, so that eight rows that are all out already cost one comparison.
     for place in range(bitmap.size):
         bits = bitmap[place]
         if bits == 0:
@@ -104,26 +106,27 @@ def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
 
 
 def clear_keys_plain(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
-    """The plain twin of `clear_keys`."""
+    """Does the same as `clear_keys` in plain numpy, for tests to compare."""
     return clear_rows_plain(bitmap, np.flatnonzero(np.isin(column, keys)).astype(np.int32))
 
 
 @kernel(nogil=True)
 def first_allowed(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp]:
-    """The positions of the first `count` of `rows` int32 [n] whose bit is set; intp [at most `count`]."""
+    """Returns the positions of the first `count` of `rows` int32 [n] whose bit is set; intp [at most `count`]."""
     places = np.empty(min(count, rows.size), np.intp)
-    taken = 0
+    filled = 0
     for i in range(rows.size):
-        if taken == count:
+        if filled == count:
             break
         place = rows[i] >> 3
         if place < bitmap.size and (bitmap[place] >> (rows[i] & 7)) & 1:
-            places[taken] = i
-            taken += 1
-    return places[:taken]
+            places[filled] = i
+            filled += 1
+    return places[:filled]
 
 
 def first_allowed_plain(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp]:
-    """The plain twin of `first_allowed`."""
+    """Does the same as `first_allowed` in plain numpy, for tests to compare."""
+    # The bit behind the last stands for every row past the bitmap.
     bits = np.append(np.unpackbits(bitmap, bitorder="little"), np.uint8(0))
     return np.flatnonzero(bits[np.minimum(rows, bits.size - 1)])[:count]

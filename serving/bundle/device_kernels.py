@@ -20,7 +20,7 @@ GROUPS = 32
 """Groups of a block, whose highest score is kept too."""
 BLOCK = GROUP * GROUPS
 TILES = ((128, 3), (64, 3), (GROUP, 3), (GROUP, 1))
-"""Rows that are scored at once, and how many times as many are on their way from memory: the most that fits."""
+"""Rows that are scored at once, and the number of such tiles on their way from memory: the most that fits is taken."""
 
 _GROUP, _GROUPS = tl.constexpr(GROUP), tl.constexpr(GROUPS)
 
@@ -42,6 +42,7 @@ def _maxima(
     halves: tl.constexpr,
     masked: tl.constexpr,
 ) -> None:
+    # As int64: the place of a row's first number passes 2^31 in a catalogue of some tens of millions.
     block = tl.program_id(0).to(tl.int64)
     line, column, member = tl.arange(0, lines), tl.arange(0, width), tl.arange(0, _GROUP)
     high_query = tl.load(high_queries + line[:, None] * width + column[None, :])
@@ -49,9 +50,11 @@ def _maxima(
     highest = tl.full([lines], float("-inf"), tl.float32)
     for part in range(_GROUP * _GROUPS // tile):
         row = block * (_GROUP * _GROUPS) + part * tile + tl.arange(0, tile)
-        there = (row < rows)[:, None] & (column < dim)[None, :]
-        vector = tl.load(vectors + row[:, None] * dim + column[None, :], mask=there, other=0)
+        # Past the last row and the last number there is other memory, or none.
+        inside = (row < rows)[:, None] & (column < dim)[None, :]
+        vector = tl.load(vectors + row[:, None] * dim + column[None, :], mask=inside, other=0)
         high = tl.trans(vector.to(tl.bfloat16))
+        # The small product first, so that it is not rounded away under the large one.
         scores = tl.dot(low_query, high)
         scores = tl.dot(high_query, high, scores)
         if halves == 2:
@@ -88,8 +91,8 @@ def _scores(
     row = group * _GROUP + member
     inside = row < rows
     query = tl.load(queries + line * dim + column, mask=column < dim, other=0.0)
-    there = inside[:, None] & (column < dim)[None, :]
-    vector = tl.load(vectors + row[:, None] * dim + column[None, :], mask=there, other=0.0)
+    loaded = inside[:, None] & (column < dim)[None, :]
+    vector = tl.load(vectors + row[:, None] * dim + column[None, :], mask=loaded, other=0.0)
     score = tl.sum(vector * query[None, :], axis=1)
     allowed = inside
     if masked:
@@ -106,7 +109,7 @@ def launch_maxima(blocks: int, *tensors: Any, **options: Any) -> None:
     """Launches `maxima_kernel` for some blocks, with the largest tile that fits.
 
     Raises:
-        ConfigError: Not even the smallest does.
+        ConfigError: Not even the smallest fits.
     """
     for tile, stages in TILES:
         try:

@@ -2,8 +2,8 @@
 
 One pass over the vectors keeps the highest score of each group of rows and of each block of groups, 1/32 of all
 scores. An item among the best `k` lies in a group among the best `k`, and that in such a block: so a few groups are
-scored again, in float32, and their best rows are the answer. What is scanned may be a compact form of the vectors. How
-far its scores can be off is known, so each answer is checked: if no group that was left out can hold a better row, the
+scored again, in float32, and their best rows are the answer. The scan may read a compact form of the vectors. The
+error of its scores is bounded, so each answer is checked: if no group that was left out can hold a better row, the
 answer is proven, and else the query is scanned again in float32.
 
 This module and `device_kernels` alone of serving need torch, and only a device other than the CPU needs them.
@@ -35,7 +35,7 @@ _GRAPHS = 8
 SPARE = 0.5
 """Share of groups beyond `k` that are scored again: as many as a compact form may put in a wrong order."""
 WIDER = 8
-"""Times as many groups are scored again where rows with nearly the same score left no proof."""
+"""Times as many groups are scored again if rows with nearly the same score left no proof."""
 ROUNDING = 16
 """Rows and groups beyond `k` in any case: equal scores differ by rounding."""
 COMPACT_FROM = 2_000_000
@@ -52,7 +52,7 @@ class _Copy:
 
     Attributes:
         vectors: `[N, D]` of the form's type.
-        residual: Largest length of what the form leaves of a vector.
+        residual: Largest length of the difference between a vector and its form.
     """
 
     form: Form
@@ -61,13 +61,13 @@ class _Copy:
 
 
 @dataclass(frozen=True)
-class Found:
+class ScanResult:
     """The answer to some queries, on the device.
 
     Attributes:
         rows: Best first; int64 `[B, k]`.
-        scores: Inner products, -inf where fewer rows are allowed; float32 `[B, k]`.
-        proven: False where a group that was left out may hold a better row; bool `[B]`.
+        scores: Inner products, -inf if fewer rows are allowed; float32 `[B, k]`.
+        proven: False if a group that was left out may hold a better row; bool `[B]`.
     """
 
     rows: Tensor
@@ -84,8 +84,8 @@ class DeviceScan:
         Args:
             vectors: float32 `[N, D]`.
             device: `cuda`, or `cpu`, where the plain twins of the kernels run.
-            form: What is scanned: float32, or bfloat16 next to the float32 that is scored again, which is half of the
-                bytes to read and half as much memory again; None chooses by size.
+            form: Form that is scanned: float32, or bfloat16 next to the float32 that is scored again, which is half of
+                the bytes to read and half as much memory again; None chooses by size.
 
         Raises:
             ConfigError: The vectors do not fit into the device's memory.
@@ -114,13 +114,13 @@ class DeviceScan:
 
         A query of zeros proves nothing, so its search goes every way there is.
         """
-        nothing = self._vectors.new_zeros(LINES, self._vectors.shape[1])
-        _maxima(self._copy, nothing, None)
-        self.search(nothing[:1], 1, self.bitmap(np.full(-(-len(self) // 8), 255, np.uint8)))
+        zeros = self._vectors.new_zeros(LINES, self._vectors.shape[1])
+        _maxima(self._copy, zeros, None)
+        self.search(zeros[:1], 1, self.bitmap(np.full(-(-len(self) // 8), 255, np.uint8)))
 
     @property
     def form(self) -> Form:
-        """What is scanned."""
+        """The form of the vectors that is scanned."""
         return self._copy.form
 
     @property
@@ -133,28 +133,28 @@ class DeviceScan:
         return len(self._vectors)
 
     def first_pass(self, queries: Tensor) -> None:
-        """The scan alone, which a benchmark compares with what the memory can do; at most `LINES` queries."""
+        """Scans at most `LINES` queries and drops the result; a benchmark compares it with the speed of the memory."""
         _maxima(self._copy, queries, None)
 
     def propose(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> _I64:
-        """Rows among which the best `k` are.
+        """Returns rows that hold the best `k`.
 
         Args:
             queries: float32 [B, D].
-            k: How many rows are wanted, at least 1.
+            k: Number of best rows to find, at least 1.
             allowed: Rows that may be returned, one bit a row, lowest bit first; None allows every row.
 
         Returns:
-            int64 [B, >= k], -1 where fewer rows are allowed.
+            int64 [B, >= k], -1 if fewer rows are allowed.
         """
         on_device = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(self.device)
-        found = self.search(on_device, k + ROUNDING, self.bitmap(allowed))
-        rows = torch.where(torch.isfinite(found.scores), found.rows, -1)
-        out: _I64 = rows.cpu().numpy()
-        return out
+        result = self.search(on_device, k + ROUNDING, self.bitmap(allowed))
+        # A row that is not allowed scores -inf; fewer than `k` may be allowed.
+        rows: _I64 = torch.where(torch.isfinite(result.scores), result.rows, -1).cpu().numpy()
+        return rows
 
     def bitmap(self, allowed: Bitmap | None) -> Tensor | None:
-        """A bitmap on the device, uint8, whole words of 32 rows; rows behind the end of `allowed` are not allowed."""
+        """Returns a bitmap on the device, uint8, whole words of 32 rows; rows past `allowed` are not allowed."""
         if allowed is None:
             return None
         size = -(-len(self._vectors) // GROUP) * GROUP // 8
@@ -163,30 +163,33 @@ class DeviceScan:
         bits[: part.size] = torch.from_numpy(part)
         return bits
 
-    def search(self, queries: Tensor, k: int, bits: Tensor | None = None) -> Found:
-        """The best `k` rows of each query; what the compact form cannot prove is scanned in float32.
+    def search(self, queries: Tensor, k: int, bits: Tensor | None = None) -> ScanResult:
+        """Returns the best `k` rows of each query; queries that the compact form cannot prove are scanned in float32.
 
         Args:
             queries: float32 `[B, D]` on the device.
-            k: How many rows to return; fewer where there are fewer.
+            k: Number of rows to return; fewer if there are fewer.
             bits: `bitmap` of the allowed rows; None allows every row.
         """
         with torch.inference_mode():
             parts = [self._first(part, k, bits) for part in queries.split(LINES)]  # type: ignore[no-untyped-call]
-            found = Found(*(torch.cat(columns) for columns in zip(*map(_columns, parts), strict=True)))
+            result = ScanResult(*(torch.cat(columns) for columns in zip(*map(_columns, parts), strict=True)))
+            # The compact form first gives way to float32, and then more groups are scored; few queries need either.
             for wider in (1, WIDER) if self._copy.residual else (WIDER,):
-                for some in (~found.proven).nonzero()[:, 0].split(LINES):  # type: ignore[no-untyped-call]
-                    if some.numel():
-                        _replace(found, some, self._pass(self._float32, queries[some], k, bits, wider))
-        return found
+                for unproven in (~result.proven).nonzero()[:, 0].split(LINES):  # type: ignore[no-untyped-call]
+                    if unproven.numel():
+                        _replace(result, unproven, self._pass(self._float32, queries[unproven], k, bits, wider))
+        return result
 
-    def _first(self, queries: Tensor, k: int, bits: Tensor | None) -> Found:
-        """The first pass, on a CUDA device as a graph that is recorded once for each number of queries and of rows."""
+    def _first(self, queries: Tensor, k: int, bits: Tensor | None) -> ScanResult:
+        """Scans once; on a CUDA device as a graph that is recorded for each number of queries and of rows."""
         if self.device.type != "cuda":
             return self._pass(self._copy, queries, k, bits, 1)
+        # Few sizes, so that few graphs are recorded; what is too much is cut off after the replay.
         lines = min(size for size in _LINES if size >= len(queries))
         depth = -(-k // _DEPTHS) * _DEPTHS
         key = (lines, depth, bits is not None)
+        # A graph writes its answer to the same memory each time, so one thread replays it at a time.
         with self._lock:
             graph = self._graphs.pop(key, None)
             if graph is None:
@@ -196,7 +199,7 @@ class DeviceScan:
             self._graphs[key] = graph
             return graph.replay(queries, k, bits)
 
-    def _pass(self, copy: _Copy, queries: Tensor, k: int, bits: Tensor | None, wider: int) -> Found:
+    def _pass(self, copy: _Copy, queries: Tensor, k: int, bits: Tensor | None, wider: int) -> ScanResult:
         """Scans once for at most `LINES` queries; `wider` times as many groups as usual are scored again."""
         k = min(k, len(self._vectors))
         groups, blocks = _maxima(copy, queries, bits)
@@ -212,13 +215,13 @@ class DeviceScan:
         rows = group.gather(1, place // GROUP) * GROUP + place % GROUP
         # Strictly: a row that was left out with the same score would come first if its number is lower.
         proven = best[:, -1] > left + self._error(copy, queries)
-        return Found(rows, best, proven | torch.isneginf(left))
+        return ScanResult(rows, best, proven | torch.isneginf(left))
 
     def _error(self, copy: _Copy, queries: Tensor) -> Tensor:
-        """How far a score of the scan can be from the true one; float32 `[B]`.
+        """Returns a bound on the distance of a scanned score from the true one; float32 `[B]`.
 
-        By Cauchy and Schwarz at most the length of the query times that of what the form left of the vector, and what
-        the products of bf16 halves leave out (2^-17 for each side) and the additions in float32 round away.
+        By Cauchy and Schwarz at most the length of the query times that of the residual of the vector; on top, the
+        products of bf16 halves leave out 2^-17 for each side, and the additions in float32 round.
         """
         arithmetic = 2.0**-16 + self._vectors.shape[1] * 2.0**-22
         lengths: Tensor = queries.norm(dim=1)
@@ -226,36 +229,36 @@ class DeviceScan:
 
 
 class _Graph:
-    """A pass as one CUDA graph: its forty launches cost the CPU, and a small catalogue's time, as much as one."""
+    """A pass as one CUDA graph: its forty launches cost the CPU, and the time of a small catalogue, as much as one."""
 
     def __init__(self, scan: DeviceScan, lines: int, k: int, bits: Tensor | None) -> None:
         self._queries = torch.zeros(lines, scan._vectors.shape[1], device=scan.device)
         self._bits = None if bits is None else torch.zeros_like(bits)
         inputs = (scan._copy, self._queries, k, self._bits, 1)
-        # Once before: what a first call compiles and loads cannot be recorded.
+        # Run once before: the compiling and loading of a first call cannot be recorded.
         scan._pass(*inputs)
         torch.cuda.synchronize(scan.device)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads go on using the device meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._found = scan._pass(*inputs)
+            self._result = scan._pass(*inputs)
 
-    def replay(self, queries: Tensor, k: int, bits: Tensor | None) -> Found:
+    def replay(self, queries: Tensor, k: int, bits: Tensor | None) -> ScanResult:
         count = len(queries)
         self._queries[:count] = queries
         if bits is not None and self._bits is not None:
             self._bits.copy_(bits)
         self._graph.replay()
-        # Copies: the next replay writes over what this one has made.
-        rows, scores, proven = (column[:count].clone() for column in _columns(self._found))
-        return Found(rows[:, :k], scores[:, :k], proven)
+        # Copies: the next replay writes over the same memory.
+        rows, scores, proven = (column[:count].clone() for column in _columns(self._result))
+        return ScanResult(rows[:, :k], scores[:, :k], proven)
 
 
 def require(device: str) -> None:
-    """Makes sure that a device can be used.
+    """Refuses a device that cannot be used.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: Torch or Triton does not reach it.
     """
     if torch.device(device).type != "cuda":
         return
@@ -265,7 +268,7 @@ def require(device: str) -> None:
             "CUDA version (pip install 'penchant[gpu]'), or choose --device cpu"
         )
     try:
-        import serving.bundle.device_kernels  # noqa: F401 - what is missing is to be told now, not by a search
+        import serving.bundle.device_kernels  # noqa: F401 - a missing package is an error now, not in a search
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"--device cuda: the search on a GPU needs {error.name}; pip install {error.name}, or choose --device cpu"
@@ -273,10 +276,10 @@ def require(device: str) -> None:
 
 
 def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The places of the `count` highest of each line, in any order, and what none of the others is above; -inf if none.
+    """Returns the places of the `count` highest of each query, in any order, and an upper bound of all others.
 
     Returns:
-        int64 `[B, <= count]` and float32 `[B]`.
+        int64 `[B, <= count]`, and float32 `[B]`, -inf if there are no others.
     """
     if scores.shape[1] <= count:
         places = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
@@ -285,29 +288,29 @@ def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return places, best.amin(1)
 
 
-def _columns(found: Found) -> tuple[Tensor, Tensor, Tensor]:
-    return found.rows, found.scores, found.proven
+def _columns(result: ScanResult) -> tuple[Tensor, Tensor, Tensor]:
+    return result.rows, result.scores, result.proven
 
 
-def _replace(found: Found, lines: Tensor, others: Found) -> None:
-    for column, other in zip(_columns(found), _columns(others), strict=True):
-        column[lines] = other
+def _replace(result: ScanResult, queries: Tensor, replacement: ScanResult) -> None:
+    for column, values in zip(_columns(result), _columns(replacement), strict=True):
+        column[queries] = values
 
 
 def _compact(vectors: Tensor) -> _Copy:
-    """Makes the copy in bf16, a part at a time; what it leaves of the vectors is measured, not assumed."""
+    """Copies the vectors to bf16, a part at a time; the largest residual is measured, not assumed."""
     whole = torch.empty_like(vectors, dtype=torch.bfloat16)
     residual = 0.0
     for at in range(0, len(vectors), _CHUNK):
         part = vectors[at : at + _CHUNK]
         whole[at : at + _CHUNK] = part
-        rest = part - whole[at : at + _CHUNK].float()
-        residual = max(residual, float(rest.norm(dim=1).amax()))
+        difference = part - whole[at : at + _CHUNK].float()
+        residual = max(residual, float(difference.norm(dim=1).amax()))
     return _Copy("bfloat16", whole, residual)
 
 
 def _maxima(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The highest score of each group and of each block, -inf where no row is allowed.
+    """Returns the highest score of each group and of each block, -inf if no row of it is allowed.
 
     Returns:
         float32 `[B, blocks * GROUPS]` and `[B, blocks]`.
@@ -323,10 +326,11 @@ def _maxima_on_cuda(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[
     rows, dim = copy.vectors.shape
     width = max(16, 1 << (dim - 1).bit_length())
     lines = max(16, 1 << (len(queries) - 1).bit_length())
-    whole = queries.new_zeros(lines, width)
-    whole[: len(queries), :dim] = queries
-    high = whole.bfloat16()
-    low = (whole - high.float()).bfloat16()
+    # Tensor cores multiply tiles whose sides are powers of two from 16 on; the zeros add nothing.
+    padded = queries.new_zeros(lines, width)
+    padded[: len(queries), :dim] = queries
+    high = padded.bfloat16()
+    low = (padded - high.float()).bfloat16()
     blocks = -(-rows // BLOCK)
     groups = queries.new_empty(len(queries), blocks * GROUPS)
     maxima = queries.new_empty(len(queries), blocks)
@@ -344,7 +348,7 @@ def _maxima_on_cuda(copy: _Copy, queries: Tensor, bits: Tensor | None) -> tuple[
 
 
 def maxima_plain(vectors: Tensor, queries: Tensor, bits: Tensor | None, size: int = 1 << 16) -> tuple[Tensor, Tensor]:
-    """The plain twin of the kernel of the scan, `size` rows at a time; see `_maxima`."""
+    """Does the same as the kernel of the scan in plain torch, `size` rows at a time; see `_maxima`."""
     blocks = -(-len(vectors) // BLOCK)
     groups = queries.new_full((len(queries), blocks * GROUPS), -torch.inf)
     for at in range(0, len(vectors), size):
@@ -360,7 +364,7 @@ def maxima_plain(vectors: Tensor, queries: Tensor, bits: Tensor | None, size: in
 
 
 def _scores(vectors: Tensor, queries: Tensor, groups: Tensor, bits: Tensor | None) -> Tensor:
-    """The scores of the rows of some groups in float32, -inf where a row is not allowed; `[B, n * GROUP]`."""
+    """Returns the scores of the rows of some groups in float32, -inf if a row is not allowed; `[B, n * GROUP]`."""
     if queries.device.type != "cuda":
         return scores_plain(vectors, queries, groups, bits)
     from serving.bundle.device_kernels import scores_kernel
@@ -386,11 +390,11 @@ def _scores(vectors: Tensor, queries: Tensor, groups: Tensor, bits: Tensor | Non
 
 
 def scores_plain(vectors: Tensor, queries: Tensor, groups: Tensor, bits: Tensor | None) -> Tensor:
-    """The plain twin of the kernel of the second scoring; see `_scores`."""
+    """Does the same as the kernel of the second scoring in plain torch; see `_scores`."""
     rows = (groups.unsqueeze(2) * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
     inside = rows < len(vectors)
     rows = rows.clamp(max=len(vectors) - 1)
-    scores = torch.stack([vectors[some] @ query for some, query in zip(rows, queries, strict=True)])
+    scores = torch.stack([vectors[chosen] @ query for chosen, query in zip(rows, queries, strict=True)])
     allowed = inside if bits is None else inside & _allowed(rows, bits)
     return scores.masked_fill_(~allowed, -torch.inf)
 

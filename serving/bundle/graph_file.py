@@ -1,7 +1,7 @@
-"""Checks an ONNX file before ONNX Runtime reads it: what it may hold is little, and all of it is looked at.
+"""Checks an ONNX file before ONNX Runtime reads it: it may hold little, and all of it is looked at.
 
-The messages are declared here with the fields that are looked at; what has others is refused, so nothing that ONNX
-Runtime would act on is passed over. Field numbers are those of `onnx.proto`, which never change.
+The messages are declared here with the fields that are looked at. A message with others is refused, so nothing that
+ONNX Runtime would act on is passed over. Field numbers are those of `onnx.proto`, which never change.
 """
 
 from __future__ import annotations
@@ -61,36 +61,38 @@ _MESSAGES: dict[str, list[tuple[str, int, str]]] = {
 }  # fmt: skip
 
 
-def check_graph(content: bytes, where: str) -> None:
+def check_graph(content: bytes, path: str) -> None:
     """Refuses a model that is not a plain graph of known operators with whole, finite weights.
 
     Args:
         content: The file.
-        where: Its path, for messages.
+        path: Its path, for messages.
 
     Raises:
-        BundleError: It is malformed, or holds what no export writes.
+        BundleError: It is malformed, or has a part that no export writes.
     """
     model = _MODEL()
     try:
         model.ParseFromString(content)
         _check_model(model)
     except DecodeError as error:
-        raise BundleError(f"{where}: no ONNX model ({error}); export the run again") from error
+        raise BundleError(f"{path}: no ONNX model ({error}); export the run again") from error
     except ValueError as error:
-        raise BundleError(f"{where}: {error}; export the run again") from error
+        raise BundleError(f"{path}: {error}; export the run again") from error
 
 
 def _check_model(model: Any) -> None:
     _require_known(model, "the model")
     if not 1 <= model.ir_version <= _NEWEST_IR:
         raise ValueError(f"is of ONNX version {model.ir_version}, this version reads up to {_NEWEST_IR}")
+    # Without a domain: operators of other domains are code of their own, which this check does not know.
     opsets = {(opset.domain, opset.version) for opset in model.opset_import}
     if len(opsets) != 1 or not all(domain == "" and 1 <= version <= NEWEST_OPSET for domain, version in opsets):
         raise ValueError(f"asks for the operator sets {sorted(opsets)}, allowed is one up to {NEWEST_OPSET}")
     graph = model.graph
     names = [value.name for value in (*graph.input, *graph.initializer)]
     for node in graph.node:
+        # In the order of the file: a value that a later node computes would be a cycle.
         _check_node(node, set(names))
         names += [name for name in node.output if name]
     if len(set(names)) != len(names) or "" in names or len(names) > _MOST:
@@ -101,15 +103,15 @@ def _check_model(model: Any) -> None:
         _check_tensor(tensor)
 
 
-def _check_node(node: Any, known: set[str]) -> None:
-    name = node.op_type[:80]
+def _check_node(node: Any, values: set[str]) -> None:
+    operator = node.op_type[:80]
     if node.domain or node.overload or node.op_type not in OPERATORS:
-        raise ValueError(f"uses the operator {name!r} of {node.domain[:80]!r}, which no model of a bundle needs")
-    if unknown := [value for value in node.input if value and value not in known]:
-        raise ValueError(f"feeds {name} with {unknown[0][:80]!r}, which nothing before it computes")
+        raise ValueError(f"uses the operator {operator!r} of {node.domain[:80]!r}, which no model of a bundle needs")
+    if unknown := [name for name in node.input if name and name not in values]:
+        raise ValueError(f"feeds {operator} with {unknown[0][:80]!r}, which nothing before it computes")
     for attribute in node.attribute:
         if not all(map(math.isfinite, (attribute.f, *attribute.floats))):
-            raise ValueError(f"gives {name} an attribute that is not finite")
+            raise ValueError(f"gives {operator} an attribute that is not finite")
         if attribute.HasField("t"):
             _check_tensor(attribute.t)
 

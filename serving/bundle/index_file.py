@@ -1,7 +1,7 @@
-"""Checks a FAISS index byte by byte before FAISS reads it, which trusts what a file says of itself.
+"""Checks a FAISS index byte by byte before FAISS reads it, because FAISS trusts the lengths that a file states.
 
-Three kinds are known, those that export builds: exact (`IxFI`), lists (`IwFl`) and lists of a byte per number (`IwSq`).
-The layout is that of `faiss/impl/index_write.cpp`.
+The kinds that export builds are accepted: exact (`IxFI`), lists (`IwFl`) and lists of a byte per number (`IwSq`). The
+layout is that of `faiss/impl/index_write.cpp`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MOST_ARRAY = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class IndexFacts:
-    """Facts about an index.
+    """Facts that an index states.
 
     Attributes:
         count: Number of its vectors.
         dim: Length of each.
-        vectors: The vectors in row order, float32 [count, dim]; None where only a rough form of them is kept.
+        vectors: The vectors in row order, float32 [count, dim]; None if the index keeps only a rough form of them.
         lists: Number of its lists, 0 for an exact index.
     """
 
@@ -36,7 +36,7 @@ class IndexFacts:
 
 
 def check_index(data: bytes) -> IndexFacts:
-    """Reads what an index says of itself.
+    """Reads the facts that an index states, and checks that its bytes are what they promise.
 
     Raises:
         ValueError: It is of another kind, is cut short or too long, or holds a number out of range.
@@ -56,7 +56,7 @@ def check_index(data: bytes) -> IndexFacts:
 
 
 class _Cursor:
-    """A place in the bytes; nothing is taken from behind their end."""
+    """A place in the bytes; nothing is taken from past their end."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._place = data, 0
@@ -117,10 +117,12 @@ def _lists(cursor: _Cursor, quantised: bool) -> IndexFacts:
     if _flat(cursor)[:2] != (lists, dim):
         raise ValueError("has other lists than the index that finds them")
     (direct,) = cursor.take("B")
+    # With such a map FAISS would look rows up by places that the file names.
     if direct or cursor.sized("<i8").size:
         raise ValueError("keeps a map of its rows, which no export writes")
     code_size = _quantiser(cursor, dim) if quantised else 4 * dim
     codes, rows = _inverted(cursor, lists, code_size)
+    # A row that is missing is never found, and one that is too large points outside of the catalogue.
     if not np.array_equal(np.sort(rows), np.arange(count)):
         raise ValueError("does not hold each row once")
     if quantised:
@@ -137,8 +139,9 @@ def _quantiser(cursor: _Cursor, dim: int) -> int:
         raise ValueError("keeps its vectors in another form than a byte per number")
     if not np.isfinite(trained).all():
         raise ValueError("holds NaN or infinity")
-    again, residual = cursor.take("QB")
-    if again != size or residual not in (0, 1):
+    # The quantiser and the index each write the size of a code, and they must agree.
+    code_size, residual = cursor.take("QB")
+    if code_size != size or residual not in (0, 1):
         raise ValueError("contradicts itself about the form of its vectors")
     return int(size)
 
@@ -148,11 +151,10 @@ def _inverted(cursor: _Cursor, lists: int, code_size: int) -> tuple[bytes, npt.N
         raise ValueError("has other lists than it says")
     sizes, kind = np.zeros(lists, np.int64), cursor.kind()
     if kind == b"full":
-        full = cursor.sized("<i8")
-        if full.size != lists:
+        sizes = cursor.sized("<i8")
+        if sizes.size != lists:
             raise ValueError("has other lists than it says")
-        sizes = full
-    elif kind == b"sprs":
+    elif kind == b"sprs":  # pairs of a list and its size, if most lists are empty
         pairs = cursor.sized("<i8")
         places = pairs[::2]
         if pairs.size % 2 or (places.size and not 0 <= places.min() <= places.max() < lists):

@@ -1,8 +1,8 @@
 """Items that share words with a query, by BM25 (Robertson and Zaragoza, "The Probabilistic Relevance Framework", 2009).
 
 A word is the 32-bit key that `features.transforms.text_tokens` makes of it. Postings never change once they are built:
-the items of the bundle are one set of them, everything put since then is another, made anew by each change and swapped
-as one reference, so a search never sees half a change.
+the items of the bundle are one set of them, everything put since then is another, which each change builds again and
+swaps as one reference, so a search never sees half a change.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _BITMAP = npt.NDArray[np.uint8]
 
 
 class Postings(NamedTuple):
-    """Which items hold which word; a tuple, because that is what a kernel can take whole.
+    """The items that hold each word; a tuple, because a kernel can take that whole.
 
     Attributes:
         tokens: Distinct words, ascending; uint32 [T].
-        offsets: Where the postings of each word begin; int64 [T + 1].
+        offsets: Place at which the postings of each word begin; int64 [T + 1].
         rows: Items that hold the word, ascending within it; int32 [P].
-        impacts: How much the word says about the item, without the word's rarity; float32 [P].
-        stale: Items that no longer count; those behind its end do; bool [m].
+        impacts: Weight of the word for the item, without the word's rarity; float32 [P].
+        stale: Whether an item no longer counts; items past its end do; bool [m].
     """
 
     tokens: _U32
@@ -46,14 +46,14 @@ class Postings(NamedTuple):
     stale: npt.NDArray[np.bool_]
 
     def find(self, tokens: _U32) -> _I64:
-        """The position of each word, -1 where no item holds it; int64 [n]."""
+        """Returns the position of each word, -1 if no item holds it; int64 [n]."""
         if not self.tokens.size:
             return np.full(tokens.size, -1, np.int64)
         at = np.minimum(np.searchsorted(self.tokens, tokens), self.tokens.size - 1)
         return np.where(self.tokens[at] == tokens, at, -1)
 
     def holders(self, positions: _I64) -> _I64:
-        """The number of items that hold the word at each position, 0 for -1; int64 [n]."""
+        """Returns the number of items that hold the word at each position, 0 for -1; int64 [n]."""
         return np.where(positions >= 0, self.offsets[positions + 1] - self.offsets[positions], 0)
 
 
@@ -61,8 +61,8 @@ class Words(NamedTuple):
     """The words of a query against one set of postings.
 
     Attributes:
-        positions: Where each word stands, -1 where it does not; int64 [n].
-        weights: Its rarity as a share of the most that an item could score, above 0; float32 [n].
+        positions: Position of each word among the postings' words, -1 if it is not there; int64 [n].
+        weights: Its rarity as a share of the highest possible score, above 0; float32 [n].
     """
 
     positions: _I64
@@ -71,7 +71,14 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """What one search sees: both sets of postings, one behind the last row, and how many items count."""
+    """One state of the index, which a search reads throughout.
+
+    Attributes:
+        base: Postings of the bundle's items.
+        live: Postings of the items put since then.
+        size: One more than the last row.
+        items: Number of items that count.
+    """
 
     base: Postings
     live: Postings
@@ -86,7 +93,7 @@ class LexicalIndex:
         """Takes the words of the items of the bundle.
 
         Args:
-            offsets: Where the words of each row begin; int64 [N + 1].
+            offsets: Place at which the words of each row begin; int64 [N + 1].
             tokens: The words of all rows, in order and with repeats; uint32 [offsets[-1]].
 
         Raises:
@@ -115,17 +122,17 @@ class LexicalIndex:
         self._swap(rows)
 
     def remove(self, rows: Sequence[int]) -> None:
-        """Forgets the words of items."""
+        """Removes the words of items."""
         for row in rows:
             self._live.pop(int(row), None)
         self._swap(rows)
 
     def search(self, tokens: _U32, k: int, allowed: _BITMAP | None = None) -> tuple[_I32, _F32]:
-        """The best `k` items that hold at least one word of a query, best first, ties by row.
+        """Returns the best `k` items that hold at least one word of a query, best first, ties by row.
 
         Args:
             tokens: The words of the query; uint32 [n].
-            k: How many items to return, at least 1; fewer come back where fewer match.
+            k: Number of items to return, at least 1; fewer if fewer match.
             allowed: Rows that may be returned, one bit a row, lowest bit first; None allows every row.
 
         Returns:
@@ -153,7 +160,7 @@ class LexicalIndex:
         return rows[order], scores[order]
 
     def score(self, tokens: _U32, rows: _I32) -> _F32:
-        """The score of each of `rows` int32 [n], as `search` gives it, 0 where no word is shared; float32 [n]."""
+        """Returns the score of each of `rows` int32 [n], as `search` gives it, 0 if no word is shared; float32 [n]."""
         now = self._now
         base, live = _weigh(now, tokens)
         rows, out = np.ascontiguousarray(rows, np.int32), np.zeros(len(rows), np.float32)
@@ -163,6 +170,7 @@ class LexicalIndex:
 
     def _swap(self, changed: Sequence[int]) -> None:
         now = self._now
+        # A copy: a search that runs meanwhile goes on reading the state that it began with.
         stale = now.base.stale.copy()
         stale[[row for row in changed if row < stale.size]] = True
         sizes = [words.size for words in self._live.values()]
@@ -179,17 +187,17 @@ class LexicalIndex:
 
 @kernel(nogil=True)
 def accumulate(postings: Postings, words: Words, sums: _F32, touched: _I32, count: int) -> int:
-    """Adds what the postings say about a query's words into `sums` and notes each item met first in `touched`.
+    """Adds the scores of a query's words to `sums`, and notes each item in `touched` when it is first met.
 
     Args:
         postings: The postings.
         words: The words of the query against them.
         sums: Score by item; float32 [size].
         touched: Items met; int32 [size].
-        count: How many of `touched` are taken.
+        count: Number of items in `touched`.
 
     Returns:
-        How many are taken afterwards.
+        The number of them afterwards.
     """
     for word in range(words.positions.size):
         at = words.positions[word]
@@ -199,6 +207,7 @@ def accumulate(postings: Postings, words: Words, sums: _F32, touched: _I32, coun
             row = postings.rows[place]
             if row < postings.stale.size and postings.stale[row]:
                 continue
+            # Every addend is above 0, so a sum of 0 is that of an item not met before.
             if sums[row] == np.float32(0.0):
                 touched[count] = row
                 count += 1
@@ -207,7 +216,7 @@ def accumulate(postings: Postings, words: Words, sums: _F32, touched: _I32, coun
 
 
 def accumulate_plain(postings: Postings, words: Words, sums: _F32, touched: _I32, count: int) -> int:
-    """The plain twin of `accumulate`."""
+    """Does the same as `accumulate` in plain numpy, for tests to compare."""
     for at, weight in zip(words.positions.tolist(), words.weights, strict=True):
         if at < 0:
             continue
@@ -224,23 +233,24 @@ def accumulate_plain(postings: Postings, words: Words, sums: _F32, touched: _I32
 
 @kernel(nogil=True)
 def look_up(postings: Postings, words: Words, rows: _I32, out: _F32) -> None:
-    """Adds what the postings say about `rows` int32 [n] to `out` float32 [n]."""
+    """Adds the scores of a query's words for `rows` int32 [n] to `out` float32 [n]."""
     for word in range(words.positions.size):
         at = words.positions[word]
         if at < 0:
             continue
         start = postings.offsets[at]
-        held = postings.rows[start : postings.offsets[at + 1]]
+        holders = postings.rows[start : postings.offsets[at + 1]]
         for i in range(rows.size):
             if rows[i] < postings.stale.size and postings.stale[rows[i]]:
                 continue
-            place = np.searchsorted(held, rows[i])
-            if place < held.size and held[place] == rows[i]:
+            # The holders of a word ascend, so a few rows cost a few steps, however common the word.
+            place = np.searchsorted(holders, rows[i])
+            if place < holders.size and holders[place] == rows[i]:
                 out[i] += words.weights[word] * postings.impacts[start + place]
 
 
 def look_up_plain(postings: Postings, words: Words, rows: _I32, out: _F32) -> None:
-    """The plain twin of `look_up`."""
+    """Does the same as `look_up` in plain numpy, for tests to compare."""
     size = 1 + int(max(postings.rows.max(initial=-1), rows.max(initial=-1)))
     sums = np.zeros(size, np.float32)
     accumulate_plain(postings, words, sums, np.empty(size, np.int32), 0)
@@ -248,30 +258,34 @@ def look_up_plain(postings: Postings, words: Words, rows: _I32, out: _F32) -> No
 
 
 def _weigh(now: _Snapshot, tokens: _U32) -> tuple[Words, Words]:
-    """The first `MAX_QUERY_TOKENS` distinct words of a query, against both sets of postings."""
+    """Returns the first `MAX_QUERY_TOKENS` distinct words of a query, against both sets of postings."""
     distinct = np.array(list(dict.fromkeys(tokens.tolist()))[:MAX_QUERY_TOKENS], np.uint32)
     base_at, live_at = now.base.find(distinct), now.live.find(distinct)
     holders = now.base.holders(base_at) + now.live.holders(live_at)
+    # A changed item is counted in both sets until the next bundle; `minimum` keeps the rarity above 0 all the same.
     rarity = np.log1p((now.items - np.minimum(holders, now.items) + 0.5) / (holders + 0.5))
+    # No impact exceeds K1 + 1, so an item of all words scores at most 1.
     weights = (rarity / max(float(rarity.sum()) * (K1 + 1), 1e-9)).astype(np.float32)
     return Words(base_at, weights), Words(live_at, weights)
 
 
 def _bits(allowed: _BITMAP, rows: _I32) -> npt.NDArray[np.bool_]:
-    """Whether the bit of each row is set; rows behind the bitmap are not allowed; bool [n]."""
+    """Returns True for each row whose bit is set; rows past the bitmap are not allowed; bool [n]."""
+    # The byte behind the last stands for every row past the bitmap.
     bits = np.append(allowed, np.uint8(0))
-    of_rows: _BITMAP = (bits[np.minimum(rows >> 3, allowed.size)] >> (rows & 7).astype(np.uint8)) & np.uint8(1)
-    return of_rows.astype(np.bool_)
+    set_bits: _BITMAP = (bits[np.minimum(rows >> 3, allowed.size)] >> (rows & 7).astype(np.uint8)) & np.uint8(1)
+    return set_bits.astype(np.bool_)
 
 
 def _postings(rows: _I32, tokens: _U32, average: float) -> Postings:
-    """Builds postings from one entry per word met; int32 [n] and uint32 [n]."""
+    """Builds postings from one entry per occurrence of a word; int32 [n] and uint32 [n]."""
+    # Word above row in one integer: one sort orders the words, the items of each, and counts repeats.
     pairs = (tokens.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
     pairs, times = np.unique(pairs, return_counts=True)
-    held = (pairs & np.uint64(0xFFFFFFFF)).astype(np.int32)
+    holders = (pairs & np.uint64(0xFFFFFFFF)).astype(np.int32)
     words, starts = np.unique((pairs >> np.uint64(32)).astype(np.uint32), return_index=True)
     lengths = np.bincount(rows) if rows.size else np.zeros(0, np.int64)
-    length = lengths[held] / average
+    length = lengths[holders] / average
     impacts = times * (K1 + 1) / (times + K1 * (1 - B + B * length))
     offsets = np.append(starts, pairs.size).astype(np.int64)
-    return Postings(words, offsets, held, impacts.astype(np.float32), np.zeros(0, np.bool_))
+    return Postings(words, offsets, holders, impacts.astype(np.float32), np.zeros(0, np.bool_))

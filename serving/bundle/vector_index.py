@@ -1,8 +1,8 @@
 """The nearest items: those whose vectors have the largest inner product with a query.
 
 A small bundle is scanned whole, a larger one is searched with its FAISS index, and on a CUDA device each is scanned
-whole (`serving.bundle.device_scan`). The rows put since then are scanned. Each road only proposes:
-what leaves is scored again, pair by pair, so a score is the same whichever road found the item.
+whole (`serving.bundle.device_scan`). Rows put since the bundle was made are always scanned. Each way only proposes:
+the proposed rows are scored again, pair by pair, so a score is the same whichever way found the item.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 faiss: Any = _faiss
 
 SPARE = 0.5
-"""A quantised list orders its items roughly, so it proposes this share more than are wanted; export measured it so."""
+"""Share of rows that a quantised list proposes beyond those asked for, because it orders them roughly; as in export."""
 
 # A product of matrices rounds by position, so where scores are nearly equal a few more must be proposed.
 _ROUNDING = 16
 
-# So few rows are scored by the CPU before a device has been asked.
+# The CPU has scored so few rows before a device has answered.
 _FEW = 2048
 
 _F32 = npt.NDArray[np.float32]
@@ -41,7 +41,7 @@ _I32 = npt.NDArray[np.int32]
 
 
 class Index:
-    """Searches a catalogue by inner product; one thread per call, any number of calls at once."""
+    """Searches a catalogue by inner product; a call takes one thread, and any number of calls run at once."""
 
     def __init__(self, data: bytes, catalog: Catalog, device: Literal["cpu", "cuda"] = "cpu") -> None:
         """Takes an index as export wrote it.
@@ -49,8 +49,8 @@ class Index:
         Args:
             data: The verified bytes of `index.faiss`.
             catalog: The catalogue whose rows it indexes; rows it gains later are found too.
-            device: Where the bundle's rows are searched. The answers are the same but for what a FAISS index of lists
-                misses; a CUDA device misses nothing.
+            device: Device that searches the bundle's rows. The answers are the same but for the rows that a FAISS
+                index of lists misses; a CUDA device misses none.
 
         Raises:
             BundleError: The bytes are no index, or not of this catalogue's vectors.
@@ -67,21 +67,22 @@ class Index:
                 f"index.faiss: holds {facts.count} vectors of {facts.dim} numbers, the catalogue has "
                 f"{expected[0]} of {expected[1]}; export the run again"
             )
-        # A small index is not searched, but a bundle that contradicts itself is refused all the same.
+        # A small index is never searched, but a bundle that contradicts itself is refused all the same.
         if facts.vectors is not None and not np.array_equal(facts.vectors, catalog.columns.vectors[: expected[0]]):
             raise BundleError("index.faiss: holds other vectors than vectors.npy; export the run again")
         self._index = _parse(data)
         self._lists = facts.lists
+        # Only numbers of one byte are rough; an exact index or whole lists order their rows exactly.
         self._spare = SPARE if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
         self._device_scan = None if device == "cpu" else scan_on(device, catalog.columns.vectors[: expected[0]])
         self.device = device
 
     def search(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
-        """The best `k` rows of each query, best first, ties by row.
+        """Returns the best `k` rows of each query, best first, ties by row.
 
         Args:
             queries: float32 [B, D].
-            k: How many rows to return, at least 1; fewer come back where fewer are allowed.
+            k: Number of rows to return, at least 1; fewer if fewer are allowed.
             allowed: Rows that may be returned, one bit a row, lowest bit first; None allows every row.
 
         Returns:
@@ -91,7 +92,7 @@ class Index:
             ValueError: A query is not finite or has the wrong length, or `k` is less than 1.
         """
         queries = self._checked(queries, k)
-        # The size first: columns read after it are at least as new.
+        # The size first: the catalogue grows while this thread reads, and columns read later have room for all rows.
         size = self._catalog.size
         vectors = self._catalog.columns.vectors
         base = self._catalog.base_size
@@ -102,14 +103,15 @@ class Index:
             base_count = allowed_count(allowed, base)
         count = min(k, base_count + live.size)
         rows, scores = np.empty((len(queries), count), np.int32), np.empty((len(queries), count), np.float32)
-        found = self._propose(queries, min(k, base_count), base_count, allowed)
+        proposals = self._propose(queries, min(k, base_count), base_count, allowed)
         for at, query in enumerate(queries):
-            proposed = found[at][found[at] >= 0].astype(np.int32)
+            proposed = proposals[at][proposals[at] >= 0].astype(np.int32)
+            # Scored again, pair by pair: a score must not depend on the way, the batch or the other rows.
             rows[at], scores[at] = best(np.concatenate([proposed, live]), vectors, query, count)
         return rows, scores
 
     def score(self, query: _F32, rows: _I32) -> _F32:
-        """The inner product of `query` float32 [D] with each of `rows` int32 [n], as `search` scores them; float32 [n].
+        """Returns the scores of `rows` int32 [n] for `query` float32 [D], as `search` gives them; float32 [n].
 
         Raises:
             ValueError: The query is not finite or has the wrong length.
@@ -118,32 +120,34 @@ class Index:
         return dot_rows(self._catalog.columns.vectors, np.ascontiguousarray(rows, np.int32), query)
 
     def _propose(self, queries: _F32, k: int, count: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
-        """Rows of the bundle among which the best `k` of `count` allowed ones are, and -1; int64 [B, >= k]."""
+        """Returns rows of the bundle that hold the best `k` of `count` allowed ones, and -1; int64 [B, >= k]."""
         if k == 0:
             return np.empty((len(queries), 0), np.int64)
         if self._device_scan is not None:
             if allowed is not None and count <= _FEW:
-                return self._every(allowed, len(queries))
+                return self._all_allowed(allowed, len(queries))
             return self._device_scan.propose(queries, k, allowed)
         if not self._lists:
             return self._scan(queries, min(count, k + _ROUNDING), allowed)
-        # The fewer rows are allowed, the farther away the best of them lie, until to score them all costs less.
+        # The fewer rows are allowed, the farther from the query the best of them lie, and the more lists must be read
+        # to meet as many rows as export measured the recall with; in the end scoring every allowed row costs less.
         probes = math.ceil(self._index.nprobe * self._index.ntotal / count)
         if allowed is not None and probes >= self._lists:
-            return self._every(allowed, len(queries))
-        wide = min(count, k + math.ceil(k * self._spare))
-        found = self._ask(queries, wide, probes, allowed)
-        if (found[:, k - 1] < 0).any():
-            found = self._ask(queries, wide, self._lists, allowed)
-        return found
+            return self._all_allowed(allowed, len(queries))
+        depth = min(count, k + math.ceil(k * self._spare))
+        proposals = self._search_lists(queries, depth, probes, allowed)
+        # The lists near the query hold fewer than `k` allowed rows: rules can allow what lies far from the user.
+        if (proposals[:, k - 1] < 0).any():
+            proposals = self._search_lists(queries, depth, self._lists, allowed)
+        return proposals
 
-    def _every(self, allowed: Bitmap, lines: int) -> npt.NDArray[np.int64]:
-        """Every allowed row of the bundle, for each of `lines` queries."""
+    def _all_allowed(self, allowed: Bitmap, queries: int) -> npt.NDArray[np.int64]:
+        """Returns every allowed row of the bundle, for each of `queries`."""
         rows = allowed_rows(allowed, 0, self._catalog.base_size).astype(np.int64)
-        return np.broadcast_to(rows, (lines, rows.size))
+        return np.broadcast_to(rows, (queries, rows.size))
 
     def _scan(self, queries: _F32, k: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
-        """The best `k` of a small bundle: one matrix product, half the time of FAISS's own exact index."""
+        """Returns the best `k` of a small bundle: one matrix product, half the time of FAISS's own exact index."""
         base = self._catalog.base_size
         scores = queries @ self._catalog.columns.vectors[:base].T
         if allowed is not None:
@@ -152,13 +156,13 @@ class Index:
             return np.argpartition(scores, base - k, axis=1)[:, base - k :]
         return np.broadcast_to(np.arange(base), scores.shape)
 
-    def _ask(self, queries: _F32, k: int, probes: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
+    def _search_lists(self, queries: _F32, k: int, probes: int, allowed: Bitmap | None) -> npt.NDArray[np.int64]:
         # The number of threads belongs to the calling thread, so it is set by each call.
         faiss.omp_set_num_threads(1)
         selector = None if allowed is None else faiss.IDSelectorBitmap(np.ascontiguousarray(allowed))
         parameters = faiss.SearchParametersIVF(sel=selector, nprobe=min(probes, self._lists))
-        found: npt.NDArray[np.int64] = self._index.search(queries, k, params=parameters)[1]
-        return found
+        rows: npt.NDArray[np.int64] = self._index.search(queries, k, params=parameters)[1]
+        return rows
 
     def _checked(self, queries: _F32, k: int) -> _F32:
         queries = np.ascontiguousarray(queries, np.float32)
@@ -189,7 +193,7 @@ def scan_on(device: str, vectors: _F32) -> DeviceScan:
 
 
 def can_scan_on(device: str) -> bool:
-    """Returns True if `scan_on` can be asked: packages and device are there."""
+    """Returns True if `scan_on` finds its packages and the device."""
     try:
         from serving.bundle.device_scan import require
 
@@ -200,9 +204,10 @@ def can_scan_on(device: str) -> bool:
 
 
 def best(candidates: _I32, vectors: _F32, query: _F32, k: int) -> tuple[_I32, _F32]:
-    """The best `k` of `candidates` int32 [n], best first, ties by row: rows int32 [k], scores float32 [k]."""
+    """Returns the best `k` of `candidates` int32 [n], best first, ties by row: rows int32 [k], scores float32 [k]."""
     scores = dot_rows(vectors, candidates, query)
     if k < candidates.size:
+        # A partition costs less than sorting all. All that tie with the last place are kept, so that the row decides.
         cut = np.partition(scores, candidates.size - k)[candidates.size - k]
         keep = np.flatnonzero(scores >= cut)
         candidates, scores = candidates[keep], scores[keep]
@@ -211,7 +216,7 @@ def best(candidates: _I32, vectors: _F32, query: _F32, k: int) -> tuple[_I32, _F
 
 
 def exact_search(vectors: _F32, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
-    """The plain twin of `Index.search` over `vectors` float32 [N, D]: every allowed row is scored."""
+    """Scores every allowed row of `vectors` float32 [N, D]; the plain twin of `Index.search`."""
     size = len(vectors)
     rows = np.arange(size, dtype=np.int32) if allowed is None else allowed_rows(allowed, 0, size)
     pairs = [best(rows, vectors, query, min(k, rows.size)) for query in np.asarray(queries, np.float32)]
@@ -220,7 +225,7 @@ def exact_search(vectors: _F32, queries: _F32, k: int, allowed: Bitmap | None = 
 
 def _parse(data: bytes) -> Any:
     # No array inside the file can be larger than the file: a wrong length is refused before memory is taken for it.
-    # FAISS counts four bytes for each. The limits are the process's, so they are put back.
+    # FAISS counts four bytes for each element. The limits are the process's, so they are put back.
     limits = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
     faiss.set_deserialization_vector_byte_limit(4 * len(data) + 64)
     faiss.set_deserialization_loop_limit(len(data) + 64)

@@ -1,4 +1,4 @@
-"""Follows the catalogue: what was put is embedded, indexed and served by this worker, in the order of the log."""
+"""Follows the catalogue log: this worker embeds, indexes and serves the items that are put, in the order of the log."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from serving.engine.engine import EngineRef
 from serving.engine.warm_up import ITEM_BATCH
 from serving.errors import ServingError, Unavailable
 from serving.observability.outages import Outage
-from serving.pipeline.hydrators import CatalogProgress
-from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 
 _BLOCK_MS = 500
 _RETRY_S = 0.5
 _HEARTBEAT_S = 0.8
 _WORDS = frozenset(("title", "description", "categories"))
 """Fields that the words of an item are made of."""
+
 _CONTENT = _WORDS | {"creator_id", "price"}
 """Fields that its vector is made of."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -42,18 +43,18 @@ class CatalogSync:
         trouble: Why the catalogue is behind the log, empty where it is not.
     """
 
-    def __init__(self, host: EngineRef, log: CatalogLog, progress: CatalogProgress, workers: int = 1) -> None:
-        """Takes what is to follow which log, who is to know how far, and how many workers the service has."""
-        self._host, self._log, self._progress, self._workers = host, log, progress, workers
+    def __init__(self, engine_ref: EngineRef, log: CatalogLog, progress: CatalogProgress, workers: int = 1) -> None:
+        """Takes the engine to update, the log to follow, the progress to report, and the number of workers."""
+        self._engine_ref, self._log, self._progress, self._workers = engine_ref, log, progress, workers
         self._worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._deleted: set[int] = set()
         self._stop = threading.Event()
-        self._said = 0.0
+        self._reported_at = 0.0
         self.trouble = "it has not caught up with the log yet"
         self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
 
     def start(self) -> None:
-        """Catches up with the log, where that answers, then follows it in the background."""
+        """Catches up with the log, if it answers, then follows it in the background."""
         try:
             self.catch_up()
             self._log.applied(self._worker, self._progress.version)
@@ -70,7 +71,7 @@ class CatalogSync:
         Raises:
             CatalogLogUnavailable: The log does not answer.
         """
-        self._progress.reach(self._host.engine.bundle.manifest.catalog_version)
+        self._progress.reach(self._engine_ref.engine.bundle.manifest.catalog_version)
         while True:
             version, changes = self._log.tail(self._progress.version)
             self.apply(changes)
@@ -79,7 +80,7 @@ class CatalogSync:
                 return
 
     def stop(self) -> None:
-        """Stops following; nobody waits for this worker any more."""
+        """Stops following; no call waits for this worker any more."""
         self._stop.set()
         self._thread.join(2 * _BLOCK_MS / 1000)
         try:
@@ -88,23 +89,23 @@ class CatalogSync:
             _log.warning("the catalogue log forgets this worker by itself: %s", error)
 
     def step(self, block_ms: int) -> None:
-        """Applies what is new, waiting up to `block_ms` for it, and says how far this worker is.
+        """Applies new changes, waiting up to `block_ms` for them, and reports the version of this worker.
 
         Raises:
             Unavailable: The log does not answer.
         """
         version, changes = self._log.tail(self._progress.version, block_ms)
         if version < self._progress.version:
-            _log.warning("the catalogue log began anew at version %d", version)
+            _log.warning("the catalogue log began again at version %d", version)
         self.apply(changes)
         self._progress.reach(version)
         now = time.monotonic()
-        if changes or now - self._said > _HEARTBEAT_S:
+        if changes or now - self._reported_at > _HEARTBEAT_S:
             self._log.applied(self._worker, version)
-            self._said = now
+            self._reported_at = now
 
     def wait_everywhere(self, version: int, seconds: float) -> bool:
-        """Waits until this worker and every other live one has applied a version; False when one had not in time."""
+        """Waits until every live worker has applied a version; returns False if one has not in time."""
         end = time.monotonic() + seconds
         try:
             return self._progress.wait(version, seconds) and self._log.wait_all_applied(
@@ -120,11 +121,11 @@ class CatalogSync:
         return self._progress.version
 
     def wait(self, version: int, seconds: float) -> bool:
-        """Waits until this worker has applied a version; False if the time is over first."""
+        """Waits until this worker has applied a version; returns False if the time is over first."""
         return self._progress.wait(version, seconds)
 
     def knows(self, row: int) -> bool:
-        """Whether a row is an item of the catalogue, and was not deleted."""
+        """Returns True if a row is an item of the catalogue, and was not deleted."""
         return row >= 0 and row not in self._deleted
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -136,7 +137,7 @@ class CatalogSync:
                     self._put_or_skip(same[start : start + ITEM_BATCH], self._put if kind == "put" else self._patch)
             else:
                 for change in same:
-                    self._hide(change)
+                    self._set_available(change)
 
     def _run(self) -> None:
         outage = Outage(_log, "the catalogue is not followed")
@@ -151,7 +152,7 @@ class CatalogSync:
                 self.trouble = str(error)
                 outage.failed(error)
                 self._stop.wait(_RETRY_S)
-            except Exception as error:  # noqa: BLE001  a worker that stops following would show what is gone
+            except Exception as error:  # noqa: BLE001  a worker that stops following would show deleted items
                 self.trouble = f"{type(error).__name__}: {error}"
                 outage.failed(f"{error!r}; trying again", trace=error)
                 self._stop.wait(_RETRY_S)
@@ -159,7 +160,7 @@ class CatalogSync:
                 outage.works()
 
     def _put_or_skip(self, changes: Sequence[Change], put: Callable[[Sequence[Change]], None]) -> None:
-        """Puts or patches a batch; if that fails one by one, so that one bad item does not hold up the others."""
+        """Puts or patches a batch; if that fails, each item alone, so that a bad item does not hold up the others."""
         try:
             put(changes)
         except (PenchantError, ValueError, KeyError, TypeError) as error:
@@ -170,9 +171,10 @@ class CatalogSync:
                 self._put_or_skip([change], put)
 
     def _put(self, changes: Sequence[Change]) -> None:
-        engine = self._host.engine
+        engine = self._engine_ref.engine
+        # One call of the model for the batch, as a single item costs it almost as much.
         items: list[dict[str, Any]] = [json.loads(change.payload) for change in changes]
-        # The last of a batch that names an item twice counts.
+        # If a batch puts an item twice, the last one counts.
         items = list({item["item_id"]: item for item in items}.values())
         vectors = engine.model.encode_items(item_inputs(items, engine.shapes))
         rows = [
@@ -182,32 +184,33 @@ class CatalogSync:
         self._deleted.difference_update(rows)
 
     def _patch(self, changes: Sequence[Change]) -> None:
-        """Changes fields of items that are there; only what these fields tell is made again, words and vectors."""
-        engine = self._host.engine
+        """Changes fields of existing items; computes words and vectors again only if these fields are part of them."""
+        engine = self._engine_ref.engine
         patches: dict[str, dict[str, Any]] = {}
         for change in changes:
             patches.setdefault(change.item_id, {}).update(json.loads(change.payload))
         rows = engine.catalog.rows(list(patches)).tolist()
-        known = {row: fields for row, fields in zip(rows, patches.values(), strict=True) if self.knows(row)}
-        items = {row: engine.catalog.record(row) | fields for row, fields in known.items()}
-        vectors = self._vectors({row: item for row, item in items.items() if not _CONTENT.isdisjoint(known[row])})
-        for row, fields in known.items():
+        patched = {row: fields for row, fields in zip(rows, patches.values(), strict=True) if self.knows(row)}
+        items = {row: engine.catalog.record(row) | fields for row, fields in patched.items()}
+        vectors = self._vectors({row: item for row, item in items.items() if not _CONTENT.isdisjoint(patched[row])})
+        for row, fields in patched.items():
             engine.catalog.patch(row, fields, vectors.get(row, engine.catalog.columns.vectors[row]))
-        worded = [row for row, fields in known.items() if not _WORDS.isdisjoint(fields)]
+        worded = [row for row, fields in patched.items() if not _WORDS.isdisjoint(fields)]
         if worded:
             engine.lexical.put(worded, [text_tokens(item_text(items[row])) for row in worded])
 
     def _vectors(self, items: Mapping[int, Mapping[str, Any]]) -> dict[int, npt.NDArray[np.float32]]:
-        """The vectors by content of the live items among these, by row; a row of the bundle keeps its trained one."""
-        engine = self._host.engine
+        """Returns the vectors by content of the live items, by row; an item of the bundle keeps its trained vector."""
+        engine = self._engine_ref.engine
         live = [row for row in items if row >= engine.catalog.base_size]
         if not live:
             return {}
-        made = engine.model.encode_items(item_inputs([items[row] for row in live], engine.shapes))
-        return dict(zip(live, made, strict=True))
+        vectors = engine.model.encode_items(item_inputs([items[row] for row in live], engine.shapes))
+        return dict(zip(live, vectors, strict=True))
 
-    def _hide(self, change: Change) -> None:
-        engine = self._host.engine
+    def _set_available(self, change: Change) -> None:
+        """Applies a deletion or a change of availability."""
+        engine = self._engine_ref.engine
         row = int(engine.catalog.rows([change.item_id])[0])
         if not self.knows(row):
             return
@@ -216,5 +219,5 @@ class CatalogSync:
             engine.lexical.remove([row])
             self._deleted.add(row)
             return
-        said = json.loads(change.payload)
-        engine.catalog.set_available(row, said["available"], said["available_from"], said["available_until"])
+        window = json.loads(change.payload)
+        engine.catalog.set_available(row, window["available"], window["available_from"], window["available_until"])

@@ -52,7 +52,7 @@ def _name(status: int) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Reads a bundle part by part, and says on standard output which part comes next."""
+    """Reads a bundle part by part, and names on standard output the part that comes next."""
     logging.basicConfig(level=logging.ERROR)
     path, bundle_id = Path(arguments[0]), arguments[1]
     try:
@@ -64,17 +64,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
-    # Imported where they are needed: who only asks for a verdict has no use for models.
+    # Imported late: the process that only asks for a verdict has no use for models.
     from serving.bundle.golden import replay
     from serving.bundle.model import Model
+    from serving.bundle.tables import read_catalog
     from serving.bundle.vector_index import Index
-    from serving.engine.engine import bounded_memory, read_items
+    from serving.engine.engine import bounded_memory
 
     tell("manifest.json")
     bundle = open_bundle(path, bundle_id)
     with bounded_memory(bundle, "cpu"):
         tell("items.arrow")
-        catalog, _ = read_items(bundle)
+        catalog, _ = read_catalog(bundle)
         tell("index.faiss")
         index = Index(bundle.read("index.faiss"), catalog)
         model = Model(bundle, "cpu", tell)

@@ -1,4 +1,4 @@
-"""Answers made-up requests before anybody asks, so that no caller waits for a kernel to compile or for memory."""
+"""Answers made-up requests before the first call, so that no caller waits for a kernel to compile or for memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from features.catalog import Catalog
 from features.clock import now_ms
 from features.errors import PenchantError
 from features.keys import event_type_key, item_key
-from features.profile import RING, decode, empty, encode, pack_record
-from features.profile import Profile as Stored
+from features.profile import RING, Profile, empty
+from features.profile_codec import decode, encode
+from features.records import pack_record
 from features.transforms import ItemInputShapes, item_inputs, item_text
 from serving.bundle.model import Model, ModelError
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import Profile
-from serving.pipeline.query import Query
+from serving.pipeline.hydrators import ProfileHydrator
+from serving.pipeline.request import NO_ROWS, Request, Rows
 from serving.pipeline.runner import Pipeline
 
 ITEM_BATCH = 256
@@ -47,24 +48,27 @@ def warm_models(model: Model, shapes: ItemInputShapes, candidates: int) -> None:
     items = item_inputs([{"item_id": "", "title": "warm"}] * ITEM_BATCH, shapes)
     try:
         model.warm(items, candidates)
-    except ModelError as error:  # what is made up may be nothing that a model can answer
+    except ModelError as error:  # a model may refuse inputs that are made up
         _log.info("a model is not warm, so that its first call takes longer: %s", error)
 
 
 def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_types: Sequence[str]) -> None:
-    """Answers a request of each method for a made-up user; nothing of it is stored, logged or counted.
+    """Answers a request of each method for a made-up user; it is neither stored nor logged nor counted.
 
     Args:
         pipelines: The pipeline of each method.
         catalog: Its items.
-        event_types: Names of event types, one of which the user does after the other.
+        event_types: Names of event types, which the user has one after the other.
     """
     rows = np.arange(min(_ITEMS, catalog.size), dtype=np.int32)
     if not rows.size:
         return
     store = _OneProfile(catalog, rows.tolist(), event_types)
     for method, pipeline in pipelines.items():
-        hydrators = [part.reading(store) if isinstance(part, Profile) else part for part in pipeline.hydrators]
+        hydrators = [
+            hydrator.reading(store) if isinstance(hydrator, ProfileHydrator) else hydrator
+            for hydrator in pipeline.hydrators
+        ]
         quiet = dataclasses.replace(pipeline, hydrators=hydrators, side_effects=(), recorder=Telemetry())
         for explain in (False, True):
             try:
@@ -73,17 +77,21 @@ def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_ty
                 _log.info("%s is not warm, so that its first call takes longer: %s", method, error)
 
 
-def _request(method: str, catalog: Catalog, rows: np.ndarray[tuple[int], np.dtype[np.int32]], explain: bool) -> Query:
-    now = now_ms()
-    query = Query("warm", "u:warm", now, time.monotonic() + _PATIENCE_S, _ITEMS, method=method, explain=explain)
-    query.exclude = rows[:1]
-    if method == "search":
-        query.text = item_text(catalog.item(0))
-    elif method == "rank":
-        query.rows, query.upstream = rows, np.ones(rows.size, np.float32)
-    elif method == "similar":
-        query.seeds = rows[:1]
-    return query
+def _request(method: str, catalog: Catalog, rows: Rows, explain: bool) -> Request:
+    return Request(
+        request_id="warm",
+        subject="u:warm",
+        now_ms=now_ms(),
+        deadline=time.monotonic() + _PATIENCE_S,
+        page_size=_ITEMS,
+        method=method,
+        explain=explain,
+        exclude=rows[:1],
+        text=item_text(catalog.item(0)) if method == "search" else "",
+        rows=rows if method == "rank" else None,
+        upstream=np.ones(rows.size, np.float32) if method == "rank" else None,
+        seeds=rows[:1] if method == "similar" else NO_ROWS,
+    )
 
 
 class _OneProfile:
@@ -101,6 +109,6 @@ class _OneProfile:
                 stored = encode(decode(stored))
         self._stored = stored
 
-    def read(self, subject: str) -> Stored:
-        """Returns the profile, whoever is named."""
+    def read(self, subject: str) -> Profile:
+        """Returns the profile, whatever the subject."""
         return decode(self._stored)

@@ -1,7 +1,7 @@
 """`penchant recommend`: the same Pipeline over many users, for e-mail and other channels without a request.
 
-It is the service without a network: the same settings, bundle, stores, holdout and stages. What is in the file is
-logged like any slate, so that a channel can be measured: when the file is in its place, and not before.
+It is the service without a network: the same settings, bundle, stores, holdout and stages. The slates of the file are
+logged like any others, so that a channel can be measured: when the file is in its place, and not before.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from features.subjects import subject_of
 from features.tables.user_ids import read_users
 from serving.config import ServeConfig
 from serving.engine.catalog_sync import CatalogSync
-from serving.engine.engine import Dependencies, Engine, EngineRef, open_engine
+from serving.engine.engine import Engine, EngineRef, open_engine
+from serving.engine.pipelines import Dependencies
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ResourceExhausted
 from serving.experiments import Holdout
 from serving.jobs.batch_log import RUN, SlateFile, deliver, finish
 from serving.jobs.copies import register_made
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Query
+from serving.pipeline.request import Request
+from serving.pipeline.results import Slate
 from serving.pipeline.side_effects import SlateCollector
 from serving.privacy.ledger import Ledger
 from serving.privacy.replay import replay
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe
-from serving.stores.catalog_log import CatalogLog
+from serving.stores.catalog_log import CatalogLog, CatalogProgress
 from serving.stores.event_log import EventLog
 from serving.stores.meta import partitions_for, partitions_of
 from serving.stores.profiles import ProfileStore
@@ -52,7 +53,7 @@ ITEMS = 20
 """Items per user."""
 
 CHANNEL = "batch"
-"""Channel that slates are logged with where none is named."""
+"""Channel that slates are logged with by default."""
 
 SCHEMA = pa.schema(
     [
@@ -78,7 +79,7 @@ _LONGEST = 64
 
 @dataclass(frozen=True, slots=True)
 class _Service:
-    """What a worker of the service has, without its server."""
+    """The parts of a worker of the service that answer requests, without its server."""
 
     engine: Engine
     log: EventLog
@@ -87,8 +88,8 @@ class _Service:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What is asked for, the same for every user."""
+class _Feed:
+    """The settings of a feed, the same for every user."""
 
     items: int
     channel: str
@@ -107,7 +108,7 @@ def recommend(
     log: bool = True,
     fields: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Writes a feed for each user, the one that the service would answer now, then logs what it wrote.
+    """Writes a feed for each user, the one that the service would answer now, then logs the slates.
 
     Args:
         config: The settings of the service.
@@ -117,7 +118,7 @@ def recommend(
         items: Items per user.
         channel: Where the slates will be shown; logged with them.
         surface: Surface that is asked for; the ranker knows surfaces by their names.
-        log: Whether to log the slates; without, nothing can be measured by them.
+        log: Log the slates; without, nothing can be measured by them.
         fields: Fields of the items to write too, by their names in the contract: `title`, `attributes.image`. They are
             in the column `items`, a struct for each of `item_ids`.
 
@@ -131,110 +132,113 @@ def recommend(
         BundleError: The bundle is refused.
         ConfigError: The settings do not fit the stores, an item has no such field, or another process writes the
             same file.
-        Unavailable: A Redis does not answer. Nothing is written, as no user should get what was not meant for them;
+        Unavailable: A Redis does not answer. Nothing is written, as no user should get a feed that is not theirs;
             where the file is in its place already, the message says so, and the next run into it logs the rest.
         ResourceExhausted: The log is full; as above.
     """
     begun = time.monotonic()
+    feed = _feed(items, channel, surface, fields)
+    named, run = read_users(users), uuid.uuid4().hex
+    named.tell()
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(_opened(config))
+        facts: dict[str, Any] = {"finished": finish(out, service.log)}
+        slates = stack.enter_context(SlateFile(out, run))
+        part = out.with_name(f"{out.name}.part")
+        facts |= _write(service, named.ids, feed, part, run, slates if log and config.impressions else None)
+        slates.sync()
+        sync(part)
+        # Registered first: an output without a name in the certificates of later erasures would be worse than a name
+        # without an output.
+        register_made(Registry(service.log), "batch", out.absolute())
+        os.replace(part, out)
+        slates.due()
+        sync(out.parent)
+        facts["logged"], facts["not_logged"] = _delivered(slates.path, service.log, out)
+    facts["rejected"] = len(named.intake.rejected)
+    facts |= {"seconds": round(time.monotonic() - begun, 3), "bundle_id": service.engine.bundle_id, "out": str(out)}
+    return facts
+
+
+def _feed(items: int, channel: str, surface: str, fields: Sequence[str]) -> _Feed:
     for name, value in (("channel", channel), ("surface", surface)):
         if len(value.encode()) > _LONGEST:
             raise ConfigError(f"{name}: {value!r} has more than {_LONGEST} bytes; give a shorter name")
     for name in fields:
         if not is_field(name):
             raise ConfigError(f"fields: {no_field(name)}")
-    named, run = read_users(users), uuid.uuid4().hex
-    named.tell()
-    with contextlib.ExitStack() as stack:
-        service = stack.enter_context(_opened(config))
-        facts: dict[str, Any] = {"finished": finish(out, service.log)}
-        kept = stack.enter_context(SlateFile(out, run))
-        part = out.with_name(f"{out.name}.part")
-        logged = kept if log and config.impressions else None
-        facts |= _write(service, named.ids, _Asked(items, channel, surface, fields), part, run, logged)
-        kept.sync()
-        sync(part)
-        # Before it is there: an output without a name in the certificates of later erasures would be worse.
-        register_made(Registry(service.log), "batch", out.absolute())
-        os.replace(part, out)
-        kept.due()
-        sync(out.parent)
-        facts["logged"], facts["not_logged"] = _delivered(kept.path, service.log, out)
-    facts["rejected"] = len(named.intake.rejected)
-    facts |= {"seconds": round(time.monotonic() - begun, 3), "bundle_id": service.engine.bundle_id, "out": str(out)}
-    return facts
+    return _Feed(items, channel, surface, fields)
 
 
 def _write(
-    service: _Service, people: Sequence[str], asked: _Asked, part: Path, run: str, kept: SlateFile | None
+    service: _Service, users: Sequence[str], feed: _Feed, part: Path, run: str, slate_file: SlateFile | None
 ) -> dict[str, Any]:
-    """Answers everybody into a file; what `recommend` says of it."""
+    """Writes the answer of every user into a file; returns the counts that `recommend` reports."""
     console = Console(stderr=True)
-    shown = personal = held_out = 0
+    items = personal = held_out = 0
     rows: list[dict[str, Any]] = []
     schema = SCHEMA.with_metadata({RUN: run.encode()})
-    if asked.fields:
-        schema = schema.append(pa.field("items", pa.list_(arrow_type(asked.fields)), nullable=False))
+    if feed.fields:
+        schema = schema.append(pa.field("items", pa.list_(arrow_type(feed.fields)), nullable=False))
     with open_private(part) as sink, pq.ParquetWriter(sink, schema) as writer:
-        for place, person in enumerate(track(people, "answering", console=console, disable=not console.is_terminal)):
-            query, row = _answer(service, person, asked)
+        for place, user in enumerate(track(users, "answering", console=console, disable=not console.is_terminal)):
+            slate, row = _answer(service, user, feed)
             rows.append(row)
-            shown, personal = shown + len(row["item_ids"]), personal + (query.rung != "popular")
-            held_out += query.holdout
-            if len(rows) == _ROWS or place == len(people) - 1:
+            items, personal = items + len(row["item_ids"]), personal + (slate.rung != "popular")
+            held_out += slate.user.assignment.holdout
+            if len(rows) == _ROWS or place == len(users) - 1:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 slates = service.slates.take()
                 if len(slates) != len(rows):
                     raise AssertionError(f"{len(rows)} answers made {len(slates)} slates")
-                if kept:
-                    kept.write(slates)
+                if slate_file:
+                    slate_file.write(slates)
                 rows.clear()
     return {
-        "users": len(people),
-        "items_per_user": round(shown / max(len(people), 1), 2),
+        "users": len(users),
+        "items_per_user": round(items / max(len(users), 1), 2),
         "personal": personal,
         "held_out": held_out,
     }
 
 
-def _answer(service: _Service, person: str, asked: _Asked) -> tuple[Query, dict[str, Any]]:
-    """The answer to one user, and the row that tells it."""
-    engine, subject = service.engine, subject_of(person)
-    assignment = service.holdout.assign(subject)
-    query = Query(
+def _answer(service: _Service, user: str, feed: _Feed) -> tuple[Slate, dict[str, Any]]:
+    """Answers one user; returns the slate, and its row in the output."""
+    engine, subject = service.engine, subject_of(user)
+    request = Request(
         request_id=uuid.uuid4().hex,
         subject=subject,
         now_ms=now_ms(),
         deadline=time.monotonic() + _PATIENCE_S,
-        page_size=asked.items,
-        surface=asked.surface,
+        page_size=feed.items,
+        surface=feed.surface,
         method="recommend",
-        context={"channel": asked.channel} if asked.channel else {},
-        arm=assignment.arm,
-        holdout=assignment.holdout,
-        bucket=assignment.bucket,
+        context={"channel": feed.channel} if feed.channel else {},
+        assignment=service.holdout.assign(subject),
     )
-    slate = engine.pipelines["recommend"].run(query)
-    for part, reason in query.degraded:
+    slate = engine.pipelines["recommend"].run(request)
+    for part, reason in slate.degraded:
+        # Online, a popular feed is better than none; an e-mail can be sent later.
         if part == "PROFILE_STORE":
             raise ProfileStoreUnavailable(f"{reason}; nothing was written, run it again")
     row = {
-        "user_id": person,
+        "user_id": user,
         "item_ids": engine.catalog.ids(slate.rows),
         "scores": slate.scores,
-        "rung": query.rung,
-        "arm": query.arm,
-        "request_id": query.request_id,
-        "profile_version": query.profile.version if query.profile else 0,
+        "rung": slate.rung,
+        "arm": slate.user.assignment.arm,
+        "request_id": request.request_id,
+        "profile_version": slate.user.profile.version if slate.user.profile else 0,
         "bundle_id": engine.bundle_id,
-        "degraded": [part for part, _ in query.degraded],
+        "degraded": [part for part, _ in slate.degraded],
     }
-    if asked.fields:
-        row["items"] = values_of(engine.catalog, slate.rows, asked.fields)
-    return query, row
+    if feed.fields:
+        row["items"] = values_of(engine.catalog, slate.rows, feed.fields)
+    return slate, row
 
 
 def _delivered(path: Path, log: EventLog, out: Path) -> tuple[int, int]:
-    """Logs the slates of a file that is in its place."""
+    """Logs the slates of an output that is in its place."""
     try:
         return deliver(path, log)
     except (EventLogUnavailable, ResourceExhausted) as error:
@@ -246,7 +250,7 @@ def _delivered(path: Path, log: EventLog, out: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(config: ServeConfig) -> Iterator[_Service]:
-    """What a worker has, with the live catalogue as it is now."""
+    """Opens the parts of a worker, with the live catalogue as it is now."""
     with contextlib.ExitStack() as stack:
         redis_url, events_redis_url = config.redis, config.events_redis or config.redis
         if redis_url == "embedded":
@@ -255,7 +259,7 @@ def _opened(config: ServeConfig) -> Iterator[_Service]:
             events_redis_url = stack.enter_context(RedisServer(config.state_dir, "events")).url
         profiles = stack.enter_context(connect(redis_url, _TIMEOUT_S))
         events = stack.enter_context(connect(events_redis_url, _TIMEOUT_S))
-        # A log in another place would make everybody new, and a number of partitions that is not theirs as well.
+        # With a log in another place, or another number of partitions, every user would be new.
         partitions_of(events)
         partitions = partitions_for(events, config.partitions if "partitions" in config.model_fields_set else None)
         config = config.model_copy(update={"partitions": partitions})

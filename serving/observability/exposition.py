@@ -1,7 +1,8 @@
-"""The metrics of a service in the words of Prometheus: each name with its type, labels and meaning, in one table.
+"""The metrics of a service for Prometheus: each name with its type, labels and meaning, in one table.
 
-`FAMILIES` is what docs/metrics.md is made from. No label holds a word of a request: methods, codes, rungs, stages and
-parts are names of the code, and surfaces come from a list (`RequestObserver`).
+docs/metrics.md is made from `FAMILIES`. Code counts under the name of a family without `penchant_`, see `Telemetry`. No
+label holds a word of a request: methods, codes, rungs, stages and parts are names of the code, and surfaces come from a
+list (`RequestObserver`).
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from prometheus_client.registry import Collector
 from serving.observability.telemetry import BUCKETS, bucket_limit
 
 OTHER = "other"
-"""Label of what has no label of its own."""
+"""Label of all values without a label of their own."""
 
 
 class Family(NamedTuple):
-    """A metric.
+    """A metric family.
 
     Attributes:
-        name: Its name, that of a counter without `_total`.
-        kind: Its type.
-        help: Its meaning, with the unit.
-        labels: Names of its labels.
+        name: Name of the family, that of a counter without `_total`.
+        kind: Type of the family.
+        help: Meaning, with the unit.
+        labels: Names of the labels.
     """
 
     name: str
@@ -56,8 +57,8 @@ FAMILIES = (
     Family(
         "penchant_requests", "counter", "Requests that ended, by how they ended.", ("method", "code", "surface", "rung")
     ),
-    Family("penchant_request_duration_seconds", "histogram", "Time in the service of a request.", ("method",)),
-    Family("penchant_requests_in_flight", "gauge", "Requests in hand, the waiting ones included.", _PROCESS),
+    Family("penchant_request_seconds", "histogram", "Time from the message of a request to its response.", ("method",)),
+    Family("penchant_requests_in_flight", "gauge", "Requests in progress, the waiting ones included.", _PROCESS),
     Family("penchant_requests_waiting", "gauge", "Rankings that wait for others to finish.", _PROCESS),
     Family(
         "penchant_requests_refused",
@@ -65,13 +66,13 @@ FAMILIES = (
         "Requests refused before any work: `busy`, no `token`, or a `message` that is missing or late.",
         ("reason",),
     ),
-    Family("penchant_stage_duration_seconds", "histogram", "Time of one stage of a ranking.", ("stage",)),
+    Family("penchant_stage_seconds", "histogram", "Time of one stage of a ranking.", ("stage",)),
     Family("penchant_stage_failures", "counter", "Stages that failed while the ranking went on.", ("stage",)),
-    Family("penchant_degraded", "counter", "Parts that answers went out without.", ("part",)),
+    Family("penchant_degraded", "counter", "Parts that responses had to do without.", ("part",)),
     Family("penchant_events", "counter", "Events of `Ingest`: `taken` or `refused`.", ("result",)),
-    Family("penchant_events_unknown_item", "counter", "Events taken whose item the catalogue does not know."),
+    Family("penchant_events_unknown_item", "counter", "Events taken whose item the catalogue does not have."),
     Family("penchant_events_odd_type", "counter", "Events taken whose type only looks like a documented one."),
-    Family("penchant_events_applied_later", "counter", "Events taken that only the projector brings into profiles."),
+    Family("penchant_events_applied_later", "counter", "Events taken that only the projector applies to profiles."),
     Family(
         "penchant_slates",
         "counter",
@@ -80,69 +81,51 @@ FAMILIES = (
     ),
     Family("penchant_slates_waiting", "gauge", "Slates that wait to be written to the log.", _PROCESS),
     Family("penchant_profiles_corrupt", "counter", "Reads and writes of a profile that is damaged."),
-    Family("penchant_projector_events", "counter", "Events that the projector was the first to bring into a profile."),
+    Family("penchant_projector_events", "counter", "Events that the projector was the first to apply to a profile."),
     Family("penchant_projector_damaged", "counter", "Events that the projector could not read."),
-    Family("penchant_projector_profiles", "counter", "Profiles `compacted`, `dropped` or `returned`.", ("action",)),
+    Family("penchant_projector_profiles", "counter", "Profiles `compacted`, `evicted` or `restored`.", ("action",)),
     Family("penchant_warehouse_rows", "counter", "Rows written to Parquet.", ("table",)),
     Family("penchant_warehouse_damaged", "counter", "Entries of the log that the warehouse could not read."),
     Family("penchant_warehouse_erased", "counter", "Rows removed from Parquet by erasures."),
-    Family("penchant_other", "counter", "Whatever else is counted, by its name in the code.", ("name",)),
     Family("penchant_log_lag_entries", "gauge", "Entries that a reader of the log has not acknowledged.", _LAG),
-    Family("penchant_log_lag_seconds", "gauge", "Age of the oldest of them; 0 where there is none.", _LAG),
+    Family("penchant_log_lag_seconds", "gauge", "Age of the oldest such entry; 0 if there is none.", _LAG),
     Family("penchant_log_entries", "gauge", "Entries that a stream of the log holds.", _LOG),
     Family("penchant_log_bytes", "gauge", "Memory of a stream of the log, by an estimate of Redis.", _LOG),
     Family("penchant_catalog_version", "gauge", "Version of the catalogue that a worker answers from.", _PROCESS),
     Family("penchant_catalog_lag_versions", "gauge", "Versions that a worker is behind the catalogue log.", _PROCESS),
     Family(
-        "penchant_catalog_lag_seconds", "gauge", "Time since scrapes first saw it behind; 0 if it is not.", _PROCESS
+        "penchant_catalog_lag_seconds",
+        "gauge",
+        "Time since a scrape first saw it behind, else 0.",
+        _PROCESS,
     ),
-    Family("penchant_redis_up", "gauge", "1 where the Redis of a store answers, else 0.", ("store",)),
+    Family("penchant_redis_up", "gauge", "1 if the Redis of a store answers, else 0.", ("store",)),
     Family("penchant_redis_memory_bytes", "gauge", "Memory that Redis uses, all its nodes together.", ("store",)),
     Family("penchant_redis_data_bytes", "gauge", "Memory of its data, without buffers and overhead.", ("store",)),
-    Family("penchant_redis_aof_bytes", "gauge", "Size of its append-only file.", ("store",)),
-    Family("penchant_process_up", "gauge", "1 where a process of the service answered this scrape, else 0.", _PROCESS),
-    Family("penchant_process_restarts", "counter", "Times that a process was started again.", _PROCESS),
-    Family("penchant_process_start_time_seconds", "gauge", "When it started, seconds since 1970.", _PROCESS),
-    Family("penchant_process_cpu_seconds", "counter", "Processor time of it.", (*_PROCESS, "mode")),
-    Family("penchant_process_resident_memory_bytes", "gauge", "Memory of it, that of shared files included.", _PROCESS),
-    Family("penchant_process_threads", "gauge", "Threads of it.", _PROCESS),
-    Family("penchant_process_open_fds", "gauge", "Files and connections that it has open.", _PROCESS),
-    Family("penchant_process_max_fds", "gauge", "Most that it may have open.", _PROCESS),
-    Family("penchant_process_gc_collections", "counter", "Garbage collections of it.", (*_PROCESS, "generation")),
+    Family("penchant_redis_aof_bytes", "gauge", "Size of the append-only files of Redis.", ("store",)),
+    Family("penchant_process_up", "gauge", "1 if a process of the service answered this scrape, else 0.", _PROCESS),
+    Family("penchant_process_restarts", "counter", "Number of restarts of a process.", _PROCESS),
+    Family("penchant_process_start_time_seconds", "gauge", "Start of the process, seconds since 1970.", _PROCESS),
+    Family("penchant_process_cpu_seconds", "counter", "Processor time of the process.", (*_PROCESS, "mode")),
     Family(
-        "penchant_build", "info", "Version of Penchant and id of the bundle; its value is 1.", ("version", "bundle_id")
+        "penchant_process_resident_memory_bytes",
+        "gauge",
+        "Memory, that of shared files included.",
+        _PROCESS,
+    ),
+    Family("penchant_process_threads", "gauge", "Threads of the process.", _PROCESS),
+    Family("penchant_process_open_fds", "gauge", "Open files and connections of the process.", _PROCESS),
+    Family("penchant_process_max_fds", "gauge", "Most files and connections that it may open.", _PROCESS),
+    Family("penchant_process_gc_collections", "counter", "Its garbage collections.", (*_PROCESS, "generation")),
+    Family(
+        "penchant_build", "info", "Version of Penchant and id of the bundle; the value is 1.", ("version", "bundle_id")
     ),
 )
-
-_COUNTERS: Mapping[str, tuple[str, ...]] = {
-    "request": ("penchant_requests",),
-    "degraded": ("penchant_degraded",),
-    "events.taken": ("penchant_events", "taken"),
-    "events.refused": ("penchant_events", "refused"),
-    "events.unknown_item": ("penchant_events_unknown_item",),
-    "events.odd_type": ("penchant_events_odd_type",),
-    "events.applied_later": ("penchant_events_applied_later",),
-    "impressions.written": ("penchant_slates", "written"),
-    "impressions.dropped": ("penchant_slates", "dropped"),
-    "impressions.left_out": ("penchant_slates", "left_out"),
-    "profile_corrupt": ("penchant_profiles_corrupt",),
-    "events_projected": ("penchant_projector_events",),
-    "events_damaged": ("penchant_projector_damaged",),
-    "profiles_compacted": ("penchant_projector_profiles", "compacted"),
-    "profiles_evicted": ("penchant_projector_profiles", "evicted"),
-    "profiles_restored": ("penchant_projector_profiles", "restored"),
-    "warehouse_events": ("penchant_warehouse_rows", "events"),
-    "warehouse_impressions": ("penchant_warehouse_rows", "impressions"),
-    "warehouse_damaged": ("penchant_warehouse_damaged",),
-    "warehouse_erased": ("penchant_warehouse_erased",),
-}
-_PREFIXES: Mapping[str, str] = {"failed.": "penchant_stage_failures", "refused.": "penchant_requests_refused"}
-"""Families of counters whose names end with the value of the label."""
 
 _GAUGES: Mapping[str, str] = {
     name: f"penchant_{name}" for name in ("requests_in_flight", "requests_waiting", "slates_waiting", "catalog_version")
 }
-_FIGURES: Mapping[str, str] = {
+_STATS: Mapping[str, str] = {
     "started": "penchant_process_start_time_seconds",
     "rss_bytes": "penchant_process_resident_memory_bytes",
     "threads": "penchant_process_threads",
@@ -150,7 +133,7 @@ _FIGURES: Mapping[str, str] = {
     "max_fds": "penchant_process_max_fds",
 }
 _FIRST_POWER, _LAST_POWER = 4, 24
-"""Buckets of the exposition: powers of two from 16 us to 17 s."""
+"""Buckets of the exposition: powers of two from 16 us to 17 s, as percentiles need no finer ones there."""
 
 
 @dataclass(slots=True)
@@ -158,59 +141,52 @@ class ProcessState:
     """One process of the service.
 
     Attributes:
-        name: Its name, such as "worker 0"; its role is the first word.
-        up: It answered.
-        restarts: Times that it was started again.
-        figures: Those of `process_stats`; empty before it first answered.
+        name: Name of the process, such as "worker 0"; its role is the first word.
+        is_up: The process answered.
+        restarts: Number of its restarts.
+        stats: Values of `process_stats`; empty before its first answer.
         gauges: Its gauges.
     """
 
     name: str
-    up: bool
+    is_up: bool
     restarts: int = 0
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    stats: Mapping[str, Any] = field(default_factory=dict)
     gauges: Mapping[str, float] = field(default_factory=dict)
 
 
 Sample = tuple[str, tuple[str, ...], Any]
-"""Name of a family, values of its labels, and a number, or the cells of a histogram."""
+"""Name of a family, values of its labels, and a number or the cells of a histogram."""
 
 
 def counter_samples(counts: Mapping[tuple[str, ...], int]) -> Iterable[Sample]:
-    """Yields the samples of the counters of `Telemetry`; of one without a family, `penchant_other_total`."""
+    """Yields the samples of the counters of `Telemetry`."""
     for (name, *labels), n in counts.items():
-        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-        if name in _COUNTERS:
-            family, *fixed = _COUNTERS[name]
-            yield family, (*fixed, *labels), n
-        elif prefix:
-            yield _PREFIXES[prefix], (name.removeprefix(prefix),), n
-        else:
-            yield "penchant_other", (".".join((name, *labels)),), n
+        yield f"penchant_{name}", tuple(labels), n
 
 
 def time_samples(times: Mapping[tuple[str, ...], Sequence[int]]) -> Iterable[Sample]:
     """Yields the samples of the histograms of `Telemetry`: cells per bucket, then the sum in microseconds."""
     for (name, *labels), cells in times.items():
-        if name == "request":
-            yield "penchant_request_duration_seconds", tuple(labels), cells
-        else:
-            yield "penchant_stage_duration_seconds", (name,), cells
+        if labels:
+            yield f"penchant_{name}", tuple(labels), cells
+        else:  # a stage has no labels: its name is the label
+            yield "penchant_stage_seconds", (name,), cells
 
 
 def process_samples(process: ProcessState) -> Iterable[Sample]:
     """Yields the samples of one process."""
     labels = (process.name, process.name.partition(" ")[0])
-    yield "penchant_process_up", labels, int(process.up)
+    yield "penchant_process_up", labels, int(process.is_up)
     yield "penchant_process_restarts", labels, process.restarts
     for name, value in process.gauges.items():
         yield _GAUGES[name], labels, value
-    for name, family in _FIGURES.items():
-        if name in process.figures:
-            yield family, labels, process.figures[name]
-    for mode, seconds in process.figures.get("cpu_seconds", {}).items():
+    for name, family in _STATS.items():
+        if name in process.stats:
+            yield family, labels, process.stats[name]
+    for mode, seconds in process.stats.get("cpu_seconds", {}).items():
         yield "penchant_process_cpu_seconds", (*labels, mode), seconds
-    for generation, count in process.figures.get("gc_collections", {}).items():
+    for generation, count in process.stats.get("gc_collections", {}).items():
         yield "penchant_process_gc_collections", (*labels, generation), count
 
 
@@ -225,8 +201,8 @@ def rendered(samples: Iterable[Sample], accept: str = "") -> tuple[bytes, str]:
 def markdown() -> str:
     """Returns the table of docs/metrics.md."""
     rows = [
-        f"| `{one.shown}` | {one.kind} | {', '.join(f'`{label}`' for label in one.labels)} | {one.help} |\n"
-        for one in FAMILIES
+        f"| `{family.shown}` | {family.kind} | {', '.join(f'`{label}`' for label in family.labels)} | {family.help} |\n"
+        for family in FAMILIES
     ]
     return "| name | type | labels | meaning |\n| --- | --- | --- | --- |\n" + "".join(rows)
 
@@ -237,9 +213,7 @@ class _Collector(Collector):
     def __init__(self, samples: Iterable[Sample]) -> None:
         self._samples: dict[str, dict[tuple[str, ...], Any]] = {}
         for name, labels, value in samples:
-            own = self._samples.setdefault(name, {})
-            # Several counters may come to the same labels.
-            own[labels] = own[labels] + value if labels in own else value
+            self._samples.setdefault(name, {})[labels] = value
 
     def collect(self) -> Iterable[Metric]:
         for family in FAMILIES:

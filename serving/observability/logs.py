@@ -1,8 +1,8 @@
-"""The log of every process of a service: lines of text for people who read it, or of JSON for what collects it.
+"""The log of every process of a service: lines of text for human readers, or of JSON for log collectors.
 
 A line of JSON is one object: `time` (RFC 3339, UTC), `level`, `logger`, `role`, `worker` (its number), `pid`,
-`message`, and where there is one `exception`; lines about a request have `request_id`, those of the access log also
-`method`, `code`, `ms`, `surface` and `rung`. No line holds an id of a user, a token or words searched for.
+`message`, and `exception` if there is one; lines about a request have `request_id`, those of the access log also
+`method`, `code`, `ms`, `surface` and `rung`. No line holds the id of a user, a token or a query.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _numbers = count(1)
 def configure(log_format: LogFormat, role: str, worker: int | None = None) -> None:
     """Sets up the log of this process, on standard error, unless it was set up before.
 
-    With JSON, warnings and exceptions that nothing catches are lines of it as well.
+    With JSON, warnings and uncaught exceptions are lines of it as well.
 
     Args:
         log_format: The format.
@@ -49,7 +49,7 @@ def configure(log_format: LogFormat, role: str, worker: int | None = None) -> No
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(role, worker) if log_format == "json" else logging.Formatter(TEXT_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # It tells at length which processor features it tries.
+    # FAISS logs each processor feature that it tries.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     if log_format == "json":
         logging.captureWarnings(True)
@@ -58,7 +58,7 @@ def configure(log_format: LogFormat, role: str, worker: int | None = None) -> No
 
 
 class JsonFormatter(logging.Formatter):
-    """Makes one line of JSON of a record."""
+    """Formats a record as one line of JSON."""
 
     def __init__(self, role: str, worker: int | None = None) -> None:
         super().__init__()
@@ -84,14 +84,14 @@ class JsonFormatter(logging.Formatter):
             line["exception"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
         if record.stack_info:
             line["stack"] = record.stack_info
-        # Escaped, so that no sign in a message can end the line or drive a terminal.
+        # Escaped, so that no character of a message can end the line or control a terminal.
         return json.dumps(line, default=str)
 
 
 def request_id_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """Returns the id that a caller gave its request in `x-request-id`, else a new one.
 
-    One that is longer than 128 characters or holds others than letters, digits and `._:/+=-` is not taken over.
+    An id of more than 128 characters, or of others than letters, digits and `._:/+=-`, is replaced by a new one.
     """
     for name, value in metadata:
         if name == REQUEST_ID_HEADER and isinstance(value, str) and _GIVEN_ID.fullmatch(value):
@@ -100,14 +100,14 @@ def request_id_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
 
 
 def begin_request(request_id: str) -> None:
-    """Puts the id on every line that this thread or task logs from now on; "" on none."""
+    """Adds the id to every line that this thread or task logs from now on; "" to none."""
     _request_id.set(request_id)
 
 
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except (TypeError, ValueError):  # arguments that do not fit the text: what there is says more than nothing
+    except (TypeError, ValueError):  # arguments that do not fit the text: both as they are help more than none
         return f"{record.msg} {record.args}"
 
 
@@ -121,5 +121,5 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 def _uncaught_in_thread(caught: threading.ExceptHookArgs) -> None:
     if caught.exc_value is not None and not issubclass(caught.exc_type, SystemExit):
         name = caught.thread.name if caught.thread else "?"
-        told = (caught.exc_type, caught.exc_value, caught.exc_traceback)
-        logging.getLogger(__name__).critical("uncaught exception in thread %s", name, exc_info=told)
+        exc_info = (caught.exc_type, caught.exc_value, caught.exc_traceback)
+        logging.getLogger(__name__).critical("uncaught exception in thread %s", name, exc_info=exc_info)

@@ -1,4 +1,4 @@
-"""How a request ended: counted, timed, and a line of the access log, in one call."""
+"""Records the end of a request: a count, a duration and a line of the access log, in one call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.observability.telemetry import Telemetry
 AccessLog = Literal["off", "errors", "all"]
 
 OTHER = "other"
-"""Surface of a request that names none of the listed ones."""
+"""Label of a request whose surface is not listed."""
 
 ERRORS_S = 60.0
 """Shortest time between two lines about the same code of the same method, in seconds; with `errors`."""
@@ -25,7 +25,7 @@ _log = logging.getLogger("penchant.access")
 
 
 class RequestObserver:
-    """Takes note of every request at its end; any thread may call it."""
+    """Records every request at its end; any thread may call it."""
 
     def __init__(
         self,
@@ -34,14 +34,15 @@ class RequestObserver:
         surfaces: Collection[str] = (),
         errors_s: float = ERRORS_S,
     ) -> None:
-        """Says where the numbers go, and which lines are written.
+        """Sets the counters and the lines of the log.
 
         Args:
             telemetry: Counts requests by method, code, surface and rung, and times them by method.
             access_log: Lines for no request, for those that fail, or for all of them. Of failures the first line of
                 each method and code is written at once; those of the next minute are counted in the line after it, so
                 that a dependency that is down does not fill the log. `_OUTAGE_CODES` count as one failure.
-            surfaces: Names of surfaces that may become labels. All others are "other", for callers choose them.
+            surfaces: Names of surfaces that may become labels. All others are "other": callers choose the names,
+                and each label costs memory for ever.
             errors_s: Time between two lines about the same failure.
         """
         self._telemetry, self._access_log, self._errors_s = telemetry, access_log, errors_s
@@ -52,43 +53,43 @@ class RequestObserver:
     def observe(
         self, method: str, code: str, seconds: float, surface: str = "", rung: str = "", request_id: str = ""
     ) -> None:
-        """Takes note of a request that ended.
+        """Records a request that ended.
 
         Args:
-            method: Its name in the contract.
-            code: Name of its status: "OK", "INVALID_ARGUMENT", ...
+            method: Name of the method in the contract.
+            code: Name of the gRPC status: "OK", "INVALID_ARGUMENT", ...
             seconds: Time from its message to its answer.
-            surface: The surface that it named.
-            rung: The level of personalisation that served; "" where there is none.
-            request_id: Its id.
+            surface: The surface of the request.
+            rung: The rung of the slate; "" if there is none.
+            request_id: Id of the request.
         """
         surface = surface if surface in self._surfaces else OTHER
-        self._telemetry.count(("request", method, code, surface, rung))
-        self._telemetry.stage(("request", method), int(seconds * 1e6))
+        self._telemetry.count(("requests", method, code, surface, rung))
+        self._telemetry.stage(("request_seconds", method), int(seconds * 1e6))
         if self._access_log == "all":
             self._write(method, code, seconds, surface=surface, rung=rung, request_id=request_id)
         elif code != "OK" and self._access_log == "errors":
-            more = self._failed(method, code)
-            if more is not None:
-                self._write(method, code, seconds, more, surface=surface, rung=rung, request_id=request_id)
+            unlogged = self._failed(method, code)
+            if unlogged is not None:
+                self._write(method, code, seconds, unlogged, surface=surface, rung=rung, request_id=request_id)
 
     def _failed(self, method: str, code: str) -> int | None:
-        """Returns the number of such failures since the last line about one; None where this one gets no line."""
+        """Returns the number of such failures since the last line about one; None if this failure gets no line."""
         now = time.monotonic()
-        # A Redis that is down fails every method alike, and some of their retries for want of time.
+        # A Redis that is down fails every method alike, and some of their retries run out of time.
         key = ("", "UNAVAILABLE") if code in _OUTAGE_CODES else (method, code)
         with self._lock:
-            last, silent = self._failures.get(key, (-self._errors_s, 0))
-            if now - last < self._errors_s:
-                self._failures[key] = last, silent + 1
+            logged_at, unlogged = self._failures.get(key, (-self._errors_s, 0))
+            if now - logged_at < self._errors_s:
+                self._failures[key] = logged_at, unlogged + 1
                 return None
             self._failures[key] = now, 0
-            return silent
+            return unlogged
 
-    def _write(self, method: str, code: str, seconds: float, more: int = 0, **fields: Any) -> None:
+    def _write(self, method: str, code: str, seconds: float, unlogged: int = 0, **fields: Any) -> None:
         ms = round(seconds * 1000, 3)
         words = "".join(f" {name}={value}" for name, value in fields.items() if value)
-        repeated = f" (and {more} more since the last such line)" if more else ""
+        repeated = f" (and {unlogged} more since the last such line)" if unlogged else ""
         level = logging.INFO if code == "OK" else logging.WARNING
         extra = {"method": method, "code": code, "ms": ms, **{name: value for name, value in fields.items() if value}}
         _log.log(level, "%s %s %.3f ms%s%s", method, code, ms, words, repeated, extra=extra)

@@ -1,7 +1,7 @@
-"""What a process of the service tells its supervisor about itself: its counters and figures, whenever it is asked.
+"""Reports counters and statistics of a process to its supervisor, on request.
 
-They talk over a socket pair that the child inherits. Every byte that comes is a question, and its answer is one line
-of JSON. A process that is gone has closed its end, so that no answer can be taken for that of another one.
+The two share a socket pair, of which the process inherits one end. Every byte that comes is a request, and a report is
+one line of JSON. The end of a process closes its socket, so no report can be mistaken for that of its successor.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import threading
 from serving.observability.process_stats import process_stats
 from serving.observability.telemetry import Telemetry
 
-QUESTION = b"?"
+REPORT_REQUEST = b"?"
 
 
 def report(fd: int, telemetry: Telemetry) -> None:
-    """Answers the supervisor from a thread of its own, until the supervisor is gone.
+    """Answers the supervisor in a thread of its own, until the supervisor is gone.
 
     Args:
-        fd: File descriptor of the child's end of the pair.
-        telemetry: What to report.
+        fd: File descriptor of the process's end of the pair.
+        telemetry: The counts of the process.
     """
     connection = socket.socket(fileno=fd)
     connection.set_inheritable(False)
@@ -32,7 +32,7 @@ def _answer(connection: socket.socket, telemetry: Telemetry) -> None:
     with connection:
         try:
             while connection.recv(1):
-                answer = {"telemetry": telemetry.snapshot(), "figures": process_stats()}
-                connection.sendall(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
+                reply = {"telemetry": telemetry.snapshot(), "stats": process_stats()}
+                connection.sendall(json.dumps(reply, separators=(",", ":")).encode() + b"\n")
         except OSError:
             return  # the supervisor is gone, and this process is about to stop

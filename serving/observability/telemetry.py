@@ -1,7 +1,7 @@
 """Counters, latency histograms and gauges, cheap enough to be always on.
 
 Each thread counts in dictionaries of its own, so the hot path takes no lock and loses nothing; a reader adds them up.
-What a thread counted that has ended is added to one total, so that threads that come and go leave nothing behind.
+The counts of threads that have ended are added to one total, so that short-lived threads leave nothing behind.
 A histogram has eight buckets per power of two microseconds: percentiles are right to 12.5 %.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 BUCKETS = 256
 
 Key = str | tuple[str, ...]
-"""Name of a counter or a histogram; the parts of a tuple behind the first one are values of labels."""
+"""Name of a counter or a histogram: that of its family in `exposition` without `penchant_`, then values of labels."""
 
 
 def bucket_of(microseconds: int) -> int:
@@ -36,13 +36,13 @@ def bucket_limit(index: int) -> int:
 
 
 class _Alive:
-    """Lives as long as the thread that it was made in."""
+    """Lives as long as its thread: the end of the thread drops the last reference."""
 
     __slots__ = ("__weakref__",)
 
 
 class _Shard:
-    """What one thread counted."""
+    """The counts of one thread."""
 
     __slots__ = ("alive", "counts", "times")
 
@@ -51,18 +51,19 @@ class _Shard:
         self.times: dict[Key, list[int]] = {}
         self.alive = alive
 
-    def add(self, other: _Shard) -> None:
-        """Adds what another one counted, which its thread may be writing to."""
-        for key, n in other.counts.copy().items():
+    def add(self, shard: _Shard) -> None:
+        """Adds the counts of another shard, while its thread may write to it."""
+        # A copy is one step under the interpreter's lock; a loop over the dictionary itself could see it grow.
+        for key, n in shard.counts.copy().items():
             self.counts[key] = self.counts.get(key, 0) + n
-        for key, cells in other.times.copy().items():
+        for key, cells in shard.times.copy().items():
             total = self.times.setdefault(key, [0] * (BUCKETS + 1))
             for index, cell in enumerate(cells):
                 total[index] += cell
 
 
 class _Local(threading.local):
-    """The shard of the thread that looks."""
+    """The shard of the current thread."""
 
     def __init__(self, enter: Callable[[_Shard], None]) -> None:
         self.alive = _Alive()
@@ -87,7 +88,7 @@ class Telemetry:
         counts[name] = counts.get(name, 0) + n
 
     def stage(self, name: Key, microseconds: int) -> None:
-        """Adds one duration to a histogram; its last cell is the sum."""
+        """Adds one duration to a histogram, whose last cell is the sum; a name without labels is that of a stage."""
         times = self._local.times
         try:
             cells = times[name]
@@ -106,10 +107,10 @@ class Telemetry:
 
     def failure(self, name: str) -> None:
         """Counts a stage that failed while the request went on."""
-        self.count(f"failed.{name}")
+        self.count(("stage_failures", name))
 
     def gauge(self, name: str, read: Callable[[], float]) -> None:
-        """Names a value that is read with every snapshot, such as the length of a queue."""
+        """Registers a value that every snapshot reads, such as the length of a queue."""
         self._gauges[name] = read
 
     def counters(self) -> dict[str, int]:
@@ -138,7 +139,7 @@ class Telemetry:
     def snapshot(self) -> dict[str, Any]:
         """Returns everything as JSON values: `counts` and `times` as pairs, `gauges` by name.
 
-        Of a histogram the cells that are not 0 are given, by their index.
+        A histogram has its cells that are not 0, by index.
         """
         total = self._total()
         times = [
@@ -157,7 +158,7 @@ class Telemetry:
             self._shards.append(shard)
 
     def _fold(self) -> None:
-        """Adds up the shards of threads that have ended, which nobody writes to any more."""
+        """Adds up the shards of threads that have ended, to which no thread writes any more."""
         for shard in [shard for shard in self._shards if shard.alive is not None and shard.alive() is None]:
             self._ended.add(shard)
             self._shards.remove(shard)

@@ -1,4 +1,4 @@
-"""What moves the scores once they are there: unlike a scorer, an adjuster may look at all the candidates together."""
+"""The adjusters move scores; unlike a scorer, an adjuster may look at all the candidates together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy.typing as npt
 from features.catalog import Catalog
 from features.controls import Dial, Dials
 from features.kernels import matched_weights
-from serving.pipeline.query import Candidates, Query, Rows, Scores
+from serving.pipeline.candidates import Candidates
+from serving.pipeline.request import Request, Rows, Scores, UserState
+from serving.pipeline.results import Adjusted
 
 REACH = 3.0
 """How far a dial turned to 1 moves a score, in standard deviations of the candidates' scores."""
@@ -23,8 +25,11 @@ Values = npt.NDArray[np.float64]
 Number = TypeVar("Number", npt.NDArray[np.float32], npt.NDArray[np.float64])
 
 
-class Dialled:
-    """The person's dials: on any rung and any scale of scores they reach as far, as they move by the scores' spread."""
+class DialAdjuster:
+    """Applies the user's dials.
+
+    They move scores by the scores' own spread, so that they reach as far on any rung and any scale of scores.
+    """
 
     name = "dials"
     part = "DIALS"
@@ -32,35 +37,36 @@ class Dialled:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
-    def enable(self, query: Query) -> bool:
-        """Where a dial is turned."""
-        return any(query.dials.values())
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if a dial is turned."""
+        return any(user.dials.values())
 
-    def adjust(self, query: Query, candidates: Candidates, scores: Scores) -> Scores:
-        """The scores with all dials applied; float32 [n]. One that sank stays sunk."""
+    def adjust(self, request: Request, user: UserState, candidates: Candidates, scores: Scores) -> Adjusted:
+        """Returns the scores with all dials applied; float32 [n]. One that sank stays sunk."""
         if not scores.size:
-            return scores
-        rows, reach = candidates.rows, REACH * _spread(scores)
-        moved = scores.astype(np.float64)
-        for dial, turned in _by_dial(query.dials).items():
-            moved += reach * self._bearing(dial, turned, query, rows)
-            for key, value in turned.items() if query.explain else ():
-                self._note(query, dial, key, reach * self._bearing(dial, {key: value}, query, rows))
-        cost = reach * query.dials.get((Dial.DIVERSITY, 0), 0.0)
+            return Adjusted(scores, {})
+        rows, reach = candidates.rows, REACH * _deviation(scores)
+        moved, moves = scores.astype(np.float64), dict[tuple[Dial, int], Scores]()
+        for dial, turned in _by_dial(user.dials).items():
+            moved += reach * self._pull(dial, turned, user, rows)
+            for key, value in turned.items() if request.explain else ():
+                moves[dial, key] = _as_move(reach * self._pull(dial, {key: value}, user, rows))
+        cost = reach * user.dials.get((Dial.DIVERSITY, 0), 0.0)
         if cost:
-            mixed = mix(moved, self._catalog.columns.category[rows], query.page_size, cost)
-            if query.explain:
+            mixed = mix(moved, self._catalog.columns.category[rows], request.page_size, cost)
+            if request.explain:
                 known = np.isfinite(moved)
-                self._note(query, Dial.DIVERSITY, 0, np.where(known, mixed, 0.0) - np.where(known, moved, 0.0))
+                moves[Dial.DIVERSITY, 0] = _as_move(np.where(known, mixed, 0.0) - np.where(known, moved, 0.0))
             moved = mixed
         # A score that sank stays sunk; one that a dial moves past the largest number stays in its place.
-        return np.where(np.isfinite(scores), np.clip(moved, -_LARGEST, _LARGEST), -np.inf).astype(np.float32)
+        clipped = np.clip(moved, -_LARGEST, _LARGEST)
+        return Adjusted(np.where(np.isfinite(scores), clipped, -np.inf).astype(np.float32), moves)
 
-    def _bearing(self, dial: Dial, turned: Mapping[int, float], query: Query, rows: Rows) -> Values:
-        """How far each row is moved, 1 for all of the reach, by a dial as it is turned for each key; float64 [n]."""
+    def _pull(self, dial: Dial, turned: Mapping[int, float], user: UserState, rows: Rows) -> Values:
+        """Returns how far a dial, turned as it is for each key, moves each row; 1 is all of the reach; float64 [n]."""
         columns = self._catalog.columns
         if dial is Dial.NOVELTY:
-            return turned[0] * (1 - 2 * self._familiar(query, rows))
+            return turned[0] * (1 - 2 * self._familiarity(user, rows))
         if dial is Dial.FRESHNESS:
             since = columns.available_from[rows]
             return turned[0] * (2 * _places(np.where(since > 0, since, columns.put_at[rows]).astype(np.float64)) - 1)
@@ -68,38 +74,36 @@ class Dialled:
         weights = np.array(list(turned.values()), np.float64)[:, None]
         return matched_weights(column[rows], np.array(list(turned), np.uint64), weights)[:, 0]
 
-    def _familiar(self, query: Query, rows: Rows) -> Values:
-        """How much a person has had of each row's category and creator, 1 for what they had most of; float64 [n].
+    def _familiarity(self, user: UserState, rows: Rows) -> Values:
+        """Returns how much a user has had of each row's category and creator, 1 for the most frequent; float64 [n].
 
-        Of somebody of whom neither is known: how many people know the item.
+        If neither is known of the user, it is how many users know the item.
         """
         columns, shares = self._catalog.columns, list[Values]()
-        if query.profile:
-            memory = query.profile.decayed_counts
+        if user.profile:
+            counters = user.profile.decayed_counts
             for name in ("category", "creator"):
-                part = memory.of(name)
-                counts = memory.counts[part, -1:].astype(np.float64)
+                part = counters.of(name)
+                counts = counters.counts[part, -1:].astype(np.float64)
                 if counts.size and counts.max() > 0:
-                    had = matched_weights(getattr(columns, name)[rows], memory.keys[part], counts)[:, 0]
-                    shares.append(had / counts.max())
+                    matched = matched_weights(getattr(columns, name)[rows], counters.keys[part], counts)[:, 0]
+                    shares.append(matched / counts.max())
         return np.asarray(np.mean(shares, axis=0)) if shares else _places(columns.popularity[rows].astype(np.float64))
-
-    def _note(self, query: Query, dial: Dial, key: int, move: npt.NDArray[np.floating]) -> None:
-        query.moves[dial, key] = np.clip(move, -_LARGEST, _LARGEST).astype(np.float32)
 
 
 def mix(scores: Number, topics: Keys, count: int, cost: float) -> Number:
-    """Scores whose order mixes topics: each item that is chosen costs the others of its topic as much.
+    """Returns scores whose order mixes topics: each item that is chosen costs the others of its topic as much.
 
     Args:
         scores: Scores; float32 or float64 [n].
-        topics: Topic of each, 0 for none, which costs nobody; uint64 [n].
+        topics: Topic of each, 0 for none, which costs nothing; uint64 [n].
         count: Number of items that will be chosen.
         cost: What each costs.
 
     Returns:
-        What each score was when the item was chosen, of the others what is left; [n], of the same type.
+        For each chosen item its score at that moment, for the others their reduced score; [n], of the same type.
     """
+    # A greedy choice, as diversity depends on the items chosen before.
     left, out = scores.copy(), scores.copy()
     for _ in range(min(count, scores.size)):
         best = left.argmax()
@@ -108,8 +112,8 @@ def mix(scores: Number, topics: Keys, count: int, cost: float) -> Number:
         out[best], left[best] = left[best], -np.inf
         if topics[best]:
             left[topics == topics[best]] -= cost
-    waiting = left > -np.inf
-    out[waiting] = left[waiting]
+    remaining = left > -np.inf
+    out[remaining] = left[remaining]
     return out
 
 
@@ -122,14 +126,18 @@ def _by_dial(dials: Dials) -> dict[Dial, dict[int, float]]:
     return turned
 
 
-def _spread(scores: Scores) -> float:
-    """Standard deviation of the scores that did not sink; 1 where there is none, so that any dial decides."""
+def _as_move(move: npt.NDArray[np.floating]) -> Scores:
+    return np.asarray(np.clip(move, -_LARGEST, _LARGEST), np.float32)
+
+
+def _deviation(scores: Scores) -> float:
+    """Returns the standard deviation of the scores that did not sink; 1 for equal scores, so that any dial decides."""
     known = scores[np.isfinite(scores)].astype(np.float64)
     return float(known.std()) or 1.0 if known.size else 1.0
 
 
 def _places(values: Values) -> Values:
-    """Where each value stands among those above 0, from 0 to 1; equals share a place, the rest is in the middle."""
+    """Returns the rank of each value among those above 0, from 0 to 1; equals share a rank, the others have 0.5."""
     known = values > 0
     order = np.sort(values[known])
     below, up_to = (order.searchsorted(values, side=side) for side in ("left", "right"))

@@ -1,9 +1,8 @@
-"""What is found out about a query before anything is retrieved: the person, and the words."""
+"""The stages before retrieval: they find the user's profile, and place the user and the words in embedding space."""
 
 from __future__ import annotations
 
 import copy
-import threading
 import time
 from collections.abc import Mapping
 from typing import Protocol
@@ -15,77 +14,60 @@ from features.assemble import chosen_rows, encoder_inputs, history, rows_read, s
 from features.catalog import Catalog
 from features.controls import Dial, Dials, arm_seed, dials
 from features.errors import ProfileCorrupt
-from features.profile import EVERY_PURPOSE, PAST_LOST, Purpose
-from features.profile import Profile as Stored
-from features.transforms import ItemInputShapes, query_inputs, text_tokens
+from features.profile import EVERY_PURPOSE, Profile, Purpose
+from features.profile_codec import PAST_LOST
+from features.transforms import ItemInputShapes, query_inputs
 from serving.bundle.model import Model
 from serving.concurrency import ConcurrencyLimit
 from serving.errors import ProfileStoreUnavailable
-from serving.experiments import Holdout
-from serving.pipeline.query import Query
+from serving.experiments import Assignment, Holdout
+from serving.pipeline.request import Degraded, Request, UserState
+from serving.pipeline.results import Hydrated
+from serving.stores.catalog_log import CatalogProgress
 
 WAIT_SHARE = 0.5
-"""Share of the time left that a query may spend waiting for a version."""
+"""Share of the time left that a request may spend waiting for a version."""
 
 _FIRST_PAUSE_S = 0.0005
 _LONGEST_PAUSE_S = 0.01
 
 
-class CatalogProgress:
-    """How far this worker has followed the catalogue's changes."""
-
-    def __init__(self, version: int = 0) -> None:
-        self.version = version
-        self._moved = threading.Condition()
-
-    def reach(self, version: int) -> None:
-        """Notes that everything up to `version` is applied here; lower only where the log began anew."""
-        with self._moved:
-            self.version = version
-            self._moved.notify_all()
-
-    def wait(self, version: int, seconds: float) -> bool:
-        """Waits until `version` is applied; False when the time is over first."""
-        if self.version >= version:
-            return True
-        with self._moved:
-            return self._moved.wait_for(lambda: self.version >= version, max(seconds, 0.0))
-
-
-class CatalogVersion:
+class CatalogVersionHydrator:
     """Waits for the version of the catalogue that the caller wants to see."""
 
     name = "catalog_version"
     part = "CATALOG_STALE"
 
-    def __init__(self, progress: CatalogProgress, turns: ConcurrencyLimit) -> None:
-        self._progress, self._turns = progress, turns
+    def __init__(self, progress: CatalogProgress, limit: ConcurrencyLimit) -> None:
+        self._progress, self._limit = progress, limit
 
-    def enable(self, query: Query) -> bool:
-        """Always: the answer names the version it was made from."""
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True: the answer names the version it was made from."""
         return True
 
-    def hydrate(self, query: Query) -> None:
-        """Fills `catalog_version`."""
-        wanted = query.min_catalog_version
+    def hydrate(self, request: Request, user: UserState) -> Hydrated:
+        """Finds `catalog_version`."""
+        wanted = request.min_catalog_version
+        degraded: tuple[Degraded, ...] = ()
         if wanted > self._progress.version:
-            with self._turns.given_up():
-                came = self._progress.wait(wanted, query.seconds_left() * WAIT_SHARE)
-            if not came:
-                query.degrade(self.part, f"the catalogue is at version {self._progress.version} here, not at {wanted}")
-        query.catalog_version = self._progress.version
+            with self._limit.released():
+                reached = self._progress.wait(wanted, request.seconds_left() * WAIT_SHARE)
+            if not reached:
+                reason = f"the catalogue is at version {self._progress.version} here, not at {wanted}"
+                degraded = (Degraded(self.part, reason),)
+        return Hydrated(user._replace(catalog_version=self._progress.version), degraded)
 
 
 class ProfileReader(Protocol):
-    """What profiles are read from: the store, and what warms a worker up."""
+    """A place to read profiles from: the store, or what warms a worker up."""
 
-    def read(self, subject: str) -> Stored:
+    def read(self, subject: str) -> Profile:
         """Returns the profile of a subject."""
         ...
 
 
-class Profile:
-    """Reads the person's profile: one round trip, more only while a version is waited for."""
+class ProfileHydrator:
+    """Reads the user's profile: one round trip, more only while a version is waited for."""
 
     name = "profile"
     part = "PROFILE_STORE"
@@ -96,111 +78,117 @@ class Profile:
         catalog: Catalog,
         type_index: Mapping[int, int],
         seen_keys: npt.NDArray[np.uint32],
-        turns: ConcurrencyLimit,
+        limit: ConcurrencyLimit,
         default: Purpose = EVERY_PURPOSE,
         segments: Mapping[int, str] | None = None,
         holdout: Holdout | None = None,
     ) -> None:
         """Takes the store, how a bundle sees events, the segments that it has a table of, and how arms are drawn."""
-        self._store, self._catalog, self._turns = store, catalog, turns
+        self._store, self._catalog, self._limit = store, catalog, limit
         self._type_index, self._seen_keys, self._default = type_index, seen_keys, default
         self._segments, self._holdout = segments or {}, holdout
 
-    def reading(self, store: ProfileReader) -> Profile:
+    def reading(self, store: ProfileReader) -> ProfileHydrator:
         """Returns the same hydrator with another store."""
         other = copy.copy(self)
         other._store = store
         return other
 
-    def enable(self, query: Query) -> bool:
-        """Where a person is named."""
-        return bool(query.subject)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if a user is named."""
+        return bool(request.subject)
 
-    def hydrate(self, query: Query) -> None:
-        """Fills `rules` and `dials`: what the person said. Then what they did, where that may shape the answer.
+    def hydrate(self, request: Request, user: UserState) -> Hydrated:
+        """Finds `controls` and `dials`, then `profile`, `history`, `seen` and `segment`.
 
-        That is `profile`, `history`, `seen` and `segment`, of nobody who is held out or whose answer is not to be
-        personal. Where they do not allow personal answers, nothing was kept of either, and only `withheld` is filled.
+        The latter shape a personal answer, so they stay empty for users who are held out and for requests that are not
+        to be personal. If the user does not allow personal answers, neither is used, and only `withheld` is set.
         """
         try:
-            profile = self._read(query)
+            profile, degraded = self._read(request)
         except ProfileCorrupt as error:
-            query.degrade("PROFILE_CORRUPT", str(error))
-            return
+            return Hydrated(user, (Degraded("PROFILE_CORRUPT", str(error)),))
         if profile.lost:
-            query.degrade("PROFILE_CORRUPT", PAST_LOST)
-        self._share_arm(query, profile)
+            degraded += (Degraded("PROFILE_CORRUPT", PAST_LOST),)
+        assignment = self._assignment(user.assignment, profile)
         if not self._allows(profile):
-            query.withheld = True
-            return
-        query.rules, query.dials = profile.controls, {**dials(profile.controls), **query.dials}
-        if query.holdout or not query.personalize:
-            return
-        past = history(profile, self._catalog, self._type_index)
-        query.seen = seen_rows(profile, self._catalog, self._seen_keys)
-        query.profile, query.history = profile, past
-        query.segment = self._segment(profile, query.dials)
+            return Hydrated(user._replace(assignment=assignment, withheld=True), degraded)
+        turned = {**dials(profile.controls), **request.dials}
+        user = user._replace(assignment=assignment, controls=profile.controls, dials=turned)
+        if not assignment.holdout and request.personalize:
+            user = user._replace(
+                profile=profile,
+                history=history(profile, self._catalog, self._type_index),
+                seen=seen_rows(profile, self._catalog, self._seen_keys),
+                segment=self._segment(profile, turned),
+            )
+        return Hydrated(user, degraded)
 
-    def _share_arm(self, query: Query, profile: Stored) -> None:
-        """Puts an anonymous user who was merged into a user into that user's arm."""
+    def _assignment(self, assigned: Assignment, profile: Profile) -> Assignment:
+        """Returns the arm: of an anonymous user who was merged into a user, the arm of that user."""
         seed = arm_seed(profile.controls)
-        if seed is not None and query.arm and self._holdout:
-            drawn = self._holdout.drawn(seed)
-            query.arm, query.holdout, query.bucket = drawn.arm, drawn.holdout, drawn.bucket
+        return self._holdout.drawn(seed) if seed is not None and assigned.arm and self._holdout else assigned
 
-    def _segment(self, profile: Stored, turned: Dials) -> str:
-        """The name of the category they choose most; of who chose nothing yet, of the one they turned up most."""
+    def _segment(self, profile: Profile, turned: Dials) -> str:
+        """Returns the name of the category chosen most or, before the first choice, of the one turned up most."""
         key = profile.decayed_counts.segment()
         if not key:
-            wanted = {key: value for (dial, key), value in turned.items() if dial is Dial.CATEGORY_WEIGHT and value > 0}
-            key = max(wanted, key=lambda one: (wanted[one], one), default=0)
+            raised = {key: value for (dial, key), value in turned.items() if dial is Dial.CATEGORY_WEIGHT and value > 0}
+            key = max(raised, key=lambda category: (raised[category], category), default=0)
         return self._segments.get(key, "")
 
-    def _read(self, query: Query) -> Stored:
-        found = self._looked(query)
-        if not self._enough(query, found):
-            with self._turns.given_up():
-                found = self._awaited(query, found)
-        if isinstance(found, ProfileStoreUnavailable):
-            raise found
-        return found
+    def _read(self, request: Request) -> tuple[Profile, tuple[Degraded, ...]]:
+        """Returns the profile, and a mark if it is older than the request wants.
 
-    def _looked(self, query: Query) -> Stored | ProfileStoreUnavailable:
+        A store that does not answer is waited for as an event is, because it may only be busy writing to disk.
+        """
+        profile = self._try_read(request)
+        if not self._is_recent(request, profile):
+            with self._limit.released():
+                profile = self._awaited(request, profile)
+        if isinstance(profile, ProfileStoreUnavailable):
+            raise profile
+        if self._is_recent(request, profile):
+            return profile, ()
+        wanted = request.min_profile_version
+        return profile, (
+            Degraded("PROFILE_STALE", f"the profile is at version {profile.version}, not yet at {wanted}"),
+        )
+
+    def _try_read(self, request: Request) -> Profile | ProfileStoreUnavailable:
         try:
-            return self._store.read(query.subject)
+            return self._store.read(request.subject)
         except ProfileStoreUnavailable as error:
             return error
 
-    def _enough(self, query: Query, found: Stored | ProfileStoreUnavailable) -> bool:
-        """Whether there is nothing to wait for: who named no version takes what there is."""
-        if isinstance(found, ProfileStoreUnavailable):
-            return not query.min_profile_version
-        return found.has(query.min_profile_version) or not self._allows(found)
+    def _is_recent(self, request: Request, profile: Profile | ProfileStoreUnavailable) -> bool:
+        """Returns True if the profile is recent enough; always, if the request sets no min_profile_version."""
+        if isinstance(profile, ProfileStoreUnavailable):
+            return not request.min_profile_version
+        # A profile that may not be used is not worth waiting for.
+        return profile.has(request.min_profile_version) or not self._allows(profile)
 
-    def _allows(self, profile: Stored) -> bool:
+    def _allows(self, profile: Profile) -> bool:
         return Purpose.PERSONALISE in (self._default if profile.consent is None else profile.consent)
 
-    def _awaited(self, query: Query, found: Stored | ProfileStoreUnavailable) -> Stored | ProfileStoreUnavailable:
-        """The profile with the event that is waited for, or what there is when the time is over.
-
-        A store that does not answer is waited for as an event is: for a moment it may have had to write.
-        """
-        end = time.monotonic() + query.seconds_left() * WAIT_SHARE
+    def _awaited(
+        self, request: Request, profile: Profile | ProfileStoreUnavailable
+    ) -> Profile | ProfileStoreUnavailable:
+        """Returns the profile with the event that is waited for, or the last one read when the time is over."""
+        end = time.monotonic() + request.seconds_left() * WAIT_SHARE
         pause = _FIRST_PAUSE_S
         while time.monotonic() + pause < end:
             time.sleep(pause)
-            found = self._looked(query)
-            if self._enough(query, found):
-                return found
+            profile = self._try_read(request)
+            if self._is_recent(request, profile):
+                break
+            # Most events are in the profile within a millisecond; for the others, rarer reads spare the store.
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-        if not isinstance(found, ProfileStoreUnavailable):
-            wanted = query.min_profile_version
-            query.degrade("PROFILE_STALE", f"the profile is at version {found.version}, not yet at {wanted}")
-        return found
+        return profile
 
 
-class UserVector:
-    """Places the person in the embedding space."""
+class UserVectorHydrator:
+    """Places the user in the embedding space."""
 
     name = "user_vector"
     part = "USER_ENCODER"
@@ -208,20 +196,20 @@ class UserVector:
     def __init__(self, model: Model, catalog: Catalog) -> None:
         self._model, self._catalog = model, catalog
 
-    def enable(self, query: Query) -> bool:
-        """Where the user chose an item of this catalogue: showings and refusals alone tell no taste."""
-        return query.history is not None and bool(chosen_rows(query.history).size)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if the user chose an item of this catalogue: exposures and refusals alone tell no taste."""
+        return user.history is not None and bool(chosen_rows(user.history).size)
 
-    def hydrate(self, query: Query) -> None:
-        """Fills `user_vector`, and `encoded`, from which it is made."""
-        assert query.history is not None
-        rows, types = encoder_inputs(rows_read(query.history), query.history.types, self._model.max_length)
-        query.encoded = rows, types
-        query.user_vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
+    def hydrate(self, request: Request, user: UserState) -> Hydrated:
+        """Finds `vector`, and `encoded`, from which it is made."""
+        assert user.history is not None
+        rows, types = encoder_inputs(rows_read(user.history), user.history.types, self._model.max_length)
+        vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
+        return Hydrated(user._replace(encoded=(rows, types), vector=vector))
 
 
-class QueryVector:
-    """Reads the words searched for and places them in the embedding space."""
+class QueryVectorHydrator:
+    """Places the words searched for in the embedding space."""
 
     name = "query_vector"
     part = "SOURCE"
@@ -229,11 +217,11 @@ class QueryVector:
     def __init__(self, model: Model, shapes: ItemInputShapes) -> None:
         self._model, self._shapes = model, shapes
 
-    def enable(self, query: Query) -> bool:
-        """Where there are words."""
-        return bool(query.text)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if there are words."""
+        return bool(request.text)
 
-    def hydrate(self, query: Query) -> None:
-        """Fills `tokens` and `query_vector`; the tokens stay where the encoder fails."""
-        query.tokens = text_tokens(query.text)
-        query.query_vector = self._model.encode_query(query_inputs(query.text, self._shapes)["tokens"])
+    def hydrate(self, request: Request, user: UserState) -> Hydrated:
+        """Finds `query_vector`; without it, the words alone still find items."""
+        tokens = query_inputs(request.text, self._shapes)["tokens"]
+        return Hydrated(user._replace(query_vector=self._model.encode_query(tokens)))

@@ -1,19 +1,31 @@
-"""Where candidates come from: each source names rows of the catalogue and scores them its own way."""
+"""The sources of candidates: each names rows of the catalogue and scores them its own way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from features.assemble import chosen_rows
 from features.catalog import Catalog
 from features.controls import Dial
 from serving.bundle.bitmap import Bitmap, allowed_rows, clear_keys, first_allowed
+from serving.bundle.tables import NeighborTable
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index
-from serving.pipeline.query import FRESH, NEAREST, NEIGHBORS, POPULAR, SEGMENT, UPSTREAM, WANTED, Query, Rows, Scores
+from serving.pipeline.request import (
+    FRESH,
+    NEAREST,
+    NEIGHBORS,
+    POPULAR,
+    SEGMENT,
+    UPSTREAM,
+    WANTED,
+    Request,
+    Rows,
+    Scores,
+    UserState,
+)
 
 _DAY_MS = 86_400_000
 _RECENT = 20
@@ -21,95 +33,69 @@ _WANTED = 100
 _WEIGHTS = {Dial.CATEGORY_WEIGHT: "category", Dial.CREATOR_WEIGHT: "creator"}
 
 
-def allowed(query: Query) -> Bitmap:
-    """The rows that a source may name, as the runner made them of its filters."""
-    if query.allowed is None:
-        raise ValueError("query.allowed is not made: sources run after the filters have held back their rows")
-    return query.allowed
-
-
-class NearestToUser:
-    """Items whose vectors lie nearest to the person's."""
+class UserVectorSource:
+    """Items whose vectors lie nearest to the user's."""
 
     name = NEAREST
 
     def __init__(self, index: Index, count: int) -> None:
         self._index, self._count = index, count
 
-    def enable(self, query: Query) -> bool:
-        """Where the person has a vector."""
-        return query.user_vector is not None
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if the user has a vector."""
+        return user.vector is not None
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The nearest allowed items and their relevance, a page at least."""
-        assert query.user_vector is not None
-        return nearest(self._index, query.user_vector, self._count, query)
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the nearest allowed items and their relevance, a page at least."""
+        assert user.vector is not None
+        return nearest(self._index, user.vector, max(self._count, request.page_size), allowed)
 
 
-def nearest(index: Index, vector: Scores, count: int, query: Query) -> tuple[Rows, Scores]:
-    """The `count` allowed rows nearest to a vector float32 [D], a page at least, and their inner products."""
-    rows, scores = index.search(vector[None], max(count, query.page_size), allowed(query))
+def nearest(index: Index, vector: Scores, count: int, allowed: Bitmap) -> tuple[Rows, Scores]:
+    """Returns the `count` allowed rows nearest to a vector float32 [D], and their inner products."""
+    rows, scores = index.search(vector[None], count, allowed)
     return rows[0], scores[0]
 
 
-class Neighbors:
-    """The table of item neighbours that export made: row -> nearest rows and their cosine."""
-
-    def __init__(self, rows: npt.NDArray[np.int32], scores: npt.NDArray[np.float32]) -> None:
-        self._rows, self._scores = rows, scores
-
-    def of(self, rows: Rows, weights: npt.NDArray[np.float32], count: int, bitmap: Bitmap) -> tuple[Rows, Scores]:
-        """The allowed items most often and most nearly next to `rows`, the sum of weighted cosines, best first."""
-        known = rows < len(self._rows)
-        beside = self._rows[rows[known]]
-        scores = (self._scores[rows[known]] * weights[known, None])[beside >= 0]
-        near, place = np.unique(beside[beside >= 0], return_inverse=True)
-        total = np.bincount(place, scores, near.size).astype(np.float32)
-        order = np.argsort(-total, kind="stable")
-        ranked = near[order].astype(np.int32)
-        best = first_allowed(ranked, bitmap, count)
-        return ranked[best], total[order[best]]
-
-
-class ItemNeighbors:
-    """Neighbours of the items that the user chose last: what serves when the encoder cannot."""
+class ItemToItemSource:
+    """Neighbours of the items that the user chose last; they serve when the encoder cannot."""
 
     name = NEIGHBORS
 
-    def __init__(self, neighbors: Neighbors, count: int) -> None:
+    def __init__(self, neighbors: NeighborTable, count: int) -> None:
         self._neighbors, self._count = neighbors, count
 
-    def enable(self, query: Query) -> bool:
-        """Where the user chose an item of this catalogue."""
-        return query.history is not None and bool(chosen_rows(query.history).size)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if the user chose an item of this catalogue."""
+        return user.history is not None and bool(chosen_rows(user.history).size)
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """Neighbours of the newest items, newer ones weighing more."""
-        assert query.history is not None
-        rows = chosen_rows(query.history)[-_RECENT:]
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns neighbours of the newest items, newer ones weighing more."""
+        assert user.history is not None
+        rows = chosen_rows(user.history)[-_RECENT:]
         weights = (0.9 ** np.arange(rows.size)[::-1]).astype(np.float32)
-        return self._neighbors.of(rows, weights, self._count, allowed(query))
+        return self._neighbors.of(rows, weights, self._count, allowed)
 
 
-class NeighborsOfSeeds:
+class SeedNeighborsSource:
     """Neighbours of the seeds by the exported table."""
 
     name = NEIGHBORS
 
-    def __init__(self, neighbors: Neighbors, count: int) -> None:
+    def __init__(self, neighbors: NeighborTable, count: int) -> None:
         self._neighbors, self._count = neighbors, count
 
-    def enable(self, query: Query) -> bool:
-        """Where there are seeds."""
-        return bool(query.seeds.size)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if there are seeds."""
+        return bool(request.seeds.size)
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """Neighbours of all seeds."""
-        weights = np.ones(query.seeds.size, np.float32)
-        return self._neighbors.of(query.seeds, weights, self._count, allowed(query))
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the neighbours of all seeds."""
+        weights = np.ones(request.seeds.size, np.float32)
+        return self._neighbors.of(request.seeds, weights, self._count, allowed)
 
 
-class SimilarToSeeds:
+class SeedVectorSource:
     """Items whose vectors point where the seeds' do."""
 
     name = "similar"
@@ -117,16 +103,16 @@ class SimilarToSeeds:
     def __init__(self, index: Index, catalog: Catalog, count: int) -> None:
         self._index, self._catalog, self._count = index, catalog, count
 
-    def enable(self, query: Query) -> bool:
-        """Where there are seeds."""
-        return bool(query.seeds.size)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if there are seeds."""
+        return bool(request.seeds.size)
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The items nearest to the mean direction of the seeds, a page at least."""
-        vectors = self._catalog.columns.vectors[query.seeds]
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the items nearest to the mean direction of the seeds, a page at least."""
+        vectors = self._catalog.columns.vectors[request.seeds]
         lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         direction = (vectors / lengths).mean(axis=0, dtype=np.float32)
-        return nearest(self._index, direction, self._count, query)
+        return nearest(self._index, direction, max(self._count, request.page_size), allowed)
 
 
 class LexicalSource:
@@ -137,14 +123,14 @@ class LexicalSource:
     def __init__(self, lexical: LexicalIndex, count: int) -> None:
         self._lexical, self._count = lexical, count
 
-    def enable(self, query: Query) -> bool:
-        """Where there are words."""
-        return query.tokens is not None and bool(query.tokens.size)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if there are words."""
+        return request.tokens is not None and bool(request.tokens.size)
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The best matches, as a share of the best match there could be."""
-        assert query.tokens is not None
-        return self._lexical.search(query.tokens, max(self._count, query.page_size), allowed(query))
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the best matches, as a share of the best match there could be."""
+        assert request.tokens is not None
+        return self._lexical.search(request.tokens, max(self._count, request.page_size), allowed)
 
 
 class SemanticSource:
@@ -155,14 +141,14 @@ class SemanticSource:
     def __init__(self, index: Index, count: int) -> None:
         self._index, self._count = index, count
 
-    def enable(self, query: Query) -> bool:
-        """Where the query has a vector."""
-        return query.query_vector is not None
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if the query has a vector."""
+        return user.query_vector is not None
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The nearest items and their inner product with the query, a page at least: every item is at some distance."""
-        assert query.query_vector is not None
-        return nearest(self._index, query.query_vector, self._count, query)
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the nearest items and their inner product with the query, a page at least."""
+        assert user.query_vector is not None
+        return nearest(self._index, user.query_vector, max(self._count, request.page_size), allowed)
 
 
 class LiveItems:
@@ -173,25 +159,25 @@ class LiveItems:
         self._newest: tuple[int, Rows] | None = None
 
     def newest(self) -> Rows:
-        """Their rows, the newest first; int32 [n]. Sorted once after each change of the catalogue."""
-        change, known = self._catalog.change, self._newest
-        if known is None or known[0] != change:
+        """Returns their rows, the newest first; int32 [n]. Sorted once after each change of the catalogue."""
+        change, newest = self._catalog.change, self._newest
+        if newest is None or newest[0] != change:
             base, size = self._catalog.base_size, self._catalog.size
             order = np.argsort(-self._catalog.columns.put_at[base:size], kind="stable")
-            self._newest = known = (change, (order + base).astype(np.int32))
-        return known[1]
+            self._newest = newest = (change, (order + base).astype(np.int32))
+        return newest[1]
 
     def age(self, rows: Rows, now_ms: int) -> Scores:
-        """Days since each of the rows was put; float32 [n]."""
+        """Returns the days since each of the rows was put; float32 [n]."""
         return ((now_ms - self._catalog.columns.put_at[rows]) / _DAY_MS).astype(np.float32)
 
 
-class Popular:
-    """What most people like, safe for anybody; in the end every item that may be shown.
+class PopularSource:
+    """Popular items, which are safe for any user; in the end every item that may be shown.
 
-    First the table that export made, then live items, of which no one has counted yet how many like them, the newest
-    first, then all others by their popularity in training. The scores fall in this order: those of the table, which are
-    not below 0, -1 to 0 for live items, -2 to -1 for the others.
+    First the table that export made, then live items, whose popularity is not counted yet, the newest first, then all
+    others by their popularity in training. The scores fall in this order: those of the table, which are not below 0,
+    -1 to 0 for live items, -2 to -1 for the others.
     """
 
     name = POPULAR
@@ -203,128 +189,128 @@ class Popular:
         order = np.argsort(-self._popularity, kind="stable").astype(np.int32)
         self._others = order[~np.isin(order, rows)]
 
-    def enable(self, query: Query) -> bool:
-        """Always."""
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True: every request needs it."""
         return True
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """Two pages of allowed items, so that dials can choose; of the table alone where blocks could not be read."""
-        count, bitmap = 2 * query.page_size, allowed(query)
-        places = first_allowed(self._rows, bitmap, count)
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns two pages of allowed items, so that dials can choose; of the table alone if blocks are unread."""
+        count = 2 * request.page_size
+        places = first_allowed(self._rows, allowed, count)
         rows, scores = self._rows[places], self._scores[places]
-        if rows.size >= count or query.blocks_unread:
+        if rows.size >= count or user.blocks_unread:
             return rows, scores
         newest = self._live.newest()
-        live = newest[first_allowed(newest, bitmap, count - rows.size)]
-        others = self._others[first_allowed(self._others, bitmap, count - rows.size - live.size)]
-        age = np.maximum(self._live.age(live, query.now_ms), 0)
-        rest = -1 - 1 / (1 + self._popularity[others])
-        every: Scores = np.concatenate([scores, -age / (1 + age), rest]).astype(np.float32, copy=False)
-        return np.concatenate([rows, live, others]), every
+        live = newest[first_allowed(newest, allowed, count - rows.size)]
+        others = self._others[first_allowed(self._others, allowed, count - rows.size - live.size)]
+        age = np.maximum(self._live.age(live, request.now_ms), 0)
+        other_scores = -1 - 1 / (1 + self._popularity[others])
+        all_scores: Scores = np.concatenate([scores, -age / (1 + age), other_scores]).astype(np.float32, copy=False)
+        return np.concatenate([rows, live, others]), all_scores
 
 
-class PopularBeside:
-    """The popular items beside those of another tier, for the dials of a user without a vector to choose from."""
+class PopularExtraSource:
+    """Popular items as an extra of another tier, for the dials of a user without a vector to choose from."""
 
     name = POPULAR
 
-    def __init__(self, popular: Popular) -> None:
+    def __init__(self, popular: PopularSource) -> None:
         self._popular = popular
 
-    def enable(self, query: Query) -> bool:
-        """Where a dial is turned and no item is near to the user."""
-        return query.user_vector is None and any(query.dials.values())
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if a dial is turned and no item is near to the user."""
+        return user.vector is None and any(user.dials.values())
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """Two pages of allowed items."""
-        return self._popular.retrieve(query)
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns two pages of allowed items."""
+        return self._popular.retrieve(request, user, allowed)
 
 
-class PopularInSegment:
-    """What people like who choose the same category most."""
+class SegmentSource:
+    """Items popular with the users who choose the same category most."""
 
     name = SEGMENT
 
     def __init__(self, tables: Mapping[str, tuple[Rows, Scores]]) -> None:
-        """Takes, by the name of the category, the items that such people like, best first, and their scores."""
+        """Takes, by the name of the category, the items that such users like, best first, and their scores."""
         self._tables = tables
 
-    def enable(self, query: Query) -> bool:
-        """Where the person is of a segment."""
-        return bool(query.segment)
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if the user is of a segment."""
+        return bool(user.segment)
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """Two pages of allowed ones."""
-        rows, scores = self._tables[query.segment]
-        places = first_allowed(rows, allowed(query), 2 * query.page_size)
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns two pages of allowed items."""
+        rows, scores = self._tables[user.segment]
+        places = first_allowed(rows, allowed, 2 * request.page_size)
         return rows[places], scores[places]
 
 
 class BoostedSource:
-    """What the person's dials ask more of: the most popular items of those creators and categories."""
+    """The most popular items of the creators and categories that the user's dials ask more of."""
 
     name = WANTED
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
-    def enable(self, query: Query) -> bool:
-        """Where a creator or a category is turned up, and the person's blocks are known."""
-        turned_up = any(dial in _WEIGHTS and value > 0 for (dial, _), value in query.dials.items())
-        return turned_up and not query.blocks_unread
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if a creator or a category is turned up, and the user's blocks are known."""
+        turned_up = any(dial in _WEIGHTS and value > 0 for (dial, _), value in user.dials.items())
+        return turned_up and not user.blocks_unread
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The most popular allowed ones, live items last."""
-        columns, bitmap = self._catalog.columns, allowed(query)
-        others = bitmap.copy()
-        for wanted, name in _WEIGHTS.items():
-            keys = [key for (dial, key), value in query.dials.items() if dial is wanted and value > 0]
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the most popular allowed items, live items last."""
+        columns, others = self._catalog.columns, allowed.copy()
+        # What `clear_keys` takes out of the copy are the wanted rows; one pass over a column finds all keys.
+        for weight, name in _WEIGHTS.items():
+            keys = [key for (dial, key), value in user.dials.items() if dial is weight and value > 0]
             clear_keys(others, getattr(columns, name), np.array(keys, np.uint64))
-        rows = allowed_rows(bitmap ^ others, 0, columns.capacity)
+        rows = allowed_rows(allowed ^ others, 0, columns.capacity)
         popularity = popularity_of(self._catalog, rows)
         best = np.argsort(-popularity, kind="stable")[:_WANTED]
         return rows[best], popularity[best]
 
 
 def popularity_of(catalog: Catalog, rows: Rows | slice | None = None) -> Scores:
-    """How popular items are in training, now and among equals ever, of the bundle's rows unless said; float32 [n]."""
+    """Returns the popularity of `rows`, by default all of the bundle, in training: recent then overall; float32 [n]."""
     columns, at = catalog.columns, slice(catalog.base_size) if rows is None else rows
     return (columns.recent_popularity[at] + 1e-3 * columns.popularity[at]).astype(np.float32)
 
 
-class Fresh:
-    """Items put while the service runs, which nobody may have touched yet."""
+class FreshSource:
+    """Items put while the service runs, which may have no events yet."""
 
     name = FRESH
 
     def __init__(self, live: LiveItems, days: float, count: int) -> None:
         self._live, self._days, self._count = live, days, count
 
-    def enable(self, query: Query) -> bool:
-        """Where there are such items, and nothing is blocked that could not be read."""
-        return bool(self._live.newest().size) and not query.blocks_unread
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if there are such items, and the user's blocks are known."""
+        return bool(self._live.newest().size) and not user.blocks_unread
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The newest first; the score is minus the age in days."""
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the newest first; the score is minus the age in days."""
         newest = self._live.newest()
-        rows = newest[first_allowed(newest, allowed(query), self._count)]
-        age = self._live.age(rows, query.now_ms)
+        rows = newest[first_allowed(newest, allowed, self._count)]
+        age = self._live.age(rows, request.now_ms)
         young = age <= self._days
         return rows[young], -age[young]
 
 
-class GivenCandidates:
+class UpstreamSource:
     """The caller's own candidates."""
 
     name = UPSTREAM
 
-    def enable(self, query: Query) -> bool:
-        """Where the caller brought some."""
-        return query.rows is not None
+    def enable(self, request: Request, user: UserState) -> bool:
+        """Returns True if the caller brings some."""
+        return request.rows is not None
 
-    def retrieve(self, query: Query) -> tuple[Rows, Scores]:
-        """The candidates in the caller's order, with the caller's scores or, where it has none, minus the place."""
-        assert query.rows is not None
-        if query.upstream is not None:
-            return query.rows, query.upstream
-        return query.rows, np.arange(0, -query.rows.size, -1, dtype=np.float32)
+    def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
+        """Returns the candidates in the caller's order, with the caller's scores or, without any, minus the place."""
+        assert request.rows is not None
+        if request.upstream is not None:
+            return request.rows, request.upstream
+        return request.rows, np.arange(0, -request.rows.size, -1, dtype=np.float32)

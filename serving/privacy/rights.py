@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from features.clock import now_ms
 from features.errors import ProfileCorrupt
-from features.profile import ENTRY, Profile, Purpose, Retention, StoredProfile, refold
+from features.profile import Profile, Purpose, Retention, StoredProfile, refold
+from features.records import ENTRY
 from features.subjects import is_anonymous, partition_of
 from serving.errors import ConfigError, ConsentWithheld, NotFound, Unavailable
 from serving.folder_identity import HOST, read_identity

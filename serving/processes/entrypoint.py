@@ -1,8 +1,9 @@
-"""The main function of every child of `penchant serve`: a worker, the projector, or the warehouse.
+"""The main function of every process that the supervisor starts: a worker, the projector, or the warehouse.
 
-Its orders come as one line of JSON on standard input; it says `{"ready": true}` or `{"error": ...}` on standard output,
-once, and its state from then on. It stops on SIGTERM, in a hurry on a second one, or when standard input ends because
-the parent is gone. Until then lines on standard input are commands, which only workers know: `unready` and `close`.
+Its launch spec comes as one line of JSON on standard input. It writes `{"ready": true}` or `{"error": ...}` to standard
+output, once, and its state from then on. It stops on SIGTERM, at once on a second one, or when standard input ends
+because the supervisor is gone. Until then lines on standard input are commands, which only workers know: `unready` and
+`close`.
 """
 
 from __future__ import annotations
@@ -29,17 +30,16 @@ from serving.restart import Trouble
 if TYPE_CHECKING:
     from serving.projection.eviction import Eviction
 
-_log = logging.getLogger("serving.processes.entrypoint")
-_saying = threading.Lock()
+_log = logging.getLogger("serving.processes.entrypoint")  # not __name__, which is __main__ here
+_writing = threading.Lock()
 
 
-class Control:
-    """What the parent and signals ask of this process.
+class ProcessControl:
+    """The link to the supervisor: its commands and signals come in, the state of this process goes out.
 
     Attributes:
-        stop: Set when it shall end.
-        hurry: Set when it shall end at once.
-        state: Takes the state of the process, to be told to the parent.
+        stop: Set when the process is to end.
+        hurry: Set when it is to end at once.
     """
 
     def __init__(self) -> None:
@@ -48,106 +48,119 @@ class Control:
         self._early: list[str] = []
         self._lock = threading.Lock()
 
-    def state(self, state: dict[str, Any]) -> None:
-        """Tells the parent how this process is; a parent that is gone is none to tell."""
+    def report_state(self, state: dict[str, Any]) -> None:
+        """Reports the state of this process to the supervisor, if that still runs."""
         with contextlib.suppress(BrokenPipeError):
-            _say({"state": state})
+            _write({"state": state})
 
-    def obey(self, commands: Mapping[str, Callable[[], None]]) -> None:
-        """Carries out commands from now on, first those that came before."""
+    def handle(self, commands: Mapping[str, Callable[[], None]]) -> None:
+        """Runs commands from now on, first those that have come already."""
         with self._lock:
             self._commands = commands
-            for word in self._early:
-                self._carry_out(word)
+            for name in self._early:
+                self._run(name)
 
-    def watch(self) -> None:
-        """Takes signals and commands; standard input ends when the parent is gone, however it went."""
+    def listen(self) -> None:
+        """Starts to take signals and commands; standard input ends when the supervisor does, in any way."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._asked())
-        threading.Thread(target=self._listen, name="parent", daemon=True).start()
+            signal.signal(number, lambda *_: self._request_stop())
+        threading.Thread(target=self._read_commands, name="supervisor", daemon=True).start()
 
-    def _asked(self) -> None:
+    def _request_stop(self) -> None:
         if self.stop.is_set():
             self.hurry.set()
         self.stop.set()
 
-    def _listen(self) -> None:
+    def _read_commands(self) -> None:
         # Not sys.stdin: a thread that waits in there keeps the interpreter from ending.
-        waiting = b""
-        while piece := os.read(sys.stdin.fileno(), 4096):
-            *lines, waiting = (waiting + piece).split(b"\n")
+        partial_line = b""
+        while data := os.read(sys.stdin.fileno(), 4096):
+            *lines, partial_line = (partial_line + data).split(b"\n")
             for line in lines:
                 with self._lock:
                     if self._commands is None:
                         self._early.append(line.decode())
                     else:
-                        self._carry_out(line.decode())
+                        self._run(line.decode())
         self.stop.set()
 
-    def _carry_out(self, word: str) -> None:
+    def _run(self, name: str) -> None:
         assert self._commands is not None
-        if command := self._commands.get(word):
+        if command := self._commands.get(name):
             command()
-            _say({"done": word})
+            _write({"done": name})
 
 
 def main() -> int:
-    """Obeys the orders; the exit status."""
+    """Runs the role of the launch spec; returns the exit status."""
     set_private_umask()
-    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:  # takes no more than the line
-        orders = json.loads(unbuffered.readline())
-    logs.configure(orders["settings"]["log_format"], orders["role"], orders.get("number"))
-    telemetry, control = Telemetry(), Control()
-    report(orders["report_fd"], telemetry)
-    control.watch()
-    name = f"{orders['role']} {orders['number']}" if "number" in orders else str(orders["role"])
+    # Unbuffered, to read no more than the line: the rest belongs to the thread that reads commands.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+        spec = json.loads(stdin.readline())
+    logs.configure(spec["settings"]["log_format"], spec["role"], spec.get("number"))
+    telemetry, control = Telemetry(), ProcessControl()
+    report(spec["report_fd"], telemetry)
+    control.listen()
+    name = f"{spec['role']} {spec['number']}" if "number" in spec else str(spec["role"])
 
-    def ready() -> None:
+    def ready(_: Any = None) -> None:
         _log.info("the %s is ready", name)
-        _say({"ready": True})
+        _write({"ready": True})
 
     try:
-        config = ServeConfig(**orders["settings"], token=orders["token"] or None)
-        if orders["role"] == "worker":
-            from serving.processes.worker import work
-
-            work(config, telemetry, control.stop, ready, orders["bundle_id"], orders["sealed"], control)
-        else:
-            _read_log(orders["role"], config, orders["bundle_id"], control, telemetry, ready)
+        config = ServeConfig(**spec["settings"], token=spec["token"] or None)
+        _ROLES[spec["role"]](config, spec, control, telemetry, ready)
     except PenchantError as error:
-        _say({"error": str(error)})
+        _write({"error": str(error)})
         return 2
     _log.info("the %s has stopped", name)
     return 0
 
 
-def _read_log(
-    role: str,
-    config: ServeConfig,
-    bundle_id: str,
-    control: Control,
-    telemetry: Telemetry,
-    ready: Callable[[], None],
-) -> None:
-    """Runs one of the roles that read the log."""
-    # Imported where they are needed: a projector has no use for models, an index or gRPC.
-    trouble = Trouble(control.state)
-    if role == "projector":
-        from serving.projection.process import run
+# Each role imports its modules when it runs: a projector has no use for models, an index or gRPC.
 
-        run(
-            config.redis,
-            config.events_redis,
-            config.partitions,
-            control.stop,
-            purge_s=config.purge_hours * 1800,
-            eviction=_eviction(config) if config.evict_after_days else None,
-            ready=lambda _: ready(),
-            telemetry=telemetry,
-            trouble=trouble,
-            unsafe=config.unsafe_redis,
-        )
-        return
+
+def _work(
+    config: ServeConfig, spec: dict[str, Any], control: ProcessControl, telemetry: Telemetry, ready: Callable[..., None]
+) -> None:
+    from serving.processes.worker import work
+
+    work(config, telemetry, control.stop, ready, spec["bundle_id"], spec["sealed"], control)
+
+
+def _project(
+    config: ServeConfig, spec: dict[str, Any], control: ProcessControl, telemetry: Telemetry, ready: Callable[..., None]
+) -> None:
+    from serving.projection.process import run
+
+    run(
+        config.redis,
+        config.events_redis,
+        config.partitions,
+        control.stop,
+        # Twice as often as erasures are due, so that a round that fails leaves time for another.
+        purge_s=config.purge_hours * 1800,
+        eviction=_eviction(config) if config.evict_after_days else None,
+        ready=ready,
+        telemetry=telemetry,
+        trouble=Trouble(control.report_state),
+        unsafe=config.unsafe_redis,
+    )
+
+
+def _eviction(config: ServeConfig) -> Eviction:
+    # Imported only if profiles are evicted: Arrow takes memory.
+    from features.profile import Retention
+    from serving.projection.eviction import Eviction
+    from serving.projection.restore import restore_profiles
+
+    restore = partial(restore_profiles, config.warehouse_path, Retention(config.retention_days))
+    return Eviction(config.evict_after_days, restore)
+
+
+def _write_warehouse(
+    config: ServeConfig, spec: dict[str, Any], control: ProcessControl, telemetry: Telemetry, ready: Callable[..., None]
+) -> None:
     from serving.privacy.ledger import Ledger
     from serving.warehouse import process as warehouse
 
@@ -161,29 +174,20 @@ def _read_log(
         default=config.default_consent,
         ledger=Ledger(config.ledger_path),
         stop=control.stop,
-        ready=lambda _: ready(),
-        bundle_id=bundle_id,
+        ready=ready,
+        bundle_id=spec["bundle_id"],
         telemetry=telemetry,
-        trouble=trouble,
+        trouble=Trouble(control.report_state),
     )
 
 
-def _eviction(config: ServeConfig) -> Eviction:
-    """Returns when profiles are evicted, and how they are restored."""
-    # Imported where it is needed: a projector that evicts nothing has no use for Arrow.
-    from features.profile import Retention
-    from serving.projection.eviction import Eviction
-    from serving.projection.restore import restore_profiles
-
-    return Eviction(
-        config.evict_after_days, partial(restore_profiles, config.warehouse_path, Retention(config.retention_days))
-    )
+_ROLES: Mapping[str, Callable[..., None]] = {"worker": _work, "projector": _project, "warehouse": _write_warehouse}
 
 
-def _say(what: dict[str, Any]) -> None:
-    # One write for a line: several threads say something.
-    with _saying:
-        sys.stdout.write(json.dumps(what) + "\n")
+def _write(message: dict[str, Any]) -> None:
+    # One line at a time: several threads write.
+    with _writing:
+        sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
 

@@ -1,7 +1,7 @@
-"""A small HTTP server for what operators read: a few fixed pages, by GET, to clients that may be slow or hostile.
+"""A small HTTP server for operators: a few fixed pages, by GET, to clients that may be slow or hostile.
 
-One thread runs an event loop, so that a slow client costs a few kilobytes and no thread. Two more threads make the
-pages. Every exchange has a time limit, every connection carries one request, and of too many connections the oldest
+One thread runs an event loop, so that a slow client costs a few kilobytes and no thread. Two more threads render
+the pages. Every exchange has a time limit, every connection carries one request, and of too many connections the oldest
 is closed, so that connections held open on purpose do not lock out a scrape.
 """
 
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from serving.errors import ConfigError
 
 EXCHANGE_S = 5.0
-"""Longest time from a connection to the last byte of its answer, in seconds."""
+"""Longest time from a connection to the last byte of its response, in seconds."""
 
 CONNECTIONS = 32
 """Most open connections."""
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class Page(NamedTuple):
-    """An answer.
+    """A response.
 
     Attributes:
         body: Its bytes.
@@ -55,7 +55,7 @@ class Page(NamedTuple):
 
 
 Render = Callable[[Mapping[str, str]], Page]
-"""Makes a page from the headers of a request, their names in lower case; may wait, but not for seconds."""
+"""Renders a page from the headers of a request, their names in lower case; may wait, but not for seconds."""
 
 
 class HttpServer:
@@ -66,16 +66,16 @@ class HttpServer:
     """
 
     def __init__(self, address: str, pages: Mapping[str, Render], *, exchange_s: float = EXCHANGE_S) -> None:
-        """Takes where to listen and what to serve.
+        """Prepares a server; entering it opens the port.
 
         Args:
             address: `HOST:PORT`; port 0 picks a free one.
-            pages: The function that makes a page, by path.
+            pages: The function that renders a page, by path.
             exchange_s: Longest time of an exchange, in seconds.
         """
         self.address = address
         self._pages, self._exchange_s = dict(pages), exchange_s
-        self._makers = ThreadPoolExecutor(_THREADS, "http-page")
+        self._renderers = ThreadPoolExecutor(_THREADS, "http-page")
         self._loop = asyncio.new_event_loop()
         self._exchanges: dict[asyncio.Task[None], None] = {}
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
@@ -84,7 +84,7 @@ class HttpServer:
         """Listens.
 
         Raises:
-            ConfigError: The address cannot be had.
+            ConfigError: The address is not available.
         """
         host, _, port = self.address.rpartition(":")
         host = host.strip("[]")
@@ -94,8 +94,8 @@ class HttpServer:
             self._server = asyncio.run_coroutine_threadsafe(listening, self._loop).result()
         except OSError as error:
             self._end()
-            why = error.strerror or error
-            raise ConfigError(f"cannot listen on {self.address}: {why}; choose another address") from None
+            reason = error.strerror or error
+            raise ConfigError(f"cannot listen on {self.address}: {reason}; choose another address") from None
         port = self._server.sockets[0].getsockname()[1]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return self
@@ -109,7 +109,7 @@ class HttpServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._makers.shutdown(wait=False, cancel_futures=True)
+        self._renderers.shutdown(wait=False, cancel_futures=True)
 
     async def _close(self) -> None:
         self._server.close()
@@ -121,6 +121,7 @@ class HttpServer:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         exchange = asyncio.current_task()
         assert exchange is not None
+        # Of too many the oldest goes: connections held open on purpose must not lock out a scrape.
         if len(self._exchanges) >= CONNECTIONS:
             next(iter(self._exchanges)).cancel()
         self._exchanges[exchange] = None
@@ -133,7 +134,7 @@ class HttpServer:
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError, asyncio.CancelledError):
-            pass  # too slow, gone, or closed here: there is nothing left to answer
+            pass  # too slow, gone, or closed here: no response is possible
         finally:
             del self._exchanges[exchange]
             writer.transport.abort()
@@ -156,14 +157,28 @@ class HttpServer:
             path = urlsplit(words[1]).path
         render = self._pages.get(path) if path else None
         if render is None:
-            known = " ".join(sorted(self._pages))
-            return Page(f"no such page; there is {known}\n".encode(), status=404)
+            paths = " ".join(sorted(self._pages))
+            return Page(f"no such page; there is {paths}\n".encode(), status=404)
         headers = {name.strip().lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
         try:
-            return await self._loop.run_in_executor(self._makers, render, headers)
+            return await self._loop.run_in_executor(self._renderers, render, headers)
         except Exception:  # noqa: BLE001 - a defect in a page must not end the server
-            _log.exception("the page %s cannot be made", path)
-            return Page(b"the page cannot be made; see the log\n", status=500)
+            _log.exception("the page %s cannot be rendered", path)
+            return Page(b"the page cannot be rendered; see the log\n", status=500)
+
+
+@contextlib.contextmanager
+def serve_pages(address: str, pages: Mapping[str, Render]) -> Iterator[str | None]:
+    """Serves pages while the block runs, unless the address is empty; yields the address, the port resolved, or None.
+
+    Raises:
+        ConfigError: The address is not available.
+    """
+    if not address:
+        yield None
+        return
+    with HttpServer(address, pages) as server:
+        yield server.address
 
 
 def _encoded(page: Page) -> bytes:

@@ -1,8 +1,8 @@
 """Keeps the processes of a service running, and knows the state of each.
 
-A process gets its orders as one line of JSON on standard input, and words of command after it. It answers on standard
-output with lines of JSON: `{"ready": true}` or `{"error": ...}` once, then `{"state": {...}}` from time to time and
-`{"done": COMMAND}`. One that ends is started again after a pause that grows while it keeps ending.
+A process reads its launch spec as one line of JSON from standard input, then a command per line. It writes lines of
+JSON to standard output: `{"ready": true}` or `{"error": ...}` once, then `{"state": {...}}` from time to time and
+`{"done": COMMAND}`. A process that ends is restarted after a pause that grows while it keeps ending.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from serving.processes.metrics_page import MetricsPage
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
 SILENT_S = 10.0
-"""Time without a word after which a process that reports is in trouble."""
+"""Time without a line after which a process that reports is in trouble."""
 
 _HEALTHY_S = 3.0
-"""Time ready after which a process that ends has not ended at its start."""
+"""Time after which a ready process counts as started: its next restart waits for the first, short pause."""
 
 _STOP_S = 5.0
-"""Time a process is given to end, on top of the drain, in seconds."""
+"""Time that a process gets to end, on top of the drain, in seconds."""
 _log = logging.getLogger(__name__)
 
 
 class ProcessDied(ConfigError):
-    """A process ended without a word, or does not get ready."""
+    """A process ended without an error message, or does not become ready."""
 
 
 class ManagedProcess:
@@ -45,27 +45,34 @@ class ManagedProcess:
         name: Name for messages.
         pid: Its id, 0 before it was started.
         starts: Number of times that it was started.
-        ready: True from the moment when it says so until it ends.
+        ready: True from the line that says so until the process ends.
     """
 
-    def __init__(self, name: str, orders: dict[str, Any], monitor: MetricsPage) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], page: MetricsPage) -> None:
+        """Prepares a process; `start` starts it.
+
+        Args:
+            name: Name for messages.
+            spec: The launch spec, see `serving.processes.entrypoint`.
+            page: Collects the metrics of the process.
+        """
         self.name = name
-        self._monitor = monitor
+        self._page = page
         self.pid = self.starts = 0
         self.ready = False
-        self._orders = orders
+        self._spec = spec
         self._process: subprocess.Popen[str] | None = None
         self._pause = FIRST_PAUSE_S
-        self._again = self._heard = self._ready_at = 0.0
+        self._restart_at = self._heard_at = self._ready_at = 0.0
         self._error = ""
         self._state: dict[str, Any] = {}
         self._done = set[str]()
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._reader: threading.Thread | None = None
 
     def start(self) -> None:
         """Starts the process."""
-        with self._monitor.connect(self.name) as reports:
+        with self._page.connect(self.name) as reports:
             process = subprocess.Popen(
                 [sys.executable, "-m", "serving.processes.entrypoint"],
                 stdin=subprocess.PIPE,
@@ -74,25 +81,25 @@ class ManagedProcess:
                 errors="replace",
                 env=_environment(),
                 process_group=0,
-                pass_fds=[reports.fileno(), *self._orders["sealed"].values()],
+                pass_fds=[reports.fileno(), *self._spec["sealed"].values()],
             )
-            orders = self._orders | {"report_fd": reports.fileno()}
-        with self._news:
-            self._process, self.pid, self._again, self._ready_at = process, process.pid, 0.0, 0.0
+            spec = self._spec | {"report_fd": reports.fileno()}
+        with self._changed:
+            self._process, self.pid, self._restart_at, self._ready_at = process, process.pid, 0.0, 0.0
             self._error, self.ready, self._state = "", False, {}
             self._done.clear()
         self.starts += 1
         self._reader = threading.Thread(target=self._read, args=(process,), name=f"read-{self.name}", daemon=True)
         self._reader.start()
-        # The pipe stays open: that it ends tells the child that we are gone.
-        self._write(json.dumps(orders))
+        # The pipe stays open: its end tells the process that the supervisor is gone.
+        self._write(json.dumps(spec))
 
     def wait_ready(self, seconds: float, stop: threading.Event) -> bool:
-        """Waits until the process says that it is ready; False when a stop was asked for first.
+        """Waits until the process is ready; returns False if a stop was asked for first.
 
         Raises:
-            ConfigError: It refused to start; the message is its own.
-            ChildDied: It ended without a word, or does not get ready in time.
+            ConfigError: The process refused to start; the message is its own.
+            ProcessDied: It ended without an error message, or is not ready in time.
         """
         end = time.monotonic() + seconds
         while True:
@@ -101,72 +108,72 @@ class ManagedProcess:
             assert self._process is not None
             ended = self._process.poll() is not None
             if ended and self._reader:
-                self._reader.join()  # its last words
+                self._reader.join()  # its last lines
             if self.ready:
                 return True
             if self._error:
                 raise ConfigError(self._error)
             if ended or time.monotonic() > end:
                 raise ProcessDied(f"{self.name} did not start: it ended or hangs; see the log above")
-            with self._news:
-                self._news.wait(0.05)
+            with self._changed:
+                self._changed.wait(0.05)
 
-    def keep(self) -> None:
-        """Starts the process again where it ended, after a pause that grows while it keeps ending."""
+    def restart_if_ended(self) -> None:
+        """Restarts the process if it has ended, after a pause that grows while it keeps ending; call it often."""
         assert self._process is not None
         if self._process.poll() is None:
             return
         now = time.monotonic()
-        if not self._again:
+        if not self._restart_at:
             if self._ready_at and now - self._ready_at > _HEALTHY_S:
                 self._pause = FIRST_PAUSE_S
-            self._again = now + self._pause
+            self._restart_at = now + self._pause
             self._close()
             status = self._process.returncode
-            _log.error("%s ended with status %s; again in %.1f s. %s", self.name, status, self._pause, self._error)
+            _log.error("%s ended with status %s; restarting in %.1f s. %s", self.name, status, self._pause, self._error)
             self._error = self._error or f"ended with status {status}"
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-        elif now >= self._again:
-            before = self._error
+        elif now >= self._restart_at:
+            last_error = self._error
             try:
                 self.start()
-            except OSError as error:  # no memory or handles for a process now: the others serve on
-                _log.error("%s cannot be started; again in %.1f s. %s", self.name, self._pause, error)
-                self._again = now + self._pause
+            except OSError as error:  # no memory or handles for a process now: the service goes on without it
+                _log.error("%s cannot be started; trying again in %.1f s. %s", self.name, self._pause, error)
+                self._restart_at = now + self._pause
                 self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-            self._error = before  # it stands until the process is ready, or says another
+            self._error = last_error  # readiness shows it until the process is ready, or reports another
 
     def trouble(self) -> dict[str, str]:
-        """Returns what is wrong with it, by part; the process itself is the part of its name."""
-        with self._news:
+        """Returns what is wrong with the process, by part; the part of its own name is the process itself."""
+        with self._changed:
             if not self.ready:
                 running = self._process is not None and self._process.poll() is None
-                word = "starting" if running and not self._error else "restarting"
-                return {self.name: f"{word}: {self._error}" if self._error else word}
-            found = dict(self._state.get("trouble", {}))
-            if self._heard and (silent := time.monotonic() - self._heard) > SILENT_S:
-                found[self.name] = f"has said nothing for {silent:.0f} s"
-            return found
+                phase = "starting" if running and not self._error else "restarting"
+                return {self.name: f"{phase}: {self._error}" if self._error else phase}
+            trouble = dict(self._state.get("trouble", {}))
+            if self._heard_at and (silent_s := time.monotonic() - self._heard_at) > SILENT_S:
+                trouble[self.name] = f"has reported nothing for {silent_s:.0f} s"
+            return trouble
 
-    def command(self, word: str) -> None:
-        """Sends a word of command; see `serving.processes.entrypoint`."""
+    def send(self, command: str) -> None:
+        """Sends a command; see `serving.processes.entrypoint`."""
         if self.ready:
-            self._write(word)
+            self._write(command)
 
-    def wait_done(self, word: str, end: float) -> bool:
-        """Waits until a command is done or the time, monotonic, is over; True where it is done, or nobody is left."""
-        with self._news:
-            return self._news.wait_for(
-                lambda: word in self._done or not self.ready, timeout=max(end - time.monotonic(), 0.0)
+    def wait_done(self, command: str, end: float) -> bool:
+        """Waits until a command is done or the time, monotonic, is over; True if it is done, or the process ended."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: command in self._done or not self.ready, timeout=max(end - time.monotonic(), 0.0)
             )
 
     def terminate(self) -> None:
-        """Asks the process to stop; asked again, it hurries."""
+        """Asks the process to stop; the second time, to stop at once."""
         if self._process and self._process.poll() is None:
             self._process.terminate()
 
     def end(self, until: float, hurry: threading.Event) -> None:
-        """Waits for the process until a time, monotonic, then ends it by force; hands on that it shall hurry."""
+        """Waits for the process until a time, monotonic, then kills it; passes on a `hurry` that is set meanwhile."""
         process = self._process
         if not process:
             return
@@ -188,37 +195,37 @@ class ManagedProcess:
     def _write(self, line: str) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended: `keep` sees to that
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended: `restart_if_ended` handles that
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
     def _read(self, process: subprocess.Popen[str]) -> None:
-        """Takes in what the process says, until it ends."""
+        """Reads the lines of the process until it ends."""
         pipe: IO[str] | None = process.stdout
         assert pipe is not None
         for line in pipe:
-            with self._news:
+            with self._changed:
                 try:
                     self._take(json.loads(line))
-                except (ValueError, AttributeError, TypeError):  # a library that prints
+                except (ValueError, AttributeError, TypeError):  # printed by a library
                     _log.warning("%s: %s", self.name, line.rstrip())
-                self._news.notify_all()
-        with self._news:
+                self._changed.notify_all()
+        with self._changed:
             if self._process is process:
                 self.ready = False
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def _take(self, message: dict[str, Any]) -> None:
-        self._heard = time.monotonic() if "state" in message else self._heard
+        self._heard_at = time.monotonic() if "state" in message else self._heard_at
         if "ready" in message:
-            self.ready, self._error, self._heard, self._ready_at = True, "", 0.0, time.monotonic()
+            self.ready, self._error, self._heard_at, self._ready_at = True, "", 0.0, time.monotonic()
         self._error = str(message.get("error", self._error))
         self._state = message.get("state", self._state)
         if "done" in message:
             self._done.add(str(message["done"]))
 
     def _close(self) -> None:
-        """Closes the pipes of a process that has ended, and waits for what it said last."""
+        """Closes the pipes of a process that has ended, and waits for its last lines."""
         assert self._process is not None
         if self._reader:
             self._reader.join()
@@ -228,18 +235,20 @@ class ManagedProcess:
                     pipe.close()
 
 
-def stop_all(children: Sequence[ManagedProcess], drain_s: float, hurry: threading.Event) -> None:
-    """Asks processes to stop and waits until they have; by force where they take longer than the drain and 5 s."""
-    for child in children:
-        child.terminate()
+def stop_all(processes: Sequence[ManagedProcess], drain_s: float, hurry: threading.Event) -> None:
+    """Asks processes to stop and waits until they have ended; kills those that exceed the drain by `_STOP_S`."""
+    for process in processes:
+        process.terminate()
     end = time.monotonic() + drain_s + _STOP_S
-    for child in children:
-        child.end(end, hurry)
+    for process in processes:
+        process.end(end, hurry)
 
 
 def _environment() -> dict[str, str]:
-    """One thread per library and none that spins: the service scales by processes. No library reports to its maker."""
+    """Returns the environment variables of a process."""
+    # The service scales by processes, so a library gets one thread, and none that spins while it waits.
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    ours = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    # gRPC's core logs each bad header and each broken handshake: a line for whoever wants to fill the disk.
-    return {"ORT_DISABLE_TELEMETRY": "1", "GRPC_VERBOSITY": "NONE", **os.environ, **ours}
+    fixed = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    # ONNX Runtime must not report to its maker. gRPC's core logs each bad header and each broken handshake, which lets
+    # a hostile client fill the disk.
+    return {"ORT_DISABLE_TELEMETRY": "1", "GRPC_VERBOSITY": "NONE", **os.environ, **fixed}

@@ -1,7 +1,7 @@
-"""The supervisor's page of metrics: what all processes of the service count, as one service.
+"""The supervisor's page of metrics: the counts of all processes of the service, as one service.
 
-Counters and histograms are sums over the processes. Those of a process that ended stay in the sums as they were last
-seen, so a counter never goes back: what was counted between the last scrape and a kill is lost, never counted twice.
+Counters and histograms are sums over the processes. Those of a process that ended stay in the sums as the last scrape
+had them, so a counter never decreases: counts between the last scrape and a kill are lost, never counted twice.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from serving.observability.exposition import (
     time_samples,
 )
 from serving.observability.process_stats import process_stats
-from serving.observability.reporting import QUESTION
+from serving.observability.reporting import REPORT_REQUEST
 from serving.observability.telemetry import BUCKETS, Telemetry
-from serving.processes.http_server import HttpServer, Page
+from serving.processes.http_server import Page, serve_pages
 
 PATIENCE_S = 1.0
 """Longest wait for the processes, all together."""
@@ -40,33 +40,33 @@ Times = dict[tuple[str, ...], list[int]]
 
 
 @dataclass(slots=True)
-class _Process:
-    """What is known of one process.
+class _ReportingProcess:
+    """A process and its last report.
 
     Attributes:
-        connection: Our end of the pair.
-        asked: A question has no answer yet.
-        received: The part of an answer that has come.
-        answer: The last whole answer.
-        up: It answered the last scrape.
-        restarts: Times that it was started again.
+        connection: The page's end of the socket pair.
+        is_asked: A request has no report yet.
+        received: The part of a report that has come.
+        report: The last whole report.
+        is_up: The process answered the last scrape.
+        restarts: Number of restarts.
     """
 
     connection: socket.socket
-    asked: bool = False
+    is_asked: bool = False
     received: bytearray = field(default_factory=bytearray)
-    answer: dict[str, Any] = field(default_factory=dict)
-    up: bool = False
+    report: dict[str, Any] = field(default_factory=dict)
+    is_up: bool = False
     restarts: int = 0
 
 
 class MetricsPage:
-    """Collects what the processes report; any thread may call it."""
+    """Collects the reports of processes; any thread may call it."""
 
     def __init__(
         self,
         bundle_id: str,
-        watch: Callable[[], tuple[list[Sample], int | None]] = lambda: ([], None),
+        store_samples: Callable[[], tuple[list[Sample], int | None]] = lambda: ([], None),
         patience_s: float = PATIENCE_S,
         role: str = "supervisor",
         telemetry: Telemetry | None = None,
@@ -75,30 +75,30 @@ class MetricsPage:
 
         Args:
             bundle_id: The bundle that is served.
-            watch: Returns the samples of the stores, and the newest version of the catalogue where it is known.
+            store_samples: Returns the samples of the stores and the newest version of the catalogue, None if unknown.
             patience_s: Longest wait for the processes, all together.
             role: The role of this process.
-            telemetry: What this process counts.
+            telemetry: The counts of this process.
         """
-        self._bundle_id, self._watch, self._patience_s = bundle_id, watch, patience_s
+        self._bundle_id, self._store_samples, self._patience_s = bundle_id, store_samples, patience_s
         self._role, self._telemetry = role, telemetry or Telemetry()
-        self._processes: dict[str, _Process] = {}
+        self._processes: dict[str, _ReportingProcess] = {}
         self._ended_counts, self._ended_times = Counts(), Times()
-        self._behind: dict[str, float] = {}
+        self._behind_since: dict[str, float] = {}
         self._scraping, self._lock = threading.Lock(), threading.Lock()
 
     def connect(self, name: str) -> socket.socket:
-        """Takes a process that is about to start, or to start again; returns the end of the pair that it inherits."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        """Adds a process that is about to start or restart; returns the end of the socket pair that it inherits."""
+        page_end, process_end = socket.socketpair()
+        page_end.setblocking(False)
         with self._lock:
-            before = self._processes.pop(name, None)
-            self._processes[name] = process = _Process(ours)
-            if before:
-                _add(before.answer, self._ended_counts, self._ended_times)
-                process.restarts = before.restarts + 1
-                before.connection.close()
-        return theirs
+            ended = self._processes.pop(name, None)
+            self._processes[name] = process = _ReportingProcess(page_end)
+            if ended:
+                _add(ended.report, self._ended_counts, self._ended_times)
+                process.restarts = ended.restarts + 1
+                ended.connection.close()
+        return process_end
 
     def close(self) -> None:
         """Closes the connections to all processes."""
@@ -112,40 +112,40 @@ class MetricsPage:
         return Page(*rendered(self.samples(), headers.get("accept", "")))
 
     def samples(self) -> list[Sample]:
-        """Returns everything there is to know now; a process that does not answer in time is shown as it last was."""
+        """Returns all samples; a process that does not answer in time is shown with its last report."""
         with self._scraping:
-            self._ask()
-            stores, newest = self._watch()
+            self._collect()
+            stores, newest = self._store_samples()
             with self._lock:
                 states = [_state(name, process) for name, process in self._processes.items()]
                 counts, times = self._ended_counts.copy(), {key: [*cells] for key, cells in self._ended_times.items()}
                 for process in self._processes.values():
-                    _add(process.answer, counts, times)
-            own = self._telemetry.snapshot()
-            _add({"telemetry": own}, counts, times)
-            states.append(ProcessState(self._role, True, figures=process_stats(), gauges=own["gauges"]))
+                    _add(process.report, counts, times)
+            snapshot = self._telemetry.snapshot()
+            _add({"telemetry": snapshot}, counts, times)
+            states.append(ProcessState(self._role, True, stats=process_stats(), gauges=snapshot["gauges"]))
             samples = [*counter_samples(counts), *time_samples(times), *stores, *self._catalog_lag(states, newest)]
             for state in states:
                 samples += process_samples(state)
             build = (importlib.metadata.version("penchant"), self._bundle_id)
             return [*samples, ("penchant_build", build, 1)]
 
-    def _ask(self) -> None:
-        """Asks every process, and takes the answers that come in time."""
+    def _collect(self) -> None:
+        """Asks every process, and takes the reports that come in time."""
         with self._lock, selectors.DefaultSelector() as selector:
             for process in self._processes.values():
-                process.up = False
+                process.is_up = False
                 try:
-                    if not process.asked:
-                        process.connection.send(QUESTION)
-                        process.asked = True
+                    if not process.is_asked:
+                        process.connection.send(REPORT_REQUEST)
+                        process.is_asked = True
                     selector.register(process.connection, selectors.EVENT_READ, process)
                 except OSError:
-                    continue  # it has ended, and is about to be started again
+                    continue  # it has ended, and is about to be restarted
             end = time.monotonic() + self._patience_s
-            while selector.get_map() and (left := end - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
-                    if _take(key.data):
+            while selector.get_map() and (left_s := end - time.monotonic()) > 0:
+                for key, _ in selector.select(left_s):
+                    if _receive(key.data):
                         selector.unregister(key.fileobj)
 
     def _catalog_lag(self, states: Iterable[ProcessState], newest: int | None) -> Iterable[Sample]:
@@ -156,63 +156,62 @@ class MetricsPage:
                 continue
             labels = (state.name, state.name.partition(" ")[0])
             behind = max(0, newest - int(version))
-            since = self._behind.setdefault(state.name, now) if behind else self._behind.pop(state.name, now)
+            since = self._behind_since.setdefault(state.name, now)
+            if not behind:
+                del self._behind_since[state.name]
             yield "penchant_catalog_lag_versions", labels, behind
             yield "penchant_catalog_lag_seconds", labels, now - since if behind else 0.0
 
 
 @contextlib.contextmanager
 def exposed(address: str, role: str, telemetry: Telemetry) -> Iterator[str | None]:
-    """Serves the metrics of a process that no supervisor started, while the block runs.
+    """Serves the metrics of a process without a supervisor, while the block runs.
 
     Args:
-        address: `HOST:PORT`; nothing is served where it is empty.
-        role: Its role.
-        telemetry: What it counts.
+        address: `HOST:PORT`; nothing is served if it is empty.
+        role: The role of the process.
+        telemetry: Its counts.
 
     Yields:
-        The address, the port resolved.
+        The address, the port resolved; None if nothing is served.
 
     Raises:
-        ConfigError: The address cannot be had.
+        ConfigError: The address is not available.
     """
-    if not address:
-        yield None
-        return
-    with HttpServer(address, {"/metrics": MetricsPage("", role=role, telemetry=telemetry).page}) as server:
-        yield server.address
+    with serve_pages(address, {"/metrics": MetricsPage("", role=role, telemetry=telemetry).page}) as served:
+        yield served
 
 
-def _take(process: _Process) -> bool:
-    """Takes what a process sends; returns True where nothing more is to be expected of it."""
+def _receive(process: _ReportingProcess) -> bool:
+    """Receives a part of a report; returns True if no more is to come: the report is whole, or the process ended."""
     try:
-        piece = process.connection.recv(_PIECE)
+        data = process.connection.recv(_PIECE)
     except BlockingIOError:
         return False
     except OSError:
-        piece = b""
-    if not piece:
+        data = b""
+    if not data:
         return True
-    process.received += piece
-    if not piece.endswith(b"\n"):
+    process.received += data
+    if not data.endswith(b"\n"):
         return False
-    process.answer, process.up, process.asked = json.loads(process.received), True, False
+    process.report, process.is_up, process.is_asked = json.loads(process.received), True, False
     process.received.clear()
     return True
 
 
-def _state(name: str, process: _Process) -> ProcessState:
-    gauges = process.answer["telemetry"]["gauges"] if process.answer else {}
-    return ProcessState(name, process.up, process.restarts, process.answer.get("figures", {}), gauges)
+def _state(name: str, process: _ReportingProcess) -> ProcessState:
+    gauges = process.report["telemetry"]["gauges"] if process.report else {}
+    return ProcessState(name, process.is_up, process.restarts, process.report.get("stats", {}), gauges)
 
 
-def _add(answer: Mapping[str, Any], counts: Counts, times: Times) -> None:
-    """Adds the counters and histograms of an answer to sums."""
-    if not answer:
+def _add(report: Mapping[str, Any], counts: Counts, times: Times) -> None:
+    """Adds the counters and histograms of a report to sums."""
+    if not report:
         return
-    for key, n in answer["telemetry"]["counts"]:
+    for key, n in report["telemetry"]["counts"]:
         counts[tuple(key)] += n
-    for key, cells in answer["telemetry"]["times"]:
+    for key, cells in report["telemetry"]["times"]:
         total = times.setdefault(tuple(key), [0] * (BUCKETS + 1))
         for index, cell in cells.items():
             total[int(index)] += cell

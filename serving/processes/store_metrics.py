@@ -1,4 +1,4 @@
-"""How far the readers of the log are, and how large it is: read from Redis itself, whether or not its readers live."""
+"""The metrics of the stores: their memory, the size of the log and the lag of its readers, whether or not these run."""
 
 from __future__ import annotations
 
@@ -20,27 +20,33 @@ from serving.stores.log_figures import stream_figures
 from serving.warehouse.place import GROUP
 
 FRESH_S = 5.0
-"""Time for which a look at the stores is good enough, in seconds: scrapes cannot load Redis."""
+"""Time for which samples are reused, in seconds, so that scrapes cannot load Redis."""
 
 MOST_PARTITIONS = 64
 """Most partitions with labels of their own; of more, `all` has the sum, and the greatest age."""
 
 _TIMEOUT_S = 1.0
-
 _READERS = {PROFILES_GROUP: "projector", GROUP: "warehouse"}
 
 
 class StoreMetrics:
-    """Looks at the Redis of the profiles and at that of the events; one thread at a time may call it."""
+    """Samples the Redis of the profiles and that of the events; any thread may call it."""
 
     def __init__(self, profiles_url: str, events_url: str, partitions: int, fresh_s: float = FRESH_S) -> None:
-        """Takes where the stores are; nothing is asked before `look`."""
+        """Connects when the first samples are taken.
+
+        Args:
+            profiles_url: Redis of the profiles.
+            events_url: Redis of the events.
+            partitions: Number of partitions of the event log.
+            fresh_s: Time for which samples are reused.
+        """
         self._clients: dict[str, Client] = {}
         self._logs: tuple[EventLog, CatalogLog] | None = None
         self._urls = {"profiles": profiles_url, "events": events_url}
         self._partitions, self._fresh_s = partitions, fresh_s
-        self._found: tuple[list[Sample], int | None] = [], None
-        self._looked = -fresh_s
+        self._last: tuple[list[Sample], int | None] = [], None
+        self._taken_at = -fresh_s
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -50,30 +56,30 @@ class StoreMetrics:
                 client.close()
             self._clients.clear()
 
-    def look(self) -> tuple[list[Sample], int | None]:
-        """Returns the samples of those stores that answer, and the newest version of the catalogue."""
+    def samples(self) -> tuple[list[Sample], int | None]:
+        """Returns the samples of the stores that answer, and the newest version of the catalogue."""
         with self._lock:
-            if time.monotonic() - self._looked >= self._fresh_s:
-                self._found = self._look()
-                self._looked = time.monotonic()
-            return self._found
+            if time.monotonic() - self._taken_at >= self._fresh_s:
+                self._last = self._take()
+                self._taken_at = time.monotonic()
+            return self._last
 
-    def _look(self) -> tuple[list[Sample], int | None]:
+    def _take(self) -> tuple[list[Sample], int | None]:
         samples: list[Sample] = []
         newest: int | None = None
         for store, url in self._urls.items():
-            up = False
+            is_up = False
             with contextlib.suppress(PenchantError, RedisError, OSError):
                 if store not in self._clients:
                     self._clients[store] = connect(url, _TIMEOUT_S)
                 client = self._clients[store]
                 samples += _server_samples(store, client)
-                up = True
+                is_up = True
                 if store == "events":
                     log, catalog = self._logs = self._logs or (EventLog(client, self._partitions), CatalogLog(client))
                     samples += _log_samples(log)
                     newest = catalog.version()
-            samples.append(("penchant_redis_up", (store,), int(up)))
+            samples.append(("penchant_redis_up", (store,), int(is_up)))
         return samples, newest
 
 
@@ -87,7 +93,7 @@ def _server_samples(store: str, client: Client) -> list[Sample]:
 
 
 def _log_samples(log: EventLog) -> Iterator[Sample]:
-    """Yields size and lag of both streams of every partition that can be read now."""
+    """Yields size and lag of the streams; those of many partitions are summed up, to bound the number of labels."""
     clocks = log.clocks()
     totals: dict[tuple[str, tuple[str, ...]], float] = {}
     for figures in stream_figures(log):

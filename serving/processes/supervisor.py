@@ -1,7 +1,7 @@
-"""`penchant serve`: one parent that starts the stores and the workers, watches them, and ends them.
+"""`penchant serve`: the supervisor starts the stores and the processes of the service, watches them, and ends them.
 
-The parent touches no model. Workers are processes of their own that share the address (SO_REUSEPORT); one that dies is
-started again. When the parent dies, however it dies, the workers see their standard input end and stop.
+The supervisor loads no model. Workers are processes of their own that share the address (SO_REUSEPORT); one that dies
+is restarted. When the supervisor dies, in any way, the workers see their standard input end and stop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from redis.exceptions import RedisError
@@ -26,7 +26,7 @@ from serving.engine.vetting import vet
 from serving.errors import ConfigError
 from serving.jobs.host_keeper import host_kept
 from serving.observability import logs
-from serving.processes.http_server import HttpServer
+from serving.processes.http_server import serve_pages
 from serving.processes.managed_process import ManagedProcess, ProcessDied, stop_all
 from serving.processes.metrics_page import MetricsPage
 from serving.processes.readiness import Readiness
@@ -41,7 +41,7 @@ _TICK_S = 0.1
 _CLOSE_S = 2.0
 """Longest wait for the workers to stop listening."""
 SHARED = ("vocabulary.arrow",)
-"""Files of a bundle that the workers share in memory, sealed; each has the others for itself."""
+"""Files of a bundle that the workers share in memory, sealed; each worker loads the others for itself."""
 _log = logging.getLogger(__name__)
 
 
@@ -58,101 +58,127 @@ def serve(config: ServeConfig) -> int:
     """
     set_private_umask()
     logs.configure(config.log_format, "supervisor")
-    settings = config.printable()
-    for name in ("redis", "events_redis"):
-        if "://" in settings.get(name, ""):
-            settings[name] = printable(settings[name])
-    _log.info("settings that differ from the defaults: %s", json.dumps(settings))
+    _log.info("settings that differ from the defaults: %s", json.dumps(_printable(config)))
     bundle = open_bundle(config.bundle)
     _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
-    stopping = Stopping()
     if config.state_dir.exists():
         close_to_others(config.state_dir)
+    stopping, readiness = StopRequest(), Readiness(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stopping))
-        readiness = Readiness(config)
-        health = None
-        if config.health_listen:
-            # It answers until the last process has ended.
-            health = stack.enter_context(HttpServer(config.health_listen, readiness.pages()))
+        # The health pages come first and go last, so that they answer until the last process has ended.
+        health = stack.enter_context(serve_pages(config.health_listen, readiness.pages()))
         redis, events = stack.enter_context(_stores(config))
-        stack.enter_context(host_kept(config, redis, events, Trouble(readiness.tell)))
+        stack.enter_context(host_kept(config, redis, events, Trouble(readiness.set_own_state)))
         address = stack.enter_context(_reserved(config))
-        monitor, metrics = stack.enter_context(_monitored(config, bundle, redis, events))
-        sealed = {name: bundle.seal(name) for name in SHARED}
-        for handle in sealed.values():
-            stack.callback(os.close, handle)
-        orders = _orders(config, bundle, address, redis, events) | {"sealed": sealed}
-        workers = [
-            ManagedProcess(f"worker {number}", orders | {"role": "worker", "number": number}, monitor)
-            for number in range(config.worker_count)
-        ]
-        roles = {"projector": config.projector, "warehouse": config.warehouse}
-        readers = [ManagedProcess(role, orders | {"role": role}, monitor) for role, wanted in roles.items() if wanted]
+        page, metrics = stack.enter_context(_metrics(config, bundle, redis, events))
+        spec = _launch_spec(config, bundle, address, redis, events) | {"sealed": stack.enter_context(_sealed(bundle))}
+        workers, readers = _processes(config, spec, page)
         readiness.watch(workers, readers)
-        children = workers + readers
-        # The workers end first, and those who read the log take in what they logged last.
+        # The workers end first: the readers of the log still take in the last entries that the workers wrote.
         stack.callback(stop_all, readers, config.drain_s, stopping.hurry)
         stack.callback(stop_all, workers, config.drain_s, stopping.hurry)
-        for child in children:
-            child.start()
-        for child in children:
-            try:
-                if not child.wait_ready(START_S, stopping.asked):
-                    return 0
-            except ProcessDied:
-                vet(bundle.path, bundle.bundle_id)  # what ended it may be a file of the bundle
-                raise
-        ready = {
-            "listen": address,
-            "bundle_id": bundle.bundle_id,
-            "pid": os.getpid(),
-            "redis": printable(redis),
-            "events_redis": printable(events),
-            "workers": [child.pid for child in workers],
-            "warehouse": str(config.warehouse_path) if config.warehouse else None,
-            "metrics": metrics,
-            "health": health.address if health else None,
-        }
+        if not _start([*workers, *readers], bundle, stopping.asked):
+            return 0
         readiness.phase = "serving"
-        print(json.dumps(ready), flush=True)
-        _log.info("ready: %d workers on %s%s", len(workers), address, f", metrics on {metrics}" if metrics else "")
-        while not stopping.asked.wait(_TICK_S):
-            readiness.tick()
-            for child in children:
-                child.keep()
+        urls = {"redis": printable(redis), "events_redis": printable(events)}
+        _print_ready(config, bundle, workers, {"listen": address, **urls, "metrics": metrics, "health": health})
+        _keep_running([*workers, *readers], stopping.asked, readiness)
         readiness.phase = "stopping"
         _leave(workers, config.delay_s, stopping.hurry, readiness)
-        _log.info("stopping: calls in hand have %g s", config.drain_s)
+        _log.info("stopping: calls in progress have %g s", config.drain_s)
     _log.info("stopped")
     return 0
 
 
-def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.Event, readiness: Readiness) -> None:
-    """Says not ready, serves on for a while, then lets no worker listen any more.
+def _printable(config: ServeConfig) -> dict[str, Any]:
+    settings = config.printable()
+    for name in ("redis", "events_redis"):
+        if "://" in settings.get(name, ""):
+            settings[name] = printable(settings[name])  # without the password of the URL
+    return settings
 
-    All of them stop listening before the first one sends its callers away: these must not come to the next one, which
-    is about to end as well, but to an instance that stays.
+
+def _processes(
+    config: ServeConfig, spec: dict[str, Any], page: MetricsPage
+) -> tuple[list[ManagedProcess], list[ManagedProcess]]:
+    """Returns the workers and the readers of the log, none of them started."""
+    workers = [
+        ManagedProcess(f"worker {number}", spec | {"role": "worker", "number": number}, page)
+        for number in range(config.worker_count)
+    ]
+    roles = {"projector": config.projector, "warehouse": config.warehouse}
+    return workers, [ManagedProcess(role, spec | {"role": role}, page) for role, is_here in roles.items() if is_here]
+
+
+def _start(processes: Sequence[ManagedProcess], bundle: Bundle, stop: threading.Event) -> bool:
+    """Starts processes and waits until all are ready; False if a stop was asked for first.
+
+    Raises:
+        BundleError: A file of the bundle ends the process that reads it.
+        ConfigError: A process refuses to start.
+    """
+    for process in processes:
+        process.start()
+    for process in processes:
+        try:
+            if not process.wait_ready(START_S, stop):
+                return False
+        except ProcessDied:
+            # A malformed model can end its reader without a word; another process finds out which file it is.
+            vet(bundle.path, bundle.bundle_id)
+            raise
+    return True
+
+
+def _print_ready(
+    config: ServeConfig, bundle: Bundle, workers: Sequence[ManagedProcess], addresses: Mapping[str, str | None]
+) -> None:
+    ready = {
+        **addresses,
+        "bundle_id": bundle.bundle_id,
+        "pid": os.getpid(),
+        "workers": [worker.pid for worker in workers],
+        "warehouse": str(config.warehouse_path) if config.warehouse else None,
+    }
+    print(json.dumps(ready), flush=True)
+    metrics = f", metrics on {addresses['metrics']}" if addresses["metrics"] else ""
+    _log.info("ready: %d workers on %s%s", len(workers), addresses["listen"], metrics)
+
+
+def _keep_running(processes: Sequence[ManagedProcess], stop: threading.Event, readiness: Readiness) -> None:
+    while not stop.wait(_TICK_S):
+        readiness.tick()
+        for process in processes:
+            process.restart_if_ended()
+
+
+def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.Event, readiness: Readiness) -> None:
+    """Tells balancers "not ready", serves on for a while, then stops every worker from listening.
+
+    All workers stop listening before the first one sends its callers away: callers must reconnect to an instance that
+    stays, not to the next worker, which is about to end as well.
     """
     _log.info("stopping: not ready, ending in %.1f s", delay_s)
     for worker in workers:
-        worker.command("unready")
+        worker.send("unready")
     end = time.monotonic() + delay_s
     while not hurry.wait(max(min(end - time.monotonic(), _TICK_S), 0.0)) and time.monotonic() < end:
         readiness.tick()
     for worker in workers:
-        worker.command("close")
+        worker.send("close")
     end = time.monotonic() + _CLOSE_S
     for worker in workers:
         worker.wait_done("close", end)
 
 
-def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, events: str) -> dict[str, Any]:
-    """The settings of the children: everything found out here is in place of what it was found from.
+def _launch_spec(config: ServeConfig, bundle: Bundle, address: str, redis: str, events: str) -> dict[str, Any]:
+    """Returns the settings of the processes, with the resolved values in place of those that they come from.
 
-    They open the very bundle that was verified here, by its real path and its id: a link may move while they run.
+    The processes open the very bundle that was verified here, by its real path and its id: a link may move meanwhile.
     """
     settings = config.model_dump(mode="json", exclude={"token", "token_file"})
+    # The address was checked here; a resolved one would be refused without TLS where the setting allowed it.
     settings |= {"listen": address, "redis": redis, "events_redis": events, "insecure": True}
     settings["workers"] = config.worker_count
     settings["bundle"] = str(bundle.path)
@@ -160,28 +186,34 @@ def _orders(config: ServeConfig, bundle: Bundle, address: str, redis: str, event
 
 
 @contextlib.contextmanager
-def _monitored(
-    config: ServeConfig, bundle: Bundle, redis: str, events: str
-) -> Iterator[tuple[MetricsPage, str | None]]:
-    """What collects the reports of all processes, and where their metrics are served, None if nowhere.
+def _sealed(bundle: Bundle) -> Iterator[dict[str, int]]:
+    """Yields descriptors of the files that workers share, by name; they are open while the block runs."""
+    descriptors = {name: bundle.seal(name) for name in SHARED}
+    try:
+        yield descriptors
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _metrics(config: ServeConfig, bundle: Bundle, redis: str, events: str) -> Iterator[tuple[MetricsPage, str | None]]:
+    """Yields the page that collects the reports of all processes, and its address; None if it is not served.
 
     Raises:
-        ConfigError: The address cannot be had.
+        ConfigError: The address is not available.
     """
     with (
-        contextlib.closing(StoreMetrics(redis, events, config.partitions)) as watch,
-        contextlib.closing(MetricsPage(bundle.bundle_id, watch.look)) as monitor,
+        contextlib.closing(StoreMetrics(redis, events, config.partitions)) as stores,
+        contextlib.closing(MetricsPage(bundle.bundle_id, stores.samples)) as page,
+        serve_pages(config.metrics_listen, {"/metrics": page.page}) as address,
     ):
-        if not config.metrics_listen:
-            yield monitor, None
-            return
-        with HttpServer(config.metrics_listen, {"/metrics": monitor.page}) as server:
-            yield monitor, server.address
+        yield page, address
 
 
 @contextlib.contextmanager
 def _stores(config: ServeConfig) -> Iterator[tuple[str, str]]:
-    """The URLs of the profiles and of the events; embedded servers run while the block does."""
+    """Yields the URLs of the profiles and of the events; embedded servers run while the block does."""
     with contextlib.ExitStack() as stack:
         profiles, events = config.redis, config.events_redis or config.redis
         if profiles == "embedded":
@@ -194,7 +226,7 @@ def _stores(config: ServeConfig) -> Iterator[tuple[str, str]]:
 
 
 def _require_safe(url: str, role: Literal["events", "profiles"], unsafe: bool) -> None:
-    """Refuses a Redis that would lose data; one that is away now is looked at by nobody, and served without.
+    """Refuses a Redis that would lose data; one that does not answer now passes, and the service starts without it.
 
     Raises:
         ConfigError: Its configuration is unsafe.
@@ -208,15 +240,15 @@ def _require_safe(url: str, role: Literal["events", "profiles"], unsafe: bool) -
 
 @contextlib.contextmanager
 def _reserved(config: ServeConfig) -> Iterator[str]:
-    """The address, a free port found where 0 was asked for; bound, but not listened on, so that nobody else takes it.
+    """Yields the address, with a free port for 0; it is bound but not listened on, so that no other process takes it.
 
     Raises:
-        ConfigError: Somebody else uses it.
+        ConfigError: Another process uses it.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with contextlib.ExitStack() as stack:
         try:
-            # Without SO_REUSEPORT first: with it, two services would share one port without a word.
+            # Without SO_REUSEPORT first: with it, two services would share one port and no error would say so.
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if config.share_port:
@@ -226,7 +258,7 @@ def _reserved(config: ServeConfig) -> Iterator[str]:
             keeper = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             keeper.bind((config.host, port))
-        except OSError as error:  # in use, of another machine, or of a family that the kernel has not
+        except OSError as error:  # in use, of another machine, or of a family that the kernel lacks
             raise ConfigError(
                 f"cannot listen on {config.listen}: {error.strerror}; choose another address, or "
                 "set share_port to take over from an instance of this service that listens there"
@@ -234,12 +266,12 @@ def _reserved(config: ServeConfig) -> Iterator[str]:
         yield f"[{config.host}]:{port}" if family == socket.AF_INET6 else f"{config.host}:{port}"
 
 
-class Stopping:
-    """How far a stop is asked for.
+class StopRequest:
+    """The stop that signals ask for.
 
     Attributes:
         asked: Set by the first SIGTERM or SIGINT.
-        hurry: Set by the second one: nothing is waited for any more.
+        hurry: Set by the second one: the stop waits for nothing more.
     """
 
     def __init__(self) -> None:
@@ -251,8 +283,8 @@ class Stopping:
 
 
 @contextlib.contextmanager
-def _signals(stopping: Stopping) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a stop; outside the main thread, where signals cannot be caught, nothing does."""
+def _signals(stopping: StopRequest) -> Iterator[None]:
+    """Lets SIGTERM and SIGINT ask for a stop; not outside the main thread, where Python cannot catch signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from features.jit import expect_compiled
@@ -13,18 +15,18 @@ from features.profile import Retention
 from serving.concurrency import ConcurrencyLimit
 from serving.config import MOST_SURFACES, ServeConfig
 from serving.engine.catalog_sync import CatalogSync
-from serving.engine.engine import Dependencies, EngineRef, open_engine
+from serving.engine.engine import EngineRef, open_engine
+from serving.engine.pipelines import Dependencies
 from serving.errors import ConfigError, ServingError, Unavailable
 from serving.experiments import Holdout
 from serving.observability.observer import RequestObserver
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
 from serving.pipeline.side_effects import ImpressionWriter
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
 from serving.privacy.rights import SubjectRights
 from serving.processes.listen_sockets import stop_listening
-from serving.processes.worker_health import HealthMonitor, parts_of
+from serving.processes.worker_health import HealthMonitor, health_checks
 from serving.redis.client import connect
 from serving.services.catalog import CatalogService
 from serving.services.events import EventService
@@ -32,17 +34,38 @@ from serving.services.profiles import ProfileService
 from serving.services.ranking import RankingService
 from serving.services.server import Server, Services
 from serving.services.streams import Streams
-from serving.stores.catalog_log import CatalogLog
+from serving.stores.catalog_log import CatalogLog, CatalogProgress
 from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 
 if TYPE_CHECKING:
-    from serving.processes.entrypoint import Control
+    from serving.processes.entrypoint import ProcessControl
 
 WRITE_TIMEOUT_S = 1.0
 """Longest wait of a call that writes: the events Redis syncs to disk before it answers."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    """The stores of a worker.
+
+    Attributes:
+        profiles: Profiles for rankings, which go on without one that comes late.
+        writer: The same profiles for calls that write, with more patience.
+        log: The event log.
+        changes: The catalogue log.
+        checked_profiles: The profiles on a connection of the health checks.
+        checked_log: The event log on a connection of the health checks.
+    """
+
+    profiles: ProfileStore
+    writer: ProfileStore
+    log: EventLog
+    changes: CatalogLog
+    checked_profiles: ProfileStore
+    checked_log: EventLog
 
 
 def work(
@@ -52,38 +75,65 @@ def work(
     ready: Callable[[], None],
     bundle_id: str = "",
     sealed: Mapping[str, int] | None = None,
-    control: Control | None = None,
+    control: ProcessControl | None = None,
 ) -> None:
-    """Answers until `stop` is set; calls `ready` when it begins to.
+    """Serves until `stop` is set; calls `ready` when it begins to.
 
     Args:
         config: The settings.
-        telemetry: Where its measurements go.
-        stop: Set when it shall end.
+        telemetry: Takes its measurements.
+        stop: Set when the worker is to end.
         ready: Called once.
-        bundle_id: The bundle that `config.bundle` has to hold; empty where any will do.
-        sealed: Files of it that are in shared memory, see `features.bundle.Bundle.seal`.
-        control: What the parent asks and is told, where there is one.
+        bundle_id: The bundle that `config.bundle` has to hold; empty if any is right.
+        sealed: Its files that are in shared memory, see `features.bundle.Bundle.seal`.
+        control: The link to the supervisor, if there is one.
 
     Raises:
         BundleError: The bundle is refused.
-        ConfigError: The device or an address cannot be had.
+        ConfigError: The device or an address is not available.
     """
-    progress, turns = CatalogProgress(), ConcurrencyLimit(config.threads)
+    progress, limit = CatalogProgress(), ConcurrencyLimit(config.threads)
     telemetry.gauge("catalog_version", lambda: progress.version)
+    with _stores(config, telemetry) as stores:
+        impressions = _impression_writer(config, stores.log, telemetry) if config.impressions else None
+        dependencies = Dependencies(config, stores.profiles, progress, telemetry, impressions, limit)
+        engine_ref = EngineRef(open_engine(config.bundle, dependencies, bundle_id, sealed))
+        catalog_sync = CatalogSync(engine_ref, stores.changes, progress, config.worker_count)
+        catalog_sync.start()
+        surfaces = config.metrics_surfaces or engine_ref.engine.surfaces[:MOST_SURFACES]
+        server = Server(config, limit, telemetry, RequestObserver(telemetry, config.access_log, surfaces))
+        streams = Streams(max(1, config.max_concurrent // 4))
+        services = _services(config, stores, engine_ref, catalog_sync, telemetry, streams)
+        checks = health_checks(
+            stores.checked_profiles, stores.checked_log, stores.changes, catalog_sync, progress, config.unsafe_redis
+        )
+        report_state = control.report_state if control else lambda _: None
+        monitor = HealthMonitor(checks, server.set_serving, report_state, strict=config.strict_readiness)
+        monitor.check()
+        server.start(config.listen, services)
+        _settle()
+        ready()
+        monitor.start()
+        _serve_until(stop, config, server, monitor, streams, control)
+        catalog_sync.stop()
+        if impressions:
+            impressions.close()
+
+
+@contextlib.contextmanager
+def _stores(config: ServeConfig, telemetry: Telemetry) -> Iterator[_Stores]:
+    """Yields the stores; their connections are open while the block runs."""
+    guarded = not config.unsafe_redis
     with (
-        connect(config.redis, config.redis_timeout_ms / 1000) as profiles,
+        connect(config.redis, config.redis_timeout_ms / 1000) as read,
+        # Calls that write wait longer than rankings, and none of their timeouts keeps a ranking from its profile.
         connect(config.redis, WRITE_TIMEOUT_S) as written,
         connect(config.events_redis, WRITE_TIMEOUT_S) as events,
-        connect(config.redis, WRITE_TIMEOUT_S) as watched_profiles,
-        connect(config.events_redis, WRITE_TIMEOUT_S) as watched_events,
+        # The health checks have connections of their own: a late reply delays no call.
+        connect(config.redis, WRITE_TIMEOUT_S) as checked_profiles,
+        connect(config.events_redis, WRITE_TIMEOUT_S) as checked_events,
     ):
-        guarded = not config.unsafe_redis
-        store = ProfileStore(profiles, config.partitions, telemetry=telemetry, guarded=guarded)
-        # Who writes has more patience than who ranks, and none of its timeouts keeps a ranking from its profile.
-        writer = ProfileStore(written, config.partitions, telemetry=telemetry, guarded=guarded, beside=store)
-        # The monitor looks at the settings, with connections of its own: a late answer costs nobody else anything.
-        watched = ProfileStore(watched_profiles, config.partitions, guarded=guarded, beside=store)
+        profiles = ProfileStore(read, config.partitions, telemetry=telemetry, guarded=guarded)
         log = EventLog(
             events,
             config.partitions,
@@ -92,70 +142,86 @@ def work(
             times=config.log_times,
             unsafe=config.unsafe_redis,
         )
-        certificates = Certificates(log, int(config.purge_hours * 3_600_000))
-        people = SubjectRights(log, writer, certificates, Retention(config.retention_days), Ledger(config.ledger_path))
         _open(log)
-        _open(store)
-        impressions = _writer(config, log, telemetry) if config.impressions else None
-        around = Dependencies(config, store, progress, telemetry, impressions, turns)
-        host = EngineRef(open_engine(config.bundle, around, bundle_id, sealed))
-        changes = CatalogLog(events, unsafe=config.unsafe_redis)
-        follower = CatalogSync(host, changes, progress, config.worker_count)
-        follower.start()
-        surfaces = config.metrics_surfaces or host.engine.surfaces[:MOST_SURFACES]
-        observer = RequestObserver(telemetry, config.access_log, surfaces)
-        server = Server(config, turns, telemetry, observer)
-        streams = Streams(max(1, config.max_concurrent // 4))
-        holdout = Holdout(config.holdout_share, config.holdout_salt)
-        services = Services(
-            ranking=RankingService(host, holdout, config.default_deadline_ms / 1000),
-            events=EventService(host, log, writer, telemetry, streams, config.refused_in_ids),
-            profiles=ProfileService(host, people, certificates, writer),
-            catalog=CatalogService(host, changes, follower),
+        _open(profiles)
+        yield _Stores(
+            profiles,
+            ProfileStore(written, config.partitions, telemetry=telemetry, guarded=guarded, beside=profiles),
+            log,
+            CatalogLog(events, unsafe=config.unsafe_redis),
+            ProfileStore(checked_profiles, config.partitions, guarded=guarded, beside=profiles),
+            EventLog(checked_events, config.partitions, unsafe=config.unsafe_redis, beside=log),
         )
-        watched_log = EventLog(watched_events, config.partitions, unsafe=config.unsafe_redis, beside=log)
-        parts = parts_of(watched, watched_log, changes, follower, progress, config.unsafe_redis)
-        tell = control.state if control else lambda _: None
-        monitor = HealthMonitor(parts, server.say, tell, strict=config.strict_readiness)
-        monitor.look()
-        server.start(config.listen, services)
-        # What is loaded stays: the collector need not walk it with every sweep.
-        gc.collect()
-        gc.freeze()
-        expect_compiled()
-        ready()
-        monitor.start()
-
-        def unready() -> None:
-            monitor.hush()
-            server.not_ready()
-
-        def close() -> None:
-            stop_listening(config.port)
-
-        if control:
-            control.obey({"unready": unready, "close": close})
-        stop.wait()
-        unready()
-        close()
-        streams.close()
-        server.stop(control.hurry if control else None)
-        monitor.close()
-        follower.stop()
-        if impressions:
-            impressions.close()
 
 
-def _writer(config: ServeConfig, log: EventLog, telemetry: Telemetry) -> ImpressionWriter:
+def _services(
+    config: ServeConfig,
+    stores: _Stores,
+    engine_ref: EngineRef,
+    catalog_sync: CatalogSync,
+    telemetry: Telemetry,
+    streams: Streams,
+) -> Services:
+    certificates = Certificates(stores.log, int(config.purge_hours * 3_600_000))
+    ledger, retention = Ledger(config.ledger_path), Retention(config.retention_days)
+    rights = SubjectRights(stores.log, stores.writer, certificates, retention, ledger)
+    holdout = Holdout(config.holdout_share, config.holdout_salt)
+    return Services(
+        ranking=RankingService(engine_ref, holdout, config.default_deadline_ms / 1000),
+        events=EventService(engine_ref, stores.log, stores.writer, telemetry, streams, config.refused_in_ids),
+        profiles=ProfileService(engine_ref, rights, certificates, stores.writer),
+        catalog=CatalogService(engine_ref, stores.changes, catalog_sync),
+    )
+
+
+def _settle() -> None:
+    """Prepares the process for its steady state, just before it is ready."""
+    # All that is loaded stays: no sweep of the collector needs to walk it.
+    gc.collect()
+    gc.freeze()
+    # From here on a kernel that compiles delays a caller, so it is logged.
+    expect_compiled()
+
+
+def _serve_until(
+    stop: threading.Event,
+    config: ServeConfig,
+    server: Server,
+    monitor: HealthMonitor,
+    streams: Streams,
+    control: ProcessControl | None,
+) -> None:
+    """Serves until `stop` is set, then lets calls in progress finish."""
+
+    def leave() -> None:
+        monitor.mute()
+        server.not_ready()
+
+    def close() -> None:
+        stop_listening(config.port)
+
+    if control:
+        control.handle({"unready": leave, "close": close})
+    stop.wait()
+    # The supervisor has sent both commands before; a worker that ends without them does the same.
+    leave()
+    close()
+    streams.close()
+    server.stop(control.hurry if control else None)
+    monitor.close()
+
+
+def _impression_writer(config: ServeConfig, log: EventLog, telemetry: Telemetry) -> ImpressionWriter:
     return ImpressionWriter(log, config.impression_queue, telemetry, config.impression_share)
 
 
-def _open(part: EventLog | ProfileStore) -> None:
+def _open(store: EventLog | ProfileStore) -> None:
+    """Opens a store; a worker starts without one that does not answer now, or refuses."""
     try:
-        part.open()
+        store.open()
     except ConfigError:
         raise
-    except Unavailable as error:  # of which each call to Redis speaks
-        _log.debug("starting without %s: %s", type(part).__name__, error)
+    except Unavailable as error:  # each call to Redis logs it
+        _log.debug("starting without %s: %s", type(store).__name__, error)
     except ServingError as error:  # it refuses its users for now
-        _log.warning("starting without %s: %s", type(part).__name__, error)
+        _log.warning("starting without %s: %s", type(store).__name__, error)

@@ -80,7 +80,7 @@ class Evictor:
             return
         self._swept = time.monotonic()
         before_ms = self._log.now_ms() - int(self._eviction.days * 86_400_000)
-        self._telemetry.count("profiles_evicted", self._profiles.leave(before_ms))
+        self._telemetry.count(("projector_profiles", "evicted"), self._profiles.leave(before_ms))
 
     def close(self) -> None:
         """Restores the last profiles and ends the thread."""
@@ -99,6 +99,6 @@ class Evictor:
             return
         try:
             restored = self._eviction.restore(returned, self._profiles, self._log)
-            self._telemetry.count("profiles_restored", restored)
+            self._telemetry.count(("projector_profiles", "restored"), restored)
         except (TablesError, ServingError, OSError) as error:
             _log.error("the evicted profiles of %d users cannot be restored: %s", len(returned), error)

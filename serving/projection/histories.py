@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.arrays import pc
-from features.catalog import columns_of
+from features.catalog_columns import columns_of
 from features.histories import Logged, history_keys
 from features.keys import event_type_keys, item_keys
-from features.profile import Profile, Records, empty, fold, make_records
+from features.profile import Profile, empty, fold
+from features.records import Records, make_records
 from features.subjects import Subject, known, subject_of
 from features.tables.dataset import Dataset, open_dataset, read_table
 from features.tables.event_reader import Events

@@ -17,7 +17,9 @@ from features.clock import now_ms
 from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
 from features.keys import event_type_key, item_key, item_keys
-from features.profile import PAST_LOST, Profile, Records
+from features.profile import Profile
+from features.profile_codec import PAST_LOST
+from features.records import Records
 from features.subjects import subject_of
 from serving.redis.client import connect
 from serving.stores.meta import profile_partitions

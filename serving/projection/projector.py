@@ -84,8 +84,7 @@ class Projector:
             lease_ms: Time for which a partition stays with a projector that is gone.
             batch: Most events per partition and step.
             eviction: When profiles are evicted, and how they are restored; None keeps them.
-            telemetry: Counts `events_projected`, `events_damaged`, `profiles_compacted`, `profiles_evicted` and
-                `profiles_restored`.
+            telemetry: Counts `projector_events`, `projector_damaged` and `projector_profiles`.
             require_own: Raises once the profiles of the log are elsewhere. `run` calls it regularly, and first of all
                 after it has stood still for so long that another projector may have taken its place.
         """
@@ -260,7 +259,7 @@ class Projector:
             if entry.mark:
                 self._profiles.mark(partition, entry.mark)
         events, damaged = sound(entries)
-        self._telemetry.count("events_damaged", damaged)
+        self._telemetry.count("projector_damaged", damaged)
         by_subject: dict[str, list[tuple[int, bytes]]] = {}
         for entry in events:
             by_subject.setdefault(entry.subject, []).append((entry.log_id, entry.record))
@@ -271,7 +270,7 @@ class Projector:
                 self._make_room(subject, records[0][0])
                 reply = self._profiles.apply(subject, records)
             if isinstance(reply, Applied):
-                self._telemetry.count("events_projected", reply.inserted)
+                self._telemetry.count("projector_events", reply.inserted)
                 if reply.tail > self._compact_after:
                     long_tails.append(subject)
                 if reply.away and self._evictor:
@@ -291,7 +290,7 @@ class Projector:
         try:
             # An evicted profile is folded only if nothing will restore it: its tail has to wait for its past.
             if self._profiles.compact(subject, up_to, at_least, dropped_too=self._evictor is None):
-                self._telemetry.count("profiles_compacted")
+                self._telemetry.count(("projector_profiles", "compacted"))
         except ProfileCorrupt as error:
             _log.error("%s", error)
 

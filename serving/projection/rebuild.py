@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from features.clock import now_ms
-from features.profile import RECORD, Retention
+from features.profile import Retention
+from features.records import RECORD
 from features.tables.dataset import Dataset, read_info
 from features.tables.intake import REJECTED_SHARE, admit
 from serving.privacy.marks import marks_of_log

@@ -17,7 +17,7 @@ from features.clock import now_ms
 from features.errors import PenchantError
 from features.event_types import hint
 from features.keys import event_type_key, item_key
-from features.profile import pack_record
+from features.records import pack_record
 from features.subjects import Subject, id_of
 from penchant.v1 import event_pb2, event_pb2_grpc
 from serving.engine.engine import EngineRef
@@ -99,9 +99,9 @@ class EventService(event_pb2_grpc.EventServiceServicer):
                 statuses[checked.place] = status = _status(entry, done)
                 if status.code == 0:
                     status.message = "; ".join(filter(None, (status.message, hints[checked.place])))
-            self._telemetry.count("events.unknown_item", len(unknown))
-        self._telemetry.count("events.taken", len(good))
-        self._telemetry.count("events.refused", len(statuses) - len(good))
+            self._telemetry.count("events_unknown_item", len(unknown))
+        self._telemetry.count(("events", "taken"), len(good))
+        self._telemetry.count(("events", "refused"), len(statuses) - len(good))
         return statuses
 
     def _hints(self, good: Sequence[_Checked], unknown: set[int]) -> dict[int, str]:
@@ -113,7 +113,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
             lacks = f"the catalogue has no item {item!r}: put it, or correct the id" if checked.place in unknown else ""
             told = "; ".join(filter(None, (lacks, meant)))
             hints[checked.place] = f"durable, but {told}" if told else ""
-        self._telemetry.count("events.odd_type", odd)
+        self._telemetry.count("events_odd_type", odd)
         return hints
 
     def _apply(self, good: Sequence[_Checked], appended: Sequence[Appended]) -> list[bool | PenchantError]:
@@ -126,7 +126,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         try:
             outcome = dict(zip(by_person, self._store.apply_many(list(by_person.items())), strict=True))
         except ServingError:
-            self._telemetry.count("events.applied_later", len(good))
+            self._telemetry.count("events_applied_later", len(good))
             return [entry.personal and not entry.record for entry in appended]
         return [
             # A duplicate whose record is gone from the log was applied before it went.
@@ -189,7 +189,7 @@ def _logged(good: Sequence[_Checked], catalog: Catalog) -> tuple[list[LoggedEven
     logged, unknown = [], set()
     for checked in good:
         event, item = checked.event, item_key(checked.event.item_id)
-        value, kin = event.value if event.HasField("value") else math.nan, catalog.kin_of(item)
+        value, kin = event.value if event.HasField("value") else math.nan, catalog.category_and_creator(item)
         if kin is None and event.item_id:
             unknown.add(checked.place)
         record = pack_record(item, *(kin or (0, 0)), checked.timestamp, value, event_type_key(event.event_type))

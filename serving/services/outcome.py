@@ -1,4 +1,4 @@
-"""What metrics and the access log keep of a request and its answer: names of the contract, and the surface."""
+"""Labels of a request for metrics and the access log: its surface, and the rung of its slate."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from serving.observability.telemetry import Telemetry
 
 _RUNGS = {number: name.removeprefix("RUNG_").lower() for name, number in common_pb2.Rung.items() if number}
 _PARTS = {number: name.removeprefix("PART_") for name, number in common_pb2.Part.items()}
-_NONE = ""
 
 
 def surface_of(request: Message | None) -> str:
-    """Returns the surface that a ranking request names, else ""; as the caller wrote it."""
+    """Returns the surface of a ranking request as the caller wrote it, else ""."""
     options = getattr(request, "options", None)
-    return getattr(options, "surface", _NONE)
+    return getattr(options, "surface", "")
 
 
-def rung_of(answer: Message, telemetry: Telemetry) -> str:
-    """Returns the rung of an answer that is a slate, else ""; counts the parts that it went out without."""
-    slate = getattr(answer, "slate", None)
+def rung_of(response: Message, telemetry: Telemetry) -> str:
+    """Returns the rung of a response with a slate, else ""; counts the parts that the slate had to do without."""
+    slate = getattr(response, "slate", None)
     if slate is None:
-        return _NONE
+        return ""
     for degradation in slate.degraded:
         telemetry.count(("degraded", _PARTS.get(degradation.part, "UNSPECIFIED")))
-    return _RUNGS.get(slate.rung, _NONE)
+    return _RUNGS.get(slate.rung, "")

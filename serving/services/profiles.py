@@ -22,7 +22,8 @@ from features.decayed_counts import DIMENSIONS, HORIZONS
 from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
 from features.keys import event_type_key
-from features.profile import PAST_LOST, RING, Profile, Purpose
+from features.profile import RING, Profile, Purpose
+from features.profile_codec import PAST_LOST
 from features.subjects import anonymous, known
 from penchant.v1 import common_pb2, profile_pb2, profile_pb2_grpc
 from serving.engine.engine import Engine, EngineRef

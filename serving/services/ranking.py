@@ -1,4 +1,4 @@
-"""RankingService: a feed, a search, a re-ranking, neighbours; each a Query through its Pipeline and back."""
+"""RankingService: a feed, a search, a re-ranking, neighbours; each a Request through its Pipeline and back."""
 
 # ruff: noqa: N802 - the contract names the methods
 
@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -20,8 +21,9 @@ from features.keys import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import InvalidArgument
-from serving.experiments import Holdout
-from serving.pipeline.query import Query, Reason, Slate, Unknown
+from serving.experiments import Assignment, Holdout
+from serving.pipeline.request import Request, Unknown
+from serving.pipeline.results import Reason, Slate
 from serving.services import validation as checks
 from serving.services.items import item_fields, shown_items
 
@@ -51,17 +53,17 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
     ) -> ranking_pb2.RecommendResponse:
         """Retrieves and ranks a feed for a person."""
         engine = self._host.engine
-        query, missing, fields = self._query(
+        asked, missing, fields = self._request(
             "recommend", request.options, engine.catalog, context, subject_required=True
         )
-        return ranking_pb2.RecommendResponse(slate=_answer(query, missing, fields, engine))
+        return ranking_pb2.RecommendResponse(slate=_answer(asked, missing, fields, engine))
 
     def Search(self, request: ranking_pb2.SearchRequest, context: grpc.ServicerContext) -> ranking_pb2.SearchResponse:
         """Finds items for a query and orders them for this person."""
         engine = self._host.engine
-        query, missing, fields = self._query("search", request.options, engine.catalog, context)
-        query.text = checks.text(request.query, "query", required=True)
-        return ranking_pb2.SearchResponse(slate=_answer(query, missing, fields, engine))
+        base, missing, fields = self._request("search", request.options, engine.catalog, context)
+        search = replace(base, text=checks.text(request.query, "query", required=True))
+        return ranking_pb2.SearchResponse(slate=_answer(search, missing, fields, engine))
 
     def Rank(self, request: ranking_pb2.RankRequest, context: grpc.ServicerContext) -> ranking_pb2.RankResponse:
         """Re-ranks the caller's candidates; of an id that comes twice, the first place counts.
@@ -69,32 +71,38 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         An id that the catalogue does not know stays at the place that the caller gave it, unless it is excluded.
         """
         engine = self._host.engine
-        query, missing, fields = self._query("rank", request.options, engine.catalog, context)
+        base, missing, fields = self._request("rank", request.options, engine.catalog, context)
         ids = checks.identifiers(request.candidates.item_ids, "candidates.item_ids", 1, MAX_CANDIDATES)
         upstream = checks.finite(request.candidates.upstream_scores, "candidates.upstream_scores")
         checks.same_length(upstream, ids, "candidates.upstream_scores", "candidates.item_ids")
-        query.text = checks.text(request.query, "query")
+        text, weight = checks.text(request.query, "query"), base.upstream_weight
         if request.HasField("upstream_weight"):
-            query.upstream_weight = checks.number(request.upstream_weight, "upstream_weight", 0.0)
-        checks.weighted(upstream, query.upstream_weight, "upstream_weight", "candidates.upstream_scores")
+            weight = checks.number(request.upstream_weight, "upstream_weight", 0.0)
+        checks.weighted(upstream, weight, "upstream_weight", "candidates.upstream_scores")
         rows = _known(engine.catalog, ids, missing)
         _, first = np.unique(rows, return_index=True)
         first = np.sort(first[rows[first] >= 0])
-        query.rows, query.upstream = rows[first], upstream[first] if upstream.size else None
-        query.unknown = _unknown(ids, rows, upstream, first)
-        return ranking_pb2.RankResponse(slate=_answer(query, missing, fields, engine))
+        ranked = replace(
+            base,
+            text=text,
+            rows=rows[first],
+            upstream=upstream[first] if upstream.size else None,
+            upstream_weight=weight,
+            unknown=_unknown(ids, rows, upstream, first),
+        )
+        return ranking_pb2.RankResponse(slate=_answer(ranked, missing, fields, engine))
 
     def SimilarItems(
         self, request: ranking_pb2.SimilarItemsRequest, context: grpc.ServicerContext
     ) -> ranking_pb2.SimilarItemsResponse:
         """Finds items like one or several seeds."""
         engine = self._host.engine
-        query, missing, fields = self._query("similar", request.options, engine.catalog, context)
+        base, missing, fields = self._request("similar", request.options, engine.catalog, context)
         rows = _known(engine.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
-        query.seeds = np.unique(rows[rows >= 0])
-        return ranking_pb2.SimilarItemsResponse(slate=_answer(query, missing, fields, engine))
+        similar = replace(base, seeds=np.unique(rows[rows >= 0]))
+        return ranking_pb2.SimilarItemsResponse(slate=_answer(similar, missing, fields, engine))
 
-    def _query(
+    def _request(
         self,
         method: str,
         options: ranking_pb2.RankingOptions,
@@ -102,8 +110,8 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         context: grpc.ServicerContext,
         *,
         subject_required: bool = False,
-    ) -> tuple[Query, dict[str, None], Sequence[str]]:
-        """The query that the options describe, the ids that the catalogue does not know, in order, and `fields`."""
+    ) -> tuple[Request, dict[str, None], Sequence[str]]:
+        """The request that the options describe, the ids that the catalogue does not know, in order, and `fields`."""
         checks.identifier(options.request_id, "options.request_id", required=False)
         checks.identifier(options.session_id, "options.session_id", required=False)
         checks.identifier(options.surface, "options.surface", required=False, limit=64)
@@ -115,8 +123,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         excluded = checks.identifiers(options.exclude_item_ids, "options.exclude_item_ids", 0, MAX_EXCLUDED)
         missing: dict[str, None] = {}
         rows = _known(catalog, excluded, missing)
-        assignment = self._holdout.assign(subject)
-        query = Query(
+        asked = Request(
             request_id=options.request_id or uuid.uuid4().hex,
             subject=subject,
             # The server's clock alone decides what may be shown.
@@ -132,13 +139,11 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             personalize=options.personalization != ranking_pb2.PERSONALIZATION_DISABLED,
             dials={(one.dial, item_key(one.name)): one.value for one in checks.dials(options.dials, "options.dials")},
             explain=options.explain,
-            arm=assignment.arm,
-            holdout=assignment.holdout,
-            bucket=assignment.bucket,
+            assignment=self._holdout.assign(subject),
             min_profile_version=options.min_profile_version,
             min_catalog_version=options.min_catalog_version,
         )
-        return query, missing, item_fields(options.fields, "options.fields") if options.fields else ()
+        return asked, missing, item_fields(options.fields, "options.fields") if options.fields else ()
 
 
 def _context(said: common_pb2.RequestContext) -> dict[str, Any]:
@@ -192,35 +197,35 @@ def _unknown(
     return tuple(Unknown(ids[at], place, scores[at]) for at, place in places if rows[at] < 0)
 
 
-def _answer(query: Query, missing: dict[str, None], fields: Sequence[str], engine: Engine) -> ranking_pb2.Slate:
-    """Runs a query and puts the slate into the words of the contract, with the named fields of its items."""
-    slate = engine.pipelines[query.method].run(query)
-    profile = query.profile
+def _answer(request: Request, missing: dict[str, None], fields: Sequence[str], engine: Engine) -> ranking_pb2.Slate:
+    """Runs a request and puts the slate into the words of the contract, with the named fields of its items."""
+    slate = engine.pipelines[request.method].run(request)
+    profile = slate.user.profile
     return ranking_pb2.Slate(
-        request_id=query.request_id,
+        request_id=request.request_id,
         items=_items(slate, engine.catalog, fields),
-        rung=_RUNGS[query.rung],
-        experiment=_experiment(query),
+        rung=_RUNGS[slate.rung],
+        experiment=_experiment(slate.user.assignment),
         bundle_id=engine.bundle_id,
         profile_version=profile.version if profile else 0,
-        catalog_version=query.catalog_version,
+        catalog_version=slate.user.catalog_version,
         degraded=[
             common_pb2.Degradation(part=common_pb2.Part.Value(f"PART_{part}"), reason=reason)
-            for part, reason in query.degraded
+            for part, reason in slate.degraded
         ],
         dropped=slate.dropped,
         missing_item_ids=missing,
         stage_timings=[ranking_pb2.StageTiming(stage=name, microseconds=spent) for name, spent in slate.timings],
         action_names=engine.actions,
         profile_found=bool(profile and profile.count),
-        consent_withheld=query.withheld,
+        consent_withheld=slate.user.withheld,
     )
 
 
-def _experiment(query: Query) -> common_pb2.Experiment | None:
-    if not query.arm:
+def _experiment(assignment: Assignment) -> common_pb2.Experiment | None:
+    if not assignment.arm:
         return None
-    return common_pb2.Experiment(arm=query.arm, holdout=query.holdout, bucket=query.bucket)
+    return common_pb2.Experiment(arm=assignment.arm, holdout=assignment.holdout, bucket=assignment.bucket)
 
 
 def _items(slate: Slate, catalog: Catalog, fields: Sequence[str]) -> list[ranking_pb2.RankedItem]:

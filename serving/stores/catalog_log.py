@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,31 @@ class Written(NamedTuple):
 
     version: int
     refused: tuple[int, ...]
+
+
+class CatalogProgress:
+    """The version of the catalogue that a worker has applied; any thread may wait for one.
+
+    Attributes:
+        version: The version.
+    """
+
+    def __init__(self, version: int = 0) -> None:
+        self.version = version
+        self._changed = threading.Condition()
+
+    def reach(self, version: int) -> None:
+        """Notes that everything up to `version` is applied here; lower only where the log began again."""
+        with self._changed:
+            self.version = version
+            self._changed.notify_all()
+
+    def wait(self, version: int, seconds: float) -> bool:
+        """Waits until `version` is applied; returns False if the time is over first."""
+        if self.version >= version:
+            return True
+        with self._changed:
+            return self._changed.wait_for(lambda: self.version >= version, max(seconds, 0.0))
 
 
 class CatalogLog:

@@ -20,7 +20,8 @@ from redis.exceptions import ResponseError
 
 from features.clock import now_ms
 from features.errors import PenchantError
-from features.profile import EVERY_PURPOSE, RECORD, Purpose
+from features.profile import EVERY_PURPOSE, Purpose
+from features.records import RECORD
 from features.subjects import partition_of
 from serving.errors import (
     DeadlineExceeded,

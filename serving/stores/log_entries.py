@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from features.profile import RECORD, Purpose, verify
+from features.profile import Purpose
+from features.records import RECORD, verify
 from serving.errors import ConsentWithheld, EventLogUnavailable, FailedPrecondition, ResourceExhausted, ServingError
 from serving.log_retention import HOUR_MS
 from serving.redis.errors import reply_error, serving_error

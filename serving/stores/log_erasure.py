@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from features.profile import RECORD
+from features.records import RECORD
 from serving.redis.connection import ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog

@@ -19,26 +19,9 @@ from redis.exceptions import ResponseError
 from features.controls import CONTROL, MAX_CONTROLS
 from features.decayed_counts import MAX_STATE_SIZE
 from features.errors import PenchantError, ProfileCorrupt, ProfileNewer
-from features.profile import (
-    ENTRY,
-    EVENT,
-    HEADER_SIZE,
-    OLDER_ITEMS_CAP,
-    RECORD,
-    REPAIR,
-    RING,
-    Profile,
-    Purpose,
-    StoredProfile,
-    decode,
-    decode_consent,
-    empty,
-    encode,
-    encode_consent,
-    fold,
-    is_newer,
-    split,
-)
+from features.profile import OLDER_ITEMS_CAP, RING, Profile, Purpose, StoredProfile, empty, fold
+from features.profile_codec import HEADER_SIZE, REPAIR, decode, decode_consent, encode, encode_consent, is_newer, split
+from features.records import ENTRY, EVENT, RECORD
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
@@ -135,7 +118,7 @@ class ProfileStore:
             partitions: Partitions of the event log.
             tail_cap: Entries a tail may hold.
             cooldown_s: Longest pause between looks at a failed Redis; personal answers are back that long after it is.
-            telemetry: Counts `profile_corrupt`.
+            telemetry: Counts `profiles_corrupt`.
             guarded: Reads and writes nothing while a server could evict profiles; `look` has to be called regularly.
             beside: A store of the same Redis through other connections; one `look` is enough for both.
         """
@@ -191,7 +174,7 @@ class ProfileStore:
         try:
             return decode(blob)
         except ProfileCorrupt:
-            self._telemetry.count("profile_corrupt")
+            self._telemetry.count("profiles_corrupt")
             raise
 
     def apply(self, subject: str, entries: Entries) -> Applied:
@@ -463,7 +446,7 @@ class ProfileStore:
         if is_newer(blob):
             raise ProfileStoreUnavailable(_NEWER, retry_after_ms=_NEWER_PAUSE_MS)
         if len(blob) > self._giant:
-            self._telemetry.count("profile_corrupt")
+            self._telemetry.count("profiles_corrupt")
             raise ProfileCorrupt(f"a stored profile has more than {self._giant} bytes, which none can have; {REPAIR}")
         return blob
 
@@ -492,7 +475,7 @@ class ProfileStore:
         if "NEWER" in message:
             return ProfileStoreUnavailable(_NEWER, retry_after_ms=_NEWER_PAUSE_MS)
         if "CORRUPT" in message or "WRONGTYPE" in message:
-            self._telemetry.count("profile_corrupt")
+            self._telemetry.count("profiles_corrupt")
             return ProfileCorrupt(f"the stored profile is damaged ({message}); {REPAIR}")
         if "TAILFULL" in message:
             reason = "this person sends events faster than they are folded; slow down"

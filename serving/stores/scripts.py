@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from importlib import resources
 
-from features.profile import ENTRY, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, SMALLEST_STATE
+from features.profile_codec import HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, SMALLEST_STATE
+from features.records import ENTRY
 from serving.redis.connection import Script
 from serving.stores.keys import LIVE, SEQUENCE_BITS
 

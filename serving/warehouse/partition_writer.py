@@ -33,7 +33,7 @@ class PartitionWriter:
     ) -> None:
         """Takes the log, the directory and the buffers.
 
-        Counts `warehouse_events`, `warehouse_impressions`, `warehouse_damaged` and `warehouse_erased`.
+        Counts `warehouse_rows`, `warehouse_damaged` and `warehouse_erased`.
         """
         self._log, self._files, self._telemetry = log, files, telemetry
         self._events, self._impressions = events, impressions
@@ -98,7 +98,7 @@ class PartitionWriter:
         return lambda entry: purposes.get(entry.subject, Purpose(0))
 
     def _count(self, name: str, written: int, damaged: int) -> None:
-        self._telemetry.count(f"warehouse_{name}", written)
+        self._telemetry.count(("warehouse_rows", name), written)
         if damaged:
             _log.error("%d %s of the log are damaged and left out of the warehouse", damaged, name)
             self._telemetry.count("warehouse_damaged", damaged)

@@ -28,7 +28,7 @@ from serving.warehouse.place import GROUP, WarehousePlace
 from serving.warehouse.writer import FLUSH_S, WarehouseWriter
 
 _TIMEOUT_S = 5.0
-_COUNTED = ("events", "impressions", "erased", "damaged")
+_COUNTED = {"events": "rows.events", "impressions": "rows.impressions", "erased": "erased", "damaged": "damaged"}
 
 
 def run(
@@ -87,7 +87,8 @@ def run(
         settings = {"flush_s": flush_s, "days": days, "ledger": ledger, "telemetry": telemetry}
         new_writer = partial(_new_writer, log, out, CatalogLog(client), opened, settings)
         lag = _run_once(new_writer()) if once else _run_until(stop, new_writer, ready, trouble)
-    counts = {name: telemetry.counters().get(f"warehouse_{name}", 0) for name in _COUNTED}
+    counters = telemetry.counters()
+    counts = {name: counters.get(f"warehouse_{counter}", 0) for name, counter in _COUNTED.items()}
     return {"out": str(out), "partitions": partitions, "lag": lag, **counts}
 
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.arrays import pc
-from features.profile import EVERY_PURPOSE, RECORD, Purpose, verify
+from features.profile import EVERY_PURPOSE, Purpose
+from features.records import RECORD, verify
 from features.subjects import user_id_of
 from features.tables.order import codes
 from features.tables.schema import EVENTS, IMPRESSIONS

@@ -103,7 +103,7 @@ class WarehouseWriter:
             batch: Most entries per stream, partition and step.
             days: Days after which the rows of a day are deleted; None keeps them for ever.
             ledger: Erasures that the files must have been through, also if they come from a backup.
-            telemetry: Counts `warehouse_events`, `warehouse_impressions`, `warehouse_damaged`, `warehouse_erased`.
+            telemetry: Counts `warehouse_rows`, `warehouse_damaged` and `warehouse_erased`.
             place: Registers the directory as the warehouse of the log; None leaves it unregistered.
         """
         self._log, self._files, self._items = log, files, items

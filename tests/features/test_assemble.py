@@ -12,6 +12,7 @@ from features import assemble, profile
 from features.action_rates import ActionRates
 from features.catalog import Catalog
 from features.keys import event_type_key, item_key
+from features.records import make_records
 from features.vocabulary import Vocabulary
 
 TYPES = {event_type_key("view_item"): 1, event_type_key("purchase"): 2}
@@ -33,7 +34,7 @@ def catalog() -> Catalog:
 
 
 def events(*named: tuple[str, str]):
-    return profile.make_records(
+    return make_records(
         [item_key(item) for item, _ in named],
         [item_key({"a": "x", "b": "y", "c": "x"}.get(item)) for item, _ in named],
         [item_key({"a": "m", "b": "n"}.get(item)) for item, _ in named],

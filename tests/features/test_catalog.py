@@ -66,7 +66,7 @@ def test_live_items_get_rows_behind_the_bundle(catalog):
     assert catalog.size == 5
     assert catalog.rows(["new", "a", "nobody"]).tolist() == [4, 0, -1]
     assert catalog.ids([4, 0]) == ["new", "a"]
-    kin = [catalog.kin_of(item_key(name)) for name in ("new", "a", "nobody")]
+    kin = [catalog.category_and_creator(item_key(name)) for name in ("new", "a", "nobody")]
     assert kin == [(item_key("y"), 0), (item_key("x"), item_key("m")), None]
     assert catalog.columns.vectors[4].tolist() == [1, 1, 1, 1]
     assert catalog.columns.vectors[1].tolist() == [0, 1, 0, 0], "a trained item keeps its vector"

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.arrays import pc
-from features.catalog import columns_of
+from features.catalog_columns import columns_of
 from features.errors import TablesError
 from features.tables.dataset import Dataset, Loaded, conform, open_dataset, read_table
 from features.tables.files import find_files, table_path

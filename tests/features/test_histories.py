@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import features.tables.dataset
 import features.tables.event_reader
-from features.catalog import columns_of
+from features.catalog_columns import columns_of
 from features.histories import KEYS, Distinct, Logged, history_keys
 from features.keys import item_key
 from features.profile import Profile

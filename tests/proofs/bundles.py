@@ -41,12 +41,13 @@ import pyarrow as pa
 from features import bundle as bundles
 from features.errors import PenchantError
 from serving.config import ServeConfig
-from serving.engine.engine import Dependencies, Engine, open_engine
+from serving.engine.engine import Engine, open_engine
+from serving.engine.pipelines import Dependencies
 from serving.errors import ServingError
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Query
+from serving.pipeline.request import Request
 from serving.redis.client import connect
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.profiles import ProfileStore
 from tests.proofs.bundle_mutations import MUTATIONS, seal_again
 from tests.proofs.bundle_oracle import faults
@@ -73,10 +74,10 @@ def digest(engine: Engine) -> str:
         take(vector)
     for method, pipeline in engine.pipelines.items():
         for at, text in enumerate(("western tale", "red shoes", "story")):
-            query = Query(f"{method}{at}", "u:ann", 10**12, time.monotonic() + 1000, 10, method=method, text=text)
-            query.seeds, query.rows = rows[at : at + 3], rows[::-1][:20] if method == "rank" else None
-            query.upstream = np.full(min(20, rows.size), math.nan, np.float32) if method == "rank" else None
-            slate = pipeline.run(query)
+            fields: dict[str, Any] = {"method": method, "text": text, "seeds": rows[at : at + 3]}
+            if method == "rank":
+                fields |= {"rows": rows[::-1][:20], "upstream": np.full(min(20, rows.size), math.nan, np.float32)}
+            slate = pipeline.run(Request(f"{method}{at}", "u:ann", 10**12, time.monotonic() + 1000, 10, **fields))
             take(catalog.ids(slate.rows), slate.scores)
     take(engine.actions, sorted(engine.event_types.items()))
     return hasher.hexdigest()

@@ -32,7 +32,8 @@ import grpc
 import numpy as np
 import pyarrow.parquet as pq
 
-from features.profile import RECORD, Profile, empty, fold
+from features.profile import Profile, empty, fold
+from features.records import RECORD
 from penchant.client import Client, event
 from serving.log_retention import PROFILES_GROUP
 from serving.redis.client import connect

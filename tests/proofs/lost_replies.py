@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 import redis
 
-from features.profile import make_records
+from features.records import make_records
 from serving.errors import Unavailable
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer

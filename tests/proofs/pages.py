@@ -28,22 +28,25 @@ from hypothesis import strategies as st
 from features.controls import CONTROL, ControlKind, dial_controls, encode
 from features.controls import Dial as DialKind
 from features.keys import event_type_keys, item_key, item_keys
-from features.profile import RING, empty, fold, make_records
+from features.profile import RING, empty, fold
+from features.records import make_records
 from features.subjects import partition_of
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bundle.bitmap import Bitmap
 from serving.config import ServeConfig
-from serving.engine.engine import Dependencies, Engine, EngineRef, open_engine
+from serving.engine.engine import Engine, EngineRef, open_engine
+from serving.engine.pipelines import Dependencies
 from serving.experiments import Holdout
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.filters import Blocked, Eligible, Seen
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Query
+from serving.pipeline.filters import BlockedFilter, EligibilityFilter, SeenFilter
+from serving.pipeline.request import NO_ROWS, Request, UserState
+from serving.pipeline.results import HeldBack
 from serving.pipeline.runner import Pipeline
-from serving.pipeline.sources import Popular
+from serving.pipeline.sources import PopularSource
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.ranking import RankingService
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
@@ -358,26 +361,22 @@ def _some(every: list[str], count: int, draw: np.random.Generator) -> list[str]:
     return [str(pool[draw.integers(len(pool))]) for pool in pools]
 
 
-def hold_nothing_back(self: Any, query: Query, allowed: Bitmap) -> int:
+def hold_nothing_back(self: Any, request: Request, user: UserState) -> HeldBack:
     """What a filter does that only judges what was retrieved."""
-    return 0
+    return HeldBack(NO_ROWS)
 
 
-def _table_only(self: Popular, query: Query) -> Any:
+def _table_only(self: PopularSource, request: Request, user: UserState, allowed: Bitmap) -> Any:
     """The popular items of the table and no others."""
-    query.degraded, degraded = [*query.degraded, ("PROFILE_STORE", "")], query.degraded  # type: ignore[list-item]
-    try:
-        return _RETRIEVE(self, query)
-    finally:
-        query.degraded = degraded
+    return _RETRIEVE(self, request, user._replace(blocks_unread=True), allowed)
 
 
-def _everything(self: Eligible, query: Query) -> tuple[Bitmap, int]:
-    bits, held = _BITMAP(self, query)
+def _everything(self: EligibilityFilter, request: Request) -> tuple[Bitmap, int]:
+    bits, held = _BITMAP(self, request)
     return np.full_like(bits, 255), held
 
 
-def _no_proof(self: Eligible, query: Query, rows: Any) -> Any:
+def _no_proof(self: EligibilityFilter, request: Request, user: UserState, rows: Any) -> Any:
     return np.ones(rows.size, np.bool_)
 
 
@@ -385,12 +384,12 @@ def _nobody_seated(self: Pipeline, run: Any, kept: Any) -> tuple[()]:
     return ()
 
 
-_RETRIEVE, _BITMAP = Popular.retrieve, Eligible.bitmap
+_RETRIEVE, _BITMAP = PopularSource.retrieve, EligibilityFilter.bitmap
 CONTROLS: dict[str, tuple[Any, str, Any]] = {
-    "blocks are filtered after retrieval": (Blocked, "hold_back", hold_nothing_back),
-    "seen items are filtered after retrieval": (Seen, "hold_back", hold_nothing_back),
-    "availability is filtered after retrieval": (Eligible, "bitmap", _everything),
-    "the popular are those of the table": (Popular, "retrieve", _table_only),
+    "blocks are filtered after retrieval": (BlockedFilter, "hold_back", hold_nothing_back),
+    "seen items are filtered after retrieval": (SeenFilter, "hold_back", hold_nothing_back),
+    "availability is filtered after retrieval": (EligibilityFilter, "bitmap", _everything),
+    "the popular are those of the table": (PopularSource, "retrieve", _table_only),
     "unknown candidates are dropped": (Pipeline, "_seated", _nobody_seated),
 }
 """Faults that the proof must find: where, and what stands there instead."""

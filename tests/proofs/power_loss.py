@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from features.profile import make_records
+from features.records import make_records
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.event_log import EventLog

@@ -40,19 +40,23 @@ import features.decay_kernels
 import features.decayed_counts
 import features.kernels
 import features.profile
+import features.records
 import training.models.scoring
 from features.bundle import open_bundle
-from features.catalog import Catalog, Columns
+from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns
 from features.clock import now_ms
-from features.profile import EVERY_PURPOSE, Profile, Purpose, encode
+from features.profile import EVERY_PURPOSE, Profile, Purpose
+from features.profile_codec import encode
 from penchant.v1 import common_pb2, event_pb2
+from serving.bundle.tables import read_catalog
 from serving.config import ServeConfig
-from serving.engine.engine import Dependencies, EngineRef, open_engine, read_items
-from serving.jobs.skew import Replay, logged_slates
+from serving.engine.engine import EngineRef, open_engine
+from serving.engine.pipelines import Dependencies
+from serving.jobs.skew import FeatureReplay, logged_slates
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Query
-from serving.pipeline.side_effects import _logged, _Shown
+from serving.pipeline.request import Request
+from serving.pipeline.side_effects import PendingSlate, logged_impression
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
 from serving.projection.histories import LoggedHistories
@@ -60,7 +64,7 @@ from serving.projection.projector import Projector
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.events import EventService
-from serving.stores.catalog_log import CatalogLog
+from serving.stores.catalog_log import CatalogLog, CatalogProgress
 from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
@@ -205,7 +209,7 @@ class Served:
     """A slate, the catalogue's columns and the rows of its items at that moment, and the events the person then had."""
 
     request_id: str
-    columns: Columns
+    columns: CatalogColumns
     rows: dict[str, int]
     size: int
     events: tuple[Told, ...]
@@ -219,7 +223,7 @@ class AsOf(Catalog):
     _limit = 1 << 31
 
     @contextlib.contextmanager
-    def as_of(self, columns: Columns, size: int) -> Iterator[None]:
+    def as_of(self, columns: CatalogColumns, size: int) -> Iterator[None]:
         """Has the columns and the number of items of an earlier moment."""
         now, self.columns, self._limit = self.columns, columns, size
         try:
@@ -252,13 +256,13 @@ class World:
         stack.callback(self.projector.close)
         opened = open_bundle(bundle)
         # Training's side: a catalogue of its own.
-        read, _ = read_items(opened)
+        read, _ = read_catalog(opened)
         self.offline = AsOf(read._items, read.vocabulary, read.columns.vectors)
-        self.replay = Replay(opened, self.engine.model, self.offline)
+        self.replay = FeatureReplay(opened, self.engine.model, self.offline)
 
-    def put(self, shown: _Shown) -> None:
+    def put(self, pending: PendingSlate) -> None:
         """Takes slates for the engine, as its writer does, but at once."""
-        self.log.append_impressions([_logged(shown)])
+        self.log.append_impressions([logged_impression(pending)])
 
     @contextlib.contextmanager
     def warehouse(self) -> Iterator[WarehouseWriter]:
@@ -360,11 +364,11 @@ class Life:
 
     def fold(self) -> None:
         """Lets the projector catch up: it applies what is missing, and folds what is long."""
-        before = self.world.telemetry.counters().get("profiles_compacted", 0)
+        before = self.world.telemetry.counters().get("projector_profiles.compacted", 0)
         idle = 0
         while idle < 2:
             idle = 0 if self.world.projector.step() else idle + 1
-        self.tally["compactions"] += self.world.telemetry.counters().get("profiles_compacted", 0) - before
+        self.tally["compactions"] += self.world.telemetry.counters().get("projector_profiles.compacted", 0) - before
         self.behind.clear()
 
     def _burst(self, burst: Burst) -> None:
@@ -407,12 +411,12 @@ class Life:
     def _ask(self, person: int) -> None:
         if person in self.behind:
             return
-        query = Query(uuid.uuid4().hex, self.subjects[person], now_ms(), time.monotonic() + 60, 5)
-        query.surface = "home"
-        slate = self.world.engine.pipelines["recommend"].run(query)
-        if query.user_vector is None or not slate.rows.size:
+        subject, deadline = self.subjects[person], time.monotonic() + 60
+        request = Request(uuid.uuid4().hex, subject, now_ms(), deadline, 5, surface="home")
+        slate = self.world.engine.pipelines["recommend"].run(request)
+        if slate.user.vector is None or not slate.rows.size:
             return
-        assert not query.degraded
+        assert not slate.degraded
         catalog = self.world.engine.catalog
         columns = catalog.columns
         then = dataclasses.replace(
@@ -424,7 +428,7 @@ class Life:
         }
         rows = dict(zip(facts, catalog.rows(list(facts)).tolist(), strict=True))
         events = tuple(self.events[person])
-        self.served.append(Served(query.request_id, then, rows, catalog.size, events, self.forgotten[person], facts))
+        self.served.append(Served(request.request_id, then, rows, catalog.size, events, self.forgotten[person], facts))
 
     def _undo(self, person: int, which: int) -> None:
         if not self.events[person]:
@@ -557,6 +561,7 @@ def plain_kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         users: Sequence[ModuleType] = (
             features.profile,
+            features.records,
             features.decayed_counts,
             features.assemble,
             features.action_rates,

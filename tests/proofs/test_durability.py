@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from features.profile import make_records
+from features.records import make_records
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore

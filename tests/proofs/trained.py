@@ -16,7 +16,8 @@ import pyarrow as pa
 from features.action_rates import ActionRates
 from features.arrays import pc
 from features.assemble import History, history, ranker_names, type_index
-from features.catalog import Catalog, Columns
+from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns
 from features.keys import event_type_key
 from features.profile import Profile
 from features.subjects import user_id_of
@@ -79,7 +80,7 @@ class Trained:
     def differing_slates(
         self,
         slates: Sequence[Mapping[str, Any]],
-        then: Sequence[tuple[Columns, int]],
+        then: Sequence[tuple[CatalogColumns, int]],
         actions: Sequence[Action],
         types: Sequence[str],
     ) -> Iterator[str]:
@@ -118,7 +119,7 @@ class Trained:
 class _AsRead(UserHistories):
     """Training's pasts as the models of a bundle read them that knows only some of the event types."""
 
-    def __init__(self, data: Interactions, columns: Columns, types: Sequence[str]) -> None:
+    def __init__(self, data: Interactions, columns: CatalogColumns, types: Sequence[str]) -> None:
         super().__init__(data, columns)
         numbers = type_index(types)
         known = [numbers.get(event_type_key(name), 0) for name in data.event_types]

@@ -15,8 +15,10 @@ from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 from penchant.v1 import common_pb2, event_pb2
 from serving.log_retention import LogRetention
-from serving.pipeline.query import Candidates, Query, Slate
-from serving.pipeline.side_effects import _logged, _Shown
+from serving.pipeline.candidates import Candidates
+from serving.pipeline.request import Request, UserState
+from serving.pipeline.results import Slate
+from serving.pipeline.side_effects import PendingSlate, logged_impression
 from serving.services import events as service
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
@@ -66,15 +68,18 @@ def slate(user: str, request_id: str, rows: Sequence[int], **fields: Any) -> Log
     """What the impression log gets for a slate of these rows of `CATALOG`."""
     subject = user if user.startswith(("u:", "a:")) else f"u:{user}"
     sources, unknown = fields.pop("sources", None), fields.pop("unknown", ())
-    query = Query(request_id, subject, fields.pop("at", now_ms()), 0.0, len(rows), surface="home", **fields)
+    state = {name: fields.pop(name) for name in UserState._fields if name in fields}
+    request = Request(request_id, subject, fields.pop("at", now_ms()), 0.0, len(rows), surface="home", **fields)
     shown = np.array(rows, np.int32)
     scores = np.linspace(1, 0, len(rows)).astype(np.float32)
     proposed = np.array(list(sources.values()), np.float32) if sources else scores[None]
     candidates = Candidates(shown, proposed, tuple(sources or ("popular",)))
-    answer = Slate(shown, scores, np.ones(len(rows)), candidates, None, {}, [], unknown=unknown)
-    return _logged(shown_of(query, answer))
+    answer = Slate(
+        shown, scores, np.ones(len(rows)), candidates, None, {}, [], unknown=unknown, user=UserState(**state)
+    )
+    return logged_impression(pending(request, answer))
 
 
-def shown_of(query: Query, answer: Slate) -> _Shown:
+def pending(request: Request, answer: Slate) -> PendingSlate:
     """A slate of `CATALOG` on its way to the impression log."""
-    return _Shown(query, answer, CATALOG, "bundle-1")
+    return PendingSlate(request, answer, CATALOG, "bundle-1")

@@ -23,7 +23,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.errors import ProfileCorrupt
-from features.profile import make_records
+from features.records import make_records
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 from serving.errors import ProfileStoreUnavailable
@@ -314,14 +314,14 @@ def front(tmp_path) -> Iterator[Proxy]:
         yield front
 
 
-def read_on(front: Proxy, given_up: int, timeout_s: float = TIMEOUT_MS / 1000) -> Counter[str]:
+def read_on(front: Proxy, released: int, timeout_s: float = TIMEOUT_MS / 1000) -> Counter[str]:
     """Reads of random people by many threads, until so many were given up in the middle or one got another's."""
     counts: Counter[str] = Counter()
     trouble(front, timeout_s)
 
     def read(seed: int) -> None:
         rng = random.Random(seed)
-        while not counts["foreign"] and (counts["given up"] < given_up or counts["own"] < given_up / 100):
+        while not counts["foreign"] and (counts["given up"] < released or counts["own"] < released / 100):
             person = rng.randrange(PEOPLE)
             try:
                 found = store.read(f"u:p{person}").records["item"].tolist()

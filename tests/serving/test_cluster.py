@@ -13,7 +13,8 @@ import pytest
 from redis.crc import key_slot
 
 from features.profile import empty as none
-from features.profile import fold, make_records
+from features.profile import fold
+from features.records import make_records
 from features.subjects import partition_of
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2

@@ -16,15 +16,19 @@ from hypothesis import strategies as st
 from features.bundle import open_bundle
 from features.controls import Dial
 from features.keys import event_type_key, item_key, item_keys
-from features.profile import make_records
+from features.records import make_records
 from penchant.client import Client, event
 from penchant.v1 import common_pb2
+from serving.bundle.tables import read_catalog
 from serving.config import ServeConfig
-from serving.engine.engine import Dependencies, open_engine, read_items
+from serving.engine.engine import open_engine
+from serving.engine.pipelines import Dependencies
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.adjusters import REACH, Dialled, mix
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Candidates, Query
+from serving.pipeline.adjusters import REACH, DialAdjuster, mix
+from serving.pipeline.candidates import Candidates
+from serving.pipeline.request import Request, UserState
+from serving.pipeline.results import Slate
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.profiles import ProfileStore
 from tests.fixtures import serving
 from tests.world import COUNT, DIM, rows_of
@@ -98,16 +102,16 @@ class TestMix:
 def adjusted(catalog, dials, scores, *, explain=False):
     """The scores of the first items after the dials, and how far each dial moved them."""
     count = len(scores)
-    asked = Query("r", "u:ann", 0, time.monotonic() + 5, count, dials=dials, explain=explain)
+    request = Request("r", "u:ann", 0, time.monotonic() + 5, count, dials=dials, explain=explain)
     given = np.array([scores], np.float32)
     candidates = Candidates(np.arange(count, dtype=np.int32), given, ("upstream",))
-    return Dialled(catalog).adjust(asked, candidates, given[0]), asked.moves
+    return DialAdjuster(catalog).adjust(request, UserState(dials=dials), candidates, given[0])
 
 
 class TestAdjusted:
     @pytest.fixture
     def catalog(self, world):
-        return read_items(open_bundle(world))[0]
+        return read_catalog(open_bundle(world))[0]
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize(
@@ -266,21 +270,21 @@ class TestSegment:
         assert client.recommend(user_id=ann, page_size=5).rung == common_pb2.RUNG_SEQUENCE
 
     def test_who_is_known_by_no_item_of_this_bundle(self, engine, store):
-        asked = self.asked(engine, store, ["out of print"], ["space"])
-        assert asked.rung == "segment"
+        slate = self.answer(engine, store, ["out of print"], ["space"])
+        assert slate.rung == "segment"
 
     @pytest.mark.parametrize("genre", ["space", "comedy"])
     def test_neither_encoder_nor_neighbours_serve(self, engine, store, genre):
         """A live item is in no table of neighbours, and a vector of NaN is refused by the encoder."""
         item = {"item_id": "live", "title": "live", "categories": [genre]}
         engine.catalog.put([item], np.full((1, DIM), np.nan, np.float32), 0)
-        asked = self.asked(engine, store, ["live"], [genre])
-        assert [part for part, _ in asked.degraded] == ["USER_ENCODER"]
-        assert asked.rung == ("segment" if genre == "space" else "popular")
+        slate = self.answer(engine, store, ["live"], [genre])
+        assert [part for part, _ in slate.degraded] == ["USER_ENCODER"]
+        assert slate.rung == ("segment" if genre == "space" else "popular")
 
     def test_neighbours_come_first(self, engine, store):
         engine.catalog.columns.vectors[1] = np.nan
-        assert self.asked(engine, store, ["i1"], ["space"]).rung == "item_to_item"
+        assert self.answer(engine, store, ["i1"], ["space"]).rung == "item_to_item"
 
     @pytest.fixture
     def store(self, profiles_redis):
@@ -290,16 +294,17 @@ class TestSegment:
     def engine(self, world, store):
         return open_engine(world, Dependencies(ServeConfig.load(bundle=world), store, CatalogProgress(), Telemetry()))
 
-    def asked(self, engine, store, items, genres) -> Query:
+    def answer(self, engine, store, items, genres) -> Slate:
         """A feed of who touched these; where the rung is `segment`, it is what those like who like the first."""
         kind = event_type_key("view_item")
         records = make_records(item_keys(items), item_keys(genres), 0, 1_700_000_000_000, np.nan, kind)
         store.apply("u:ann", [((1 << 50) + place, record.tobytes()) for place, record in enumerate(records)])
-        asked = Query("r", "u:ann", 1_800_000_000_000, math.inf, 9)
-        shown = engine.catalog.ids(engine.pipelines["recommend"].run(asked).rows)
-        if asked.rung == "segment":
-            assert set(shown) == set(sorted(rows_of(genres[0]), key=lambda name: int(name[1:]))[:9])
-        return asked
+        slate = engine.pipelines["recommend"].run(Request("r", "u:ann", 1_800_000_000_000, math.inf, 9))
+        if slate.rung == "segment":
+            assert set(engine.catalog.ids(slate.rows)) == set(
+                sorted(rows_of(genres[0]), key=lambda name: int(name[1:]))[:9]
+            )
+        return slate
 
     def test_without_a_table_it_is_what_everybody_likes(self, client, ann):
         client.set_controls([], ann, dials=Dials(categories={"comedy": 1}))

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features.clock import now_ms
-from features.profile import make_records
+from features.records import make_records
 from features.subjects import partition_of
 from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
 from serving.redis.client import connect

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from redis.crc import key_slot
 
-from features.profile import make_records
+from features.records import make_records
 from features.subjects import partition_of
 from penchant.client import Client, event
 from penchant.v1 import common_pb2

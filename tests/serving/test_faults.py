@@ -21,13 +21,14 @@ import pytest
 from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
-from serving.engine.engine import Dependencies, open_engine
+from serving.engine.engine import open_engine
+from serving.engine.pipelines import Dependencies
 from serving.errors import ConfigError
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Query
+from serving.pipeline.request import Request
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 from tests.world import publish_world, rows_of
@@ -308,15 +309,15 @@ def test_a_failed_encoder_serves_from_the_rung_below(world, profiles_redis):
     store, telemetry = ProfileStore(profiles_redis), Telemetry()
     engine = open_engine(world, Dependencies(ServeConfig.load(bundle=world), store, CatalogProgress(), telemetry))
     from features.keys import item_keys
-    from features.profile import make_records
+    from features.records import make_records
 
     record = make_records(item_keys(["i5"]), 0, 0, 0, float("nan"), 0)[0]
     store.apply("u:ann", [(1 << 50, record.tobytes())])
     engine.catalog.columns.vectors[5] = float("nan")
-    query = Query("r", "u:ann", int(time.time() * 1000), time.monotonic() + BUSY_S, 5)
-    slate = engine.pipelines["recommend"].run(query)
-    assert query.rung == "item_to_item"
-    assert [entry.part for entry in query.degraded] == ["USER_ENCODER"]
+    request = Request("r", "u:ann", int(time.time() * 1000), time.monotonic() + BUSY_S, 5)
+    slate = engine.pipelines["recommend"].run(request)
+    assert slate.rung == "item_to_item"
+    assert [entry.part for entry in slate.degraded] == ["USER_ENCODER"]
     assert set(engine.catalog.ids(slate.rows)) <= rows_of("space")
     assert slate.rows.size == 5
-    assert telemetry.counters()["failed.user_vector"] == 1
+    assert telemetry.counters()["stage_failures.user_vector"] == 1

@@ -18,12 +18,11 @@ import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.keys import event_type_key
-from features.profile import pack_record
+from features.records import pack_record
 from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.log_retention import PROFILES_GROUP
-from serving.pipeline.hydrators import CatalogProgress
 from serving.processes.readiness import full_disk
 from serving.processes.worker_health import (
     CATALOG,
@@ -31,16 +30,16 @@ from serving.processes.worker_health import (
     OVERALL,
     PROFILES,
     RANKING,
-    Catalogue,
+    CatalogLagCheck,
+    HealthCheck,
     HealthMonitor,
-    Part,
     redis_trouble,
 )
 from serving.projection import process
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.restart import Trouble, described, keep_running
-from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
 from serving.warehouse import process as warehouse
@@ -109,55 +108,56 @@ class TestWorker:
     """A monitor between real Redis servers; what it says of each service is kept."""
 
     @staticmethod
-    def monitor(parts: list[Part], **options: Any) -> tuple[HealthMonitor, dict[str, bool]]:
+    def monitor(parts: list[HealthCheck], **options: Any) -> tuple[HealthMonitor, dict[str, bool]]:
         said: dict[str, bool] = {}
         return HealthMonitor(parts, said.__setitem__, **options), said
 
     def test_an_unsafe_or_absent_events_redis_stops_events_and_not_rankings(self, own):
         with connect(own.url, 1.0) as client:
-            parts = [Part("events_redis", lambda: redis_trouble(client, "events", False), (EVENTS, PROFILES, CATALOG))]
+            services = (EVENTS, PROFILES, CATALOG)
+            parts = [HealthCheck("events_redis", lambda: redis_trouble(client, "events", False), services)]
             monitor, said = self.monitor(parts)
-            assert not monitor.look()
+            assert not monitor.check()
             assert not said
             client.config_set("appendfsync", "everysec")
-            assert "appendfsync 'everysec'" in monitor.look()["events_redis"]
+            assert "appendfsync 'everysec'" in monitor.check()["events_redis"]
             assert said == {EVENTS: False, PROFILES: False, CATALOG: False}
             client.config_set("appendfsync", "always")
-            assert not monitor.look()
+            assert not monitor.check()
             assert said == {EVENTS: True, PROFILES: True, CATALOG: True}
             own.stop()
-            assert "does not answer" in monitor.look()["events_redis"]
+            assert "does not answer" in monitor.check()["events_redis"]
             assert said == {EVENTS: False, PROFILES: False, CATALOG: False}
             own.start()
-            assert eventually(lambda: not monitor.look())
+            assert eventually(lambda: not monitor.check())
             client.config_set("maxmemory", 1)
-            assert "memory is full" in monitor.look()["events_redis"]
+            assert "memory is full" in monitor.check()["events_redis"]
 
     def test_other_credentials_are_a_trouble_that_passes(self, own):
         with connect(own.url, 1.0) as client:
-            monitor, said = self.monitor([Part("p", lambda: redis_trouble(client, "events", False), (EVENTS,))])
+            monitor, said = self.monitor([HealthCheck("p", lambda: redis_trouble(client, "events", False), (EVENTS,))])
             client.config_set("requirepass", "another")
             client.connection_pool.disconnect()
-            assert "credentials" in monitor.look()["p"]
+            assert "credentials" in monitor.check()["p"]
             assert said == {EVENTS: False}
             with connect(own.url.replace("unix://", "unix://:another@"), 1.0) as knowing:
                 knowing.config_set("requirepass", "")
-            assert not monitor.look()
+            assert not monitor.check()
 
     def test_strict_readiness_is_that_of_the_worker_as_a_whole(self):
         wrong = ["late"]
-        monitor, said = self.monitor([Part("catalog", lambda: wrong[0])], strict=True)
-        assert monitor.look() == {"catalog": "late"}
+        monitor, said = self.monitor([HealthCheck("catalog", lambda: wrong[0])], strict=True)
+        assert monitor.check() == {"catalog": "late"}
         assert said == {OVERALL: False, RANKING: False}
         wrong[0] = ""
-        assert not monitor.look()
+        assert not monitor.check()
         assert said == {OVERALL: True, RANKING: True}
 
     def test_the_state_is_told_at_each_change_and_once_a_second(self):
         wrong, told = [""], list[dict[str, Any]]()
-        monitor, _ = self.monitor([Part("disk", lambda: wrong[0])], tell=told.append)
+        monitor, _ = self.monitor([HealthCheck("disk", lambda: wrong[0])], report_state=told.append)
         for wrong[0] in ("", "", "full", "full", ""):
-            monitor.look()
+            monitor.check()
         assert told == [{"trouble": {}}, {"trouble": {"disk": "full"}}, {"trouble": {}}]
 
     def test_a_catalogue_that_stays_behind_is_told(self, events_redis, monkeypatch):
@@ -165,7 +165,7 @@ class TestWorker:
             trouble = ""
 
         changes, progress = CatalogLog(events_redis), CatalogProgress()
-        look = Catalogue(changes, Following(), progress)  # type: ignore[arg-type]
+        look = CatalogLagCheck(changes, Following(), progress)  # type: ignore[arg-type]
         monkeypatch.setattr("serving.processes.worker_health.BEHIND_S", 0.1)
         assert look() == ""
         version = changes.put([Change("delete", "i1")])

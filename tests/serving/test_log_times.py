@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.profile import make_records
+from features.records import make_records
 from serving.log_retention import ALONE_MS, EVENTS_MS, HOUR_MS, PROFILES_GROUP, SLATES_MS, LogRetention
 from serving.pipeline.side_effects import is_logged
 from serving.stores.consumer_group import Consumer

@@ -123,7 +123,7 @@ def test_surfaces_that_are_not_listed_make_no_labels():
     for surface in ("home", "", *(f"made-up-{n}" for n in range(1000))):
         observer.observe("Recommend", "OK", 0.001, surface, "popular")
     assert telemetry.counters() == {
-        "request.Recommend.OK.home.popular": 1,
-        "request.Recommend.OK..popular": 1,
-        "request.Recommend.OK.other.popular": 1000,
+        "requests.Recommend.OK.home.popular": 1,
+        "requests.Recommend.OK..popular": 1,
+        "requests.Recommend.OK.other.popular": 1000,
     }

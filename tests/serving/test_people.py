@@ -15,7 +15,8 @@ from features.clock import now_ms
 from features.controls import MAX_CONTROLS, ControlKind, Dial, blocked_keys, dials
 from features.errors import ProfileCorrupt
 from features.keys import event_type_key, item_key
-from features.profile import EVERY_PURPOSE, Purpose, Retention, make_records
+from features.profile import EVERY_PURPOSE, Purpose, Retention
+from features.records import make_records
 from features.subjects import partition_of
 from features.tables.dataset import write_dataset
 from serving.errors import (

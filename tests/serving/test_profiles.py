@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from features import controls
 from features import decayed_counts as memory
 from features.errors import ProfileCorrupt
-from features.profile import Profile, Purpose, empty, encode, fold, make_records
+from features.profile import Profile, Purpose, empty, fold
+from features.profile_codec import encode
+from features.records import make_records
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted
 from serving.observability.telemetry import Telemetry
@@ -408,7 +410,7 @@ def test_a_damaged_profile_is_counted_and_mended_by_a_rebuild(profiles_redis, st
     profiles_redis.set(key, stored)
     with pytest.raises(ProfileCorrupt):
         store.read("u:1")
-    assert telemetry.counters()["profile_corrupt"] == 1
+    assert telemetry.counters()["profiles_corrupt"] == 1
     assert store.put_states([("u:1", expected([1], start=1))]) == Loaded(1, 0)
     assert items(store.read("u:1")) == [1]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features.profile import make_records
+from features.records import make_records
 from serving.errors import ProfileStoreUnavailable
 from serving.log_retention import PROFILES_GROUP
 from serving.observability.telemetry import Telemetry
@@ -73,7 +73,7 @@ def test_events_that_ingest_applied_count_once_in_log_order(log, store):
     drain(ready(Projector(log, store, telemetry=telemetry)))
     assert numbers(store) == list(range(20))
     assert store.read("u:1").version == appended[-1].log_id
-    assert telemetry.counters()["events_projected"] == 17
+    assert telemetry.counters()["projector_events"] == 17
 
 
 def test_long_tails_are_folded_once_they_are_on_disk(log, store, profiles_redis):
@@ -81,12 +81,12 @@ def test_long_tails_are_folded_once_they_are_on_disk(log, store, profiles_redis)
     telemetry = Telemetry()
     projector = ready(Projector(log, store, compact_after=20, settle_s=0.3, telemetry=telemetry))
     drain(projector)
-    assert telemetry.counters().get("profiles_compacted", 0) == 0
+    assert telemetry.counters().get("projector_profiles.compacted", 0) == 0
     assert sum(projector.lag()) == 301
     before = store.read("u:0")
     time.sleep(0.4)
     projector.step()
-    assert telemetry.counters()["profiles_compacted"] == 2
+    assert telemetry.counters()["projector_profiles.compacted"] == 2
     assert sum(projector.lag()) == 0
     after = store.read("u:0")
     assert (after.version, after.count, after.records.tobytes()) == (before.version, 150, before.records.tobytes())
@@ -119,7 +119,7 @@ def test_damaged_entries_and_profiles_are_counted_and_passed(log, store, events_
     projector.step()
     assert numbers(store) == [0, 1, 2]
     assert numbers(store, "u:good") == [6]
-    assert telemetry.counters()["events_damaged"] == 1
+    assert telemetry.counters()["projector_damaged"] == 1
     assert sum(projector.lag()) == 0
 
 

@@ -12,7 +12,8 @@ import pytest
 from features import decayed_counts as memory
 from features.errors import PenchantError, TablesError
 from features.keys import event_type_key, item_key
-from features.profile import Profile, Purpose, empty, events_of, fold, make_records
+from features.profile import Profile, Purpose, empty, fold
+from features.records import events_of, make_records
 from features.tables.dataset import write_dataset
 from serving.errors import ConfigError, ProfileStoreUnavailable
 from serving.privacy.certificates import Certificates

@@ -18,7 +18,7 @@ from serving.observability.telemetry import Telemetry
 from serving.services.reception import executor
 from serving.services.reception.calls import Bounds, Lane, OpenCalls, Phase
 from serving.services.reception.executor import Reception
-from serving.services.reception.quiet import hush
+from serving.services.reception.grpc_log import limit_grpc_log
 from tests.proofs.attackers import CHECK, PING, RECOMMEND, STREAM, Wire, frame, message
 from tests.serving.test_server import Running
 
@@ -174,7 +174,7 @@ def test_a_grpc_that_has_changed_is_refused(monkeypatch):
 
 
 def test_a_header_that_is_no_text_does_not_print_itself(strict, caplog):
-    hush()
+    limit_grpc_log()
     with caplog.at_level(logging.DEBUG):
         wire = Wire(strict.target, "", "")
         odd = b"\x00\x05x-odd\x08s3cret\xff\xfe"

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import redis
 
-from features.profile import Purpose, make_records
+from features.profile import Purpose
+from features.records import make_records
 from serving.errors import ProfileStoreUnavailable
 from serving.privacy.certificates import Certificates
 from serving.privacy.marks import marks_of_log

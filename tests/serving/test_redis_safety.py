@@ -15,7 +15,7 @@ from features.profile import Purpose
 from serving.errors import CatalogLogUnavailable, EventLogUnavailable, ProfileStoreUnavailable, Unavailable
 from serving.privacy.certificates import Certificates
 from serving.privacy.rights import SubjectRights
-from serving.processes.worker_health import HealthMonitor, Part, redis_trouble
+from serving.processes.worker_health import HealthCheck, HealthMonitor, redis_trouble
 from serving.projection.projector import Projector
 from serving.redis.client import connect
 from serving.redis.connection import PipelinedConnection
@@ -199,7 +199,7 @@ def test_it_is_known_also_while_nobody_writes(careless):
         log = EventLog(client, 1)
         log.open()
         beside = EventLog(client, 1, beside=log)
-        part = Part("events_redis", lambda: redis_trouble(client, "events", False, beside.check_safety))
+        part = HealthCheck("events_redis", lambda: redis_trouble(client, "events", False, beside.check_safety))
         monitor = HealthMonitor([part], lambda _, __: None)
         monitor.start()
         try:

@@ -132,7 +132,7 @@ def test_a_defect_is_internal_with_a_mark_that_the_log_explains(running, caplog)
     (record,) = [record for record in caplog.records if mark in record.getMessage()]
     assert "s3cret" in str(record.exc_info[1])
     assert running.client.get_profile("u").found
-    assert running.telemetry.counters()["request.Recommend.INTERNAL.."] == 1
+    assert running.telemetry.counters()["requests.Recommend.INTERNAL.."] == 1
 
 
 def test_a_field_travels_as_bad_request(running):
@@ -248,9 +248,9 @@ def test_what_is_in_hand_waits_or_was_refused_is_measured():
         wait_until(lambda: gauges()["gauges"] == {"requests_in_flight": 0, "requests_waiting": 0})
         assert refused(lambda: server.client.get_profile("u")).code() is grpc.StatusCode.UNAUTHENTICATED
         counts = server.telemetry.counters()
-        assert counts["refused.busy"] >= 1
-        assert counts["refused.token"] == 1
-        assert counts["request.Search.OK.."] >= 2  # the client may ask again
+        assert counts["requests_refused.busy"] >= 1
+        assert counts["requests_refused.token"] == 1
+        assert counts["requests.Search.OK.."] >= 2  # the client may ask again
 
 
 class TestClient:

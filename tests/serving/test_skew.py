@@ -17,7 +17,7 @@ import features.assemble
 import features.decayed_counts
 import features.profile
 import training.models.scoring
-from features.catalog import Columns
+from features.catalog_columns import CatalogColumns
 from features.histories import Logged, history_keys
 from features.profile import RING
 from penchant.client import event
@@ -75,7 +75,7 @@ def test_lives_drawn_at_random(there: World) -> None:
 def test_a_training_that_asks_todays_catalogue_is_caught(there: World, life: list[Step]) -> None:
     assert lived(there, False, life) == []
 
-    def todays(rows: Any, columns: Columns, logged: Logged) -> Any:
+    def todays(rows: Any, columns: CatalogColumns, logged: Logged) -> Any:
         return history_keys(rows, columns, dataclasses.replace(logged, carried=np.zeros_like(logged.carried)))
 
     with mock.patch.object(training.models.scoring, "history_keys", todays):

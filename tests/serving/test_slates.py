@@ -16,11 +16,13 @@ from features.controls import Dial
 from features.keys import item_key
 from serving.observability.telemetry import Telemetry
 from serving.pipeline import side_effects
-from serving.pipeline.query import Candidates, Query, Slate, Unknown
+from serving.pipeline.candidates import Candidates
+from serving.pipeline.request import Request, Unknown
+from serving.pipeline.results import Slate
 from serving.pipeline.side_effects import MOST_DIALS, ImpressionWriter, is_logged
 from serving.stores.log_entries import Entry
 from serving.warehouse.tables import impression_table
-from tests.serving.logged import shown_of, slate
+from tests.serving.logged import pending, slate
 
 ASKED = ("seed_item_ids", "upstream_scores", "upstream_weight", "excluded", "excluded_item_ids", "dials", "merged")
 NEW = ("method", "page_size", "source_names", "sources")
@@ -115,7 +117,7 @@ def test_of_a_share_of_users_every_slate_is_logged_and_says_what_it_stands_for(l
         for subject in users:
             candidates = Candidates(np.array([turn], np.int32), np.ones((1, 1), np.float32), ("popular",))
             answer = Slate(candidates.rows, candidates.scores[0], np.ones(1), candidates, None, {}, [])
-            writer.put(shown_of(Query(f"{subject}-{turn}", subject, now_ms(), 0.0, 1), answer))
+            writer.put(pending(Request(f"{subject}-{turn}", subject, now_ms(), 0.0, 1), answer))
     writer.close()
     held = [one for partition in range(log.partitions) for one in log.read_impressions(partition)]
     chosen = [subject for subject in users if is_logged(subject, 0.25)]
@@ -124,7 +126,7 @@ def test_of_a_share_of_users_every_slate_is_logged_and_says_what_it_stands_for(l
     rows, _ = impression_table(held)
     assert rows["weight"].to_pylist() == [4.0] * len(held)
     assert table(slate("ann", "r", [1]).payload)["weight"].to_pylist() == [None]  # where all are logged
-    assert telemetry.counters()["impressions.left_out"] == 180 - len(held)
+    assert telemetry.counters()["slates.left_out"] == 180 - len(held)
 
 
 def test_a_slate_that_cannot_be_written_costs_itself_alone(log):
@@ -133,8 +135,8 @@ def test_a_slate_that_cannot_be_written_costs_itself_alone(log):
     for request_id, row in (("r1", 1), ("r2", 1_000_000), ("r3", 2)):
         candidates = Candidates(np.array([row], np.int32), np.ones((1, 1), np.float32), ("popular",))
         answer = Slate(candidates.rows, candidates.scores[0], np.ones(1), candidates, None, {}, [])
-        writer.put(shown_of(Query(request_id, "u:ann", now_ms(), 0.0, 1), answer))
+        writer.put(pending(Request(request_id, "u:ann", now_ms(), 0.0, 1), answer))
     writer.close()
     held = [json.loads(entry.payload) for entries in log.history("u:ann", impressions=True) for entry in entries]
     assert [one["request_id"] for one in held] == ["r1", "r3"]
-    assert telemetry.counters()["impressions.dropped"] == 1
+    assert telemetry.counters()["slates.dropped"] == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,24 +20,35 @@ from features.catalog import Catalog
 from features.controls import CONTROL, ControlKind, Dial, dial_controls
 from features.controls import encode as encode_rules
 from features.keys import event_type_key, item_key, item_keys
-from features.profile import EVERY_PURPOSE, Purpose, empty, fold, make_records
+from features.profile import EVERY_PURPOSE, Purpose, empty, fold
+from features.records import make_records
 from features.subjects import partition_of
 from features.tables.schema import ITEMS
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from features.vocabulary import Vocabulary
+from serving.bundle.bitmap import Bitmap
 from serving.bundle.model import Model
+from serving.bundle.tables import NeighborTable
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index
 from serving.concurrency import ConcurrencyLimit
 from serving.errors import ProfileStoreUnavailable
-from serving.pipeline.explainers import Reasons
-from serving.pipeline.filters import Blocked, Eligible, Excluded, Seen
-from serving.pipeline.hydrators import CatalogProgress, CatalogVersion, QueryVector, UserVector
-from serving.pipeline.hydrators import Profile as ProfileHydrator
-from serving.pipeline.query import NEAREST, Candidates, Proposal, Query, Slate, merge
+from serving.experiments import Assignment
+from serving.pipeline.candidates import Candidates, Proposal, merge
+from serving.pipeline.explainers import SlateExplainer
+from serving.pipeline.filters import BlockedFilter, EligibilityFilter, ExcludedFilter, SeenFilter
+from serving.pipeline.hydrators import (
+    CatalogVersionHydrator,
+    ProfileHydrator,
+    QueryVectorHydrator,
+    UserVectorHydrator,
+)
+from serving.pipeline.request import NEAREST, Request, UserState
+from serving.pipeline.results import Slate
+from serving.pipeline.runner import clear
 from serving.pipeline.scorers import (
     FeedScorer,
-    Personal,
+    PersonalRanker,
     RankScorer,
     SearchScorer,
     SimilarScorer,
@@ -43,24 +56,24 @@ from serving.pipeline.scorers import (
     cosine,
     utility,
 )
-from serving.pipeline.selectors import TopK
+from serving.pipeline.selectors import TopKSelector
 from serving.pipeline.sources import (
     BoostedSource,
-    Fresh,
-    GivenCandidates,
-    ItemNeighbors,
+    FreshSource,
+    ItemToItemSource,
     LexicalSource,
     LiveItems,
-    NearestToUser,
-    Neighbors,
-    NeighborsOfSeeds,
-    Popular,
-    PopularBeside,
-    PopularInSegment,
+    PopularExtraSource,
+    PopularSource,
+    SeedNeighborsSource,
+    SeedVectorSource,
+    SegmentSource,
     SemanticSource,
-    SimilarToSeeds,
+    UpstreamSource,
+    UserVectorSource,
 )
 from serving.redis.client import connect
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
 from serving.stores.profiles import ProfileStore
@@ -68,22 +81,34 @@ from tests import world as small
 from tests.serving.faults import frozen
 
 NOW = 1_800_000_000_000
-TURNS = ConcurrencyLimit(1)
+LIMIT = ConcurrencyLimit(1)
 TYPES = {event_type_key(name): place for place, name in enumerate(small.MODEL["event_types"], 1)}
 SEEN = np.array(list(TYPES), np.uint32)
 
 
-def query(**fields) -> Query:
-    return Query(
-        **{
-            "request_id": "r",
-            "subject": "u:ann",
-            "now_ms": NOW,
-            "deadline": time.monotonic() + 60,
-            "page_size": 5,
-            **fields,
-        }
-    )
+class Asked(NamedTuple):
+    """The first arguments of every stage."""
+
+    request: Request
+    user: UserState
+
+    def but(self, **fields: Any) -> Asked:
+        """The same with other fields, of the request or of the user's state."""
+        state = {name: fields.pop(name) for name in UserState._fields if name in fields}
+        if "dials" in state:
+            fields["dials"] = state["dials"]
+        return Asked(replace(self.request, **fields), self.user._replace(**state))
+
+
+def query(**fields) -> Asked:
+    request = Request(request_id="r", subject="u:ann", now_ms=NOW, deadline=time.monotonic() + 60, page_size=5)
+    return Asked(request, UserState()).but(**fields)
+
+
+def hydrated(hydrator, asked: Asked):
+    """What a hydrator finds, and the parts that it marks."""
+    user, degraded = hydrator.hydrate(*asked)
+    return user, [part for part, _ in degraded]
 
 
 def records(ids: list[str]):
@@ -91,24 +116,20 @@ def records(ids: list[str]):
     return make_records(item_keys(ids), category, 0, NOW, np.nan, event_type_key("view_item"))
 
 
-def person(catalog: Catalog, ids: list[str]) -> Query:
-    """A query of somebody who touched `ids`, their vector the mean of those of the items."""
+def person(catalog: Catalog, ids: list[str]) -> Asked:
+    """A request of a user who touched `ids`, their vector the mean of those of the items."""
     profile = fold(empty(), records(ids), len(ids))
     past = history(profile, catalog, TYPES)
-    return query(
-        profile=profile,
-        history=past,
-        seen=past.rows,
-        user_vector=catalog.columns.vectors[past.rows].mean(axis=0),
-    )
+    vector = catalog.columns.vectors[past.rows].mean(axis=0)
+    return query(profile=profile, history=past, seen=past.rows, vector=vector)
 
 
-def screened(catalog: Catalog, asked: Query) -> Query:
-    """The query with the bitmap that the runner makes of the filters of a feed."""
-    asked.allowed, _ = Eligible(catalog).bitmap(asked)
-    for screen in (Excluded(catalog), Blocked(catalog), Seen(catalog)):
-        screen.hold_back(asked, asked.allowed)
-    return asked
+def screened(catalog: Catalog, asked: Asked) -> tuple[Request, UserState, Bitmap]:
+    """The arguments of a source, with the bitmap that the runner makes of the filters of a feed."""
+    allowed, _ = EligibilityFilter(catalog).bitmap(asked.request)
+    for screen in (ExcludedFilter(catalog), BlockedFilter(catalog), SeenFilter(catalog)):
+        clear(allowed, screen.hold_back(*asked))
+    return *asked, allowed
 
 
 @pytest.fixture
@@ -149,7 +170,7 @@ def lexical():
 @pytest.fixture
 def popular(catalog):
     rows = np.arange(small.COUNT, dtype=np.int32)
-    return Popular(rows, np.log1p(rows[::-1].astype(np.float32)), catalog, LiveItems(catalog))
+    return PopularSource(rows, np.log1p(rows[::-1].astype(np.float32)), catalog, LiveItems(catalog))
 
 
 def genres(catalog, rows) -> set[str]:
@@ -164,40 +185,38 @@ def put(catalog, name: str, genre: str, now: int = NOW) -> int:
 class TestHydrators:
     def test_a_version_that_is_here_is_not_waited_for(self):
         progress = CatalogProgress(5)
-        asked = query(min_catalog_version=5)
-        CatalogVersion(progress, TURNS).hydrate(asked)
-        assert (asked.catalog_version, asked.degraded) == (5, [])
+        user, degraded = hydrated(CatalogVersionHydrator(progress, LIMIT), query(min_catalog_version=5))
+        assert (user.catalog_version, degraded) == (5, [])
 
     def test_a_version_that_comes_in_time_is_seen(self):
         import threading
 
         progress = CatalogProgress(5)
         threading.Timer(0.05, progress.reach, [6]).start()
-        asked = query(min_catalog_version=6)
-        CatalogVersion(progress, TURNS).hydrate(asked)
-        assert (asked.catalog_version, asked.degraded) == (6, [])
+        user, degraded = hydrated(CatalogVersionHydrator(progress, LIMIT), query(min_catalog_version=6))
+        assert (user.catalog_version, degraded) == (6, [])
 
     def test_a_version_that_does_not_come_costs_a_share_of_the_time_and_is_marked(self):
         asked = query(min_catalog_version=7, deadline=time.monotonic() + 0.2)
-        CatalogVersion(CatalogProgress(5), TURNS).hydrate(asked)
-        assert asked.degraded[0].part == "CATALOG_STALE"
-        assert asked.seconds_left() > 0
+        user, degraded = hydrated(CatalogVersionHydrator(CatalogProgress(5), LIMIT), asked)
+        assert (user.catalog_version, degraded) == (5, ["CATALOG_STALE"])
+        assert asked.request.seconds_left() > 0
 
     def test_a_profile_is_read_and_seen_through_the_catalogue(self, catalog, profiles_redis):
         store = ProfileStore(profiles_redis)
         entries = [(place + (1 << 50), record.tobytes()) for place, record in enumerate(records(["i4", "i7"]))]
         store.apply("u:ann", entries)
-        asked = query()
-        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
-        assert catalog.ids(asked.history.rows) == ["i4", "i7"]
-        assert sorted(asked.seen.tolist()) == [4, 7]
-        assert asked.profile.version == (1 << 50) + 1
+        user, _ = hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT), query())
+        assert catalog.ids(user.history.rows) == ["i4", "i7"]
+        assert sorted(user.seen.tolist()) == [4, 7]
+        assert user.profile.version == (1 << 50) + 1
 
     def test_a_profile_that_is_too_old_is_used_and_marked(self, catalog, profiles_redis):
         asked = query(min_profile_version=9, deadline=time.monotonic() + 0.1)
-        ProfileHydrator(ProfileStore(profiles_redis), catalog, TYPES, SEEN, TURNS).hydrate(asked)
-        assert asked.degraded[0].part == "PROFILE_STALE"
-        assert asked.profile is not None
+        hydrator = ProfileHydrator(ProfileStore(profiles_redis), catalog, TYPES, SEEN, LIMIT)
+        user, degraded = hydrated(hydrator, asked)
+        assert degraded == ["PROFILE_STALE"]
+        assert user.profile is not None
 
     def test_the_version_of_what_a_person_said_is_there_with_it(self, catalog, profiles_redis):
         """What such calls answer is a version as well, and an event that was forgotten is not waited for."""
@@ -214,41 +233,38 @@ class TestHydrators:
             store.apply("u:ann", [(mark.log_id - 1, records(["i7"])[0].tobytes())])
             for version, stale in ((first, []), (mark.log_id, []), (mark.log_id + 1, ["PROFILE_STALE"])):
                 asked = query(min_profile_version=version, deadline=time.monotonic() + 0.1)
-                ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
-                assert [entry.part for entry in asked.degraded] == stale
+                assert hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT), asked)[1] == stale
         # An event that is late is waited for, whatever was said since.
         store.mark(partition_of("u:ann", 16), Mark(first + 20, address, rules=b""))
         late = query(min_profile_version=first + 12, deadline=time.monotonic() + 0.1)
-        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(late)
-        assert [entry.part for entry in late.degraded] == ["PROFILE_STALE"]
+        assert hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT), late)[1] == ["PROFILE_STALE"]
 
     def test_who_waits_for_a_version_waits_for_a_store_that_pauses(self, catalog, profiles_redis, profiles_server):
         with connect(profiles_server.url, 0.05) as client:
             store = ProfileStore(client, cooldown_s=0.05)
             store.apply("u:ann", [(1 << 50, records(["i4"])[0].tobytes())])
-            hydrator = ProfileHydrator(store, catalog, TYPES, SEEN, TURNS)
+            hydrator = ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT)
             asked = query(min_profile_version=1 << 50, deadline=time.monotonic() + 60)
             with ThreadPoolExecutor(1) as pool, frozen(profiles_server):
                 with pytest.raises(ProfileStoreUnavailable):
-                    hydrator.hydrate(query())
-                waits = pool.submit(hydrator.hydrate, asked)
+                    hydrator.hydrate(*query())
+                waits = pool.submit(hydrated, hydrator, asked)
                 time.sleep(0.3)
                 assert not waits.done()
-            assert waits.result() is None
-            assert (asked.degraded, asked.profile.version) == ([], 1 << 50)
+            user, degraded = waits.result()
+            assert (degraded, user.profile.version) == ([], 1 << 50)
             late = query(min_profile_version=1 << 50, deadline=time.monotonic() + 0.2)
             with frozen(profiles_server), pytest.raises(ProfileStoreUnavailable):
-                hydrator.hydrate(late)
+                hydrator.hydrate(*late)
 
     def test_a_damaged_profile_counts_as_none_and_is_marked(self, catalog, profiles_redis):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i4"])[0].tobytes())])
         (key,) = profiles_redis.keys("*:profile:*")
         profiles_redis.setrange(key, 60, b"\xff")
-        asked = query()
-        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS).hydrate(asked)
-        assert asked.degraded[0].part == "PROFILE_CORRUPT"
-        assert asked.profile is None
+        user, degraded = hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT), query())
+        assert degraded == ["PROFILE_CORRUPT"]
+        assert user.profile is None
 
     @pytest.mark.parametrize(
         ("said", "default", "used"),
@@ -266,18 +282,18 @@ class TestHydrators:
             store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), said))
         # A version that is waited for is not waited for where nothing of it may be used.
         asked = query(min_profile_version=0 if used else 1 << 62)
-        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, default).hydrate(asked)
-        assert (asked.profile is not None, asked.history is not None, bool(asked.seen.size)) == (used, used, used)
-        assert asked.withheld == (not used)
-        assert asked.degraded == []
+        user, degraded = hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT, default), asked)
+        assert (user.profile is not None, user.history is not None, bool(user.seen.size)) == (used, used, used)
+        assert user.withheld == (not used)
+        assert degraded == []
 
     def test_a_store_that_is_away_is_the_runners_to_mark(self, catalog, tmp_path):
         with connect(f"unix://{tmp_path}/nobody.sock") as client:
-            hydrator = ProfileHydrator(ProfileStore(client), catalog, TYPES, SEEN, TURNS)
+            hydrator = ProfileHydrator(ProfileStore(client), catalog, TYPES, SEEN, LIMIT)
             with pytest.raises(ProfileStoreUnavailable):
-                hydrator.hydrate(query())
+                hydrator.hydrate(*query())
 
-    @pytest.mark.parametrize("fields", [{"holdout": True}, {"personalize": False}, {}])
+    @pytest.mark.parametrize("fields", [{"assignment": Assignment("holdout", True)}, {"personalize": False}, {}])
     def test_what_somebody_said_holds_where_what_they_did_is_not_read(self, catalog, profiles_redis, fields):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i1"]).tobytes())])
@@ -285,15 +301,16 @@ class TestHydrators:
         rules = np.concatenate([np.array([(1, 0, ControlKind.ITEM)], CONTROL), turned])
         store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=encode_rules(rules)))
         asked = query(**fields, dials={(Dial.NOVELTY, 0): -1.0})
-        ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments={item_key("space"): "space"}).hydrate(asked)
-        assert asked.rules.tobytes() == rules.tobytes()
-        assert asked.dials == {(Dial.NOVELTY, 0): -1.0, (Dial.CREATOR_WEIGHT, 7): -1.0}
+        segments = {item_key("space"): "space"}
+        user, _ = hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT, segments=segments), asked)
+        assert user.controls.tobytes() == rules.tobytes()
+        assert user.dials == {(Dial.NOVELTY, 0): -1.0, (Dial.CREATOR_WEIGHT, 7): -1.0}
         known = not fields
-        assert (asked.profile is not None, asked.history is not None, bool(asked.seen.size)) == (known, known, known)
-        assert asked.segment == ("space" if known else "")
+        assert (user.profile is not None, user.history is not None, bool(user.seen.size)) == (known, known, known)
+        assert user.segment == ("space" if known else "")
 
     def test_nobody_s_profile_is_not_read(self, catalog):
-        assert not ProfileHydrator(None, catalog, TYPES, SEEN, TURNS).enable(query(subject=""))
+        assert not ProfileHydrator(None, catalog, TYPES, SEEN, LIMIT).enable(*query(subject=""))
 
     def test_a_segment_is_what_was_chosen_most_or_else_turned_up_most(self, catalog, profiles_redis):
         store = ProfileStore(profiles_redis)
@@ -301,72 +318,60 @@ class TestHydrators:
         rules = encode_rules(
             dial_controls([(Dial.CATEGORY_WEIGHT, item_key(n), v) for n, v in (("space", 0.1), ("romance", 1))])
         )
-        hydrator, found = ProfileHydrator(store, catalog, TYPES, SEEN, TURNS, segments=segments), []
+        hydrator, found = ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT, segments=segments), []
         store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=rules))
         for item in ("", "i1", "i0", "i4"):
             if item:
                 store.apply("u:ann", [((1 << 50) + len(found), records([item]).tobytes())])
-            asked = query()
-            hydrator.hydrate(asked)
-            found.append(asked.segment)
+            found.append(hydrated(hydrator, query())[0].segment)
         # Of westerns there is no table here, and nobody who chose something is taken for what they once said.
         assert found == ["romance", "space", found[2], ""]
 
     def test_the_person_lies_where_their_items_do(self, catalog, model):
-        asked = person(catalog, ["i0", "i4"])
-        asked.user_vector = None
-        UserVector(model, catalog).hydrate(asked)
-        np.testing.assert_allclose(asked.user_vector, small.vectors()[[0, 4]].mean(axis=0), rtol=1e-5)
+        user, _ = hydrated(UserVectorHydrator(model, catalog), person(catalog, ["i0", "i4"]).but(vector=None))
+        np.testing.assert_allclose(user.vector, small.vectors()[[0, 4]].mean(axis=0), rtol=1e-5)
 
-    def test_a_failed_encoder_leaves_no_vector(self, catalog, model):
+    def test_a_failed_encoder_is_the_runners_to_mark(self, catalog, model):
         asked = person(catalog, ["i0"])
-        asked.user_vector = None
         catalog.columns.vectors[0] = np.nan
         with pytest.raises(Exception, match="NaN"):
-            UserVector(model, catalog).hydrate(asked)
-        assert asked.user_vector is None
+            UserVectorHydrator(model, catalog).hydrate(*asked)
 
     def test_items_that_nobody_knows_make_no_person(self, catalog, model):
         asked = query(history=history(fold(empty(), make_records(item_keys(["?"]), 0, 0, 0, 0, 0), 1), catalog, TYPES))
-        assert not UserVector(model, catalog).enable(asked)
+        assert not UserVectorHydrator(model, catalog).enable(*asked)
 
     def test_words_lie_where_their_genre_does(self, model):
         shapes = ItemInputShapes(**{name: small.MODEL[name] for name in ItemInputShapes.__slots__})
         asked = query(text="Westerns!")
-        QueryVector(model, shapes).hydrate(asked)
-        np.testing.assert_allclose(asked.query_vector, small.direction("western"))
-        assert asked.tokens.tolist() == text_tokens("western").tolist()
+        user, _ = hydrated(QueryVectorHydrator(model, shapes), asked)
+        np.testing.assert_allclose(user.query_vector, small.direction("western"))
+        assert asked.request.tokens.tolist() == text_tokens("western").tolist()
 
 
 class TestSources:
     def test_nearest_names_the_genre_without_what_was_seen(self, catalog, index):
         asked = screened(catalog, person(catalog, ["i0", "i4"]))
-        rows, scores = NearestToUser(index, 8).retrieve(asked)
+        rows, scores = UserVectorSource(index, 8).retrieve(*asked)
         assert genres(catalog, rows) == {"western"}
         assert not {0, 4} & set(rows.tolist())
         assert (np.diff(scores) <= 0).all()
 
     def test_nearest_names_a_page_at_least(self, catalog, index):
-        asked = screened(catalog, person(catalog, ["i0", "i4"]))
-        asked.page_size = 30
-        assert NearestToUser(index, 8).retrieve(asked)[0].size == 30
+        asked = screened(catalog, person(catalog, ["i0", "i4"]).but(page_size=30))
+        assert UserVectorSource(index, 8).retrieve(*asked)[0].size == 30
 
     def test_what_the_filters_do_not_hold_back_may_return(self, catalog, index):
-        asked = person(catalog, ["i0", "i4"])
-        asked.seen = asked.seen[:0]
-        assert {0, 4} <= set(NearestToUser(index, 10).retrieve(screened(catalog, asked))[0].tolist())
+        asked = person(catalog, ["i0", "i4"]).but(seen=np.zeros(0, np.int32))
+        assert {0, 4} <= set(UserVectorSource(index, 10).retrieve(*screened(catalog, asked))[0].tolist())
 
     def test_a_live_item_is_nearest_at_once(self, catalog, index):
         row = put(catalog, "new", "western")
-        rows, _ = NearestToUser(index, 9).retrieve(screened(catalog, person(catalog, ["i0", "i4"])))
+        rows, _ = UserVectorSource(index, 9).retrieve(*screened(catalog, person(catalog, ["i0", "i4"])))
         assert row in rows
 
-    def test_no_source_runs_before_the_filters(self, catalog, index):
-        with pytest.raises(ValueError, match="allowed"):
-            NearestToUser(index, 9).retrieve(person(catalog, ["i0", "i4"]))
-
     def test_neighbours_add_up_and_newer_items_weigh_more(self, catalog):
-        table = Neighbors(
+        table = NeighborTable(
             np.array([[2, 3], [3, -1], [0, -1], [0, -1]], np.int32),
             np.array([[0.9, 0.5], [0.8, 0], [1, 0], [1, 0]], np.float32),
         )
@@ -374,110 +379,104 @@ class TestSources:
         rows, scores = table.of(np.array([0, 1], np.int32), np.array([0.5, 1], np.float32), 9, every)
         assert rows.tolist() == [3, 2]
         np.testing.assert_allclose(scores, [0.5 * 0.5 + 0.8, 0.45])
-        asked = screened(catalog, person(catalog, ["i0", "i1"]))
-        source = ItemNeighbors(table, 9)
-        assert source.enable(asked)
-        assert source.retrieve(asked)[0].tolist() == [3, 2]
+        asked = person(catalog, ["i0", "i1"])
+        source = ItemToItemSource(table, 9)
+        assert source.enable(*asked)
+        assert source.retrieve(*screened(catalog, asked))[0].tolist() == [3, 2]
         seeds = screened(catalog, query(seeds=np.array([1, 39], np.int32)))
-        assert NeighborsOfSeeds(table, 9).retrieve(seeds)[0].tolist() == [3]
+        assert SeedNeighborsSource(table, 9).retrieve(*seeds)[0].tolist() == [3]
         # What may not be shown takes no place, not even that of a single neighbour.
         catalog.set_available(3, False)
-        assert ItemNeighbors(table, 1).retrieve(screened(catalog, asked))[0].tolist() == [2]
+        assert ItemToItemSource(table, 1).retrieve(*screened(catalog, asked))[0].tolist() == [2]
 
     def test_who_is_known_by_no_item_has_no_neighbours(self, catalog):
-        table = Neighbors(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
+        table = NeighborTable(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
         asked = screened(catalog, person(catalog, ["i0", "i1"]))
-        assert not ItemNeighbors(table, 9).retrieve(asked)[0].size
-        assert not ItemNeighbors(table, 9).enable(person(catalog, ["i999"]))
-        assert not ItemNeighbors(table, 9).enable(query())
+        assert not ItemToItemSource(table, 9).retrieve(*asked)[0].size
+        assert not ItemToItemSource(table, 9).enable(*person(catalog, ["i999"]))
+        assert not ItemToItemSource(table, 9).enable(*query())
 
     def test_popular_fills_pages_past_what_may_not_be_shown(self, catalog, popular):
         catalog.set_available(0, False)
         asked = screened(catalog, query(page_size=2, seen=np.array([1, 2], np.int32)))
-        assert popular.retrieve(asked)[0].tolist() == [3, 4, 5, 6]
+        assert popular.retrieve(*asked)[0].tolist() == [3, 4, 5, 6]
 
     def test_popular_is_in_the_end_everything_the_table_then_live_items_then_the_rest(self, catalog):
         table = np.array([7, 3], np.int32)
-        source = Popular(table, np.array([0.5, 0.0], np.float32), catalog, LiveItems(catalog))
+        source = PopularSource(table, np.array([0.5, 0.0], np.float32), catalog, LiveItems(catalog))
         old, young = put(catalog, "old", "space", NOW - 86_400_000), put(catalog, "young", "space", NOW)
-        rows, scores = source.retrieve(screened(catalog, query(page_size=30)))
+        rows, scores = source.retrieve(*screened(catalog, query(page_size=30)))
         rest = [row for row in range(small.COUNT) if row not in (7, 3)]
         assert rows.tolist() == [7, 3, young, old, *rest]
         assert (np.diff(scores) <= 0).all()
         assert scores.dtype == np.float32
-        asked = screened(catalog, query(page_size=2))
-        assert source.retrieve(asked)[0].tolist() == [7, 3, young, old]
-        asked.degrade("PROFILE_CORRUPT", "checksum")
-        assert source.retrieve(asked)[0].tolist() == [7, 3]
+        asked = query(page_size=2)
+        assert source.retrieve(*screened(catalog, asked))[0].tolist() == [7, 3, young, old]
+        assert source.retrieve(*screened(catalog, asked.but(blocks_unread=True)))[0].tolist() == [7, 3]
 
     def test_a_segment_s_page_is_what_may_be_shown_of_its_table(self, catalog):
         rows = np.array([9, 1, 5, 13, 17], np.int32)
-        source = PopularInSegment({"space": (rows, np.arange(5, 0, -1, dtype=np.float32))})
+        source = SegmentSource({"space": (rows, np.arange(5, 0, -1, dtype=np.float32))})
         catalog.set_available(1, False)
-        asked = screened(catalog, query(segment="space", page_size=1, seen=np.array([5], np.int32)))
-        assert source.enable(asked)
-        assert [part.tolist() for part in source.retrieve(asked)] == [[9, 13], [5, 2]]
-        asked.seen = rows
-        assert not source.retrieve(screened(catalog, asked))[0].size
-        assert not source.enable(query())
+        asked = query(segment="space", page_size=1, seen=np.array([5], np.int32))
+        assert source.enable(*asked)
+        assert [part.tolist() for part in source.retrieve(*screened(catalog, asked))] == [[9, 13], [5, 2]]
+        assert not source.retrieve(*screened(catalog, asked.but(seen=rows)))[0].size
+        assert not source.enable(*query())
 
     def test_what_a_dial_asks_more_of_is_proposed_wherever_it_stands(self, catalog):
         row = put(catalog, "new", "comedy")
         source = BoostedSource(catalog)
         asked = query(dials={(Dial.CATEGORY_WEIGHT, item_key("comedy")): 0.5}, seen=np.array([3], np.int32))
-        assert source.enable(asked)
-        rows, scores = source.retrieve(screened(catalog, asked))
+        assert source.enable(*asked)
+        rows, scores = source.retrieve(*screened(catalog, asked))
         assert rows.tolist() == [*range(7, small.COUNT, 4), row]
         assert (np.diff(scores) < 0).all()
-        asked.dials = {(Dial.CREATOR_WEIGHT, item_key("c0")): 1.0, (Dial.CATEGORY_WEIGHT, item_key("comedy")): -1.0}
-        assert source.retrieve(asked)[0].tolist() == list(range(0, small.COUNT, 5))
-        assert not source.enable(query(dials={(Dial.CREATOR_WEIGHT, 1): -1.0, (Dial.NOVELTY, 0): 1.0}))
-        asked.degrade("PROFILE_STORE", "blocks are not known")
-        assert not source.enable(asked)
+        dials = {(Dial.CREATOR_WEIGHT, item_key("c0")): 1.0, (Dial.CATEGORY_WEIGHT, item_key("comedy")): -1.0}
+        assert source.retrieve(*screened(catalog, asked.but(dials=dials)))[0].tolist() == list(range(0, small.COUNT, 5))
+        assert not source.enable(*query(dials={(Dial.CREATOR_WEIGHT, 1): -1.0, (Dial.NOVELTY, 0): 1.0}))
+        assert not source.enable(*asked.but(blocks_unread=True))
 
     def test_a_dial_has_the_popular_to_choose_from_where_nothing_is_near(self, catalog, popular):
-        source = PopularBeside(popular)
-        assert source.enable(query(dials={(Dial.NOVELTY, 0): -1.0}))
-        assert not source.enable(query(dials={(Dial.NOVELTY, 0): 0.0}))
-        known = person(catalog, ["i0"])
-        known.dials = {(Dial.NOVELTY, 0): 1.0}
-        assert not source.enable(known)
+        source = PopularExtraSource(popular)
+        assert source.enable(*query(dials={(Dial.NOVELTY, 0): -1.0}))
+        assert not source.enable(*query(dials={(Dial.NOVELTY, 0): 0.0}))
+        assert not source.enable(*person(catalog, ["i0"]).but(dials={(Dial.NOVELTY, 0): 1.0}))
 
     def test_popular_of_nothing_is_nothing(self, catalog, popular):
         asked = screened(catalog, query(seen=np.arange(small.COUNT, dtype=np.int32)))
-        assert popular.retrieve(asked)[0].size == 0
+        assert popular.retrieve(*asked)[0].size == 0
 
     def test_fresh_names_the_newest_first_and_no_old_ones(self, catalog):
         day = 86_400_000
-        source = Fresh(LiveItems(catalog), 14, 50)
-        assert not source.enable(query())
+        source = FreshSource(LiveItems(catalog), 14, 50)
+        assert not source.enable(*query())
         old, older, young = (put(catalog, f"n{age}", "space", NOW - age * day) for age in (3, 20, 1))
-        asked = screened(catalog, query())
-        assert source.enable(asked)
-        rows, scores = source.retrieve(asked)
+        asked = query()
+        assert source.enable(*asked)
+        rows, scores = source.retrieve(*screened(catalog, asked))
         assert (rows.tolist(), scores.tolist()) == ([young, old], [-1, -3])
         assert older not in rows
         catalog.set_available(young, False)
-        assert source.retrieve(screened(catalog, query()))[0].tolist() == [old]
-        asked.degrade("PROFILE_STORE", "blocks are not known")
-        assert not source.enable(asked)
+        assert source.retrieve(*screened(catalog, query()))[0].tolist() == [old]
+        assert not source.enable(*asked.but(blocks_unread=True))
 
     def test_similar_points_where_the_seeds_point(self, catalog, index):
         asked = screened(catalog, query(seeds=np.array([1], np.int32)))
-        rows, _ = SimilarToSeeds(index, catalog, 9).retrieve(asked)
+        rows, _ = SeedVectorSource(index, catalog, 9).retrieve(*asked)
         assert genres(catalog, rows) == {"space"}
         assert 1 not in rows
 
     def test_words_and_meaning_find_the_genre(self, catalog, index, lexical):
-        asked = query(text="space", tokens=text_tokens("space"), query_vector=small.direction("space"))
+        asked = query(text="space", query_vector=small.direction("space"))
         for source in (LexicalSource(lexical, 10), SemanticSource(index, 10)):
-            assert genres(catalog, source.retrieve(screened(catalog, asked))[0]) == {"space"}
+            assert genres(catalog, source.retrieve(*screened(catalog, asked))[0]) == {"space"}
 
-    def test_given_candidates_keep_the_callers_order(self):
+    def test_given_candidates_keep_the_callers_order(self, catalog):
         rows = np.array([7, 3, 5], np.int32)
-        assert GivenCandidates().retrieve(query(rows=rows))[1].tolist() == [0, -1, -2]
+        assert UpstreamSource().retrieve(*screened(catalog, query(rows=rows)))[1].tolist() == [0, -1, -2]
         scores = np.array([1, 9, 5], np.float32)
-        assert GivenCandidates().retrieve(query(rows=rows, upstream=scores))[1] is scores
+        assert UpstreamSource().retrieve(*screened(catalog, query(rows=rows, upstream=scores)))[1] is scores
 
 
 class TestFilters:
@@ -492,13 +491,13 @@ class TestFilters:
             (item_key("i4"), 0, ControlKind.CREATOR),
         ]
         catalog.columns.creator[4:6] = item_key("i4"), item_key("another")
-        asked = query(rules=np.array(rules, CONTROL))
-        assert Blocked(catalog).enable(asked)
-        assert rows[~Blocked(catalog).keep(asked, rows)].tolist() == [1, 2, 4, 6]
-        assert not Blocked(catalog).enable(query())
-        assert not Blocked(catalog).required
-        bitmap, _ = Eligible(catalog).bitmap(asked)
-        assert Blocked(catalog).hold_back(asked, bitmap) == 2 + small.COUNT // 4
+        asked = query(controls=np.array(rules, CONTROL))
+        assert BlockedFilter(catalog).enable(*asked)
+        assert rows[~BlockedFilter(catalog).keep(*asked, rows)].tolist() == [1, 2, 4, 6]
+        assert not BlockedFilter(catalog).enable(*query())
+        assert not BlockedFilter(catalog).required
+        bitmap, _ = EligibilityFilter(catalog).bitmap(asked.request)
+        assert clear(bitmap, BlockedFilter(catalog).hold_back(*asked)) == 2 + small.COUNT // 4
         held = np.flatnonzero(np.unpackbits(bitmap, bitorder="little")[: small.COUNT] == 0)
         assert held.tolist() == sorted({1, 4, *range(2, small.COUNT, 4)})
 
@@ -512,40 +511,40 @@ class TestFilters:
         kinds = [ControlKind.CREATOR] * size + [ControlKind.CATEGORY] * size + [ControlKind.ITEM] * size
         rules = [(item_key(name), 0, kind) for name, kind in zip(names, kinds, strict=True)][: size + 1]
         catalog.set_available(5, False)
-        asked = query(rules=np.array(rules, CONTROL), seen=some, exclude=some[: size // 2], seeds=some[size // 2 :])
+        asked = query(controls=np.array(rules, CONTROL), seen=some, exclude=some[: size // 2], seeds=some[size // 2 :])
         every = np.arange(catalog.size, dtype=np.int32)
-        bitmap, held = Eligible(catalog).bitmap(asked)
+        bitmap, held = EligibilityFilter(catalog).bitmap(asked.request)
         bits = np.unpackbits(bitmap, bitorder="little")[: catalog.size].view(bool)
-        np.testing.assert_array_equal(bits, Eligible(catalog).keep(asked, every))
+        np.testing.assert_array_equal(bits, EligibilityFilter(catalog).keep(*asked, every))
         assert held == (~bits).sum() == 1
-        for screen in (Excluded(catalog), Blocked(catalog), Seen(catalog)):
+        for screen in (ExcludedFilter(catalog), BlockedFilter(catalog), SeenFilter(catalog)):
             mine = bitmap.copy()
-            count = screen.hold_back(asked, mine)
+            count = clear(mine, screen.hold_back(*asked))
             left = np.unpackbits(mine, bitorder="little")[: catalog.size].view(bool)
-            np.testing.assert_array_equal(left, bits & screen.keep(asked, every))
+            np.testing.assert_array_equal(left, bits & screen.keep(*asked, every))
             assert count == bits.sum() - left.sum()
-            assert screen.hold_back(asked, mine) == 0
+            assert clear(mine, screen.hold_back(*asked)) == 0
 
     ROWS = np.array([3, 0, 7], np.int32)
 
     def test_what_may_not_be_shown_goes(self, catalog):
         catalog.set_available(0, True, available_from=NOW + 1)
         catalog.set_available(7, True, available_until=NOW)
-        assert Eligible(catalog).keep(query(), self.ROWS).tolist() == [True, False, False]
+        assert EligibilityFilter(catalog).keep(*query(), self.ROWS).tolist() == [True, False, False]
 
     def test_eligibility_and_the_callers_exclusions_fail_closed(self, catalog):
-        assert Eligible(catalog).required
-        assert Excluded(catalog).required
-        assert not Seen(catalog).required
+        assert EligibilityFilter(catalog).required
+        assert ExcludedFilter(catalog).required
+        assert not SeenFilter(catalog).required
 
     def test_the_seen_go(self, catalog):
         asked = query(seen=np.array([7, 7, 39], np.int32))
-        assert Seen(catalog).keep(asked, self.ROWS).tolist() == [True, True, False]
+        assert SeenFilter(catalog).keep(*asked, self.ROWS).tolist() == [True, True, False]
 
     def test_exclusions_and_seeds_go(self, catalog):
         asked = query(exclude=np.array([3], np.int32), seeds=np.array([0], np.int32))
-        assert Excluded(catalog).keep(asked, self.ROWS).tolist() == [False, False, True]
-        assert not Excluded(catalog).enable(query())
+        assert ExcludedFilter(catalog).keep(*asked, self.ROWS).tolist() == [False, False, True]
+        assert not ExcludedFilter(catalog).enable(*query())
 
 
 class TestScorers:
@@ -556,35 +555,34 @@ class TestScorers:
     def test_a_feed_is_relevance_and_blended_utility(self, catalog, model, outcomes):
         asked = person(catalog, ["i0", "i4"])
         rows = np.array([8, 1, 12], np.int32)
-        score = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25).score(asked, rows)
-        relevance = small.vectors()[rows] @ asked.user_vector
+        scored = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25).score(*asked, rows)
+        relevance = small.vectors()[rows] @ asked.user.vector
         affinity = np.array([1.0, 0.0, 1.0])
         odds = np.stack([affinity - 1, 2 * affinity - 2], axis=1)
         probabilities = 1 / (1 + np.exp(-odds))
         mean = probabilities.mean(axis=1)
-        np.testing.assert_allclose(score, relevance + 0.25 * np.log(mean / (1 - mean)), rtol=1e-5)
-        np.testing.assert_allclose(asked.probabilities, probabilities, rtol=1e-5)
+        np.testing.assert_allclose(scored.scores, relevance + 0.25 * np.log(mean / (1 - mean)), rtol=1e-5)
+        np.testing.assert_allclose(scored.probabilities, probabilities, rtol=1e-5)
 
     def test_a_score_never_depends_on_the_other_candidates(self, catalog, model, outcomes):
-        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
         rows = np.arange(40, dtype=np.int32)
-        together = personal.score(person(catalog, ["i0", "i5"]), rows)
-        alone = [personal.score(person(catalog, ["i0", "i5"]), rows[at : at + 1])[0] for at in range(40)]
+        together = personal.score(*person(catalog, ["i0", "i5"]), rows).scores
+        alone = [personal.score(*person(catalog, ["i0", "i5"]), rows[at : at + 1]).scores[0] for at in range(40)]
         assert together.tolist() == alone
 
     def test_without_a_blend_only_the_page_is_judged(self, catalog, model, outcomes):
-        asked = person(catalog, ["i0", "i4"])
-        asked.page_size = 3
-        score = Personal(model, catalog, outcomes, [0.5, 0.5], 0.0).score(asked, np.arange(40, dtype=np.int32))
-        judged = np.flatnonzero(np.isfinite(asked.probabilities[:, 0]))
-        assert sorted(judged) == sorted(np.argsort(-score, kind="stable")[:3])
+        asked = person(catalog, ["i0", "i4"]).but(page_size=3)
+        scored = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.0).score(*asked, np.arange(40, dtype=np.int32))
+        judged = np.flatnonzero(np.isfinite(scored.probabilities[:, 0]))
+        assert sorted(judged) == sorted(np.argsort(-scored.scores, kind="stable")[:3])
 
     def test_nobody_s_feed_goes_by_popularity(self, catalog, model, outcomes):
-        scorer = FeedScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
-        assert scorer.score(query(), self.candidates(popular=[1, 3, 2])).tolist() == [1, 3, 2]
+        scorer = FeedScorer(PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25))
+        assert scorer.score(*query(), self.candidates(popular=[1, 3, 2])).scores.tolist() == [1, 3, 2]
 
     def test_neighbours_go_before_what_is_popular(self, catalog, model, outcomes):
-        scorer = FeedScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25))
+        scorer = FeedScorer(PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25))
         nan = float("nan")
         found = self.candidates(
             neighbors=[0.1, nan, 0.9, nan, nan, nan, nan],
@@ -592,24 +590,24 @@ class TestScorers:
             popular=[nan, 2, nan, 9, nan, nan, nan],
             fresh=[nan, nan, nan, nan, nan, -3, -1],
         )
-        assert np.argsort(-scorer.score(query(), found)).tolist() == [2, 0, 4, 3, 1, 6, 5]
-        assert np.isfinite(scorer.score(query(), found)).all()
+        assert np.argsort(-scorer.score(*query(), found).scores).tolist() == [2, 0, 4, 3, 1, 6, 5]
+        assert np.isfinite(scorer.score(*query(), found).scores).all()
 
     def test_what_fills_a_personal_page_stands_behind_in_its_own_order(self, catalog, model, outcomes):
-        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
         asked, nan = person(catalog, ["i0", "i4"]), np.nan
         named = {NEAREST: [2, 1, nan, nan, nan, nan], "popular": [nan, nan, 4, 3, 2, nan], "fresh": [nan] * 5 + [-1.0]}
         # Spaceships are near, westerns fill up: better by the score, and behind all the same; what is new competes.
         rows = np.array([1, 5, 8, 2, 12, 16], np.int32)
         found = Candidates(rows, np.array(list(named.values()), np.float32), tuple(named), (0, 3, 4))
-        score = FeedScorer(personal).score(asked, found)
-        own = personal.score(asked, rows)
+        score = FeedScorer(personal).score(*asked, found).scores
+        own = personal.score(*asked, rows).scores
         np.testing.assert_array_equal(score[[0, 1, 5]], own[[0, 1, 5]])
         assert (own[[2, 4]] > own[:2].max()).all()
         assert score[2:5].max() < score[[0, 1, 5]].min()
         assert np.argsort(-score[2:5]).tolist() == np.argsort(-own[2:5]).tolist()
         alone = Candidates(rows[:2], found.scores[:1, :2], (NEAREST,), (0,))
-        np.testing.assert_array_equal(FeedScorer(personal).score(asked, alone), own[:2])
+        np.testing.assert_array_equal(FeedScorer(personal).score(*asked, alone).scores, own[:2])
 
     def test_below_zero_keeps_the_order(self):
         values = np.array([-1e9, -7, -1, -0.5, -1e-3, 0, 1e-3, 1, 7, 1e9])
@@ -619,49 +617,50 @@ class TestScorers:
     def test_a_search_is_bounded_and_taste_moves_it_a_little(self, catalog, lexical):
         rows = np.arange(40, dtype=np.int32)
         found = Candidates(rows, np.zeros((1, 40), np.float32), ("words",))
-        asked = query(tokens=text_tokens("story"), query_vector=small.direction("space"))
-        plain = SearchScorer(lexical, catalog, 0.25).score(asked, found)
+        asked = query(text="story", query_vector=small.direction("space"))
+        plain = SearchScorer(lexical, catalog, 0.25).score(*asked, found).scores
         assert 0 <= plain.min() <= plain.max() <= 1
-        asked.user_vector = small.direction("western")
-        moved = SearchScorer(lexical, catalog, 0.25).score(asked, found) - plain
+        known = asked.but(vector=small.direction("western"))
+        moved = SearchScorer(lexical, catalog, 0.25).score(*known, found).scores - plain
         assert np.abs(moved).max() <= 0.25 + 1e-6
         assert moved[0] > 0.2 > 0.05 > abs(moved[1])
 
     @pytest.fixture
     def ranks(self, catalog, model, outcomes, lexical):
-        return RankScorer(Personal(model, catalog, outcomes, [0.5, 0.5], 0.25), SearchScorer(lexical, catalog, 0.25))
+        return RankScorer(
+            PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25), SearchScorer(lexical, catalog, 0.25)
+        )
 
     def test_nobody_known_the_order_is_the_callers(self, ranks):
         upstream = np.array([0.1, 1e30, -5], np.float32)
         asked = query(rows=np.arange(3, dtype=np.int32), upstream=upstream, upstream_weight=0.0)
-        assert ranks.score(asked, self.candidates(upstream=upstream)).tolist() == upstream.tolist()
+        assert ranks.score(*asked, self.candidates(upstream=upstream)).scores.tolist() == upstream.tolist()
 
     def test_a_query_takes_the_place_of_the_personal_score(self, catalog, ranks, lexical):
         search, nan = SearchScorer(lexical, catalog, 0.25), np.nan
         for asked in (query(), person(catalog, ["i0"])):
-            asked.tokens, asked.query_vector = text_tokens("space number5"), small.direction("space")
+            asked = asked.but(text="space number5", query_vector=small.direction("space"))
             found = self.candidates(upstream=[0, -1, -2, -3, -4, -5, -6])
-            text = search.score(asked, found)
-            np.testing.assert_array_equal(ranks.score(asked, found), text)
+            text = search.score(*asked, found).scores
+            np.testing.assert_array_equal(ranks.score(*asked, found).scores, text)
             assert text.argmax() == 5
-            asked.upstream, asked.upstream_weight = found.of("upstream"), 0.5
-            np.testing.assert_array_equal(ranks.score(asked, found), np.float32(0.5) * asked.upstream + text)
-            assert asked.probabilities is None
+            asked = asked.but(upstream=found.of("upstream"), upstream_weight=0.5)
+            scored = ranks.score(*asked, found)
+            np.testing.assert_array_equal(scored.scores, np.float32(0.5) * asked.request.upstream + text)
+            assert scored.probabilities is None
         # Signs alone are no query.
-        asked.tokens, asked.query_vector = text_tokens("!?"), np.full(small.DIM, nan, np.float32)
-        assert np.isfinite(ranks.score(asked, found)).all()
-        assert asked.probabilities is not None
+        scored = ranks.score(*asked.but(text="!?", query_vector=np.full(small.DIM, nan, np.float32)), found)
+        assert np.isfinite(scored.scores).all()
+        assert scored.probabilities is not None
 
     def test_a_known_person_adds_to_the_callers_score(self, catalog, model, outcomes, ranks):
-        personal = Personal(model, catalog, outcomes, [0.5, 0.5], 0.25)
-        asked = person(catalog, ["i0"])
-        asked.rows, asked.upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
-        found = Candidates(asked.rows, asked.upstream[None], ("upstream",))
-        own = personal.score(asked, asked.rows)
-        asked.upstream_weight = 2.0
-        np.testing.assert_allclose(ranks.score(asked, found), own + np.array([20, 2]), rtol=1e-6)
-        asked.upstream = None
-        np.testing.assert_allclose(ranks.score(asked, found), own)
+        personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
+        rows, upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
+        asked = person(catalog, ["i0"]).but(rows=rows, upstream=upstream, upstream_weight=2.0)
+        found = Candidates(rows, upstream[None], ("upstream",))
+        own = personal.score(*asked, rows).scores
+        np.testing.assert_allclose(ranks.score(*asked, found).scores, own + np.array([20, 2]), rtol=1e-6)
+        np.testing.assert_allclose(ranks.score(*asked.but(upstream=None), found).scores, own)
 
     @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
@@ -671,9 +670,9 @@ class TestScorers:
         upstream = np.array(data.draw(st.lists(at_the_end, min_size=7, max_size=7)), np.float32)
         weight = data.draw(st.sampled_from([1.0, 0.5, 1e-3]))
         asked = data.draw(st.sampled_from([query(), person(catalog, ["i0"])]))
-        asked.tokens, asked.query_vector = text_tokens("space number5"), small.direction("space")
-        asked.rows, asked.upstream, asked.upstream_weight = np.arange(7, dtype=np.int32), upstream, weight
-        scores = ranks.score(asked, self.candidates(upstream=upstream.tolist()))
+        asked = asked.but(text="space number5", query_vector=small.direction("space"))
+        asked = asked.but(rows=np.arange(7, dtype=np.int32), upstream=upstream, upstream_weight=weight)
+        scores = ranks.score(*asked, self.candidates(upstream=upstream.tolist())).scores
         assert scores.dtype == np.float32
         assert np.isfinite(scores).all()
         far = np.abs(upstream) > 1e30
@@ -687,9 +686,9 @@ class TestScorers:
         found = self.candidates(similar=[0] * 40)
         unit = small.vectors() / np.linalg.norm(small.vectors(), axis=1, keepdims=True)
         expected = (unit @ unit[[0, 1]].T).mean(axis=1)
-        np.testing.assert_allclose(SimilarScorer(catalog).score(asked, found), expected, rtol=1e-4, atol=1e-6)
-        assert SimilarScorer(catalog).enable(asked)
-        assert not SimilarScorer(catalog).enable(query(seeds=np.zeros(0, np.int32)))
+        np.testing.assert_allclose(SimilarScorer(catalog).score(*asked, found).scores, expected, rtol=1e-4, atol=1e-6)
+        assert SimilarScorer(catalog).enable(*asked)
+        assert not SimilarScorer(catalog).enable(*query(seeds=np.zeros(0, np.int32)))
 
     def test_nothing_has_no_direction(self):
         assert cosine(
@@ -704,10 +703,10 @@ class TestScorers:
         np.testing.assert_allclose(found, [np.log(0.3 / 0.7), np.log(1e-6 / (1 - 1e-6)), -np.log(1e-6 / (1 - 1e-6))])
 
 
-class TestTopK:
+class TestTopKSelector:
     def select(self, catalog, rows, scores, page_size=3, **options):
         found = merge([Proposal("x", np.array(rows, np.int32), np.array(scores, np.float32))])
-        at, chance = TopK(catalog, **options).select(query(page_size=page_size), found, found.scores[0])
+        at, chance = TopKSelector(catalog, **options).select(*query(page_size=page_size), found, found.scores[0])
         assert (chance == 1).all()
         return found.rows[at].tolist()
 
@@ -734,8 +733,9 @@ class TestReasons:
     def reasons(self, catalog, asked, rows, **scores):
         rows = np.array(rows, np.int32)
         table = np.array(list(scores.values()), np.float32).reshape(len(scores), rows.size)
-        slate = Slate(rows, rows * 0, rows * 1.0, Candidates(rows, table, tuple(scores)), None, {}, [])
-        return Reasons(catalog).explain(asked, slate)
+        candidates = Candidates(rows, table, tuple(scores))
+        slate = Slate(rows, rows * 0, rows * 1.0, candidates, None, {}, [], user=asked.user)
+        return SlateExplainer(catalog).explain(asked.request, slate)
 
     def test_the_nearest_item_of_the_history_is_named(self, catalog):
         (first, second) = self.reasons(catalog, person(catalog, ["i0", "i1"]), [4, 5], nearest=[1, 1])
@@ -745,8 +745,7 @@ class TestReasons:
         assert first[0].weight > 0.9
 
     def test_words_seeds_popularity_and_the_callers_score(self, catalog):
-        asked = query(text="space tales", tokens=text_tokens("space tales"), seeds=np.array([1], np.int32))
-        asked.upstream = np.array([2.5], np.float32)
+        asked = query(text="space tales", seeds=np.array([1], np.int32), upstream=np.array([2.5], np.float32))
         (mine,) = self.reasons(catalog, asked, [5], words=[0.7], upstream=[2.5], popular=[3])
         kinds = {reason.kind: reason for reason in mine}
         assert list(kinds) == ["upstream", "matches_query", "similar_to_seed", "popular"]

@@ -50,7 +50,7 @@ def test_no_count_is_lost_between_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    assert telemetry.counters() == {"n": 40_000, "failed.f": 40_000}
+    assert telemetry.counters() == {"n": 40_000, "stage_failures.f": 40_000}
     assert telemetry.summary()["s"]["count"] == 40_000
 
 

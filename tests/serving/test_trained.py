@@ -11,15 +11,17 @@ import pytest
 from features.action_rates import ActionRates
 from features.assemble import Moment, encoder_inputs, history, ranker_features
 from features.keys import event_type_key, event_type_keys, item_keys
-from features.profile import Profile, fold, make_records
+from features.profile import Profile, fold
 from features.profile import empty as nobody
+from features.records import make_records
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
-from serving.engine.engine import Dependencies, Engine, open_engine
+from serving.engine.engine import Engine, open_engine
+from serving.engine.pipelines import Dependencies
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.hydrators import CatalogProgress
-from serving.pipeline.query import Query
+from serving.pipeline.request import Request
+from serving.stores.catalog_log import CatalogProgress
 from serving.stores.profiles import ProfileStore
 from tests.fixtures import PATIENCE_S
 
@@ -68,10 +70,9 @@ def test_the_feed_is_that_of_the_definition(engine, profiles_redis):
         records = make_records(item_keys(ids), category, creator, NOW, np.nan, kinds)
         profile = fold(nobody(), records, length)
         store.put_states([(f"u:{number}", profile)])
-        query = Query("r", f"u:{number}", NOW, time.monotonic() + PATIENCE_S, 10)
-        slate = engine.pipelines["recommend"].run(query)
-        assert query.rung == "sequence"
-        assert not query.degraded
+        slate = engine.pipelines["recommend"].run(Request("r", f"u:{number}", NOW, time.monotonic() + PATIENCE_S, 10))
+        assert slate.rung == "sequence"
+        assert not slate.degraded
         assert slate.rows.tolist() == expected(engine, profile, 10)
 
 

@@ -23,7 +23,7 @@ def test_who_waits_lets_others_go_first():
         thread.join(0.1)
         assert order == ["first"]
         assert turns.waiting == 1
-        with turns.given_up():
+        with turns.released():
             thread.join(5)
         order.append("first again")
     assert order == ["first", "other", "first again"]
@@ -32,7 +32,7 @@ def test_who_waits_lets_others_go_first():
 
 def test_a_turn_is_taken_again_and_ended_whatever_happens():
     turns = ConcurrencyLimit(1)
-    with pytest.raises(KeyError), turns, turns.given_up():
+    with pytest.raises(KeyError), turns, turns.released():
         raise KeyError
     with turns:
         pass
@@ -40,5 +40,5 @@ def test_a_turn_is_taken_again_and_ended_whatever_happens():
 
 def test_without_a_turn_there_is_nothing_to_give_up():
     turns = ConcurrencyLimit(1)
-    with turns.given_up(), turns:
+    with turns.released(), turns:
         pass

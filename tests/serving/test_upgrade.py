@@ -9,7 +9,8 @@ from features import controls
 from features.decay_kernels import decay_factors
 from features.decayed_counts import _TICKS
 from features.errors import ProfileCorrupt
-from features.profile import FORMAT, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, Purpose, decode, encode, encode_state
+from features.profile import Purpose
+from features.profile_codec import FORMAT, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, decode, encode, encode_state
 from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable
 from serving.stores.keys import address_of

@@ -28,7 +28,8 @@ from features.clock import now_ms
 from features.controls import ControlKind
 from features.errors import TablesError
 from features.keys import item_key
-from features.profile import RECORD, Purpose, Retention, empty, fold
+from features.profile import Purpose, Retention, empty, fold
+from features.records import RECORD
 from features.subjects import partition_of, subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
 from features.tables.schema import EVENTS
@@ -654,7 +655,7 @@ class TestComingBack:
         ingest(log, *(event(user, "i1", "like") for user in who))
         telemetry = Telemetry()
         projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))), telemetry)
-        assert telemetry.counters()["profiles_restored"] == 2  # of the others nothing may come back
+        assert telemetry.counters()["projector_profiles.restored"] == 2  # of the others nothing may come back
         assert [store.read(f"u:{user}").count for user in who] == [302, 1, 0, 300]
         for user in ("ann", "dan"):
             found, old = store.read(f"u:{user}"), before[user]
@@ -734,7 +735,7 @@ class TestComingBack:
         )
         projector.open()
         projector._evictor.sweep()
-        assert telemetry.counters()["profiles_evicted"] == 2
+        assert telemetry.counters()["projector_profiles.evicted"] == 2
         assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
         log.call_back({"u:ann": now_ms()})
         projector.step()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from features.catalog import columns_of
+from features.catalog_columns import columns_of
 from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS
 from tests.training.conftest import TINY, _complete

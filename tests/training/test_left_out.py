@@ -176,7 +176,7 @@ def test_wrong_clocks_move_neither_what_is_recent_nor_what_is_tested(
 def test_wrong_clocks_leave_the_tables_of_segments_as_they_are(
     circles: Path, tmp_path: Path, tiny: TrainConfig
 ) -> None:
-    from features.catalog import columns_of
+    from features.catalog_columns import columns_of
 
     tables = []
     for data in (circles, planted(circles, tmp_path / "data", 0, 2)):

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from features.catalog import columns_of
+from features.catalog_columns import columns_of
 from features.keys import item_key
 from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import ITEMS

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from features.action_rates import ActionRates
 from features.assemble import Moment, ranker_features, ranker_width, statistics_width
-from features.catalog import Columns
+from features.catalog_columns import CatalogColumns
 from features.kernels import dot_rows, log_odds
 from training.config import Action
 from training.data.impressions import HOUR_MS, Shown
@@ -35,7 +35,7 @@ class StatisticsSnapshot:
 
     Attributes:
         outcomes: How actions are read, with everybody's rates and those of the surfaces.
-        statistics: By row of the catalogue, see `features.catalog.Columns`; float32 [N, S].
+        statistics: By row of the catalogue, see `features.catalog_columns.CatalogColumns`; float32 [N, S].
     """
 
     outcomes: ActionRates
@@ -53,7 +53,7 @@ class PointInTimeStatistics:
     def __init__(
         self,
         data: Interactions,
-        columns: Columns,
+        columns: CatalogColumns,
         actions: Sequence[Action],
         shown: Shown | None,
         ends: npt.NDArray[np.int64],
@@ -162,7 +162,7 @@ def features_of_line(
     lines: Shown,
     at: int,
     user: npt.NDArray[np.float32],
-    columns: Columns,
+    columns: CatalogColumns,
     outcomes: ActionRates,
 ) -> npt.NDArray[np.float32]:
     """What the ranker reads of line `at`, where `columns` and `outcomes` hold what is known of items; float32 [F]."""
@@ -176,13 +176,13 @@ def features_of_line(
 
 def _replay(
     teller: PointInTimeStatistics, lines: Shown, every: int, last: int
-) -> Iterator[tuple[slice, Columns, ActionRates]]:
+) -> Iterator[tuple[slice, CatalogColumns, ActionRates]]:
     """The lines in parts, with the catalogue and the rates as they were known: items by `every` ms, surfaces hourly."""
     hours = np.minimum(lines.times, last) - last  # at most 0
     hour = -(-hours // HOUR_MS) - 1  # the hours that have ended before, counted back from the last moment
     hour[lines.times > last] = 0
     borders = np.flatnonzero(np.diff(hour)) + 1
-    known: tuple[int, StatisticsSnapshot, Columns] | None = None
+    known: tuple[int, StatisticsSnapshot, CatalogColumns] | None = None
     for start, stop in zip([0, *borders], [*borders, len(lines)], strict=True):
         if start == stop:
             continue

@@ -18,7 +18,7 @@ import torch
 
 from features.action_rates import ActionRates
 from features.assemble import Moment, ranker_features
-from features.catalog import Columns, columns_of
+from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import LeakError, TrainingError
 from training.data.clock import tell_future
 from training.data.interactions import Interactions, read_interactions
@@ -117,7 +117,7 @@ class ModelScorer:
         return found
 
 
-def columns_of_run(run: LoadedRun) -> Columns:
+def columns_of_run(run: LoadedRun) -> CatalogColumns:
     """The catalogue as the run's bundle will hold it."""
     learned = {name: getattr(run, name) for name in ("popularity", "recent_popularity", "trained", "statistics")}
     return replace(columns_of(run.items, run.item_vectors), **learned)
@@ -336,4 +336,4 @@ def _by_history(positions: npt.NDArray[np.int64], values: npt.NDArray[np.float64
     return segments
 
 
-__all__ = ["METRICS", "Columns", "ModelScorer", "evaluate", "place"]
+__all__ = ["METRICS", "CatalogColumns", "ModelScorer", "evaluate", "place"]

@@ -15,8 +15,8 @@ import torch
 
 from features.action_rates import ActionRates, Rates
 from features.assemble import ranker_width
-from features.catalog import blocks
 from features.errors import LeakError, TrainingError
+from features.item_prior import blocks
 from features.tables.dataset import Loaded, read_table
 from features.tables.files import table_path
 from features.tables.schema import JUDGMENTS, JUDGMENTS_REQUIRED, Required

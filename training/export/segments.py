@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from features.catalog import Columns
+from features.catalog_columns import CatalogColumns
 from training.data.clock import newest_of
 from training.data.interactions import Interactions
 from training.models.scoring import UserHistories
@@ -22,13 +22,13 @@ _DAY_MS = 86_400_000
 Table = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
-def segments_of(data: Interactions, columns: Columns) -> npt.NDArray[np.uint64]:
+def segments_of(data: Interactions, columns: CatalogColumns) -> npt.NDArray[np.uint64]:
     """The segment of each person after all of their events, as serving reads it; 0 for none; uint64 `[U]`."""
     pasts = UserHistories(data, columns)
     return np.array([pasts.whole(person).segment() for person in range(data.offsets.size - 1)], np.uint64)
 
 
-def popular_in_segments(data: Interactions, columns: Columns, recent_days: float) -> dict[int, Table]:
+def popular_in_segments(data: Interactions, columns: CatalogColumns, recent_days: float) -> dict[int, Table]:
     """What the people of each segment like: what is popular with them now, and among equals what always was.
 
     Args:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from features.action_rates import ActionRates
 from features.assemble import RANKER_FEATURES, Moment, ranker_features
-from features.catalog import Columns
+from features.catalog_columns import CatalogColumns
 from training.config import Action, TrainConfig
 from training.data.interactions import Interactions, sent
 from training.data.split import Split, Targets
@@ -146,7 +146,7 @@ class CandidateBuilder:
         modules: Modules,
         table: Tensor,
         data: Interactions,
-        columns: Columns,
+        columns: CatalogColumns,
         outcomes: ActionRates,
         actions: tuple[Action, ...],
         config: TrainConfig,

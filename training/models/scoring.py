@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from features.assemble import History, are_choices, counts_and_kinds, type_index
-from features.catalog import Columns
+from features.catalog_columns import CatalogColumns
 from features.decayed_counts import DecayedCounts, empty, fold
 from features.histories import history_keys
 from features.keys import event_type_keys
@@ -130,7 +130,7 @@ class UserHistories:
     person is folded once.
     """
 
-    def __init__(self, data: Interactions, columns: Columns) -> None:
+    def __init__(self, data: Interactions, columns: CatalogColumns) -> None:
         """Takes the events, all about items, and the catalogue's columns."""
         self._data, self._columns = data, columns
         self._keys, self._index = event_type_keys(data.event_types), type_index(data.event_types)

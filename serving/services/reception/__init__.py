@@ -1,1 +1,1 @@
-"""How calls come in: what each connection may hold open, when a call gets a thread, and how those that hang end."""
+"""The reception of calls: bounds what a connection may hold, gives calls threads, and ends those that hang."""

@@ -1,7 +1,8 @@
-"""The open calls of a worker, by connection: what each may hold, and which ones end when there is too much.
+"""The open calls of a worker, by connection: bounds what each may hold, and chooses the calls that end beyond a bound.
 
-A call is open from its headers until its answer is read: it sends its message, is worked on, and is read. In each of
-these phases something of the worker is held for it. This file only counts: it knows neither gRPC nor threads.
+A call is open from its headers until its answer is read: its message comes, a thread works on it, its answer is read.
+In each of these phases it holds memory or a thread of the worker. This file only counts: it knows neither gRPC nor
+threads.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from serving.errors import DeadlineExceeded, ResourceExhausted, ServingError, Un
 
 RETRY_AFTER_MS = 100
 OVERHEAD = 16 << 10
-"""Bytes that an open call takes at the least, in gRPC and here."""
+"""Least bytes that an open call takes, in gRPC and here."""
 
 ROOM_S = 12.0
-"""Idle time in seconds after which a stream gives way to another: longer than one waits for a log that is full."""
+"""Idle time in seconds after which a stream makes room for another: longer than a stream waits for a full log."""
 
 _MOMENT_S = 0.05
 
@@ -35,14 +36,14 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The most that calls may hold.
+    """The bounds of open calls.
 
     Attributes:
         calls: Open calls of a connection.
-        sending: Calls of a worker whose message is not whole.
+        sending: Calls of a worker whose message is incomplete.
         message_s: Time from the headers of a call to its whole message, in seconds.
-        bytes_in_hand: Size of the messages that are worked on, together.
-        unread: Bytes of answers that a connection has not read; above, it gets no new work.
+        bytes_in_hand: Size of all messages that are worked on.
+        unread: Bytes of answers that a connection has not read; above, its new calls are refused.
         unread_worker: Bytes of answers that all connections of a worker have not read.
         read_s: Time from an answer until it is read, in seconds.
     """
@@ -58,26 +59,26 @@ class Bounds:
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """Calls that share places.
+    """Methods whose calls share a number of places.
 
     Attributes:
-        name: The name in messages and metrics.
-        places: Calls that are worked on, or wait for it, at once.
-        stream: A call of it may have more than one message, and stays.
+        name: Name in messages and metrics.
+        places: Calls that are worked on, or wait for a thread, at once.
+        stream: A call may have several messages, and stays open.
         idle_s: Longest time without a message of a stream, in seconds.
-        calls: Those that have a place.
+        calls: The calls that have a place.
     """
 
     name: str
     places: int
     stream: bool = False
     idle_s: float = float("inf")
-    calls: dict[int, Call] = field(default_factory=dict)
+    calls: dict[int, OpenCall] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
-class Connection:
-    """One connection: its open calls, and how it has behaved so far.
+class ClientConnection:
+    """A connection of a client: its open calls, and its behaviour so far.
 
     Attributes:
         peer: Address and port of the client, as gRPC writes it.
@@ -86,11 +87,11 @@ class Connection:
         entered: Calls that it has made.
         taken: Bytes of its messages.
         good: Calls whose answer it has read.
-        bad: Calls that it gave up, or was too slow for.
+        bad: Calls that it abandoned, or was too slow for.
     """
 
     peer: str
-    calls: dict[int, Call] = field(default_factory=dict)
+    calls: dict[int, OpenCall] = field(default_factory=dict)
     unread: int = 0
     entered: int = 0
     taken: int = 0
@@ -99,24 +100,24 @@ class Connection:
 
 
 @dataclass(eq=False, slots=True)
-class Call:
+class OpenCall:
     """One open call.
 
     Attributes:
         connection: Its connection.
-        lane: The calls that it shares places with.
+        lane: Its lane.
         since: Monotonic time of its last progress, in seconds.
-        phase: The state that it is in.
+        phase: Its state.
         size: Bytes held for it: of its message while it is worked on, of its answer afterwards.
         started: A thread works on it.
         closed: The client is gone, or has read all.
-        end: Ends it with an error that the client sees.
-        drop: Ends it, and all that is held for it, without a word.
-        ending: The error that a stream is to end with, as soon as its thread looks.
+        end: Ends it with an error that the client gets.
+        drop: Ends it and frees all that is held for it, without an error.
+        ending: The error that a stream is to end with, at the next look of its thread.
         stuck: Returns True if a part of the answer of a stream waits for its reader.
     """
 
-    connection: Connection
+    connection: ClientConnection
     lane: Lane
     since: float
     phase: Phase = Phase.SENDING
@@ -133,24 +134,24 @@ class OpenCalls:
     """Every open call of a worker; any thread may call anything."""
 
     def __init__(self, bounds: Bounds, wake: Callable[[], None] = lambda: None) -> None:
-        """Takes what to call when `overdue` has something to end before its time."""
+        """Begins without calls; `wake` is called when `overdue` has calls to end before its next round."""
         self.bounds, self._wake = bounds, wake
-        self.connections: dict[str, Connection] = {}
+        self.connections: dict[str, ClientConnection] = {}
         self.refused = self.bytes_in_hand = self.unread = 0
-        self._phases: dict[Phase, dict[int, Call]] = {phase: {} for phase in Phase if phase is not Phase.GONE}
+        self._phases: dict[Phase, dict[int, OpenCall]] = {phase: {} for phase in Phase if phase is not Phase.GONE}
         self._lock = threading.Lock()
 
     def count(self, phase: Phase) -> int:
         """Returns the number of calls in a phase."""
         return len(self._phases[phase])
 
-    def enter(self, peer: str, lane: Lane) -> tuple[Call, ServingError | None]:
+    def enter(self, peer: str, lane: Lane) -> tuple[OpenCall, ServingError | None]:
         """Returns a new call, and the error that it has to end with, if any."""
         with self._lock:
             connection = self.connections.get(peer)
             if connection is None:
-                connection = self.connections[peer] = Connection(peer)
-            call = Call(connection, lane, time.monotonic())
+                connection = self.connections[peer] = ClientConnection(peer)
+            call = OpenCall(connection, lane, time.monotonic())
             connection.entered += 1
             connection.calls[id(call)] = self._phases[Phase.SENDING][id(call)] = call
             error = self._refusal(connection)
@@ -159,18 +160,18 @@ class OpenCalls:
             self._wake()
         return call, error
 
-    def _refusal(self, connection: Connection) -> ServingError | None:
+    def _refusal(self, connection: ClientConnection) -> ServingError | None:
         if len(connection.calls) > self.bounds.calls:
-            why = f"this connection has {self.bounds.calls} open calls: wait for one to end"
+            advice = f"this connection has {self.bounds.calls} open calls: wait for one to end"
         elif connection.unread > self.bounds.unread:
-            why = f"this connection has not read {connection.unread} bytes of answers: read them"
+            advice = f"this connection has not read {connection.unread} bytes of answers: read them"
         else:
             return None
         self.refused += 1
-        return ResourceExhausted(f"{why}, then retry", retry_after_ms=RETRY_AFTER_MS)
+        return ResourceExhausted(f"{advice}, then retry", retry_after_ms=RETRY_AFTER_MS)
 
-    def arrived(self, call: Call, size: int) -> bool:
-        """Gives a call whose message is whole a place; False if the call has ended meanwhile.
+    def arrived(self, call: OpenCall, size: int) -> bool:
+        """Gives a place to a call whose message is complete; returns False if the call has ended meanwhile.
 
         Raises:
             ResourceExhausted: There is no place.
@@ -178,51 +179,51 @@ class OpenCalls:
         with self._lock:
             if call.phase is not Phase.SENDING or call.closed:
                 return False
-            lane, guest = call.lane, None
+            lane, evicted = call.lane, None
             if self.bytes_in_hand and self.bytes_in_hand + size > self.bounds.bytes_in_hand:
                 self.refused += 1
                 raise _busy(lane)
             if len(lane.calls) >= lane.places:
-                guest = self._guest(lane, call)
-                if guest is None:
+                evicted = self._evictable(lane, call)
+                if evicted is None:
                     self.refused += 1
                     raise _busy(lane)
-                self._leave_lane(guest)
+                self._leave_lane(evicted)
                 if not lane.stream:
                     self.refused += 1
-                    self._read(guest, 0)
+                    self._read(evicted, 0)
             self._move(call, Phase.WORKING)
             lane.calls[id(call)] = call
             call.size = size
             call.connection.taken += size
             self.bytes_in_hand += size
-        if guest is not None:
-            guest.end(_moved(lane))
+        if evicted is not None:
+            evicted.end(_evicted_error(lane))
         return True
 
-    def _guest(self, lane: Lane, newcomer: Call) -> Call | None:
-        """Returns the call that gives its place up: of a connection with more than its share, or a long idle stream."""
-        may = [call for call in lane.calls.values() if lane.stream or not call.started]
-        if not may:
+    def _evictable(self, lane: Lane, newcomer: OpenCall) -> OpenCall | None:
+        """Returns the call that loses its place: of a connection with more than its share, or a long idle stream."""
+        candidates = [call for call in lane.calls.values() if lane.stream or not call.started]
+        if not candidates:
             return None
-        most, oldest = _greediest(may)
+        most, oldest = _greediest(candidates)
         share = sum(call.connection is newcomer.connection for call in lane.calls.values())
         if most > share + 1 or (lane.stream and time.monotonic() - oldest.since > ROOM_S):
             return oldest
         return None
 
-    def start(self, call: Call) -> bool:
-        """Notes that a thread works on a call; False if it has ended while it waited for one."""
+    def start(self, call: OpenCall) -> bool:
+        """Notes that a thread works on a call; returns False if the call ended while it waited for one."""
         with self._lock:
             call.started = call.phase is Phase.WORKING
             return call.started
 
-    def took(self, call: Call, size: int) -> None:
-        """Notes another message of a stream, or that it waits for one."""
+    def took(self, call: OpenCall, size: int) -> None:
+        """Notes another message of a stream, or that the stream waits for one."""
         call.since = time.monotonic()
         call.connection.taken += size
 
-    def wrote(self, call: Call, size: int) -> None:
+    def wrote(self, call: OpenCall, size: int) -> None:
         """Notes that an answer, or a part of it, is on its way to its reader."""
         with self._lock:
             call.since = time.monotonic()
@@ -233,8 +234,8 @@ class OpenCalls:
         if crowded:
             self._wake()
 
-    def done(self, call: Call) -> bool:
-        """Notes that nothing works on a call any more; it stays open until it is read. False if that is known."""
+    def done(self, call: OpenCall) -> bool:
+        """Notes that no thread works on a call any more; it stays open until it is read. False if that was noted."""
         with self._lock:
             if call.phase not in (Phase.WORKING, Phase.SENDING):
                 return False
@@ -242,8 +243,8 @@ class OpenCalls:
             self._read(call, 0)
             return True
 
-    def close(self, call: Call, cancelled: bool = False) -> None:
-        """Notes that the client has read all, or has given up; what still works on the call keeps it open."""
+    def close(self, call: OpenCall, cancelled: bool = False) -> None:
+        """Notes that the client has read all, or has abandoned the call; a thread at work on the call keeps it open."""
         with self._lock:
             call.closed = True
             if cancelled:
@@ -256,7 +257,7 @@ class OpenCalls:
             if call.phase is not Phase.WORKING:
                 self._move(call, Phase.GONE)
 
-    def _read(self, call: Call, size: int) -> None:
+    def _read(self, call: OpenCall, size: int) -> None:
         if call.closed:
             self._move(call, Phase.GONE)
             return
@@ -265,12 +266,12 @@ class OpenCalls:
         self.unread += call.size
         call.connection.unread += call.size
 
-    def _leave_lane(self, call: Call) -> None:
+    def _leave_lane(self, call: OpenCall) -> None:
         if call.lane.calls.pop(id(call), None) is not None:
             self.bytes_in_hand -= call.size
             call.size = 0
 
-    def _move(self, call: Call, phase: Phase) -> None:
+    def _move(self, call: OpenCall, phase: Phase) -> None:
         if call.phase is not Phase.GONE:
             self._phases[call.phase].pop(id(call), None)
         call.phase, call.since = phase, time.monotonic()
@@ -279,14 +280,15 @@ class OpenCalls:
         else:
             self._phases[phase][id(call)] = call
 
-    def forget(self, gone: Callable[[str], bool]) -> None:
-        """Forgets the connections that have no call and of which `gone` says that they are closed."""
+    def forget(self, is_closed: Callable[[str], bool]) -> None:
+        """Forgets the closed connections that have no call."""
         with self._lock:
-            for peer in [peer for peer, one in self.connections.items() if not one.calls and gone(peer)]:
+            idle = [peer for peer, connection in self.connections.items() if not connection.calls]
+            for peer in filter(is_closed, idle):
                 del self.connections[peer]
 
-    def overdue(self, now: float) -> list[tuple[Call, ServingError | None]]:
-        """Returns the calls that have to end now, each with what its client is told; None where it would not read it.
+    def overdue(self, now: float) -> list[tuple[OpenCall, ServingError | None]]:
+        """Returns the calls that have to end now, each with its error; None for a client that would not read it.
 
         Args:
             now: Monotonic time, in seconds.
@@ -296,12 +298,12 @@ class OpenCalls:
             sending, working, reading = (list(calls.values()) for calls in self._phases.values())
             surplus = self.unread - bounds.unread_worker
         slow = DeadlineExceeded(f"the message did not come within {bounds.message_s:g} s: send it at once")
-        ends: list[tuple[Call, ServingError | None]] = [
+        ends: list[tuple[OpenCall, ServingError | None]] = [
             (call, slow) for call in sending if now - call.since > bounds.message_s
         ]
-        # A message that is on its way comes within moments; what is younger is not judged yet.
-        left = [call for call in sending if _MOMENT_S < now - call.since <= bounds.message_s]
-        for call in _first(left, len(left) - bounds.sending):
+        # A message that is on its way comes within moments, so younger calls are not judged yet.
+        waiting = [call for call in sending if _MOMENT_S < now - call.since <= bounds.message_s]
+        for call in _first(waiting, len(waiting) - bounds.sending):
             ends.append((call, ResourceExhausted("too many calls send no message", retry_after_ms=RETRY_AFTER_MS)))
         for call in working:
             idle = now - call.since
@@ -311,8 +313,8 @@ class OpenCalls:
                 if idle > bounds.read_s:
                     ends.append((call, None))
             elif call.ending or idle > call.lane.idle_s:
-                why = f"no message came for {call.lane.idle_s:g} s: open it again when there is one"
-                ends.append((call, call.ending or DeadlineExceeded(why)))
+                advice = f"no message came for {call.lane.idle_s:g} s: open it again when there is one"
+                ends.append((call, call.ending or DeadlineExceeded(advice)))
         ends += [(call, None) for call in reading if now - call.since > bounds.read_s]
         ends += [(call, None) for call in _heaviest(reading, surplus)]
         return ends
@@ -326,7 +328,7 @@ def _busy(lane: Lane) -> ServingError:
     return ResourceExhausted("the server is busy: retry later", retry_after_ms=RETRY_AFTER_MS)
 
 
-def _moved(lane: Lane) -> ServingError:
+def _evicted_error(lane: Lane) -> ServingError:
     if lane.stream:
         return Unavailable(f"this {lane.name} made room for another: open it again", retry_after_ms=1000)
     return ResourceExhausted(
@@ -334,28 +336,28 @@ def _moved(lane: Lane) -> ServingError:
     )
 
 
-def _greediest(calls: Iterable[Call]) -> tuple[int, Call]:
-    """Returns how many calls the connection with the most has, and the one of them that is idle for longest."""
-    held: dict[Connection, list[Call]] = {}
+def _greediest(calls: Iterable[OpenCall]) -> tuple[int, OpenCall]:
+    """Returns the number of calls of the connection with the most, and its call that is idle for longest."""
+    by_connection: dict[ClientConnection, list[OpenCall]] = {}
     for call in calls:
-        held.setdefault(call.connection, []).append(call)
-    greedy = max(held.values(), key=lambda own: (len(own), -min(call.since for call in own)))
+        by_connection.setdefault(call.connection, []).append(call)
+    greedy = max(by_connection.values(), key=lambda group: (len(group), -min(call.since for call in group)))
     return len(greedy), min(greedy, key=lambda call: call.since)
 
 
-def _first(calls: list[Call], surplus: int) -> list[Call]:
+def _first(calls: list[OpenCall], surplus: int) -> list[OpenCall]:
     """Returns the calls that end first: of the connections that hold the most, the oldest."""
-    chosen: list[Call] = []
-    left = {id(call): call for call in calls}
+    chosen: list[OpenCall] = []
+    remaining = {id(call): call for call in calls}
     while surplus > len(chosen):
-        _, call = _greediest(left.values())
-        chosen.append(left.pop(id(call)))
+        _, call = _greediest(remaining.values())
+        chosen.append(remaining.pop(id(call)))
     return chosen
 
 
-def _heaviest(calls: list[Call], surplus: int) -> list[Call]:
+def _heaviest(calls: list[OpenCall], surplus: int) -> list[OpenCall]:
     """Returns unread calls of at least `surplus` bytes together: of the connections that hold most, the oldest."""
-    chosen: list[Call] = []
+    chosen: list[OpenCall] = []
     order = sorted(calls, key=lambda call: (-call.connection.unread, call.since))
     for call in order:
         if surplus <= 0:

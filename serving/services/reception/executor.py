@@ -1,9 +1,9 @@
-"""The way of a call from gRPC to a thread: its message first, whole, and only then a thread.
+"""Passes calls from gRPC to threads: first the whole message of a call arrives, and only then it gets a thread.
 
-gRPC's synchronous server hands a call to a thread when its headers have come; the thread then waits for the message,
-for ever if need be. This executor takes the place of the server's pool: it receives the message first. There is no
-public way to do that (see docs/decisions/0012), so this file uses private names of `grpc._server`. It is the only one
-that does, and a server does not start where they are not as they were.
+gRPC's synchronous server gives a call a thread when its headers have come; the thread then waits for the message,
+possibly for ever. This executor replaces the server's pool and receives the message first. There is no public way to
+do that (see docs/decisions/0012), so this file uses private names of `grpc._server`. No other file does, and a server
+does not start if they have changed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serving.errors import ConfigError, ResourceExhausted, ServingError, Unauthenticated, Unimplemented
 from serving.observability.telemetry import Telemetry
-from serving.services.reception.calls import Bounds, Call, Lane, OpenCalls, Phase
+from serving.services.reception.calls import Bounds, Lane, OpenCall, OpenCalls, Phase
 from serving.services.reception.sockets import Sockets
 
 ROUND_S = 0.1
-"""Time between two looks at what is overdue, in seconds."""
+"""Time between two searches for overdue calls, in seconds."""
 
 _LEAST_ROUND_S = 0.01
 _LOOK_S = 0.1
 """Least time between two looks at the sockets, in seconds: a connection can send some MB in it."""
 
 _LOOK_SHARE = 20
-"""Times as long as a look takes, until the next: thousands of connections make it slow."""
+"""Pause until the next look, as a multiple of the time of the last: thousands of connections make it slow."""
 
 _TRIM_S = 5.0
 """Least time between two returns of free memory to the system, in seconds."""
 
 _GROWN = 16 << 20
-"""Growth of the process in bytes after which it is worth trying."""
+"""Growth of the process in bytes after which such a return is worth its time."""
 
 _core: Any = cygrpc  # its stubs lack most of it
 Statused = Callable[[ServingError], tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]]
@@ -63,14 +63,14 @@ _USED = {
 
 
 def _require_known_grpc() -> None:
-    """Refuses a gRPC whose private functions are not as this file calls them.
+    """Refuses a gRPC whose private functions have other parameters than this file gives.
 
     Raises:
         ConfigError: They have changed.
     """
     for name, parameters in _USED.items():
-        known = list(inspect.signature(getattr(_grpc, name, lambda: None)).parameters)
-        if known != parameters:
+        actual = list(inspect.signature(getattr(_grpc, name, lambda: None)).parameters)
+        if actual != parameters:
             raise ConfigError(
                 f"grpcio {grpc.__version__}: grpc._server.{name} is not as Penchant needs it; "
                 "install the grpcio of constraints.txt"
@@ -81,7 +81,7 @@ def _trimmed(before: int) -> int:
     """Returns free memory to the system if the process has grown: an attack leaves much of it, in pieces.
 
     Args:
-        before: Memory of the process after the last time, in bytes; 0 at first.
+        before: Memory of the process after the last return, in bytes; 0 at first.
     """
     if not before or _resident() - before > _GROWN:
         with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
@@ -96,37 +96,43 @@ def _resident() -> int:
 
 
 class _Done(Future[Any]):
-    """What gRPC gets for a job; it has no use for it but to be told that it is over."""
+    """The future that gRPC gets for a call; it only adds a callback for the end, which this calls at once."""
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         fn(self)
 
 
 _NO_MESSAGE = Unimplemented("this method needs a message: send exactly one")
-_REASONS: Mapping[type[ServingError], str] = {ResourceExhausted: "refused.busy", Unauthenticated: "refused.token"}
-"""What counts the calls that get no thread; any other error is about a message that is missing or late."""
+_REASONS: Mapping[type[ServingError], str] = {ResourceExhausted: "busy", Unauthenticated: "token"}
+"""Reasons by which refused calls are counted; any other error is about a message that is missing or late."""
 
 _WAKE = object()
-"""A message that is none: it wakes the thread of a stream that waits for one."""
+"""Stands for a message, to wake the thread of a stream that waits for one."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rpc:
-    """A call as gRPC knows it, and as we do."""
+    """A call: the objects of gRPC, and its entry in the books."""
 
     event: Any
     state: Any
-    call: Call
+    call: OpenCall
 
 
 class Reception(ThreadPoolExecutor):
-    """Takes the calls of a server: bounds them, receives their messages, and hands them to threads."""
+    """Takes the calls of a server: bounds them, receives their messages, and gives them threads."""
 
     def __init__(self, bounds: Bounds, work: Lane, statused: Statused, telemetry: Telemetry) -> None:
-        """Takes the lane of calls that name no other, how an error becomes a status, and what counts the refusals.
+        """Begins without calls.
+
+        Args:
+            bounds: The bounds of open calls.
+            work: The lane of calls whose method has no lane of its own.
+            statused: Returns the gRPC status of an error.
+            telemetry: Counts the refusals.
 
         Raises:
-            ConfigError: gRPC is not as this class needs it.
+            ConfigError: gRPC has another interface than this class needs.
         """
         _require_known_grpc()
         super().__init__(work.places, thread_name_prefix="call")
@@ -142,11 +148,11 @@ class Reception(ThreadPoolExecutor):
         self._reaper.start()
 
     def pool(self, lane: Lane, threads: int) -> None:
-        """Gives a lane threads of its own; with none, its calls run where messages come in, and may never wait."""
+        """Gives a lane threads of its own; without any, its calls run on gRPC's serving thread, and may never wait."""
         self._pools[lane] = ThreadPoolExecutor(threads, thread_name_prefix=lane.name) if threads else None
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
-        """Takes a call from gRPC, whose serving thread calls this with the headers of one."""
+        """Takes a call from gRPC, whose serving thread calls this when the headers have come."""
         job, event, state, behavior, argument, _, serializer = args
         lane: Lane = getattr(behavior, "lane", self._work)
         call, error = self.calls.enter(event.call.peer().decode(), lane)
@@ -181,7 +187,7 @@ class Reception(ThreadPoolExecutor):
         received = _grpc._receive_message(state, rpc.event.call, None)
 
         def whole(message_event: Any) -> Any:
-            """Is called by gRPC's serving thread when the message has come, or none will."""
+            """Continues on gRPC's serving thread when the message has come, or will not come."""
             result = received(message_event)
             with state.condition:
                 request, state.request = state.request, None
@@ -211,11 +217,11 @@ class Reception(ThreadPoolExecutor):
         else:
             run(request)
 
-    def _messages(self, call: Call, first: bytes | None, rest: Iterator[Any]) -> Iterator[bytes]:
-        """Yields the messages of a stream, until one says that it has to end.
+    def _messages(self, call: OpenCall, first: bytes | None, following: Iterator[Any]) -> Iterator[bytes]:
+        """Yields the messages of a stream.
 
         Raises:
-            ServingError: It has to end.
+            ServingError: The stream has to end.
         """
         if first is not None:
             yield first
@@ -224,7 +230,7 @@ class Reception(ThreadPoolExecutor):
             if call.ending:
                 raise call.ending
             try:
-                message = next(rest)
+                message = next(following)
             except StopIteration:
                 return
             if message is _WAKE:
@@ -232,7 +238,7 @@ class Reception(ThreadPoolExecutor):
             self.calls.took(call, len(message))
             yield message
 
-    def _written(self, call: Call, serializer: Callable[[Any], bytes] | None, answer: Any) -> bytes:
+    def _written(self, call: OpenCall, serializer: Callable[[Any], bytes] | None, answer: Any) -> bytes:
         data: bytes = serializer(answer) if serializer else answer
         self.calls.wrote(call, len(data))
         return data
@@ -244,14 +250,14 @@ class Reception(ThreadPoolExecutor):
 
     def _refuse(self, rpc: _Rpc, error: ServingError) -> None:
         if self.calls.done(rpc.call):
-            self._telemetry.count(_REASONS.get(type(error), "refused.message"))
+            self._telemetry.count(("requests_refused", _REASONS.get(type(error), "message")))
             self._send_error(rpc, error)
 
     def _end(self, rpc: _Rpc, error: ServingError) -> None:
-        """Ends a call: one without a thread at once, a stream as soon as its thread looks."""
+        """Ends a call: one without a thread at once, a stream at the next look of its thread."""
         if rpc.call.phase is Phase.SENDING:
             self._refuse(rpc, error)
-        elif rpc.call.phase is Phase.READING:  # it gave its place up
+        elif rpc.call.phase is Phase.READING:  # it lost its place
             self._send_error(rpc, error)
         elif rpc.call.phase is Phase.WORKING:
             rpc.call.ending = error
@@ -270,7 +276,7 @@ class Reception(ThreadPoolExecutor):
                 _grpc._abort(state, rpc.event.call, _core.StatusCode.unknown, b"")
 
     def _reap(self) -> None:
-        """Ends what is overdue, again and again."""
+        """Ends overdue calls until the shutdown."""
         trimmed = looked = time.monotonic()
         pause, resident = _LOOK_S, 0
         while not self._ending:
@@ -290,7 +296,7 @@ class Reception(ThreadPoolExecutor):
                 trimmed, resident = now, _trimmed(resident)
 
     def _look(self, sockets: Sockets, seconds: float) -> None:
-        """Hangs up on the connections that work against the server, and forgets those that are closed."""
+        """Closes abusive connections, and forgets those that are closed."""
         abusive = sockets.abusive(dict(self.calls.connections), seconds)
         sockets.hang_up(abusive)
         self.hung_up += len(abusive)

@@ -1,6 +1,7 @@
-"""How many parts a message has, before it is parsed: an empty part has two bytes and takes a hundred times as many.
+"""Counts the parts of a message before it is parsed: an empty part has two bytes and takes a hundred times as many.
 
-A message of 4 MiB can hold two million empty events, and would take 350 MB and half a second of every other call.
+A message of 4 MiB can hold two million empty events; parsed, they take 350 MB, and delay every other call by half a
+second.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from serving.errors import InvalidArgument
 
 MOST_PARTS = 1 << 15
-"""Messages in a message, at any depth, and repeated strings; about 6 MB when they are parsed."""
+"""Most messages in a message, at any depth, and repeated strings; about 6 MB once parsed."""
 
 _LEAST_BYTES = 2
 _VARINT, _SIZED = 0, 2
 _FIXED_BYTES = {1: 8, 5: 4}
 _MOST_DEPTH = 100
-"""protobuf's parser stops there as well."""
+"""Depth at which protobuf's parser stops as well."""
 
 _Fields = dict[int, Descriptor | None]
-"""The fields that have parts, by number, each with what a part is a message of; None for a string."""
+"""The fields that have parts, by number, each with the type of its messages; None for strings."""
 
 
 def require_few_parts(message: bytes, descriptor: Descriptor) -> None:
@@ -30,10 +31,10 @@ def require_few_parts(message: bytes, descriptor: Descriptor) -> None:
 
     Args:
         message: The bytes.
-        descriptor: What they are a message of.
+        descriptor: Type of the message.
 
     Raises:
-        InvalidArgument: It has more than `MOST_PARTS`.
+        InvalidArgument: It has more than `MOST_PARTS` parts.
     """
     if len(message) > _LEAST_BYTES * MOST_PARTS and _count(message, _fields(descriptor)) > MOST_PARTS:
         raise InvalidArgument("request", f"has more than {MOST_PARTS} parts: send fewer of them at once")
@@ -52,6 +53,7 @@ def _fields(descriptor: Descriptor) -> _Fields:
 
 def _count(data: bytes, fields: _Fields) -> int:
     """Returns the number of parts, or any number above `MOST_PARTS` as soon as there are more."""
+    # An explicit stack instead of recursion: the caller chooses the depth.
     parts = place = 0
     ends = [(len(data), fields)]
     with contextlib.suppress(IndexError):  # cut short
@@ -67,11 +69,11 @@ def _count(data: bytes, fields: _Fields) -> int:
                 place += _FIXED_BYTES.get(tag & 7, 0)
             else:
                 size, place = _varint(data, place)
-                known = tag >> 3 in fields
-                parts += known
-                inside = fields[tag >> 3] if known else None
-                if inside is not None and len(ends) < _MOST_DEPTH and (below := _fields(inside)):
-                    ends.append((min(place + size, end), below))
+                is_part = tag >> 3 in fields
+                parts += is_part
+                message_type = fields[tag >> 3] if is_part else None
+                if message_type is not None and len(ends) < _MOST_DEPTH and (inner := _fields(message_type)):
+                    ends.append((min(place + size, end), inner))
                 else:
                     place += size
     return parts

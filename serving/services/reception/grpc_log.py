@@ -1,4 +1,4 @@
-"""What gRPC logs of its callers: once a minute, and nothing that a caller sent."""
+"""Limits the log of gRPC about its callers: a line a minute, and nothing that a caller sent."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import time
 
 _PAUSE_S = 60.0
 _LOGGER = "grpc._cython.cygrpc"
-_SIGN = "Invalid encoding"
+_PREFIX = "Invalid encoding"
 
 
-class _NoText(logging.Filter):
-    """Lets one record a minute pass about headers that are no text, without their bytes and without a trace."""
+class _HeaderFilter(logging.Filter):
+    """Passes one record a minute about headers that are not text, without their bytes and without a traceback."""
 
     def __init__(self) -> None:
         super().__init__()
         self._next, self._count = 0.0, 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Returns True if the record may be logged, as it is left."""
-        if not str(record.msg).startswith(_SIGN):
+        """Returns True if the record, which this changes, is to be logged."""
+        if not str(record.msg).startswith(_PREFIX):
             return True
         self._count += 1
         if time.monotonic() < self._next:
@@ -31,9 +31,9 @@ class _NoText(logging.Filter):
         return True
 
 
-_FILTER = _NoText()
+_FILTER = _HeaderFilter()
 
 
-def hush() -> None:
-    """Keeps what callers send out of the log of gRPC; more than once is as once."""
+def limit_grpc_log() -> None:
+    """Keeps data of callers out of the log of gRPC; a second call has no effect."""
     logging.getLogger(_LOGGER).addFilter(_FILTER)
