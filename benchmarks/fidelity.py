@@ -22,8 +22,8 @@ from features.tables.dataset import write_dataset
 from penchant.client import Client
 from serving.projection.rebuild import rebuild
 from training.data.interactions import Interactions, read_interactions
-from training.data.split import Targets, Which, held_out
-from training.evaluation.evaluate import ModelScorer, place_all
+from training.data.split import Targets, TestProtocol, held_out
+from training.evaluation.events import ModelScorer, rank_all
 from training.metrics import ndcg
 from training.run import LoadedRun, load_run
 
@@ -51,7 +51,7 @@ def fidelity(
     """
     loaded = load_run(run)
     data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
-    targets = _some(held_out(data, loaded.config, cast(Which, protocol)), users, np.random.default_rng(seed))
+    targets = _some(held_out(data, loaded.config, cast(TestProtocol, protocol)), users, np.random.default_rng(seed))
     offline, shown = _offline(loaded, data, targets)
     pages, rungs, degraded = _online(loaded, data, targets, bundle)
     online = np.array([_place(page, row) for page, row in zip(pages, targets.rows(data).tolist(), strict=True)])
@@ -74,7 +74,7 @@ def fidelity(
 def _some(targets: Targets, users: int, draw: np.random.Generator) -> Targets:
     """Returns one target each of some users."""
     order = draw.permutation(len(targets))
-    _, first = np.unique(targets.people[order], return_index=True)
+    _, first = np.unique(targets.users[order], return_index=True)
     chosen = order[np.sort(first)[:users]]
     return targets.take(np.sort(chosen))
 
@@ -84,15 +84,15 @@ def _offline(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Returns the ranks of the targets, and the pages as rows, best first, as `penchant evaluate` makes them."""
     with torch.inference_mode():
-        [ranked] = place_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
-    return ranked.ranks, ranked.shown
+        [ranked] = rank_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
+    return ranked.ranks, ranked.top
 
 
 def _online(
     run: LoadedRun, data: Interactions, targets: Targets, bundle: Path
 ) -> tuple[list[list[int]], dict[str, int], int]:
     """Returns the pages as rows, best first, as the service makes them; answers by rung; degraded answers."""
-    user_ids = [data.people[user] for user in targets.people.tolist()]
+    user_ids = [data.users[user] for user in targets.users.tolist()]
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state"
         write_dataset(Path(folder) / "data", _before(run, data, targets), run.dataset.items, name="histories")
@@ -109,7 +109,7 @@ def _online(
 
 def _before(run: LoadedRun, data: Interactions, targets: Targets) -> pa.Table:
     """Returns the events before each target, of the chosen users only."""
-    starts = data.offsets[targets.people]
+    starts = data.offsets[targets.users]
     keep = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, targets.positions, strict=True)])
     return run.dataset.events.take(pa.array(keep))
 

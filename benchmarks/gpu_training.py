@@ -18,10 +18,10 @@ from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
 from training.config import TrainConfig, load_config
 from training.data.split import held_out
-from training.fitting.encoders import Fit
+from training.fitting.encoders import EncoderTrainer
 from training.metrics import hit, ndcg
 from training.models.encoders import EncoderShape, ItemBags, UserEncoder
-from training.models.scoring import lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import load_modules, sha256_of
 from training.runtime import exact, prepared
 from training.train import Material, initial_modules, read_material
@@ -96,7 +96,7 @@ class _Trial:
     def __init__(self, material: dict[torch.device, Material], config: TrainConfig, folder: Path) -> None:
         self.material, self.config, self.folder, self.number = material, config, folder, 0
 
-    def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> Fit:
+    def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> EncoderTrainer:
         """Returns a training that has not begun; in a folder of its own unless `out` is given."""
         self.number += 1
         out = out or self.folder / f"run-{self.number}"
@@ -105,9 +105,9 @@ class _Trial:
         torch.manual_seed(config.seed)
         modules = initial_modules(material, config, device, fresh=True)
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        return Fit(out, config, material.data, material.division, modules, bags)
+        return EncoderTrainer(out, config, material.data, material.division, modules, bags)
 
-    def steps(self, fit: Fit, count: int) -> list[float]:
+    def steps(self, fit: EncoderTrainer, count: int) -> list[float]:
         """Continues by some steps; returns their losses."""
         plan = fit.batches.epoch(fit.state.epoch)
         losses = []
@@ -186,14 +186,14 @@ class _Trial:
             "utilisation": round(float(np.mean(shares)), 3) if shares else None,
         }
 
-    def _ranks(self, fit: Fit) -> Any:
+    def _ranks(self, fit: EncoderTrainer) -> Any:
         targets = held_out(fit.data, self.config, "leave-one-out")
         fit.modules.user.eval()
         with torch.inference_mode():
             table = fit.modules.item.eval().table(fit.bags, fit.known)
         users = user_vectors(fit.modules.user, table, fit.data, targets, self.config.max_length)
         vectors, ranks = table.float().cpu().numpy(), []
-        for part in lines(len(targets)):
+        for part in slices(len(targets)):
             chunk = targets.take(np.arange(part.start, part.stop))
             scores = users[part] @ vectors.T
             mask_seen(scores, seen_before(fit.data, chunk))
@@ -258,7 +258,7 @@ def _complete(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _weights_apart(first: Fit, second: Fit) -> float:
+def _weights_apart(first: EncoderTrainer, second: EncoderTrainer) -> float:
     """Returns the length of the difference over that of the weights."""
     # One norm of all weights, not the largest difference: Adam takes whole steps of a gradient that is mere rounding.
     a, b = (

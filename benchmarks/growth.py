@@ -30,7 +30,7 @@ from features.limits import cores
 from features.tables.dataset import open_dataset
 from features.tables.schema import EVENTS, ITEMS
 from training.config import load_config
-from training.fitting.encoders import Fit
+from training.fitting.encoders import EncoderTrainer
 from training.models.encoders import ItemBags
 from training.runtime import prepared
 from training.train import initial_modules, read_material
@@ -222,7 +222,7 @@ class Training:
 def _train(data: Path, counter: Path, threads: int) -> None:
     """Trains until it is killed, and keeps the counter up to date."""
     settings = {"threads": threads, "device": "cpu", "epochs": 10_000, "patience": 10_000, "content": False}
-    config = load_config(None, {**settings, "validation_people": 500})
+    config = load_config(None, {**settings, "validation_users": 500})
     out = data.with_suffix(".run")
     out.mkdir()
     with prepared(threads), counter.open("r+b", buffering=0) as file:
@@ -231,7 +231,7 @@ def _train(data: Path, counter: Path, threads: int) -> None:
         material = read_material(open_dataset(data), config, device, out)
         modules = initial_modules(material, config, device, fresh=True)
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        fit = Fit(out, config, material.data, material.division, modules, bags)
+        fit = EncoderTrainer(out, config, material.data, material.division, modules, bags)
 
         def count(step: int) -> None:
             # One write of a few bytes, so that a reader never sees half of it.

@@ -15,22 +15,21 @@ import torch
 
 from benchmarks.report import facts
 from features.errors import SettingsError, TrainingError
-from training.data.impressions import Shown
+from training.data.impressions import Examples
 from training.data.point_in_time import PointInTimeStatistics
-from training.evaluation.evaluate import columns_of_run
 from training.evaluation.impressions import (
-    Chances,
-    Tested,
+    Probabilities,
+    ScoredExamples,
     baselines,
-    compared,
-    read_tested,
-    resampled,
-    spread,
-    test,
-    values_of,
+    compare,
+    metric_values,
+    predict_test,
+    read_test_material,
+    resample_metrics,
+    with_intervals,
 )
-from training.fitting.ranker_impressions import RankerDataset, read_feed
-from training.run import LoadedRun, load_run, note_evaluation
+from training.fitting.ranker_impressions import RankerDataset, read_ranker_dataset
+from training.run import LoadedRun, columns_of_run, load_run, note_evaluation
 from training.runtime import exact, prepared
 from training.train import Material
 
@@ -65,14 +64,14 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     loaded = load_run(run, data)
     if loaded.result["ranker_source"] != "impressions":
         raise TrainingError(f"{run}: its ranker did not learn from impressions, so there is nothing to compare")
-    material, shown = read_tested([loaded], data)
+    material, shown = read_test_material([loaded], data)
     with prepared(loaded.config.threads), exact(), torch.inference_mode():
         feed = _feed(loaded, material, shown)
-        tested = test([loaded], material.data, shown)
+        tested = predict_test([loaded], material.data, shown)
     peer, peer_facts = _lightgbm(feed, tested, python, trials, loaded.config.seed)
-    rivals = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.lines)}
+    rivals = {"lightgbm": peer, **baselines(loaded, material.data, shown, tested.examples)}
     names = [action.name for action in material.actions]
-    measured = compared([loaded], material.data.items, tested, rivals)
+    measured = compare([loaded], material.data.items, tested, rivals)
     note_evaluation(run, measured)
     return {
         **measured,
@@ -84,19 +83,19 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     }
 
 
-def _feed(run: LoadedRun, material: Material, shown: Shown) -> RankerDataset:
+def _feed(run: LoadedRun, material: Material, shown: Examples) -> RankerDataset:
     """Returns the examples that trained the ranker."""
     statistics = PointInTimeStatistics(
         material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
     )
-    feed = read_feed(statistics, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
+    feed = read_ranker_dataset(statistics, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
     assert feed is not None
     return feed
 
 
 def _lightgbm(
-    feed: RankerDataset, tested: Tested, python: Path, trials: int, seed: int
-) -> tuple[Chances, dict[str, Any]]:
+    feed: RankerDataset, tested: ScoredExamples, python: Path, trials: int, seed: int
+) -> tuple[Probabilities, dict[str, Any]]:
     """Returns LightGBM's probabilities for the test, and its version and settings."""
     features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
@@ -114,16 +113,17 @@ def _lightgbm(
         with np.load(out) as predictions:
             live, slate = np.split(predictions["chances"].astype(np.float64), 2)
             choices = json.loads(str(predictions["choices"]))
-    return Chances(live, slate), {"version": run.stdout.split()[-1], "trials": trials, "choices": choices}
+    return Probabilities(live, slate), {"version": run.stdout.split()[-1], "trials": trials, "choices": choices}
 
 
-def _ahead(names: Sequence[str], tested: Tested, peer: Chances) -> dict[str, dict[str, float]]:
+def _ahead(names: Sequence[str], tested: ScoredExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
     """Returns Penchant's metrics minus LightGBM's, with intervals by drawing the same users for both."""
-    labels, users = tested.lines.labels(), tested.lines.people
+    labels, users = tested.examples.labels(), tested.examples.users
     margins: dict[str, dict[str, float]] = {}
     for action, name in enumerate(names):
-        pair = tested.chances.of(action), peer.of(action)
-        values, peer_values = (values_of(labels[:, action], chances, users) for chances in pair)
-        draws, peer_draws = (resampled(labels[:, action], chances, users) for chances in pair)
-        margins |= {f"{name}/{n}": value for n, value in spread(values - peer_values, draws - peer_draws).items()}
+        pair = tested.probabilities.of(action), peer.of(action)
+        values, peer_values = (metric_values(labels[:, action], chances, users) for chances in pair)
+        draws, peer_draws = (resample_metrics(labels[:, action], chances, users) for chances in pair)
+        intervals = with_intervals(values - peer_values, draws - peer_draws)
+        margins |= {f"{name}/{n}": value for n, value in intervals.items()}
     return margins

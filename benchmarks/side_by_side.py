@@ -137,7 +137,7 @@ def speed(
         histories, settings = _histories(data, config)
         file = Path(folder) / "histories.npz"
         histories.save(file)
-        own_settings = {**settings, "validation_people": max(1, histories.validated.size)}
+        own_settings = {**settings, "validation_users": max(1, histories.validated.size)}
         specs = _specs(peers, {"data": str(data.resolve()), "set": own_settings}, Sizes.of(config))
         specs = {name: spec for name, spec in specs.items() if not names or name in names}
         threads = config.threads or cores()
@@ -258,11 +258,11 @@ def _histories(data: Path, config: TrainConfig) -> tuple[SharedHistories, dict[s
     kept = np.arange(events.rows.size) - np.repeat(starts, np.diff(events.offsets)) < np.repeat(
         division.train_end, np.diff(events.offsets)
     )
-    targets = division.validation.sample(config.validation_people, config.seed)
+    targets = division.validation.sample(config.validation_users, config.seed)
     histories = SharedHistories(
         rows=events.rows[kept].astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(division.train_end)]).astype(np.int64),
-        validated=targets.people,
+        validated=targets.users,
         targets=targets.rows(events).astype(np.int64),
         items=events.items,
     )

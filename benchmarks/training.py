@@ -26,9 +26,9 @@ from benchmarks.side_by_side import speed
 from features.errors import SettingsError
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
-from training.data.interactions import TrainingBatches
+from training.data.batches import TrainingBatches
 from training.evaluation.evaluate import evaluate
-from training.run import build_modules
+from training.run import build_modules, read_config
 from training.runtime import exact, prepared
 from training.train import Material, read_material, train
 
@@ -67,7 +67,7 @@ def quality(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) ->
 
 def cold(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> dict[str, Any]:
     """Trains with cold items (a tenth of all, unless the configuration says) and measures as `cold-items`."""
-    config = config if config.hide_items else config.model_copy(update={"hide_items": 0.1})
+    config = config if config.cold_item_share else config.model_copy(update={"cold_item_share": 0.1})
     runs = _runs(data, config, seeds, out)
     return {**evaluate(runs, "cold-items", data), "training": _trained(runs), "config": config.model_dump()}
 
@@ -77,7 +77,7 @@ def _runs(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> l
     for seed in seeds:
         run, wanted = out / f"seed-{seed}", config.model_copy(update={"seed": seed})
         if (run / "result.json").exists():
-            if TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8")) != wanted:
+            if read_config(run) != wanted:
                 raise SettingsError(f"{run} was trained with another configuration: give another --out, or delete it")
         else:
             train(data, run, wanted)

@@ -20,7 +20,7 @@ from features.tables.intake import REJECTED_SHARE
 
 PREFIX = "PENCHANT_TRAIN_"
 PASSIVE_TYPES = (*PASSIVE_EVENT_TYPES, *NEGATIVE_EVENT_TYPES)
-"""Event types in which a person has not chosen an item."""
+"""Event types in which a user has not chosen an item."""
 
 
 class _Frozen(BaseModel):
@@ -28,7 +28,7 @@ class _Frozen(BaseModel):
 
 
 class Action(_Frozen):
-    """Something a person may do with an item that is shown, which the ranker predicts."""
+    """An action of a user on an item that was shown, which the ranker predicts."""
 
     name: str
     event_type: str
@@ -38,36 +38,36 @@ class Action(_Frozen):
 
 
 class TrainConfig(_Frozen):
-    """Everything that `penchant train` can be told."""
+    """All settings of `penchant train`."""
 
     protocol: Literal["none", "leave-one-out", "temporal"] = Field(
-        "none", description="What is held out for `penchant evaluate`; none: everything but validation is trained on."
+        "none", description="Events held out for `penchant evaluate`; none: all but validation are trained on."
     )
     test_share: float = Field(0.1, gt=0, lt=1, description="Share of all events, the newest, that temporal holds out.")
-    test_days: float = Field(0, ge=0, description="Days, the last, that temporal holds out; 0: test_share says it.")
-    hide_items: float = Field(
+    test_days: float = Field(0, ge=0, description="Days, the last, that temporal holds out; 0: test_share decides.")
+    cold_item_share: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Share of the items, drawn by the seed, whose events nobody trains on; "
+        description="Share of the items, drawn by the seed, whose events are not trained on; "
         "`evaluate --protocol cold-items` then measures how well content alone places them.",
     )
-    validation_people: int = Field(3000, ge=0, description="People whose newest training event validates the model.")
+    validation_users: int = Field(3000, ge=0, description="Users whose newest training event validates the model.")
 
-    max_length: int = Field(100, ge=1, le=RING, description="Events of a person that the encoder reads, the newest.")
-    target_types: tuple[str, ...] = Field((), description="Event types to predict; none given: all but the passive.")
-    seen_types: tuple[str, ...] = Field((), description="Event types that make an item seen; none given: as targets.")
-    repeats: bool = Field(False, description="Recommend what a person already had; else only what is new to them.")
-    actions: tuple[Action, ...] = Field((), description="What the ranker predicts; none given: each target type.")
+    max_length: int = Field(100, ge=1, le=RING, description="Events of a user that the encoder reads, the newest.")
+    target_types: tuple[str, ...] = Field((), description="Event types to predict; empty: all but the passive.")
+    seen_types: tuple[str, ...] = Field((), description="Event types that make an item seen; empty: as targets.")
+    repeats: bool = Field(False, description="Recommend items that a user already had; else only new ones.")
+    actions: tuple[Action, ...] = Field((), description="Actions that the ranker predicts; empty: each target type.")
     action_weights: dict[str, float] = Field({}, description="Worth of an action by name; one not named is worth 1.")
     recent_days: float = Field(7.0, gt=0, description="Days that count for recent popularity.")
 
-    dim: int = Field(64, ge=4, description="Length of the vectors of people, items and queries.")
+    dim: int = Field(64, ge=4, description="Length of the vectors of users, items and queries.")
     layers: int = Field(2, ge=1, description="Transformer blocks of the user encoder.")
     heads: int = Field(2, ge=1, description="Attention heads of a block; divides dim.")
     feed_forward: int = Field(256, ge=1, description="Width of a block's feed-forward part.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Share of the user encoder's activations that are dropped.")
-    content: bool = Field(True, description="Learn from what items say of themselves, which places new ones.")
+    content: bool = Field(True, description="Learn from the items' content, which places new items.")
     id_dropout: float = Field(0.1, ge=0, lt=1, description="Share of items known by content alone in a step.")
     token_buckets: int = Field(16384, ge=1, description="Buckets that the words of items and queries hash into.")
     max_tokens: int = Field(32, ge=1, description="Words read of an item or a query.")
@@ -76,7 +76,7 @@ class TrainConfig(_Frozen):
     creator_buckets: int = Field(4096, ge=1, description="Buckets that creators hash into.")
 
     warm_start: float = Field(
-        0.1, ge=0, description="Scale of the item vectors that co-occurrence gives to start from; 0: random ones."
+        0.1, ge=0, description="Scale of the initial item vectors, made from co-occurrence; 0: random ones."
     )
     epochs: int = Field(30, ge=1, description="Passes over the events; the learning rate falls to zero over them.")
     patience: int = Field(6, ge=1, description="Validations without improvement after which training stops.")
@@ -101,7 +101,7 @@ class TrainConfig(_Frozen):
     ranker_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the ranker's inner activations dropped.")
     ranker_decay: float = Field(0.1, ge=0, description="Weight decay of the ranker.")
     ranker_rate: float = Field(2e-3, gt=0, description="Highest learning rate of the ranker.")
-    ranker_epochs: int = Field(12, ge=1, description="Most passes over the impressions; validation says how many.")
+    ranker_epochs: int = Field(12, ge=1, description="Most passes over the impressions; validation chooses how many.")
     ranker_days: float = Field(
         0, ge=0, description="Days of impressions that train the ranker and not the encoders; 0: all, and both."
     )
@@ -113,8 +113,8 @@ class TrainConfig(_Frozen):
     ranker_validation_days: float = Field(
         0, ge=0, description="Days of impressions, the last but the test, that validate the ranker; 0: the last tenth."
     )
-    statistics_hours: float = Field(24.0, gt=0, description="Hours after which item statistics are learned anew.")
-    candidates: int = Field(500, ge=10, description="Items of a person that the ranker scores, the most relevant.")
+    statistics_hours: float = Field(24.0, gt=0, description="Hours between two snapshots of item statistics.")
+    candidates: int = Field(500, ge=10, description="Items of a user that the ranker scores, the most relevant.")
     neighbors: int = Field(50, ge=1, description="Similar items kept per item.")
 
     max_rejected_share: float = Field(
@@ -131,10 +131,10 @@ class TrainConfig(_Frozen):
         return self
 
     def resolved_device(self) -> torch.device:
-        """The device that `device` means on this machine.
+        """Returns the device that `device` means on this machine.
 
         Raises:
-            SettingsError: It names one that this machine lacks.
+            SettingsError: This machine lacks the device.
         """
         cuda = torch.cuda.is_available()
         if self.device == "auto":

@@ -11,7 +11,7 @@ RUN/items.parquet        the items of a warehouse, as they were then
 RUN/result.json          what `penchant train` printed, and what a bundle must know
 RUN/evaluations.jsonl    every test evaluation ever made of this run
 RUN/log.jsonl            one line per validation
-RUN/report.html          all of this for a reader: learning curves, figures beside baselines, what was run on what
+RUN/report.html          all of this for a reader: learning curves, metrics next to baselines, the data and versions
 RUN/tensorboard/         the learning curve for TensorBoard, if the configuration asks for it
 RUN/checkpoint.safetensors   only while training: everything that an exact resume needs
 """
@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from features.assemble import ranker_width
+from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
 from features.files import sync
 from features.tables.conform import Intake
@@ -51,10 +52,12 @@ from training.models.encoders import EncoderShape, ItemEncoder, QueryEncoder, Us
 from training.models.ranker import Ranker
 
 FORMAT = 1
+_RENAMED_SETTINGS = {"validation_people": "validation_users", "hide_items": "cold_item_share"}
+"""Settings under the names that earlier runs of this format wrote into config.json."""
 
 
 class RunError(TrainingError):
-    """A run directory is missing, unfinished or does not fit what is asked of it."""
+    """A run directory that is missing, unfinished or does not fit its use."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class LoadedRun:
 
     Attributes:
         path: The run's directory.
-        config: How it was trained.
+        config: The settings of its training.
         user_encoder: Its `last` maps vectors, types and lengths to `[B, dim]`.
         item_encoder: Its `forward` places an item by content alone.
         query_encoder: Maps tokens to `[B, dim]`.
@@ -83,14 +86,14 @@ class LoadedRun:
         item_vectors: float32 `[N, dim]`.
         popularity: float32 `[N]`, log1p of the row's events in the training part.
         recent_popularity: float32 `[N]`, log1p of its events in the last `recent_days` of the training part.
-        trained: bool `[N]`, whether the row was seen in training (else its vector comes from content alone).
-        statistics: float32 `[N, S]`, what people did with the row's item when it was shown, see `features.catalog`.
+        trained: bool `[N]`, False for a row that training has not seen, whose vector comes from content alone.
+        statistics: float32 `[N, S]`, rates of users' actions on the row's item when shown, see `features.catalog`.
         neighbors: int32 `[N, K]` item-to-item, best first, -1 padded.
         neighbor_scores: float32 `[N, K]`, their cosines.
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
             data_fingerprint, feature_fingerprint, event_types, actions, action_weights, base_rates, surface_rates,
             ranker_source, ranker, seen_types, content, ordered_only, rejected, rejections, unread, future_events.
-        dataset: What it was trained on.
+        dataset: The data set that it was trained on.
     """
 
     path: Path
@@ -113,7 +116,7 @@ class LoadedRun:
 
 
 def input_shapes(config: TrainConfig) -> ItemInputShapes:
-    """The sizes of the content encoders' inputs."""
+    """Returns the sizes of the content encoders' inputs."""
     return ItemInputShapes(
         token_buckets=config.token_buckets,
         max_tokens=config.max_tokens,
@@ -124,7 +127,7 @@ def input_shapes(config: TrainConfig) -> ItemInputShapes:
 
 
 def build_modules(config: TrainConfig, items: int, event_types: int, actions: int, content: bool) -> Modules:
-    """The networks with their initial weights, drawn from torch's own random state."""
+    """Builds the networks with their initial weights, drawn from torch's own random state."""
     shape = EncoderShape(
         dim=config.dim,
         layers=config.layers,
@@ -158,12 +161,12 @@ def load_run(run: Path, data: Path | None = None) -> LoadedRun:
     """
     run = Path(run)
     result = read_result(run)
-    config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
-    dataset = open_moment(Path(data or result["data"]), run)
+    config = read_config(run)
+    dataset = open_dataset_of_run(Path(data or result["data"]), run)
     if dataset.info["fingerprint"] != result["data_fingerprint"]:
         raise RunError(
-            f"{data or result['data']} is not what {run} was trained on: its fingerprint is "
-            f"{dataset.info['fingerprint'][:12]}, the run's {result['data_fingerprint'][:12]}"
+            f"{data or result['data']} is not the data set that {run} was trained on: its fingerprint is "
+            f"{dataset.info['fingerprint'][:12]}, the run's {result['data_fingerprint'][:12]}; name the right one"
         )
     items, _ = item_vocabulary(dataset)
     vocabulary = Vocabulary.open(run / "vocabulary.arrow")
@@ -189,31 +192,44 @@ def load_run(run: Path, data: Path | None = None) -> LoadedRun:
     )
 
 
-def open_moment(data: Path, run: Path) -> Dataset:
+def read_config(run: Path) -> TrainConfig:
+    """Reads the settings that a training was started with."""
+    settings: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return TrainConfig.model_validate({_RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()})
+
+
+def open_dataset_of_run(data: Path, run: Path) -> Dataset:
     """Reads a data set as it was when the run began; a run that has not begun takes it as it is.
 
     Raises:
         TablesError: The data set cannot be read.
     """
     identity, items = run / "data.json", run / "items.parquet"
-    begun = json.loads(identity.read_text(encoding="utf-8")) if identity.is_file() else {}
-    if "until" not in begun:
+    record = json.loads(identity.read_text(encoding="utf-8")) if identity.is_file() else {}
+    if "until" not in record:
         return open_dataset(data)
-    dataset = open_dataset(data, until=begun["until"], items_from=items)
-    # The items are those of that time, and so is the version of the catalogue that export writes into the bundle.
-    return dataclasses.replace(dataset, info=dataset.info | {"catalog_version": begun["catalog_version"]})
+    # A warehouse grows while a training is interrupted: the resumed one must see the events and items of its start,
+    # and export must write the catalogue's version of that time into the bundle.
+    dataset = open_dataset(data, until=record["until"], items_from=items)
+    return dataclasses.replace(dataset, info=dataset.info | {"catalog_version": record["catalog_version"]})
+
+
+def columns_of_run(run: LoadedRun) -> CatalogColumns:
+    """Returns the catalogue's columns as the run's bundle will hold them."""
+    tables = {name: getattr(run, name) for name in ("popularity", "recent_popularity", "trained", "statistics")}
+    return dataclasses.replace(columns_of(run.items, run.item_vectors), **tables)
 
 
 ALLOW = "penchant train --set max_rejected_share="
-"""What allows a training more rejected rows, up to the number."""
+"""Start of the option that allows a training more rejected rows; the share follows."""
 
 
-def admit_run(run: LoadedRun, **others: Intake) -> dict[str, Any]:
-    """Tells what was left out of the data of a run, and refuses what its training would have refused.
+def admit_run(run: LoadedRun, **more: Intake) -> dict[str, Any]:
+    """Reports the rows that were left out of a run's data, and refuses data that its training would have refused.
 
     Args:
         run: The run, whose `max_rejected_share` holds.
-        others: Tables that are read besides those of `run.dataset`.
+        more: Tables that are read besides those of `run.dataset`.
 
     Returns:
         See `features.tables.intake.admit`.
@@ -221,9 +237,9 @@ def admit_run(run: LoadedRun, **others: Intake) -> dict[str, Any]:
     Raises:
         TablesError: More of a table was rejected than the training allowed.
     """
-    # A run that does not say what was rejected was allowed everything.
+    # A result without a number of rejected rows is older than the limit: its training accepted any.
     share = run.config.max_rejected_share if "rejected" in run.result else 1.0
-    return admit({**run.dataset.intake, **others}, share, ALLOW, run.dataset.info.get("time_units"))
+    return admit({**run.dataset.intake, **more}, share, ALLOW, run.dataset.info.get("time_units"))
 
 
 def write_items(run: Path, items: pa.Table) -> None:
@@ -234,7 +250,7 @@ def write_items(run: Path, items: pa.Table) -> None:
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """What a finished training said of itself.
+    """Reads the result of a finished training.
 
     Raises:
         RunError: It has not finished, or a newer Penchant wrote it.
@@ -271,7 +287,7 @@ def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file in one step: a reader sees the old one or the new one, never a half."""
+    """Writes a safetensors file in one step: a reader sees the old file or the new one, never a part."""
     draft = path.with_name(f"{path.name}.draft")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft, metadata)
     _put(draft, path)
@@ -307,18 +323,18 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content) + "\n")
 
 
-def note_evaluation(run: Path, answer: Mapping[str, Any]) -> None:
-    """Adds what a test said of a run to the log of its evaluations."""
-    append_line(run / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds"), **answer})
+def note_evaluation(run: Path, evaluation: Mapping[str, Any]) -> None:
+    """Adds the result of a test to the log of a run's evaluations."""
+    append_line(run / "evaluations.jsonl", {"at": datetime.now(UTC).isoformat(timespec="seconds"), **evaluation})
 
 
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Takes out of a log what is not wanted, and a last line that was cut off; in one step."""
+def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Removes lines from a log, and a last line that was cut off; in one step."""
     if not path.exists():
         return
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text("".join(line for line in lines if wanted(json.loads(line))), encoding="utf-8")
+    draft.write_text("".join(line for line in lines if is_kept(json.loads(line))), encoding="utf-8")
     _put(draft, path)
 
 

@@ -1,4 +1,8 @@
-"""Trains a run: the encoders, then the query encoder on their item vectors, then the ranker on their candidates."""
+"""Trains a run: the encoders, then the query encoder on their item vectors, then the ranker on their candidates.
+
+Each stage is trained on the finished stage before it, which no longer changes: the ranker reads relevance as serving
+will compute it.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,18 @@ from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
-from training.data.clock import tell_future
-from training.data.impressions import read_shown, read_slates
+from training.data.clock import report_future_events
+from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, split
-from training.fitting.encoders import Fit, OnStep
-from training.fitting.ranker_candidates import CandidateBuilder, fit_query_encoder, fit_ranker
-from training.fitting.ranker_impressions import learn, read_feed
+from training.fitting.encoders import EncoderTrainer, OnStep
+from training.fitting.query_encoder import fit_query_encoder
+from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
+from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
 from training.models.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
-from training.models.warm_start import near_vectors
+from training.models.warm_start import cooccurrence_vectors
 from training.report import write_report
 from training.run import (
     ALLOW,
@@ -42,7 +47,8 @@ from training.run import (
     build_modules,
     input_shapes,
     load_modules,
-    open_moment,
+    open_dataset_of_run,
+    read_config,
     save_modules,
     write_items,
     write_json,
@@ -51,23 +57,23 @@ from training.run import (
 from training.runtime import circumstances, exact, prepared
 
 WARM_EVENTS = 1 << 20
-"""Events that the vectors to start from are made of at most."""
+"""Most events that the initial item vectors are computed from."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
 _MOMENT = ("fingerprint", "until", "catalog_version")
 
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What a training learns from.
+    """The data that a training learns from.
 
     Attributes:
         dataset: The canonical tables.
         items: The items table in row order.
         vocabulary: Item id <-> row.
         data: The events as arrays.
-        division: What of them is trained on.
-        inputs: The item encoder's inputs for all items, on the training device; None where items say nothing.
-        actions: What the ranker predicts.
+        division: Their split into training, validation and test.
+        inputs: The item encoder's inputs for all items, on the training device; None if items have no content.
+        actions: The actions that the ranker predicts.
     """
 
     dataset: Dataset
@@ -80,16 +86,17 @@ class Material:
 
 
 def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = None) -> dict[str, Any]:
-    """Trains a model on a data set; a training that was interrupted goes on where it stood.
+    """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
 
     Args:
         data: Directory of the canonical tables.
         out: Directory of the run.
-        config: How to train.
-        on_step: Called with the number of steps made, after each step of the encoders.
+        config: The settings.
+        on_step: Called with the number of steps so far, after each step of the encoders.
 
     Returns:
-        What `RUN/result.json` holds: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`, `blend`...
+        The content of `RUN/result.json`: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`,
+        `blend`...
 
     Raises:
         RunError: `out` holds a finished run, or an unfinished one with another configuration or data set.
@@ -100,29 +107,21 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     device = config.resolved_device()
     with prepared(config.threads, device):
         torch.manual_seed(config.seed)
-        dataset = open_moment(data, out)
+        dataset = open_dataset_of_run(data, out)
         left_out = _admit(data, dataset, config)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
-        left_out |= tell_future(material.data)
+        left_out |= report_future_events(material.data)
         modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        progress = Fit(out, config, material.data, material.division, modules, bags, on_step).run()
+        progress = EncoderTrainer(out, config, material.data, material.division, modules, bags, on_step).run()
         load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
         with exact():
             tables = _tables(material, modules, bags, config)
         table = torch.from_numpy(tables["item_vectors"]).to(device)
         fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
         with exact():
-            weights = action_weights(material.actions, config)
-            columns = _columns(material, tables)
-            learned, said = _learn_from_impressions(data, material, modules, table, columns, config)
-            tables["statistics"] = learned.statistics
-            columns = dataclasses.replace(columns, statistics=learned.statistics)
-            asker = CandidateBuilder(
-                modules, table, material.data, columns, learned.outcomes, material.actions, config, bool(said)
-            )
-            blend, gain = fit_ranker(asker, material.division, weights)
+            tables["statistics"], facts = _train_ranker(data, material, modules, table, tables, config)
     save_modules(out / "query.safetensors", {"query": modules.query})
     save_modules(out / "ranker.safetensors", {"ranker": modules.ranker})
     write_tensors(out / "tables.safetensors", {name: torch.from_numpy(array) for name, array in tables.items()})
@@ -131,56 +130,86 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
     result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
     result |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
-    result |= {"blend": blend, "ranker_ndcg@10": gain, "data": str(data.resolve()), **_facts(material, weights)}
-    result |= {"ranker_source": "impressions" if said else "candidates", "ranker": said, **learned.facts()}
-    result |= left_out
+    result |= {"data": str(data.resolve()), **_facts(material), **facts, **left_out}
+    # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
+    # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
     write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
 
 
+def _train_ranker(
+    path: Path,
+    material: Material,
+    modules: Modules,
+    table: torch.Tensor,
+    tables: dict[str, npt.NDArray[Any]],
+    config: TrainConfig,
+) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    """Trains the ranker, on impressions if there are enough, else on candidates.
+
+    Returns:
+        The items' statistics up to the test, and the ranker's part of the run's result.
+    """
+    weights = action_weights(material.actions, config)
+    columns = _columns(material, tables)
+    snapshot, training = _learn_from_impressions(path, material, modules, table, columns, config)
+    columns = dataclasses.replace(columns, statistics=snapshot.statistics)
+    builder = CandidateBuilder(
+        modules, table, material.data, columns, snapshot.action_rates, material.actions, config, bool(training)
+    )
+    blend, ndcg_by_blend = fit_ranker(builder, material.division, weights)
+    return snapshot.statistics, {
+        "blend": blend,
+        "ranker_ndcg@10": ndcg_by_blend,
+        "action_weights": weights,
+        "ranker_source": "impressions" if training else "candidates",
+        "ranker": training,
+        **snapshot.facts(),
+    }
+
+
 def _admit(path: Path, dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """Tells what was left out of all tables that are read, before any work; refuses too much of it."""
+    """Reports the rows that were left out of all tables that are read; refuses if they are too many."""
     intakes = dict(dataset.intake)
-    # Impressions are read when the encoders are trained: hours of work must not end in a refusal.
+    # Impressions are read only once the encoders are trained: hours of work must not end in a refusal.
     if _reads_impressions(config) and (slates := read_slates(path)) is not None:
         intakes["impressions"] = slates.intake
     return admit(intakes, config.max_rejected_share, ALLOW, dataset.info.get("time_units"))
 
 
 def _reads_impressions(config: TrainConfig) -> bool:
-    """Returns True if the ranker may learn from impressions.
-
-    These are cut by time: one that is not later than another's test could tell of it.
-    """
-    return bool(config.ranker_steps) and not config.hide_items and config.protocol != "leave-one-out"
+    """Returns True if the ranker may learn from impressions."""
+    # Impressions are split by time. Leave-one-out tests events of any time, so an impression before the cut may show
+    # the very item that is tested; and the impressions of cold items would teach what their events must not.
+    return bool(config.ranker_steps) and not config.cold_item_share and config.protocol != "leave-one-out"
 
 
 def _learn_from_impressions(
     path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: CatalogColumns, config: TrainConfig
 ) -> tuple[StatisticsSnapshot, dict[str, Any]]:
-    """Trains the ranker on impressions where there are enough; what is known of what people do with what they see.
+    """Trains the ranker on impressions if there are enough.
 
     Returns:
-        What was learned up to the test, and what `learn` says of the ranker, empty where it learned nothing here.
+        The statistics up to the test, and the result of `fit_on_impressions`, empty if the ranker was not trained.
     """
-    data, said = material.data, {}
-    shown = None
+    data, training = material.data, {}
+    examples = None
     if _reads_impressions(config) and not data.ordered_only:
-        shown = read_shown(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
-    teller = PointInTimeStatistics(data, columns, material.actions, shown, material.division.fit_end)
-    if shown is not None:
-        feed = read_feed(teller, shown, modules.user, table, config)
-        said = learn(modules.ranker.cpu(), feed, config) if feed is not None else {}
-    return teller.at(1 if data.ordered_only else cut_of(data, config) + 1), said
+        examples = read_examples(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
+    statistics = PointInTimeStatistics(data, columns, material.actions, examples, material.division.fit_end)
+    if examples is not None:
+        dataset = read_ranker_dataset(statistics, examples, modules.user, table, config)
+        training = fit_on_impressions(modules.ranker.cpu(), dataset, config) if dataset is not None else {}
+    return statistics.at(1 if data.ordered_only else cut_of(data, config) + 1), training
 
 
 def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, folder: Path | None = None) -> Material:
-    """Turns a data set into what a training learns from; `folder` has room for the events (`interactions.Disk`).
+    """Reads a data set for a training; `folder` has room for the events (`interactions.Disk`).
 
     Raises:
-        TrainingError: Nobody has two events left to train on.
+        TrainingError: No user has two events left to train on.
     """
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config, folder)
@@ -205,13 +234,13 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
 
 
 def default_actions(data: Interactions) -> tuple[Action, ...]:
-    """One action per event type that is ever predicted."""
+    """Returns one action per event type that is ever predicted."""
     names = _types_of(data, data.target)
     return tuple(Action.model_validate({"name": name, "event_type": name}) for name in names)
 
 
 def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
-    """The names of the event types that occur among the chosen events, sorted."""
+    """Returns the names of the event types that occur among the chosen events, sorted."""
     counts = np.zeros(1 + len(data.event_types), np.int64)
     for block in data.blocks():
         counts += np.bincount(data.types[block.events][chosen[block.events]], minlength=counts.size)
@@ -219,37 +248,39 @@ def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
 
 
 def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Makes `out` this run's, or makes sure that it already is."""
+    """Claims `out` for this run, or checks that it is already this run's."""
     make_folders(out)
     if (out / "result.json").exists():
         raise RunError(f"{out} holds a finished run: give another --out, or delete it")
     described = json.loads(config.model_dump_json())
     started = out / "config.json"
     identity = out / "data.json"
-    found: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
+    moment: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
     if started.exists() and identity.exists():
-        # Where and with how many threads is free: a checkpoint moves between devices.
+        # The device and the number of threads may differ: a checkpoint moves between devices.
         place = {"device": config.device, "threads": config.threads}
-        before = TrainConfig.model_validate_json(started.read_text(encoding="utf-8")).model_copy(update=place)
-        same = before == config
-        if not same or json.loads(identity.read_text(encoding="utf-8")) != found:
-            what = "data set" if same else "configuration"
-            raise RunError(f"{out} holds an unfinished run with another {what}: give another --out, or delete it")
-    if "until" in found:
+        is_same_config = read_config(out).model_copy(update=place) == config
+        if not is_same_config or json.loads(identity.read_text(encoding="utf-8")) != moment:
+            difference = "data set" if is_same_config else "configuration"
+            raise RunError(f"{out} holds an unfinished run with another {difference}: give another --out, or delete it")
+    if "until" in moment:
         write_items(out, dataset.items)
     write_json(started, described)
-    write_json(identity, found)
+    write_json(identity, moment)
 
 
 def initial_modules(material: Material, config: TrainConfig, device: torch.device, fresh: bool) -> Modules:
-    """The networks before the first step; what a checkpoint will replace need not be warm."""
+    """Builds the networks before the first step.
+
+    Without `fresh` the initial item vectors are left out: a checkpoint is about to replace them.
+    """
     data, content = material.data, material.inputs is not None
     modules = build_modules(config, data.items, len(data.event_types), len(material.actions), content)
     if config.warm_start and fresh:
-        some = data.sample(material.division.train_end, WARM_EVENTS, config.seed)
-        start = near_vectors(some, np.ones(some.rows.size, bool), config)
+        sample = data.sample(material.division.train_end, WARM_EVENTS, config.seed)
+        vectors = cooccurrence_vectors(sample, np.ones(sample.rows.size, bool), config)
         with torch.no_grad():
-            modules.item.ids.weight.copy_(start)
+            modules.item.ids.weight.copy_(vectors)
     for module in vars(modules).values():
         module.to(device)
     return modules
@@ -258,7 +289,7 @@ def initial_modules(material: Material, config: TrainConfig, device: torch.devic
 def _tables(
     material: Material, modules: Modules, bags: ItemBags | None, config: TrainConfig
 ) -> dict[str, npt.NDArray[Any]]:
-    """What a run keeps by row of the catalogue; see `LoadedRun`."""
+    """Computes the tables that a run keeps by row of the catalogue; see `LoadedRun`."""
     data, ends = material.data, material.division.train_end
     trained = counts_of(data, ends) > 0
     with torch.inference_mode():
@@ -275,24 +306,23 @@ def _tables(
 
 
 def _columns(material: Material, tables: dict[str, npt.NDArray[Any]]) -> CatalogColumns:
-    """The catalogue as serving will see it."""
-    learned = {name: tables[name] for name in ("popularity", "recent_popularity", "trained")}
-    return dataclasses.replace(columns_of(material.items, tables["item_vectors"]), **learned)
+    """Returns the catalogue's columns as serving will see them."""
+    counts = {name: tables[name] for name in ("popularity", "recent_popularity", "trained")}
+    return dataclasses.replace(columns_of(material.items, tables["item_vectors"]), **counts)
 
 
-def _facts(material: Material, weights: list[float]) -> dict[str, Any]:
-    """What a bundle must know of the data."""
+def _facts(material: Material) -> dict[str, Any]:
+    """Returns the facts about the data that a bundle needs."""
     data = material.data
     return {
         "data_fingerprint": material.dataset.info["fingerprint"],
         "feature_fingerprint": FEATURES.fingerprint(),
-        "people": len(data.people),
+        "people": len(data.users),
         "items": data.items,
         "events": int(data.rows.size),
         "event_types": data.event_types,
         "seen_types": _types_of(data, data.seen),
         "actions": [action.model_dump() for action in material.actions],
-        "action_weights": weights,
         "content": material.inputs is not None,
         "ordered_only": data.ordered_only,
         "circumstances": circumstances(),
@@ -300,7 +330,10 @@ def _facts(material: Material, weights: list[float]) -> dict[str, Any]:
 
 
 def action_weights(actions: tuple[Action, ...], config: TrainConfig) -> list[float]:
-    """The worth of each action, scaled so that the positive ones sum to 1."""
+    """Returns the worth of each action, scaled so that the positive ones sum to 1.
+
+    The ranker's utility is then the log-odds of a probability, whatever the scale of the settings (`models.ranker`).
+    """
     weights = [config.action_weights.get(action.name, 1.0) for action in actions]
     total = sum(weight for weight in weights if weight > 0) or 1.0
     return [weight / total for weight in weights]

@@ -61,7 +61,7 @@ class CatalogSync:
             self.trouble = ""
         except ServingError as error:
             self.trouble = str(error)
-            if not isinstance(error, Unavailable):  # of which each call to Redis speaks
+            if not isinstance(error, Unavailable):  # each call to Redis logs that itself
                 _log.warning("starting without the latest changes of the catalogue: %s", error)
         self._thread.start()
 
@@ -98,8 +98,10 @@ class CatalogSync:
         if version < self._progress.version:
             _log.warning("the catalogue log began again at version %d", version)
         self.apply(changes)
+        # After the changes are applied, so that a request that waits for the version sees them.
         self._progress.reach(version)
         now = time.monotonic()
+        # Other workers wait for the versions of live ones, so a silent worker would count as dead.
         if changes or now - self._reported_at > _HEARTBEAT_S:
             self._log.applied(self._worker, version)
             self._reported_at = now
@@ -130,13 +132,14 @@ class CatalogSync:
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Applies changes in their order; one that cannot be applied is logged and skipped."""
+        # Runs of one kind: batches save calls of the model, and the order between a put and a deletion stays.
         for kind, group in groupby(changes, lambda change: change.kind):
-            same = list(group)
+            batch = list(group)
             if kind in ("put", "patch"):
-                for start in range(0, len(same), ITEM_BATCH):
-                    self._put_or_skip(same[start : start + ITEM_BATCH], self._put if kind == "put" else self._patch)
+                for start in range(0, len(batch), ITEM_BATCH):
+                    self._put_or_skip(batch[start : start + ITEM_BATCH], self._put if kind == "put" else self._patch)
             else:
-                for change in same:
+                for change in batch:
                     self._set_available(change)
 
     def _run(self) -> None:
@@ -145,7 +148,7 @@ class CatalogSync:
             try:
                 self.step(_BLOCK_MS)
                 self.trouble = ""
-            except Unavailable as error:  # of which each call to Redis speaks
+            except Unavailable as error:  # each call to Redis logs that itself
                 self.trouble = str(error)
                 self._stop.wait(_RETRY_S)
             except ServingError as error:
@@ -172,11 +175,12 @@ class CatalogSync:
 
     def _put(self, changes: Sequence[Change]) -> None:
         engine = self._engine_ref.engine
-        # One call of the model for the batch, as a single item costs it almost as much.
         items: list[dict[str, Any]] = [json.loads(change.payload) for change in changes]
         # If a batch puts an item twice, the last one counts.
         items = list({item["item_id"]: item for item in items}.values())
+        # One call of the model for the batch, since one item alone costs it almost as much.
         vectors = engine.model.encode_items(item_inputs(items, engine.shapes))
+        # One by one into the catalogue: each has a time of its own, and readers see whole items only.
         rows = [
             int(engine.catalog.put([item], vectors[at : at + 1], item["put_at"])[0]) for at, item in enumerate(items)
         ]
@@ -189,6 +193,7 @@ class CatalogSync:
         patches: dict[str, dict[str, Any]] = {}
         for change in changes:
             patches.setdefault(change.item_id, {}).update(json.loads(change.payload))
+        # Several patches of one item are one, so that its words and vector are computed once.
         rows = engine.catalog.rows(list(patches)).tolist()
         patched = {row: fields for row, fields in zip(rows, patches.values(), strict=True) if self.knows(row)}
         items = {row: engine.catalog.record(row) | fields for row, fields in patched.items()}
@@ -212,6 +217,7 @@ class CatalogSync:
         """Applies a deletion or a change of availability."""
         engine = self._engine_ref.engine
         row = int(engine.catalog.rows([change.item_id])[0])
+        # The log may bring a change again, or one of an item that a deletion has overtaken.
         if not self.knows(row):
             return
         if change.kind == "delete":

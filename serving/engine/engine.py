@@ -101,24 +101,18 @@ def open_engine(
     with bounded_memory(bundle, config.device):
         catalog, lexical = read_catalog(bundle)
         model = Model(bundle, config.device)
-        # `cuda` insists on both; `auto` takes for each what is there.
+        # `cuda` insists on both; `auto` uses for each what the machine has.
         on_device = model.device == "cuda" and (config.device == "cuda" or can_scan_on("cuda"))
         index = Index(bundle.read("index.faiss"), catalog, "cuda" if on_device else "cpu")
         model.probe(spec.shapes, len(spec.event_types))
+        # Before the catalogue takes live changes, as these would change the best items.
         replay(bundle, model, catalog, index)
-        _warm_up(catalog, lexical)
         pipelines = PipelineBuilder(bundle, model, catalog, index, lexical, dependencies).pipelines()
+        _warm_up(catalog, lexical)
         warm_models(model, spec.shapes, candidate_count(bundle, config))
         warm_pipelines(pipelines, catalog, [*spec.event_types, *CHOICES])
-        return Engine(
-            bundle=bundle,
-            model=model,
-            catalog=catalog,
-            lexical=lexical,
-            shapes=spec.shapes,
-            pipelines=pipelines,
-            event_types={event_type_key(name): name for name in spec.event_types},
-        )
+        event_types = {event_type_key(name): name for name in spec.event_types}
+        return Engine(bundle, model, catalog, lexical, spec.shapes, pipelines, event_types)
 
 
 @contextmanager
@@ -135,8 +129,10 @@ def bounded_memory(bundle: Bundle, device: Device) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
+    # Relative to the addresses that the process uses now, as libraries reserve many of their own.
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     limit = used + _ROOM + _ROOM_PER_BYTE * bundle.manifest.size
+    # A limit that the operator has set holds on.
     if before[0] != resource.RLIM_INFINITY:
         limit = min(limit, before[0])
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))

@@ -105,6 +105,7 @@ class PipelineBuilder:
         self._count = candidate_count(bundle, self._config)
         self._popular = read_popular(bundle, len(catalog.vocabulary))
         self._neighbors = NeighborTable(*read_neighbors(bundle, len(catalog.vocabulary)))
+        # Without a log of slates no features are kept for it.
         logged = self._config.log_features if dependencies.impressions else 0.0
         self._personal = personal_ranker(bundle, model, catalog, logged)
         self._query_vector = QueryVectorHydrator(model, bundle.model.shapes)
@@ -125,6 +126,7 @@ class PipelineBuilder:
         popular = PopularSource(*self._popular[""], catalog, live)
         return self._pipeline(
             hydrators=self._hydrators({item_key(name): name for name in segments}),
+            # The more personal first; each tier serves if those above it cannot fill the page.
             tiers=[
                 Tier("sequence", [UserVectorSource(self._index, self._count)]),
                 Tier("item_to_item", [ItemToItemSource(self._neighbors, self._count)]),
@@ -153,7 +155,7 @@ class PipelineBuilder:
             hydrators=[*self._hydrators(), self._query_vector],
             tiers=[Tier("", [UpstreamSource()])],
             scorer=RankScorer(self._personal, self._search_scorer),
-            keep_order=True,
+            keep_order=True,  # the caller's order is the better answer where scores are equal
         )
 
     def _similar(self) -> Pipeline:
@@ -185,6 +187,7 @@ class PipelineBuilder:
     def _seen_keys(self) -> npt.NDArray[np.uint32]:
         """Returns the event types after which an item is not shown again; uint32 [n]."""
         spec = self._bundle.model
+        # An item that the user has refused is not shown again, whatever the bundle was trained for.
         names = set(NEGATIVE_EVENT_TYPES)
         if not spec.repeats:
             # A live event of a type that training never saw counts as well.
@@ -208,6 +211,7 @@ class PipelineBuilder:
             tiers=tiers,
             extras=extras,
             eligibility=EligibilityFilter(catalog),
+            # In this order `dropped` counts: the caller's exclusions first, as the caller knows them.
             filters=[ExcludedFilter(catalog), BlockedFilter(catalog), *filters],
             scorer=scorer,
             adjusters=[DialAdjuster(catalog)],

@@ -38,6 +38,7 @@ def vet(path: Path, bundle_id: str = "") -> None:
         output, status = run.stdout, run.returncode
     except subprocess.TimeoutExpired as error:
         output, status = error.stdout or b"", None
+    # The child names each file before it reads it, so the last line is where it ended.
     lines = output.decode(errors="replace").splitlines()
     if lines and lines[-1].startswith("refused "):
         raise BundleError(lines[-1].removeprefix("refused "))

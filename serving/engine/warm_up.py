@@ -70,6 +70,7 @@ def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_ty
             for hydrator in pipeline.hydrators
         ]
         quiet = dataclasses.replace(pipeline, hydrators=hydrators, side_effects=(), recorder=Telemetry())
+        # Reasons have kernels of their own.
         for explain in (False, True):
             try:
                 quiet.run(_request(method, catalog, rows, explain))
@@ -101,10 +102,11 @@ class _OneProfile:
         now = now_ms()
         items = [item_key(catalog.item(row)["item_id"]) for row in rows]
         stored = encode(empty())
+        # Entry by entry, as the log brings them: folding a tail and leaving the ring are kernels of their own.
         for number in range(1, _EVENTS + 1):
             key, kind = items[number % len(items)], event_type_key(event_types[number % len(event_types)])
             stored += number.to_bytes(8, "big") + pack_record(key, 1, 1, now - _EVENTS + number, 1.0, kind)
-            # A tail of one entry, then of several, then behind a state, a full one, and one that items have left.
+            # A tail of one entry, of several, behind a state, behind a full ring, and behind one that items have left.
             if number in (1, _TAIL // 2, RING, RING + _TAIL // 2):
                 stored = encode(decode(stored))
         self._stored = stored

@@ -138,14 +138,14 @@ def recommend(
     """
     begun = time.monotonic()
     feed = _feed(items, channel, surface, fields)
-    named, run = read_users(users), uuid.uuid4().hex
-    named.tell()
+    user_list, run = read_users(users), uuid.uuid4().hex
+    user_list.tell()
     with contextlib.ExitStack() as stack:
         service = stack.enter_context(_opened(config))
         facts: dict[str, Any] = {"finished": finish(out, service.log)}
         slates = stack.enter_context(SlateFile(out, run))
         part = out.with_name(f"{out.name}.part")
-        facts |= _write(service, named.ids, feed, part, run, slates if log and config.impressions else None)
+        facts |= _write(service, user_list.ids, feed, part, run, slates if log and config.impressions else None)
         slates.sync()
         sync(part)
         # Registered first: an output without a name in the certificates of later erasures would be worse than a name
@@ -155,9 +155,8 @@ def recommend(
         slates.due()
         sync(out.parent)
         facts["logged"], facts["not_logged"] = _delivered(slates.path, service.log, out)
-    facts["rejected"] = len(named.intake.rejected)
-    facts |= {"seconds": round(time.monotonic() - begun, 3), "bundle_id": service.engine.bundle_id, "out": str(out)}
-    return facts
+    rejected, seconds = len(user_list.intake.rejected), round(time.monotonic() - begun, 3)
+    return facts | {"rejected": rejected, "seconds": seconds, "bundle_id": service.engine.bundle_id, "out": str(out)}
 
 
 def _feed(items: int, channel: str, surface: str, fields: Sequence[str]) -> _Feed:
@@ -186,6 +185,7 @@ def _write(
             rows.append(row)
             items, personal = items + len(row["item_ids"]), personal + (slate.rung != "popular")
             held_out += slate.user.assignment.holdout
+            # Rows and slates in step, so that a row in the output has its slate in the file, and no other.
             if len(rows) == _ROWS or place == len(users) - 1:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 slates = service.slates.take()

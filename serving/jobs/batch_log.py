@@ -1,6 +1,6 @@
 """The slates of a batch on their way into the log: in a file until the output is delivered, then logged once each.
 
-A run writes its slates beside its output, under a name that holds the id of the run; the output holds the id too. So
+A run writes its slates next to its output, under a name that holds the id of the run; the output holds the id too. So
 one rename decides: once the output is in its place it counts as delivered, and what a crash leaves to log is logged by
 the next run into the same output. The slates of an output that never came into its place are deleted.
 """
@@ -27,14 +27,14 @@ from serving.stores.log_codec import decode, subject_in
 from serving.stores.log_entries import LoggedImpression
 
 RUN = b"penchant.run"
-"""Key of the metadata of an output that holds the id of its run."""
+"""Metadata key of an output that holds the id of its run."""
 
 _DUE = ".due"
 _TOGETHER = 256
 _ATTEMPTS = 10
 _PAUSE_S = 0.5
 _CLOCKS_MS = 3_600_000
-"""Most that the clock of the log may be behind that of a slate."""
+"""Most that the clock of the log may be behind that of a slate, ms."""
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +45,7 @@ class SlateFile:
     """
 
     def __init__(self, out: Path, run: str) -> None:
-        """Creates the file beside the output of the run.
+        """Creates the file next to the output of the run.
 
         Raises:
             ConfigError: Another process, begun in the same moment, writes this output too.
@@ -57,13 +57,14 @@ class SlateFile:
         self._file: IO[bytes] = open_private(begun, "xb")
         fcntl.flock(self._file, fcntl.LOCK_EX)
         os.replace(begun, self.path)
+        # Both of two runs that begin in the same moment see two files, so that at most one goes on.
         if _of(out) != [self.path]:
             self.path.unlink()
             self._file.close()
             raise _busy(out)
 
     def __enter__(self) -> Self:
-        """The file itself."""
+        """Returns the file itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,19 +153,20 @@ def _append(log: EventLog, slates: Sequence[LoggedImpression], checking: bool) -
 
 
 def _missing(slates: Sequence[LoggedImpression], log: EventLog) -> list[LoggedImpression]:
-    """The slates that the log does not hold."""
+    """Returns the slates that the log does not hold."""
     return [slate for slate in slates if slate.payload not in _held(slate, log)]
 
 
 def _held(slate: LoggedImpression, log: EventLog) -> set[bytes]:
-    """The slates of the same user that came since."""
+    """Returns the slates of the same user that came since."""
+    # Only those since: the whole history of a user can be long.
     after = max(slate.timestamp - _CLOCKS_MS, 0) << SEQUENCE_BITS
     pieces = log.history(slate.subject, impressions=True, after=after)
     return {entry.payload for entries in pieces for entry in entries}
 
 
 def _read(path: Path) -> Iterator[list[LoggedImpression]]:
-    """The slates of a file, some at a time."""
+    """Yields the slates of a file, some at a time."""
     with path.open("rb") as file:
         while lines := list(islice(file, _TOGETHER)):
             yield [_slate(line.rstrip(b"\n")) for line in lines]
@@ -176,7 +178,7 @@ def _slate(payload: bytes) -> LoggedImpression:
 
 
 def run_of(out: Path) -> str:
-    """The id of the run that made an output, "" where it has none."""
+    """Returns the id of the run that made an output, "" if it has none."""
     try:
         return (pq.read_schema(out).metadata or {}).get(RUN, b"").decode()
     except (OSError, pa.ArrowException):
@@ -184,7 +186,7 @@ def run_of(out: Path) -> str:
 
 
 def _of(out: Path) -> list[Path]:
-    """The files of slates of an output, whatever run made them."""
+    """Returns the files of slates of an output, of any run."""
     return sorted(out.parent.glob(f"{_escaped(out.name)}.*.slates*"))
 
 
@@ -193,5 +195,5 @@ def _busy(out: Path) -> ConfigError:
 
 
 def _escaped(name: str) -> str:
-    """A name as a pattern that matches it alone."""
+    """Returns a name as a pattern that matches it alone."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

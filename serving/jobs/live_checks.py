@@ -22,7 +22,7 @@ from serving.stores.meta import partitions_of
 from serving.warehouse.tables import event_tables, impression_table
 
 MOST = 100_000
-"""Newest events that are looked at, unless said otherwise."""
+"""Newest events that are checked by default."""
 
 _TIMEOUT_S = 5.0
 _PAGE = 1000
@@ -37,7 +37,7 @@ def validate_live(
         events_redis_url: The events Redis, as `penchant serve` names it when it is ready.
         bundle: Names the items that were never put while the service ran; without it items are not checked.
         allow: Shares that take the place of those in `features.tables.validate.LIMITS`.
-        most: Newest events that are looked at.
+        most: Number of newest events to check.
 
     Returns:
         See `features.tables.validate.judge`.
@@ -64,21 +64,22 @@ def validate_live(
 
 
 def _newest(log: EventLog, most: int) -> list[Entry]:
-    """The newest events of all partitions, each partition's in log order."""
-    found: list[Entry] = []
+    """Returns the newest events of all partitions, each partition's in log order."""
+    entries: list[Entry] = []
     for partition in range(log.partitions):
-        found += log.newest(partition, most)
-    if len(found) <= most:
-        return found
-    first = sorted(entry.log_id for entry in found)[-most]
-    return [entry for entry in found if entry.log_id >= first]
+        entries += log.newest(partition, most)
+    if len(entries) <= most:
+        return entries
+    # Log ids begin with the time, so they compare across partitions.
+    first = sorted(entry.log_id for entry in entries)[-most]
+    return [entry for entry in entries if entry.log_id >= first]
 
 
 def _slates(log: EventLog, partition: int) -> list[Entry]:
-    found: list[Entry] = []
-    while page := log.read_impressions(partition, found[-1].log_id if found else 0, _PAGE):
-        found += page
-    return found
+    slates: list[Entry] = []
+    while page := log.read_impressions(partition, slates[-1].log_id if slates else 0, _PAGE):
+        slates += page
+    return slates
 
 
 def _items(changes: CatalogLog, bundle: Path) -> pa.Array[Any]:

@@ -16,7 +16,7 @@ from serving.pipeline.request import Request, Rows, Scores, UserState
 from serving.pipeline.results import Adjusted
 
 REACH = 3.0
-"""How far a dial turned to 1 moves a score, in standard deviations of the candidates' scores."""
+"""The distance that a dial turned to 1 moves a score, in standard deviations of the candidates' scores."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -45,18 +45,22 @@ class DialAdjuster:
         """Returns the scores with all dials applied; float32 [n]. One that sank stays sunk."""
         if not scores.size:
             return Adjusted(scores, {})
+        # Scales differ: a BM25 share lies in 0..1, an upstream score anywhere. The deviation makes dials reach alike.
         rows, reach = candidates.rows, REACH * _deviation(scores)
+        # In float64, so that the order in which a thousand dials add up cannot be seen in a float32.
         moved, moves = scores.astype(np.float64), dict[tuple[Dial, int], Scores]()
         for dial, turned in _by_dial(user.dials).items():
             moved += reach * self._pull(dial, turned, user, rows)
+            # Dial by dial once more, as their sum is quicker to compute than the parts that reasons are made of.
             for key, value in turned.items() if request.explain else ():
                 moves[dial, key] = _as_move(reach * self._pull(dial, {key: value}, user, rows))
         cost = reach * user.dials.get((Dial.DIVERSITY, 0), 0.0)
         if cost:
+            # Diversity comes last: it mixes the topics of the page that the other dials would show.
             mixed = mix(moved, self._catalog.columns.category[rows], request.page_size, cost)
             if request.explain:
-                known = np.isfinite(moved)
-                moves[Dial.DIVERSITY, 0] = _as_move(np.where(known, mixed, 0.0) - np.where(known, moved, 0.0))
+                finite = np.isfinite(moved)  # -inf - -inf is not a number
+                moves[Dial.DIVERSITY, 0] = _as_move(np.where(finite, mixed, 0.0) - np.where(finite, moved, 0.0))
             moved = mixed
         # A score that sank stays sunk; one that a dial moves past the largest number stays in its place.
         clipped = np.clip(moved, -_LARGEST, _LARGEST)
@@ -68,6 +72,7 @@ class DialAdjuster:
         if dial is Dial.NOVELTY:
             return turned[0] * (1 - 2 * self._familiarity(user, rows))
         if dial is Dial.FRESHNESS:
+            # An item without a date of its own is as new as its arrival; by rank, as dates have no natural scale.
             since = columns.available_from[rows]
             return turned[0] * (2 * _places(np.where(since > 0, since, columns.put_at[rows]).astype(np.float64)) - 1)
         column = columns.category if dial is Dial.CATEGORY_WEIGHT else columns.creator
@@ -84,6 +89,7 @@ class DialAdjuster:
             counters = user.profile.decayed_counts
             for name in ("category", "creator"):
                 part = counters.of(name)
+                # The longest half-life: what is familiar does not become new within days.
                 counts = counters.counts[part, -1:].astype(np.float64)
                 if counts.size and counts.max() > 0:
                     matched = matched_weights(getattr(columns, name)[rows], counters.keys[part], counts)[:, 0]
@@ -132,13 +138,14 @@ def _as_move(move: npt.NDArray[np.floating]) -> Scores:
 
 def _deviation(scores: Scores) -> float:
     """Returns the standard deviation of the scores that did not sink; 1 for equal scores, so that any dial decides."""
-    known = scores[np.isfinite(scores)].astype(np.float64)
-    return float(known.std()) or 1.0 if known.size else 1.0
+    finite = scores[np.isfinite(scores)].astype(np.float64)
+    return float(finite.std()) or 1.0 if finite.size else 1.0
 
 
 def _places(values: Values) -> Values:
     """Returns the rank of each value among those above 0, from 0 to 1; equals share a rank, the others have 0.5."""
-    known = values > 0
-    order = np.sort(values[known])
+    positive = values > 0
+    order = np.sort(values[positive])
+    # The middle of the first and the last place that a value could take, so that equal values share a rank.
     below, up_to = (order.searchsorted(values, side=side) for side in ("left", "right"))
-    return np.where(known, (below + up_to) / max(2 * order.size, 1), 0.5)
+    return np.where(positive, (below + up_to) / max(2 * order.size, 1), 0.5)

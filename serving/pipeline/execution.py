@@ -71,6 +71,7 @@ class Execution:
         request = self.request
         if request.seconds_left() >= RESERVE * (request.deadline - request.begun):
             return stages
+        # A stage that would not run anyway costs the answer nothing, so it is not named.
         left_out = [stage.name for stage in stages if stage.enable(request, self.user)]
         if left_out:
             self.degrade("DEADLINE", f"{', '.join(left_out)} left out: less than {RESERVE:.0%} of the time was left")
@@ -92,13 +93,13 @@ class Execution:
         """Counts items that a filter held back."""
         self.dropped[name] = self.dropped.get(name, 0) + count
 
-    def without(self, stage: Stage, part: str = "") -> _Guard:
+    def without(self, stage: Stage, part: str = "") -> _StageGuard:
         """Lets the request go on without a stage that fails; `part` names it in the answer."""
-        return _Guard(self, stage, part)
+        return _StageGuard(self, stage, part)
 
-    def reading(self, screen: PostFilter) -> _Guard:
+    def reading(self, screen: PostFilter) -> _StageGuard:
         """Lets the request go on without a personal filter that fails, the popular pool alone staying."""
-        return _Guard(self, screen, "PROFILE_STORE", screen)
+        return _StageGuard(self, screen, "PROFILE_STORE", screen)
 
     def failed(self, stage: Stage, part: str, error: Exception) -> None:
         """Notes that the request goes on without a stage; the deadline itself is never swallowed."""
@@ -113,7 +114,7 @@ class Execution:
             self.degrade(part, f"{stage.name}: {reason}" if part == SOURCE else reason)
 
 
-class _Guard:
+class _StageGuard:
     """A `with` block around a stage that may fail; a class, as a generator would cost more than some stages."""
 
     __slots__ = ("_execution", "_part", "_screen", "_stage")
@@ -128,6 +129,7 @@ class _Guard:
         if not isinstance(error, Exception):
             return False
         if self._screen is not None:
+            # A required filter fails the request: an ineligible or excluded item is never shown.
             if self._screen.required:
                 return False
             self._execution.blind.add(self._screen.name)

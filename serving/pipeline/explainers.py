@@ -100,7 +100,7 @@ class SlateExplainer:
             return {}
         popularity = self._catalog.columns.popularity[slate.rows].tolist()
         named = np.flatnonzero(np.isfinite(slate.candidates.of(POPULAR))).tolist()
-        return {at: Reason("popular", _NONE, "popular with everybody", popularity[at]) for at in named}
+        return {at: Reason("popular", _NONE, "popular with all users", popularity[at]) for at in named}
 
     def _dials(self, slate: Slate) -> Iterator[ByPosition]:
         """Yields for each dial the items that it moved, and how far."""

@@ -28,6 +28,7 @@ class EligibilityFilter:
     def bitmap(self, request: Request) -> tuple[Bitmap, int]:
         """Returns the rows that may be shown in this second, as a bitmap of the caller's own, and how many may not."""
         bits = self._catalog.eligible_bitmap(request.now_ms)
+        # Within a second the catalogue returns the same array, so its rows are counted once a second and not a request.
         counted = self._counted
         if counted is None or counted[0] is not bits:
             size = min(self._catalog.size, 8 * bits.size)
@@ -86,6 +87,7 @@ class BlockedFilter:
         """Returns True for the rows that no block covers at the time of the request."""
         columns, now = self._catalog.columns, request.now_ms
         items = self._catalog.rows_of_keys(blocked_keys(user.controls, ControlKind.ITEM, now))
+        # The same blocks by other means than `hold_back`, so that a defect in one of the two is caught by the other.
         kept = absent(rows, items[items >= 0], self._catalog.size)
         kept &= ~np.isin(columns.creator[rows], blocked_keys(user.controls, ControlKind.CREATOR, now))
         kept &= ~np.isin(columns.category[rows], blocked_keys(user.controls, ControlKind.CATEGORY, now))

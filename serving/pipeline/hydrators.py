@@ -50,6 +50,7 @@ class CatalogVersionHydrator:
         wanted = request.min_catalog_version
         degraded: tuple[Degraded, ...] = ()
         if wanted > self._progress.version:
+            # Another call works meanwhile, as nothing here needs a core.
             with self._limit.released():
                 reached = self._progress.wait(wanted, request.seconds_left() * WAIT_SHARE)
             if not reached:
@@ -90,9 +91,9 @@ class ProfileHydrator:
 
     def reading(self, store: ProfileReader) -> ProfileHydrator:
         """Returns the same hydrator with another store."""
-        other = copy.copy(self)
-        other._store = store
-        return other
+        twin = copy.copy(self)
+        twin._store = store
+        return twin
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True if a user is named."""
@@ -114,6 +115,7 @@ class ProfileHydrator:
         if not self._allows(profile):
             return Hydrated(user._replace(assignment=assignment, withheld=True), degraded)
         turned = {**dials(profile.controls), **request.dials}
+        # Controls hold in any arm: what a user blocks is never shown.
         user = user._replace(assignment=assignment, controls=profile.controls, dials=turned)
         if not assignment.holdout and request.personalize:
             user = user._replace(
@@ -175,6 +177,7 @@ class ProfileHydrator:
         self, request: Request, profile: Profile | ProfileStoreUnavailable
     ) -> Profile | ProfileStoreUnavailable:
         """Returns the profile with the event that is waited for, or the last one read when the time is over."""
+        # Half of the time at most: the other stages still have to run.
         end = time.monotonic() + request.seconds_left() * WAIT_SHARE
         pause = _FIRST_PAUSE_S
         while time.monotonic() + pause < end:
@@ -204,6 +207,7 @@ class UserVectorHydrator:
         """Finds `vector`, and `encoded`, from which it is made."""
         assert user.history is not None
         rows, types = encoder_inputs(rows_read(user.history), user.history.types, self._model.max_length)
+        # Vectors, not ids, so that items put after training count as any others.
         vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
         return Hydrated(user._replace(encoded=(rows, types), vector=vector))
 

@@ -64,7 +64,7 @@ class Unknown(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the caller asks.
+    """A caller's request.
 
     Attributes:
         request_id: The attribution token.
@@ -121,6 +121,7 @@ class Request:
     tokens: npt.NDArray[np.uint32] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        # Here and not in a hydrator: the words find items also where the query encoder fails.
         if self.text:
             object.__setattr__(self, "tokens", text_tokens(self.text))
 
@@ -130,7 +131,7 @@ class Request:
 
 
 class UserState(NamedTuple):
-    """What the hydrators find about the user and what they are looking for; each hydrator returns the next state.
+    """The knowledge of the user, and of the words searched for; each hydrator returns the next state.
 
     A named tuple, because it is copied several times a request: copying a frozen dataclass takes ten times as long.
 
@@ -143,7 +144,7 @@ class UserState(NamedTuple):
         history: The profile's events as this bundle sees them.
         seen: Rows that the user need not be shown again.
         vector: The user in the embedding space; float32 [D].
-        encoded: What the user encoder read: rows and types, two int64 [length].
+        encoded: The inputs of the user encoder: rows and types, two int64 [length].
         query_vector: The words searched for in the embedding space; float32 [D].
         assignment: The experiment's arm that the answer counts for.
         catalog_version: Version of the catalog that the answer is made from.

@@ -1,4 +1,4 @@
-"""What stages return: values that the runner applies."""
+"""The results of stages: values that the runner applies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serving.pipeline.request import Degraded, Rows, Scores, Unknown, UserState
 
 Keys = npt.NDArray[np.uint64]
 Moves = Mapping[tuple[Dial, int], Scores]
-"""How far each turned dial moved each score, by dial and key; float32 [n]."""
+"""The distance that each turned dial moved each score, by dial and key; float32 [n]."""
 
 
 class Hydrated(NamedTuple):
@@ -23,7 +23,7 @@ class Hydrated(NamedTuple):
 
     Attributes:
         user: The user state with what the hydrator found.
-        degraded: What the answer has to do without all the same.
+        degraded: The parts that the answer has to do without all the same.
     """
 
     user: UserState
@@ -49,7 +49,7 @@ class Scored(NamedTuple):
     Attributes:
         scores: One score per candidate, higher is better; float32 [n].
         probabilities: Probability per action, NaN for candidates that the ranker did not judge; float32 [n, A].
-        features: What the ranker read, NaN likewise, where that is to be logged; float32 [n, F].
+        features: The inputs of the ranker, NaN likewise, where that is to be logged; float32 [n, F].
     """
 
     scores: Scores
@@ -82,7 +82,7 @@ class Selected(NamedTuple):
 
 
 class Reason(NamedTuple):
-    """Why an item is in a slate: a kind, the row of the item it points at (-1 for none), words, and a strength."""
+    """A reason why an item is in a slate: a kind, the row of the item it points at (-1 for none), words, a strength."""
 
     kind: str
     row: int
@@ -104,13 +104,13 @@ class Slate:
             the caller's candidates where it brought them.
         timings: Microseconds per stage, in order; complete once the runner has returned.
         reasons: Reasons per item, empty unless asked for.
-        features: What the ranker read of each item; float32 [k, F], None where that is not to be logged.
+        features: The inputs of the ranker of each item; float32 [k, F], None where that is not to be logged.
         moves: How far each turned dial moved each score; float32 [k], empty unless reasons are wanted.
         unknown: Candidates that the catalog does not know, each at its position on the page; they are part of the
             answer like `rows`, and in none of the arrays.
-        user: What was known of the user.
+        user: The user's state that the slate was made from.
         rung: The level of personalisation that served.
-        degraded: What was given up; complete once the explainers are done.
+        degraded: The parts that were given up; complete once the explainers are done.
     """
 
     rows: Rows

@@ -134,6 +134,7 @@ class Pipeline:
             named = self._propose(execution, allowed, tier.sources, level)
             if not any(proposal.rows.size for proposal in named):
                 continue
+            # Extras are asked once, and only if a tier has something: alone they would be the whole page.
             if extras is None:
                 extras = self._propose(execution, allowed, execution.optional(self.extras), len(self.tiers))
             proposals += named
@@ -160,6 +161,7 @@ class Pipeline:
                 with execution.reading(screen):
                     mask = screen.keep(execution.request, execution.user, candidates.rows)
             if mask is None:
+                # What a user has blocked or seen is unknown, so only items that are safe for any user stay.
                 mask = np.isfinite(candidates.of(POPULAR))
             if not mask.all():
                 execution.drop(screen.name, int((~mask).sum()))
@@ -184,7 +186,7 @@ class Pipeline:
         return Adjusted(scores, moves)
 
     def _select(self, execution: Execution, candidates: Candidates, scores: Scores) -> Selected:
-        selected: Selected | None = None
+        selected: Selected | None = None  # assigned in the loop, which has to end for the stage to be timed
         for selector in execution.enabled((self.selector,)):
             with execution.without(selector, "SELECTOR"):
                 selected = selector.select(execution.request, execution.user, candidates, scores)
@@ -194,6 +196,7 @@ class Pipeline:
         self, execution: Execution, candidates: Candidates, scored: Scored, adjusted: Adjusted, selected: Selected
     ) -> Slate:
         """Returns the page of what was selected and of the caller's candidates that the catalogue does not know."""
+        # The unknown have places and no scores, so they take room on the page instead of competing for it.
         unknown = self._seated(execution, candidates.rows)
         at, propensities = selected
         if unknown:
@@ -261,10 +264,10 @@ def top_k(scores: Scores, k: int) -> Selected:
     return Selected(positions, np.ones(positions.size, np.float64))
 
 
-def clear(allowed: Bitmap, held: HeldBack) -> int:
+def clear(allowed: Bitmap, held_back: HeldBack) -> int:
     """Takes the rows that a filter holds back out of `allowed`, in place; returns how many were in it."""
-    count = int(clear_rows(allowed, held.rows))
-    for column, keys in held.keyed:
+    count = int(clear_rows(allowed, held_back.rows))
+    for column, keys in held_back.keyed:
         count += int(clear_keys(allowed, column, keys))
     return count
 
@@ -273,4 +276,5 @@ def _sunk(scores: Scores, count: int) -> Scores:
     """Returns the scores, of the right length, with everything that is not finite at the end."""
     if scores.shape != (count,):
         raise ValueError(f"a scorer returned shape {scores.shape} for {count} candidates")
+    # Infinity too: a model that overflows must not put an item first.
     return np.where(np.isfinite(scores), scores, np.float32(-np.inf)).astype(np.float32, copy=False)

@@ -34,7 +34,7 @@ from serving.pipeline.results import Scored
 MEANING_SHARE = 0.4
 """Share of the cosine in a text match; the rest is words."""
 
-_LEAST = 1e-6
+_LEAST = 1e-6  # keeps the log-odds of a certain action finite
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -50,10 +50,7 @@ class PersonalRanker:
         blend: float,
         logged: float = 0.0,
     ) -> None:
-        """Takes the rates of actions, the weight of each action, that of their sum, and the share of logged features.
-
-        Which requests are logged is decided by a hash of the request id, so that a replay decides alike.
-        """
+        """Takes the rates of actions, the weight of each action and of their sum, and the share of logged features."""
         self._model, self._catalog, self._rates = model, catalog, rates
         self._logged = round(logged * 2**32)
         self._weights, self._blend = np.array(weights, np.float64), blend
@@ -75,6 +72,7 @@ class PersonalRanker:
         scores = relevance
         if self._blend:
             scores = (relevance + self._blend * utility(probabilities, self._weights)).astype(np.float32)
+        # A hash of the request id and not a draw, so that a repeated request is logged alike.
         logged = zlib.crc32(request.request_id.encode()) < self._logged
         return Scored(
             scores, _spread(probabilities, at, rows.size), _spread(features, at, rows.size) if logged else None
@@ -111,6 +109,8 @@ class FeedScorer:
             # Extras compete with the highest tier, whichever tier names them as well.
             extra = ~np.isnan([candidates.of(FRESH), candidates.of(WANTED)]).all(axis=0)
             return scored._replace(scores=behind(scored.scores, np.where(extra, 0, candidates.tier_of_each())))
+        # Without a user vector each tier keeps the scores of its source: the lower tiers are squeezed below zero, where
+        # the scores of neighbours and segments are not.
         score = candidates.of(POPULAR).astype(np.float64)
         for name in (WANTED, FRESH):
             score = np.where(np.isnan(score), candidates.of(name), score)
@@ -141,6 +141,7 @@ class SearchScorer:
             score += self._lexical.score(request.tokens, rows) * np.float32(1 - MEANING_SHARE)
         lengths = np.linalg.norm(vectors[rows], axis=1)
         if user.query_vector is not None:
+            # A text that points away from the query is no worse than one without a relation to it.
             score += np.maximum(cosine(vectors, rows, user.query_vector, lengths), 0) * np.float32(MEANING_SHARE)
         if user.vector is not None and self._personal:
             score += cosine(vectors, rows, user.vector, lengths) * self._personal
@@ -175,9 +176,8 @@ class RankScorer:
         if request.upstream is None:
             return scored
         # In float64, and then to the nearest float32: a sum past the largest number would count as no score, and sink.
-        both = request.upstream_weight * upstream.astype(np.float64) + scored.scores
-        known = np.isfinite(scored.scores)
-        return scored._replace(scores=np.where(known, np.clip(both, -_LARGEST, _LARGEST), -np.inf).astype(np.float32))
+        total = np.clip(request.upstream_weight * upstream.astype(np.float64) + scored.scores, -_LARGEST, _LARGEST)
+        return scored._replace(scores=np.where(np.isfinite(scored.scores), total, -np.inf).astype(np.float32))
 
 
 class SimilarScorer:
@@ -210,6 +210,7 @@ def behind(scores: Scores, tiers: npt.NDArray[np.intp]) -> Scores:
     for tier in np.unique(tiers):
         at = np.flatnonzero((tiers == tier) & np.isfinite(scores))
         if at.size:
+            # A gap relative to the floor, as a fixed one would vanish in the rounding of large scores.
             gap = 1e-4 * max(1.0, abs(floor)) if floor < np.inf else 0.0
             out[at] += min(0.0, floor - gap - out[at].max())
             floor = out[at].min()
@@ -231,6 +232,7 @@ def _spread(values: npt.NDArray[Any], at: npt.NDArray[np.intp], count: int) -> S
 
 def utility(probabilities: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Returns the log-odds of the weighted sum of the actions' probabilities [n, A]; float64 [n]."""
+    # Log-odds, because relevance is an unbounded logit too: the blend adds like to like.
     share = np.clip((probabilities * weights).sum(axis=1), _LEAST, 1 - _LEAST)
     return np.asarray(np.log(share / (1 - share)))
 
@@ -240,5 +242,5 @@ def cosine(vectors: Scores, rows: Rows, query: Scores, lengths: Scores) -> Score
 
     0 where either has no direction.
     """
-    both = np.maximum(lengths * np.float32(np.linalg.norm(query)), np.float32(1e-12))
-    return np.asarray(dot_rows(vectors, rows, query) / both, np.float32)
+    product = np.maximum(lengths * np.float32(np.linalg.norm(query)), np.float32(1e-12))
+    return np.asarray(dot_rows(vectors, rows, query) / product, np.float32)

@@ -32,6 +32,7 @@ class TopKSelector:
         """Returns the `page_size` best of those that may be shown at this moment."""
         now = now_ms()
         best = self._best(np.arange(scores.size), request.page_size, candidates, scores)
+        # The page alone is looked at first: a change in this moment is rare, and a page is short.
         if not self._catalog.eligible(candidates.rows[best], now).all():
             eligible = np.flatnonzero(self._catalog.eligible(candidates.rows, now))
             best = self._best(eligible, request.page_size, candidates, scores)
@@ -43,7 +44,7 @@ class TopKSelector:
         """Returns the `count` best of the positions `at`, best first."""
         if at.size > count:
             # All that may be on the page, ties with its last item included; sorting these is cheaper than sorting all.
-            some = scores[at]
-            at = at[some >= np.partition(some, at.size - count)[at.size - count]]
+            page_scores = scores[at]
+            at = at[page_scores >= np.partition(page_scores, at.size - count)[at.size - count]]
         ties = at if self._keep_order else candidates.rows[at]
         return at[np.lexsort((ties, -scores[at]))[:count]]

@@ -25,6 +25,7 @@ from serving.pipeline.results import Slate
 from serving.stores.event_log import EventLog
 from serving.stores.log_codec import encode_features, encode_slate, user_fields
 from serving.stores.log_entries import LoggedImpression
+from serving.stores.restore_requests import RestoreRequests
 
 MOST_EXCLUDED = 100
 """Excluded items that a slate is logged with at most; their number is logged in any case."""
@@ -72,8 +73,8 @@ class SlateCollector:
 
     def take(self) -> list[LoggedImpression]:
         """Returns the slates since the last time."""
-        taken, self._slates = self._slates, []
-        return taken
+        slates, self._slates = self._slates, []
+        return slates
 
 
 class ImpressionWriter:
@@ -84,6 +85,7 @@ class ImpressionWriter:
         self._log, self._telemetry, self._share = log, telemetry, share
         self._outage = Outage(_log, "slates are not logged")
         self._damaged = Outage(_log, "some slates cannot be written")
+        # Bounded: while Redis is unreachable, slates are lost before memory is.
         self._waiting: queue.Queue[PendingSlate | None] = queue.Queue(limit)
         telemetry.gauge("slates_waiting", self._waiting.qsize)
         self._closing = threading.Event()
@@ -150,16 +152,16 @@ class ImpressionWriter:
     def _call_back(self, returned_at: Mapping[str, int]) -> None:
         """Asks for the evicted profiles of users who return before their first event; the next answer asks again."""
         try:
-            self._log.call_back(returned_at)
+            RestoreRequests(self._log).add(returned_at)
         except ServingError as error:
             self._lose(error, "users who came back unknown for now", len(returned_at))
 
-    def _lose(self, error: ServingError, what: str, number: int) -> None:
+    def _lose(self, error: ServingError, loss: str, number: int) -> None:
         """Logs what an error costs; if Redis does not answer, with the next line about that."""
         if isinstance(error, Unavailable):
-            shared_outage(EVENTS_REDIS).lost(what, number)
+            shared_outage(EVENTS_REDIS).lost(loss, number)
             return
-        self._outage.lost(what, number)
+        self._outage.lost(loss, number)
         self._outage.failed(error)
 
 
@@ -188,6 +190,7 @@ def is_logged(subject: str, share: float) -> bool:
     """
     if share >= 1:
         return True
+    # `person` gives the hash a domain of its own, so that the draw is independent of that of the holdout.
     drawn = hashlib.blake2b(subject.encode(), digest_size=8, person=b"impressions").digest()
     return int.from_bytes(drawn, "little") < share * 2**64
 
@@ -230,19 +233,19 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
     return LoggedImpression(request.subject, request.now_ms, encode_slate(payload))
 
 
-def _page(slate: Slate, known: list[_T], unknown: _T) -> list[_T]:
-    """Returns the values of a page in the order shown: `known` for its rows, `unknown` for each item without one."""
-    return [known[at] if at >= 0 else unknown for at in slate.order()]
+def _page(slate: Slate, values: list[_T], unknown: _T) -> list[_T]:
+    """Returns the values of a page in the order shown: `values` for its rows, `unknown` for each item without one."""
+    return [values[at] if at >= 0 else unknown for at in slate.order()]
 
 
 def _sources(slate: Slate) -> dict[str, Any]:
     """Returns the sources of each item: their names once, and per item a number with a bit for each of them."""
     named = ~np.isnan(slate.candidates.scores)
-    some = np.flatnonzero(named.any(axis=1))
-    bits = np.left_shift(1, np.arange(some.size))
+    naming = np.flatnonzero(named.any(axis=1))
+    bits = np.left_shift(1, np.arange(naming.size))
     return {
-        "source_names": [slate.candidates.names[at] for at in some.tolist()],
-        "sources": _page(slate, (bits @ named[some]).tolist() if some.size else [0] * slate.rows.size, 0),
+        "source_names": [slate.candidates.names[at] for at in naming.tolist()],
+        "sources": _page(slate, (bits @ named[naming]).tolist() if naming.size else [0] * slate.rows.size, 0),
     }
 
 
@@ -252,9 +255,9 @@ def _inputs(request: Request, slate: Slate, catalog: Catalog) -> dict[str, Any]:
     if request.seeds.size:
         inputs["seed_item_ids"] = catalog.ids(request.seeds)
     if request.upstream is not None:
-        known, unknown = slate.candidates.of(_UPSTREAM), [candidate.upstream for candidate in slate.unknown]
-        scores = _numbers(np.concatenate([known, np.array(unknown[::-1], np.float32)]))
-        # The n-th without a row is at -1 - n.
+        unknown = np.array([candidate.upstream for candidate in slate.unknown], np.float32)
+        # Reversed at the end, as `order` has the n-th unknown candidate at -1 - n.
+        scores = _numbers(np.concatenate([slate.candidates.of(_UPSTREAM), unknown[::-1]]))
         inputs["upstream_scores"] = [scores[at] for at in slate.order()]
         inputs["upstream_weight"] = request.upstream_weight
     if request.exclude.size:

@@ -73,6 +73,7 @@ class ItemToItemSource:
         """Returns neighbours of the newest items, newer ones weighing more."""
         assert user.history is not None
         rows = chosen_rows(user.history)[-_RECENT:]
+        # The last choice tells most of what the user is looking for now.
         weights = (0.9 ** np.arange(rows.size)[::-1]).astype(np.float32)
         return self._neighbors.of(rows, weights, self._count, allowed)
 
@@ -110,6 +111,7 @@ class SeedVectorSource:
     def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
         """Returns the items nearest to the mean direction of the seeds, a page at least."""
         vectors = self._catalog.columns.vectors[request.seeds]
+        # Directions, so that a popular seed, whose vector is long, does not outweigh the others.
         lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         direction = (vectors / lengths).mean(axis=0, dtype=np.float32)
         return nearest(self._index, direction, max(self._count, request.page_size), allowed)
@@ -187,7 +189,7 @@ class PopularSource:
         self._rows, self._scores, self._live = rows, scores, live
         self._popularity = popularity_of(catalog)
         order = np.argsort(-self._popularity, kind="stable").astype(np.int32)
-        self._others = order[~np.isin(order, rows)]
+        self._tail = order[~np.isin(order, rows)]
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True: every request needs it."""
@@ -197,16 +199,18 @@ class PopularSource:
         """Returns two pages of allowed items, so that dials can choose; of the table alone if blocks are unread."""
         count = 2 * request.page_size
         places = first_allowed(self._rows, allowed, count)
+        # If blocks are unread, the answer ends here: the table alone counts as safe for any user.
         rows, scores = self._rows[places], self._scores[places]
         if rows.size >= count or user.blocks_unread:
             return rows, scores
         newest = self._live.newest()
         live = newest[first_allowed(newest, allowed, count - rows.size)]
-        others = self._others[first_allowed(self._others, allowed, count - rows.size - live.size)]
+        tail = self._tail[first_allowed(self._tail, allowed, count - rows.size - live.size)]
+        # Clocks of hosts differ: an item may seem to be put in the future.
         age = np.maximum(self._live.age(live, request.now_ms), 0)
-        other_scores = -1 - 1 / (1 + self._popularity[others])
-        all_scores: Scores = np.concatenate([scores, -age / (1 + age), other_scores]).astype(np.float32, copy=False)
-        return np.concatenate([rows, live, others]), all_scores
+        tail_scores = -1 - 1 / (1 + self._popularity[tail])
+        all_scores: Scores = np.concatenate([scores, -age / (1 + age), tail_scores]).astype(np.float32, copy=False)
+        return np.concatenate([rows, live, tail]), all_scores
 
 
 class PopularExtraSource:
@@ -261,12 +265,12 @@ class BoostedSource:
 
     def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
         """Returns the most popular allowed items, live items last."""
-        columns, others = self._catalog.columns, allowed.copy()
+        columns, unwanted = self._catalog.columns, allowed.copy()
         # What `clear_keys` takes out of the copy are the wanted rows; one pass over a column finds all keys.
         for weight, name in _WEIGHTS.items():
             keys = [key for (dial, key), value in user.dials.items() if dial is weight and value > 0]
-            clear_keys(others, getattr(columns, name), np.array(keys, np.uint64))
-        rows = allowed_rows(allowed ^ others, 0, columns.capacity)
+            clear_keys(unwanted, getattr(columns, name), np.array(keys, np.uint64))
+        rows = allowed_rows(allowed ^ unwanted, 0, columns.capacity)
         popularity = popularity_of(self._catalog, rows)
         best = np.argsort(-popularity, kind="stable")[:_WANTED]
         return rows[best], popularity[best]
@@ -274,6 +278,7 @@ class BoostedSource:
 
 def popularity_of(catalog: Catalog, rows: Rows | slice | None = None) -> Scores:
     """Returns the popularity of `rows`, by default all of the bundle, in training: recent then overall; float32 [n]."""
+    # Overall popularity only breaks the ties of recent popularity.
     columns, at = catalog.columns, slice(catalog.base_size) if rows is None else rows
     return (columns.recent_popularity[at] + 1e-3 * columns.popularity[at]).astype(np.float32)
 

@@ -24,6 +24,7 @@ from features.private_files import set_private_umask
 from serving.config import ServeConfig
 from serving.engine.vetting import vet
 from serving.errors import ConfigError
+from serving.files import close_to_others
 from serving.jobs.host_keeper import host_kept
 from serving.observability import logs
 from serving.processes.http_server import serve_pages
@@ -32,7 +33,7 @@ from serving.processes.metrics_page import MetricsPage
 from serving.processes.readiness import Readiness
 from serving.processes.store_metrics import StoreMetrics
 from serving.redis.client import connect, printable
-from serving.redis.embedded import RedisServer, close_to_others
+from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe
 from serving.restart import Trouble
 

@@ -1,4 +1,4 @@
-"""What is fixed about a Redis when it is first used: its ids, and over how many partitions its data is spread."""
+"""Facts about a Redis that are fixed when it is first used: its ids, and its number of partitions."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from features.private_files import open_private
 from features.spans import SPANS, Spans, read_spans
 from features.tables.dataset import read_info
 from serving.errors import Unavailable
+from serving.files import locked
 from serving.folder_identity import FolderIdentity, read_identity, write_identity
-from serving.redis.embedded import locked
 from serving.warehouse.parquet import (
     Span,
     day_files,

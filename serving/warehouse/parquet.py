@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from features.errors import TablesError
 from features.files import sync
 from features.private_files import make_folders, open_private
-from serving.stores.keys import SEQUENCE_BITS
+from serving.stores.keys import SEQUENCE_BITS, time_of
 
 Span = tuple[int, int]
 """The first and the last log id that a file covers."""
@@ -121,7 +121,7 @@ def split_by_day(log_ids: Sequence[int]) -> Iterator[slice]:
 
 def day_of(log_id: int) -> date:
     """Returns the day on which an entry arrived, in UTC."""
-    return datetime.fromtimestamp((log_id >> SEQUENCE_BITS) // 1000, UTC).date()
+    return datetime.fromtimestamp(time_of(log_id) // 1000, UTC).date()
 
 
 def day_in(directory: str) -> date:

@@ -21,8 +21,8 @@ from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
 from serving.projection.histories import LoggedHistories
 from training.config import TrainConfig
+from training.data.histories import UserHistories
 from training.data.interactions import item_vocabulary, read_interactions
-from training.models.scoring import UserHistories
 
 NAMES = ("", "tea", "coffee")
 CATALOG = [
@@ -107,7 +107,7 @@ def test_training_remembers_what_a_rebuild_folds(
     assert (data.origins.max() > 0) == resolved
     assert data.origins.flags.writeable == resolved  # what carries nothing needs no room on the disk
     histories = LoggedHistories(folder)
-    for number, name in enumerate(data.people):
+    for number, name in enumerate(data.users):
         own = histories.of(f"u:{name}")
         for position in (1, 40, 290, len(own.records)):
             profile: Profile = own.replayed(int(own.log_ids[position - 1]))
@@ -125,16 +125,16 @@ def test_keys_stay_with_their_events_in_samples_and_where_items_are_hidden(tmp_p
     every = np.arange(data.rows.size)
     told = {
         (name, int(data.timestamps[at]), int(data.rows[at])): data.logged(slice(at, at + 1)).keys.tolist()
-        for number, name in enumerate(data.people)
+        for number, name in enumerate(data.users)
         for at in every[data.offsets[number] : data.offsets[number + 1]].tolist()
     }
-    hidden, _ = trained(folder, TrainConfig(hide_items=0.5))
+    hidden, _ = trained(folder, TrainConfig(cold_item_share=0.5))
     assert 0 < hidden.rows.size < data.rows.size
     some = data.sample(np.diff(data.offsets), 300, seed=1)
     assert 0 < some.rows.size < data.rows.size
-    sizes = {size: name for name, size in zip(data.people, np.diff(data.offsets).tolist(), strict=True)}
+    sizes = {size: name for name, size in zip(data.users, np.diff(data.offsets).tolist(), strict=True)}
     for part in (hidden, some):
-        for number, name in enumerate(part.people):
+        for number, name in enumerate(part.users):
             begin, end = int(part.offsets[number]), int(part.offsets[number + 1])
             owner = name or sizes[end - begin]
             for at in range(begin, end):

@@ -1,4 +1,4 @@
-"""Training's own road over a warehouse: data set, arrays, pasts and inputs, as `penchant train` makes them.
+"""Training's own reading of a warehouse: data set, arrays, histories and inputs, as `penchant train` makes them.
 
 Only the catalogue is handed in, as it was when a slate was served: what items were like then is in no warehouse.
 """
@@ -26,11 +26,11 @@ from features.tables.event_reader import Events
 from features.tables.order import order_events
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
-from training.data.impressions import _folded, read_shown
+from training.data.histories import UserHistories
+from training.data.impressions import _positions_by_version, read_examples
 from training.data.interactions import Interactions, read_interactions
-from training.data.point_in_time import features_of_line
+from training.data.point_in_time import features_of_example
 from training.export.golden import past_differences
-from training.models.scoring import UserHistories
 
 NOT_COMPARED = ("relevance", "position")
 """The one comes out of a model; of the other serving knows nothing, and says that every item comes first."""
@@ -39,7 +39,7 @@ _EVER = 2**64 - 1
 
 
 class Trained:
-    """What training reads of a warehouse."""
+    """The data that training reads of a warehouse."""
 
     def __init__(self, out: Path, forgotten: Mapping[str, int], types: Sequence[str], catalog: Catalog) -> None:
         """Reads it.
@@ -64,16 +64,16 @@ class Trained:
             config = TrainConfig(target_types=list(types))
             self._data = read_interactions(self._dataset, self._vocabulary, config)
             self._pasts = UserHistories(self._data, catalog.columns)
-            self.numbers = {name: number for number, name in enumerate(self._data.people)}
+            self.numbers = {name: number for number, name in enumerate(self._data.users)}
             self._log_ids = self._dataset.events["log_id"].to_numpy()
 
     def differing(self, subject: str, profile: Profile) -> list[str]:
-        """What training's past at the version of a profile has otherwise than serving's history of it."""
+        """Returns the differences of training's history at the version of a profile from that of serving."""
         person = self.numbers.get(user_id_of(subject))
         if person is None:
             return ["rows"] * int((profile.records["item"] != 0).any())
         versions = np.array([profile.version], np.uint64)
-        [position] = _folded(self._data, np.array([person]), versions, self._log_ids)
+        [position] = _positions_by_version(self._data, np.array([person]), versions, self._log_ids)
         served = history(profile, self._catalog, type_index(self._data.event_types))
         return list(past_differences(self._pasts.before(person, int(position)), served))
 
@@ -92,21 +92,21 @@ class Trained:
             actions: The actions of the bundle.
             types: The event types of the bundle, which knows fewer of them than the events have.
         """
-        shown = read_shown(self._out, self._dataset, self._vocabulary, self._data, actions)
+        shown = read_examples(self._out, self._dataset, self._vocabulary, self._data, actions)
         assert shown is not None
         names = ranker_names([action.name for action in actions])
         facts = {"event_types": list(types), "actions": [action.model_dump() for action in actions]}
-        outcomes = ActionRates.of(facts)
+        action_rates = ActionRates.of(facts)
         for slate, (columns, size) in zip(slates, then, strict=True):
             # What was put later was unknown then: the catalogue's doing, not the history's.
             rows = np.where(self._data.rows < size, self._data.rows, -1).astype(np.int32)
-            pasts = _AsRead(dataclasses.replace(self._data, rows=rows), columns, types)
-            own = (shown.people == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
+            histories = _AsRead(dataclasses.replace(self._data, rows=rows), columns, types)
+            own = (shown.users == self.numbers[slate["user_id"]]) & (shown.times == slate["timestamp"])
             lines = shown.take(np.flatnonzero(own))
             assert len(lines) == len(slate["item_ids"])
             for at in range(len(lines)):
                 user = np.zeros(columns.vectors.shape[1], np.float32)
-                found = features_of_line(pasts, lines, at, user, columns, outcomes)
+                found = features_of_example(histories, lines, at, user, columns, action_rates)
                 served = np.array(slate["features"][lines.places[at]], np.float32)
                 differs = found.view(np.uint32) != served.view(np.uint32)
                 yield from (
@@ -117,7 +117,7 @@ class Trained:
 
 
 class _AsRead(UserHistories):
-    """Training's pasts as the models of a bundle read them that knows only some of the event types."""
+    """Training's histories as the models of a bundle read them that knows only some of the event types."""
 
     def __init__(self, data: Interactions, columns: CatalogColumns, types: Sequence[str]) -> None:
         super().__init__(data, columns)

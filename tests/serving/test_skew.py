@@ -16,7 +16,7 @@ import features.action_rates
 import features.assemble
 import features.decayed_counts
 import features.profile
-import training.models.scoring
+import training.data.histories
 from features.catalog_columns import CatalogColumns
 from features.histories import Logged, history_keys
 from features.profile import RING
@@ -78,7 +78,7 @@ def test_a_training_that_asks_todays_catalogue_is_caught(there: World, life: lis
     def todays(rows: Any, columns: CatalogColumns, logged: Logged) -> Any:
         return history_keys(rows, columns, dataclasses.replace(logged, carried=np.zeros_like(logged.carried)))
 
-    with mock.patch.object(training.models.scoring, "history_keys", todays):
+    with mock.patch.object(training.data.histories, "history_keys", todays):
         found = lived(there, False, life)
     assert {"training remembers otherwise: categories", "training remembers otherwise: creators"} <= set(found)
     assert "training remembers otherwise: keys" in found

@@ -29,7 +29,7 @@ from serving.warehouse.writer import WarehouseWriter
 from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, event, ingest, logged, slate
 from tests.serving.test_warehouse import ROOT, at, rows
-from training.data.impressions import _slates
+from training.data.impressions import _read_training_slates
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def allowed(out, table: str = "events") -> dict[str, tuple[bool, bool]]:
 
 def trained_on(out) -> tuple[set[str], set[str]]:
     """Whose events and whose slates a training reads."""
-    slates = _slates(out, ("recommend",))
+    slates = _read_training_slates(out, ("recommend",))
     return set(open_dataset(out).events["user_id"].to_pylist()), set(slates["user_id"].to_pylist())
 
 

@@ -58,7 +58,7 @@ def interactions(
     fresh = [row not in history[:at] for history in histories for at, row in enumerate(history)]
     stamps = np.zeros(rows.size, np.int64) if times is None else np.array([t for some in times for t in some], np.int64)
     return Interactions(
-        people=[f"u{number}" for number in range(len(histories))],
+        users=[f"u{number}" for number in range(len(histories))],
         offsets=np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64),
         rows=rows,
         types=np.ones(rows.size, np.uint8),

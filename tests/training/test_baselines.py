@@ -11,8 +11,16 @@ from training.config import TrainConfig
 from training.data.datasets import prepare
 from training.data.interactions import item_vocabulary, read_interactions
 from training.data.split import Targets, held_out, split
-from training.evaluation.evaluate import METRICS, place_all
-from training.models.baselines import Ease, Markov, Neighbors, Popular, build_baselines, neighbors_of, popularity_of
+from training.evaluation.events import METRICS, rank_all
+from training.models.baselines import (
+    EaseBaseline,
+    MarkovBaseline,
+    NeighborsBaseline,
+    PopularBaseline,
+    build_baselines,
+    neighbors_of,
+    popularity_of,
+)
 
 
 def one(person: int, position: int) -> Targets:
@@ -22,7 +30,7 @@ def one(person: int, position: int) -> Targets:
 def test_markov_counts_what_followed_and_breaks_ties_by_popularity() -> None:
     data = interactions([[0, 1], [0, 2], [3, 2], [4, 0]], items=6)
     ends = np.diff(data.offsets)
-    scores = Markov(data, ends, popularity_of(data, ends)).scores(one(3, 2))[0]  # after item 0
+    scores = MarkovBaseline(data, ends, popularity_of(data, ends)).scores(one(3, 2))[0]  # after item 0
     # Items 1 and 2 followed 0 once each; 2 is more popular. Nothing else ever did, so popularity orders the rest.
     assert np.argsort(-scores, kind="stable").tolist() == [2, 1, 0, 3, 4, 5]
     assert scores[5] == 0
@@ -33,7 +41,7 @@ def test_nothing_is_learned_from_what_is_held_out() -> None:
     config = TrainConfig(protocol="leave-one-out")
     ends = split(data, config).train_end
     assert popularity_of(data, ends).tolist() == [2, 2, 0, 0, 0, 0]
-    scores = Markov(data, ends, popularity_of(data, ends)).scores(one(0, 1))[0]
+    scores = MarkovBaseline(data, ends, popularity_of(data, ends)).scores(one(0, 1))[0]
     assert np.flatnonzero(scores >= 1).tolist() == [1]
 
 
@@ -43,7 +51,7 @@ def test_neighbors_are_cosines_of_the_sets_of_people() -> None:
     assert rows[0].tolist() == [1, 2, 3]
     assert scores[0] == pytest.approx([2 / np.sqrt(6), 1 / np.sqrt(3), 1 / np.sqrt(3)])
     assert rows[4].tolist() == [-1, -1, -1]
-    summed = Neighbors(data, rows, scores).scores(one(0, 2))[0]
+    summed = NeighborsBaseline(data, rows, scores).scores(one(0, 2))[0]
     assert summed[2] == pytest.approx(1 / np.sqrt(2) + 0.9 / np.sqrt(3))
 
 
@@ -51,7 +59,7 @@ def test_ease_completes_a_checkerboard() -> None:
     # People of even number like even items; each lacks one of them, which EASE must name first.
     histories = [[item for item in range(person % 2, 10, 2) if item // 2 != person // 2 % 5] for person in range(200)]
     data = interactions(histories, items=10)
-    scores = Ease(data, np.diff(data.offsets)).scores(Targets(np.arange(20), np.full(20, 4)))
+    scores = EaseBaseline(data, np.diff(data.offsets)).scores(Targets(np.arange(20), np.full(20, 4)))
     for person, line in enumerate(scores[:20]):
         line[histories[person]] = -np.inf
         assert np.argmax(line) == person % 2 + 2 * (person // 2 % 5)
@@ -59,7 +67,7 @@ def test_ease_completes_a_checkerboard() -> None:
 
 def test_popular_answers_everybody_alike() -> None:
     assert (
-        Popular("popular", np.array([1.0, 3.0])).scores(Targets(np.arange(3), np.ones(3, np.int64))).tolist()
+        PopularBaseline("popular", np.array([1.0, 3.0])).scores(Targets(np.arange(3), np.ones(3, np.int64))).tolist()
         == [[1.0, 3.0]] * 3
     )
 
@@ -85,7 +93,7 @@ def test_the_check_values_of_the_published_files(name: str, tmp_path: Path) -> N
     targets = held_out(data, config, "leave-one-out")
     nothing = np.full((data.items, 1), -1, np.int32), np.zeros((data.items, 1), np.float32)
     chosen = [b for b in build_baselines(data, split(data, config), config, nothing) if b.name in PUBLISHED[name]]
-    placed = place_all([], chosen, data, targets, repeats=False)
+    placed = rank_all([], chosen, data, targets, repeats=False)
     found = {
         baseline.name: tuple(round(float(METRICS[metric](ranked.ranks).mean()), 4) for metric in ("hit@10", "ndcg@10"))
         for baseline, ranked in zip(chosen, placed, strict=True)

@@ -117,4 +117,4 @@ def test_seeds_are_trained_once_and_measured_together(circles: Path, tmp_path: P
         quality(circles, config.model_copy(update={"epochs": 2}), [1], tmp_path / "q")
     hidden = cold(circles, config, [1, 2], tmp_path / "c")
     assert hidden["protocol"] == "cold-items"
-    assert hidden["hidden"] == [4, 4]
+    assert hidden["cold_items"] == [4, 4]

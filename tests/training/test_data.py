@@ -10,7 +10,8 @@ from features.errors import TrainingError
 from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
 from training.config import TrainConfig
-from training.data.interactions import Interactions, in_batches, item_vocabulary, read_interactions
+from training.data.batches import in_batches
+from training.data.interactions import Interactions, item_vocabulary, read_interactions
 
 EVENTS_OF_A = [
     ("x", "view_item"),

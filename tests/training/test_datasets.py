@@ -30,7 +30,7 @@ from training.data import movielens
 from training.data.datasets import DatasetError, prepare
 from training.data.downloads import Url
 from training.data.movielens import WHEEL
-from training.data.recipes import told_apart
+from training.data.recipes import distinguish_titles
 
 KEYS = {"users", "items", "events", "rejected", "fingerprint", "ordered_only", "name", "out", "seconds"}
 
@@ -164,7 +164,7 @@ def test_films_of_one_title_are_told_apart_by_their_year(tmp_path: Path) -> None
     prepare("movielens-1m", published(tmp_path, movies=movies), tmp_path / "out")
     titles = open_dataset(tmp_path / "out").items["title"].to_pylist()
     assert titles == ["Psycho (1960)", "Psycho (1998)", "Vertigo"]
-    assert told_apart([None, None, "a", "a", "b"], ["1", "2", None, "4", "5"]).to_pylist() == [
+    assert distinguish_titles([None, None, "a", "a", "b"], ["1", "2", None, "4", "5"]).to_pylist() == [
         *(None, None, "a", "a (4)", "b")
     ]
 

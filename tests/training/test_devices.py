@@ -9,7 +9,7 @@ import torch
 
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
-from training.fitting.encoders import Fit
+from training.fitting.encoders import EncoderTrainer
 from training.models.encoders import ItemBags
 from training.run import RunError, sha256_of
 from training.runtime import exact, in_halves, prepared
@@ -21,22 +21,22 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 DEVICES = ["cpu", CUDA]
 
 
-def made(circles: Path, out: Path, config: TrainConfig, device: torch.device) -> Fit:
+def made(circles: Path, out: Path, config: TrainConfig, device: torch.device) -> EncoderTrainer:
     material = read_material(open_dataset(circles), config, device)
     torch.manual_seed(config.seed)
     modules = initial_modules(material, config, device, fresh=True)
     bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
     out.mkdir(exist_ok=True)
-    return Fit(out, config, material.data, material.division, modules, bags)
+    return EncoderTrainer(out, config, material.data, material.division, modules, bags)
 
 
-def steps(fit: Fit, count: int) -> list[float]:
+def steps(fit: EncoderTrainer, count: int) -> list[float]:
     torch.manual_seed(3)  # negatives are drawn on the CPU, whatever the device
     plan = fit.batches.epoch(0)
     return [float(fit._step(fit.batches.batch(plan[at % len(plan)]), len(plan))) for at in range(count)]
 
 
-def apart(one: Fit, other: Fit) -> float:
+def apart(one: EncoderTrainer, other: EncoderTrainer) -> float:
     """The length of the difference over that of the weights; Adam makes whole steps of a gradient that is rounding."""
     a, b = (torch.cat([w.detach().cpu().double().flatten() for w in fit._weights().values()]) for fit in (one, other))
     return float((a - b).norm() / a.norm())

@@ -13,8 +13,9 @@ from features.errors import LeakError
 from tests.training.conftest import TINY, interactions
 from training.config import TrainConfig
 from training.data.split import Targets
-from training.evaluation.evaluate import Ranked, _compared, _mean_values, _values, evaluate, place, place_all
-from training.models.baselines import MostUsed, Popular
+from training.evaluation.evaluate import evaluate
+from training.evaluation.events import Ranking, _compared, _mean_values, _values, rank, rank_all
+from training.models.baselines import MostUsedBaseline, PopularBaseline
 from training.models.scoring import had_before, ranks_of
 from training.train import train
 
@@ -27,18 +28,18 @@ def test_ties_count_against_the_target() -> None:
 
 def test_what_the_person_had_is_masked_and_what_comes_later_is_not() -> None:
     data = interactions([[0, 1, 2, 3]], items=5)
-    popular = Popular("popular", np.array([9.0, 8.0, 1.0, 7.0, 6.0]))
-    ranked = place_all([], [popular], data, Targets(np.array([0]), np.array([2])), repeats=False)[0]
+    popular = PopularBaseline("popular", np.array([9.0, 8.0, 1.0, 7.0, 6.0]))
+    ranked = rank_all([], [popular], data, Targets(np.array([0]), np.array([2])), repeats=False)[0]
     # 0 and 1 are masked; 3 and 4 stand before the target 2.
     assert ranked.ranks.tolist() == [2]
-    again = place_all([], [popular], data, Targets(np.array([0]), np.array([2])), repeats=True)[0]
+    again = rank_all([], [popular], data, Targets(np.array([0]), np.array([2])), repeats=True)[0]
     assert again.ranks.tolist() == [4]
 
 
 def test_own_items_come_by_how_often_and_then_by_how_late() -> None:
     data = interactions([[0, 1, 1, 2, 3]], items=5, repeats=True)
-    baseline = MostUsed(data, np.array([1.0, 2.0, 1.0, 1.0, 9.0]))
-    ranked = place_all([], [baseline], data, Targets(np.zeros(2, np.int64), np.array([4, 3])), repeats=True)[0]
+    baseline = MostUsedBaseline(data, np.array([1.0, 2.0, 1.0, 1.0, 9.0]))
+    ranked = rank_all([], [baseline], data, Targets(np.zeros(2, np.int64), np.array([4, 3])), repeats=True)[0]
     # 1 twice, then 2 before 0, for it came later; what was never had follows by popularity: 4, and then 3.
     scores = baseline.scores(Targets(np.zeros(1, np.int64), np.array([4])))[0]
     assert np.argsort(-scores).tolist() == [1, 2, 0, 4, 3]
@@ -50,10 +51,10 @@ def test_repeats_and_new_items_are_reported_apart() -> None:
     data = interactions([[0, 1, 0], [0, 1, 2], [1, 0, 1]], items=4, repeats=True)
     targets = Targets(np.arange(3), np.full(3, 2))
     assert had_before(data, targets).tolist() == [True, False, True]
-    popular = Popular("popular", np.array([4.0, 3.0, 2.0, 1.0]))
-    placed = place_all([], [popular], data, targets, repeats=True)
+    popular = PopularBaseline("popular", np.array([4.0, 3.0, 2.0, 1.0]))
+    placed = rank_all([], [popular], data, targets, repeats=True)
     assert placed[0].ranks.tolist() == [0, 2, 1]
-    model = _mean_values([Ranked(np.array([1, 11, 3]), np.zeros((3, 4), np.int64))])
+    model = _mean_values([Ranking(np.array([1, 11, 3]), np.zeros((3, 4), np.int64))])
     second, third, fourth = 1 / math.log2(3), 1 / math.log2(4), 1 / math.log2(5)
     repeats = _compared(model, {"popular": _values(placed[0])}, targets, np.array([0, 2]))
     assert repeats["metrics"]["ndcg@10"]["mean"] == pytest.approx((second + fourth) / 2)
@@ -95,7 +96,7 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
 
 def test_what_is_shown_are_the_best() -> None:
     scores = np.arange(40, dtype=np.float32)[None]
-    assert sorted(place(scores, np.array([0], np.int32)).shown[0].tolist()) == list(range(30, 40))
+    assert sorted(rank(scores, np.array([0], np.int32)).top[0].tolist()) == list(range(30, 40))
 
 
 @pytest.fixture(scope="module")

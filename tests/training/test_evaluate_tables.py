@@ -15,7 +15,14 @@ from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.data.datasets import prepare
 from training.evaluation.evaluate import evaluate
-from training.evaluation.impressions import DRAWS, METRICS, Chances, judge, resampled, values_of
+from training.evaluation.impressions import (
+    DRAWS,
+    METRICS,
+    Probabilities,
+    measure_action,
+    metric_values,
+    resample_metrics,
+)
 from training.train import train
 
 
@@ -58,7 +65,7 @@ def test_a_true_probability_orders_a_person_against_the_truth_unless_asked_at_on
     # After a click a person is eager with probability .9, so .82 click again; nothing is known of them before it.
     live = np.full(40_000, 0.5)
     live[1::2] = np.where(labels[::2], 0.82, 0.18)
-    found = judge(labels, Chances(live, np.full(40_000, 0.5)), people)
+    found = measure_action(labels, Probabilities(live, np.full(40_000, 0.5)), people)
     assert found["ece"]["mean"] < 0.01
     assert found["auc"]["low"] > 0.6
     # Of two impressions of which one is clicked, the second always stands on the wrong side of the first.
@@ -66,7 +73,7 @@ def test_a_true_probability_orders_a_person_against_the_truth_unless_asked_at_on
     assert found["slate_gauc"]["mean"] == 0.5
     # An item that is truly better is found at one moment, whatever is known of the person.
     better = np.where(labels, 0.6, 0.4)
-    assert judge(labels, Chances(live, better), people)["slate_gauc"]["low"] == 1.0
+    assert measure_action(labels, Probabilities(live, better), people)["slate_gauc"]["low"] == 1.0
 
 
 def test_intervals_cover_the_whole_and_weigh_people() -> None:
@@ -74,13 +81,13 @@ def test_intervals_cover_the_whole_and_weigh_people() -> None:
     people = rng.integers(0, 80, 600)
     scores = rng.normal(size=600)
     labels = rng.random(600) < 1 / (1 + np.exp(-scores))
-    chances = Chances(1 / (1 + np.exp(-scores)), rng.random(600))
-    drawn, whole = resampled(labels, chances, people), values_of(labels, chances, people)
+    probabilities = Probabilities(1 / (1 + np.exp(-scores)), rng.random(600))
+    drawn, whole = resample_metrics(labels, probabilities, people), metric_values(labels, probabilities, people)
     assert drawn.shape == (DRAWS, len(METRICS))
     # The error of calibration alone is biased by drawing with repetition.
     for at, name in enumerate(METRICS[:4]):
         assert abs(drawn[:, at].mean() - whole[at]) < drawn[:, at].std(), name
-    same = resampled(labels, chances, people)
+    same = resample_metrics(labels, probabilities, people)
     assert same.tobytes() == drawn.tobytes()
 
 
@@ -90,24 +97,24 @@ def test_a_weight_counts_as_so_many_of_the_same() -> None:
     people = np.repeat(np.arange(120), 6)
     scores = np.round(rng.normal(size=people.size), 1)  # with ties
     labels = rng.random(people.size) < 1 / (1 + np.exp(-scores))
-    chances = Chances(1 / (1 + np.exp(-scores)), rng.random(people.size))
+    probabilities = Probabilities(1 / (1 + np.exp(-scores)), rng.random(people.size))
     weights = np.where(people % 2, 3.0, 1.0)
     copies = [np.arange(people.size), *[np.flatnonzero(people % 2)] * 2]
     # Each copy of a user is another user.
     every = np.concatenate([people[at] + 1000 * n for n, at in enumerate(copies)])
     rows = np.concatenate(copies)
-    alike = values_of(labels[rows], Chances(chances.live[rows], chances.slate[rows]), every)
-    found = values_of(labels, chances, people, weights)
+    alike = metric_values(labels[rows], Probabilities(probabilities.live[rows], probabilities.slate[rows]), every)
+    found = metric_values(labels, probabilities, people, weights)
     assert found[:4] == pytest.approx(alike[:4])  # the bins of the last have as many lines each, not as much weight
     assert abs(found[4] - alike[4]) < 0.02
-    assert values_of(labels, chances, people, np.full(people.size, 4.0)) == pytest.approx(
-        values_of(labels, chances, people)
+    assert metric_values(labels, probabilities, people, np.full(people.size, 4.0)) == pytest.approx(
+        metric_values(labels, probabilities, people)
     )
-    drawn = resampled(labels, chances, people, weights)
+    drawn = resample_metrics(labels, probabilities, people, weights)
     for at, name in enumerate(METRICS[:4]):
         assert abs(drawn[:, at].mean() - found[at]) < drawn[:, at].std(), name
     # The control: without weights the others decide.
-    assert abs(values_of(labels, chances, people)[0] - found[0]) > 1e-4
+    assert abs(metric_values(labels, probabilities, people)[0] - found[0]) > 1e-4
 
 
 STAND_IN = """#!{python}

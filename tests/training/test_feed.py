@@ -17,10 +17,10 @@ from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS
 from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
-from training.data.impressions import NEVER, Shown, read_shown
+from training.data.impressions import NEVER, Examples, read_examples
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
-from training.data.point_in_time import PointInTimeStatistics, line_features
-from training.fitting.ranker_impressions import RankerDataset, learn, lesson_of, logits_of
+from training.data.point_in_time import PointInTimeStatistics, example_features
+from training.fitting.ranker_impressions import RankerDataset, fit_on_impressions, logits_of, ranker_batch
 from training.metrics import auc
 from training.models.ranker import Ranker
 
@@ -73,15 +73,15 @@ def write(
 class World:
     dataset: Dataset
     data: Interactions
-    shown: Shown
-    teller: Callable[[Interactions, Shown], PointInTimeStatistics]
+    shown: Examples
+    teller: Callable[[Interactions, Examples], PointInTimeStatistics]
 
 
 def world(path: Path) -> World:
     dataset = open_dataset(path)
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, CONFIG)
-    shown = read_shown(path, dataset, vocabulary, data, ACTIONS)
+    shown = read_examples(path, dataset, vocabulary, data, ACTIONS)
     assert shown is not None
     columns = columns_of(items, np.zeros((data.items, 4), np.float32))
     return World(dataset, data, shown, lambda d, s: PointInTimeStatistics(d, columns, ACTIONS, s, np.diff(d.offsets)))
@@ -109,7 +109,7 @@ def test_labels_join_by_request_inside_the_window(tmp_path: Path) -> None:
     # i1 was liked too late, and its click names no request.
     assert lines.labels().tolist() == [[True, False], [False, False], [False, False], [False, False], [True, False]]
     assert lines.positions.tolist() == [0, 0, 3, 3, 3]
-    assert [lines.surfaces[at] for at in lines.where] == ["x", "x", "", "", ""]
+    assert [lines.surfaces[at] for at in lines.surface_indices] == ["x", "x", "", "", ""]
     assert not lines.labels(START + HOUR // 4).any()
 
 
@@ -128,18 +128,18 @@ def test_the_events_of_hidden_items_leave_what_is_read_beside_them_too(tmp_path:
     dataset = open_dataset(path)
     _, vocabulary = item_vocabulary(dataset)
     whole = read_interactions(dataset, vocabulary, CONFIG)
-    some = read_interactions(dataset, vocabulary, CONFIG.model_copy(update={"hide_items": 0.4}))
+    some = read_interactions(dataset, vocabulary, CONFIG.model_copy(update={"cold_item_share": 0.4}))
     assert 0 < some.rows.size < whole.rows.size
-    known = read_shown(path, dataset, vocabulary, whole, ACTIONS)
-    hidden = read_shown(path, dataset, vocabulary, some, ACTIONS)
+    known = read_examples(path, dataset, vocabulary, whole, ACTIONS)
+    hidden = read_examples(path, dataset, vocabulary, some, ACTIONS)
     assert known is not None
     assert hidden is not None
     left = np.isin(known.rows, some.rows)
-    assert (hidden.done[left] == known.done[left]).all()
-    assert (hidden.done[~np.isin(known.rows, some.rows)] == NEVER).all()
+    assert (hidden.action_times[left] == known.action_times[left]).all()
+    assert (hidden.action_times[~np.isin(known.rows, some.rows)] == NEVER).all()
     for at in range(len(hidden)):
-        own = some.rows[some.offsets[hidden.people[at]] :][: hidden.positions[at]]
-        before = whole.rows[whole.offsets[known.people[at]] :][: known.positions[at]]
+        own = some.rows[some.offsets[hidden.users[at]] :][: hidden.positions[at]]
+        before = whole.rows[whole.offsets[known.users[at]] :][: known.positions[at]]
         assert own.tolist() == before[np.isin(before, some.rows)].tolist()
 
 
@@ -171,7 +171,7 @@ def test_only_slates_of_the_methods_that_the_ranker_is_for_are_read(tmp_path: Pa
     data = read_interactions(dataset, vocabulary, CONFIG)
 
     def rows(*methods: str) -> list[int]:
-        shown = read_shown(path, dataset, vocabulary, data, ACTIONS, methods)
+        shown = read_examples(path, dataset, vocabulary, data, ACTIONS, methods)
         assert shown is not None
         return shown.rows.tolist()
 
@@ -193,7 +193,7 @@ def test_labels_join_by_person_where_events_name_no_request(tmp_path: Path) -> N
     lines = world(write(tmp_path, events, slates, 1)).shown
     asked = {
         (int(p), int(t - START) / HOUR): bool(done)
-        for p, t, done in zip(lines.people, lines.times, lines.labels()[:, 0], strict=True)
+        for p, t, done in zip(lines.users, lines.times, lines.labels()[:, 0], strict=True)
     }
     assert [asked[key] for key in sorted(asked)] == [True, False, False, True]
 
@@ -233,23 +233,29 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world(random_feed(tmp_path_factory.mktemp("feed")))
 
 
-def features(made: World, data: Interactions, shown: Shown, lines: Shown, every: float = 24.0) -> np.ndarray:
+def features(made: World, data: Interactions, shown: Examples, lines: Examples, every: float = 24.0) -> np.ndarray:
     users = np.zeros((len(lines), 4), np.float32)
-    return line_features(made.teller(data, shown), lines, users, every_hours=every, last=START + 96 * HOUR)
+    return example_features(made.teller(data, shown), lines, users, every_hours=every, last=START + 96 * HOUR)
 
 
-def without_the_future(made: World, moment: int) -> tuple[Interactions, Shown]:
+def without_the_future(made: World, moment: int) -> tuple[Interactions, Examples]:
     """The world as it was at a moment; what came later has other types, values and outcomes."""
     later = made.data.timestamps >= moment
     data = dataclasses.replace(
         made.data, types=np.where(later, 1 + made.data.types % 3, made.data.types).astype(np.int32)
     )
     after = made.shown.times >= moment
-    done = np.where((made.shown.done >= moment) | after[:, None], NEVER - made.shown.done % 2, made.shown.done)
-    return data, dataclasses.replace(made.shown, done=done, where=np.where(after, 0, made.shown.where))
+    done = np.where(
+        (made.shown.action_times >= moment) | after[:, None],
+        NEVER - made.shown.action_times % 2,
+        made.shown.action_times,
+    )
+    return data, dataclasses.replace(
+        made.shown, action_times=done, surface_indices=np.where(after, 0, made.shown.surface_indices)
+    )
 
 
-def leaks(made: World, read: Callable[[Interactions, Shown, Shown], np.ndarray]) -> bool:
+def leaks(made: World, read: Callable[[Interactions, Examples, Examples], np.ndarray]) -> bool:
     """Whether what is read of the early impressions changes when the future does."""
     moment = START + 50 * HOUR
     early = made.shown.between(0, moment)
@@ -263,7 +269,7 @@ def test_no_feature_knows_the_future(feed: World, every: float) -> None:
 
 
 def test_a_feature_that_knows_the_future_is_found(feed: World) -> None:
-    def planted(data: Interactions, shown: Shown, lines: Shown) -> np.ndarray:
+    def planted(data: Interactions, shown: Examples, lines: Examples) -> np.ndarray:
         whole = feed.teller(data, shown).at(START + 97 * HOUR).statistics
         return np.concatenate([features(feed, data, shown, lines), whole[lines.rows]], axis=1)
 
@@ -280,14 +286,14 @@ def test_statistics_are_those_of_the_events_so_far(feed: World) -> None:
         shown, clicked = (int((mine & (feed.data.types == kind)).sum()) for kind in kinds)
         assert statistics[row, 0] == pytest.approx(np.log1p(shown))
         # The rate is pulled to others', so it lies between them and what happened.
-        rate = 1 / (1 + np.exp(-(statistics[row, 2] + teller.at(moment).outcomes.base[0])))
+        rate = 1 / (1 + np.exp(-(statistics[row, 2] + teller.at(moment).action_rates.base[0])))
         assert abs(rate - clicked / max(shown, 1)) < 0.4
     assert not teller.at(START).statistics.any()
 
 
 def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     lines = feed.shown
-    lesson = lesson_of(
+    lesson = ranker_batch(
         np.zeros((len(lines), 4), np.float32), np.zeros((len(lines), 4), np.float32),
         features(feed, feed.data, feed.shown, lines), lines.labels(),
     )  # fmt: skip
@@ -295,11 +301,11 @@ def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
     ranker = Ranker(4, lesson.features.shape[1], 8, 2, members=2, bins=4, dropout=0.1)
     config = CONFIG.model_copy(update={"ranker_epochs": 30, "ranker_rate": 0.01})
     held = lines.times > START + 72 * HOUR
-    said = learn(ranker, RankerDataset(lines, lesson, held), config)
+    said = fit_on_impressions(ranker, RankerDataset(lines, lesson, held), config)
     found = said["validation"]["0"]
     clicked = lines.labels()[held, 0]
     rates = np.array([0.8 if row % 2 else 0.15 for row in lines.rows[held]])
-    best = auc(clicked, rates * np.array([1 if lines.surfaces[at] == "home" else 0.5 for at in lines.where[held]]))
+    best = auc(clicked, rates * np.where(lines.surface_indices[held] == lines.surfaces.index("home"), 1, 0.5))
     assert found["auc"] > best - 0.06
     assert found["log_loss"] < found["base_log_loss"]
     assert found["ece"] < 0.15

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.fitting.ranker_candidates import Candidates, _choose_blend, _some_words
+from training.fitting.query_encoder import _some_words
+from training.fitting.ranker_candidates import RankerCandidates, _choose_blend
 from training.models.ranker import Ranker, level, platt, utility
 
 
@@ -68,10 +69,10 @@ def test_utility_is_the_log_odds_of_the_weighted_sum() -> None:
     assert torch.isfinite(utility(torch.tensor([[-100.0], [100.0]]), torch.ones(1))).all()
 
 
-def candidates(people: int, real: bool = True) -> Candidates:
+def candidates(people: int, real: bool = True) -> RankerCandidates:
     """Ten items a person; the target comes first in the list and last by relevance among those that count."""
     relevance = torch.arange(10.0).repeat(people, 1)
-    return Candidates(
+    return RankerCandidates(
         users=torch.zeros(people, 2),
         rows=torch.arange(10).repeat(people, 1),
         features=relevance.unsqueeze(2),

@@ -14,7 +14,7 @@ from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
 from tests.real_data import real_data
 from training.config import load_config
 from training.data.datasets import DatasetError, prepare
-from training.data.impressions import read_shown
+from training.data.impressions import read_examples
 from training.data.interactions import item_vocabulary, read_interactions
 from training.data.kuairand import ACTIONS
 from training.data.split import cut_of
@@ -94,7 +94,7 @@ def test_the_real_feed_has_its_known_size_and_days(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "out")
     _, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config)
-    shown = read_shown(tmp_path / "out", dataset, vocabulary, data, config.actions)
+    shown = read_examples(tmp_path / "out", dataset, vocabulary, data, config.actions)
     assert shown is not None
     sums = [pc.sum(raw[name]).as_py() for name in ("is_click", "long_view", "is_like", "is_hate")]
     assert shown.labels().sum(0).tolist() == sums

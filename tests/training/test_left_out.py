@@ -150,7 +150,7 @@ def read(data: Path, config: TrainConfig) -> tuple[Interactions, Any]:
 def test_wrong_clocks_move_neither_what_is_recent_nor_what_is_tested(
     circles: Path, tmp_path: Path, tiny: TrainConfig, future: int, settings: dict[str, float]
 ) -> None:
-    config = tiny.model_copy(update={"protocol": "temporal", "recent_days": 0.2, "validation_people": 0, **settings})
+    config = tiny.model_copy(update={"protocol": "temporal", "recent_days": 0.2, "validation_users": 0, **settings})
     clean, _ = read(circles, config)
     mixed, _ = read(planted(circles, tmp_path / "data", 0, future), config)
     assert clean.trusted_until == clean.timestamps.max() == mixed.trusted_until
@@ -163,7 +163,7 @@ def test_wrong_clocks_move_neither_what_is_recent_nor_what_is_tested(
     for protocol in ("temporal-successive", "temporal-last"):
         targets = [held_out(data, config, protocol) for data in (clean, mixed)]  # type: ignore[arg-type]
         times = [
-            data.timestamps[data.offsets[own.people] + own.positions]
+            data.timestamps[data.offsets[own.users] + own.positions]
             for data, own in zip((clean, mixed), targets, strict=True)
         ]
         assert times[1].max() <= mixed.trusted_until

@@ -80,13 +80,13 @@ def test_without_the_package_the_switch_says_what_is_missing(
 ) -> None:
     import sys
 
-    from training.fitting.tensorboard import open_board
+    from training.fitting.tensorboard import open_tensorboard
 
     for name in [
         name for name in sys.modules if name.partition(".")[0] == "tensorboard" or "utils.tensorboard" in name
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    open_board(tmp_path, tiny)
+    open_tensorboard(tmp_path, tiny)
     with pytest.raises(ModuleNotFoundError, match="tensorboard"):
-        open_board(tmp_path, tiny.model_copy(update={"tensorboard": True}))
+        open_tensorboard(tmp_path, tiny.model_copy(update={"tensorboard": True}))

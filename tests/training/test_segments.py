@@ -45,7 +45,7 @@ def read(tmp_path_factory):
 
 def test_everybody_s_segment_is_what_they_chose_most(read):
     data, columns, _ = read
-    found = dict(zip(data.people, segments_of(data, columns).tolist(), strict=True))
+    found = dict(zip(data.users, segments_of(data, columns).tolist(), strict=True))
     assert {found[f"tea-{person}"] for person in range(PEOPLE)} == {item_key("tea")}
     assert found["cocoa-0"] == item_key("cocoa")
 

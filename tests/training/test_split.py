@@ -18,8 +18,8 @@ def test_leave_one_out_keeps_the_last_two() -> None:
     data = interactions([[0, 1, 2, 3], [4, 5], [6, 7, 8]], items=9)
     division, test = split(data, LEAVE_ONE_OUT), held_out(data, LEAVE_ONE_OUT, "leave-one-out")
     assert division.train_end.tolist() == [2, 2, 1]  # two events are too few to hold one out
-    assert (division.validation.people.tolist(), division.validation.positions.tolist()) == ([0, 2], [2, 1])
-    assert (test.people.tolist(), test.positions.tolist()) == ([0, 2], [3, 2])
+    assert (division.validation.users.tolist(), division.validation.positions.tolist()) == ([0, 2], [2, 1])
+    assert (test.users.tolist(), test.positions.tolist()) == ([0, 2], [3, 2])
     assert test.rows(data).tolist() == [3, 8]
 
 
@@ -37,10 +37,10 @@ def test_temporal_cuts_at_the_quantile_for_everybody() -> None:
     data = interactions([[0, 1, 2], [3, 4, 5], [6]], items=7, times=[[10, 20, 90], [50, 80, 100], [95]])
     # Times 10 20 50 80 90 95 100; their .6 quantile is 86: what is later is test, without first events.
     successive = held_out(data, TEMPORAL, "temporal-successive")
-    assert (successive.people.tolist(), successive.positions.tolist()) == ([0, 1], [2, 2])
+    assert (successive.users.tolist(), successive.positions.tolist()) == ([0, 1], [2, 2])
     assert split(data, TEMPORAL).fit_end.tolist() == [2, 2, 0]
     last = held_out(data, TEMPORAL, "temporal-last")
-    assert (last.people.tolist(), last.positions.tolist()) == ([0, 1], [2, 2])
+    assert (last.users.tolist(), last.positions.tolist()) == ([0, 1], [2, 2])
 
 
 def test_successive_asks_for_every_later_event_and_last_for_one() -> None:
@@ -68,10 +68,10 @@ def test_what_is_trained_on_comes_before_what_validates_before_what_tests(people
     division = split(data, config)
     test = held_out(data, config, "temporal-successive" if timed else "leave-one-out")
     first_test = np.full(len(people), 1000)
-    np.minimum.at(first_test, test.people, test.positions)
+    np.minimum.at(first_test, test.users, test.positions)
     assert (division.train_end <= division.fit_end).all()
     assert (division.fit_end <= first_test).all()
-    for person, position in zip(division.validation.people, division.validation.positions, strict=True):
+    for person, position in zip(division.validation.users, division.validation.positions, strict=True):
         assert division.train_end[person] <= position < division.fit_end[person]
         assert data.target[data.offsets[person] + position]
-    assert data.target[data.offsets[test.people] + test.positions].all()
+    assert data.target[data.offsets[test.users] + test.positions].all()

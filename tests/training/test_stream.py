@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import training.data.batches
 import training.data.interactions
 from benchmarks.growth import write_world
 from benchmarks.kills import kills
@@ -20,9 +21,10 @@ from features.errors import TrainingError
 from features.tables.dataset import open_dataset
 from tests.training.conftest import interactions
 from training.config import TrainConfig
-from training.data.interactions import Disk, Plan, TrainingBatches, item_vocabulary, read_interactions
+from training.data.batches import Plan, TrainingBatches
+from training.data.interactions import Disk, item_vocabulary, read_interactions
 from training.data.split import held_out, split
-from training.models.baselines import Markov, counts_of, popularity_of
+from training.models.baselines import MarkovBaseline, counts_of, popularity_of
 
 histories = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12)
 LEAVE_ONE_OUT = TrainConfig(protocol="leave-one-out")
@@ -53,8 +55,8 @@ def test_blocks_change_nothing(people: list[list[int]]) -> None:
             patch.setattr(training.data.interactions, "BLOCK_EVENTS", block)
             ends = split(data, LEAVE_ONE_OUT).train_end
             test = held_out(data, temporal, "temporal-successive")
-            markov = Markov(data, ends, popularity_of(data, ends))
-            found = [ends, split(data, temporal).fit_end, test.people, test.positions, counts_of(data, ends)]
+            markov = MarkovBaseline(data, ends, popularity_of(data, ends))
+            found = [ends, split(data, temporal).fit_end, test.users, test.positions, counts_of(data, ends)]
             return [array.tolist() for array in (*found, markov.next, markov.starts, markov.counts)]
 
     assert made(3) == made(1 << 20)
@@ -76,13 +78,13 @@ def test_any_inside_is_its_plain_twin() -> None:
     flags = rng.random(200) < 0.05
     starts = rng.integers(0, 190, 100)
     ends = starts + rng.integers(0, 10, 100)
-    found = training.data.interactions._any_inside(flags, starts, ends)
-    assert found.tolist() == training.data.interactions._any_inside_plain(flags, starts, ends).tolist()
+    found = training.data.batches._any_inside(flags, starts, ends)
+    assert found.tolist() == training.data.batches._any_inside_plain(flags, starts, ends).tolist()
 
 
 @pytest.mark.parametrize("block", [64, 1 << 16])
 def test_each_event_is_predicted_once_however_people_are_drawn(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.data.interactions, "PLAN_PEOPLE", block)
+    monkeypatch.setattr(training.data.batches, "PLAN_USERS", block)
     rng = np.random.default_rng(0)
     data = interactions([rng.permutation(50)[: rng.integers(1, 40)].tolist() for _ in range(300)], items=50)
     config = TrainConfig(max_length=8, batch_tokens=64)
@@ -145,7 +147,7 @@ def test_the_growing_world_has_the_size_asked_for(tmp_path: Path) -> None:
     _, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, LEAVE_ONE_OUT, tmp_path)
     assert data.items == 500
-    assert [data.people[0], data.people[199]] == ["user-0", "user-199"]
+    assert [data.users[0], data.users[199]] == ["user-0", "user-199"]
     assert not [file for file in tmp_path.iterdir() if file.is_file()]  # its files have no names
     assert isinstance(
         TrainingBatches(data, split(data, LEAVE_ONE_OUT).train_end, LEAVE_ONE_OUT, torch.device("cpu")).epoch(0), Plan

@@ -15,7 +15,8 @@ from features.tables.dataset import open_dataset
 from features.transforms import item_inputs, query_inputs
 from tests.training.conftest import CIRCLE
 from training.config import TrainConfig
-from training.data.interactions import Plan, TrainingBatches, item_vocabulary, read_interactions
+from training.data.batches import Plan, TrainingBatches
+from training.data.interactions import item_vocabulary, read_interactions
 from training.data.split import split
 from training.run import RunError, input_shapes, load_run
 from training.train import train

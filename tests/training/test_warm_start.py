@@ -6,7 +6,7 @@ import torch
 
 from tests.training.conftest import interactions
 from training.config import TrainConfig
-from training.models.warm_start import near_vectors
+from training.models.warm_start import cooccurrence_vectors
 
 
 def test_items_of_the_same_histories_lie_together() -> None:
@@ -16,7 +16,7 @@ def test_items_of_the_same_histories_lie_together() -> None:
         (6 + rng.permutation(6)).tolist() for _ in range(40)
     ]
     data = interactions(histories, items=13)
-    found = near_vectors(data, np.ones(data.rows.size, bool), TrainConfig(dim=4, heads=1, warm_start=0.5))
+    found = cooccurrence_vectors(data, np.ones(data.rows.size, bool), TrainConfig(dim=4, heads=1, warm_start=0.5))
     cosines = found @ found.T / (0.5**2 * 4)
     assert found.shape == (13, 4)
     assert cosines[:12].diagonal().tolist() == pytest.approx([1.0] * 12, abs=1e-4)
@@ -26,6 +26,6 @@ def test_items_of_the_same_histories_lie_together() -> None:
 
 def test_more_dimensions_than_items_are_zeros() -> None:
     data = interactions([[0, 1, 2]] * 5, items=3)
-    found = near_vectors(data, np.ones(data.rows.size, bool), TrainConfig(dim=8, heads=1))
+    found = cooccurrence_vectors(data, np.ones(data.rows.size, bool), TrainConfig(dim=8, heads=1))
     assert found.shape == (3, 8)
     assert torch.isfinite(found).all()

@@ -21,13 +21,13 @@ from features.arrays import Array, pc
 from features.tables.convert import pack_list, pack_map
 from features.tables.dataset import Loaded, conform
 from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
-from training.data.recipes import DatasetError, Made, constant, read_parquet
+from training.data.recipes import DatasetError, PreparedTables, constant, read_parquet
 
 _PRODUCT = ("department", "brand", "product_category", "product_type", "package_size")
 _TRAITS = ("age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count")
 
 
-def complete_journey(source: Path | None, progress: Progress, *, min_households: int = 20) -> Made:
+def complete_journey(source: Path | None, progress: Progress, *, min_households: int = 20) -> PreparedTables:
     """Makes the canonical tables.
 
     Args:
@@ -61,7 +61,7 @@ def complete_journey(source: Path | None, progress: Progress, *, min_households:
         "The Complete Journey of 84.51 degrees; products of one kind, brand and package size are one item; "
         f"items bought by at least {min_households} households"
     )
-    return Made("completejourney", notes, _one_per_basket(events), items, users)
+    return PreparedTables("completejourney", notes, _one_per_basket(events), items, users)
 
 
 def _folder() -> Path:

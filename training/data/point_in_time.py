@@ -1,7 +1,7 @@
-"""What people did with items, creators, categories and surfaces up to a moment: the statistics of a catalogue.
+"""Computes the statistics of a catalogue at a moment: how often users act on items, creators, categories, surfaces.
 
 A training replays time: an impression sees what was learned at the last of a row of moments before it, as in service
-it would see the statistics of the last export. Nothing later ever counts.
+it would see the statistics of the last export. No later event ever counts: with it, a feature would hold its label.
 """
 
 from __future__ import annotations
@@ -19,176 +19,191 @@ from features.assemble import Moment, ranker_features, ranker_width, statistics_
 from features.catalog_columns import CatalogColumns
 from features.kernels import dot_rows, log_odds
 from training.config import Action
-from training.data.impressions import HOUR_MS, Shown
+from training.data.histories import UserHistories
+from training.data.impressions import HOUR_MS, Examples
 from training.data.interactions import Interactions
-from training.models.scoring import UserHistories
 
 ITEM_STRENGTH, CREATOR_STRENGTH, CATEGORY_STRENGTH, SURFACE_STRENGTH = 20.0, 20.0, 100.0, 50.0
-"""Showings that the expectation of a rate is worth."""
+"""Impressions that the prior of a rate is worth."""
 
 _F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class StatisticsSnapshot:
-    """What was known at a moment.
+    """The statistics as they were at a moment.
 
     Attributes:
-        outcomes: How actions are read, with everybody's rates and those of the surfaces.
+        action_rates: Reads actions from events, with the rates of all users and those of the surfaces.
         statistics: By row of the catalogue, see `features.catalog_columns.CatalogColumns`; float32 [N, S].
     """
 
-    outcomes: ActionRates
+    action_rates: ActionRates
     statistics: npt.NDArray[np.float32]
 
     def facts(self) -> dict[str, Any]:
-        """The part that a run's result and a bundle's manifest hold."""
-        rates = {name: [float(rate) for rate in rates] for name, rates in self.outcomes.surfaces.items()}
-        return {"base_rates": [float(rate) for rate in self.outcomes.base], "surface_rates": rates}
+        """Returns the part that a run's result and a bundle's manifest hold."""
+        rates = {name: [float(rate) for rate in rates] for name, rates in self.action_rates.surfaces.items()}
+        return {"base_rates": [float(rate) for rate in self.action_rates.base], "surface_rates": rates}
 
 
 class PointInTimeStatistics:
-    """Tells what was known at any moment."""
+    """Computes the statistics as they were at any moment."""
 
     def __init__(
         self,
         data: Interactions,
         columns: CatalogColumns,
         actions: Sequence[Action],
-        shown: Shown | None,
+        impressions: Examples | None,
         ends: npt.NDArray[np.int64],
     ) -> None:
-        """Takes the events and impressions; of the events only each person's leading `ends`, int64 [U], ever count."""
+        """Takes the events and impressions; of the events only each user's leading `ends`, int64 [U], ever count."""
         facts = {"event_types": data.event_types, "actions": [action.model_dump() for action in actions]}
-        self.data, self.columns, self.shown, self.outcomes = data, columns, shown, ActionRates.of(facts)
-        # Where no action says what shows items, nothing is known of what was shown, and so of no rate.
-        self.logged = any(action.shown_types for action in actions)
-        if not self.logged:
+        self.data, self.columns, self.impressions = data, columns, impressions
+        self.action_rates = ActionRates.of(facts)
+        # A rate has impressions below it: without an action that names the events that show an item, there is none.
+        self.has_rates = any(action.shown_types for action in actions)
+        if not self.has_rates:
             return
-        usable = np.arange(data.rows.size) < np.repeat(data.offsets[:-1] + ends, np.diff(data.offsets))
-        seen, acted = self.outcomes.marks(data.types, data.values)
-        began = np.cumsum(seen, axis=1)
-        before = np.concatenate([np.zeros((len(actions), 1), np.int64), began], axis=1)[:, data.offsets[:-1]]
-        counts = began - np.repeat(before, np.diff(data.offsets), axis=1) > 0
-        self.seen, self.acted = seen & counts & usable, acted & counts & usable
+        is_usable = np.arange(data.rows.size) < np.repeat(data.offsets[:-1] + ends, np.diff(data.offsets))
+        shown, acted = self.action_rates.marks(data.types, data.values)
+        # A user's actions count from their first impression on: an earlier one has no impression to be counted
+        # against, so it would lift every rate.
+        shown_so_far = np.cumsum(shown, axis=1)
+        before_user = np.concatenate([np.zeros((len(actions), 1), np.int64), shown_so_far], axis=1)
+        before_user = before_user[:, data.offsets[:-1]]
+        counts = shown_so_far - np.repeat(before_user, np.diff(data.offsets), axis=1) > 0
+        self.shown, self.acted = shown & counts & is_usable, acted & counts & is_usable
 
     def at(self, moment: int) -> StatisticsSnapshot:
-        """What was known just before a moment, ms."""
-        if not self.logged:
+        """Returns the statistics as they were just before a moment, ms."""
+        if not self.has_rates:
             return StatisticsSnapshot(
-                self.outcomes, np.zeros((self.data.items, statistics_width(len(self.outcomes))), np.float32)
+                self.action_rates, np.zeros((self.data.items, statistics_width(len(self.action_rates))), np.float32)
             )
-        early = self.data.timestamps < moment
-        seen, acted = (self._by_row(marks & early) for marks in (self.seen, self.acted))
-        total_seen, total_acted = seen.sum(0, keepdims=True), acted.sum(0, keepdims=True)
-        base = log_odds(total_acted, total_seen, np.full_like(total_seen, -3.0), 1.0)
-        category = self._rates(self.columns.category, seen, acted, base, CATEGORY_STRENGTH)
-        creator = self._rates(self.columns.creator, seen, acted, category, CREATOR_STRENGTH)
-        item = log_odds(acted, seen, creator, ITEM_STRENGTH)
-        often = np.log1p(np.stack([seen.max(1), _summed(self.columns.creator, seen).max(1)], 1))
-        statistics = np.concatenate([often, item - base, creator - base, category - base], axis=1)
+        is_early = self.data.timestamps < moment
+        shown, acted = (self._by_row(marks & is_early) for marks in (self.shown, self.acted))
+        total_shown, total_acted = shown.sum(0, keepdims=True), acted.sum(0, keepdims=True)
+        base = log_odds(total_acted, total_shown, np.full_like(total_shown, -3.0), 1.0)
+        # Each rate is the prior of the next, finer one: an item that few users have met is judged by its creator, a
+        # creator by the category, a category by all items.
+        category = self._rates(self.columns.category, shown, acted, base, CATEGORY_STRENGTH)
+        creator = self._rates(self.columns.creator, shown, acted, category, CREATOR_STRENGTH)
+        item = log_odds(acted, shown, creator, ITEM_STRENGTH)
+        exposure = np.log1p(np.stack([shown.max(1), _summed(self.columns.creator, shown).max(1)], 1))
+        # Rates are kept relative to that of all items, which the manifest holds apart.
+        statistics = np.concatenate([exposure, item - base, creator - base, category - base], axis=1)
         surfaces = self._surfaces(moment, base)
-        outcomes = dataclasses.replace(self.outcomes, base=base[0], surfaces=surfaces)
-        return StatisticsSnapshot(outcomes, statistics.astype(np.float32))
+        action_rates = dataclasses.replace(self.action_rates, base=base[0], surfaces=surfaces)
+        return StatisticsSnapshot(action_rates, statistics.astype(np.float32))
 
-    def surfaces_at(self, learned: StatisticsSnapshot, moment: int) -> ActionRates:
-        """The same, with what was known of the surfaces just before a moment."""
-        if not self.logged:
-            return learned.outcomes
-        return dataclasses.replace(learned.outcomes, surfaces=self._surfaces(moment, learned.outcomes.base[None]))
+    def surfaces_at(self, snapshot: StatisticsSnapshot, moment: int) -> ActionRates:
+        """Returns a snapshot's action rates with those of the surfaces as they were just before a moment, ms."""
+        if not self.has_rates:
+            return snapshot.action_rates
+        return dataclasses.replace(
+            snapshot.action_rates, surfaces=self._surfaces(moment, snapshot.action_rates.base[None])
+        )
 
     def _by_row(self, marks: npt.NDArray[np.bool_]) -> _F64:
-        counts = [np.bincount(self.data.rows[mine], minlength=self.data.items) for mine in marks]
+        counts = [np.bincount(self.data.rows[of_action], minlength=self.data.items) for of_action in marks]
         return np.ascontiguousarray(np.stack(counts, 1).astype(np.float64))
 
-    def _rates(self, keys: npt.NDArray[np.uint64], seen: _F64, acted: _F64, prior: _F64, strength: float) -> _F64:
-        """Log-odds of the rows that share each row's key, the prior where it has none; float64 [N, A]."""
-        prior = np.ascontiguousarray(np.broadcast_to(prior, seen.shape))
-        found = log_odds(_summed(keys, acted), _summed(keys, seen), prior, strength)
-        return np.where((keys == 0)[:, None], prior, found)
+    def _rates(self, keys: npt.NDArray[np.uint64], shown: _F64, acted: _F64, prior: _F64, strength: float) -> _F64:
+        """Returns log-odds of the rows that share each row's key, the prior where it has none; float64 [N, A]."""
+        prior = np.ascontiguousarray(np.broadcast_to(prior, shown.shape))
+        rates = log_odds(_summed(keys, acted), _summed(keys, shown), prior, strength)
+        return np.where((keys == 0)[:, None], prior, rates)
 
     def _surfaces(self, moment: int, base: _F64) -> dict[str, npt.NDArray[np.float32]]:
-        """Log-odds above everybody's of the surfaces shown so far."""
-        if self.shown is None:
+        """Returns the log-odds of the surfaces shown so far, above those of all items."""
+        if self.impressions is None:
             return {}
-        count = int(np.searchsorted(self.shown.times, moment))
-        where, labels = self.shown.where[:count], self.shown.done[:count] < moment
-        size = len(self.shown.surfaces)
-        seen = np.bincount(where, minlength=size).astype(np.float64)
-        counts = [np.bincount(where[mine], minlength=size) for mine in labels.T]
+        count = int(np.searchsorted(self.impressions.times, moment))
+        surfaces, labels = self.impressions.surface_indices[:count], self.impressions.action_times[:count] < moment
+        size = len(self.impressions.surfaces)
+        sizes = np.bincount(surfaces, minlength=size).astype(np.float64)
+        counts = [np.bincount(surfaces[of_action], minlength=size) for of_action in labels.T]
         acted = np.stack(counts, 1).astype(np.float64)
-        # Beside everybody's rate among impressions: what events say of it may rest on other showings.
+        # The prior is the rate among impressions: the rate among events may rest on items shown elsewhere.
         total = log_odds(acted.sum(0, keepdims=True), np.full_like(base, float(count)), base, SURFACE_STRENGTH)
         prior = np.ascontiguousarray(np.broadcast_to(total, acted.shape))
-        shown = np.ascontiguousarray(np.broadcast_to(seen[:, None], acted.shape))
+        shown = np.ascontiguousarray(np.broadcast_to(sizes[:, None], acted.shape))
         rates = (log_odds(acted, shown, prior, SURFACE_STRENGTH) - base).astype(np.float32)
-        return {name: rates[at] for at, name in enumerate(self.shown.surfaces) if seen[at]}
+        return {name: rates[at] for at, name in enumerate(self.impressions.surfaces) if sizes[at]}
 
 
 def _summed(keys: npt.NDArray[np.uint64], counts: _F64) -> _F64:
-    """The counts of all rows that share each row's key; float64 [N, A]."""
-    _, which = np.unique(keys, return_inverse=True)
-    summed: Any = [np.bincount(which, column)[which] for column in counts.T]
+    """Returns the counts of all rows that share each row's key; float64 [N, A]."""
+    _, groups = np.unique(keys, return_inverse=True)
+    summed: Any = [np.bincount(groups, column)[groups] for column in counts.T]
     return np.stack(summed, 1)
 
 
-def line_features(
-    teller: PointInTimeStatistics,
-    lines: Shown,
-    users: npt.NDArray[np.float32],
+def example_features(
+    statistics: PointInTimeStatistics,
+    examples: Examples,
+    user_vectors: npt.NDArray[np.float32],
     *,
     every_hours: float,
     last: int,
 ) -> npt.NDArray[np.float32]:
-    """What the ranker reads of each line, as it was known then; float32 [n, F].
+    """Computes the ranker's features of each example, as they were at its time; float32 [n, F].
 
     Args:
-        teller: Tells what was known.
-        lines: What was shown, by time.
-        users: The person's vector just before each line; float32 [n, D].
+        statistics: The statistics at any moment.
+        examples: The items shown, by time.
+        user_vectors: The user's vector just before each example; float32 [n, D].
         every_hours: Hours between two moments at which statistics are learned.
-        last: The last such moment, ms; lines after it see what was known then.
+        last: The last such moment, ms; later examples see the statistics of that moment.
     """
-    out = np.empty((len(lines), ranker_width(len(teller.outcomes))), np.float32)
-    pasts = UserHistories(teller.data, teller.columns)
-    for part, columns, outcomes in _replay(teller, lines, round(every_hours * HOUR_MS), last):
+    out = np.empty((len(examples), ranker_width(len(statistics.action_rates))), np.float32)
+    histories = UserHistories(statistics.data, statistics.columns)
+    for part, columns, action_rates in _replay(statistics, examples, round(every_hours * HOUR_MS), last):
         for at in range(part.start, part.stop):
-            out[at] = features_of_line(pasts, lines, at, users[at], columns, outcomes)
+            out[at] = features_of_example(histories, examples, at, user_vectors[at], columns, action_rates)
     return out
 
 
-def features_of_line(
-    pasts: UserHistories,
-    lines: Shown,
+def features_of_example(
+    histories: UserHistories,
+    examples: Examples,
     at: int,
-    user: npt.NDArray[np.float32],
+    user_vector: npt.NDArray[np.float32],
     columns: CatalogColumns,
-    outcomes: ActionRates,
+    action_rates: ActionRates,
 ) -> npt.NDArray[np.float32]:
-    """What the ranker reads of line `at`, where `columns` and `outcomes` hold what is known of items; float32 [F]."""
-    row = lines.rows[at : at + 1]
-    past = pasts.before(int(lines.people[at]), int(lines.positions[at]))
-    moment = Moment(int(lines.times[at]), lines.surfaces[lines.where[at]], lines.places[at : at + 1])
-    found = ranker_features(past, row, dot_rows(columns.vectors, row, user), columns, outcomes, moment)
-    only: npt.NDArray[np.float32] = found[0]
-    return only
+    """Computes the ranker's features of example `at`; `columns` and `action_rates` hold the statistics; float32 [F]."""
+    row = examples.rows[at : at + 1]
+    history = histories.before(int(examples.users[at]), int(examples.positions[at]))
+    surface = examples.surfaces[examples.surface_indices[at]]
+    moment = Moment(int(examples.times[at]), surface, examples.places[at : at + 1])
+    relevance = dot_rows(columns.vectors, row, user_vector)
+    features: npt.NDArray[np.float32] = ranker_features(history, row, relevance, columns, action_rates, moment)[0]
+    return features
 
 
 def _replay(
-    teller: PointInTimeStatistics, lines: Shown, every: int, last: int
+    statistics: PointInTimeStatistics, examples: Examples, every: int, last: int
 ) -> Iterator[tuple[slice, CatalogColumns, ActionRates]]:
-    """The lines in parts, with the catalogue and the rates as they were known: items by `every` ms, surfaces hourly."""
-    hours = np.minimum(lines.times, last) - last  # at most 0
-    hour = -(-hours // HOUR_MS) - 1  # the hours that have ended before, counted back from the last moment
-    hour[lines.times > last] = 0
+    """Yields the examples in parts, with the catalogue and rates of their time: items by `every` ms, surfaces hourly.
+
+    Moments are counted back from `last`, the end of training, so that the newest statistics are exactly those that the
+    run exports.
+    """
+    # Surfaces are few and cheap to count, so theirs are refreshed hourly; those of items cost a pass over all events.
+    elapsed = np.minimum(examples.times, last) - last  # at most 0
+    hour = -(-elapsed // HOUR_MS) - 1  # the hours that have ended before, counted back from the last moment
+    hour[examples.times > last] = 0
     borders = np.flatnonzero(np.diff(hour)) + 1
-    known: tuple[int, StatisticsSnapshot, CatalogColumns] | None = None
-    for start, stop in zip([0, *borders], [*borders, len(lines)], strict=True):
+    newest: tuple[int, StatisticsSnapshot, CatalogColumns] | None = None
+    for start, stop in zip([0, *borders], [*borders, len(examples)], strict=True):
         if start == stop:
             continue
         now = last + int(hour[start]) * HOUR_MS
         learned_at = last - -(-(last - now) // every) * every
-        if known is None or known[0] != learned_at:
-            learned = teller.at(learned_at)
-            known = (learned_at, learned, dataclasses.replace(teller.columns, statistics=learned.statistics))
-        yield slice(int(start), int(stop)), known[2], teller.surfaces_at(known[1], now)
+        if newest is None or newest[0] != learned_at:
+            snapshot = statistics.at(learned_at)
+            newest = (learned_at, snapshot, dataclasses.replace(statistics.columns, statistics=snapshot.statistics))
+        yield slice(int(start), int(stop)), newest[2], statistics.surfaces_at(newest[1], now)

@@ -21,7 +21,7 @@ class DatasetError(TrainingError):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class PreparedTables:
     """A data set in canonical tables, before it is written."""
 
     name: str
@@ -54,7 +54,7 @@ def constant(text: str, length: int) -> Array:
     return pa.repeat(pa.scalar(text), length)
 
 
-def told_apart(titles: Sequence[Any], details: Sequence[Any]) -> Array:
+def distinguish_titles(titles: Sequence[Any], details: Sequence[Any]) -> Array:
     """Titles, those that several items share followed by a detail in brackets; a title without a detail stays.
 
     Args:

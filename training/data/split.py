@@ -1,7 +1,7 @@
-"""What is trained on, what validates, and what tests: leave-one-out, and one cut through time for everybody.
+"""Splits the events into training, validation and test: leave-one-out, or one cut through time for all users.
 
-A target is an event to be predicted from the same person's earlier events. With `repeats: false` only events that are
-new to their person are targets. Order inside one moment is the file's, which `features.tables.dataset` made.
+A target is an event to be predicted from the same user's earlier events. With `repeats: false` only events whose item
+is new to their user are targets. Order inside one moment is the file's, which `features.tables.dataset` made.
 """
 
 from __future__ import annotations
@@ -12,52 +12,53 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from features.assemble import Moment
 from features.errors import TrainingError
 from training.config import TrainConfig
 from training.data.clock import newest_of
 from training.data.interactions import Interactions
 
-Which: TypeAlias = Literal["leave-one-out", "temporal-successive", "temporal-last"]
+TestProtocol: TypeAlias = Literal["leave-one-out", "temporal-successive", "temporal-last"]
 DAY_MS = 86_400_000
 FEWEST_EVENTS = 3
-"""Leave-one-out holds out nothing of people with fewer events."""
+"""Leave-one-out holds out no event of users with fewer."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Events to predict: `positions[i]` counts the earlier events of person `people[i]`; both int64 `[n]`."""
+    """Events to predict: `positions[i]` counts the earlier events of user `users[i]`; both int64 `[n]`."""
 
-    people: npt.NDArray[np.int64]
+    users: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         """The number of targets."""
-        return self.people.size
+        return self.users.size
 
     def take(self, at: npt.NDArray[np.int64]) -> Targets:
-        """Some of the targets."""
-        return Targets(self.people[at], self.positions[at])
+        """Returns some of the targets."""
+        return Targets(self.users[at], self.positions[at])
 
     def sample(self, most: int, seed: int) -> Targets:
-        """At most `most` of the targets, drawn at random, in their order."""
+        """Draws at most `most` of the targets at random; they keep their order."""
         if len(self) <= most:
             return self
         return self.take(np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False)))
 
     def rows(self, data: Interactions) -> npt.NDArray[np.int32]:
-        """The items to predict; int32 `[n]`."""
-        rows: npt.NDArray[np.int32] = data.rows[data.offsets[self.people] + self.positions]
+        """Returns the items to predict; int32 `[n]`."""
+        rows: npt.NDArray[np.int32] = data.rows[data.offsets[self.users] + self.positions]
         return rows
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the events of each person are used.
+    """The use of each user's events.
 
     Attributes:
         train_end: Number of leading events that are trained on; int64 `[U]`.
         fit_end: Number of leading events that no test touches: training and validation; int64 `[U]`.
-        validation: Held out from training, before every test event of its person.
+        validation: Held out from training, before every test event of its user.
     """
 
     train_end: npt.NDArray[np.int64]
@@ -68,34 +69,38 @@ class Split:
 def split(data: Interactions, config: TrainConfig) -> Split:
     """Divides the events as `config.protocol` says.
 
-    Leave-one-out tests on each person's last target and validates on the one before. Temporal tests on what comes after
+    Leave-one-out tests on each user's last target and validates on the one before. Temporal tests on the events after
     the cut, and with `ranker_days` leaves the days before it to the ranker. There, and without a protocol, the last
-    target of some people (`validation_people`, but at most a quarter) validates; theirs are the only events of the
+    target of some users (`validation_users`, but at most a quarter) validates; theirs are the only events of the
     training part that are not trained on.
     """
+    # Validation comes from before the test in every protocol: choosing the best weights by later events would let the
+    # test tell which to choose.
     counts = np.diff(data.offsets)
     if config.protocol == "leave-one-out":
         test = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
         fit_end = np.where(test >= 0, test, counts)
         newest = np.where(test >= 0, last_target(data, fit_end), -1)
-        people, learned = np.flatnonzero(newest > 0), fit_end
+        users, encoder_end = np.flatnonzero(newest > 0), fit_end
     else:
         fit_end = counts if config.protocol == "none" else before_cut(data, config)
-        learned = fit_end
+        encoder_end = fit_end
         if config.ranker_days and not data.ordered_only:
+            # On days that the encoders were trained on, relevance looks better than it will be in service, and the
+            # ranker would trust it too much: so its days come after theirs.
             days = config.ranker_days + config.ranker_validation_days
-            learned = before(data, cut_of(data, config) - round(days * DAY_MS))
-        newest = last_target(data, learned)
-        people = np.flatnonzero(newest > 0)
-        size = min(config.validation_people, people.size // 4)
-        people = np.sort(np.random.default_rng(config.seed).choice(people, size, replace=False))
-    train_end = learned.copy()
-    train_end[people] = newest[people]
-    return Split(train_end, fit_end, Targets(people, newest[people]))
+            encoder_end = before(data, cut_of(data, config) - round(days * DAY_MS))
+        newest = last_target(data, encoder_end)
+        users = np.flatnonzero(newest > 0)
+        size = min(config.validation_users, users.size // 4)
+        users = np.sort(np.random.default_rng(config.seed).choice(users, size, replace=False))
+    train_end = encoder_end.copy()
+    train_end[users] = newest[users]
+    return Split(train_end, fit_end, Targets(users, newest[users]))
 
 
-def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Targets:
-    """The events that a test predicts, in the order of people and time.
+def held_out(data: Interactions, config: TrainConfig, protocol: TestProtocol) -> Targets:
+    """Returns the events that a test predicts, in the order of users and time.
 
     Raises:
         TrainingError: The protocol needs times and the data set has order only.
@@ -103,16 +108,16 @@ def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Target
     counts = np.diff(data.offsets)
     if protocol == "leave-one-out":
         last = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
-        people = np.flatnonzero(last > 0)
-        return Targets(people, last[people])
+        users = np.flatnonzero(last > 0)
+        return Targets(users, last[users])
     cut = before_cut(data, config)
     if protocol == "temporal-last":
         last = last_target(data, counts)
-        people = np.flatnonzero((last >= cut) & (last > 0))
-        return Targets(people, last[people])
+        users = np.flatnonzero((last >= cut) & (last > 0))
+        return Targets(users, last[users])
     owners, positions = [], []
     for block in data.blocks():
-        # The first event of a person has nothing to be predicted from.
+        # The first event of a user has no history to be predicted from.
         late = (block.position >= cut[block.owner]) & (block.position > 0)
         at = np.flatnonzero(data.target[block.events] & late)
         owners.append(block.owner[at])
@@ -121,17 +126,17 @@ def held_out(data: Interactions, config: TrainConfig, protocol: Which) -> Target
 
 
 def last_target(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The position of each person's last target among their leading `ends` events, -1 where there is none."""
+    """Returns the position of each user's last target among their leading `ends` events, -1 where there is none."""
     newest = np.full(ends.size, -1, np.int64)
     for block in data.blocks():
         at = np.flatnonzero(data.target[block.events] & (block.position < ends[block.owner]))
-        # Positions ascend, and of several values for one person numpy keeps the last.
+        # Positions ascend, and of several values for one user numpy keeps the last.
         newest[block.owner[at]] = block.position[at]
     return newest
 
 
 def before_cut(data: Interactions, config: TrainConfig) -> npt.NDArray[np.int64]:
-    """How many of each person's events are not after `cut_of`; int64 `[U]`.
+    """Counts each user's events that are not after `cut_of`; int64 `[U]`.
 
     Raises:
         TrainingError: The data set has order only.
@@ -140,16 +145,16 @@ def before_cut(data: Interactions, config: TrainConfig) -> npt.NDArray[np.int64]
 
 
 def before(data: Interactions, moment: int) -> npt.NDArray[np.int64]:
-    """How many of each person's events are not after a moment; int64 `[U]`."""
-    counts = np.zeros(len(data.people), np.int64)
+    """Counts each user's events that are not after a moment; int64 `[U]`."""
+    counts = np.zeros(len(data.users), np.int64)
     for block in data.blocks():
         early = block.owner[data.timestamps[block.events] <= moment]
-        counts[block.people] = np.bincount(early - block.people.start, minlength=block.people.stop - block.people.start)
+        counts[block.users] = np.bincount(early - block.users.start, minlength=block.users.stop - block.users.start)
     return counts
 
 
 def cut_of(data: Interactions, config: TrainConfig) -> int:
-    """The last moment, ms, that is not tested: the quantile `1 - test_share` of all times, or `test_days` from the end.
+    """Returns the last moment, ms, that is not tested: `test_days` from the end, or the quantile `1 - test_share`.
 
     Without a protocol, the last moment of all. Events from wrong clocks are not the end (`training.data.clock`).
 
@@ -164,16 +169,21 @@ def cut_of(data: Interactions, config: TrainConfig) -> int:
     if config.test_days:
         return last - round(config.test_days * DAY_MS)
     # `1 - 0.9` is a little below 0.1, and the place of a quantile that falls on an event must not lie before it.
-    return _smallest(data, int((data.timestamps.size - 1) * (1 - config.test_share) + 1e-6))
+    return _time_of_rank(data, int((data.timestamps.size - 1) * (1 - config.test_share) + 1e-6))
+
+
+def moment_of(data: Interactions, targets: Targets, at: int) -> Moment:
+    """Returns a target's time as a request's moment; without a surface, because no candidate was shown on one."""
+    return Moment(int(data.timestamps[data.offsets[targets.users[at]] + targets.positions[at]]))
 
 
 _BINS = 1 << 16
 
 
-def _smallest(data: Interactions, rank: int) -> int:
-    """The time of which `rank` others, counted from 0, stand before in ascending order.
+def _time_of_rank(data: Interactions, rank: int) -> int:
+    """Returns the time at place `rank`, counted from 0, of all times in ascending order.
 
-    Times are counted in ever finer bins around the answer, so nothing as long as the events is made.
+    Times are counted in ever finer bins around the result, so no array as long as the events is made.
     """
     parts = [data.timestamps[block.events] for block in data.blocks()]
     low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)

@@ -1,8 +1,8 @@
-"""Measures how well content alone places items that nobody was trained on.
+"""Measures how well content alone places items that training has never seen.
 
-A run trained with `hide_items` has never met some of the items: not in a history, not as a target, not as a negative,
-not in a count. Here their events become targets, each asked of the events before it that the run may know, and ranked
-among the whole catalogue: the other items compete with all that their own history taught.
+A run trained with `cold_item_share` has never met some of the items: not in a history, not as a target, not as a
+negative, not in a count. Here their events become targets, each predicted from the events before it that the run may
+know, and ranked among the whole catalogue, where the other items compete with all that their own history taught.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import numpy.typing as npt
 import torch
 
 from features.errors import LeakError, TrainingError
-from training.data.clock import newest_of, tell_future
-from training.data.cold_items import hidden_items
-from training.data.interactions import Interactions, read_interactions
-from training.data.split import Targets, held_out, split
+from training.data.clock import newest_of, report_future_events
+from training.data.interactions import Interactions, draw_cold_items, read_interactions
+from training.data.split import Targets, TestProtocol, held_out, split
 from training.metrics import hit, interval, ndcg
-from training.models.scoring import lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import LoadedRun, admit_run, load_run
 from training.runtime import exact, prepared
 
 NEAR = 50
-"""How far down a cold item may stand and still be found."""
+"""Deepest place at which a cold item still counts as recalled."""
 _METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
     "recall@10": lambda ranks: hit(ranks, 10),
     f"recall@{NEAR}": lambda ranks: hit(ranks, NEAR),
@@ -36,107 +35,114 @@ _METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Targets among what a run may know, the items that were right, and what the run may know."""
+class KnownTargets:
+    """Targets, their items, and the events that a run may know: positions count those events alone."""
 
-    visible: Interactions
+    events: Interactions
     targets: Targets
     rows: npt.NDArray[np.int32]
 
 
-def evaluate_cold(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
-    """How often a hidden item stands among the first 50 of the catalogue for a person who then chose it.
+def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[str, Any]:
+    """Measures how often a cold item stands among the first 50 of the catalogue for a user who then chose it.
 
-    Each run hides the items that its seed drew; their targets are pooled.
+    Each run holds out the items that its seed drew; their targets are pooled.
 
     Returns:
-        `metrics` {`recall@10`, `recall@50`, `ndcg@10`: {mean, low, high}} of the hidden items, `by_seed`, `warm` (the
+        `metrics` {`recall@10`, `recall@50`, `ndcg@10`: {mean, low, high}} of the cold items, `by_seed`, `warm` (the
         same of the items that were trained on, on their held-out events), `chance` (recall@50 of a random order:
-        50 / items), `over_chance`; `protocol`, `runs`, `seeds`, `users`, `targets`, `warm_targets`, `items`, `hidden`.
+        50 / items), `over_chance`; `protocol`, `runs`, `seeds`, `users`, `targets`, `warm_targets`, `items`,
+        `cold_items`.
 
     Raises:
-        LeakError: A run held nothing out.
-        TrainingError: A run hid no item, its items say nothing of themselves, or no hidden item was chosen later.
+        LeakError: A run held no event out.
+        TrainingError: A run has no cold item, its items have no content, or no cold item was chosen later.
     """
     loaded = [load_run(run, data) for run in runs]
     for run in loaded:
-        _refuse(run)
+        _refuse_unfit(run)
     left_out = admit_run(loaded[0])
-    asked = [cold_targets(run) for run in loaded]
-    if not all(len(one.targets) for one in asked):
-        raise TrainingError("nobody chose a hidden item after the training part: hide more with --set hide_items=0.1")
-    known = [warm_targets(run, one.visible) for run, one in zip(loaded, asked, strict=True)]
+    cold = [cold_targets(run) for run in loaded]
+    if not all(len(of_run.targets) for of_run in cold):
+        raise TrainingError(
+            "no user chose a cold item after the training part: hold out more with --set cold_item_share=0.1"
+        )
+    warm = [warm_targets(run, of_run.events) for run, of_run in zip(loaded, cold, strict=True)]
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
-        cold = [_ranks(run, one) for run, one in zip(loaded, asked, strict=True)]
-        warm = [_ranks(run, one) for run, one in zip(loaded, known, strict=True)]
-    items = asked[0].visible.items
-    metrics = _pooled(cold, asked)
+        cold_ranks = [_ranks(run, of_run) for run, of_run in zip(loaded, cold, strict=True)]
+        warm_ranks = [_ranks(run, of_run) for run, of_run in zip(loaded, warm, strict=True)]
+    items = cold[0].events.items
+    metrics = _pooled(cold_ranks, cold)
     chance = NEAR / items
     return {
         "protocol": "cold-items",
         "runs": [str(run.path) for run in loaded],
         "seeds": [run.config.seed for run in loaded],
-        "users": int(np.unique(np.concatenate([one.targets.people for one in asked])).size),
-        "targets": sum(len(one.targets) for one in asked),
-        "warm_targets": sum(len(one.targets) for one in known),
+        "users": int(np.unique(np.concatenate([of_run.targets.users for of_run in cold])).size),
+        "targets": sum(len(of_run.targets) for of_run in cold),
+        "warm_targets": sum(len(of_run.targets) for of_run in warm),
         "items": items,
-        "hidden": [int(hidden_items(items, run.config).sum()) for run in loaded],
+        "cold_items": [int(draw_cold_items(items, run.config).sum()) for run in loaded],
         "metrics": metrics,
-        "by_seed": {name: [float(of(ranks).mean()) for ranks in cold] for name, of in _METRICS.items()},
-        "warm": _pooled(warm, known),
+        "by_seed": {name: [float(of(ranks).mean()) for ranks in cold_ranks] for name, of in _METRICS.items()},
+        "warm": _pooled(warm_ranks, warm),
         "chance": chance,
         "over_chance": metrics[f"recall@{NEAR}"]["mean"] / chance,
         "baselines": {},
         **left_out,
-        **tell_future(asked[0].visible),
+        **report_future_events(cold[0].events),
     }
 
 
-def cold_targets(run: LoadedRun) -> Asked:
-    """The events of hidden items after all that the run was trained and validated on."""
+def cold_targets(run: LoadedRun) -> KnownTargets:
+    """Returns the events of cold items after all events that the run was trained and validated on."""
     config = run.config
-    visible = read_interactions(run.dataset, run.vocabulary, config)
-    whole = read_interactions(run.dataset, run.vocabulary, config.model_copy(update={"hide_items": 0.0}))
-    hidden, owner = hidden_items(whole.items, config)[whole.rows], whole.owner()
-    before = np.cumsum(~hidden) - ~hidden - visible.offsets[owner]
-    ends = split(visible, config).fit_end
-    chosen = hidden & whole.target & (before > 0) & (before >= ends[owner])
+    events = read_interactions(run.dataset, run.vocabulary, config)
+    whole = read_interactions(run.dataset, run.vocabulary, config.model_copy(update={"cold_item_share": 0.0}))
+    is_cold, owner = draw_cold_items(whole.items, config)[whole.rows], whole.owner()
+    # Positions among the events that the run may know: the user encoder must not read another cold item either.
+    position = np.cumsum(~is_cold) - ~is_cold - events.offsets[owner]
+    ends = split(events, config).fit_end
+    is_target = is_cold & whole.target & (position > 0) & (position >= ends[owner])
     if config.protocol == "temporal":
-        chosen &= whole.timestamps > newest_of(visible, ends)
-    at = np.flatnonzero(chosen)
-    return Asked(visible, Targets(owner[at], before[at]), whole.rows[at])
+        is_target &= whole.timestamps > newest_of(events, ends)
+    at = np.flatnonzero(is_target)
+    return KnownTargets(events, Targets(owner[at], position[at]), whole.rows[at])
 
 
-def warm_targets(run: LoadedRun, visible: Interactions) -> Asked:
-    """The held-out events of items that the run was trained on."""
-    which = "leave-one-out" if run.config.protocol == "leave-one-out" else "temporal-successive"
-    targets = held_out(visible, run.config, which)  # type: ignore[arg-type]
-    targets = targets.take(np.flatnonzero(run.trained[targets.rows(visible)]))
-    return Asked(visible, targets, targets.rows(visible))
+def warm_targets(run: LoadedRun, events: Interactions) -> KnownTargets:
+    """Returns the held-out events of items that the run was trained on."""
+    protocol: TestProtocol = "leave-one-out" if run.config.protocol == "leave-one-out" else "temporal-successive"
+    targets = held_out(events, run.config, protocol)
+    targets = targets.take(np.flatnonzero(run.trained[targets.rows(events)]))
+    return KnownTargets(events, targets, targets.rows(events))
 
 
-def _refuse(run: LoadedRun) -> None:
+def _refuse_unfit(run: LoadedRun) -> None:
     if run.config.protocol == "none":
-        raise LeakError(f"{run.path} was trained on everything: train with --set protocol=leave-one-out")
-    if not run.config.hide_items:
-        raise TrainingError(f"{run.path} hid no item from its training: train with --set hide_items=0.1")
+        raise LeakError(f"{run.path} was trained on all events: train with --set protocol=leave-one-out")
+    if not run.config.cold_item_share:
+        raise TrainingError(f"{run.path} held no item out of its training: train with --set cold_item_share=0.1")
     if not run.result["content"]:
-        raise TrainingError(f"{run.path} learned nothing from what items say of themselves, so it cannot place them")
+        raise TrainingError(
+            f"{run.path} was trained without content, so it cannot place new items: use a data set whose items have "
+            "titles or categories, and content=true"
+        )
 
 
-def _ranks(run: LoadedRun, asked: Asked) -> npt.NDArray[np.int64]:
-    """Where relevance puts each right item in the whole catalogue, what the person had masked; int64 `[n]`."""
+def _ranks(run: LoadedRun, measured: KnownTargets) -> npt.NDArray[np.int64]:
+    """Ranks each target's item in the whole catalogue by relevance; the items that the user had are masked."""
     table = torch.from_numpy(run.item_vectors)
-    users = user_vectors(run.user_encoder, table, asked.visible, asked.targets, run.config.max_length)
-    ranks = np.empty(asked.rows.size, np.int64)
-    for part in lines(asked.rows.size):
+    users = user_vectors(run.user_encoder, table, measured.events, measured.targets, run.config.max_length)
+    ranks = np.empty(measured.rows.size, np.int64)
+    for part in slices(measured.rows.size):
         scores = users[part] @ run.item_vectors.T
         if not run.config.repeats:
-            mask_seen(scores, seen_before(asked.visible, asked.targets.take(np.arange(part.start, part.stop))))
-        ranks[part] = ranks_of(scores, asked.rows[part])
+            mask_seen(scores, seen_before(measured.events, measured.targets.take(np.arange(part.start, part.stop))))
+        ranks[part] = ranks_of(scores, measured.rows[part])
     return ranks
 
 
-def _pooled(ranks: Sequence[npt.NDArray[np.int64]], asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
-    people, places = np.concatenate([one.targets.people for one in asked]), np.concatenate(ranks)
-    return {name: interval(of(places), people) for name, of in _METRICS.items()}
+def _pooled(ranks: Sequence[npt.NDArray[np.int64]], measured: Sequence[KnownTargets]) -> dict[str, dict[str, float]]:
+    users, places = np.concatenate([of_run.targets.users for of_run in measured]), np.concatenate(ranks)
+    return {name: interval(of(places), users) for name, of in _METRICS.items()}

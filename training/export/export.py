@@ -23,7 +23,7 @@ from features.bundle import open_bundle, publish
 from features.catalog import Catalog
 from features.errors import ExportError
 from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
-from training.data.clock import tell_future
+from training.data.clock import report_future_events
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Targets
 from training.export import golden
@@ -121,7 +121,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         people = golden.answers(world, golden.make_people(world))
         (staging / "golden.json").write_text(json.dumps(people, allow_nan=False), encoding="utf-8")
         _write_tables(loaded, data, catalog, staging)
-        future = tell_future(data)
+        future = report_future_events(data)
         size = sum(file.stat().st_size for file in staging.iterdir())
         bundle_id = publish(staging, out, _manifest(loaded, gates))
     return {
@@ -172,8 +172,8 @@ def _world(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.World, dict[str,
         return answer
 
     types, shapes = loaded.result["event_types"], input_shapes(loaded.config)
-    outcomes = ActionRates.of(loaded.result)
-    return golden.World(catalog, loaded.neighbors, types, loaded.config, shapes, outcomes, ask), sessions
+    action_rates = ActionRates.of(loaded.result)
+    return golden.World(catalog, loaded.neighbors, types, loaded.config, shapes, action_rates, ask), sessions
 
 
 def _check_assembly(world: golden.World, gates: Gates) -> None:
@@ -248,7 +248,7 @@ def _ranker_graph(loaded: LoadedRun, world: golden.World) -> Graph:
         rows = rng.integers(0, catalog.size, count).astype(np.int32)
         user = golden.user_vector(world, made)
         relevance = catalog.columns.vectors[rows] @ user
-        features = ranker_features(made.past, rows, relevance, catalog.columns, world.outcomes, Moment())
+        features = ranker_features(made.past, rows, relevance, catalog.columns, world.action_rates, Moment())
         cases.append({"user": user[None], "items": catalog.columns.vectors[rows], "features": features})
     actions = len(loaded.result["actions"])
     axes: _Axes = {"user": [1, dim], "items": ["candidates", dim], "features": ["candidates", ranker_width(actions)]}
@@ -268,7 +268,7 @@ def _write_index(
 def _likely_queries(loaded: LoadedRun, data: Interactions, world: golden.World) -> _F32:
     """Vectors like those that the index will be asked for: of real people, of texts as queries, and of items."""
     rng = np.random.default_rng(0)
-    people = rng.permutation(len(data.people))[:_QUERIES]
+    people = rng.permutation(len(data.users))[:_QUERIES]
     targets = Targets(people, np.diff(data.offsets)[people])
     table = torch.from_numpy(loaded.item_vectors)
     users = user_vectors(loaded.user_encoder, table, data, targets, loaded.config.max_length)

@@ -25,8 +25,8 @@ from features.tables.event_reader import Events
 from features.tables.schema import EVENTS
 from features.transforms import ItemInputShapes, item_inputs, query_inputs, text_tokens
 from training.config import TrainConfig
+from training.data.histories import UserHistories
 from training.data.interactions import read_interactions
-from training.models.scoring import UserHistories
 
 Event = dict[str, Any]
 Ask = Callable[[str, Mapping[str, npt.NDArray[Any]]], npt.NDArray[np.float32]]
@@ -61,7 +61,7 @@ class World:
     event_types: Sequence[str]
     config: TrainConfig
     shapes: ItemInputShapes
-    outcomes: ActionRates
+    action_rates: ActionRates
     ask: Ask
 
 
@@ -112,10 +112,10 @@ def offline(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
     starts, ends = data.offsets[:-1], data.offsets[1:]
     rows, types, lengths = encoder_batch(data.rows, data.types, starts, ends, world.config.max_length)
     known = UserHistories(data, world.catalog.columns)
-    pasts = [known.before(at, len(events)) for at, events in enumerate(people)]
+    histories = [known.before(at, len(events)) for at, events in enumerate(people)]
     return [
         Assembled(rows[at, :length], types[at, :length], past)
-        for at, (length, past) in enumerate(zip(lengths.tolist(), pasts, strict=True))
+        for at, (length, past) in enumerate(zip(lengths.tolist(), histories, strict=True))
     ]
 
 
@@ -129,7 +129,7 @@ def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assemb
         count += _unequal(one.rows, other.rows) + _unequal(one.types, other.types)
         count += sum(past_differences(one.past, other.past).values())
         moment = moment_of(world)
-        features = [ranker_features(o.past, rows, relevance, columns, world.outcomes, moment) for o in (one, other)]
+        features = [ranker_features(o.past, rows, relevance, columns, world.action_rates, moment) for o in (one, other)]
         count += _unequal(*features)
     return count
 
@@ -167,7 +167,7 @@ def answers(world: World, people: Sequence[Sequence[Event]]) -> dict[str, Any]:
 
 def moment_of(world: World) -> Moment:
     """When and where golden requests are made: long after the last event, on the last surface that is known."""
-    return Moment(_FIRST_MOMENT + _DAY, sorted(world.outcomes.surfaces)[-1] if world.outcomes.surfaces else "")
+    return Moment(_FIRST_MOMENT + _DAY, sorted(world.action_rates.surfaces)[-1] if world.action_rates.surfaces else "")
 
 
 def user_vector(world: World, made: Assembled) -> _F32:
@@ -211,7 +211,7 @@ def _person(world: World, events: Sequence[Event], made: Assembled) -> dict[str,
     user = user_vector(world, made)
     rows, relevance = _best(world, user)
     moment = moment_of(world)
-    features = ranker_features(made.past, rows, relevance, columns, world.outcomes, moment)
+    features = ranker_features(made.past, rows, relevance, columns, world.action_rates, moment)
     logits = world.ask("ranker", {"user": user[None], "items": columns.vectors[rows], "features": features})
     return {
         "events": list(events),

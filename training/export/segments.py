@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from features.catalog_columns import CatalogColumns
 from training.data.clock import newest_of
+from training.data.histories import UserHistories
 from training.data.interactions import Interactions
-from training.models.scoring import UserHistories
 
 PEOPLE = 10
 """People that a segment needs: what fewer like would be theirs to tell."""
@@ -24,8 +24,8 @@ Table = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 def segments_of(data: Interactions, columns: CatalogColumns) -> npt.NDArray[np.uint64]:
     """The segment of each person after all of their events, as serving reads it; 0 for none; uint64 `[U]`."""
-    pasts = UserHistories(data, columns)
-    return np.array([pasts.whole(person).segment() for person in range(data.offsets.size - 1)], np.uint64)
+    histories = UserHistories(data, columns)
+    return np.array([histories.whole(person).segment() for person in range(data.offsets.size - 1)], np.uint64)
 
 
 def popular_in_segments(data: Interactions, columns: CatalogColumns, recent_days: float) -> dict[int, Table]:

@@ -22,14 +22,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from features.errors import TrainingError
 from training.config import TrainConfig
-from training.data.interactions import Batch, Interactions, TrainingBatches, sent
+from training.data.batches import Batch, TrainingBatches, to_device
+from training.data.interactions import Interactions
 from training.data.split import Split, Targets
-from training.fitting.tensorboard import open_board
+from training.fitting.tensorboard import open_tensorboard
 from training.metrics import ndcg
 from training.models.baselines import counts_of
 from training.models.encoders import ItemBags
 from training.models.losses import sample_items, softmax_loss
-from training.models.scoring import gather, lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import gather, mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import Modules, append_line, keep_lines, save_modules, sha256_of, write_tensors
 
 OnStep: TypeAlias = Callable[[int], None]
@@ -56,7 +57,7 @@ class State:
     finished: bool = False
 
 
-class Fit:
+class EncoderTrainer:
     """Trains `modules.user` and `modules.item`; the best by validation end up in `RUN/model.safetensors`."""
 
     def __init__(
@@ -88,7 +89,7 @@ class Fit:
             fused=True,
         )
         self.state = State()
-        self.show = open_board(out, config)
+        self.show = open_tensorboard(out, config)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, or from the checkpoint on.
@@ -146,7 +147,7 @@ class Fit:
         hidden = user(gather(table, batch), batch.types, batch.lengths)
         targets = batch.targets.flatten()
         counted = (targets >= 0).nonzero()[:, 0]
-        asked = hidden.flatten(0, 1).index_select(0, sent(counted, self.device))
+        asked = hidden.flatten(0, 1).index_select(0, to_device(counted, self.device))
         loss = self._loss(asked, table, targets[counted])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -165,11 +166,11 @@ class Fit:
         correction = None
         if 0 < negatives < table.shape[0]:
             rows, targets, correction = sample_items(targets, self.popularity, negatives)
-            table, correction = table[sent(rows, self.device)], sent(correction, self.device)
+            table, correction = table[to_device(rows, self.device)], to_device(correction, self.device)
         chunk = self.config.loss_chunk
         if self.device.type == "cuda":
             chunk = min(max(chunk, CUDA_SCORES // table.shape[0]), users.shape[0])
-        return softmax_loss(users, table, sent(targets, self.device), correction, chunk)
+        return softmax_loss(users, table, to_device(targets, self.device), correction, chunk)
 
     def _rate(self, per_epoch: int) -> float:
         """Rises over the warm-up, then falls along a cosine over all epochs."""
@@ -211,16 +212,16 @@ class Fit:
         save_modules(self.out / "model.safetensors", {"user": self.modules.user, "item": self.modules.item})
 
     def _ndcg(self, targets: Targets) -> float:
-        """Mean NDCG@10 of relevance alone, over at most `validation_people` of the targets."""
+        """Mean NDCG@10 of relevance alone, over at most `validation_users` of the targets."""
         if not len(targets):
             return 0.0
-        targets = targets.sample(self.config.validation_people, self.config.seed)
+        targets = targets.sample(self.config.validation_users, self.config.seed)
         self.modules.user.eval()
         with torch.inference_mode():
             table = self.modules.item.eval().table(self.bags, self.known)
         users = torch.from_numpy(user_vectors(self.modules.user, table, self.data, targets, self.config.max_length))
         values = []
-        for part in lines(len(targets)):
+        for part in slices(len(targets)):
             some = targets.take(np.arange(part.start, part.stop))
             scores = (users[part].to(self.device) @ table.T).float().cpu().numpy()
             if not self.config.repeats:

@@ -6,7 +6,6 @@ relevance looks better than it will ever be in service.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,20 +18,14 @@ from features.action_rates import ActionRates
 from features.assemble import RANKER_FEATURES, Moment, ranker_features
 from features.catalog_columns import CatalogColumns
 from training.config import Action, TrainConfig
-from training.data.interactions import Interactions, sent
-from training.data.split import Split, Targets
+from training.data.histories import UserHistories
+from training.data.interactions import Interactions
+from training.data.split import Split, Targets, moment_of
 from training.metrics import ndcg
-from training.models.encoders import ItemEncoder, QueryEncoder
-from training.models.losses import sample_items, softmax_loss
 from training.models.ranker import BLENDS, Ranker, platt, utility
-from training.models.scoring import UserHistories, lines, mask_seen, ranks_of, seen_before, user_vectors
+from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
 from training.run import Modules
 
-QUERY_BATCH = 512
-QUERY_RATE = 3e-3
-QUERY_NEGATIVES = 2048
-QUERY_SHARPNESS = 20.0
-QUERY_WORDS = 8
 RANKER_BATCH = 64
 RANKER_RATE = 2e-3
 RANKER_NEGATIVES = 64
@@ -41,61 +34,8 @@ FEWEST_TARGETS = 100
 _SELECTING = 4  # each fourth person chooses the blend and calibrates
 
 
-def fit_query_encoder(
-    query: QueryEncoder, item: ItemEncoder, table: Tensor, inputs: Mapping[str, Tensor] | None, config: TrainConfig
-) -> None:
-    """Teaches the query encoder to find an item by some of its words.
-
-    Args:
-        query: Trained in place; starts from the item encoder's word vectors.
-        item: The trained item encoder.
-        table: All item vectors, which stay as they are; float `[N, D]`.
-        inputs: The item encoder's inputs, None where items say nothing: then there are no words to learn from.
-        config: How many steps.
-    """
-    if inputs is None or not config.query_steps:
-        return
-    tokens = inputs["tokens"].cpu()
-    worded = (tokens > 0).any(1).nonzero()[:, 0]
-    if not worded.numel():
-        return
-    torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.no_grad():
-        query.words.weight.copy_(item.words.weight[: query.words.num_embeddings])
-    # Directions matter, not lengths: a query asks for what it names, not for what is popular.
-    goal = functional.normalize(table, dim=1)
-    level = torch.full((table.shape[0],), 1 / table.shape[0])
-    optimizer = torch.optim.AdamW(query.parameters(), lr=QUERY_RATE, weight_decay=0.01, fused=True)
-    query.train()
-    for step in range(config.query_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = QUERY_RATE * (1 - step / config.query_steps)
-        chosen = worded[torch.randint(worded.numel(), (min(QUERY_BATCH, worded.numel()),), generator=generator)]
-        words = sent(_some_words(tokens[chosen], generator), goal.device)
-        asked = functional.normalize(query(words), dim=1) * QUERY_SHARPNESS
-        rows, positions, _ = sample_items(chosen, level, QUERY_NEGATIVES)
-        items, positions = goal[sent(rows, goal.device)], sent(positions, goal.device)
-        loss = softmax_loss(asked, items, positions, chunk=config.loss_chunk)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    query.eval()
-
-
-def _some_words(tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """A random one to `QUERY_WORDS` of each line's words, earlier ones (the title's) more often; `[B, QUERY_WORDS]`."""
-    size = min(QUERY_WORDS, tokens.shape[1])
-    places = torch.arange(tokens.shape[1])
-    noise = torch.rand(tokens.shape, generator=generator) + 0.5 * (places < size)
-    order = torch.where(tokens > 0, noise, -1.0).argsort(1, descending=True)[:, :size]
-    kept = tokens.gather(1, order)
-    lengths = torch.randint(1, size + 1, (tokens.shape[0], 1), generator=generator)
-    return kept * (torch.arange(size) < lengths)
-
-
 @dataclass(frozen=True)
-class Candidates:
+class RankerCandidates:
     """What the ranker is asked for some targets, all on the CPU.
 
     Attributes:
@@ -121,10 +61,10 @@ def fit_ranker(asker: CandidateBuilder, division: Split, weights: list[float]) -
         one standard error of the difference.
     """
     config, ranker = asker.config, asker.ranker
-    targets = division.validation.sample(config.validation_people, config.seed)
+    targets = division.validation.sample(config.validation_users, config.seed)
     if not config.ranker_steps or len(targets) < FEWEST_TARGETS:
         return 0.0, {}
-    chooses = targets.people % _SELECTING == 0
+    chooses = targets.users % _SELECTING == 0
     if not asker.learned:
         drawn = asker.candidates(targets.take(np.flatnonzero(~chooses)), RANKER_NEGATIVES)
         _learn(ranker, asker.table, drawn, config)
@@ -147,7 +87,7 @@ class CandidateBuilder:
         table: Tensor,
         data: Interactions,
         columns: CatalogColumns,
-        outcomes: ActionRates,
+        action_rates: ActionRates,
         actions: tuple[Action, ...],
         config: TrainConfig,
         learned: bool = False,
@@ -156,11 +96,11 @@ class CandidateBuilder:
         self.user, self.ranker = modules.user.eval(), modules.ranker.cpu()
         self.device_table, self.table = table, table.cpu()
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
-        self.pasts = UserHistories(data, columns)
-        self.outcomes, self.learned = outcomes, learned
+        self.histories = UserHistories(data, columns)
+        self.action_rates, self.learned = action_rates, learned
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
 
-    def candidates(self, targets: Targets, count: int) -> Candidates:
+    def candidates(self, targets: Targets, count: int) -> RankerCandidates:
         """The most relevant items of each person, beside the target.
 
         Fewer than `config.candidates` are drawn at random from these, an eighth of them from the popular items.
@@ -169,7 +109,7 @@ class CandidateBuilder:
         rng = np.random.default_rng(self.config.seed)
         truth = targets.rows(self.data)
         rows = np.empty((len(targets), count + 1), np.int32)
-        for part in lines(len(targets)):
+        for part in slices(len(targets)):
             scores = users[part] @ self.columns.vectors.T
             if not self.config.repeats:
                 mask_seen(scores, seen_before(self.data, targets.take(np.arange(part.start, part.stop))))
@@ -178,7 +118,7 @@ class CandidateBuilder:
         features = np.stack([self._features(targets, users, rows, at) for at in range(len(targets))])
         real = rows != truth[:, None]
         real[:, 0] = True
-        return Candidates(
+        return RankerCandidates(
             users=torch.from_numpy(users),
             rows=torch.from_numpy(rows.astype(np.int64)),
             features=torch.from_numpy(features),
@@ -186,11 +126,11 @@ class CandidateBuilder:
             real=torch.from_numpy(real),
         )
 
-    def logits(self, asked: Candidates) -> Tensor:
+    def logits(self, asked: RankerCandidates) -> Tensor:
         """The ranker's logits, a few people at a time; float `[n, C, A]`."""
         parts = [
             self.ranker(asked.users[part].unsqueeze(1), self.table[asked.rows[part]], asked.features[part])
-            for part in lines(asked.users.shape[0], RANKER_BATCH)
+            for part in slices(asked.users.shape[0], RANKER_BATCH)
         ]
         return torch.cat(parts)
 
@@ -217,13 +157,13 @@ class CandidateBuilder:
     def _features(
         self, targets: Targets, users: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], at: int
     ) -> npt.NDArray[np.float32]:
-        past = self.pasts.before(int(targets.people[at]), int(targets.positions[at]))
+        past = self.histories.before(int(targets.users[at]), int(targets.positions[at]))
         relevance = self.columns.vectors[rows[at]] @ users[at]
         moment = moment_of(self.data, targets, at) if self.learned else Moment()
-        return ranker_features(past, rows[at], relevance, self.columns, self.outcomes, moment)
+        return ranker_features(past, rows[at], relevance, self.columns, self.action_rates, moment)
 
     def _labels(self, targets: Targets, width: int) -> npt.NDArray[np.float32]:
-        events = self.data.offsets[targets.people] + targets.positions
+        events = self.data.offsets[targets.users] + targets.positions
         labels = np.zeros((len(targets), width, len(self.actions)), np.float32)
         for number, action in enumerate(self.actions):
             names = self.data.event_types
@@ -235,12 +175,7 @@ class CandidateBuilder:
         return labels
 
 
-def moment_of(data: Interactions, targets: Targets, at: int) -> Moment:
-    """When a target came, as far as candidates may know: the surface is nobody's."""
-    return Moment(int(data.timestamps[data.offsets[targets.people[at]] + targets.positions[at]]))
-
-
-def _learn(ranker: Ranker, table: Tensor, drawn: Candidates, config: TrainConfig) -> None:
+def _learn(ranker: Ranker, table: Tensor, drawn: RankerCandidates, config: TrainConfig) -> None:
     """Binary cross-entropy per action, from relevance on."""
     generator = torch.Generator().manual_seed(config.seed)
     ranker.standardise(drawn.features[drawn.real])
@@ -265,7 +200,7 @@ def _learn(ranker: Ranker, table: Tensor, drawn: Candidates, config: TrainConfig
     ranker.eval()
 
 
-def _choose_blend(whole: Candidates, worth: Tensor) -> tuple[float, dict[str, float]]:
+def _choose_blend(whole: RankerCandidates, worth: Tensor) -> tuple[float, dict[str, float]]:
     """The blend whose final score ranks the targets best among the candidates."""
     relevance = whole.features[..., 0]
     # A target that relevance leaves out of the candidates never reaches the ranker.

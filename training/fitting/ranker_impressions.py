@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import TrainConfig
-from training.data.impressions import Shown
+from training.data.impressions import Examples
 from training.data.interactions import Interactions
-from training.data.point_in_time import PointInTimeStatistics, line_features
+from training.data.point_in_time import PointInTimeStatistics, example_features
 from training.data.split import DAY_MS, Targets, cut_of
 from training.metrics import log_loss, measure
 from training.models.encoders import UserEncoder
@@ -56,13 +56,13 @@ class RankerBatch:
 class RankerDataset:
     """The lines that train and validate, and what of them validates; bool [n]."""
 
-    lines: Shown
+    lines: Examples
     lesson: RankerBatch
     validates: npt.NDArray[np.bool_]
 
 
-def read_feed(
-    teller: PointInTimeStatistics, shown: Shown, encoder: UserEncoder, table: Tensor, config: TrainConfig
+def read_ranker_dataset(
+    teller: PointInTimeStatistics, shown: Examples, encoder: UserEncoder, table: Tensor, config: TrainConfig
 ) -> RankerDataset | None:
     """What the ranker may learn from, as it was known then; None where that is too little.
 
@@ -82,15 +82,15 @@ def read_feed(
         validation = int(np.quantile(early, 0.9))
     first = validation - round(config.ranker_days * DAY_MS) if config.ranker_days else -1
     lines = shown.between(first, cut)
-    users = line_users(encoder, table, teller.data, lines, config)
-    features = line_features(teller, lines, users, every_hours=config.statistics_hours, last=cut)
+    users = example_users(encoder, table, teller.data, lines, config)
+    features = example_features(teller, lines, users, every_hours=config.statistics_hours, last=cut)
     labels = lines.labels(cut)
     return RankerDataset(
-        lines, lesson_of(users, teller.columns.vectors[lines.rows], features, labels), lines.times > validation
+        lines, ranker_batch(users, teller.columns.vectors[lines.rows], features, labels), lines.times > validation
     )
 
 
-def lesson_of(
+def ranker_batch(
     users: npt.NDArray[np.float32],
     items: npt.NDArray[np.float32],
     features: npt.NDArray[np.float32],
@@ -100,18 +100,18 @@ def lesson_of(
     return RankerBatch(*(torch.from_numpy(array) for array in (users, items, features, labels.astype(np.float32))))
 
 
-def line_users(
-    encoder: UserEncoder, table: Tensor, data: Interactions, lines: Shown, config: TrainConfig
+def example_users(
+    encoder: UserEncoder, table: Tensor, data: Interactions, lines: Examples, config: TrainConfig
 ) -> npt.NDArray[np.float32]:
     """The person's vector just before each line, zeros for somebody without a history; float32 [n, D]."""
     users = np.zeros((len(lines), table.shape[1]), np.float32)
     known = np.flatnonzero(lines.positions > 0)
-    targets = Targets(lines.people[known], lines.positions[known])
+    targets = Targets(lines.users[known], lines.positions[known])
     users[known] = user_vectors(encoder.eval(), table, data, targets, config.max_length)
     return users
 
 
-def learn(ranker: Ranker, feed: RankerDataset, config: TrainConfig) -> dict[str, Any]:
+def fit_on_impressions(ranker: Ranker, feed: RankerDataset, config: TrainConfig) -> dict[str, Any]:
     """Trains the ranker in place: validation says how long and how surely, then all lines train it anew.
 
     Validation tells how steep the logits should be, but not how high: one day's rate of an action says less of the next
@@ -128,7 +128,7 @@ def learn(ranker: Ranker, feed: RankerDataset, config: TrainConfig) -> dict[str,
     ranker.load_state_dict(best)
     logits = logits_of(ranker, held)
     slopes = [platt(logits[:, a], held.labels[:, a], steady=STEADY)[0] for a in range(logits.shape[1])]
-    report = _report(logits, held, train, feed.lines.people[feed.validates])
+    report = _report(logits, held, train, feed.lines.users[feed.validates])
     ranker.load_state_dict(start)
     _pass(ranker, feed.lesson, config, epochs, None)
     # Half an event more of both kinds, for what nobody has done yet may still be done.

@@ -12,7 +12,7 @@ Show: TypeAlias = Callable[[Mapping[str, float]], None]
 FOLDER = "tensorboard"
 
 
-def open_board(out: Path, config: TrainConfig) -> Show:
+def open_tensorboard(out: Path, config: TrainConfig) -> Show:
     """What shows one line of `log.jsonl`: into event files below `RUN/tensorboard`, or nowhere.
 
     The steps of the curves are events trained on.

@@ -85,7 +85,7 @@ def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: 
     return counts_of(data, ends, data.seen, newest - days * DAY_MS, newest)
 
 
-class Popular:
+class PopularBaseline:
     """The same order for everybody: number of events, ties as they come."""
 
     def __init__(self, name: str, counts: npt.NDArray[np.float64]) -> None:
@@ -97,7 +97,7 @@ class Popular:
         return np.repeat(self.counts[None], len(targets), axis=0)
 
 
-class Markov:
+class MarkovBaseline:
     """What followed the newest item most often; ties, and what never followed it, by popularity."""
 
     name = "markov"
@@ -117,7 +117,7 @@ class Markov:
 
     def scores(self, targets: Targets) -> Scores:
         """Bigram counts, plus a fraction below one for popularity."""
-        newest = self.data.rows[self.data.offsets[targets.people] + targets.positions - 1]
+        newest = self.data.rows[self.data.offsets[targets.users] + targets.positions - 1]
         out = np.repeat(self.popularity[None], len(targets), axis=0)
         for line, row in enumerate(newest):
             part = slice(self.starts[row], self.starts[row + 1])
@@ -125,7 +125,7 @@ class Markov:
         return out
 
 
-class MostUsed:
+class MostUsedBaseline:
     """Each user's own items, the most often used first and of those the newest; then what is popular."""
 
     name = "most_used"
@@ -136,7 +136,7 @@ class MostUsed:
     def scores(self, targets: Targets) -> Scores:
         """Counts of the user's events that make their item seen, plus a fraction below one for how late the last is."""
         out = np.repeat(self.popularity[None], len(targets), axis=0)
-        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             start = int(self.data.offsets[person])
             part = slice(start, start + int(position))
             rows = self.data.rows[part][self.data.seen[part]]
@@ -147,7 +147,7 @@ class MostUsed:
         return out
 
 
-class Neighbors:
+class NeighborsBaseline:
     """Sum of the similarities to the newest items, which count less with every event since."""
 
     name = "item_to_item"
@@ -160,7 +160,7 @@ class Neighbors:
     def scores(self, targets: Targets) -> Scores:
         """Weighted sums over the newest 50 events."""
         out = np.zeros((len(targets), self.data.items), np.float32)
-        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             rows = _newest(self.data, person, position, 50)
             weights = (HISTORY_DECAY ** np.arange(rows.size)[::-1]).astype(np.float32)
             near = self.neighbors[rows]
@@ -168,7 +168,7 @@ class Neighbors:
         return out
 
 
-class Ease:
+class EaseBaseline:
     """EASE (arXiv:1905.03375): the closed-form linear autoencoder over items."""
 
     def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], decay: float = 1.0) -> None:
@@ -179,9 +179,9 @@ class Ease:
         for block in data.blocks():
             chosen = block.position < ends[block.owner]
             owner, rows = block.owner[chosen], data.rows[block.events][chosen]
-            for start in range(block.people.start, block.people.stop, 4096):
+            for start in range(block.users.start, block.users.stop, 4096):
                 some = slice(*np.searchsorted(owner, [start, start + 4096]))
-                had = torch.zeros(min(4096, block.people.stop - start), data.items)
+                had = torch.zeros(min(4096, block.users.stop - start), data.items)
                 had[owner[some] - start, rows[some].astype(np.int64)] = 1
                 gram += had.T @ had
         gram.diagonal().add_(EASE_LAMBDA)
@@ -193,7 +193,7 @@ class Ease:
     def scores(self, targets: Targets) -> Scores:
         """The weighted history times the learned matrix."""
         history = torch.zeros(len(targets), self.data.items)
-        for line, (person, position) in enumerate(zip(targets.people, targets.positions, strict=True)):
+        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             rows = _newest(self.data, person, position, position)
             history[line, torch.from_numpy(rows.astype(np.int64))] = torch.from_numpy(
                 (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
@@ -223,7 +223,7 @@ def neighbors_of(
     chosen = chosen[_among_newest(owner[chosen])]
     pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
     people, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
-    person_starts = np.searchsorted(people, np.arange(len(data.people) + 1))
+    person_starts = np.searchsorted(people, np.arange(len(data.users) + 1))
     by_item = np.argsort(rows, kind="stable")
     item_starts = np.searchsorted(rows[by_item], np.arange(data.items + 1))
     return _cosines(rows, person_starts, people[by_item], item_starts, min(keep, max(1, data.items - 1)))
@@ -278,12 +278,16 @@ def build_baselines(
     """
     ends = division.train_end
     counts = popularity_of(data, ends)
-    found: list[Baseline] = [Popular("popular", counts), Markov(data, ends, counts), Neighbors(data, *neighbors)]
+    found: list[Baseline] = [
+        PopularBaseline("popular", counts),
+        MarkovBaseline(data, ends, counts),
+        NeighborsBaseline(data, *neighbors),
+    ]
     if not data.ordered_only:
         recent = recent_popularity_of(data, ends, config.recent_days)
-        found.append(Popular("recent_popular", recent + counts / (counts.max() + 1)))
+        found.append(PopularBaseline("recent_popular", recent + counts / (counts.max() + 1)))
     if data.items <= EASE_MOST_ITEMS:
-        found.append(Ease(data, ends))
+        found.append(EaseBaseline(data, ends))
     if config.repeats:
-        found.append(MostUsed(data, counts))
+        found.append(MostUsedBaseline(data, counts))
     return found

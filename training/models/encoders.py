@@ -131,7 +131,7 @@ def at_last(x: Tensor, lengths: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), (lengths - 1).clamp(min=0)].unsqueeze(1)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One pre-norm transformer block with a gated feed-forward part."""
 
     def __init__(self, shape: EncoderShape) -> None:
@@ -168,7 +168,7 @@ class UserEncoder(nn.Module):
         self.positions = nn.Embedding(shape.max_length, shape.dim)
         self.input_norm = nn.LayerNorm(shape.dim)
         self.dropout = CheapDropout(shape.dropout)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(shape) for _ in range(shape.layers))
         self.output_norm = nn.LayerNorm(shape.dim)
         self.apply(_initialise)
         with torch.no_grad():

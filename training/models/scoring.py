@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from features.assemble import History, are_choices, counts_and_kinds, type_index
-from features.catalog_columns import CatalogColumns
-from features.decayed_counts import DecayedCounts, empty, fold
-from features.histories import history_keys
-from features.keys import event_type_keys
-from features.profile import RING
-from training.data.interactions import Batch, Interactions, in_batches, to_batch
+from training.data.batches import Batch, in_batches, to_batch
+from training.data.interactions import Interactions
 from training.data.split import Targets
 from training.models.encoders import UserEncoder
 
@@ -57,7 +52,7 @@ def _encode_last(
     lengths = np.minimum(targets.positions[at], max_length)
     for group in in_batches(lengths, ENCODE_TOKENS):
         some = at[group]
-        starts = data.offsets[targets.people[some]]
+        starts = data.offsets[targets.users[some]]
         batch = to_batch(data, starts, starts + targets.positions[some], max_length, table.device)
         out[some] = encoder.last(gather(table, batch), batch.types, batch.lengths).float().cpu().numpy()
 
@@ -71,7 +66,7 @@ def _encode_shared(
     max_length: int,
     out: npt.NDArray[np.float32],
 ) -> None:
-    people, inverse = np.unique(targets.people[at], return_inverse=True)
+    people, inverse = np.unique(targets.users[at], return_inverse=True)
     longest = np.zeros(people.size, np.int64)
     np.maximum.at(longest, inverse, targets.positions[at])
     by_person = np.split(at[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])
@@ -86,7 +81,7 @@ def _encode_shared(
 
 def seen_before(data: Interactions, targets: Targets) -> list[npt.NDArray[np.int32]]:
     """The items that each person had before each target, by the events that make items seen."""
-    starts = data.offsets[targets.people]
+    starts = data.offsets[targets.users]
     lists = []
     for start, position in zip(starts.tolist(), targets.positions.tolist(), strict=True):
         rows = data.rows[start : start + position]
@@ -103,8 +98,8 @@ def had_before(data: Interactions, targets: Targets) -> npt.NDArray[np.bool_]:
 
 def mask_seen(scores: npt.NDArray[np.floating], seen: list[npt.NDArray[np.int32]]) -> None:
     """Sinks each line's seen items to minus infinity, in place; scores `[n, N]`."""
-    lines = np.repeat(np.arange(len(seen)), [rows.size for rows in seen])
-    scores[lines, np.concatenate(seen) if seen else np.empty(0, np.int32)] = -np.inf
+    slices = np.repeat(np.arange(len(seen)), [rows.size for rows in seen])
+    scores[slices, np.concatenate(seen) if seen else np.empty(0, np.int32)] = -np.inf
 
 
 def ranks_of(scores: npt.NDArray[np.floating], rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
@@ -117,61 +112,7 @@ def ranks_of(scores: npt.NDArray[np.floating], rows: npt.NDArray[np.int32]) -> n
     return np.where(np.isfinite(target), before, scores.shape[1])
 
 
-def lines(count: int, size: int = RANK_ROWS) -> Iterator[slice]:
+def slices(count: int, size: int = RANK_ROWS) -> Iterator[slice]:
     """Slices over `count` targets, `size` at a time."""
     for start in range(0, count, size):
         yield slice(start, min(count, start + size))
-
-
-class UserHistories:
-    """People's pasts as serving reads them from profiles.
-
-    Whoever is asked for again, later in their history, is folded on from there: in order of time every event of a
-    person is folded once.
-    """
-
-    def __init__(self, data: Interactions, columns: CatalogColumns) -> None:
-        """Takes the events, all about items, and the catalogue's columns."""
-        self._data, self._columns = data, columns
-        self._keys, self._index = event_type_keys(data.event_types), type_index(data.event_types)
-        self._known: dict[int, tuple[int, DecayedCounts]] = {}
-
-    def before(self, person: int, position: int) -> History:
-        """A person's past just before their event number `position`."""
-        start, end = int(self._data.offsets[person]), int(self._data.offsets[person]) + position
-        part = slice(max(start, end - RING), end)
-        categories, creators = self._history_keys(part)
-        memory, kinds = counts_and_kinds(self._memory(person, start, end), self._index)
-        return History(
-            rows=self._data.rows[part],
-            types=self._data.types[part].astype(np.int32),
-            categories=categories,
-            creators=creators,
-            timestamps=self._data.timestamps[part],
-            values=self._data.values[part],
-            chosen=are_choices(self._keys[self._data.types[part] - 1]),
-            decayed_counts=memory,
-            kinds=kinds,
-        )
-
-    def whole(self, person: int) -> DecayedCounts:
-        """What all events of a person add up to; of everybody in turn that is too much to keep."""
-        return self._folded(empty(), int(self._data.offsets[person]), int(self._data.offsets[person + 1]))
-
-    def _memory(self, person: int, start: int, end: int) -> DecayedCounts:
-        """What the events from `start` to `end`, all of one person, add up to."""
-        folded, memory = self._known.get(person, (start, empty()))
-        if folded > end:
-            folded, memory = start, empty()
-        memory = self._folded(memory, folded, end)
-        self._known[person] = end, memory
-        return memory
-
-    def _folded(self, memory: DecayedCounts, start: int, end: int) -> DecayedCounts:
-        """A memory after the events from `start` to `end`."""
-        types, times = self._keys[self._data.types[start:end] - 1], self._data.timestamps[start:end]
-        return fold(memory, np.ones(types.size, np.uint64), *self._history_keys(slice(start, end)), types, times)
-
-    def _history_keys(self, part: slice) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """Returns the category and the creator of some events; two uint64 [n]."""
-        return history_keys(self._data.rows[part], self._columns, self._data.logged(part))

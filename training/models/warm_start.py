@@ -21,7 +21,7 @@ _ROUNDS = 4
 _EXTRA = 16
 
 
-def near_vectors(data: Interactions, trained: npt.NDArray[np.bool_], config: TrainConfig) -> Tensor:
+def cooccurrence_vectors(data: Interactions, trained: npt.NDArray[np.bool_], config: TrainConfig) -> Tensor:
     """The leading left singular vectors of items by windows, both normalised by their number of events.
 
     Inner products approximate the cosine of the sets of windows in which two items stand. The singular vector

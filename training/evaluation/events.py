@@ -1,0 +1,306 @@
+"""Ranks the full catalogue for every test event, by runs and by the baselines, with intervals.
+
+No negative is sampled, because sampled metrics order models wrongly (Krichene and Rendle, 2020); items that a user had
+are masked (unless repeats count); ties count against the target; and the score that is measured is the one that is
+served: relevance, and over the most relevant candidates the ranker's blend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from features.action_rates import ActionRates
+from features.assemble import Moment, ranker_features
+from features.errors import LeakError, TrainingError
+from training.data.clock import report_future_events
+from training.data.histories import UserHistories
+from training.data.interactions import Interactions, read_interactions
+from training.data.split import Split, Targets, TestProtocol, held_out, moment_of, split
+from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
+from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
+from training.models.ranker import utility
+from training.models.scoring import had_before, mask_seen, ranks_of, seen_before, slices, user_vectors
+from training.run import LoadedRun, admit_run, columns_of_run, load_run
+from training.runtime import exact, prepared
+
+TOP = 10
+LOGIT_USERS = 64
+"""Users whose candidates the ranker scores at once."""
+METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
+    "hit@10": lambda ranks: hit(ranks, 10),
+    "ndcg@10": lambda ranks: ndcg(ranks, 10),
+    "mrr@10": lambda ranks: mrr(ranks, 10),
+    "recall@100": lambda ranks: hit(ranks, 100),
+}
+_TRAINED_WITH = {"leave-one-out": "leave-one-out", "temporal-successive": "temporal", "temporal-last": "temporal"}
+_HISTORY_BORDERS = (1, 10, 50, 200)
+_Values = dict[str, npt.NDArray[np.float64]]
+"""Values of each metric, one per target."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ranks that one scorer gave the targets, int64 `[n]`, and its first items, int64 `[n, TOP]`."""
+
+    ranks: npt.NDArray[np.int64]
+    top: npt.NDArray[np.int64]
+
+
+class ModelScorer:
+    """Relevance of a run, and its final order of the most relevant candidates."""
+
+    name = "model"
+
+    def __init__(self, run: LoadedRun, data: Interactions, targets: Targets) -> None:
+        self.run, self.data, self.targets = run, data, targets
+        table = torch.from_numpy(run.item_vectors)
+        self.users = user_vectors(run.user_encoder, table, data, targets, run.config.max_length)
+        # Without content, an item that training has not seen has a random vector: its score would be noise.
+        self.unscored = ~run.trained & (not run.result["content"])
+        self.columns = columns_of_run(run)
+        self.histories = UserHistories(data, self.columns)
+        self.action_rates = ActionRates.of(run.result)
+        self.reads_time = run.result["ranker_source"] == "impressions"
+        self.weights = torch.tensor(run.result["action_weights"])
+
+    def relevance(self, part: slice) -> npt.NDArray[np.float32]:
+        """Computes inner products; minus infinity for an item that has neither events nor content."""
+        scores: npt.NDArray[np.float32] = self.users[part] @ self.run.item_vectors.T
+        scores[:, self.unscored] = -np.inf
+        return scores
+
+    def rank(self, scores: npt.NDArray[np.float32], part: slice) -> Ranking:
+        """Ranks by relevance, and again by the final score among the most relevant."""
+        numbers = np.arange(part.start, part.stop)
+        rows = self.targets.take(numbers).rows(self.data)
+        if not self.run.result["blend"]:
+            return rank(scores, rows)
+        depth = min(self.run.config.candidates, scores.shape[1])
+        best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+        final = np.take_along_axis(scores, best, axis=1)  # what is masked stays at minus infinity
+        for chunk in slices(numbers.size, LOGIT_USERS):
+            logits = self.logits(numbers[chunk], best[chunk].astype(np.int32))
+            final[chunk] += np.float32(float(self.run.result["blend"])) * utility(logits, self.weights).numpy()
+        order = np.argsort(-final, axis=1, kind="stable")[:, :TOP]
+        # A target among the candidates has the rank of its final score; one below them keeps that of its relevance,
+        # as in service, where the ranker never sees it.
+        ranks = ranks_of(scores, rows)
+        at, place = np.nonzero(best == rows[:, None])
+        target = final[at, place]
+        ranks[at] = np.where(np.isfinite(target), np.sum(final[at] >= target[:, None], axis=1) - 1, ranks[at])
+        return Ranking(ranks, np.take_along_axis(best, order, axis=1))
+
+    def logits(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Computes the logits of `rows` `[n, C]` just before the targets `numbers` `[n]`; float `[n, C, A]`."""
+        targets, users, vectors = self.targets.take(numbers), self.users[numbers], self.columns.vectors[rows]
+        relevance = np.einsum("nd,ncd->nc", users, vectors)
+        features = [
+            ranker_features(
+                self.histories.before(int(user), int(position)),
+                rows[at],
+                relevance[at],
+                self.columns,
+                self.action_rates,
+                # A ranker that learned from candidates has seen no moment, so it gets none.
+                moment_of(self.data, targets, at) if self.reads_time else Moment(),
+            )
+            for at, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True))
+        ]
+        with torch.inference_mode():
+            logits: torch.Tensor = self.run.ranker(
+                torch.from_numpy(users).unsqueeze(1), torch.from_numpy(vectors), torch.from_numpy(np.stack(features))
+            )
+        return logits
+
+
+def evaluate_events(runs: Sequence[Path], protocol: TestProtocol, data: Path | None) -> dict[str, Any]:
+    """Ranks the events that were held out, by the runs and the baselines; see `evaluate` for the result."""
+    loaded = [load_run(run, data) for run in runs]
+    for run in loaded:
+        _refuse_leak(run, protocol)
+        if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
+            raise TrainingError(
+                f"{run.path} and {loaded[0].path} were trained on different data sets: evaluate them one by one"
+            )
+    left_out = admit_run(loaded[0])
+    with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
+        return _measure(loaded, protocol) | left_out
+
+
+def _refuse_leak(run: LoadedRun, protocol: str) -> None:
+    protocol_of_run = run.config.protocol
+    if protocol_of_run != _TRAINED_WITH[protocol]:
+        raise LeakError(
+            f"{run.path} was trained with protocol {protocol_of_run}, so it has seen the events that {protocol} tests: "
+            f"train with --set protocol={_TRAINED_WITH[protocol]}"
+        )
+
+
+def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any]:
+    run = runs[0]
+    data = read_interactions(run.dataset, run.vocabulary, run.config, run.path)
+    division = split(data, run.config)
+    targets = held_out(data, run.config, protocol)
+    if not len(targets):
+        raise TrainingError(
+            f"{run.path}: the data set has no event that {protocol} could test: its users need longer histories"
+        )
+    models = [ModelScorer(of_seed, data, targets) for of_seed in runs]
+    baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
+    rankings = rank_all(models, baselines, data, targets, run.config.repeats)
+    of_models, of_baselines = rankings[: len(models)], rankings[len(models) :]
+    # A target that no training event names can be placed by content at best, and by no baseline: it would only lower
+    # all of them, so it counts in `with_cold` alone.
+    warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
+    counts = popularity_of(data, division.train_end)
+    by_name = {baseline.name: ranking for baseline, ranking in zip(baselines, of_baselines, strict=True)}
+    summary = _summary(of_models, by_name, targets, warm)
+    if run.config.repeats:
+        summary["parts"] = _parts(runs, baselines, rankings, data, targets, warm)
+    return {
+        "protocol": protocol,
+        "runs": [str(of_seed.path) for of_seed in runs],
+        "seeds": [of_seed.config.seed for of_seed in runs],
+        "users": int(np.unique(targets.users).size),
+        "targets": len(targets),
+        "cold": len(targets) - warm.size,
+        "items": data.items,
+        "blend": [of_seed.result["blend"] for of_seed in runs],
+        **summary,
+        **report_future_events(data),
+        "coverage@10": float(np.mean([coverage(ranking.top[warm], data.items) for ranking in of_models])),
+        "novelty@10": float(np.mean([novelty(ranking.top[warm], counts) for ranking in of_models])),
+    }
+
+
+def _parts(
+    runs: Sequence[LoadedRun],
+    baselines: Sequence[Baseline],
+    rankings: Sequence[Ranking],
+    data: Interactions,
+    targets: Targets,
+    warm: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """Measures repeats and new items apart, and new items also ranked without the items that their user had.
+
+    Where repeats count, the repeats are most targets and easy ones: a mean over all would hide how well new items are
+    found.
+    """
+    is_repeat = had_before(data, targets)[warm]
+    alone = targets.take(warm[~is_repeat])
+    models = [ModelScorer(run, data, alone) for run in runs]
+    parts = {
+        "repeats": (rankings, targets, warm[is_repeat]),
+        "new": (rankings, targets, warm[~is_repeat]),
+        "new_alone": (rank_all(models, baselines, data, alone, repeats=False), alone, np.arange(len(alone))),
+    }
+    measured = {}
+    for name, (of_part, part_targets, at) in parts.items():
+        if at.size:
+            pairs = zip(baselines, of_part[len(runs) :], strict=True)
+            baseline_values = {baseline.name: _values(ranking) for baseline, ranking in pairs}
+            compared = _compared(_mean_values(of_part[: len(runs)]), baseline_values, part_targets, at)
+            measured[name] = {"targets": int(at.size), **compared}
+    return measured
+
+
+def _values(ranking: Ranking) -> _Values:
+    return {metric: of(ranking.ranks) for metric, of in METRICS.items()}
+
+
+def _mean_values(rankings: Sequence[Ranking]) -> _Values:
+    return {metric: np.mean([of(ranking.ranks) for ranking in rankings], axis=0) for metric, of in METRICS.items()}
+
+
+def _summary(
+    of_models: Sequence[Ranking], by_name: Mapping[str, Ranking], targets: Targets, warm: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """Returns means over seeds and users, with intervals, and the differences to each baseline."""
+    model, baselines = _mean_values(of_models), {name: _values(ranking) for name, ranking in by_name.items()}
+    return {
+        **_compared(model, baselines, targets, warm),
+        "by_seed": {
+            metric: [float(of(ranking.ranks)[warm].mean()) for ranking in of_models] for metric, of in METRICS.items()
+        },
+        "with_cold": {
+            name: {metric: float(values.mean()) for metric, values in metrics.items()}
+            for name, metrics in {"model": model, **baselines}.items()
+        },
+        "segments": _by_history(targets.positions[warm], model["ndcg@10"][warm]),
+    }
+
+
+def _compared(
+    model: _Values, baselines: Mapping[str, _Values], targets: Targets, at: npt.NDArray[np.int64]
+) -> dict[str, dict[str, Any]]:
+    """Returns the metrics of the model and of the baselines on some targets, and the differences between them."""
+    # A difference is paired by target before its interval is taken: the targets' own spread, which is most of either
+    # interval, cancels.
+    users = targets.users[at]
+    return {
+        "metrics": {metric: interval(values[at], users) for metric, values in model.items()},
+        "baselines": {
+            name: {metric: float(values[at].mean()) for metric, values in metrics.items()}
+            for name, metrics in baselines.items()
+        },
+        "paired": {
+            name: {metric: interval(model[metric][at] - values[at], users) for metric, values in metrics.items()}
+            for name, metrics in baselines.items()
+        },
+    }
+
+
+def rank_all(
+    models: Sequence[ModelScorer], baselines: Sequence[Baseline], data: Interactions, targets: Targets, repeats: bool
+) -> list[Ranking]:
+    """Ranks the targets by every scorer, a slice of the targets at a time: all scores do not fit into memory."""
+    parts: list[list[Ranking]] = []
+    for part in slices(len(targets)):
+        batch = targets.take(np.arange(part.start, part.stop))
+        seen_items = None if repeats else seen_before(data, batch)
+
+        def masked(scores: Any, seen_items: list[npt.NDArray[np.int32]] | None = seen_items) -> Any:
+            if seen_items is not None:
+                mask_seen(scores, seen_items)
+            return scores
+
+        rankings = [model.rank(masked(model.relevance(part)), part) for model in models]
+        rankings += [rank(masked(baseline.scores(batch)), batch.rows(data)) for baseline in baselines]
+        parts.append(rankings)
+    return [
+        Ranking(
+            np.concatenate([ranking.ranks for ranking in of_scorer]),
+            np.concatenate([ranking.top for ranking in of_scorer]),
+        )
+        for of_scorer in zip(*parts, strict=True)
+    ]
+
+
+def rank(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranking:
+    """Ranks by one score; scores `[n, N]`."""
+    size = min(TOP, scores.shape[1])
+    top = np.argpartition(-scores, size - 1, axis=1)[:, :size]
+    return Ranking(ranks_of(scores, rows), top)
+
+
+def _known_rows(data: Interactions, division: Split) -> npt.NDArray[np.bool_]:
+    """Returns True for the items that training or validation events name; bool `[N]`."""
+    return counts_of(data, division.fit_end) > 0
+
+
+def _by_history(positions: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """Returns NDCG@10 by the number of events before the target."""
+    segments = {}
+    for low, high in zip(_HISTORY_BORDERS, (*_HISTORY_BORDERS[1:], 1 << 62), strict=True):
+        inside = (positions >= low) & (positions < high)
+        if inside.any():
+            name = f"history {low}-{high - 1}" if high < 1 << 62 else f"history {low}+"
+            segments[name] = {"ndcg@10": float(values[inside].mean()), "targets": int(inside.sum())}
+    return segments

@@ -1,0 +1,73 @@
+"""Trains the query encoder on the item vectors, which stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.config import TrainConfig
+from training.data.batches import to_device
+from training.models.encoders import ItemEncoder, QueryEncoder
+from training.models.losses import sample_items, softmax_loss
+
+QUERY_BATCH = 512
+QUERY_RATE = 3e-3
+QUERY_NEGATIVES = 2048
+QUERY_SHARPNESS = 20.0
+QUERY_WORDS = 8
+
+
+def fit_query_encoder(
+    query: QueryEncoder, item: ItemEncoder, table: Tensor, inputs: Mapping[str, Tensor] | None, config: TrainConfig
+) -> None:
+    """Teaches the query encoder to find an item by some of its words.
+
+    Args:
+        query: Trained in place; starts from the item encoder's word vectors.
+        item: The trained item encoder.
+        table: All item vectors, which stay as they are; float `[N, D]`.
+        inputs: The item encoder's inputs, None where items say nothing: then there are no words to learn from.
+        config: How many steps.
+    """
+    if inputs is None or not config.query_steps:
+        return
+    tokens = inputs["tokens"].cpu()
+    worded = (tokens > 0).any(1).nonzero()[:, 0]
+    if not worded.numel():
+        return
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        query.words.weight.copy_(item.words.weight[: query.words.num_embeddings])
+    # Directions matter, not lengths: a query asks for what it names, not for what is popular.
+    goal = functional.normalize(table, dim=1)
+    level = torch.full((table.shape[0],), 1 / table.shape[0])
+    optimizer = torch.optim.AdamW(query.parameters(), lr=QUERY_RATE, weight_decay=0.01, fused=True)
+    query.train()
+    for step in range(config.query_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = QUERY_RATE * (1 - step / config.query_steps)
+        chosen = worded[torch.randint(worded.numel(), (min(QUERY_BATCH, worded.numel()),), generator=generator)]
+        words = to_device(_some_words(tokens[chosen], generator), goal.device)
+        asked = functional.normalize(query(words), dim=1) * QUERY_SHARPNESS
+        rows, positions, _ = sample_items(chosen, level, QUERY_NEGATIVES)
+        items, positions = goal[to_device(rows, goal.device)], to_device(positions, goal.device)
+        loss = softmax_loss(asked, items, positions, chunk=config.loss_chunk)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    query.eval()
+
+
+def _some_words(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """A random one to `QUERY_WORDS` of each line's words, earlier ones (the title's) more often; `[B, QUERY_WORDS]`."""
+    size = min(QUERY_WORDS, tokens.shape[1])
+    places = torch.arange(tokens.shape[1])
+    noise = torch.rand(tokens.shape, generator=generator) + 0.5 * (places < size)
+    order = torch.where(tokens > 0, noise, -1.0).argsort(1, descending=True)[:, :size]
+    kept = tokens.gather(1, order)
+    lengths = torch.randint(1, size + 1, (tokens.shape[0], 1), generator=generator)
+    return kept * (torch.arange(size) < lengths)
