@@ -19,7 +19,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from features.profile import EVERY_PURPOSE, Purpose
-from features.subjects import partition_of
+from features.subjects import PARTITIONS, partition_of
 from serving.errors import DeadlineExceeded, EventLogUnavailable, ServingError, Unavailable
 from serving.log_retention import HOUR_MS, LogRetention
 from serving.redis.client import Client
@@ -31,7 +31,7 @@ from serving.stores.append_calls import AppendCalls
 from serving.stores.keys import META, SEQUENCE_BITS, PartitionKeys, log_id, stream_id
 from serving.stores.log_entries import Appended, Entry, LoggedEvent, LoggedImpression, appended_of
 from serving.stores.log_trim import groups_of, trim
-from serving.stores.meta import PARTITIONS, fixed_value, require_partitions
+from serving.stores.meta import fixed_value, require_partitions
 from serving.stores.scripts import LOG_TIMES
 
 USER_CAP = 100_000

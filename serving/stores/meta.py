@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 
+from features.subjects import PARTITIONS
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ServingError
 from serving.redis.client import Client
 from serving.redis.router import RedisRouter
 from serving.stores.keys import META
-
-PARTITIONS = 16
-"""Partitions of a new log if no number is configured."""
 
 _RETRY_S = 0.5
 _log = logging.getLogger(__name__)

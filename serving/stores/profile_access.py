@@ -16,7 +16,7 @@ from features.errors import PenchantError, ProfileCorrupt
 from features.profile import OLDER_ITEMS_CAP, RING, empty
 from features.profile_codec import HEADER_SIZE, REPAIR, encode, is_newer
 from features.records import ENTRY, EVENT
-from features.subjects import partition_of
+from features.subjects import PARTITIONS, partition_of
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
 from serving.redis.client import Client
@@ -24,7 +24,7 @@ from serving.redis.connection import Request, Script, ScriptCall
 from serving.redis.errors import serving_error
 from serving.redis.router import RedisRouter, required
 from serving.stores.keys import META, address_of, partition_prefix
-from serving.stores.meta import PARTITIONS, fixed_value, require_partitions
+from serving.stores.meta import fixed_value, require_partitions
 
 TAIL_CAP = 4096
 """Entries a tail may hold before it has been folded, which only a bot reaches."""

@@ -15,7 +15,7 @@ from features.errors import PenchantError, ProfileCorrupt
 from features.profile import Profile, Purpose, StoredProfile, empty, fold
 from features.profile_codec import HEADER_SIZE, decode, encode, encode_consent, is_newer, split
 from features.records import ENTRY, RECORD
-from features.subjects import partition_of
+from features.subjects import PARTITIONS, partition_of
 from serving.errors import ProfileStoreUnavailable
 from serving.observability.telemetry import Telemetry
 from serving.redis.client import Client
@@ -23,7 +23,6 @@ from serving.redis.connection import ScriptCall
 from serving.redis.router import required
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
-from serving.stores.meta import PARTITIONS
 from serving.stores.profile_access import (
     CHUNK,
     NEWER,

@@ -65,7 +65,7 @@ class Target:
 
     def client(self) -> Client:
         """A client of it."""
-        roots = Path(self.authority) if self.authority else None
+        roots = Path(self.authority).read_bytes() if self.authority else None
         address = self.listen.replace("127.0.0.1", "localhost") if self.authority else self.listen
         return Client(address, channels=2, timeout_s=DEADLINE_S, token=self.token or None, root_certificates=roots)
 

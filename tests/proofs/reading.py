@@ -36,7 +36,7 @@ import features.tables.dataset
 import features.tables.files
 import features.tables.times
 from features.errors import TablesError
-from features.tables.dataset import Loaded, open_dataset, read_table
+from features.tables.dataset import LoadedTable, open_dataset, read_table
 from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from tests.proofs.reading_oracle import Expected, expect
 from tests.proofs.reading_tables import Case, write_case
@@ -58,7 +58,7 @@ def compare(case: Case, expected: Expected | None) -> str:
     return _difference(expected, loaded)
 
 
-def _difference(expected: Expected, loaded: Loaded) -> str:
+def _difference(expected: Expected, loaded: LoadedTable) -> str:
     rejected = [(rejected.file, rejected.row) for rejected in loaded.rejected]
     if rejected != expected.rejected:
         return f"rows {rejected} are rejected, should be {expected.rejected}"
