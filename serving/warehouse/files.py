@@ -202,7 +202,7 @@ class WarehouseFiles:
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Writes `dataset.json`."""
-        self.write_text(self.out / "dataset.json", json.dumps(info, indent=2) + "\n")
+        self.put_text(self.out / "dataset.json", json.dumps(info, indent=2) + "\n")
 
     def spans(self) -> Spans:
         """Returns the spans of each stream that the files cover, as `write_spans` wrote them.
@@ -214,9 +214,9 @@ class WarehouseFiles:
 
     def write_spans(self, spans: Spans) -> None:
         """Writes the spans of each stream that the files cover."""
-        self.write_text(self.out / SPANS, spans.to_json() + "\n")
+        self.put_text(self.out / SPANS, spans.to_json() + "\n")
 
-    def write_text(self, path: Path, text: str) -> None:
+    def put_text(self, path: Path, text: str) -> None:
         """Writes a small file of the directory; it is on disk when this returns."""
         draft = path.with_name(f".{path.name.removeprefix('.')}.tmp")
         with open_private(draft, "w") as sink:

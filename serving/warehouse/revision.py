@@ -155,7 +155,7 @@ def note_held(files: WarehouseFiles, erasures: Iterable[tuple[str, int]]) -> Non
     """Notes erasures, each certificate id and log id, that all files have been through; `hold_erasures` skips them."""
     noted = _noted_names(files)
     if new := {_name(*erasure) for erasure in erasures} - noted:
-        files.write_text(files.out / _ERASURES, "".join(f"{name}\n" for name in sorted(noted | new)))
+        files.put_text(files.out / _ERASURES, "".join(f"{name}\n" for name in sorted(noted | new)))
 
 
 def _noted_names(files: WarehouseFiles) -> set[str]:
