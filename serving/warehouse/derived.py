@@ -28,6 +28,7 @@ def derive(files: WarehouseFiles) -> int:
         searches = _measured_rows(files, "searches", day, [name for name in _SESSION_COLUMNS if name != "item_id"])
         impressions = _measured_rows(files, "impressions", day, ["item_ids"])
         visited = pa.concat_tables([events, searches], promote_options="default")
+        # The fingerprint is in both files: after a crash between them, both are derived again.
         for path, rows in zip(paths, (sessions(visited), daily(events, impressions)), strict=True):
             put_table(path, rows, {_SOURCE: source}, files.require_own)
         changed += 1

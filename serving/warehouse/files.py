@@ -139,6 +139,7 @@ class WarehouseFiles:
         """
         folder = self.out / name / f"date={day_of(span[0])}"
         path = folder / file_name(f"p{partition:02d}", span)
+        # After a crash, entries may be delivered again in other batches than those that were written.
         for file in folder.glob(f"p{partition:02d}-*.parquet"):
             first, last = span_of(file)
             if file != path and first <= span[1] and span[0] <= last:
@@ -174,6 +175,7 @@ class WarehouseFiles:
         """Deletes the days before one, in every table; returns the number of directories."""
         days = [path for name in (*TABLES, *DERIVED_TABLES) for path in self.out.glob(f"{name}/date=*")]
         expired = [path for path in days if day_in(path.name) < first]
+        # Whole days at once: no file has to be written again.
         for path in expired:
             shutil.rmtree(path)
             sync(path.parent)

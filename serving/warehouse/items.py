@@ -71,6 +71,7 @@ class ItemTable:
         for change in changes:
             if change.kind == "put":
                 rows[change.item_id] = _row(json.loads(change.payload))
+            # An item that was never put has no fields to patch.
             elif change.kind == "patch" and change.item_id in rows:
                 rows[change.item_id] = _row(_as_logged(rows[change.item_id]) | json.loads(change.payload))
             elif change.item_id in rows:

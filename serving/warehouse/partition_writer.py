@@ -48,6 +48,7 @@ class PartitionWriter:
         """
         events, slates = self._events.entries[partition], self._impressions.entries[partition]
         revision, purposes_of = Revision.of_entries(events), self._purposes_of([*events, *slates])
+        # A file lies in the directory of one day, so that days can be packed and expire.
         for day in split_by_day([entry.log_id for entry in events]):
             span = events[day][0].log_id, events[day][-1].log_id
             kept = [entry for entry in events[day] if revision.keeps(entry) and purposes_of(entry)]
@@ -92,6 +93,7 @@ class PartitionWriter:
 
     def _purposes_of(self, entries: Sequence[Entry]) -> PurposesOf:
         """Returns what the user of an entry allows now; rows of users who allow none of it are not written."""
+        # As it is now, not as it was: a withdrawal that came after an event holds for it too.
         subjects = sorted({entry.subject for entry in entries if entry.subject})
         consents = UserStatements(self._log).consents(subjects) if subjects else []
         purposes = {subject: consent.purposes & KEPT_FOR for subject, consent in zip(subjects, consents, strict=True)}

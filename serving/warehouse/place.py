@@ -124,6 +124,7 @@ def register_rows(registry: Registry, files: WarehouseFiles, identity: FolderIde
     """
     if not files.holds_rows():
         return ""
+    # Under an id of its own: certificates wait for this folder apart from the warehouse.
     if identity is None:
         identity = FolderIdentity(new_id(), new_id())
         write_identity(files.out, identity)

@@ -112,6 +112,7 @@ def drop(events_redis_url: str, partitions: int | None = None) -> dict[str, Any]
         partitions = partitions_for(client, partitions)
         log = EventLog(client, partitions)
         log.open()
+        # Their certificates would wait for a group that is gone.
         waiting = [
             certificate
             for certificate in Certificates(log).pending()

@@ -175,8 +175,10 @@ def _impression(entry: Entry, fields: dict[str, Any]) -> dict[str, Any]:
     row = {name: fields.get(name) for name in IMPRESSION_ROWS.names} | {"attributes": _attributes(fields)}
     row["dials"] = list(fields["dials"].items()) if fields.get("dials") else None
     for name in ("propensities", "scores"):
+        # JSON has no NaN: the log holds null instead.
         row[name] = [float("nan") if value is None else value for value in fields.get(name) or ()]
     for name in ("surface", "session_id", "query", "arm", "method"):
+        # Empty in the log means that the request did not set it.
         row[name] = row[name] or None
     return row | {"user_id": user_id_of(entry.subject), "log_id": entry.log_id}
 
@@ -194,6 +196,7 @@ def sessions(events: pa.Table, gap_ms: int = SESSION_GAP_MS) -> pa.Table:
     visits, visit_codes = codes(pc.fill_null(events["session_id"], ""))
     named = np.array([bool(name) for name in visits])[visit_codes]
     times = events["timestamp"].to_numpy()
+    # Places of users in the order of their names: sorting these numbers sorts the names.
     rank = np.argsort(np.argsort(users))[user_codes]
     # Of one visit the events stand together, oldest first; the log id decides between equal times.
     order = np.lexsort([events["log_id"].to_numpy(), times, visit_codes, rank])
@@ -249,6 +252,7 @@ def _distinct(group: npt.NDArray[np.int64], names: pa.ChunkedArray[Any], groups:
     """Returns the number of distinct names in each group; NULL is none."""
     valid = names.is_valid().to_numpy()
     distinct, code = codes(pc.fill_null(names, ""))
+    # One number per group and name, so that equal pairs are counted once.
     pairs = np.unique(group[valid] * (len(distinct) + 1) + code[valid])
     return np.bincount(pairs // (len(distinct) + 1), minlength=groups).astype(np.int64)
 

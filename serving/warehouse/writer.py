@@ -109,6 +109,7 @@ class WarehouseWriter:
         self._log, self._files, self._items = log, files, items
         self.partitions = log.partitions
         telemetry = telemetry or Telemetry()
+        # A new name for each process: the lease of one that died must not pass for this one's.
         owner = f"{os.getpid()}-{uuid.uuid4().hex}"
         self._events = StreamBuffer(log, owner, lease_ms, "events")
         self._impressions = StreamBuffer(log, owner, lease_ms, "impressions")

@@ -34,6 +34,7 @@ from features.subjects import partition_of, subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
 from features.tables.schema import EVENTS
 from serving.errors import ConfigError
+from serving.experiments import Assignment
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl
@@ -121,7 +122,9 @@ def test_what_was_sent_is_what_stands_there(log, make, out):
         event("ann", "i9", "view_item", event_id="e2", timestamp_ms=at + 1),
         event("ann", "", "search", event_id="e3", query="red shoes", timestamp_ms=at + 2),
     )
-    log.append_impressions([slate("ann", "r1", [1, 2], session_id="s1", arm="control", bucket=7, text="red")])
+    log.append_impressions(
+        [slate("ann", "r1", [1, 2], session_id="s1", assignment=Assignment("control", bucket=7), text="red")]
+    )
     make().drain()
     first, second = rows(out)
     first["attributes"] = dict(first["attributes"])
