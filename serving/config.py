@@ -53,6 +53,7 @@ class ServeConfig(BaseModel):
         "requires one for both.",
     )
 
+    # Where the stores are.
     redis: str = Field("embedded", description='URL of the Redis that holds profiles, or "embedded".')
     events_redis: str = Field("", description="URL of the Redis that holds the event log; empty means as `redis`.")
     redis_timeout_ms: int = Field(50, ge=1, description="Longest wait for a profile; the answer goes out without.")
@@ -62,6 +63,7 @@ class ServeConfig(BaseModel):
         PARTITIONS, ge=1, le=4096, description="Partitions of a new event log; one that exists keeps its own number."
     )
 
+    # What is kept of users, and for how long.
     default_purposes: tuple[str, ...] = Field(
         EVERY_PURPOSE.names, description="Purposes that users allow until they set their consent; the default is all."
     )
@@ -100,6 +102,7 @@ class ServeConfig(BaseModel):
         None, description="File that records erasures, to keep apart from backups; None: in `state_dir`."
     )
 
+    # What else runs here, and the warehouse.
     projector: bool = Field(True, description="Run the projector here; else run `penchant projector`.")
     warehouse: bool = Field(True, description="Write the log to Parquet here; else run `penchant warehouse`.")
     warehouse_dir: Path | None = Field(
@@ -112,6 +115,7 @@ class ServeConfig(BaseModel):
         None, description="Days after which the Parquet of a day is deleted; None keeps it for ever."
     )
 
+    # Who may call.
     token: SecretStr | None = Field(None, description="Secret that calls carry as `authorization: Bearer ...`.")
     token_file: Path | None = Field(None, description="File that holds the token.")
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the server.")
@@ -119,6 +123,7 @@ class ServeConfig(BaseModel):
     tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must come from.")
     insecure: bool = Field(False, description="Allow a public address without TLS and token.")
 
+    # How much at once, and how a stop goes.
     threads: int = Field(2, ge=1, le=256, description="Rankings that a worker computes at once; others wait.")
     max_concurrent: int = Field(
         32, ge=1, le=1024, description="Calls of a worker, in progress or waiting; more are refused."
@@ -145,6 +150,7 @@ class ServeConfig(BaseModel):
         False, description="Listen on an address that another instance holds, to take over when it stops."
     )
 
+    # What the pipelines do.
     candidates: int = Field(0, ge=0, le=5000, description="Candidates a source proposes; 0 as many as in evaluation.")
     fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
     search_personal: float = Field(
@@ -153,6 +159,7 @@ class ServeConfig(BaseModel):
     holdout_share: float = Field(0.0, ge=0, le=1, description="Share of users who get the unpersonalised answer.")
     holdout_salt: str = Field("holdout-1", description="Salt of the hash that picks them; change it to draw others.")
 
+    # What is logged and measured.
     impressions: bool = Field(True, description="Write every live slate to the impression log.")
     impression_share: float = Field(
         1.0,
@@ -224,6 +231,7 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        # Refused at the start: at run time each of these would show late, or never.
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("tls_certificate and tls_key belong together: give both or none")
         if self.tls_client_ca and not self.tls_certificate:
@@ -266,6 +274,7 @@ class ServeConfig(BaseModel):
     @property
     def delay_s(self) -> float:
         """Time between "not ready" and draining, the default resolved, in seconds."""
+        # No balancer is in front of a loopback address, so a stop there need not wait for one.
         if self.drain_delay_s is not None:
             return self.drain_delay_s
         return 0.0 if _is_loopback(self.host) else _DRAIN_DELAY_S

@@ -73,11 +73,10 @@ def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
     Returns:
         The number of rows taken out.
     """
-    count = 0
     if keys.size == 0:
-        return count
+        return 0
     # An open hash table: keys are hashes, so their lowest bits spread them well; 0 is a free slot.
-    size = 64
+    size, count = 64, 0
     while size < 4 * keys.size:
         size *= 2
     slots, last = np.zeros(size, np.uint64), np.uint64(size - 1)

@@ -63,6 +63,7 @@ class RequestObserver:
             rung: The rung of the slate; "" if there is none.
             request_id: Id of the request.
         """
+        # Callers choose surfaces; unlisted ones must not make labels, or they could fill the memory.
         surface = surface if surface in self._surfaces else OTHER
         self._telemetry.count(("requests", method, code, surface, rung))
         self._telemetry.stage(("request_seconds", method), int(seconds * 1e6))
