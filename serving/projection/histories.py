@@ -142,6 +142,7 @@ def _records(dataset: Dataset) -> Records:
     type_names, type_codes = codes(events["event_type"])
     keys = item_keys(item_ids)
     rows = Vocabulary.build([str(name) for name in items["item_id"].to_pylist()]).rows_of_keys(keys)
+    # Data sets without times have an order alone.
     timed = is_present(events["timestamp"])
     return make_records(
         keys[item_codes],
