@@ -8,6 +8,7 @@ has worked before.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -66,6 +67,13 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}; the log says more"
 
 
+def stop_on_signals(stop: threading.Event) -> None:
+    """Has SIGTERM and SIGINT set `stop`, if this is the main thread; only that one may handle signals."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+
+
 def keep_running(
     name: str, attempt: Callable[[Report], None], stop: threading.Event, report: Report, *, patient: bool = False
 ) -> None:
@@ -79,8 +87,7 @@ def keep_running(
         patient: Restart also after errors that an operator has to correct.
 
     Raises:
-        ConfigError: The part has never worked, and `patient` is False.
-        BundleError: Likewise.
+        ConfigError, BundleError: The part has never worked, and `patient` is False.
     """
     has_worked = False
 
