@@ -42,6 +42,8 @@ _DOCUMENTS = (
 
 def seal_again(bundle: Path) -> None:
     """Recomputes sizes, hashes and the id, as far as the manifest can still be read: so would an attacker."""
+    if not (bundle / MANIFEST).is_file():  # a pipe or a device has no end
+        return
     try:
         manifest = json.loads((bundle / MANIFEST).read_bytes())
         for name in FILES:
