@@ -137,7 +137,7 @@ def serve(
     share_port: _SharePort = None,
     settings: Settings = None,
 ) -> None:
-    """Serves a bundle over gRPC until it is told to stop.
+    """Serves a bundle over gRPC until a signal stops it.
 
     docs/settings.md lists every setting with its default; options win over --set, and that over variables and the file.
     """
@@ -212,7 +212,7 @@ def projector(
     log_format: LogFormat = None,
     unsafe_redis: _UnsafeRedis = False,
 ) -> None:
-    """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
+    """Brings events into profiles until a signal stops it, if `serve` leaves that to another process."""
     use_cores(1)
     if evict_after_days and warehouse is None:
         raise typer.BadParameter("needs --warehouse, to restore evicted profiles from", param_hint="--evict-after-days")
@@ -260,7 +260,7 @@ def warehouse(
     metrics_listen: MetricsListen = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
+    """Writes the log to Parquet until a signal stops it, if `serve` leaves that to another process."""
     use_cores(1)
     from serving.folder_identity import local_folder
     from serving.observability.logs import configure

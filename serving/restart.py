@@ -79,8 +79,7 @@ def keep_running(
         patient: Restart also after errors that an operator has to correct.
 
     Raises:
-        ConfigError: The part has never worked, and `patient` is False.
-        BundleError: Likewise.
+        ConfigError, BundleError: The part has never worked, and `patient` is False.
     """
     has_worked = False
 

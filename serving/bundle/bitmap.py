@@ -126,6 +126,6 @@ def first_allowed(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp
 
 def first_allowed_plain(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp]:
     """Does the same as `first_allowed` in plain numpy, for tests to compare."""
-    # The bit behind the last stands for every row past the bitmap.
+    # The bit after the last stands for every row past the bitmap.
     bits = np.append(np.unpackbits(bitmap, bitorder="little"), np.uint8(0))
     return np.flatnonzero(bits[np.minimum(rows, bits.size - 1)])[:count]

@@ -48,10 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig) -> int:
-    """Serves a bundle until SIGTERM or SIGINT; prints one line of JSON when every worker answers.
-
-    Returns:
-        0 after a stop that was asked for.
+    """Serves a bundle until SIGTERM or SIGINT, then returns 0; prints one line of JSON when every worker answers.
 
     Raises:
         BundleError: The bundle is refused.

@@ -85,7 +85,7 @@ def work(
         stop: Set when the worker is to end.
         ready: Called once.
         bundle_id: The bundle that `config.bundle` has to hold; empty if any is right.
-        sealed: Its files that are in shared memory, see `features.bundle.Bundle.seal`.
+        sealed: Its files in shared memory, see `features.bundle.Bundle.seal`.
         control: The link to the supervisor, if there is one.
 
     Raises:
@@ -100,7 +100,6 @@ def work(
         catalog_sync = CatalogSync(engine_ref, stores.changes, progress, config.worker_count)
         catalog_sync.start()
         server = Server(config, limit, telemetry, _observer(config, telemetry, engine_ref))
-        # A stream holds a thread for as long as it lasts, so most threads are left to short calls.
         streams = Streams(max(1, config.max_concurrent // 4))
         monitor = _checked_monitor(config, stores, catalog_sync, progress, server, control)
         server.start(config.listen, _services(config, stores, engine_ref, catalog_sync, telemetry, streams))
@@ -130,7 +129,7 @@ def _stores(config: ServeConfig, telemetry: Telemetry) -> Iterator[_Stores]:
             config.partitions,
             default=config.default_consent,
             user_cap=config.user_cap,
-            times=config.log_times,
+            times=config.log_retention,
             unsafe=config.unsafe_redis,
         )
         _open(log)
