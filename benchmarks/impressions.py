@@ -97,7 +97,7 @@ def _lightgbm(
     feed: RankerDataset, tested: ScoredExamples, python: Path, trials: int, seed: int
 ) -> tuple[Probabilities, dict[str, Any]]:
     """Returns LightGBM's probabilities for the test, and its version and settings."""
-    features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
+    features, labels = feed.batch.features.numpy(), feed.batch.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
     arrays: dict[str, Any] = {f"{name}_x": features[mask] for name, mask in parts.items()}
     arrays |= {f"{name}_y": labels[mask] for name, mask in parts.items()}
