@@ -51,7 +51,7 @@ _Axes = dict[str, Sequence[str | int]]
 class ExportGates:
     """Values measured against their limits; the first gate that fails ends the export."""
 
-    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def at_most(self, name: str, value: float, limit: float) -> None:
         """Demands `value <= limit`.
