@@ -1,4 +1,4 @@
-# Everything that is done to this repository, from a clean clone on. `make` alone lists it.
+# The commands of this repository, from a clean clone on; `make` alone lists them.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -31,7 +31,7 @@ install: $(VENV)/.ready-dev  ## everything that development needs, into .venv
 protos: $(VENV_PROTOS)/.ready  ## the stubs in penchant/v1, from protos/
 	$(call generate,.)
 
-format: $(VENV)/.ready-dev  ## format the code and mend what the linter can mend
+format: $(VENV)/.ready-dev  ## format the code and correct what the linter can correct
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
@@ -60,21 +60,21 @@ JOBS ?= 2
 test: $(VENV)/.ready-dev  ## every test, two files at a time; TESTS='tests/features -k fold' runs some, JOBS=N more at a time
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
-demo: $(VENV)/.ready-demo  ## the whole road in minutes: data, training, bundle, service, measurement
+demo: $(VENV)/.ready-demo  ## everything in minutes: data, training, bundle, service, measurement
 	$(BIN)/penchant demo
 
-bench: $(VENV)/.ready-demo  ## what a request costs, stage by stage; BUNDLE=PATH takes another bundle than the demo's
+bench: $(VENV)/.ready-demo  ## the cost of a request, stage by stage; BUNDLE=PATH takes another bundle than the demo's
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo
 	$(BIN)/penchant bench stages $(BUNDLE)
 
-prove-redis: $(VENV)/.ready-dev  ## Redis in trouble, a cluster, 10,000 calls that end early: the tests at their full size
+prove-redis: $(VENV)/.ready-dev  ## Redis in trouble, a cluster, 10,000 calls that end early: the tests at full size
 	$(BIN)/python -m benchmarks.report redis-trouble 'Redis in trouble' -- $(BIN)/python -m tests.proofs.redis_trouble
 
 prove-log: $(VENV)/.ready-dev  ## bytes of an event and a slate, and that the memory of the log levels off; ENTRIES=N, SECONDS=N
 	$(BIN)/python -m benchmarks.report log-size 'What the log holds' -- \
 		$(BIN)/python -m tests.proofs.log_size $(or $(ENTRIES),50000) $(or $(SECONDS),40)
 
-prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end as if left alone
+prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end like an undisturbed one
 	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills
 
 prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost replies: nothing lost, nothing doubled
@@ -90,8 +90,8 @@ prove-batch: $(VENV)/.ready-dev  ## a batch answers as the service does; USERS=N
 		$(BIN)/python -m tests.proofs.batch --users $(or $(USERS),1000)
 
 COUNT ?= 2000
-prove-bundles: $(VENV)/.ready-dev  ## hostile bundles: each refused by name, or as sound as another; COUNT=N, SEED=N
-	$(BIN)/python -m benchmarks.report bundles 'Bundles that another hand has changed' -- \
+prove-bundles: $(VENV)/.ready-dev  ## hostile bundles: each is refused by name, or is sound; COUNT=N, SEED=N
+	$(BIN)/python -m benchmarks.report bundles 'Bundles that were tampered with' -- \
 		$(BIN)/python -m tests.proofs.bundles --count $(COUNT) --seed $(or $(SEED),1) --exported
 
 LIVES ?= 2000
@@ -114,7 +114,7 @@ prove-node: $(VENV)/.ready-dev  ## the JavaScript of docs/backend.md against a s
 	$(BIN)/python -m tests.proofs.node $(BUILD)/node
 
 SIZES ?= 1000 50000
-bench-sizing: $(VENV)/.ready-demo  ## what to provide for: memory, disk and processor time; SIZES='ITEMS ITEMS'
+bench-sizing: $(VENV)/.ready-demo  ## the resources to provide: memory, disk and processor time; SIZES='ITEMS ITEMS'
 	for items in $(SIZES); do \
 		out=$(BUILD)/sizing/$$items; \
 		[ -e $$out/bundle/manifest.json ] && continue; \
@@ -122,7 +122,7 @@ bench-sizing: $(VENV)/.ready-demo  ## what to provide for: memory, disk and proc
 		$(BIN)/penchant train $$out/data --out $$out/run --set epochs=1; \
 		$(BIN)/penchant export $$out/run --out $$out/bundle; \
 	done
-	$(BIN)/python -m benchmarks.report sizing 'What to provide for' -- \
+	$(BIN)/python -m benchmarks.report sizing 'Resources to provide' -- \
 		$(BIN)/penchant bench sizing $(foreach items,$(SIZES),$(BUILD)/sizing/$(items)/bundle)
 
 MINUTES ?= 60
@@ -134,7 +134,7 @@ prove-rolls: $(VENV)/.ready-dev  ## 100 stops, 20 rolling changes, kills, under 
 		$(BIN)/python -m tests.proofs.rolls --stops $(or $(STOPS),100) --rolls $(or $(ROLLS),20) \
 		$(if $(NODE),--node $(NODE))
 SECONDS ?= 60
-prove-attacks: $(VENV)/.ready-dev  ## a service under attack, in every way known; SECONDS=N for each
+prove-attacks: $(VENV)/.ready-dev  ## a service under every known attack; SECONDS=N for each
 	$(BIN)/python -m benchmarks.report attacks 'A service under attack' -- \
 		$(BIN)/python -m tests.proofs.attacks --seconds $(SECONDS) --settle $(or $(SETTLE),30)
 

@@ -21,6 +21,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality.quality,
+    "quality-headline": quality.headline,
     "impressions": quality.impressions,
     "latency": serving.latency,
     "stages": serving.stages,

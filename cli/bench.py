@@ -156,6 +156,7 @@ def growth(
     use_cores()
     from benchmarks.growth import growth
 
+    # Through float, so that 1e8 is a number as well.
     counts = [int(float(size)) for size in sizes.split(",")]
     print_result(growth(counts, seconds=seconds, rounds=rounds, folder=folder))
 

@@ -211,6 +211,7 @@ def projector(
         from serving.projection.restore import restore_profiles
 
         eviction = Eviction(evict_after_days, partial(restore_profiles, warehouse, Retention({})))
+    # The first line of the log must have the chosen format, so this comes before anything that logs.
     configure(log_format or "text", "projector")
     telemetry = Telemetry()
     with exposed(metrics_listen or "", "projector", telemetry) as metrics:
@@ -311,6 +312,7 @@ def erase(
     for place in result["places"]:
         print(f"{place['result']}: {place['place']} on {place['host']}, {place['rows']} rows")
     print_result(result)
+    # A folder "in use" is no failure: its own warehouse makes the erasures hold there.
     unreached = [place for place in result["places"] if place["result"] not in ("erased", "in use", "retired")]
     raise typer.Exit(1 if unreached else 0)
 

@@ -91,6 +91,7 @@ def _validate_data(data: Path, bundle: Path | None, limits: dict[str, float]) ->
     """Checks a data set; with a bundle also that its logged features are those that a replay computes."""
     from features.tables.validate import validate
 
+    # This limit is the replay's; the checks of a data set would refuse the name.
     allowed = limits.pop("served_features", None) if bundle else None
     report: dict[str, Any] = validate(data, limits)
     if bundle is not None:

@@ -1,7 +1,7 @@
-"""What people did with what they were shown, as log-odds above everybody's: 0 means that nothing is known.
+"""Rates at which users act on items that they were shown, as log-odds above the average: 0 means nothing is known.
 
-An action has the event types that show an item and so may lead to it. What a person did before the first showing that
-is remembered does not count, for nobody knows what else they were shown then.
+An action has the event types that show an item and so may lead to it. Actions before the first showing in the ring do
+not count, because the showings that led to them have left it: the rate would have no denominator.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from features.manifest import ActionSpec, ModelSpec
 from features.profile import RING
 
 HALF_LIVES = (40, 4)
-"""Showings after which a showing weighs half, in a person's long and short memory."""
+"""Showings after which a showing weighs half, in a user's long-term and recent rates."""
 
 USER_STRENGTH = 4.0
 MATCH_STRENGTH = 2.0
-"""Showings that the expectation of a rate is worth: of a person, and of a person with some of the items."""
+"""Showings that the prior of a rate is worth: of a user, and of a user with some of the items."""
 
 _F64 = npt.NDArray[np.float64]
 # Computed once in float64, so that training and serving read the same bits.
@@ -31,13 +31,13 @@ _DECAYS = {half_life: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / half_life)
 
 @dataclass(frozen=True, slots=True)
 class ActionRates:
-    """How a bundle's actions are read from events; A actions, T event types.
+    """The reading of a bundle's actions from events, and their average rates; A actions, T event types.
 
     Attributes:
-        shown: Whether an event of a type shows an item that the action may follow; bool [A, 1 + T], type 0 = unknown.
-        acted: Whether an event of a type is the action; bool [A, 1 + T].
-        least: Smallest value of the event that counts; float64 [A], -inf where any does.
-        base: Log-odds of each action for everybody; float64 [A].
+        shown: True if events of the type show items that the action may follow; bool [A, 1 + T], type 0 = unknown.
+        acted: True if events of the type are the action; bool [A, 1 + T].
+        least: Smallest value of the event that counts; float64 [A], -inf if any does.
+        base: Log-odds of each action over all users; float64 [A].
         surfaces: Log-odds of each action above `base`, by surface; float32 [A] each.
     """
 
@@ -48,7 +48,7 @@ class ActionRates:
     surfaces: Mapping[str, npt.NDArray[np.float32]]
 
     def __len__(self) -> int:
-        """The number of actions."""
+        """Returns the number of actions."""
         return self.base.size
 
     @classmethod
@@ -84,39 +84,40 @@ class ActionRates:
         return cls(shown, acted, np.array(least, np.float64), np.array(base_rates, np.float64), surfaces)
 
     def surface(self, name: str) -> npt.NDArray[np.float32]:
-        """What a surface adds to the log-odds of each action; float32 [A], zeros where it is unknown."""
-        found = self.surfaces.get(name)
-        return np.zeros(len(self), np.float32) if found is None else found
+        """Returns the log-odds of each action that a surface adds; float32 [A], zeros if it is unknown."""
+        rates = self.surfaces.get(name)
+        return np.zeros(len(self), np.float32) if rates is None else rates
 
     def marks(
         self, types: npt.NDArray[np.integer[Any]], values: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which events show an item, and which are each action; two bool [A, h]."""
+        """Returns masks of the events that show an item, and of those that are each action; two bool [A, h]."""
         enough = np.isneginf(self.least)[:, None] | (values.astype(np.float64) >= self.least[:, None])
         return self.shown[:, types], self.acted[:, types] & enough
 
     def weights(self, types: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> tuple[_F64, ...]:
-        """The weight of each event among the showings, then among the actions, oldest first.
+        """Returns the weight of each event among the showings, then among the actions, oldest first.
 
         Returns:
             For each of `HALF_LIVES` float64 [h, 2A].
         """
         shown, acted = self.marks(types, values)
-        known = np.cumsum(shown, axis=1)
-        later: npt.NDArray[np.int64] = known[:, -1:] - known
-        counts = np.concatenate([shown, acted & (known > 0)]).T.astype(np.float64, order="C")
+        showings = np.cumsum(shown, axis=1)
+        # An event decays by the showings after it, not by time, so that a pause does not forget a taste.
+        later: npt.NDArray[np.int64] = showings[:, -1:] - showings
+        counts = np.concatenate([shown, acted & (showings > 0)]).T.astype(np.float64, order="C")
         decays = (np.tile(_DECAYS[half_life][later].T, 2) for half_life in HALF_LIVES)
         return tuple(decay * counts for decay in decays)
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A person's own rates, and what they are computed from.
+    """A user's own rates, and the weights that they are computed from.
 
     Attributes:
-        long: Log-odds of each action in the long memory; float64 [A].
-        short: In the short memory; float64 [A].
-        weights: Weight of each remembered event in the long memory, see `ActionRates.weights`; float64 [h, 2A].
+        long: Log-odds of each action in the long term; float64 [A].
+        short: In the short term; float64 [A].
+        weights: Weight of each event in the long term, see `ActionRates.weights`; float64 [h, 2A].
     """
 
     long: _F64
@@ -124,22 +125,23 @@ class Rates:
     weights: _F64
 
     @classmethod
-    def of(cls, outcomes: ActionRates, types: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> Rates:
-        """Reads them from the types and values of a person's events, oldest first."""
+    def of(cls, actions: ActionRates, types: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> Rates:
+        """Computes them from the types and values of a user's events, oldest first."""
         if not types.size:
-            return cls(outcomes.base, outcomes.base, np.zeros((0, 2 * len(outcomes)), np.float64))
-        weights, brief = outcomes.weights(types, values)
-        long = _rate(weights.sum(axis=0)[None], outcomes.base[None], USER_STRENGTH)
+            return cls(actions.base, actions.base, np.zeros((0, 2 * len(actions)), np.float64))
+        # The short term is pulled towards the long term, and that towards the average.
+        weights, brief = actions.weights(types, values)
+        long = _rate(weights.sum(axis=0)[None], actions.base[None], USER_STRENGTH)
         return cls(long[0], _rate(brief.sum(axis=0)[None], long, USER_STRENGTH)[0], weights)
 
     def among(self, keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64]) -> _F64:
-        """Log-odds above the person's own, among the events that share a candidate's key; float64 [n, A]."""
+        """Returns log-odds above the user's own, among the events that share a candidate's key; float64 [n, A]."""
         expected = np.full((keys.size, self.long.size), self.long)
         return _rate(matched_weights(keys, history, self.weights), expected, MATCH_STRENGTH) - self.long
 
 
 def _rate(weights: _F64, prior: _F64, strength: float) -> _F64:
-    """Log-odds from weights float64 [n, 2A] of showings, then actions."""
+    """Returns log-odds from weights float64 [n, 2A] of showings, then actions."""
     actions = weights.shape[1] // 2
     acted, shown = np.ascontiguousarray(weights[:, actions:]), np.ascontiguousarray(weights[:, :actions])
     return np.asarray(log_odds(acted, shown, np.ascontiguousarray(prior), strength))

@@ -136,6 +136,7 @@ def _field(metadata: memoryview, table: int, number: int) -> int:
 
 def _check_columns(table: pa.Table, types: Mapping[str, pa.DataType], required: frozenset[str]) -> None:
     names = table.schema.names
+    # A column is read by its name, so a second one of that name would go unchecked.
     if len(set(names)) != len(names):
         raise ValueError("it names a column twice")
     if lacking := sorted(required - set(names)):

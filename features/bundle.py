@@ -187,6 +187,7 @@ def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
     files = {name: _facts(staging / name) for name in FILES}
     bundle_id = content_id({**manifest, "files": files})
     manifest = {"format": FORMAT, "bundle_id": bundle_id, **manifest, "files": files}
+    # The same run exported twice is the same bundle, so a script may be repeated.
     if out.exists():
         if open_bundle(out).bundle_id != bundle_id:
             raise BundleError(f"{out}: holds another bundle; a bundle is never changed, choose another directory")
@@ -196,6 +197,7 @@ def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
     # Read as serving will read it, so that what would be refused there is not published.
     manifests.parse(content, str(out / MANIFEST))
     (staging / MANIFEST).write_bytes(content)
+    # Each file, then their names, then the rename: a loss of power leaves the whole bundle or none.
     for name in (*FILES, MANIFEST):
         (staging / name).chmod(_FILE_MODE)
         sync(staging / name)
@@ -220,6 +222,7 @@ def open_bundle(path: Path, bundle_id: str = "", sealed: Mapping[str, int] | Non
             bundle or files of none; its manifest is malformed; or it is another bundle than the one asked for.
     """
     try:
+        # Followed once: a link that is moved meanwhile must not mix the files of two bundles.
         path = path.resolve()
         entries = {entry.name for entry in path.iterdir()}
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
@@ -247,6 +250,7 @@ def _verify(path: Path, manifest: Manifest, entries: set[str]) -> None:
     files = manifest.files
     if sorted(files) != sorted(FILES):
         raise BundleError(f"{path / MANIFEST}: lists {sorted(files)}, a bundle of format {FORMAT} has {list(FILES)}")
+    # A file that no manifest names is verified by none, and is a sign of a copy that mixed two bundles.
     extra = entries - {*FILES, MANIFEST}
     if extra:
         names = ", ".join(map(json.dumps, sorted(extra)))

@@ -83,6 +83,7 @@ def read_words(bundle: Bundle, count: int) -> tuple[npt.NDArray[np.int64], npt.N
     """
     offsets = bundle.array("token_offsets.npy", np.int64, (count + 1,))
     tokens = bundle.array("tokens.npy", np.uint32, (None,))
+    # Places that do not ascend would give the words of an item to others.
     if offsets[0] != 0 or offsets[-1] != tokens.size or (offsets[1:] < offsets[:-1]).any():
         raise bundle.malformed("token_offsets.npy", "does not fit tokens.npy")
     return offsets, tokens
@@ -133,5 +134,6 @@ def _finite(bundle: Bundle, name: str, shape: Shape) -> npt.NDArray[np.float32]:
 
 
 def _check_rows(bundle: Bundle, name: str, rows: npt.NDArray[np.int32], low: int, count: int) -> None:
+    # The kernels that read rows check no bounds, and numpy takes a negative one from the end.
     if rows.size and not (rows.min() >= low and rows.max() < count):
         raise bundle.malformed(name, "names rows that the catalogue does not have")

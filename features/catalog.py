@@ -66,6 +66,7 @@ class Catalog:
     def rows_of_keys(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
         """Returns the row of each key, -1 if it is unknown; int32 [n]."""
         rows = self.vocabulary.rows_of_keys(keys)
+        # Live items are few, and so are unknown keys: a loop over these costs less than a second sorted table.
         if self._live_rows:
             for at in np.flatnonzero(rows < 0):
                 rows[at] = self._live_rows.get(int(keys[at]), -1)
@@ -238,6 +239,7 @@ class Catalog:
         new = row < 0
         if new:
             row = self.size
+            # By a quarter, so that putting many items one by one copies each row only a few times.
             if row >= self.columns.capacity:
                 self.columns = grown(self.columns, row + max(1024, row // 4))
         columns = self.columns

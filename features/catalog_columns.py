@@ -112,6 +112,7 @@ def _values(items: pa.Table, name: str, dtype: type, default: Any) -> npt.NDArra
     """Returns a writable numpy column; NULLs, and a column that is missing, become `default`."""
     if name not in items.column_names:
         return np.full(items.num_rows, default, dtype)
+    # Copied: an array of Arrow cannot be written to, and live changes are.
     values = [default if value is None else value for value in items.column(name).to_pylist()]
     return np.array(values, dtype)
 
@@ -120,6 +121,7 @@ def grown(columns: CatalogColumns, capacity: int) -> CatalogColumns:
     """Returns the columns with room for `capacity` rows; the new ones are not available until they are filled."""
 
     def grow(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        # A new array, because readers may hold the old one.
         larger = np.zeros((capacity, *column.shape[1:]), column.dtype)
         larger[: column.shape[0]] = column
         return larger

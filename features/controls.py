@@ -1,4 +1,4 @@
-"""What a person said of their answers: what is never shown, or not for now, and their dials. No model overrules it."""
+"""The controls of a user: what is never shown, or not for now, and the dials. They overrule every model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import numpy.typing as npt
 from features.errors import ProfileCorrupt
 
 MAX_CONTROLS = 1000
-"""Controls, dials among them, that one person may have."""
+"""Controls, dials among them, that one user may have."""
 
 FOR_EVER = 1 << 62
-"""Later than any end of a rule, ms."""
+"""Later than any end of a control, ms."""
 
 CONTROL = np.dtype([("key", "<u8"), ("until", "<i8"), ("kind", "u1")])
-"""One rule: the key of what it is about, when it ends (ms, 0 for never), and a `ControlKind`; 17 bytes."""
+"""One control: the key of its item, creator or category, its end (ms, 0 for never), and a `ControlKind`; 17 bytes."""
 
 DIAL = np.dtype([("key", "<u8"), ("value", "<f8"), ("kind", "u1")])
-"""A rule that is a dial, in the same 17 bytes: how it is turned in place of an end, and a `Dial` as its kind."""
+"""A control that is a dial, in the same 17 bytes: its value in place of an end, and a `Dial` as its kind."""
 
 ARM = 32
 """Kind of a control that no user sets: its key is the `arm_seed` of the user that an anonymous user was merged into."""
 
 Controls = npt.NDArray[np.void]
+"""CONTROL [n]."""
 
 
 class ControlKind(enum.IntEnum):
-    """What a rule is about."""
+    """The subject of a block or mute."""
 
     ITEM = 1
     CREATOR = 2
@@ -38,8 +39,9 @@ class ControlKind(enum.IntEnum):
 
 
 class Dial(enum.IntEnum):
-    """What a person may turn; 0 changes nothing."""
+    """The dials of a user; at 0 a dial changes nothing."""
 
+    # Apart from the numbers of `ControlKind`: both stand in the same byte of a control.
     NOVELTY = 16
     DIVERSITY = 17
     FRESHNESS = 18
@@ -48,57 +50,58 @@ class Dial(enum.IntEnum):
 
     @property
     def least(self) -> float:
-        """How far it can be turned down; up it is 1."""
+        """The lowest value of the dial; the highest is 1."""
         return 0.0 if self is Dial.DIVERSITY else -1.0
 
 
 Dials = Mapping[tuple[Dial, int], float]
-"""How dials are turned: by dial, and by the key of what it is about, 0 where it is about everything."""
+"""The values of dials: by dial, and by the key of its creator or category, 0 for a dial of the whole slate."""
 
 
 def no_controls() -> Controls:
-    """Those of somebody who said nothing."""
+    """Returns the controls of a user who has set none."""
     return np.empty(0, CONTROL)
 
 
-def blocked_keys(rules: Controls, kind: ControlKind, now_ms: int) -> npt.NDArray[np.uint64]:
-    """The keys of one kind that rules hold back at a time, ms; uint64 [n]."""
-    holds = (rules["kind"] == kind) & ((rules["until"] == 0) | (rules["until"] > now_ms))
-    return np.ascontiguousarray(rules["key"][holds])
+def blocked_keys(controls: Controls, kind: ControlKind, now_ms: int) -> npt.NDArray[np.uint64]:
+    """Returns the keys of one kind that are blocked or muted at a time, ms; uint64 [n]."""
+    holds = (controls["kind"] == kind) & ((controls["until"] == 0) | (controls["until"] > now_ms))
+    return np.ascontiguousarray(controls["key"][holds])
 
 
-def dials(rules: Controls) -> Dials:
-    """How the dials among the rules are turned."""
-    if not rules.size:
+def dials(controls: Controls) -> Dials:
+    """Returns the values of the dials among the controls."""
+    if not controls.size:
         return {}
-    turned = rules[(rules["kind"] >= min(Dial)) & (rules["kind"] <= max(Dial))]
-    return {(Dial(kind), key): value for key, value, kind in turned.view(DIAL).tolist()}
+    # A kind beyond the known ones is a dial of a later version: it is kept, and has no effect here.
+    set_dials = controls[(controls["kind"] >= min(Dial)) & (controls["kind"] <= max(Dial))]
+    return {(Dial(kind), key): value for key, value, kind in set_dials.view(DIAL).tolist()}
 
 
-def dial_controls(turned: Iterable[tuple[Dial, int, float]]) -> Controls:
-    """Dials, the key of what each is about, and how they are turned, as rules; CONTROL [n]."""
-    return np.array([(key, value, dial) for dial, key, value in turned], DIAL).view(CONTROL)
+def dial_controls(values: Iterable[tuple[Dial, int, float]]) -> Controls:
+    """Returns dials, each with the key of its creator or category and its value, as controls; CONTROL [n]."""
+    return np.array([(key, value, dial) for dial, key, value in values], DIAL).view(CONTROL)
 
 
 def arm_control(seed: int) -> Controls:
-    """The rule by which an anonymous user shares the arm of a user; CONTROL [1]."""
+    """Returns the control by which an anonymous user shares the arm of a user; CONTROL [1]."""
     return np.array([(seed, 0, ARM)], CONTROL)
 
 
-def arm_seed(rules: Controls) -> int | None:
-    """The seed of the arm that a rule shares, None where none does."""
-    keys = rules["key"][rules["kind"] == ARM]
+def arm_seed(controls: Controls) -> int | None:
+    """Returns the seed of the arm that a control shares, None if none does."""
+    keys = controls["key"][controls["kind"] == ARM]
     return int(keys[0]) if keys.size else None
 
 
-def encode(rules: Controls) -> bytes:
-    """The rules as bytes, with a checksum over all of it; nothing where there is none."""
-    body = rules.tobytes()
+def encode(controls: Controls) -> bytes:
+    """Returns the controls as bytes, with a checksum over all of them; nothing if there are none."""
+    body = controls.tobytes()
     return body + zlib.crc32(body).to_bytes(4, "little") if body else b""
 
 
 def decode(stored: bytes | memoryview) -> Controls:
-    """Reads what `encode` wrote.
+    """Reads the bytes that `encode` wrote.
 
     Raises:
         ProfileCorrupt: The bytes are cut short or were changed.
@@ -106,5 +109,7 @@ def decode(stored: bytes | memoryview) -> Controls:
     if not stored:
         return no_controls()
     if (len(stored) - 4) % CONTROL.itemsize or zlib.crc32(stored[:-4]) != int.from_bytes(stored[-4:], "little"):
-        raise ProfileCorrupt("the rules of a user fail their checksum; rebuild the profile: penchant profiles rebuild")
+        raise ProfileCorrupt(
+            "the controls of a user fail their checksum; rebuild the profile: penchant profiles rebuild"
+        )
     return np.frombuffer(stored[:-4], CONTROL)

@@ -14,8 +14,8 @@ class Feature:
 
     Attributes:
         name: Unique in its set, lower case with underscores.
-        meaning: One sentence for a person, with the unit.
-        window: What it looks at: ``request``, ``newest 256 events``, ``item``.
+        meaning: One sentence for a reader, with the unit.
+        window: The events or the item that it is computed from: ``request``, ``newest 256 events``, ``item``.
         dtype: The numpy name of its type.
         version: Raised when the computation changes under the same name.
     """
@@ -44,7 +44,7 @@ class FeatureSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names in column order."""
+        """The names in the order of columns."""
         return tuple(feature.name for feature in self.features)
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class FeatureSet:
         return iter(self.features)
 
     def fingerprint(self) -> str:
-        """Sha256 over everything that changes a model's input: order, names, types, windows and versions.
+        """Returns the SHA-256 of everything that changes a model's input: order, names, types, windows and versions.
 
         The meaning is left out: better words for the same number do not make a bundle incompatible.
         """

@@ -64,5 +64,6 @@ def largest_difference(answer: npt.NDArray[Any], expected: npt.NDArray[Any]) -> 
         return float("inf")
     if not answer.size:
         return 0.0
+    # Relative only above 1: near 0 a tiny difference would be a large share.
     difference = np.abs(answer.astype(np.float64) - expected.astype(np.float64)).max()
     return float(difference / max(1.0, np.abs(expected).max()))

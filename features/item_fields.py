@@ -30,6 +30,7 @@ def is_field(name: str) -> bool:
 
 def no_field(name: str) -> str:
     """Returns what is wrong with a name that is no field of an item, and the fields that it has."""
+    # Cut: the name comes from outside, and comparing takes time by its length.
     close = difflib.get_close_matches(name[:_LONGEST].lower().strip(), FIELDS, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     fields = f"{', '.join(FIELDS)}, or attributes.NAME for a single attribute"
@@ -40,6 +41,7 @@ def values_of(
     catalog: Catalog, rows: npt.NDArray[np.integer[Any]] | Sequence[int], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Returns the named fields of the items of some rows, by name; None or empty if an item has none."""
+    # Each column once, however many single attributes are asked for.
     columns = ["attributes" if name.startswith(ONE_ATTRIBUTE) else COLUMNS[name] for name in names]
     records = catalog.records([int(row) for row in rows], list(dict.fromkeys(columns)))
     return [{name: value_of(record, name) for name in names} for record in records]

@@ -1,7 +1,7 @@
-"""Numba kernels of the shared features; each has a plain numpy twin beside it, `<name>_plain`.
+"""Numba kernels of the shared features; each public one has a plain numpy twin, `<name>_plain`.
 
-No fastmath and a fixed order of additions: a kernel and its twin agree to the bit, and a candidate's value never
-depends on the other candidates of its batch.
+Without fastmath and with a fixed order of additions, a kernel and its twin agree to the bit, and a candidate's value
+never depends on the other candidates of its batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import numpy.typing as npt
 
 from features.jit import kernel
 
+# Partial sums of an inner product, added up in one order, so that a vector unit of any width gives the same bits.
 _LANES = 16
+# A rate of 0 or 1 has no log-odds.
 _RAREST = 1e-6
 
 
 def _crc_tables() -> npt.NDArray[np.uint32]:
-    """What a byte adds to a CRC-32, by how many more bytes follow it in its group; uint32 [8, 256]."""
+    """Returns what a byte adds to a CRC-32, by the number of bytes behind it in its group; uint32 [8, 256]."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, np.uint32(0xEDB88320) ^ (table >> np.uint32(1)), table >> np.uint32(1))
@@ -35,7 +37,8 @@ _CRC_TABLES = _crc_tables()
 
 @kernel()
 def crc32_rows(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """CRC-32 (the one of zlib) of each row of `rows` uint8 [n, width]; uint32 [n]. Eight bytes at a time."""
+    """Returns the CRC-32 of zlib of each row of `rows` uint8 [n, width]; uint32 [n]."""
+    # Eight bytes at a time ("slicing by 8"): a byte at a time, each step would wait for the one before.
     out = np.empty(rows.shape[0], np.uint32)
     width = rows.shape[1]
     for i in range(rows.shape[0]):
@@ -78,12 +81,12 @@ def append_distinct(keys: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64]
     start, end = max(0, keys.size - cap), keys.size
     for i in range(pushed.size):
         key = pushed[i]
-        known = key == np.uint64(0)
+        skip = key == np.uint64(0)
         for j in range(start, end):
             if kept[j] == key:
-                known = True
+                skip = True
                 break
-        if not known:
+        if not skip:
             kept[end] = key
             end += 1
             if end - start > cap:
@@ -104,7 +107,8 @@ def append_distinct_plain(
 
 @kernel()
 def _place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
-    """Where a key stands in an open hash table, or would stand; 0 is a free slot."""
+    """Returns the slot of a key in an open hash table, or the free slot for it; 0 marks a free slot."""
+    # Keys are hashes already, but their low bits may be few (rows + 1): the multiplication spreads them.
     last = np.uint64(slots.size - 1)
     at = ((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & last
     while slots[at] != np.uint64(0) and slots[at] != key:
@@ -116,7 +120,8 @@ def _place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
 def _tallied(
     history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
-    """The weights [h, w] summed by key, in the order of the history: a hash table and the sums of its slots."""
+    """Returns the weights [h, w] summed by key, in the order of the history: a hash table and the sums of its slots."""
+    # At most half full, so that a search ends after few steps.
     size = 16
     while size < 2 * history.size:
         size *= 2
@@ -134,12 +139,12 @@ def _tallied(
 def affinity(
     keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float32]:
-    """Weighted share of the history that has each candidate's key; 0 for key 0 and for an empty history.
+    """Returns the weighted share of the history that has each candidate's key; 0 for key 0 and for an empty history.
 
     Args:
         keys: One key per candidate (its category, its creator), 0 for none; uint64 [n].
-        history: One key per remembered event; uint64 [h].
-        weights: Weight of each remembered event, at least 0; float64 [h].
+        history: One key per event; uint64 [h].
+        weights: Weight of each event, at least 0; float64 [h].
 
     Returns:
         Shares in [0, 1]; float32 [n].
@@ -174,12 +179,12 @@ def affinity_plain(
 def matched_weights(
     keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Sum of the weights of the remembered events that share each candidate's key; nothing shares key 0.
+    """Returns the sum of the weights of the events that share each candidate's key; no event shares key 0.
 
     Args:
         keys: One key per candidate (its category, its creator), 0 for none; uint64 [n].
-        history: One key per remembered event; uint64 [h].
-        weights: Weights of each remembered event; float64 [h, w].
+        history: One key per event; uint64 [h].
+        weights: Weights of each event; float64 [h, w].
 
     Returns:
         float64 [n, w].
@@ -208,16 +213,16 @@ def matched_weights_plain(
 def log_odds(
     acted: npt.NDArray[np.float64], shown: npt.NDArray[np.float64], prior: npt.NDArray[np.float64], strength: float
 ) -> npt.NDArray[np.float64]:
-    """Log-odds of rates that are pulled towards what was expected.
+    """Returns the log-odds of rates that are pulled towards a prior.
 
     Args:
-        acted: Weight of what was acted on; float64 [n, a].
-        shown: Weight of what was shown; float64 [n, a].
+        acted: Weight of the actions; float64 [n, a].
+        shown: Weight of the showings; float64 [n, a].
         prior: Log-odds of the expected rate; float64 [n, a].
-        strength: How many showings the expectation is worth.
+        strength: Showings that the prior is worth.
 
     Returns:
-        float64 [n, a]; where nothing was shown, the prior.
+        float64 [n, a]; the prior where nothing was shown.
     """
     out = prior.copy()
     for i in range(acted.shape[0]):
@@ -225,7 +230,7 @@ def log_odds(
             if shown[i, k] == 0.0:
                 continue
             expected = 1.0 / (1.0 + math.exp(-prior[i, k]))
-            # Who acts more than they were shown has done so all but always.
+            # More actions than showings (one showing may lead to several) is a rate of nearly 1.
             rate = (min(acted[i, k], shown[i, k]) + strength * expected) / (shown[i, k] + strength)
             rate = min(max(rate, _RAREST), 1.0 - _RAREST)
             out[i, k] = math.log(rate / (1.0 - rate))
@@ -249,7 +254,7 @@ def log_odds_plain(
 def dot_rows(
     vectors: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], query: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """Inner product of `query` with the vectors of `rows`, gathered on the fly.
+    """Returns the inner products of `query` with the vectors of `rows`, without a copy of these vectors.
 
     Args:
         vectors: float32 [N, D].
@@ -301,10 +306,10 @@ def pack_newest(
     ends: npt.NDArray[np.int64],
     max_length: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The newest `max_length` known events of each part `starts[i]:ends[i]`, padded on the right with zeros.
+    """Returns the newest `max_length` known events of each part `starts[i]:ends[i]`, padded on the right with zeros.
 
     Args:
-        rows: Row of each event's item, -1 where it is unknown; int32 [E].
+        rows: Row of each event's item, -1 if it is unknown; int32 [E].
         types: Type of each event; any integers [E].
         starts: First event of each part; int64 [B].
         ends: One past its last; int64 [B].

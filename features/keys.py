@@ -11,14 +11,15 @@ import numpy.typing as npt
 
 
 def event_type_key(name: str) -> int:
-    """The uint32 that stands for an event type in a stored record: CRC-32 of its UTF-8 name, so no registry exists."""
+    """Returns the uint32 of an event type in a stored record: CRC-32 of its UTF-8 name, so that no registry exists."""
     return zlib.crc32(name.encode())
 
 
 def event_type_keys(names: Sequence[str]) -> npt.NDArray[np.uint32]:
-    """``event_type_key`` of each name; there are few distinct ones, so each is computed once."""
-    known = {name: event_type_key(name) for name in set(names)}
-    return np.fromiter((known[name] for name in names), np.uint32, len(names))
+    """Returns ``event_type_key`` of each name; uint32 [n]."""
+    # There are few distinct names among many events, so each is hashed once.
+    keys = {name: event_type_key(name) for name in set(names)}
+    return np.fromiter((keys[name] for name in names), np.uint32, len(names))
 
 
 def _digest(external: str | None) -> bytes:
@@ -26,15 +27,15 @@ def _digest(external: str | None) -> bytes:
 
 
 def item_key(external: str | None) -> int:
-    """The uint64 key of an external id: BLAKE2b-64 of its UTF-8 bytes, little endian; 0 (none) for None and ``""``.
+    """Returns the uint64 key of an external id: BLAKE2b-64 of its UTF-8 bytes, little endian; 0 for None and ``""``.
 
-    Creators and categories use the same function; which of them a key means is known from where it stands.
+    Creators and categories use the same function: the field that holds a key tells which of them it means.
     """
     return int.from_bytes(_digest(external), "little")
 
 
 def item_keys(externals: Sequence[str | None]) -> npt.NDArray[np.uint64]:
-    """``item_key`` of each id, as uint64[n]."""
+    """Returns ``item_key`` of each id; uint64 [n]."""
     return np.frombuffer(b"".join(map(_digest, externals)), "<u8").astype(np.uint64)
 
 

@@ -17,6 +17,7 @@ FORMAT = 1
 MOST_BYTES = 16 << 20
 """Largest manifest that is read."""
 
+# Bounds far above those of any real bundle: a number of the file decides how much memory is taken.
 _LARGEST_FILE = 1 << 44
 _LONGEST = 1 << 16
 _BUCKETS = 1 << 31
@@ -161,6 +162,7 @@ def parse(content: bytes, path: str) -> Manifest:
         document = strict_json.loads(content)
     except ValueError as error:
         raise BundleError(f"{path}: not JSON ({error}); publish the bundle again") from error
+    # Before all fields: a later format may have others, and its number says more than the first that is missing.
     if not isinstance(document, dict) or type(document.get("format")) is not int or document["format"] != FORMAT:
         version = document.get("format") if isinstance(document, dict) else None
         raise BundleError(f"{path}: format {_short(version)}, this version reads {FORMAT}; export the run again")
@@ -178,6 +180,7 @@ def parse(content: bytes, path: str) -> Manifest:
 
 def content_id(document: Mapping[str, Any]) -> str:
     """Returns the id of a bundle, made of the hashes of its files and of what its manifest says of the models."""
+    # Sorted, so that a manifest whose fields stand in another order is the same bundle.
     content = {
         "files": {name: document["files"][name]["sha256"] for name in sorted(document["files"])},
         **{name: document.get(name) for name in _IDENTITY},
@@ -201,6 +204,7 @@ def _check_model(model: dict[str, Any], path: str) -> None:
     count = len(model["actions"])
     by_action = {name: model[name] for name in ("action_weights", "base_rates") if model.get(name) is not None}
     by_action |= {f"surface_rates[{name!r}]": rates for name, rates in (model.get("surface_rates") or {}).items()}
+    # A shorter list would fail in the first request, a longer one would be read silently.
     for name, numbers in by_action.items():
         if (wrong := _list(_number())(numbers)) or len(numbers) != count:
             raise _error(path, f"model.{name}", numbers, wrong or f"a list of {count} numbers, one for each action")
@@ -227,6 +231,7 @@ def _error(path: str, name: str, value: Any, should: str) -> BundleError:
 
 
 def _short(value: Any) -> str:
+    # A value of a hostile file may be megabytes long, and the message goes into a log.
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -57,6 +57,7 @@ class Spans:
             after = spans[-1][1] if spans else until
         elif not spans:
             spans.append((0, 0))  # the entries before went elsewhere, which shows as a hole
+        # Merged, so that the file grows by the number of holes and not by the number of writes.
         merged: list[tuple[int, int]] = []
         for span in sorted([*spans, (min(after, until), until)]):
             if merged and span[0] <= merged[-1][1]:

@@ -11,6 +11,9 @@ Subject = NewType("Subject", str)
 NO_SUBJECT = Subject("")
 """The subject of a request that names no user."""
 
+PARTITIONS = 16
+"""Partitions of a new event log if no number is configured."""
+
 _KNOWN, _ANONYMOUS = "u:", "a:"
 _PREFIXES = (_KNOWN, _ANONYMOUS)
 

@@ -100,6 +100,7 @@ class Vocabulary:
             raise ValueError("sorted_key is not what key and sorted_row say")
         if not (self._sorted_keys[1:] > self._sorted_keys[:-1]).all():
             raise ValueError("sorted_key is not sorted, or holds a key twice")
+        # Hashed again: a wrong key would give an item's events to another item, and nothing would look wrong.
         if not np.array_equal(item_keys(self._ids.to_pylist()), keys):
             raise ValueError("key is not what id says")
 

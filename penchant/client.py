@@ -31,6 +31,7 @@ from penchant.requests import ranking_options
 from penchant.v1 import catalog_pb2, common_pb2, event_pb2, profile_pb2, ranking_pb2
 
 Meaning = TypeVar("Meaning")
+# A write is answered once it is on disk, which takes longer than an answer to a request.
 _WRITE_S = 5.0
 
 _PURPOSES = {
@@ -87,6 +88,7 @@ class Client(ServiceCalls):
         **options: Unpack[Options],
     ) -> ranking_pb2.Slate:
         """Returns the caller's candidates in the user's order; `page_size` defaults to all of them, at most 100."""
+        # A caller that sends candidates wants all of them back in order, not the 20 of a feed.
         options.setdefault("page_size", max(min(len(item_ids), 100), 1))
         request = ranking_pb2.RankRequest(
             options=ranking_options(options, "rank"),

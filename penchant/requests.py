@@ -62,6 +62,7 @@ def event(
         TypeError: A field is none of the contract's.
     """
     _require_known(fields, EventFields.__annotations__, "event()")
+    # Made here and not by the service, so that a retry carries the same id and counts once.
     fields.setdefault("event_id", uuid.uuid4().hex)
     subject = common_pb2.Subject(user_id=user_id, anonymous_id=anonymous_id)
     return event_pb2.Event(subject=subject, item_id=item_id, event_type=event_type, **fields)
@@ -83,6 +84,7 @@ def item_patch(item_id: str, **fields: Any) -> catalog_pb2.ItemPatch:
     if not fields:
         raise ValueError(f"item_patch() names no field to change: {', '.join(names)}")
     values = {name: value for name, value in fields.items() if value is not None}
+    # The mask names cleared fields too; a field that is in the mask and has no value is cleared.
     mask = field_mask_pb2.FieldMask(paths=list(fields))
     return catalog_pb2.ItemPatch(item=catalog_pb2.Item(item_id=item_id, **values), update_mask=mask)
 

@@ -24,6 +24,7 @@ from pydantic import (
 from features.limits import cores
 from features.profile import EVERY_PURPOSE, Purpose
 from features.settings import load_settings
+from features.subjects import PARTITIONS
 from serving.errors import ConfigError
 from serving.folder_identity import local_folder
 from serving.log_retention import LogRetention
@@ -57,7 +58,9 @@ class ServeConfig(BaseModel):
     redis_timeout_ms: int = Field(50, ge=1, description="Longest wait for a profile; the answer goes out without.")
     unsafe_redis: bool = Field(False, description="Accept a Redis whose settings may lose acknowledged data.")
     state_dir: Path = Field(Path("penchant-state"), description="Directory where embedded Redis keeps its data.")
-    partitions: int = Field(16, ge=1, le=4096, description="Partitions of the event log, fixed when it is created.")
+    partitions: int = Field(
+        PARTITIONS, ge=1, le=4096, description="Partitions of a new event log; one that exists keeps its own number."
+    )
 
     default_purposes: tuple[str, ...] = Field(
         EVERY_PURPOSE.names, description="Purposes that users allow until they set their consent; the default is all."

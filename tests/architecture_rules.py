@@ -36,7 +36,7 @@ Violation = tuple[str, int, str]
 
 
 def rule_1(path: str, tree: ast.Module) -> Iterator[Violation]:
-    """What training and serving share needs numpy, pyarrow and numba only."""
+    """Shared code of training and serving needs numpy, pyarrow and numba only."""
     if not path.startswith("features/"):
         return
     for node in ast.walk(tree):
@@ -170,7 +170,7 @@ def _is_builtin_open(node: ast.Call) -> bool:
 
 
 def _is_action(node: ast.stmt) -> bool:
-    """A call whose result nobody takes is there for its effect; adding a command to the command line is harmless."""
+    """A call whose result is not used is there for its effect; adding a command to the command line is harmless."""
     if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
         return False
     return not (isinstance(node.value.func, ast.Attribute) and node.value.func.attr == "add_typer")

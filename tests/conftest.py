@@ -1,4 +1,4 @@
-"""What every test run shares: where CI is set, a test that could have run and did not is a failure."""
+"""The common part of every test run: if CI is set, a test that could have run and did not is a failure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EXCUSES = ("no GPU", "cannot mount")
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Turns a skip without excuse into a failure, so that CI cannot pass by skipping."""
+    """Makes a skip without excuse a failure, so that CI cannot pass by skipping."""
     if not report.skipped or hasattr(report, "wasxfail") or os.environ.get("CI", "").lower() not in ("1", "true"):
         return
     _, _, message = report.longrepr if isinstance(report.longrepr, tuple) else ("", 0, str(report.longrepr))

@@ -1,4 +1,4 @@
-"""What many tests share: the small world as a bundle, its engine, and services that really run."""
+"""The fixtures of many tests: the small world as a bundle, its engine, and services that really run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Service:
 
     @property
     def target(self) -> str:
-        """Where it listens."""
+        """The address of the service."""
         return str(self.ready["listen"])
 
     def client(self, **options: Any) -> Client:

@@ -1,4 +1,4 @@
-"""What is costly and the same for all tests is made once, also where several processes share the tests."""
+"""Fixtures that are costly and the same for all tests are made once, even if several processes share the tests."""
 
 from __future__ import annotations
 

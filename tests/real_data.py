@@ -1,4 +1,4 @@
-"""Where the real data sets are; a test that needs one and does not find it skips and says so."""
+"""The places of the real data sets; a test that needs a missing one skips and says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def real_data(*parts: str) -> Path:
-    """The path below `PENCHANT_DATA` (default `../shared/data` beside the repository); skips the test without it."""
+    """The path below `PENCHANT_DATA` (default `../shared/data` next to the repository); skips the test without it."""
     folder = Path(os.environ.get("PENCHANT_DATA") or ROOT.parent / "shared" / "data")
     path = folder.joinpath(*parts)
     if not path.exists():

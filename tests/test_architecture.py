@@ -81,7 +81,7 @@ PLANTED = [
 
 
 def check(root: Path, by: str) -> str:
-    """What the check prints; names of rules that held are left out."""
+    """Returns the output of the check, without the names of rules that held."""
     command = ["lint-imports", "--no-cache"] if by == LINTER else ["python", str(ROOT / "tests" / SCRIPT), str(root)]
     command[0] = str(Path(sys.executable).parent / command[0])
     environment = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "500"}

@@ -1,4 +1,4 @@
-"""What CI refuses: a skip without excuse, and a change that breaks the contract that has landed."""
+"""Refusals of CI: a skip without excuse, and a change that breaks the contract that has landed."""
 
 from __future__ import annotations
 

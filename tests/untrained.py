@@ -29,7 +29,7 @@ THINGS = ("shoes", "wine", "lamps", "books", "films")
 
 
 def dataset(people: int = 40, items: int = 80, seed: int = 0) -> Dataset:
-    """People who walk among items of few kinds; some items say little of themselves."""
+    """Users who walk among items of few kinds; some items say little of themselves."""
     rng = np.random.default_rng(seed)
     things = [
         {

@@ -1,7 +1,7 @@
 """A small world whose right answers are known by construction, as a bundle that needs no training.
 
-Forty items in four genres; the vector of an item points at its genre, the vector of a person is the mean of what they
-touched, a query's that of the genres it names. So a person who touched westerns must be shown westerns, and a new
+Forty items in four genres; the vector of an item points at its genre, the vector of a user is the mean of what they
+touched, a query's that of the genres it names. So a user who touched westerns must be shown westerns, and a new
 western must lie among them the moment it is put.
 """
 
@@ -37,7 +37,7 @@ from features.vocabulary import Vocabulary
 
 GENRES = ("western", "space", "romance", "comedy")
 SEGMENTS = GENRES[:3]
-"""Genres of which it is known what people like who like them: other items of the genre."""
+"""Genres whose users have a known taste: other items of the genre."""
 ITEMS_PER_GENRE = 10
 COUNT = len(GENRES) * ITEMS_PER_GENRE
 DIM = 8
@@ -83,7 +83,7 @@ def rows_of(genre: str) -> set[str]:
 
 
 def direction(genre: str) -> np.ndarray:
-    """Where a genre lies; float32 [D]."""
+    """The vector of a genre; float32 [D]."""
     vector = np.zeros(DIM, np.float32)
     vector[GENRES.index(genre)] = 2.0
     return vector
@@ -231,7 +231,7 @@ def _models(staging: Path) -> None:
 
 
 def _judgement() -> tuple[np.ndarray, np.ndarray]:
-    """What the ranker thinks of features: weights float32 [F, 2] and bias float32 [2]."""
+    """The ranker's weights of features: weights float32 [F, 2] and bias float32 [2]."""
     names = ranker_names([action["name"] for action in MODEL["actions"]])
     weights = np.zeros((len(names), 2), np.float32)
     weights[names.index("category_affinity")] = (1.0, 2.0)

@@ -33,7 +33,7 @@ ALIASES = {
 }
 _NOT_NEGATIVE = ("price", "position")
 _CLOSED = ("available", "allow_train", "allow_measure", "personal")
-"""Columns of permissions: what cannot be read is no permission, and neither is a NULL there, which would be one."""
+"""Columns of permissions: a cell that cannot be read permits nothing, nor may it become NULL, which permits."""
 _WINDOW = ("available_from", "available_until")
 _AGE = "a time from 1995 up to 2100, best in a column of type timestamp"
 
@@ -90,7 +90,7 @@ class Intake:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TablePart:
     """Some of a file's good rows, and where in the file each of them stands.
 
     Attributes:
@@ -154,7 +154,7 @@ def fit(
     source: str,
     numbers: npt.NDArray[np.int64] | None = None,
     dialect: Dialect | None = None,
-) -> Part:
+) -> TablePart:
     """Converts the columns, leaves out every row without a required cell, and every other cell that cannot be read.
 
     Where the cells say whether something is permitted (that an item is shown, that a model is trained on a row), a cell
@@ -188,7 +188,7 @@ def fit(
     columns = [cells[f.name].values if f.name in cells else nulls(table.num_rows, f.type) for f in schema]
     full, good = pa.table(columns, schema=schema), np.flatnonzero(~bad)
     kept = select(full, good) if bad.any() else full
-    return Part(source, kept, numbers[good], rejected, unread, altered)
+    return TablePart(source, kept, numbers[good], rejected, unread, altered)
 
 
 def merge_unread(parts: Iterable[Unread]) -> list[Unread]:

@@ -25,7 +25,7 @@ from features.arrays import Array, only, pc
 from features.clock import now_ms
 from features.errors import TablesError
 from features.private_files import FOLDER_MODE, make_folders
-from features.tables.conform import Intake, Part, Rejected, Unread, dialect_of, fit, merge_unread, origins
+from features.tables.conform import Intake, Rejected, TablePart, Unread, dialect_of, fit, merge_unread, origins
 from features.tables.dialect import Dialect, DialectSurvey
 from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
 from features.tables.files import TableFile, find_files, table_path
@@ -48,7 +48,7 @@ _NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedTable:
     """A table with exactly its schema's columns (all NULL where the file has none), and what was left out of it.
 
     Attributes:
@@ -95,9 +95,9 @@ class Dataset:
     """A data set; items and users in memory, events read a part at a time.
 
     Attributes:
-        stream: The events; each person's stand together, oldest first (see `order_events`).
+        stream: The events; each user's stand together, oldest first (see `order_events`).
         items: `ITEMS`, one row per item; made of the events' items where the data set has no such table.
-        users: `USERS`, one row per person; empty where the data set has no such table.
+        users: `USERS`, one row per user; empty where the data set has no such table.
         info: What `dataset.json` says, with `name`, `fingerprint`, `users`, `items`, `events`, `ordered_only`,
             `event_types` {name: count} and `first_timestamp`, `last_timestamp` (ms) computed from the rows;
             `time_units` {"events.timestamp": unit} where values had to tell in which unit a column counts time.
@@ -126,7 +126,7 @@ class Dataset:
         return self.stream.table()
 
 
-def read_table(path: Path, schema: pa.Schema, required: Required) -> Loaded:
+def read_table(path: Path, schema: pa.Schema, required: Required) -> LoadedTable:
     """Read one Parquet file, or all below a directory in the order of their names.
 
     Columns are found by name, alias or either in any letter case; others are ignored. A table whose only required
@@ -148,7 +148,7 @@ def conform(
     required: Required,
     source: str,
     numbers: npt.NDArray[np.int64] | None = None,
-) -> Loaded:
+) -> LoadedTable:
     """Bring a table in memory to a schema, as `read_table` does.
 
     `source` names it in the rejected rows, `numbers` says where each row stands there (None: in the same place).
@@ -210,7 +210,7 @@ def open_dataset(
     if items is None:
         items = conform(pa.table({"item_id": named}), ITEMS, ITEMS_REQUIRED, str(where))
     if users is None:
-        users = Loaded(USERS.empty_table(), [])
+        users = LoadedTable(USERS.empty_table(), [])
     info = {"name": path.name} | said | _facts(events, items.table, users.table)
     if "until" in said:
         info["until"] = until
@@ -249,7 +249,7 @@ def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Event
         return Events.of(order_events(table)), pc.unique(table["item_id"]), fate, loaded.units
     dialect = _dialect(files, EVENTS, EVENTS_REQUIRED)
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[TablePart]:
         for file in files:
             for part in _parts(file, EVENTS, EVENTS_REQUIRED, dialect):
                 yield _part_of(part, until, everybody)
@@ -272,7 +272,7 @@ def _wanted(events: pa.Table, until: int | None, everybody: bool) -> npt.NDArray
     return np.flatnonzero(wanted)
 
 
-def _part_of(part: Part, until: int | None, everybody: bool) -> Part:
+def _part_of(part: TablePart, until: int | None, everybody: bool) -> TablePart:
     rows = _wanted(part.table, until, everybody)
     return dataclasses.replace(part, table=select(part.table, rows), rows=part.rows[rows])
 
@@ -293,7 +293,7 @@ def _dialect(files: Sequence[TableFile], schema: pa.Schema, required: Required) 
     return survey.dialect()
 
 
-def _parts(file: TableFile, schema: pa.Schema, required: Required, dialect: Dialect) -> Iterator[Part]:
+def _parts(file: TableFile, schema: pa.Schema, required: Required, dialect: Dialect) -> Iterator[TablePart]:
     """The rows of a file, some at a time."""
     given = file.schema()
     columns = list(origins(given, schema, required, str(file.path)).values())
@@ -379,7 +379,7 @@ def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
     last = None
     for batch in events.batches(("user_id", "event_type", "timestamp")):
         named = batch["user_id"].combine_chunks()
-        # Each person's events stand together, so a change of names is another person.
+        # Each user's events stand together, so a change of names is another user.
         people += pc.sum(pc.not_equal(named.slice(1), named.slice(0, len(named) - 1))).as_py() or 0
         people += named[0].as_py() != last
         last = named[len(named) - 1].as_py()
@@ -406,23 +406,23 @@ def _is_closed(items: pa.Table) -> bool:
     return items.num_rows > 0 and not pc.any(shown).as_py()
 
 
-def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> Loaded | None:
+def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> LoadedTable | None:
     where = table_path(path, name)
     return None if where is None else read_table(where, schema, required)
 
 
-def _merge(parts: list[Part], schema: pa.Schema, required: Required, dialect: Dialect) -> Loaded:
+def _merge(parts: list[TablePart], schema: pa.Schema, required: Required, dialect: Dialect) -> LoadedTable:
     table = pa.concat_tables([part.table for part in parts] or [schema.empty_table()])
     rejected = [row for part in parts for row in part.rejected]
     unread = merge_unread(cells for part in parts for cells in part.unread)
     places = [(part.source, part.rows) for part in parts]
     if len(required) != 1 or not isinstance(required[0], str):
-        return Loaded(table, rejected, unread, dialect.units, dialect.ignored, places)
+        return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, places)
     ids, which = codes(table[required[0]])
     _, first = np.unique(which, return_index=True)
     again = np.flatnonzero(first[which] != np.arange(len(which)))
     if not len(again):
-        return Loaded(table, rejected, unread, dialect.units, dialect.ignored, places)
+        return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, places)
     sources = np.repeat([part.source for part in parts], [len(part.rows) for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     for at in again.tolist():
@@ -431,7 +431,7 @@ def _merge(parts: list[Part], schema: pa.Schema, required: Required, dialect: Di
         rejected.append(Rejected(str(sources[at]), int(rows[at]), f"{reason}: give each one row"))
     if "available" in schema.names:
         table = _agreed(table, first[which])
-    return Loaded(select(table, first), rejected, unread, dialect.units, dialect.ignored)
+    return LoadedTable(select(table, first), rejected, unread, dialect.units, dialect.ignored)
 
 
 def _agreed(items: pa.Table, first: npt.NDArray[np.int64]) -> pa.Table:

@@ -1,7 +1,7 @@
 """The events of a data set in their order, a part at a time: a data set may be bigger than memory.
 
-What Penchant wrote is in order already and is read from its Parquet files again and again. Anything else (rows out of
-order, malformed rows, foreign types) is brought into order once, some people at a time, in a temporary Arrow file that
+A data set that Penchant wrote is in order already and is read from its Parquet files each time. Any other (rows out
+of order, malformed rows, foreign types) is sorted once, some users at a time, into a temporary Arrow file that
 is memory-mapped and has no name, so that it is gone with the process. `TMPDIR` says where.
 """
 
@@ -18,21 +18,21 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.keys import item_keys
-from features.tables.conform import Part, Rejected, Unread
+from features.tables.conform import Rejected, TablePart, Unread
 from features.tables.order import codes, event_keys, is_present, nulls, order_events, select
 from features.tables.schema import EVENTS
 
 BATCH_ROWS = 1 << 17
 """Rows that are read at once."""
 BUCKET_ROWS = 1 << 22
-"""Rows that are brought into order at once; a person with more comes at once all the same."""
+"""Rows that are sorted at once; a user with more events is sorted at once all the same."""
 
 Read = Callable[[Sequence[str]], Iterator[pa.Table]]
-Parts = Callable[[], Iterable[Part]]
+Parts = Callable[[], Iterable[TablePart]]
 
 
 class Events:
-    """Events in the order of `order_events`, read as often as somebody asks.
+    """Events in the order of `order_events`, which can be read any number of times.
 
     Attributes:
         num_rows: Number of events.
@@ -40,13 +40,13 @@ class Events:
     """
 
     def __init__(self, read: Read, num_rows: int, present: Iterable[str]) -> None:
-        """Takes what yields the columns named, any number of rows at a time."""
+        """Takes a function that yields the named columns, any number of rows at a time."""
         self._read, self.num_rows = read, num_rows
         self.present = tuple(name for name in EVENTS.names if name in set(present))
 
     @classmethod
     def of(cls, table: pa.Table) -> Events:
-        """The events of a table in memory, which must be in order."""
+        """Returns the events of a table in memory, which must be in order."""
 
         def read(columns: Sequence[str]) -> Iterator[pa.Table]:
             chosen = table.select(list(columns))
@@ -60,33 +60,33 @@ class Events:
     _table: pa.Table | None = None
 
     def batches(self, columns: Sequence[str] = tuple(EVENTS.names)) -> Iterator[pa.Table]:
-        """The columns named, in the order of the rows; those without any value are all NULL."""
+        """Yields the named columns, in the order of the rows; those without any value are all NULL."""
         for table in self._read(columns):
             yield complete(table, columns)
 
     def column(self, name: str) -> Iterator[pa.ChunkedArray[Any]]:
-        """One column, in parts."""
+        """Returns one column, in parts."""
         return (table[name] for table in self.batches([name]))
 
     def distinct(self, name: str) -> list[str]:
-        """The texts of a column in the order of their first row."""
-        found: dict[str, None] = {}
+        """Returns the distinct texts of a column in the order of their first row."""
+        texts: dict[str, None] = {}
         for column in self.column(name):
-            found.update(dict.fromkeys(str(text) for text in column.unique().to_pylist()))
-        return list(found)
+            texts.update(dict.fromkeys(str(text) for text in column.unique().to_pylist()))
+        return list(texts)
 
     def table(self) -> pa.Table:
-        """All events in memory."""
+        """Returns all events in memory."""
         if self._table is not None:
             return self._table
         return pa.concat_tables([EVENTS.empty_table(), *self.batches()])
 
 
 def complete(table: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """The columns in their order; one that the table lacks is all NULL."""
+    """Returns the columns in their order; one that the table lacks is all NULL."""
     fields = [EVENTS.field(name) for name in columns]
-    found = [table[f.name] if f.name in table.column_names else nulls(table.num_rows, f.type) for f in fields]
-    return pa.table(found, schema=pa.schema(fields))
+    completed = [table[f.name] if f.name in table.column_names else nulls(table.num_rows, f.type) for f in fields]
+    return pa.table(completed, schema=pa.schema(fields))
 
 
 class Survey:
@@ -94,14 +94,14 @@ class Survey:
 
     Attributes:
         rows: Number of rows that are kept.
-        rejected: The others.
+        rejected: The rows that are left out.
         unread: The cells that were left out of the kept rows, by part.
         altered: A kept row has a NULL where its file has something else.
         present: The columns that have a value in some row.
     """
 
-    def __init__(self, parts: Iterable[Part]) -> None:
-        """Goes through the parts."""
+    def __init__(self, parts: Iterable[TablePart]) -> None:
+        """Reads the parts."""
         self.rows = 0
         self.rejected: list[Rejected] = []
         self.unread: list[Unread] = []
@@ -126,18 +126,19 @@ class Survey:
         return list(self._items)
 
     def in_order(self) -> bool:
-        """Whether each person's events stand together, oldest first."""
+        """Returns True if each user's events stand together, oldest first."""
+        # A user who begins a second run of rows does not stand together.
         runs = np.concatenate(self._runs)
         return self._ascending and np.unique(runs).size == runs.size
 
     def _follow(self, table: pa.Table) -> None:
-        things, what = codes(table["item_id"])
-        new = [name for name in things if name not in self._items]
+        item_ids, item_codes = codes(table["item_id"])
+        new = [name for name in item_ids if name not in self._items]
         self._items.update(zip(new, item_keys(new).tolist(), strict=True))
-        items = np.array([self._items[name] for name in things], np.uint64)
-        people, who = codes(table["user_id"])
-        persons = item_keys(people)[who]
-        keys = [persons, *event_keys(table, persons, items[what])]
+        items = np.array([self._items[name] for name in item_ids], np.uint64)
+        user_ids, user_codes = codes(table["user_id"])
+        users = item_keys(user_ids)[user_codes]
+        keys = [users, *event_keys(table, users, items[item_codes])]
         first = len(self._last) == 0
         if not first:
             keys = [np.concatenate([last, key]) for last, key in zip(self._last, keys, strict=True)]
@@ -150,10 +151,10 @@ class Survey:
 
 
 def arrange(parts: Parts, survey: Survey) -> Events:
-    """What `order_events` makes of all the parts together, without ever holding them.
+    """Returns all the parts in the order of `order_events`, without ever holding them together.
 
-    People are numbered by their first row and their rows dealt into buckets of consecutive people; each bucket is then
-    put in order by itself.
+    Users are numbered by their first row and their rows dealt into buckets of consecutive users; each bucket is then
+    sorted by itself.
     """
     if not survey.rows:
         return Events.of(EVENTS.empty_table())
@@ -172,7 +173,7 @@ def arrange(parts: Parts, survey: Survey) -> Events:
                     writer = stack.enter_context(pa.ipc.new_file(sink, table.schema))
                 writer.write_table(table, max_chunksize=BATCH_ROWS)
                 bucket.unlink()
-        # Mapped, the file outlives its name.
+        # On Unix a mapped file outlives its name, so no crash leaves it behind.
         file = pa.ipc.open_file(pa.memory_map(str(ordered)))
 
     def read(names: Sequence[str]) -> Iterator[pa.Table]:
@@ -184,13 +185,13 @@ def arrange(parts: Parts, survey: Survey) -> Events:
 
 
 def _deal(parts: Parts, columns: Sequence[str], folder: Path) -> int:
-    """Writes each row into the bucket of its person; returns the number of buckets."""
+    """Writes each row into the bucket of its user; returns the number of buckets."""
     numbers: dict[str, int] = {}
     counts = np.zeros(0, np.int64)
     for part in parts():
-        who = _numbered(part.table, numbers)
+        users = _numbered(part.table, numbers)
         counts = np.concatenate([counts, np.zeros(len(numbers) - counts.size, np.int64)])
-        counts += np.bincount(who, minlength=counts.size)
+        counts += np.bincount(users, minlength=counts.size)
     bucket_of = np.maximum(np.cumsum(counts) - counts, 0) // BUCKET_ROWS
     _, bucket_of = np.unique(bucket_of, return_inverse=True)
     with ExitStack() as stack:
@@ -207,6 +208,6 @@ def _deal(parts: Parts, columns: Sequence[str], folder: Path) -> int:
 
 
 def _numbered(table: pa.Table, numbers: dict[str, int]) -> npt.NDArray[np.int64]:
-    """The number of each row's person; new people are added to `numbers`."""
-    people, who = codes(table["user_id"])
-    return np.array([numbers.setdefault(name, len(numbers)) for name in people], np.int64)[who]
+    """Returns the number of each row's user; new users are added to `numbers`."""
+    user_ids, user_codes = codes(table["user_id"])
+    return np.array([numbers.setdefault(name, len(numbers)) for name in user_ids], np.int64)[user_codes]

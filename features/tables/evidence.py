@@ -52,7 +52,7 @@ class Finding:
     wrong: int
     of: int
     what: str
-    mend: str
+    remedy: str
     certain: bool = False
     """Wrong whatever the share: one such finding says it of the whole."""
     spared: float = 0.0

@@ -1,4 +1,4 @@
-"""What a table's content is, apart from how a file stores it: the order of a person's events, and a fingerprint."""
+"""The content of a table, apart from the files that store it: the order of a user's events, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _TIMES = ("log_id", "timestamp", "sequence")
 
 
 def order_events(events: pa.Table, seed: int = 0) -> pa.Table:
-    """Put each person's events together, oldest first; people come in the order of their first row.
+    """Puts each user's events together, oldest first; users come in the order of their first row.
 
-    A person's order is `log_id`, then `timestamp`, then `sequence`, where the table has them. Ties are broken by a
-    seeded hash of person and item, for a file's own order inside one second may be the same for everybody, which a
+    A user's order is `log_id`, then `timestamp`, then `sequence`, where the table has them. Ties are broken by a
+    seeded hash of user and item, because a file's own order inside one second may be the same for all users, which a
     model would learn (MovieLens' is). The result depends on the rows alone, so ordering twice changes nothing.
     """
-    people, who = codes(events["user_id"])
-    things, what = codes(events["item_id"])
-    keys = [who, *event_keys(events, item_keys(people)[who], item_keys(things)[what], seed)]
+    users, user_codes = codes(events["user_id"])
+    items, item_codes = codes(events["item_id"])
+    keys = [user_codes, *event_keys(events, item_keys(users)[user_codes], item_keys(items)[item_codes], seed)]
     return events if _is_sorted(keys) else select(events, np.lexsort(keys[::-1]))
 
 
 def event_keys(
-    events: pa.Table, people: npt.NDArray[np.uint64], items: npt.NDArray[np.uint64], seed: int = 0
+    events: pa.Table, users: npt.NDArray[np.uint64], items: npt.NDArray[np.uint64], seed: int = 0
 ) -> list[npt.NDArray[Any]]:
-    """What orders the events of one person, the first array counting most; `people` and `items` are rows' keys."""
-    return [*(_filled(events[name]) for name in _TIMES), _mix(people ^ items ^ np.uint64(seed))]
+    """Returns the sort keys of one user's events, the first array counting most; `users` and `items` are rows' keys."""
+    return [*(_filled(events[name]) for name in _TIMES), _mix(users ^ items ^ np.uint64(seed))]
 
 
-class Columns(Protocol):
-    """What is read like a table, again and again."""
+class ColumnSource(Protocol):
+    """Columns that can be read more than once, from memory or from files."""
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +56,7 @@ class Columns(Protocol):
 
 
 class _Held:
-    """A table in memory as `Columns`."""
+    """A table in memory as `ColumnSource`."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table, self.num_rows = table, table.num_rows
@@ -66,63 +66,63 @@ class _Held:
         return [self.table[name]]
 
 
-def fingerprint(tables: Mapping[str, pa.Table | Columns]) -> str:
-    """Sha256 of the tables' content: the same for the same rows, whatever the files, chunks and Parquet version."""
+def fingerprint(tables: Mapping[str, pa.Table | ColumnSource]) -> str:
+    """Returns the SHA-256 of the rows of tables, whatever the files, chunks and Parquet version that held them."""
     hasher = hashlib.sha256()
     for name, table in tables.items():
-        columns: Columns = _Held(table) if isinstance(table, pa.Table) else table
+        columns: ColumnSource = _Held(table) if isinstance(table, pa.Table) else table
         for column in columns.present:
             hasher.update(f"{name}.{column}:{columns.num_rows}\n".encode())
             _hash(hasher, partial(_chunks, columns, column))
     return hasher.hexdigest()
 
 
-def _chunks(columns: Columns, name: str) -> Iterator[Array]:
+def _chunks(columns: ColumnSource, name: str) -> Iterator[Array]:
     return (chunk for part in columns.column(name) for chunk in part.chunks)
 
 
 def codes(column: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """The distinct texts in the order of their first row, and for each row the position of its text."""
+    """Returns the distinct texts in the order of their first row, and for each row the position of its text."""
     encoded: Array = pc.dictionary_encode(column.combine_chunks())
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def is_present(column: pa.ChunkedArray[Any]) -> bool:
-    """Whether any row has a value; a column without one is only there to complete the schema."""
+    """Returns True if any row has a value; a column without one is only there to complete the schema."""
     return column.null_count < len(column)
 
 
 def select(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """The rows in the order given; columns without values cost nothing."""
+    """Returns the rows in the order of `rows`; columns without values cost nothing."""
     index: Array = pa.array(rows)
     columns = [c.take(index) if is_present(c) else c.slice(0, len(rows)) for c in table.itercolumns()]
     return pa.table(columns, schema=table.schema)
 
 
 def nulls(length: int, dtype: Any) -> pa.ChunkedArray[Any]:
-    """A column of NULLs whose chunks share one small piece of memory."""
+    """Returns a column of NULLs whose chunks share one small piece of memory."""
     block: Array = pa.nulls(min(length, 1 << 16), dtype)
-    whole, rest = divmod(length, 1 << 16)
-    chunks = [block] * whole + [block.slice(0, rest)]
+    whole, remainder = divmod(length, 1 << 16)
+    chunks = [block] * whole + [block.slice(0, remainder)]
     column: pa.ChunkedArray[Any] = pa.chunked_array(chunks, type=dtype)
     return column
 
 
 def _filled(column: pa.ChunkedArray[Any]) -> npt.NDArray[Any]:
-    """Times as numbers; what has none comes first, as imported history does before the live log."""
+    """Returns times as numbers; a row without one comes first, as imported history does before the live log."""
     values: Array = pc.fill_null(column, 0)
     return np.asarray(values.to_numpy())
 
 
 def _mix(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): every output bit depends on every input bit."""
+    """Applies the finalizer of SplitMix64 (Steele and others, 2014): every output bit depends on every input bit."""
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return keys ^ (keys >> np.uint64(31))
 
 
 def _is_sorted(keys: list[npt.NDArray[Any]]) -> bool:
-    """Whether rows ascend by the keys, the first one counting most."""
+    """Returns True if rows ascend by the keys, the first one counting most."""
     undecided = np.ones(max(len(keys[0]) - 1, 0), dtype=bool)
     for key in keys:
         if np.any(undecided & (key[1:] < key[:-1])):
@@ -132,7 +132,10 @@ def _is_sorted(keys: list[npt.NDArray[Any]]) -> bool:
 
 
 def _hash(hasher: Any, chunks: Callable[[], Iterable[Array]]) -> None:
-    """Feed a column aspect by aspect, so that the cuts between chunks leave no trace; each aspect asks for it anew."""
+    """Feeds a column to a hash, aspect by aspect.
+
+    Validity of all chunks, then all lengths, then all values: so the borders of chunks leave no trace.
+    """
     dtype = pa.null()
     for chunk in chunks():
         dtype = chunk.type

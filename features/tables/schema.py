@@ -29,7 +29,7 @@ def _time(name: str, nullable: bool = True) -> pa.Field[Any]:
     return pa.field(name, pa.int64(), nullable=nullable, metadata=_MILLISECONDS)
 
 
-# Whether the person allows that models are trained on a row, and that what helped is measured by it; NULL: both.
+# The user's consent to train models on a row, and to measure by it what helped; NULL allows both.
 ALLOWED = (_optional("allow_train", pa.bool_()), _optional("allow_measure", pa.bool_()))
 
 EVENTS = pa.schema(
@@ -49,10 +49,10 @@ EVENTS = pa.schema(
         _optional("query", pa.string()),
         _optional("position", pa.int32()),
         _optional("attributes", _ATTRIBUTES),
-        # Keys of the item's category and creator as they were when the event came, 0 for none: what the fold has read.
+        # Keys of the item's category and creator at ingest, 0 for none: a replay must fold what serving folded.
         _optional("category_key", pa.uint64()),
         _optional("creator_key", pa.uint64()),
-        # Whether it may be in the profile: decided when it came, by what the person allowed then.
+        # The event may be in the profile: decided at ingest, by the user's consent at that time.
         _optional("personal", pa.bool_()),
         *ALLOWED,
     ]
@@ -93,7 +93,7 @@ IMPRESSIONS = pa.schema(
         _required("request_id", pa.string()),
         _required("user_id", pa.string()),
         _time("timestamp", nullable=False),
-        # In the order shown. A propensity is the probability that this item stood in this position; NaN = not exact.
+        # In the order shown. A propensity is the probability of this item in this position; NaN = not exact.
         _required("item_ids", pa.list_(pa.string())),
         _required("propensities", pa.list_(pa.float64())),
         _optional("scores", pa.list_(pa.float32())),
@@ -108,7 +108,7 @@ IMPRESSIONS = pa.schema(
         # The method that made the slate (recommend, search, rank, similar), and the words that it answered.
         _optional("method", pa.string()),
         _optional("query", pa.string()),
-        # How many slates this one stands for, 1 / the share of users whose slates are logged; NULL is 1.
+        # The slates that this one stands for: 1 / the share of users whose slates are logged; NULL is 1.
         _optional("weight", pa.float32()),
         *ALLOWED,
     ]

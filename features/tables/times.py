@@ -55,7 +55,7 @@ _F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class _Numbers:
+class _ParsedNumbers:
     """The numbers of a column: exact where they are whole.
 
     Attributes:
@@ -76,7 +76,7 @@ def is_counted(dtype: pa.DataType) -> bool:
     return pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype) or is_text(dtype)
 
 
-def _numbers(column: Array) -> _Numbers:
+def _numbers(column: Array) -> _ParsedNumbers:
     if is_text(column.type):
         return _numbers_of_text(column)
     given = to_mask(column.is_valid())
@@ -84,15 +84,15 @@ def _numbers(column: Array) -> _Numbers:
         floats = _as_floats(column)
         whole = np.zeros(len(column), np.int64)
         given &= ~np.isnan(floats)
-        return _Numbers(whole, np.where(given, floats, 0), np.zeros(len(column), bool), given)
+        return _ParsedNumbers(whole, np.where(given, floats, 0), np.zeros(len(column), bool), given)
     if pa.types.is_decimal(column.type) and column.type.scale > 0:
         whole = np.zeros(len(column), np.int64)
-        return _Numbers(whole, _as_floats(column), np.zeros(len(column), bool), given)
+        return _ParsedNumbers(whole, _as_floats(column), np.zeros(len(column), bool), given)
     floats = _as_floats(column)
     fits = np.abs(floats) < _BIGGEST
     whole = pc.fill_null(pc.cast(only(column, fits), pa.int64()), 0).to_numpy(zero_copy_only=False)
     whole = np.where(fits, whole, np.where(floats > 0, _MOST, -_MOST))
-    return _Numbers(whole, floats, given, given)
+    return _ParsedNumbers(whole, floats, given, given)
 
 
 def _as_floats(column: Array) -> _F64:
@@ -100,12 +100,12 @@ def _as_floats(column: Array) -> _F64:
     return np.asarray(filled.to_numpy(zero_copy_only=False), np.float64)
 
 
-def _numbers_of_text(column: Array) -> _Numbers:
+def _numbers_of_text(column: Array) -> _ParsedNumbers:
     text, _, _ = trimmed(column)
     text = pc.replace_substring_regex(text, r"^\+", "")
     given, exact = matches(text, _NUMBER_TEXT), matches(text, _WHOLE_TEXT)
     whole = pc.fill_null(pc.cast(only(text, exact), pa.int64()), 0).to_numpy(zero_copy_only=False)
-    return _Numbers(whole, _as_floats(pc.cast(only(text, given), pa.float64())), exact, given)
+    return _ParsedNumbers(whole, _as_floats(pc.cast(only(text, given), pa.float64())), exact, given)
 
 
 @dataclass
@@ -274,7 +274,7 @@ def _scaled(whole: _I64, per_second: int) -> _I64:
     return np.clip(whole, -(_MOST // 1000), _MOST // 1000) * 1000
 
 
-def _in_unit(numbers: _Numbers, unit: str | None, doubted: bool) -> tuple[_I64, Mask]:
+def _in_unit(numbers: _ParsedNumbers, unit: str | None, doubted: bool) -> tuple[_I64, Mask]:
     """Milliseconds of numbers in a unit, and where they are none that another unit explains better."""
     unit = unit or RELATIVE
     if unit in _DATE_DIGITS:
@@ -300,7 +300,7 @@ def _in_unit(numbers: _Numbers, unit: str | None, doubted: bool) -> tuple[_I64, 
     return values, numbers.given & ~(odd & foreign)
 
 
-def _for_ever(numbers: _Numbers, unit: str | None) -> Mask:
+def _for_ever(numbers: _ParsedNumbers, unit: str | None) -> Mask:
     """Where a number stands for "for ever" in whatever unit, and not for a time of this age in the column's own."""
     if unit == RELATIVE:
         return np.zeros(numbers.given.size, bool)

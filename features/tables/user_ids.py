@@ -61,7 +61,7 @@ _FLOAT = re.compile(r"-?(?:0|[1-9]\d{0,17})\.0+")
 _WHOLE_LINE = "\x1f"
 """A delimiter that no id may hold, so that a line is one field."""
 
-Found = Iterator[tuple[int, Any]]
+Entries = Iterator[tuple[int, Any]]
 """Where an id stands (a line counted from 1, an entry or a row from 0), and the id; None where it is missing."""
 
 
@@ -184,7 +184,7 @@ def _decoded(path: Path) -> str:
         ) from error
 
 
-def _of_csv(path: Path, text: str, suffix: str) -> Found:
+def _of_csv(path: Path, text: str, suffix: str) -> Entries:
     """The ids of lines; what separates fields is told by the header, for one column needs nothing."""
     delimiter, column = _layout(text, suffix)
     width, header = 0, column is not None
@@ -229,7 +229,7 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
         yield line, fields
 
 
-def _of_lines(path: Path, text: str) -> Found:
+def _of_lines(path: Path, text: str) -> Entries:
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             yield line, _of_entry(path, "line", line, _parsed(path, content, line))
@@ -242,7 +242,7 @@ def _parsed(path: Path, content: str, line: int) -> Any:
         _refuse(path, "line", line, f"not JSON ({error}): write one object with user_id a line")
 
 
-def _of_json(path: Path, text: str) -> tuple[str, Found]:
+def _of_json(path: Path, text: str) -> tuple[str, Entries]:
     """The ids of one document, or of one a line, as many tools write under this name; and how these are counted."""
     try:
         content = json.loads(text)

@@ -24,15 +24,15 @@ def clock_skew(evidence: Evidence) -> Iterator[Finding]:
     timed = to_mask(events["timestamp"].is_valid())
     times = numbers(events["timestamp"])
     of = int(np.count_nonzero(timed))
-    mend = "send milliseconds UTC since 1970, and set the caller's clock (NTP)"
+    remedy = "send milliseconds UTC since 1970, and set the caller's clock (NTP)"
     odd = timed & ((times > evidence.now_ms + SKEW_MS) | (times < _OLDEST_MS))
     wrong, example = int(np.count_nonzero(odd)), _example(evidence, odd)
-    yield Finding(wrong, of, f"{wrong} of {of} events are from the future or from before 1990{example}", mend)
+    yield Finding(wrong, of, f"{wrong} of {of} events are from the future or from before 1990{example}", remedy)
     newest, ahead = newest_moment([events]) or 0, is_ahead(events)
     after = timed & (times > newest) & ~odd & ~ahead
     wrong, example = int(np.count_nonzero(after)), _example(evidence, after)
     what = f"{wrong} of {of} events lie far behind {iso_time(newest)}, where all the others end{example}"
-    yield Finding(wrong, of, what, mend)
+    yield Finding(wrong, of, what, remedy)
     both = timed & to_mask(events["ingested_at"].is_valid())
     if not both.any():
         return

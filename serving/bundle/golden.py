@@ -52,6 +52,7 @@ class _Replay:
     def run(self) -> None:
         try:
             golden = strict_json.loads(self._bundle.read("golden.json"))
+            # A catalogue without items has nothing to recommend or to search.
             for kind in ("people", "queries", "items") if self._catalog.size else ("items",):
                 if not golden[kind]:
                     raise ValueError(f"there are no {kind}, so nothing shows that the models answer as at export")
@@ -84,6 +85,7 @@ class _Replay:
         self._require_close(f"{name}.logits", logits, golden["logits"])
 
     def _query(self, name: str, golden: Mapping[str, Any]) -> None:
+        # Another version of Unicode can split a text into other words, and a search would miss them silently.
         if text_tokens(golden["text"]).tolist() != golden["tokens"]:
             raise self._refusal(f"{name}: {golden['text']!r} has other words here than where it was exported")
         vector = self._model.encode_query(query_inputs(golden["text"], self._shapes)["tokens"])

@@ -121,6 +121,7 @@ def _check_tensor(tensor: Any) -> None:
     if dtype is None:
         raise ValueError(f"the tensor {name!r} is of type {tensor.data_type}, which no model of a bundle needs")
     count = math.prod(tensor.dims)
+    # In C the product of huge sizes can wrap around to a small number, for which there would be memory.
     if any(not 0 <= size <= _LARGEST for size in tensor.dims) or len(tensor.dims) > _AXES:
         raise ValueError(f"the tensor {name!r} has the shape {list(tensor.dims)[:_AXES]}")
     typed = {field: len(getattr(tensor, field)) for field in set(_TYPED.values())}
@@ -152,6 +153,7 @@ def _require_known(message: Any, name: str) -> None:
 
 
 def _declared() -> Any:
+    # Not taken from the onnx package, which knows fields such as external files that no bundle may have.
     file = descriptor_pb2.FileDescriptorProto(name="penchant/onnx.proto", package=_PACKAGE, syntax="proto2")
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, fields in _MESSAGES.items():

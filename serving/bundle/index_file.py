@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# As in `faiss/MetricType.h` and `faiss/impl/ScalarQuantizer.h`.
 _INNER_PRODUCT = 0
 _SQ8 = 0
 _MOST_ARRAY = 1 << 40
@@ -50,6 +51,7 @@ def check_index(data: bytes) -> IndexFacts:
         facts = _lists(cursor, quantised=kind == b"IwSq")
     else:
         raise ValueError(f"is of the kind {kind!r}, which no export builds")
+    # FAISS would ignore them, and a bundle holds nothing that is ignored.
     if cursor.left:
         raise ValueError(f"has {cursor.left} bytes after its end")
     return facts

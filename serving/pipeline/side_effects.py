@@ -25,6 +25,7 @@ from serving.pipeline.results import Slate
 from serving.stores.event_log import EventLog
 from serving.stores.log_codec import encode_features, encode_slate, user_fields
 from serving.stores.log_entries import LoggedImpression
+from serving.stores.restore_requests import RestoreRequests
 
 MOST_EXCLUDED = 100
 """Excluded items that a slate is logged with at most; their number is logged in any case."""
@@ -151,7 +152,7 @@ class ImpressionWriter:
     def _call_back(self, returned_at: Mapping[str, int]) -> None:
         """Asks for the evicted profiles of users who return before their first event; the next answer asks again."""
         try:
-            self._log.call_back(returned_at)
+            RestoreRequests(self._log).add(returned_at)
         except ServingError as error:
             self._lose(error, "users who came back unknown for now", len(returned_at))
 

@@ -172,7 +172,7 @@ class Certificates:
         now = now_ms()
         # Noted before the register is read: a copy that registers in between finds the erasure here.
         self.remember([erasure])
-        groups = [group["name"].decode() for group in self._log.groups(self._log.keys[erasure.partition].events)]
+        groups = self._log.group_names(self._log.keys[erasure.partition].events)
         receipts = [Receipt(store, entries, now) for store, entries in counts.items()]
         receipts += [Receipt(group, 0, 0) for group in groups if group != PROFILES_GROUP]
         registered = self.registry.copies()

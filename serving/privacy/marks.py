@@ -15,6 +15,7 @@ from serving.privacy.controls import StoredControl, parse_controls, to_log, to_p
 from serving.stores.event_log import EventLog
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
+from serving.stores.profile_repair import Repairs
 from serving.stores.profiles import ProfileStore
 from serving.stores.user_statements import UserStatements
 
@@ -67,8 +68,8 @@ class MarkWriter:
         try:
             self._store.mark(partition, mark)
             # A damaged profile would refuse the mark silently, and the next answer would not obey it.
-            if not mark.forget and self._store.damaged([subject]):
-                self._store.set_aside(subject)
+            if not mark.forget and Repairs(self._store).damaged([subject]):
+                Repairs(self._store).set_aside(subject)
                 self._store.mark_many([(partition, earlier) for earlier in self._marks_of(subject)])
         except Unavailable:
             return False
@@ -81,7 +82,7 @@ class MarkWriter:
         if consent.set_at:
             marks.append(Mark(consent.set_at, address, consent.purposes))
         controls, set_at = self.stored_controls(subject)
-        return [*marks, Mark(set_at, address, rules=to_profile(controls))] if set_at else marks
+        return [*marks, Mark(set_at, address, controls=to_profile(controls))] if set_at else marks
 
 
 def marks_of_log(log: EventLog) -> Iterator[tuple[int, Mark]]:
@@ -99,4 +100,4 @@ def marks_of_log(log: EventLog) -> Iterator[tuple[int, Mark]]:
         if consent.set_at:
             yield partition, Mark(consent.set_at, address, consent.purposes)
     for partition, address, stated in statements.every_control():
-        yield partition, Mark(stated.set_at, address, rules=to_profile(parse_controls(stated.words)))
+        yield partition, Mark(stated.set_at, address, controls=to_profile(parse_controls(stated.words)))

@@ -98,7 +98,9 @@ def forget_in(store: ProfileStore, certificates: Certificates, pending: Iterable
 
 def erasure_marks(erasures: Iterable[Erasure]) -> list[tuple[int, Mark]]:
     """Returns the marks by which profiles forget erased users, each with its partition."""
-    return [(erasure.partition, Mark(erasure.log_id, erasure.address, forget=True, rules=b"")) for erasure in erasures]
+    return [
+        (erasure.partition, Mark(erasure.log_id, erasure.address, forget=True, controls=b"")) for erasure in erasures
+    ]
 
 
 def _missing(log_erasure: LogErasure, partition: int, erasures: Sequence[Erasure]) -> set[Erasure]:

@@ -30,6 +30,7 @@ from serving.stores.keys import address_of
 from serving.stores.log_entries import sound
 from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
+from serving.stores.restore_requests import RestoreRequests
 from serving.stores.user_statements import Consent, UserStatements
 
 Document = tuple[str, int, bytes]
@@ -156,7 +157,7 @@ class SubjectRights:
 
         def fold_again(stored: StoredProfile) -> Profile:
             if stored.evicted:  # what the log still holds is not all of the user's past
-                self._log.call_back({subject: now})
+                RestoreRequests(self._log).add({subject: now})
                 raise Unavailable("the evicted profile of this user is being restored; try again", retry_after_ms=1000)
             logged = self._logged_entries(subject, stored.erased_before, deadline)
             return refold(stored, logged, undone, lambda records: self._retention.expired(records, now))
@@ -187,7 +188,7 @@ class SubjectRights:
         forgotten = max(self._store.erase(subject, erased.log_id), events_before)
         counts = {"profiles": forgotten, "events": erased.events, "impressions": erased.impressions}
         certificate_id = new_certificate_id(partition_of(subject, self._log.partitions))
-        erasure = Erasure(certificate_id, self._log.person(subject), address_of(subject), erased.log_id)
+        erasure = Erasure(certificate_id, self._log.subject_hash(subject), address_of(subject), erased.log_id)
         certificate = self._certificates.issue(erasure, counts, self._store.store_id())
         if self._ledger:
             self._ledger.note(erasure)

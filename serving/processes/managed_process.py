@@ -250,5 +250,6 @@ def _environment() -> dict[str, str]:
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     fixed = dict.fromkeys(threads, "1") | {"OMP_WAIT_POLICY": "PASSIVE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
     # ONNX Runtime must not report to its maker. gRPC's core logs each bad header and each broken handshake, which lets
-    # a hostile client fill the disk.
-    return {"ORT_DISABLE_TELEMETRY": "1", "GRPC_VERBOSITY": "NONE", **os.environ, **fixed}
+    # a hostile client fill the disk. Its threads share the fragments of memory that an attack leaves.
+    defaults = {"ORT_DISABLE_TELEMETRY": "1", "GRPC_VERBOSITY": "NONE", "MALLOC_ARENA_MAX": "2"}
+    return defaults | os.environ | fixed

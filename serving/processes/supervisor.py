@@ -23,7 +23,8 @@ from features.bundle import Bundle, open_bundle
 from features.private_files import set_private_umask
 from serving.config import ServeConfig
 from serving.engine.vetting import vet
-from serving.errors import ConfigError
+from serving.errors import ConfigError, ServingError
+from serving.files import close_to_others
 from serving.jobs.hosts import kept
 from serving.observability import logs
 from serving.processes.http_server import serve_pages
@@ -32,9 +33,10 @@ from serving.processes.metrics_page import MetricsPage
 from serving.processes.readiness import Readiness
 from serving.processes.store_metrics import StoreMetrics
 from serving.redis.client import connect, printable
-from serving.redis.embedded import RedisServer, close_to_others
+from serving.redis.embedded import RedisServer
 from serving.redis.safety import require_safe
 from serving.restart import Trouble
+from serving.stores.meta import partitions_for
 
 START_S = 120.0
 _TICK_S = 0.1
@@ -69,6 +71,7 @@ def serve(config: ServeConfig) -> int:
         # The health pages come first and go last, so that they answer until the last process has ended.
         health = stack.enter_context(serve_pages(config.health_listen, readiness.pages()))
         redis, events = stack.enter_context(_stores(config))
+        config = _with_partitions(config, events)
         stack.enter_context(kept(config, redis, events, Trouble(readiness.set_own_state)))
         address = stack.enter_context(_reserved(config))
         page, metrics = stack.enter_context(_metrics(config, bundle, redis, events))
@@ -223,6 +226,25 @@ def _stores(config: ServeConfig) -> Iterator[tuple[str, str]]:
         _require_safe(profiles, "profiles", config.unsafe_redis)
         _require_safe(events, "events", config.unsafe_redis)
         yield profiles, events
+
+
+def _with_partitions(config: ServeConfig, events: str) -> ServeConfig:
+    """Returns the settings with the number of partitions of the log; the setting itself counts for a new log only.
+
+    The service starts without a Redis too. The setting holds then, and is refused later if the log has another number.
+
+    Raises:
+        ConfigError: The setting was given, and the log has another number.
+    """
+    wanted = config.partitions if "partitions" in config.model_fields_set else None
+    with connect(events, timeout_s=1.0) as client:
+        try:
+            return config.model_copy(update={"partitions": partitions_for(client, wanted)})
+        except ConfigError:
+            raise
+        except ServingError as error:
+            _log.warning("the number of partitions is not known yet, %d is assumed: %s", config.partitions, error)
+            return config
 
 
 def _require_safe(url: str, role: Literal["events", "profiles"], unsafe: bool) -> None:

@@ -146,11 +146,11 @@ def _stores(config: ServeConfig, telemetry: Telemetry) -> Iterator[_Stores]:
         _open(profiles)
         yield _Stores(
             profiles,
-            ProfileStore(written, config.partitions, telemetry=telemetry, guarded=guarded, beside=profiles),
+            ProfileStore(written, config.partitions, telemetry=telemetry, guarded=guarded, shared_with=profiles),
             log,
             CatalogLog(events, unsafe=config.unsafe_redis),
-            ProfileStore(checked_profiles, config.partitions, guarded=guarded, beside=profiles),
-            EventLog(checked_events, config.partitions, unsafe=config.unsafe_redis, beside=log),
+            ProfileStore(checked_profiles, config.partitions, guarded=guarded, shared_with=profiles),
+            EventLog(checked_events, config.partitions, unsafe=config.unsafe_redis, shared_with=log),
         )
 
 

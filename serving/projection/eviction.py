@@ -12,7 +12,9 @@ from features.errors import TablesError
 from serving.errors import ServingError
 from serving.observability.telemetry import Telemetry
 from serving.stores.event_log import EventLog
+from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
+from serving.stores.restore_requests import RestoreRequests
 
 _SWEEP_S = 3600.0
 _REQUESTS_S = 1.0
@@ -57,7 +59,7 @@ class Evictor:
             self._round.result()
         if time.monotonic() - self._requests_read >= _REQUESTS_S:
             self._requests_read = time.monotonic()
-            self._returned |= dict.fromkeys(self._log.called_back())
+            self._returned |= dict.fromkeys(RestoreRequests(self._log).take())
         if self._returned:
             self._round = self._thread.submit(self._restore, list(self._returned))
             self._returned = {}
@@ -72,7 +74,7 @@ class Evictor:
         self._restore([subject])
         fold()
         # A past that cannot be restored now is restored later, together with all that would have been folded here.
-        self._profiles.leave_again(subject)
+        Evictions(self._profiles).evict_again(subject)
 
     def sweep(self) -> None:
         """Evicts the profiles of users without events for long, once an hour."""
@@ -80,7 +82,7 @@ class Evictor:
             return
         self._swept = time.monotonic()
         before_ms = self._log.now_ms() - int(self._eviction.days * 86_400_000)
-        self._telemetry.count(("projector_profiles", "evicted"), self._profiles.leave(before_ms))
+        self._telemetry.count(("projector_profiles", "evicted"), Evictions(self._profiles).evict(before_ms))
 
     def close(self) -> None:
         """Restores the last profiles and ends the thread."""

@@ -19,7 +19,8 @@ from serving.redis.client import connect, printable
 from serving.restart import Report, Trouble, keep_running
 from serving.stores.event_log import EventLog
 from serving.stores.meta import awaited_partitions
-from serving.stores.profiles import TAIL_CAP, ProfileStore
+from serving.stores.profile_access import TAIL_CAP
+from serving.stores.profiles import ProfileStore
 from serving.stores.registry import Heartbeat, Registry
 
 PURGE_S = 12 * 3600.0

@@ -28,7 +28,8 @@ from serving.restart import Report, described
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import Entry, sound
-from serving.stores.profiles import Applied, ProfileStore, TailFull
+from serving.stores.profile_access import TailFull
+from serving.stores.profiles import Applied, ProfileStore
 
 COMPACT_AFTER = 64
 """Entries in a tail above which it is folded."""
@@ -273,7 +274,7 @@ class Projector:
                 self._telemetry.count("projector_events", reply.inserted)
                 if reply.tail > self._compact_after:
                     long_tails.append(subject)
-                if reply.away and self._evictor:
+                if reply.evicted and self._evictor:
                     self._evictor.add(subject)
             elif not isinstance(reply, ProfileCorrupt):  # the store counts damaged profiles, and a rebuild repairs them
                 raise reply
@@ -289,7 +290,7 @@ class Projector:
     def _compact(self, subject: str, up_to: int, at_least: int = 1) -> None:
         try:
             # An evicted profile is folded only if nothing will restore it: its tail has to wait for its past.
-            if self._profiles.compact(subject, up_to, at_least, dropped_too=self._evictor is None):
+            if self._profiles.compact(subject, up_to, at_least, evicted_too=self._evictor is None):
                 self._telemetry.count(("projector_profiles", "compacted"))
         except ProfileCorrupt as error:
             _log.error("%s", error)

@@ -22,7 +22,9 @@ from serving.stores.event_log import EventLog
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Entry, Mark, sound
 from serving.stores.meta import partitions_for, partitions_of
-from serving.stores.profiles import Applied, Loaded, ProfileStore, TailFull
+from serving.stores.profile_access import TailFull
+from serving.stores.profile_repair import Repairs
+from serving.stores.profiles import Applied, ProfileStore, StatesWritten
 
 _TIMEOUT_S = 10.0
 
@@ -82,7 +84,9 @@ def rebuild(
     }
 
 
-def _fill(store: ProfileStore, log: EventLog, dataset: Dataset, until: int, retention: Retention) -> tuple[Loaded, int]:
+def _fill(
+    store: ProfileStore, log: EventLog, dataset: Dataset, until: int, retention: Retention
+) -> tuple[StatesWritten, int]:
     """Stores the states of a data set, then applies the events of the log behind `until`; returns their number too."""
     # The marks first: from then on the store itself refuses what may not be there.
     marks = list(marks_of_log(log))
@@ -118,8 +122,8 @@ def _apply(
     for entry, is_expired in zip(events, expired.tolist(), strict=True):
         if not is_expired:
             batch.setdefault(entry.subject, []).append((entry.log_id, entry.record))
-    for subject in store.damaged(list(batch)):
-        store.start_over(subject)
+    for subject in Repairs(store).damaged(list(batch)):
+        Repairs(store).salvage(subject)
         store.mark_many([marked for marked in marks if marked[1].address == address_of(subject)])
     applied = 0
     for (subject, missing), reply in zip(batch.items(), store.apply_many(list(batch.items())), strict=True):

@@ -19,6 +19,7 @@ from features.tables.schema import EVENTS, ITEMS, USERS
 from serving.projection.histories import LAST_LOG_ID, personal_events, without_item
 from serving.projection.states import fold_states
 from serving.stores.event_log import EventLog
+from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
 
 
@@ -46,7 +47,7 @@ def restore_profiles(
         raise TablesError(f"{warehouse} is not a warehouse: it has no events; give the warehouse_dir of this log")
     until = int(read_info(warehouse).get("until", 0))
     # Of the others the warehouse lacks events; they are restored at their next event, when it has caught up.
-    versions = {subject: version for subject, version in store.dropped(subjects).items() if version <= until}
+    versions = {subject: version for subject, version in Evictions(store).evicted(subjects).items() if version <= until}
     states = {subject: dataclasses.replace(empty(), version=version) for subject, version in versions.items()}
     for partition, members in _by_partition(versions, log.partitions).items():
         events = _events_of(warehouse, partition, members)

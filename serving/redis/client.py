@@ -1,4 +1,4 @@
-"""How Penchant talks to Redis: one way to connect, to send scripts, to name keys and to read errors.
+"""Connecting to Redis: one way, for one server and for a cluster, that never retries by itself.
 
 A default redis-py client retries ten times: one XADD whose reply was lost leaves 11 copies, and a frozen server holds a
 GET for a minute. Here nothing is ever retried behind the caller's back and nothing waits longer than its timeout.
@@ -22,7 +22,7 @@ Client: TypeAlias = redis.Redis | Cluster
 _SCHEMES = ("redis://", "rediss://", "unix://")
 _CLUSTERS = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
 _PORT = 6379
-_CONNECTIONS = 1 << 16  # no limit: who calls is limited elsewhere, and must not wait or fail here
+_CONNECTIONS = 1 << 16  # no limit: callers are limited elsewhere, and must not wait or fail here
 
 
 def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None = None) -> Client:
@@ -37,15 +37,15 @@ def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None =
     Raises:
         ConfigError: The URL is none of these.
     """
-    scheme, _, rest = url.partition("://")
+    scheme, _, location = url.partition("://")
     if scheme not in _CLUSTERS:
         return connect_one(url, timeout_s, connect_timeout_s)
-    where, options, chosen = rest.partition("?")
-    user, at, hosts = where.rpartition("@")
+    place, mark, options = location.partition("?")
+    user, at, hosts = place.rpartition("@")
 
-    def opened(host: str, port: int) -> redis.Redis:
+    def open_node(host: str, port: int) -> redis.Redis:
         name = f"[{host}]" if ":" in host else host
-        node = f"{_CLUSTERS[scheme]}://{user}{at}{name}:{port}/0{options}{chosen}"
+        node = f"{_CLUSTERS[scheme]}://{user}{at}{name}:{port}/0{mark}{options}"
         return connect_one(node, timeout_s, connect_timeout_s)
 
     try:
@@ -57,12 +57,12 @@ def connect(url: str, timeout_s: float = 0.05, connect_timeout_s: float | None =
         raise ConfigError(
             f"{printable(url)!r} is not a Redis URL of a cluster; write host:port,host:port and no database but 0"
         ) from None
-    opened(*seeds[0]).close()  # says what is wrong with the options
-    return Cluster(seeds, opened, timeout_s)
+    open_node(*seeds[0]).close()  # refuses wrong options now, and not with the first request
+    return Cluster(seeds, open_node, timeout_s)
 
 
 def _seed(host: str) -> tuple[str, int]:
-    """Host and port of one node."""
+    """Returns host and port of one node."""
     parts = urlsplit(f"//{host}")
     if not parts.hostname:
         raise ValueError
@@ -102,27 +102,27 @@ class TLSConnection(redis.SSLConnection):
 
     The pool refuses a connection whose socket has something to read. With hiredis, redis-py cannot tell a reply from
     the session tickets that a TLS 1.3 server sends on its own after the handshake, so it refuses new ones at random.
-    The tickets are taken in with the first reply; from then on whatever can be read is a reply that nobody waited for.
+    The tickets are taken in with the first reply; from then on only a reply can be read that no caller waited for.
     """
 
-    asked = False
+    has_sent = False
 
     def send_packed_command(self, *args: Any, **options: Any) -> None:
         """Sends a command."""
-        self.asked = True
+        self.has_sent = True
         super().send_packed_command(*args, **options)  # type: ignore[no-untyped-call]
 
     def disconnect(self, *args: Any) -> None:
         """Closes the socket."""
-        self.asked = False
+        self.has_sent = False
         super().disconnect(*args)  # type: ignore[no-untyped-call]
 
     def can_read(self, timeout: float = 0) -> bool:
-        """Whether a reply, or part of one, waits to be read."""
-        return self.asked and super().can_read(timeout)
+        """Returns True if a reply, or part of one, waits to be read."""
+        return self.has_sent and super().can_read(timeout)
 
 
 def printable(url: str) -> str:
-    """The URL without user, password and options, for messages; one that is not understood loses all but its scheme."""
+    """Returns a URL without user, password and options, for messages; of a malformed one only the scheme."""
     clean = re.fullmatch(r"([\w+]+://)(?:[^@/?]*@)?([^@?]*)(?:\?[^@]*)?", url)
     return "".join(clean.groups()) if clean else "".join(re.findall(r"^[\w+]+://", url)) + "..."

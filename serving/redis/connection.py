@@ -31,7 +31,7 @@ class Script:
     Attributes:
         source: The Lua text.
         sha: The name Redis gives it.
-        durable: Whether its reply is a promise that what it wrote stays.
+        durable: True if its reply is a promise that the data it wrote stays.
     """
 
     source: str
@@ -40,9 +40,9 @@ class Script:
 
     @classmethod
     def of(cls, source: str, *, durable: bool = False) -> Script:
-        """Names a script."""
-        name = hashlib.sha1(source.strip().encode(), usedforsecurity=False).hexdigest()
-        return cls(source.strip(), name, durable)
+        """Returns a script of some text."""
+        digest = hashlib.sha1(source.strip().encode(), usedforsecurity=False).hexdigest()
+        return cls(source.strip(), digest, durable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ Request: TypeAlias = ScriptCall | tuple[Argument, ...]
 
 
 @dataclass(slots=True)
-class _Open:
-    """A connection on which nothing is outstanding, its socket, what parses replies, and whether a guard looked at it.
+class _OpenConnection:
+    """A connection with no outstanding reply, its socket, its parser, and whether a guard has checked the server.
 
     A connection that is opened again may lead to another server, or to one that was started with other settings.
     """
@@ -73,11 +73,11 @@ class _Open:
     connection: Any
     socket: socket.socket
     reader: hiredis.Reader
-    looked_at: bool = False
+    checked: bool = False
 
 
 class PipelinedConnection:
-    """Asks one server several things in one round trip, four times as fast as redis-py, and never waits too long.
+    """Sends several commands to one server in one round trip, four times as fast as redis-py, and never waits too long.
 
     redis-py bounds each piece of a reply; here the timeout bounds the whole of each, however thinly it is sliced, and
     each piece of what is sent. A connection on which anything went wrong is closed and never used again, and nothing is
@@ -89,13 +89,13 @@ class PipelinedConnection:
         self._pool = client.connection_pool
         self._readers: dict[Argument, Callable[[Any], Any]] = dict(client.response_callbacks)
         self._timeout_s: float = self._pool.connection_kwargs["socket_timeout"]
-        self._idle: list[_Open] = []
+        self._idle: list[_OpenConnection] = []
 
     def ask(self, *words: Argument) -> Any:
         """Sends one command and returns the reply, as redis-py reads it; any thread may.
 
         Raises:
-            RedisError: The server is away, too slow, or refuses.
+            RedisError: The server is unreachable, too slow, or refuses.
         """
         [reply] = self.ask_all([words])
         if isinstance(reply, ResponseError):
@@ -103,28 +103,29 @@ class PipelinedConnection:
         return reply
 
     def ask_all(self, commands: Sequence[tuple[Argument, ...]], guard: Guard | None = None) -> list[Any]:
-        """`ask` for several, in their order and in one round trip; a refusal stands in the place of the reply.
+        """`ask` for several commands, in their order and in one round trip; a refusal stands in the place of the reply.
 
         Args:
             commands: The commands.
-            guard: Says whether what they write counts; on a new connection that is one more round trip.
+            guard: Judges whether their writes count; on a new connection that takes one more round trip.
 
         Raises:
-            RedisError: The server is away or too slow; anything may have been done.
+            RedisError: The server is unreachable or too slow; anything may have been done.
             Unavailable: The guard lets nothing count.
         """
         if guard:
             guard.pause()
-        line = self._take()
+        opened = self._take()
         try:
-            if guard and (guard.trouble or not line.looked_at):
-                guard.admit(*self._exchange(line, [guard.settings_command]))
-                line.looked_at = True
-            replies = self._exchange(line, [*commands, *guard.proofs] if guard else commands)
-        except BaseException:  # also where the caller is interrupted: a reply may still come
-            self._discard(line)
+            if guard and (guard.trouble or not opened.checked):
+                guard.admit(*self._exchange(opened, [guard.settings_command]))
+                opened.checked = True
+            replies = self._exchange(opened, [*commands, *guard.proofs] if guard else commands)
+        except BaseException:  # even if the caller is interrupted: a reply may still come
+            self._discard(opened)
             raise
-        self._idle.append(line)
+        self._idle.append(opened)
+        # If nothing was done, there is nothing to prove.
         if guard and not all(isinstance(reply, ResponseError) for reply in replies[: len(commands)]):
             guard.judge(replies[len(commands) :])
         return replies[: len(commands)]
@@ -133,24 +134,25 @@ class PipelinedConnection:
         """`ask_all` for scripts and commands; teaches the server the scripts that it lacks.
 
         Raises:
-            RedisError: The server is away or too slow; anything may have been done.
+            RedisError: The server is unreachable or too slow; anything may have been done.
             Unavailable: The guard lets nothing count.
         """
         replies = self.ask_all([_words(request) for request in requests], guard) if requests else []
+        # Scripts are sent by their hash; a server that was restarted, or is new, does not know them.
         missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if missing:
-            lacking = [request for place in missing if isinstance(request := requests[place], ScriptCall)]
-            for script in {call.script for call in lacking}:
+            calls = [request for place in missing if isinstance(request := requests[place], ScriptCall)]
+            for script in {call.script for call in calls}:
                 self.ask("SCRIPT LOAD", script.source)
-            for place, reply in zip(missing, self.ask_all([call.words for call in lacking], guard), strict=True):
+            for place, reply in zip(missing, self.ask_all([call.words for call in calls], guard), strict=True):
                 replies[place] = reply
         return replies
 
     def run_asking(self, request: Request, guard: Guard | None = None) -> Any:
-        """Asks something about keys that are just moving to this server; a refusal is returned.
+        """Sends a request about keys that are just moving to this server; a refusal is returned.
 
         Raises:
-            RedisError: The server is away or too slow; it may have been done.
+            RedisError: The server is unreachable or too slow; it may have been done.
             Unavailable: The guard lets nothing count.
         """
         reply = self.ask_all([("ASKING",), _words(request)], guard)[1]
@@ -159,26 +161,28 @@ class PipelinedConnection:
             reply = self.ask_all([("ASKING",), request.words], guard)[1]
         return reply
 
-    def _exchange(self, line: _Open, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+    def _exchange(self, opened: _OpenConnection, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
         packed = memoryview(b"".join([_packed(words) for words in commands]))
         end, replies = 0.0, list[Any]()
         try:
-            line.socket.settimeout(self._timeout_s)
-            for start in range(0, len(packed), _PIECE):  # a server that does much of what it is sent may take its time
+            opened.socket.settimeout(self._timeout_s)
+            # The timeout bounds each piece: a server that works through many commands reads the rest of them late.
+            for start in range(0, len(packed), _PIECE):
                 end = time.monotonic() + self._timeout_s
-                line.socket.sendall(packed[start : start + _PIECE])
+                opened.socket.sendall(packed[start : start + _PIECE])
             while len(replies) < len(commands):
-                if (reply := line.reader.gets()) is not False:
+                if (reply := opened.reader.gets()) is not False:
                     replies.append(reply)
+                    # Each reply has the whole timeout, and each piece of it only what is left of that.
                     end = time.monotonic() + self._timeout_s
                     continue
                 if (left := end - time.monotonic()) <= 0:
                     raise TimeoutError
-                line.socket.settimeout(left)
-                received = line.socket.recv(_PIECE)
+                opened.socket.settimeout(left)
+                received = opened.socket.recv(_PIECE)
                 if not received:
                     raise RedisConnectionError("Redis closed the connection")
-                line.reader.feed(received)
+                opened.reader.feed(received)
         except TimeoutError:
             raise RedisTimeoutError(f"no whole reply within {self._timeout_s} s") from None
         except (OSError, hiredis.ProtocolError) as error:
@@ -186,31 +190,32 @@ class PipelinedConnection:
         return [self._understood(words[0], reply) for words, reply in zip(commands, replies, strict=True)]
 
     def _understood(self, name: Argument, reply: Any) -> Any:
-        """A reply as redis-py gives it to the callers of its commands."""
+        """Returns a reply as redis-py returns it to the callers of its commands."""
         if isinstance(reply, hiredis.ReplyError):
             error = reply_error(str(reply))
-            if not isinstance(error, ResponseError):  # it loads its data, or lets nobody in: as good as away
+            # A server that loads its data, or refuses all callers, is as good as unreachable.
+            if not isinstance(error, ResponseError):
                 raise error
             return error
         reader = self._readers.get(name)
         return reader(reply) if reader else reply
 
-    def _take(self) -> _Open:
+    def _take(self) -> _OpenConnection:
         while self._idle:
             try:
-                line = self._idle.pop()
+                opened = self._idle.pop()
             except IndexError:  # another thread was faster
                 break
-            # Readable with nothing asked: the server closed it, or sent what belongs to nobody.
-            if not line.reader.has_data() and line.socket.fileno() >= 0 and not _readable(line.socket):
-                return line
-            self._discard(line)
+            # Readable before anything was sent: the server closed it, or sent what no caller asked for.
+            if not opened.reader.has_data() and opened.socket.fileno() >= 0 and not _readable(opened.socket):
+                return opened
+            self._discard(opened)
         connection: Any = self._pool.get_connection()
-        return _Open(connection, connection._sock, hiredis.Reader(notEnoughData=False))
+        return _OpenConnection(connection, connection._sock, hiredis.Reader(notEnoughData=False))
 
-    def _discard(self, line: _Open) -> None:
-        line.connection.disconnect()
-        self._pool.release(line.connection)
+    def _discard(self, opened: _OpenConnection) -> None:
+        opened.connection.disconnect()
+        self._pool.release(opened.connection)
 
 
 def _readable(connected: socket.socket) -> bool:
@@ -224,7 +229,7 @@ def _words(request: Request) -> tuple[Argument, ...]:
 
 
 def _packed(words: tuple[Argument, ...]) -> bytes:
-    """A command as it is sent; its name may be of two words."""
+    """Returns the bytes of a command; its name may be of two words."""
     if isinstance(words[0], str) and " " in words[0]:
         words = (*words[0].split(), *words[1:])
     packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type] # its stub knows one word only

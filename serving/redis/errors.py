@@ -1,4 +1,4 @@
-"""What Redis says when it refuses: its replies as exceptions, and those as the errors of the service."""
+"""Error replies of Redis as exceptions, and these as errors of the service."""
 
 from __future__ import annotations
 

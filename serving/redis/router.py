@@ -1,7 +1,7 @@
-"""The one road from a store to its Redis, be that one server or a cluster of them.
+"""Routes a store's commands to its Redis, standalone or cluster.
 
-A store names keys and never a server. What concerns keys of several nodes is sent to each node in one piece; a node
-that is away costs one timeout and then nothing for a while, and only what is on it is missing.
+A store names keys and never a server. Requests about keys of several nodes are sent to each node in one piece. An
+unreachable node costs one timeout and then nothing for a while, and only what is on it is missing.
 """
 
 from __future__ import annotations
@@ -15,46 +15,15 @@ from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 from features.errors import PenchantError
 from serving.errors import ProfileStoreUnavailable, ResourceExhausted, Unavailable
 from serving.observability.outages import EVENTS_REDIS, PROFILES_REDIS, shared_outage
-from serving.redis.breaker import CircuitBreaker
 from serving.redis.client import Client
 from serving.redis.cluster import Cluster
-from serving.redis.connection import Argument, PipelinedConnection, Request, ScriptCall
+from serving.redis.connection import Argument, Request, ScriptCall
 from serving.redis.errors import serving_error
-from serving.redis.safety import Guard
+from serving.redis.nodes import Node, NodeMap
 
 T = TypeVar("T")
 _HOPS = 3
-
-
-class _Node:
-    """One server: its client, its breaker, its line, what guards its writes, and where it is."""
-
-    def __init__(self, client: redis.Redis, breaker: CircuitBreaker, guard: Guard | None) -> None:
-        self.client, self.breaker, self.guard, self.line = client, breaker, guard, PipelinedConnection(client)
-        options = client.connection_pool.connection_kwargs
-        self.address = (options.get("path"), options.get("host"), options.get("port"))
-
-    def guard_of(self, requests: Sequence[Request]) -> Guard | None:
-        """The guard, where the replies to some requests are a promise, or nothing may be asked of an unsafe server."""
-        if self.guard is None or self.guard.strict:
-            return self.guard
-        durable = any(isinstance(request, ScriptCall) and request.script.durable for request in requests)
-        return self.guard if durable else None
-
-    def check_safety(self) -> None:
-        """Asks for the settings, and lets the guard judge them."""
-        if self.guard:
-            self.guard.admit(self.line.ask_all([self.guard.settings_command])[0])
-
-    def work(self, work: Callable[[redis.Redis], T]) -> T:
-        """Does something with the client, unless the server is unsafe and nothing may be asked of it then."""
-        if self.guard and self.guard.strict:
-            self.guard.require()
-        return work(self.client)
-
-    def run_all(self, requests: Sequence[Request]) -> list[Any]:
-        """`PipelinedConnection.run_all`, guarded where it must be."""
-        return self.line.run_all(requests, self.guard_of(requests))
+"""Times that a request follows its key from node to node while slots move."""
 
 
 class RedisRouter:
@@ -63,144 +32,142 @@ class RedisRouter:
     def __init__(
         self,
         client: Client,
-        away: type[Unavailable],
+        unavailable: type[Unavailable],
         cooldown_s: float = 0.5,
         refusal: Callable[[ResponseError], PenchantError] | None = None,
         *,
         guarded: Literal["", "events", "profiles"] = "",
-        beside: RedisRouter | None = None,
+        shared_with: RedisRouter | None = None,
     ) -> None:
-        """Takes a client of `redis_client.connect`.
+        """Takes a client of `redis.client.connect`.
 
         Args:
             client: The server, or the cluster.
-            away: The class of error that means "this Redis does not answer".
-            cooldown_s: Longest pause between looks at a server that failed.
-            refusal: What an error reply means, by default `redis_client.serving_error`.
-            guarded: The role of a Redis on which nothing may count that it could lose ("events"), or that nothing is
-                asked of while it could evict ("profiles"); empty for one that may lose what it acknowledges.
-            beside: Other connections to the same servers: what a look through one of them finds holds for both.
+            unavailable: The class of error that means "this Redis does not answer".
+            cooldown_s: Longest pause between tries of a server that failed.
+            refusal: Makes the error for an error reply, by default `serving_error`.
+            guarded: Role of a Redis on which nothing counts that it could lose ("events"), or that is not even read
+                while it could evict ("profiles"); empty for one that may lose what it acknowledges.
+            shared_with: Other connections to the same servers: a safety check through either holds for both.
         """
-        self._client, self._away, self._cooldown_s = client, away, cooldown_s
-        self._refusal = refusal or (lambda error: serving_error(error, away))
+        self._client, self._unavailable = client, unavailable
+        self._refusal = refusal or (lambda error: serving_error(error, unavailable))
         self._guarded = guarded
-        self._guards: dict[tuple[Any, ...], Guard] = beside._guards if beside else {}
-        what = PROFILES_REDIS if issubclass(away, ProfileStoreUnavailable) else EVENTS_REDIS
-        self._outage = shared_outage(what)
-        self._refusals = shared_outage(f"{what} takes no writes")
-        self._unsafe = shared_outage(f"{what} is not safe")
-        self._nodes: dict[redis.Redis, _Node] = {}
-        self._map = CircuitBreaker(away, cooldown_s)
+        guards = shared_with._nodes.guards if shared_with else {}
+        self._nodes: NodeMap = NodeMap(client, unavailable, cooldown_s, guarded, guards)
+        name = PROFILES_REDIS if issubclass(unavailable, ProfileStoreUnavailable) else EVENTS_REDIS
+        # Shared by all stores of a Redis, so that the log of a process says once that it is unreachable.
+        self._outage = shared_outage(name)
+        self._refusals = shared_outage(f"{name} takes no writes")
+        self._unsafe = shared_outage(f"{name} is not safe")
 
     @property
     def timeout_s(self) -> float:
         """Longest wait for a reply."""
-        if isinstance(self._client, Cluster):
-            return self._client.timeout_s
-        return float(self._client.connection_pool.connection_kwargs["socket_timeout"])
+        return self._nodes.timeout_s
 
     @property
     def unsafe(self) -> str:
-        """Why nothing that is written counts, as of the last look at each server; empty where all is well."""
-        return next((node.guard.trouble for node in self._nodes.values() if node.guard and node.guard.trouble), "")
+        """The reason for which nothing that is written counts, as of the last check of each server; empty without."""
+        return next((node.guard.trouble for node in self._nodes.all() if node.guard and node.guard.trouble), "")
 
     def check_safety(self, keys: Sequence[bytes]) -> None:
         """Asks every server that has one of some keys for its settings.
 
         Raises:
-            Unavailable: A server is away, or unsafe; of the class given.
+            Unavailable: A server is unreachable or unsafe; of the class given.
         """
-        first: PenchantError | None = None
-        looked: set[_Node] = set()
+        first_error: PenchantError | None = None
+        checked: set[Node] = set()
         for key in keys if self._guarded else ():
             try:
-                node = self._node_of(key)
-                if node in looked:
+                node = self._nodes.of(key)
+                if node in checked:
                     continue
-                looked.add(node)
+                checked.add(node)
                 reply = self._exchange(node, node.check_safety)
                 if isinstance(reply, ResponseError):
-                    raise self._told(reply)
-            except PenchantError as error:  # the others are looked at all the same
-                first = first or error
-        if first:
-            raise first
+                    raise self._error_of(reply)
+            except PenchantError as error:  # the others are checked all the same
+                first_error = first_error or error
+        if first_error:
+            raise first_error
 
     def command(self, *words: Argument, at: bytes | None = None) -> Any:
         """Sends one command.
 
         Args:
             *words: The command.
-            at: Its key, where that is not the second word.
+            at: Its key, if that is not the second word.
 
         Raises:
-            Unavailable: The server is away; of the class given.
+            Unavailable: The server is unreachable; of the class given.
             PenchantError: It refuses.
         """
-        return self._one(words, _key(words) if at is None else at)
+        return self._send_one(words, _key(words) if at is None else at)
 
     def run(self, call: ScriptCall) -> Any:
         """Runs one script.
 
         Raises:
-            Unavailable: The server is away; of the class given.
+            Unavailable: The server is unreachable; of the class given.
             PenchantError: It refuses.
         """
-        return self._one(call, call.keys[0])
+        return self._send_one(call, call.keys[0])
 
     def run_all(self, requests: Sequence[Request], keys: Sequence[bytes] | None = None) -> list[Any]:
-        """Asks several things, those of one node in their order and in one round trip.
+        """Sends several requests, those to one node in their order and in one round trip.
 
         Args:
             requests: Scripts and commands.
-            keys: The key of each that says which node is meant, where that is not to be seen from the request itself.
+            keys: The key of each that says which node is meant, if the requests themselves do not say it.
 
         Returns:
-            The replies. In the place of a refused one stands the PenchantError that it means, and that of one whose
-            server is away the error of the class given.
+            The replies; in the place of a refused one the PenchantError that it means, and in the place of one whose
+            server is unreachable an error of the class given.
 
         Raises:
-            Unavailable: All that was asked for is away; anything may have been done.
+            Unavailable: All that was asked for is unreachable; anything may have been done.
         """
-        return self._all(requests, [_key(request) for request in requests] if keys is None else keys)
+        return self._send_all(requests, [_key(request) for request in requests] if keys is None else keys)
 
     def scan(self, key: bytes, count: int = 1000) -> list[tuple[bytes, bytes]]:
-        """The fields of a hash with their values, read in pieces; one that changes meanwhile may come twice.
+        """Returns fields and values of a hash, read in pieces; a field that changes meanwhile may come twice.
 
         Raises:
-            Unavailable: The server is away; of the class given.
+            Unavailable: The server is unreachable; of the class given.
             PenchantError: It refuses.
         """
-        found: list[tuple[bytes, bytes]] = []
+        fields: list[tuple[bytes, bytes]] = []
         cursor = -1
         while cursor:
             cursor, page = self.command("HSCAN", key, max(cursor, 0), "COUNT", count)
-            found += page.items()
-        return found
+            fields += page.items()
+        return fields
 
     def at_each(self, keys: Sequence[bytes], work: Callable[[redis.Redis], T]) -> list[T | Unavailable]:
-        """Does something once with every server that has one of some keys.
+        """Calls a function once with every server that has one of some keys.
 
         Returns:
-            Per key the result, or the error of the class given where its server is away.
+            Per key the result, or an error of the class given if its server is unreachable.
 
         Raises:
-            Unavailable: All servers are away.
-            PenchantError: One refuses.
+            Unavailable: All servers are unreachable.
+            PenchantError: A server refuses.
         """
-        results: dict[_Node, T | Unavailable] = {}
-        found: list[T | Unavailable] = []
+        results: dict[Node, T | Unavailable] = {}
+        by_key: list[T | Unavailable] = []
         for key in keys:
             try:
-                node = self._node_of(key)
+                node = self._nodes.of(key)
                 if node not in results:
-                    results[node] = self._done(node, work)
-                found.append(results[node])
+                    results[node] = self._work_at(node, work)
+                by_key.append(results[node])
             except Unavailable as error:
-                found.append(error)
-        return _not_all_away(found)
+                by_key.append(error)
+        return _not_all_unavailable(by_key)
 
-    def _done(self, node: _Node, work: Callable[[redis.Redis], T]) -> T | Unavailable:
+    def _work_at(self, node: Node, work: Callable[[redis.Redis], T]) -> T | Unavailable:
         try:
             reply: T | ResponseError = self._exchange(node, lambda: node.work(work))
         except Unavailable as error:
@@ -209,48 +176,51 @@ class RedisRouter:
             raise self._refusal(reply) from reply
         return reply
 
-    def _one(self, request: Request, key: bytes) -> Any:
-        """`_all` for one request; nearly always there is one server to ask, once."""
-        node = self._node_of(key)
+    def _send_one(self, request: Request, key: bytes) -> Any:
+        """`_send_all` for one request; nearly always there is one server to ask, once."""
+        node = self._nodes.of(key)
         reply = self._exchange(node, lambda: node.run_all([request])[0])
         if isinstance(reply, AskError):
-            return required(self._all([request], [key]))[0]
+            return required(self._send_all([request], [key]))[0]
         if isinstance(reply, ResponseError):
-            raise self._told(reply)
+            raise self._error_of(reply)
         if isinstance(request, ScriptCall):
             self._refusals.works()
         return reply
 
-    def _all(self, requests: Sequence[Request], keys: Sequence[bytes]) -> list[Any]:
+    def _send_all(self, requests: Sequence[Request], keys: Sequence[bytes]) -> list[Any]:
         replies: list[Any] = [None] * len(requests)
         places: Iterable[int] = range(len(requests))
+        # A slot that moves is followed for some hops: each answer names the next node, and a slot may move again.
         for _ in range(_HOPS):
-            for node, own in self._by_node(keys, places, replies):
-                found = self._exchanged(node, [requests[place] for place in own])
-                for place, reply in zip(own, found, strict=True):
-                    asked = isinstance(reply, AskError)
-                    replies[place] = self._redirected(node, requests[place], reply) if asked else reply
+            for node, node_places in self._by_node(keys, places, replies):
+                answers = self._exchange_all(node, [requests[place] for place in node_places])
+                for place, reply in zip(node_places, answers, strict=True):
+                    moved = isinstance(reply, AskError)
+                    replies[place] = self._redirected(node, requests[place], reply) if moved else reply
             places = [place for place in places if isinstance(replies[place], AskError)]
             if not places:
                 break
         written = (reply for request, reply in zip(requests, replies, strict=True) if isinstance(request, ScriptCall))
         if not all(isinstance(reply, Exception) for reply in written):
             self._refusals.works()
-        return _not_all_away([self._told(reply) if isinstance(reply, RedisError) else reply for reply in replies])
+        return _not_all_unavailable(
+            [self._error_of(reply) if isinstance(reply, RedisError) else reply for reply in replies]
+        )
 
     def _by_node(
         self, keys: Sequence[bytes], places: Iterable[int], replies: list[Any]
-    ) -> Iterable[tuple[_Node, list[int]]]:
-        """Which of the requests in these places go to which node; where there is none, the error is the reply."""
-        groups: dict[_Node, list[int]] = {}
+    ) -> Iterable[tuple[Node, list[int]]]:
+        """Groups the places of requests by the node of their key; without a node, the error becomes the reply."""
+        groups: dict[Node, list[int]] = {}
         for place in places:
             try:
-                groups.setdefault(self._node_of(keys[place]), []).append(place)
+                groups.setdefault(self._nodes.of(keys[place]), []).append(place)
             except Unavailable as error:
                 replies[place] = error
         return groups.items()
 
-    def _exchanged(self, node: _Node, requests: Sequence[Request]) -> Sequence[Any]:
+    def _exchange_all(self, node: Node, requests: Sequence[Request]) -> Sequence[Any]:
         try:
             replies: Sequence[Any] = self._exchange(node, lambda: node.run_all(requests))
         except Unavailable as error:
@@ -258,21 +228,21 @@ class RedisRouter:
         # An error reply to SCRIPT LOAD, and so to all of them.
         return [replies] * len(requests) if isinstance(replies, ResponseError) else replies
 
-    def _redirected(self, node: _Node, request: Request, error: AskError) -> Any:
-        """What the node says that an answer names; of a slot that has moved, the answer again, as we know it now."""
+    def _redirected(self, node: Node, request: Request, error: AskError) -> Any:
+        """Returns the reply of the node that an answer names; of a slot that has moved for good, the answer itself."""
         if not isinstance(self._client, Cluster):  # a single server that is part of one
-            return self._told(error)
-        other = self._client.redirected(error, node.client)
+            return self._error_of(error)
+        client = self._client.redirected(error, node.client)
         if isinstance(error, MovedError):
-            return error
-        there = self._node(other)
+            return error  # the map knows the new node now: the next hop asks it
+        target = self._nodes.node(client)
         try:
-            return self._exchange(there, lambda: there.line.run_asking(request, there.guard_of([request])))
-        except Unavailable as away:
-            return away
+            return self._exchange(target, lambda: target.connection.run_asking(request, target.guard_of([request])))
+        except Unavailable as unavailable:
+            return unavailable
 
-    def _exchange(self, node: _Node, work: Callable[[], Any]) -> Any:
-        """Talks with one server; what it refuses is returned, as the ResponseError."""
+    def _exchange(self, node: Node, work: Callable[[], Any]) -> Any:
+        """Talks with one server; a refusal is returned, as the ResponseError, because the server does answer."""
         with node.breaker:
             try:
                 reply = work()
@@ -284,53 +254,30 @@ class RedisRouter:
             except RedisError as error:
                 if isinstance(self._client, Cluster):
                     self._client.failed(node.client)
-                self._outage.failed(serving_error(error, self._away), node.address)
+                self._outage.failed(serving_error(error, self._unavailable), node.address)
                 raise
         self._outage.works(node.address)
         if node.guard and not node.guard.trouble:
             self._unsafe.works(node.address)
         return reply
 
-    def _node_of(self, key: bytes) -> _Node:
-        if not isinstance(self._client, Cluster):
-            return self._node(self._client)
-        with self._map:
-            client = self._client.node_of(key)
-        if client is None:
-            raise self._away("no node of the cluster has this key now", retry_after_ms=1000)
-        return self._node(client)
-
-    def _node(self, client: redis.Redis) -> _Node:
-        node = self._nodes.get(client)
-        if node is None:
-            node = self._nodes.setdefault(client, self._made(client))
-        return node
-
-    def _made(self, client: redis.Redis) -> _Node:
-        clustered = isinstance(self._client, Cluster)
-        node = _Node(client, CircuitBreaker(self._away, self._cooldown_s), None)
-        if self._guarded:
-            guard = Guard(self._guarded, clustered, self._away, self.timeout_s)
-            node.guard = self._guards.setdefault(node.address, guard)
-        return node
-
-    def _told(self, error: RedisError) -> PenchantError:
-        """What a refusal means, with the reply as its cause."""
-        plain = serving_error(error, self._away)
-        told: PenchantError = plain
+    def _error_of(self, error: RedisError) -> PenchantError:
+        """Returns the error that a refusal means, with the reply as its cause."""
+        plain = serving_error(error, self._unavailable)
+        meaning: PenchantError = plain
         if isinstance(error, ResponseError):
-            told = self._refusal(error)
+            meaning = self._refusal(error)
             if isinstance(plain, (Unavailable, ResourceExhausted)):
                 self._refusals.failed(plain)
-        told.__cause__ = error
-        return told
+        meaning.__cause__ = error
+        return meaning
 
 
 def required(replies: Sequence[Any]) -> Sequence[Any]:
-    """The replies, where none of them is an error.
+    """Returns the replies, if none of them is an error.
 
     Raises:
-        PenchantError: The first of those that are.
+        PenchantError: The first error among them.
     """
     for reply in replies:
         if isinstance(reply, PenchantError):
@@ -338,7 +285,7 @@ def required(replies: Sequence[Any]) -> Sequence[Any]:
     return replies
 
 
-def _not_all_away(replies: list[T]) -> list[T]:
+def _not_all_unavailable(replies: list[T]) -> list[T]:
     if replies and isinstance(replies[0], Unavailable) and all(isinstance(reply, Unavailable) for reply in replies):
         raise replies[0]
     return replies

@@ -11,7 +11,7 @@ unsafe nothing is read from it or written to it.
 
 Neither costs a round trip. What is left: a CONFIG SET that the server meets in the same pass of its event loop as the
 write (well under a millisecond) is seen by the next write. Redis before 7.2 has no WAITAOF; there the settings alone
-are looked at, so the first rewrite after `appendonly yes` must be waited for by whoever sets that.
+are looked at, so an operator who sets `appendonly yes` must wait for the first rewrite after it.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ _RETRY_MS = 1000
 
 
 def wanted_settings(role: str, clustered: bool) -> dict[str, str]:
-    """The settings that a Redis must have: "events" as what it acknowledges must stay, "profiles" as it may not evict.
+    """Returns the settings of a Redis: one for "events" must keep what it acknowledges, one for "profiles" not evict.
 
     Args:
         role: "events" or "profiles".
-        clustered: Whether it is a node of a cluster.
+        clustered: True for a node of a cluster.
     """
     wanted = {"maxmemory-policy": "noeviction"}
-    if clustered:  # or one node that is away takes all the others with it
+    if clustered:  # else one unreachable node takes all the others with it
         wanted["cluster-require-full-coverage"] = "no"
     if role == "events":
         wanted |= {"appendonly": "yes", "appendfsync": "always", "stream-node-max-entries": "1"}
     return wanted
 
 
-def wrong_settings(wanted: Mapping[str, str], found: Mapping[Any, Any], role: str) -> str:
-    """What is wrong with the settings found and what they must be; empty where nothing is."""
-    wrong = {name: value for name, value in wanted.items() if str(found.get(name)) != value}
+def wrong_settings(wanted: Mapping[str, str], settings: Mapping[Any, Any], role: str) -> str:
+    """Returns which settings are wrong and what they must be; empty if none is."""
+    wrong = {name: value for name, value in wanted.items() if str(settings.get(name)) != value}
     if not wrong:
         return ""
     return (
-        f"the {role} Redis may lose data, keep erased data, or go away as a whole for the sake of one node: "
-        f"it has {_listed({name: str(found.get(name, '')) for name in wrong})}; set {_listed(wrong)} (CONFIG SET)"
+        f"the {role} Redis may lose data, keep erased data, or become unreachable as a whole because of one node: "
+        f"it has {_listed({name: str(settings.get(name, '')) for name in wrong})}; set {_listed(wrong)} (CONFIG SET)"
     )
 
 
@@ -65,14 +65,14 @@ class Guard:
 
     Attributes:
         settings_command: The command that asks for the settings.
-        proofs: The commands that follow a write; none where writes may be lost until they are repeated.
+        proofs: The commands that follow a write; none if writes may be lost until they are repeated.
         strict: True if an unsafe server is not read from either.
-        trouble: Why nothing counts now, empty where all was well at the last look.
+        trouble: The reason for which nothing counts now, empty if all was well at the last look.
     """
 
-    def __init__(self, role: str, clustered: bool, away: type[Unavailable], timeout_s: float) -> None:
+    def __init__(self, role: str, clustered: bool, unavailable: type[Unavailable], timeout_s: float) -> None:
         """Takes what `wanted_settings` takes, the class of the errors, and the longest wait for a reply."""
-        self._role, self._away = role, away
+        self._role, self._unavailable = role, unavailable
         self._wanted = wanted_settings(role, clustered)
         self.settings_command: Final[tuple[str, ...]] = ("CONFIG GET", *self._wanted)
         wait_ms = max(1, min(_WAIT_MS, int(500 * timeout_s)))
@@ -84,7 +84,7 @@ class Guard:
         self._looked_at = float("-inf")
 
     def pause(self) -> None:
-        """Refuses at once where the server was found unsafe a moment ago.
+        """Refuses at once if the server was found unsafe a moment ago.
 
         Raises:
             Unavailable: It was; of the class given.
@@ -93,7 +93,7 @@ class Guard:
             raise self._refusal(self.trouble)
 
     def require(self) -> None:
-        """Refuses where the server was unsafe at the last look.
+        """Refuses if the server was unsafe at the last look.
 
         Raises:
             Unavailable: It was; of the class given.
@@ -121,7 +121,7 @@ class Guard:
         """Judges the replies to `proofs`.
 
         Raises:
-            Unavailable: What was written before them does not count; of the class given.
+            Unavailable: The writes before them do not count; of the class given.
         """
         if not proofs:
             return
@@ -136,8 +136,8 @@ class Guard:
             raise self._refusal(self.trouble)
 
     def _refusal(self, trouble: str) -> Unavailable:
-        what = "no profile is read or written" if self.strict else "nothing is acknowledged"
-        return self._away(f"{what}: {trouble}", retry_after_ms=_RETRY_MS)
+        effect = "no profile is read or written" if self.strict else "nothing is acknowledged"
+        return self._unavailable(f"{effect}: {trouble}", retry_after_ms=_RETRY_MS)
 
 
 def require_safe(client: redis.Redis | Cluster, role: str, unsafe: bool = False) -> None:
@@ -147,21 +147,21 @@ def require_safe(client: redis.Redis | Cluster, role: str, unsafe: bool = False)
         client: The Redis to look at.
         role: "events" needs no eviction, `appendfsync always`, and streams that give up at once what is deleted from
             them; "profiles" needs no eviction.
-        unsafe: Accept one that may lose acknowledged data.
+        unsafe: True to accept one that may lose acknowledged data.
 
     Raises:
         ConfigError: A setting is unsafe or cannot be read; the message names it and what it must be.
-        RedisError: A server is away; the others are safe.
+        RedisError: A server is unreachable; the others are safe.
     """
-    away: RedisError | None = None
+    failure: RedisError | None = None
     clustered = isinstance(client, Cluster)
     for node in client.nodes(replicas=True) if isinstance(client, Cluster) else [client]:
         try:
             _require_safe(node, role, unsafe, clustered)
         except RedisError as error:
-            away = error
-    if away:
-        raise away
+            failure = error
+    if failure:
+        raise failure
 
 
 def _require_safe(client: redis.Redis, role: str, unsafe: bool, clustered: bool) -> None:
@@ -175,13 +175,13 @@ def _require_safe(client: redis.Redis, role: str, unsafe: bool, clustered: bool)
         return
     wanted = wanted_settings(role, clustered)
     try:
-        found = client.config_get(*wanted)
+        settings = client.config_get(*wanted)
     except ResponseError as error:
         raise ConfigError(
             f"the configuration of the {role} Redis cannot be checked ({error}); allow its user CONFIG GET, "
             f"or set {_listed(wanted)} yourself and set PENCHANT_UNSAFE_REDIS=true"
         ) from None
-    if wrong := wrong_settings(wanted, found, role):
+    if wrong := wrong_settings(wanted, settings, role):
         raise ConfigError(f"{wrong}, or accept that: PENCHANT_UNSAFE_REDIS=true")
 
 

@@ -38,6 +38,8 @@ _HURRY_POLL_S = 0.05
 _CHECKS, _WATCHES, _REFLECTIONS = 1024, 256, 4
 _IDLE_S, _REFLECTION_S = 60.0, 10.0
 _READ_BYTES = 64 << 10
+_AHEAD_BYTES = 16 << 10
+_HEADER_BYTES = 8 << 10
 _HANDSHAKE_MS = 10_000
 _IDLE_CONNECTION_MS = 300_000
 """Time after which a connection without a call is ended; clients open it again when they have one."""
@@ -182,8 +184,13 @@ def _options(config: ServeConfig, calls: int) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", calls),
         # gRPC reads up to 4 MiB at once of each connection that sends much; 40 of them would take 160.
         ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
-        # Nor does it open the windows of connections that send fast: requests are small.
+        # Nor does it open the windows of connections that send fast: requests are small. A stream sends no more than
+        # this before its message is received, of which few are at once.
         ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _AHEAD_BYTES),
+        # Headers above this size are refused before they reach Python.
+        ("grpc.max_metadata_size", _HEADER_BYTES),
+        ("grpc.absolute_max_metadata_size", _HEADER_BYTES),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
         ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
         ("grpc.keepalive_time_ms", 30_000),

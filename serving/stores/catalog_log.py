@@ -2,7 +2,7 @@
 
 Changes are counted by version. Of each item only the latest is kept, so the log grows with the catalogue and not with
 time, and applying a change twice, or a later one early, does no harm. A reader that fell behind the stream of versions
-gets the whole compacted state instead, without noticing.
+gets the whole compacted state instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 from serving.errors import CatalogLogUnavailable
@@ -41,10 +42,10 @@ class Change:
     """One change of one item.
 
     Attributes:
-        kind: "put" (all of an item) and "delete" replace what was said of it before; "availability" and "patch" (some
-            of its fields) add to that.
+        kind: "put" (all of an item) and "delete" replace earlier changes of it; "availability" and "patch" (some of its
+            fields) add to them.
         item_id: The item.
-        payload: What readers need to apply it; opaque here, but of a patch: a JSON object, the new value by field.
+        payload: The new state for readers, opaque here; of a patch a JSON object, the new value by field.
         version: Version of the catalogue that it made; 0 before it was put.
     """
 
@@ -55,9 +56,12 @@ class Change:
 
 
 class Written(NamedTuple):
-    """What became of changes: the version that holds them, and the places of those that are about a deleted item.
+    """The outcome of writing changes.
 
-    These add to an item that is gone, so they are not in the log, whatever a worker knew of the item when it was asked.
+    Attributes:
+        version: The version that holds them.
+        refused: Places of the changes that add to a deleted item, and so are not in the log: the log decides, because a
+            worker may not know yet that the item is gone.
     """
 
     version: int
@@ -101,20 +105,20 @@ class CatalogLog:
         cooldown_s: float = 0.5,
         unsafe: bool = False,
     ) -> None:
-        """Takes a client of `redis_client.connect`.
+        """Takes a client of `redis.client.connect`.
 
         Args:
             client: The events Redis.
             stream_length: Number of versions, at least, that a reader may be behind without reading all again.
             live_ms: Time since its last sign for which a worker counts as alive.
-            cooldown_s: Longest pause between looks at a failed Redis.
-            unsafe: Whether changes count on a Redis that may lose them.
+            cooldown_s: Longest pause between tries of a failed Redis.
+            unsafe: True to acknowledge changes on a Redis that may lose them.
         """
-        self._nodes = RedisRouter(client, CatalogLogUnavailable, cooldown_s, guarded="" if unsafe else "events")
+        self._router = RedisRouter(client, CatalogLogUnavailable, cooldown_s, guarded="" if unsafe else "events")
         self._length = stream_length
         self._live_ms = live_ms
         # Half a client's timeout is left for the way there and back.
-        self._longest_block_ms = max(1, int(500 * self._nodes.timeout_s))
+        self._longest_block_ms = max(1, int(500 * self._router.timeout_s))
 
     def put(self, changes: Sequence[Change]) -> int:
         """Makes changes durable, as `write` does; returns the version of the catalogue that holds them all."""
@@ -134,38 +138,38 @@ class CatalogLog:
             batch = changes[start : start + _BATCH]
             words = [word for change in batch for word in (change.kind, change.item_id, _payload(change))]
             call = ScriptCall(CATALOG_PUT, (_VERSION, _ITEMS, _STREAM), (self._length, *words))
-            reached, places = self._nodes.run(call)
+            reached, places = self._router.run(call)
             version, refused = int(reached), [*refused, *(start + int(place) for place in places)]
         return Written(version or self.version(), tuple(refused))
 
     def version(self) -> int:
-        """The newest version, 0 before the first change.
+        """Returns the newest version, 0 before the first change.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        return int(self._nodes.command("GET", _VERSION) or 0)
+        return int(self._router.command("GET", _VERSION) or 0)
 
     def snapshot(self, after: int = 0) -> tuple[int, list[Change]]:
-        """A version, and what is to be applied, in this order, to get there from version `after`.
+        """Returns a version, and the changes that lead there from version `after`, in order.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        # The version first: what changes during the scan is of a later one, and comes again with `tail`.
+        # The version first: a change during the scan is of a later version, and comes again with `tail`.
         version = self.version()
-        return version, _ordered(_changes(self._nodes.scan(_ITEMS, _PAGE)), after)
+        return version, _ordered(_changes(self._router.scan(_ITEMS, _PAGE)), after)
 
     def tail(self, after: int, block_ms: int = 0) -> tuple[int, list[Change]]:
         """Follows the log.
 
         Args:
             after: Version that has been applied.
-            block_ms: How long to wait for news where there are none.
+            block_ms: Longest wait for news.
 
         Returns:
-            The version reached, and what is to be applied, in this order, to get there; `after` and nothing when
-            there was no news. The version is lower than `after` only where the log was lost and begun anew.
+            The version reached, and the changes that lead there, in order; `after` and no changes if there was no news.
+            The version is lower than `after` only if the log was lost and has started again.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.
@@ -181,39 +185,39 @@ class CatalogLog:
             if left_ms <= 0:
                 return after, []
             block = min(left_ms, self._longest_block_ms)
-            self._nodes.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0", at=_STREAM)
+            self._router.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0", at=_STREAM)
 
     def applied(self, worker: str, version: int) -> None:
-        """Says that a worker has applied everything up to a version, and is alive; say it at least every second.
+        """Gives a sign of life of a worker, at least every second, with the version that it has applied.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        self._nodes.run(ScriptCall(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
+        self._router.run(ScriptCall(CATALOG_APPLIED, (_WORKERS,), (worker, version, _FORGET_MS)))
 
     def leave(self, worker: str) -> None:
-        """Says that a worker is gone and need not be waited for.
+        """Removes a worker, for which no one waits any more.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
-        self._nodes.command("HDEL", _WORKERS, worker)
+        self._router.command("HDEL", _WORKERS, worker)
 
     def wait_all_applied(self, version: int, timeout_s: float, at_least: int = 0) -> bool:
-        """Waits until every live worker has applied a version; false when one had not in time.
+        """Waits until every live worker has applied a version; returns False if one has not in time.
 
         Args:
             version: The version.
             timeout_s: Longest wait.
-            at_least: Number of workers that there are known to be: one that has not come back from an absence of Redis
-                has given no sign of life yet.
+            at_least: Number of workers that are known to exist: after an outage of Redis, some may have given no sign
+                of life yet.
 
         Raises:
             CatalogLogUnavailable: Redis does not answer.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            count, lowest = self._nodes.run(ScriptCall(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
+            count, lowest = self._router.run(ScriptCall(CATALOG_LOWEST, (_WORKERS,), (self._live_ms,)))
             if count >= at_least and (lowest is None or lowest >= version):
                 return True
             if time.monotonic() + _POLL_S > deadline:
@@ -221,15 +225,15 @@ class CatalogLog:
             time.sleep(_POLL_S)
 
     def _news(self, after: int) -> tuple[int, list[Change]]:
-        """What the versions behind `after` changed; everything that is newer where the stream begins later."""
-        entries = self._nodes.command("XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
+        """Returns the changes of the versions after `after`; the whole snapshot if the stream begins later."""
+        entries = self._router.command("XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
         if not entries or _version(entries[0][0]) != after + 1:
             return self.snapshot(after)
         names = list(dict.fromkeys(name for _, fields in entries for name in fields))
-        payloads = self._nodes.command("HMGET", _ITEMS, *names)
-        # A payload that is gone was replaced by a later version, which comes in its turn.
-        found = _changes((name, payload) for name, payload in zip(names, payloads, strict=True) if payload is not None)
-        return _version(entries[-1][0]), _ordered(found, after)
+        payloads = self._router.command("HMGET", _ITEMS, *names)
+        # A payload that is missing was replaced by a later version, which comes in its turn.
+        stored = ((name, payload) for name, payload in zip(names, payloads, strict=True) if payload is not None)
+        return _version(entries[-1][0]), _ordered(_changes(stored), after)
 
 
 def _version(stream_id: bytes) -> int:
@@ -237,20 +241,20 @@ def _version(stream_id: bytes) -> int:
 
 
 def _changes(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[tuple[int, int], Change]]:
-    """Changes with their place in the log, from the fields of the hash: `kind:item` and `version-place:payload`."""
-    found = []
+    """Returns changes with their place in the log, from fields of the hash: `kind:item` and `version-place:payload`."""
+    changes = []
     for name, value in fields:
         kind, _, item = name.partition(b":")
         stamp, _, payload = value.partition(b":")
-        for made, part in _patches(payload) if kind == b"patch" else [(stamp, payload)]:
-            version, _, place = made.partition(b"-")
+        for stamp_of_part, part in _patches(payload) if kind == b"patch" else [(stamp, payload)]:
+            version, _, place = stamp_of_part.partition(b"-")
             change = Change(kind.decode(), item.decode(), part, int(version))  # type: ignore[arg-type]
-            found.append(((int(version), int(place)), change))
-    return found
+            changes.append(((int(version), int(place)), change))
+    return changes
 
 
 def _payload(change: Change) -> bytes:
-    """What is stored of a change: of a patch, each field by itself, so that the log can keep the newest of each."""
+    """Returns the stored form of a change: of a patch each field by itself, as the log keeps the newest of each."""
     if change.kind != "patch":
         return change.payload
     fields = ((name.encode(), json.dumps(value).encode()) for name, value in json.loads(change.payload).items())
@@ -259,7 +263,7 @@ def _payload(change: Change) -> bytes:
 
 
 def _patches(stored: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The patches of an item that the log keeps: `version-place` of each, and the fields of which it is the newest."""
+    """Yields the patches of an item that the log keeps: `version-place` of each, and the fields it is the newest of."""
     fields: dict[bytes, dict[str, bytes]] = {}
     at = 0
     while head := _FIELD.match(stored, at):
@@ -269,5 +273,5 @@ def _patches(stored: bytes) -> Iterator[tuple[bytes, bytes]]:
         yield stamp, b"{%s}" % b", ".join(b'"%s": %s' % (name.encode(), value) for name, value in values.items())
 
 
-def _ordered(found: list[tuple[tuple[int, int], Change]], after: int) -> list[Change]:
-    return [change for _, change in sorted(found, key=lambda one: one[0]) if change.version > after]
+def _ordered(placed: list[tuple[tuple[int, int], Change]], after: int) -> list[Change]:
+    return [change for _, change in sorted(placed, key=itemgetter(0)) if change.version > after]

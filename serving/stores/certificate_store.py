@@ -31,8 +31,8 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        unsettled = self._log.keys[_partition(certificate_id)].purging
-        self._log.nodes.run(
+        unsettled = self._log.keys[_partition(certificate_id)].open_certificates
+        self._log.router.run(
             ScriptCall(CERTIFICATE_ISSUE, (self._key(certificate_id), unsettled), (certificate_id, *fields))
         )
 
@@ -44,7 +44,7 @@ class CertificateStore:
         """
         if _partition(certificate_id) >= self._log.partitions:
             return {}
-        fields: Mapping[bytes, bytes] = self._log.nodes.command("HGETALL", self._key(certificate_id))
+        fields: Mapping[bytes, bytes] = self._log.router.command("HGETALL", self._key(certificate_id))
         return fields
 
     def open_ids(self) -> list[str]:
@@ -53,8 +53,8 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        requests: list[Request] = [("SMEMBERS", keys.purging) for keys in self._log.keys]
-        return [name.decode() for names in required(self._log.nodes.run_all(requests)) for name in names]
+        requests: list[Request] = [("SMEMBERS", keys.open_certificates) for keys in self._log.keys]
+        return [name.decode() for names in required(self._log.router.run_all(requests)) for name in names]
 
     def close(self, certificate_id: str) -> None:
         """Takes a certificate off the list of open ones.
@@ -62,7 +62,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        self._log.nodes.command("SREM", self._log.keys[_partition(certificate_id)].purging, certificate_id)
+        self._log.router.command("SREM", self._log.keys[_partition(certificate_id)].open_certificates, certificate_id)
 
     def set_field(self, certificate_id: str, name: str, value: str) -> None:
         """Sets one field of a certificate.
@@ -70,7 +70,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        self._log.nodes.command("HSET", self._key(certificate_id), name, value)
+        self._log.router.command("HSET", self._key(certificate_id), name, value)
 
     def set_field_of(self, certificate_id: str, log_id: int, name: str, value: str) -> None:
         """Sets one field of a certificate, unless it was issued again meanwhile for another log id.
@@ -78,7 +78,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        self._log.nodes.run(ScriptCall(CERTIFICATE_DATE, (self._key(certificate_id),), (log_id, name, value)))
+        self._log.router.run(ScriptCall(CERTIFICATE_DATE, (self._key(certificate_id),), (log_id, name, value)))
 
     def note(self, certificate_id: str, line: str) -> None:
         """Notes an erasure for the hosts that were not there when it was made; a full Redis takes it too.
@@ -86,7 +86,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        self._log.nodes.run(ScriptCall(HASH_SET, (self._notes(_partition(certificate_id)),), (certificate_id, line)))
+        self._log.router.run(ScriptCall(HASH_SET, (self._notes(_partition(certificate_id)),), (certificate_id, line)))
 
     def notes(self) -> Iterator[tuple[str, bytes]]:
         """Yields certificate id and line of every erasure that was ever noted.
@@ -95,7 +95,7 @@ class CertificateStore:
             EventLogUnavailable: Redis does not answer.
         """
         for partition in range(self._log.partitions):
-            for name, line in self._log.nodes.scan(self._notes(partition)):
+            for name, line in self._log.router.scan(self._notes(partition)):
                 yield name.decode(), line
 
     def _key(self, certificate_id: str) -> bytes:

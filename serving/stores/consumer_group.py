@@ -1,4 +1,4 @@
-"""A consumer group's side of the event log: one owner per partition, nothing skipped, nothing lost in a crash."""
+"""Reading the event log as a consumer group: one owner per partition, nothing skipped, nothing lost in a crash."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from serving.redis.router import required
 from serving.stores.event_log import EventLog, LogReplaced
 from serving.stores.keys import stream_id
 from serving.stores.log_entries import Entry
+from serving.stores.log_trim import groups_of
 from serving.stores.scripts import LOG_CLAIM, LOG_JOIN, LOG_RELEASE
 
 _log = logging.getLogger(__name__)
 
 
 class Consumer:
-    """Reads the partitions that it can get the lease of.
+    """A reader of the partitions whose lease it can get.
 
     An entry is delivered until it is acknowledged: after a crash the next owner asks for what is pending first.
 
     Attributes:
-        missing: Why some partitions could not be had the last time, None where all servers answered.
+        missing: The error for which some partitions could not be read the last time, None if all servers answered.
     """
 
     def __init__(
@@ -39,11 +40,11 @@ class Consumer:
         """Names a reader; call `open` before anything else.
 
         Args:
-            log: What to read.
-            group: The group: each sees every event once, whoever of it reads.
-            owner: This reader, different from every other one.
-            lease_ms: How long a partition stays with an owner that says nothing more.
-            stream: What of each partition to read; a lease holds for both, so that they stay with one owner.
+            log: The log to read.
+            group: The group: each group gets every event once, however many readers it has.
+            owner: Name of this reader, different from every other one's.
+            lease_ms: Time for which a partition stays with an owner that gives no sign of life.
+            stream: The stream of each partition to read; a lease holds for both, so that they stay with one owner.
         """
         self.missing: PenchantError | None = None
         self._outage = Outage(_log, "some partitions cannot be read")
@@ -52,10 +53,10 @@ class Consumer:
         self._owner = owner
         self._lease_ms = lease_ms
         self._streams: list[bytes] = [getattr(keys, stream) for keys in log.keys]
-        self._leases = [keys.lease + b":" + group.encode() for keys in log.keys]
+        self._leases = [keys.lease_of(group) for keys in log.keys]
 
     def open(self) -> None:
-        """Makes the group, beginning with the oldest entry of every partition that can be had, unless it is there.
+        """Makes the group, from the oldest entry of every partition whose server answers, unless it exists.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -67,12 +68,12 @@ class Consumer:
         """Takes or keeps every partition that is free or ours and reads on, in one round trip.
 
         Args:
-            after: Per partition, None for news, or the log id after which to read again what was delivered and not
-                acknowledged; who gets a partition begins there with 0.
+            after: Per partition, None for new entries, or the log id after which to read again what was delivered and
+                not acknowledged; a reader that gets a partition begins with 0.
             count: Most entries per partition.
 
         Returns:
-            Per partition its entries in log order, None where somebody else owns it, or where it cannot be read now.
+            Per partition its entries in log order, None if another reader owns it or it cannot be read now.
 
         Raises:
             EventLogUnavailable: Redis does not answer; what was read meanwhile is pending.
@@ -85,27 +86,27 @@ class Consumer:
             )
             for stream, lease, start in zip(self._streams, self._leases, after, strict=True)
         ]
-        return [None if reply is None else [_entry(*found) for found in reply] for reply in self._run(calls)]
+        return [None if reply is None else [_entry(*entry) for entry in reply] for reply in self._run(calls)]
 
     def acknowledge(self, partition: int, log_ids: Sequence[int]) -> None:
-        """Says that entries need not be delivered again.
+        """Acknowledges entries: they are not delivered again.
 
         Raises:
             EventLogUnavailable: Redis does not answer; they are delivered again.
         """
         if log_ids:
             names = map(stream_id, log_ids)
-            self._log.nodes.command("XACK", self._streams[partition], self._group, *names)
+            self._log.router.command("XACK", self._streams[partition], self._group, *names)
 
     def lag(self) -> list[int]:
-        """Number of entries per partition that are not acknowledged yet.
+        """Returns the number of entries per partition that are not acknowledged yet.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
         lags = []
         for stream in self._streams:
-            groups = self._log.nodes.command("XINFO GROUPS", stream)
+            groups = self._log.router.command("XINFO GROUPS", stream)
             lags += [
                 group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == self._group.encode()
             ]
@@ -123,20 +124,20 @@ class Consumer:
         """Drops the group from every partition; returns in how many it was.
 
         Raises:
-            ConfigError: Somebody reads for it now.
+            ConfigError: A process reads for it now.
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        if any(required(self._log.nodes.run_all([("EXISTS", lease) for lease in self._leases]))):
+        if any(required(self._log.router.run_all([("EXISTS", lease) for lease in self._leases]))):
             raise ConfigError(f"{self._group} is still read, or was until a moment ago: stop its process first")
         dropped = 0
         for stream in self._streams:
-            if self._log.nodes.command("EXISTS", stream):
-                dropped += int(self._log.nodes.command("XGROUP", "DESTROY", stream, self._group, at=stream))
+            if self._log.router.command("EXISTS", stream):
+                dropped += int(self._log.router.command("XGROUP", "DESTROY", stream, self._group, at=stream))
         return dropped
 
     def _run(self, calls: Sequence[ScriptCall]) -> list[Any]:
-        """The reply of each partition, None where its server is away or its stream is damaged."""
-        replies = self._log.nodes.run_all(calls)
+        """Returns the reply of each partition, None if its server is unreachable or its stream is damaged."""
+        replies = self._log.router.run_all(calls)
         failures = [reply for reply in replies if isinstance(reply, PenchantError)]
         replaced = [failure for failure in failures if isinstance(failure, LogReplaced)]
         if replaced or len(failures) == len(calls):
@@ -149,6 +150,21 @@ class Consumer:
         return [None if isinstance(reply, PenchantError) else reply for reply in replies]
 
 
+def has_acknowledged(log: EventLog, group: str) -> bool:
+    """Returns True if a consumer group has acknowledged an entry of some partition.
+
+    Raises:
+        EventLogUnavailable: Redis does not answer.
+    """
+    for keys in log.keys:
+        for stream in (keys.events, keys.impressions):
+            for facts in groups_of(log.router, stream):
+                read = facts["entries-read"] or int(facts["last-delivered-id"] != b"0-0")
+                if facts["name"] == group.encode() and read > facts["pending"]:
+                    return True
+    return False
+
+
 def _entry(name: bytes, words: Sequence[bytes] | None) -> Entry:
-    """An entry as a script returns it: alternating names and values, nothing where it was deleted meanwhile."""
+    """Returns the entry of a script's reply: alternating names and values, none if it was deleted meanwhile."""
     return Entry.of(name, dict(zip(words[::2], words[1::2], strict=True)) if words else {})

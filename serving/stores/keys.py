@@ -24,6 +24,10 @@ def address_of(subject: str) -> bytes:
     return hashlib.blake2b(subject.encode(), digest_size=16, person=b"penchant").digest()
 
 
+# Keys keep the names that logs were created with; every other key is named as its attribute.
+_OLDER_NAMES = {"consents": "people", "controls": "rules", "open_certificates": "purging"}
+
+
 def partition_prefix(partition: int) -> bytes:
     """Returns the prefix of every key of a partition.
 
@@ -60,10 +64,10 @@ class PartitionKeys:
         erased: Keyed hash of each erased user -> time, ms, up to which what they did is refused.
         floor: Time, ms, before which neither stream holds anything.
         lease: Prefix of the keys that say who reads for a consumer group.
-        people: Address of each user -> what they allow.
-        rules: Address of each user -> their controls in words.
+        consents: Address of each user -> the purposes that they allow.
+        controls: Address of each user -> their controls in words.
         certificates: Prefix of the certificates of erasure.
-        purging: The certificates that lack a date.
+        open_certificates: The certificates that lack a date.
         returned: The evicted users who have returned and wait for their profile.
     """
 
@@ -74,16 +78,17 @@ class PartitionKeys:
     erased: bytes
     floor: bytes
     lease: bytes
-    people: bytes
-    rules: bytes
+    consents: bytes
+    controls: bytes
     certificates: bytes
-    purging: bytes
+    open_certificates: bytes
     returned: bytes
 
     @classmethod
     def of(cls, partition: int) -> PartitionKeys:
-        """Returns the keys of a partition: each is named as its attribute."""
-        return cls(*(partition_prefix(partition) + field.name.encode() for field in fields(cls)))
+        """Returns the keys of a partition."""
+        names = (_OLDER_NAMES.get(field.name, field.name) for field in fields(cls))
+        return cls(*(partition_prefix(partition) + name.encode() for name in names))
 
     def index_of(self, subject: str) -> bytes:
         """Returns the list of what the streams hold of a user: `e` or `i`, then the id of an event or a slate."""

@@ -1,4 +1,4 @@
-"""What stands in the event log, and under which keys."""
+"""The entries of the event log: as they are appended, as they are read, and the outcome of appending them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class LoggedEvent:
     """An event on its way into the log.
 
     Attributes:
-        subject: Key of the person.
+        subject: Key of the user.
         event_id: The caller's id; retries with the same one have one effect.
-        record: What the fold reads of it; the bytes of one RECORD.
-        payload: The whole event as JSON.
-        personal: Whether it may enter the profile, where the person allows that.
+        record: The part that the profile folds; the bytes of one RECORD.
+        payload: The whole event, see `log_codec`.
+        personal: True if it may enter the profile, provided that the user allows that.
     """
 
     subject: str
@@ -37,7 +37,13 @@ class LoggedEvent:
 
 @dataclass(frozen=True, slots=True)
 class LoggedImpression:
-    """A slate on its way into the log: whose, when it was served (ms), and all of it as JSON."""
+    """A slate on its way into the log.
+
+    Attributes:
+        subject: Key of the user.
+        timestamp: When it was served, ms.
+        payload: The whole slate, see `log_codec`.
+    """
 
     subject: str
     timestamp: int
@@ -46,14 +52,14 @@ class LoggedImpression:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """What became of one event.
+    """The outcome of appending one event.
 
     Attributes:
-        log_id: Where it stands in the log, the first one's place for a duplicate; 0 where it was refused.
-        duplicate: Whether an event with this id was there.
-        record: What to apply to the profile: the first one's record for a duplicate, empty where that is gone.
-        error: Why it was refused, None where it is durable.
-        personal: Whether the person allows that it enters their profile.
+        log_id: Its place in the log, of a duplicate that of the first one; 0 if it was refused.
+        duplicate: True if an event with this id was there.
+        record: The record to apply to the profile: of a duplicate that of the first one, empty if that is gone.
+        error: The reason for refusing it, None if it is durable.
+        personal: True if the user allows that it enters their profile.
     """
 
     log_id: int
@@ -65,21 +71,21 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A change to what may be known of a person, as it stands in the log.
+    """A change to what may be known of a user, as it stands in the log.
 
     Attributes:
-        log_id: Where it stands.
-        address: Whose it is, as `redis_client.address_of` says.
-        consent: What the person allows from now on; None where that stays as it is.
-        forget: Whether the profile forgets everything up to here.
-        rules: What the person never wants to be shown, as `features.controls.encode` says; None where that stays.
+        log_id: Its place.
+        address: The user, as `keys.address_of` returns it.
+        consent: The purposes that the user allows from now on; None if they stay as they are.
+        forget: True if the profile forgets everything up to here.
+        controls: All controls of the user, as `features.controls.encode` returns them; None if they stay as they are.
     """
 
     log_id: int
     address: bytes
     consent: Purpose | None = None
     forget: bool = False
-    rules: bytes | None = None
+    controls: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +94,14 @@ class Entry:
 
     Attributes:
         log_id: Its place.
-        subject: Key of the person, "" for a mark and for an entry that was deleted meanwhile.
+        subject: Key of the user, "" for a mark and for an entry that was deleted meanwhile.
         event_id: The caller's id, "" for an impression.
         record: The bytes of one RECORD, empty for an impression.
         payload: All of it as JSON.
-        erased: Keyed hash of who was erased here, empty but for such a mark.
-        mark: What changes for a person here, None but for such a mark.
+        erased: Keyed hash of the user who was erased here, empty but for such a mark.
+        mark: The change for a user, None but for such a mark.
         undone: Log id of an earlier event that counts no more, 0 but for such a mark.
-        personal: Whether the event may enter the profile: decided when it came, by what the person allowed then.
+        personal: True if the event may enter the profile; decided when it came, by what the user allowed then.
     """
 
     log_id: int
@@ -109,28 +115,28 @@ class Entry:
     personal: bool = True
 
     @classmethod
-    def of(cls, stream_id: bytes, found: dict[bytes, bytes]) -> Entry:
-        """Reads what Redis says of one."""
-        place, mark, undone = log_id(stream_id), None, found.get(b"u", b"")
-        if b"k" in found and not undone:
-            consent = found.get(b"c", b"")
-            allowed, forget = Purpose(int(consent)) if consent else None, found.get(b"f") == b"1"
-            mark = Mark(place, found[b"k"], allowed, forget, found.get(b"b"))
+    def of(cls, stream_id: bytes, fields: dict[bytes, bytes]) -> Entry:
+        """Returns the entry of an id and the fields that Redis holds under it."""
+        place, mark, undone = log_id(stream_id), None, fields.get(b"u", b"")
+        if b"k" in fields and not undone:
+            consent = fields.get(b"c", b"")
+            purposes, forget = Purpose(int(consent)) if consent else None, fields.get(b"f") == b"1"
+            mark = Mark(place, fields[b"k"], purposes, forget, fields.get(b"b"))
         return cls(
             place,
-            found.get(b"s", b"").decode(),
-            found.get(b"e", b"").decode(),
-            found.get(b"r", b""),
-            found.get(b"p", b""),
-            found.get(b"x", b""),
+            fields.get(b"s", b"").decode(),
+            fields.get(b"e", b"").decode(),
+            fields.get(b"r", b""),
+            fields.get(b"p", b""),
+            fields.get(b"x", b""),
             mark,
             log_id(undone) if undone else 0,
-            b"n" not in found,
+            b"n" not in fields,
         )
 
 
 def sound(entries: Sequence[Entry]) -> tuple[list[Entry], int]:
-    """The entries that are events for a profile, and how many more would be, had their record not been damaged."""
+    """Returns the entries that are events for a profile, and the number left out because their record is damaged."""
     events = [entry for entry in entries if entry.personal and len(entry.record) == RECORD.itemsize]
     intact = verify(np.frombuffer(b"".join(entry.record for entry in events), RECORD)).tolist()
     return [entry for entry, whole in zip(events, intact, strict=True) if whole], intact.count(False)
@@ -138,7 +144,13 @@ def sound(entries: Sequence[Entry]) -> tuple[list[Entry], int]:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What an erasure did: everything up to `log_id` is refused from now on, so much was deleted."""
+    """The outcome of an erasure.
+
+    Attributes:
+        log_id: Its place in the log; everything up to here is refused from now on.
+        events: Number of events deleted.
+        impressions: Number of slates deleted.
+    """
 
     log_id: int
     events: int
@@ -146,18 +158,22 @@ class Erased:
 
 
 def appended_of(event: LoggedEvent, reply: Any) -> Appended:
-    """What became of an event, from the reply of `scripts.EVENT_APPEND`."""
+    """Returns the outcome of an event from the reply of `lua/log/event_append.lua`, or from the error in its place."""
     if isinstance(reply, ServingError):
         return Appended(0, error=reply)
-    if reply[0] == 0:
-        return Appended(log_id(reply[1]), False, event.record, personal=bool(reply[2]))
-    if reply[0] == 1:
-        return Appended(log_id(reply[1]), True, reply[2], personal=bool(reply[3]))
-    if reply[0] == 5:
-        return Appended(0, error=serving_error(reply_error(reply[1].decode()), EventLogUnavailable))
-    if reply[0] == 4:
-        reason = "the log holds more of this person than of anybody who is one; is it a bot? Raise user_cap if not"
-        return Appended(0, error=ResourceExhausted(reason, field="subject", retry_after_ms=HOUR_MS))
-    if reply[0] == 3:
-        return Appended(0, error=ConsentWithheld("this person allows none of its purposes: the event was not stored"))
-    return Appended(0, error=FailedPrecondition("this person was erased after the time of this event; do not send it"))
+    match reply:
+        case [0, place, personal]:
+            return Appended(log_id(place), False, event.record, personal=bool(personal))
+        case [1, place, record, personal]:
+            return Appended(log_id(place), True, record, personal=bool(personal))
+        case [5, message]:
+            return Appended(0, error=serving_error(reply_error(message.decode()), EventLogUnavailable))
+        case [4]:
+            reason = (
+                "subject has reached user_cap, the most log entries of one user; if it is not a bot, raise user_cap"
+            )
+            return Appended(0, error=ResourceExhausted(reason, field="subject", retry_after_ms=HOUR_MS))
+        case [3]:
+            reason = "the user allows none of its purposes, so the event was not stored"
+            return Appended(0, error=ConsentWithheld(reason))
+    return Appended(0, error=FailedPrecondition("the user was erased after the time of this event; do not send it"))

@@ -10,7 +10,7 @@ from features.records import RECORD
 from serving.redis.connection import ScriptCall
 from serving.redis.router import required
 from serving.stores.event_log import EventLog
-from serving.stores.keys import SEQUENCE_BITS, address_of, log_id, stream_id
+from serving.stores.keys import address_of, log_id, stream_id, time_of
 from serving.stores.log_entries import Erased
 from serving.stores.scripts import EVENT_ERASE, EVENT_UNDO
 
@@ -32,8 +32,8 @@ class LogErasure:
         """
         # Read before the script runs: afterwards no entry names their events any more.
         retries = self._retry_keys(subject)
-        erased = self._delete_unindexed(subject, *self._log.nodes.run(self._call(subject, 1)))
-        self._forget_retries(retries, erased.log_id >> SEQUENCE_BITS)
+        erased = self._delete_unindexed(subject, *self._log.router.run(self._call(subject, 1)))
+        self._forget_retries(retries, time_of(erased.log_id))
         return erased
 
     def newest_of(self, subject: str) -> bytes:
@@ -42,7 +42,7 @@ class LogErasure:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        return self._log.nodes.command("LINDEX", self._log.index_of(subject), -1) or b""
+        return self._log.router.command("LINDEX", self._log.index_of(subject), -1) or b""
 
     def start_afresh(self, subject: str, newest: bytes) -> Erased | None:
         """Deletes the user's events and impressions and refuses nothing: later ones begin a new history, however old.
@@ -57,7 +57,7 @@ class LogErasure:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        reply = self._log.nodes.run(self._call(subject, 0, newest))
+        reply = self._log.router.run(self._call(subject, 0, newest))
         return self._delete_unindexed(subject, *reply) if reply else None
 
     def undo(self, subject: str, log_id: int) -> None:
@@ -67,7 +67,7 @@ class LogErasure:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         keys = (self._log.keys_of(subject).events, self._log.index_of(subject))
-        self._log.nodes.run(ScriptCall(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
+        self._log.router.run(ScriptCall(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
 
     def erase_unnamed(self, partition: int, subject_hash: bytes, address: bytes) -> Erased:
         """Repeats an erasure of a user whose name no entry of the log tells: writes its mark again.
@@ -81,10 +81,10 @@ class LogErasure:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         keys = self._log.keys[partition]
-        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.people, keys.rules)
+        streams = (keys.events, keys.impressions, keys.index + b":", keys.erased, keys.consents, keys.controls)
         # By the keyed hash, and by the address for a log that has another key.
         replies = [
-            self._log.nodes.run(ScriptCall(EVENT_ERASE, streams, (subject_hash, address, refuse))) for refuse in (1, 0)
+            self._log.router.run(ScriptCall(EVENT_ERASE, streams, (subject_hash, address, refuse))) for refuse in (1, 0)
         ]
         return Erased(log_id(replies[-1][0]), 0, 0)
 
@@ -95,8 +95,8 @@ class LogErasure:
             EventLogUnavailable: Redis does not answer.
         """
         key = self._log.keys[partition].erased
-        times = required(self._log.nodes.run_all([("HGET", key, subject_hash) for subject_hash, _ in erasures]))
-        return [int(at or 0) < place >> SEQUENCE_BITS for (_, place), at in zip(erasures, times, strict=True)]
+        times = required(self._log.router.run_all([("HGET", key, subject_hash) for subject_hash, _ in erasures]))
+        return [int(at or 0) < time_of(place) for (_, place), at in zip(erasures, times, strict=True)]
 
     def names(self, partition: int, addresses: Collection[bytes]) -> dict[bytes, str]:
         """Finds the users of some addresses by the names in the streams of a partition; reads all of it.
@@ -115,15 +115,15 @@ class LogErasure:
 
     def _call(self, subject: str, *how: int | bytes) -> ScriptCall:
         log, keys = self._log, self._log.keys_of(subject)
-        names = (keys.events, keys.impressions, log.index_of(subject), keys.erased, keys.people, keys.rules)
-        return ScriptCall(EVENT_ERASE, names, (log.person(subject), address_of(subject), *how))
+        names = (keys.events, keys.impressions, log.index_of(subject), keys.erased, keys.consents, keys.controls)
+        return ScriptCall(EVENT_ERASE, names, (log.subject_hash(subject), address_of(subject), *how))
 
     def _delete_unindexed(self, subject: str, marker: bytes, events: int, impressions: int) -> Erased:
         """Deletes also what is older than the index: the script deletes what the index names."""
         keys = self._log.keys_of(subject)
         before = self._log.indexed_since(log_id(marker))
         deleted = [self._delete(stream, subject, before) for stream in (keys.events, keys.impressions)]
-        self._log.nodes.command("SREM", keys.returned, subject)
+        self._log.router.command("SREM", keys.returned, subject)
         return Erased(log_id(marker), events + deleted[0], impressions + deleted[1])
 
     def _delete(self, stream: bytes, subject: str, before: int) -> int:
@@ -131,7 +131,7 @@ class LogErasure:
         for entries in self._log.unindexed(stream, before):
             names = [stream_id(entry.log_id) for entry in entries if entry.subject == subject]
             if names:
-                deleted += int(self._log.nodes.command("XDEL", stream, *names))
+                deleted += int(self._log.router.command("XDEL", stream, *names))
         return deleted
 
     def _retry_keys(self, subject: str) -> dict[bytes, int]:
@@ -151,4 +151,4 @@ class LogErasure:
         """
         names = [name for name, timestamp in retries.items() if timestamp <= erased_at]
         for start in range(0, len(names), _KEYS_AT_ONCE):
-            self._log.nodes.command("DEL", *names[start : start + _KEYS_AT_ONCE])
+            self._log.router.command("DEL", *names[start : start + _KEYS_AT_ONCE])

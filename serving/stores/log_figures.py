@@ -17,7 +17,7 @@ _SAMPLES = 5
 
 @dataclass(frozen=True, slots=True)
 class ReaderFigures:
-    """How far a consumer group is in one stream.
+    """The progress of a consumer group in one stream.
 
     Attributes:
         group: Its name.
@@ -60,7 +60,7 @@ def stream_figures(log: EventLog) -> Iterator[StreamFigures]:
         requests: list[Request] = []
         for key in keys:
             requests += [("XLEN", key), ("MEMORY USAGE", key, "SAMPLES", _SAMPLES), ("XINFO GROUPS", key)]
-        replies = log.nodes.run_all(requests)
+        replies = log.router.run_all(requests)
         lengths, sizes = dict(enumerate(replies[::3])), dict(enumerate(replies[1::3]))
         # A stream that nothing was written to is an error for XINFO, and has no groups.
         groups = [
@@ -92,7 +92,7 @@ def _readers(
     for partition, group in groups:
         requests.append(("XPENDING", keys[partition], group["name"]))
         requests.append(("XRANGE", keys[partition], b"(" + group["last-delivered-id"], "+", "COUNT", 1))
-    replies = log.nodes.run_all(requests) if requests else []
+    replies = log.router.run_all(requests) if requests else []
     for (partition, group), pending, unread in zip(groups, replies[::2], replies[1::2], strict=True):
         if isinstance(pending, PenchantError) or isinstance(unread, PenchantError):
             continue

@@ -1,17 +1,15 @@
-"""What is fixed about a Redis when it is first used: its ids, and over how many partitions its data is spread."""
+"""Facts about a Redis that are fixed when it is first used: its ids, and its number of partitions."""
 
 from __future__ import annotations
 
 import logging
 import threading
 
+from features.subjects import PARTITIONS
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ServingError
 from serving.redis.client import Client
 from serving.redis.router import RedisRouter
 from serving.stores.keys import META
-
-PARTITIONS = 16
-"""Partitions of a new log if no number is configured."""
 
 _RETRY_S = 0.5
 _log = logging.getLogger(__name__)

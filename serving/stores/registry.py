@@ -52,15 +52,15 @@ class Copy:
 
     Attributes:
         copy_id: Its id.
-        kind: What it is.
+        kind: Its kind.
         host: Name of the host that registered it.
-        place: Where it lies there.
+        place: Its folder or address there.
         registered_at: When it was registered, ms.
         seen_at: When a process that has it was last heard of, ms; 0 for never.
         token: That process; "" after it has ended in order.
         kernel: The kernel that it runs on, `folder_identity.kernel_id`.
         pid: Its process id there.
-        state: What it said about itself.
+        state: Its state in its own words.
         retired_at: When it was declared gone for good, ms; 0 for a copy in use.
         own: True for the one of its kind that the log's consumer group fills.
     """
@@ -102,18 +102,18 @@ class Registry:
         self._log = log
 
     def copies(self, *kinds: Kind) -> list[Copy]:
-        """All copies, or those of some kinds, oldest first, retired ones included.
+        """Returns all copies, or those of some kinds, oldest first, retired ones included.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        fields = dict(self._log.nodes.scan(COPIES))
-        found = [_copy(name[5:].decode(), fields) for name in fields if name.startswith(b"fact:")]
-        found = [copy for copy in found if not kinds or copy.kind in kinds]
-        return sorted(found, key=lambda copy: (copy.registered_at, copy.copy_id))
+        fields = dict(self._log.router.scan(COPIES))
+        copies = [_copy(name[5:].decode(), fields) for name in fields if name.startswith(b"fact:")]
+        wanted = [copy for copy in copies if not kinds or copy.kind in kinds]
+        return sorted(wanted, key=lambda copy: (copy.registered_at, copy.copy_id))
 
     def get(self, copy_id: str) -> Copy | None:
-        """One copy, None if it is not registered.
+        """Returns one copy, None if it is not registered.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -121,7 +121,7 @@ class Registry:
         return next((copy for copy in self.copies() if copy.copy_id == copy_id), None)
 
     def own(self, kind: Kind) -> Copy | None:
-        """The one of a kind that the log's consumer group fills, None if there is none yet.
+        """Returns the one of a kind that the log's consumer group fills, None if there is none yet.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -134,7 +134,7 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        chosen = self._log.nodes.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{kind}", instead_of, copy_id)))
+        chosen = self._log.router.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{kind}", instead_of, copy_id)))
         return bytes(chosen).decode() == copy_id
 
     def register(self, kind: Kind, copy_id: str, place: str) -> None:
@@ -143,13 +143,13 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        known = self.get(copy_id)
+        registered = self.get(copy_id)
         now = self._log.now_ms()
-        since = known.registered_at if known and not known.retired_at else now
+        since = registered.registered_at if registered and not registered.retired_at else now
         fact = {"kind": kind, "host": host_name(), "place": place, "registered_at": since}
-        if known and known.retired_at:
-            self._log.nodes.command("HDEL", COPIES, f"retired:{copy_id}", at=COPIES)
-        if known is None or (known.host, known.place) != (fact["host"], place) or known.retired_at:
+        if registered and registered.retired_at:
+            self._log.router.command("HDEL", COPIES, f"retired:{copy_id}", at=COPIES)
+        if registered is None or (registered.host, registered.place) != (fact["host"], place) or registered.retired_at:
             self._set({f"fact:{copy_id}": json.dumps(fact)})
 
     def seen(self, copy_id: str, token: str, state: str) -> None:
@@ -158,9 +158,9 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        said: dict[str, Any] = {"at": self._log.now_ms(), "token": token, "state": state}
-        said |= {"kernel": kernel_id(), "pid": os.getpid()}
-        self._set({f"seen:{copy_id}": json.dumps(said)})
+        sign: dict[str, Any] = {"at": self._log.now_ms(), "token": token, "state": state}
+        sign |= {"kernel": kernel_id(), "pid": os.getpid()}
+        self._set({f"seen:{copy_id}": json.dumps(sign)})
 
     def forget(self, copy_id: str) -> None:
         """Removes a copy that is no more, such as a batch file that was deleted.
@@ -169,7 +169,7 @@ class Registry:
             EventLogUnavailable: Redis does not answer.
         """
         names = (f"fact:{copy_id}", f"seen:{copy_id}", f"retired:{copy_id}")
-        self._log.nodes.command("HDEL", COPIES, *names, at=COPIES)
+        self._log.router.command("HDEL", COPIES, *names, at=COPIES)
 
     def retire(self, copy_id: str) -> Copy:
         """Declares a copy gone for good; erasures wait for it no more. Returns it.
@@ -182,19 +182,19 @@ class Registry:
             ConfigError: It is in use.
             EventLogUnavailable: Redis does not answer.
         """
-        found = [copy for copy in self.copies() if copy_id and copy.copy_id.startswith(copy_id)]
-        if len(found) != 1:
-            raise NotFound(f"{len(found)} copies have an id that begins with {copy_id!r}: see penchant hosts")
-        copy, now = found[0], self._log.now_ms()
+        matches = [copy for copy in self.copies() if copy_id and copy.copy_id.startswith(copy_id)]
+        if len(matches) != 1:
+            raise NotFound(f"{len(matches)} copies have an id that begins with {copy_id!r}: see penchant hosts")
+        copy, now = matches[0], self._log.now_ms()
         if copy.alive(now):
             raise ConfigError(f"the {copy.kind} {copy.named()} is in use: stop the process that has it, then retire it")
         self._set({f"retired:{copy.copy_id}": str(now)})
         if copy.own:
-            self._log.nodes.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{copy.kind}", copy.copy_id, "")))
-        return next(one for one in self.copies() if one.copy_id == copy.copy_id)
+            self._log.router.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{copy.kind}", copy.copy_id, "")))
+        return next(copy for copy in self.copies() if copy.copy_id == matches[0].copy_id)
 
     def now_ms(self) -> int:
-        """The clock that signs of life are dated by.
+        """Returns the time, ms, by the clock that dates signs of life.
 
         Raises:
             EventLogUnavailable: Redis does not answer.
@@ -203,16 +203,16 @@ class Registry:
 
     def _set(self, fields: Mapping[str, str]) -> None:
         words = [word for pair in fields.items() for word in pair]
-        self._log.nodes.run(ScriptCall(HASH_SET, (COPIES,), tuple(words)))
+        self._log.router.run(ScriptCall(HASH_SET, (COPIES,), tuple(words)))
 
 
 class Claim:
-    """Finds out, over several looks, whether a folder whose copy is in use is that very folder, or a copy of it."""
+    """Tells, over several looks, if a folder whose copy is in use is that very folder or a copy of it."""
 
     def __init__(self) -> None:
         self._first, self._unlike = "", 0
 
-    def verdict(self, folder: Path, known: Copy | None, now_ms: int) -> Literal["free", "busy", "copied"]:
+    def verdict(self, folder: Path, copy: Copy | None, now_ms: int) -> Literal["free", "busy", "copied"]:
         """Looks once.
 
         Returns:
@@ -222,18 +222,18 @@ class Claim:
         Raises:
             ConfigError: Its identity is damaged.
         """
-        if known is None or not known.alive(now_ms):
+        if copy is None or not copy.alive(now_ms):
             self._first, self._unlike = "", 0
             return "free"
         identity = read_identity(folder)
-        if identity is None or identity.process != known.process:
+        if identity is None or identity.process != copy.process:
             return "copied"
-        if known.token in (self._first, "") or not self._first:
-            self._first = self._first or known.token
+        if copy.token in (self._first, "") or not self._first:
+            self._first = self._first or copy.token
             return "busy"
         # The process that has it has changed its token since: it is here in a moment, or never.
-        self._unlike = 0 if identity.token == known.token else self._unlike + 1
-        self._first = known.token if not self._unlike else self._first
+        self._unlike = 0 if identity.token == copy.token else self._unlike + 1
+        self._first = copy.token if not self._unlike else self._first
         return "copied" if self._unlike > _LOOKS else "busy"
 
 
@@ -243,23 +243,23 @@ class Heartbeat:
     def __init__(self, registry: Registry) -> None:
         """Takes the register; `say` begins."""
         self._registry = registry
-        self._said: dict[str, tuple[Path | None, FolderIdentity, str]] = {}
+        self._states: dict[str, tuple[Path | None, FolderIdentity, str]] = {}
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def say(self, folder: Path | None, identity: FolderIdentity, state: str) -> None:
-        """Says what a copy is doing, now and every `BEAT_S` from now on.
+        """Registers the state of a copy, now and every `BEAT_S` from now on.
 
         Args:
             folder: Its folder, which holds the identity already; None for a copy that is no folder.
             identity: Its id and the token of this process.
-            state: What it is doing.
+            state: Its state, such as "writes".
 
         Raises:
             EventLogUnavailable: Redis does not answer; it is said later.
         """
         with self._lock:
-            self._said[identity.copy_id] = folder, identity, state
+            self._states[identity.copy_id] = folder, identity, state
         if self._thread is None:
             self._over = threading.Event()
             self._thread = threading.Thread(target=self._run, args=(self._over,), name="heartbeat", daemon=True)
@@ -267,60 +267,60 @@ class Heartbeat:
         self._registry.seen(identity.copy_id, identity.token, state)
 
     def restate(self, copy_id: str, state: str) -> None:
-        """Says from the next sign of life on that a copy is doing something else."""
+        """Changes the state of a copy from the next sign of life on."""
         with self._lock:
-            if copy_id in self._said:
-                folder, identity, _ = self._said[copy_id]
-                self._said[copy_id] = folder, identity, state
+            if copy_id in self._states:
+                folder, identity, _ = self._states[copy_id]
+                self._states[copy_id] = folder, identity, state
 
     def has(self, copy_id: str) -> bool:
         """Returns True if this process has a copy."""
-        return copy_id in self._said
+        return copy_id in self._states
 
     def end(self, state: str = "stopped") -> None:
-        """Says that the process ends: its copies are free at once. Where that cannot be said, their leases run out."""
+        """Ends all copies of the process, which are free at once; without Redis their leases run out."""
         self._over.set()
         if self._thread:
             self._thread.join(_END_S)
             if self._thread.is_alive():  # a Redis that hangs keeps no process from ending
                 _log.warning("the leases of this process run out by themselves: Redis does not answer")
-                self._said, self._thread = {}, None
+                self._states, self._thread = {}, None
                 return
-        for copy_id, (_, identity, _) in self._said.items():
+        for copy_id, (_, identity, _) in self._states.items():
             _tried(partial(self._leave, copy_id, identity, state))
-        self._said.clear()
+        self._states.clear()
         self._thread = None
 
     def _leave(self, copy_id: str, identity: FolderIdentity, state: str) -> None:
-        known = self._registry.get(copy_id)
-        if known and known.process == identity.process:  # else another process has it already
+        copy = self._registry.get(copy_id)
+        if copy and copy.process == identity.process:  # else another process has it already
             self._registry.seen(copy_id, "", state)
 
     def _run(self, over: threading.Event) -> None:
         while not over.wait(BEAT_S):
             with self._lock:
-                names = list(self._said)
+                names = list(self._states)
             for name in names:
                 _tried(partial(self._beat, name))
 
     def _beat(self, copy_id: str) -> None:
         with self._lock:
-            if copy_id not in self._said:  # ended meanwhile
+            if copy_id not in self._states:  # ended meanwhile
                 return
-            folder, identity, state = self._said[copy_id]
+            folder, identity, state = self._states[copy_id]
             if folder:
-                held = read_identity(folder)
-                if held is None or held.process != identity.process:
-                    del self._said[copy_id]  # another process has taken it
+                current = read_identity(folder)
+                if current is None or current.process != identity.process:
+                    del self._states[copy_id]  # another process has taken it
                     return
                 identity = identity.next()
                 write_identity(folder, identity)
-                self._said[copy_id] = folder, identity, state
+                self._states[copy_id] = folder, identity, state
         self._registry.seen(copy_id, identity.token, state)
 
 
 def _tried(work: Callable[[], None]) -> None:
-    """Does what can wait for the next time; who reads and writes the log says that it does not answer."""
+    """Does what can wait for the next time; other users of the log report that Redis does not answer."""
     try:
         work()
     except (PenchantError, OSError) as error:
@@ -330,18 +330,18 @@ def _tried(work: Callable[[], None]) -> None:
 def _copy(copy_id: str, fields: Mapping[bytes, bytes]) -> Copy:
     name = copy_id.encode()
     fact: dict[str, Any] = json.loads(fields[b"fact:" + name])
-    seen: dict[str, Any] = json.loads(fields.get(b"seen:" + name, b"{}"))
+    sign: dict[str, Any] = json.loads(fields.get(b"seen:" + name, b"{}"))
     return Copy(
         copy_id,
         fact["kind"],
         fact["host"],
         fact["place"],
         fact["registered_at"],
-        seen.get("at", 0),
-        seen.get("token", ""),
-        seen.get("kernel", ""),
-        seen.get("pid", 0),
-        seen.get("state", ""),
+        sign.get("at", 0),
+        sign.get("token", ""),
+        sign.get("kernel", ""),
+        sign.get("pid", 0),
+        sign.get("state", ""),
         int(fields.get(b"retired:" + name, 0)),
         fields.get(b"own:" + fact["kind"].encode()) == name,
     )

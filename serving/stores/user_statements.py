@@ -61,9 +61,9 @@ class UserStatements:
             EventLogUnavailable: Redis does not answer.
         """
         requests: list[Request] = [
-            ("HGET", self._log.keys_of(subject).people, address_of(subject)) for subject in subjects
+            ("HGET", self._log.keys_of(subject).consents, address_of(subject)) for subject in subjects
         ]
-        return [_consent(value, self._log.default) for value in required(self._log.nodes.run_all(requests))]
+        return [_consent(value, self._log.default) for value in required(self._log.router.run_all(requests))]
 
     def controls(self, subject: str) -> StatedControls | None:
         """Returns the controls of a user, None if they never set any.
@@ -71,7 +71,7 @@ class UserStatements:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        value = self._log.nodes.command("HGET", self._log.keys_of(subject).rules, address_of(subject))
+        value = self._log.router.command("HGET", self._log.keys_of(subject).controls, address_of(subject))
         return None if value is None else _controls(value)
 
     def state(
@@ -96,10 +96,10 @@ class UserStatements:
         address, keys = address_of(subject), self._log.keys_of(subject)
         consent = b"" if purposes is None else b"%d" % purposes
         call = ScriptCall(
-            USER_MARK, (keys.events, keys.people, keys.rules), (address, consent, int(forget), *(controls or ()))
+            USER_MARK, (keys.events, keys.consents, keys.controls), (address, consent, int(forget), *(controls or ()))
         )
         encoded = None if controls is None else controls[0]
-        return Mark(log_id(self._log.nodes.run(call)), address, purposes, forget, encoded)
+        return Mark(log_id(self._log.router.run(call)), address, purposes, forget, encoded)
 
     def partition_of(self, subject: str) -> int:
         """Returns the partition of a user."""
@@ -112,7 +112,7 @@ class UserStatements:
             EventLogUnavailable: Redis does not answer.
         """
         for partition, keys in enumerate(self._log.keys):
-            for address, value in self._log.nodes.scan(keys.people):
+            for address, value in self._log.router.scan(keys.consents):
                 yield partition, address, _consent(value, self._log.default)
 
     def every_control(self) -> Iterator[tuple[int, bytes, StatedControls]]:
@@ -122,7 +122,7 @@ class UserStatements:
             EventLogUnavailable: Redis does not answer.
         """
         for partition, keys in enumerate(self._log.keys):
-            for address, value in self._log.nodes.scan(keys.rules):
+            for address, value in self._log.router.scan(keys.controls):
                 yield partition, address, _controls(value)
 
 

@@ -1,4 +1,4 @@
-"""How far the warehouse has written each stream of the log, whichever folder it writes to.
+"""Positions up to which the warehouse has written each stream of the log, whichever folder it writes to.
 
 The log remembers it, because a folder may be an old copy of itself: files that go less far than the log says have lost
 entries that are delivered to no one again.
@@ -31,7 +31,7 @@ class WarehousePositions:
         requests: list[Request] = [("HMGET", _key(partition), *streams) for partition in partitions]
         return [
             {stream: int(value) if value else None for stream, value in zip(streams, values, strict=True)}
-            for values in required(self._log.nodes.run_all(requests))
+            for values in required(self._log.router.run_all(requests))
         ]
 
     def note(self, positions: Mapping[int, Mapping[str, int]]) -> None:
@@ -44,7 +44,7 @@ class WarehousePositions:
             ScriptCall(HASH_SET, (_key(partition),), tuple(word for pair in streams.items() for word in pair))
             for partition, streams in positions.items()
         ]
-        required(self._log.nodes.run_all(calls))
+        required(self._log.router.run_all(calls))
 
     def forget(self, partitions: Iterable[int]) -> None:
         """Forgets all positions of some partitions.
@@ -53,7 +53,7 @@ class WarehousePositions:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
         for partition in partitions:
-            self._log.nodes.command("DEL", _key(partition))
+            self._log.router.command("DEL", _key(partition))
 
 
 def _key(partition: int) -> bytes:

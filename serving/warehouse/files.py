@@ -34,10 +34,10 @@ from features.spans import SPANS, Spans, read_spans
 from features.subjects import subject_of
 from features.tables.dataset import read_info
 from serving.errors import Unavailable
+from serving.files import locked
 from serving.folder_identity import FolderIdentity, read_identity, write_identity
 from serving.privacy.ledger import Erasure
-from serving.redis.embedded import locked
-from serving.stores.keys import SEQUENCE_BITS, address_of
+from serving.stores.keys import SEQUENCE_BITS, address_of, time_of
 from serving.warehouse.tables import EVENT_ROWS, IMPRESSION_ROWS, SEARCH_ROWS, daily, sessions
 
 TABLES = {"events": EVENT_ROWS, "searches": SEARCH_ROWS, "impressions": IMPRESSION_ROWS}
@@ -427,7 +427,7 @@ def by_day(log_ids: Sequence[int]) -> Iterator[slice]:
 
 
 def _day(log_id: int) -> date:
-    return datetime.fromtimestamp((log_id >> SEQUENCE_BITS) // 1000, UTC).date()
+    return datetime.fromtimestamp(time_of(log_id) // 1000, UTC).date()
 
 
 def _first_log_id(directory: str, after_days: int) -> int:

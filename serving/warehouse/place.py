@@ -10,6 +10,7 @@ import logging
 
 from serving.errors import ConfigError, InUse
 from serving.folder_identity import FolderIdentity, new_id, read_identity, write_identity
+from serving.stores.consumer_group import has_acknowledged
 from serving.stores.event_log import EventLog
 from serving.stores.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse.files import WarehouseFiles
@@ -81,7 +82,7 @@ class WarehousePlace:
             raise self._refused(own, identity)
         new = not self._files.holds_rows() and not self._files.info()
         # Where a warehouse was registered and then retired, the next one goes on with what it had not acknowledged.
-        if new and not self._registry.copies("warehouse") and self._was_read():
+        if new and not self._registry.copies("warehouse") and has_acknowledged(self._log, GROUP):
             raise OtherPlace(
                 f"a warehouse has written a part of this log already, and {self._files.out} holds nothing of it: give "
                 "the folder that has it as warehouse_dir; if that is gone for good, let penchant warehouse --forget "
@@ -105,16 +106,6 @@ class WarehousePlace:
             f"{self._files.out.absolute()} is a copy of the warehouse {known.named()}, which is in use: one log fills "
             "one folder. Remove the copy, or set warehouse: false here"
         )
-
-    def _was_read(self) -> bool:
-        """Returns True if the consumer group has acknowledged an entry of some partition."""
-        for keys in self._log.keys:
-            for stream in (keys.events, keys.impressions):
-                for group in self._log.groups(stream):
-                    read = group["entries-read"] or int(group["last-delivered-id"] != b"0-0")
-                    if group["name"] == GROUP.encode() and read > group["pending"]:
-                        return True
-        return False
 
 
 def register_rows(registry: Registry, files: WarehouseFiles, identity: FolderIdentity | None) -> str:

@@ -19,7 +19,7 @@ from features.subjects import user_id_of
 from features.tables.order import codes
 from features.tables.schema import EVENTS, IMPRESSIONS
 from serving.stores import log_codec
-from serving.stores.keys import SEQUENCE_BITS
+from serving.stores.keys import time_of
 from serving.stores.log_entries import Entry
 
 SESSION_GAP_MS = 30 * 60_000
@@ -158,7 +158,7 @@ def _event(entry: Entry, record: Any, said: dict[str, Any]) -> dict[str, Any]:
         "event_type": said["event_type"],
         "timestamp": said["timestamp"],
         "log_id": entry.log_id,
-        "ingested_at": entry.log_id >> SEQUENCE_BITS,
+        "ingested_at": time_of(entry.log_id),
         "attributes": _attributes(said),
         "category_key": int(record["category"]),
         "creator_key": int(record["creator"]),

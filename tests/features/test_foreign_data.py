@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from features.arrays import pc
 from features.catalog_columns import columns_of
 from features.errors import TablesError
-from features.tables.dataset import Dataset, Loaded, conform, open_dataset, read_table
+from features.tables.dataset import Dataset, LoadedTable, conform, open_dataset, read_table
 from features.tables.files import find_files, table_path
 from features.tables.intake import lines
 from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
@@ -60,12 +60,12 @@ def shop(folder: Path, *, events: dict[str, Any] | None = None, **items: Any) ->
     return open_dataset(folder)
 
 
-def items(**columns: Any) -> Loaded:
+def items(**columns: Any) -> LoadedTable:
     length = len(next(iter(columns.values())))
     return conform(pa.table({"item_id": [f"g{n}" for n in range(length)]} | columns), ITEMS, ITEMS_REQUIRED, "f")
 
 
-def shown(loaded: Loaded | Dataset, now_ms: int = 1_700_000_000_000) -> list[bool]:
+def shown(loaded: LoadedTable | Dataset, now_ms: int = 1_700_000_000_000) -> list[bool]:
     """The items that a catalogue made of the table may show."""
     table = loaded.items if isinstance(loaded, Dataset) else loaded.table
     available = table["available"].to_pylist()

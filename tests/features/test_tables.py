@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from features.errors import TablesError
 from features.tables.conform import Rejected, Unread
-from features.tables.dataset import Loaded, conform, open_dataset, read_table, write_dataset
+from features.tables.dataset import LoadedTable, conform, open_dataset, read_table, write_dataset
 from features.tables.files import table_path
 from features.tables.order import fingerprint, order_events
 from features.tables.schema import (
@@ -39,7 +39,7 @@ NOON = 1_600_000_000_000  # ms; 2020-09-13 12:26:40 UTC
 GOOD = {"user_id": "u", "item_id": "i", "event_type": "like", "timestamp": NOON}
 
 
-def events(**columns: Any) -> Loaded:
+def events(**columns: Any) -> LoadedTable:
     """The good event, once per value of the columns given, which replace its own."""
     length = len(next(iter(columns.values())))
     rows = {name: [value] * length for name, value in GOOD.items()} | columns
@@ -48,7 +48,7 @@ def events(**columns: Any) -> Loaded:
     return conform(pa.table(rows), EVENTS, EVENTS_REQUIRED, "f")
 
 
-def reasons(loaded: Loaded) -> list[tuple[int, str]]:
+def reasons(loaded: LoadedTable) -> list[tuple[int, str]]:
     return [(r.row, r.reason) for r in loaded.rejected]
 
 

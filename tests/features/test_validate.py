@@ -100,7 +100,7 @@ DEFECTS = {
         "unexplained_outcomes",
         "not in the slate",
     ),
-    "somebody else's slate": (lambda rows: each(rows, 50, user_id="p99"), "unexplained_outcomes", "another person"),
+    "somebody else's slate": (lambda rows: each(rows, 50, user_id="p99"), "unexplained_outcomes", "another user"),
     "an outcome before its slate": (
         lambda rows: each(rows, 1, timestamp=lambda row: row["timestamp"] - 62_000, position=None),
         "unexplained_outcomes",

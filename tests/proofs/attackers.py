@@ -207,7 +207,7 @@ def declaring(declared: int, sent: int, calls: int = 32) -> Attack:
 
 
 def unread(path: str, body: bytes, calls: int = 1000, end: bool = True) -> Attack:
-    """Requests whose answers nobody reads: the windows of the streams are closed."""
+    """Requests whose answers are never read: the windows of the streams are closed."""
 
     def attack(wire: Wire, stop: Stop) -> None:
         while not stop() and not wire.closed:

@@ -3,7 +3,7 @@
     python -m tests.proofs.attacks [--seconds 60] [--connections 1 40] [--settle 10] [--only NAME ...]
 
 Each attack of `tests.proofs.attackers` runs in a process of its own against a service with one worker, once open to
-everybody and once with TLS and a token that the attackers do not have. Meanwhile well-behaved clients recommend and
+all callers and once with TLS and a token that the attackers do not have. Meanwhile well-behaved clients recommend and
 check the health, over connections that last and over new ones. In the end a server without bounds is attacked, as a
 control: it is a failure if that does no harm. The last line of stdout is one JSON object.
 """
@@ -47,7 +47,7 @@ CONTROLS = ("open calls", "open health checks", "unread lists")
 
 @dataclass
 class Target:
-    """What is attacked: its address, a process id of it, and what a caller needs."""
+    """The service under attack: its address, a process id, and the needs of a caller."""
 
     listen: str
     pid: int
@@ -65,7 +65,7 @@ class Target:
 
     def client(self) -> Client:
         """A client of it."""
-        roots = Path(self.authority) if self.authority else None
+        roots = Path(self.authority).read_bytes() if self.authority else None
         address = self.listen.replace("127.0.0.1", "localhost") if self.authority else self.listen
         return Client(address, channels=2, timeout_s=DEADLINE_S, token=self.token or None, root_certificates=roots)
 
@@ -78,7 +78,7 @@ class Target:
 
 @dataclass
 class Outcome:
-    """What an attack did."""
+    """The effect of an attack."""
 
     attack: str
     connections: int

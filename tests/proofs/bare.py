@@ -29,7 +29,8 @@ from serving.services.reception.executor import Reception
 
 NONE = Bounds(
     calls=1 << 20,
-    sending=1 << 20,
+    receiving=1 << 20,
+    waiting=1 << 20,
     message_s=1e9,
     bytes_in_hand=1 << 40,
     unread=1 << 40,

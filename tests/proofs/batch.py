@@ -208,7 +208,7 @@ def _split_arms(answers: dict[str, Answer], merged: Sequence[tuple[str, str]]) -
 
 
 def _in_the_warehouse(warehouse: Path, batch: Sequence[dict[str, Any]], logged: int) -> list[str]:
-    """What the Parquet says of the batch otherwise than its file."""
+    """Returns the differences of the Parquet from the file of the batch."""
 
     def slates() -> list[dict[str, Any]]:
         columns = ["request_id", "user_id", "item_ids", "arm", "rung", "method", "channel", "page_size"]

@@ -1,4 +1,4 @@
-"""What a sound bundle is, in plain pyarrow, numpy, onnx and FAISS: shares no code with the checks of serving."""
+"""The definition of a sound bundle, in plain pyarrow, numpy, onnx and FAISS: no code is shared with serving."""
 
 from __future__ import annotations
 

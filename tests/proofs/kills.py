@@ -5,7 +5,7 @@
 The service, its workers, the projector, the process that writes Parquet and both Redis are processes of their own and
 get SIGKILL; all start again on the data they left. The clients live in this process, which is never killed, and write
 each acknowledgement into a file. In the end that file is compared with the log, with every profile (which must be, bit
-for bit, the fold of its person's events in log order) and with the Parquet.
+for bit, the fold of its user's events in log order) and with the Parquet.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from serving.stores.event_log import EventLog
 from serving.stores.log_entries import Entry
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.writer import GROUP
+from tests.proofs.threads import WorkerThreads
 from tests.serving.faults import insist, kill, wait_until
 from tests.world import publish_world
 
 ROOT = Path(__file__).parents[2]
 PARTITIONS = 4
-PEOPLE = 500
+USERS = 500
 BATCH = 100
 SENDERS = 4
 PATIENCE_S = 300.0
 AGAIN = {grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]}
 VICTIMS = {"worker": 6, "service": 2, "projector": 4, "sink": 4, "events": 2, "profiles": 2}
-"""What is killed, and how often beside the others."""
+"""The processes that are killed, and their weights."""
 
 SERVE = (
     "import json, sys; from serving.processes.supervisor import serve; from serving.config import ServeConfig; "
@@ -74,7 +75,7 @@ HASTY_SINK = (
     "    return seen\n"
     "w._Intake.read = hasty\n" + SINK.replace("flush_s=0.5", "flush_s=5.0")
 )
-"""The control: it acknowledges what it has read before it is written."""
+"""The control: it acknowledges entries before it writes them."""
 
 
 class ProofError(AssertionError):
@@ -138,50 +139,43 @@ class Victim:
             self._process.wait(seconds)
 
 
-class Senders:
-    """Clients that send events at a rate, repeat what was not answered, and write down what was."""
+class Senders(WorkerThreads):
+    """Clients that send events at a rate, repeat unacknowledged ones, and write the others into a ledger."""
 
     def __init__(self, target: str, ledger: Path, rate: float, prefix: str = "") -> None:
-        """Takes the service, the file of what was acknowledged, how many events a second to send, and their prefix."""
+        """Takes the service, the file of acknowledged events, events to send a second, and the prefix of their ids."""
+        super().__init__(SENDERS)
         self._prefix = prefix
         self.sent = self.acknowledged = self.retries = 0
         self.failed: list[BaseException] = []
         self._given_up = False
         self._target, self._every_s = target, BATCH * SENDERS / rate
         self._ledger: TextIO = ledger.open("w")
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._threads = [threading.Thread(target=self._send, args=(number,)) for number in range(SENDERS)]
         self.begun = time.monotonic()
 
-    def __enter__(self) -> Senders:
-        for thread in self._threads:
-            thread.start()
-        return self
-
     def __exit__(self, kind: object, *_: object) -> None:
-        self._given_up = kind is not None  # nobody keeps the service any more
+        self._given_up = kind is not None  # the service is no longer kept running
         self.stop()
 
     def stop(self) -> None:
-        """Sends nothing new; returns when all that was sent is acknowledged."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        """Sends nothing new; returns when all sent events are acknowledged."""
+        super().stop()
         self._ledger.close()
 
-    def _send(self, number: int) -> None:
+    def work(self, number: int) -> None:
+        """Sends batches at the rate of one client, and repeats each until all its events are acknowledged."""
         rng = random.Random(number)
         due = time.monotonic()
         try:
             with Client(self._target, channels=2, timeout_s=5.0) as client:
                 for batch in itertools.count():
                     due += self._every_s
-                    # Behind the schedule it does not wait: what a fault has delayed is sent all the same.
-                    if self._stop.wait(max(due - time.monotonic(), 0.0)):
+                    # Behind the schedule it does not wait: events that a fault has delayed are sent nevertheless.
+                    if self.stopping.wait(max(due - time.monotonic(), 0.0)):
                         return
                     names = [f"{self._prefix}{number}-{batch}-{place}" for place in range(BATCH)]
                     events = [self._event(rng, name) for name in names]
-                    with self._lock:
+                    with self.lock:
                         self.sent += len(events)
                     while events and not self._given_up:
                         events = self._try(client, events)
@@ -191,14 +185,14 @@ class Senders:
 
     def _event(self, rng: random.Random, name: str) -> Any:
         kind = rng.choice(["view_item", "like", "select_item"])
-        return event(f"p{rng.randrange(PEOPLE)}", f"i{rng.randrange(40)}", kind, event_id=name)
+        return event(f"p{rng.randrange(USERS)}", f"i{rng.randrange(40)}", kind, event_id=name)
 
     def _try(self, client: Client, events: list[Any]) -> list[Any]:
         """Sends events once; those that were not acknowledged."""
         try:
             statuses = client.ingest(events)
         except grpc.RpcError:
-            with self._lock:
+            with self.lock:
                 self.retries += 1
             time.sleep(0.05)
             return events
@@ -210,7 +204,7 @@ class Senders:
                 left.append(one)
             else:
                 raise ProofError(f"an event was refused: {status.message}")
-        with self._lock:
+        with self.lock:
             self.acknowledged += len(lines)
             self._ledger.write("".join(lines))
             self._ledger.flush()
@@ -291,7 +285,7 @@ def compare(
 
     Args:
         ledger: Event id -> log id of what was acknowledged.
-        entries: The log's events by person, in log order.
+        entries: The log's events by subject, in log order.
         store: The profiles.
         rows: Event id and log id of each row of the Parquet.
     """
@@ -321,12 +315,12 @@ def compare(
 
 
 def _bytes(profile: Profile) -> tuple[bytes, bytes, int]:
-    """What must be the same, bit for bit."""
+    """Returns the parts of a profile that must be the same, bit for bit."""
     return profile.records.tobytes(), profile.older_items.tobytes(), profile.version
 
 
 def logged(log: EventLog) -> dict[str, list[Entry]]:
-    """The events of a log by person, in log order."""
+    """Returns the events of a log by subject, in log order."""
     found: dict[str, list[Entry]] = {}
     for partition in range(log.partitions):
         after = 0
@@ -425,7 +419,7 @@ def _last_words(folder: Path) -> str:
 
 
 def held(said: dict[str, Any]) -> bool:
-    """Whether nothing was lost or doubled."""
+    """Returns True if nothing was lost or doubled."""
     return not any(number for what in ("lost", "doubled") for number in said[what].values())
 
 

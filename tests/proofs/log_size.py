@@ -1,4 +1,4 @@
-"""What an event and a slate cost: bytes of the events Redis, of its file, of Parquet; and that the memory levels off.
+"""The cost of an event and a slate: bytes of the events Redis, of its file, of Parquet; and that the memory levels off.
 
     python -m tests.proofs.log_size [ENTRIES [SECONDS]]
 
@@ -133,7 +133,7 @@ def level(folder: Path, seconds: float, trims: bool) -> dict[str, Any]:
 
 
 def trimming(folder: Path, entries: int) -> dict[str, Any]:
-    """How long others wait behind a step of trimming, at most, and how much goes in a second."""
+    """Returns the longest wait of other commands for a step of trimming, and the entries trimmed in a second."""
     with RedisServer(folder / "trim", "events") as server, connect(server.url, 30) as client:
         assert isinstance(client, redis.Redis)
         log = EventLog(client, 1, times=LogRetention(0, 0, True))

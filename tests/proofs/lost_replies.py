@@ -31,7 +31,7 @@ from serving.stores.log_entries import LoggedEvent
 from serving.stores.profiles import ProfileStore
 
 PARTITIONS = 4
-PEOPLE = 20
+USERS = 20
 FUTURE = 4_000_000_000_000
 NOBODY = "u:nobody"
 WRITES = (b"EVALSHA", b"XADD")
@@ -58,7 +58,7 @@ class LossyProxy:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address of the proxy."""
         return f"unix://{self.path}"
 
     def lose(self, replies: int) -> None:
@@ -87,7 +87,7 @@ class LossyProxy:
             threading.Thread(target=self._serve, args=(caller, server), daemon=True).start()
 
     def _serve(self, caller: socket.socket, server: socket.socket) -> None:
-        """Passes on what the two say, in turns, until one of them closes or a reply is swallowed."""
+        """Forwards the bytes of both sides, alternating, until one of them closes or a reply is swallowed."""
         writes = False
         with caller, server, contextlib.suppress(OSError):
             while True:
@@ -141,7 +141,7 @@ def lost_replies(count: int = 1000, bare: int = 20) -> dict[str, Any]:
             duplicates += _append(log, before_log, one, told)
         found = Counter(entry.event_id for partition in range(PARTITIONS) for entry in _all(log, partition))
         applied = _apply_all(log, store, before_store)
-        counts = {f"u:{who}": store.read(f"u:{who}").count for who in range(PEOPLE)}
+        counts = {f"u:{who}": store.read(f"u:{who}").count for who in range(USERS)}
         return {
             "events": count,
             "lost_replies": {"log": before_log.lost, "profile": before_store.lost},
@@ -161,7 +161,7 @@ def lost_replies(count: int = 1000, bare: int = 20) -> dict[str, Any]:
 
 def _event(number: int) -> LoggedEvent:
     record = make_records(number + 2, 0, 0, FUTURE, np.nan, 1).tobytes()
-    return LoggedEvent(f"u:{number % PEOPLE}" if number >= 0 else NOBODY, f"e{number}", record, b"{}")
+    return LoggedEvent(f"u:{number % USERS}" if number >= 0 else NOBODY, f"e{number}", record, b"{}")
 
 
 def _append(log: EventLog, proxy: LossyProxy, one: LoggedEvent, told: Counter[str]) -> bool:
@@ -198,7 +198,7 @@ def _apply_all(log: EventLog, store: ProfileStore, proxy: LossyProxy) -> int:
 
 
 def _bare(server: RedisServer, proxy: LossyProxy, count: int) -> dict[str, int]:
-    """What a default client makes of as many bare XADD whose first reply is lost."""
+    """Returns the results of a default client for bare XADDs whose first reply is lost."""
     before = proxy.lost
     with redis.Redis(unix_socket_path=str(proxy.path)) as client:  # from_url would not retry
         for number in range(count):

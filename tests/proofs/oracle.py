@@ -1,6 +1,6 @@
-"""What a profile and the models' inputs have to be, in plain Python: slow, obvious, and nothing of it shared.
+"""The expected profile and inputs of the models, in plain Python: slow, obvious, sharing no code.
 
-Neither `features/profile.py` nor `features/assemble.py` is used here; keys are hashed anew from the texts of events.
+Neither `features/profile.py` nor `features/assemble.py` is used here; keys are hashed again from the texts of events.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def key(text: str) -> int:
 
 
 def record(event: Told) -> bytes:
-    """What is stored of an event."""
+    """The stored part of an event."""
     value = math.nan if event.value is None else event.value
     body = struct.pack(
         "<QQQqfI", key(event.item), key(event.category), key(event.creator), event.timestamp, value, crc(event.kind)
@@ -55,7 +55,7 @@ def crc(kind: str) -> int:
 
 
 def state(events: Sequence[Told], ring: int, cap: int, rooms: Mapping[str, int]) -> dict[str, Any]:
-    """What is remembered after these events, one by one: `count`, `records`, `evicted` and `past`."""
+    """Returns the profile after these events, one by one: `count`, `records`, `evicted` and `past`."""
     kept: list[Told] = []
     evicted: list[int] = []
     for event in events:
@@ -78,7 +78,7 @@ def state(events: Sequence[Told], ring: int, cap: int, rooms: Mapping[str, int])
 
 @dataclass
 class Past:
-    """What all events add up to: `counts` by kind and key, as they were when the half-life of the newest began."""
+    """Returns the sums of all events: `counts` by kind and key, as they were when the half-life of the newest began."""
 
     newest: int = 0
     began: int = 0
@@ -97,7 +97,7 @@ class Past:
 
 
 def past_of(events: Sequence[Told], rooms: Mapping[str, int]) -> Past:
-    """What these events add up to, with room for so many keys of each kind."""
+    """Returns the sums of these events, with room for so many keys of each kind."""
     past = Past()
     for event in events:
         if not event.item:
@@ -162,7 +162,7 @@ def reads(event: Told, types: Sequence[str]) -> bool:
 def ranker(
     past: Sequence[Told], lasts: Past, item: Mapping[str, str], now_ms: int, types: Sequence[str]
 ) -> dict[str, float]:
-    """What the ranker reads of a past for an item, by name; `item` has `item_id`, `category` and `creator`."""
+    """Returns the ranker's features of a history for an item, by name, from its id, category and creator."""
     weights = [0.5 ** (age / HALF_LIFE) for age in range(len(past))][::-1]
     weights = [weight * reads(event, types) for weight, event in zip(weights, past, strict=True)]
     total = math.nan if not past else sum_in_order(weights)
@@ -184,7 +184,7 @@ def ranker(
 def lasting(
     ring: Sequence[Told], past: Past, item: Mapping[str, str], now_ms: int, types: Sequence[str]
 ) -> dict[str, float]:
-    """What the decayed counts and the visit say of an item."""
+    """Returns the features of an item from the decayed counts and the visit."""
     found = {}
     for name in ("category", "creator"):
         cell = past.at(name, now_ms).get(key(item[name]) or -1, [0.0] * 3)

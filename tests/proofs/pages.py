@@ -134,7 +134,7 @@ HARD_CASES = st.builds(
 
 @dataclass
 class Tally:
-    """What the examples were like, so that a proof of nothing shows."""
+    """Counts of the kinds of examples, so that a proof of nothing shows."""
 
     pages: Counter[str] = field(default_factory=Counter)
 
@@ -168,7 +168,7 @@ class Served:
         columns.available_until[:count] = np.where(~shown & (how == 1), now - 1000, now + _HOUR_MS)
         columns.available_from[:count] = np.where(~shown & (how == 2), now + _HOUR_MS, 0)
         self.eligible = {item["item_id"] for item, may in zip(self.items, shown.tolist(), strict=True) if may}
-        # As any change of the catalogue does, this makes the bitmap anew.
+        # As any change of the catalogue does, this makes a new bitmap.
         self.engine.catalog.set_available(0, bool(columns.available[0]), *self._window(0))
 
     def _window(self, row: int) -> tuple[int, int]:
@@ -198,7 +198,7 @@ class Proof:
         return self._served[size, depth]
 
     def faults(self, case: Case) -> list[str]:
-        """What is wrong with the answers of a case; nothing where all is well."""
+        """Yields the faults of the slates of a case."""
         draw = np.random.default_rng(case.seed)
         served = self.served(case.size, case.depth)
         served.offer(case, draw)
@@ -224,12 +224,12 @@ class Proof:
                 event_type_keys(user.types),
             )
             self._store.put_states([(subject, fold(empty(), records, len(user.events)))])
-        mark = Mark(1 << 51, address_of(subject), rules=encode(user.rules))
+        mark = Mark(1 << 51, address_of(subject), controls=encode(user.rules))
         self._store.mark(partition_of(subject, _PARTITIONS), mark)
 
 
 class _User:
-    """What one user did and asked for, and the sets that follow from it."""
+    """The events and requests of one user, and the sets that follow from them."""
 
     def __init__(self, case: Case, served: Served, draw: np.random.Generator) -> None:
         items, now = served.items, int(time.time() * 1000)
@@ -275,7 +275,7 @@ class _Answer:
         return [item.item_id for item in self.slate.items]
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with it."""
+        """Yields its faults."""
         ids, wanted = self.ids, min(self.page, len(self.allowed))
         dropped = sum(self.slate.dropped.values())
         if len(ids) != wanted:
@@ -348,7 +348,7 @@ def _answers(
 
 
 def _about(kind: ControlKind, number: int) -> str:
-    """What a rule is about; among the items are some that no catalogue knows."""
+    """Returns the target of a control; some of the items are in no catalogue."""
     if kind is ControlKind.CATEGORY:
         return [*world.GENRES, "nothing"][number % 5]
     return f"c{number % 5}" if kind is ControlKind.CREATOR else (f"?{number}" if number % 5 == 4 else f"i{number}")
@@ -362,7 +362,7 @@ def _some(every: list[str], count: int, draw: np.random.Generator) -> list[str]:
 
 
 def hold_nothing_back(self: Any, request: Request, user: UserState) -> HeldBack:
-    """What a filter does that only judges what was retrieved."""
+    """A filter that only judges retrieved candidates."""
     return HeldBack(NO_ROWS)
 
 
@@ -431,7 +431,7 @@ def run(proof: Proof, examples: int, number: int = 1, *, control: bool = False) 
 
 
 def _found(proof: Proof, name: str, number: int) -> str:
-    """What the proof says of a planted fault."""
+    """Returns the verdict of the proof on a planted fault."""
     with planted(name):
         try:
             run(proof, 400, number, control=True)

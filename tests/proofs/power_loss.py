@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,10 +36,11 @@ from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
+from tests.proofs.threads import WorkerThreads
 from tests.serving.faults import insist
 
 PARTITIONS = 4
-PEOPLE = 50
+USERS = 50
 BATCH = 10
 WRITERS = 3
 DISK_BYTES = 128 << 20
@@ -48,19 +48,19 @@ FUTURE = 4_000_000_000_000
 
 
 class CannotMountError(Exception):
-    """This machine lets us make no file system, or mount none; the message says which."""
+    """No file system can be made or mounted on this machine; the message says which."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """A disk as it was when the power failed, and what had been acknowledged by then: event id -> log id."""
+    """A disk as it was when the power failed, and the events acknowledged by then: event id -> log id."""
 
     disk: Path
     acknowledged: dict[str, int]
 
 
 def power_loss(images: int = 20, *, fsync: str = "always", seed: int = 0, between_s: float = 0.5) -> dict[str, Any]:
-    """Takes images at random moments while events are written, and looks what is in each.
+    """Takes images at random moments while events are written, and examines each.
 
     Args:
         images: Number of images.
@@ -77,9 +77,9 @@ def power_loss(images: int = 20, *, fsync: str = "always", seed: int = 0, betwee
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         taken = list(_taken(folder, images, fsync, random.Random(seed), between_s))
-        found = [_examined(image, folder) for image in taken]
-    sums = {key: sum(one[key] for one in found) for key in ("acknowledged", "lost", "doubled")}
-    return {"appendfsync": fsync, "images": found, **sums}
+        counts = [_examined(image, folder) for image in taken]
+    sums = {key: sum(image[key] for image in counts) for key in ("acknowledged", "lost", "doubled")}
+    return {"appendfsync": fsync, "images": counts, **sums}
 
 
 @contextlib.contextmanager
@@ -112,8 +112,8 @@ def _run(*words: str) -> None:
     try:
         subprocess.run(words, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        raise CannotMountError(f"cannot mount a loop file system: {words[0]} says {said}") from error
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
+        raise CannotMountError(f"cannot mount a loop file system: {words[0]} says {reason}") from error
 
 
 def _taken(folder: Path, images: int, fsync: str, rng: random.Random, between_s: float) -> Iterator[Image]:
@@ -140,50 +140,40 @@ def _taken(folder: Path, images: int, fsync: str, rng: random.Random, between_s:
                     os.kill(pid, signal.SIGCONT)
 
 
-class _Writers:
-    """Threads that append events as fast as they can, and note what was acknowledged."""
+class _Writers(WorkerThreads):
+    """Threads that append events as fast as they can, and note the acknowledged ones."""
 
     def __init__(self, url: str) -> None:
+        super().__init__(WRITERS)
         self._url = url
         self._noted: dict[str, int] = {}
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._threads = [threading.Thread(target=self._write, args=(number,)) for number in range(WRITERS)]
-
-    def __enter__(self) -> _Writers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
     def count(self) -> int:
-        """Number of events acknowledged."""
+        """Returns the number of acknowledged events."""
         return len(self._noted)
 
     def acknowledged(self) -> dict[str, int]:
-        """What was acknowledged until now."""
-        with self._lock:
+        """Returns the log ids of the events acknowledged so far."""
+        with self.lock:
             return dict(self._noted)
 
-    def _write(self, number: int) -> None:
+    def work(self, number: int) -> None:
+        """Appends one batch after another."""
         with connect(self._url, 20.0) as client:
             log, batch = EventLog(client, PARTITIONS, unsafe=True), 0  # the control writes where events can be lost
-            while not self._stop.is_set():
+            while not self.stopping.is_set():
                 events = [event(f"{number}-{batch}-{place}") for place in range(BATCH)]
-                done = insist(lambda events=events: log.append(events), 60.0)
-                with self._lock:
-                    self._noted |= {one.event_id: said.log_id for one, said in zip(events, done, strict=True)}
+                appended = insist(lambda events=events: log.append(events), 60.0)
+                with self.lock:
+                    self._noted |= {one.event_id: entry.log_id for one, entry in zip(events, appended, strict=True)}
                 batch += 1
 
 
 def event(name: str) -> LoggedEvent:
-    """An event whose person and content follow from its id, so that it can be sent again."""
+    """Returns an event whose user and content follow from its id, so that it can be sent again."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     record = make_records(int.from_bytes(digest, "little"), 0, 0, FUTURE, np.nan, 1).tobytes()
-    return LoggedEvent(f"u:{digest[0] % PEOPLE}", name, record, json.dumps({"event_id": name}).encode())
+    return LoggedEvent(f"u:{digest[0] % USERS}", name, record, json.dumps({"event_id": name}).encode())
 
 
 def _copied(disk: Path, to: Path) -> Path:
@@ -200,16 +190,16 @@ def _digest(path: Path) -> bytes:
 
 
 def _examined(image: Image, folder: Path) -> dict[str, int]:
-    """Starts a server on an image and asks it for what had been acknowledged."""
+    """Starts a server on an image and asks it for the acknowledged events."""
     with (
         mounted(image.disk, folder / "image") as at,
         RedisServer(at, "events") as server,
         connect(server.url, 60.0) as client,
     ):
         log = EventLog(client, PARTITIONS, unsafe=True)
-        there = _places(log)
-        lost = sum(there.get(name) != [place] for name, place in image.acknowledged.items())
-        kept = [name for name in image.acknowledged if name in there]
+        stored = _places(log)
+        lost = sum(stored.get(name) != [place] for name, place in image.acknowledged.items())
+        kept = [name for name in image.acknowledged if name in stored]
         for start in range(0, len(kept), 500):
             log.append([event(name) for name in kept[start : start + 500]])
         doubled = sum(len(places) - 1 for places in _places(log).values())
@@ -218,28 +208,28 @@ def _examined(image: Image, folder: Path) -> dict[str, int]:
 
 
 def _places(log: EventLog) -> dict[str, list[int]]:
-    """Event id -> every log id at which it stands."""
-    found: dict[str, list[int]] = {}
+    """Returns every log id of each event id."""
+    places: dict[str, list[int]] = {}
     for partition in range(PARTITIONS):
         for entry in log.read(partition, count=10_000_000):
-            found.setdefault(entry.event_id, []).append(entry.log_id)
-    return found
+            places.setdefault(entry.event_id, []).append(entry.log_id)
+    return places
 
 
 def main() -> None:
-    """Prints one line of JSON; the status is 1 where the proof failed."""
+    """Prints one line of JSON; the status is 1 if the proof failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     words = parser.parse_args()
     try:
-        said = power_loss(words.images, seed=words.seed)
+        result = power_loss(words.images, seed=words.seed)
         control = power_loss(3, fsync="no", seed=words.seed)
     except CannotMountError as error:
         print(json.dumps({"proved": False, "reason": str(error)}))
         return
-    print(json.dumps(said | {"proved": True, "control": control}))
-    if said["lost"] or said["doubled"] or not control["lost"]:
+    print(json.dumps(result | {"proved": True, "control": control}))
+    if result["lost"] or result["doubled"] or not control["lost"]:
         raise SystemExit("the proof failed")
 
 

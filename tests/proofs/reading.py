@@ -36,7 +36,7 @@ import features.tables.dataset
 import features.tables.files
 import features.tables.times
 from features.errors import TablesError
-from features.tables.dataset import Loaded, open_dataset, read_table
+from features.tables.dataset import LoadedTable, open_dataset, read_table
 from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED
 from tests.proofs.reading_oracle import Expected, expect
 from tests.proofs.reading_tables import Case, write_case
@@ -45,7 +45,7 @@ from tests.proofs.reading_tables import Case, write_case
 
 
 def compare(case: Case, expected: Expected | None) -> str:
-    """What Penchant does otherwise than expected; "" if nothing."""
+    """Returns the difference of Penchant's reading from the expected one; "" if none."""
     schema, required = (EVENTS, EVENTS_REQUIRED) if case.table == "events" else (ITEMS, ITEMS_REQUIRED)
     try:
         loaded = read_table(case.path, schema, required)
@@ -58,7 +58,7 @@ def compare(case: Case, expected: Expected | None) -> str:
     return _difference(expected, loaded)
 
 
-def _difference(expected: Expected, loaded: Loaded) -> str:
+def _difference(expected: Expected, loaded: LoadedTable) -> str:
     rejected = [(rejected.file, rejected.row) for rejected in loaded.rejected]
     if rejected != expected.rejected:
         return f"rows {rejected} are rejected, should be {expected.rejected}"
@@ -90,7 +90,7 @@ def _same(name: str, cell: Any, wanted: Any) -> bool:
 
 
 def compare_streamed(case: Case) -> str:
-    """What is otherwise where events are read a part at a time; "" if nothing."""
+    """Returns the difference if events are read a part at a time; "" if none."""
     whole = open_dataset(case.path.parent)
     with (
         mock.patch.object(features.tables.dataset, "HELD_ROWS", 0),
@@ -188,7 +188,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 @dataclass
 class Proof:
-    """What reading many tables gave."""
+    """The results of reading many tables."""
 
     cases: list[tuple[Case, Expected | None]]
     tally: Counter[str]

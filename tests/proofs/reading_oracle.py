@@ -1,4 +1,4 @@
-"""What reading a table must give, in plain Python, from the cells as pyarrow or polars read them."""
+"""The expected reading of a table, in plain Python, from the cells as pyarrow or polars read them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _folders(case: Case) -> Any:
 
 @dataclass
 class Expected:
-    """What reading a case must give.
+    """The expected reading of a case.
 
     Attributes:
         rows: The kept rows, by canonical column; a tuple (value, tolerance) where a float is behind it.
@@ -63,7 +63,7 @@ _POLARS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa
 
 
 def raw_rows(file: Path, use_polars: bool) -> dict[str, Raw]:
-    """The cells of a file as another library reads them; times of Arrow as integers, with their type beside."""
+    """The cells of a file as another library reads them; times of Arrow as integers, with their type next to."""
     parquet = pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
     groups = [parquet.read_row_group(number) for number in range(parquet.num_row_groups)]
     table = pa.concat_tables(groups) if groups else parquet.read()
@@ -212,7 +212,7 @@ def map_of(value: Any) -> Any:
 
 
 def cell_of(name: str, value: Any, column: Column) -> Any:
-    """What a cell is."""
+    """Returns the kind of a cell."""
     if name.endswith("_id"):
         return id_of(value)
     if name in ("timestamp", "ingested_at", "available_from", "available_until"):
@@ -230,7 +230,7 @@ def cell_of(name: str, value: Any, column: Column) -> Any:
 
 
 def expect(case: Case, number: int) -> Expected:
-    """What Penchant must make of a case."""
+    """Returns the expected reading of a case."""
     expected = Expected()
     if case.path.is_file():
         files: list[tuple[str, dict[str, Any]]] = [(str(case.path), {})]

@@ -8,7 +8,7 @@ the time shipped clients call at their default timeout, RATE calls a second toge
 do plain channels with the retry policy of the docs, Node's too where DIR holds node_modules with @grpc/grpc-js and
 @grpc/proto-loader.
 
-The control is the same with calls that nobody tries again and instances that end at once; it must see failures.
+The control is the same with calls that are not tried again and instances that end at once; it must see failures.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def prove(
 
 
 def control(rolls: int, rate: float) -> dict[str, Any]:
-    """Runs rolls with nothing that saves a call: nobody tries again, and instances end at once."""
+    """Runs rolls with nothing that saves a call: no call is tried again, and instances end at once."""
     with (
         _stores() as (bundle, root, redis),
         Fleet(bundle, root, redis, drain_delay_s=0, drain_s=0) as fleet,

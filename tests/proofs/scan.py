@@ -1,8 +1,8 @@
-"""Looks for traces of a person in everything that a service has written: memory, files of Redis, Parquet, logs.
+"""Looks for traces of a user in everything that a service has written: memory, files of Redis, Parquet, logs.
 
 Files are decoded. The base of an append-only file is compressed, and so is what DUMP answers: a server of our own, that
 compresses nothing, loads a copy of it and dumps every value, which shows what was deleted from a stream but is still in
-its bytes. What follows the base is plain text. Every column of the Parquet is read, and the statistics beside them.
+its bytes. What follows the base is plain text. Every column of the Parquet is read, and the statistics with them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROLES: tuple[Role, ...] = ("profiles", "events")
 
 @dataclass(frozen=True)
 class Traces:
-    """What would give a person away.
+    """The traces of a user.
 
     Attributes:
         words: What they are called and what they said: ids, event ids, attributes, queries.
@@ -44,20 +44,20 @@ class Traces:
     def of(
         cls, subject: str, event_ids: Sequence[str], words: Sequence[str], items: Sequence[str], partitions: int
     ) -> Traces:
-        """Those of a person."""
+        """Returns those of a user."""
         with connect("unix:///nowhere") as client:
             log = EventLog(client, partitions)
             keys = tuple(log.seen_of(subject, name) for name in event_ids)
         return cls((subject[2:], *event_ids, *words), tuple(items), keys)
 
     def in_bytes(self, content: bytes) -> bool:
-        """Whether some bytes hold any of it."""
+        """Returns True if some bytes hold any trace."""
         keys = [struct.pack("<Q", item_key(item)) for item in self.items]
         return any(trace in content for trace in (*(word.encode() for word in self.words), *keys, *self.retries))
 
 
 def found(state: Path, traces: Traces) -> set[str]:
-    """What below the state directory of a service that has stopped holds any of it.
+    """Returns the files below the state directory of a stopped service that hold any trace.
 
     `profiles file` and `events file` are the files of the two Redis, decoded, also where a later line of them deletes
     it. What a server started on them would hold is called `profile`, `events` and `impressions` (streams), `seen` (keys

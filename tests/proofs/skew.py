@@ -2,7 +2,7 @@
 
 A life is a list of steps that hypothesis draws. It is lived on real stores, by the roads of the service: events are
 taken, applied (or left to the projector), folded by it, patched items change the keys of what follows, items are put
-after events about them, some events are taken back, consent goes and comes, and the person asks for slates. After every
+after events about them, some events are taken back, consent goes and comes, and the user asks for slates. After every
 step the profile is kept as it was then. Whenever something is about to be taken back, and at the end, everything is
 read from the sink's Parquet: by the replay, and by the road that a training takes.
 
@@ -85,7 +85,7 @@ SMALL: tuple[tuple[ModuleType, str, Any], ...] = (
     (training.data.histories, "RING", 16),
     (features.profile, "OLDER_ITEMS_CAP", 12),
     (features.decayed_counts, "DIMENSIONS", _FEW),
-    (features.decayed_counts, "_ROOMS", np.array(list(_FEW.values()), np.int64)),
+    (features.decayed_counts, "_CAPACITIES", np.array(list(_FEW.values()), np.int64)),
 )
 """Sizes at which a short life goes through everything; every other life has the real ones."""
 
@@ -97,7 +97,7 @@ _ACTIONS = tuple(Action(**action) for action in MODEL["actions"])
 
 @dataclass(frozen=True)
 class Burst:
-    """Some events of a person in a row: about items that are `stride` apart, the last `unapplied` by the log alone."""
+    """Some events of a user in a row: about items that are `stride` apart, the last `unapplied` by the log alone."""
 
     person: int
     count: int
@@ -126,14 +126,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class Ask:
-    """A person gets a slate."""
+    """A user gets a slate."""
 
     person: int
 
 
 @dataclass(frozen=True)
 class Undo:
-    """A person takes back one of their events."""
+    """A user removes one of their events."""
 
     person: int
     which: int
@@ -141,7 +141,7 @@ class Undo:
 
 @dataclass(frozen=True)
 class Consent:
-    """A person allows personal answers no more, or again."""
+    """A user withdraws the consent to personal slates, or gives it again."""
 
     person: int
     given: bool
@@ -189,7 +189,7 @@ _last: st.SearchStrategy[Step] = st.one_of(_steps, st.builds(Consent, _people, s
 
 @st.composite
 def lives(draw: st.DrawFn) -> tuple[bool, list[Step]]:
-    """Whether sizes are small, and the steps: three parts with a fold after each, and what consent may do then."""
+    """A choice of small sizes, and the steps: three parts with a fold after each, and what consent may do then."""
     parts = [[draw(_long), *draw(st.lists(_steps, max_size=4)), Fold()] for _ in range(3)]
     return draw(st.booleans()), [*(step for part in parts for step in part), *draw(st.lists(_last, max_size=4))]
 
@@ -206,7 +206,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Served:
-    """A slate, the catalogue's columns and the rows of its items at that moment, and the events the person then had."""
+    """A slate, the catalogue's columns and the rows of its items at that moment, and the events the user then had."""
 
     request_id: str
     columns: CatalogColumns
@@ -237,7 +237,7 @@ class AsOf(Catalog):
 
 
 class World:
-    """The stores, the engine and the projector that all lives share; people are new ones in each."""
+    """The stores, the engine and the projector that all lives share; each has new users."""
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path, profiles_url: str, events_url: str) -> None:
         self.folder = folder
@@ -289,7 +289,7 @@ def world() -> Iterator[World]:
 
 @dataclass
 class Life:
-    """What happened so far, and what was seen of it; `tally` counts what lives are made of."""
+    """The steps so far, and their effects; `tally` counts the kinds of steps."""
 
     world: World
     sink: Warehouse
@@ -548,7 +548,7 @@ def _past(profile: Profile) -> oracle.Past:
 
 
 def _encoded(world: World, profile: Profile) -> tuple[list[int], list[int]]:
-    """What the user encoder reads of a profile."""
+    """Returns the user encoder's inputs of a profile."""
     types = features.assemble.type_index(MODEL["event_types"])
     past = features.assemble.history(profile, world.offline, types)
     rows, kinds = features.assemble.encoder_inputs(features.assemble.rows_read(past), past.types, MODEL["max_length"])

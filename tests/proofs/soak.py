@@ -17,7 +17,6 @@ import math
 import os
 import random
 import tempfile
-import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict
@@ -34,6 +33,7 @@ from serving.config import ServeConfig
 from serving.redis.embedded import RedisServer
 from tests.fixtures import Service, serving
 from tests.proofs.slopes import grows, stays
+from tests.proofs.threads import WorkerThreads
 from tests.world import publish_world
 
 LIMIT_MIB_H = 1.0
@@ -59,32 +59,22 @@ if "serving.processes.entrypoint" in sys.orig_argv:
 """The planted fault, as the `sitecustomize` of the processes of the control."""
 
 
-class Load:
+class Load(WorkerThreads):
     """Calls at a rate from several threads, counted by method and status."""
 
     def __init__(self, target: str, rate: float) -> None:
-        """Takes the service and how many calls a second."""
+        """Takes the service and the number of calls a second."""
+        super().__init__(SENDERS)
         self.calls: Counter[str] = Counter()
         self._target, self._every_s = target, SENDERS / rate
-        self._stop, self._lock = threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._send, args=(number,)) for number in range(SENDERS)]
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _send(self, number: int) -> None:
+    def work(self, number: int) -> None:
+        """Sends calls at the rate of one thread."""
         rng, due = random.Random(number), time.monotonic()
         with Client(self._target, channels=2, timeout_s=2.0) as client:
             while True:
                 due = max(due + self._every_s, time.monotonic() - 1.0)
-                if self._stop.wait(max(due - time.monotonic(), 0.0)):
+                if self.stopping.wait(max(due - time.monotonic(), 0.0)):
                     return
                 method = rng.choices(("Recommend", "Ingest", "GetProfile", "Rank", "Search"), (55, 15, 10, 10, 10))[0]
                 try:
@@ -92,27 +82,27 @@ class Load:
                     code = "OK"
                 except grpc.RpcError as error:
                     code = error.code().name
-                with self._lock:
+                with self.lock:
                     self.calls[f"{method} {code}"] += 1
 
     def _call(self, client: Client, method: str, rng: random.Random) -> None:
         new = rng.random() < NEW_USERS
         user = f"new-{rng.getrandbits(64):x}" if new else f"u{rng.randrange(2000)}"
-        shown: dict[str, Any] = {"user_id": user, "surface": f"s{rng.getrandbits(32):x}", "page_size": 10}
+        options: dict[str, Any] = {"user_id": user, "surface": f"s{rng.getrandbits(32):x}", "page_size": 10}
         if method == "Recommend":
-            client.recommend(**shown)
+            client.recommend(**options)
         elif method == "Ingest":
             client.ingest([event(user, f"i{rng.randrange(ITEMS)}", rng.choice(["view_item", "like"]))])
         elif method == "GetProfile":
             client.get_profile(user)
         elif method == "Rank":
-            client.rank([f"i{rng.randrange(2 * ITEMS)}" for _ in range(20)], **shown)
+            client.rank([f"i{rng.randrange(2 * ITEMS)}" for _ in range(20)], **options)
         else:
-            client.search(f"story {rng.getrandbits(32):x}", **shown)
+            client.search(f"story {rng.getrandbits(32):x}", **options)
 
 
 def scrape(address: str) -> dict[str, float]:
-    """Returns what is watched of the metrics: `KIND PROCESS` of processes, `memory STORE` of stores."""
+    """Returns the watched metrics: `KIND PROCESS` of processes, `memory STORE` of stores."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
         text = page.read().decode()
     kinds = {
@@ -131,14 +121,14 @@ def scrape(address: str) -> dict[str, float]:
 
 
 def watch(service: Service, seconds: float, samples: int = 240) -> dict[str, list[float]]:
-    """Returns `samples` values of each watched figure, read evenly while the time goes; `hours` is when."""
+    """Returns `samples` values of each watched metric, read at even intervals; `hours` are the times."""
     series: dict[str, list[float]] = defaultdict(list)
     begun = time.monotonic()
     for number in range(samples):
         time.sleep(max(0.0, begun + (number + 1) * seconds / samples - time.monotonic()))
-        found = scrape(service.ready["metrics"])
+        metrics = scrape(service.ready["metrics"])
         series["hours"].append((time.monotonic() - begun) / 3600)
-        for name, value in found.items():
+        for name, value in metrics.items():
             series[name].append(value)
     return series
 
@@ -164,15 +154,15 @@ def judge(series: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def lines(log: Path, offset: int) -> Counter[str]:
-    """Returns the number of lines by process that the log has behind an offset; those of the access log apart."""
-    found: Counter[str] = Counter()
+    """Returns the number of lines by process that the log has behind an offset, without those of the access log."""
+    counts: Counter[str] = Counter()
     with log.open(encoding="utf-8") as file:
         file.seek(offset)
         for line in file:
-            told = json.loads(line)
-            if told["logger"] != "penchant.access":
-                found[f"{told['role']} {told.get('worker', '')}".strip()] += 1
-    return found
+            record = json.loads(line)
+            if record["logger"] != "penchant.access":
+                counts[f"{record['role']} {record.get('worker', '')}".strip()] += 1
+    return counts
 
 
 def outage(service: Service, server: RedisServer, seconds: float) -> dict[str, Any]:
@@ -180,15 +170,15 @@ def outage(service: Service, server: RedisServer, seconds: float) -> dict[str, A
     offset = service.log.stat().st_size
     server.stop()
     time.sleep(seconds)
-    found = lines(service.log, offset)
+    counts = lines(service.log, offset)
     server.start()
-    few = max(found.values(), default=0) <= MOST_LINES * math.ceil(seconds / 60)
-    return {"redis": server.role, "seconds": seconds, "lines": dict(found), "few": few}
+    few = max(counts.values(), default=0) <= MOST_LINES * math.ceil(seconds / 60)
+    return {"redis": server.role, "seconds": seconds, "lines": dict(counts), "few": few}
 
 
 @contextlib.contextmanager
 def running(minutes: float, leak_bytes_s: float = 0.0) -> Iterator[tuple[Service, dict[str, RedisServer]]]:
-    """Runs the service with all logging on, and both Redis beside it; with a planted leak where asked for."""
+    """Runs the service with all logging on, and both Redis; with a planted leak if `leak_bytes_s` is set."""
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak")))
         servers = {role: stack.enter_context(RedisServer(root, role)) for role in ("profiles", "events")}  # type: ignore[arg-type]
@@ -224,7 +214,7 @@ def _planted(root: Path, bytes_s: float) -> Iterator[None]:
 def soak(
     minutes: float = 60.0, rate: float = 100.0, control_minutes: float = 10.0, leak: float = 60.0
 ) -> dict[str, Any]:
-    """Proves it.
+    """Runs the control and the load, and judges both.
 
     Args:
         minutes: Length of the load.
@@ -233,31 +223,32 @@ def soak(
         leak: Leak of the control, in MiB an hour for each process.
 
     Returns:
-        `minutes`, `rate`, `calls`, what `judge` returns, `outages`, the slopes of the `control`, and `passed`.
+        `minutes`, `rate`, `calls`, the result of `judge`, `outages`, the slopes of the `control`, and `passed`.
     """
-    # The control first: where leaks are not found, an hour of none being found proves nothing.
+    # The control first: if leaks are not found, an hour without one proves nothing.
     with running(control_minutes, leak * 2**20 / 3600) as (service, _), Load(service.target, rate):
         control = judge(watch(service, control_minutes * 60))["processes"]
     with running(minutes) as (service, servers):
         with Load(service.target, rate) as load:
-            found = judge(watch(service, minutes * 60))
+            verdict = judge(watch(service, minutes * 60))
             calls = dict(load.calls)
             outages = [outage(service, server, min(60.0, minutes * 60)) for server in servers.values()]
         with contextlib.suppress(OSError):
             log_mib = service.log.stat().st_size / 2**20
-    leaking = {name: one["mib_an_hour"] for name, one in control.items() if name != "supervisor"}
+    leaking = {name: process["mib_an_hour"] for name, process in control.items() if name != "supervisor"}
+    processes = verdict["processes"].values()
     checks = {
-        "memory": all(one["mib_an_hour"]["verdict"] in ("flat", "within") for one in found["processes"].values()),
-        "fds_and_threads": all(one["fds_stay"] and one["threads_stay"] for one in found["processes"].values()),
-        "no_restarts": not any(one["restarts"] for one in found["processes"].values()),
-        "events_level_off": found["events_level_off"],
-        "few_lines": all(one["few"] for one in outages),
+        "memory": all(process["mib_an_hour"]["verdict"] in ("flat", "within") for process in processes),
+        "fds_and_threads": all(process["fds_stay"] and process["threads_stay"] for process in processes),
+        "no_restarts": not any(process["restarts"] for process in processes),
+        "events_level_off": verdict["events_level_off"],
+        "few_lines": all(result["few"] for result in outages),
         "calls_answered": sum(n for name, n in calls.items() if name.endswith(" OK")) >= 0.99 * sum(calls.values()),
-        "control_found": all(one["verdict"] == "grows" for one in leaking.values()),
+        "control_found": all(growth["verdict"] == "grows" for growth in leaking.values()),
     }
     return {
         **{"minutes": minutes, "rate": rate, "calls": calls, "log_mib": round(log_mib, 1)},
-        **found,
+        **verdict,
         "outages": outages,
         "control": {"minutes": control_minutes, "leak_mib_an_hour": leak, "processes": leaking},
         "checks": checks,

@@ -33,7 +33,7 @@ def test_kills_of_a_sink_that_acknowledges_first_lose_some():
 
 
 class TestTheJudge:
-    """What was lost or is there twice is counted, in each store."""
+    """Lost and doubled events are counted, in each store."""
 
     @pytest.fixture
     def life(self, events_redis, profiles_redis):

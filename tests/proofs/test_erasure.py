@@ -1,4 +1,4 @@
-"""Who asked to be erased is in every store before, in none after, and nothing that is put back brings them back."""
+"""A user who asks to be erased is in every store before and in none after, and no restored data brings them back."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ PARQUET = {"warehouse events", "warehouse searches", "warehouse impressions", "w
 
 
 def places(state: Path, name: str) -> set[str]:
-    """Where somebody is found; what they said is made of their name."""
+    """The places that hold a user; the words of the user contain their name."""
     ids = [f"{name}-event-{number}" for number in range(6)]
     words = [f"visitor-{name}", f"mood of {name}", f"song of {name}", f"visit-{name}"]
     return found(state, Traces.of(f"u:{name}", ids, words, [ITEMS[name]], PARTITIONS))
 
 
 def live(client: Client, name: str) -> None:
-    """Somebody comes without a name, gets one, and leaves a trace of every kind."""
+    """An anonymous user becomes a known one, and leaves a trace of every kind."""
     first = event("", ITEMS[name], "view_item", event_id=f"{name}-event-0")
     first.subject.anonymous_id = f"visitor-{name}"
     client.ingest([first])
@@ -71,7 +71,7 @@ def live(client: Client, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def backup(tmp_path_factory, world) -> Path:
-    """The state that a service leaves which two people have used."""
+    """The state of a service that two users have used."""
     state = tmp_path_factory.mktemp("erasure") / "state"
     with serving(world, state, **SERVED) as service, service.client(channels=2, timeout_s=60.0) as client:
         for name in (CANARY, BIRD):
@@ -110,7 +110,7 @@ class Stores:
         self.people = SubjectRights(self.log, self.store, self.certificates, ledger=self.ledger)
 
     def purge(self) -> int:
-        """Lets both servers write their files anew where something was erased."""
+        """Lets both servers rewrite their files if something was erased."""
         return Purger(self.certificates, self.events, self.profiles, 1.0).purge()
 
     def warehouse(self, **options: Any) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def erased(backup, tmp_path_factory) -> Path:
         certificate = stores.people.erase(f"u:{CANARY}")
         counts = {one.store: one.entries for one in certificate.receipts}
         assert counts == {"profiles": 6, "events": 6, "impressions": 2, "warehouse": 0}
-    # What is left out is found: the files of Redis are not written anew yet, nor is the Parquet.
+    # What is left out is found: the files of Redis are not rewritten yet, nor is the Parquet.
     assert places(state, CANARY) == {"profiles file", "events file"} | PARQUET
     with opened(state) as stores:
         assert stores.purge() == 1

@@ -1,4 +1,4 @@
-"""Training's own road over a warehouse: data set, arrays, pasts and inputs, as `penchant train` makes them.
+"""Training's own reading of a warehouse: data set, arrays, histories and inputs, as `penchant train` makes them.
 
 Only the catalogue is handed in, as it was when a slate was served: what items were like then is in no warehouse.
 """
@@ -39,7 +39,7 @@ _EVER = 2**64 - 1
 
 
 class Trained:
-    """What training reads of a warehouse."""
+    """The data that training reads of a warehouse."""
 
     def __init__(self, out: Path, forgotten: Mapping[str, int], types: Sequence[str], catalog: Catalog) -> None:
         """Reads it.
@@ -68,7 +68,7 @@ class Trained:
             self._log_ids = self._dataset.events["log_id"].to_numpy()
 
     def differing(self, subject: str, profile: Profile) -> list[str]:
-        """What training's past at the version of a profile has otherwise than serving's history of it."""
+        """Returns the differences of training's history at the version of a profile from that of serving."""
         person = self.numbers.get(user_id_of(subject))
         if person is None:
             return ["rows"] * int((profile.records["item"] != 0).any())
@@ -117,7 +117,7 @@ class Trained:
 
 
 class _AsRead(UserHistories):
-    """Training's pasts as the models of a bundle read them that knows only some of the event types."""
+    """Training's histories as the models of a bundle read them that knows only some of the event types."""
 
     def __init__(self, data: Interactions, columns: CatalogColumns, types: Sequence[str]) -> None:
         super().__init__(data, columns)

@@ -266,12 +266,12 @@ def test_nobody_gets_another_persons_profile(made, stage, record_property):
     [turns], [server], stores = made["Turns"], made["Server"], made["ProfileStore"]
     wait_until(lambda: (server._reception.calls.count(Phase.WORKING), turns._free._value) == (0, THREADS))
     for store in stores:
-        for node in store._nodes._nodes.values():
-            idle, pool = node.line._idle, node.client.connection_pool
+        for node in store.router._nodes.all():
+            idle, pool = node.connection._idle, node.client.connection_pool
             # The pool has lent what is idle in the line, and nothing that ended with a call.
             assert {one.connection for one in idle} == pool._in_use_connections
             assert len(pool._in_use_connections) + len(pool._available_connections) <= AT_ONCE
-            assert [node.line.ask(b"PING") for _ in idle] == [b"PONG"] * len(idle)
+            assert [node.connection.ask(b"PING") for _ in idle] == [b"PONG"] * len(idle)
 
 
 def test_nobody_gets_another_persons_profile_from_several_workers(serve, servers, record_property):

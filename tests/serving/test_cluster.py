@@ -26,6 +26,7 @@ from serving.redis.router import RedisRouter
 from serving.redis.safety import require_safe
 from serving.stores.event_log import EventLog
 from serving.stores.keys import partition_prefix
+from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
 from tests.serving.clusters import SLOTS, ClusterNode, cluster, url_of
 from tests.serving.faults import Proxy, frozen, wait_until
@@ -147,13 +148,13 @@ def test_who_stays_away_leaves_wherever_they_are(empty):
         assert 0 < missed < 600
         before = (start >> 20) + 1
         with frozen(empty[2]):
-            assert store.leave(before) == 600 - missed
+            assert Evictions(store).evict(before) == 600 - missed
         wait_until(empty[2].well)
         later: list[int] = []
-        wait_until(lambda: later.append(store.leave(before)) or sum(later) == missed)
-        assert len(store.dropped(idle)) == 600
-        assert store.dropped(busy) == {}
-        assert store.leave(before) == 0
+        wait_until(lambda: later.append(Evictions(store).evict(before)) or sum(later) == missed)
+        assert len(Evictions(store).evicted(idle)) == 600
+        assert Evictions(store).evicted(busy) == {}
+        assert Evictions(store).evict(before) == 0
 
 
 def test_the_service_the_warehouse_and_a_rebuild(world, empty, tmp_path):

@@ -88,7 +88,7 @@ def test_whoever_trims_goes_by_what_the_service_said(filled, events_redis):
     EventLog(events_redis, 1, times=NOTHING_KEPT).open()
     assert other.trim(0) == 5
     # The index that was kept for a moment only is not relied on by the one that would keep it for weeks.
-    assert week._indexed_since(10**18) == 10**18
+    assert week.indexed_since(10**18) == 10**18
 
 
 def test_retries_are_known_after_their_event_is_trimmed(filled):

@@ -19,6 +19,7 @@ from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2
 from serving.config import ServeConfig
 from serving.redis.client import connect
+from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import wait_until
 from tests.world import GENRES, rows_of
@@ -125,7 +126,7 @@ def test_who_stayed_away_is_known_again_once_they_ask(serve, tmp_path):
         with connect(service.ready["redis"], 5) as profiles:
             store = ProfileStore(profiles)
             store.compact("u:ann", version)
-            assert store.leave(now_ms() + 60_000) == 1
+            assert Evictions(store).evict(now_ms() + 60_000) == 1
         # The answer that meets the dropped state, and those before the projector has looked, know nothing of them.
         answers = [client.recommend(user_id="ann", page_size=5)]
         assert answers[0].rung != common_pb2.RUNG_SEQUENCE

@@ -6,8 +6,10 @@ import threading
 
 import pytest
 
+from serving.config import ServeConfig
 from serving.errors import ConfigError, EventLogUnavailable
 from serving.privacy.replay import replay_ledgers
+from serving.processes.supervisor import _with_partitions
 from serving.projection import process
 from serving.projection.profile_view import show
 from serving.projection.rebuild import rebuild
@@ -62,3 +64,11 @@ def test_a_new_log_takes_what_is_asked_for_or_the_usual(events_redis, tmp_path):
         assert awaited_partitions(nowhere, 3, stop) == 3
         threading.Timer(0.2, stop.set).start()
         assert awaited_partitions(nowhere, None, stop) == 16
+
+
+def test_a_service_takes_the_number_of_its_log(log, events_server, tmp_path):
+    log.open()
+    assert _with_partitions(ServeConfig.load(bundle="b"), events_server.url).partitions == PARTITIONS
+    with pytest.raises(ConfigError, match=BOTH):
+        _with_partitions(ServeConfig.load(bundle="b", partitions=WRONG), events_server.url)
+    assert _with_partitions(ServeConfig.load(bundle="b"), f"unix://{tmp_path}/none.sock").partitions == 16

@@ -44,7 +44,9 @@ from serving.stores.event_log import EventLog
 from serving.stores.keys import address_of, stream_id
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
+from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
+from serving.stores.restore_requests import RestoreRequests
 from serving.stores.user_statements import Consent, UserStatements
 from tests.serving.faults import insist, wait_until
 from tests.serving.logged import NOTHING_KEPT, PARTITIONS
@@ -326,11 +328,11 @@ class TestUndo:
     def test_of_somebody_who_is_just_back_it_waits_for_their_past(self, people, log, store):
         ingest(log, store, *(event(number) for number in range(3)))
         past = store.read("u:ann")
-        store.leave(FUTURE)
+        Evictions(store).evict(FUTURE)
         ingest(log, store, event(3))
         with pytest.raises(Unavailable, match="being restored"):
             people.undo("u:ann", "e3")
-        assert log.called_back() == ["u:ann"]
+        assert RestoreRequests(log).take() == ["u:ann"]
         assert items(store) == [3]
         assert held(people)["event"] == ["e0", "e1", "e2", "e3"]
         store.put_states([("u:ann", past)])
@@ -545,12 +547,12 @@ class TestErase:
     def test_a_name_that_was_erased_waits_nowhere(self, people, log, events_redis):
         before = now_ms() - 50
         people.erase("u:ann")
-        log.call_back({"u:ann": before, "u:bob": before})  # an answer to them was on its way
-        assert sorted(log.called_back()) == ["u:bob"]
-        log.call_back({"u:ann": before + 3_600_000})  # they are back
+        RestoreRequests(log).add({"u:ann": before, "u:bob": before})  # an answer to them was on its way
+        assert sorted(RestoreRequests(log).take()) == ["u:bob"]
+        RestoreRequests(log).add({"u:ann": before + 3_600_000})  # they are back
         [key] = [keys.returned for keys in log.keys if events_redis.exists(keys.returned)]
         assert 0 < events_redis.pttl(key) <= 3_600_000  # where nobody looks for them, they wait for no more than that
-        assert sorted(log.called_back()) == ["u:ann"]
+        assert sorted(RestoreRequests(log).take()) == ["u:ann"]
 
     def test_a_certificate_that_is_gone_holds_up_no_other(self, log, store, events_redis):
         certificates = Certificates(log)
@@ -560,7 +562,7 @@ class TestErase:
         [key] = [key for key in events_redis.scan_iter("*") if gone.encode() in key]
         events_redis.delete(key)
         assert [one.certificate_id for one in certificates.pending()] == [other]
-        assert not [keys for keys in log.keys if events_redis.sismember(keys.purging, gone)]
+        assert not [keys for keys in log.keys if events_redis.sismember(keys.open_certificates, gone)]
 
     def test_rules_of_a_backup_go_as_events_do(self, log, store, profiles_redis, tmp_path):
         ledger = Ledger(tmp_path / "erasures.jsonl")

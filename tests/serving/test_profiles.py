@@ -27,7 +27,9 @@ from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
-from serving.stores.profiles import Applied, Loaded, ProfileStore, TailFull
+from serving.stores.profile_access import TailFull
+from serving.stores.profile_eviction import Evictions
+from serving.stores.profiles import Applied, ProfileStore, StatesWritten
 from tests.serving.faults import frozen, insist, kill
 
 NOW = 1_700_000_000_000 << 20  # a log id of November 2023
@@ -178,7 +180,7 @@ def test_compaction_during_applies_loses_nothing(profiles_server, profiles_redis
 
 def test_a_late_entry_stops_a_compaction_that_has_not_seen_it(store, profiles_redis, monkeypatch):
     store.apply("u:1", entries([1, 3]))
-    read, looks = store._blob, []
+    read, looks = store.blob, []
 
     def read_then_insert(subject):
         blob = read(subject)
@@ -187,7 +189,7 @@ def test_a_late_entry_stops_a_compaction_that_has_not_seen_it(store, profiles_re
             ProfileStore(profiles_redis).apply("u:1", entries([2]))
         return blob
 
-    monkeypatch.setattr(store, "_blob", read_then_insert)
+    monkeypatch.setattr(store, "blob", read_then_insert)
     assert store.compact("u:1", NOW + 3) == 3
     assert len(looks) == 2
     monkeypatch.undo()
@@ -219,7 +221,7 @@ def test_erased_stays_erased(store, folded):
     assert items(store.read("u:1")) == [9]
     store.compact("u:1", NOW + 9)
     assert store.apply("u:1", entries([4, 5])) == Applied(0, 2, 0)
-    assert store.put_states([("u:1", expected([1, 2], start=0))]) == Loaded(0, 1)
+    assert store.put_states([("u:1", expected([1, 2], start=0))]) == StatesWritten(0, 1)
     assert store.erase("u:1", NOW + 4) == 0
     assert items(store.read("u:1")) == [9]
     assert store.erased_before(["u:1", "u:nobody"]) == [NOW + 5, 0]
@@ -235,7 +237,7 @@ RULES = np.array([(7, 0, controls.ControlKind.ITEM), (8, 1000, controls.ControlK
 
 
 def ruled(log_id: int, rules=RULES) -> Mark:
-    return Mark(log_id, address_of("u:1"), rules=controls.encode(rules))
+    return Mark(log_id, address_of("u:1"), controls=controls.encode(rules))
 
 
 def test_rules_survive_all_that_happens_to_events_and_the_newest_word_counts(store):
@@ -261,7 +263,7 @@ def test_rules_survive_all_that_happens_to_events_and_the_newest_word_counts(sto
 
 def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, monkeypatch):
     store.apply("u:1", entries([1, 2]))
-    read, looks = store._blob, []
+    read, looks = store.blob, []
 
     def read_then_rule(subject):
         blob = read(subject)
@@ -270,7 +272,7 @@ def test_a_compaction_sees_rules_that_changed_meanwhile(store, profiles_redis, m
             ProfileStore(profiles_redis).mark(partition_of("u:1", 16), ruled(NOW))
         return blob
 
-    monkeypatch.setattr(store, "_blob", read_then_rule)
+    monkeypatch.setattr(store, "blob", read_then_rule)
     assert store.compact("u:1", NOW + 2) == 2
     assert len(looks) == 2
     monkeypatch.undo()
@@ -290,10 +292,14 @@ def test_who_stays_away_leaves_nothing_of_their_events(store):
     store.apply("u:waiting", [((before + 1) << 20, record(7))])
     imported = expected([1, 2], start=1)
     store.put_states([("u:old", imported), ("u:new", expected([3], start=1 << 62))])
-    assert store.leave(2000) == 0  # the imported events are from 1000 and 2000
-    assert store.leave(before) == 1
-    assert store.leave(before + 1) == 3  # "u:waiting" has done something since, and no warehouse has "u:only"
-    assert store.dropped(["u:idle", "u:1", "u:few", "u:old", "u:waiting", "u:only", "u:new", "u:nobody"]) == {
+    assert Evictions(store).evict(2000) == 0  # the imported events are from 1000 and 2000
+    assert Evictions(store).evict(before) == 1
+    assert (
+        Evictions(store).evict(before + 1) == 3
+    )  # "u:waiting" has done something since, and no warehouse has "u:only"
+    assert Evictions(store).evicted(
+        ["u:idle", "u:1", "u:few", "u:old", "u:waiting", "u:only", "u:new", "u:nobody"]
+    ) == {
         "u:idle": NOW + 2,
         "u:1": NOW + 3,
         "u:few": NOW + 2,
@@ -301,34 +307,34 @@ def test_who_stays_away_leaves_nothing_of_their_events(store):
     }
     assert [store.read(person).count for person in ("u:idle", "u:few", "u:waiting", "u:only")] == [0, 0, 3, 2]
     assert store.read("u:1").controls.tobytes() == RULES.tobytes()
-    assert store.leave(before + 1) == 0
+    assert Evictions(store).evict(before + 1) == 0
     # What was there once does not come again; what is new waits for the state that is made anew.
     assert store.apply("u:idle", entries([1, 2, 3])) == Applied(1, 0, 1, away=True)
     assert store.apply("u:1", entries([2, 3, 4])) == Applied(1, 0, 1, away=True)
-    assert store.compact("u:idle", NOW + 3, dropped_too=False) == 0
-    assert store.put_states([("u:idle", expected([1, 2])), ("u:old", imported)]) == Loaded(2, 0)
+    assert store.compact("u:idle", NOW + 3, evicted_too=False) == 0
+    assert store.put_states([("u:idle", expected([1, 2])), ("u:old", imported)]) == StatesWritten(2, 0)
     assert same(store.read("u:idle"), expected([1, 2, 3]))
     assert store.apply("u:idle", entries([4])) == Applied(1, 0, 2)
-    assert store.compact("u:idle", NOW + 4, dropped_too=False) == 2
-    assert store.dropped(["u:idle", "u:old"]) == {}
+    assert store.compact("u:idle", NOW + 4, evicted_too=False) == 2
+    assert Evictions(store).evicted(["u:idle", "u:old"]) == {}
 
 
 def test_what_came_since_may_go_the_way_of_a_state_that_was_dropped(store):
     store.apply("u:here", entries([1, 2]))
     store.apply("u:away", entries([1, 2]))
-    assert not store.leave_again("u:away")
-    store.leave((NOW >> 20) + 1)
+    assert not Evictions(store).evict_again("u:away")
+    Evictions(store).evict((NOW >> 20) + 1)
     store.apply("u:here", entries([4]))
     store.put_states([("u:here", expected([1, 2]))])
     assert store.apply("u:away", entries([4, 3])) == Applied(2, 0, 2, away=True)
-    assert [store.leave_again(person) for person in ("u:away", "u:away", "u:here", "u:nobody")] == [
+    assert [Evictions(store).evict_again(person) for person in ("u:away", "u:away", "u:here", "u:nobody")] == [
         True,
         False,
         False,
         False,
     ]
-    assert store.dropped(["u:away", "u:here"]) == {"u:away": NOW + 4}
-    assert store.put_states([("u:away", expected([1, 2, 3, 4]))]) == Loaded(1, 0)
+    assert Evictions(store).evicted(["u:away", "u:here"]) == {"u:away": NOW + 4}
+    assert store.put_states([("u:away", expected([1, 2, 3, 4]))]) == StatesWritten(1, 0)
     assert same(store.read("u:away"), expected([1, 2, 3, 4]))
     assert same(store.read("u:here"), expected([1, 2, 4]))
 
@@ -352,8 +358,8 @@ def test_damage_of_any_kind_keeps_no_mark_from_a_profile(store, profiles_redis, 
     damaged = bytes(blob)
     for done in (
         lambda: store.mark(partition, Mark(NOW + 30, address_of("u:1"), Purpose.TRAIN, forget=True)),
-        lambda: store.mark(partition, Mark(NOW + 30, address_of("u:1"), rules=b"")),
-        lambda: store.leave(1 << 50),
+        lambda: store.mark(partition, Mark(NOW + 30, address_of("u:1"), controls=b"")),
+        lambda: Evictions(store).evict(1 << 50),
         lambda: store.put_states([("u:1", expected(range(1, 41)))]),
     ):
         profiles_redis.set(key, damaged)
@@ -378,17 +384,17 @@ def test_a_profile_that_is_cut_short_takes_nothing_and_can_be_erased(store, prof
 
 def test_bulk_states_are_replaced_and_live_ones_are_not_undone(store):
     imported = expected(range(1, 20), start=1)
-    assert store.put_states((f"u:{number}", imported) for number in range(1000)) == Loaded(1000, 0)
+    assert store.put_states((f"u:{number}", imported) for number in range(1000)) == StatesWritten(1000, 0)
     assert same(store.read("u:999"), imported)
     store.apply("u:1", entries([30]))
     smaller = expected(range(1, 5), start=1)
-    assert store.put_states([("u:1", smaller), ("u:2", smaller)]) == Loaded(2, 0)
+    assert store.put_states([("u:1", smaller), ("u:2", smaller)]) == StatesWritten(2, 0)
     assert items(store.read("u:1")) == [1, 2, 3, 4, 30]
     assert items(store.read("u:2")) == [1, 2, 3, 4]
     store.compact("u:1", NOW + 30)
-    assert store.put_states([("u:1", imported)]) == Loaded(0, 1)
+    assert store.put_states([("u:1", imported)]) == StatesWritten(0, 1)
     assert items(store.read("u:1")) == [1, 2, 3, 4, 30]
-    assert store.put_states([("u:1", expected([7], start=NOW + 30))]) == Loaded(1, 0)
+    assert store.put_states([("u:1", expected([7], start=NOW + 30))]) == StatesWritten(1, 0)
     assert items(store.read("u:1")) == [7]
 
 
@@ -411,7 +417,7 @@ def test_a_damaged_profile_is_counted_and_mended_by_a_rebuild(profiles_redis, st
     with pytest.raises(ProfileCorrupt):
         store.read("u:1")
     assert telemetry.counters()["profiles_corrupt"] == 1
-    assert store.put_states([("u:1", expected([1], start=1))]) == Loaded(1, 0)
+    assert store.put_states([("u:1", expected([1], start=1))]) == StatesWritten(1, 0)
     assert items(store.read("u:1")) == [1]
 
 
@@ -427,7 +433,7 @@ def test_a_key_of_another_type_is_a_damaged_profile(store, profiles_redis):
     replies = store.apply_many([("u:1", entries([1])), ("u:2", entries([1]))])
     assert isinstance(replies[0], ProfileCorrupt)
     assert replies[1] == Applied(1, 0, 1)
-    assert store.put_states([("u:1", expected([1], start=1))]) == Loaded(1, 0)
+    assert store.put_states([("u:1", expected([1], start=1))]) == StatesWritten(1, 0)
     assert items(store.read("u:1")) == [1]
 
 
@@ -579,5 +585,5 @@ def test_a_rebuild_mends_a_damaged_profile(store, profiles_redis):
     profiles_redis.set(key, bytes(blob))
     with pytest.raises(ProfileCorrupt):
         store.read("u:1")
-    assert store.put_states([("u:1", expected([1, 2], start=0))]) == Loaded(1, 0)
+    assert store.put_states([("u:1", expected([1, 2], start=0))]) == StatesWritten(1, 0)
     assert items(store.read("u:1")) == [1, 2]

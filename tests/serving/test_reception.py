@@ -22,8 +22,8 @@ from serving.services.reception.grpc_log import limit_grpc_log
 from tests.proofs.attackers import CHECK, PING, RECOMMEND, STREAM, Wire, frame, message
 from tests.serving.test_server import Running
 
-SMALL = Bounds(4, 3, message_s=0.3, bytes_in_hand=1 << 20, unread=1 << 16, unread_worker=1 << 17, read_s=0.3)
-STEPS = ("enter", "arrive", "start", "write", "done", "close", "cancel", "overdue")
+SMALL = Bounds(4, 3, 5, message_s=0.3, bytes_in_hand=1 << 20, unread=1 << 16, unread_worker=1 << 17, read_s=0.3)
+STEPS = ("enter", "send", "arrive", "start", "write", "done", "close", "cancel", "overdue")
 
 
 @settings(max_examples=200)
@@ -39,6 +39,7 @@ def test_the_books_balance_whatever_happens(steps):
             _step(books, calls[which % len(calls)], step, size)
         assert all(len(lane.calls) <= lane.places for lane in lanes)
         assert books.unread >= 0 <= books.bytes_in_hand
+        assert sum(one.receiving for one in books.connections.values()) == len(books._receiving) <= 3
         assert sum(one.unread for one in books.connections.values()) == books.unread
         open_ = sum(books.count(phase) for phase in (Phase.SENDING, Phase.WORKING, Phase.READING))
         assert sum(len(one.calls) for one in books.connections.values()) == open_
@@ -47,13 +48,17 @@ def test_the_books_balance_whatever_happens(steps):
         books.done(call)
     assert (books.unread, books.bytes_in_hand, books.count(Phase.WORKING)) == (0, 0, 0)
     assert not any(lane.calls for lane in lanes)
+    assert not books._receiving
+    assert not books._waiting
     books.forget(lambda _: True)
     assert books.connections == {}
 
 
 def _step(books: OpenCalls, call, step: str, size: int) -> None:
     try:
-        if step == "arrive":
+        if step == "send":
+            books.send(call)
+        elif step == "arrive":
             books.arrived(call, size)
         elif step == "start":
             books.start(call)
@@ -75,6 +80,39 @@ def entered(books: OpenCalls, peer: str, lane: Lane):
     assert error is None
     assert books.arrived(call, 1)
     return call
+
+
+def sending(books: OpenCalls, peer: str, received: list):
+    call, _ = books.enter(peer, Lane("call", 100))
+    call.receive = lambda: received.append(call)
+    books.send(call)
+    return call
+
+
+def test_few_messages_are_received_at_once_and_each_connection_has_its_turn():
+    books, received = OpenCalls(Bounds(receiving=2)), []
+    crowd = [sending(books, "many", received) for _ in range(10)]
+    assert received == crowd[:2]
+    good = sending(books, "good", received)
+    assert good not in received
+    assert books.arrived(crowd[0], 1)  # its message is whole, and makes room
+    assert received[-1] is good
+    books.close(crowd[1], cancelled=True)
+    assert received[-1] is crowd[2]
+
+
+def test_who_sends_nothing_makes_room_for_a_connection_that_waits():
+    books, received = OpenCalls(Bounds(receiving=2, waiting=5)), []
+    lonely = sending(books, "lonely", received)
+    crowd = [sending(books, "many", received) for _ in range(4)]
+    now = time.monotonic()
+    assert books.overdue(now) == []  # a message that is on its way has a moment
+    ends = [call for call, error in books.overdue(now + 0.5) if isinstance(error, ResourceExhausted)]
+    assert ends == [crowd[0]]
+    assert {call for call, _ in books.overdue(now + 1.5)} <= {lonely, crowd[0]}
+    assert {call for call, _ in books.overdue(now + 6)} == {lonely, *crowd}
+    crowd += [sending(books, "many", received) for _ in range(4)]
+    assert len([call for call, _ in books.overdue(now + 0.04)]) == 2  # more wait than may
 
 
 def test_a_full_lane_takes_a_place_from_who_has_most():

@@ -29,6 +29,7 @@ from serving.stores.catalog_log import CatalogLog, Change
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.profiles import ProfileStore
+from serving.stores.restore_requests import RestoreRequests
 from tests.serving.faults import Proxy
 
 DOCS = Path(__file__).parents[2] / "docs" / "backend.md"
@@ -51,9 +52,9 @@ def work(profiles: Client, events: Client, partitions: int = 2) -> None:
     store.open()
     log.append([event(number) for number in range(70)])
     log.append_impressions([LoggedImpression("u:ann", FUTURE, b'{"timestamp": 1}')])
-    log.call_back({"u:ann": 1, "u:bob": 1})
-    assert sorted(log.called_back()) == ["u:ann", "u:bob"]
-    assert log.called_back() == []
+    RestoreRequests(log).add({"u:ann": 1, "u:bob": 1})
+    assert sorted(RestoreRequests(log).take()) == ["u:ann", "u:bob"]
+    assert RestoreRequests(log).take() == []
     projector = Projector(log, store, settle_s=0, compact_after=20)
     projector.open()
     while projector.step():

@@ -198,7 +198,7 @@ def test_it_is_known_also_while_nobody_writes(careless):
     with connect(careless.url, 2) as client:
         log = EventLog(client, 1)
         log.open()
-        beside = EventLog(client, 1, beside=log)
+        beside = EventLog(client, 1, shared_with=log)
         part = HealthCheck("events_redis", lambda: redis_trouble(client, "events", False, beside.check_safety))
         monitor = HealthMonitor([part], lambda _, __: None)
         monitor.start()
@@ -221,7 +221,7 @@ def test_profiles_that_could_be_evicted_are_neither_read_nor_written(evicting):
     """One look is enough for every store of the process; a server that was started again is looked at first."""
     with connect(evicting.url, 2) as client, connect(evicting.url, 2) as others, connect(evicting.url, 2) as admin:
         store = ProfileStore(client, 2, cooldown_s=0.05, guarded=True)
-        beside = ProfileStore(others, 2, guarded=True, beside=store)
+        beside = ProfileStore(others, 2, guarded=True, shared_with=store)
         store.open()
         record = event(1).record
         store.apply("u:1", [(1, record)])

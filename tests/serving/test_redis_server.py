@@ -141,7 +141,7 @@ def test_a_killed_parent_takes_it_along_and_the_next_one_finds_the_data(tmp_path
 
 
 def test_two_never_share_a_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(redis_server, "_LOCK_S", 0.1)
+    monkeypatch.setattr("serving.files._LOCK_S", 0.1)
     with RedisServer(tmp_path, "events"), pytest.raises(ConfigError, match="in use by another"):
         RedisServer(tmp_path, "events").start()
 

@@ -224,7 +224,7 @@ class TestHydrators:
         first = 1 << 50
         store.apply("u:ann", [(first, records(["i4"])[0].tobytes())])
         said = [
-            Mark(first + 2, address, rules=b""),
+            Mark(first + 2, address, controls=b""),
             Mark(first + 4, address, EVERY_PURPOSE),
             Mark(first + 6, address, forget=True),
         ]
@@ -235,7 +235,7 @@ class TestHydrators:
                 asked = query(min_profile_version=version, deadline=time.monotonic() + 0.1)
                 assert hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT), asked)[1] == stale
         # An event that is late is waited for, whatever was said since.
-        store.mark(partition_of("u:ann", 16), Mark(first + 20, address, rules=b""))
+        store.mark(partition_of("u:ann", 16), Mark(first + 20, address, controls=b""))
         late = query(min_profile_version=first + 12, deadline=time.monotonic() + 0.1)
         assert hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT), late)[1] == ["PROFILE_STALE"]
 
@@ -299,7 +299,7 @@ class TestHydrators:
         store.apply("u:ann", [(1 << 50, records(["i1"]).tobytes())])
         turned = dial_controls([(Dial.NOVELTY, 0, 0.5), (Dial.CREATOR_WEIGHT, 7, -1)])
         rules = np.concatenate([np.array([(1, 0, ControlKind.ITEM)], CONTROL), turned])
-        store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=encode_rules(rules)))
+        store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), controls=encode_rules(rules)))
         asked = query(**fields, dials={(Dial.NOVELTY, 0): -1.0})
         segments = {item_key("space"): "space"}
         user, _ = hydrated(ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT, segments=segments), asked)
@@ -319,7 +319,7 @@ class TestHydrators:
             dial_controls([(Dial.CATEGORY_WEIGHT, item_key(n), v) for n, v in (("space", 0.1), ("romance", 1))])
         )
         hydrator, found = ProfileHydrator(store, catalog, TYPES, SEEN, LIMIT, segments=segments), []
-        store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), rules=rules))
+        store.mark(partition_of("u:ann", 16), Mark(5, address_of("u:ann"), controls=rules))
         for item in ("", "i1", "i0", "i4"):
             if item:
                 store.apply("u:ann", [((1 << 50) + len(found), records([item]).tobytes())])

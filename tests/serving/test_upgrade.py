@@ -15,6 +15,8 @@ from features.subjects import partition_of
 from serving.errors import ProfileStoreUnavailable
 from serving.stores.keys import address_of
 from serving.stores.log_entries import Mark
+from serving.stores.profile_eviction import Evictions
+from serving.stores.profile_repair import Repairs
 from serving.stores.profiles import ProfileStore
 from tests.serving.test_profiles import NOW, entries, expected, items
 
@@ -52,7 +54,7 @@ def test_an_older_profile_is_read_applied_to_marked_and_rewritten_by_compaction(
     assert OLDEST_FORMAT <= 3 < FORMAT
     store.put_states([("u:1", expected(range(40)))])
     rules = controls.encode(np.array([(7, 0, 1), (8, 9, 2)], controls.CONTROL))
-    store.mark(partition_of("u:1", 16), Mark(NOW + 50, address_of("u:1"), consent=Purpose(3), rules=rules))
+    store.mark(partition_of("u:1", 16), Mark(NOW + 50, address_of("u:1"), consent=Purpose(3), controls=rules))
     key = store.key_of("u:1")
     before = store.read("u:1")
     profiles_redis.set(key, older(profiles_redis.get(key)))
@@ -70,7 +72,7 @@ def test_an_older_profile_is_read_applied_to_marked_and_rewritten_by_compaction(
     assert profiles_redis.get(key)[4] == FORMAT
     assert alike(store.read("u:1"), read)
     assert store.read("u:1").consent == Purpose(1)
-    assert not store.damaged(["u:1"])
+    assert not Repairs(store).damaged(["u:1"])
 
 
 def test_an_older_profile_forgets(store, profiles_redis):
@@ -98,16 +100,16 @@ def test_what_a_later_version_wrote_is_neither_read_nor_changed_by_any_step(stor
         "erase": lambda: store.erase("u:1", NOW + 9),
         "put": lambda: store.put_states([("u:1", expected(range(9)))]),
         "replace": lambda: store.replace("u:1", lambda stored: stored.state),
-        "set_aside": lambda: store.set_aside("u:1"),
-        "start_over": lambda: store.start_over("u:1"),
+        "set_aside": lambda: Repairs(store).set_aside("u:1"),
+        "salvage": lambda: Repairs(store).salvage("u:1"),
     }
     for name, step in steps.items():
         with pytest.raises(ProfileStoreUnavailable, match="later version"):
             step()
         assert profiles_redis.get(key) == kept, name
-    assert store.leave(1 << 52) == 0
+    assert Evictions(store).evict(1 << 52) == 0
     assert profiles_redis.get(key) == kept
-    assert not store.damaged(["u:1"])
+    assert not Repairs(store).damaged(["u:1"])
 
     others = store.apply_many([("u:1", entries([7])), ("u:2", entries([7]))])
     assert isinstance(others[0], ProfileStoreUnavailable)
@@ -120,6 +122,6 @@ def test_what_a_later_version_wrote_is_neither_read_nor_changed_by_any_step(stor
 def test_a_profile_before_the_oldest_format_is_named_not_taken_for_a_new_user(store, profiles_redis):
     whole = encode(expected(range(3)))
     profiles_redis.set(store.key_of("u:1"), whole[:4] + bytes((OLDEST_FORMAT - 1,)) + whole[5:])
-    assert store.damaged(["u:1"]) == ["u:1"]
+    assert Repairs(store).damaged(["u:1"]) == ["u:1"]
     with pytest.raises(ProfileCorrupt, match="profiles rebuild"):
         store.read("u:1")

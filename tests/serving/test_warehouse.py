@@ -50,7 +50,9 @@ from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.keys import log_id
 from serving.stores.log_erasure import LogErasure
+from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
+from serving.stores.restore_requests import RestoreRequests
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable
 from serving.warehouse.tables import (
@@ -427,7 +429,7 @@ def test_a_warehouse_is_not_replaced_by_a_data_set(log, make, out):
 
 def test_the_directory_has_one_writer(log, make, out, monkeypatch):
     make()
-    monkeypatch.setattr("serving.redis.embedded._LOCK_S", 0.05)
+    monkeypatch.setattr("serving.files._LOCK_S", 0.05)
     with pytest.raises(ConfigError, match="in use"):
         make()
 
@@ -641,7 +643,7 @@ class TestComingBack:
         before = {user: store.read(f"u:{user}") for user in who}
         for user in who:
             store.compact(f"u:{user}", before[user].version)
-        assert store.leave(now_ms() + 1000) == 4
+        assert Evictions(store).evict(now_ms() + 1000) == 4
         people.erase("u:bob")
         people.set_consent("u:cleo", Purpose.TRAIN)
         sink.drain()
@@ -672,12 +674,12 @@ class TestComingBack:
         before = {user: store.read(f"u:{user}") for user in who}
         for user in who:
             store.compact(f"u:{user}", before[user].version)
-        assert store.leave(now_ms() + 1000) == 4
+        assert Evictions(store).evict(now_ms() + 1000) == 4
         assert all(store.read(f"u:{user}").emptied for user in who)
-        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
+        RestoreRequests(log).add(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         SubjectRights(log, store, Certificates(log)).erase("u:bob")
-        assert sorted(log.called_back()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
-        log.call_back(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
+        assert sorted(RestoreRequests(log).take()) == ["u:ann", "u:cleo", "u:nobody"]  # an erased name waits nowhere
+        RestoreRequests(log).add(dict.fromkeys(["u:ann", "u:bob", "u:cleo", "u:nobody"], now_ms() + 1000))
         projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert [store.read(f"u:{user}").count for user in who] == [9, 0, 9, 0]
         assert store.read("u:ann").records.tobytes() == before["ann"].records.tobytes()
@@ -689,7 +691,7 @@ class TestComingBack:
         ingest(log, *(event("ann", f"i{n}") for n in range(5)))
         projecting(log, store, None)
         make().drain()
-        assert store.leave(now_ms() + 1000) == 1
+        assert Evictions(store).evict(now_ms() + 1000) == 1
         [file] = out.glob(damaged)
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
@@ -706,10 +708,10 @@ class TestComingBack:
         ingest(log, *(event("ann", f"i{n}") for n in range(5)))
         projecting(log, store, None)
         store.compact("u:ann", store.read("u:ann").version)
-        assert store.leave(now_ms() + 1000) == 1
+        assert Evictions(store).evict(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n}") for n in range(9)))
         projecting(log, store, Eviction(1, partial(restore_profiles, tmp_path / "nothing", Retention({}))))
-        assert store.dropped(["u:ann"])
+        assert Evictions(store).evicted(["u:ann"])
         assert store.read("u:ann").count == 9  # what is new is there, and is not folded without the past
 
     def test_who_did_little_is_dropped_and_comes_back_as_well(self, log, make, out, profiles_redis):
@@ -733,7 +735,7 @@ class TestComingBack:
         projector._evictor.sweep()
         assert telemetry.counters()["projector_profiles.evicted"] == 2
         assert [store.read(f"u:{user}").count for user in ("ann", "bob", "cleo")] == [0, 0, 5]
-        log.call_back({"u:ann": now_ms()})
+        RestoreRequests(log).add({"u:ann": now_ms()})
         projector.step()
         projector.close()
         assert store.read("u:ann").records.tobytes() == before.records.tobytes()
@@ -743,7 +745,7 @@ class TestComingBack:
         store = ProfileStore(profiles_redis, PARTITIONS, tail_cap=50)
         ingest(log, event("ann", "i1"))
         projecting(log, store, None)
-        assert store.leave(now_ms() + 1000) == 1
+        assert Evictions(store).evict(now_ms() + 1000) == 1
         ingest(log, *(event("ann", f"i{n % 10}", event_id=f"e{n}") for n in range(120)), event("bob", "i1"))
         projector = Projector(
             log,
@@ -756,9 +758,9 @@ class TestComingBack:
         wait_until(lambda: projector.step() == 0 and sum(projector.lag()) == 0)
         projector.close()
         assert store.read("u:bob").count == 1
-        assert store.dropped(["u:ann"])
+        assert Evictions(store).evicted(["u:ann"])
         make().drain()
-        log.call_back({"u:ann": now_ms()})
+        RestoreRequests(log).add({"u:ann": now_ms()})
         projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert store.read("u:ann").count == 121
 

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from features.arrays import Array, pc
 from features.tables.convert import pack_list, pack_map
-from features.tables.dataset import Loaded, conform
+from features.tables.dataset import LoadedTable, conform
 from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
 from training.data.recipes import DatasetError, PreparedTables, constant, read_parquet
 
@@ -113,7 +113,7 @@ def _bought_by(lines: pa.Table, households: int) -> Array:
     return counts["item_id"].filter(pc.greater_equal(counts["user_id_count"], households)).combine_chunks()
 
 
-def _one_per_basket(events: Loaded) -> Loaded:
+def _one_per_basket(events: LoadedTable) -> LoadedTable:
     """Events with the lines of one item in one basket added up; their time is the first one's."""
     table = events.table
     keys = ["user_id", "session_id", "item_id", "event_type"]

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from features.arrays import pc
-from features.tables.dataset import Loaded, conform, write_dataset
+from features.tables.dataset import LoadedTable, conform, write_dataset
 from features.tables.intake import REJECTED_SHARE, admit
 from features.tables.schema import EVENTS, EVENTS_REQUIRED, ITEMS, ITEMS_REQUIRED, USERS, USERS_REQUIRED
 from training.data import kuairand
@@ -164,7 +164,7 @@ def _simulated(
     world = World.make(seed, users, items, days, events_per_user)
     task = progress.add_task("playing", total=users)
     played = simulate(world, lambda people: progress.advance(task, people))
-    events, catalog, people = (Loaded(table, []) for table in (played.events, played.items, played.users))
+    events, catalog, people = (LoadedTable(table, []) for table in (played.events, played.items, played.users))
     return PreparedTables("simulated", f"simulated world, seed {seed}", events, catalog, people, played.impressions)
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from features.action_rates import ActionRates
 from features.arrays import pc
 from features.keys import item_keys
-from features.tables.dataset import Dataset, Loaded, read_table
+from features.tables.dataset import Dataset, LoadedTable, read_table
 from features.tables.files import table_path
 from features.tables.order import codes, is_present
 from features.tables.schema import IMPRESSIONS, IMPRESSIONS_REQUIRED
@@ -115,7 +115,7 @@ def read_examples(
     return examples
 
 
-def read_slates(path: Path) -> Loaded | None:
+def read_slates(path: Path) -> LoadedTable | None:
     """Reads the table of impressions of a data set; None if it has none.
 
     Raises:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from features.arrays import Array
 from features.errors import TrainingError
-from features.tables.dataset import Loaded
+from features.tables.dataset import LoadedTable
 
 
 class DatasetError(TrainingError):
@@ -26,9 +26,9 @@ class PreparedTables:
 
     name: str
     notes: str
-    events: Loaded
-    items: Loaded
-    users: Loaded | None = None
+    events: LoadedTable
+    items: LoadedTable
+    users: LoadedTable | None = None
     impressions: pa.Table | None = None
 
 

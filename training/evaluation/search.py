@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from features.errors import TrainingError
-from features.tables.dataset import Loaded, read_table
+from features.tables.dataset import LoadedTable, read_table
 from features.tables.files import table_path
 from features.tables.schema import JUDGMENTS, JUDGMENTS_REQUIRED
 from features.transforms import query_inputs
@@ -59,14 +59,14 @@ def evaluate_search(runs: Sequence[Path], data: Path | None = None) -> dict[str,
     }
 
 
-def _read_judgments(data: Path) -> Loaded:
+def _read_judgments(data: Path) -> LoadedTable:
     path = table_path(data, "judgments")
     if path is None:
         raise TrainingError(f"{data} has no table judgments, which this protocol measures on: add judgments.parquet")
     return read_table(path, JUDGMENTS, JUDGMENTS_REQUIRED)
 
 
-def _grades(run: LoadedRun, judgments: Loaded) -> dict[str, dict[int, float]]:
+def _grades(run: LoadedRun, judgments: LoadedTable) -> dict[str, dict[int, float]]:
     """Returns the grade of each judged row of the catalogue by query; a judged item that it lacks has row -1."""
     table = judgments.table
     rows = run.vocabulary.rows([str(name) for name in table["item_id"].to_pylist()]).tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,6 +24,7 @@ ROOM_S = 12.0
 """Idle time in seconds after which a stream makes room for another: longer than a stream waits for a full log."""
 
 _MOMENT_S = 0.05
+_SINGLE_S = 1.0
 
 
 class Phase(Enum):
@@ -40,7 +42,8 @@ class Bounds:
 
     Attributes:
         calls: Open calls of a connection.
-        sending: Calls of a worker whose message is incomplete.
+        receiving: Calls of a worker whose message is received; it may have the size of the largest.
+        waiting: Calls of a worker that wait to send theirs; each holds what fits the window of its stream.
         message_s: Time from the headers of a call to its whole message, in seconds.
         bytes_in_hand: Size of all messages that are worked on.
         unread: Bytes of answers that a connection has not read; above, its new calls are refused.
@@ -49,7 +52,8 @@ class Bounds:
     """
 
     calls: int = 100
-    sending: int = 16
+    receiving: int = 8
+    waiting: int = 256
     message_s: float = 5.0
     bytes_in_hand: int = 12 << 20
     unread: int = 4 << 20
@@ -87,7 +91,9 @@ class ClientConnection:
         entered: Calls that it has made.
         taken: Bytes of its messages.
         good: Calls whose answer it has read.
-        bad: Calls that it abandoned, or was too slow for.
+        bad: Calls that it gave up, was too slow for, or that were refused.
+        receiving: Calls of it whose message is received.
+        turn: Number of the last turn in which one of its calls began to send.
     """
 
     peer: str
@@ -97,6 +103,8 @@ class ClientConnection:
     taken: int = 0
     good: int = 0
     bad: int = 0
+    receiving: int = 0
+    turn: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -110,10 +118,12 @@ class OpenCall:
         phase: Its state.
         size: Bytes held for it: of its message while it is worked on, of its answer afterwards.
         started: A thread works on it.
+        refused: It ended before it had a place.
         closed: The client is gone, or has read all.
-        end: Ends it with an error that the client gets.
-        drop: Ends it and frees all that is held for it, without an error.
-        ending: The error that a stream is to end with, at the next look of its thread.
+        receive: Begins to receive its message.
+        end: Ends it with an error that the client sees.
+        drop: Ends it, and all that is held for it, without a word.
+        ending: The error that a stream is to end with, as soon as its thread looks.
         stuck: Returns True if a part of the answer of a stream waits for its reader.
     """
 
@@ -123,8 +133,10 @@ class OpenCall:
     phase: Phase = Phase.SENDING
     size: int = 0
     started: bool = False
+    refused: bool = False
     closed: bool = False
     ending: ServingError | None = None
+    receive: Callable[[], None] = lambda: None
     end: Callable[[ServingError], None] = lambda _: None
     drop: Callable[[], None] = lambda: None
     stuck: Callable[[], bool] = lambda: False
@@ -139,6 +151,10 @@ class OpenCalls:
         self.connections: dict[str, ClientConnection] = {}
         self.refused = self.bytes_in_hand = self.unread = 0
         self._phases: dict[Phase, dict[int, OpenCall]] = {phase: {} for phase in Phase if phase is not Phase.GONE}
+        # Calls that send: those whose message is received, and those that wait for it, the oldest first.
+        self._receiving: dict[int, OpenCall] = {}
+        self._waiting: dict[ClientConnection, dict[int, OpenCall]] = {}
+        self._turns = 0
         self._lock = threading.Lock()
 
     def count(self, phase: Phase) -> int:
@@ -155,10 +171,38 @@ class OpenCalls:
             connection.entered += 1
             connection.calls[id(call)] = self._phases[Phase.SENDING][id(call)] = call
             error = self._refusal(connection)
-            crowded = len(self._phases[Phase.SENDING]) > self.bounds.sending
-        if crowded:
-            self._wake()
         return call, error
+
+    def send(self, call: OpenCall) -> None:
+        """Has the message of a new call received, now or when others are whole: each connection in its turn."""
+        with self._lock:
+            if call.phase is Phase.SENDING and not call.closed and id(call) not in self._receiving:
+                self._waiting.setdefault(call.connection, {})[id(call)] = call
+        self._admit()
+
+    def _admit(self) -> None:
+        """Begins to receive messages while there is room."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                if len(self._receiving) >= self.bounds.receiving:
+                    break
+                # The connection that sends least comes first, then the one whose last turn is the longest ago.
+                connection = min(self._waiting, key=lambda sender: (sender.receiving, sender.turn))
+                call = next(iter(self._waiting[connection].values()))
+                self._stop_waiting(call)
+                self._receiving[id(call)] = call
+                self._turns += 1
+                connection.turn, connection.receiving = self._turns, connection.receiving + 1
+                call.since = time.monotonic()
+            call.receive()
+        self._wake()
+
+    def _stop_waiting(self, call: OpenCall) -> None:
+        calls = self._waiting.get(call.connection)
+        if calls and calls.pop(id(call), None) and not calls:
+            del self._waiting[call.connection]
 
     def _refusal(self, connection: ClientConnection) -> ServingError | None:
         if len(connection.calls) > self.bounds.calls:
@@ -199,6 +243,7 @@ class OpenCalls:
             self.bytes_in_hand += size
         if evicted is not None:
             evicted.end(_evicted_error(lane))
+        self._admit()
         return True
 
     def _evictable(self, lane: Lane, newcomer: OpenCall) -> OpenCall | None:
@@ -241,13 +286,14 @@ class OpenCalls:
                 return False
             self._leave_lane(call)
             self._read(call, 0)
-            return True
+        self._admit()
+        return True
 
     def close(self, call: OpenCall, cancelled: bool = False) -> None:
         """Notes that the client has read all, or has abandoned the call; a thread at work on the call keeps it open."""
         with self._lock:
             call.closed = True
-            if cancelled:
+            if cancelled or call.refused:
                 call.connection.bad += 1
             else:
                 call.connection.good += 1
@@ -256,6 +302,7 @@ class OpenCalls:
                 call.connection.unread -= call.size
             if call.phase is not Phase.WORKING:
                 self._move(call, Phase.GONE)
+        self._admit()
 
     def _read(self, call: OpenCall, size: int) -> None:
         if call.closed:
@@ -274,6 +321,10 @@ class OpenCalls:
     def _move(self, call: OpenCall, phase: Phase) -> None:
         if call.phase is not Phase.GONE:
             self._phases[call.phase].pop(id(call), None)
+        if call.phase is Phase.SENDING:
+            self._stop_waiting(call)
+            if self._receiving.pop(id(call), None):
+                call.connection.receiving -= 1
         call.phase, call.since = phase, time.monotonic()
         if phase is Phase.GONE:
             call.connection.calls.pop(id(call), None)
@@ -295,16 +346,24 @@ class OpenCalls:
         """
         bounds = self.bounds
         with self._lock:
-            sending, working, reading = (list(calls.values()) for calls in self._phases.values())
+            receiving, working = list(self._receiving.values()), list(self._phases[Phase.WORKING].values())
+            reading = list(self._phases[Phase.READING].values())
+            waiting = [call for calls in self._waiting.values() for call in calls.values()]
+            waiters = len(self._waiting)
+            sending = Counter(call.connection for call in (*receiving, *waiting))
             surplus = self.unread - bounds.unread_worker
-        slow = DeadlineExceeded(f"the message did not come within {bounds.message_s:g} s: send it at once")
-        ends: list[tuple[OpenCall, ServingError | None]] = [
-            (call, slow) for call in sending if now - call.since > bounds.message_s
+        late = DeadlineExceeded(f"the message did not come within {bounds.message_s:g} s: send it at once")
+        crowded = ResourceExhausted("too many calls send no message", retry_after_ms=RETRY_AFTER_MS)
+        ends: list[tuple[OpenCall, ServingError | None]] = []
+        ends += [(call, late) for call in receiving if now - call.since > bounds.message_s]
+        ends += [(call, crowded) for call in waiting if now - call.since > bounds.message_s]
+        # For each connection that waits ends one call that takes room for longer than a message on its way needs: of
+        # those that send several at once first, and of a single one not before it has had a second.
+        slow = [
+            call for call in receiving if now - call.since > (_MOMENT_S if sending[call.connection] > 1 else _SINGLE_S)
         ]
-        # A message that is on its way comes within moments, so younger calls are not judged yet.
-        waiting = [call for call in sending if _MOMENT_S < now - call.since <= bounds.message_s]
-        for call in _first(waiting, len(waiting) - bounds.sending):
-            ends.append((call, ResourceExhausted("too many calls send no message", retry_after_ms=RETRY_AFTER_MS)))
+        ends += [(call, crowded) for call in _first(slow, waiters)]
+        ends += [(call, crowded) for call in _first(waiting, len(waiting) - bounds.waiting)]
         for call in working:
             idle = now - call.since
             if not call.lane.stream:
@@ -346,13 +405,9 @@ def _greediest(calls: Iterable[OpenCall]) -> tuple[int, OpenCall]:
 
 
 def _first(calls: list[OpenCall], surplus: int) -> list[OpenCall]:
-    """Returns the calls that end first: of the connections that hold the most, the oldest."""
-    chosen: list[OpenCall] = []
-    remaining = {id(call): call for call in calls}
-    while surplus > len(chosen):
-        _, call = _greediest(remaining.values())
-        chosen.append(remaining.pop(id(call)))
-    return chosen
+    """Returns the calls that end first: of the connections that have the most open, the oldest."""
+    order = sorted(calls, key=lambda call: (-len(call.connection.calls), call.since))
+    return order[: max(surplus, 0)]
 
 
 def _heaviest(calls: list[OpenCall], surplus: int) -> list[OpenCall]:

@@ -32,14 +32,20 @@ ROUND_S = 0.1
 """Time between two searches for overdue calls, in seconds."""
 
 _LEAST_ROUND_S = 0.01
-_LOOK_S = 0.1
-"""Least time between two looks at the sockets, in seconds: a connection can send some MB in it."""
+LOOK_S = 0.05
+"""Time between two looks at the sockets, in seconds: a connection can send a MB in it, and gRPC keeps all of it."""
 
-_LOOK_SHARE = 20
-"""Pause until the next look, as a multiple of the time of the last: thousands of connections make it slow."""
+SUSPICION_S = 0.01
+"""The same while a connection sends much without a call."""
+
+_LOOK_SHARE = 10
+"""Times as long as a look takes, until the next: thousands of connections make it slow."""
 
 _TRIM_S = 5.0
 """Least time between two returns of free memory to the system, in seconds."""
+
+_LONGEST_TRIM_S = 300.0
+"""The same where trims give nothing back."""
 
 _GROWN = 16 << 20
 """Growth of the process in bytes after which such a return is worth its time."""
@@ -77,17 +83,30 @@ def _require_known_grpc() -> None:
             )
 
 
-def _trimmed(before: int) -> int:
-    """Returns free memory to the system if the process has grown: an attack leaves much of it, in pieces.
+class _Trimmer:
+    """Returns free memory to the system after an attack, which leaves much of it in pieces."""
 
-    Args:
-        before: Memory of the process after the last return, in bytes; 0 at first.
-    """
-    if not before or _resident() - before > _GROWN:
+    def __init__(self) -> None:
+        self._least, self._next, self._pause = 0, 0.0, _TRIM_S
+
+    def look(self, now: float) -> None:
+        """Trims if the process has grown; ever more seldom while that gives nothing back.
+
+        Args:
+            now: Monotonic time, in seconds.
+        """
+        if now < self._next:
+            return
+        before = _resident()
+        if self._least and before - self._least <= _GROWN:
+            self._next = now + _TRIM_S
+            return
         with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)
-        return _resident()
-    return before
+        after = _resident()
+        self._least = min(self._least or after, after)
+        self._pause = _TRIM_S if before - after > _GROWN else min(2 * self._pause, _LONGEST_TRIM_S)
+        self._next = now + self._pause
 
 
 def _resident() -> int:
@@ -182,7 +201,7 @@ class Reception(ThreadPoolExecutor):
         return self._over
 
     def _receive(self, rpc: _Rpc, run: Callable[[bytes | None], None], many: bool) -> None:
-        """Begins to receive the first message of a call; `run` gets it."""
+        """Has the first message of a call received, as soon as there is room for it; `run` gets it."""
         state = rpc.state
         received = _grpc._receive_message(state, rpc.event.call, None)
 
@@ -200,8 +219,14 @@ class Reception(ThreadPoolExecutor):
                 self._begin(rpc, request, run)
             return result
 
-        rpc.event.call.start_server_batch((_core.ReceiveMessageOperation(0),), whole)
-        state.due.add(_grpc._RECEIVE_MESSAGE_TOKEN)
+        def receive() -> None:
+            with state.condition:
+                if _grpc._is_rpc_state_active(state):
+                    rpc.event.call.start_server_batch((_core.ReceiveMessageOperation(0),), whole)
+                    state.due.add(_grpc._RECEIVE_MESSAGE_TOKEN)
+
+        rpc.call.receive = receive
+        self.calls.send(rpc.call)
 
     def _begin(self, rpc: _Rpc, request: bytes | None, run: Callable[[bytes | None], None]) -> None:
         try:
@@ -249,6 +274,7 @@ class Reception(ThreadPoolExecutor):
             self.calls.done(rpc.call)
 
     def _refuse(self, rpc: _Rpc, error: ServingError) -> None:
+        rpc.call.refused = True
         if self.calls.done(rpc.call):
             self._telemetry.count(("requests_refused", _REASONS.get(type(error), "message")))
             self._send_error(rpc, error)
@@ -276,11 +302,10 @@ class Reception(ThreadPoolExecutor):
                 _grpc._abort(state, rpc.event.call, _core.StatusCode.unknown, b"")
 
     def _reap(self) -> None:
-        """Ends overdue calls until the shutdown."""
-        trimmed = looked = time.monotonic()
-        pause, resident = _LOOK_S, 0
+        """Ends what is overdue, again and again."""
+        trimmer, looked, pause = _Trimmer(), time.monotonic(), LOOK_S
         while not self._ending:
-            if self._urgent.wait(ROUND_S):
+            if self._urgent.wait(min(ROUND_S, pause)):
                 self._urgent.clear()
                 time.sleep(_LEAST_ROUND_S)
             for call, error in self.calls.overdue(time.monotonic()):
@@ -290,17 +315,22 @@ class Reception(ThreadPoolExecutor):
                     call.end(error)
             now = time.monotonic()
             if self.sockets and now - looked >= pause:
-                self._look(self.sockets, now - looked)
-                looked, pause = now, max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - now))
-            if now - trimmed > _TRIM_S:
-                trimmed, resident = now, _trimmed(resident)
+                pause = self._look(self.sockets, now - looked)
+                looked = now
+            trimmer.look(now)
 
-    def _look(self, sockets: Sockets, seconds: float) -> None:
-        """Closes abusive connections, and forgets those that are closed."""
-        abusive = sockets.abusive(dict(self.calls.connections), seconds)
+    def _look(self, sockets: Sockets, seconds: float) -> float:
+        """Hangs up on the connections that work against the server, and forgets those that are closed.
+
+        Returns:
+            The time until the next look, in seconds: short while a connection sends much without a call.
+        """
+        begun = time.monotonic()
+        abusive = sockets.abusive(self.calls.connections.copy(), seconds)
         sockets.hang_up(abusive)
         self.hung_up += len(abusive)
         self.calls.forget(lambda peer: not sockets.known(peer))
+        return max(SUSPICION_S if sockets.suspicious else LOOK_S, _LOOK_SHARE * (time.monotonic() - begun))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads of every lane."""

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 _PAUSE_S = 60.0
 _LOGGER = "grpc._cython.cygrpc"
 _PREFIX = "Invalid encoding"
 
 
-class _HeaderFilter(logging.Filter):
-    """Passes one record a minute about headers that are not text, without their bytes and without a traceback."""
+class _HeaderErrors:
+    """Takes the place of `Logger.exception`: one line a minute about headers that are not text, without their bytes.
 
-    def __init__(self) -> None:
-        super().__init__()
+    It is called for each such header, so it may cost no more than the header itself: no record, no trace.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger, self._exception = logger, logger.exception
         self._next, self._count = 0.0, 0
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Returns True if the record, which this changes, is to be logged."""
-        if not str(record.msg).startswith(_PREFIX):
-            return True
+    def __call__(self, msg: object, *args: object, **options: Any) -> None:
+        """Logs what gRPC says, unless that is about a header."""
+        if not str(msg).startswith(_PREFIX):
+            self._exception(msg, *args, **options)
+            return
         self._count += 1
-        if time.monotonic() < self._next:
-            return False
-        record.msg = f"headers that are not UTF-8 were read as Latin-1: {self._count} since the last such line"
-        record.args, record.exc_info, record.exc_text = (), None, None
-        record.levelno, record.levelname = logging.WARNING, "WARNING"
-        self._next, self._count = time.monotonic() + _PAUSE_S, 0
-        return True
-
-
-_FILTER = _HeaderFilter()
+        if time.monotonic() >= self._next:
+            count, self._count, self._next = self._count, 0, time.monotonic() + _PAUSE_S
+            self._logger.warning("headers that are not UTF-8 were read as Latin-1: %d since the last such line", count)
 
 
 def limit_grpc_log() -> None:
-    """Keeps data of callers out of the log of gRPC; a second call has no effect."""
-    logging.getLogger(_LOGGER).addFilter(_FILTER)
+    """Keeps what callers send out of the log of gRPC; more than once is as once."""
+    logger = logging.getLogger(_LOGGER)
+    if not isinstance(logger.exception, _HeaderErrors):
+        logger.exception = _HeaderErrors(logger)  # type: ignore[method-assign]

@@ -6,13 +6,15 @@ and shows none. So the kernel is asked for the bytes that have come in over each
 
 from __future__ import annotations
 
-import contextlib
-import os
+import ctypes
+import errno
 import resource
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from serving.services.reception.calls import ClientConnection
 
@@ -20,8 +22,17 @@ FREE_BYTES = 256 << 10
 """Bytes a second that a connection may send without a call."""
 
 BROKEN_CALLS = 500
-"""Calls a second that a connection may abandon, or not finish sending, if it reads hardly any answers."""
+"""Calls a second that a connection may give up, fail to send or have refused, where it has ten times fewer answers."""
 
+_FIRST_PATIENCE = BROKEN_CALLS / 10
+"""The same of a connection that is new."""
+
+_libc: Any = ctypes.PyDLL(None, use_errno=True)
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
+_LARGEST_GAP = 128
+"""Numbers in a row that are no descriptors, after which none is looked for: the system gives out the lowest."""
+
+_ADDRESS_BYTES = 128
 _TCP_INFO_BYTES = 136
 _RECEIVED = struct.Struct("=128xQ")
 """struct tcp_info, of which tcpi_bytes_received is the field at byte 128, of 8 bytes."""
@@ -55,11 +66,15 @@ class _Traffic:
     open: int
     active: float
     free: float = FREE_BYTES
-    patience: float = BROKEN_CALLS
+    patience: float = _FIRST_PATIENCE
 
 
 class Sockets:
-    """Watches the connections of a server; one thread may call it."""
+    """Looks at the connections of a server; one thread may call it.
+
+    Attributes:
+        suspicious: A connection has sent much without a call, or many that were refused, at the last look.
+    """
 
     def __init__(self, port: int, message_bytes: int, most: int = MOST_CONNECTIONS) -> None:
         """Begins without connections.
@@ -72,6 +87,8 @@ class Sockets:
         self._port, self._message_bytes, self._most = port, message_bytes, most
         self._traffic: dict[str, _Traffic] = {}
         self._now = 0.0
+        self._highest = 0
+        self.suspicious = False
 
     def abusive(self, connections: Mapping[str, ClientConnection], seconds: float) -> list[str]:
         """Returns the peers that abuse the server, and those beyond the most connections.
@@ -89,6 +106,7 @@ class Sockets:
             if is_abusive:
                 peers.append(peer)
         self._traffic = traffic
+        self.suspicious = any(state.free < FREE_BYTES / 2 or state.patience < 0 for state in traffic.values())
         if surplus := max(len(traffic) - len(peers) - self._most, 0):
             ending = set(peers)
             idle = [
@@ -127,26 +145,40 @@ class Sockets:
         for descriptor, peer, _ in self._open() if closing else ():
             if peer not in closing:
                 continue
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                # The descriptor may be that of another socket by now.
-                if _name(connection) == peer:
-                    connection.shutdown(socket.SHUT_RDWR)
+            kept = _libc.dup(descriptor)
+            # The number may be another socket's by now.
+            if kept >= 0 and _connected(kept) == peer:
+                _libc.shutdown(kept, socket.SHUT_RDWR)
+            if kept >= 0:
+                _libc.close(kept)
 
     def _open(self) -> list[tuple[int, str, int]]:
-        """Returns descriptor, peer and bytes received of each connection of the server."""
-        connections = []
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                    continue
-                with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6):
-                        address = connection.getsockname()
-                        if address[1] == self._port:
-                            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-                            received = _RECEIVED.unpack(info)[0] if len(info) >= _TCP_INFO_BYTES else 0
-                            connections.append((int(name), _name(connection), received))
-        return connections
+        """Returns descriptor, peer and bytes received of each connection of the server.
+
+        Python gives its lock away with each call to the system and waits for it in a queue afterwards, for some
+        milliseconds where the server is busy, and with some hundred calls for a second. These calls keep it: each takes
+        a microsecond.
+        """
+        found, descriptor, gap, highest = [], -1, 0, 0
+        info = ctypes.create_string_buffer(_TCP_INFO_BYTES)
+        while gap < _LARGEST_GAP or descriptor < self._highest:
+            descriptor, gap = descriptor + 1, gap + 1
+            address = _address(_libc.getsockname, descriptor)
+            if not address:
+                gap = 0 if ctypes.get_errno() == errno.ENOTSOCK else gap
+                continue
+            gap, highest = 0, descriptor
+            if _family(address) not in _INTERNET or int.from_bytes(address[2:4]) != self._port:
+                continue
+            peer = _connected(descriptor)
+            if not peer:  # it listens, or has ended
+                continue
+            size = ctypes.c_uint(_TCP_INFO_BYTES)
+            known = not _libc.getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, ctypes.byref(size))
+            received = _RECEIVED.unpack(info.raw)[0] if known and size.value >= _TCP_INFO_BYTES else 0
+            found.append((descriptor, peer, received))
+        self._highest = highest
+        return found
 
 
 def connection_limits() -> tuple[int, int]:
@@ -157,14 +189,24 @@ def connection_limits() -> tuple[int, int]:
     return kept, max(min(MOST_CONNECTIONS * 2, descriptors * 3 // 4), kept)
 
 
-def _name(connection: socket.socket) -> str:
-    """Returns the peer as gRPC writes it.
+def _address(call: Any, descriptor: int) -> bytes:
+    """Returns the struct sockaddr that a call to the system gives for a descriptor; none where it fails."""
+    address, size = ctypes.create_string_buffer(_ADDRESS_BYTES), ctypes.c_uint(_ADDRESS_BYTES)
+    return b"" if call(descriptor, address, ctypes.byref(size)) else address.raw
 
-    Raises:
-        OSError: It is not connected.
-    """
-    host, port = connection.getpeername()[:2]
-    # A socket of both families shows IPv4 peers as ::ffff:1.2.3.4.
-    if connection.family == socket.AF_INET or host.startswith("::ffff:"):
+
+def _family(address: bytes) -> int:
+    return int.from_bytes(address[:2], sys.byteorder)
+
+
+def _connected(descriptor: int) -> str:
+    """Returns the peer of a connection as gRPC writes it; "" where there is none."""
+    address = _address(_libc.getpeername, descriptor)
+    if not address:
+        return ""
+    family, port = _family(address), int.from_bytes(address[2:4])
+    host = socket.inet_ntop(family, address[4:8] if family == socket.AF_INET else address[8:24])
+    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4.
+    if family == socket.AF_INET or host.startswith("::ffff:"):
         return f"ipv4:{host.removeprefix('::ffff:')}:{port}"
     return f"ipv6:%5B{host}%5D:{port}"
