@@ -69,6 +69,7 @@ def auc(labels: npt.NDArray[np.bool_], scores: Floats, weights: Floats | None = 
         positive, negative = (np.bincount(inverse, np.where(is_kind, weights, 0.0)) for is_kind in (labels, ~labels))
         return float(positive @ (np.cumsum(negative) - negative / 2) / (positive.sum() * negative.sum()))
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    # The rank sum of Mann and Whitney; tied scores share the middle of their ranks.
     middle = np.cumsum(counts) - (counts - 1) / 2
     return float((middle[inverse][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
@@ -129,6 +130,7 @@ def interval(values: Floats, groups: npt.NDArray[np.int64], seed: int = 0, level
     Returns:
         `mean`, `low`, `high`.
     """
+    # A group enters a draw through its sum and its size, so a draw costs as much as there are groups, not values.
     _, inverse = np.unique(groups, return_inverse=True)
     sizes = np.bincount(inverse).astype(np.float64)
     sums = np.bincount(inverse, weights=values)

@@ -58,6 +58,7 @@ def write_report(runs: Sequence[Path], into: Path | None = None) -> Path:
     """
     run = into or runs[0]
     config, result = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("config.json", "result.json"))
+    # Names come from the data, so all text is escaped; an unknown name in the template is an error.
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )

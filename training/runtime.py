@@ -29,6 +29,7 @@ def prepared(threads: int, device: torch.device | None = None) -> Iterator[None]
         device: The device of the models; None is the CPU. On a GPU sums are then taken in a fixed order, so that a
             training gives the same weights again.
     """
+    # The settings are global to torch, and a caller's own may differ: all are restored.
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic, filled = torch.are_deterministic_algorithms_enabled(), _settings.fill_uninitialized_memory
     if device is not None and device.type == "cuda":

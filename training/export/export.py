@@ -96,6 +96,7 @@ def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RE
         BundleError: `out` does not hold this bundle.
     """
     loaded = load_run(run, data)
+    # Features that changed since the training would give the ranker other numbers under the same names.
     if loaded.result["feature_fingerprint"] != FEATURES.fingerprint():
         raise ExportError(f"{run} was trained on other features than this version has: train again")
     left_out = admit_run(loaded)
@@ -115,6 +116,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
     with _staging(out) as staging:
         catalog = _write_items(loaded, staging)
         context, sessions = _golden_context(loaded, catalog)
+        # The cheapest gates come first; the index, which takes longest, after the graphs whose outputs search it.
         _check_assembly(context, gates)
         _write_models(loaded, context, sessions, staging, gates)
         data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
@@ -157,6 +159,7 @@ def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
     with pa.OSFile(str(staging / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, items.schema) as writer:
         writer.write_table(items)
     loaded.vocabulary.save(staging / "vocabulary.arrow")
+    # Checked before any graph or index: a NaN would fail their gates with a message that hides the cause.
     vectors = np.ascontiguousarray(loaded.item_vectors, np.float32)
     if not np.isfinite(vectors).all():
         raise ExportError(f"{loaded.path}: item vectors hold NaN or infinity; the training went wrong, train again")
@@ -323,6 +326,7 @@ def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, stagi
 
 def _manifest(loaded: LoadedRun, gates: ExportGates) -> dict[str, Any]:
     config, result = loaded.config, loaded.result
+    # The model part is what serving reads; the others are for readers who look into a bundle.
     names = [*ENCODER_FEATURES.names, *ranker_names([action["name"] for action in result["actions"]])]
     model = {
         **{name: result[name] for name in ("event_types", "actions", "action_weights", "seen_types", "blend")},

@@ -86,6 +86,7 @@ def make_histories(context: GoldenContext) -> list[list[Event]]:
     """
     rng = np.random.default_rng(0)
     longest = context.config.max_length
+    # Around the encoder's window and the profile's ring, where an off-by-one would show.
     lengths = sorted({1, 2, 5, longest - 1, longest, longest + 7, RING, RING + 20} - {0})
     users = [_walk(context, rng, length) for length in lengths]
     for at, name in enumerate(context.event_types):

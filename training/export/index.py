@@ -73,6 +73,7 @@ def build(
     count = len(vectors)
     # Recall compares scores, not rows: of items with equal vectors any may be found.
     truth: _F32 = faiss.knn(queries, vectors, min(max(CUTOFFS), count), faiss.METRIC_INNER_PRODUCT)[0]
+    # About two square roots of the items, so that lists and the centroids to compare cost about the same.
     lists = 2 ** round(math.log2(2 * math.sqrt(max(count, 1))))
     kinds = [f"IVF{lists},SQ8"] * (count >= quantised_from) + [f"IVF{lists},Flat"] * (count > exact_up_to) + ["Flat"]
     for kind in kinds[:-1]:
@@ -86,6 +87,7 @@ def _made(kind: str, vectors: _F32, queries: _F32, truth: _F32, target: float) -
     index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     _fill(index, vectors)
     lists = getattr(index, "nlist", 0)
+    # The fewest probes that reach the target: each costs a scan of its list at every search.
     probes = min(8, lists)
     while True:
         if lists:

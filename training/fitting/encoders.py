@@ -88,6 +88,7 @@ class EncoderTrainer:
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.learning_rate,
+            # As for other transformers (arXiv:1706.03762): squared gradients are remembered for 50 steps, not 1,000.
             betas=(0.9, 0.98),
             fused=True,
         )
@@ -114,6 +115,7 @@ class EncoderTrainer:
                     passed = self.state.epoch + self.state.batch / len(plan)
                     if passed >= self.state.validated + self.config.validate_every - 1e-9:
                         self._validate(passed, loss)
+                    # A checkpoint writes all weights and moments, so the clock decides: a step may take milliseconds.
                     if time.monotonic() - saved > self.config.checkpoint_seconds:
                         self._save()
                         saved = time.monotonic()
@@ -122,6 +124,7 @@ class EncoderTrainer:
                         self.on_step(self.state.step)
                 self.state.epoch, self.state.batch = self.state.epoch + 1, 0
                 self.state.finished |= self.state.epoch >= self.config.epochs
+        # Without any validation the last weights are the best that there are.
         if self.state.best_step == 0:
             self._keep_best(self.state.best)
         self._save()
@@ -156,6 +159,7 @@ class EncoderTrainer:
         loss = self._loss(users, table, targets[counted])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        # A batch with one long, odd history must not throw the weights far away.
         clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
         self.state.step += 1
@@ -192,6 +196,7 @@ class EncoderTrainer:
         Raises:
             TrainingError: The loss is no longer a number.
         """
+        # Reading a number waits for the device, so the loss is read at validations alone.
         loss = float(last)
         if not math.isfinite(loss):
             raise TrainingError(
@@ -217,12 +222,14 @@ class EncoderTrainer:
 
     def _keep_best(self, value: float) -> None:
         self.state.best, self.state.best_step, self.state.waited = value, self.state.step, 0
+        # Written at once: after an interruption the best weights are still on the disk, outside the checkpoint.
         save_modules(self.out / "model.safetensors", {"user": self.modules.user, "item": self.modules.item})
 
     def _ndcg(self, targets: Targets) -> float:
         """Returns the mean NDCG@10 of relevance alone, over at most `validation_users` of the targets."""
         if not len(targets):
             return 0.0
+        # The same sample at every validation, or chance would choose the best weights.
         targets = targets.sample(self.config.validation_users, self.config.seed)
         self.modules.user.eval()
         with torch.inference_mode():

@@ -100,6 +100,7 @@ class CandidateBuilder:
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
         self.histories = UserHistories(data, columns)
         self.action_rates, self.from_impressions = action_rates, from_impressions
+        # Ties by row, so that a training gives the same candidates again.
         self.popular = np.argsort(-columns.popularity, kind="stable")[:RANKER_NEGATIVES].astype(np.int32)
 
     def candidates(self, targets: Targets, count: int) -> RankerCandidates:
@@ -116,6 +117,7 @@ class CandidateBuilder:
             scores = users[part] @ self.columns.vectors.T
             if not self.config.repeats:
                 mask_seen(scores, seen_before(self.data, targets.take(np.arange(part.start, part.stop))))
+            # The target has its own place, the first, and must not come again as a negative.
             scores[np.arange(scores.shape[0]), truth[part]] = -np.inf
             rows[part] = self._choose(scores, truth[part], count, rng)
         features = np.stack([self._features(targets, users, rows, at) for at in range(len(targets))])

@@ -107,6 +107,7 @@ class MarkovBaseline:
         for block in data.blocks():
             follows = np.flatnonzero((block.position > 0) & (block.position < ends[block.owner]))
             rows = data.rows[block.events].astype(np.int64)
+            # Two items as one number: counted over the pairs that occur, where a matrix of all would be mostly zeros.
             pairs, counts = np.unique(rows[follows - 1] * data.items + rows[follows], return_counts=True)
             distinct, place = np.unique(np.concatenate([distinct, pairs]), return_inverse=True)
             self.counts = np.bincount(place, np.concatenate([self.counts, counts])).astype(np.int64)
@@ -184,6 +185,7 @@ class EaseBaseline:
                 incidence[owner[part] - start, rows[part].astype(np.int64)] = 1
                 gram += incidence.T @ incidence
         gram.diagonal().add_(EASE_LAMBDA)
+        # The closed form: each item's regression on all others, with its own weight held at zero.
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         weights = inverse / -inverse.diagonal()
         weights.fill_diagonal_(0)
@@ -220,6 +222,7 @@ def neighbors_of(
     owner = data.owner()
     chosen = np.flatnonzero(data.seen)
     chosen = chosen[_among_newest(owner[chosen])]
+    # A user counts once for an item, however often they chose it.
     pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
     users, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
     user_starts = np.searchsorted(users, np.arange(len(data.users) + 1))

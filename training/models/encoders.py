@@ -50,6 +50,7 @@ class CheapDropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return functional.dropout(x, self.threshold / 256)
+        # Eight elements share one random number of 64 bits.
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
         keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
         return x * keep * (256 / (256 - self.threshold))
@@ -159,7 +160,7 @@ class TransformerBlock(nn.Module):
 
 
 class UserEncoder(nn.Module):
-    """Reads a person's events, oldest first: vectors and types (SASRec, arXiv:1808.09781, with pre-norm blocks)."""
+    """Reads a user's events, oldest first: vectors and types (SASRec, arXiv:1808.09781, with pre-norm blocks)."""
 
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
@@ -196,6 +197,7 @@ class UserEncoder(nn.Module):
 
     def last(self, vectors: Tensor, types: Tensor, lengths: Tensor) -> Tensor:
         """Predicts the item after the newest event, float `[B, D]`: the last block computes that position alone."""
+        # The other blocks need all positions: the last one attends to their outputs.
         x = self.read(vectors, types)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -226,6 +228,7 @@ class ItemEncoder(nn.Module):
         self.mix = nn.Linear(dim + 2, dim)
         self.apply(_initialise)
         if not content:
+            # Without content the mix would add one constant to all items.
             nn.init.zeros_(self.mix.weight)
 
     def forward(self, tokens: Tensor, categories: Tensor, creators: Tensor, prices: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ def ranks_of(scores: npt.NDArray[np.floating], rows: npt.NDArray[np.int32]) -> n
     Ties against the target keep a model that gives all items one score from looking perfect. A target that is itself
     masked, or whose score is not a number, stands behind all items.
     """
+    # The target compares equal to itself, so one is taken off.
     target = scores[np.arange(rows.size), rows]
     before = np.sum(scores >= target[:, None], axis=1, dtype=np.int64) - 1
     return np.where(np.isfinite(target), before, scores.shape[1])

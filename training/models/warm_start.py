@@ -37,6 +37,7 @@ def cooccurrence_vectors(data: Interactions, trained: npt.NDArray[np.bool_], con
     """
     dim, product = config.dim, _Nearness(data, np.flatnonzero(trained))
     generator = torch.Generator().manual_seed(config.seed)
+    # A few columns more than are kept: they take up the error of the random start.
     basis = torch.randn(data.items, min(dim + _EXTRA, data.items), generator=generator)
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(product(basis))[0]
