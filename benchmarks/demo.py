@@ -86,27 +86,30 @@ def demo(dataset: str = "movielens-1m", out: Path = Path("build/demo"), source: 
     measured = _learn(dataset, source, story, out, screen, clock)
     with running(out / "bundle", "--state-dir", str(out / "state")) as service:
         cast = _Cast(out / "data", story.search)
+        # The data set's history becomes the profiles, so that its users are known from the first request on.
         rebuild(out / "data", service["redis"], service["events_redis"])
         clock.lap("service")
         with Client(service["listen"], timeout_s=TIMEOUT_S) as client:
             moved = _show(client, cast, story, screen)
-        screen.rule("latency")
-        speed = latency(service["listen"], cast.users, requests=1000)
-        screen.print(f"at {speed['rate']:.0f} requests a second: {speed['latency_ms']} ms, errors {speed['errors']}")
+        speed = _measure_latency(service["listen"], cast.users, screen)
         clock.lap("requests")
         screen.print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in clock.laps.items()))
         _try_it(service, out / "bundle", cast.pair[0], screen)
-        if sys.stdin.isatty():
-            screen.input("The service runs until you press Enter. ")
     return {
         "dataset": dataset,
         **_figures(measured),
         "parts": {name: {"targets": part["targets"], **_figures(part)} for name, part in _parts(measured).items()},
         **{name: speed[name] for name in ("latency_ms", "rate", "errors", "rungs", "degraded")},
         **moved,
-        "phases": clock.laps,
-        "seconds": round(sum(clock.laps.values()), 1),
+        **clock.figures(),
     }
+
+
+def _measure_latency(target: str, users: list[str], screen: Console) -> dict[str, Any]:
+    screen.rule("latency")
+    speed = latency(target, users, requests=1000)
+    screen.print(f"at {speed['rate']:.0f} requests a second: {speed['latency_ms']} ms, errors {speed['errors']}")
+    return speed
 
 
 class _PhaseClock:
@@ -115,6 +118,10 @@ class _PhaseClock:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._since = time.monotonic()
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the seconds of each phase, and of all."""
+        return {"phases": self.laps, "seconds": round(sum(self.laps.values()), 1)}
 
     def lap(self, name: str) -> None:
         """Ends a phase."""
@@ -126,6 +133,7 @@ def _learn(
     dataset: str, source: Path | None, story: Story, out: Path, screen: Console, clock: _PhaseClock
 ) -> dict[str, Any]:
     """Prepares the data, trains, evaluates and exports; returns the evaluation."""
+    # Also the state: an older demo's profiles would belong to other users.
     for name in ("data", "run", "bundle", "state"):
         shutil.rmtree(out / name, ignore_errors=True)
     screen.rule("data")
@@ -212,6 +220,7 @@ def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[st
     screen.print(cast.table(matching, f"search “{query}” by {story.user} {first}"))
 
     screen.rule("events, and the very next slate")
+    # Search also finds by meaning; events about items that bear the words make the effect plain to a reader.
     touched = cast.named(_ids(matching), query)[:5]
     values: EventFields = {} if story.value is None else {"value": story.value}
     statuses = client.ingest([event(first, item, story.action, **values) for item in touched])
@@ -227,6 +236,7 @@ def _show(client: Client, cast: _Cast, story: Story, screen: Console) -> dict[st
     was, now = _ids(before[first]), _ids(after[first])
     moved = {
         "new_items": len(set(now) - set(was)),
+        # A choice is not recommended again, so these places are no sign of taste.
         "left_because_seen": len((set(was) & set(touched)) - set(now)),
         "other_unchanged": _ids(before[second]) == _ids(after[second]),
         "same_titles": sum(map(cast.same_titles, (*before.values(), matching, *after.values()))),
@@ -294,3 +304,6 @@ def _try_it(service: dict[str, Any], bundle: Path, user: str, screen: Console) -
     url = f"http://{service['listen']}/penchant.v1.RankingService/Recommend"
     screen.print(f"To try it yourself, while it runs (or again after `penchant serve {bundle}`):")
     screen.print(f"  buf curl --http2-prior-knowledge --protocol grpc -d '{body}' {url}", soft_wrap=True, markup=False)
+    # A script has no terminal, and would wait for ever.
+    if sys.stdin.isatty():
+        screen.input("The service runs until you press Enter. ")

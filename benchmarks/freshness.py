@@ -94,8 +94,7 @@ def freshness(bundle: Path, *, pairs: int = 2000, callers: int = 1) -> dict[str,
         BenchmarkError: The workers cannot be told apart.
         ServiceError: The service does not start.
     """
-    vocabulary = Vocabulary.open(open_bundle(bundle).path / "vocabulary.arrow")
-    items = vocabulary.ids(np.arange(min(len(vocabulary), 1000)))
+    items = _item_ids(bundle)
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
         ready = stack.enter_context(running(bundle, "--workers", "2", "--state-dir", state))
@@ -103,19 +102,29 @@ def freshness(bundle: Path, *, pairs: int = 2000, callers: int = 1) -> dict[str,
         floors = [stack.enter_context(_floors(ready))]
         read_your_writes(clients, items, _WARM_UP, floors)
         begun = time.perf_counter()
-        with ThreadPoolExecutor(callers) as pool:
-            shares = [len(range(caller, pairs, callers)) for caller in range(callers)]
-            hooks = [_progress(share) if caller == 0 else None for caller, share in enumerate(shares)]
-            work = functools.partial(read_your_writes, clients, items, floors=floors)
-            parts = list(pool.map(lambda share, hook: work(share, on_sample=hook), shares, hooks))
+        results = _at_once(functools.partial(read_your_writes, clients, items, floors=floors), pairs, callers)
         seconds = time.perf_counter() - begun
     return {
         "callers": callers,
         "pairs_per_second": round(pairs / seconds, 1),
-        **_figures(functools.reduce(operator.iadd, parts)),
+        **_figures(results),
         "method": "closed loop, two workers, bare round trips between the pairs",
         **facts(),
     }
+
+
+def _item_ids(bundle: Path) -> list[str]:
+    vocabulary = Vocabulary.open(open_bundle(bundle).path / "vocabulary.arrow")
+    return vocabulary.ids(np.arange(min(len(vocabulary), 1000)))
+
+
+def _at_once(work: Callable[..., PairResults], pairs: int, callers: int) -> PairResults:
+    """Shares the pairs among callers at once; the first one reports the progress of all."""
+    shares = [len(range(caller, pairs, callers)) for caller in range(callers)]
+    hooks = [_progress(share) if caller == 0 else None for caller, share in enumerate(shares)]
+    with ThreadPoolExecutor(callers) as pool:
+        parts = list(pool.map(lambda share, hook: work(share, on_sample=hook), shares, hooks))
+    return functools.reduce(operator.iadd, parts)
 
 
 @dataclass
@@ -168,6 +177,7 @@ def read_your_writes(
         on_sample: Called now and then with the number of pairs so far.
     """
     results, run = PairResults(), uuid.uuid4().hex
+    # Floors are timed at some pairs only: their own fsync would slow every event down.
     every = max(1, pairs // _SAMPLES)
     for pair in range(pairs):
         writer, reader = clients[pair % len(clients)], clients[(pair + 1) % len(clients)]
@@ -175,26 +185,39 @@ def read_your_writes(
         regular = pair % 4 >= 2
         user = f"{run}-{pair // 4 % REGULARS}-{pair % 2}" if regular else f"{run}-new-{pair}"
         item = items[pair % len(items)]
-        begun = time.perf_counter()
-        [status] = writer.ingest([event(user, item, "view_item")])
-        applied = time.perf_counter()
-        slate = reader.rank(items[:CANDIDATES], user_id=user, min_profile_version=status.profile_version)
-        answered = time.perf_counter()
-        results.times["service"].append(applied - begun)
-        results.times["answer"].append(answered - begun)
-        results.pairs += 1
-        results.faults.update(faults(status, slate))
+        status = _write_and_read(writer, reader, user, item, items[:CANDIDATES], results)
         if pair % every:
             continue
         if on_sample:
             on_sample(pair)
-        for name, call in (named for calls in floors for named in calls.items()):
-            with _timed(results.times[name]):
-                call()
+        _time_floors(floors, results)
+        # The slate proves that the history is not empty; the profile, that its newest event is this one.
         newest = reader.get_profile(user)
         if newest.profile_version != status.profile_version or newest.events[0].item_id != item:
             results.faults["profile"] += 1
     return results
+
+
+def _write_and_read(
+    writer: Client, reader: Client, user: str, item: str, candidates: Sequence[str], results: PairResults
+) -> event_pb2.EventStatus:
+    begun = time.perf_counter()
+    [status] = writer.ingest([event(user, item, "view_item")])
+    applied = time.perf_counter()
+    slate = reader.rank(candidates, user_id=user, min_profile_version=status.profile_version)
+    answered = time.perf_counter()
+    results.times["service"].append(applied - begun)
+    results.times["answer"].append(answered - begun)
+    results.pairs += 1
+    results.faults.update(faults(status, slate))
+    return status
+
+
+def _time_floors(floors: Sequence[Mapping[str, Callable[[], object]]], results: PairResults) -> None:
+    for calls in floors:
+        for name, call in calls.items():
+            with _timed(results.times[name]):
+                call()
 
 
 def _progress(pairs: int) -> Callable[[int], None]:
@@ -281,6 +304,7 @@ def _floors(ready: Mapping[str, Any]) -> Iterator[dict[str, Callable[[], object]
         template = LoggedEvent("", "bare", record, payload)
         yield {
             "get": lambda: reading.ask("GET", "bare"),
+            # Trimmed as it goes, so that the log of the benchmark's own stream stays small.
             "durable_xadd": lambda: writing.ask("XADD", "bare", "MAXLEN", 1000, "*", "r", record),
             "call": lambda: health.Check(health_pb2.HealthCheckRequest()),
             "stores": _stores(profiles, events, template),
@@ -293,6 +317,7 @@ def _stores(profiles: redis.Redis, events: redis.Redis, template: LoggedEvent) -
     log.open()
 
     def call() -> None:
+        # A new user each time: a profile with a long tail would cost more to read.
         subject = f"u:{uuid.uuid4().hex}"
         [appended] = log.append([dataclasses.replace(template, subject=subject)])
         store.apply(subject, [(appended.log_id, appended.record)])

@@ -80,6 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         for timing in scans["timings"]:
             timing["of_copy"] = round(timing["gb_s"] / result["copy_gb_s"], 3)
             timing["scan_of_copy"] = round(timing["scan_gb_s"] / result["copy_gb_s"], 3)
+    # In the end, so that a run with faults still prints all its figures.
     result["faults"] = [fault for fault in _faults(result) if fault]
     result["seconds"] = round(time.monotonic() - began, 1)
     print(json.dumps(result))
@@ -101,6 +102,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 def copy_rate(device: torch.device) -> float:
     """Returns the bytes read and written a second by a copy within the device's memory, in GB."""
+    # Large against every cache, or the speed of a cache would be the limit that searches are compared with.
     size = 1 << (31 if device.type == "cuda" else 24)
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
@@ -114,6 +116,7 @@ def milliseconds(device: torch.device, work: Callable[[], Any], rounds: int = 20
         work()
     times = []
     for _ in range(rounds):
+        # The device's events do not count the time in which the CPU launches the work.
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
@@ -141,6 +144,7 @@ def answers(device: torch.device, rows: int = 100_000, queries: int = 64) -> dic
     catalog = Catalog(pa.table({"item_id": ids}), Vocabulary.build(ids), vectors)
     data = build(vectors[:rows], _vectors(rng, 20), 0.98, exact_up_to=rows).data
     on_cpu, on_device = Index(data, catalog), _on(device, data, catalog, vectors)
+    # Items that are put live are scanned by the CPU and merged: both ways must agree on them too.
     catalog.put([{"item_id": f"new{number}"} for number in range(50)], _vectors(rng, 50), _NOW)
     queried = _vectors(rng, queries)
     compared = different = 0
@@ -151,6 +155,7 @@ def answers(device: torch.device, rows: int = 100_000, queries: int = 64) -> dic
             expected, answer = on_cpu.search(queried, k, allowed), on_device.search(queried, k, allowed)
             compared += queries
             different += _different(expected, answer)
+    # The control: a comparison that cannot fail proves nothing.
     spoiled = vectors[:rows].copy()
     spoiled[on_cpu.search(queried, 1)[0][:, 0] % rows] = 0
     control = _different(on_cpu.search(queried, K), _on(device, data, catalog, spoiled).search(queried, K))
@@ -170,6 +175,7 @@ def _different(expected: tuple[Any, Any], answer: tuple[Any, Any]) -> int:
 
 
 def _vectors(rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
+    # Vectors of several lengths: with equal ones a wrong norm would not show.
     lengths = np.exp(rng.normal(0, 0.2, (count, 1)))
     vectors: npt.NDArray[np.float32] = (rng.normal(size=(count, DIM)) * lengths).astype(np.float32)
     return vectors
@@ -256,6 +262,7 @@ def _check(vectors: Tensor, queries: Tensor, bits: Tensor | None, matches: ScanR
 
 def _truth(vectors: Tensor, queries: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the best `K` scores in float64 and their rows."""
+    # In chunks, because 100 million vectors in float64 do not fit next to the ones in float32.
     scores, rows = [], []
     for at in range(0, len(vectors), _CHUNK):
         part = queries.double() @ vectors[at : at + _CHUNK].double().T

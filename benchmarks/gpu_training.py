@@ -61,20 +61,11 @@ def training(device: torch.device, data: Path | None, seconds: float, epochs: in
                 "same_twice": trial.digest(device) == trial.digest(device),
                 "moved": moved,
             }
-            rates = {
-                "cpu": trial.rate(_CPU, seconds),
-                "gpu": trial.rate(device, seconds),
-                f"gpu, {_LARGE} tokens a batch": trial.rate(device, seconds, batch_tokens=_LARGE),
-            }
-            quality = [
-                trial.quality(device, epochs or config.epochs, **changes)
-                for changes in ({}, {"batch_tokens": 8192, "learning_rate": 0.006})
-            ]
+            measured = trial.measured(device, seconds, epochs)
     return {
         "data": "drawn" if data is None else data.name,
         **checks,
-        "tokens_per_second": rates,
-        "quality": quality,
+        **measured,
         "faults": list(_faults(**checks)),
     }
 
@@ -95,6 +86,20 @@ class _Trial:
 
     def __init__(self, material: dict[torch.device, Material], config: TrainConfig, folder: Path) -> None:
         self.material, self.config, self.folder, self.number = material, config, folder, 0
+
+    def measured(self, device: torch.device, seconds: float, epochs: int) -> dict[str, Any]:
+        """Returns the rates on both devices, and the quality on this one."""
+        rates = {
+            "cpu": self.rate(_CPU, seconds),
+            "gpu": self.rate(device, seconds),
+            # A small model keeps a GPU busy only with large batches.
+            f"gpu, {_LARGE} tokens a batch": self.rate(device, seconds, batch_tokens=_LARGE),
+        }
+        quality = [
+            self.quality(device, epochs or self.config.epochs, **changes)
+            for changes in ({}, {"batch_tokens": 8192, "learning_rate": 0.006})
+        ]
+        return {"tokens_per_second": rates, "quality": quality}
 
     def fit(self, device: torch.device, out: Path | None = None, **changes: Any) -> EncoderTrainer:
         """Returns a training that has not begun; in a folder of its own unless `out` is given."""
@@ -118,6 +123,7 @@ class _Trial:
 
     def apart(self, device: torch.device) -> dict[str, float]:
         """Returns the largest differences of losses and weights from the CPU's, in float32 and without dropout."""
+        # Dropout draws from each device's own generator, so with it the two could not agree.
         with exact():
             fits = [self.fit(kind, dropout=0.0, id_dropout=0.0) for kind in (_CPU, device)]
             losses = [self.steps(fit, _STEPS) for fit in fits]
@@ -153,6 +159,7 @@ class _Trial:
         plan = fit.batches.epoch(0)
         warm = min(_WARM, len(plan) // 2)
         self.steps(fit, warm)
+        # A GPU works on after its calls return: the clock starts and stops when it is idle.
         _wait(device)
         began, tokens, at = time.monotonic(), fit.state.tokens, warm
         while at < len(plan) and time.monotonic() - began < seconds:
@@ -172,6 +179,7 @@ class _Trial:
         with _watched(device) as shares:
             progress = fit.run()
         _wait(device)
+        # The weights of the best validation, not those of the last step.
         load_modules(fit.out / "model.safetensors", {"user": fit.modules.user, "item": fit.modules.item})
         with exact():
             ranks = self._ranks(fit)
@@ -207,7 +215,7 @@ def encoding(device: torch.device, users: int = 4096, length: int = 200) -> dict
     encoder = UserEncoder(EncoderShape(64, 2, 2, 256, length, 3, 0.2)).eval()
     vectors, types = 0.1 * torch.randn(users, length, 64), torch.randint(1, 4, (users, length))
     lengths = torch.randint(1, length + 1, (users,))
-    few = 64
+    few = 64  # as many as the CPU encodes in a moment
     with torch.inference_mode(), exact():
         expected = encoder.last(vectors[:few], types[:few], lengths[:few])
         on_device = encoder.to(device)
@@ -233,9 +241,11 @@ def drawn(out: Path, users: int = USERS, items: int = FILMS, events: int = RATIN
     rng = np.random.default_rng(0)
     popular = rng.zipf(1.3, 4 * events)
     popular = popular[popular <= items][:events] - 1
+    # MovieLens-1M has users of 20 ratings and more, with a long tail of heavy ones.
     lengths = np.maximum(20, rng.lognormal(4.6, 0.9, users) * events / users / 150).astype(int)
     user = np.repeat(np.arange(users), lengths)
     item = popular[np.arange(user.size) % popular.size]
+    # Half of the events follow a rule, so that there is something to learn.
     follows = rng.random(user.size) < 0.5
     for at in np.flatnonzero(follows[1:] & (user[1:] == user[:-1])) + 1:
         item[at] = (item[at - 1] + 1 + at % 3) % items

@@ -78,16 +78,16 @@ def growth(
         finally:
             for training in trainings:
                 training.end()
-    trainings.reverse()
+    return {"items": items, "threads": threads or cores(), **_figures(trainings[::-1]), **facts()}
+
+
+def _figures(trainings: Sequence[Training]) -> dict[str, Any]:
     rates = [training.tokens / training.seconds for training in trainings]
     peaks = [training.peak_kib for training in trainings]
     return {
-        "items": items,
-        "threads": threads or cores(),
         "sizes": {str(training.size): training.figures() for training in trainings},
         "slowest_to_fastest": round(min(rates) / max(rates), 4),
         "memory_ratio": round(max(peaks) / min(peaks), 4),
-        **facts(),
     }
 
 
@@ -103,6 +103,7 @@ def _alternate(trainings: Sequence[Training], rounds: int, seconds: float) -> No
 def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
     """Writes about `events` events of users who mostly stay in one of `CLUSTERS` groups of items, in time order."""
     out.mkdir(parents=True)
+    # Written straight as canonical tables, in groups of users: 10^8 events do not fit into the memory of this process.
     names = pa.array([f"item-{row}" for row in range(items)])
     fields = [EVENTS.field(name) for name in ("user_id", "item_id", "event_type", "timestamp")]
     pq.write_table(pa.table({"item_id": names}, schema=pa.schema([ITEMS.field("item_id")])), out / "items.parquet")
@@ -150,6 +151,7 @@ class Training:
         write_world(folder / f"{size}", size, items)
         generated = time.monotonic()
         counter = folder / f"{size}.counter"
+        # A file, not a pipe: a stopped training could not answer, and reading must not disturb a running one.
         counter.write_bytes(bytes(_COUNTER.size))
         command = [sys.executable, "-m", "benchmarks.growth", str(folder / f"{size}"), str(counter), str(threads)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -163,12 +165,14 @@ class Training:
             self._alive()
             time.sleep(SAMPLE_S)
         time.sleep(SETTLE_S)
+        # Stopped, it keeps its memory but takes no core from the one that is measured.
         self.process.send_signal(signal.SIGSTOP)
 
     def measure(self, seconds: float) -> None:
         """Resumes the training and measures it, from the end of one step to the end of another."""
         self.process.send_signal(signal.SIGCONT)
         time.sleep(SETTLE_S)
+        # From one step's end to another's: a step that is cut by the clock would count in part only.
         _, before, began = self._read()
         while (now := self._read())[2] - began < seconds:
             self._alive()
@@ -215,12 +219,14 @@ class Training:
             if not self.prepare_seconds and self._read()[0] > 0:
                 self.prepare_cpu_seconds = round(sum(map(int, used)) / os.sysconf("SC_CLK_TCK"), 1)
                 self.prepare_seconds = round(time.monotonic() - began, 1)
+            # Anonymous memory only: mapped files are the page cache's, which the kernel takes back at need.
             self.peak_kib = max([self.peak_kib, *(int(line.split()[1]) for line in lines if line[:8] == "RssAnon:")])
             time.sleep(SAMPLE_S)
 
 
 def _train(data: Path, counter: Path, threads: int) -> None:
     """Trains until it is killed, and keeps the counter up to date."""
+    # So patient that it never stops by itself, and without content, whose cost does not grow with events.
     settings = {"threads": threads, "device": "cpu", "epochs": 10_000, "patience": 10_000, "content": False}
     config = load_config(None, {**settings, "validation_users": 500})
     out = data.with_suffix(".run")

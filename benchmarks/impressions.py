@@ -62,9 +62,11 @@ def impressions(run: Path, python: Path, *, trials: int = TRIALS, data: Path | N
     if not python.exists():
         raise SettingsError(f"{python} is missing: make it as benchmarks/peers/lightgbm.txt says")
     loaded = load_run(run, data)
+    # A ranker that learned from retrieved candidates has no features of impressions to compare.
     if loaded.result["ranker_source"] != "impressions":
         raise TrainingError(f"{run}: its ranker did not learn from impressions, so there is nothing to compare")
     material, shown = read_test_material([loaded], data)
+    # In float32, so that LightGBM trains on the very numbers that the ranker reads.
     with prepared(loaded.config.threads), exact(), torch.inference_mode():
         feed = _feed(loaded, material, shown)
         tested = predict_test([loaded], material.data, shown)
@@ -97,6 +99,7 @@ def _lightgbm(
     feed: RankerDataset, tested: ScoredExamples, python: Path, trials: int, seed: int
 ) -> tuple[Probabilities, dict[str, Any]]:
     """Returns LightGBM's probabilities for the test, and its version and settings."""
+    # One matrix for both: live and slate features of the test are predicted together, and split again below.
     features, labels = feed.batch.features.numpy(), feed.batch.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
     arrays: dict[str, Any] = {f"{name}_x": features[mask] for name, mask in parts.items()}
@@ -106,6 +109,7 @@ def _lightgbm(
         source, out = Path(folder) / "in.npz", Path(folder) / "out.npz"
         # The labels of the test are not handed over.
         np.savez(source, test_x=test_x, trials=trials, seed=seed, **arrays)
+        # A process of its own interpreter: Penchant does not depend on LightGBM.
         command = [str(python), str(_PEER), str(source), str(out)]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if run.returncode:

@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.report import BenchmarkError, facts
 from training.data.datasets import prepare
 
+# A training of seconds, with validations and checkpoints so close that a kill hits something at any moment.
 SETTINGS = {
     "protocol": "leave-one-out",
     "dim": 32,
@@ -63,6 +64,7 @@ def kills(count: int = 20, *, seed: int = 0, users: int = 400, epochs: int = 12)
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # The undisturbed training comes first: its milestones place the kills of the other one.
         prepare("simulated", None, folder / "data", users=users, items=300)
         settings = SETTINGS | {"epochs": epochs}
         undisturbed = InterruptedTraining(folder / "data", folder / "undisturbed", seed, settings)
@@ -70,13 +72,7 @@ def kills(count: int = 20, *, seed: int = 0, users: int = 400, epochs: int = 12)
         killed = InterruptedTraining(folder / "data", folder / "killed", seed, settings)
         moments = killed.suffer(count, undisturbed.milestones, np.random.default_rng(seed))
         expected, end = _end(folder / "undisturbed"), _end(folder / "killed")
-        differing = [key for key in expected if expected[key] != end[key]]
-        if differing:
-            lines = zip(expected["log"], end["log"], strict=False)
-            raise BenchmarkError(
-                f"after {dict(moments)} the training ended otherwise in {', '.join(differing)}; the first validation "
-                f"that differs, undisturbed and killed: {next((pair for pair in lines if pair[0] != pair[1]), None)}"
-            )
+        _require_equal(expected, end, moments)
         return {
             "kills": dict(sorted(moments.items())),
             "attempts": killed.attempts,
@@ -87,6 +83,16 @@ def kills(count: int = 20, *, seed: int = 0, users: int = 400, epochs: int = 12)
             "settings": settings,
             **facts(),
         }
+
+
+def _require_equal(expected: dict[str, Any], end: dict[str, Any], moments: Mapping[str, int]) -> None:
+    differing = [key for key in expected if expected[key] != end[key]]
+    if differing:
+        lines = zip(expected["log"], end["log"], strict=False)
+        raise BenchmarkError(
+            f"after {dict(moments)} the training ended otherwise in {', '.join(differing)}; the first validation that "
+            f"differs, undisturbed and killed: {next((pair for pair in lines if pair[0] != pair[1]), None)}"
+        )
 
 
 class InterruptedTraining:
@@ -160,6 +166,7 @@ class InterruptedTraining:
                         trained = passed
                     if passed > LONGEST_S:
                         raise BenchmarkError(f"the training takes more than {LONGEST_S:.0f} s")
+                    # Short, so that the writing of a checkpoint, which takes milliseconds, is not missed.
                     time.sleep(POLL_S)
             finally:
                 run.kill()
@@ -174,6 +181,7 @@ class InterruptedTraining:
 
     def _moment(self, name: str, wait: float) -> Callable[[], bool]:
         """Returns a function that is true from `wait` seconds after the state that the moment is named after."""
+        # Kills wait for a new checkpoint: without one the next attempt would begin where this one began.
         last, reached = _changed(self.checkpoint), [0.0]
         begin: dict[str, Callable[[], bool]] = {
             "start": lambda: True,
@@ -227,5 +235,6 @@ def _end(out: Path) -> dict[str, Any]:
     return {
         "sha256": digests,
         **{name: result[name] for name in kept},
+        # Every figure of every validation, but for the time, which a killed training cannot repeat.
         "log": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
     }

@@ -28,6 +28,7 @@ from penchant.channels import channel_options
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
 CHANNELS = 8
+METHOD = f"open loop, Poisson arrivals, latency from the intended start, {CHANNELS} connections"
 CALLERS = 16
 WARM_UP_S = 2.0
 CEILING_S = 6.0
@@ -60,14 +61,25 @@ class Tally:
 
     def take(self, slate: ranking_pb2.Slate, microseconds: int, page_size: int) -> None:
         """Counts one answer."""
+        # The histogram refuses values outside its range; a minute is as bad as an hour here.
         self.histogram.record_value(min(max(microseconds, 1), MOST_US))
         self.rungs[common_pb2.Rung.Name(slate.rung).removeprefix("RUNG_").lower()] += 1
         self.short += len(slate.items) < page_size
         for part in slate.degraded:
             self.degraded[common_pb2.Part.Name(part.part).removeprefix("PART_")] += 1
 
+    def figures(self) -> dict[str, Any]:
+        """Returns the figures of the report."""
+        return {
+            "latency_ms": self.latency_ms(),
+            "errors": dict(self.errors),
+            "rungs": {rung: round(count / max(self.answers, 1), 4) for rung, count in self.rungs.items()},
+            "degraded": dict(self.degraded),
+            "short": self.short,
+        }
+
     def latency_ms(self) -> dict[str, float]:
-        """Percentiles, mean and maximum in milliseconds."""
+        """Returns percentiles, mean and maximum in milliseconds."""
         read = self.histogram.get_value_at_percentile
         figures = {name: read(percentile) / 1000 for name, percentile in PERCENTILES.items()}
         figures["mean"] = round(self.histogram.get_mean_value() / 1000, 3)
@@ -110,18 +122,7 @@ def latency(
     user_ids = _user_ids(users)
     caller = _Caller(target, user_ids, surface, page_size, timeout_s, random.Random(seed))
     figures, tally = asyncio.run(_measure(caller, requests, rate, duration))
-    return {
-        **figures,
-        "latency_ms": tally.latency_ms(),
-        "errors": dict(tally.errors),
-        "rungs": {rung: round(count / max(tally.answers, 1), 4) for rung, count in tally.rungs.items()},
-        "degraded": dict(tally.degraded),
-        "short": tally.short,
-        "users": len(user_ids),
-        "page_size": page_size,
-        "method": f"open loop, Poisson arrivals, latency from the intended start, {CHANNELS} connections",
-        **facts(),
-    }
+    return {**figures, **tally.figures(), "users": len(user_ids), "page_size": page_size, "method": METHOD, **facts()}
 
 
 class _Caller:
@@ -167,6 +168,7 @@ class _Caller:
             surface=self._surface,
             page_size=self.page_size,
         )
+        # A random connection per call, or one slow worker would delay only the calls of its own connection.
         stub = self._stubs[self.draw.randrange(CHANNELS)]
         try:
             answer = await stub.Recommend(ranking_pb2.RecommendRequest(options=options), timeout=self._timeout_s)
@@ -182,9 +184,11 @@ async def _measure(
     await caller.connect()
     try:
         figures: dict[str, Any] = {}
+        # Connections, caches and the pages of the bundle are cold at first.
         await _closed_loop(caller, WARM_UP_S)
         if rate == "half":
             figures["highest_rate"] = round(await _closed_loop(caller, CEILING_S), 1)
+            # Near the highest rate a queue grows without bound, and its length is all that would be measured.
             per_second = figures["highest_rate"] / 2
         else:
             per_second = _number(rate)
@@ -207,6 +211,7 @@ async def _open_loop(caller: _Caller, rate: float, count: int) -> tuple[Tally, f
         if pause > 0:
             await asyncio.sleep(pause)
         task = asyncio.create_task(caller.ask(tally, intended))
+        # The event loop itself keeps only a weak reference to a task.
         waiting.add(task)
         task.add_done_callback(waiting.discard)
     await asyncio.gather(*waiting)

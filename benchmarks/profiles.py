@@ -63,6 +63,7 @@ def profiles(*, users: int = 1_000_000, events: int = 100, reads: int = 2000) ->
     """
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        # Half as much again as the limit allows, so that a profile too large is measured and not refused.
         room = int((users + FEW) * (SHARE_OF_RAW * events * RECORD.itemsize + BYTES_PER_USER) * 1.5) + (1 << 28)
         with (
             RedisServer(Path(folder), "profiles", max_memory=room) as server,
@@ -88,8 +89,10 @@ def _measure(client: redis.Redis, log_client: redis.Redis, users: int, events: i
     store, draw = ProfileStore(client), np.random.default_rng(0)
     store.open()
     few = min(FEW, users)
+    # What the server itself takes is no cost of a profile.
     empty_server = _memory(client)
     store.put_states(_states(draw, range(few), events))
+    # Before the others are stored: a read must not cost more in a larger population.
     few_read = _reading(client, store, few, reads)
     store.put_states(_states(draw, range(few, users), events))
     bytes_per_user = (_memory(client) - empty_server) / users
@@ -119,6 +122,7 @@ def _history(draw: np.random.Generator, count: int) -> Records:
 
 
 def _states(draw: np.random.Generator, users: range, events: int) -> Iterator[tuple[str, Profile]]:
+    # Events are drawn for many users at once: a draw per user would take longer than the storing.
     for start in range(users.start, users.stop, _CHUNK):
         chunk = range(start, min(start + _CHUNK, users.stop))
         records = _history(draw, events * len(chunk))
@@ -143,6 +147,7 @@ def _compared_with_get(client: redis.Redis, store: ProfileStore, subjects: list[
     keys = [store.key_of(subject) for subject in subjects]
     times = []
     for subject, key in zip(subjects, keys, strict=True):
+        # The bare read comes second and finds the string in the cache: the ratio is the higher for it.
         times.append((_us(partial(store.read, subject)), _us(partial(connection.ask, b"GET", key))))
     read, bare = np.median(np.array(times), axis=0).tolist()
     return {"read_us": round(read, 1), "get_us": round(bare, 1), "ratio": round(read / bare, 2)}
@@ -154,6 +159,7 @@ def _tail(client: redis.Redis, store: ProfileStore, draw: np.random.Generator, r
     for subject in subjects:
         store.apply(subject, _entries(_history(draw, TAIL), LIVE))
     profile, records = store.read(subjects[0]), _history(draw, TAIL)
+    # The same fold that a read does, without Redis.
     folds = [_us(lambda: fold(profile, records, 1)) for _ in range(reads)]
     reading = _compared_with_get(client, store, [subjects[at % len(subjects)] for at in range(reads)])
     return {"events": TAIL, **reading, "fold_us": round(float(np.median(folds)), 1)}
@@ -200,6 +206,7 @@ def _logging(client: redis.Redis, draw: np.random.Generator, users: int) -> dict
 
     connection = PipelinedConnection(client)
 
+    # The same fields to one stream: what the log does on top is to recognise retries, and its partitions.
     def bare(at: int) -> None:
         connection.ask_all(
             [
@@ -215,6 +222,7 @@ def _rates(
     client: redis.Redis, measured: Callable[[int], object], bare: Callable[[int], object], size: int
 ) -> dict[str, Any]:
     """Returns events per second of a core, measured and bare; a core's time is the client's plus the server's."""
+    # Processor time, not the clock: what else runs on the machine does not count.
     spent = np.zeros(2)
     for at in range(BATCHES):
         # Alternating, so that both meet the same state of the machine.

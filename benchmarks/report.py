@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     name, title, dashes, *command = arguments
     if dashes != "--" or not command:
         raise SystemExit("usage: python -m benchmarks.report NAME TITLE -- COMMAND...")
+    # A failed measurement keeps the last good record.
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(run.stdout, end="")
     if not run.returncode:
@@ -66,6 +67,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
+    # `platform.processor()` is the architecture only, on most Linux systems.
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
@@ -83,6 +85,7 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str:
     """Returns the commit, with `-dirty` if any file but the results differs from it."""
+    # The results themselves are about to be committed, so they do not make a commit dirty.
     git = ["git", "-C", str(Path(__file__).parent)]
     changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results"]
     try:

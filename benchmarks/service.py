@@ -36,6 +36,7 @@ def running(bundle: Path, *options: str) -> Iterator[dict[str, Any]]:
     Raises:
         ServiceError: The service was not ready in time, or ended with an error.
     """
+    # A process of its own, as an operator starts it: its threads share nothing with the one that measures.
     command = [sys.executable, "-m", "penchant", "serve", str(bundle), "--listen", "127.0.0.1:0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -153,14 +153,25 @@ def speed(
         **_compare({trainer.name: trainer.lines for trainer in trainers}),
         "settings": {name: spec.settings for name, spec in specs.items() if name != "penchant"},
         "config": config.model_dump(),
+        **_sizes_of(histories),
+        "budget_seconds": budget,
+        "turn_seconds": turn,
+        "method": _METHOD,
+    }
+
+
+_METHOD = (
+    "each trainer is a process with the same threads; they alternate, and a clock stands still while others train; "
+    "set-up is on the clock, the peers' validations are not, Penchant's are"
+)
+
+
+def _sizes_of(histories: SharedHistories) -> dict[str, int]:
+    return {
         "users": int(histories.offsets.size - 1),
         "items": histories.items,
         "events": int(histories.rows.size),
         "validation_users": int(histories.validated.size),
-        "budget_seconds": budget,
-        "turn_seconds": turn,
-        "method": "each trainer is a process with the same threads; they alternate, and a clock stands still while "
-        "others train; set-up is on the clock, the peers' validations are not, Penchant's are",
     }
 
 
@@ -203,10 +214,12 @@ def _specs(peers: Path, own_settings: dict[str, Any], sizes: Sizes) -> dict[str,
 
 
 def _alternate(trainers: Sequence[Trainer], budget: float, seconds: float) -> None:
+    # Slices of seconds, so that a slow moment of the machine hits all trainers alike.
     running, spent = list(trainers), 0.0
     while running and spent < budget:
         running = [trainer for trainer in running if trainer.run_for(min(seconds, budget - spent))]
         spent += seconds
+    # Zero seconds let each print its last validation.
     for trainer in running:
         trainer.run_for(0)
 
@@ -216,9 +229,11 @@ def _compare(curves: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     if any(not lines for lines in curves.values()):
         silent = ", ".join(name for name, lines in curves.items() if not lines)
         raise SettingsError(f"no validation of {silent} within its time: give --budget more, or validate more often")
+    # The highest quality that every trainer reached, so that each has a time to it.
     goal = min(max(line["ndcg@10"] for line in lines) for lines in curves.values())
     trainers: dict[str, dict[str, Any]] = {}
     for name, lines in curves.items():
+        # Rates are those of the steady state: set-up reads and compiles, and is told apart.
         last, steady = lines[-1], lines[-1]["seconds"] - lines[-1]["setup_seconds"]
         trainers[name] = {
             "tokens_per_second": round(last["tokens"] / steady, 1),
@@ -258,6 +273,7 @@ def _histories(data: Path, config: TrainConfig) -> tuple[SharedHistories, dict[s
     kept = np.arange(events.rows.size) - np.repeat(starts, np.diff(events.offsets)) < np.repeat(
         division.train_end, np.diff(events.offsets)
     )
+    # The same users validate all trainers.
     targets = division.validation.sample(config.validation_users, config.seed)
     histories = SharedHistories(
         rows=events.rows[kept].astype(np.int64),
@@ -278,6 +294,7 @@ def _interpreter(place: Path, name: str) -> Path:
 
 
 def _start(command: Sequence[str], threads: int) -> subprocess.Popen[str]:
+    # Peers live in environments of their own, and import the shared clock from this repository.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
     return subprocess.Popen(

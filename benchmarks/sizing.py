@@ -57,7 +57,6 @@ def sizing(
         raise BenchmarkError("nothing to measure: name a bundle, or two of different sizes")
     measured = [_started(bundle) for bundle in bundles]
     small, large = (pick(measured, key=lambda figures: figures["items"]) for pick in (min, max))
-    more = large["items"] - small["items"]
     largest = bundles[measured.index(large)]
     with tempfile.TemporaryDirectory(prefix="sizing") as folder:
         state = Path(folder)
@@ -66,14 +65,17 @@ def sizing(
         figures |= _rebuilt(state)
     return {
         "bundles": measured,
-        "worker_bytes_per_item": round((large["worker_rss"] - small["worker_rss"]) / more) if more else None,
-        "users": users,
-        "events": events,
-        "requests": requests,
-        "page": PAGE,
+        "worker_bytes_per_item": _bytes_per_item(small, large),
+        **{"users": users, "events": events, "requests": requests, "page": PAGE},
         **figures,
         **facts(),
     }
+
+
+def _bytes_per_item(small: dict[str, Any], large: dict[str, Any]) -> int | None:
+    # The part of a worker's memory that does not depend on items cancels in the difference of two bundles.
+    more = large["items"] - small["items"]
+    return round((large["worker_rss"] - small["worker_rss"]) / more) if more else None
 
 
 def _started(bundle: Path) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def _started(bundle: Path) -> dict[str, Any]:
     ):
         start_s = time.perf_counter() - begun
         with Client(ready["listen"], timeout_s=30.0) as client:
+            # Memory that a worker only takes at its first calls counts as well.
             client.recommend(user_id="u0", page_size=PAGE)
             client.search("something", user_id="u0", page_size=PAGE)
         rss = _scrape(ready["metrics"])["penchant_process_resident_memory_bytes worker 0"]
@@ -107,10 +110,12 @@ def _filled(bundle: Path, state: Path, users: int, events: int, requests: int, r
         empty = _settled(ready["metrics"])
         for start in range(0, users * events, BATCH):
             _ingest(client, rng, items, range(start, min(start + BATCH, users * events)), users)
+        # Profiles take their memory once the projector has applied the log, not when the events are acknowledged.
         _wait(lambda: not _behind(ready["metrics"], "projector"))
         full = _settled(ready["metrics"])
         for _ in range(requests):
             client.recommend(user_id=f"u{rng.randrange(users)}", page_size=PAGE, surface="home")
+        # Slates are logged after their answer, and in Parquet when the warehouse has come to them.
         _wait(lambda: _scrape(ready["metrics"])["penchant_slates_total written"] >= requests)
         _wait(lambda: not _behind(ready["metrics"], "warehouse"))
         served = _settled(ready["metrics"])
@@ -119,24 +124,25 @@ def _filled(bundle: Path, state: Path, users: int, events: int, requests: int, r
     def each(name: str, before: Counter[str], after: Counter[str], n: int) -> float:
         return round((after[name] - before[name]) / n, 1)
 
-    def cpu(before: Counter[str], after: Counter[str]) -> float:
-        names = [f"penchant_process_cpu_seconds_total worker 0 {mode}" for mode in ("user", "system")]
-        return sum(after[name] - before[name] for name in names)
-
     return {
         "user_bytes": each("penchant_redis_data_bytes profiles", empty, full, users),
         "event_bytes": each("penchant_redis_data_bytes events", empty, full, count),
         "slate_bytes": each("penchant_redis_data_bytes events", full, served, requests),
         "event_disk": each("penchant_redis_aof_bytes events", empty, full, count),
         "slate_disk": each("penchant_redis_aof_bytes events", full, served, requests),
-        "events_per_core_second": round(count / cpu(empty, full)),
-        "requests_per_core_second": round(requests / cpu(full, served)),
+        "events_per_core_second": round(count / _worker_seconds(empty, full)),
+        "requests_per_core_second": round(requests / _worker_seconds(full, served)),
         "rss": {
             name.rpartition("_bytes ")[2]: int(value)
             for name, value in served.items()
             if name.startswith("penchant_process_resident_memory_bytes")
         },
     }
+
+
+def _worker_seconds(before: Counter[str], after: Counter[str]) -> float:
+    names = [f"penchant_process_cpu_seconds_total worker 0 {mode}" for mode in ("user", "system")]
+    return sum(after[name] - before[name] for name in names)
 
 
 def _ingest(client: Client, rng: random.Random, items: Sequence[str], numbers: range, users: int) -> None:

@@ -47,6 +47,7 @@ _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 def main(arguments: Sequence[str]) -> int:
     """Writes or checks every page; returns the exit status."""
     stale = []
+    # Only what stands between the marks is written; the prose around it stays.
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         fresh = _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[3]}", text)

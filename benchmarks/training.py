@@ -76,6 +76,7 @@ def _runs(data: Path, config: TrainConfig, seeds: Sequence[int], out: Path) -> l
     runs = []
     for seed in seeds:
         run, wanted = out / f"seed-{seed}", config.model_copy(update={"seed": seed})
+        # A finished training stands, so that a benchmark of hours can be continued.
         if (run / "result.json").exists():
             if read_config(run) != wanted:
                 raise SettingsError(f"{run} was trained with another configuration: give another --out, or delete it")
@@ -107,6 +108,7 @@ def arithmetic(data: Path, config: TrainConfig, budget: float) -> dict[str, Any]
     batches = TrainingBatches(material.data, material.division.train_end, config, torch.device("cpu"))
     plan = [[end - start - 1 for start, end in windows] for windows in batches.epoch(0)]
     flops = _flops(material, config, np.array([length for lengths in plan for length in lengths], np.float64))
+    # Before and after: the machine's own rate changes with its temperature and its neighbours.
     with prepared(config.threads):
         before = _products(config.dim, material.data.items)
     seconds, tokens = _train_for(data, config, [sum(lengths) for lengths in plan], budget)
@@ -156,6 +158,7 @@ def _train_for(data: Path, config: TrainConfig, sizes: Sequence[int], budget: fl
             raise _EnoughError
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_EnoughError):
+        # Validations and checkpoints are no arithmetic of the model.
         undisturbed = config.model_copy(update={"validate_every": 1e6, "checkpoint_seconds": 1e6})
         train(data, Path(folder) / "run", undisturbed, on_step)
     if len(marks) < 2:

@@ -41,7 +41,7 @@ def demo(
         typer.Option("--from", metavar="PATH", exists=True, help="Where the data set lies; else it is downloaded."),
     ] = None,
 ) -> None:
-    """Goes the whole road in minutes: data, training, bundle, service, measurement."""
+    """Runs the whole chain in minutes: data, training, bundle, service, measurement."""
     use_cores()
     from benchmarks.demo import demo
 
@@ -104,7 +104,7 @@ def bench_profiles(
     events: Annotated[int, typer.Option(min=1, metavar="N", help="Events of each.")] = 100,
     reads: Annotated[int, typer.Option(min=1, metavar="N", help="Reads of each measurement.")] = 2000,
 ) -> None:
-    """Measures what a profile costs: bytes, reading, folding, ingesting, and whether more users make it dearer."""
+    """Measures what a profile costs: bytes, reading, folding, ingesting, and whether it costs more with more users."""
     use_cores(1)
     from benchmarks.profiles import profiles
 

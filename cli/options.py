@@ -19,7 +19,7 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", exists=True, file_okay=Fa
 BundleDir = Annotated[Path, typer.Argument(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle directory.")]
 MovedData = Annotated[
     Path | None,
-    typer.Option(metavar="DATA", exists=True, file_okay=False, help="Data set, where it has moved since the training."),
+    typer.Option(metavar="DATA", exists=True, file_okay=False, help="Data set, if it has moved since the training."),
 ]
 SourceFile = Annotated[
     Path | None,
@@ -54,7 +54,7 @@ EmbeddedRedis = Annotated[
 RedisUrl = Annotated[str, typer.Option("--redis", metavar="URL", help="Redis of the profiles.")]
 EventsRedis = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Redis of the event log, where it is another than that of the profiles."),
+    typer.Option(metavar="URL", help="Redis of the event log, if it is another than that of the profiles."),
 ]
 Partitions = Annotated[
     int | None,
@@ -78,7 +78,7 @@ def use_cores(count: int | None = None) -> None:
     """
     # Threads that spin while they wait take the cores of everything else, so they must sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # ONNX Runtime reports to its maker unless it is told not to before it is loaded.
+    # ONNX Runtime reports to its maker unless this is set before it is loaded.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, str(count or cores()))

@@ -84,6 +84,35 @@ _ItemsBundle = Annotated[
     Path | None,
     typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Bundle whose items are in the catalogue."),
 ]
+_EvictAfterDays = Annotated[
+    float | None, typer.Option(min=0, metavar="DAYS", help="Days after which an inactive profile is evicted.")
+]
+_RestoreFrom = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DATA", exists=True, file_okay=False, help="With --evict-after-days: restores the evicted profiles."
+    ),
+]
+_UnsafeRedis = Annotated[
+    bool,
+    typer.Option("--unsafe-redis", envvar="PENCHANT_UNSAFE_REDIS", help="Accept a Redis whose settings may lose data."),
+]
+_RetentionDays = Annotated[
+    float | None, typer.Option(min=1, metavar="DAYS", help="Delete days that are older; none are without.")
+]
+_DefaultPurposes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...", help="Purposes that users allow until they set their consent, as `serve` has them."
+    ),
+]
+_LedgerFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The service's ledger of erasures, for files put back from a backup."),
+]
+_Forget = Annotated[
+    bool, typer.Option("--forget", help="Drop the warehouse for good, so that the log keeps nothing for it; end.")
+]
 
 
 @commands.command()
@@ -108,7 +137,7 @@ def serve(
     share_port: _SharePort = None,
     settings: Settings = None,
 ) -> None:
-    """Serves a bundle over gRPC until it is told to stop.
+    """Serves a bundle over gRPC until a signal stops it.
 
     docs/settings.md lists every setting with its default; options win over --set, and that over variables and the file.
     """
@@ -177,25 +206,13 @@ def projector(
     redis: RedisUrl,
     events_redis: EventsRedis = None,
     partitions: Partitions = None,
-    evict_after_days: Annotated[
-        float | None, typer.Option(min=0, metavar="DAYS", help="Days after which an inactive profile is evicted.")
-    ] = None,
-    warehouse: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DATA", exists=True, file_okay=False, help="With --evict-after-days: restores the evicted profiles."
-        ),
-    ] = None,
+    evict_after_days: _EvictAfterDays = None,
+    warehouse: _RestoreFrom = None,
     metrics_listen: MetricsListen = None,
     log_format: LogFormat = None,
-    unsafe_redis: Annotated[
-        bool,
-        typer.Option(
-            "--unsafe-redis", envvar="PENCHANT_UNSAFE_REDIS", help="Accept a Redis whose settings may lose data."
-        ),
-    ] = False,
+    unsafe_redis: _UnsafeRedis = False,
 ) -> None:
-    """Brings events into profiles until it is told to stop, where `serve` leaves that to a process of its own."""
+    """Brings events into profiles until a signal stops it, if `serve` leaves that to another process."""
     use_cores(1)
     if evict_after_days and warehouse is None:
         raise typer.BadParameter("needs --warehouse, to restore evicted profiles from", param_hint="--evict-after-days")
@@ -236,27 +253,14 @@ def warehouse(
         float | None, typer.Option(min=0.1, metavar="S", help="Longest wait to be written, in seconds.")
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Write what the log holds now, then end.")] = False,
-    retention: Annotated[
-        float | None,
-        typer.Option(min=1, metavar="DAYS", help="Delete days that are older; none are without."),
-    ] = None,
-    default_purposes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...", help="Purposes that users allow until they set their consent, as `serve` has them."
-        ),
-    ] = None,
-    ledger: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The service's ledger of erasures, for files put back from a backup."),
-    ] = None,
-    forget: Annotated[
-        bool, typer.Option("--forget", help="Drop the warehouse for good, so that the log keeps nothing for it; end.")
-    ] = False,
+    retention: _RetentionDays = None,
+    default_purposes: _DefaultPurposes = None,
+    ledger: _LedgerFile = None,
+    forget: _Forget = False,
     metrics_listen: MetricsListen = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Writes the log to Parquet until it is told to stop, where `serve` leaves that to a process of its own."""
+    """Writes the log to Parquet until a signal stops it, if `serve` leaves that to another process."""
     use_cores(1)
     from serving.folder_identity import local_folder
     from serving.observability.logs import configure

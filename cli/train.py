@@ -22,6 +22,16 @@ from cli.options import (
 
 commands = typer.Typer()
 
+_ValidateBundle = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="BUNDLE",
+        exists=True,
+        file_okay=False,
+        help="With --live, the bundle that names the items; with a warehouse, the one whose inputs to replay.",
+    ),
+]
+
 
 @commands.command()
 def data(
@@ -51,15 +61,7 @@ def validate(
         str | None,
         typer.Option(metavar="URL", help="Redis of the event log of a running service, instead of a data set."),
     ] = None,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="BUNDLE",
-            exists=True,
-            file_okay=False,
-            help="With --live, the bundle that names the items; with a warehouse, the one whose inputs to replay.",
-        ),
-    ] = None,
+    bundle: _ValidateBundle = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(metavar="CHECK=SHARE", help="Share of rows, 0 to 1, that a check lets pass; repeatable."),

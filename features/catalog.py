@@ -186,8 +186,8 @@ class Catalog:
         if cached is None or cached[0] != change or cached[1] != second:
             # The size first: columns read after it are at least as new.
             size, columns = self.size, self.columns
-            shown = columns.available[:size] & (columns.available_from[:size] <= now_ms)
-            bits = np.packbits(shown & (now_ms < columns.available_until[:size]), bitorder="little")
+            begun = columns.available[:size] & (columns.available_from[:size] <= now_ms)
+            bits = np.packbits(begun & (now_ms < columns.available_until[:size]), bitorder="little")
             bits.flags.writeable = False
             self._bitmap = cached = (change, second, bits)
         return cached[2]

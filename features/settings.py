@@ -112,10 +112,10 @@ def _message(model: type[BaseModel], error: Mapping[str, Any], by_setting: Mappi
     """Returns what is wrong with a value and, where a variable set it, which one."""
     if not error["loc"]:  # several settings that do not fit each other
         return f"settings: {error['msg']}{set_by(by_setting, error['msg'])}"
-    where, name = ".".join(map(str, error["loc"])), str(error["loc"][0])
+    path, name = ".".join(map(str, error["loc"])), str(error["loc"][0])
     field = model.model_fields[name]
     if variable := by_setting.get(name):
-        return f"{variable.name}: {error['msg']}; it sets {where}: {field.description}"
+        return f"{variable.name}: {error['msg']}; it sets {path}: {field.description}"
     # The input of a setting that is missing is all the others, secrets included.
     is_shown = error["type"] != "missing" and SecretStr not in get_args(field.annotation)
-    return f"{where}: {error['msg']}" + (f" (got {error['input']!r})" if is_shown else "")
+    return f"{path}: {error['msg']}" + (f" (got {error['input']!r})" if is_shown else "")

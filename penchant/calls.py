@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 import grpc
 
 from penchant.channels import channel_options
-from penchant.connections import ClientConnection, Connections
+from penchant.connections import Connections, WorkerConnection
 from penchant.v1 import catalog_pb2_grpc, event_pb2_grpc, profile_pb2_grpc, ranking_pb2_grpc
 
 Request = TypeVar("Request")
@@ -75,7 +75,7 @@ class ServiceCalls:
         end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         pause = FIRST_PAUSE_S
         unreachable: grpc.RpcError | None = None
-        connection: ClientConnection[Stubs] | None = None
+        connection: WorkerConnection[Stubs] | None = None
         while True:
             connection = self._connections.take(connection)
             left = max(end - time.monotonic(), 0.001)

@@ -37,8 +37,8 @@ _READY = 2
 """gRPC's number of the state READY."""
 
 
-class ClientConnection(Generic[T]):
-    """A channel with its stubs, and the worker that it has reached.
+class WorkerConnection(Generic[T]):
+    """A channel to one worker, with its stubs.
 
     Attributes:
         stubs: Stubs of the services on the channel.
@@ -88,10 +88,10 @@ class Connections(Generic[T]):
         self._lock = threading.RLock()
         self._settled = threading.Condition(self._lock)
         self._closed = False
-        self._tried: dict[int, ClientConnection[T]] = {}
+        self._tried: dict[int, WorkerConnection[T]] = {}
         self._places = [self._made(place, ATTEMPTS) for place in range(count)]
 
-    def take(self, avoid: ClientConnection[T] | None = None) -> ClientConnection[T]:
+    def take(self, avoid: WorkerConnection[T] | None = None) -> WorkerConnection[T]:
         """Takes the next connection for a call, a ready one if there is any; give it back with `done`.
 
         Args:
@@ -107,7 +107,7 @@ class Connections(Generic[T]):
             chosen.calls += 1
             return chosen
 
-    def done(self, connection: ClientConnection[T]) -> None:
+    def done(self, connection: WorkerConnection[T]) -> None:
         """Gives a connection back."""
         with self._lock:
             connection.calls -= 1
@@ -115,7 +115,7 @@ class Connections(Generic[T]):
         if over:
             connection.channel.close()
 
-    def stuck(self, connection: ClientConnection[T]) -> None:
+    def stuck(self, connection: WorkerConnection[T]) -> None:
         """Tries a replacement for a connection that does not become ready; the first of the two wins."""
         with self._lock:
             if self._closed or connection.retired or connection.is_ready():
@@ -154,15 +154,15 @@ class Connections(Generic[T]):
     def _all_ready(self) -> bool:
         return not self._tried and all(connection.worker and connection.is_ready() for connection in self._places)
 
-    def _made(self, place: int, attempts: int) -> ClientConnection[T]:
+    def _made(self, place: int, attempts: int) -> WorkerConnection[T]:
         channel = self._open(next(self._numbers))
-        return ClientConnection(channel, self._stubs(channel), place, attempts)
+        return WorkerConnection(channel, self._stubs(channel), place, attempts)
 
     def _try(self, place: int, attempts: int) -> None:
         self._tried[place] = connection = self._made(place, attempts)
         self._ask(connection)
 
-    def _look(self, connection: ClientConnection[T], now: float) -> bool:
+    def _look(self, connection: WorkerConnection[T], now: float) -> bool:
         """Returns True if a connection is ready; connects one that is not, and asks for its worker at times."""
         ready = connection.is_ready()
         if not ready:
@@ -171,7 +171,7 @@ class Connections(Generic[T]):
             self._ask(connection)
         return ready
 
-    def _ask(self, connection: ClientConnection[T]) -> None:
+    def _ask(self, connection: WorkerConnection[T]) -> None:
         """Asks a connection which worker it has reached; a channel connects when it is first used."""
         if connection.asking or self._closed:
             return
@@ -181,7 +181,7 @@ class Connections(Generic[T]):
         answer: Any = check.future(health_pb2.HealthCheckRequest(), timeout=_PROBE_S, wait_for_ready=True)
         answer.add_done_callback(partial(self._answered, connection))
 
-    def _answered(self, connection: ClientConnection[T], answer: Any) -> None:
+    def _answered(self, connection: WorkerConnection[T], answer: Any) -> None:
         metadata = {} if answer.cancelled() else dict(answer.initial_metadata() or ())
         with self._lock:
             connection.asking = False
@@ -200,7 +200,7 @@ class Connections(Generic[T]):
             self._settle(connection, int(count) if count.isdecimal() else 1)
             self._settled.notify_all()
 
-    def _settle(self, connection: ClientConnection[T], workers: int) -> None:
+    def _settle(self, connection: WorkerConnection[T], workers: int) -> None:
         """Decides which of two connections keeps a place, and whether a replacement is tried."""
         place, tried = connection.place, self._tried.get(connection.place)
         current = self._places[place]
@@ -219,7 +219,7 @@ class Connections(Generic[T]):
             self._places[place].attempts = connection.attempts - 1
             self._try(place, connection.attempts - 1)
 
-    def _retire(self, connection: ClientConnection[T]) -> None:
+    def _retire(self, connection: WorkerConnection[T]) -> None:
         """Closes a connection as soon as no call is on it."""
         connection.retired = True
         if not connection.calls:

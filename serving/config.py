@@ -8,16 +8,16 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
     SecretStr,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -32,11 +32,32 @@ from serving.log_retention import LogRetention
 PREFIX = "PENCHANT_"
 _FOREIGN = ("DATA", "TRAIN_")
 """Beginnings of variables that belong to tests and training, after the prefix."""
+# Not a setting of its own: `drain_delay_s` replaces it.
 _DRAIN_DELAY_S = 5.0
 """Kubernetes needs a second or two to remove an endpoint everywhere, balancers that probe every few seconds more."""
 
 MOST_SURFACES = 64
 """Most surfaces with labels of their own."""
+
+
+def _checked_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("expected HOST:PORT with a port of 0 to 65535")
+    return address
+
+
+def _checked_folder(place: Any) -> Any:
+    try:
+        return local_folder(place) if isinstance(place, str | Path) else place
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+_Address = Annotated[str, AfterValidator(_checked_address)]
+_OptionalAddress = Annotated[str, AfterValidator(lambda address: address and _checked_address(address))]
+_Folder = Annotated[Path | None, BeforeValidator(_checked_folder)]
+_Purposes = Annotated[tuple[str, ...], AfterValidator(lambda purposes: Purpose.of(purposes).names)]
 
 
 class ServeConfig(BaseModel):
@@ -45,7 +66,7 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bundle: Path = Field(description="Directory of the bundle to serve.")
-    listen: str = Field("127.0.0.1:50051", description="HOST:PORT to listen on; port 0 picks a free one.")
+    listen: _Address = Field("127.0.0.1:50051", description="HOST:PORT to listen on; port 0 picks a free one.")
     workers: int = Field(0, ge=0, le=256, description="Worker processes; 0 means one per core.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
@@ -53,6 +74,7 @@ class ServeConfig(BaseModel):
         "requires one for both.",
     )
 
+    # Where the stores are.
     redis: str = Field("embedded", description='URL of the Redis that holds profiles, or "embedded".')
     events_redis: str = Field("", description="URL of the Redis that holds the event log; empty means as `redis`.")
     redis_timeout_ms: int = Field(50, ge=1, description="Longest wait for a profile; the answer goes out without.")
@@ -62,7 +84,8 @@ class ServeConfig(BaseModel):
         PARTITIONS, ge=1, le=4096, description="Partitions of a new event log; one that exists keeps its own number."
     )
 
-    default_purposes: tuple[str, ...] = Field(
+    # What is kept of users, and for how long.
+    default_purposes: _Purposes = Field(
         EVERY_PURPOSE.names, description="Purposes that users allow until they set their consent; the default is all."
     )
     retention_days: dict[str, PositiveFloat] = Field(
@@ -100,9 +123,10 @@ class ServeConfig(BaseModel):
         None, description="File that records erasures, to keep apart from backups; None: in `state_dir`."
     )
 
+    # What else runs here, and the warehouse.
     projector: bool = Field(True, description="Run the projector here; else run `penchant projector`.")
     warehouse: bool = Field(True, description="Write the log to Parquet here; else run `penchant warehouse`.")
-    warehouse_dir: Path | None = Field(
+    warehouse_dir: _Folder = Field(
         None,
         description="Directory of the Parquet, a path or file:// URL; None means `warehouse` in `state_dir`. Where "
         "several hosts serve one event log, give all of them the same folder, on a mount that each reaches.",
@@ -112,6 +136,7 @@ class ServeConfig(BaseModel):
         None, description="Days after which the Parquet of a day is deleted; None keeps it for ever."
     )
 
+    # Who may call.
     token: SecretStr | None = Field(None, description="Secret that calls carry as `authorization: Bearer ...`.")
     token_file: Path | None = Field(None, description="File that holds the token.")
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the server.")
@@ -119,6 +144,7 @@ class ServeConfig(BaseModel):
     tls_client_ca: Path | None = Field(None, description="PEM roots that client certificates must come from.")
     insecure: bool = Field(False, description="Allow a public address without TLS and token.")
 
+    # How much at once, and how a stop goes.
     threads: int = Field(2, ge=1, le=256, description="Rankings that a worker computes at once; others wait.")
     max_concurrent: int = Field(
         32, ge=1, le=1024, description="Calls of a worker, in progress or waiting; more are refused."
@@ -145,6 +171,7 @@ class ServeConfig(BaseModel):
         False, description="Listen on an address that another instance holds, to take over when it stops."
     )
 
+    # What the pipelines do.
     candidates: int = Field(0, ge=0, le=5000, description="Candidates a source proposes; 0 as many as in evaluation.")
     fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
     search_personal: float = Field(
@@ -153,6 +180,7 @@ class ServeConfig(BaseModel):
     holdout_share: float = Field(0.0, ge=0, le=1, description="Share of users who get the unpersonalised answer.")
     holdout_salt: str = Field("holdout-1", description="Salt of the hash that picks them; change it to draw others.")
 
+    # What is logged and measured.
     impressions: bool = Field(True, description="Write every live slate to the impression log.")
     impression_share: float = Field(
         1.0,
@@ -168,7 +196,7 @@ class ServeConfig(BaseModel):
         le=1,
         description="Share of slates that are logged with the features that models read; 0 is off.",
     )
-    metrics_listen: str = Field(
+    metrics_listen: _OptionalAddress = Field(
         "",
         description="HOST:PORT of the metrics of all processes, for Prometheus; port 0 picks a free one; empty is off.",
     )
@@ -185,7 +213,7 @@ class ServeConfig(BaseModel):
         "code), or all.",
     )
     reflection: bool = Field(True, description="Serve gRPC reflection.")
-    health_listen: str = Field(
+    health_listen: _OptionalAddress = Field(
         "", description="HOST:PORT of /healthz and /readyz over HTTP; port 0 picks a free one, empty is off."
     )
     strict_readiness: bool = Field(False, description="Count as ready only while nothing is degraded.")
@@ -199,43 +227,17 @@ class ServeConfig(BaseModel):
         """
         return load_settings(cls, PREFIX, file, assignments, options, foreign=_FOREIGN)
 
-    @field_validator("listen", "metrics_listen", "health_listen")
-    @classmethod
-    def _check_address(cls, listen: str, about: ValidationInfo) -> str:
-        if not listen and about.field_name != "listen":
-            return listen
-        host, _, port = listen.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError("expected HOST:PORT with a port of 0 to 65535")
-        return listen
-
-    @field_validator("warehouse_dir", mode="before")
-    @classmethod
-    def _check_folder(cls, place: Any) -> Any:
-        try:
-            return local_folder(place) if isinstance(place, str | Path) else place
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-
-    @field_validator("default_purposes")
-    @classmethod
-    def _check_purposes(cls, purposes: tuple[str, ...]) -> tuple[str, ...]:
-        return Purpose.of(purposes).names
-
     @model_validator(mode="after")
     def _check(self) -> Self:
+        # Refused at the start: at run time each of these would show late, or never.
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("tls_certificate and tls_key belong together: give both or none")
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
         if self.evict_after_days and not (self.warehouse or self.warehouse_dir):
-            raise ValueError(
-                "evict_after_days needs the warehouse to restore profiles from: set warehouse, or its warehouse_dir"
-            )
+            raise ValueError("evict_after_days needs the warehouse to restore profiles: set warehouse or warehouse_dir")
         if self.evict_after_days and not self.default_consent & (Purpose.TRAIN | Purpose.MEASURE):
-            raise ValueError(
-                "evict_after_days needs users in the warehouse: let default_purposes hold train or measure"
-            )
+            raise ValueError("evict_after_days needs users in the warehouse: set default_purposes to train or measure")
         if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
             raise ValueError(
                 f"listen: {self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set "
@@ -249,7 +251,7 @@ class ServeConfig(BaseModel):
         return Purpose.of(self.default_purposes)
 
     @property
-    def log_times(self) -> LogRetention:
+    def log_retention(self) -> LogRetention:
         """The time for which the log keeps entries that every reader has."""
         return LogRetention.of(self.log_hours, self.slate_log_hours, self.warehouse)
 
@@ -266,6 +268,7 @@ class ServeConfig(BaseModel):
     @property
     def delay_s(self) -> float:
         """Time between "not ready" and draining, the default resolved, in seconds."""
+        # No balancer is in front of a loopback address, so a stop there need not wait for one.
         if self.drain_delay_s is not None:
             return self.drain_delay_s
         return 0.0 if _is_loopback(self.host) else _DRAIN_DELAY_S
@@ -291,6 +294,7 @@ class ServeConfig(BaseModel):
         Raises:
             ConfigError: The file cannot be read, or is empty.
         """
+        # A file is read at every start, so a rotated token needs no change of settings.
         if self.token_file:
             try:
                 secret = self.token_file.read_text(encoding="utf-8").strip()
@@ -307,6 +311,7 @@ class ServeConfig(BaseModel):
 
 
 def _is_loopback(host: str) -> bool:
+    # A name other than this one is not resolved: it may mean another address tomorrow.
     if host == "localhost":
         return True
     try:

@@ -1,20 +1,20 @@
-"""Every error that a caller of the service can see; each class carries its gRPC status.
+"""The errors of the service; each class carries its gRPC status.
 
 ServingError
 ├── InvalidArgument          a field is wrong: the caller must change the request
 ├── NotFound                 the thing named does not exist
 ├── FailedPrecondition       the server is not set up for this request
-├── ConsentWithheld          the person does not allow it
+├── ConsentWithheld          the user does not allow it
 ├── Unauthenticated          no token, or a wrong one
 ├── Unimplemented            the call does not fit its method
 ├── ResourceExhausted        too much, now: retry later
-├── DataLoss                 what is stored is damaged: to be repaired first
+├── DataLoss                 stored data is damaged: to be repaired first
 ├── DeadlineExceeded         the time given was not enough
-├── Unavailable              a part is away: safe to retry
+├── Unavailable              a part is unreachable: safe to retry
 │   ├── ProfileStoreUnavailable
 │   ├── EventLogUnavailable
 │   └── CatalogLogUnavailable
-└── ConfigError              the server cannot start like this
+└── ConfigError              the service cannot work as configured
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ServingError(PenchantError):
     """Root of the service's errors.
 
     Attributes:
-        code: Name of the gRPC status that the caller gets.
-        field: Path of the field that is wrong, empty where no single one is.
-        retry_after_ms: When a retry makes sense, 0 where it does not.
+        code: Name of the gRPC status.
+        field: Path of the wrong field, "" if it is not a single one.
+        retry_after_ms: Time until a retry makes sense, 0 if it does not.
     """
 
     code: ClassVar[str] = "INTERNAL"
@@ -42,7 +42,7 @@ class ServingError(PenchantError):
 
 
 class InvalidArgument(ServingError):
-    """A field of the request is wrong; the message says what would be right."""
+    """A field of the request is wrong; the message tells the allowed values."""
 
     code = "INVALID_ARGUMENT"
 
@@ -57,7 +57,7 @@ class NotFound(ServingError):
 
 
 class DataLoss(ServingError):
-    """What is stored is damaged; the message says how it is repaired."""
+    """Stored data is damaged; the message tells how to repair it."""
 
     code = "DATA_LOSS"
 
@@ -69,7 +69,7 @@ class FailedPrecondition(ServingError):
 
 
 class ConsentWithheld(ServingError):
-    """The person does not allow it: nothing was kept."""
+    """The user does not allow it; nothing was kept."""
 
     code = "PERMISSION_DENIED"
 
@@ -87,19 +87,19 @@ class Unimplemented(ServingError):
 
 
 class ResourceExhausted(ServingError):
-    """Too much for now; `retry_after_ms` says when to come back."""
+    """Too much for now; `retry_after_ms` is the time until a retry makes sense."""
 
     code = "RESOURCE_EXHAUSTED"
 
 
 class DeadlineExceeded(ServingError):
-    """The time that the caller gave is over."""
+    """The caller's deadline has passed."""
 
     code = "DEADLINE_EXCEEDED"
 
 
 class Unavailable(ServingError):
-    """A part is away; nothing was done, so a retry is safe."""
+    """A part is unreachable; nothing was done, so a retry is safe."""
 
     code = "UNAVAILABLE"
 
@@ -117,10 +117,10 @@ class CatalogLogUnavailable(Unavailable):
 
 
 class ConfigError(ServingError):
-    """The configuration cannot work; the message says what to change."""
+    """The service cannot work as configured; the message says what to change."""
 
     code = "FAILED_PRECONDITION"
 
 
 class InUse(ConfigError):
-    """Another process holds what this one needs."""
+    """Another process holds a file or folder that this one needs."""

@@ -1,9 +1,9 @@
-"""The identity of a folder: a file inside of it tells which one it is, so its name need not.
+"""The identity of a folder: a file inside tells which one it is, because its path cannot.
 
 The same path on two hosts may be two folders, and two paths may be one. So a folder that the log knows holds a file
-`.identity` with an id that it keeps for ever, and with a token that the process which has the folder changes every two
-seconds and tells the log. Where the file changes as the log says, it is the very same folder; where it does not, it is
-a copy of it, such as a disk that was cloned.
+`.identity` with an id that it keeps for ever, and with a token that the process which holds the folder changes every
+two seconds, in the file and in the log. If the file changes with the log, it is the same folder; if it does not, it is
+a copy, such as a cloned disk.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+")
 
 @dataclass(frozen=True, slots=True)
 class FolderIdentity:
-    """A folder as the log knows it.
+    """The identity of a folder, as the log knows it.
 
     Attributes:
         copy_id: Its id; 32 hexadecimal digits.
-        token: Name of the process that took the folder last.
+        token: Name of the process that took the folder last, and a count.
     """
 
     copy_id: str
@@ -46,13 +46,13 @@ class FolderIdentity:
         return self.token.partition(".")[0]
 
     def next(self) -> FolderIdentity:
-        """The same folder and process, with the next token."""
+        """Returns the identity with the next token of the same process."""
         process, _, count = self.token.partition(".")
         return FolderIdentity(self.copy_id, f"{process}.{int(count or 0) + 1}")
 
 
 def new_id() -> str:
-    """A new id or token."""
+    """Returns a new id or token."""
     return uuid.uuid4().hex
 
 
@@ -63,7 +63,7 @@ def local_folder(place: str | Path) -> Path:
         ConfigError: It is a URL of another kind.
     """
     text = str(place)
-    # A URL that went through a Path has lost one of its slashes.
+    # A URL that was a Path for a while has lost one of its slashes.
     url = _URL.match(text)
     if not url:
         return Path(text)
@@ -105,6 +105,7 @@ def write_identity(folder: Path, identity: FolderIdentity) -> None:
     Raises:
         OSError: The disk is full or gone.
     """
+    # Renamed into place once it is on disk, so that no crash leaves half an identity.
     draft = folder / f"{NAME}.{identity.token}.tmp"
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as sink:
@@ -116,12 +117,12 @@ def write_identity(folder: Path, identity: FolderIdentity) -> None:
 
 
 def host_name() -> str:
-    """The name of this host, as its administrator knows it."""
+    """Returns the name of this host, as its administrator knows it."""
     return socket.gethostname()
 
 
 def kernel_id() -> str:
-    """The id of the running kernel and of the process ids that this process sees."""
+    """Returns the id of the running kernel and of the namespace of its process ids."""
     try:
         return f"{_BOOT.read_text(encoding='ascii').strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -134,6 +135,6 @@ def runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # it runs, as another user
         return True
     return True

@@ -1,9 +1,9 @@
-"""For how long the log keeps what every reader has: hours, as memory is what it is kept in.
+"""The retention of the log: the hours for which it keeps, in memory, entries that every reader has.
 
-The service says so once, in the log itself, and whoever trims goes by that: the projector and the warehouse beside it,
-or elsewhere. Slates are three times as large as events and nobody asks for them again once they are in Parquet, so they
-go first. Where no warehouse reads the log, the log is the only copy, and is kept for a week unless the service says
-otherwise; that and `maxmemory`, of which it takes no more than nine tenths, bound it then.
+The service writes its settings into the log itself, so that every process that trims uses the same ones, on any host.
+Slates are three times as large as events and are not read again once they are in Parquet, so they go first. Without a
+warehouse the log is the only copy, and keeps entries for a week unless the settings say otherwise; these and
+`maxmemory`, of which it takes no more than nine tenths, bound it then.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 PROFILES_GROUP = "profiles"
-"""The group that brings events into profiles; every other group of the log keeps a copy of its own."""
+"""Group of the projector, which applies events to profiles; every other group of the log keeps a copy."""
 
 HOUR_MS = 3_600_000
 EVENTS_MS = 24 * HOUR_MS
-"""As long as a retry of an event is recognised, and so as long as one can be undone."""
+"""Also the time in which a retry of an event is recognised, and in which an event can be undone."""
 
 SLATES_MS = 2 * HOUR_MS
 ALONE_MS = 7 * 24 * HOUR_MS
-"""For how long entries stay that nobody keeps a copy of."""
+"""Retention of entries without a copy elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogRetention:
-    """For how long entries stay that every reader has.
+    """The retention of entries that every reader has.
 
     Attributes:
         events_ms: Of events; None: a day where a warehouse reads them, else a week.
         slates_ms: Of slates; None: two hours where a warehouse reads them, else a week; never longer than events.
-        copied: Whether a warehouse is known to come: the index of users then need not last for a week.
+        copied: A warehouse is known to come, so the index of users need not last for a week.
     """
 
     events_ms: int | None = None
@@ -39,36 +39,36 @@ class LogRetention:
 
     @classmethod
     def of(cls, log_hours: float | None, slate_log_hours: float | None, copied: bool) -> LogRetention:
-        """From the settings, in hours."""
+        """Returns the retention of the settings, which are in hours."""
         events, slates = (None if hours is None else int(hours * HOUR_MS) for hours in (log_hours, slate_log_hours))
         return cls(events, slates, copied)
 
     @classmethod
     def read(cls, stored: bytes | None) -> LogRetention:
-        """As the log holds them; nothing was said where it holds none."""
+        """Parses the retention that a log holds; without any, nothing is set."""
         events, _, slates = (stored or b"").partition(b" ")
-        events_ms, slates_ms = (int(one) if one.isdigit() else None for one in (events, slates))
+        events_ms, slates_ms = (int(text) if text.isdigit() else None for text in (events, slates))
         return cls(events_ms, slates_ms)
 
     @property
     def stored(self) -> bytes:
-        """As the log holds them."""
-        return b" ".join(b"-" if one is None else b"%d" % one for one in (self.events_ms, self.slates_ms))
+        """The bytes that a log holds."""
+        return b" ".join(b"-" if ms is None else b"%d" % ms for ms in (self.events_ms, self.slates_ms))
 
     @property
     def index_ms(self) -> int:
-        """For how long the index of a user without news is kept: twice as long as what it names, or longer."""
+        """Retention of the index of a user without new entries: twice that of the entries it names, or longer."""
         usual = EVENTS_MS if self.copied else ALONE_MS
         return 2 * (usual if self.events_ms is None else self.events_ms)
 
     def kept(self, events_read_by: Collection[str], slates_read_by: Collection[str]) -> tuple[int, int]:
-        """For how long events and slates stay, ms.
+        """Returns the retention of events and of slates, in ms.
 
         Args:
-            events_read_by: The consumer groups of the events.
-            slates_read_by: Those of the slates.
+            events_read_by: Consumer groups of the events.
+            slates_read_by: Consumer groups of the slates.
         """
-        # Before the projector has joined, nobody would know what it has not applied yet.
+        # Before the projector has joined, its group cannot tell which events it still needs.
         copied = PROFILES_GROUP in events_read_by and len(events_read_by) > 1
         events = (EVENTS_MS if copied else ALONE_MS) if self.events_ms is None else self.events_ms
         slates = (SLATES_MS if slates_read_by else ALONE_MS) if self.slates_ms is None else self.slates_ms

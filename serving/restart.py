@@ -1,8 +1,8 @@
-"""Starts again what ends in an error, after a pause that grows while it keeps ending, and says what is wrong meanwhile.
+"""Restarts parts of a process that end in an error, after a pause that grows while they keep ending, and reports why.
 
-For the parts of a process that shall outlive their errors: a Redis whose password is being changed, a full disk, a
-directory that the previous instance still holds, a defect. What a caller must change is raised at once, unless the part
-has been well before.
+For the parts that are to outlive their errors: a Redis whose password is being changed, a full disk, a directory that
+the previous instance still holds, a defect. An error that an operator has to correct is raised at once, unless the part
+has worked before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serving.errors import ConfigError, FailedPrecondition, ResourceExhausted, U
 from serving.observability.outages import Outage
 
 Report = Callable[[str], None]
-"""Takes what is wrong with a part in one line, empty where it is well."""
+"""Takes the trouble of a part in one line, "" if it works."""
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 10.0
@@ -26,41 +26,42 @@ LONGEST_PAUSE_S = 10.0
 _HEALTHY_S = 30.0
 _PERIOD_S = 1.0
 _SHOWN = 500
-"""Characters of an error that are shown."""
+"""Most characters of an error that are shown."""
 _OPEN = (ConfigError, BundleError, FailedPrecondition, Unavailable, OSError)
-"""Errors whose text is about machines and settings alone; others may name a user, and only the log may."""
+"""Errors whose text is about machines and settings alone; that of others may name a user, so only the log has it."""
 _log = logging.getLogger(__name__)
 
 
 class Trouble:
-    """What is wrong with the parts of a process; tells its changes, and that it lives once a second."""
+    """The trouble of the parts of a process: reports every change at once, and once a second as a sign of life."""
 
-    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Takes whom to tell: `{"trouble": {part: text}}`."""
-        self._tell = tell
+    def __init__(self, report_state: Callable[[dict[str, Any]], None]) -> None:
+        """Begins without trouble; `report_state` takes `{"trouble": {part: text}}`."""
+        self._report_state = report_state
         self._parts: dict[str, str] = {}
-        self._told = -_PERIOD_S
+        self._reported_at = -_PERIOD_S
         self._lock = threading.Lock()
 
     def reporter(self, part: str) -> Report:
-        """Returns what reports on a part; to be called often, also where nothing changes."""
+        """Returns the function that reports on a part; it is to be called often, also without a change."""
 
         def report(text: str) -> None:
             with self._lock:
                 changed = self._parts.get(part, "") != text
                 self._parts[part] = text
                 now = time.monotonic()
-                if changed or now - self._told >= _PERIOD_S:
-                    self._told = now
-                    self._tell({"trouble": {name: why for name, why in self._parts.items() if why}})
+                if changed or now - self._reported_at >= _PERIOD_S:
+                    self._reported_at = now
+                    self._report_state({"trouble": {name: text for name, text in self._parts.items() if text}})
 
         return report
 
 
 def described(error: BaseException) -> str:
-    """Returns one line about an error that anybody may read."""
-    full = isinstance(error, ResourceExhausted) and not error.field  # a store; with a field it is about one user
-    if full or isinstance(error, _OPEN):
+    """Returns one line about an error, without the id of a user."""
+    # Without a field it is a store that is full; with one it is about a user.
+    is_full = isinstance(error, ResourceExhausted) and not error.field
+    if is_full or isinstance(error, _OPEN):
         return " ".join(str(error).split())[:_SHOWN]
     return f"{type(error).__name__}; the log says more"
 
@@ -68,41 +69,40 @@ def described(error: BaseException) -> str:
 def keep_running(
     name: str, attempt: Callable[[Report], None], stop: threading.Event, report: Report, *, patient: bool = False
 ) -> None:
-    """Runs `attempt` until it returns; starts it again where it raises, until `stop` is set.
+    """Runs `attempt` until it returns; restarts it if it raises, until `stop` is set.
 
     Args:
         name: Name of the part for the log.
-        attempt: Does the work and leaves nothing behind when it raises; reports "" while it is well.
+        attempt: Does the work, and cleans up when it raises; reports "" while it works.
         stop: Ends the waiting.
-        report: Told what is wrong.
-        patient: Also wait for what only a caller can change.
+        report: Takes the trouble of the part.
+        patient: Restart also after errors that an operator has to correct.
 
     Raises:
-        ConfigError: It cannot begin like this, and `patient` is False.
-        BundleError: Likewise.
+        ConfigError, BundleError: The part has never worked, and `patient` is False.
     """
-    began = False
+    has_worked = False
 
     def reporting(text: str) -> None:
-        nonlocal began
-        began = began or not text
+        nonlocal has_worked
+        has_worked = has_worked or not text
         if not text:
             outage.works()
         report(text)
 
-    pause, outage = FIRST_PAUSE_S, Outage(_log, f"{name} failed, is started again")
+    pause, outage = FIRST_PAUSE_S, Outage(_log, f"{name} failed and is restarted")
     while True:
-        begun = time.monotonic()
+        begun_at = time.monotonic()
         try:
             return attempt(reporting)
-        except Exception as error:  # a defect must not end the part for good, nor without a word
-            if isinstance(error, (ConfigError, BundleError)) and not (began or patient):
+        except Exception as error:  # a defect must not end the part for good
+            if isinstance(error, (ConfigError, BundleError)) and not (has_worked or patient):
                 raise
-            if time.monotonic() - begun > _HEALTHY_S:
+            if time.monotonic() - begun_at > _HEALTHY_S:
                 pause = FIRST_PAUSE_S
             expected = isinstance(error, (PenchantError, OSError))
             outage.failed(error, trace=None if expected else error)
-            report(f"failed, is started again: {described(error)}")
+            report(f"failed and is restarted: {described(error)}")
         if stop.wait(pause):
             return
         pause = min(2 * pause, LONGEST_PAUSE_S)

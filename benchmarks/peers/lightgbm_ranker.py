@@ -43,6 +43,7 @@ def main(source: str, out: str) -> None:
     fixed = binned | {"objective": "binary", "deterministic": True, "force_col_wise": True}
     chances, losses, choices = [], [], []
     for action in range(arrays["train_y"].shape[1]):
+        # Each action draws its own settings: the best for clicks are not the best for likes.
         rng = np.random.default_rng([int(arrays["seed"]), action])
         train_y, validation_y = arrays["train_y"][:, action], arrays["validation_y"][:, action]
         best: tuple[float, int, dict[str, Any]] | None = None
@@ -59,6 +60,7 @@ def main(source: str, out: str) -> None:
                 best = (loss, model.best_iteration, settings)
             print(f"action {action} trial {trial} log loss {loss:.5f} best {best[0]:.5f}", file=sys.stderr, flush=True)
         assert best is not None
+        # The neural ranker is trained on both parts in the end, and so is this one.
         x, y = (np.concatenate([arrays[f"train_{part}"], arrays[f"validation_{part}"]]) for part in "xy")
         model = lgb.train(best[2] | fixed, lgb.Dataset(x, y[:, action], params=binned), best[1])
         chances.append(model.predict(arrays["test_x"]))

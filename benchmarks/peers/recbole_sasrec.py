@@ -56,6 +56,7 @@ class Watched:
             yield batch
             lengths = batch[self.model.ITEM_SEQ_LEN]
             goes_on = self.clock.step(int(lengths.sum()), lengths.numel())
+            # Validation is off the clock: the peers' own evaluations differ from each other.
             if self.clock.due() or not goes_on:
                 with self.clock.paused():
                     value = self.histories.ndcg(*vectors(self.model, self.histories, self.inner))
@@ -91,6 +92,7 @@ def write_inter(histories: SharedHistories, folder: Path) -> None:
     owner = np.repeat(np.arange(histories.offsets.size - 1), np.diff(histories.offsets))
     with (folder / "speed" / "speed.inter").open("w", encoding="utf-8") as file:
         file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        # The place in the history is time enough: RecBole only orders by it.
         position = np.arange(owner.size) - histories.offsets[owner]
         file.writelines(f"{u}\t{i}\t{t}\n" for u, i, t in zip(owner, histories.rows, position, strict=True))
 
@@ -130,6 +132,7 @@ def main() -> None:
         inner = np.array([token_ids.get(str(item), 0) for item in range(histories.items)])
         watched, trainer = Watched(loader, model, histories, clock, inner), Trainer(config, model)
         epoch = 0
+        # RecBole's own `fit` would validate and stop by its own measure; the clock decides here.
         while True:
             trainer._train_epoch(watched, epoch, show_progress=False)
             epoch += 1

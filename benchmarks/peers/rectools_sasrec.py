@@ -84,10 +84,12 @@ def main() -> None:
     histories = SharedHistories.load(options.data)
     clock = TrainerClock(options.validate_every)
     owner = np.repeat(np.arange(histories.offsets.size - 1), np.diff(histories.offsets))
+    # One made-up second per event keeps the order, which is all that RecTools reads of a date.
     order = pd.Timestamp("2000-01-01") + pd.to_timedelta(np.arange(owner.size), unit="s")
     columns = {Columns.User: owner, Columns.Item: histories.rows, Columns.Weight: 1.0, Columns.Datetime: order}
     model = SASRecModel(**options.settings)
 
+    # Nothing but training on the clock.
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     watch = Watch(model, histories, clock)
     model._trainer = Trainer(

@@ -73,6 +73,7 @@ class SharedHistories:
         values = []
         for start in range(0, self.validated.size, USERS_AT_ONCE):
             scores = users[start : start + USERS_AT_ONCE] @ vectors.T
+            # An item that the trainer does not know stays among the targets: not knowing it is its loss.
             scores[:, np.isnan(vectors[:, 0])] = -np.inf
             for line, user in enumerate(self.validated[start : start + USERS_AT_ONCE]):
                 scores[line, self.of(user)] = -np.inf
@@ -99,6 +100,7 @@ class TrainerClock:
     def __init__(self, validate_every: float) -> None:
         self.validate_every = validate_every
         # Libraries print to stdout, which is for the lines that the caller reads.
+        # File descriptor 1 becomes stderr, so that even prints of C libraries do not get in between.
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self.tokens = self.targets = self.steps = 0
@@ -121,6 +123,7 @@ class TrainerClock:
             tokens: Events that the encoder read, without padding.
             targets: Events that were predicted.
         """
+        # Everything before the first step is set-up: reading, preparing, compiling.
         if not self.steps:
             self.setup = self._validated = self.seconds
         self.steps, self.tokens, self.targets = self.steps + 1, self.tokens + tokens, self.targets + targets

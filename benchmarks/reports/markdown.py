@@ -36,4 +36,5 @@ def read(path: Path) -> dict[str, Any]:
 
 def escaped(text: str) -> str:
     """Returns a text that can stand in a cell."""
+    # A bar would end the cell, a line break the row.
     return text.replace("|", "\\|").replace("\n", " ")

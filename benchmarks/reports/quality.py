@@ -44,11 +44,13 @@ def impressions() -> str:
         keys = [f"{action}/{name}" for name in names]
         rows.append([f"**{action}**, {count:,} times", *(markdown.interval(result["metrics"][key]) for key in keys)])
         for name, row in result["baselines"].items():
+            # Means and intervals of baselines are recorded apart.
             borders = [result["baseline_intervals"][name][key] for key in keys]
             figures = [
                 {"mean": row[key], "low": low, "high": high} for key, (low, high) in zip(keys, borders, strict=True)
             ]
             rows.append([name, *map(markdown.interval, figures)])
+        # Only `bench impressions` compares user by user with LightGBM; `evaluate` does not.
         if "ahead" in result:
             rows.append(["penchant's minus lightgbm's", *(markdown.interval(result["ahead"][key]) for key in keys)])
     sizes = f"{result['title']}: {result['impressions']:,} impressions, {result['users']:,} users"
@@ -64,6 +66,7 @@ def training_speed() -> str:
         for name, trainer in result["trainers"].items():
             ratios = result["ratios"].get(name, {})
             figures = [f"{trainer[key]:,.0f}" for key in ("tokens_per_second", "targets_per_second", "seconds_to_goal")]
+            # Empty for Penchant itself, and if Penchant did not reach a peer's best.
             faster = [f"{ratios[key]:.1f} times" if ratios.get(key) else "" for key in _FASTER]
             rows.append([name.replace("_equal", ", equal sizes"), *figures, f"{trainer['best']:.4f}", *faster])
         goal = f"s to validation ndcg@10 {result['goal']:.4f}"
@@ -179,5 +182,6 @@ def _trainings(trained: dict[str, Any]) -> str:
 
 
 def _paired(result: dict[str, Any], name: str) -> str:
+    # The interval of the difference, user by user: two intervals that overlap may still differ significantly.
     difference = result.get("paired", {}).get(name, {}).get("ndcg@10")
     return markdown.interval(difference) if difference else ""

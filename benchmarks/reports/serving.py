@@ -79,6 +79,7 @@ def _cluster(troubles: list[dict[str, Any]]) -> str:
 
 
 def _ended_early(trials: list[dict[str, Any]]) -> str:
+    # Each column by the names that results of several versions have for it.
     columns = (("ended early", "given up"), ("personal", "own"), ("foreign",), ("seconds",))
     rows = [
         [trial["name"], *(f"{next(trial[name] for name in names if name in trial):,.0f}" for names in columns)]
@@ -105,6 +106,7 @@ def log_size() -> str:
     names = ("payload_bytes", "redis_bytes", "file_bytes", "parquet_bytes")
     rows = [[f"{kind}", *(f"{result[kind][name]:,}" for name in names)] for kind in ("event", "slate")]
     head = ["bytes of", "its JSON", "memory", "the append-only file", "Parquet, of made-up values"]
+    # A log that is trimmed must level off; the control, which is not, must show that the measure sees growth.
     halves = [result[name]["second_half_bytes"] / result[name]["first_half_bytes"] for name in ("level", "control")]
     summary = (
         f"\nThe memory of a log that is trimmed while it is written to, second half of the time over the first: "
@@ -176,6 +178,7 @@ def freshness() -> str:
 def sizing() -> str:
     """Returns the table of the resources to provide, by item, user, event, slate and request."""
     path = RESULTS / "sizing.json"
+    # It needs trainings of many items, so it is measured less often than the other results.
     if not path.exists():
         return "Not measured yet for this version: `make bench-sizing` does it.\n"
     result = markdown.read(path)
@@ -201,6 +204,7 @@ def sizing() -> str:
         [f"start, {large['items']:,} items", f"{large['start_s']:.1f} s"],
         ["rebuild of profiles, events a second", f"{result['rebuild_events_per_second']:,}"],
     ]
+    # Bundles of one size leave the bytes of an item unknown.
     return markdown.table(["", "measured"], [row for row in rows if row[1]]) + markdown.source(path, result)
 
 
@@ -235,5 +239,6 @@ def _in_time(trouble: dict[str, Any]) -> list[str]:
 
 
 def _rung_and_parts(slate: str) -> str:
+    # As the proof records it: the rung, then the degraded parts, by their names in the contract.
     rung, *parts = slate.split()
     return ", ".join([rung.removeprefix("RUNG_").lower(), *(part.removeprefix("PART_") for part in parts)])

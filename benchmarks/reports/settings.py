@@ -60,6 +60,7 @@ def _kind(field: FieldInfo) -> str:
 
 def _named(annotation: Any) -> str:
     """Returns a type in the words of the page."""
+    # An optional value reads as its type: the default column says "none".
     inside = [part for part in get_args(annotation) if part not in (type(None), ...)]
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{choice}`" for choice in inside)
@@ -80,5 +81,6 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "none"
+    # As an operator would write it in YAML or in a variable.
     plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     return f"`{markdown.escaped(json.dumps(plain))}`"

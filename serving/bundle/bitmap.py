@@ -73,11 +73,10 @@ def clear_keys(bitmap: Bitmap, column: _U64, keys: _U64) -> int:
     Returns:
         The number of rows taken out.
     """
-    count = 0
     if keys.size == 0:
-        return count
+        return 0
     # An open hash table: keys are hashes, so their lowest bits spread them well; 0 is a free slot.
-    size = 64
+    size, count = 64, 0
     while size < 4 * keys.size:
         size *= 2
     slots, last = np.zeros(size, np.uint64), np.uint64(size - 1)
@@ -127,6 +126,6 @@ def first_allowed(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp
 
 def first_allowed_plain(rows: _I32, bitmap: Bitmap, count: int) -> npt.NDArray[np.intp]:
     """Does the same as `first_allowed` in plain numpy, for tests to compare."""
-    # The bit behind the last stands for every row past the bitmap.
+    # The bit after the last stands for every row past the bitmap.
     bits = np.append(np.unpackbits(bitmap, bitorder="little"), np.uint8(0))
     return np.flatnonzero(bits[np.minimum(rows, bits.size - 1)])[:count]

@@ -87,7 +87,7 @@ class _Replay:
     def _query(self, name: str, golden: Mapping[str, Any]) -> None:
         # Another version of Unicode can split a text into other words, and a search would miss them silently.
         if text_tokens(golden["text"]).tolist() != golden["tokens"]:
-            raise self._refusal(f"{name}: {golden['text']!r} has other words here than where it was exported")
+            raise self._refusal(f"{name}: {golden['text']!r} has other words here than at its export")
         vector = self._model.encode_query(query_inputs(golden["text"], self._shapes)["tokens"])
         self._require_close(f"{name}.vector", vector, golden["vector"])
         self._best(name, vector, golden)

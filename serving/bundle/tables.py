@@ -19,7 +19,7 @@ class NeighborTable:
     """The item neighbours that export counted: row -> nearest rows and their cosine."""
 
     def __init__(self, rows: _I32, scores: _F32) -> None:
-        """Takes the neighbours of each row, -1 where there are no more, and their cosines; int32, float32 [N, K]."""
+        """Takes the neighbours of each row, -1 after the last, and their cosines; int32, float32 [N, K]."""
         self._rows, self._scores = rows, scores
 
     def of(self, rows: _I32, weights: _F32, count: int, allowed: Bitmap) -> tuple[_I32, _F32]:

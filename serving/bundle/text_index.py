@@ -271,7 +271,7 @@ def _weigh(now: _Snapshot, tokens: _U32) -> tuple[Words, Words]:
 
 def _bits(allowed: _BITMAP, rows: _I32) -> npt.NDArray[np.bool_]:
     """Returns True for each row whose bit is set; rows past the bitmap are not allowed; bool [n]."""
-    # The byte behind the last stands for every row past the bitmap.
+    # The byte after the last stands for every row past the bitmap.
     bits = np.append(allowed, np.uint8(0))
     set_bits: _BITMAP = (bits[np.minimum(rows >> 3, allowed.size)] >> (rows & 7).astype(np.uint8)) & np.uint8(1)
     return set_bits.astype(np.bool_)

@@ -192,6 +192,7 @@ def process_samples(process: ProcessState) -> Iterable[Sample]:
 
 def rendered(samples: Iterable[Sample], accept: str = "") -> tuple[bytes, str]:
     """Returns the exposition and its content type: OpenMetrics where `accept` asks for it, else the text format."""
+    # A registry per page, because the samples are those of all processes and exist for this scrape only.
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(samples))
     encode, content_type = choose_encoder(accept)
@@ -218,6 +219,7 @@ class _Collector(Collector):
     def collect(self) -> Iterable[Metric]:
         for family in FAMILIES:
             samples = self._samples.get(family.name, {})
+            # A family without samples is left out, as a scrape of zeros would tell that it had been measured.
             if samples:
                 yield _metric(family, samples)
 
@@ -230,6 +232,7 @@ def _metric(family: Family, samples: Mapping[tuple[str, ...], Any]) -> Metric:
         return metric  # type: ignore[no-any-return]
     classes = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
     metric = classes[family.kind](family.name, family.help, labels=family.labels)
+    # Sorted, so that two scrapes can be compared line by line.
     for labels, value in sorted(samples.items()):
         if family.kind == "histogram":
             metric.add_metric(labels, _cumulative(value), sum_value=value[BUCKETS] / 1e6)
@@ -244,6 +247,7 @@ def _cumulative(cells: Sequence[int]) -> list[tuple[str, float]]:
     for index in range(BUCKETS):
         reached += cells[index]
         limit = bucket_limit(index)
+        # Telemetry has eight buckets per power of two; so many series per stage would burden Prometheus.
         if limit & (limit - 1) == 0 and 1 << _FIRST_POWER <= limit <= 1 << _LAST_POWER:
             buckets.append((str(limit / 1e6), reached))
     return [*buckets, ("+Inf", reached)]

@@ -32,6 +32,7 @@ REQUEST_ID_HEADER = "x-request-id"
 
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
+# Random once per process and counted from there: a random id per request would cost more than all of its log.
 _PREFIX = uuid.uuid4().hex[:12]
 _numbers = count(1)
 

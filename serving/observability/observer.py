@@ -63,8 +63,10 @@ class RequestObserver:
             rung: The rung of the slate; "" if there is none.
             request_id: Id of the request.
         """
+        # Callers choose surfaces; unlisted ones must not make labels, or they could fill the memory.
         surface = surface if surface in self._surfaces else OTHER
         self._telemetry.count(("requests", method, code, surface, rung))
+        # By method alone: a histogram per code, surface and rung would be thousands of series.
         self._telemetry.stage(("request_seconds", method), int(seconds * 1e6))
         if self._access_log == "all":
             self._write(method, code, seconds, surface=surface, rung=rung, request_id=request_id)

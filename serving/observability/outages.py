@@ -68,6 +68,7 @@ class Outage:
                 self._began = now
             self._parts[part] = now
             self._failures += 1
+            # Also across outages: one that comes and goes every second still gets a line a minute.
             if now - self._logged_at < self._every_s:
                 return
             since, self._failures_logged = self._failures - self._failures_logged, self._failures

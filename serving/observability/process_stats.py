@@ -47,4 +47,5 @@ def _started() -> float:
         uptime = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
     except OSError:
         return time.time()
+    # The kernel has the start in ticks since boot.
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")

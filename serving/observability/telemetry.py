@@ -66,6 +66,7 @@ class _Local(threading.local):
     """The shard of the current thread."""
 
     def __init__(self, enter: Callable[[_Shard], None]) -> None:
+        # `threading.local` drops this at the end of the thread, which is how `_fold` learns of it.
         self.alive = _Alive()
         shard = _Shard(weakref.ref(self.alive))
         self.counts, self.times = shard.counts, shard.times
@@ -102,6 +103,7 @@ class Telemetry:
             index = (shift << 3) + (microseconds >> shift)
             if index >= BUCKETS:
                 index = BUCKETS - 1
+        # No lock: the cells belong to this thread, and a reader can at worst miss the newest duration.
         cells[index] += 1
         cells[BUCKETS] += microseconds
 
@@ -142,6 +144,7 @@ class Telemetry:
         A histogram has its cells that are not 0, by index.
         """
         total = self._total()
+        # Most cells are 0, and the snapshot goes through a socket with every scrape.
         times = [
             (_parts(key), {str(index): cell for index, cell in enumerate(cells) if cell})
             for key, cells in total.times.items()

@@ -145,17 +145,13 @@ class ProfileHydrator:
         A store that does not answer is waited for as an event is, because it may only be busy writing to disk.
         """
         profile = self._try_read(request)
+        degraded: tuple[Degraded, ...] = ()
         if not self._is_recent(request, profile):
             with self._limit.released():
-                profile = self._awaited(request, profile)
+                profile, degraded = self._awaited(request, profile)
         if isinstance(profile, ProfileStoreUnavailable):
             raise profile
-        if self._is_recent(request, profile):
-            return profile, ()
-        wanted = request.min_profile_version
-        return profile, (
-            Degraded("PROFILE_STALE", f"the profile is at version {profile.version}, not yet at {wanted}"),
-        )
+        return profile, degraded
 
     def _try_read(self, request: Request) -> Profile | ProfileStoreUnavailable:
         try:
@@ -175,8 +171,8 @@ class ProfileHydrator:
 
     def _awaited(
         self, request: Request, profile: Profile | ProfileStoreUnavailable
-    ) -> Profile | ProfileStoreUnavailable:
-        """Returns the profile with the event that is waited for, or the last one read when the time is over."""
+    ) -> tuple[Profile | ProfileStoreUnavailable, tuple[Degraded, ...]]:
+        """Returns the profile with the event that is waited for, or when the time is over the last one read, marked."""
         # Half of the time at most: the other stages still have to run.
         end = time.monotonic() + request.seconds_left() * WAIT_SHARE
         pause = _FIRST_PAUSE_S
@@ -184,10 +180,14 @@ class ProfileHydrator:
             time.sleep(pause)
             profile = self._try_read(request)
             if self._is_recent(request, profile):
-                break
+                return profile, ()
             # Most events are in the profile within a millisecond; for the others, rarer reads spare the store.
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-        return profile
+        if isinstance(profile, ProfileStoreUnavailable):
+            return profile, ()
+        wanted = request.min_profile_version
+        reason = f"the profile is at version {profile.version}, not yet at {wanted}"
+        return profile, (Degraded("PROFILE_STALE", reason),)
 
 
 class UserVectorHydrator:

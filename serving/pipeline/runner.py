@@ -173,7 +173,8 @@ class Pipeline:
         for scorer in execution.enabled(execution.optional((self.scorer,))):
             with execution.without(scorer, "SCORER"):
                 result = scorer.score(execution.request, execution.user, candidates)
-                scored = result._replace(scores=_sunk(result.scores, candidates.rows.size))
+                scores = _sunk(result.scores, candidates.rows.size)
+                scored = Scored(scores, result.probabilities, result.features)
         return scored or Scored(interleaved(candidates))
 
     def _adjust(self, execution: Execution, candidates: Candidates, scores: Scores) -> Adjusted:

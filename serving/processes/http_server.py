@@ -126,6 +126,7 @@ class HttpServer:
             next(iter(self._exchanges)).cancel()
         self._exchanges[exchange] = None
         try:
+            # Over everything: a client that sends a byte a second would renew a limit per read.
             async with asyncio.timeout(self._exchange_s):
                 # Without a buffer `drain` waits until the kernel has taken every byte.
                 writer.transport.set_write_buffer_limits(0)
@@ -161,6 +162,7 @@ class HttpServer:
             return Page(f"no such page; there is {paths}\n".encode(), status=404)
         headers = {name.strip().lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
         try:
+            # Not on the loop: a page may wait a second for its processes, and others must be accepted meanwhile.
             return await self._loop.run_in_executor(self._renderers, render, headers)
         except Exception:  # noqa: BLE001 - a defect in a page must not end the server
             _log.exception("the page %s cannot be rendered", path)

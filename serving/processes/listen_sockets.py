@@ -66,6 +66,7 @@ def _listening(port: int) -> Iterator[socket.socket]:
         candidate = _duplicate(int(name))
         if candidate is None:
             continue
+        # Several descriptors may be of one socket, which is to be stopped once.
         inode = os.fstat(candidate.fileno()).st_ino
         if inode in inodes or not _listens(candidate, port):
             candidate.close()

@@ -136,6 +136,7 @@ class MetricsPage:
             for process in self._processes.values():
                 process.is_up = False
                 try:
+                    # A process that was late still owes its report; a second request would get two.
                     if not process.is_asked:
                         process.connection.send(REPORT_REQUEST)
                         process.is_asked = True
@@ -156,6 +157,7 @@ class MetricsPage:
                 continue
             labels = (state.name, state.name.partition(" ")[0])
             behind = max(0, newest - int(version))
+            # The age of the lag is measured here: Redis keeps no time per catalogue version.
             since = self._behind_since.setdefault(state.name, now)
             if not behind:
                 del self._behind_since[state.name]

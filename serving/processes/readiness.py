@@ -61,6 +61,7 @@ class Readiness:
 
     def alive(self) -> tuple[bool, dict[str, Any]]:
         """Returns True if the supervisor works, and the body of /healthz."""
+        # While it starts or stops, the supervisor waits for its processes and need not tick.
         silent = time.monotonic() - self._ticked if self._ticked is not None and self.phase == "serving" else 0.0
         if silent > HUNG_S:
             return False, {"status": "hung", "seconds": round(silent)}
@@ -101,6 +102,7 @@ def full_disk(folder: Path, room: int = ROOM_BYTES) -> str:
     free = disk.f_bavail * disk.f_frsize
     if free < room:
         return f"{folder.name}: {free >> 20} MiB free, {room >> 20} MiB are needed"
+    # Some file systems report no inodes at all.
     if disk.f_files and not disk.f_favail:
         return f"{folder.name}: no inodes free"
     return ""

@@ -69,6 +69,7 @@ class StoreMetrics:
         newest: int | None = None
         for store, url in self._urls.items():
             is_up = False
+            # One store that is down must not hide the metrics of the other.
             with contextlib.suppress(PenchantError, RedisError, OSError):
                 if store not in self._clients:
                     self._clients[store] = connect(url, _TIMEOUT_S)
@@ -100,6 +101,7 @@ def _log_samples(log: EventLog) -> Iterator[Sample]:
         labels: tuple[str, ...] = (figures.stream, _label(log, figures.partition))
         for family, size in (("penchant_log_entries", figures.entries), ("penchant_log_bytes", figures.bytes)):
             totals[family, labels] = totals.get((family, labels), 0) + size
+        # Ages are by the clock of the server that stamped the entries, not by that of this host.
         clock = clocks[figures.partition]
         if clock is None:
             continue

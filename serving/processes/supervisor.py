@@ -48,10 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig) -> int:
-    """Serves a bundle until SIGTERM or SIGINT; prints one line of JSON when every worker answers.
-
-    Returns:
-        0 after a stop that was asked for.
+    """Serves a bundle until SIGTERM or SIGINT, then returns 0; prints one line of JSON when every worker answers.
 
     Raises:
         BundleError: The bundle is refused.
@@ -60,9 +57,7 @@ def serve(config: ServeConfig) -> int:
     """
     set_private_umask()
     logs.configure(config.log_format, "supervisor")
-    _log.info("settings that differ from the defaults: %s", json.dumps(_printable(config)))
-    bundle = open_bundle(config.bundle)
-    _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
+    bundle = _open_bundle(config)
     if config.state_dir.exists():
         close_to_others(config.state_dir)
     stopping, readiness = StopRequest(), Readiness(config)
@@ -84,22 +79,24 @@ def serve(config: ServeConfig) -> int:
         if not _start([*workers, *readers], bundle, stopping.asked):
             return 0
         readiness.phase = "serving"
-        urls = {"redis": printable(redis), "events_redis": printable(events)}
-        _print_ready(config, bundle, workers, {"listen": address, **urls, "metrics": metrics, "health": health})
+        addresses = {"listen": address, "redis": redis, "events_redis": events, "metrics": metrics, "health": health}
+        _print_ready(config, bundle, workers, addresses)
         _keep_running([*workers, *readers], stopping.asked, readiness)
-        readiness.phase = "stopping"
         _leave(workers, config.delay_s, stopping.hurry, readiness)
         _log.info("stopping: calls in progress have %g s", config.drain_s)
     _log.info("stopped")
     return 0
 
 
-def _printable(config: ServeConfig) -> dict[str, Any]:
+def _open_bundle(config: ServeConfig) -> Bundle:
     settings = config.printable()
     for name in ("redis", "events_redis"):
         if "://" in settings.get(name, ""):
             settings[name] = printable(settings[name])  # without the password of the URL
-    return settings
+    _log.info("settings that differ from the defaults: %s", json.dumps(settings))
+    bundle = open_bundle(config.bundle)
+    _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
+    return bundle
 
 
 def _processes(
@@ -139,6 +136,8 @@ def _print_ready(
 ) -> None:
     ready = {
         **addresses,
+        "redis": printable(addresses["redis"] or ""),
+        "events_redis": printable(addresses["events_redis"] or ""),
         "bundle_id": bundle.bundle_id,
         "pid": os.getpid(),
         "workers": [worker.pid for worker in workers],
@@ -162,12 +161,14 @@ def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.E
     All workers stop listening before the first one sends its callers away: callers must reconnect to an instance that
     stays, not to the next worker, which is about to end as well.
     """
+    readiness.phase = "stopping"
     _log.info("stopping: not ready, ending in %.1f s", delay_s)
     for worker in workers:
         worker.send("unready")
     end = time.monotonic() + delay_s
     while not hurry.wait(max(min(end - time.monotonic(), _TICK_S), 0.0)) and time.monotonic() < end:
         readiness.tick()
+    # To all before waiting for any: they close at the same time.
     for worker in workers:
         worker.send("close")
     end = time.monotonic() + _CLOSE_S
@@ -277,6 +278,7 @@ def _reserved(config: ServeConfig) -> Iterator[str]:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 probe.bind((config.host, config.port))
                 port = probe.getsockname()[1]
+            # Held until the end, though it never listens: a port that no process holds could be taken between restarts.
             keeper = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             keeper.bind((config.host, port))

@@ -85,7 +85,7 @@ def work(
         stop: Set when the worker is to end.
         ready: Called once.
         bundle_id: The bundle that `config.bundle` has to hold; empty if any is right.
-        sealed: Its files that are in shared memory, see `features.bundle.Bundle.seal`.
+        sealed: Its files in shared memory, see `features.bundle.Bundle.seal`.
         control: The link to the supervisor, if there is one.
 
     Raises:
@@ -94,30 +94,20 @@ def work(
     """
     progress, limit = CatalogProgress(), ConcurrencyLimit(config.threads)
     telemetry.gauge("catalog_version", lambda: progress.version)
-    with _stores(config, telemetry) as stores:
-        impressions = _impression_writer(config, stores.log, telemetry) if config.impressions else None
+    with _stores(config, telemetry) as stores, _impressions(config, stores.log, telemetry) as impressions:
         dependencies = Dependencies(config, stores.profiles, progress, telemetry, impressions, limit)
         engine_ref = EngineRef(open_engine(config.bundle, dependencies, bundle_id, sealed))
         catalog_sync = CatalogSync(engine_ref, stores.changes, progress, config.worker_count)
         catalog_sync.start()
-        surfaces = config.metrics_surfaces or engine_ref.engine.surfaces[:MOST_SURFACES]
-        server = Server(config, limit, telemetry, RequestObserver(telemetry, config.access_log, surfaces))
+        server = Server(config, limit, telemetry, _observer(config, telemetry, engine_ref))
         streams = Streams(max(1, config.max_concurrent // 4))
-        services = _services(config, stores, engine_ref, catalog_sync, telemetry, streams)
-        checks = health_checks(
-            stores.checked_profiles, stores.checked_log, stores.changes, catalog_sync, progress, config.unsafe_redis
-        )
-        report_state = control.report_state if control else lambda _: None
-        monitor = HealthMonitor(checks, server.set_serving, report_state, strict=config.strict_readiness)
-        monitor.check()
-        server.start(config.listen, services)
+        monitor = _checked_monitor(config, stores, catalog_sync, progress, server, control)
+        server.start(config.listen, _services(config, stores, engine_ref, catalog_sync, telemetry, streams))
         _settle()
         ready()
         monitor.start()
         _serve_until(stop, config, server, monitor, streams, control)
         catalog_sync.stop()
-        if impressions:
-            impressions.close()
 
 
 @contextlib.contextmanager
@@ -139,7 +129,7 @@ def _stores(config: ServeConfig, telemetry: Telemetry) -> Iterator[_Stores]:
             config.partitions,
             default=config.default_consent,
             user_cap=config.user_cap,
-            times=config.log_times,
+            times=config.log_retention,
             unsafe=config.unsafe_redis,
         )
         _open(log)
@@ -172,6 +162,30 @@ def _services(
         profiles=ProfileService(engine_ref, rights, certificates, stores.writer),
         catalog=CatalogService(engine_ref, stores.changes, catalog_sync),
     )
+
+
+def _observer(config: ServeConfig, telemetry: Telemetry, engine_ref: EngineRef) -> RequestObserver:
+    # A label costs memory for ever; by default the surfaces that the ranker was trained on have one.
+    surfaces = config.metrics_surfaces or engine_ref.engine.surfaces[:MOST_SURFACES]
+    return RequestObserver(telemetry, config.access_log, surfaces)
+
+
+def _checked_monitor(
+    config: ServeConfig,
+    stores: _Stores,
+    catalog_sync: CatalogSync,
+    progress: CatalogProgress,
+    server: Server,
+    control: ProcessControl | None,
+) -> HealthMonitor:
+    checks = health_checks(
+        stores.checked_profiles, stores.checked_log, stores.changes, catalog_sync, progress, config.unsafe_redis
+    )
+    report_state = control.report_state if control else lambda _: None
+    monitor = HealthMonitor(checks, server.set_serving, report_state, strict=config.strict_readiness)
+    # Before the first call: a caller must not meet a service that says it serves and cannot.
+    monitor.check()
+    return monitor
 
 
 def _settle() -> None:
@@ -211,8 +225,16 @@ def _serve_until(
     monitor.close()
 
 
-def _impression_writer(config: ServeConfig, log: EventLog, telemetry: Telemetry) -> ImpressionWriter:
-    return ImpressionWriter(log, config.impression_queue, telemetry, config.impression_share)
+@contextlib.contextmanager
+def _impressions(config: ServeConfig, log: EventLog, telemetry: Telemetry) -> Iterator[ImpressionWriter | None]:
+    """Yields the writer of impressions, None if they are not logged; waiting slates are written at the end."""
+    if not config.impressions:
+        yield None
+        return
+    with contextlib.closing(
+        ImpressionWriter(log, config.impression_queue, telemetry, config.impression_share)
+    ) as writer:
+        yield writer
 
 
 def _open(store: EventLog | ProfileStore) -> None:

@@ -113,6 +113,7 @@ class HealthMonitor:
         unhealthy = {service for check in self._checks if check.name in trouble for service in check.needed_by}
         if self._strict and trouble:
             unhealthy |= {OVERALL, RANKING}
+        # Under the lock, so that no state is set after `mute` has returned.
         with self._setting:
             for service, was_serving in self._serving.items():
                 if was_serving is (service in unhealthy) and not self._muted:
@@ -197,6 +198,7 @@ class CatalogLagCheck:
             CatalogLogUnavailable: The log does not answer.
         """
         newest = self._changes.version()
+        # Its own trouble explains a lag better than the number of versions.
         if self._catalog_sync.trouble:
             return self._catalog_sync.trouble
         behind = newest - self._progress.version

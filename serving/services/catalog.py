@@ -1,4 +1,4 @@
-"""CatalogService: changes the catalogue durably, and answers when every worker shows it; returns what it holds."""
+"""CatalogService: changes the catalogue durably, waits a moment until every worker shows it, and returns items."""
 
 # ruff: noqa: N802 - the contract names the methods
 
@@ -22,10 +22,10 @@ from serving.stores.catalog_log import CatalogLog, Change
 
 MAX_CHANGES = 1_000
 EVERYWHERE_S = 1.0
-"""Longest wait for every worker."""
+"""Longest wait for every worker, in seconds."""
 
 ANSWER_BYTES = 3 << 20
-"""Size above which an answer takes no more items: clients take 4 MiB unless they are told otherwise."""
+"""Size above which a response takes no more items: the default limit of clients is 4 MiB."""
 
 T = TypeVar("T")
 _WAIT_SHARE = 0.8
@@ -33,8 +33,8 @@ _VERSION_SHARE = 0.5
 _UNKNOWN = "the catalogue does not have this item: put it first"
 
 
-class _Made(NamedTuple):
-    """What every answer to changes tells."""
+class _Outcome(NamedTuple):
+    """The outcome of changes, as every response to changes has it."""
 
     catalog_version: int
     statuses: list[catalog_pb2.ItemStatus]
@@ -44,13 +44,13 @@ class _Made(NamedTuple):
 class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     """Changes the catalogue durably; every worker follows."""
 
-    def __init__(self, host: EngineRef, log: CatalogLog, follower: CatalogSync) -> None:
-        self._host, self._log, self._follower = host, log, follower
+    def __init__(self, engine_ref: EngineRef, log: CatalogLog, catalog_sync: CatalogSync) -> None:
+        self._engine_ref, self._log, self._catalog_sync = engine_ref, log, catalog_sync
 
     def PutItems(
         self, request: catalog_pb2.PutItemsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.PutItemsResponse:
-        """Puts whole items, new or in place of others; bad ones do not hurt good ones."""
+        """Puts whole items, new or in place of others; an invalid item does not affect the others."""
         checks.count(request.items, "items", 1, MAX_CHANGES, "items")
         now = now_ms()
 
@@ -58,137 +58,148 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
             checks.identifier(item.item_id, "item_id")
             record = item_record(item)
             require_window(record)
-            self._replaced(item.item_id, record, status)
+            self._note_replaced(item.item_id, record, status)
             return Change("put", item.item_id, _json({"item_id": item.item_id, **record, "put_at": now}))
 
-        return catalog_pb2.PutItemsResponse(**self._make(request.items, _id, change, context)._asdict())
+        return catalog_pb2.PutItemsResponse(**self._change(request.items, _id, change, context)._asdict())
 
     def PatchItems(
         self, request: catalog_pb2.PatchItemsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.PatchItemsResponse:
-        """Changes single fields of items; bad patches do not hurt good ones."""
+        """Changes single fields of items; an invalid patch does not affect the others."""
         checks.count(request.patches, "patches", 1, MAX_CHANGES, "patches")
 
         def change(patch: catalog_pb2.ItemPatch, status: catalog_pb2.ItemStatus) -> Change:
-            row = self._known(checks.identifier(patch.item.item_id, "item_id"))
-            fields = item_record(patch.item, _named(patch))
-            require_window(self._host.engine.catalog.record(row) | fields)
+            row = self._require_row(checks.identifier(patch.item.item_id, "item_id"))
+            fields = item_record(patch.item, _changed_fields(patch))
+            # A patch may change one end of the window only; the other is the catalogue's.
+            require_window(self._engine_ref.engine.catalog.record(row) | fields)
             return Change("patch", patch.item.item_id, _json(fields))
 
-        made = self._make(request.patches, lambda patch: patch.item.item_id, change, context)
-        return catalog_pb2.PatchItemsResponse(**made._asdict())
+        outcome = self._change(request.patches, lambda patch: patch.item.item_id, change, context)
+        return catalog_pb2.PatchItemsResponse(**outcome._asdict())
 
     def GetItems(
         self, request: catalog_pb2.GetItemsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.GetItemsResponse:
-        """Returns items as the catalogue of this worker has them."""
+        """Returns items as this worker's catalogue has them."""
         ids = list(dict.fromkeys(checks.identifiers(request.item_ids, "item_ids", 1, MAX_CHANGES)))
-        self._follower.wait(request.min_catalog_version, min(EVERYWHERE_S, context.time_remaining() * _VERSION_SHARE))
-        # The version first: what is applied meanwhile may be in the answer, what the version holds is.
-        answer = catalog_pb2.GetItemsResponse(catalog_version=self._follower.version)
-        catalog, size = self._host.engine.catalog, 0
+        self._catalog_sync.wait(
+            request.min_catalog_version, min(EVERYWHERE_S, context.time_remaining() * _VERSION_SHARE)
+        )
+        # The version first: the items may be newer than it, but never older.
+        response = catalog_pb2.GetItemsResponse(catalog_version=self._catalog_sync.version)
+        catalog, size = self._engine_ref.engine.catalog, 0
         for place, (item_id, row) in enumerate(zip(ids, catalog.rows(ids).tolist(), strict=True)):
-            if not self._follower.knows(row):
-                answer.missing_item_ids.append(item_id)
+            if not self._catalog_sync.knows(row):
+                response.missing_item_ids.append(item_id)
                 continue
             item = record_item(item_id, catalog.record(row))
             size += item.ByteSize()
-            if answer.items and size > ANSWER_BYTES:
-                answer.remaining_item_ids.extend(ids[place:])
+            # At least one item per response, or a large item could never be read.
+            if response.items and size > ANSWER_BYTES:
+                response.remaining_item_ids.extend(ids[place:])
                 break
-            answer.items.append(item)
-        return answer
+            response.items.append(item)
+        return response
 
     def SetAvailability(
         self, request: catalog_pb2.SetAvailabilityRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.SetAvailabilityResponse:
-        """Sets whether and when items may be shown."""
+        """Sets the availability of items, and its beginning and end."""
         checks.count(request.changes, "changes", 1, MAX_CHANGES, "changes")
 
-        def change(wanted: catalog_pb2.Availability, status: catalog_pb2.ItemStatus) -> Change:
-            self._known(checks.identifier(wanted.item_id, "item_id"))
+        def change(availability: catalog_pb2.Availability, status: catalog_pb2.ItemStatus) -> Change:
+            self._require_row(checks.identifier(availability.item_id, "item_id"))
             window = {
-                "available_from": checks.timestamp(wanted.available_from_ms, "available_from_ms"),
-                "available_until": checks.timestamp(wanted.available_until_ms, "available_until_ms"),
+                "available_from": checks.timestamp(availability.available_from_ms, "available_from_ms"),
+                "available_until": checks.timestamp(availability.available_until_ms, "available_until_ms"),
             }
             require_window(window)
-            return Change("availability", wanted.item_id, _json({"available": wanted.available, **window}))
+            return Change("availability", availability.item_id, _json({"available": availability.available, **window}))
 
-        return catalog_pb2.SetAvailabilityResponse(**self._make(request.changes, _id, change, context)._asdict())
+        return catalog_pb2.SetAvailabilityResponse(**self._change(request.changes, _id, change, context)._asdict())
 
     def DeleteItems(
         self, request: catalog_pb2.DeleteItemsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.DeleteItemsResponse:
-        """Deletes items: they are never shown again, unless they are put again."""
+        """Deletes items: no slate has them again, unless they are put again."""
         checks.count(request.item_ids, "item_ids", 1, MAX_CHANGES, "ids")
 
         def change(item_id: str, status: catalog_pb2.ItemStatus) -> Change:
-            self._known(checks.identifier(item_id, "item_ids"))
+            self._require_row(checks.identifier(item_id, "item_ids"))
             return Change("delete", item_id)
 
-        return catalog_pb2.DeleteItemsResponse(**self._make(request.item_ids, str, change, context)._asdict())
+        return catalog_pb2.DeleteItemsResponse(**self._change(request.item_ids, str, change, context)._asdict())
 
-    def _known(self, item_id: str) -> int:
-        """The row of an item that the catalogue has."""
-        row = int(self._host.engine.catalog.rows([item_id])[0])
-        if not self._follower.knows(row):
+    def _require_row(self, item_id: str) -> int:
+        """Returns the row of an item.
+
+        Raises:
+            NotFound: The catalogue does not have it.
+        """
+        row = int(self._engine_ref.engine.catalog.rows([item_id])[0])
+        if not self._catalog_sync.knows(row):
             raise NotFound(_UNKNOWN, field="item_id")
         return row
 
-    def _replaced(self, item_id: str, record: dict[str, Any], status: catalog_pb2.ItemStatus) -> None:
-        """Notes in a status that an item is replaced, and which fields it loses by that."""
-        catalog = self._host.engine.catalog
+    def _note_replaced(self, item_id: str, record: dict[str, Any], status: catalog_pb2.ItemStatus) -> None:
+        """Notes in a status that an item is replaced, and the fields that it loses by that."""
+        catalog = self._engine_ref.engine.catalog
         row = int(catalog.rows([item_id])[0])
-        if not self._follower.knows(row):
+        if not self._catalog_sync.knows(row):
             return
-        kept = held_fields(record)
+        new_fields = held_fields(record)
         status.replaced = True
-        status.cleared_fields.extend(name for name in held_fields(catalog.record(row)) if name not in kept)
+        status.cleared_fields.extend(name for name in held_fields(catalog.record(row)) if name not in new_fields)
         if status.cleared_fields:
-            lost = ", ".join(status.cleared_fields)
-            status.message = f"replaced, and without {lost}, which it had before: PatchItems changes single fields"
+            cleared = ", ".join(status.cleared_fields)
+            status.message = f"replaced, and without {cleared}, which it had before: PatchItems changes single fields"
 
-    def _make(
+    def _change(
         self,
         values: Sequence[T],
         name: Callable[[T], str],
         change: Callable[[T, catalog_pb2.ItemStatus], Change],
         context: grpc.ServicerContext,
-    ) -> _Made:
-        """Makes durable what may be changed, and waits a while until it is seen everywhere; a status for each value."""
-        changes, made = list[Change](), list[catalog_pb2.ItemStatus]()
+    ) -> _Outcome:
+        """Writes the valid changes, and waits a moment until every worker shows them; returns a status per value."""
+        changes, accepted = list[Change](), list[catalog_pb2.ItemStatus]()
         statuses = [catalog_pb2.ItemStatus(item_id=name(value)) for value in values]
         for value, status in zip(values, statuses, strict=True):
             try:
                 changes.append(change(value, status))
-                made.append(status)
+                accepted.append(status)
             except ServingError as error:
                 _refuse(status, error)
+        # One write for all valid changes: a round trip for each would take the caller's time.
         version, deleted = self._log.write(changes)
+        # Another caller may have deleted an item after the check above.
         for place in deleted:
-            _refuse(made[place], NotFound(_UNKNOWN, field="item_id"))
+            _refuse(accepted[place], NotFound(_UNKNOWN, field="item_id"))
+        # Part of the caller's time is left for the response, and a slow worker must not make a durable change fail.
         seconds = min(EVERYWHERE_S, context.time_remaining() * _WAIT_SHARE)
-        return _Made(version, statuses, self._follower.wait_everywhere(version, seconds))
+        return _Outcome(version, statuses, self._catalog_sync.wait_everywhere(version, seconds))
 
 
-def _named(patch: catalog_pb2.ItemPatch) -> list[str]:
-    """The fields that a patch changes: those of its mask, else those that its item holds.
+def _changed_fields(patch: catalog_pb2.ItemPatch) -> list[str]:
+    """Returns the fields that a patch changes: those of its mask, else those that its item holds.
 
     Raises:
         InvalidArgument: There are none, or one of them cannot be changed.
     """
     checks.count(patch.update_mask.paths, "update_mask", 0, MAX_FIELDS, "names")
-    named = list(patch.update_mask.paths)
-    if not named:
-        named = [field.name for field, _ in patch.item.ListFields() if field.name in FIELDS]
-    if not named:
+    names = list(patch.update_mask.paths)
+    if not names:
+        names = [field.name for field, _ in patch.item.ListFields() if field.name in FIELDS]
+    if not names:
         raise InvalidArgument("update_mask", f"names no field to change, and the item holds none: {', '.join(FIELDS)}")
-    for name in named:
+    for name in names:
         if name == "item_id":
             raise InvalidArgument("update_mask", "names item_id, which cannot be changed: put another item")
         if name not in FIELDS:
             raise InvalidArgument("update_mask", no_field(name))
-    return named
+    return names
 
 
 def _refuse(status: catalog_pb2.ItemStatus, error: ServingError) -> None:

@@ -33,7 +33,7 @@ from serving.stores.profiles import Applied, ProfileStore
 MAX_EVENTS = 1_000
 FUTURE_MS = 5 * 60_000
 _SHOWN = 80
-"""Characters of an id that a message shows at most."""
+"""Most characters of an id that a message shows."""
 _LONG_AGO_MS = 30 * 365 * 24 * 3_600_000
 
 _OPTIONAL = ("session_id", "request_id", "surface", "query")
@@ -41,7 +41,7 @@ _OPTIONAL = ("session_id", "request_id", "surface", "query")
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """An event that may go into the log, and its place in the request."""
+    """A valid event, and its place in the request."""
 
     place: int
     subject: Subject
@@ -55,87 +55,90 @@ class EventService(event_pb2_grpc.EventServiceServicer):
 
     def __init__(
         self,
-        host: EngineRef,
+        engine_ref: EngineRef,
         log: EventLog,
         store: ProfileStore,
         telemetry: Telemetry,
         streams: Streams,
         refused_in_ids: str = "",
     ) -> None:
-        """Takes the characters that no id of an event may hold beside what it works with."""
-        self._host, self._log, self._store, self._telemetry = host, log, store, telemetry
+        """Takes the stores, and the characters that no id of an event may hold."""
+        self._engine_ref, self._log, self._store, self._telemetry = engine_ref, log, store, telemetry
         self._streams, self._refused_in_ids = streams, refused_in_ids
 
     def Ingest(self, request: event_pb2.IngestRequest, context: grpc.ServicerContext) -> event_pb2.IngestResponse:
-        """Appends a batch of events; each gets a status of its own and bad ones do not hurt good ones."""
+        """Appends a batch of events; each gets a status of its own, and an invalid event does not affect the others."""
         return event_pb2.IngestResponse(statuses=self._take(request.events))
 
     def IngestStream(
         self, request_iterator: Iterator[event_pb2.IngestStreamRequest], context: grpc.ServicerContext
     ) -> Iterator[event_pb2.IngestStreamResponse]:
-        """Takes batch after batch; the next one is read when the last one is durable, so no caller can run ahead."""
+        """Takes batch after batch; the next is read when the last is durable, so no caller can run ahead of the log."""
         with self._streams.entered(context):
             for request in request_iterator:
                 statuses = self._streams.patiently(partial(self._take, request.events), context)
                 yield event_pb2.IngestStreamResponse(statuses=statuses)
 
     def _take(self, events: Sequence[event_pb2.Event]) -> list[event_pb2.EventStatus]:
-        """Checks, appends and applies a batch; the only road of an event into the log."""
+        """Checks, appends and applies a batch; the only way of an event into the log."""
         checks.count(events, "events", 1, MAX_EVENTS, "events")
         now = now_ms()
         statuses = [event_pb2.EventStatus() for _ in events]
-        good: list[_Checked] = []
+        valid: list[_Checked] = []
         for place, event in enumerate(events):
             try:
-                good.append(_check(place, event, now, self._log.window_ms, self._refused_in_ids))
+                valid.append(_check(place, event, now, self._log.window_ms, self._refused_in_ids))
             except InvalidArgument as error:
                 statuses[place] = _refused(error)
-        if good:
-            logged, unknown = _logged(good, self._host.engine.catalog)
+        if valid:
+            logged, unknown = _logged(valid, self._engine_ref.engine.catalog)
+            # The log first: an event that is durable is applied sooner or later, the reverse would lose it.
             appended = self._log.append(logged)
-            applied = self._apply(good, appended)
-            hints = self._hints(good, unknown)
-            for checked, entry, done in zip(good, appended, applied, strict=True):
-                statuses[checked.place] = status = _status(entry, done)
+            applied = self._apply(valid, appended)
+            hints = self._hints(valid, unknown)
+            for checked, entry, is_applied in zip(valid, appended, applied, strict=True):
+                statuses[checked.place] = status = _status(entry, is_applied)
                 if status.code == 0:
                     status.message = "; ".join(filter(None, (status.message, hints[checked.place])))
             self._telemetry.count("events_unknown_item", len(unknown))
-        self._telemetry.count(("events", "taken"), len(good))
-        self._telemetry.count(("events", "refused"), len(statuses) - len(good))
+        self._telemetry.count(("events", "taken"), len(valid))
+        self._telemetry.count(("events", "refused"), len(statuses) - len(valid))
         return statuses
 
-    def _hints(self, good: Sequence[_Checked], unknown: set[int]) -> dict[int, str]:
-        """What the caller may have meant otherwise, by the place of the event; "" where nothing is odd."""
-        known, hints, odd = set(self._host.engine.event_types.values()), {}, 0
-        for checked in good:
-            meant, item = hint(checked.event.event_type, known), checked.event.item_id[:_SHOWN]
-            odd += bool(meant)
-            lacks = f"the catalogue has no item {item!r}: put it, or correct the id" if checked.place in unknown else ""
-            told = "; ".join(filter(None, (lacks, meant)))
-            hints[checked.place] = f"durable, but {told}" if told else ""
+    def _hints(self, valid: Sequence[_Checked], unknown: set[int]) -> dict[int, str]:
+        """Returns a hint at a likely mistake for each event, by its place; "" if nothing is odd."""
+        types, hints, odd = set(self._engine_ref.engine.event_types.values()), {}, 0
+        for checked in valid:
+            type_hint, item = hint(checked.event.event_type, types), checked.event.item_id[:_SHOWN]
+            odd += bool(type_hint)
+            is_unknown = checked.place in unknown
+            item_hint = f"the catalogue has no item {item!r}: put it, or correct the id" if is_unknown else ""
+            text = "; ".join(filter(None, (item_hint, type_hint)))
+            hints[checked.place] = f"durable, but {text}" if text else ""
         self._telemetry.count("events_odd_type", odd)
         return hints
 
-    def _apply(self, good: Sequence[_Checked], appended: Sequence[Appended]) -> list[bool | PenchantError]:
-        """Applies what is durable to the profiles; what fails here the projector does later."""
-        by_person: dict[str, list[tuple[int, bytes]]] = {}
-        for checked, entry in zip(good, appended, strict=True):
+    def _apply(self, valid: Sequence[_Checked], appended: Sequence[Appended]) -> list[bool | PenchantError]:
+        """Applies durable events to the profiles; those that fail here the projector applies later."""
+        by_subject: dict[str, list[tuple[int, bytes]]] = {}
+        for checked, entry in zip(valid, appended, strict=True):
             if entry.record and entry.personal:
-                by_person.setdefault(checked.subject, []).append((entry.log_id, entry.record))
+                by_subject.setdefault(checked.subject, []).append((entry.log_id, entry.record))
         outcome: dict[str, Applied | PenchantError] = {}
         try:
-            outcome = dict(zip(by_person, self._store.apply_many(list(by_person.items())), strict=True))
+            outcome = dict(zip(by_subject, self._store.apply_many(list(by_subject.items())), strict=True))
         except ServingError:
-            self._telemetry.count("events_applied_later", len(good))
+            # The events are durable, so the call succeeds: the projector applies them when the store is back.
+            self._telemetry.count("events_applied_later", len(valid))
             return [entry.personal and not entry.record for entry in appended]
         return [
-            # A duplicate whose record is gone from the log was applied before it went.
-            entry.personal and (not entry.record or _done(outcome[checked.subject]))
-            for checked, entry in zip(good, appended, strict=True)
+            # A duplicate whose record has left the log was applied before.
+            entry.personal and (not entry.record or _is_applied(outcome[checked.subject]))
+            for checked, entry in zip(valid, appended, strict=True)
         ]
 
 
-def _done(outcome: Applied | PenchantError) -> bool | PenchantError:
+def _is_applied(outcome: Applied | PenchantError) -> bool | PenchantError:
     return outcome.refused == 0 if isinstance(outcome, Applied) else outcome
 
 
@@ -162,9 +165,12 @@ def _check(place: int, event: event_pb2.Event, now: int, window_ms: int, refused
     checks.identifier(event.surface, "surface", required=False, limit=64)
     checks.text(event.query, "query", required=event.event_type == "search")
     timestamp = event.timestamp_ms or now
+    # The window is the time in which the log recognises a retry; beyond it an event could count twice.
     oldest, newest = now - window_ms, now + FUTURE_MS
     if not oldest <= timestamp <= newest:
-        raise InvalidArgument("timestamp_ms", f"must be {oldest} to {newest}, got {timestamp}: {_why(timestamp, now)}")
+        raise InvalidArgument(
+            "timestamp_ms", f"must be {oldest} to {newest}, got {timestamp}: {_advice(timestamp, now)}"
+        )
     if event.HasField("value"):
         checks.number(event.value, "value")
     if event.HasField("position"):
@@ -172,23 +178,25 @@ def _check(place: int, event: event_pb2.Event, now: int, window_ms: int, refused
     return _Checked(place, subject, event, timestamp, checks.attributes(event.attributes, "attributes"))
 
 
-def _why(timestamp: int, now: int) -> str:
-    """What is wrong with a time that an event cannot have, and how to mend it."""
+def _advice(timestamp: int, now: int) -> str:
+    """Returns the likely mistake of a time that an event cannot have, and its remedy."""
     if timestamp < 0 or timestamp > now:
         return "send milliseconds since 1970, UTC, and set the caller's clock"
+    # Read as seconds it would be a time of the last decades.
     if now - _LONG_AGO_MS < timestamp * 1000 < now + FUTURE_MS:
         return "send milliseconds; these look like seconds"
     return "older history belongs to bulk import, `penchant profiles rebuild`"
 
 
-def _logged(good: Sequence[_Checked], catalog: Catalog) -> tuple[list[LoggedEvent], set[int]]:
-    """The events as the log takes them, and the places of those whose item the catalogue does not have.
+def _logged(valid: Sequence[_Checked], catalog: Catalog) -> tuple[list[LoggedEvent], set[int]]:
+    """Returns the events as the log takes them, and the places of those whose item the catalogue does not have.
 
-    Category and creator are those the item has now.
+    Category and creator are those that the item has now.
     """
     logged, unknown = [], set()
-    for checked in good:
+    for checked in valid:
         event, item = checked.event, item_key(checked.event.item_id)
+        # Stored with the event: a category that an item gets later must not rewrite the history of its users.
         value, kin = event.value if event.HasField("value") else math.nan, catalog.category_and_creator(item)
         if kin is None and event.item_id:
             unknown.add(checked.place)
@@ -198,7 +206,7 @@ def _logged(good: Sequence[_Checked], catalog: Catalog) -> tuple[list[LoggedEven
 
 
 def _payload(checked: _Checked) -> bytes:
-    """All of an event, in the words of the events table."""
+    """Returns an event in the columns of the events table."""
     event = checked.event
     payload: dict[str, Any] = {
         **user_fields(checked.subject),
@@ -222,7 +230,7 @@ def _status(entry: Appended, applied: bool | PenchantError) -> event_pb2.EventSt
         status.code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
         status.message, status.field = f"durable, but not yet applied: {applied}", applied.field
     elif not entry.personal:
-        status.message = "durable, and kept out of the profile: this person does not allow personal answers"
+        status.message = "durable, and kept out of the profile: this user does not allow personal answers"
     return status
 
 

@@ -52,6 +52,7 @@ class TokenInterceptor(Interceptor):
                 (value for key, value in handler_call_details.invocation_metadata if key == "authorization"), ""
             )
             sent = sent if isinstance(sent, bytes) else sent.encode()
+            # In constant time, so that a caller cannot guess the token byte by byte.
             if not hmac.compare_digest(sent, self._expected):
                 return self._refusal
         return continuation(handler_call_details)
@@ -85,6 +86,7 @@ class RequestInterceptor(Interceptor):
         if wrapped is not None:
             return wrapped
         handler = continuation(handler_call_details)
+        # Unknown paths are not kept: callers choose them, and could fill the memory.
         if handler is None:
             return None
         name, parse = path.rpartition("/")[2], handler.request_deserializer
@@ -115,6 +117,7 @@ class RequestInterceptor(Interceptor):
             begun, request = time.monotonic(), None
             request_id = _begin(context)
             try:
+                # The call may have waited for a thread until its deadline; work on it would be in vain.
                 _require_time(context)
                 request = _parsed(parse, message)
                 response: Message = behavior(request, context)
@@ -135,6 +138,7 @@ class RequestInterceptor(Interceptor):
 
         def call(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Message]:
             begun, request_id, code = time.monotonic(), _begin(context), "CANCELLED"
+            # At once: a stream that its caller cancels has no other moment for it.
             context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
             try:
                 _require_time(context)
@@ -178,6 +182,7 @@ def _unobserved(*_: Any, **__: Any) -> None:
 
 
 def _parsed(parse: Callable[[bytes], Any], message: bytes) -> Any:
+    # Before parsing, which is what too many parts would make expensive.
     require_few_parts(message, parse.__self__.DESCRIPTOR)  # type: ignore[attr-defined]  # a message's FromString
     try:
         return parse(message)
@@ -211,6 +216,7 @@ class _LatestSender:
         if response is None:
             return
         with self._lock:
+            # The one that was not sent yet is outdated: a watcher needs the current health only.
             self._newest = response
             if self._busy:
                 return

@@ -1,4 +1,4 @@
-"""Items in the words of the contract and in those of the catalogue, and the fields that a request may name."""
+"""Items: converts them between the contract and the catalogue, and checks the fields that a request names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_FIELDS = 64
 
 
 def item_record(item: Item, names: Iterable[str] = FIELDS) -> dict[str, Any]:
-    """Returns fields of an item as the catalogue has them, each checked; what the item leaves out is None.
+    """Returns fields of an item as the catalogue has them, each checked; a field that the item lacks is None.
 
     Args:
         item: The item; its id is not among the fields.
@@ -32,10 +32,10 @@ def item_record(item: Item, names: Iterable[str] = FIELDS) -> dict[str, Any]:
 
 
 def require_window(record: Mapping[str, Any]) -> None:
-    """Refuses an item that may be shown only until before it may be shown.
+    """Refuses an item whose availability ends before it begins.
 
     Raises:
-        InvalidArgument: Names the later time.
+        InvalidArgument: It does.
     """
     start, end = record["available_from"], record["available_until"]
     if end and end <= start:
@@ -48,7 +48,7 @@ def record_item(item_id: str, record: dict[str, Any]) -> Item:
 
 
 def item_fields(names: Sequence[str], field: str) -> list[str]:
-    """Returns the fields of items that a request asks for, each once.
+    """Returns the names of item fields in a request, each once.
 
     Raises:
         InvalidArgument: One of them is no field of an item.
@@ -67,7 +67,7 @@ def shown_items(catalog: Catalog, rows: npt.NDArray[np.int32], names: Sequence[s
 
 
 def _item(item_id: str, values: Mapping[str, Any]) -> Item:
-    """An item that holds some fields; what it does not have is left out."""
+    """Returns an item with some fields; those without a value are not set."""
     item = Item(item_id=item_id)
     for name, value in values.items():
         if value is None:
@@ -75,6 +75,7 @@ def _item(item_id: str, values: Mapping[str, Any]) -> Item:
         if name == "categories":
             item.categories.extend(value)
         elif name == "attributes":
+            # The catalogue may hold null for an attribute, the contract cannot.
             item.attributes.update({key: text or "" for key, text in value.items()})
         elif name.startswith(ONE_ATTRIBUTE):
             item.attributes[name.removeprefix(ONE_ATTRIBUTE)] = value
@@ -84,9 +85,9 @@ def _item(item_id: str, values: Mapping[str, Any]) -> Item:
 
 
 def held_fields(record: Mapping[str, Any]) -> list[str]:
-    """Returns the fields, but those of availability, in which a record of the catalogue says something."""
-    told = [name for name in FIELDS if name not in ("available", "available_from_ms", "available_until_ms")]
-    return [name for name in told if record[COLUMNS[name]] not in (None, "", [], {})]
+    """Returns the fields, without those of availability, that have a value in a record of the catalogue."""
+    names = [name for name in FIELDS if name not in ("available", "available_from_ms", "available_until_ms")]
+    return [name for name in names if record[COLUMNS[name]] not in (None, "", [], {})]
 
 
 _READ: Mapping[str, Callable[[Item], Any]] = {

@@ -22,6 +22,7 @@ def rung_of(response: Message, telemetry: Telemetry) -> str:
     slate = getattr(response, "slate", None)
     if slate is None:
         return ""
+    # Counted here, as the runner does not know which slates reach a caller.
     for degradation in slate.degraded:
         telemetry.count(("degraded", _PARTS.get(degradation.part, "UNSPECIFIED")))
     return _RUNGS.get(slate.rung, "")

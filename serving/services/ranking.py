@@ -1,4 +1,4 @@
-"""RankingService: a feed, a search, a re-ranking, neighbours; each a Request through its Pipeline and back."""
+"""RankingService: feeds, searches, re-rankings and similar items; each is a `Request` through its `Pipeline`."""
 
 # ruff: noqa: N802 - the contract names the methods
 
@@ -45,32 +45,32 @@ _RUNGS = {
 class RankingService(ranking_pb2_grpc.RankingServiceServicer):
     """Ranks feeds, search results and other engines' hits."""
 
-    def __init__(self, host: EngineRef, holdout: Holdout, default_deadline_s: float) -> None:
-        self._host, self._holdout, self._default_deadline_s = host, holdout, default_deadline_s
+    def __init__(self, engine_ref: EngineRef, holdout: Holdout, default_deadline_s: float) -> None:
+        self._engine_ref, self._holdout, self._default_deadline_s = engine_ref, holdout, default_deadline_s
 
     def Recommend(
         self, request: ranking_pb2.RecommendRequest, context: grpc.ServicerContext
     ) -> ranking_pb2.RecommendResponse:
-        """Retrieves and ranks a feed for a person."""
-        engine = self._host.engine
-        asked, missing, fields = self._request(
+        """Retrieves and ranks a feed for a user."""
+        engine = self._engine_ref.engine
+        feed, missing, fields = self._request(
             "recommend", request.options, engine.catalog, context, subject_required=True
         )
-        return ranking_pb2.RecommendResponse(slate=_answer(asked, missing, fields, engine))
+        return ranking_pb2.RecommendResponse(slate=_slate(feed, missing, fields, engine))
 
     def Search(self, request: ranking_pb2.SearchRequest, context: grpc.ServicerContext) -> ranking_pb2.SearchResponse:
-        """Finds items for a query and orders them for this person."""
-        engine = self._host.engine
+        """Finds items for a query and orders them for this user."""
+        engine = self._engine_ref.engine
         base, missing, fields = self._request("search", request.options, engine.catalog, context)
         search = replace(base, text=checks.text(request.query, "query", required=True))
-        return ranking_pb2.SearchResponse(slate=_answer(search, missing, fields, engine))
+        return ranking_pb2.SearchResponse(slate=_slate(search, missing, fields, engine))
 
     def Rank(self, request: ranking_pb2.RankRequest, context: grpc.ServicerContext) -> ranking_pb2.RankResponse:
-        """Re-ranks the caller's candidates; of an id that comes twice, the first place counts.
+        """Re-ranks the caller's candidates; of a repeated id, the first place counts.
 
-        An id that the catalogue does not know stays at the place that the caller gave it, unless it is excluded.
+        An id that the catalogue does not have keeps the place that the caller gave it, unless it is excluded.
         """
-        engine = self._host.engine
+        engine = self._engine_ref.engine
         base, missing, fields = self._request("rank", request.options, engine.catalog, context)
         ids = checks.identifiers(request.candidates.item_ids, "candidates.item_ids", 1, MAX_CANDIDATES)
         upstream = checks.finite(request.candidates.upstream_scores, "candidates.upstream_scores")
@@ -79,8 +79,9 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         if request.HasField("upstream_weight"):
             weight = checks.number(request.upstream_weight, "upstream_weight", 0.0)
         checks.weighted(upstream, weight, "upstream_weight", "candidates.upstream_scores")
-        rows = _known(engine.catalog, ids, missing)
+        rows = _rows(engine.catalog, ids, missing)
         _, first = np.unique(rows, return_index=True)
+        # `unique` sorts by row; the order of the caller is restored, as it decides ties.
         first = np.sort(first[rows[first] >= 0])
         ranked = replace(
             base,
@@ -90,17 +91,17 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             upstream_weight=weight,
             unknown=_unknown(ids, rows, upstream, first),
         )
-        return ranking_pb2.RankResponse(slate=_answer(ranked, missing, fields, engine))
+        return ranking_pb2.RankResponse(slate=_slate(ranked, missing, fields, engine))
 
     def SimilarItems(
         self, request: ranking_pb2.SimilarItemsRequest, context: grpc.ServicerContext
     ) -> ranking_pb2.SimilarItemsResponse:
         """Finds items like one or several seeds."""
-        engine = self._host.engine
+        engine = self._engine_ref.engine
         base, missing, fields = self._request("similar", request.options, engine.catalog, context)
-        rows = _known(engine.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
+        rows = _rows(engine.catalog, checks.identifiers(request.seed_item_ids, "seed_item_ids", 1, MAX_SEEDS), missing)
         similar = replace(base, seeds=np.unique(rows[rows >= 0]))
-        return ranking_pb2.SimilarItemsResponse(slate=_answer(similar, missing, fields, engine))
+        return ranking_pb2.SimilarItemsResponse(slate=_slate(similar, missing, fields, engine))
 
     def _request(
         self,
@@ -111,22 +112,17 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         *,
         subject_required: bool = False,
     ) -> tuple[Request, dict[str, None], Sequence[str]]:
-        """The request that the options describe, the ids that the catalogue does not know, in order, and `fields`."""
-        checks.identifier(options.request_id, "options.request_id", required=False)
-        checks.identifier(options.session_id, "options.session_id", required=False)
-        checks.identifier(options.surface, "options.surface", required=False, limit=64)
+        """Returns the request of the options, the ids that the catalogue does not have, in order, and `fields`."""
+        _check_names(options)
         subject = checks.subject(options.subject, "options.subject", required=subject_required)
-        if options.personalization not in ranking_pb2.Personalization.values():
-            known = ", ".join(ranking_pb2.Personalization.keys())
-            raise InvalidArgument("options.personalization", f"must be one of {known}, got {options.personalization}")
         page_size = checks.whole(options.page_size, "options.page_size", 1, MAX_PAGE)
         excluded = checks.identifiers(options.exclude_item_ids, "options.exclude_item_ids", 0, MAX_EXCLUDED)
         missing: dict[str, None] = {}
-        rows = _known(catalog, excluded, missing)
-        asked = Request(
+        rows = _rows(catalog, excluded, missing)
+        request = Request(
             request_id=options.request_id or uuid.uuid4().hex,
             subject=subject,
-            # The server's clock alone decides what may be shown.
+            # The server's clock alone decides which items are available.
             now_ms=now_ms(),
             deadline=time.monotonic() + seconds_left(context, self._default_deadline_s),
             page_size=page_size,
@@ -135,36 +131,48 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             session_id=options.session_id,
             context=_context(options.context),
             exclude=rows[rows >= 0],
+            # Candidates that the catalogue does not have are excluded by id, because they have no row.
             exclude_unknown=frozenset(missing),
             personalize=options.personalization != ranking_pb2.PERSONALIZATION_DISABLED,
-            dials={(one.dial, item_key(one.name)): one.value for one in checks.dials(options.dials, "options.dials")},
+            dials={
+                (dial.dial, item_key(dial.name)): dial.value for dial in checks.dials(options.dials, "options.dials")
+            },
             explain=options.explain,
             assignment=self._holdout.assign(subject),
             min_profile_version=options.min_profile_version,
             min_catalog_version=options.min_catalog_version,
         )
-        return asked, missing, item_fields(options.fields, "options.fields") if options.fields else ()
+        return request, missing, item_fields(options.fields, "options.fields") if options.fields else ()
 
 
-def _context(said: common_pb2.RequestContext) -> dict[str, Any]:
-    """What is said of a request, by column of the impressions; nothing for what is not said."""
+def _check_names(options: ranking_pb2.RankingOptions) -> None:
+    checks.identifier(options.request_id, "options.request_id", required=False)
+    checks.identifier(options.session_id, "options.session_id", required=False)
+    checks.identifier(options.surface, "options.surface", required=False, limit=64)
+    if options.personalization not in ranking_pb2.Personalization.values():
+        names = ", ".join(ranking_pb2.Personalization.keys())
+        raise InvalidArgument("options.personalization", f"must be one of {names}, got {options.personalization}")
+
+
+def _context(message: common_pb2.RequestContext) -> dict[str, Any]:
+    """Returns the context of a request by column of the impressions, without the fields that are not set."""
     context: dict[str, Any] = {
-        name: checks.identifier(getattr(said, name), f"options.context.{name}", required=False, limit=64)
+        name: checks.identifier(getattr(message, name), f"options.context.{name}", required=False, limit=64)
         for name in ("device", "channel", "locale")
     }
-    context["asked_at"] = checks.timestamp(said.timestamp_ms, "options.context.timestamp_ms")
-    context["attributes"] = checks.attributes(said.attributes, "options.context.attributes")
+    context["asked_at"] = checks.timestamp(message.timestamp_ms, "options.context.timestamp_ms")
+    context["attributes"] = checks.attributes(message.attributes, "options.context.attributes")
     return {name: value for name, value in context.items() if value}
 
 
 def seconds_left(context: grpc.ServicerContext, default: float) -> float:
-    """Time until the caller's deadline; the default where it brought none."""
+    """Returns the time until the caller's deadline; the default if it set none."""
     left = context.time_remaining()
-    return default if left > 1e6 else left
+    return default if left > 1e6 else left  # gRPC gives a call without a deadline some centuries
 
 
-def _known(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> npt.NDArray[np.int32]:
-    """The row of each id; ids without one are noted in `missing` and have row -1."""
+def _rows(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> npt.NDArray[np.int32]:
+    """Returns the row of each id; ids without one have row -1 and are added to `missing`."""
     if not ids:
         return _NO_ROWS
     rows = catalog.rows(ids)
@@ -174,31 +182,32 @@ def _known(catalog: Catalog, ids: Sequence[str], missing: dict[str, None]) -> np
 
 
 def _unknown(
-    ids: Sequence[str], rows: npt.NDArray[np.int32], upstream: npt.NDArray[np.float32], known: npt.NDArray[np.intp]
+    ids: Sequence[str], rows: npt.NDArray[np.int32], upstream: npt.NDArray[np.float32], with_row: npt.NDArray[np.intp]
 ) -> tuple[Unknown, ...]:
-    """The candidates without a row, each once, as the caller ranks them: by its scores, else in the order of the list.
+    """Returns the candidates without a row, each once, in the caller's order: by its scores, else that of the list.
 
     Args:
         ids: The candidates.
-        rows: Their rows, -1 where the catalogue does not know them; int32 [n].
+        rows: Their rows, -1 for those that the catalogue does not have; int32 [n].
         upstream: Their scores; float32 [n] or [0].
-        known: The positions of the candidates that have a row, each once; intp [k].
+        with_row: Positions of the candidates with a row, each once; intp [k].
     """
-    strangers = np.flatnonzero(rows < 0)
-    if not strangers.size:
+    without_row = np.flatnonzero(rows < 0)
+    if not without_row.size:
         return ()
-    _, first = np.unique([ids[at] for at in strangers.tolist()], return_index=True)
-    strangers = strangers[np.sort(first)]
-    every = np.sort(np.concatenate([known, strangers]))
-    order = every[np.argsort(-upstream[every], kind="stable")] if upstream.size else every
+    _, first = np.unique([ids[at] for at in without_row.tolist()], return_index=True)
+    without_row = without_row[np.sort(first)]
+    positions = np.sort(np.concatenate([with_row, without_row]))
+    order = positions[np.argsort(-upstream[positions], kind="stable")] if upstream.size else positions
+    # Its place on the page is the number of ranked candidates above it in the caller's order.
     above = np.cumsum(rows[order] >= 0).tolist()
     scores = upstream.tolist() if upstream.size else [math.nan] * len(ids)
     places = zip(order.tolist(), above, strict=True)
     return tuple(Unknown(ids[at], place, scores[at]) for at, place in places if rows[at] < 0)
 
 
-def _answer(request: Request, missing: dict[str, None], fields: Sequence[str], engine: Engine) -> ranking_pb2.Slate:
-    """Runs a request and puts the slate into the words of the contract, with the named fields of its items."""
+def _slate(request: Request, missing: dict[str, None], fields: Sequence[str], engine: Engine) -> ranking_pb2.Slate:
+    """Runs a request and returns the slate as the contract has it, with the named fields of its items."""
     slate = engine.pipelines[request.method].run(request)
     profile = slate.user.profile
     return ranking_pb2.Slate(
@@ -240,14 +249,15 @@ def _items(slate: Slate, catalog: Catalog, fields: Sequence[str]) -> list[rankin
 
 def _known_items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]:
     names = slate.candidates.names
-    named_by = np.isfinite(slate.candidates.scores).T.tolist()
+    # A source that has not proposed an item has no score for it.
+    proposed_by = np.isfinite(slate.candidates.scores).T.tolist()
     probabilities = [] if slate.probabilities is None else slate.probabilities.tolist()
     return [
         ranking_pb2.RankedItem(
             item_id=item_id,
             score=score,
             action_probabilities=_numbers(probabilities[at]) if probabilities else (),
-            sources=[name for name, named in zip(names, named_by[at], strict=True) if named],
+            sources=[name for name, proposed in zip(names, proposed_by[at], strict=True) if proposed],
             reasons=[_reason(reason, catalog) for reason in slate.reasons[at]] if slate.reasons else (),
             propensity=propensity,
         )
@@ -258,7 +268,7 @@ def _known_items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]
 
 
 def _numbers(values: list[float]) -> list[float]:
-    """The values, or none where the ranker did not judge this item."""
+    """Returns the values, or none if the ranker did not score the item."""
     return [] if values and math.isnan(values[0]) else values
 
 

@@ -47,6 +47,7 @@ def status_of(
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(error.retry_after_ms)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        # gRPC clients with a retry policy wait by themselves if this is in the metadata.
         metadata.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
     if status.details:
         metadata.append((_DETAILS_KEY, status.SerializeToString()))

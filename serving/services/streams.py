@@ -1,4 +1,4 @@
-"""Calls that stay: how many there may be, how long one waits for a store, and how all of them end with the worker."""
+"""Streams: limits their number, has them wait for a log that is full, and ends them with the worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serving.errors import EventLogUnavailable, ResourceExhausted, Unavailable
 
 T = TypeVar("T")
 STALL_S = 10.0
-"""Longest time that a stream waits for a log that is full or away, its caller with it."""
+"""Longest time that a stream, and so its caller, waits for a log that is full or unreachable."""
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
@@ -24,7 +24,7 @@ class Streams:
     """The streams of one worker; each holds a thread, so they are few."""
 
     def __init__(self, limit: int) -> None:
-        """Takes how many there may be at once."""
+        """Begins without streams; `limit` is the most at once."""
         self._limit = limit
         self._open: set[grpc.ServicerContext] = set()
         self._lock = threading.Lock()
@@ -32,10 +32,10 @@ class Streams:
 
     @contextlib.contextmanager
     def entered(self, context: grpc.ServicerContext) -> Iterator[None]:
-        """Holds a place while the block runs.
+        """Holds a place for a stream while the block runs.
 
         Raises:
-            ResourceExhausted: There are as many as may be.
+            ResourceExhausted: There are as many as the limit.
             Unavailable: The worker is about to end.
         """
         with self._lock:
@@ -53,11 +53,11 @@ class Streams:
                 self._open.discard(context)
 
     def patiently(self, work: Callable[[], T], context: grpc.ServicerContext, stall_s: float = STALL_S) -> T:
-        """Repeats what a full or absent log refuses, which lets the caller wait; nothing may be done twice by it.
+        """Repeats work that a full or unreachable log refuses, while the caller waits; the work has to be idempotent.
 
         Raises:
-            ResourceExhausted: It stayed full.
-            EventLogUnavailable: It stayed away.
+            ResourceExhausted: The log stays full.
+            EventLogUnavailable: The log stays unreachable.
         """
         end, pause = time.monotonic() + stall_s, _FIRST_PAUSE_S
         while True:
@@ -66,12 +66,14 @@ class Streams:
             except (ResourceExhausted, EventLogUnavailable):
                 if time.monotonic() + pause > end or not context.is_active() or self._closing.wait(pause):
                     raise
+                # Short at first, as a log that was full for a moment has room again soon.
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def close(self) -> None:
-        """Ends every stream; what was answered is done, what was not the caller sends again."""
+        """Ends every stream; batches without a response are to be sent again by the caller."""
         self._closing.set()
         with self._lock:
             contexts = list(self._open)
+        # Outside the lock, which each stream takes as it ends.
         for context in contexts:
             context.cancel()  # type: ignore[no-untyped-call]

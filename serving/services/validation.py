@@ -1,4 +1,7 @@
-"""What a caller may send: each check returns the value, or refuses it naming the field and the allowed range."""
+"""Checks of request fields: each returns the value, or refuses it with the field and the allowed range.
+
+All of them raise InvalidArgument.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,27 @@ from serving.privacy.controls import DialControl
 MAX_QUERY_CHARACTERS = 1024
 YEAR_2100_MS = 4_102_444_800_000
 WHOLE_DIALS = {"novelty": Dial.NOVELTY, "diversity": Dial.DIVERSITY, "freshness": Dial.FRESHNESS}
-"""Dials about everything, by their name in the contract."""
+"""Dials of the whole slate, by their field of the contract."""
 
 NAMED_DIALS = {"categories": Dial.CATEGORY_WEIGHT, "creators": Dial.CREATOR_WEIGHT}
-"""Dials about one category or creator each, by the name in the contract of all of a kind."""
+"""Dials of one category or creator each, by the field of the contract that holds all of a kind."""
 
 
 def whole(value: int, field: str, low: int, high: int) -> int:
-    """An integer in [low, high]."""
+    """Returns an integer in [low, high]."""
     if not low <= value <= high:
         raise InvalidArgument(field, f"must be {low} to {high}, got {value}")
     return value
 
 
 def count(values: Sized, field: str, low: int, high: int, of: str) -> None:
-    """Between low and high things are there."""
+    """Requires between low and high values; `of` names them."""
     if not low <= len(values) <= high:
         raise InvalidArgument(field, f"must hold {low} to {high} {of}, got {len(values)}")
 
 
 def identifier(value: str, field: str, *, required: bool = True, limit: int = MOST_ID_BYTES) -> str:
-    """An opaque id of at most `limit` bytes."""
+    """Returns an opaque id of at most `limit` bytes."""
     if required and not value:
         raise InvalidArgument(field, f"is required: 1 to {limit} bytes")
     if len(value) * 4 > limit and len(value.encode()) > limit:
@@ -49,7 +52,7 @@ def identifier(value: str, field: str, *, required: bool = True, limit: int = MO
 
 
 def without(refused: str, value: str, field: str) -> None:
-    """An id that holds none of some characters."""
+    """Requires an id without any of the refused characters."""
     for character in refused:
         if character in value:
             raise InvalidArgument(
@@ -58,9 +61,10 @@ def without(refused: str, value: str, field: str) -> None:
 
 
 def identifiers(values: Sequence[str], field: str, low: int, high: int) -> list[str]:
-    """Between low and high ids, none empty, none too long."""
+    """Returns between low and high ids, none of them empty or too long."""
     count(values, field, low, high, "ids")
     ids = list(values)
+    # A character has at most four bytes, so most lists pass without encoding an id.
     if ids and not (min(map(len, ids)) and max(map(len, ids)) * 4 <= MOST_ID_BYTES):
         for at, value in enumerate(ids):
             identifier(value, f"{field}[{at}]")
@@ -68,7 +72,7 @@ def identifiers(values: Sequence[str], field: str, low: int, high: int) -> list[
 
 
 def text(value: str, field: str, *, required: bool = False, limit: int = MAX_QUERY_CHARACTERS) -> str:
-    """Words of at most `limit` characters; where required, at least one is a letter or a digit."""
+    """Returns a text of at most `limit` characters; if required, with at least one letter or digit."""
     if len(value) > limit:
         raise InvalidArgument(field, f"must be at most {limit} characters, got {len(value)}")
     if required and not re.search(r"\w", value):
@@ -77,7 +81,7 @@ def text(value: str, field: str, *, required: bool = False, limit: int = MAX_QUE
 
 
 def finite(values: Sequence[float], field: str) -> npt.NDArray[np.float32]:
-    """Numbers, none of them NaN or infinite; float32 [n]."""
+    """Returns numbers, none of them NaN or infinite; float32 [n]."""
     array = np.fromiter(values, np.float32, len(values))
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
@@ -86,7 +90,7 @@ def finite(values: Sequence[float], field: str) -> npt.NDArray[np.float32]:
 
 
 def weighted(values: npt.NDArray[np.float32], weight: float, field: str, of: str) -> None:
-    """Numbers float32 [n] that stay finite, as float32, when they are multiplied by a weight."""
+    """Requires numbers, float32 [n], that stay finite as float32 when a weight multiplies them."""
     largest = float(np.abs(values).max(initial=0.0))
     if largest * weight > float(np.finfo(np.float32).max):
         raise InvalidArgument(
@@ -95,13 +99,13 @@ def weighted(values: npt.NDArray[np.float32], weight: float, field: str, of: str
 
 
 def same_length(values: Sized, ids: Sized, field: str, of: str) -> None:
-    """Values that are given at all are as many as the ids they belong to."""
+    """Requires no values, or as many as the ids that they belong to."""
     if len(values) not in (0, len(ids)):
         raise InvalidArgument(field, f"must be empty or as long as {of}: {len(ids)}, got {len(values)}")
 
 
 def number(value: float, field: str, low: float = -math.inf) -> float:
-    """One finite number of at least `low`."""
+    """Returns a finite number of at least `low`."""
     if not math.isfinite(value) or value < low:
         allowed = "finite" if low == -math.inf else f"finite and at least {low:g}"
         raise InvalidArgument(field, f"must be {allowed}, got {value}")
@@ -109,35 +113,36 @@ def number(value: float, field: str, low: float = -math.inf) -> float:
 
 
 def within(value: float, field: str, low: float, high: float) -> float:
-    """One number in [low, high]."""
+    """Returns a number in [low, high]."""
     if not low <= value <= high:
         raise InvalidArgument(field, f"must be {low:g} to {high:g}, got {value}")
     return value
 
 
 def dials(value: Dials, field: str) -> list[DialControl]:
-    """The dials that are set, each in its range; at most as many as a person may have rules."""
+    """Returns the dials that are set, each in its range; at most as many as a user may have controls."""
     count([*value.categories, *value.creators], field, 0, MAX_CONTROLS, "categories and creators")
-    said = {name.name for name, _ in value.ListFields()}
-    turned = [
+    # The contract tells a dial that is not set from one that is set to 0, which resets a stored one.
+    set_fields = {descriptor.name for descriptor, _ in value.ListFields()}
+    controls = [
         DialControl(dial, "", within(getattr(value, name), f"{field}.{name}", dial.least, 1))
         for name, dial in WHOLE_DIALS.items()
-        if name in said
+        if name in set_fields
     ]
     for name, dial in NAMED_DIALS.items():
-        for about, weight in getattr(value, name).items():
-            identifier(about, f"{field}.{name} (a key)")
-            turned.append(DialControl(dial, about, within(weight, f"{field}.{name}[{about!r}]", dial.least, 1)))
-    return turned
+        for key, weight in getattr(value, name).items():
+            identifier(key, f"{field}.{name} (a key)")
+            controls.append(DialControl(dial, key, within(weight, f"{field}.{name}[{key!r}]", dial.least, 1)))
+    return controls
 
 
 def timestamp(value: int, field: str) -> int:
-    """Milliseconds since the epoch, before the year 2100."""
+    """Returns milliseconds since the epoch, before the year 2100."""
     return whole(value, field, 0, YEAR_2100_MS - 1)
 
 
 def attributes(values: Mapping[str, str], field: str, entries: int = 64, limit: int = 1024) -> dict[str, str]:
-    """At most `entries` attributes of at most `limit` bytes, key and value together."""
+    """Returns at most `entries` attributes of at most `limit` bytes, key and value together."""
     count(values, field, 0, entries, "entries")
     for key, value in values.items():
         if len(key.encode()) + len(value.encode()) > limit:

@@ -63,7 +63,7 @@ def store(profiles_redis: redis.Redis) -> ProfileStore:
 
 @pytest.fixture
 def ann() -> str:
-    """A person nobody has met."""
+    """A new user."""
     return f"ann-{uuid.uuid4().hex}"
 
 

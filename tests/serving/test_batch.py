@@ -25,8 +25,8 @@ from tests.world import rows_of
 
 
 @pytest.fixture
-def people(client):
-    """Two who touched something, one whom nobody has met."""
+def users(client):
+    """Two users with events, and a new one."""
     names = ["batch-western", "batch-space", "batch-nobody"]
     client.ingest([event(names[0], "i0", "view_item"), event(names[1], "i1", "view_item")])
     return names
@@ -63,24 +63,24 @@ def test_a_field_that_no_item_has_is_refused_before_anything_is_done(config, tmp
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_the_answers_are_those_of_the_service_and_are_logged(client, config, people, tmp_path, kind):
+def test_the_answers_are_those_of_the_service_and_are_logged(client, config, users, tmp_path, kind):
     file, out = tmp_path / f"people.{kind}", tmp_path / "out.parquet"
     if kind == "parquet":
-        pq.write_table(pa.table({"user_id": people, "other": [1, 2, 3]}), file)
+        pq.write_table(pa.table({"user_id": users, "other": [1, 2, 3]}), file)
     else:
-        lines = [json.dumps({"user_id": name}) if kind == "jsonl" else name for name in [*people, people[0]]]
+        lines = [json.dumps({"user_id": name}) if kind == "jsonl" else name for name in [*users, users[0]]]
         file.write_text("\n".join(lines) + "\n\n")
     attributes = {"image": "b.png", "colour": "red"}
     client.put_items([catalog_pb2.Item(item_id="batched", title="b", categories=["western"], attributes=attributes)])
     client.set_availability([catalog_pb2.Availability(item_id="i5", available=False)])
     try:
         facts = recommend(config, file, out, items=9, channel=f"email-{kind}", surface="weekly", fields=FIELDS)
-        answers = [client.recommend(user_id=name, page_size=9, surface="weekly", fields=FIELDS) for name in people]
+        answers = [client.recommend(user_id=name, page_size=9, surface="weekly", fields=FIELDS) for name in users]
     finally:
         client.set_availability([catalog_pb2.Availability(item_id="i5", available=True)])
         client.delete_items(["batched"])
     rows = pq.read_table(out).to_pylist()
-    assert [row["user_id"] for row in rows] == people
+    assert [row["user_id"] for row in rows] == users
     for row, answer in zip(rows, answers, strict=True):
         assert row["item_ids"] == [item.item_id for item in answer.items]
         for told, item in zip(row["items"], answer.items, strict=True):
@@ -97,7 +97,7 @@ def test_the_answers_are_those_of_the_service_and_are_logged(client, config, peo
     assert set(rows[1]["item_ids"][:8]) == rows_of("space") - {"i1", "i5"}
     counts = ("users", "items_per_user", "personal", "held_out", "logged", "not_logged", "finished")
     assert [facts[name] for name in counts] == [3, 9, 2, 0, 3, 0, 0]
-    logged = slates_of(config.events_redis, people)
+    logged = slates_of(config.events_redis, users)
     for row in rows:
         [own] = [one for one in logged[row["user_id"]] if one.get("channel") == f"email-{kind}"]
         assert {name: own[name] for name in ("item_ids", "request_id", "arm", "rung", "bundle_id")} == {

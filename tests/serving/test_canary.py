@@ -249,7 +249,7 @@ def reuse(monkeypatch) -> None:
 @pytest.fixture
 def made(monkeypatch) -> dict[str, list[Any]]:
     """What the worker of `stage` makes."""
-    return {name: watch(monkeypatch, name) for name in ("Turns", "Server", "ProfileStore")}
+    return {name: watch(monkeypatch, name) for name in ("ConcurrencyLimit", "Server", "ProfileStore")}
 
 
 def test_nobody_gets_another_persons_profile(made, stage, record_property):
@@ -263,8 +263,8 @@ def test_nobody_gets_another_persons_profile(made, stage, record_property):
     assert min(counts["personal"], counts["not personal"]) >= 10
     assert not [kind for kind in counts if kind.startswith("failed") and kind != "failed UNAVAILABLE"]
     well(stage.target)
-    [turns], [server], stores = made["Turns"], made["Server"], made["ProfileStore"]
-    wait_until(lambda: (server._reception.calls.count(Phase.WORKING), turns._free._value) == (0, THREADS))
+    [limit], [server], stores = made["ConcurrencyLimit"], made["Server"], made["ProfileStore"]
+    wait_until(lambda: (server._reception.calls.count(Phase.WORKING), limit._free._value) == (0, THREADS))
     for store in stores:
         for node in store.router._nodes.all():
             idle, pool = node.connection._idle, node.client.connection_pool

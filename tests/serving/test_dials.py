@@ -1,4 +1,4 @@
-"""The person's dials: each moves the answer its way, on any rung, and what nobody turned changes nothing."""
+"""The user's dials: each moves the answer its way, on any rung, and a dial that is not turned changes nothing."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class TestStored:
         assert not set(ids(now)) & rows_of("space")
         assert not set(ids(now)[:5]) & rows_of("western")
         assert ids(client.recommend(user_id=ann, page_size=10)) == stored
-        # Nobody need be named for those of a request.
+        # The dials of a request hold without a user.
         slate = client.rank([f"i{row}" for row in range(COUNT)], dials=Dials(creators={"c3": 1}), page_size=6)
         assert {int(name[1:]) % 5 for name in ids(slate)} == {3}
 
@@ -220,7 +220,7 @@ class TestStored:
 
 
 class TestWhatAPersonSaid:
-    """Blocks, mutes and dials hold wherever the person is named; what they did only where it may."""
+    """Blocks, mutes and dials hold wherever the user is named; their history only where it may be used."""
 
     @pytest.fixture
     def who_said(self, client, ann):
@@ -314,7 +314,7 @@ class TestSegment:
 
 
 class TestOnATrainedBundle:
-    """Turning a dial moves the answer its way, never back, for people who did many things and for the mean of them."""
+    """Turning a dial moves the answer its way, never back, for users with many events and for the mean of them."""
 
     def answers(self, running, people, dials):
         return {name: ids(running.recommend(user_id=name, page_size=20, dials=dials)) for name in people}

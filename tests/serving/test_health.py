@@ -17,6 +17,7 @@ import pytest
 import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from features.errors import SettingsError
 from features.keys import event_type_key
 from features.records import pack_record
 from penchant.client import Client
@@ -196,8 +197,8 @@ class TestRestarting:
         keep_running("part", attempt, threading.Event(), said.append)
         pauses = [after - before for before, after in itertools.pairwise(begun)]
         assert all(pause >= 0.01 * 2**place for place, pause in enumerate(pauses))
-        assert said[1] == "failed, is started again: the disk is full"
-        assert said[0] == "failed, is started again: KeyError; the log says more"
+        assert said[1] == "failed and is restarted: the disk is full"
+        assert said[0] == "failed and is restarted: KeyError; the log says more"
         assert said[-1] == ""
 
     def test_a_mistake_at_the_start_is_raised_and_one_that_comes_later_is_waited_for(self):
@@ -215,7 +216,7 @@ class TestRestarting:
             keep_running("part", wrong, threading.Event(), said.append)
         assert said == []
         keep_running("part", later, stop, said.append)
-        assert said == ["", "failed, is started again: set it right"]
+        assert said == ["", "failed and is restarted: set it right"]
 
     def test_an_error_about_a_user_names_nobody(self):
         assert "ann" not in described(ResourceExhausted("u:ann has too many", field="subject"))
@@ -295,6 +296,6 @@ def test_settings_of_a_stop(tmp_path):
     assert load().delay_s == 0
     assert load(listen="0.0.0.0:50051", insecure=True).delay_s == 5
     assert load(listen="0.0.0.0:50051", insecure=True, drain_delay_s=0).delay_s == 0
-    with pytest.raises(ConfigError, match="HOST:PORT"):
+    with pytest.raises(SettingsError, match="HOST:PORT"):
         load(health_listen="8080")
     assert json.loads(json.dumps(load(health_listen="0.0.0.0:8080").printable()))["health_listen"] == "0.0.0.0:8080"

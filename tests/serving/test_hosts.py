@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.errors import TablesError
+from features.errors import SettingsError, TablesError
 from features.spans import Hole, Spans, read_spans
 from features.subjects import partition_of
 from features.tables.dataset import conform
@@ -121,7 +121,7 @@ class TestOnePlace:
 
     @pytest.mark.parametrize("place", ["s3://bucket/parquet", "gs://b/p", "memory://w"])
     def test_a_place_that_cannot_hold_a_warehouse_is_refused_with_what_to_do(self, place, tmp_path):
-        with pytest.raises(ConfigError, match=r"warehouse_dir.*mount"):
+        with pytest.raises(SettingsError, match=r"warehouse_dir.*mount"):
             ServeConfig.load(bundle=tmp_path, warehouse_dir=place)
         with pytest.raises(ConfigError, match="mount"):
             local_folder(Path(place))

@@ -16,6 +16,7 @@ from serving.pipeline.side_effects import is_logged
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
+from serving.stores.log_erasure import LogErasure
 from tests.serving.logged import NOTHING_KEPT
 
 FUTURE = 4_000_000_000_000
@@ -75,7 +76,7 @@ def test_what_one_reader_has_not_acknowledged_stays_and_the_other_stream_need_no
     assert [entry.event_id for entry in filled.read(0)] == ["e2", "e3", "e4"]
     assert filled.read_impressions(0) == []
     # Whoever was in the log is erased whole, though a part of theirs is gone by now.
-    assert filled.erase("u:1").events == 3
+    assert LogErasure(filled).erase("u:1").events == 3
 
 
 def test_whoever_trims_goes_by_what_the_service_said(filled, events_redis):

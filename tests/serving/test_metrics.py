@@ -194,7 +194,7 @@ def test_lag_and_size_of_the_log(log: EventLog, events_server, profiles_server):
     (partition,) = [number for number, entries in enumerate(claimed) if entries]
     consumer.acknowledge(partition, ids[:1])
     with contextlib.closing(StoreMetrics(profiles_server.url, events_server.url, PARTITIONS)) as watch:
-        found, version = watch.look()
+        found, version = watch.samples()
         samples = {(name, labels): n for name, labels, n in found}
         where = ("projector", "events", str(partition))
         assert samples["penchant_log_lag_entries", where] == 2
@@ -204,7 +204,7 @@ def test_lag_and_size_of_the_log(log: EventLog, events_server, profiles_server):
         others = [n for (name, labels), n in samples.items() if name.startswith("penchant_log_lag") and labels != where]
         assert set(others) == {0}
         assert version == 0
-        assert watch.look() == (found, version)  # not asked again so soon
+        assert watch.samples() == (found, version)  # not asked again so soon
 
 
 def test_stores_that_do_not_answer_are_down_and_cost_no_error():
@@ -212,7 +212,7 @@ def test_stores_that_do_not_answer_are_down_and_cost_no_error():
         taken.bind(("127.0.0.1", 0))  # bound, and nothing listens
         url = f"redis://127.0.0.1:{taken.getsockname()[1]}/0"
         with contextlib.closing(StoreMetrics(url, url, 1)) as watch:
-            assert watch.look() == (
+            assert watch.samples() == (
                 [("penchant_redis_up", ("profiles",), 0), ("penchant_redis_up", ("events",), 0)],
                 None,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serving.services.reception import sockets
-from serving.services.reception.calls import Bounds, ClientConnection, Lane, OpenCalls
+from serving.services.reception.calls import Bounds, Lane, OpenCalls, PeerConnection
 from serving.services.reception.sockets import BROKEN_CALLS, FREE_BYTES, Sockets
 
 MESSAGE = 4 << 20
@@ -59,7 +59,7 @@ def test_of_too_many_connections_those_end_that_had_no_call_for_longest(looks):
 
 
 def test_calls_that_are_given_up_are_counted_over_a_second(looks):
-    looked, connection, ended = looks({"a": 0}), ClientConnection("a"), []
+    looked, connection, ended = looks({"a": 0}), PeerConnection("a"), []
     for _ in range(30):
         connection.bad += BROKEN_CALLS // 5
         connection.entered += BROKEN_CALLS // 5

@@ -116,7 +116,7 @@ def records(ids: list[str]):
     return make_records(item_keys(ids), category, 0, NOW, np.nan, event_type_key("view_item"))
 
 
-def person(catalog: Catalog, ids: list[str]) -> Asked:
+def user_of(catalog: Catalog, ids: list[str]) -> Asked:
     """A request of a user who touched `ids`, their vector the mean of those of the items."""
     profile = fold(empty(), records(ids), len(ids))
     past = history(profile, catalog, TYPES)
@@ -294,7 +294,7 @@ class TestHydrators:
                 hydrator.hydrate(*query())
 
     @pytest.mark.parametrize("fields", [{"assignment": Assignment("holdout", True)}, {"personalize": False}, {}])
-    def test_what_somebody_said_holds_where_what_they_did_is_not_read(self, catalog, profiles_redis, fields):
+    def test_controls_hold_where_the_history_is_not_used(self, catalog, profiles_redis, fields):
         store = ProfileStore(profiles_redis)
         store.apply("u:ann", [(1 << 50, records(["i1"]).tobytes())])
         turned = dial_controls([(Dial.NOVELTY, 0, 0.5), (Dial.CREATOR_WEIGHT, 7, -1)])
@@ -324,15 +324,15 @@ class TestHydrators:
             if item:
                 store.apply("u:ann", [((1 << 50) + len(found), records([item]).tobytes())])
             found.append(hydrated(hydrator, query())[0].segment)
-        # Of westerns there is no table here, and nobody who chose something is taken for what they once said.
+        # Of westerns there is no table here, and a choice outweighs what the user once turned up.
         assert found == ["romance", "space", found[2], ""]
 
     def test_the_person_lies_where_their_items_do(self, catalog, model):
-        user, _ = hydrated(UserVectorHydrator(model, catalog), person(catalog, ["i0", "i4"]).but(vector=None))
+        user, _ = hydrated(UserVectorHydrator(model, catalog), user_of(catalog, ["i0", "i4"]).but(vector=None))
         np.testing.assert_allclose(user.vector, small.vectors()[[0, 4]].mean(axis=0), rtol=1e-5)
 
     def test_a_failed_encoder_is_the_runners_to_mark(self, catalog, model):
-        asked = person(catalog, ["i0"])
+        asked = user_of(catalog, ["i0"])
         catalog.columns.vectors[0] = np.nan
         with pytest.raises(Exception, match="NaN"):
             UserVectorHydrator(model, catalog).hydrate(*asked)
@@ -351,23 +351,23 @@ class TestHydrators:
 
 class TestSources:
     def test_nearest_names_the_genre_without_what_was_seen(self, catalog, index):
-        asked = screened(catalog, person(catalog, ["i0", "i4"]))
+        asked = screened(catalog, user_of(catalog, ["i0", "i4"]))
         rows, scores = UserVectorSource(index, 8).retrieve(*asked)
         assert genres(catalog, rows) == {"western"}
         assert not {0, 4} & set(rows.tolist())
         assert (np.diff(scores) <= 0).all()
 
     def test_nearest_names_a_page_at_least(self, catalog, index):
-        asked = screened(catalog, person(catalog, ["i0", "i4"]).but(page_size=30))
+        asked = screened(catalog, user_of(catalog, ["i0", "i4"]).but(page_size=30))
         assert UserVectorSource(index, 8).retrieve(*asked)[0].size == 30
 
     def test_what_the_filters_do_not_hold_back_may_return(self, catalog, index):
-        asked = person(catalog, ["i0", "i4"]).but(seen=np.zeros(0, np.int32))
+        asked = user_of(catalog, ["i0", "i4"]).but(seen=np.zeros(0, np.int32))
         assert {0, 4} <= set(UserVectorSource(index, 10).retrieve(*screened(catalog, asked))[0].tolist())
 
     def test_a_live_item_is_nearest_at_once(self, catalog, index):
         row = put(catalog, "new", "western")
-        rows, _ = UserVectorSource(index, 9).retrieve(*screened(catalog, person(catalog, ["i0", "i4"])))
+        rows, _ = UserVectorSource(index, 9).retrieve(*screened(catalog, user_of(catalog, ["i0", "i4"])))
         assert row in rows
 
     def test_neighbours_add_up_and_newer_items_weigh_more(self, catalog):
@@ -379,7 +379,7 @@ class TestSources:
         rows, scores = table.of(np.array([0, 1], np.int32), np.array([0.5, 1], np.float32), 9, every)
         assert rows.tolist() == [3, 2]
         np.testing.assert_allclose(scores, [0.5 * 0.5 + 0.8, 0.45])
-        asked = person(catalog, ["i0", "i1"])
+        asked = user_of(catalog, ["i0", "i1"])
         source = ItemToItemSource(table, 9)
         assert source.enable(*asked)
         assert source.retrieve(*screened(catalog, asked))[0].tolist() == [3, 2]
@@ -391,9 +391,9 @@ class TestSources:
 
     def test_who_is_known_by_no_item_has_no_neighbours(self, catalog):
         table = NeighborTable(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
-        asked = screened(catalog, person(catalog, ["i0", "i1"]))
+        asked = screened(catalog, user_of(catalog, ["i0", "i1"]))
         assert not ItemToItemSource(table, 9).retrieve(*asked)[0].size
-        assert not ItemToItemSource(table, 9).enable(*person(catalog, ["i999"]))
+        assert not ItemToItemSource(table, 9).enable(*user_of(catalog, ["i999"]))
         assert not ItemToItemSource(table, 9).enable(*query())
 
     def test_popular_fills_pages_past_what_may_not_be_shown(self, catalog, popular):
@@ -441,7 +441,7 @@ class TestSources:
         source = PopularExtraSource(popular)
         assert source.enable(*query(dials={(Dial.NOVELTY, 0): -1.0}))
         assert not source.enable(*query(dials={(Dial.NOVELTY, 0): 0.0}))
-        assert not source.enable(*person(catalog, ["i0"]).but(dials={(Dial.NOVELTY, 0): 1.0}))
+        assert not source.enable(*user_of(catalog, ["i0"]).but(dials={(Dial.NOVELTY, 0): 1.0}))
 
     def test_popular_of_nothing_is_nothing(self, catalog, popular):
         asked = screened(catalog, query(seen=np.arange(small.COUNT, dtype=np.int32)))
@@ -553,7 +553,7 @@ class TestScorers:
         return Candidates(np.arange(count, dtype=np.int32), np.array(list(scores.values()), np.float32), tuple(scores))
 
     def test_a_feed_is_relevance_and_blended_utility(self, catalog, model, outcomes):
-        asked = person(catalog, ["i0", "i4"])
+        asked = user_of(catalog, ["i0", "i4"])
         rows = np.array([8, 1, 12], np.int32)
         scored = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25).score(*asked, rows)
         relevance = small.vectors()[rows] @ asked.user.vector
@@ -567,12 +567,12 @@ class TestScorers:
     def test_a_score_never_depends_on_the_other_candidates(self, catalog, model, outcomes):
         personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
         rows = np.arange(40, dtype=np.int32)
-        together = personal.score(*person(catalog, ["i0", "i5"]), rows).scores
-        alone = [personal.score(*person(catalog, ["i0", "i5"]), rows[at : at + 1]).scores[0] for at in range(40)]
+        together = personal.score(*user_of(catalog, ["i0", "i5"]), rows).scores
+        alone = [personal.score(*user_of(catalog, ["i0", "i5"]), rows[at : at + 1]).scores[0] for at in range(40)]
         assert together.tolist() == alone
 
     def test_without_a_blend_only_the_page_is_judged(self, catalog, model, outcomes):
-        asked = person(catalog, ["i0", "i4"]).but(page_size=3)
+        asked = user_of(catalog, ["i0", "i4"]).but(page_size=3)
         scored = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.0).score(*asked, np.arange(40, dtype=np.int32))
         judged = np.flatnonzero(np.isfinite(scored.probabilities[:, 0]))
         assert sorted(judged) == sorted(np.argsort(-scored.scores, kind="stable")[:3])
@@ -595,7 +595,7 @@ class TestScorers:
 
     def test_what_fills_a_personal_page_stands_behind_in_its_own_order(self, catalog, model, outcomes):
         personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
-        asked, nan = person(catalog, ["i0", "i4"]), np.nan
+        asked, nan = user_of(catalog, ["i0", "i4"]), np.nan
         named = {NEAREST: [2, 1, nan, nan, nan, nan], "popular": [nan, nan, 4, 3, 2, nan], "fresh": [nan] * 5 + [-1.0]}
         # Spaceships are near, westerns fill up: better by the score, and behind all the same; what is new competes.
         rows = np.array([1, 5, 8, 2, 12, 16], np.int32)
@@ -638,7 +638,7 @@ class TestScorers:
 
     def test_a_query_takes_the_place_of_the_personal_score(self, catalog, ranks, lexical):
         search, nan = SearchScorer(lexical, catalog, 0.25), np.nan
-        for asked in (query(), person(catalog, ["i0"])):
+        for asked in (query(), user_of(catalog, ["i0"])):
             asked = asked.but(text="space number5", query_vector=small.direction("space"))
             found = self.candidates(upstream=[0, -1, -2, -3, -4, -5, -6])
             text = search.score(*asked, found).scores
@@ -656,7 +656,7 @@ class TestScorers:
     def test_a_known_person_adds_to_the_callers_score(self, catalog, model, outcomes, ranks):
         personal = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.25)
         rows, upstream = np.array([1, 4], np.int32), np.array([10, 1], np.float32)
-        asked = person(catalog, ["i0"]).but(rows=rows, upstream=upstream, upstream_weight=2.0)
+        asked = user_of(catalog, ["i0"]).but(rows=rows, upstream=upstream, upstream_weight=2.0)
         found = Candidates(rows, upstream[None], ("upstream",))
         own = personal.score(*asked, rows).scores
         np.testing.assert_allclose(ranks.score(*asked, found).scores, own + np.array([20, 2]), rtol=1e-6)
@@ -669,7 +669,7 @@ class TestScorers:
         at_the_end = st.sampled_from([largest, -largest, largest / 2, 1.0, 0.0, -1.0])
         upstream = np.array(data.draw(st.lists(at_the_end, min_size=7, max_size=7)), np.float32)
         weight = data.draw(st.sampled_from([1.0, 0.5, 1e-3]))
-        asked = data.draw(st.sampled_from([query(), person(catalog, ["i0"])]))
+        asked = data.draw(st.sampled_from([query(), user_of(catalog, ["i0"])]))
         asked = asked.but(text="space number5", query_vector=small.direction("space"))
         asked = asked.but(rows=np.arange(7, dtype=np.int32), upstream=upstream, upstream_weight=weight)
         scores = ranks.score(*asked, self.candidates(upstream=upstream.tolist())).scores
@@ -738,7 +738,7 @@ class TestReasons:
         return SlateExplainer(catalog).explain(asked.request, slate)
 
     def test_the_nearest_item_of_the_history_is_named(self, catalog):
-        (first, second) = self.reasons(catalog, person(catalog, ["i0", "i1"]), [4, 5], nearest=[1, 1])
+        (first, second) = self.reasons(catalog, user_of(catalog, ["i0", "i1"]), [4, 5], nearest=[1, 1])
         assert [(reason.kind, reason.row) for reason in first] == [("like_history", 0)]
         assert [(reason.kind, reason.row) for reason in second] == [("like_history", 1)]
         assert "western story number0" in first[0].text
@@ -755,4 +755,4 @@ class TestReasons:
         assert kinds["upstream"].weight == 2.5
 
     def test_an_empty_page_has_no_reasons(self, catalog):
-        assert self.reasons(catalog, person(catalog, ["i0"]), [], nearest=[]) == []
+        assert self.reasons(catalog, user_of(catalog, ["i0"]), [], nearest=[]) == []

@@ -37,7 +37,7 @@ def engine(request, profiles_redis) -> Engine:
 
 
 def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
-    """The best rows for a person by the definition of the score, without index, pipeline or kernels for retrieval."""
+    """The best rows for a user by the definition of the score, without index, pipeline or kernels for retrieval."""
     spec, columns = engine.bundle.model, engine.catalog.columns
     places = {event_type_key(name): place for place, name in enumerate(spec.event_types, 1)}
     past = history(profile, engine.catalog, places)

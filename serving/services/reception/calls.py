@@ -42,8 +42,8 @@ class Bounds:
 
     Attributes:
         calls: Open calls of a connection.
-        receiving: Calls of a worker whose message is received; it may have the size of the largest.
-        waiting: Calls of a worker that wait to send theirs; each holds what fits the window of its stream.
+        receiving: Calls of a worker whose message is being received; each may be of the largest size.
+        waiting: Calls of a worker that wait to send their message; each holds as much as the window of its stream.
         message_s: Time from the headers of a call to its whole message, in seconds.
         bytes_in_hand: Size of all messages that are worked on.
         unread: Bytes of answers that a connection has not read; above, its new calls are refused.
@@ -81,7 +81,7 @@ class Lane:
 
 
 @dataclass(eq=False, slots=True)
-class ClientConnection:
+class PeerConnection:
     """A connection of a client: its open calls, and its behaviour so far.
 
     Attributes:
@@ -91,9 +91,9 @@ class ClientConnection:
         entered: Calls that it has made.
         taken: Bytes of its messages.
         good: Calls whose answer it has read.
-        bad: Calls that it gave up, was too slow for, or that were refused.
-        receiving: Calls of it whose message is received.
-        turn: Number of the last turn in which one of its calls began to send.
+        bad: Calls that it abandoned, was too slow for, or that were refused.
+        receiving: Calls whose message is being received.
+        admission: Number of the last admission of one of its calls to send.
     """
 
     peer: str
@@ -104,7 +104,7 @@ class ClientConnection:
     good: int = 0
     bad: int = 0
     receiving: int = 0
-    turn: int = 0
+    admission: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -121,13 +121,13 @@ class OpenCall:
         refused: It ended before it had a place.
         closed: The client is gone, or has read all.
         receive: Begins to receive its message.
-        end: Ends it with an error that the client sees.
-        drop: Ends it, and all that is held for it, without a word.
-        ending: The error that a stream is to end with, as soon as its thread looks.
+        end: Ends it with an error that the client gets.
+        drop: Ends it and frees all that is held for it, without an error.
+        ending: The error that a stream is to end with, at the next look of its thread.
         stuck: Returns True if a part of the answer of a stream waits for its reader.
     """
 
-    connection: ClientConnection
+    connection: PeerConnection
     lane: Lane
     since: float
     phase: Phase = Phase.SENDING
@@ -148,13 +148,13 @@ class OpenCalls:
     def __init__(self, bounds: Bounds, wake: Callable[[], None] = lambda: None) -> None:
         """Begins without calls; `wake` is called when `overdue` has calls to end before its next round."""
         self.bounds, self._wake = bounds, wake
-        self.connections: dict[str, ClientConnection] = {}
+        self.connections: dict[str, PeerConnection] = {}
         self.refused = self.bytes_in_hand = self.unread = 0
         self._phases: dict[Phase, dict[int, OpenCall]] = {phase: {} for phase in Phase if phase is not Phase.GONE}
-        # Calls that send: those whose message is received, and those that wait for it, the oldest first.
+        # Calls that send: those whose message is being received, and those that wait for that, the oldest first.
         self._receiving: dict[int, OpenCall] = {}
-        self._waiting: dict[ClientConnection, dict[int, OpenCall]] = {}
-        self._turns = 0
+        self._waiting: dict[PeerConnection, dict[int, OpenCall]] = {}
+        self._admissions = 0
         self._lock = threading.Lock()
 
     def count(self, phase: Phase) -> int:
@@ -166,7 +166,7 @@ class OpenCalls:
         with self._lock:
             connection = self.connections.get(peer)
             if connection is None:
-                connection = self.connections[peer] = ClientConnection(peer)
+                connection = self.connections[peer] = PeerConnection(peer)
             call = OpenCall(connection, lane, time.monotonic())
             connection.entered += 1
             connection.calls[id(call)] = self._phases[Phase.SENDING][id(call)] = call
@@ -174,7 +174,7 @@ class OpenCalls:
         return call, error
 
     def send(self, call: OpenCall) -> None:
-        """Has the message of a new call received, now or when others are whole: each connection in its turn."""
+        """Has the message of a new call received, now or when others are complete: connection by connection."""
         with self._lock:
             if call.phase is Phase.SENDING and not call.closed and id(call) not in self._receiving:
                 self._waiting.setdefault(call.connection, {})[id(call)] = call
@@ -188,14 +188,15 @@ class OpenCalls:
                     return
                 if len(self._receiving) >= self.bounds.receiving:
                     break
-                # The connection that sends least comes first, then the one whose last turn is the longest ago.
-                connection = min(self._waiting, key=lambda sender: (sender.receiving, sender.turn))
+                # The connection that sends least comes first, then the one whose last admission is longest ago.
+                connection = min(self._waiting, key=lambda sender: (sender.receiving, sender.admission))
                 call = next(iter(self._waiting[connection].values()))
                 self._stop_waiting(call)
                 self._receiving[id(call)] = call
-                self._turns += 1
-                connection.turn, connection.receiving = self._turns, connection.receiving + 1
+                self._admissions += 1
+                connection.admission, connection.receiving = self._admissions, connection.receiving + 1
                 call.since = time.monotonic()
+            # Outside the lock: gRPC may have the message already, and pass it on at once.
             call.receive()
         self._wake()
 
@@ -204,7 +205,7 @@ class OpenCalls:
         if calls and calls.pop(id(call), None) and not calls:
             del self._waiting[call.connection]
 
-    def _refusal(self, connection: ClientConnection) -> ServingError | None:
+    def _refusal(self, connection: PeerConnection) -> ServingError | None:
         if len(connection.calls) > self.bounds.calls:
             advice = f"this connection has {self.bounds.calls} open calls: wait for one to end"
         elif connection.unread > self.bounds.unread:
@@ -224,6 +225,7 @@ class OpenCalls:
             if call.phase is not Phase.SENDING or call.closed:
                 return False
             lane, evicted = call.lane, None
+            # A single message of any allowed size passes, or it could never be taken.
             if self.bytes_in_hand and self.bytes_in_hand + size > self.bounds.bytes_in_hand:
                 self.refused += 1
                 raise _busy(lane)
@@ -233,6 +235,7 @@ class OpenCalls:
                     self.refused += 1
                     raise _busy(lane)
                 self._leave_lane(evicted)
+                # A stream is ended by its own thread; a call without a thread counts as refused at once.
                 if not lane.stream:
                     self.refused += 1
                     self._read(evicted, 0)
@@ -241,6 +244,7 @@ class OpenCalls:
             call.size = size
             call.connection.taken += size
             self.bytes_in_hand += size
+        # Ending a call takes gRPC's lock, under which gRPC may call methods of this object.
         if evicted is not None:
             evicted.end(_evicted_error(lane))
         self._admit()
@@ -248,11 +252,13 @@ class OpenCalls:
 
     def _evictable(self, lane: Lane, newcomer: OpenCall) -> OpenCall | None:
         """Returns the call that loses its place: of a connection with more than its share, or a long idle stream."""
+        # A call that a thread works on would end no sooner by losing its place.
         candidates = [call for call in lane.calls.values() if lane.stream or not call.started]
         if not candidates:
             return None
         most, oldest = _greediest(candidates)
         share = sum(call.connection is newcomer.connection for call in lane.calls.values())
+        # By two at least: else two connections with as many calls would displace each other's for ever.
         if most > share + 1 or (lane.stream and time.monotonic() - oldest.since > ROOM_S):
             return oldest
         return None
@@ -265,6 +271,7 @@ class OpenCalls:
 
     def took(self, call: OpenCall, size: int) -> None:
         """Notes another message of a stream, or that the stream waits for one."""
+        # Without the lock, as a stream calls this for every message; an addition lost in a race does no harm.
         call.since = time.monotonic()
         call.connection.taken += size
 
@@ -272,6 +279,7 @@ class OpenCalls:
         """Notes that an answer, or a part of it, is on its way to its reader."""
         with self._lock:
             call.since = time.monotonic()
+            # A stream keeps its place between its answers; any other call needs none after its only one.
             if call.phase is Phase.WORKING and not call.lane.stream:
                 self._leave_lane(call)
                 self._read(call, size)
@@ -300,6 +308,7 @@ class OpenCalls:
             if call.phase is Phase.READING:
                 self.unread -= call.size
                 call.connection.unread -= call.size
+            # Its thread still holds memory for it; `done` moves it on.
             if call.phase is not Phase.WORKING:
                 self._move(call, Phase.GONE)
         self._admit()
@@ -309,6 +318,7 @@ class OpenCalls:
             self._move(call, Phase.GONE)
             return
         self._move(call, Phase.READING)
+        # Small answers count as well: a client that leaves thousands of them unread holds that many calls open.
         call.size = size + OVERHEAD
         self.unread += call.size
         call.connection.unread += call.size
@@ -346,6 +356,7 @@ class OpenCalls:
         """
         bounds = self.bounds
         with self._lock:
+            # Copies, judged outside the lock: no call has to wait for this search.
             receiving, working = list(self._receiving.values()), list(self._phases[Phase.WORKING].values())
             reading = list(self._phases[Phase.READING].values())
             waiting = [call for calls in self._waiting.values() for call in calls.values()]
@@ -357,8 +368,8 @@ class OpenCalls:
         ends: list[tuple[OpenCall, ServingError | None]] = []
         ends += [(call, late) for call in receiving if now - call.since > bounds.message_s]
         ends += [(call, crowded) for call in waiting if now - call.since > bounds.message_s]
-        # For each connection that waits ends one call that takes room for longer than a message on its way needs: of
-        # those that send several at once first, and of a single one not before it has had a second.
+        # Each connection that waits ends one call that holds room for longer than a message on its way needs: first of
+        # connections that send several at once, and of one with a single call only after a second.
         slow = [
             call for call in receiving if now - call.since > (_MOMENT_S if sending[call.connection] > 1 else _SINGLE_S)
         ]
@@ -397,9 +408,10 @@ def _evicted_error(lane: Lane) -> ServingError:
 
 def _greediest(calls: Iterable[OpenCall]) -> tuple[int, OpenCall]:
     """Returns the number of calls of the connection with the most, and its call that is idle for longest."""
-    by_connection: dict[ClientConnection, list[OpenCall]] = {}
+    by_connection: dict[PeerConnection, list[OpenCall]] = {}
     for call in calls:
         by_connection.setdefault(call.connection, []).append(call)
+    # Of connections with as many calls, the one that has held a call for longest.
     greedy = max(by_connection.values(), key=lambda group: (len(group), -min(call.since for call in group)))
     return len(greedy), min(greedy, key=lambda call: call.since)
 

@@ -36,16 +36,16 @@ LOOK_S = 0.05
 """Time between two looks at the sockets, in seconds: a connection can send a MB in it, and gRPC keeps all of it."""
 
 SUSPICION_S = 0.01
-"""The same while a connection sends much without a call."""
+"""Time between two looks while a connection sends much without a call, in seconds."""
 
 _LOOK_SHARE = 10
-"""Times as long as a look takes, until the next: thousands of connections make it slow."""
+"""Pause until the next look, as a multiple of the time of the last: thousands of connections make it slow."""
 
 _TRIM_S = 5.0
 """Least time between two returns of free memory to the system, in seconds."""
 
 _LONGEST_TRIM_S = 300.0
-"""The same where trims give nothing back."""
+"""Most time between two returns, if they return nothing, in seconds."""
 
 _GROWN = 16 << 20
 """Growth of the process in bytes after which such a return is worth its time."""
@@ -90,7 +90,7 @@ class _Trimmer:
         self._least, self._next, self._pause = 0, 0.0, _TRIM_S
 
     def look(self, now: float) -> None:
-        """Trims if the process has grown; ever more seldom while that gives nothing back.
+        """Trims if the process has grown; less and less often while that returns nothing.
 
         Args:
             now: Monotonic time, in seconds.
@@ -176,10 +176,12 @@ class Reception(ThreadPoolExecutor):
         lane: Lane = getattr(behavior, "lane", self._work)
         call, error = self.calls.enter(event.call.peer().decode(), lane)
         rpc = _Rpc(event, state, call)
+        # A method that answers by a callback returns at once, so its call ends when the client closes it, not here.
         returns = not getattr(behavior, "experimental_non_blocking", False)
         state.callbacks.append(lambda: self._close(rpc, returns))
         call.end = lambda error: self._end(rpc, error)
         call.drop = event.call.cancel
+        # gRPC keeps an operation in `due` until the peer has taken its bytes.
         call.stuck = lambda: not _SENDS.isdisjoint(state.due)
         error = getattr(behavior, "refusal", None) or error
         if error is not None:
@@ -188,9 +190,11 @@ class Reception(ThreadPoolExecutor):
         many = getattr(behavior, "many", False)
 
         def run(request: bytes | None) -> None:
+            # The call may have ended while it waited for a thread; its work would be for no reader.
             if not self.calls.start(call):
                 return
             try:
+                # Without a deserializer: the interceptors parse the bytes, so that they can answer a malformed message.
                 message = (lambda: self._messages(call, request, argument())) if many else (lambda: request)
                 fn(job, event, state, behavior, message, None, lambda answer: self._written(call, serializer, answer))
             finally:
@@ -201,18 +205,21 @@ class Reception(ThreadPoolExecutor):
         return self._over
 
     def _receive(self, rpc: _Rpc, run: Callable[[bytes | None], None], many: bool) -> None:
-        """Has the first message of a call received, as soon as there is room for it; `run` gets it."""
+        """Receives the first message of a call as soon as there is room for it, and passes it to `run`."""
         state = rpc.state
+        # gRPC's own handler of a message, around which `whole` is put; it must run first, as it changes the state.
         received = _grpc._receive_message(state, rpc.event.call, None)
 
         def whole(message_event: Any) -> Any:
             """Continues on gRPC's serving thread when the message has come, or will not come."""
             result = received(message_event)
             with state.condition:
+                # Taken out of the state, where a stream's thread would find it a second time.
                 request, state.request = state.request, None
                 active = _grpc._is_rpc_state_active(state)
             if not active:
                 return result
+            # A client may close its side without a message; for a stream that is an empty one.
             if request is None and not many:
                 self._end(rpc, _NO_MESSAGE)
             else:
@@ -252,6 +259,7 @@ class Reception(ThreadPoolExecutor):
             yield first
         while first is not None:
             self.calls.took(call, 0)
+            # Looked at before each wait: the reaper cannot raise in this thread, only wake it.
             if call.ending:
                 raise call.ending
             try:
@@ -270,6 +278,7 @@ class Reception(ThreadPoolExecutor):
 
     def _close(self, rpc: _Rpc, returns: bool) -> None:
         self.calls.close(rpc.call, rpc.state.client is _grpc._CANCELLED)
+        # No thread would tell that the work on such a call has ended.
         if not returns:
             self.calls.done(rpc.call)
 
@@ -302,13 +311,15 @@ class Reception(ThreadPoolExecutor):
                 _grpc._abort(state, rpc.event.call, _core.StatusCode.unknown, b"")
 
     def _reap(self) -> None:
-        """Ends what is overdue, again and again."""
+        """Ends overdue calls until the shutdown."""
         trimmer, looked, pause = _Trimmer(), time.monotonic(), LOOK_S
         while not self._ending:
             if self._urgent.wait(min(ROUND_S, pause)):
                 self._urgent.clear()
+                # A flood of calls wakes this loop all the time; it must not take a core of its own.
                 time.sleep(_LEAST_ROUND_S)
             for call, error in self.calls.overdue(time.monotonic()):
+                # A client that does not read would not read an error either, and the error would be held for it.
                 if error is None:
                     call.drop()
                 else:
@@ -320,17 +331,17 @@ class Reception(ThreadPoolExecutor):
             trimmer.look(now)
 
     def _look(self, sockets: Sockets, seconds: float) -> float:
-        """Hangs up on the connections that work against the server, and forgets those that are closed.
+        """Closes abusive connections, and forgets those that are closed.
 
         Returns:
             The time until the next look, in seconds: short while a connection sends much without a call.
         """
-        begun = time.monotonic()
+        begun_at = time.monotonic()
         abusive = sockets.abusive(self.calls.connections.copy(), seconds)
         sockets.hang_up(abusive)
         self.hung_up += len(abusive)
         self.calls.forget(lambda peer: not sockets.known(peer))
-        return max(SUSPICION_S if sockets.suspicious else LOOK_S, _LOOK_SHARE * (time.monotonic() - begun))
+        return max(SUSPICION_S if sockets.suspicious else LOOK_S, _LOOK_SHARE * (time.monotonic() - begun_at))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads of every lane."""

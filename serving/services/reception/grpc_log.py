@@ -12,9 +12,9 @@ _PREFIX = "Invalid encoding"
 
 
 class _HeaderErrors:
-    """Takes the place of `Logger.exception`: one line a minute about headers that are not text, without their bytes.
+    """Replaces `Logger.exception`: logs one line a minute about headers that are not text, without their bytes.
 
-    It is called for each such header, so it may cost no more than the header itself: no record, no trace.
+    gRPC calls it for each such header, so it may cost no more than the header itself: no record, no traceback.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -22,7 +22,7 @@ class _HeaderErrors:
         self._next, self._count = 0.0, 0
 
     def __call__(self, msg: object, *args: object, **options: Any) -> None:
-        """Logs what gRPC says, unless that is about a header."""
+        """Passes a record on, unless it is about a header."""
         if not str(msg).startswith(_PREFIX):
             self._exception(msg, *args, **options)
             return
@@ -33,7 +33,7 @@ class _HeaderErrors:
 
 
 def limit_grpc_log() -> None:
-    """Keeps what callers send out of the log of gRPC; more than once is as once."""
+    """Keeps data of callers out of the log of gRPC; a second call has no effect."""
     logger = logging.getLogger(_LOGGER)
     if not isinstance(logger.exception, _HeaderErrors):
         logger.exception = _HeaderErrors(logger)  # type: ignore[method-assign]

@@ -16,21 +16,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from serving.services.reception.calls import ClientConnection
+from serving.services.reception.calls import PeerConnection
 
 FREE_BYTES = 256 << 10
 """Bytes a second that a connection may send without a call."""
 
 BROKEN_CALLS = 500
-"""Calls a second that a connection may give up, fail to send or have refused, where it has ten times fewer answers."""
+"""Calls a second that a connection may abandon, fail to send or have refused, if it has ten times fewer answers."""
 
 _FIRST_PATIENCE = BROKEN_CALLS / 10
-"""The same of a connection that is new."""
+"""The same for a new connection."""
 
 _libc: Any = ctypes.PyDLL(None, use_errno=True)
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 _LARGEST_GAP = 128
-"""Numbers in a row that are no descriptors, after which none is looked for: the system gives out the lowest."""
+"""Unused descriptor numbers in a row that end the search: the system gives out the lowest number."""
 
 _ADDRESS_BYTES = 128
 _TCP_INFO_BYTES = 136
@@ -90,7 +90,7 @@ class Sockets:
         self._highest = 0
         self.suspicious = False
 
-    def abusive(self, connections: Mapping[str, ClientConnection], seconds: float) -> list[str]:
+    def abusive(self, connections: Mapping[str, PeerConnection], seconds: float) -> list[str]:
         """Returns the peers that abuse the server, and those beyond the most connections.
 
         Args:
@@ -100,13 +100,14 @@ class Sockets:
         self._now += seconds
         traffic, before, peers = {}, self._traffic, []
         for _, peer, received in self._open():
-            connection = connections.get(peer) or ClientConnection(peer)
+            connection = connections.get(peer) or PeerConnection(peer)
             last = before.get(peer) or _Traffic(0, 0, 0, 0, 0, 0, self._now)
             traffic[peer], is_abusive = self._judge(connection, received, last, seconds)
             if is_abusive:
                 peers.append(peer)
         self._traffic = traffic
         self.suspicious = any(state.free < FREE_BYTES / 2 or state.patience < 0 for state in traffic.values())
+        # Of too many, those that never had a call go first: a client opens a connection to use it.
         if surplus := max(len(traffic) - len(peers) - self._most, 0):
             ending = set(peers)
             idle = [
@@ -116,12 +117,13 @@ class Sockets:
         return peers
 
     def _judge(
-        self, connection: ClientConnection, received: int, last: _Traffic, seconds: float
+        self, connection: PeerConnection, received: int, last: _Traffic, seconds: float
     ) -> tuple[_Traffic, bool]:
         """Returns the traffic of a connection by now, and True if it has used up its allowance without a call."""
         now = _Traffic(
             received, connection.taken, connection.entered, connection.good, connection.bad, len(connection.calls),
             last.active,
+            # Allowances refill with time up to one second's worth, as a token bucket does.
             min(FREE_BYTES, last.free + FREE_BYTES * seconds),
             min(BROKEN_CALLS, last.patience + BROKEN_CALLS * seconds),
         )  # fmt: skip
@@ -131,6 +133,7 @@ class Sockets:
         # Allowed: a message per call, as it may be incomplete, and twice the messages, for the frames around them.
         now.free -= max(received - last.received - calls * self._message_bytes - 2 * (now.taken - last.taken), 0)
         broken, answered = now.bad - last.bad, now.good - last.good
+        # A client that cancels a few of many calls, as hedging does, is no abuser.
         if broken > 10 * answered:
             now.patience -= broken
         return now, now.free < 0 or now.patience < 0
@@ -145,21 +148,20 @@ class Sockets:
         for descriptor, peer, _ in self._open() if closing else ():
             if peer not in closing:
                 continue
-            kept = _libc.dup(descriptor)
-            # The number may be another socket's by now.
-            if kept >= 0 and _connected(kept) == peer:
-                _libc.shutdown(kept, socket.SHUT_RDWR)
-            if kept >= 0:
-                _libc.close(kept)
+            # gRPC may close its descriptor at any moment, and the number may be another socket's by now.
+            duplicate = _libc.dup(descriptor)
+            if duplicate >= 0 and _connected(duplicate) == peer:
+                _libc.shutdown(duplicate, socket.SHUT_RDWR)
+            if duplicate >= 0:
+                _libc.close(duplicate)
 
     def _open(self) -> list[tuple[int, str, int]]:
         """Returns descriptor, peer and bytes received of each connection of the server.
 
-        Python gives its lock away with each call to the system and waits for it in a queue afterwards, for some
-        milliseconds where the server is busy, and with some hundred calls for a second. These calls keep it: each takes
-        a microsecond.
+        Python's own system calls release the interpreter's lock and queue for it afterwards: some milliseconds each on
+        a busy server, and with some hundred calls a second. Those of `_libc` keep it, and each takes a microsecond.
         """
-        found, descriptor, gap, highest = [], -1, 0, 0
+        connections, descriptor, gap, highest = [], -1, 0, 0
         info = ctypes.create_string_buffer(_TCP_INFO_BYTES)
         while gap < _LARGEST_GAP or descriptor < self._highest:
             descriptor, gap = descriptor + 1, gap + 1
@@ -174,11 +176,11 @@ class Sockets:
             if not peer:  # it listens, or has ended
                 continue
             size = ctypes.c_uint(_TCP_INFO_BYTES)
-            known = not _libc.getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, ctypes.byref(size))
-            received = _RECEIVED.unpack(info.raw)[0] if known and size.value >= _TCP_INFO_BYTES else 0
-            found.append((descriptor, peer, received))
+            has_info = not _libc.getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, ctypes.byref(size))
+            received = _RECEIVED.unpack(info.raw)[0] if has_info and size.value >= _TCP_INFO_BYTES else 0
+            connections.append((descriptor, peer, received))
         self._highest = highest
-        return found
+        return connections
 
 
 def connection_limits() -> tuple[int, int]:
@@ -190,7 +192,7 @@ def connection_limits() -> tuple[int, int]:
 
 
 def _address(call: Any, descriptor: int) -> bytes:
-    """Returns the struct sockaddr that a call to the system gives for a descriptor; none where it fails."""
+    """Returns the struct sockaddr that a system call gives for a descriptor, b"" if it fails."""
     address, size = ctypes.create_string_buffer(_ADDRESS_BYTES), ctypes.c_uint(_ADDRESS_BYTES)
     return b"" if call(descriptor, address, ctypes.byref(size)) else address.raw
 
@@ -200,13 +202,13 @@ def _family(address: bytes) -> int:
 
 
 def _connected(descriptor: int) -> str:
-    """Returns the peer of a connection as gRPC writes it; "" where there is none."""
+    """Returns the peer of a connection as gRPC writes it, "" if there is none."""
     address = _address(_libc.getpeername, descriptor)
     if not address:
         return ""
     family, port = _family(address), int.from_bytes(address[2:4])
     host = socket.inet_ntop(family, address[4:8] if family == socket.AF_INET else address[8:24])
-    # A socket of both families has the peers of the older one as ::ffff:1.2.3.4.
+    # A socket of both families shows IPv4 peers as ::ffff:1.2.3.4.
     if family == socket.AF_INET or host.startswith("::ffff:"):
         return f"ipv4:{host.removeprefix('::ffff:')}:{port}"
     return f"ipv6:%5B{host}%5D:{port}"
