@@ -40,6 +40,7 @@ from features.bundle import open_bundle
 from features.clock import now_ms
 from features.keys import event_type_key, item_key
 from features.records import ENTRY, make_records
+from features.subjects import known
 from features.vocabulary import Vocabulary
 from penchant.channels import channel_options
 from penchant.client import Client, event
@@ -318,7 +319,7 @@ def _stores(profiles: redis.Redis, events: redis.Redis, template: LoggedEvent) -
 
     def call() -> None:
         # A new user each time: a profile with a long tail would cost more to read.
-        subject = f"u:{uuid.uuid4().hex}"
+        subject = known(uuid.uuid4().hex)
         [appended] = log.append([dataclasses.replace(template, subject=subject)])
         store.apply(subject, [(appended.log_id, appended.record)])
         if store.read(subject).version != appended.log_id:

@@ -21,6 +21,7 @@ from features.clock import now_ms
 from features.keys import event_type_key
 from features.profile import Profile, empty, fold
 from features.records import RECORD, Records, make_records
+from features.subjects import known
 from serving.redis.client import connect_one
 from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer
@@ -110,7 +111,7 @@ def _measure(client: redis.Redis, log_client: redis.Redis, users: int, events: i
 
 
 def _subject(user: int) -> str:
-    return f"u:bench-{user}"
+    return known(f"bench-{user}")
 
 
 def _history(draw: np.random.Generator, count: int) -> Records:
@@ -155,7 +156,7 @@ def _compared_with_get(client: redis.Redis, store: ProfileStore, subjects: list[
 
 def _tail(client: redis.Redis, store: ProfileStore, draw: np.random.Generator, reads: int) -> dict[str, Any]:
     """Measures reads of users with events that are not folded yet, and the folding alone."""
-    subjects = [f"u:bench-tail-{number}" for number in range(20)]
+    subjects = [known(f"bench-tail-{number}") for number in range(20)]
     for subject in subjects:
         store.apply(subject, _entries(_history(draw, TAIL), LIVE))
     profile, records = store.read(subjects[0]), _history(draw, TAIL)

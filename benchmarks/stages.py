@@ -26,6 +26,7 @@ from features.clock import now_ms
 from features.keys import event_type_key
 from features.profile import Profile, empty, fold
 from features.records import make_records
+from features.subjects import known
 from serving.config import ServeConfig
 from serving.engine.engine import Engine, open_engine
 from serving.engine.pipelines import Dependencies
@@ -169,13 +170,13 @@ def _profiles(engine: Engine) -> dict[str, Profile]:
     weights = np.exp(columns.popularity[:size].astype(np.float64))
     keys = engine.catalog.vocabulary.keys
     kind = event_type_key(engine.bundle.model.event_types[0])
-    profiles = {}
+    profiles: dict[str, Profile] = {}
     for number in range(USERS):
         count = min(EVENTS, size // 2)
         rows = draw.choice(size, count, replace=False, p=weights / weights.sum())
         times = 1_700_000_000_000 + 60_000 * np.arange(count)
         records = make_records(keys[rows], columns.category[rows], columns.creator[rows], times, np.nan, kind)
-        profiles[f"u:bench-{number}"] = fold(empty(), records, count)
+        profiles[known(f"bench-{number}")] = fold(empty(), records, count)
     return profiles
 
 

@@ -267,7 +267,7 @@ def warehouse(
     from serving.observability.telemetry import Telemetry
     from serving.privacy.ledger import Ledger
     from serving.processes.metrics_page import exposed
-    from serving.warehouse.writer import drop, run
+    from serving.warehouse.process import drop, run
 
     events = events_redis or redis
     if forget:

@@ -1,1 +1,1 @@
-"""What training and serving must agree on: schemas, vocabulary, catalogue, profile, assembly, bundle."""
+"""The code that training and serving must agree on: schemas, vocabulary, catalogue, profile, assembly, bundle."""

@@ -1,4 +1,4 @@
-"""Arrow arrays of any encoding as plain ones, and the small steps that every conversion is made of."""
+"""Turns Arrow arrays of any encoding into plain ones, and holds the small steps of every conversion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UUID_DIGITS = np.array([at for at in range(36) if at not in (8, 13, 18, 23)])
 
 
 class Misfit(Exception):
-    """A column's type can never become the wanted one; the text says what would be right."""
+    """A column's type can never become the wanted one; the text names the right form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Converted:
     Attributes:
         values: The values; NULL where the file has none or one that cannot be read.
         bad: The rows whose value cannot be read.
-        should: What would be right.
+        should: The right form of a value.
         late: The rows with a time of 2100 or later, which are NULL; None if the column holds no times.
         early: The rows with a date before 1970, which are NULL and bad; None if the column holds no times.
     """
@@ -44,7 +44,7 @@ class Converted:
 
 
 def plain(column: Array) -> Array:
-    """A column without dictionaries, runs, views and extension types; its lists are `pa.list_`.
+    """Returns a column without dictionaries, runs, views and extension types; its lists are `pa.list_`.
 
     A UUID becomes its text. Other extension types become their storage.
     """
@@ -67,7 +67,8 @@ def plain(column: Array) -> Array:
 
 
 def _plain_list(column: Array) -> Array:
-    """Lists of another layout as `pa.list_`. Arrow's own cast of a sliced list view loses entries."""
+    """Returns lists of another layout as `pa.list_`."""
+    # Not by a cast: that of Arrow loses entries of a sliced list view.
     if pa.types.is_fixed_size_list(column.type):
         return pc.cast(column, pa.list_(column.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
@@ -84,7 +85,7 @@ def _is_other_list(dtype: pa.DataType) -> bool:
 
 
 def _uuid_text(storage: Array) -> Array:
-    """UUIDs of 16 bytes in the usual form of 36 characters."""
+    """Returns UUIDs of 16 bytes in the usual form of 36 characters."""
     length = len(storage)
     raw = pc.fill_null(storage, pa.scalar(bytes(16), storage.type))
     data = np.frombuffer(raw.buffers()[1] or b"", np.uint8)[raw.offset * 16 : (raw.offset + length) * 16]
@@ -92,12 +93,12 @@ def _uuid_text(storage: Array) -> Array:
     text[:, _UUID_DIGITS[0::2]] = _HEX[data.reshape(length, 16) >> 4]
     text[:, _UUID_DIGITS[1::2]] = _HEX[data.reshape(length, 16) & 15]
     ends = np.arange(length + 1, dtype=np.int32) * 36
-    made: Array = pa.StringArray.from_buffers(length, pa.py_buffer(ends.tobytes()), pa.py_buffer(text.tobytes()))
-    return only(made, to_mask(storage.is_valid()))
+    texts: Array = pa.StringArray.from_buffers(length, pa.py_buffer(ends.tobytes()), pa.py_buffer(text.tobytes()))
+    return only(texts, to_mask(storage.is_valid()))
 
 
 def to_mask(values: Any) -> Mask:
-    """An Arrow array of booleans as numpy; NULL counts as false."""
+    """Returns an Arrow array of booleans as numpy; NULL counts as false."""
     return np.asarray(pc.fill_null(values, False).to_numpy(zero_copy_only=False), dtype=bool)
 
 
@@ -107,7 +108,7 @@ def numbers(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def only(values: Array, good: Mask) -> Array:
-    """The values where good, NULL elsewhere."""
+    """Returns the values where good, NULL elsewhere."""
     return values if good.all() else pc.if_else(pa.array(good), values, pa.scalar(None, values.type))
 
 
@@ -123,7 +124,7 @@ def is_text(dtype: pa.DataType) -> bool:
 
 
 def decoded(column: Array) -> tuple[Array, Mask]:
-    """Bytes that claim to be UTF-8 as text, and where they are not: Parquet does not check it."""
+    """Returns bytes that claim to be UTF-8 as text, and a mask of those that are not: Parquet does not check it."""
     text = pc.cast(column, options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
     bad = np.zeros(len(text), dtype=bool)
     try:
@@ -145,24 +146,24 @@ def _decodes(raw: bytes) -> bool:
 
 
 def trimmed(column: Array) -> tuple[Array, Mask, Mask]:
-    """A column of text without the white space around it, the rows that hold nothing else, and those not in UTF-8."""
+    """Returns text without the white space around it, the rows that hold nothing else, and those not in UTF-8."""
     text, bad = decoded(column)
     text = pc.utf8_trim_whitespace(text)
     return text, to_mask(pc.equal(text, "")), bad
 
 
 def matches(text: Array, pattern: str) -> Mask:
-    """Where a text matches a regular expression (RE2)."""
+    """Returns a mask of the texts that match a regular expression (RE2)."""
     return to_mask(pc.match_substring_regex(text, pattern))
 
 
 def owners(broken: Mask, lengths: npt.NDArray[Any]) -> Mask:
-    """The rows that own a broken entry, given how many entries each row has."""
+    """Returns a mask of the rows that own a broken entry, from the number of entries of each row."""
     bad = np.zeros(len(lengths), dtype=bool)
     bad[np.repeat(np.arange(len(lengths)), lengths)[broken]] = True
     return bad
 
 
 def offsets(lengths: npt.NDArray[Any]) -> Array:
-    """The offsets of lists of these lengths; int32."""
+    """Returns the offsets of lists of these lengths; int32."""
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

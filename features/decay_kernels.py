@@ -129,6 +129,15 @@ def _advance(
         weights[h] = _power(tick - bases[h] * TICKS)
 
 
+@kernel(inline="always")
+def _contains(types: npt.NDArray[np.uint32], wanted: np.uint32) -> bool:
+    """Returns True if a type is among some."""
+    contained = False
+    for candidate in types:
+        contained = contained or candidate == wanted
+    return contained
+
+
 @kernel()
 def _spread(keys: _Keys, counts: _Counts, starts: _Ints, sizes: _Ints, capacities: _Ints) -> tuple[_Keys, _Counts]:
     """Returns copies of keys and counts with free places behind the keys of each dimension, up to its capacity."""
@@ -166,7 +175,7 @@ def fold_counts(
     types: npt.NDArray[np.uint32],
     times: _Ints,
 ) -> tuple[_Ints, _Keys, _Counts]:
-    """Folds events into decayed counts and into the visit; see `features.decayed_counts` for their meaning.
+    """Returns the facts, keys and counts with events folded into them; see `features.decayed_counts` for their meaning.
 
     Args:
         facts: Time of the newest event, beginning of the visit, events in it, and the number of keys that are kept of
@@ -182,9 +191,6 @@ def fold_counts(
         creators: Key of its creator, 0 for none; uint64 [n].
         types: Key of its type; uint32 [n].
         times: Time of the event, ms; int64 [n].
-
-    Returns:
-        The new facts, keys and counts.
     """
     newest, began, visit = facts[0], facts[1], facts[2]
     sizes, starts = facts[3:].copy(), np.cumsum(capacities) - capacities
@@ -202,23 +208,17 @@ def fold_counts(
             visit += 1
         newest = now if first else max(newest, now)
         _advance(now, first, starts, sizes, tally, bases, ticks, weights)
-        chosen = True
-        for unchosen_type in unchosen:
-            chosen = chosen and types[i] != unchosen_type
+        chosen = not _contains(unchosen, types[i])
         for d in range(3):
-            key = np.uint64(types[i])
-            if d < 2:
-                key = categories[i] if d == 0 else creators[i]
-                if not chosen or key == np.uint64(0):
-                    continue
+            key = np.uint64(types[i]) if d == 2 else categories[i] if d == 0 else creators[i]
+            if d < 2 and (not chosen or key == np.uint64(0)):
+                continue
             place = _place(table, tally, starts[d], sizes[d], capacities[d], key)
             sizes[d] = max(sizes[d], place + 1 - starts[d])
             for h in range(ticks.size):
-                # Added as float64 and rounded once, as the plain twin does.
                 tally[place, h] = np.float32(np.float64(tally[place, h]) + weights[h])
-    new_facts = np.empty(6, np.int64)
-    new_facts[0], new_facts[1], new_facts[2] = newest, began, visit
-    new_facts[3:] = sizes
+    new_facts = facts.copy()
+    new_facts[0], new_facts[1], new_facts[2], new_facts[3:] = newest, began, visit, sizes
     used = _used(starts, sizes, capacities)
     return new_facts, table[used], tally[used]
 

@@ -35,39 +35,39 @@ class Variable(NamedTuple):
 def variables(
     prefix: str, settings: Collection[str], environment: Mapping[str, str], foreign: Collection[str] = ()
 ) -> dict[str, Variable]:
-    """Returns the variables that set something, by setting; logs a warning for each that seems meant to and does not.
+    """Returns the variables that set something, by setting; logs a warning for each that seems to be one and is not.
 
     Args:
         prefix: Start of the names, in capitals; upper and lower case are the same.
         settings: Names of the settings, in small letters.
         environment: All variables.
-        foreign: What follows the prefix in names of other programs, in capitals; the start of it is enough.
+        foreign: Starts of the names of other programs' variables behind the prefix, in capitals.
     """
     by_setting = {}
     for name in sorted(environment, reverse=True):  # of the same name in capitals and not, the capitals win
         variable = Variable(name, environment[name])
-        rest = name.upper().removeprefix(prefix)
-        if not name.upper().startswith(prefix) or (foreign and rest.startswith(tuple(foreign))):
+        setting = name.upper().removeprefix(prefix)
+        if not name.upper().startswith(prefix) or (foreign and setting.startswith(tuple(foreign))):
             continue
-        service = _is_of_a_service(rest, variable.text)
-        if rest.lower() in settings and not service:
-            by_setting[rest.lower()] = variable
-        elif rest.lower() in settings:
+        service = _is_of_a_service(setting, variable.text)
+        if setting.lower() in settings and not service:
+            by_setting[setting.lower()] = variable
+        elif setting.lower() in settings:
             _log.warning(
                 "%s=%s is ignored: it is the address of a service of that name, as Kubernetes sets it, and no value of "
                 "the setting %s; `enableServiceLinks: false` in the pod keeps such variables out",
-                *(*variable, rest.lower()),
+                *(*variable, setting.lower()),
             )
-        elif not service and (near := difflib.get_close_matches(rest.lower(), settings, n=1, cutoff=_LIKENESS)):
+        elif not service and (near := difflib.get_close_matches(setting.lower(), settings, n=1, cutoff=_LIKENESS)):
             _log.warning("%s is ignored: there is no such setting; did you mean %s%s?", name, prefix, near[0].upper())
     return by_setting
 
 
 def set_by(by_setting: Mapping[str, Variable], message: str) -> str:
-    """Returns which variables a message is about that names settings, as an addition to it; nothing if about none."""
+    """Returns the variables of the settings that a message names, as an addition to it; "" if it names none."""
     about = [variable.name for name, variable in by_setting.items() if re.search(rf"\b{name}\b", message)]
     return f" (set by {', '.join(sorted(about))})" if about else ""
 
 
-def _is_of_a_service(rest: str, text: str) -> bool:
-    return bool(_OF_A_SERVICE.fullmatch(rest) or (_PORT.fullmatch(rest) and _ADDRESS.fullmatch(text)))
+def _is_of_a_service(setting: str, text: str) -> bool:
+    return bool(_OF_A_SERVICE.fullmatch(setting) or (_PORT.fullmatch(setting) and _ADDRESS.fullmatch(text)))

@@ -1,10 +1,10 @@
-"""The root of every error that a person can cause, and the branches that training and serving share."""
+"""The root of every error that a user or an operator can cause, and the branches that training and serving share."""
 
 from __future__ import annotations
 
 
 class PenchantError(Exception):
-    """A mistake that a person can mend; the message says what to do.
+    """A mistake that a user or an operator can correct; the message says what to do.
 
     The command line prints the message and ends with status 2. Anything else that reaches it is a defect of
     Penchant and shows its traceback.
@@ -14,12 +14,12 @@ class PenchantError(Exception):
     ├── SettingsError        a setting is unknown, or its value cannot work
     ├── TablesError          a table of a data set cannot be read or written
     ├── VocabularyError      ids clash, or the file of ids is damaged
-    ├── ProfileCorrupt       the stored profile of a person fails its checks
+    ├── ProfileCorrupt       the stored profile of a user fails its checks
     ├── ProfileNewer         a later version of Penchant wrote the stored profile
     ├── BundleError          a bundle is damaged, foreign or incomplete
     ├── ForeignFileError     a file or folder to keep users' data in belongs to another user
     ├── TrainingError        a training, an evaluation or an export cannot go on
-    │   ├── LeakError        what is tested would have been seen in training
+    │   ├── LeakError        test data would have been seen in training
     │   └── ExportError      a run does not pass the gates of export
     └── ServingError         see `serving/errors.py`: each class carries its gRPC status
     ```
@@ -39,7 +39,7 @@ class VocabularyError(PenchantError):
 
 
 class ProfileCorrupt(PenchantError):
-    """The stored profile of a person fails its checks."""
+    """The stored profile of a user fails its checks."""
 
 
 class ProfileNewer(PenchantError):
@@ -59,7 +59,7 @@ class TrainingError(PenchantError):
 
 
 class LeakError(TrainingError):
-    """What is tested would have been seen in training."""
+    """Test data would have been seen in training."""
 
 
 class ExportError(TrainingError):

@@ -1,7 +1,7 @@
-"""The documented event types, in one table: how each counts, and which of them a like-sounding name may mean.
+"""The documented event types, in one table: the way each counts, and the names by which it may be meant.
 
 A product may use any other name. Such a type counts as a choice of its item; so a misspelt or guessed name would count
-too, as something else than was meant. `hint` finds these names.
+too, but not as intended. `hint` finds these names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class EventType:
 
     Attributes:
         name: The name, as events say it.
-        counts: How an event of this type counts, in the words of the documentation.
+        counts: The way an event of this type counts, in the words of the documentation.
         chosen: The user chose the item: it is taste, and a model may predict it.
         refused: The user said no: the event stands in the history, the item is not shown again.
         synonyms: Other names that events of this kind are given, as `_folded` leaves them.
@@ -112,26 +112,30 @@ _NOISE = {"event", "events", "item", "items", "product", "products", "user", "ar
 _LONGEST = 64
 
 
-def hint(name: str, known: Collection[str] = ()) -> str:
-    """Returns what to do about a name that looks like a documented one and is another; "" where all is well.
+def hint(name: str, own_types: Collection[str] = ()) -> str:
+    """Returns a hint about a name that looks like a documented one and is another; "" if there is nothing to say.
 
     Args:
         name: The event type.
-        known: Types that the models know. Of these, only another spelling of a documented name is doubted, and a name
-            for what is only shown. A type that is one of them in another spelling is doubted too.
+        own_types: Types that the models know. Of these, only other spellings of documented names and names for showings
+            are doubted. A name that is another spelling of one of them is doubted too.
     """
     if name in _BY_NAME:
         return ""
-    meant = meaning(name)
-    if name in known:
-        doubted = meant in PASSIVE_EVENT_TYPES or (meant and _folded(meant) == _folded(name))
-        meant = meant if doubted else ""
-    elif not meant:
-        meant = next((other for other in known if _folded(other) == _folded(name)), "")
-    if not meant:
+    intended = meaning(name)
+    if name in own_types:
+        # A type of the product's own, in use: doubted only if it could hardly be meant as it counts.
+        doubted = intended in PASSIVE_EVENT_TYPES or (intended and _folded(intended) == _folded(name))
+        intended = intended if doubted else ""
+    elif not intended:
+        intended = next((type_name for type_name in own_types if _folded(type_name) == _folded(name)), "")
+    if not intended:
         return ""
-    why = f" ({_BY_NAME[meant].counts})" if meant in _BY_NAME else ""
-    return f"event type {name[:_LONGEST]!r} is a type of your own and counts as a choice; did you mean {meant!r}{why}?"
+    counts = f" ({_BY_NAME[intended].counts})" if intended in _BY_NAME else ""
+    return (
+        f"event type {name[:_LONGEST]!r} is a type of your own and counts as a choice; "
+        f"did you mean {intended!r}{counts}?"
+    )
 
 
 @lru_cache(4096)
@@ -150,14 +154,14 @@ def _forms(name: str) -> Iterator[str]:
     """Yields a name without case, blanks and signs; then without common words around it, and in its other endings."""
     words = _words(name)
     fewer = [word for word in words if word not in _NOISE]
-    for some in (words, fewer) if fewer else (words,):
-        whole = "".join(some)
+    for selected in (words, fewer) if fewer else (words,):
+        whole = "".join(selected)
         yield whole
         for ending, instead in (("s", ""), ("es", ""), ("ed", ""), ("d", ""), ("ing", ""), ("ing", "e"), ("ies", "y")):
             if whole.endswith(ending) and len(whole) - len(ending) > 1:
                 yield whole.removesuffix(ending) + instead
         # "clicked_item" and "viewed list": the endings of each word.
-        yield "".join(_root(word) for word in some)
+        yield "".join(_root(word) for word in selected)
 
 
 def _root(word: str) -> str:

@@ -1,4 +1,4 @@
-"""Every feature a model reads and every fact a profile remembers, as a person would want to see them."""
+"""Lists every feature that a model reads, and its coverage in a data set."""
 
 from __future__ import annotations
 
@@ -32,51 +32,51 @@ from features.decayed_counts import DIMENSIONS, HORIZONS, VISIT_MS
 from features.keys import event_type_keys, item_keys
 from features.profile import OLDER_ITEMS_CAP, RING, empty, fold
 from features.profile_codec import FORMAT
-from features.records import RECORD, make_records
+from features.records import RECORD, Records, make_records
 from features.tables.dataset import Dataset, open_dataset
 from features.tables.intake import require_few, summary, tell
 from features.tables.order import codes, is_present
 from features.vocabulary import Vocabulary
 
 SAMPLE = 2000
-"""People whose newest event is looked at, drawn with a fixed seed."""
+"""Users whose newest event is looked at, drawn with a fixed seed."""
 
 
 def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, Any]:
-    """Lists the features; with a data set or a bundle, also for how many rows each of them says something.
+    """Lists the features; with a data set or a bundle, also their coverage.
 
-    Coverage is the share of rows in which a feature is neither 0 nor missing: of items for what is about an item, of
-    people just before their newest event for what is about their past. What cannot be known is None: `relevance` needs
-    a model and a person, what is about an action a model with actions, and without a data set nobody has a past.
+    Coverage is the share of rows in which a feature is neither 0 nor missing: of items for a feature of the item, of
+    users just before their newest event for a feature of their past. It is None where it cannot be known: `relevance`
+    needs a model and a user, a feature of an action needs a model with actions, and a past needs a data set.
 
     Args:
         data: Directory of a data set.
-        bundle: Directory of a bundle; its catalogue is the one looked at where both are given.
+        bundle: Directory of a bundle; its catalogue is used if both are given.
 
     Returns:
         `features` [{`name`, `input`, `type`, `window`, `meaning`, `version`, `coverage`}] in the order of the model's
-        input, `fingerprints` {`features`, `encoder`, `ranker`, `state`}; with a bundle, whether it `fits`; with a
-        data set, what was left out of it, as `features.tables.intake.summary` says.
+        input, `fingerprints` {`features`, `encoder`, `ranker`, `state`}; with a bundle, `fits`, True if it has these
+        features; with a data set, the rows left out of it, as `features.tables.intake.summary` says.
 
     Raises:
         TablesError: The data set cannot be read, or no row of a table can.
         BundleError: The bundle is refused.
     """
     coverage: dict[str, float] = {}
-    said: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     catalog: Catalog | None = None
     if bundle is not None:
         opened = open_bundle(bundle)
         table = read_items(opened)
         catalog = _catalog(table)
-        said["fits"] = opened.manifest.feature_fingerprint == FEATURES.fingerprint()
+        facts["fits"] = opened.manifest.feature_fingerprint == FEATURES.fingerprint()
     if data is not None:
         dataset = open_dataset(data)
         tell(dataset.intake, dataset.info.get("time_units"))
         require_few(dataset.intake, 1.0, "")
-        said |= summary(dataset.intake)
+        facts |= summary(dataset.intake)
         catalog = catalog or _catalog(_counted(dataset))
-        coverage |= _of_people(dataset, catalog)
+        coverage |= _of_users(dataset, catalog)
     if catalog is not None:
         coverage |= _of_items(catalog)
     listed = [
@@ -92,12 +92,12 @@ def features(data: Path | None = None, bundle: Path | None = None) -> dict[str, 
         for feature in FEATURES
     ]
     sets = {"features": FEATURES, "encoder": ENCODER_FEATURES, "ranker": RANKER_FEATURES}
-    prints = {name: one.fingerprint() for name, one in sets.items()}
-    return {"features": listed, "fingerprints": prints | {"state": state_fingerprint()}, **said}
+    prints = {name: feature_set.fingerprint() for name, feature_set in sets.items()}
+    return {"features": listed, "fingerprints": prints | {"state": state_fingerprint()}, **facts}
 
 
 def state_fingerprint() -> str:
-    """Sha256 over everything that changes what is folded: the record's fields and how much is remembered."""
+    """Returns the SHA-256 of everything that changes the fold: the record's fields and the sizes of the state."""
     facts = {"format": FORMAT, "record": RECORD.descr, "ring": RING, "evicted": OLDER_ITEMS_CAP}
     facts |= {"horizons": HORIZONS, "dimensions": DIMENSIONS, "visit": VISIT_MS}
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
@@ -109,71 +109,83 @@ def _catalog(items: pa.Table) -> Catalog:
 
 
 def _counted(dataset: Dataset) -> pa.Table:
-    """The items with their popularity, as training would count it over all events."""
-    named, which = codes(dataset.events["item_id"])
-    position = pc.index_in(pa.array(named, pa.string()), value_set=dataset.items["item_id"].combine_chunks())
-    rows = pc.fill_null(position, -1).to_numpy()[which]
+    """Returns the items with their popularity, as training would count it over all events."""
+    item_ids, item_codes = codes(dataset.events["item_id"])
+    position = pc.index_in(pa.array(item_ids, pa.string()), value_set=dataset.items["item_id"].combine_chunks())
+    rows = pc.fill_null(position, -1).to_numpy()[item_codes]
     counts = np.bincount(rows[rows >= 0], minlength=dataset.items.num_rows)
     table = dataset.items.append_column("popularity", pa.array(np.log1p(counts).astype(np.float32)))
     return table.append_column("trained", pa.array(counts > 0))
 
 
 def _of_items(catalog: Catalog) -> dict[str, float]:
-    """Coverage of what is about an item."""
-    everything = np.arange(catalog.size, dtype=np.int32)
-    nobody = history(empty(), catalog, {})
+    """Returns the coverage of the features of an item."""
+    rows = np.arange(catalog.size, dtype=np.int32)
+    no_past = history(empty(), catalog, {})
     values = ranker_features(
-        nobody, everything, np.zeros(catalog.size, np.float32), catalog.columns, _no_actions(()), Moment()
+        no_past, rows, np.zeros(catalog.size, np.float32), catalog.columns, _no_actions(()), Moment()
     )
     shares = _shares(values)
     covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window == "item"}
     return covered | {"price": covered["price_known"]}
 
 
-def _of_people(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
-    """Coverage of what is about a past: of a sample of people, just before their newest event, for its item."""
+def _of_users(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
+    """Returns the coverage of the features of a past: of a sample of users, before their newest event, for its item."""
     events = dataset.events
-    people, who = codes(events["user_id"])
-    ends = np.cumsum(np.bincount(who, minlength=len(people)))
+    user_ids, users = codes(events["user_id"])
+    ends = np.cumsum(np.bincount(users, minlength=len(user_ids)))
     starts = np.concatenate([[0], ends[:-1]])
-    named, what = codes(events["item_id"])
-    kinds, kind = codes(events["event_type"])
-    rows = catalog.rows(named)[what]
-    types = type_index(sorted(kinds))
+    rows, records, event_types = _records_of(events, catalog)
+    types = type_index(event_types)
+    sample = np.random.default_rng(0).permutation(len(user_ids))[:SAMPLE]
+    values: list[npt.NDArray[np.float32]] = []
+    actions = _no_actions(event_types)
+    past_events, encoded_events, typed_events = 0, 0, 0
+    for user in np.sort(sample).tolist():
+        start, last = int(starts[user]), int(ends[user]) - 1
+        past = history(fold(empty(), records[start:last], last - start), catalog, types)
+        encoded, encoded_types = encoder_inputs(rows_read(past), past.types, RING)
+        past_events += len(past)
+        encoded_events += encoded.size
+        typed_events += int(np.count_nonzero(encoded_types))
+        if rows[last] >= 0:
+            now, row, relevance = (
+                Moment(int(records["timestamp"][last])),
+                rows[last : last + 1],
+                np.zeros(1, np.float32),
+            )
+            values.append(ranker_features(past, row, relevance, catalog.columns, actions, now))
+    shares = _shares(np.concatenate(values)) if values else {}
+    covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window not in ("item", "request") and shares}
+    every = max(past_events, 1)
+    return covered | {"item_vector": encoded_events / every, "event_type": typed_events / every}
+
+
+def _records_of(events: pa.Table, catalog: Catalog) -> tuple[npt.NDArray[np.int32], Records, list[str]]:
+    """Returns the row of each event's item, the records that ingest would write, and the event types in order."""
+    item_ids, item_codes = codes(events["item_id"])
+    type_names, type_codes = codes(events["event_type"])
+    rows = catalog.rows(item_ids)[item_codes]
     columns = catalog.columns
-    timed = is_present(events["timestamp"])
+    has_times = is_present(events["timestamp"])
     records = make_records(
-        item_keys(named)[what],
+        item_keys(item_ids)[item_codes],
         np.where(rows >= 0, columns.category[rows], np.uint64(0)),
         np.where(rows >= 0, columns.creator[rows], np.uint64(0)),
-        pc.fill_null(events["timestamp"], 0).to_numpy() if timed else 0,
+        pc.fill_null(events["timestamp"], 0).to_numpy() if has_times else 0,
         events["value"].to_numpy(),
-        event_type_keys(kinds)[kind],
+        event_type_keys(type_names)[type_codes],
     )
-    drawn = np.random.default_rng(0).permutation(len(people))[:SAMPLE]
-    lines: list[npt.NDArray[np.float32]] = []
-    outcomes = _no_actions(sorted(kinds))
-    known, meant, seen = 0, 0, 0
-    for person in np.sort(drawn).tolist():
-        start, last = int(starts[person]), int(ends[person]) - 1
-        earlier = records[start:last]
-        past = history(fold(empty(), earlier, last - start), catalog, types)
-        encoded, kinds_encoded = encoder_inputs(rows_read(past), past.types, RING)
-        known, meant, seen = known + encoded.size, meant + int(np.count_nonzero(kinds_encoded)), seen + len(past)
-        if rows[last] >= 0:
-            now = Moment(int(records["timestamp"][last]))
-            lines.append(ranker_features(past, rows[last : last + 1], np.zeros(1, np.float32), columns, outcomes, now))
-    shares = _shares(np.concatenate(lines)) if lines else {}
-    covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window not in ("item", "request") and shares}
-    return covered | {"item_vector": known / max(seen, 1), "event_type": meant / max(seen, 1)}
+    return rows, records, sorted(type_names)
 
 
 def _no_actions(event_types: Sequence[str]) -> ActionRates:
-    """What is about an action is a model's own; here only the common features are looked at."""
+    """Returns rates of no action: those of a model are its own, and only the common features are looked at here."""
     return ActionRates.of({"event_types": list(event_types), "actions": []})
 
 
 def _shares(values: npt.NDArray[np.float32]) -> Mapping[str, float]:
-    """By name, the share of the lines [n, F] in which a feature of the ranker is neither 0 nor missing."""
-    told = np.isfinite(values) & (values != 0)
-    return dict(zip(RANKER_FEATURES.names, told.mean(axis=0).tolist(), strict=True)) if len(values) else {}
+    """Returns, by name, the share of the rows [n, F] in which a feature of the ranker is neither 0 nor missing."""
+    covered = np.isfinite(values) & (values != 0)
+    return dict(zip(RANKER_FEATURES.names, covered.mean(axis=0).tolist(), strict=True)) if len(values) else {}

@@ -1,4 +1,4 @@
-"""The category and the creator of each event of a user's history: one rule for serving, rebuilding and training.
+"""Resolves the category and the creator of each event of a history: one rule for serving, rebuilding and training.
 
 An event that comes in live is resolved against the catalogue of that moment and keeps those keys, whatever its item
 becomes later. The warehouse writes them down as `category_key` and `creator_key`. A training or a rebuild that asked
@@ -19,7 +19,7 @@ from features.arrays import pc
 from features.catalog_columns import CatalogColumns
 
 KEYS = ("category_key", "creator_key")
-"""The columns of `EVENTS` that hold what an event was resolved to: NULL where it never was, 0 where there was none."""
+"""The columns of `EVENTS` that hold the keys of an event: NULL if it was never resolved, 0 if its item had none."""
 
 _LINE = np.dtype([("keys", "<u8", len(KEYS)), ("carried", "?", len(KEYS))])
 
@@ -30,7 +30,7 @@ class Logged:
 
     Attributes:
         keys: Category and creator of each event's item as the event came, 0 for none; uint64 [n, 2].
-        carried: Which of them the event carries at all; bool [n, 2].
+        carried: True for those that the event carries at all; bool [n, 2].
     """
 
     keys: npt.NDArray[np.uint64]
@@ -45,12 +45,12 @@ class Logged:
         return cls(np.stack(keys, 1).astype(np.uint64), np.stack(carried, 1).astype(np.bool_))
 
     def take(self, at: npt.NDArray[Any]) -> Logged:
-        """Returns some of the lines, in the order of `at`."""
+        """Returns some of the rows, in the order of `at`."""
         return Logged(self.keys[at], self.carried[at])
 
 
 class Distinct:
-    """Numbers for what events carry, equal for equal keys: four bytes tell all of an event. 0 is for nothing at all."""
+    """Numbers for the keys that events carry, equal for equal keys: four bytes an event. 0 is for no key at all."""
 
     def __init__(self) -> None:
         """Begins with the number 0."""
@@ -61,17 +61,17 @@ class Distinct:
         halves = [_encoded(column) for column in logged.keys.T]
         (categories, category), (creators, creator) = halves
         carried = logged.carried @ np.array([1, 2])
-        codes, which = _encoded((category * max(creators.size, 1) + creator) * 4 + carried)
+        codes, line_codes = _encoded((category * max(creators.size, 1) + creator) * 4 + carried)
         pair, bits = np.divmod(codes, 4)
         lines = np.zeros(codes.size, _LINE)
         lines["keys"][:, 0] = categories[pair // max(creators.size, 1)]
         lines["keys"][:, 1] = creators[pair % max(creators.size, 1)]
         lines["carried"] = bits[:, None] & np.array([1, 2])
-        found = [self._numbers.setdefault(line.tobytes(), len(self._numbers)) for line in lines]
-        return np.array(found, np.int64)[which]
+        distinct = [self._numbers.setdefault(line.tobytes(), len(self._numbers)) for line in lines]
+        return np.array(distinct, np.int64)[line_codes]
 
     def table(self) -> Logged:
-        """Returns what each number stands for."""
+        """Returns the keys of each number."""
         lines = np.frombuffer(b"".join(self._numbers), _LINE)
         return Logged(lines["keys"].copy(), lines["carried"].copy())
 
@@ -88,14 +88,14 @@ def history_keys(
     """Returns the category and the creator of events as every history has them; two uint64 [n].
 
     Args:
-        rows: Row of each event's item, -1 where the catalogue does not know it; int32 [n].
+        rows: Row of each event's item, -1 if the catalogue does not know it; int32 [n].
         columns: The catalogue's columns: they answer for what an event does not carry itself.
-        logged: What the events carry.
+        logged: The keys that the events carry.
     """
-    known = rows >= 0
-    found = []
+    in_catalog = rows >= 0
+    resolved = []
     for place, column in enumerate((columns.category, columns.creator)):
         keys = np.zeros(rows.size, np.uint64)
-        keys[known] = column[rows[known]]
-        found.append(np.where(logged.carried[:, place], logged.keys[:, place], keys))
-    return found[0], found[1]
+        keys[in_catalog] = column[rows[in_catalog]]
+        resolved.append(np.where(logged.carried[:, place], logged.keys[:, place], keys))
+    return resolved[0], resolved[1]

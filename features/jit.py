@@ -1,7 +1,8 @@
-"""Compiles kernels with numba, and keeps what was compiled where this user alone can write.
+"""Compiles kernels with numba, and keeps the compiled code where this user alone can write.
 
 Numba keeps compiled code next to the source or in the home directory, and refuses to compile if it can write to neither
-of them, as in a container with a read-only file system. It also runs what it keeps, so no other user may write there.
+of them, as in a container with a read-only file system. It also runs the code that it keeps, so no other user may write
+there.
 """
 
 from __future__ import annotations
@@ -78,21 +79,21 @@ def kernel(**options: Any) -> Callable[[Kernel], Kernel]:
 def private_directory(parent: Path) -> Path | None:
     """Returns a directory in `parent` that no other user can write to, made where it is missing; None if there is none.
 
-    The name is the same for every process of a user, so that what one compiles the next one finds.
+    The name is the same for every process of a user, so that each finds the code that another has compiled.
     """
     user = os.geteuid()
     path = parent / f"penchant-kernels-{user}"
     try:
         above = parent.stat()
-        # Who may rename our directory may put another one in its place: only the sticky bit keeps others from it.
+        # A user who may rename our directory may put another in its place: only the sticky bit prevents that.
         if above.st_uid not in (0, user) or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
             return None
         path.mkdir(mode=0o700, exist_ok=True)
         status = path.lstat()
     except OSError:
         return None
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077
-    return path if ours else None
+    is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077
+    return path if is_private else None
 
 
 def _cache(function: Callable[..., Any]) -> _Cache | None:

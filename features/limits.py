@@ -1,4 +1,4 @@
-"""How many processors and how much memory this process may use: the machine's, its affinity mask's and its container's.
+"""Finds the processors and the memory that this process may use: of the machine, its affinity mask and its container.
 
 In a container the kernel still reports the whole machine; what the container may take is the limit of its control group
 and of every group around it. A process that takes more is throttled or killed.
@@ -34,7 +34,7 @@ class _Mount(NamedTuple):
 
 
 def cores(root: Path = _ROOT) -> int:
-    """Returns how many processors may work at once, at least 1; part of one counts as one.
+    """Returns the number of processors that may work at once, at least 1; part of one counts as one.
 
     Args:
         root: Directory that holds `proc` and `sys`.
@@ -68,15 +68,15 @@ def _processors(group: Path) -> float | None:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """Yields the directories of the groups that this process is in, with those around them, of both versions."""
     for mount in _mounts(root, controller):
-        top = here = root / mount.place
-        own = _own(root, mount.controller)
+        top = group = root / mount.place
+        own_group = _own(root, mount.controller)
         # A group that is not below what is mounted has been hidden by a namespace: then the mount shows our own.
-        if ".." not in own.parts and own.is_relative_to(mount.inside):
-            here = top / own.relative_to(mount.inside)
-        yield here
-        while here != top:
-            here = here.parent
-            yield here
+        if ".." not in own_group.parts and own_group.is_relative_to(mount.inside):
+            group = top / own_group.relative_to(mount.inside)
+        yield group
+        while group != top:
+            group = group.parent
+            yield group
 
 
 def _mounts(root: Path, controller: str) -> list[_Mount]:
@@ -96,8 +96,8 @@ def _mounts(root: Path, controller: str) -> list[_Mount]:
 def _own(root: Path, controller: str) -> PurePosixPath:
     """Returns the group of this process in the hierarchy of a controller; the outermost if the kernel names none."""
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        _, _, fields = line.partition(":")
+        controllers, _, path = fields.partition(":")
         if controller in controllers.split(","):
             return PurePosixPath(path)
     return PurePosixPath("/")
@@ -118,7 +118,7 @@ def _text(file: Path) -> str:
 
 
 def _number(text: str) -> float | None:
-    """Returns a limit; None for "max", -1 and whatever else is none."""
+    """Returns a limit; None for "max", -1 and any other text that is none."""
     try:
         number = float(text)
     except ValueError:

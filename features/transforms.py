@@ -1,4 +1,4 @@
-"""Pure functions from what an item or a query says to the arrays its encoder reads."""
+"""Pure functions from the text and fields of an item or a query to the arrays that its encoder reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DESCRIPTION_WORDS = 64
 
 @dataclass(frozen=True, slots=True)
 class ItemInputShapes:
-    """How long the inputs of the content encoders are, and into how many buckets keys are hashed; 0 is padding."""
+    """Lengths of the content encoders' inputs, and numbers of buckets into which keys are hashed; 0 is padding."""
 
     token_buckets: int
     max_tokens: int
@@ -42,12 +42,12 @@ def stem(word: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: Unicode NFKC, lower case, plural taken off."""
+    """Returns the words of a text: Unicode NFKC, lower case, plural taken off."""
     return [stem(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).lower())]
 
 
 def text_tokens(text: str) -> npt.NDArray[np.uint32]:
-    """One key per word of the text, in order: CRC-32 of the word's UTF-8 bytes; uint32 [n]."""
+    """Returns one key per word of the text, in order: CRC-32 of the word's UTF-8 bytes; uint32 [n]."""
     return np.array([zlib.crc32(word.encode()) for word in words(text)], dtype=np.uint32)
 
 
@@ -57,13 +57,13 @@ def token_buckets(keys: npt.NDArray[Any], buckets: int) -> npt.NDArray[np.int64]
 
 
 def item_text(item: Mapping[str, Any]) -> str:
-    """What an item says of itself: title, categories, and the first words of its description."""
+    """Returns the text of an item: title, categories, and the first words of its description."""
     description = " ".join((item.get("description") or "").split()[:_DESCRIPTION_WORDS])
     return " ".join([item.get("title") or "", *(item.get("categories") or ()), description]).strip()
 
 
 def item_inputs(items: Sequence[Mapping[str, Any]], shapes: ItemInputShapes) -> dict[str, npt.NDArray[Any]]:
-    """The inputs of the item encoder for items as rows of the canonical table.
+    """Returns the inputs of the item encoder for items as rows of the canonical table.
 
     Returns:
         `tokens` int64 [n, max_tokens], `categories` int64 [n, max_categories], `creators` int64 [n] (0 = unknown),
@@ -89,7 +89,7 @@ def item_inputs(items: Sequence[Mapping[str, Any]], shapes: ItemInputShapes) -> 
 
 
 def query_inputs(text: str, shapes: ItemInputShapes) -> dict[str, npt.NDArray[Any]]:
-    """The input of the query encoder for one query: `tokens` int64 [1, max_tokens]."""
+    """Returns the input of the query encoder for one query: `tokens` int64 [1, max_tokens]."""
     tokens = np.zeros((1, shapes.max_tokens), np.int64)
     _fill(tokens[0], token_buckets(text_tokens(text), shapes.token_buckets))
     return {"tokens": tokens}

@@ -8,6 +8,7 @@ has worked before.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +65,13 @@ def described(error: BaseException) -> str:
     if is_full or isinstance(error, _OPEN):
         return " ".join(str(error).split())[:_SHOWN]
     return f"{type(error).__name__}; the log says more"
+
+
+def stop_on_signals(stop: threading.Event) -> None:
+    """Has SIGTERM and SIGINT set `stop`, if this is the main thread; only that one may handle signals."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
 
 
 def keep_running(

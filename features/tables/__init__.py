@@ -1,1 +1,1 @@
-"""Reads anybody's Parquet into the canonical tables, and tells what of it was left out."""
+"""Reads Parquet of any writer into the canonical tables, and reports the rows and cells that were left out."""

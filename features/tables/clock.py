@@ -18,7 +18,7 @@ from features.arrays import numbers, to_mask
 
 DAY_MS = 86_400_000
 AHEAD_MS = 60_000
-"""How far an event may be ahead of the moment at which it was logged."""
+"""The time by which an event may be ahead of the moment at which it was logged."""
 
 FEWEST = 20
 """With fewer events nothing can be told from gaps."""
@@ -33,7 +33,7 @@ _I64 = npt.NDArray[np.int64]
 
 
 def newest_moment(batches: Iterable[pa.Table]) -> int | None:
-    """Returns the newest time, ms, that is not a wrong clock's; None where no event has a time.
+    """Returns the newest time, ms, that is not a wrong clock's; None if no event has a time.
 
     Without wrong clocks it is the newest time of all.
 
@@ -52,13 +52,13 @@ def newest_moment(batches: Iterable[pa.Table]) -> int | None:
 
 
 def is_ahead(events: pa.Table) -> npt.NDArray[np.bool_]:
-    """Returns which events claim to be later than they were logged: from wrong clocks for certain; bool [n]."""
-    both = to_mask(events["timestamp"].is_valid()) & to_mask(events["ingested_at"].is_valid())
-    return both & (numbers(events["timestamp"]) - numbers(events["ingested_at"]) > AHEAD_MS)
+    """Returns a mask of events that claim to be later than they were logged, a sign of a wrong clock; bool [n]."""
+    timed = to_mask(events["timestamp"].is_valid()) & to_mask(events["ingested_at"].is_valid())
+    return timed & (numbers(events["timestamp"]) - numbers(events["ingested_at"]) > AHEAD_MS)
 
 
 def iso_time(ms: int) -> str:
-    """A moment to the second, as ISO 8601 writes it in UTC."""
+    """Returns a moment to the second, as ISO 8601 writes it in UTC."""
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
@@ -80,12 +80,12 @@ class _Days:
         first = np.flatnonzero(np.concatenate([[True], days[1:] != days[:-1]]))
         last = np.append(first[1:], times.size) - 1
         rows = np.concatenate([self._days, np.stack([days[first], last - first + 1, times[first], times[last]], 1)])
-        known, place = np.unique(rows[:, 0], return_inverse=True)
-        counts = np.bincount(place, rows[:, 1], known.size).astype(np.int64)
-        lows, highs = np.full(known.size, np.iinfo(np.int64).max), np.full(known.size, np.iinfo(np.int64).min)
+        distinct, place = np.unique(rows[:, 0], return_inverse=True)
+        counts = np.bincount(place, rows[:, 1], distinct.size).astype(np.int64)
+        lows, highs = np.full(distinct.size, np.iinfo(np.int64).max), np.full(distinct.size, np.iinfo(np.int64).min)
         np.minimum.at(lows, place, rows[:, 2])
         np.maximum.at(highs, place, rows[:, 3])
-        self._days = np.stack([known, counts, lows, highs], 1)
+        self._days = np.stack([distinct, counts, lows, highs], 1)
 
     def newest(self) -> int | None:
         """Returns the last time before a gap that is too long and has too few times behind it; None without times."""

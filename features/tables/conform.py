@@ -1,4 +1,4 @@
-"""One table as somebody wrote it -> its good rows in canonical columns, and why each other row was left out."""
+"""Conforms a table of any writer to a schema: canonical columns of the good rows, and a reason for each other row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from features.tables.order import nulls, select
 from features.tables.schema import Required
 from features.tables.times import DECLARED, RELATIVE
 
-# Letter case and what separates words are ignored, so USER_ID and userId need no line here.
+# Letter case and the separators of words are ignored, so USER_ID and userId need no line here.
 ALIASES = {
     "datetime": "timestamp",
     "rating": "value",
@@ -40,7 +40,7 @@ _AGE = "a time from 1995 up to 2100, best in a column of type timestamp"
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that was left out: the file, its 0-based row there, which field is wrong and what would be right."""
+    """A row that was left out: the file, its 0-based row there, the field that is wrong and the right form."""
 
     file: str
     row: int
@@ -54,9 +54,9 @@ class Unread:
     Attributes:
         file: The file.
         column: The column, by its canonical name.
-        count: How many cells.
-        row: The first of them, 0-based in the file.
-        reason: What that cell holds and what would be right.
+        count: Number of such cells.
+        row: The row of the first of them, 0-based in the file.
+        reason: The content of that cell and the right form.
     """
 
     file: str
@@ -74,10 +74,10 @@ class Intake:
         kept: Number of rows in the table.
         rejected: The rows that were left out.
         unread: The cells that were left out of the kept rows.
-        ignored: The columns of its files that mean nothing here.
+        ignored: The columns of its files that no canonical column is made of.
         unlisted: Of the items: those that events name and the table does not.
-        hidden: Those are not shown.
-        closed: Of the items: none of them may be shown now.
+        hidden: True if those are not shown.
+        closed: Of the items: True if none of them may be shown now.
     """
 
     kept: int = 0
@@ -91,15 +91,15 @@ class Intake:
 
 @dataclass(frozen=True, slots=True)
 class TablePart:
-    """Some of a file's good rows, and where in the file each of them stands.
+    """Some of a file's good rows, with their places in the file.
 
     Attributes:
         source: The file.
         table: The rows.
-        rows: Where each of them stands, 0-based in the file; int64.
+        rows: The place of each of them, 0-based in the file; int64.
         rejected: The rows that were left out.
         unread: The cells that were left out of the rows.
-        altered: A cell is NULL here and not in the file, so the file cannot stand for the table.
+        altered: True if a cell is NULL here and not in the file, so that the file cannot stand for the table.
     """
 
     source: str
@@ -110,26 +110,26 @@ class TablePart:
     altered: bool = False
 
 
-def origins(found: pa.Schema, schema: pa.Schema, required: Required, source: str) -> dict[str, str]:
-    """Canonical column -> the file's column."""
+def origins(columns: pa.Schema, schema: pa.Schema, required: Required, source: str) -> dict[str, str]:
+    """Returns canonical column -> the file's column."""
     chosen: dict[str, str] = {}
     for name in schema.names:
-        names = {bare_name(name), *(bare_name(alias) for alias, meant in ALIASES.items() if meant == name)}
-        same = [n for n in found.names if n == name] or [n for n in found.names if bare_name(n) in names]
-        if len(same) > 1:
-            raise TablesError(f"{source}: columns {same} all mean {name}: keep one of them")
-        if same:
-            chosen[name] = same[0]
+        names = {bare_name(name), *(bare_name(alias) for alias, target in ALIASES.items() if target == name)}
+        candidates = [n for n in columns.names if n == name] or [n for n in columns.names if bare_name(n) in names]
+        if len(candidates) > 1:
+            raise TablesError(f"{source}: columns {candidates} all mean {name}: keep one of them")
+        if candidates:
+            chosen[name] = candidates[0]
     for need in required:
         choices = (need,) if isinstance(need, str) else need
         if not any(name in chosen for name in choices):
-            raise TablesError(f"{source}: no column {' or '.join(choices)}; it has {found.names}")
+            raise TablesError(f"{source}: no column {' or '.join(choices)}; it has {columns.names}")
     return chosen
 
 
 @dataclass(slots=True)
 class _Cells:
-    """One column while its faults are looked for: as the file has it, its values, faulty rows with what is right."""
+    """One column during the search for faults: as in the file, as values, and the faulty rows with the right form."""
 
     given: Array
     values: Array
@@ -165,8 +165,8 @@ def fit(
         schema: The canonical columns.
         required: Those that a row needs.
         source: The file.
-        numbers: Where in the file each row stands, for a table that is not all of it.
-        dialect: How the writer counted time and wrote lists; None asks the table.
+        numbers: The place of each row in the file, for a table that is not all of it.
+        dialect: The dialect of the writer; None takes it from the table.
     """
     dialect = dialect_of([(table, source)], schema, required) if dialect is None else dialect
     numbers = np.arange(table.num_rows) if numbers is None else numbers
@@ -178,10 +178,10 @@ def fit(
     _apply_rules(cells)
     faults = list(_row_faults(cells, required))
     bad = np.logical_or.reduce([mask for mask, _ in faults]) if faults else np.zeros(table.num_rows, bool)
-    rejected = [
-        Rejected(source, int(numbers[row]), "; ".join(tell(int(row)) for mask, tell in faults if mask[row]))
-        for row in np.flatnonzero(bad)
-    ]
+    rejected = []
+    for row in np.flatnonzero(bad).tolist():
+        reasons = "; ".join(reason(row) for mask, reason in faults if mask[row])
+        rejected.append(Rejected(source, int(numbers[row]), reasons))
     unread = list(_unread(cells, bad, source, numbers))
     _close(cells, schema, table.num_rows)
     altered = any(cell.values.null_count > plain(cell.given).null_count for cell in cells.values())
@@ -214,25 +214,25 @@ def dialect_of(tables: Sequence[tuple[pa.Table, str]], schema: pa.Schema, requir
 
 
 def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dialect: Dialect) -> _Cells:
-    given, known = table.column(origin), table.schema.field(origin)
-    if is_time(wanted) and is_marked(known):
+    chunked, origin_field = table.column(origin), table.schema.field(origin)
+    if is_time(wanted) and is_marked(origin_field):
         dialect = Dialect(units={wanted.name: DECLARED})
     try:
-        column = given.combine_chunks()
+        column = chunked.combine_chunks()
         converted = convert(column, wanted, dialect)
     except Misfit as misfit:
-        raise TablesError(f"{source}: column {origin} is {given.type}, should be {misfit}") from None
+        raise TablesError(f"{source}: column {origin} is {chunked.type}, should be {misfit}") from None
     except pa.ArrowException as error:
-        raise TablesError(f"{source}: column {origin} ({given.type}): {error}") from error
+        raise TablesError(f"{source}: column {origin} ({chunked.type}): {error}") from error
     values, bad = converted.values, converted.bad
     if wanted.name == "available_from" and converted.early is not None:
-        # 0001-01-01 and 1900-01-01 say that there is no beginning, and any date before 1970 means the same today.
+        # 0001-01-01 and 1900-01-01 mean no beginning, and any date before 1970 has the same effect today.
         values, bad = pc.if_else(pa.array(converted.early), 0, values), bad & ~converted.early
     cells = _Cells(column, values, [(bad, converted.should)], converted.late)
     if wanted.name in _WINDOW and dialect.units.get(wanted.name) == RELATIVE:
         # Offsets, or days as a spreadsheet counts them: a catalogue lives in the time of the clock on the wall.
         cells.faults.append((to_mask(pc.greater(values, 0)), _AGE))
-    relative = is_marked(known) or dialect.units.get(wanted.name) == RELATIVE
+    relative = is_marked(origin_field) or dialect.units.get(wanted.name) == RELATIVE
     # A time of 0 is none: in the contract an end at 0 is no end. A beginning at 0 stays, because it means the same.
     if wanted.name == "available_until" or (is_time(wanted) and not relative and wanted.name != "available_from"):
         cells.values = only(cells.values, ~to_mask(pc.equal(cells.values, 0)))
@@ -240,29 +240,29 @@ def _cells(table: pa.Table, origin: str, wanted: pa.Field[Any], source: str, dia
 
 
 def _settle_times(cells: Mapping[str, _Cells], schema: pa.Schema) -> None:
-    """A time of 2100 or later is none, but for an end of availability, which it takes away, and a beginning."""
+    """Marks times of 2100 or later as faults, except those of an item's availability, where they mean "for ever"."""
     for name, cell in cells.items():
         if is_time(schema.field(name)) and name not in _WINDOW and cell.late is not None:
             cell.faults.append((cell.late, cell.faults[0][1]))
 
 
 def _row_faults(cells: Mapping[str, _Cells], required: Required) -> Iterator[tuple[Mask, Callable[[int], str]]]:
-    """The rows that a required cell costs, with the words for one of them."""
+    """Yields masks of the rows that a required cell costs, with the reason for one of them."""
     for need in required:
         names = [name for name in ((need,) if isinstance(need, str) else need) if name in cells]
         satisfied = np.zeros(len(cells[names[0]].values), bool)
         absent = ~satisfied
         for name in names:
-            # Of cells that can stand for one another, one that comes later costs the row only where it is needed.
+            # Of cells that can stand for one another, a later one costs the row only if the earlier ones are missing.
             yield cells[name].bad & ~satisfied, partial(cells[name].reason, name)
             satisfied |= ~_is_absent(cells[name].values) & ~cells[name].bad
             absent &= _is_absent(cells[name].values) & ~cells[name].bad
-        told = f"{' or '.join(names)} is "
-        yield absent, partial(_absence, told, cells[names[0]].given)
+        subject = f"{' or '.join(names)} is "
+        yield absent, partial(_absence, subject, cells[names[0]].given)
 
 
-def _absence(told: str, column: Array, row: int) -> str:
-    return f"{told}{_shown(column, row)}, should be given in every row"
+def _absence(subject: str, column: Array, row: int) -> str:
+    return f"{subject}{_shown(column, row)}, should be given in every row"
 
 
 def _is_absent(values: Array) -> Mask:
@@ -273,7 +273,7 @@ def _is_absent(values: Array) -> Mask:
 def _unread(
     cells: Mapping[str, _Cells], left_out: Mask, source: str, numbers: npt.NDArray[np.int64]
 ) -> Iterator[Unread]:
-    """The cells of kept rows that cannot be read, which become NULL."""
+    """Yields the cells of kept rows that cannot be read, and makes them NULL."""
     for name, cell in cells.items():
         bad = cell.bad & ~left_out
         if bad.any():
@@ -318,7 +318,7 @@ def _apply_rules(cells: Mapping[str, _Cells]) -> None:
 
 
 def _shown(column: Array, row: int) -> str:
-    """A value as the file holds it, whatever that is, short enough for a line."""
+    """Returns a value as the file holds it, of whatever type, short enough for a line."""
     value = plain(column.slice(row, 1))
     if not value.is_valid()[0].as_py():
         return "missing"
@@ -327,8 +327,8 @@ def _shown(column: Array, row: int) -> str:
     if pa.types.is_string(value.type) or pa.types.is_large_string(value.type):
         value = pc.cast(value, pa.large_binary())
     try:
-        held = value[0].as_py()
+        content = value[0].as_py()
     except (UnicodeDecodeError, ValueError, OverflowError):
         return f"an unreadable {value.type}"
-    text = repr(held.decode(errors="backslashreplace") if isinstance(held, bytes) else held)
+    text = repr(content.decode(errors="backslashreplace") if isinstance(content, bytes) else content)
     return text if len(text) <= 60 else text[:57] + "..."

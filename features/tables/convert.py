@@ -1,4 +1,4 @@
-"""One column of a foreign Parquet file -> the canonical type, and which of its cells cannot be read.
+"""Converts a column of a foreign Parquet file to its canonical type, and marks the cells that cannot be read.
 
 Everything here works on whole columns. A cell that cannot be read becomes NULL and is marked; a column whose type can
 never fit raises `Misfit`. NULL, NaN and, in a column that does not hold text, the empty text are missing cells: no
@@ -34,7 +34,7 @@ from features.tables.times import read_times
 from features.tables.written import as_bools, lists, maps, prices
 
 MOST_ID_BYTES = 512
-"""The longest id that the contract takes."""
+"""The longest id that the API takes."""
 
 _INTEGER_TEXT = r"^[+-]?\d{1,18}(\.0*)?$"
 _NUMBER_TEXT = r"^[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?$"
@@ -43,13 +43,13 @@ _NUMBER_TEXT = r"^[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?$"
 def convert(
     column: Array, field: pa.Field[Any], dialect: Dialect | None = None, *, nan_allowed: bool = False
 ) -> Converted:
-    """Convert a column to a field's type.
+    """Converts a column to a field's type.
 
     Args:
-        column: What the file holds, any length.
+        column: The column of the file, of any length.
         field: The canonical field; its `unit` metadata marks a time.
-        dialect: How the table's writer counted time and wrote lists.
-        nan_allowed: NaN is a value (inside lists, where it says "unknown"), not a missing one.
+        dialect: The dialect of the table's writer.
+        nan_allowed: NaN is a value (inside lists, where it means "unknown"), not a missing one.
 
     Raises:
         Misfit: No value of this type could ever be right.
@@ -69,7 +69,7 @@ def convert(
 
 
 def _strings(column: Array, is_id: bool) -> Converted:
-    """Text, or whole numbers stored as floats or decimals; an id has at most `MOST_ID_BYTES`."""
+    """Converts to text, also whole numbers stored as floats or decimals; an id has at most `MOST_ID_BYTES`."""
     should = "text, or a whole number" if is_id else "text"
     bad = np.zeros(len(column), dtype=bool)
     if is_text(column.type):
@@ -91,19 +91,20 @@ def _strings(column: Array, is_id: bool) -> Converted:
 
 
 def _text_of_floats(column: Array, is_id: bool) -> tuple[Array, Mask]:
-    """7.0 is the text `7`; an id cannot have a fraction, NaN is missing."""
+    """Converts 7.0 to the text `7`; an id cannot have a fraction, NaN is missing."""
+    # pandas makes a column of whole ids floats as soon as one is missing: 7.0 is the 7 of another file.
     missing = to_mask(pc.is_nan(pc.cast(column, pa.float64())))
     column = only(column, ~missing)
     whole = _fits(column, pa.int64())
     integers = pc.cast(pc.cast(only(column, whole), pa.int64(), safe=False), pa.string())
-    others = to_mask(column.is_valid()) & ~whole
+    fractions = to_mask(column.is_valid()) & ~whole
     if is_id:
-        return integers, others
+        return integers, fractions
     return pc.coalesce(integers, pc.cast(column, pa.string())), np.zeros(len(column), dtype=bool)
 
 
 def _text_of_decimals(column: Array, is_id: bool) -> tuple[Array, Mask]:
-    """7.00 is the text `7`; an id cannot have a fraction."""
+    """Converts 7.00 to the text `7`; an id cannot have a fraction."""
     text = pc.cast(column, pa.string())
     if (powers := matches(text, "E")).any():
         plainly = [None if value is None else f"{value:f}" for value in column.to_pylist()]
@@ -158,7 +159,7 @@ def _numbers(column: Array, dtype: pa.DataType, nan_allowed: bool, priced: bool 
 
 
 def _parsed(text: Array, integer: bool, priced: bool) -> tuple[Array, Mask]:
-    """Text as numbers, and where that worked: decimal digits, and prices as people write them."""
+    """Returns text as numbers, and a mask of those that were read: decimal digits, and prices as shops write them."""
     digits = matches(text, _INTEGER_TEXT if integer else _NUMBER_TEXT)
     bare = pc.replace_substring_regex(only(text, digits), r"^\+|\.0*$" if integer else r"^\+", "")
     numbers = pc.cast(bare, pa.int64() if integer else pa.float64())
@@ -169,7 +170,7 @@ def _parsed(text: Array, integer: bool, priced: bool) -> tuple[Array, Mask]:
 
 
 def _counted(column: Array, integer: bool, should: str) -> tuple[Array, Mask]:
-    """A column as integers or floats, and where that worked."""
+    """Returns a column as integers or floats, and a mask of the values that were read."""
     whole = np.ones(len(column), dtype=bool)
     if pa.types.is_decimal(column.type):
         if integer:  # through text, because a float64 holds 53 bits of an integer
@@ -183,11 +184,11 @@ def _counted(column: Array, integer: bool, should: str) -> tuple[Array, Mask]:
 
 
 def _fits(column: Array, dtype: pa.DataType) -> Mask:
-    """Where a number is whole and inside an integer type's range."""
+    """Returns a mask of the numbers that are whole and in an integer type's range."""
     least, most = _bounds(dtype)
     if pa.types.is_floating(column.type):
         numbers = pc.cast(column, pa.float64())
-        # float(2^63 - 1) rounds up to 2^63, which does not fit: hence "less than most + 1".
+        # float(2^63 - 1) rounds up to 2^63, which does not fit: therefore "less than most + 1".
         whole = pc.equal(pc.floor(numbers), numbers)
         return (
             to_mask(whole)
@@ -209,7 +210,7 @@ def _bounds(dtype: pa.DataType) -> tuple[int, int]:
 
 
 def _list(column: Array, field: pa.Field[Any], dialect: Dialect) -> Converted:
-    """A list per row; a row is bad when one of its entries is, or is missing."""
+    """Converts to a list per row; a row is bad if one of its entries is, or is missing."""
     leaf = pa.field(field.name.removesuffix("s"), field.type.value_type)
     should = f"a list of {'text' if pa.types.is_string(leaf.type) else 'numbers'} without missing entries"
     written = np.zeros(len(column), dtype=bool)
@@ -228,7 +229,7 @@ def _list(column: Array, field: pa.Field[Any], dialect: Dialect) -> Converted:
 
 
 def _map(column: Array, dtype: pa.DataType) -> Converted:
-    """A map from text to text; also a struct, JSON, and the list of (key, value) structs of tools without maps."""
+    """Converts to a map from text to text: maps, structs, JSON, and the (key, value) lists of tools without maps."""
     should = "a map from text to text"
     if is_text(column.type):
         values, bad = maps(column)
@@ -261,7 +262,7 @@ def _map(column: Array, dtype: pa.DataType) -> Converted:
 
 
 def _map_of_struct(column: Array, should: str) -> Converted:
-    """The fields of a struct by name; one that is NULL is left out."""
+    """Converts a struct to a map of its fields by name; one that is NULL is left out."""
     columns, bad = {}, np.zeros(len(column), dtype=bool)
     for name, values in zip([part.name for part in column.type], column.flatten(), strict=True):
         values = plain(values)
@@ -282,16 +283,16 @@ def _is_pairs(dtype: pa.DataType) -> bool:
 
 
 def pack_list(columns: Sequence[Array]) -> Array:
-    """One list per row of its values in the order of the columns; a NULL is left out."""
+    """Returns one list per row of its values in the order of the columns; a NULL is left out."""
     rows, width = len(columns[0]), len(columns)
     across = np.arange(rows * width).reshape(width, rows).T.ravel()
     flat = pa.concat_arrays([pc.cast(column, pa.string()) for column in columns]).take(pa.array(across))
-    given = to_mask(flat.is_valid()).reshape(rows, width).sum(axis=1)
-    return pa.ListArray.from_arrays(offsets(given), flat.drop_null())
+    counts = to_mask(flat.is_valid()).reshape(rows, width).sum(axis=1)
+    return pa.ListArray.from_arrays(offsets(counts), flat.drop_null())
 
 
 def pack_map(columns: Mapping[str, Array]) -> Array:
-    """One map per row from the columns' names to its values as text; a NULL is left out."""
+    """Returns one map per row from the columns' names to its values as text; a NULL is left out."""
     texts = [pc.cast(column, pa.string()) for column in columns.values()]
     names = [pc.if_else(t.is_valid(), name, None) for name, t in zip(columns, texts, strict=True)]
     values = pack_list(texts)

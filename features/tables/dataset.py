@@ -1,4 +1,4 @@
-"""Reads anybody's Parquet into the canonical tables, and writes a data set that everybody reads alike.
+"""Reads Parquet of any writer into the canonical tables, and writes data sets that every version reads alike.
 
 A data set is a directory: `events`, `items`, `users` (and `impressions`, `judgments` where there are any), each one
 Parquet file or a directory of them, and `dataset.json` where Penchant wrote it.
@@ -49,14 +49,14 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class LoadedTable:
-    """A table with exactly its schema's columns (all NULL where the file has none), and what was left out of it.
+    """A table with exactly its schema's columns (all NULL if the file has none), and the rows and cells left out of it.
 
     Attributes:
         table: The rows that are kept.
         rejected: The rows that were left out.
         unread: The cells that were left out of kept rows.
-        units: The unit in which a column counts time, where its values had to tell: {column: unit}.
-        ignored: The columns of the files that mean nothing here.
+        units: The unit in which a column counts time, if only its values tell: {column: unit}.
+        ignored: The columns of the files that no canonical column is made of.
         places: The files in order, each with the places of its kept rows there: [(file, int64 [n])]; empty where a row
             that repeats an id was left out.
     """
@@ -95,10 +95,10 @@ class Dataset:
     """A data set; items and users in memory, events read a part at a time.
 
     Attributes:
-        stream: The events; each user's stand together, oldest first (see `order_events`).
+        stream: The events; those of a user stand together, oldest first (see `order_events`).
         items: `ITEMS`, one row per item; made of the events' items where the data set has no such table.
-        users: `USERS`, one row per user; empty where the data set has no such table.
-        info: What `dataset.json` says, with `name`, `fingerprint`, `users`, `items`, `events`, `ordered_only`,
+        users: `USERS`, one row per user; empty if the data set has no such table.
+        info: The content of `dataset.json`, with `name`, `fingerprint`, `users`, `items`, `events`, `ordered_only`,
             `event_types` {name: count} and `first_timestamp`, `last_timestamp` (ms) computed from the rows;
             `time_units` {"events.timestamp": unit} where values had to tell in which unit a column counts time.
         intake: The fate of each table's rows: "events", "items", "users", where the data set has them.
@@ -112,12 +112,12 @@ class Dataset:
 
     @property
     def rejected(self) -> list[Rejected]:
-        """The rows of all tables that were left out."""
+        """The rows that were left out of all tables."""
         return [row for intake in self.intake.values() for row in intake.rejected]
 
     @property
     def unread(self) -> list[Unread]:
-        """The cells of all tables that were left out of kept rows."""
+        """The cells that were left out of kept rows, of all tables."""
         return [cells for intake in self.intake.values() for cells in intake.unread]
 
     @property
@@ -127,7 +127,7 @@ class Dataset:
 
 
 def read_table(path: Path, schema: pa.Schema, required: Required) -> LoadedTable:
-    """Read one Parquet file, or all below a directory in the order of their names.
+    """Reads one Parquet file, or all below a directory in the order of their names.
 
     Columns are found by name, alias or either in any letter case; others are ignored. A table whose only required
     column is its id has one row per id: later ones are rejected, and an item whose rows disagree on when it may be
@@ -149,16 +149,16 @@ def conform(
     source: str,
     numbers: npt.NDArray[np.int64] | None = None,
 ) -> LoadedTable:
-    """Bring a table in memory to a schema, as `read_table` does.
+    """Brings a table in memory to a schema, as `read_table` does.
 
-    `source` names it in the rejected rows, `numbers` says where each row stands there (None: in the same place).
+    `source` names it in the rejected rows; `numbers` are the places of its rows there (None: the same).
     """
     dialect = dialect_of([(table, source)], schema, required)
     return _merge([fit(table, schema, required, source, numbers, dialect)], schema, required, dialect)
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """What `dataset.json` of a data set says, nothing where it has none.
+    """Returns the content of a data set's `dataset.json`, empty if it has none.
 
     Raises:
         TablesError: It is damaged.
@@ -176,57 +176,59 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def open_dataset(
-    path: Path, *, until: int | None = None, items_from: Path | None = None, everybody: bool = False
+    path: Path, *, until: int | None = None, items_from: Path | None = None, include_withheld: bool = False
 ) -> Dataset:
-    """Read a data set's events, items and users.
+    """Reads a data set's events, items and users.
 
-    A warehouse grows while it is read: two readings with the same `until` and items have the same rows. What people do
-    not allow that models are trained on is left out, unless `everybody` is asked for.
+    A warehouse grows while it is read: two readings with the same `until` and items have the same rows. Events whose
+    users allow no training are left out, unless `include_withheld` is True.
 
     Args:
         path: Its directory.
-        until: Log id up to which events are read; as far as `dataset.json` calls it complete when None.
-        items_from: Parquet file of the items, where they are not those of the data set.
-        everybody: Also what no model may be trained on.
+        until: Log id up to which events are read; None reads as far as `dataset.json` calls it complete.
+        items_from: Parquet file of the items, if they are not those of the data set.
+        include_withheld: Also the events that no model may be trained on.
 
     Raises:
         TablesError: There are no events, or a file cannot be read.
     """
     path = Path(path)
-    said = read_info(path)
-    until = said.get("until") if until is None else until
-    where = table_path(path, "events")
-    if where is None:
+    written = read_info(path)
+    until = written.get("until") if until is None else until
+    events_path = table_path(path, "events")
+    if events_path is None:
         names = sorted(p.name for p in path.iterdir()) if path.is_dir() else ["no such directory"]
-        found = ", ".join([*names[:_NAMED], "…"] if len(names) > _NAMED else names) or "nothing"
-        raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {found}")
-    events, named, fate, units = _open_events(where, until, everybody)
-    items, users = (
-        read_table(items_from, ITEMS, ITEMS_REQUIRED)
-        if items_from
-        else _optional(path, "items", ITEMS, ITEMS_REQUIRED),
-        _optional(path, "users", USERS, USERS_REQUIRED),
-    )
-    if items is None:
-        items = conform(pa.table({"item_id": named}), ITEMS, ITEMS_REQUIRED, str(where))
-    if users is None:
-        users = LoadedTable(USERS.empty_table(), [])
-    info = {"name": path.name} | said | _facts(events, items.table, users.table)
-    if "until" in said:
+        content = ", ".join([*names[:_NAMED], "…"] if len(names) > _NAMED else names) or "nothing"
+        raise TablesError(f"{path} is not a data set: it needs events.parquet or events/, found {content}")
+    events, item_ids, events_intake, event_units = _open_events(events_path, until, include_withheld)
+    if items_from:
+        items = read_table(items_from, ITEMS, ITEMS_REQUIRED)
+    else:
+        # Without a table of items, the catalogue is made of the items that the events name.
+        items = _optional(path, "items", ITEMS, ITEMS_REQUIRED) or conform(
+            pa.table({"item_id": item_ids}), ITEMS, ITEMS_REQUIRED, str(events_path)
+        )
+    users = _optional(path, "users", USERS, USERS_REQUIRED) or LoadedTable(USERS.empty_table(), [])
+    info = {"name": path.name} | written | _facts(events, items.table, users.table)
+    if "until" in written:
         info["until"] = until
-    told = {f"events.{name}": unit for name, unit in units.items()}
-    told |= {f"items.{name}": unit for name, unit in items.units.items() if unit != RELATIVE}
-    if told:
-        info["time_units"] = told
+    units = {f"events.{name}": unit for name, unit in event_units.items()}
+    units |= {f"items.{name}": unit for name, unit in items.units.items() if unit != RELATIVE}
+    if units:
+        info["time_units"] = units
+    intake = {"events": events_intake, "items": _items_intake(items, item_ids), "users": users.intake}
+    return Dataset(events, items.table, users.table, info, intake)
+
+
+def _items_intake(items: LoadedTable, named: Array) -> Intake:
+    """Returns the fate of the items' rows, with the items that only events name."""
     unlisted = named.filter(pc.invert(pc.is_in(named, value_set=items.table["item_id"].combine_chunks())))
-    listed = dataclasses.replace(
+    return dataclasses.replace(
         items.intake,
         unlisted=unlisted.to_pylist(),
         hidden=states_availability(items.table),
         closed=_is_closed(items.table),
     )
-    intake = {"events": fate, "items": listed, "users": users.intake}
-    return Dataset(events, items.table, users.table, info, intake)
 
 
 def states_availability(items: pa.Table) -> bool:
@@ -238,13 +240,15 @@ def states_availability(items: pa.Table) -> bool:
     return any(is_present(items[name]) for name in ("available", "available_from", "available_until"))
 
 
-def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Events, Array, Intake, Mapping[str, str]]:
-    """The events in order, the items that they name in the order of the files' rows, the rows' fate, units of time."""
-    files = find_files(where)
+def _open_events(
+    path: Path, until: int | None, include_withheld: bool
+) -> tuple[Events, Array, Intake, Mapping[str, str]]:
+    """Returns the events in order, the items that they name in the order of rows, the rows' fate, and units of time."""
+    files = find_files(path)
     count = sum(file.row_count() for file in files)
     if count <= HELD_ROWS:
-        loaded = read_table(where, EVENTS, EVENTS_REQUIRED)
-        table = select(loaded.table, _wanted(loaded.table, until, everybody))
+        loaded = read_table(path, EVENTS, EVENTS_REQUIRED)
+        table = select(loaded.table, _wanted(loaded.table, until, include_withheld))
         fate = Intake(table.num_rows, loaded.rejected, loaded.unread, loaded.ignored)
         return Events.of(order_events(table)), pc.unique(table["item_id"]), fate, loaded.units
     dialect = _dialect(files, EVENTS, EVENTS_REQUIRED)
@@ -252,7 +256,7 @@ def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Event
     def parts() -> Iterator[TablePart]:
         for file in files:
             for part in _parts(file, EVENTS, EVENTS_REQUIRED, dialect):
-                yield _part_of(part, until, everybody)
+                yield _part_of(part, until, include_withheld)
 
     survey = Survey(parts())
     whole = survey.rows == count and not survey.altered
@@ -262,45 +266,48 @@ def _open_events(where: Path, until: int | None, everybody: bool) -> tuple[Event
     return events, pa.array(survey.items, pa.string()), fate, dialect.units
 
 
-def _wanted(events: pa.Table, until: int | None, everybody: bool) -> npt.NDArray[np.int64]:
-    """The rows up to a log id (what was never in a log was there before it), of those who allow training."""
+def _wanted(events: pa.Table, until: int | None, include_withheld: bool) -> npt.NDArray[np.int64]:
+    """Returns the rows up to a log id, without those that no model may be trained on.
+
+    A row without a log id was imported before the log began.
+    """
     wanted = np.ones(events.num_rows, np.bool_)
     if until is not None:
         wanted &= pc.fill_null(events["log_id"], 0).to_numpy() <= np.uint64(until)
-    if not everybody:
+    if not include_withheld:
         wanted &= pc.fill_null(events["allow_train"], True).to_numpy()
     return np.flatnonzero(wanted)
 
 
-def _part_of(part: TablePart, until: int | None, everybody: bool) -> TablePart:
-    rows = _wanted(part.table, until, everybody)
+def _part_of(part: TablePart, until: int | None, include_withheld: bool) -> TablePart:
+    rows = _wanted(part.table, until, include_withheld)
     return dataclasses.replace(part, table=select(part.table, rows), rows=part.rows[rows])
 
 
 def _dialect(files: Sequence[TableFile], schema: pa.Schema, required: Required) -> Dialect:
-    """How the writer of all the files counted time and wrote lists; reads the columns that decide it."""
+    """Returns the dialect of the writer of all the files, from the columns that decide it."""
     survey = DialectSurvey(schema)
     for file in files:
-        given = file.schema()
-        columns = origins(given, schema, required, str(file.path))
-        survey.ignore(name for name in given.names if name not in {*columns.values(), *file.partition})
-        asked = {name: origin for name, origin in columns.items() if survey.asks(name, given.field(origin))}
-        if not asked:
+        file_schema = file.schema()
+        columns = origins(file_schema, schema, required, str(file.path))
+        survey.ignore(name for name in file_schema.names if name not in {*columns.values(), *file.partition})
+        deciding = {name: origin for name, origin in columns.items() if survey.asks(name, file_schema.field(origin))}
+        if not deciding:
             continue
-        for table in file.batches(list(asked.values()), BATCH_ROWS):
-            for name, origin in asked.items():
+        for table in file.batches(list(deciding.values()), BATCH_ROWS):
+            for name, origin in deciding.items():
                 survey.add(name, table[origin].combine_chunks(), str(file.path))
     return survey.dialect()
 
 
 def _parts(file: TableFile, schema: pa.Schema, required: Required, dialect: Dialect) -> Iterator[TablePart]:
-    """The rows of a file, some at a time."""
-    given = file.schema()
-    columns = list(origins(given, schema, required, str(file.path)).values())
+    """Yields the rows of a file, some at a time."""
+    file_schema = file.schema()
+    columns = list(origins(file_schema, schema, required, str(file.path)).values())
     start = 0
     for table in file.batches(columns, BATCH_ROWS):
-        # What a column says of itself (its unit) stands in the file's schema.
-        table = table.cast(pa.schema([given.field(name) for name in table.column_names]))
+        # The metadata of a column, its unit, is in the file's schema only.
+        table = table.cast(pa.schema([file_schema.field(name) for name in table.column_names]))
         numbers = np.arange(start, start + table.num_rows)
         yield fit(table, schema, required, str(file.path), numbers, dialect)
         start += table.num_rows
@@ -309,10 +316,10 @@ def _parts(file: TableFile, schema: pa.Schema, required: Required, dialect: Dial
 def _is_canonical(file: TableFile) -> bool:
     """Returns True if the file's columns are ours, unit of time included."""
     schema = file.schema()
-    found = origins(schema, EVENTS, EVENTS_REQUIRED, str(file.path))
+    columns = origins(schema, EVENTS, EVENTS_REQUIRED, str(file.path))
     return all(
         name == origin and schema.field(origin).type == EVENTS.field(name).type and _unit(schema, name)
-        for name, origin in found.items()
+        for name, origin in columns.items()
     )
 
 
@@ -342,9 +349,9 @@ def write_dataset(
     name: str,
     notes: str = "",
 ) -> dict[str, Any]:
-    """Write a data set in one step: a reader sees the old one or the new one, never a half.
+    """Writes a data set in one step: a reader sees the old one or the new one, never a half.
 
-    Events are written in the order of `order_events`. Returns what `dataset.json` says.
+    Events are written in the order of `order_events`. Returns the content of `dataset.json`.
 
     Raises:
         TablesError: A row is malformed, or `out` holds something that is not a data set.
@@ -375,23 +382,23 @@ def write_dataset(
 
 
 def _facts(events: Events, items: pa.Table, users: pa.Table) -> dict[str, Any]:
-    people, types, times = 0, Counter[str](), []
+    users_count, types, times = 0, Counter[str](), []
     last = None
     for batch in events.batches(("user_id", "event_type", "timestamp")):
         named = batch["user_id"].combine_chunks()
-        # Each user's events stand together, so a change of names is another user.
-        people += pc.sum(pc.not_equal(named.slice(1), named.slice(0, len(named) - 1))).as_py() or 0
-        people += named[0].as_py() != last
+        # The events of a user stand together, so a change of names is a new user.
+        users_count += pc.sum(pc.not_equal(named.slice(1), named.slice(0, len(named) - 1))).as_py() or 0
+        users_count += named[0].as_py() != last
         last = named[len(named) - 1].as_py()
-        types.update({one["values"]: one["counts"] for one in pc.value_counts(batch["event_type"]).to_pylist()})
+        types.update({entry["values"]: entry["counts"] for entry in pc.value_counts(batch["event_type"]).to_pylist()})
         times += [time for time in pc.min_max(batch["timestamp"]).as_py().values() if time is not None]
     return {
         "fingerprint": fingerprint({"events": events, "items": items, "users": users}),
-        "users": int(people),
+        "users": int(users_count),
         "items": items.num_rows,
         "events": events.num_rows,
         "ordered_only": "timestamp" not in events.present,
-        "event_types": dict(sorted(types.items(), key=lambda one: (-one[1], one[0]))),
+        "event_types": dict(sorted(types.items(), key=lambda entry: (-entry[1], entry[0]))),
         "first_timestamp": min(times, default=None),
         "last_timestamp": max(times, default=None),
     }
@@ -407,8 +414,8 @@ def _is_closed(items: pa.Table) -> bool:
 
 
 def _optional(path: Path, name: str, schema: pa.Schema, required: Required) -> LoadedTable | None:
-    where = table_path(path, name)
-    return None if where is None else read_table(where, schema, required)
+    table = table_path(path, name)
+    return None if table is None else read_table(table, schema, required)
 
 
 def _merge(parts: list[TablePart], schema: pa.Schema, required: Required, dialect: Dialect) -> LoadedTable:
@@ -418,24 +425,27 @@ def _merge(parts: list[TablePart], schema: pa.Schema, required: Required, dialec
     places = [(part.source, part.rows) for part in parts]
     if len(required) != 1 or not isinstance(required[0], str):
         return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, places)
-    ids, which = codes(table[required[0]])
-    _, first = np.unique(which, return_index=True)
-    again = np.flatnonzero(first[which] != np.arange(len(which)))
+    ids, id_codes = codes(table[required[0]])
+    _, first = np.unique(id_codes, return_index=True)
+    again = np.flatnonzero(first[id_codes] != np.arange(len(id_codes)))
     if not len(again):
         return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, places)
     sources = np.repeat([part.source for part in parts], [len(part.rows) for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     for at in again.tolist():
-        earlier = first[which[at]]
-        reason = f"{required[0]} {ids[which[at]]!r} stands already in {sources[earlier]} row {rows[earlier]}"
+        earlier = first[id_codes[at]]
+        reason = f"{required[0]} {ids[id_codes[at]]!r} stands already in {sources[earlier]} row {rows[earlier]}"
         rejected.append(Rejected(str(sources[at]), int(rows[at]), f"{reason}: give each one row"))
     if "available" in schema.names:
-        table = _agreed(table, first[which])
+        table = _agreed(table, first[id_codes])
     return LoadedTable(select(table, first), rejected, unread, dialect.units, dialect.ignored)
 
 
 def _agreed(items: pa.Table, first: npt.NDArray[np.int64]) -> pa.Table:
-    """The items, those not available whose row says something else about that than the first one of the same id."""
+    """Returns the items, with an item unavailable if its rows disagree on its availability.
+
+    A later row may be the correction of the first one, or its mistake: not to show the item is safe either way.
+    """
     disputed = np.zeros(items.num_rows, np.bool_)
     for name, absent in (("available", True), ("available_from", 0), ("available_until", 0)):
         values = pc.fill_null(items[name], absent).to_numpy()
@@ -448,7 +458,7 @@ def _agreed(items: pa.Table, first: npt.NDArray[np.int64]) -> pa.Table:
 
 
 def _strict(table: pa.Table, schema: pa.Schema, required: Required, name: str) -> pa.Table:
-    """A table that we made ourselves: a malformed row is an error."""
+    """Returns a table made by Penchant itself, in which a malformed row is an error."""
     loaded = conform(table, schema, required, name)
     if loaded.rejected:
         worst = loaded.rejected[0]
@@ -457,7 +467,7 @@ def _strict(table: pa.Table, schema: pa.Schema, required: Required, name: str) -
 
 
 def _without_empty(table: pa.Table) -> pa.Table:
-    """The table without optional columns that hold nothing."""
+    """Returns the table without optional columns that hold nothing."""
     return table.select([f.name for f in table.schema if not f.nullable or is_present(table[f.name])])
 
 
@@ -471,7 +481,7 @@ def _check_target(out: Path) -> None:
 
 
 def _replace(staging: Path, out: Path) -> None:
-    """Move a finished directory to its place; the old one, if any, goes only after."""
+    """Moves a finished directory to its place; the old one, if any, is removed only after it."""
     old = staging.with_suffix(".old")
     if out.exists():
         out.rename(old)

@@ -1,4 +1,8 @@
-"""How the writer of a table counted time and wrote lists, seen from all files before any of them is converted."""
+"""Finds the dialect of a table's writer, its units of time and form of lists, before any file is converted.
+
+A cell such as `a, b` or `1700000000` can mean two things; all cells of a column, in all files, seldom can. Deciding by
+file would read two files of one export differently.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class Dialect:
     Attributes:
         units: The unit of numbers that are times, a key of `features.tables.times.UNIT_WORDS` or `RELATIVE`; without
             the columns whose type or metadata says it.
-        styles: How lists are written that are one text.
+        styles: The form of lists that are written as one text.
         ignored: The columns of the files that no canonical column is made of, in the order of the files.
     """
 
@@ -33,13 +37,13 @@ def is_time(wanted: pa.Field) -> bool:  # type: ignore[type-arg]
     return b"unit" in (wanted.metadata or {})
 
 
-def is_marked(given: pa.Field) -> bool:  # type: ignore[type-arg]
-    """Returns True if a column says itself that it is in milliseconds."""
-    return (given.metadata or {}).get(b"unit") == b"ms"
+def is_marked(field: pa.Field) -> bool:  # type: ignore[type-arg]
+    """Returns True if the metadata of a column says milliseconds."""
+    return (field.metadata or {}).get(b"unit") == b"ms"
 
 
 class DialectSurvey:
-    """Gathers what decides the dialect of a table from its columns, file by file."""
+    """Gathers the evidence for the dialect of a table from its columns, file by file."""
 
     def __init__(self, schema: pa.Schema) -> None:
         """Takes the canonical schema."""
@@ -52,22 +56,22 @@ class DialectSurvey:
         """Notes columns of a file that no canonical column is made of; not the row numbers that pandas writes."""
         self._ignored.update(dict.fromkeys(name for name in names if not name.startswith("__index_level_")))
 
-    def asks(self, name: str, given: pa.Field) -> bool:  # type: ignore[type-arg]
+    def asks(self, name: str, origin: pa.Field) -> bool:  # type: ignore[type-arg]
         """Returns True if the values of a file's column for the canonical column `name` decide anything."""
-        dtype = plain(pa.array([], given.type)).type
+        dtype = plain(pa.array([], origin.type)).type
         if is_time(self._schema.field(name)):
-            return is_counted(dtype) and not is_marked(given)
+            return is_counted(dtype) and not is_marked(origin)
         return name == "categories" and is_text(dtype)
 
     def add(self, name: str, column: Array, source: str) -> None:
-        """Counts what a column of which `asks` is true holds in one file."""
+        """Counts the values, in one file, of a column of which `asks` is true."""
         if is_time(self._schema.field(name)):
             self._votes.setdefault(name, UnitVotes(name)).add(column, source)
         else:
             self._cells.setdefault(name, set()).update(distinct(plain(column)))
 
     def dialect(self) -> Dialect:
-        """The decisions.
+        """Returns the decisions.
 
         Raises:
             TablesError: The unit of a column of times cannot be told.

@@ -13,21 +13,21 @@ from features.clock import now_ms
 from features.tables.conform import Intake, Rejected
 
 SPARED = 0.01
-"""The share that some findings let pass whatever the limit of their check."""
+"""The share that some findings allow, whatever the limit of their check."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is checked.
+    """The tables that are checked, and their circumstances.
 
     Attributes:
         events: `EVENTS`, in the order in which they were written.
-        items: Ids of the catalogue's items; None where it is not known.
-        impressions: `IMPRESSIONS`; None where there are none.
+        items: Ids of the catalogue's items; None if it is not known.
+        impressions: `IMPRESSIONS`; None if there are none.
         rejected: Rows that are not in the tables because they are malformed.
         now_ms: The time now.
         intakes: The fate of the rows of each table, by its name, for the cells that could not be read.
-        empty: What is wrong with tables that are there and hold no row.
+        empty: Descriptions of the tables that exist and hold no row.
         place: Names an event by its row in `events`.
         warehouse: The folder, if it is a warehouse that a service writes.
         partitions: Partitions of the log of that warehouse.
@@ -47,17 +47,17 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of a check of the rows: how many of how many are wrong, the reason, and the remedy."""
+    """A result of a check: the number of wrong rows among those looked at, the description, and the remedy."""
 
     wrong: int
     of: int
     what: str
     remedy: str
     certain: bool = False
-    """Wrong whatever the share: one such finding says it of the whole."""
+    """True if the check fails whatever the share, because the finding is about the whole."""
     spared: float = 0.0
-    """The share that is let pass where the limit of the check is smaller."""
+    """The share that is allowed if the limit of the check is smaller."""
 
     def fails(self, limit: float) -> bool:
-        """True where more is wrong than is allowed."""
+        """Returns True if more is wrong than is allowed."""
         return self.certain or bool(self.of and self.wrong / self.of > max(limit, self.spared))

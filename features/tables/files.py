@@ -35,7 +35,7 @@ class TableFile:
     """One Parquet file of a table.
 
     Attributes:
-        path: Where it is.
+        path: Its path.
         partition: The columns that the names of its folders give, each with one value for all rows; None is NULL.
     """
 
@@ -43,7 +43,7 @@ class TableFile:
     partition: Mapping[str, str | None]
 
     def schema(self) -> pa.Schema:
-        """Its columns, those of its folders last.
+        """Returns its columns, those of its folders last.
 
         Raises:
             TablesError: It is not Parquet.
@@ -52,7 +52,7 @@ class TableFile:
             return self._with_folders(parquet.schema_arrow)
 
     def row_count(self) -> int:
-        """Number of its rows.
+        """Returns the number of its rows.
 
         Raises:
             TablesError: It is not Parquet.
@@ -101,8 +101,8 @@ class TableFile:
         if not (pa.types.is_string(values.type) or pa.types.is_integer(values.type)):
             return
         texts = pc.cast(values, pa.string())
-        other = texts.is_valid() if folder is None else pc.fill_null(pc.not_equal(texts, folder), True)
-        wrong = np.flatnonzero(to_mask(other))
+        differs = texts.is_valid() if folder is None else pc.fill_null(pc.not_equal(texts, folder), True)
+        wrong = np.flatnonzero(to_mask(differs))
         if wrong.size:
             row = int(wrong[0])
             raise TablesError(
@@ -143,7 +143,8 @@ def find_files(path: Path) -> list[TableFile]:
 
 
 def _walk(root: Path, below: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """The files below a folder, relative to the root; a link to one of the real folders `above` it is not entered."""
+    """Yields the files below a folder, relative to the root."""
+    # A link to one of the real folders `above` would lead round in a circle.
     folder = root / below
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -201,7 +202,7 @@ def _advice(file: Path) -> str:
 
 
 def _partition(name: Path) -> dict[str, str | None]:
-    """The columns in the names of a file's folders, as Hive writes them; the innermost folder wins."""
+    """Returns the columns in the names of a file's folders, as Hive writes them; the innermost folder wins."""
     columns: dict[str, str | None] = {}
     for part in name.parts[:-1]:
         key, equals, value = part.partition("=")
@@ -218,13 +219,13 @@ def table_path(data: Path, name: str) -> Path | None:
     """
     folder = Path(data)
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    own = [entry for entry in names if name in (entry.lower(), _stem(entry))]
-    if len(own) > 1:
-        raise TablesError(f"{folder} has {' and '.join(own)}, which both are the table {name}: keep one of them")
-    if own:
-        if not (folder / own[0]).exists():
-            raise TablesError(f"{folder / own[0]} is a link to nothing: remove it, or put the file back")
-        return folder / own[0]
+    entries = [entry for entry in names if name in (entry.lower(), _stem(entry))]
+    if len(entries) > 1:
+        raise TablesError(f"{folder} has {' and '.join(entries)}, which both are the table {name}: keep one of them")
+    if entries:
+        if not (folder / entries[0]).exists():
+            raise TablesError(f"{folder / entries[0]} is a link to nothing: remove it, or put the file back")
+        return folder / entries[0]
     foreign = [entry for entry in names if _is_foreign(entry) and entry.lower().split(".", 1)[0] == name]
     if foreign:
         raise TablesError(f"{folder / foreign[0]} is not Parquet: {_advice(folder / foreign[0])}")
@@ -232,6 +233,6 @@ def table_path(data: Path, name: str) -> Path | None:
 
 
 def _stem(entry: str) -> str:
-    """A name in small letters without its suffix; "" if it has another one or none."""
+    """Returns a name in small letters without its suffix; "" if it has another one or none."""
     stem, dot, suffix = entry.lower().rpartition(".")
     return stem if dot and f".{suffix}" in SUFFIXES else ""

@@ -1,4 +1,4 @@
-"""Tells what of a data set was left out, and refuses one of which too much was: the same in every command."""
+"""Reports the rows and cells of a data set that were left out, and refuses one with too many, in every command."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def admit(
     units: Mapping[str, str] | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
-    """Tells what was left out and how times were read, and refuses tables of which too much was left out.
+    """Reports rejected rows and the units of times, and refuses tables of which too many rows were rejected.
 
     Args:
         intakes: The fate of each table's rows, by the table's name.
         share: The share of a table's rows that may be rejected, 0 to 1.
-        allow: How to allow more, up to the number: "--set max_rejected_share=".
+        allow: The option that allows more, up to the number: "--set max_rejected_share=".
         units: Unit of the times of each column that did not name one, `TABLE.COLUMN`: unit.
-        stream: Where the lines go; None is stderr.
+        stream: The stream for the lines; None is stderr.
 
     Returns:
         See `summary`; with `time_units` where there are any.
@@ -62,7 +62,7 @@ def tell(intakes: Mapping[str, Intake], units: Mapping[str, str] | None = None, 
 
 
 def lines(intakes: Mapping[str, Intake], units: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Yields what `tell` prints."""
+    """Yields the lines that `tell` prints."""
     for name, intake in intakes.items():
         if intake.rejected:
             rows, count = _rows(intake), len(intake.rejected)
@@ -113,7 +113,7 @@ def require_few(intakes: Mapping[str, Intake], share: float, allow: str) -> None
 
 
 def summary(intakes: Mapping[str, Intake]) -> dict[str, Any]:
-    """Returns what was left out, for the answer of a command.
+    """Returns the rows and cells that were left out, for the result of a command.
 
     Returns:
         `rejected` (count of rows), `rejections` [{`table`, `file`, `row`, `reason`}] (the first few of each table),
@@ -146,7 +146,7 @@ def _rows(intake: Intake) -> int:
 
 
 def _by_column(intake: Intake) -> dict[str, list[Unread]]:
-    """The unread cells of each column, in the order of the files."""
+    """Returns the unread cells of each column, in the order of the files."""
     columns: dict[str, list[Unread]] = {}
     for cells in intake.unread:
         columns.setdefault(cells.column, []).append(cells)
@@ -163,5 +163,5 @@ def _percent(share: float) -> str:
 
 
 def _line(text: str) -> str:
-    """A text as one line, whatever a file's name or a cell holds."""
+    """Returns a text as one line, whatever a file's name or a cell holds."""
     return " ".join(text.splitlines())

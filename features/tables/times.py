@@ -1,8 +1,8 @@
-"""Times in every form that people write, as milliseconds since 1970 in UTC.
+"""Reads times in every usual form as milliseconds since 1970 in UTC.
 
-Arrow times and ISO text say what they mean. Numbers do not: their unit is told from all values of a column that can be
-a time of this age, in all files of the table (`UnitVotes`). 0, -1, dates such as 9999-12-31 and the limits of the
-integer types stand for "none" or "for ever" and tell nothing about the unit.
+Arrow times and ISO text carry their unit. Numbers do not: their unit is told from all values of a column that can be a
+time of this age (1995 to 2100), in all files of the table (`UnitVotes`). 0, -1, dates such as 9999-12-31 and the limits
+of the integer types stand for "none" or "for ever" and tell nothing about the unit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from features.errors import TablesError
 END_OF_TIME_MS = 4_102_444_800_000  # 2100-01-01: nothing happens at or after it, nor before 1970
 TIME_IS = "a time from 1970 up to 2100, in milliseconds or seconds UTC"
 
-_AGE_S = (788_918_400, END_OF_TIME_MS // 1000)  # 1995 up to 2100: where the unit of a number is told
+# 1995 up to 2100: the times of which a number tells its unit. Short enough that no number is in it in two units.
+_AGE_S = (788_918_400, END_OF_TIME_MS // 1000)
 _PER_SECOND = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}
 _DATE_DIGITS = {"yyyymmdd": (19_950_101, 21_000_101), "yyyymmddhhmmss": (19_950_101_000_000, 21_000_101_000_000)}
 _RANGES = {unit: (_AGE_S[0] * n, _AGE_S[1] * n) for unit, n in _PER_SECOND.items()} | _DATE_DIGITS
@@ -39,7 +40,8 @@ DECLARED = "declared milliseconds"
 """The unit of a column whose metadata says milliseconds: no value is doubted."""
 
 _LEAST_FAR = 21_000_101  # 2100-01-01 in digits
-_CLEAR = 2 / 3  # share of the values that must agree on a unit
+# Share of the values that must agree on a unit: a few slips cost their cells, a column of two units is refused.
+_CLEAR = 2 / 3
 _BIGGEST = 9.2e18  # from here on a number is the limit of int64, or beyond it
 _MOST = np.iinfo(np.int64).max
 _WHOLE_TEXT = r"^[+-]?\d{1,18}$|^[+-]?[1-8]\d{18}$"
@@ -61,14 +63,14 @@ class _ParsedNumbers:
     Attributes:
         whole: Whole numbers, at the limits of int64 where they do not fit; int64.
         floats: The same and the others; float64.
-        exact: Where `whole` holds the number.
-        given: Where there is a number.
+        exact: The rows whose number `whole` holds; bool.
+        present: The rows that hold a number; bool.
     """
 
     whole: _I64
     floats: _F64
     exact: Mask
-    given: Mask
+    present: Mask
 
 
 def is_counted(dtype: pa.DataType) -> bool:
@@ -79,20 +81,20 @@ def is_counted(dtype: pa.DataType) -> bool:
 def _numbers(column: Array) -> _ParsedNumbers:
     if is_text(column.type):
         return _numbers_of_text(column)
-    given = to_mask(column.is_valid())
+    present = to_mask(column.is_valid())
     if pa.types.is_floating(column.type):
         floats = _as_floats(column)
         whole = np.zeros(len(column), np.int64)
-        given &= ~np.isnan(floats)
-        return _ParsedNumbers(whole, np.where(given, floats, 0), np.zeros(len(column), bool), given)
+        present &= ~np.isnan(floats)
+        return _ParsedNumbers(whole, np.where(present, floats, 0), np.zeros(len(column), bool), present)
     if pa.types.is_decimal(column.type) and column.type.scale > 0:
         whole = np.zeros(len(column), np.int64)
-        return _ParsedNumbers(whole, _as_floats(column), np.zeros(len(column), bool), given)
+        return _ParsedNumbers(whole, _as_floats(column), np.zeros(len(column), bool), present)
     floats = _as_floats(column)
     fits = np.abs(floats) < _BIGGEST
     whole = pc.fill_null(pc.cast(only(column, fits), pa.int64()), 0).to_numpy(zero_copy_only=False)
     whole = np.where(fits, whole, np.where(floats > 0, _MOST, -_MOST))
-    return _ParsedNumbers(whole, floats, given, given)
+    return _ParsedNumbers(whole, floats, present, present)
 
 
 def _as_floats(column: Array) -> _F64:
@@ -103,14 +105,14 @@ def _as_floats(column: Array) -> _F64:
 def _numbers_of_text(column: Array) -> _ParsedNumbers:
     text, _, _ = trimmed(column)
     text = pc.replace_substring_regex(text, r"^\+", "")
-    given, exact = matches(text, _NUMBER_TEXT), matches(text, _WHOLE_TEXT)
+    present, exact = matches(text, _NUMBER_TEXT), matches(text, _WHOLE_TEXT)
     whole = pc.fill_null(pc.cast(only(text, exact), pa.int64()), 0).to_numpy(zero_copy_only=False)
-    return _ParsedNumbers(whole, _as_floats(pc.cast(only(text, given), pa.float64())), exact, given)
+    return _ParsedNumbers(whole, _as_floats(pc.cast(only(text, present), pa.float64())), exact, present)
 
 
 @dataclass
 class UnitVotes:
-    """The unit in which a column counts time, told by its values.
+    """The votes of a column's values for the unit in which it counts time.
 
     Attributes:
         name: The column.
@@ -126,7 +128,7 @@ class UnitVotes:
     def add(self, column: Array, source: str) -> None:
         """Counts the values of a column of numbers or text in one file."""
         numbers = _numbers(plain(column))
-        values = numbers.floats[numbers.given]
+        values = numbers.floats[numbers.present]
         values = values[(np.abs(values) < _BIGGEST) & (values > 0)]
         placed = np.zeros(values.size, bool)
         for unit, (low, high) in _RANGES.items():
@@ -137,15 +139,15 @@ class UnitVotes:
             if inside.any():
                 self.votes[unit] += int(np.count_nonzero(inside))
                 self._seen.setdefault(unit, f"{values[inside][0]:.0f} in {source}")
-        rest = values[~placed]
-        rest = rest[~_is_far(rest)]
-        self._small += int(np.count_nonzero(rest < _AGE_S[0]))
-        stray = rest[rest >= _AGE_S[0]]
+        outside = values[~placed]
+        outside = outside[~_is_far(outside)]
+        self._small += int(np.count_nonzero(outside < _AGE_S[0]))
+        stray = outside[outside >= _AGE_S[0]]
         if stray.size and not self._stray:
             self._stray = f"{stray[0]:.0f} in {source}"
 
     def unit(self) -> str | None:
-        """The unit; None if no value needs one.
+        """Returns the unit; None if no value needs one.
 
         Raises:
             TablesError: The values disagree, or none of them can be a time of this age in any unit.
@@ -154,11 +156,11 @@ class UnitVotes:
             unit, most = self.votes.most_common(1)[0]
             if most >= _CLEAR * self.votes.total():
                 return unit
-            told = ", ".join(
+            units = ", ".join(
                 f"{UNIT_WORDS[unit]} ({count}, such as {self._seen[unit]})" for unit, count in self.votes.items()
             )
             raise TablesError(
-                f"column {self.name} mixes times in {told}: write one unit, or better a column of type timestamp"
+                f"column {self.name} mixes times in {units}: write one unit, or better a column of type timestamp"
             )
         if self._stray:
             raise TablesError(
@@ -169,7 +171,8 @@ class UnitVotes:
 
 
 def _is_far(values: _F64) -> Mask:
-    """Where a number is a first or last day of a year from 2100 to 9999 in some unit: it stands for "for ever"."""
+    """Returns a mask of first and last days of a year from 2100 to 9999 in some unit, which stand for "for ever"."""
+    # Such a day may be off by a time zone (a quarter of an hour or more) or by the last second of the day before.
     far = np.zeros(values.size, bool)
     if not (values >= _LEAST_FAR).any():
         return far
@@ -190,7 +193,7 @@ def _is_far(values: _F64) -> Mask:
 
 
 def _of_digits(values: _I64) -> tuple[_I64, Mask]:
-    """Milliseconds of numbers whose digits spell a date or a time, and where they do."""
+    """Returns the milliseconds of numbers whose digits spell a date or a time, and a mask of those that do."""
     days, clock = np.where(values >= 10**8, values // 10**6, values), np.where(values >= 10**8, values % 10**6, 0)
     day, good = _days(days // 10_000, days // 100 % 100, days % 100)
     hour, minute, second = clock // 10_000, clock // 100 % 100, clock % 100
@@ -200,7 +203,7 @@ def _of_digits(values: _I64) -> tuple[_I64, Mask]:
 
 
 def _days(year: _I64, month: _I64, day: _I64) -> tuple[_I64, Mask]:
-    """Days since 1970 of dates in the Gregorian calendar, and where there is such a date."""
+    """Returns the days since 1970 of dates in the Gregorian calendar, and a mask of the dates that exist."""
     good = (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31) & (year >= 1) & (year <= 9999)
     months = ((np.where(good, year, 1970) - 1970) * 12 + np.where(good, month, 1) - 1).astype("M8[M]")
     days = months.astype("M8[D]") + (np.where(good, day, 1) - 1)
@@ -221,6 +224,7 @@ def read_times(column: Array, unit: str | None) -> Converted:
     Raises:
         Misfit: The type holds no times.
     """
+    # A column that declares milliseconds may hold 1970; in another one, such a number is in a wrong unit.
     doubted = unit != DECLARED
     unit = unit if doubted else "ms"
     present = to_mask(column.is_valid())
@@ -230,21 +234,10 @@ def read_times(column: Array, unit: str | None) -> Converted:
         values, good, dated = _typed(column), present, present
         should = "a time from 1970 up to 2100"
     elif is_counted(column.type):
-        numbers = _numbers(column)
-        values, good = _in_unit(numbers, unit, doubted)
-        values = np.where(far := _for_ever(numbers, unit), END_OF_TIME_MS, values)
-        good = good | far
+        values, good, dated, missing = _counted_times(column, unit, doubted)
+        present &= ~missing
         if is_text(column.type):
             should += ", or in ISO 8601, such as 2024-01-31T10:00:00Z"
-            text, empty, _ = trimmed(column)
-            spelt, is_iso = _iso(only(text, ~numbers.given))
-            dated = is_iso
-            for_ever = matches(text, r"(?i)^\+?inf(inity)?$")  # as Postgres writes it
-            values = np.where(for_ever, END_OF_TIME_MS, np.where(is_iso, spelt, values))
-            good = good | is_iso | for_ever
-            present &= ~empty
-        elif pa.types.is_floating(column.type):
-            present &= ~to_mask(pc.is_nan(column))
     elif pa.types.is_null(column.type):
         values, good = np.zeros(len(column), np.int64), present
     else:
@@ -255,8 +248,24 @@ def read_times(column: Array, unit: str | None) -> Converted:
     return Converted(pa.array(np.where(good, values, 0), mask=~good), present & ~good & ~late, should, late, early)
 
 
+def _counted_times(column: Array, unit: str | None, doubted: bool) -> tuple[_I64, Mask, Mask, Mask]:
+    """Returns the milliseconds of numbers or text, and masks of the cells read, of dates, and of missing cells."""
+    numbers = _numbers(column)
+    values, good = _in_unit(numbers, unit, doubted)
+    values = np.where(far := _for_ever(numbers, unit), END_OF_TIME_MS, values)
+    good = good | far
+    if not is_text(column.type):
+        missing = to_mask(pc.is_nan(column)) if pa.types.is_floating(column.type) else np.zeros(len(column), bool)
+        return values, good, np.zeros(len(column), bool), missing
+    text, empty, _ = trimmed(column)
+    iso_values, is_iso = _iso(only(text, ~numbers.present))
+    infinite = matches(text, r"(?i)^\+?inf(inity)?$")  # as Postgres writes it
+    values = np.where(infinite, END_OF_TIME_MS, np.where(is_iso, iso_values, values))
+    return values, good | is_iso | infinite, is_iso, empty
+
+
 def _typed(column: Array) -> _I64:
-    """Arrow dates and timestamps, with a zone or without, which is UTC; what leaves int64 is at its limits."""
+    """Returns Arrow dates and timestamps, UTC if they have no zone; times beyond int64 are at its limits."""
     dtype = column.type
     per_second = 1 if pa.types.is_date(dtype) else _PER_SECOND[dtype.unit]
     if pa.types.is_date32(dtype):
@@ -275,44 +284,44 @@ def _scaled(whole: _I64, per_second: int) -> _I64:
 
 
 def _in_unit(numbers: _ParsedNumbers, unit: str | None, doubted: bool) -> tuple[_I64, Mask]:
-    """Milliseconds of numbers in a unit, and where they are none that another unit explains better."""
+    """Returns the milliseconds of numbers in a unit, and a mask without those that another unit explains better."""
     unit = unit or RELATIVE
     if unit in _DATE_DIGITS:
         whole = np.where(numbers.exact, numbers.whole, np.clip(numbers.floats, -1e15, 1e15).astype(np.int64))
         values, good = _of_digits(whole)
         good &= numbers.exact | (numbers.floats == np.floor(numbers.floats))
-        return np.where(whole == 0, 0, values), numbers.given & (good | (whole == 0))
+        return np.where(whole == 0, 0, values), numbers.present & (good | (whole == 0))
     per_second = 1 if unit == RELATIVE else _PER_SECOND[unit]
     limit = _MOST // 1000 if per_second == 1 else _MOST
     floats = numbers.floats * (1000 / per_second)
-    # Seconds have a fraction that binary floats do not hold exactly; finer units are cut off as integers are.
+    # Seconds have a fraction that binary floats do not hold exactly; finer units are cut off, as integers are.
     floats = np.rint(floats) if per_second == 1 else np.floor(floats)
     rounded = np.clip(floats, -float(limit), _BIGGEST).astype(np.int64)
     values = np.where(numbers.exact, _scaled(numbers.whole, per_second), rounded)
     odd = (values >= END_OF_TIME_MS) | (doubted & (values < _AGE_S[0] * 1000))
     if not odd.any():
-        return values, numbers.given
+        return values, numbers.present
     foreign = np.zeros(values.size, bool)
-    for other, (low, high) in _RANGES.items():
-        if other != unit and other not in _DATE_DIGITS:
-            # Before 1995 or beyond the end of time in this unit, and a time of this age in another one: a slip.
+    for other_unit, (low, high) in _RANGES.items():
+        if other_unit != unit and other_unit not in _DATE_DIGITS:
+            # Before 1995 or after 2100 in this unit, and a time of this age in another: a slip of one cell, not a time.
             foreign |= (numbers.floats >= low) & (numbers.floats < high)
-    return values, numbers.given & ~(odd & foreign)
+    return values, numbers.present & ~(odd & foreign)
 
 
 def _for_ever(numbers: _ParsedNumbers, unit: str | None) -> Mask:
-    """Where a number stands for "for ever" in whatever unit, and not for a time of this age in the column's own."""
+    """Returns a mask of numbers that mean "for ever" in some unit, and no time of this age in the column's own."""
     if unit == RELATIVE:
-        return np.zeros(numbers.given.size, bool)
+        return np.zeros(numbers.present.size, bool)
     low, high = _RANGES.get(str(unit), (0, 0))
-    far = numbers.given & (numbers.floats >= _LEAST_FAR) & ~((numbers.floats >= low) & (numbers.floats < high))
+    far = numbers.present & (numbers.floats >= _LEAST_FAR) & ~((numbers.floats >= low) & (numbers.floats < high))
     if far.any():
         far[far] = _is_far(numbers.floats[far])
     return far
 
 
 def _iso(text: Array) -> tuple[_I64, Mask]:
-    """Milliseconds of times in ISO 8601 and its neighbours, and where a text is one; without an offset it is UTC."""
+    """Returns the milliseconds of texts in ISO 8601 and like forms, UTC without an offset, and a mask of them."""
     parts = pc.extract_regex(text, pattern=_ISO)
     good = to_mask(parts.is_valid())
     if not good.any():

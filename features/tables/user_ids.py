@@ -62,7 +62,7 @@ _WHOLE_LINE = "\x1f"
 """A delimiter that no id may hold, so that a line is one field."""
 
 Entries = Iterator[tuple[int, Any]]
-"""Where an id stands (a line counted from 1, an entry or a row from 0), and the id; None where it is missing."""
+"""The place of an id (a line counted from 1, an entry or a row from 0), and the id; None if it is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class UserIds:
     Attributes:
         ids: Their ids.
         intake: The fate of the file's rows: those without an id are rejected.
-        note: How the ids were read, where that has to be told.
+        note: A remark on the reading of ids, "" if none is needed.
     """
 
     ids: list[str]
@@ -80,7 +80,7 @@ class UserIds:
     note: str = ""
 
     def tell(self) -> None:
-        """Prints on stderr what was left out and how ids were read."""
+        """Prints on stderr the rows that were left out, and the note."""
         tell({"users": self.intake})
         if self.note:
             print(self.note, file=sys.stderr)
@@ -90,7 +90,7 @@ def read_user_ids(path: Path) -> list[str]:
     """Reads the ids of a file of users, each once, in the order of the file; tells on stderr of rows without one.
 
     Raises:
-        TablesError: The file cannot be read or names no user; the message names the line, and what would be right.
+        TablesError: The file cannot be read or names no user; the message names the line and the right form.
     """
     users = read_users(path)
     users.tell()
@@ -123,7 +123,7 @@ def _head(path: Path) -> bytes:
 
 
 def _of_parquet(path: Path) -> UserIds:
-    """The column as a data set reads it; a row that holds no id is left out only where it holds nothing."""
+    """Reads the column as a data set reads it; of rows without an id, only empty ones are left out."""
     # In a tuple, so that a user who is named twice is no defect.
     loaded = read_table(path, _COLUMN, (("user_id",),))
     for row in loaded.rejected:
@@ -140,14 +140,14 @@ def _of_parquet(path: Path) -> UserIds:
 def _of_text(path: Path) -> UserIds:
     text, suffix = _decoded(path), path.suffix.lower()
     if suffix == ".json":
-        place, found = _of_json(path, text)
+        place, entries = _of_json(path, text)
     elif suffix in _JSON:
-        place, found = "line", _of_lines(path, text)
+        place, entries = "line", _of_lines(path, text)
     else:
-        place, found = "line", _of_csv(path, text, suffix)
+        place, entries = "line", _of_csv(path, text, suffix)
     ids: dict[str, None] = {}
     kept, missing = 0, []
-    for at, value in found:
+    for at, value in entries:
         name = _id_of(value)
         if name is None:
             _refuse(path, place, at, f"{_shown(value)} is no id: an id is text, or a whole number")
@@ -171,7 +171,7 @@ def _decoded(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise TablesError(f"{path} cannot be read: {error.strerror}") from error
-    foreign = next((what for mark, what in _FOREIGN.items() if raw.startswith(mark)), None)
+    foreign = next((reason for mark, reason in _FOREIGN.items() if raw.startswith(mark)), None)
     if foreign:
         raise TablesError(f"{path} is {foreign}")
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
@@ -185,7 +185,7 @@ def _decoded(path: Path) -> str:
 
 
 def _of_csv(path: Path, text: str, suffix: str) -> Entries:
-    """The ids of lines; what separates fields is told by the header, for one column needs nothing."""
+    """Yields the ids of lines; only a header tells the separator of fields, because one column needs none."""
     delimiter, column = _layout(text, suffix)
     width, header = 0, column is not None
     for line, fields in _records(path, text, delimiter):
@@ -203,7 +203,7 @@ def _of_csv(path: Path, text: str, suffix: str) -> Entries:
 
 
 def _layout(text: str, suffix: str) -> tuple[str, int | None]:
-    """Returns the separator of fields and the place of `user_id` in the header; None where there is no header."""
+    """Returns the separator of fields and the place of `user_id` in the header; None if there is no header."""
     first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "").rstrip("\n")
     usual = {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(suffix)
     if len(first) > csv.field_size_limit() or bare_name(first) == "userid":
@@ -216,7 +216,7 @@ def _layout(text: str, suffix: str) -> tuple[str, int | None]:
 
 
 def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV, each with the line on which it begins, counted from 1."""
+    """Yields the records of a CSV, each with the line on which it begins, counted from 1."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -243,7 +243,7 @@ def _parsed(path: Path, content: str, line: int) -> Any:
 
 
 def _of_json(path: Path, text: str) -> tuple[str, Entries]:
-    """The ids of one document, or of one a line, as many tools write under this name; and how these are counted."""
+    """Returns the unit of places, and the ids of one document, or of one a line, as many tools name such a file."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -261,36 +261,38 @@ def _listed(path: Path, content: Any) -> Iterable[Any]:
     if isinstance(content, list):
         return content
     if isinstance(content, dict):
-        lists = {bare_name(name): held for name, held in content.items() if isinstance(held, list | dict)}
-        known = [name for name in _LISTS if name in lists]
-        if len(known) == 1 or len(lists) == 1:
-            held = lists[known[0]] if known else next(iter(lists.values()))
+        lists = {bare_name(name): value for name, value in content.items() if isinstance(value, list | dict)}
+        named_lists = [name for name in _LISTS if name in lists]
+        if len(named_lists) == 1 or len(lists) == 1:
+            value = lists[named_lists[0]] if named_lists else next(iter(lists.values()))
             # Columns as pandas writes them: {"user_id": {"0": "p1", ...}}
-            return held.values() if isinstance(held, dict) and known[:1] == ["userid"] else _list_of(path, held)
+            return (
+                value.values() if isinstance(value, dict) and named_lists[:1] == ["userid"] else _list_of(path, value)
+            )
         if "userid" in map(bare_name, content):
             return [content]
     raise TablesError(f"{path} is not a list of users: give a list of ids, or of objects with user_id")
 
 
-def _list_of(path: Path, held: Any) -> list[Any]:
-    if isinstance(held, list):
-        return held
+def _list_of(path: Path, content: Any) -> list[Any]:
+    if isinstance(content, list):
+        return content
     raise TablesError(f"{path} is not a list of users: give a list of ids, or of objects with user_id")
 
 
 def _of_entry(path: Path, place: str, at: int, entry: Any) -> Any:
-    """The id of an object, or the id itself."""
+    """Returns the id of an object, or the id itself."""
     if not isinstance(entry, dict):
         return entry
     names = [name for name in entry if bare_name(name) == "userid"]
     if len(names) != 1:
-        what = f"{names} all mean user_id: keep one" if names else f"no user_id among {list(entry)[:5]}"
-        _refuse(path, place, at, what)
+        fault = f"{names} all mean user_id: keep one" if names else f"no user_id among {list(entry)[:5]}"
+        _refuse(path, place, at, fault)
     return entry[names[0]]
 
 
 def _id_of(value: Any) -> str | None:
-    """An id as a data set writes the same value, "" for one that is missing, None for what is no id."""
+    """Returns an id as a data set writes the same value, "" if it is missing, None if the value is no id."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
@@ -303,7 +305,7 @@ def _id_of(value: Any) -> str | None:
 
 
 def _trouble(name: str, text: bool = False) -> str:
-    """Returns what is wrong with an id, "" where nothing is; a control character in a text shows another format."""
+    """Returns the fault of an id, "" if it has none; a control character in a text shows another format."""
     size = len(name.encode(errors="surrogatepass"))
     if size > MOST_ID_BYTES:
         return f"an id of {size} bytes, at most {MOST_ID_BYTES} are taken: name users by a shorter id"
@@ -319,5 +321,5 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _refuse(path: Path, place: str, at: int, what: str) -> NoReturn:
-    raise TablesError(f"{path} {place} {at}: {what}")
+def _refuse(path: Path, place: str, at: int, fault: str) -> NoReturn:
+    raise TablesError(f"{path} {place} {at}: {fault}")

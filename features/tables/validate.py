@@ -225,7 +225,7 @@ def _types(evidence: Evidence) -> Iterator[Finding]:
     names, type_codes = codes(evidence.events["event_type"])
     for number, name in enumerate(names):
         # A product may call a type of its own "click"; a name for a showing, and another spelling, is a mistake.
-        if hint(name, known=names):
+        if hint(name, own_types=names):
             count = int(np.count_nonzero(type_codes == number))
             yield Finding(count, rows, f"{count} events of type {name!r}", f"call them {meaning(name)!r}")
 

@@ -12,7 +12,7 @@ from features.tables.clock import AHEAD_MS, is_ahead, iso_time, newest_moment
 from features.tables.evidence import SPARED, Evidence, Finding
 
 SKEW_MS = 5 * 60_000
-"""Median distance of the clocks of callers and log from which on they are not the same clock."""
+"""Median distance of the clocks of callers and log above which they are not the same clock."""
 
 _HALF_HOUR_MS = 30 * 60_000  # time zones differ by whole ones
 _OLDEST_MS = 631_152_000_000  # 1990: what is older was counted in another unit
@@ -48,7 +48,7 @@ def clock_skew(evidence: Evidence) -> Iterator[Finding]:
         side = "behind" if middle > 0 else "ahead of"
         what = f"the events' times are {hours:.1f} hours {side} the clock of the log, in the median"
         yield Finding(of, of, what, "send UTC, not local time, and send events as they happen", certain=True)
-    # Who is late for another reason is late by any time: of those, one in fifteen would be so close to half an hour.
+    # Events that are late for another reason are late by any time: one in fifteen of them is so close to half an hour.
     late = np.abs(lag) >= _HALF_HOUR_MS - AHEAD_MS
     zoned = late & (np.abs((lag + _HALF_HOUR_MS // 2) % _HALF_HOUR_MS - _HALF_HOUR_MS // 2) < AHEAD_MS)
     wrong = int(np.count_nonzero(zoned))

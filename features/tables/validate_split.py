@@ -1,6 +1,6 @@
-"""Tells if a warehouse holds all that its log gave out, or if another folder has a part of it.
+"""Checks if a warehouse holds all that its log gave out, or if another folder has a part of it.
 
-Two signs are looked for: the spans that the warehouse itself noted (`features.spans`), and, also in one that noted
+There are two signs: a hole in the spans that the warehouse itself noted (`features.spans`), and, also in one that noted
 nothing, a partition that is silent while so many users of the others are active that chance cannot be the reason.
 """
 

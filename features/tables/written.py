@@ -1,6 +1,7 @@
-"""Prices, lists and maps that were written as one text each.
+"""Reads prices, lists and maps that were written as one text each.
 
-A text is read where it can mean one thing only. What can mean two, such as the price `1,299`, is not read.
+A text is read if it can mean one thing only. One that can mean two, such as the price `1,299`, is not read, because a
+wrong number is worse than a missing one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _AND = re.compile(r"(&|\b(and|und|et|y|e|og|och|en)\b)")
 
 
 def prices(text: Array) -> tuple[Array, Mask]:
-    """The amounts of texts that are one price, NULL elsewhere, and where they are: `$12.99`, `1,299.00`, `12,99 €`.
+    """Returns the amounts of texts that are one price, and a mask of these texts: `$12.99`, `1,299.00`, `12,99 €`.
 
     Not read are more or less than one amount (`from 14.99`), and a last group of three digits that may be thousands or
     a fraction: `1,299`, and `1.299` where a currency stands with it, for alone it is a number as programs write it.
@@ -59,11 +60,11 @@ def prices(text: Array) -> tuple[Array, Mask]:
 
 @dataclass
 class ListStyle:
-    """How a column writes its lists of texts into one text, seen from all its cells.
+    """The form in which a column writes lists of texts as one text, seen from all its cells.
 
     Attributes:
         sign: "|" or ";" where some cell holds it, the former first; else ",".
-        parts: What stands between commas, by the number of different cells it stands in.
+        parts: The texts between commas, with the number of different cells that have them.
     """
 
     sign: str = ","
@@ -71,13 +72,13 @@ class ListStyle:
 
     @classmethod
     def of(cls, cells: Iterable[str]) -> ListStyle:
-        """The style of a column with these different cells."""
+        """Returns the style of a column with these different cells."""
         loose = [cell for cell in cells if not _is_bracketed(cell)]
         sign = next((sign for sign in "|;" if any(sign in cell for cell in loose)), ",")
         return cls(sign, Counter(part for cell in loose for part in set(_cut(cell, ","))) if sign == "," else Counter())
 
     def split(self, cell: str) -> list[str]:
-        """The texts of one cell.
+        """Returns the texts of one cell.
 
         Between commas, a last text with "and" in it ends one name (`Health, Beauty & Care`), unless another cell shares
         some of the texts.
@@ -89,24 +90,24 @@ class ListStyle:
 
 
 def distinct(column: Array) -> set[str]:
-    """The different texts of a column, without white space around them."""
+    """Returns the different texts of a column, without white space around them."""
     return {cell for cell in pc.unique(trimmed(column)[0]).to_pylist() if cell and cell not in MISSING_WORDS}
 
 
 def lists(column: Array, style: ListStyle | None) -> tuple[Array, Mask]:
-    """Lists of texts, NULL for an empty cell or one that cannot be read, and where it cannot.
+    """Returns lists of texts, NULL for an empty cell or one that cannot be read, and a mask of the latter.
 
     An array in JSON, Python or Postgres wins over signs between texts; entries are trimmed, empty ones are left out.
 
     Args:
         column: Texts.
-        style: How the cells without brackets are split; None takes such a cell for a list of one.
+        style: The style by which cells without brackets are split; None takes such a cell for a list of one.
     """
     return _by_cell(column, lambda cell: _list(cell, style), pa.list_(pa.string()))
 
 
 def maps(column: Array) -> tuple[Array, Mask]:
-    """Maps from text to text written as JSON objects, NULL for an empty cell or one that cannot be read, and where."""
+    """Returns maps written as JSON objects, NULL for an empty cell or one that cannot be read; a mask of the latter."""
     return _by_cell(column, _map, pa.map_(pa.string(), pa.string()))
 
 
@@ -115,8 +116,8 @@ def _by_cell(column: Array, read: Callable[[str], Any], dtype: pa.DataType) -> t
     text, empty, broken = trimmed(column)
     empty |= to_mask(pc.is_in(text, value_set=pa.array(MISSING_WORDS)))
     encoded = only(text, ~empty).dictionary_encode()
-    known = [read(cell) for cell in encoded.dictionary.to_pylist()]
-    values = pa.array(known, dtype).take(encoded.indices)
+    distinct_values = [read(cell) for cell in encoded.dictionary.to_pylist()]
+    values = pa.array(distinct_values, dtype).take(encoded.indices)
     return values, broken | (to_mask(text.is_valid()) & ~empty & to_mask(values.is_null()))
 
 
@@ -177,7 +178,7 @@ def _map(cell: str) -> list[tuple[str, str]] | None:
 
 
 def as_bools(text: Array) -> Array:
-    """Booleans of the words people write for them, NULL elsewhere."""
+    """Returns the booleans of the usual words for them, NULL elsewhere."""
     lower = pc.replace_substring_regex(pc.utf8_lower(text), r"^https?://schema\.org/", "")
     lower = pc.replace_substring_regex(lower, r"[\s_-]+", " ")
     true, false = (pc.is_in(lower, value_set=pa.array(words)) for words in (_TRUE, _FALSE))

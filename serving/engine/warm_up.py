@@ -16,6 +16,7 @@ from features.keys import event_type_key, item_key
 from features.profile import RING, Profile, empty
 from features.profile_codec import decode, encode
 from features.records import pack_record
+from features.subjects import known
 from features.transforms import ItemInputShapes, item_inputs, item_text
 from serving.bundle.model import Model, ModelError
 from serving.observability.telemetry import Telemetry
@@ -81,7 +82,7 @@ def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_ty
 def _request(method: str, catalog: Catalog, rows: Rows, explain: bool) -> Request:
     return Request(
         request_id="warm",
-        subject="u:warm",
+        subject=known("warm"),
         now_ms=now_ms(),
         deadline=time.monotonic() + _PATIENCE_S,
         page_size=_ITEMS,

@@ -33,7 +33,7 @@ from serving.engine.pipelines import Dependencies
 from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ResourceExhausted
 from serving.experiments import Holdout
 from serving.jobs.batch_log import RUN, SlateFile, deliver, finish
-from serving.jobs.hosts import register_made
+from serving.jobs.copies import register_made
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.request import Request
 from serving.pipeline.results import Slate

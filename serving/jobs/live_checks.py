@@ -1,4 +1,4 @@
-"""The checks of a data set, made on what a running service has just logged."""
+"""The checks of a data set, made on the newest entries of a running service's log."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def validate_live(
         items = None if bundle is None else _items(CatalogLog(client), bundle)
         now_ms = log.now_ms()
     events, _, damaged = event_tables(entries)
-    shown, damaged_slates = impression_table(slates)
+    impression_rows, damaged_slates = impression_table(slates)
     loaded = conform(events, EVENTS, EVENTS_REQUIRED, "the event log")
-    impressions = conform(shown, IMPRESSIONS, IMPRESSIONS_REQUIRED, "the impression log")
+    impressions = conform(impression_rows, IMPRESSIONS, IMPRESSIONS_REQUIRED, "the impression log")
     evidence = Evidence(
         loaded.table, items, impressions.table, [*loaded.rejected, *impressions.rejected], now_ms=now_ms
     )

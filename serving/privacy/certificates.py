@@ -82,7 +82,7 @@ class Remainder:
 
     @property
     def advice(self) -> str:
-        """What it holds, and what to do about it."""
+        """Advice: the data of users in it, and how to deal with them."""
         return ADVICE[self.kind]
 
 
@@ -174,6 +174,7 @@ class Certificates:
         self.remember([erasure])
         groups = self._log.group_names(self._log.keys[erasure.partition].events)
         receipts = [Receipt(store, entries, now) for store, entries in counts.items()]
+        # The group of the profiles keeps no copy of its own: the profile stores have receipts.
         receipts += [Receipt(group, 0, 0) for group in groups if group != PROFILES_GROUP]
         registered = self.registry.copies()
         copies = tuple(_copy_receipt(copy, now, profiles) for copy in registered if copy.kind in ERASED_FROM)
@@ -241,6 +242,7 @@ class Certificates:
         now = now_ms()
         for receipt in certificate.stores:
             if receipt.store in stores:
+                # A store that erased at once keeps that date.
                 dates = f"{receipt.entries} {receipt.erased_at or now} {now}"
                 self._stored.set_field(certificate.certificate_id, f"store:{receipt.store}", dates)
         self._settle(certificate)
@@ -282,6 +284,7 @@ class Certificates:
 
     def _settle(self, certificate: Certificate) -> None:
         """Removes a certificate from those that are waited for, if it is complete now."""
+        # Read again, because other hosts date their copies at the same time.
         if self.get(certificate.certificate_id).complete:
             self._stored.close(certificate.certificate_id)
 

@@ -82,11 +82,12 @@ def to_profile(stored: Sequence[StoredControl]) -> bytes:
     dials = [
         (control.dial, item_key(control.name), control.value) for control in stored if isinstance(control, DialControl)
     ]
+    # A shared arm takes the form of a control too, so that one list holds all of a user.
     arms = [controls.arm_control(control.seed) for control in stored if isinstance(control, SharedArm)]
     return controls.encode(np.concatenate([np.array(blocks, CONTROL), controls.dial_controls(dials), *arms]))
 
 
-def join_controls(known: Sequence[UserControl], anonymous: Sequence[UserControl], now_ms: int) -> list[UserControl]:
+def join_controls(user: Sequence[UserControl], anonymous: Sequence[UserControl], now_ms: int) -> list[UserControl]:
     """Returns the controls of a known and of an anonymous user as those of one user.
 
     Blocks that have ended are left out. Of two ends of one block the later holds, of two settings of one dial the known
@@ -94,17 +95,18 @@ def join_controls(known: Sequence[UserControl], anonymous: Sequence[UserControl]
     room, the last are left out.
     """
     ends: dict[tuple[ControlKind, str], int] = {}
-    for control in (*known, *anonymous):
+    for control in (*user, *anonymous):
+        # A block without an end counts as the latest of all.
         if isinstance(control, BlockControl) and not 0 < control.until <= now_ms:
             target = (control.kind, control.name)
             ends[target] = max(ends.get(target, 0), control.until or controls.FOR_EVER)
     blocks = [BlockControl(*target, 0 if end == controls.FOR_EVER else end) for target, end in ends.items()]
     # The known user's come last, so that theirs hold.
-    dials = {_target(control): control for control in (*anonymous, *known) if isinstance(control, DialControl)}
-    known_targets = {_target(control) for control in known}
+    dials = {_target(control): control for control in (*anonymous, *user) if isinstance(control, DialControl)}
+    user_targets = {_target(control) for control in user}
     return sorted(
         [*blocks, *dials.values()],
-        key=lambda control: (_target(control) not in known_targets, isinstance(control, DialControl)),
+        key=lambda control: (_target(control) not in user_targets, isinstance(control, DialControl)),
     )
 
 

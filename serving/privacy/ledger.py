@@ -66,6 +66,7 @@ class Ledger:
             with open_private(self._path, "ab", buffering=0) as sink:
                 sink.write(lines)
                 os.fsync(sink.fileno())
+            # A new file is on disk only once its directory is.
             if new:
                 sync(self._path.parent)
         except (OSError, ForeignFileError) as error:

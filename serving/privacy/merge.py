@@ -27,7 +27,7 @@ _PROFILE_FIELDS = frozenset({"profile_version", "features", "encoder_digest"})
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What moved from one identity to the other.
+    """The result of a merge.
 
     Attributes:
         events: Number of events that belong to the known user now, those of an earlier attempt included.
@@ -52,16 +52,16 @@ class MergeResult:
 class IdentityMerge:
     """Moves what an anonymous user did, set and saw to a known user."""
 
-    def __init__(self, log: EventLog, store: ProfileStore, anonymous: str, known: str) -> None:
+    def __init__(self, log: EventLog, store: ProfileStore, anonymous: str, user: str) -> None:
         """Takes the stores and the two users.
 
         Args:
             log: The event log.
             store: The profiles.
             anonymous: Key of the anonymous user.
-            known: Key of the known user.
+            user: Key of the known user.
         """
-        self._log, self._store, self._anonymous, self._known = log, store, anonymous, known
+        self._log, self._store, self._anonymous, self._user = log, store, anonymous, user
         self._marks = MarkWriter(log, store)
 
     def run(self) -> MergeResult:
@@ -75,17 +75,19 @@ class IdentityMerge:
         """
         purposes = self._require_consent()
         anonymous_count, anonymous_damaged = _profile_size(self._store, self._anonymous)
-        _, known_damaged = _profile_size(self._store, self._known)
+        _, known_damaged = _profile_size(self._store, self._user)
         log_erasure = LogErasure(self._log)
         for _ in range(_ATTEMPTS):
+            # Read before the history: whatever comes after it makes `start_afresh` refuse.
             newest = log_erasure.newest_of(self._anonymous)
             result = self._copy(anonymous_count)
             erased = log_erasure.start_afresh(self._anonymous, newest)
             if erased:
+                # The log id of the mark: events of before it that are still on their way are refused.
                 self._store.erase(self._anonymous, erased.log_id)
                 if Purpose.MEASURE in purposes:
                     # One device asks with either id: both get the answers of one arm.
-                    self._marks.write(self._anonymous, controls=[SharedArm(seed_of(self._known))])
+                    self._marks.write(self._anonymous, controls=[SharedArm(seed_of(self._user))])
                 return replace(result, damaged=anonymous_damaged or known_damaged)
             # The user has done more meanwhile. What was copied keeps its event ids: a second copy adds nothing.
         raise Unavailable("the anonymous user sends events all the time; repeat the merge", retry_after_ms=1000)
@@ -96,9 +98,9 @@ class IdentityMerge:
         Raises:
             FailedPrecondition: It is not.
         """
-        consents = UserStatements(self._log).consents([self._anonymous, self._known])
-        anonymous, known = (consent.purposes for consent in consents)
-        missing = Purpose(known & ~int(anonymous) & int(EVERY_PURPOSE))
+        consents = UserStatements(self._log).consents([self._anonymous, self._user])
+        anonymous, user = (consent.purposes for consent in consents)
+        missing = Purpose(user & ~int(anonymous) & int(EVERY_PURPOSE))
         if missing:
             raise FailedPrecondition(
                 "the anonymous user does not allow all that the known user does; set the consent of the anonymous "
@@ -112,6 +114,7 @@ class IdentityMerge:
         for entries in self._log.history(self._anonymous):
             for appended in self._copy_events(entries):
                 if isinstance(appended.error, FailedPrecondition):
+                    # The known user erased themselves after this event; it must not come back by a merge.
                     refused += 1
                 elif appended.error:
                     raise appended.error
@@ -124,18 +127,17 @@ class IdentityMerge:
     def _copy_events(self, entries: Sequence[Entry]) -> list[Appended]:
         """Appends events to the log as the known user's, and applies them to the profile."""
         events = [
-            LoggedEvent(
-                self._known, entry.event_id, entry.record, reassigned(entry.payload, self._known), entry.personal
-            )
+            LoggedEvent(self._user, entry.event_id, entry.record, reassigned(entry.payload, self._user), entry.personal)
             for entry in entries
         ]
         results = self._log.append(events)
+        # The whole batch is one user's: consent that is missing for one event is missing for all.
         refusal = next((result.error for result in results if isinstance(result.error, ConsentWithheld)), None)
         if refusal:
             raise refusal
         records = [(result.log_id, result.record) for result in results if result.record and result.personal]
         try:
-            self._store.apply(self._known, records)
+            self._store.apply(self._user, records)
         except PenchantError:  # they are in the log, from which the projector applies them later
             return results
         return results
@@ -146,13 +148,13 @@ class IdentityMerge:
         They were shown in the arm of the anonymous user, so a comparison of arms must be able to tell them apart. What
         an earlier attempt has appended is not appended again: slates have no id by which the log would know them.
         """
-        present = {entry.payload for entry in self._impressions(self._known)}
+        present = {entry.payload for entry in self._impressions(self._user)}
         moved = 0
         for entries in self._log.history(self._anonymous, impressions=True):
-            payloads = [reassigned(entry.payload, self._known, _PROFILE_FIELDS, merged=True) for entry in entries]
+            payloads = [reassigned(entry.payload, self._user, _PROFILE_FIELDS, merged=True) for entry in entries]
             self._log.append_impressions(
                 [
-                    LoggedImpression(self._known, int(decode(payload)["timestamp"]), payload)
+                    LoggedImpression(self._user, int(decode(payload)["timestamp"]), payload)
                     for payload in payloads
                     if payload not in present
                 ]
@@ -172,12 +174,13 @@ class IdentityMerge:
         Returns:
             The number of controls that had no room.
         """
-        anonymous, known = self._controls(self._anonymous), self._controls(self._known)
-        [consent] = UserStatements(self._log).consents([self._known])
+        anonymous, user = self._controls(self._anonymous), self._controls(self._user)
+        [consent] = UserStatements(self._log).consents([self._user])
         if not anonymous or Purpose.PERSONALISE not in consent.purposes:
             return 0
-        joined = join_controls(known, anonymous, now_ms())
-        self._marks.write(self._known, controls=joined[:MAX_CONTROLS])
+        # The controls of both may be more than a user can have.
+        joined = join_controls(user, anonymous, now_ms())
+        self._marks.write(self._user, controls=joined[:MAX_CONTROLS])
         return max(0, len(joined) - MAX_CONTROLS)
 
     def _controls(self, subject: str) -> list[UserControl]:

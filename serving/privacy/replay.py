@@ -49,11 +49,13 @@ def replay(erasures: Sequence[Erasure], log: EventLog, store: ProfileStore, due_
     log.open()
     store.open()
     store_id = store.store_id()
+    # All of them, also those that hold: a mark costs less than the question.
     forgotten = dict(zip(erasures, store.mark_many(erasure_marks(erasures)), strict=True))
     repeated = 0
     for partition in sorted({erasure.partition for erasure in erasures}):
         in_partition = [erasure for erasure in erasures if erasure.partition == partition]
         missing = _missing(log_erasure, partition, in_partition)
+        # Only if one is missing: names are found by reading the whole partition.
         names = log_erasure.names(partition, {erasure.address for erasure in missing}) if missing else {}
         for erasure in in_partition:
             erased = _erase(log_erasure, erasure, names) if erasure in missing else Erased(erasure.log_id, 0, 0)

@@ -164,14 +164,14 @@ class SubjectRights:
 
         return self._store.replace(subject, fold_again)
 
-    def merge(self, anonymous: str, known: str) -> MergeResult:
+    def merge(self, anonymous: str, user: str) -> MergeResult:
         """Moves what an anonymous user did to a known user; see `IdentityMerge.run`.
 
         Args:
             anonymous: Key of the anonymous user, who starts afresh in the arm of the known one.
-            known: Key of the known user.
+            user: Key of the known user.
         """
-        return IdentityMerge(self._log, self._store, anonymous, known).run()
+        return IdentityMerge(self._log, self._store, anonymous, user).run()
 
     def erase(self, subject: str) -> Certificate:
         """Erases a user from every store: the log first, so that nothing can be replayed into the profile.
@@ -182,6 +182,7 @@ class SubjectRights:
         Raises:
             Unavailable: A Redis does not answer; a repeat is safe.
         """
+        # Counted first: the projector empties the profile as soon as the mark is in the log.
         events_before = self._profile_count(subject)
         erased = self._log_erasure.erase(subject)
         # The projector, which reads the mark of the erasure in the log, may have been quicker.
@@ -215,6 +216,7 @@ class SubjectRights:
             for entries in self._log.history(subject, impressions=impressions, after=after, deadline=deadline):
                 for entry in entries:
                     yield name, entry.log_id, entry.payload
+            # The place in one kind says nothing of the next.
             after = 0
 
     def _confirm_ledger(self, ledger: Ledger, certificate: Certificate) -> None:

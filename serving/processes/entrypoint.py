@@ -162,7 +162,7 @@ def _write_warehouse(
     config: ServeConfig, spec: dict[str, Any], control: ProcessControl, telemetry: Telemetry, ready: Callable[..., None]
 ) -> None:
     from serving.privacy.ledger import Ledger
-    from serving.warehouse import writer as warehouse
+    from serving.warehouse import process as warehouse
 
     warehouse.run(
         config.events_redis,

@@ -25,7 +25,7 @@ from serving.config import ServeConfig
 from serving.engine.vetting import vet
 from serving.errors import ConfigError, ServingError
 from serving.files import close_to_others
-from serving.jobs.hosts import kept
+from serving.jobs.host_keeper import host_kept
 from serving.observability import logs
 from serving.processes.http_server import serve_pages
 from serving.processes.managed_process import ManagedProcess, ProcessDied, stop_all
@@ -67,7 +67,7 @@ def serve(config: ServeConfig) -> int:
         health = stack.enter_context(serve_pages(config.health_listen, readiness.pages()))
         redis, events = stack.enter_context(_stores(config))
         config = _with_partitions(config, events)
-        stack.enter_context(kept(config, redis, events, Trouble(readiness.set_own_state)))
+        stack.enter_context(host_kept(config, redis, events, Trouble(readiness.set_own_state)))
         address = stack.enter_context(_reserved(config))
         page, metrics = stack.enter_context(_metrics(config, bundle, redis, events))
         spec = _launch_spec(config, bundle, address, redis, events) | {"sealed": stack.enter_context(_sealed(bundle))}

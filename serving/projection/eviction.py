@@ -41,6 +41,7 @@ class Evictor:
     def __init__(self, eviction: Eviction, log: EventLog, profiles: ProfileStore, telemetry: Telemetry) -> None:
         """Takes the stores; counts `profiles_evicted` and `profiles_restored`."""
         self._eviction, self._log, self._profiles, self._telemetry = eviction, log, profiles, telemetry
+        # A dict keeps the order in which users returned, each once.
         self._returned: dict[str, None] = {}
         self._swept, self._requests_read = -_SWEEP_S, -_REQUESTS_S
         # The past of a few users may be spread over a large warehouse: events do not wait for it.

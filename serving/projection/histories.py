@@ -113,7 +113,7 @@ def read_history(data: Path) -> Dataset:
     Raises:
         TablesError: It cannot be read.
     """
-    dataset = open_dataset(data, until=LAST_LOG_ID, everybody=True)
+    dataset = open_dataset(data, until=LAST_LOG_ID, include_withheld=True)
     if "until" not in dataset.info:
         return dataset
     events, intake, searches = dataset.events, dataset.intake, table_path(data, "searches")
@@ -142,6 +142,7 @@ def _records(dataset: Dataset) -> Records:
     type_names, type_codes = codes(events["event_type"])
     keys = item_keys(item_ids)
     rows = Vocabulary.build([str(name) for name in items["item_id"].to_pylist()]).rows_of_keys(keys)
+    # Data sets without times have an order alone.
     timed = is_present(events["timestamp"])
     return make_records(
         keys[item_codes],

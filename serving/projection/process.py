@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from serving.projection.eviction import Eviction
 from serving.projection.projector import Projector
 from serving.projection.store_owner import StoreOwner
 from serving.redis.client import connect, printable
-from serving.restart import Report, Trouble, keep_running
+from serving.restart import Report, Trouble, keep_running, stop_on_signals
 from serving.stores.event_log import EventLog
 from serving.stores.meta import awaited_partitions
 from serving.stores.profile_access import TAIL_CAP
@@ -63,9 +62,8 @@ def run(
     """
     patient, trouble = trouble is not None, trouble or Trouble(lambda _: None)
     stop = stop or threading.Event()
-    if threading.current_thread() is threading.main_thread() and not patient:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+    if not patient:
+        stop_on_signals(stop)
     with connect(redis_url, _TIMEOUT_S) as profiles, connect(events_redis_url, _TIMEOUT_S) as events:
         partitions = awaited_partitions(events, partitions, stop)
         ready({"pid": os.getpid(), "partitions": partitions})

@@ -184,6 +184,7 @@ def _category_shares(profile: Profile, items: Items) -> tuple[tuple[str, float],
     """Returns the decayed share of each category whose name is known among the user's choices, strongest first."""
     names = {item_key(item["categories"][0]): item["categories"][0] for item in items.values() if item["categories"]}
     chosen = chosen_events(profile.records)
+    # The decay counts events, not time: a visit after a long pause finds the taste as it was.
     weights = 0.5 ** (np.arange(chosen.size)[::-1] / HALF_LIFE)
     keys, places = np.unique(chosen["category"], return_inverse=True)
     # Shares of all choices: those whose category has no name here count in the sum.

@@ -299,6 +299,7 @@ class Projector:
         if time.monotonic() - self._trimmed < _TRIM_S:
             return
         self._trimmed = time.monotonic()
+        # Only partitions that are read to their end: the others have enough to do.
         for partition, after in enumerate(self._after):
             if after is None:
                 self._log.trim(partition)

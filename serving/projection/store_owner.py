@@ -86,6 +86,7 @@ class StoreOwner:
             owner.named(),
             self.place,
         )
+        # In place of that very one: of two projectors that find it stopped, one wins.
         registry.choose("profiles", copy_id, instead_of=owner.copy_id)
         return None
 

@@ -41,6 +41,7 @@ class Node:
 
     def work(self, work: Callable[[redis.Redis], T]) -> T:
         """Calls a function with the client, unless the server is unsafe and may not even be read."""
+        # A client of redis-py sends by itself: what the guard saw last has to do.
         if self.guard and self.guard.strict:
             self.guard.require()
         return work(self.client)

@@ -28,6 +28,7 @@ def rewrite_files(client: Client, stop: threading.Event) -> None:
         ServingError: A server does not answer, cannot rewrite its files, or `stop` was set.
     """
     try:
+        # Replicas have files of their own.
         for node in servers(client, replicas=True):
             _rewrite_server(node, stop)
     except ResponseError as error:

@@ -39,6 +39,7 @@ def figures_of(client: Client) -> ServerFigures:
     Raises:
         RedisError: A server does not answer, or refuses.
     """
+    # Of a cluster the masters alone: replicas hold the same once more.
     memory = data = aof = 0
     for server in servers(client):
         facts = server.info("memory")

@@ -47,6 +47,7 @@ class Admission:
         places: dict[int, list[int]] = {}
         for place, entry in enumerate(entries):
             places.setdefault(partition_of(entry.subject, len(self._streams)), []).append(place)
+        # A caller that has not sent for long, or was refused, reads the memory before it sends.
         self._measure([partition for partition in places if self._memory[partition].unknown(mark)])
         for partition in [partition for partition in places if self._memory[partition].share > mark]:
             refused = _full(self._memory[partition].share, mark)
@@ -78,6 +79,7 @@ class Admission:
         keys = [call.keys[0] for call in calls] + [self._streams[partition] for partition in partitions]
         replies = self._router.run_all(requests, keys)
         for partition, reply in zip(partitions, replies[len(calls) :], strict=True):
+            # An unreachable server is not refused for its memory: the append itself says that it is unreachable.
             share = 0.0 if isinstance(reply, Unavailable) else _memory_used(required([reply])[0])
             self._memory[partition] = _Memory(share, time.monotonic())
         return replies[: len(calls)]

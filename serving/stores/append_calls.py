@@ -48,6 +48,7 @@ class AppendCalls:
         for event in events:
             if len(event.record) != RECORD.itemsize:
                 raise ValueError(f"a record has {RECORD.itemsize} bytes")
+            # Straight from the bytes: numpy takes many times as long for one number.
             timestamp = int.from_bytes(event.record[_TIMESTAMP_AT : _TIMESTAMP_AT + 8], "little", signed=True)
             names += (keys.seen_of(event.subject, event.event_id), keys.index_of(event.subject))
             arguments += (

@@ -133,6 +133,7 @@ class CatalogLog:
             CatalogLogUnavailable: Redis does not answer; a repeat is safe.
             ResourceExhausted: Redis is full.
         """
+        # In batches, because every other client of the server waits for each.
         version, refused = 0, list[int]()
         for start in range(0, len(changes), _BATCH):
             batch = changes[start : start + _BATCH]
@@ -184,6 +185,7 @@ class CatalogLog:
             left_ms = int(1000 * (deadline - time.monotonic()))
             if left_ms <= 0:
                 return after, []
+            # Shorter than the client's timeout, which would else take the wait for a dead server.
             block = min(left_ms, self._longest_block_ms)
             self._router.command("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", _STREAM, f"{after}-0", at=_STREAM)
 
@@ -227,6 +229,7 @@ class CatalogLog:
     def _news(self, after: int) -> tuple[int, list[Change]]:
         """Returns the changes of the versions after `after`; the whole snapshot if the stream begins later."""
         entries = self._router.command("XRANGE", _STREAM, f"({after}-0", "+", "COUNT", _VERSIONS)
+        # The stream is trimmed: what was cut off stands in the hash, with everything else.
         if not entries or _version(entries[0][0]) != after + 1:
             return self.snapshot(after)
         names = list(dict.fromkeys(name for _, fields in entries for name in fields))

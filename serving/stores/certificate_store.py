@@ -42,6 +42,7 @@ class CertificateStore:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
+        # An id from outside may name a partition of another log.
         if _partition(certificate_id) >= self._log.partitions:
             return {}
         fields: Mapping[bytes, bytes] = self._log.router.command("HGETALL", self._key(certificate_id))

@@ -61,6 +61,7 @@ class Consumer:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
+        # From the oldest entry: a group that began with the newest would lose what came before its first start.
         self._log.open()
         self._run([ScriptCall(LOG_JOIN, (stream,), (self._group,)) for stream in self._streams])
 
@@ -107,6 +108,7 @@ class Consumer:
         lags = []
         for stream in self._streams:
             groups = self._log.router.command("XINFO GROUPS", stream)
+            # Redis does not know the lag if an entry was deleted that the group has not read.
             lags += [
                 group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == self._group.encode()
             ]
@@ -138,6 +140,8 @@ class Consumer:
     def _run(self, calls: Sequence[ScriptCall]) -> list[Any]:
         """Returns the reply of each partition, None if its server is unreachable or its stream is damaged."""
         replies = self._log.router.run_all(calls)
+        # One unreachable server must not stop the partitions of the others; a new log must, because every position that
+        # the caller holds is one of the old log.
         failures = [reply for reply in replies if isinstance(reply, PenchantError)]
         replaced = [failure for failure in failures if isinstance(failure, LogReplaced)]
         if replaced or len(failures) == len(calls):

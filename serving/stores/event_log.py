@@ -136,6 +136,7 @@ class EventLog:
             ResourceExhausted: The log is nearly full; the rest of it is kept for events.
         """
         self._store_times()
+        # Slates are three times as large as events and can be done without: they stop first.
         replies = self._admission.send(impressions, self._calls.impressions, self._mark * 5 / 6)
         return sum(reply is not None for reply in required(replies))
 
@@ -191,17 +192,13 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer, and the key is not known yet.
         """
-        if not self._salt:
+        if not self._salt:  # the log was unreachable when it was opened
             self.open()
         return hashlib.blake2b(subject.encode(), digest_size=16, key=self._salt).digest()
 
     def keys_of(self, subject: str) -> PartitionKeys:
         """Returns the keys of the user's partition."""
         return self.keys[partition_of(subject, self.partitions)]
-
-    def index_of(self, subject: str) -> bytes:
-        """Returns the key of the list of what the streams hold of a user."""
-        return self.keys_of(subject).index_of(subject)
 
     def seen_of(self, subject: str, event_id: str) -> bytes:
         """Returns the key that holds the place of an event in the log, for as long as a retry of it can be taken."""
@@ -224,7 +221,7 @@ class EventLog:
         """
         keys = self.keys_of(subject)
         stream, kind = (keys.impressions, b"i") if impressions else (keys.events, b"e")
-        indexed = self.router.command("LRANGE", self.index_of(subject), 0, -1)
+        indexed = self.router.command("LRANGE", keys.index_of(subject), 0, -1)
         before = self.indexed_since(self.now_ms(partition_of(subject, self.partitions)) << SEQUENCE_BITS)
         for entries in self.unindexed(stream, before):
             _require_time(deadline)
@@ -260,6 +257,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
+        # Other processes trim as well, by the times that the service stored.
         times = self._times or LogRetention.read(self.router.command("HGET", META, "times"))
         return trim(self.router, self.keys[partition], times, self.now_ms(partition))
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from features.subjects import Subject, anonymous, id_of, is_anonymous, known
 
+# Encoders are made once: `json.dumps` with options makes one for each call.
 _EVENTS = json.JSONEncoder(ensure_ascii=False)
 _SLATES = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -77,6 +78,7 @@ def subject_in(fields: Mapping[str, Any]) -> Subject:
 
 def reassigned(payload: bytes, subject: str, without: Collection[str] = (), **more: Any) -> bytes:
     """Returns an event or a slate as another user's, without some of its fields and with others."""
+    # A merge copies entries of another user; the copy must not name that user anywhere.
     fields = decode(payload) | user_fields(subject) | more
     return encode_event({name: value for name, value in fields.items() if name not in without})
 

@@ -117,6 +117,7 @@ class Entry:
     @classmethod
     def of(cls, stream_id: bytes, fields: dict[bytes, bytes]) -> Entry:
         """Returns the entry of an id and the fields that Redis holds under it."""
+        # Fields have names of one letter: each is stored with each entry.
         place, mark, undone = log_id(stream_id), None, fields.get(b"u", b"")
         if b"k" in fields and not undone:
             consent = fields.get(b"c", b"")

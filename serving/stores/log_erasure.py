@@ -42,7 +42,7 @@ class LogErasure:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        return self._log.router.command("LINDEX", self._log.index_of(subject), -1) or b""
+        return self._log.router.command("LINDEX", self._log.keys_of(subject).index_of(subject), -1) or b""
 
     def start_afresh(self, subject: str, newest: bytes) -> Erased | None:
         """Deletes the user's events and impressions and refuses nothing: later ones begin a new history, however old.
@@ -57,6 +57,7 @@ class LogErasure:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
+        # 0: nothing is refused afterwards, because the user goes on under the same id.
         reply = self._log.router.run(self._call(subject, 0, newest))
         return self._delete_unindexed(subject, *reply) if reply else None
 
@@ -66,7 +67,7 @@ class LogErasure:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
-        keys = (self._log.keys_of(subject).events, self._log.index_of(subject))
+        keys = (self._log.keys_of(subject).events, self._log.keys_of(subject).index_of(subject))
         self._log.router.run(ScriptCall(EVENT_UNDO, keys, (stream_id(log_id), address_of(subject))))
 
     def erase_unnamed(self, partition: int, subject_hash: bytes, address: bytes) -> Erased:
@@ -115,7 +116,7 @@ class LogErasure:
 
     def _call(self, subject: str, *how: int | bytes) -> ScriptCall:
         log, keys = self._log, self._log.keys_of(subject)
-        names = (keys.events, keys.impressions, log.index_of(subject), keys.erased, keys.consents, keys.controls)
+        names = (keys.events, keys.impressions, keys.index_of(subject), keys.erased, keys.consents, keys.controls)
         return ScriptCall(EVENT_ERASE, names, (log.subject_hash(subject), address_of(subject), *how))
 
     def _delete_unindexed(self, subject: str, marker: bytes, events: int, impressions: int) -> Erased:
@@ -150,5 +151,6 @@ class LogErasure:
         so does that of an event that came during the erasure, and all of them if a crash comes between.
         """
         names = [name for name, timestamp in retries.items() if timestamp <= erased_at]
+        # In pieces, because the server does nothing else while it deletes.
         for start in range(0, len(names), _KEYS_AT_ONCE):
             self._log.router.command("DEL", *names[start : start + _KEYS_AT_ONCE])

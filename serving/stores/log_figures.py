@@ -57,6 +57,7 @@ def stream_figures(log: EventLog) -> Iterator[StreamFigures]:
     """
     for stream in STREAMS:
         keys: list[bytes] = [getattr(partition, stream) for partition in log.keys]
+        # All partitions in one round trip: this runs for each scrape of the metrics.
         requests: list[Request] = []
         for key in keys:
             requests += [("XLEN", key), ("MEMORY USAGE", key, "SAMPLES", _SAMPLES), ("XINFO GROUPS", key)]

@@ -45,6 +45,7 @@ def trim(router: RedisRouter, keys: PartitionKeys, times: LogRetention, now_ms: 
     readers = [groups_of(router, stream) for stream in streams]
     names = [{group["name"].decode() for group in groups} for groups in readers]
     limits = []
+    # An entry stays until every reader has acknowledged it, however old it is: a stopped warehouse loses nothing.
     for stream, groups, kept_ms in zip(streams, readers, times.kept(names[0], names[1]), strict=True):
         limit = now_ms - kept_ms
         limit = min([limit, *(_needed_since(router, group, stream, limit) for group in groups)])

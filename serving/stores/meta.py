@@ -78,6 +78,7 @@ def partitions_of(client: Client) -> int:
         ConfigError: It holds none: profiles alone, or nothing.
         EventLogUnavailable: Redis does not answer.
     """
+    # Profiles alone have a number of partitions too; the salt is the log's.
     partitions, salt = RedisRouter(client, EventLogUnavailable).command("HMGET", META, "partitions", "salt")
     if partitions is None or salt is None:
         raise ConfigError("this Redis holds no event log: give the one that `penchant serve` calls events_redis")

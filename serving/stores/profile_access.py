@@ -118,6 +118,7 @@ class ProfileAccess:
             ProfileStoreUnavailable: Redis does not answer.
         """
         run_ids = self.at_each_server(lambda server: str(server.info("server")["run_id"]))
+        # Profiles are synced once a second: after a restart the projector applies the last seconds again.
         return ["" if isinstance(run_id, Unavailable) else run_id for run_id in run_ids]
 
     def at_each_server(self, work: Callable[[redis.Redis], T]) -> list[T | Unavailable]:
@@ -182,6 +183,7 @@ class ProfileAccess:
 
     def _refusal(self, error: ResponseError) -> PenchantError:
         """Returns the error that an error reply about one profile stands for."""
+        # Scripts raise these words; redis-py puts others before them.
         message = str(error)
         if "NEWER" in message:
             return ProfileStoreUnavailable(NEWER, retry_after_ms=NEWER_PAUSE_MS)

@@ -39,6 +39,7 @@ class Evictions:
         """
         evicted: list[int] = []
 
+        # By server and not by partition: SCAN goes through all keys of a server, whatever the pattern.
         def sweep(server: redis.Redis) -> None:
             for keys in chunks(server.scan_iter(_ALL_PROFILES, count=1000), CHUNK):
                 evicted.append(self._evict_keys(keys, before_ms))

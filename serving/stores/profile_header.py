@@ -63,6 +63,7 @@ def last_seen(front: bytes) -> int:
     if not int.from_bytes(front[8:12], "little"):
         controls_length = int.from_bytes(front[12:16], "little")
         return 0 if controls_length else time_of(int.from_bytes(front[HEADER_SIZE : HEADER_SIZE + 8], "big"))
+    # An imported state has log ids that count from 1 and tell no time.
     version = folded_until(front)
     newest = int.from_bytes(front[HEADER_SIZE + 16 : FRONT], "little", signed=True)
     return time_of(version) if version >= LIVE else newest
@@ -86,6 +87,7 @@ def is_damaged(blob: bytes) -> bool:
 
 def without_damage(blob: bytes) -> bytes:
     """Returns a stored profile without its tail, and without a state that is damaged or has lost its past."""
+    # Without the tail: of its entries those that are sound come again from the log.
     end = state_end(blob) + int.from_bytes(blob[12:16], "little")
     try:
         stored = split(blob[:end])

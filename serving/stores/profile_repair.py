@@ -32,6 +32,7 @@ class Repairs:
             ProfileStoreUnavailable: Redis does not answer.
         """
         replies = self._store.blobs(subjects)
+        # A key that holds no string at all is a refusal by Redis, and a damaged profile here.
         broken = [isinstance(reply, ProfileCorrupt) for reply in replies]
         required([reply for reply, is_broken in zip(replies, broken, strict=True) if not is_broken])
         return [

@@ -221,6 +221,7 @@ class ProfileStore(ProfileAccess):
             if not blob:
                 return None
             stored = split(blob)
+            # The whole value is compared, not a version: events may have been appended without changing the header.
             profile = change(stored)
             if self.run(PROFILE_REPLACE, self.key_of(subject), blob, encode(profile, *stored.versions)):
                 return profile
@@ -245,6 +246,7 @@ class ProfileStore(ProfileAccess):
         for chunk in chunks(states, CHUNK):
             calls = [self.call(PROFILE_PUT, self.key_of(subject), encode(profile)) for subject, profile in chunk]
             for (subject, profile), reply in zip(chunk, required(self.router.run_all(calls)), strict=True):
+                # Scripts verify no checksums: what this one kept may be damaged.
                 written += reply or self.replace_damaged(subject, profile)
             total += len(calls)
         return StatesWritten(written, total - written)
@@ -255,6 +257,7 @@ class ProfileStore(ProfileAccess):
         Raises:
             ProfileStoreUnavailable: Redis does not answer; a repeat is safe.
         """
+        # The whole value, even a far too large one: the script compares it with what is there.
         blob = self.router.command("GET", self.key_of(subject)) or b""
         if is_newer(blob):
             raise ProfileStoreUnavailable(NEWER, retry_after_ms=NEWER_PAUSE_MS)

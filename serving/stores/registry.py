@@ -82,6 +82,7 @@ class Copy:
         """Returns True if a process has this copy, or had it until a moment ago."""
         if not self.token or now_ms - self.seen_at >= LEASE_MS:
             return False
+        # On this kernel the process itself can be looked for, which is sooner than its lease runs out.
         return self.kernel != kernel_id() or runs(self.pid)
 
     @property
@@ -168,6 +169,7 @@ class Registry:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
+        # `own:KIND` stays: batches and bundles, of which alone copies are forgotten, are never the log's own.
         names = (f"fact:{copy_id}", f"seen:{copy_id}", f"retired:{copy_id}")
         self._log.router.command("HDEL", COPIES, *names, at=COPIES)
 
@@ -175,7 +177,7 @@ class Registry:
         """Declares a copy gone for good; erasures wait for it no more. Returns it.
 
         Args:
-            copy_id: Its id, or the beginning of it where no other begins so.
+            copy_id: Its id, or the beginning of it if no other begins so.
 
         Raises:
             NotFound: No copy has this id, or several begin so.
@@ -189,6 +191,7 @@ class Registry:
         if copy.alive(now):
             raise ConfigError(f"the {copy.kind} {copy.named()} is in use: stop the process that has it, then retire it")
         self._set({f"retired:{copy.copy_id}": str(now)})
+        # Only if it still is the log's own: another one may have been chosen meanwhile.
         if copy.own:
             self._log.router.run(ScriptCall(HASH_CHOOSE, (COPIES,), (f"own:{copy.kind}", copy.copy_id, "")))
         return next(copy for copy in self.copies() if copy.copy_id == matches[0].copy_id)

@@ -53,5 +53,6 @@ class RestoreRequests:
         Raises:
             EventLogUnavailable: No server answers.
         """
+        # SPOP: if the projector dies with them, the next answer to their users asks again.
         replies = self._log.router.run_all([("SPOP", keys.returned, _MOST_TAKEN) for keys in self._log.keys])
         return [name.decode() for reply in replies if not isinstance(reply, PenchantError) for name in reply]

@@ -55,6 +55,7 @@ def _script(name: str, *, durable: bool = False) -> Script:
     return Script.of(read_script(name), durable=durable)
 
 
+# `durable`: the reply is a promise, so that the write is proved to be on disk before it counts.
 PROFILE_APPLY = _script("profile/apply")
 PROFILE_COMPACT = _script("profile/compact")
 PROFILE_EVICT = _script("profile/evict")

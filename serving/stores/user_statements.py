@@ -93,6 +93,7 @@ class UserStatements:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
+        # By address: the hashes outlive an erasure, and must not name the user.
         address, keys = address_of(subject), self._log.keys_of(subject)
         consent = b"" if purposes is None else b"%d" % purposes
         call = ScriptCall(

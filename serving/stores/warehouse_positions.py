@@ -40,6 +40,7 @@ class WarehousePositions:
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.
         """
+        # By a script that a full Redis takes too: the log is trimmed, and gets room, only behind these positions.
         calls = [
             ScriptCall(HASH_SET, (_key(partition),), tuple(word for pair in streams.items() for word in pair))
             for partition, streams in positions.items()

@@ -14,21 +14,21 @@ from features.bundle_tables import read_items
 from features.tables.dataset import conform, read_table
 from features.tables.schema import ITEMS, ITEMS_REQUIRED
 from serving.stores.catalog_log import CatalogLog, Change
-from serving.warehouse.files import put_table
+from serving.warehouse.parquet import put_table
 
 
 class ItemTable:
-    """Keeps `items.parquet` as the catalogue is; an item that was once there stays, as events name it."""
+    """Keeps `items.parquet` as the catalogue is; a deleted item stays as unavailable, because events name it."""
 
     def __init__(self, path: Path, log: CatalogLog, bundle: Bundle | None = None) -> None:
-        """Takes the file, the changes, and the bundle that holds what no change ever said."""
+        """Takes the file, the changes, and the bundle with the items that no change ever put."""
         self.version = 0
         self._path, self._log, self._bundle = path, log, bundle
         self._items: pa.Table = ITEMS.empty_table()
         self._opened = self._changed = False
 
     def open(self) -> None:
-        """Reads the file, where there is one, and the bundle, whose items replace those of the file; once.
+        """Reads the file, if there is one, and the bundle, whose items replace those of the file; once.
 
         Raises:
             BundleError: The bundle is refused.
@@ -43,13 +43,12 @@ class ItemTable:
             bundle = self._bundle
             self.version = bundle.manifest.catalog_version
             before = self._items
-            told = _as_items(read_items(bundle))
-            self._replace(told)
+            self._replace(conform(read_items(bundle), ITEMS, ITEMS_REQUIRED, "items").table)
             self._changed = self._changed or not self._items.equals(before)
         self._opened = True
 
     def follow(self) -> bool:
-        """Applies what changed and writes the file where it is not what it was; says whether it wrote.
+        """Applies new changes, and writes the file if they changed it; returns True if it wrote.
 
         Raises:
             CatalogLogUnavailable: The log does not answer.
@@ -66,38 +65,36 @@ class ItemTable:
         return True
 
     def _apply(self, changes: list[Change]) -> None:
-        named = pa.array([change.item_id for change in changes])
-        touched = self._items.filter(pc.is_in(self._items["item_id"], value_set=named))
-        rows = {row["item_id"]: row for row in touched.to_pylist()}
+        item_ids = pa.array([change.item_id for change in changes])
+        changed = self._items.filter(pc.is_in(self._items["item_id"], value_set=item_ids))
+        rows = {row["item_id"]: row for row in changed.to_pylist()}
         for change in changes:
             if change.kind == "put":
                 rows[change.item_id] = _row(json.loads(change.payload))
+            # An item that was never put has no fields to patch.
             elif change.kind == "patch" and change.item_id in rows:
-                rows[change.item_id] = _row(_said(rows[change.item_id]) | json.loads(change.payload))
+                rows[change.item_id] = _row(_as_logged(rows[change.item_id]) | json.loads(change.payload))
             elif change.item_id in rows:
-                said = json.loads(change.payload) if change.kind == "availability" else {"available": False}
-                rows[change.item_id] |= {name: value or None for name, value in said.items()}
-                rows[change.item_id]["available"] = bool(said["available"])
+                # A deleted item is an unavailable one.
+                fields = json.loads(change.payload) if change.kind == "availability" else {"available": False}
+                rows[change.item_id] |= {name: value or None for name, value in fields.items()}
+                rows[change.item_id]["available"] = bool(fields["available"])
         self._replace(pa.Table.from_pylist(list(rows.values()), ITEMS))
         self._changed = True
 
     def _replace(self, rows: pa.Table) -> None:
         """Puts rows in the place of those of the same items; the table stays in the order of its ids."""
-        others = self._items.filter(pc.invert(pc.is_in(self._items["item_id"], value_set=rows["item_id"])))
-        self._items = pa.concat_tables([others, rows]).sort_by("item_id").combine_chunks()
+        unchanged = self._items.filter(pc.invert(pc.is_in(self._items["item_id"], value_set=rows["item_id"])))
+        self._items = pa.concat_tables([unchanged, rows]).sort_by("item_id").combine_chunks()
 
 
-def _row(said: dict[str, Any]) -> dict[str, Any]:
-    """An item as `PutItems` logged it, as a row of the table; a time of 0 means always."""
-    row: dict[str, Any] = {name: said.get(name) or None for name in ITEMS.names}
-    row |= {"available": said.get("available") is not False, "price": said.get("price")}
-    return row | {"attributes": list(said["attributes"].items()) if said.get("attributes") else None}
+def _row(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns an item as `PutItems` logged it as a row of the table; a time of 0, which means always, is NULL."""
+    row: dict[str, Any] = {name: fields.get(name) or None for name in ITEMS.names}
+    row |= {"available": fields.get("available") is not False, "price": fields.get("price")}
+    return row | {"attributes": list(fields["attributes"].items()) if fields.get("attributes") else None}
 
 
-def _said(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table as `PutItems` would have logged it."""
+def _as_logged(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row of the table as `PutItems` would have logged it."""
     return row | {"attributes": dict(row["attributes"] or ())}
-
-
-def _as_items(table: pa.Table) -> pa.Table:
-    return conform(table, ITEMS, ITEMS_REQUIRED, "items").table

@@ -24,14 +24,14 @@ class OtherPlace(ConfigError):
 
 
 class WarehousePlace:
-    """A folder on its way to be the warehouse of a log."""
+    """The claim of a folder to be the warehouse of a log."""
 
     def __init__(self, log: EventLog, files: WarehouseFiles) -> None:
         """Takes the log and the files of the folder."""
         self._log, self._files = log, files
         self._registry = Registry(log)
         self._heartbeat = Heartbeat(self._registry)
-        self._claim, self._process, self._taken = Claim(), new_id(), False
+        self._claim, self._process, self._is_taken = Claim(), new_id(), False
 
     def take(self) -> None:
         """Makes the folder, which is open, this process's own.
@@ -41,34 +41,36 @@ class WarehousePlace:
             InUse: A process on another host writes this folder.
             EventLogUnavailable: Redis does not answer.
         """
-        if self._taken:
+        if self._is_taken:
             return
         identity, now = read_identity(self._files.out), self._registry.now_ms()
-        known = self._registry.get(identity.copy_id) if identity else None
-        verdict = self._claim.verdict(self._files.out, known, now)
-        if known and verdict == "copied":
-            raise self._copied(known)
-        if known and verdict == "busy":
-            raise InUse(f"{self._files.out} is written by a process on {known.host}; this one takes over when it ends")
+        registered = self._registry.get(identity.copy_id) if identity else None
+        verdict = self._claim.verdict(self._files.out, registered, now)
+        if registered and verdict == "copied":
+            raise self._refuse_copy(registered)
+        if registered and verdict == "busy":
+            raise InUse(
+                f"{self._files.out} is written by a process on {registered.host}; this one takes over when it ends"
+            )
         self._require_own(identity)
-        taken = FolderIdentity(identity.copy_id if identity else new_id(), f"{self._process}.0")
-        if known and identity and known.token and known.process != identity.process:
+        claimed = FolderIdentity(identity.copy_id if identity else new_id(), f"{self._process}.0")
+        if registered and identity and registered.token and registered.process != identity.process:
             _log.warning(
                 "%s is not as the last warehouse of this log left it: it was put back from a backup, or copied. What "
                 "was written since is missing; penchant validate says from when to when",
                 self._files.out,
             )
-        # In the folder first: an id that the log has chosen and no folder has would shut out all of them.
-        self._files.keep(taken)
-        self._registry.register("warehouse", taken.copy_id, str(self._files.out.absolute()))
-        if not self._registry.choose("warehouse", taken.copy_id):
-            raise self._refused(self._registry.own("warehouse"), taken)
-        self._heartbeat.say(self._files.out, taken, "writing")
-        self._taken = True
+        # In the folder first: an id that the log has chosen and no folder has would shut out every folder.
+        self._files.claim(claimed)
+        self._registry.register("warehouse", claimed.copy_id, str(self._files.out.absolute()))
+        if not self._registry.choose("warehouse", claimed.copy_id):
+            raise self._refuse(self._registry.own("warehouse"), claimed)
+        self._heartbeat.say(self._files.out, claimed, "writing")
+        self._is_taken = True
 
     def release(self) -> None:
         """Gives the folder up for the next process."""
-        self._taken, self._files.identity = False, None
+        self._is_taken, self._files.identity = False, None
         self._heartbeat.end()
 
     def _require_own(self, identity: FolderIdentity | None) -> None:
@@ -77,11 +79,11 @@ class WarehousePlace:
         Raises:
             OtherPlace: It is not.
         """
-        own = self._registry.own("warehouse")
-        if own and (identity is None or identity.copy_id != own.copy_id):
-            raise self._refused(own, identity)
+        owner = self._registry.own("warehouse")
+        if owner and (identity is None or identity.copy_id != owner.copy_id):
+            raise self._refuse(owner, identity)
         new = not self._files.holds_rows() and not self._files.info()
-        # Where a warehouse was registered and then retired, the next one goes on with what it had not acknowledged.
+        # After a warehouse that was registered and then retired, the next one goes on with what is not acknowledged.
         if new and not self._registry.copies("warehouse") and has_acknowledged(self._log, GROUP):
             raise OtherPlace(
                 f"a warehouse has written a part of this log already, and {self._files.out} holds nothing of it: give "
@@ -89,22 +91,23 @@ class WarehousePlace:
                 "drop it, and what the log still holds is written here"
             )
 
-    def _refused(self, own: Copy | None, identity: FolderIdentity | None) -> OtherPlace:
+    def _refuse(self, owner: Copy | None, identity: FolderIdentity | None) -> OtherPlace:
         register_rows(self._registry, self._files, identity)
-        named = own.named() if own else "another one, registered a moment ago"
-        here = self._files.out.absolute()
+        # Its rows are users' data all the same, so erasures have to reach them.
+        named = owner.named() if owner else "another one, registered a moment ago"
+        folder = self._files.out.absolute()
         return OtherPlace(
-            f"the warehouse of this log is {named}, and {here} is another folder: one log fills one. Give the same "
+            f"the warehouse of this log is {named}, and {folder} is another folder: one log fills one. Give the same "
             "folder on every host (warehouse_dir, a mount that all of them reach), or set warehouse: false here. If "
             "the registered folder is gone for good, run penchant hosts --retire with its id"
         )
 
-    def _copied(self, known: Copy) -> OtherPlace:
+    def _refuse_copy(self, original: Copy) -> OtherPlace:
         """Gives a copy of a folder that is in use an identity of its own, and refuses it."""
         register_rows(self._registry, self._files, None)
         return OtherPlace(
-            f"{self._files.out.absolute()} is a copy of the warehouse {known.named()}, which is in use: one log fills "
-            "one folder. Remove the copy, or set warehouse: false here"
+            f"{self._files.out.absolute()} is a copy of the warehouse {original.named()}, which is in use: one log "
+            "fills one folder. Remove the copy, or set warehouse: false here"
         )
 
 
@@ -121,6 +124,7 @@ def register_rows(registry: Registry, files: WarehouseFiles, identity: FolderIde
     """
     if not files.holds_rows():
         return ""
+    # Under an id of its own: certificates wait for this folder apart from the warehouse.
     if identity is None:
         identity = FolderIdentity(new_id(), new_id())
         write_identity(files.out, identity)

@@ -58,7 +58,7 @@ UNREGISTERED = (
     "import sys\n"
     "roles = ('serving.processes.entrypoint', 'serving.processes.supervisor')\n"
     "if any(role in word for word in sys.orig_argv for role in roles):\n"
-    "    import serving.jobs.hosts as h, serving.warehouse.place as p\n"
+    "    import serving.jobs.host_keeper as h, serving.warehouse.place as p\n"
     "    p.WarehousePlace.take = lambda self: None\n"
     "    h.HostKeeper.catch_up = lambda self: 0\n"
     "    h.HostKeeper.run = lambda self, stop: None\n"

@@ -42,7 +42,7 @@ from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import Entry
 from serving.stores.profiles import ProfileStore
-from serving.warehouse.writer import GROUP
+from serving.warehouse.place import GROUP
 from tests.proofs.threads import WorkerThreads
 from tests.serving.faults import insist, kill, wait_until
 from tests.world import publish_world
@@ -63,17 +63,17 @@ SERVE = (
 )
 PROJECT = "import sys; from serving.projection.process import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 SINK = (
-    "import sys; from pathlib import Path; from serving.warehouse.writer import run; "
+    "import sys; from pathlib import Path; from serving.warehouse.process import run; "
     "run(sys.argv[1], Path(sys.argv[2]), partitions=int(sys.argv[3]), flush_s=0.5)"
 )
 HASTY_SINK = (
-    "import serving.warehouse.writer as w; read = w._Intake.read\n"
+    "from serving.warehouse.stream_buffer import StreamBuffer; read = StreamBuffer.read\n"
     "def hasty(self, *words):\n"
     "    seen = read(self, *words)\n"
-    "    for partition, held in enumerate(self.held):\n"
-    "        self.consumer.acknowledge(partition, [entry.log_id for entry in held])\n"
+    "    for partition, entries in enumerate(self.entries):\n"
+    "        self.consumer.acknowledge(partition, [entry.log_id for entry in entries])\n"
     "    return seen\n"
-    "w._Intake.read = hasty\n" + SINK.replace("flush_s=0.5", "flush_s=5.0")
+    "StreamBuffer.read = hasty\n" + SINK.replace("flush_s=0.5", "flush_s=5.0")
 )
 """The control: it acknowledges entries before it writes them."""
 

@@ -69,7 +69,7 @@ from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable
-from serving.warehouse.writer import Warehouse
+from serving.warehouse.writer import WarehouseWriter
 from tests.proofs import oracle
 from tests.proofs.oracle import Told
 from tests.proofs.trained import Trained
@@ -265,11 +265,11 @@ class World:
         self.log.append_impressions([logged_impression(pending)])
 
     @contextlib.contextmanager
-    def warehouse(self) -> Iterator[Warehouse]:
+    def warehouse(self) -> Iterator[WarehouseWriter]:
         """A sink into a new directory, for what is logged from now on."""
         out = self.folder / uuid.uuid4().hex
         table = ItemTable(out / "items.parquet", CatalogLog(self.log.client), None)
-        sink = Warehouse(self.log, WarehouseFiles(out), table, flush_s=_HOUR_S, derive_s=_HOUR_S)
+        sink = WarehouseWriter(self.log, WarehouseFiles(out), table, flush_s=_HOUR_S, derive_s=_HOUR_S)
         sink.open()
         sink.out = out  # type: ignore[attr-defined]
         try:
@@ -292,7 +292,7 @@ class Life:
     """The steps so far, and their effects; `tally` counts the kinds of steps."""
 
     world: World
-    sink: Warehouse
+    sink: WarehouseWriter
     tally: Counter[str]
     events: list[list[Told]] = field(default_factory=lambda: [[], []])
     ids: dict[int, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from penchant.client import Client, event
 from penchant.v1 import common_pb2
 from serving.config import ServeConfig
 from serving.errors import ConfigError, FailedPrecondition
-from serving.jobs.hosts import HostKeeper
+from serving.jobs.host_keeper import HostKeeper
 from serving.log_retention import PROFILES_GROUP
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Ledger
@@ -32,7 +32,8 @@ from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
-from serving.warehouse.writer import run
+from serving.warehouse.process import run
+from serving.warehouse.revision import hold_erasures
 from tests.fixtures import serving
 from tests.proofs.scan import Traces, found
 from tests.serving.faults import wait_until
@@ -305,8 +306,8 @@ def test_files_that_were_through_an_erasure_are_not_looked_through_again(erased,
     state = put_back(erased, tmp_path / "state")
     erasures = Ledger(state / "erasures.jsonl").erasures()
     files = WarehouseFiles(state / "warehouse")
-    files.hold(erasures)
-    assert files.hold(erasures) == 0
+    hold_erasures(files, erasures)
+    assert hold_erasures(files, erasures) == 0
     assert erasures[0].certificate_id in (state / "warehouse" / ".erasures").read_text()
 
 
@@ -317,7 +318,7 @@ def test_a_damaged_ledger_is_refused(tmp_path):
 
 
 def test_the_warehouse_can_be_dropped_for_good(erased, tmp_path):
-    from serving.warehouse.writer import drop
+    from serving.warehouse.process import drop
 
     state = put_back(erased, tmp_path / "state")
     with opened(state) as stores:

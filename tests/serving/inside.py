@@ -16,7 +16,7 @@ from serving.config import ServeConfig
 from serving.observability.telemetry import Telemetry
 from serving.processes.worker import work
 from serving.projection import process
-from serving.warehouse import writer as warehouse
+from serving.warehouse import process as warehouse
 from tests.fixtures import PATIENCE_S, START_S
 
 

@@ -162,7 +162,7 @@ def test_an_erasure_takes_all_of_somebody_who_did_much(log, events_redis):
     assert [entry.subject for entry in everything(log) if entry.subject] == ["u:2"]
     assert everything(log, log.read_impressions) == []
     left = {key for key in events_redis.scan_iter("*") if b"seen" in key or b"index" in key} - keys
-    assert left == {log.seen_of("u:2", "e1"), log.index_of("u:2")}
+    assert left == {log.seen_of("u:2", "e1"), log.keys_of("u:2").index_of("u:2")}
 
 
 def test_an_erasure_finds_what_its_index_has_forgotten(events_redis):

@@ -43,7 +43,7 @@ from serving.restart import Trouble, described, keep_running
 from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
-from serving.warehouse import writer as warehouse
+from serving.warehouse import process as warehouse
 from tests.fixtures import START_S
 from tests.proofs.rolls import Fleet, Load, plain, plain_channel, readiness, shipped
 from tests.serving.logged import PARTITIONS

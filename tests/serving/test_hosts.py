@@ -29,7 +29,9 @@ from features.tables.validate_split import split
 from serving.config import ServeConfig
 from serving.errors import ConfigError, InUse, NotFound
 from serving.folder_identity import FolderIdentity, local_folder, read_identity, write_identity
-from serving.jobs.hosts import HostKeeper, hold_in, hosts, register_made, replay_everywhere
+from serving.jobs.copies import hold_in, register_made
+from serving.jobs.host_keeper import HostKeeper
+from serving.jobs.hosts import hosts, replay_everywhere
 from serving.privacy.certificates import Certificates
 from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.rights import SubjectRights
@@ -41,7 +43,8 @@ from serving.stores.registry import Claim, Copy, Heartbeat, Registry
 from serving.warehouse.files import TakenOver, WarehouseFiles
 from serving.warehouse.items import ItemTable
 from serving.warehouse.place import OtherPlace, WarehousePlace
-from serving.warehouse.writer import Warehouse, run
+from serving.warehouse.process import run
+from serving.warehouse.writer import WarehouseWriter
 from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, event, ingest
 
@@ -64,10 +67,10 @@ def opened(log):
     """Opens warehouses; all are closed at the end."""
     with contextlib.ExitStack() as stack:
 
-        def build(out: Path, *, registered: bool = True) -> Warehouse:
+        def build(out: Path, *, registered: bool = True) -> WarehouseWriter:
             files = WarehouseFiles(out)
             place = WarehousePlace(log, files) if registered else None
-            made = Warehouse(log, files, ItemTable(out / "items.parquet", CatalogLog(log.client)), place=place)
+            made = WarehouseWriter(log, files, ItemTable(out / "items.parquet", CatalogLog(log.client)), place=place)
             stack.callback(made.close)
             made.open(wait_s=0.0)
             return made
@@ -141,7 +144,7 @@ class TestOnePlace:
         once(tmp_path / "one")
         files = WarehouseFiles(tmp_path / "two")
         items = ItemTable(tmp_path / "two" / "items.parquet", CatalogLog(log.client))
-        other = Warehouse(log, files, items, flush_s=0.05, place=WarehousePlace(log, files))
+        other = WarehouseWriter(log, files, items, flush_s=0.05, place=WarehousePlace(log, files))
         stop = threading.Event()
         thread = threading.Thread(target=other.run, args=(stop,))
         thread.start()
@@ -369,7 +372,7 @@ class TestErasures:
 
     def test_a_cloned_host_is_a_host_of_its_own(self, log, store, tmp_path, monkeypatch):
         monkeypatch.setattr(registries, "BEAT_S", 0.05)
-        monkeypatch.setattr("serving.jobs.hosts.BEAT_S", 0.05)
+        monkeypatch.setattr("serving.jobs.host_keeper.BEAT_S", 0.05)
         first = keeper(log, store, tmp_path / "one")
         first.catch_up()
         shutil.copytree(tmp_path / "one", tmp_path / "two")

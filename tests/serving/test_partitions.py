@@ -15,7 +15,7 @@ from serving.projection.profile_view import show
 from serving.projection.rebuild import rebuild
 from serving.redis.client import connect
 from serving.stores.meta import awaited_partitions, partitions_for
-from serving.warehouse import writer as warehouse
+from serving.warehouse import process as warehouse
 from tests.serving.logged import PARTITIONS, event, ingest
 
 WRONG = PARTITIONS + 1

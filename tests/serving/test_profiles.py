@@ -294,9 +294,8 @@ def test_who_stays_away_leaves_nothing_of_their_events(store):
     store.put_states([("u:old", imported), ("u:new", expected([3], start=1 << 62))])
     assert Evictions(store).evict(2000) == 0  # the imported events are from 1000 and 2000
     assert Evictions(store).evict(before) == 1
-    assert (
-        Evictions(store).evict(before + 1) == 3
-    )  # "u:waiting" has done something since, and no warehouse has "u:only"
+    # "u:waiting" has done something since, and no warehouse has "u:only".
+    assert Evictions(store).evict(before + 1) == 3
     assert Evictions(store).evicted(
         ["u:idle", "u:1", "u:few", "u:old", "u:waiting", "u:only", "u:new", "u:nobody"]
     ) == {
@@ -309,8 +308,8 @@ def test_who_stays_away_leaves_nothing_of_their_events(store):
     assert store.read("u:1").controls.tobytes() == RULES.tobytes()
     assert Evictions(store).evict(before + 1) == 0
     # What was there once does not come again; what is new waits for the state that is made anew.
-    assert store.apply("u:idle", entries([1, 2, 3])) == Applied(1, 0, 1, away=True)
-    assert store.apply("u:1", entries([2, 3, 4])) == Applied(1, 0, 1, away=True)
+    assert store.apply("u:idle", entries([1, 2, 3])) == Applied(1, 0, 1, evicted=True)
+    assert store.apply("u:1", entries([2, 3, 4])) == Applied(1, 0, 1, evicted=True)
     assert store.compact("u:idle", NOW + 3, evicted_too=False) == 0
     assert store.put_states([("u:idle", expected([1, 2])), ("u:old", imported)]) == StatesWritten(2, 0)
     assert same(store.read("u:idle"), expected([1, 2, 3]))
@@ -326,7 +325,7 @@ def test_what_came_since_may_go_the_way_of_a_state_that_was_dropped(store):
     Evictions(store).evict((NOW >> 20) + 1)
     store.apply("u:here", entries([4]))
     store.put_states([("u:here", expected([1, 2]))])
-    assert store.apply("u:away", entries([4, 3])) == Applied(2, 0, 2, away=True)
+    assert store.apply("u:away", entries([4, 3])) == Applied(2, 0, 2, evicted=True)
     assert [Evictions(store).evict_again(person) for person in ("u:away", "u:away", "u:here", "u:nobody")] == [
         True,
         False,

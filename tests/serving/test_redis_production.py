@@ -32,7 +32,7 @@ from serving.stores.profiles import ProfileStore
 from serving.stores.restore_requests import RestoreRequests
 from tests.serving.faults import Proxy
 
-DOCS = Path(__file__).parents[2] / "docs" / "backend.md"
+DOCS = Path(__file__).parents[2] / "docs" / "redis.md"
 FUTURE = 4_000_000_000_000
 
 

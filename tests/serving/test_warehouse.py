@@ -34,6 +34,7 @@ from features.subjects import partition_of, subject_of, user_id_of
 from features.tables.dataset import open_dataset, read_table, write_dataset
 from features.tables.schema import EVENTS
 from serving.errors import ConfigError
+from serving.experiments import Assignment
 from serving.observability.telemetry import Telemetry
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl
@@ -53,15 +54,17 @@ from serving.stores.log_erasure import LogErasure
 from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
 from serving.stores.restore_requests import RestoreRequests
+from serving.warehouse.derived import derive
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable
+from serving.warehouse.process import run
 from serving.warehouse.tables import (
     DAILY_ROWS,
     IMPRESSION_ROWS,
     SESSION_GAP_MS,
     SESSION_ROWS,
 )
-from serving.warehouse.writer import Warehouse, run
+from serving.warehouse.writer import WarehouseWriter
 from tests.serving.faults import insist, kill, wait_until
 from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, slate
 from tests.world import publish_world
@@ -75,12 +78,12 @@ def make(log, tmp_path):
     """Makes warehouses on the log and one directory, closed at the end; each finds what the last one left."""
     with contextlib.ExitStack() as stack:
 
-        def build(out: Path = tmp_path / "warehouse", **options) -> Warehouse:
+        def build(out: Path = tmp_path / "warehouse", **options) -> WarehouseWriter:
             files = WarehouseFiles(out)
             stack.callback(files.close)
             bundle = options.pop("bundle", None)
             items = ItemTable(out / "items.parquet", CatalogLog(log.client), bundle and open_bundle(bundle))
-            warehouse = Warehouse(log, files, items, flush_s=3600, **options)
+            warehouse = WarehouseWriter(log, files, items, flush_s=3600, **options)
             warehouse.open()
             return warehouse
 
@@ -104,7 +107,7 @@ def contents(out: Path, *tables: str) -> dict[str, bytes]:
     return {str(f.relative_to(out)): f.read_bytes() for name in tables for f in sorted(out.glob(f"{name}/**/*.*"))}
 
 
-def crash(warehouse: Warehouse) -> None:
+def crash(warehouse: WarehouseWriter) -> None:
     """What a kill leaves: the directory free, the lease run out, nothing acknowledged."""
     warehouse._files.close()
     warehouse._events.consumer.release()
@@ -119,7 +122,9 @@ def test_what_was_sent_is_what_stands_there(log, make, out):
         event("ann", "i9", "view_item", event_id="e2", timestamp_ms=at + 1),
         event("ann", "", "search", event_id="e3", query="red shoes", timestamp_ms=at + 2),
     )
-    log.append_impressions([slate("ann", "r1", [1, 2], session_id="s1", arm="control", bucket=7, text="red")])
+    log.append_impressions(
+        [slate("ann", "r1", [1, 2], session_id="s1", assignment=Assignment("control", bucket=7), text="red")]
+    )
     make().drain()
     first, second = rows(out)
     first["attributes"] = dict(first["attributes"])
@@ -320,7 +325,9 @@ class TestErasure:
         ingest(log, event("ann", "i1"))
         first.drain()
         LogErasure(log).erase("u:ann")
-        monkeypatch.setattr(WarehouseFiles, "revise", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
+        monkeypatch.setattr(
+            "serving.warehouse.partition_writer.revise", lambda *_: (_ for _ in ()).throw(OSError("killed here"))
+        )
         with pytest.raises(OSError, match="killed here"):
             first.drain()
         crash(first)
@@ -363,7 +370,7 @@ def test_days_that_are_over_are_packed_and_the_rows_stay(log, make, out, events_
     [packed] = (out / "events" / days[0]).glob("*.parquet")
     assert packed.stem == f"p{partition_of('u:ann', PARTITIONS):02d}-{log_id(at(0)):020d}-{log_id(at(0, 3)):020d}"
     assert warehouse._files.pack(until) == 0
-    assert warehouse._files.derive() == 2
+    assert derive(warehouse._files) == 2
     assert [row["events"] for row in rows(out, "sessions")] == [4, 4, 4]
 
 
@@ -407,7 +414,7 @@ def test_readers_go_as_far_as_everything_is_there(log, make, out):
     # Some partitions are ahead: their new rows are not for readers yet.
     for partition in range(2):
         warehouse._events.read(1000, [0] * PARTITIONS)
-        warehouse._write_partition(partition)
+        warehouse._partition_writer.write(partition)
     assert len(rows(out)) > 20
     assert open_dataset(out).info["fingerprint"] == moment.info["fingerprint"]
     assert not crash(warehouse)
@@ -520,10 +527,10 @@ def test_sessions_and_daily_figures_by_hand(log, make, out):
         [file] = out.glob(f"{name}/*/*.parquet") if name != "impressions" else list(out.glob("impressions/*/*"))[:1]
         assert pq.ParquetFile(file).schema_arrow.names == schema.names
     before = contents(out, "sessions", "daily")
-    assert warehouse._files.derive() == 0
+    assert derive(warehouse._files) == 0
     for file in out.glob("sessions/*/*.parquet"):
         file.unlink()
-    assert warehouse._files.derive() == 1
+    assert derive(warehouse._files) == 1
     assert contents(out, "sessions", "daily") == before
 
 
@@ -845,7 +852,7 @@ def test_kills_of_sink_and_redis_lose_and_double_nothing(tmp_path):
     rng = random.Random(11)
     out = tmp_path / "warehouse"
     program = (
-        "import sys; from pathlib import Path; from serving.warehouse.writer import run; "
+        "import sys; from pathlib import Path; from serving.warehouse.process import run; "
         "run(sys.argv[1], Path(sys.argv[2]), partitions=4, flush_s=0.05)"
     )
     with contextlib.ExitStack() as stack:
@@ -892,7 +899,7 @@ def test_it_waits_for_a_log_that_is_away(tmp_path):
     with RedisServer(tmp_path, "events") as server, connect(server.url, 0.5) as client:
         log = EventLog(client, 1, cooldown_s=0.05)
         items = ItemTable(out / "items.parquet", CatalogLog(client, cooldown_s=0.05))
-        warehouse = Warehouse(log, WarehouseFiles(out), items, flush_s=0.05, derive_s=0.05)
+        warehouse = WarehouseWriter(log, WarehouseFiles(out), items, flush_s=0.05, derive_s=0.05)
         stop = threading.Event()
         thread = threading.Thread(target=warehouse.run, args=(stop,))
         thread.start()

@@ -21,9 +21,11 @@ from serving.privacy.rights import SubjectRights
 from serving.projection.histories import LoggedHistories
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.profiles import ProfileStore
+from serving.warehouse.derived import derive
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.items import ItemTable
-from serving.warehouse.writer import GROUP, Warehouse
+from serving.warehouse.place import GROUP
+from serving.warehouse.writer import WarehouseWriter
 from tests.serving.faults import wait_until
 from tests.serving.logged import PARTITIONS, event, ingest, logged, slate
 from tests.serving.test_warehouse import ROOT, at, rows
@@ -38,7 +40,7 @@ def people(log, profiles_redis):
 @pytest.fixture
 def warehouse(log, tmp_path):
     files = WarehouseFiles(tmp_path)
-    made = Warehouse(log, files, ItemTable(tmp_path / "items.parquet", CatalogLog(log.client)), flush_s=3600)
+    made = WarehouseWriter(log, files, ItemTable(tmp_path / "items.parquet", CatalogLog(log.client)), flush_s=3600)
     made.open()
     yield made
     files.close()
@@ -115,7 +117,7 @@ def test_who_allows_only_measuring_is_measured_and_never_trained_on(log, people,
     assert measured(tmp_path) == {"ann", "eve"}
     [day] = rows(tmp_path, "daily")
     assert (day["item_id"], day["shown"], day["events"], day["people"]) == ("i1", 2, 2, 2)
-    assert set(open_dataset(tmp_path, everybody=True).events["user_id"].to_pylist()) == set(names)
+    assert set(open_dataset(tmp_path, include_withheld=True).events["user_id"].to_pylist()) == set(names)
 
 
 def test_a_withdrawal_takes_a_purpose_from_the_rows_that_are_there(log, people, warehouse, tmp_path):
@@ -169,12 +171,12 @@ def test_an_erasure_that_meets_a_damaged_file_keeps_nobody_else_waiting(log, peo
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TablesError, match=f"{file.name}.*from a copy, or remove it"):
-        warehouse._files.derive()
+        derive(warehouse._files)
     certificate = people.erase("u:ann")
     ingest(log, *(event(user, "i2") for user in others))
     warehouse.close()
     items = ItemTable(tmp_path / "items.parquet", CatalogLog(log.client))
-    quick, stop = Warehouse(log, WarehouseFiles(tmp_path), items, flush_s=0.1), threading.Event()
+    quick, stop = WarehouseWriter(log, WarehouseFiles(tmp_path), items, flush_s=0.1), threading.Event()
     process = threading.Thread(target=quick.run, args=(stop,))
     process.start()
     elsewhere = {user for user in others if partition_of(f"u:{user}", PARTITIONS) != partition_of("u:ann", PARTITIONS)}
@@ -206,7 +208,9 @@ def test_what_is_damaged_beside_the_rows_is_named(log, tmp_path, name, warehouse
     warehouse._files.close()
     file = tmp_path / name
     file.write_bytes(file.read_bytes()[:3])
-    again = Warehouse(log, WarehouseFiles(tmp_path), ItemTable(tmp_path / "items.parquet", CatalogLog(log.client)))
+    again = WarehouseWriter(
+        log, WarehouseFiles(tmp_path), ItemTable(tmp_path / "items.parquet", CatalogLog(log.client))
+    )
 
     def goes_on():
         again.open()
@@ -226,7 +230,7 @@ def test_days_past_retention_go_from_every_table(log, tmp_path, events_redis):
     items = ItemTable(tmp_path / "items.parquet", CatalogLog(log.client))
     age = (datetime.now(UTC).date() - date(2026, 1, 2)) / timedelta(days=1)
     files = WarehouseFiles(tmp_path)
-    made = Warehouse(log, files, items, flush_s=3600, days=age)
+    made = WarehouseWriter(log, files, items, flush_s=3600, days=age)
     made.open()
     made.drain()
     files.close()
