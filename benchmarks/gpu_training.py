@@ -198,7 +198,7 @@ class _Trial:
         targets = held_out(fit.data, self.config, "leave-one-out")
         fit.modules.user.eval()
         with torch.inference_mode():
-            table = fit.modules.item.eval().table(fit.bags, fit.known)
+            table = fit.modules.item.eval().table(fit.bags, fit.trained)
         users = user_vectors(fit.modules.user, table, fit.data, targets, self.config.max_length)
         vectors, ranks = table.float().cpu().numpy(), []
         for part in slices(len(targets)):

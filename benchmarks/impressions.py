@@ -100,7 +100,7 @@ def _lightgbm(
 ) -> tuple[Probabilities, dict[str, Any]]:
     """Returns LightGBM's probabilities for the test, and its version and settings."""
     # One matrix for both: live and slate features of the test are predicted together, and split again below.
-    features, labels = feed.lesson.features.numpy(), feed.lesson.labels.numpy()
+    features, labels = feed.batch.features.numpy(), feed.batch.labels.numpy()
     parts = {"train": ~feed.validates, "validation": feed.validates}
     arrays: dict[str, Any] = {f"{name}_x": features[mask] for name, mask in parts.items()}
     arrays |= {f"{name}_y": labels[mask] for name, mask in parts.items()}

@@ -40,6 +40,7 @@ class Action(_Frozen):
 class TrainConfig(_Frozen):
     """All settings of `penchant train`."""
 
+    # The split: the events that train, validate and test.
     protocol: Literal["none", "leave-one-out", "temporal"] = Field(
         "none", description="Events held out for `penchant evaluate`; none: all but validation are trained on."
     )
@@ -54,6 +55,7 @@ class TrainConfig(_Frozen):
     )
     validation_users: int = Field(3000, ge=0, description="Users whose newest training event validates the model.")
 
+    # The events: those that a user's history holds, and those that are predicted.
     max_length: int = Field(100, ge=1, le=RING, description="Events of a user that the encoder reads, the newest.")
     target_types: tuple[str, ...] = Field((), description="Event types to predict; empty: all but the passive.")
     seen_types: tuple[str, ...] = Field((), description="Event types that make an item seen; empty: as targets.")
@@ -62,6 +64,7 @@ class TrainConfig(_Frozen):
     action_weights: dict[str, float] = Field({}, description="Worth of an action by name; one not named is worth 1.")
     recent_days: float = Field(7.0, gt=0, description="Days that count for recent popularity.")
 
+    # The encoders: their sizes, and the parts of an item's content that they read.
     dim: int = Field(64, ge=4, description="Length of the vectors of users, items and queries.")
     layers: int = Field(2, ge=1, description="Transformer blocks of the user encoder.")
     heads: int = Field(2, ge=1, description="Attention heads of a block; divides dim.")
@@ -75,6 +78,7 @@ class TrainConfig(_Frozen):
     max_categories: int = Field(8, ge=1, description="Categories read of an item.")
     creator_buckets: int = Field(4096, ge=1, description="Buckets that creators hash into.")
 
+    # The encoders' training.
     warm_start: float = Field(
         0.1, ge=0, description="Scale of the initial item vectors, made from co-occurrence; 0: random ones."
     )
@@ -93,6 +97,7 @@ class TrainConfig(_Frozen):
     checkpoint_seconds: float = Field(60.0, gt=0, description="Seconds between two checkpoints.")
     tensorboard: bool = Field(False, description="Write the learning curve for TensorBoard too, below RUN/tensorboard.")
 
+    # The query encoder and the ranker, trained on the finished encoders.
     query_steps: int = Field(400, ge=0, description="Steps that train the query encoder.")
     ranker_steps: int = Field(400, ge=0, description="Steps that train the ranker; 0: it passes relevance through.")
     ranker_hidden: int = Field(64, ge=1, description="Width of the ranker's hidden layers.")
@@ -117,6 +122,7 @@ class TrainConfig(_Frozen):
     candidates: int = Field(500, ge=10, description="Items of a user that the ranker scores, the most relevant.")
     neighbors: int = Field(50, ge=1, description="Similar items kept per item.")
 
+    # The quality of the data, the seed and the machine.
     max_rejected_share: float = Field(
         REJECTED_SHARE, ge=0, le=1, description="Share of a table's rows that may be malformed; above it, no training."
     )

@@ -1,6 +1,6 @@
-"""`RUN/report.html`: one self-contained page of what was run on what, how it learned, and how good it is.
+"""Writes `RUN/report.html`: one self-contained page of a run's data and versions, learning curves and metrics.
 
-Everything is read from the run's own files, so a report can be written at any time and says nothing that they do not.
+All of it is read from the run's own files, so a report can be written at any time and adds nothing to them.
 """
 
 from __future__ import annotations
@@ -54,22 +54,23 @@ def write_report(runs: Sequence[Path], into: Path | None = None) -> Path:
 
     Args:
         runs: Their curves are drawn together.
-        into: The run in whose directory it is written and whose evaluations are shown; the first, if not said.
+        into: The run in whose directory it is written and whose evaluations are shown; None is the first.
     """
     run = into or runs[0]
     config, result = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("config.json", "result.json"))
+    # Names come from the data, so all text is escaped; an unknown name in the template is an error.
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
     text = page.render(
         title=run.resolve().name,
-        subtitle=f"{result['people']:,} people, {result['items']:,} items, {result['events']:,} events; "
+        subtitle=f"{result['people']:,} users, {result['items']:,} items, {result['events']:,} events; "
         f"held out: {config['protocol']}; seed {config['seed']}",
         facts=_facts(result),
-        curves=_curves({one: _lines(one / "log.jsonl") for one in runs}),
+        curves=_curves({path: _lines(path / "log.jsonl") for path in runs}),
         left_out=_left_out(result),
         rejections=result.get("rejections", []),
-        evaluations=[_evaluation(part) for found in _newest(run) for part in (found, *_parts(found))],
+        evaluations=[_evaluation(part) for evaluation in _newest(run) for part in (evaluation, *_parts(evaluation))],
         provenance=_provenance(run, result),
         config=config.items(),
     )
@@ -90,7 +91,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _left_out(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What of the data was not learned from, or not as it stands; empty where there is no such thing."""
+    """Returns the parts of the data that were left out, or read differently; empty if there are none."""
     rejected, future = result.get("rejected", 0), result.get("future_events", 0)
     return [
         *([("rejected rows", f"{rejected:,}")] if rejected else []),
@@ -101,54 +102,57 @@ def _left_out(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _provenance(run: Path, result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    made = result.get("circumstances", {})
+    versions = result.get("circumstances", {})
     return [
         ("run", str(run)),
         ("data", str(result["data"])),
         ("data fingerprint", str(result["data_fingerprint"])),
         ("feature fingerprint", str(result["feature_fingerprint"])),
         ("event types", ", ".join(result["event_types"])),
-        *((name, str(value)) for name, value in made.items()),
+        *((name, str(value)) for name, value in versions.items()),
         ("test evaluations so far", str(len(_lines(run / "evaluations.jsonl")))),
     ]
 
 
 def _newest(run: Path) -> list[dict[str, Any]]:
-    """The newest evaluation of each protocol, in the order of their names."""
-    newest = {found["protocol"]: found for found in _lines(run / "evaluations.jsonl")}
+    """Returns the newest evaluation of each protocol, in the order of their names."""
+    newest = {evaluation["protocol"]: evaluation for evaluation in _lines(run / "evaluations.jsonl")}
     return [newest[name] for name in sorted(newest)]
 
 
-def _parts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parts of an evaluation, each as an evaluation of its own."""
-    facts = {"at": found["at"], "seeds": found["seeds"]}
+def _parts(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the parts of an evaluation, each as an evaluation of its own."""
+    facts = {"at": evaluation["at"], "seeds": evaluation["seeds"]}
     return [
-        {**facts, "protocol": f"{found['protocol']}: {name}", **part} for name, part in found.get("parts", {}).items()
+        {**facts, "protocol": f"{evaluation['protocol']}: {name}", **part}
+        for name, part in evaluation.get("parts", {}).items()
     ]
 
 
-def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
-    """One evaluation as the template wants it."""
-    metrics = found["metrics"]
+def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns one evaluation as the template reads it."""
+    metrics = evaluation["metrics"]
     rows = [{"name": "this model", "ours": True, "cells": [_cell(metrics[name]) for name in metrics]}]
-    if "warm" in found:
-        rows.append({"name": "trained items", "ours": False, "cells": [_cell(found["warm"][name]) for name in metrics]})
-    for name, values in found["baselines"].items():
+    if "warm" in evaluation:
+        rows.append(
+            {"name": "trained items", "ours": False, "cells": [_cell(evaluation["warm"][name]) for name in metrics]}
+        )
+    for name, values in evaluation["baselines"].items():
         rows.append({"name": name, "ours": False, "cells": [_cell(values.get(metric)) for metric in metrics]})
-    note = ", ".join(f"{found[name]:,} {name}" for name in ("users", "targets", "items") if name in found)
+    note = ", ".join(f"{evaluation[name]:,} {name}" for name in ("users", "targets", "items") if name in evaluation)
     seeds = None
-    if len(found["seeds"]) > 1 and "by_seed" in found:
-        columns = list(found["by_seed"].values())
-        lines = zip(found["seeds"], *([f"{value:.4f}" for value in column] for column in columns), strict=True)
-        seeds = {"metrics": list(found["by_seed"]), "rows": list(lines)}
+    if len(evaluation["seeds"]) > 1 and "by_seed" in evaluation:
+        columns = list(evaluation["by_seed"].values())
+        lines = zip(evaluation["seeds"], *([f"{value:.4f}" for value in column] for column in columns), strict=True)
+        seeds = {"metrics": list(evaluation["by_seed"]), "rows": list(lines)}
     return {
-        "protocol": found["protocol"],
-        "note": f"{note}; measured {found['at']}; 95 % intervals over people",
+        "protocol": evaluation["protocol"],
+        "note": f"{note}; measured {evaluation['at']}; 95 % intervals over users",
         "metrics": list(metrics),
         "rows": rows,
-        "plot": _beside(found),
+        "plot": _plot_baselines(evaluation),
         "seeds": seeds,
-        "segments": _segments(found.get("segments", {})),
+        "segments": _segments(evaluation.get("segments", {})),
     }
 
 
@@ -159,7 +163,7 @@ def _cell(figure: Mapping[str, float] | float | None) -> dict[str, str]:
 
 
 def _curves(logs: Mapping[Path, Sequence[Mapping[str, float]]]) -> str:
-    """Loss and validation against events, and validation against seconds; "" where nothing was logged."""
+    """Plots loss and validation against events, and validation against seconds; "" if no validation was logged."""
     logs = {run: log for run, log in logs.items() if log}
     if not logs:
         return ""
@@ -178,28 +182,28 @@ def _curves(logs: Mapping[Path, Sequence[Mapping[str, float]]]) -> str:
         return _svg(figure)
 
 
-def _beside(found: Mapping[str, Any]) -> str:
-    """NDCG@10 of the model, with its interval, beside the baselines; "" where these have none."""
-    names = [name for name, values in found["baselines"].items() if "ndcg@10" in values]
-    if not names or "ndcg@10" not in found["metrics"]:
+def _plot_baselines(evaluation: Mapping[str, Any]) -> str:
+    """Plots NDCG@10 of the model, with its interval, and of the baselines; "" if these have none."""
+    names = [name for name, values in evaluation["baselines"].items() if "ndcg@10" in values]
+    if not names or "ndcg@10" not in evaluation["metrics"]:
         return ""
-    ours = found["metrics"]["ndcg@10"]
-    named = sorted(((found["baselines"][name]["ndcg@10"], name) for name in names), key=lambda pair: pair[0])
-    error = [[0.0] * len(named) + [ours["mean"] - ours["low"]], [0.0] * len(named) + [ours["high"] - ours["mean"]]]
+    model = evaluation["metrics"]["ndcg@10"]
+    named = sorted(((evaluation["baselines"][name]["ndcg@10"], name) for name in names), key=lambda pair: pair[0])
+    error = [[0.0] * len(named) + [model["mean"] - model["low"]], [0.0] * len(named) + [model["high"] - model["mean"]]]
     with rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(9.2, 0.6 + 0.32 * (len(named) + 1)), layout="constrained")
         ax = figure.subplots()
-        values = [value for value, _ in named] + [ours["mean"]]
+        values = [value for value, _ in named] + [model["mean"]]
         colours = [_SOFT] * len(named) + [_SERIES[0]]
         bars = _bars(ax, [name for _, name in named] + ["this model"], values, colours)
         ax.errorbar(values, range(len(values)), xerr=error, fmt="none", ecolor=_INK, capsize=3)
         ax.bar_label(bars, [f"{value:.4f}" for value in values[:-1]] + [""], padding=4, color=_INK)
-        ax.set_title("NDCG@10 beside the baselines")
+        ax.set_title("NDCG@10 and the baselines")
         return _svg(figure)
 
 
 def _segments(segments: Mapping[str, Mapping[str, float]]) -> str:
-    """NDCG@10 by segment; "" where there is none."""
+    """Plots NDCG@10 by segment; "" if there is none."""
     if not segments:
         return ""
     with rc_context(_STYLE):  # type: ignore[arg-type]
@@ -220,7 +224,7 @@ def _bars(ax: Axes, names: Sequence[str], values: Sequence[float], colours: Sequ
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an element of the page, in the page's colours."""
+    """Returns the figure as an element of the page, in the page's colours."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     element = text.getvalue()[text.getvalue().index("<svg") :]
@@ -228,7 +232,7 @@ def _svg(figure: Figure) -> str:
         element = element.replace(colour, f"var({variable})")
     # Ids are the page's, not the figure's: two figures must not share them.
     mark = f"f{zlib.crc32(element.encode()):08x}-"
-    return re.sub(r'(id="|"#|url\(#)', lambda found: f"{found[1]}{mark}", element)
+    return re.sub(r'(id="|"#|url\(#)', lambda match: f"{match[1]}{mark}", element)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -168,6 +168,7 @@ def load_run(run: Path, data: Path | None = None) -> LoadedRun:
             f"{data or result['data']} is not the data set that {run} was trained on: its fingerprint is "
             f"{dataset.info['fingerprint'][:12]}, the run's {result['data_fingerprint'][:12]}; name the right one"
         )
+    # The fingerprint matches, so the items come in the order of the run's rows.
     items, _ = item_vocabulary(dataset)
     vocabulary = Vocabulary.open(run / "vocabulary.arrow")
     modules = build_modules(
@@ -309,6 +310,7 @@ def _put(draft: Path, path: Path) -> None:
 
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:
     """Sha256 over names, types, shapes and bytes, in the order of the names."""
+    # Names, types and shapes are hashed too: two tensors of the same bytes may still differ.
     hasher = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().cpu().contiguous()
@@ -332,6 +334,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     """Removes lines from a log, and a last line that was cut off; in one step."""
     if not path.exists():
         return
+    # A line that a crash cut off has no end of line, and is no JSON.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     draft = path.with_name(f"{path.name}.draft")
     draft.write_text("".join(line for line in lines if is_kept(json.loads(line))), encoding="utf-8")

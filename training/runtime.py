@@ -1,4 +1,4 @@
-"""Makes the best of the machine that trains: threads, and products in bf16."""
+"""Sets torch up for the machine that trains: threads, and products in bf16."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _settings: Any = _deterministic
 
 @contextmanager
 def prepared(threads: int, device: torch.device | None = None) -> Iterator[None]:
-    """Sets torch up for training, and puts its settings back afterwards.
+    """Sets torch up for training, and restores its settings afterwards.
 
     Args:
         threads: Threads on the CPU; 0 means one per core that this process may use.
-        device: Where the models are trained; None is the CPU. On a GPU sums are then taken in a fixed order, so that
-            a training gives the same weights again.
+        device: The device of the models; None is the CPU. On a GPU sums are then taken in a fixed order, so that a
+            training gives the same weights again.
     """
+    # The settings are global to torch, and a caller's own may differ: all are restored.
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic, filled = torch.are_deterministic_algorithms_enabled(), _settings.fill_uninitialized_memory
     if device is not None and device.type == "cuda":
@@ -37,8 +38,8 @@ def prepared(threads: int, device: torch.device | None = None) -> Iterator[None]
         torch.use_deterministic_algorithms(True)
         _settings.fill_uninitialized_memory = False
     torch.set_num_threads(threads or cores())
-    # Matrix products of float32 in bf16 (TF32 on a GPU), summed in float32: with AMX ten times as fast. Where a
-    # processor has no such instructions, this changes nothing.
+    # Matrix products of float32 in bf16 (TF32 on a GPU), summed in float32: with AMX ten times as fast. On a processor
+    # without such instructions, this has no effect.
     torch.set_float32_matmul_precision("medium")
     try:
         yield
@@ -55,13 +56,13 @@ def in_halves(device: torch.device) -> bool:
         return False
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Products of float32 in float32, for what is kept or measured."""
+    """Computes products of float32 in float32, for results that are kept or measured."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -71,12 +72,12 @@ def exact() -> Iterator[None]:
 
 
 def circumstances() -> dict[str, str]:
-    """What a run was made with: versions of Penchant, Python and the numeric libraries, the system, the cores."""
+    """Returns the versions of Penchant, Python and the numeric libraries, the system, and the number of cores."""
     packages = ("penchant", "torch", "numpy", "numba", "pyarrow")
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # run from a checkout
-    return found | {"system": platform.platform(terse=True), "cores": str(cores())}
+    return versions | {"system": platform.platform(terse=True), "cores": str(cores())}

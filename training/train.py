@@ -104,6 +104,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         TrainingError: The data set cannot be trained on as configured.
     """
     began = time.monotonic()
+    # Whatever may refuse the training comes before its first step: the device, the data, the directory.
     device = config.resolved_device()
     with prepared(config.threads, device):
         torch.manual_seed(config.seed)
@@ -115,6 +116,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
         progress = EncoderTrainer(out, config, material.data, material.division, modules, bags, on_step).run()
+        # The best weights by validation, which need not be the last.
         load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
         with exact():
             tables = _tables(material, modules, bags, config)
@@ -122,10 +124,7 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
         with exact():
             tables["statistics"], facts = _train_ranker(data, material, modules, table, tables, config)
-    save_modules(out / "query.safetensors", {"query": modules.query})
-    save_modules(out / "ranker.safetensors", {"ranker": modules.ranker})
-    write_tensors(out / "tables.safetensors", {name: torch.from_numpy(array) for name, array in tables.items()})
-    material.vocabulary.save(out / "vocabulary.arrow")
+    _write_models(out, material, modules, tables)
     seconds = progress.pop("seconds_before") + time.monotonic() - began
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
     result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
@@ -137,6 +136,14 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
+
+
+def _write_models(out: Path, material: Material, modules: Modules, tables: dict[str, npt.NDArray[Any]]) -> None:
+    """Writes the parts of a run that the encoders' training has not written yet."""
+    save_modules(out / "query.safetensors", {"query": modules.query})
+    save_modules(out / "ranker.safetensors", {"ranker": modules.ranker})
+    write_tensors(out / "tables.safetensors", {name: torch.from_numpy(array) for name, array in tables.items()})
+    material.vocabulary.save(out / "vocabulary.arrow")
 
 
 def _train_ranker(
@@ -152,6 +159,7 @@ def _train_ranker(
     Returns:
         The items' statistics up to the test, and the ranker's part of the run's result.
     """
+    # The features come from the functions that serving calls, so that the ranker sees the same numbers there.
     weights = action_weights(material.actions, config)
     columns = _columns(material, tables)
     snapshot, training = _learn_from_impressions(path, material, modules, table, columns, config)
@@ -294,9 +302,11 @@ def _tables(
     trained = counts_of(data, ends) > 0
     with torch.inference_mode():
         vectors = modules.item.eval().table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
+    # All tables count the training events alone: a table that knew the test would leak it into features and rungs.
     neighbors, scores = neighbors_of(data, ends, config.neighbors, config.seed)
     return {
         "item_vectors": vectors.float().cpu().numpy().copy(),
+        # Logarithms, since a popular item has a thousand times the events of another and not its worth.
         "popularity": np.log1p(popularity_of(data, ends)).astype(np.float32),
         "recent_popularity": np.log1p(recent_popularity_of(data, ends, config.recent_days)).astype(np.float32),
         "trained": trained,

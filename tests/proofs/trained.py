@@ -30,7 +30,7 @@ from training.data.histories import UserHistories
 from training.data.impressions import _positions_by_version, read_examples
 from training.data.interactions import Interactions, read_interactions
 from training.data.point_in_time import features_of_example
-from training.export.golden import past_differences
+from training.export.golden import history_differences
 
 NOT_COMPARED = ("relevance", "position")
 """The one comes out of a model; of the other serving knows nothing, and says that every item comes first."""
@@ -75,7 +75,7 @@ class Trained:
         versions = np.array([profile.version], np.uint64)
         [position] = _positions_by_version(self._data, np.array([person]), versions, self._log_ids)
         served = history(profile, self._catalog, type_index(self._data.event_types))
-        return list(past_differences(self._pasts.before(person, int(position)), served))
+        return list(history_differences(self._pasts.before(person, int(position)), served))
 
     def differing_slates(
         self,

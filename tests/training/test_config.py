@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from features.errors import SettingsError
 from training.config import TrainConfig, load_config
+from training.run import read_config
 from training.runtime import prepared
 
 
@@ -93,3 +95,12 @@ def test_threads_are_as_many_as_the_container_grants(monkeypatch: pytest.MonkeyP
     with prepared(0):
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
+
+
+def test_a_run_with_the_earlier_names_of_settings_is_read(tmp_path: Path) -> None:
+    settings = json.loads(TrainConfig(cold_item_share=0.2, validation_users=7).model_dump_json())
+    settings["hide_items"], settings["validation_people"] = (
+        settings.pop(name) for name in ("cold_item_share", "validation_users")
+    )
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert read_config(tmp_path) == TrainConfig(cold_item_share=0.2, validation_users=7)

@@ -21,7 +21,7 @@ from tests.untrained import CONFIG, untrained_bundle, untrained_run
 from training.data.interactions import read_interactions
 from training.export import export as exporting
 from training.export import golden
-from training.export.export import Gates, publish_run
+from training.export.export import ExportGates, publish_run
 from training.export.index import build
 from training.export.onnx import Graph
 from training.models import scoring as ranking
@@ -154,7 +154,7 @@ def test_roads_that_part_are_refused(run, tmp_path, monkeypatch):
         def before(self, person, position):
             return super().before(person, max(position - 1, 0))
 
-    monkeypatch.setattr(golden, "Pasts", OffByOne)
+    monkeypatch.setattr(golden, "UserHistories", OffByOne)
     refused(run, tmp_path / "b", r"gate assembly_differences: \d+ is \d+ above the limit 0")
 
 
@@ -195,13 +195,13 @@ def test_what_is_no_bundle_is_never_overwritten(run, tmp_path):
 
 
 def test_gates_name_value_and_limit():
-    gates = Gates()
+    gates = ExportGates()
     gates.at_least("recall", 0.99, 0.98)
     with pytest.raises(ExportError, match=r"gate recall: 0.5 is 0.48 below the limit 0.98"):
         gates.at_least("recall", 0.5, 0.98)
     with pytest.raises(ExportError, match="gate parity: nan"):
         gates.at_most("parity", float("nan"), 1e-5)
-    assert gates.found["recall"] == {"value": 0.5, "limit": 0.98, "passed": False}
+    assert gates.results["recall"] == {"value": 0.5, "limit": 0.98, "passed": False}
 
 
 def clusters(count: int, seed: int) -> np.ndarray:

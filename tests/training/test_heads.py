@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.fitting.query_encoder import _some_words
+from training.fitting.query_encoder import _draw_words
 from training.fitting.ranker_candidates import RankerCandidates, _choose_blend
 from training.models.ranker import Ranker, level, platt, utility
 
@@ -101,7 +101,7 @@ def test_a_query_is_made_of_words_of_the_item() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = set()
     for _ in range(50):
-        words = _some_words(tokens, generator)
+        words = _draw_words(tokens, generator)
         assert set(words[0].tolist()) <= {0, 5, 6, 7}
         assert words[1, 0] == 9
         assert words[0, 0] > 0

@@ -12,7 +12,7 @@ from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import ITEMS
 from tests.untrained import CONFIG
 from training.data.interactions import item_vocabulary, read_interactions
-from training.export.segments import PEOPLE, POPULAR, popular_in_segments, segments_of
+from training.export.segments import FEWEST_USERS, POPULAR, popular_in_segments, segments_of
 
 DAY = 86_400_000
 NOW = 1_700_000_000_000
@@ -25,7 +25,7 @@ def read(tmp_path_factory):
         {"item_id": f"{kind}-{at}", "categories": [kind]} for kind in ("tea", "coffee", "cocoa") for at in range(3)
     ] + [{"item_id": "mug"}]
     events = []
-    for kind, people in (("tea", PEOPLE + 2), ("coffee", PEOPLE), ("cocoa", PEOPLE - 1)):
+    for kind, people in (("tea", FEWEST_USERS + 2), ("coffee", FEWEST_USERS), ("cocoa", FEWEST_USERS - 1)):
         for person in range(people):
             # Old favourites are bought by all, new ones by some; what was only seen counts as no choice.
             taken = (
@@ -46,7 +46,7 @@ def read(tmp_path_factory):
 def test_everybody_s_segment_is_what_they_chose_most(read):
     data, columns, _ = read
     found = dict(zip(data.users, segments_of(data, columns).tolist(), strict=True))
-    assert {found[f"tea-{person}"] for person in range(PEOPLE)} == {item_key("tea")}
+    assert {found[f"tea-{person}"] for person in range(FEWEST_USERS)} == {item_key("tea")}
     assert found["cocoa-0"] == item_key("cocoa")
 
 
@@ -57,7 +57,7 @@ def test_what_they_like_now_comes_first_and_few_people_make_no_table(read):
     rows, scores = tables[item_key("tea")]
     # In the last week half of them took the mug and the newer tea; the mug was taken more often before.
     assert vocabulary.ids(rows) == ["mug", "tea-1", "tea-0"]
-    half = (PEOPLE + 2) // 2
+    half = (FEWEST_USERS + 2) // 2
     expected = [np.log1p(half) + 1e-3 * np.log1p(2 * half), (1 + 1e-3) * np.log1p(half), 1e-3 * np.log1p(2 * half)]
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
     assert rows.size <= POPULAR

@@ -140,7 +140,7 @@ def test_the_tables_are_canonical(played: Simulated) -> None:
 
 
 def test_the_same_seed_plays_the_same_way_in_pieces_of_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(playing, "_PEOPLE_AT_ONCE", 16)
+    monkeypatch.setattr(playing, "_USERS_AT_ONCE", 16)
     done: list[int] = []
     sizes = {"users": 40, "items": 64, "days": 20, "events_per_user": 10}
     one, two = simulate(World.make(seed=5, **sizes), done.append), simulate(World.make(seed=5, **sizes))

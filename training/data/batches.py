@@ -119,6 +119,7 @@ class TrainingBatches:
         at = starts[:, None] + 1 + np.arange(width)
         inside = at < ends[:, None]
         at[~inside] = starts[0]
+        # Every event of the window is predicted from those before it, so one pass teaches all of its targets.
         targets = np.where(inside & self.data.target[at], self.data.rows[at], -1).astype(np.int64)
         return to_batch(self.data, starts, ends - 1, self.config.max_length, self.device, targets)
 
@@ -200,6 +201,7 @@ def _any_inside_plain(
 
 def in_batches(lengths: npt.NDArray[np.int64], tokens: int, most: int = 512) -> Iterator[npt.NDArray[np.int64]]:
     """Yields positions of sequences in groups of like length, of about `tokens` with padding and `most` sequences."""
+    # The longest first: if a batch does not fit into memory, it is the first one.
     order = np.argsort(-lengths, kind="stable")
     at = 0
     while at < order.size:

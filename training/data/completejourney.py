@@ -1,8 +1,8 @@
 """The Complete Journey -> canonical tables: a year of grocery baskets of some two thousand households.
 
-An item is what a shopper can tell apart: kind, brand and package size. The publisher numbers every flavour and every
-supplier's batch of it alone and says of them no more than that, so up to hundreds of numbers share one description;
-they are one item here, called by the number that was sold most often. What a basket holds of an item is one event.
+An item is a product as shoppers distinguish it: kind, brand and package size. The publisher numbers every flavour and
+every supplier's batch by itself and describes it no further, so up to hundreds of numbers share one description; they
+are one item here, named by the number that was sold most often. All of an item in one basket is one event.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _folder() -> Path:
 
 
 def _described(folder: Path, lines: pa.Table) -> pa.Table:
-    """What was sold: `product_id`, the publisher's columns, `title`, and `item_id`, that of its most sold namesake.
+    """Returns the products sold: `product_id`, the publisher's columns, `title`, and the `item_id` of the title.
 
     A product that was sold and is not described is an item all the same.
     """
@@ -91,30 +91,30 @@ def _described(folder: Path, lines: pa.Table) -> pa.Table:
     size = _not_blank(pc.utf8_trim_whitespace(products["package_size"].combine_chunks()))
     title = _joined(pc.coalesce(kind, category, department), brand, size)
     # The first of a title is the one sold most; without a title, each product is known by its number alone.
-    own = pc.cast(products["product_id"].combine_chunks(), pa.string())
-    _, first, which = np.unique(pc.coalesce(title, own).to_numpy(False), return_index=True, return_inverse=True)
-    same = pc.take(products["product_id"].combine_chunks(), pa.array(first[which]))
+    number = pc.cast(products["product_id"].combine_chunks(), pa.string())
+    _, first, groups = np.unique(pc.coalesce(title, number).to_numpy(False), return_index=True, return_inverse=True)
+    item_ids = pc.take(products["product_id"].combine_chunks(), pa.array(first[groups]))
     texts = {"title": title, "department": department, "category": category, "package_size": size}
     kept = products.select(["product_id", "creator_id"])
-    return pa.table({"product_id": kept["product_id"], "creator_id": kept["creator_id"], "item_id": same} | texts)
+    return pa.table({"product_id": kept["product_id"], "creator_id": kept["creator_id"], "item_id": item_ids} | texts)
 
 
 def _as_items(lines: pa.Table, products: pa.Table) -> pa.Table:
-    """Lines with the item in the place of the product."""
+    """Returns the lines with the item in the place of the product."""
     at = pc.index_in(lines["item_id"], value_set=products["product_id"].combine_chunks())
     item = pc.take(products["item_id"].combine_chunks(), at.combine_chunks())
     return lines.set_column(lines.column_names.index("item_id"), "item_id", item)
 
 
 def _bought_by(lines: pa.Table, households: int) -> Array:
-    """The items that at least so many households bought."""
+    """Returns the items that at least so many households bought."""
     pairs = lines.group_by(["item_id", "user_id"]).aggregate([])
     counts = pairs.group_by("item_id").aggregate([("user_id", "count")])
     return counts["item_id"].filter(pc.greater_equal(counts["user_id_count"], households)).combine_chunks()
 
 
 def _one_per_basket(events: LoadedTable) -> LoadedTable:
-    """Events with the lines of one item in one basket added up; their time is the first one's."""
+    """Returns the events with the lines of one item in one basket added up, at the time of the first."""
     table = events.table
     keys = ["user_id", "session_id", "item_id", "event_type"]
     sums = table.group_by(keys, use_threads=False).aggregate([("value", "sum"), ("timestamp", "min")])
@@ -127,7 +127,7 @@ def _one_per_basket(events: LoadedTable) -> LoadedTable:
 
 
 def _items(products: pa.Table, lines: pa.Table) -> pa.Table:
-    """One row per item that was kept, in the order of their numbers."""
+    """Returns one row per item that was kept, in the order of their numbers."""
     numbers = products.group_by("item_id").aggregate([("product_id", "count")]).rename_columns(["item_id", "products"])
     named = products.filter(pc.equal(products["product_id"], products["item_id"])).drop_columns(["product_id"])
     paid = pa.table({"item_id": lines["item_id"], "unit": pc.divide(lines["value"], lines["quantity"])})
@@ -151,7 +151,7 @@ def _whole(column: Any) -> Array:
 
 
 def _titled(column: pa.ChunkedArray[Any]) -> Array:
-    """SHOUTED words as Words."""
+    """Returns SHOUTED words as Words."""
     return _not_blank(pc.utf8_trim_whitespace(pc.utf8_title(column.combine_chunks())))
 
 
@@ -164,20 +164,20 @@ def _joined(*texts: Array) -> Array:
 
 
 def _medians(paid: pa.Table) -> pa.Table:
-    """The median of `unit` by `item_id`, as `price`."""
-    items, which = np.unique(paid["item_id"].to_numpy(), return_inverse=True)
+    """Returns the median of `unit` by `item_id`, as `price`: a promotion moves it less than a mean."""
+    items, groups = np.unique(paid["item_id"].to_numpy(), return_inverse=True)
     units: npt.NDArray[np.float64] = paid["unit"].to_numpy()
-    units = units[np.lexsort((units, which))]
-    counts = np.bincount(which, minlength=len(items))
+    units = units[np.lexsort((units, groups))]
+    counts = np.bincount(groups, minlength=len(items))
     first = np.cumsum(counts) - counts
     middle = (units[first + (counts - 1) // 2] + units[first + counts // 2]) / 2
     return pa.table({"item_id": items, "price": middle})
 
 
 def _households(folder: Path, lines: pa.Table) -> pa.Table:
-    known = read_parquet(
+    traits = read_parquet(
         folder / "demographics.parquet", {"household_id": "user_id"} | {name: name for name in _TRAITS}
     )
-    users = pa.table({"user_id": pc.unique(lines["user_id"])}).join(known, "user_id").sort_by("user_id")
+    users = pa.table({"user_id": pc.unique(lines["user_id"])}).join(traits, "user_id").sort_by("user_id")
     attributes = pack_map({name: users[name].combine_chunks() for name in _TRAITS})
     return pa.table({"user_id": users["user_id"], "attributes": attributes})

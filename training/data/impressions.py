@@ -131,6 +131,7 @@ def _read_training_slates(path: Path, methods: Sequence[str]) -> pa.Table | None
     if loaded is None:
         return None
     slates = loaded.table
+    # A missing consent is that of a log that asks for none.
     slates = slates.filter(pc.fill_null(slates["allow_train"], True))
     kept = slates.filter(_is_of_methods(slates, methods))
     if kept.num_rows < slates.num_rows:
@@ -169,6 +170,7 @@ def _examples(
     surfaces, surface_indices = codes(slates["surface"].fill_null(""))  # type: ignore[arg-type]
     times = slates["timestamp"].to_numpy()[slate]
     kept = np.flatnonzero((users >= 0) & (rows >= 0))
+    # By time, so that statistics are replayed in one pass; examples of one slate keep their places.
     kept = kept[np.argsort(times[kept], kind="stable")]
     first = np.cumsum(sizes) - sizes
     users, times = users[kept], times[kept]

@@ -227,13 +227,13 @@ def read_interactions(
         )
     for block in data.blocks():
         types = numbers[data.types[block.events]]
-        target, seen = is_target[types], is_seen[types]
+        target, makes_seen = is_target[types], is_seen[types]
         if not config.repeats:
             # Serving never recommends an item that the user has had, so no such event may be a target.
-            target &= _is_first(block.owner, data.rows[block.events], seen | target)
+            target &= _is_first(block.owner, data.rows[block.events], makes_seen | target)
         # An event from the future would be the newest, and every test would be a test of wrong clocks.
         target &= data.timestamps[block.events] <= data.trusted_until
-        data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, seen
+        data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, makes_seen
     data = dataclasses.replace(data, event_types=event_types)
     return _without(data, draw_cold_items(data.items, config)) if config.cold_item_share else data
 
@@ -273,9 +273,8 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
     origins = disk.array(np.uint32, size) if resolved else np.broadcast_to(np.uint32(0), size)
     items, keys = _TextCodes(vocabulary.rows), Distinct()
     event_types = _TextCodes(lambda names: range(len(event_types.codes), len(event_types.codes) + len(names)))
-    users: list[Any] = []
-    begins: list[npt.NDArray[np.int64]] = []
-    at, last_user = 0, None
+    users = _UserStarts()
+    at = 0
     columns = ("user_id", "item_id", "event_type", "timestamp", "value", *(KEYS if resolved else ()))
     for batch in events.batches(columns):
         part = slice(at, at + batch.num_rows)
@@ -288,18 +287,11 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
             values[part] = batch["value"].to_numpy()
         if resolved:
             origins[part] = keys.numbers(Logged.of(batch))
-        user_ids = batch["user_id"].combine_chunks()
-        # The stream is sorted by user, so a user begins wherever the id differs from the one before.
-        changes = pc.not_equal(user_ids.slice(1), user_ids.slice(0, len(user_ids) - 1)).to_numpy(zero_copy_only=False)
-        begin = np.flatnonzero(np.concatenate([[user_ids[0].as_py() != last_user], changes]))
-        users.append(user_ids.take(begin))
-        begins.append(at + begin)
-        at, last_user = part.stop, user_ids[len(user_ids) - 1].as_py()
-    offsets = disk.array(np.int64, sum(map(len, begins)) + 1)
-    np.concatenate([*begins, [size]], out=offsets)
+        users.add(batch["user_id"], at)
+        at = part.stop
     return Interactions(
-        users=TextColumn(pa.concat_arrays(users)),
-        offsets=offsets,
+        users=TextColumn(pa.concat_arrays(users.ids)),
+        offsets=users.offsets(size, disk),
         rows=rows,
         types=types,
         timestamps=timestamps,
@@ -312,6 +304,31 @@ def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interacti
         origins=origins,
         resolved=keys.table(),
     ), list(event_types.codes)
+
+
+class _UserStarts:
+    """The users of a stream that is sorted by user, and the event that each begins with."""
+
+    def __init__(self) -> None:
+        self.ids: list[Any] = []
+        self.begins: list[npt.NDArray[np.int64]] = []
+        self.newest: str | None = None
+
+    def add(self, column: pa.ChunkedArray[Any], at: int) -> None:
+        """Adds a batch of events, the first of which is event `at`."""
+        ids = column.combine_chunks()
+        # A user begins wherever the id differs from the one before; the first id may go on from the last batch.
+        changes = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
+        begin = np.flatnonzero(np.concatenate([[ids[0].as_py() != self.newest], changes]))
+        self.ids.append(ids.take(begin))
+        self.begins.append(at + begin)
+        self.newest = ids[len(ids) - 1].as_py()
+
+    def offsets(self, size: int, disk: Disk) -> npt.NDArray[np.int64]:
+        """Returns the start of each user's events among `size`, and their end; int64 `[U + 1]`."""
+        offsets = disk.array(np.int64, sum(map(len, self.begins)) + 1)
+        np.concatenate([*self.begins, [size]], out=offsets)
+        return offsets
 
 
 class _TextCodes:

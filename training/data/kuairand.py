@@ -1,9 +1,9 @@
 """KuaiRand-Pure -> canonical tables: a video feed with real impressions and several actions.
 
-The tidy Parquet files are read: `impressions`, `videos`, `users` and `user_history`. What was known of a person before
-the first impression has an order and one time, the last; its views may have been clicked, which nobody wrote down, so
-they are `view_item` while an impression is `view_item_list`. The data set has no positions: each impression is a slate
-of one item. An action is dated when watching ended, for nobody knows it before.
+The tidy Parquet files are read: `impressions`, `videos`, `users` and `user_history`. A user's history before the first
+impression has an order and one time, the last; its views may have been clicked, which is not recorded, so they are
+`view_item` while an impression is `view_item_list`. The data set has no positions: each impression is a slate of one
+item. An action is dated at the end of watching, because no service could know of it before.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _WATCHED = ("is_click", "long_view")
 
 
 def event_table(impressions: pa.Table, history: pa.Table) -> pa.Table:
-    """What people did before the impressions, the impressions as events, and the actions that followed them."""
+    """Returns the users' earlier events, the impressions as events, and the actions that followed them."""
     return pa.concat_tables([_past(history), *_followed(impressions)])
 
 
 def impression_table(impressions: pa.Table) -> pa.Table:
-    """One slate per impression; which policy chose it nobody knows, so its propensity is NaN."""
+    """Returns one slate per impression; the policy that chose it is unknown, so its propensity is NaN."""
     count = impressions.num_rows
     offsets: Any = pa.array(np.arange(count + 1, dtype=np.int32))
     columns: dict[str, Any] = {
@@ -62,14 +62,14 @@ def impression_table(impressions: pa.Table) -> pa.Table:
 
 
 def item_table(videos: pa.Table, impressions: pa.Table) -> pa.Table:
-    """Videos; a missing duration is taken from an impression of the video."""
+    """Returns the videos; a missing duration is taken from an impression of the video."""
     ids = videos["video_id"].to_numpy()
     seconds = videos["video_duration"].to_numpy().astype(np.float64) / 1000
     shown = impressions["video_id"].to_numpy()
-    some = dict(zip(shown.tolist(), (impressions["duration_ms"].to_numpy() / 1000).tolist(), strict=True))
+    by_video = dict(zip(shown.tolist(), (impressions["duration_ms"].to_numpy() / 1000).tolist(), strict=True))
     lacking = np.flatnonzero(~(seconds > 0))
-    seconds[lacking] = [some.get(name, np.nan) for name in ids[lacking].tolist()]
-    known = pa.array(seconds, mask=~(seconds > 0))
+    seconds[lacking] = [by_video.get(name, np.nan) for name in ids[lacking].tolist()]
+    durations = pa.array(seconds, mask=~(seconds > 0))
     traits = {name: videos[name].combine_chunks() for name in ("video_type", "upload_type")}
     uploaded = pc.cast(pc.strptime(videos["upload_dt"], "%Y-%m-%d", "ms", error_is_null=True), pa.int64())
     return pa.table(
@@ -78,20 +78,20 @@ def item_table(videos: pa.Table, impressions: pa.Table) -> pa.Table:
             "categories": videos["tag"],
             "creator_id": _text(videos["author_id"]),
             "available_from": pa.array(uploaded.to_numpy(), pa.int64()),
-            "attributes": pack_map({"duration": pc.cast(known, pa.string()), **traits}),
+            "attributes": pack_map({"duration": pc.cast(durations, pa.string()), **traits}),
         }
     )
 
 
 def user_table(users: pa.Table) -> pa.Table:
-    """People, everything said of them as attributes."""
+    """Returns the users, with all their traits as attributes."""
     traits = {name: pc.cast(users[name].combine_chunks(), pa.string()) for name in users.column_names}
     return pa.table({"user_id": traits.pop("user_id"), "attributes": pack_map(traits)})
 
 
 @dataclass(slots=True)
 class _Lines:
-    """Events of the past while they are collected."""
+    """Earlier events while they are collected."""
 
     users: list[int]
     items: list[int]
@@ -101,19 +101,19 @@ class _Lines:
 
 def _past(history: pa.Table) -> pa.Table:
     lines = _Lines([], [], [], [])
-    for person in history.to_pylist():
-        exposed, liked, watched = (person[name] or [] for name in HISTORY_COLUMNS[2:])
-        mine: list[tuple[int, str]] = []
+    for user in history.to_pylist():
+        exposed, liked, watched = (user[name] or [] for name in HISTORY_COLUMNS[2:])
+        events: list[tuple[int, str]] = []
         long_at, older_long = _aligned(exposed, watched)
         like_at, older_like = _aligned(exposed, liked)
-        mine += [(item, "long_view") for item in older_long] + [(item, "like") for item in older_like]
+        events += [(item, "long_view") for item in older_long] + [(item, "like") for item in older_like]
         for at, item in enumerate(exposed):
-            # The long view first: a view before it would give away what an encoder shall predict.
-            mine += [(item, "long_view")] * long_at[at] + [(item, VIEWED)] + [(item, "like")] * like_at[at]
-        lines.users += [person["user_id"]] * len(mine)
-        lines.items += [item for item, _ in mine]
-        lines.kinds += [kind for _, kind in mine]
-        lines.times += [person["last_time_ms"]] * len(mine)
+            # The long view first: a view before it would give away the target that an encoder is to predict.
+            events += [(item, "long_view")] * long_at[at] + [(item, VIEWED)] + [(item, "like")] * like_at[at]
+        lines.users += [user["user_id"]] * len(events)
+        lines.items += [item for item, _ in events]
+        lines.kinds += [kind for _, kind in events]
+        lines.times += [user["last_time_ms"]] * len(events)
     count = len(lines.users)
     return _events(
         user=pc.cast(pa.array(lines.users, pa.int64()), pa.string()),
@@ -125,17 +125,18 @@ def _past(history: pa.Table) -> pa.Table:
 
 
 def _aligned(exposed: Sequence[int], chosen: Sequence[int]) -> tuple[list[bool], Sequence[int]]:
-    """Which of the newest views were chosen, and what was chosen before them; both lists are in order of time."""
-    found, left = [False] * len(exposed), len(chosen)
+    """Returns True for the newest views that were chosen, and the items chosen before them; lists are in time order."""
+    # The two lists share their newest items and no times, so they are matched from their ends.
+    flags, remaining = [False] * len(exposed), len(chosen)
     for at in range(len(exposed) - 1, -1, -1):
-        if left and exposed[at] == chosen[left - 1]:
-            found[at] = True
-            left -= 1
-    return found, chosen[:left]
+        if remaining and exposed[at] == chosen[remaining - 1]:
+            flags[at] = True
+            remaining -= 1
+    return flags, chosen[:remaining]
 
 
 def _followed(impressions: pa.Table) -> list[pa.Table]:
-    """The impressions as events, and a table per action."""
+    """Returns the impressions as events, and a table per action."""
     times, played = impressions["time_ms"].to_numpy(), impressions["play_time_ms"].to_numpy()
     columns = {
         "user": _text(impressions["user_id"]),
@@ -145,14 +146,14 @@ def _followed(impressions: pa.Table) -> list[pa.Table]:
     }
     tables = []
     for place, name in enumerate(("", *ACTIONS)):
-        done = np.flatnonzero(impressions[name].to_numpy()) if name else np.arange(impressions.num_rows)
-        seconds = played[done] / 1000 if name in _WATCHED else np.full(done.size, np.nan)
+        rows = np.flatnonzero(impressions[name].to_numpy()) if name else np.arange(impressions.num_rows)
+        seconds = played[rows] / 1000 if name in _WATCHED else np.full(rows.size, np.nan)
         tables.append(
             _events(
-                **{key: column.take(pa.array(done)) for key, column in columns.items()},
-                kind=pa.repeat(ACTIONS[name] if name else SHOWN, done.size),
-                time=pa.array(times[done] + (played[done] if name else 0)),
-                sequence=done * (1 + len(ACTIONS)) + place,
+                **{key: column.take(pa.array(rows)) for key, column in columns.items()},
+                kind=pa.repeat(ACTIONS[name] if name else SHOWN, rows.size),
+                time=pa.array(times[rows] + (played[rows] if name else 0)),
+                sequence=rows * (1 + len(ACTIONS)) + place,
                 value=pa.array(seconds, mask=np.isnan(seconds)),
             )
         )
@@ -161,7 +162,7 @@ def _followed(impressions: pa.Table) -> list[pa.Table]:
 
 def _events(*, user: Any, item: Any, kind: Any, time: Any, sequence: npt.NDArray[np.int64], **more: Any) -> pa.Table:
     count = len(user)
-    nothing = pa.nulls(count, pa.string())
+    nulls = pa.nulls(count, pa.string())
     return pa.table(
         {
             "user_id": user,
@@ -170,8 +171,8 @@ def _events(*, user: Any, item: Any, kind: Any, time: Any, sequence: npt.NDArray
             "timestamp": time,
             "sequence": pa.array(sequence, pa.int64()),
             "value": pc.cast(more.get("value", pa.nulls(count, pa.float64())), pa.float32()),
-            "request_id": more.get("request", nothing),
-            "surface": more.get("surface", nothing),
+            "request_id": more.get("request", nulls),
+            "surface": more.get("surface", nulls),
         }
     )
 

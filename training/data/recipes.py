@@ -1,4 +1,4 @@
-"""Parts that the recipes of known data sets share: the tables they make, and how they read Parquet."""
+"""Parts that the recipes of known data sets share: the prepared tables, and the reading of Parquet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from features.tables.dataset import LoadedTable
 
 
 class DatasetError(TrainingError):
-    """A known data set cannot be prepared; the message says what to give instead."""
+    """A known data set that cannot be prepared; the message says what to give instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class PreparedTables:
 
 
 def read_parquet(file: Path, columns: Mapping[str, str]) -> pa.Table:
-    """The named columns of a Parquet file under their new names, rows in the file's order.
+    """Reads the named columns of a Parquet file under their new names, rows in the file's order.
 
     Raises:
         DatasetError: The file cannot be read, or lacks one of the columns.
@@ -50,16 +50,16 @@ def read_parquet(file: Path, columns: Mapping[str, str]) -> pa.Table:
 
 
 def constant(text: str, length: int) -> Array:
-    """A column that says the same in every row."""
+    """Returns a column with the same text in every row."""
     return pa.repeat(pa.scalar(text), length)
 
 
 def distinguish_titles(titles: Sequence[Any], details: Sequence[Any]) -> Array:
-    """Titles, those that several items share followed by a detail in brackets; a title without a detail stays.
+    """Adds a detail in brackets to titles that several items share; a title without a detail stays.
 
     Args:
         titles: Text or None by item.
-        details: What tells items of the same title apart, text or None by item.
+        details: The difference between items of the same title, text or None by item.
 
     Returns:
         Texts of the same length.

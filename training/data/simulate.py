@@ -1,13 +1,13 @@
-"""A small world whose truth is known: what people like, what they would click, buy or hide, and why.
+"""Simulates users of a small world whose truth is known: their preferences, and the chance of each click or purchase.
 
-Learning on real data shows whether a model is good; learning here shows whether it is right, for `World` answers what
-no log can: the utility of any item for any person at any time, the chance of every outcome, and the exact propensity
-of everything that was shown.
+Training on real data shows that a model is good; training here shows that it is right, because `World` holds what no
+log does: the utility of any item for any user at any time, the chance of every outcome, and the exact propensity of
+every item shown.
 
-A person comes in sessions. A session opens with a slate of ten items drawn by a known policy; the person takes one of
-them or starts on their own in a topic they like this season. Every next item either follows from the last one (each
-item has a few known successors) or is chosen within the topic by utility. What is viewed may be liked, hidden, put in
-the cart and then bought, each with a known chance.
+A user comes in sessions. A session opens with a slate of ten items drawn by a known policy; the user takes one of them
+or starts by themselves in a topic they like this season. Every next item either follows from the last one (each item
+has a few known successors) or is chosen within the topic by utility. An item viewed may be liked, hidden, put in the
+cart and then bought, each with a known chance.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from training.data.world import DAY_MS, SLATE, START_MS, SUCCESSORS, TOPICS, Flo
 
 __all__ = ["Simulated", "World", "simulate"]
 
-_PEOPLE_AT_ONCE = 1 << 14
-_CANDIDATES = 8  # a person looks at so many before choosing
+_USERS_AT_ONCE = 1 << 14
+_CANDIDATES = 8  # a user looks at so many before choosing
 _FOLLOW = 0.5  # the chance that the next item is a successor of the last
 _SESSION = 6  # views a session has on average
 _EVENTS_PER_VIEW = 1.65
@@ -36,7 +36,7 @@ _ADJECTIVES = ("compact", "classic", "quiet", "bright", "modern", "little", "gra
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """A world and what it left in the canonical tables; item row = row of the items table, user number likewise."""
+    """A world and its canonical tables; item row = row of the items table, user number likewise."""
 
     world: World
     events: pa.Table
@@ -45,13 +45,13 @@ class Simulated:
     impressions: pa.Table
 
 
-def simulate(world: World, advance: Callable[[int], Any] = lambda people: None) -> Simulated:
-    """Play the world's days; `advance` hears how many more people are done. The same world plays the same way."""
+def simulate(world: World, advance: Callable[[int], Any] = lambda users: None) -> Simulated:
+    """Plays the world's days, the same world in the same way; `advance` is called with the number of users finished."""
     events, impressions = [], []
-    for people, shown, done in _play(world):
-        impressions.append(shown)
-        events.append(done)
-        advance(people)
+    for users, user_impressions, user_events in _play(world):
+        impressions.append(user_impressions)
+        events.append(user_events)
+        advance(users)
     tables = pa.concat_tables(events), pa.concat_tables(impressions)
     return Simulated(world, tables[0], _items_table(world), _users_table(world), tables[1])
 
@@ -61,7 +61,7 @@ def simulate(world: World, advance: Callable[[int], Any] = lambda people: None) 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Who comes when and for how long: arrays by session [S] and by view [V], people in order, times ascending."""
+    """The sessions of users: arrays by session [S] and by view [V], users in order, times ascending."""
 
     user: Ints
     start: Ints
@@ -72,16 +72,16 @@ class _Plan:
     time: Ints
 
 
-def _plan(world: World, rng: np.random.Generator, people: Ints) -> _Plan:
+def _plan(world: World, rng: np.random.Generator, users: Ints) -> _Plan:
     mean = world.events_per_user / _EVENTS_PER_VIEW
-    views = np.maximum(rng.poisson(mean * rng.gamma(4, 0.25, len(people))), 1)
-    who = np.repeat(people, views)
-    opens = rng.random(len(who)) < 1 / _SESSION
+    views = np.maximum(rng.poisson(mean * rng.gamma(4, 0.25, len(users))), 1)
+    viewer = np.repeat(users, views)
+    opens = rng.random(len(viewer)) < 1 / _SESSION
     opens[np.cumsum(views) - views] = True
     session, first = np.cumsum(opens) - 1, np.flatnonzero(opens)
-    user, length = who[first], np.diff(np.append(first, len(who)))
-    # Two views lie far enough apart for everything that is done with the first.
-    gap = (90_000 + rng.exponential(60_000, len(who))).astype(np.int64)
+    user, length = viewer[first], np.diff(np.append(first, len(viewer)))
+    # Two views lie far enough apart for all actions on the first.
+    gap = (90_000 + rng.exponential(60_000, len(viewer))).astype(np.int64)
     before = np.cumsum(gap) - gap
     start = (rng.random(len(first)) * world.days * DAY_MS).astype(np.int64)
     start = _apart(user, start[np.lexsort((start, user))], np.add.reduceat(gap, first)) + START_MS
@@ -91,39 +91,39 @@ def _plan(world: World, rng: np.random.Generator, people: Ints) -> _Plan:
 
 
 def _apart(user: Ints, start: Ints, duration: Ints) -> Ints:
-    """Move sessions later until none begins before the same person's last one has ended."""
+    """Moves sessions later until none begins before the same user's last one has ended."""
     busy = np.cumsum(duration) - duration
-    # A person's constant outweighs every time, so the running maximum begins anew with each person.
+    # A user's constant outweighs every time, so the running maximum restarts with each user.
     era = (user - user[0]) * (1 << 42)
     return np.asarray(np.maximum.accumulate(start - busy + era) + busy - era)
 
 
 def _play(world: World) -> Iterator[tuple[int, pa.Table, pa.Table]]:
-    """Impressions and events, some thousand people at a time, so that memory stays small."""
+    """Yields impressions and events of some thousand users at a time, so that memory stays small."""
     shelf = _Shelf.of(world)
-    for number, low in enumerate(range(0, len(world.thrift), _PEOPLE_AT_ONCE)):
-        people = np.arange(low, min(low + _PEOPLE_AT_ONCE, len(world.thrift)))
+    for number, low in enumerate(range(0, len(world.thrift), _USERS_AT_ONCE)):
+        users = np.arange(low, min(low + _USERS_AT_ONCE, len(world.thrift)))
         rng = np.random.default_rng([world.seed, 1, number])
-        plan = _plan(world, rng, people)
+        plan = _plan(world, rng, users)
         slates, propensities = _slates(world, rng, plan)
         rows, place = _views(world, shelf, rng, plan, slates)
-        yield len(people), _impressions_table(plan, slates, propensities), _events_table(world, rng, plan, rows, place)
+        yield len(users), _impressions_table(plan, slates, propensities), _events_table(world, rng, plan, rows, place)
 
 
 def _slates(world: World, rng: np.random.Generator, plan: _Plan) -> tuple[Ints, Floats]:
-    """The slate that opens each session, int64 [S, 10], and the propensity of each place."""
+    """Draws the slate that opens each session, int64 [S, 10], and returns the propensity of each place too."""
     slates = np.empty((len(plan.start), SLATE), dtype=np.int64)
     propensities = np.empty(slates.shape)
     by_place = np.argsort(np.arange(len(world.quality)) % SLATE, kind="stable")
     days = (plan.start - START_MS) // DAY_MS
     for day in np.unique(days):
-        here = np.flatnonzero(days == day)
+        sessions = np.flatnonzero(days == day)
         policy = world.logging_policy(START_MS + int(day) * DAY_MS)
         # Place k owns the interval (k, k + 1] of the cumulative sum; an impossible row adds nothing to it.
         reach = np.cumsum(policy[by_place])
-        drawn = np.searchsorted(reach, np.arange(SLATE) + rng.random((len(here), SLATE)) * (1 - 1e-9), side="right")
-        slates[here] = by_place[drawn]
-        propensities[here] = policy[slates[here]]
+        drawn = np.searchsorted(reach, np.arange(SLATE) + rng.random((len(sessions), SLATE)) * (1 - 1e-9), side="right")
+        slates[sessions] = by_place[drawn]
+        propensities[sessions] = policy[slates[sessions]]
     return slates, propensities
 
 
@@ -142,7 +142,7 @@ class _Shelf:
         return cls(rows, keys[rows], np.concatenate([[0], np.cumsum(np.exp(world.quality[rows]))]))
 
     def draw(self, rng: np.random.Generator, topic: Ints, time: Ints) -> Ints:
-        """Eight items of each topic that are there at the time, better ones more often, int64 [n, 8]."""
+        """Draws eight items of each topic that have arrived by the time, better ones more often, int64 [n, 8]."""
         low = self.reach[np.searchsorted(self.keys, topic * (1 << 44))]
         high = self.reach[np.searchsorted(self.keys, topic * (1 << 44) + time, side="right")]
         at = low[:, None] + rng.random((len(topic), _CANDIDATES)) * (high - low)[:, None] * (1 - 1e-9)
@@ -150,35 +150,35 @@ class _Shelf:
 
 
 def _views(world: World, shelf: _Shelf, rng: np.random.Generator, plan: _Plan, slates: Ints) -> tuple[Ints, Ints]:
-    """The row of each view, and the place of the slate that it was taken from, -1 for none."""
+    """Returns the row of each view, and the place of the slate that it was taken from, -1 for none."""
     rows, place = np.empty(len(plan.time), dtype=np.int64), np.full(len(plan.time), -1)
-    taken = np.cumsum(world.click_chances(plan.user, slates, plan.start), axis=1)
-    choice = (taken < rng.random((len(slates), 1))).sum(axis=1)
+    reach = np.cumsum(world.click_chances(plan.user, slates, plan.start), axis=1)
+    choice = (reach < rng.random((len(slates), 1))).sum(axis=1)
     liked = np.log(world.preference[plan.user] + 1e-9) + world.wanted(np.arange(len(TOPICS)), plan.start[:, None])
     topic = np.argmax(liked + rng.gumbel(size=liked.shape), axis=1)
     clicked = choice < SLATE
     at = plan.first[clicked]
     rows[at], place[at] = slates[clicked, choice[clicked]], choice[clicked]
     topic[clicked] = world.topics[rows[at], 0]
-    own = np.flatnonzero(~clicked)
-    rows[plan.first[own]] = _choose(world, shelf, rng, plan.user[own], topic[own], plan.time[plan.first[own]])
+    unled = np.flatnonzero(~clicked)
+    rows[plan.first[unled]] = _choose(world, shelf, rng, plan.user[unled], topic[unled], plan.time[plan.first[unled]])
     for step in range(1, int(plan.length.max())):
         on = np.flatnonzero(plan.length > step)
         at = plan.first[on] + step
         rank = np.minimum(rng.geometric(0.5, len(on)), SUCCESSORS) - 1
         next_rows = world.successors[rows[at - 1], rank]
         stays = (rng.random(len(on)) >= _FOLLOW) | (world.arrival[next_rows] > plan.time[at])
-        mine = on[stays]
-        next_rows[stays] = _choose(world, shelf, rng, plan.user[mine], topic[mine], plan.time[at[stays]])
+        staying = on[stays]
+        next_rows[stays] = _choose(world, shelf, rng, plan.user[staying], topic[staying], plan.time[at[stays]])
         rows[at] = next_rows
     return rows, place
 
 
 def _choose(world: World, shelf: _Shelf, rng: np.random.Generator, user: Ints, topic: Ints, time: Ints) -> Ints:
-    """Of eight items of the topic the one worth most, with a person's usual inconstancy (Gumbel noise)."""
-    seen = shelf.draw(rng, topic, time)
-    worth = world.utility(user[:, None], seen, time[:, None]) + rng.gumbel(size=seen.shape)
-    return np.asarray(np.take_along_axis(seen, np.argmax(worth, axis=1)[:, None], axis=1)[:, 0])
+    """Chooses of eight items of the topic the one worth most, with a user's usual inconstancy (Gumbel noise)."""
+    candidates = shelf.draw(rng, topic, time)
+    worth = world.utility(user[:, None], candidates, time[:, None]) + rng.gumbel(size=candidates.shape)
+    return np.asarray(np.take_along_axis(candidates, np.argmax(worth, axis=1)[:, None], axis=1)[:, 0])
 
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -216,18 +216,18 @@ def _impressions_table(plan: _Plan, slates: Ints, propensities: Floats) -> pa.Ta
     return _complete(columns, IMPRESSIONS)
 
 
-# What may follow a view, and after how many milliseconds; a purchase comes last.
+# Events of a view, and the milliseconds after which they follow; a purchase comes last.
 _ACTS = {"view_item": 0, "hide": 4_000, "like": 8_000, "add_to_cart": 20_000, "purchase": 60_000}
 
 
 def _events_table(world: World, rng: np.random.Generator, plan: _Plan, rows: Ints, place: Ints) -> pa.Table:
     user = plan.user[plan.session]
     chances = world.chances(user, rows, plan.time)
-    # One draw for the cart and the purchase: who buys has put it in the cart.
+    # One draw for the cart and the purchase: an item bought was in the cart before.
     luck = {name: rng.random(len(rows)) for name in ("hide", "like", "add_to_cart")}
     luck |= {"purchase": luck["add_to_cart"]}
     views = [np.arange(len(rows)), *(np.flatnonzero(luck[name] < chances[name]) for name in list(_ACTS)[1:])]
-    kind = np.repeat(np.arange(len(_ACTS)), [len(done) for done in views])
+    kind = np.repeat(np.arange(len(_ACTS)), [len(of_kind) for of_kind in views])
     view = np.concatenate(views)
     time = plan.time[view] + np.array(list(_ACTS.values()))[kind]
     order = np.lexsort((time, user[view]))

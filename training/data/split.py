@@ -187,6 +187,7 @@ def _time_of_rank(data: Interactions, rank: int) -> int:
     """
     parts = [data.timestamps[block.events] for block in data.blocks()]
     low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+    # Sixteen bits of the answer a round: three rounds for times in ms.
     while low < high:
         width = (high - low) // _BINS + 1
         counts = np.zeros(_BINS, np.int64)

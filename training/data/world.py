@@ -1,4 +1,4 @@
-"""The truth of a simulated world: what an item is worth to a person, and the chance of everything that may happen."""
+"""The truth of a simulated world: the worth of an item to a user, and the chance of each event."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ START_MS = 1_704_067_200_000  # 2024-01-01 UTC
 DAY_MS = 86_400_000
 SLATE = 10
 SUCCESSORS = 5
-_OUTSIDE = 3.0  # log weight of taking nothing from a slate
+_OUTSIDE = 3.0  # log weight of taking no item from a slate
 _EXPLORE = 0.1  # the share of the logging policy that is uniform
 
-# The first word names the topic; a person's segment is the topic they like best.
+# The first word names the topic; a user's segment is the topic they like best.
 TOPICS = tuple(
     line.split()
     for line in """garden tomato trellis seedling compost shovel rose hedge watering orchard herb
@@ -44,21 +44,21 @@ travel passport hostel itinerary island railway suitcase border temple market fe
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The truth. Arrays are by person [P], item row [N] or topic [T]; times are ms UTC.
+    """The truth. Arrays are by user [P], item row [N] or topic [T]; times are ms UTC.
 
     Attributes:
-        seed: Everything random follows from it and from the sizes.
+        seed: All random numbers follow from it and from the sizes.
         days: Length of the year that is played.
-        events_per_user: Events a person leaves on average, give or take a tenth.
-        preference: float64 [P, T], each person's share of liking, rows sum to 1.
-        thrift: float64 [P], how much a high price puts a person off, 0 or more.
+        events_per_user: Mean number of events of a user, give or take a tenth.
+        preference: float64 [P, T], each user's share of liking, rows sum to 1.
+        thrift: float64 [P], a user's aversion to high prices, 0 or more.
         topics: int64 [N, 2], an item's main and second topic.
         quality: float64 [N], standard normal.
         price: float64 [N].
         creator: int64 [N].
-        arrival: int64 [N], when the item came.
+        arrival: int64 [N], the item's first moment.
         season: float64 [T], the part of the year at which a topic is most wanted, in [0, 1).
-        successors: int64 [N, 5], what often follows, most often first.
+        successors: int64 [N, 5], items that often follow, most often first.
     """
 
     seed: int
@@ -78,7 +78,7 @@ class World:
     def make(
         cls, seed: int = 0, users: int = 1000, items: int = 1000, days: int = 180, events_per_user: float = 50
     ) -> World:
-        """Draw a world.
+        """Draws a world.
 
         Raises:
             SettingsError: A size is too small for a world.
@@ -88,6 +88,7 @@ class World:
             raise SettingsError(f"a world needs 1 user, {least} items, 1 day and 1 event per user, or more of each")
         rng = np.random.default_rng([seed, 0])
         main = np.concatenate([np.arange(least) % len(TOPICS), rng.integers(len(TOPICS), size=items - least)])
+        # Each topic keeps two items that are there from the start, so that no topic is ever empty.
         late = (rng.random(items) < 0.3) & (np.arange(items) >= least)
         price_level = rng.normal(3, 0.7, len(TOPICS))
         return cls(
@@ -106,15 +107,15 @@ class World:
         )
 
     def wanted(self, topic: Any, time: Any) -> Floats:
-        """How much a topic is in season, from -0.8 to 0.8; arguments broadcast."""
+        """Returns the season's effect on a topic's worth, from -0.8 to 0.8; arguments broadcast."""
         year = (np.asarray(time) - START_MS) / (365 * DAY_MS)
         return np.asarray(0.8 * np.cos(2 * np.pi * (year - self.season[topic])))
 
     def utility(self, user: Any, item_rows: Any, time: Any) -> Floats:
-        """What an item is worth to a person at a time: the truth that a recommender looks for.
+        """Computes the worth of an item to a user at a time: the truth that a recommender tries to learn.
 
         Args:
-            user: Number of the person, or an array of them.
+            user: Number of the user, or an array of them.
             item_rows: Rows of the items table.
             time: Ms UTC.
 
@@ -130,9 +131,9 @@ class World:
         return np.asarray(np.where(age < 0, -np.inf, worth))
 
     def chances(self, user: Any, item_rows: Any, time: Any) -> dict[str, Floats]:
-        """The chance that somebody who views an item then does each thing with it.
+        """Computes the chance of each action of a user who views an item.
 
-        `purchase` counts the way through the cart: it is below `add_to_cart`.
+        `purchase` includes the step through the cart: it is below `add_to_cart`.
         """
         worth = self.utility(user, item_rows, time)
         cart = _sigmoid(worth - 2)
@@ -144,22 +145,23 @@ class World:
         }
 
     def click_chances(self, user: Ints, slates: Ints, time: Ints) -> Floats:
-        """The chance of each place of each slate to be taken, float64 [n, k]; at most one is, lower places less."""
+        """Computes the chance of each place of each slate to be taken, float64 [n, k]; at most one is."""
         places = 1 / np.log2(np.arange(slates.shape[1]) + 2)
         weights = places * np.exp(self.utility(user[:, None], slates, time[:, None]))
         return np.asarray(weights / (np.exp(_OUTSIDE) + weights.sum(axis=1, keepdims=True)))
 
     def logging_policy(self, time: int) -> Floats:
-        """The chance of each row to stand in its place (row % 10) of a slate that is drawn on the day of `time`.
+        """Computes the chance of each row to stand in its place (row % 10) of a slate drawn on the day of `time`.
 
-        Each place draws from the rows of its own, so places are independent and no item comes twice.
+        Each place draws from the rows of its own, so places are independent and no item comes twice: the propensity
+        of every item shown is known exactly, which a policy that draws without replacement could not give.
         """
         day = START_MS + (time - START_MS) // DAY_MS * DAY_MS
-        here = self.arrival <= day
-        weights = np.where(here, np.exp(self.quality + self.wanted(self.topics[:, 0], day)), 0)
-        place = np.arange(len(here)) % SLATE
+        has_arrived = self.arrival <= day
+        weights = np.where(has_arrived, np.exp(self.quality + self.wanted(self.topics[:, 0], day)), 0)
+        place = np.arange(len(has_arrived)) % SLATE
         share = weights / np.bincount(place, weights)[place]
-        return np.asarray((1 - _EXPLORE) * share + _EXPLORE * here / np.bincount(place, here)[place])
+        return np.asarray((1 - _EXPLORE) * share + _EXPLORE * has_arrived / np.bincount(place, has_arrived)[place])
 
 
 def _sigmoid(x: Floats) -> Floats:
@@ -167,9 +169,9 @@ def _sigmoid(x: Floats) -> Floats:
 
 
 def _successors(rng: np.random.Generator, main: Ints) -> Ints:
-    """Four items of the same topic and one of any other, which is where a session may turn."""
+    """Draws four items of the same topic and one of any topic, with which a session may change its topic."""
     order = np.argsort(main, kind="stable")
     first = np.searchsorted(main[order], main)
     size = np.bincount(main)[main]
-    same = order[first[:, None] + (rng.random((len(main), SUCCESSORS - 1)) * size[:, None]).astype(np.int64)]
-    return np.concatenate([same, rng.integers(len(main), size=(len(main), 1))], axis=1)
+    of_topic = order[first[:, None] + (rng.random((len(main), SUCCESSORS - 1)) * size[:, None]).astype(np.int64)]
+    return np.concatenate([of_topic, rng.integers(len(main), size=(len(main), 1))], axis=1)

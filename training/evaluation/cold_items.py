@@ -104,6 +104,7 @@ def cold_targets(run: LoadedRun) -> KnownTargets:
     position = np.cumsum(~is_cold) - ~is_cold - events.offsets[owner]
     ends = split(events, config).fit_end
     is_target = is_cold & whole.target & (position > 0) & (position >= ends[owner])
+    # By position alone, an event may be later than its user's others and earlier than the end of training.
     if config.protocol == "temporal":
         is_target &= whole.timestamps > newest_of(events, ends)
     at = np.flatnonzero(is_target)

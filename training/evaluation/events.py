@@ -82,6 +82,7 @@ class ModelScorer:
         rows = self.targets.take(numbers).rows(self.data)
         if not self.run.result["blend"]:
             return rank(scores, rows)
+        # As in service: the ranker reorders the most relevant candidates, and no other item can enter among them.
         depth = min(self.run.config.candidates, scores.shape[1])
         best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
         final = np.take_along_axis(scores, best, axis=1)  # what is masked stays at minus infinity
@@ -153,6 +154,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
             f"{run.path}: the data set has no event that {protocol} could test: its users need longer histories"
         )
     models = [ModelScorer(of_seed, data, targets) for of_seed in runs]
+    # One set of baselines for all seeds: they have no random part but the sample that the first run has drawn.
     baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
     rankings = rank_all(models, baselines, data, targets, run.config.repeats)
     of_models, of_baselines = rankings[: len(models)], rankings[len(models) :]

@@ -34,10 +34,10 @@ from training.models.scoring import user_vectors
 from training.run import LoadedRun, admit_run, input_shapes, load_run
 
 PARITY = 1e-5
-"""How far torch and ONNX Runtime may answer apart, relative to the largest number of the answer."""
+"""Largest difference allowed between torch and ONNX Runtime, relative to the largest number of the output."""
 
 RECALL = 0.98
-"""Share of the truly best items that the index must find."""
+"""Share of the exactly best items that the index must find."""
 
 POPULAR = 1000
 """Number of popular items kept."""
@@ -48,10 +48,10 @@ _Axes = dict[str, Sequence[str | int]]
 
 
 @dataclass
-class Gates:
-    """What was measured against what is demanded; the first gate that fails ends the export."""
+class ExportGates:
+    """Values measured against their limits; the first gate that fails ends the export."""
 
-    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def at_most(self, name: str, value: float, limit: float) -> None:
         """Demands `value <= limit`.
@@ -70,56 +70,59 @@ class Gates:
         self._check(name, value, limit, value >= limit, "below")
 
     def _check(self, name: str, value: float, limit: float, passed: bool, side: str) -> None:
-        self.found[name] = {"value": value, "limit": limit, "passed": passed}
+        self.results[name] = {"value": value, "limit": limit, "passed": passed}
         if not passed:
-            said, gap, edge = (
-                f"{one}" if isinstance(one, int) else f"{one:.4g}" for one in (value, abs(value - limit), limit)
+            measured, gap, edge = (
+                f"{number}" if isinstance(number, int) else f"{number:.4g}"
+                for number in (value, abs(value - limit), limit)
             )
-            raise ExportError(f"gate {name}: {said} is {gap} {side} the limit {edge}; nothing was published")
+            raise ExportError(f"gate {name}: {measured} is {gap} {side} the limit {edge}; nothing was published")
 
 
 def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RECALL) -> dict[str, Any]:
-    """Makes a bundle of a run.
+    """Exports a run as a bundle.
 
     Args:
         run: Directory of a finished run.
         out: Directory of the bundle; must not exist, unless it holds this very bundle.
-        data: The data set, where it has moved since the training.
-        recall: Share of the truly best items that the index must find.
+        data: The data set, if it has moved since the training.
+        recall: Share of the exactly best items that the index must find.
 
     Returns:
-        See `publish_run`; with what `features.tables.intake.summary` says.
+        See `publish_run`; with the fields of `features.tables.intake.summary`.
 
     Raises:
         ExportError: A gate is not passed, or the run does not fit this version; nothing is published.
-        BundleError: `out` holds something else.
+        BundleError: `out` does not hold this bundle.
     """
     loaded = load_run(run, data)
+    # Features that changed since the training would give the ranker other numbers under the same names.
     if loaded.result["feature_fingerprint"] != FEATURES.fingerprint():
-        raise ExportError(f"{run}: trained on other features than this version has; train again")
+        raise ExportError(f"{run} was trained on other features than this version has: train again")
     left_out = admit_run(loaded)
     return publish_run(loaded, out, recall) | left_out
 
 
 def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[str, Any]:
-    """Makes a bundle of a run in memory; see `export`.
+    """Exports a run in memory as a bundle; see `export`.
 
     Returns:
         `bundle_id`, `path`, `gates` {name: {`value`, `limit`, `passed`}}, `index` {`kind`, `lists`, `probes`}, `items`,
         `bytes`, `future_events`.
     """
     if out.exists():
-        open_bundle(out)  # so that nobody waits for an export that cannot be published
-    gates = Gates()
+        open_bundle(out)  # a place that cannot be published to is refused now, not after minutes of work
+    gates = ExportGates()
     with _staging(out) as staging:
         catalog = _write_items(loaded, staging)
-        world, sessions = _world(loaded, catalog)
-        _check_assembly(world, gates)
-        _write_models(loaded, world, sessions, staging, gates)
+        context, sessions = _golden_context(loaded, catalog)
+        # The cheapest gates come first; the index, which takes longest, after the graphs whose outputs search it.
+        _check_assembly(context, gates)
+        _write_models(loaded, context, sessions, staging, gates)
         data = read_interactions(loaded.dataset, loaded.vocabulary, loaded.config)
-        index = _write_index(loaded, data, world, staging, recall, gates)
-        people = golden.answers(world, golden.make_people(world))
-        (staging / "golden.json").write_text(json.dumps(people, allow_nan=False), encoding="utf-8")
+        index = _write_index(loaded, data, context, staging, recall, gates)
+        requests = golden.answers(context, golden.make_histories(context))
+        (staging / "golden.json").write_text(json.dumps(requests, allow_nan=False), encoding="utf-8")
         _write_tables(loaded, data, catalog, staging)
         future = report_future_events(data)
         size = sum(file.stat().st_size for file in staging.iterdir())
@@ -127,7 +130,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
     return {
         "bundle_id": bundle_id,
         "path": str(out),
-        "gates": gates.found,
+        "gates": gates.results,
         "index": index,
         "items": catalog.size,
         "bytes": size,
@@ -156,6 +159,7 @@ def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
     with pa.OSFile(str(staging / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, items.schema) as writer:
         writer.write_table(items)
     loaded.vocabulary.save(staging / "vocabulary.arrow")
+    # Checked before any graph or index: a NaN would fail their gates with a message that hides the cause.
     vectors = np.ascontiguousarray(loaded.item_vectors, np.float32)
     if not np.isfinite(vectors).all():
         raise ExportError(f"{loaded.path}: item vectors hold NaN or infinity; the training went wrong, train again")
@@ -163,45 +167,46 @@ def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
     return Catalog(items, loaded.vocabulary, vectors)
 
 
-def _world(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.World, dict[str, Any]]:
-    """What golden requests are made from; it answers with the sessions that are put beside it."""
+def _golden_context(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.GoldenContext, dict[str, Any]]:
+    """Returns the context of golden requests, and the sessions that it runs, by name; still none."""
     sessions: dict[str, Any] = {}
 
     def ask(name: str, inputs: Arrays) -> _F32:
-        answer: _F32 = sessions[name].run(None, dict(inputs))[0]
-        return answer
+        output: _F32 = sessions[name].run(None, dict(inputs))[0]
+        return output
 
     types, shapes = loaded.result["event_types"], input_shapes(loaded.config)
     action_rates = ActionRates.of(loaded.result)
-    return golden.World(catalog, loaded.neighbors, types, loaded.config, shapes, action_rates, ask), sessions
+    return golden.GoldenContext(catalog, loaded.neighbors, types, loaded.config, shapes, action_rates, ask), sessions
 
 
-def _check_assembly(world: golden.World, gates: Gates) -> None:
-    people = golden.make_people(world)
-    differences = golden.differences(world, golden.offline(world, people), golden.online(world, people))
+def _check_assembly(context: golden.GoldenContext, gates: ExportGates) -> None:
+    users = golden.make_histories(context)
+    differences = golden.differences(context, golden.offline(context, users), golden.online(context, users))
     gates.at_most("assembly_differences", differences, 0)
 
 
 def _write_models(
-    loaded: LoadedRun, world: golden.World, sessions: dict[str, Any], staging: Path, gates: Gates
+    loaded: LoadedRun, context: golden.GoldenContext, sessions: dict[str, Any], staging: Path, gates: ExportGates
 ) -> None:
     for make in (_user_graph, _item_graph, _query_graph, _ranker_graph):
-        graph = make(loaded, world)
+        graph = make(loaded, context)
         data = to_onnx(graph)
         gates.at_most(f"parity_{graph.name}", parity(graph, data), PARITY)
         (staging / f"{graph.name}.onnx").write_bytes(data)
         sessions[graph.name] = session_of(data)
 
 
-def _user_graph(loaded: LoadedRun, world: golden.World) -> Graph:
+def _user_graph(loaded: LoadedRun, context: golden.GoldenContext) -> Graph:
     longest, dim, vectors = loaded.config.max_length, loaded.config.dim, loaded.item_vectors
     rng = np.random.default_rng(0)
     cases: list[Arrays] = []
+    # Shortest and longest histories, one user and several: an exporter may take any of these sizes for a constant.
     for batch, length in ((3, min(longest, 5)), (1, 1), (2, 1), (1, longest), (4, longest), (16, -(-longest // 2))):
         lengths = rng.integers(1, length + 1, batch) if batch > 2 else np.full(batch, length)
         real = np.arange(length) < lengths[:, None]
         picked = vectors[rng.integers(0, len(vectors), (batch, length))]
-        types = rng.integers(0, len(world.event_types) + 1, (batch, length))
+        types = rng.integers(0, len(context.event_types) + 1, (batch, length))
         cases.append(
             {"vectors": picked * real[..., None].astype(np.float32), "types": types * real, "lengths": lengths}
         )
@@ -209,18 +214,19 @@ def _user_graph(loaded: LoadedRun, world: golden.World) -> Graph:
     return Graph("user_encoder", LastHidden(loaded.user_encoder).eval(), "user", axes, ["people", dim], cases)
 
 
-def _item_graph(loaded: LoadedRun, world: golden.World) -> Graph:
-    rows = np.random.default_rng(0).permutation(world.catalog.size)[:32]
-    items = [world.catalog.item(int(row)) for row in rows]
-    everything = {
+def _item_graph(loaded: LoadedRun, context: golden.GoldenContext) -> Graph:
+    rows = np.random.default_rng(0).permutation(context.catalog.size)[:32]
+    items = [context.catalog.item(int(row)) for row in rows]
+    longest = {
         "item_id": "everything",
-        "title": " ".join(f"word{at}" for at in range(2 * world.shapes.max_tokens)),
-        "categories": [f"category{at}" for at in range(2 * world.shapes.max_categories)],
-        "creator_id": "somebody",
+        "title": " ".join(f"word{at}" for at in range(2 * context.shapes.max_tokens)),
+        "categories": [f"category{at}" for at in range(2 * context.shapes.max_categories)],
+        "creator_id": "creator",
         "price": 1e6,
     }
-    groups = ([*items, everything, {"item_id": "nothing"}], [everything], [{"item_id": "nothing"}])
-    cases: list[Arrays] = [item_inputs(group, world.shapes) for group in groups]
+    empty = {"item_id": "nothing"}
+    groups = ([*items, longest, empty], [longest], [empty])
+    cases: list[Arrays] = [item_inputs(group, context.shapes) for group in groups]
     cases.append({name: array[:, :1] if array.ndim == 2 else array for name, array in cases[0].items()})
     axes: _Axes = {
         "tokens": ["items", "words"],
@@ -231,24 +237,24 @@ def _item_graph(loaded: LoadedRun, world: golden.World) -> Graph:
     return Graph("item_encoder", loaded.item_encoder, "item", axes, ["items", loaded.config.dim], cases)
 
 
-def _query_graph(loaded: LoadedRun, world: golden.World) -> Graph:
-    texts = ("red shoes", "!?", "word", " ".join(f"word{at}" for at in range(2 * world.shapes.max_tokens)))
-    every = [query_inputs(text, world.shapes)["tokens"] for text in texts]
+def _query_graph(loaded: LoadedRun, context: golden.GoldenContext) -> Graph:
+    texts = ("red shoes", "!?", "word", " ".join(f"word{at}" for at in range(2 * context.shapes.max_tokens)))
+    every = [query_inputs(text, context.shapes)["tokens"] for text in texts]
     cases: list[Arrays] = [{"tokens": tokens} for tokens in (np.concatenate(every), *every, every[0][:, :1])]
     axes: _Axes = {"tokens": ["queries", "words"]}
     return Graph("query_encoder", loaded.query_encoder, "query", axes, ["queries", loaded.config.dim], cases)
 
 
-def _ranker_graph(loaded: LoadedRun, world: golden.World) -> Graph:
-    dim, catalog = loaded.config.dim, world.catalog
-    people = golden.online(world, golden.make_people(world))
+def _ranker_graph(loaded: LoadedRun, context: golden.GoldenContext) -> Graph:
+    dim, catalog = loaded.config.dim, context.catalog
+    users = golden.online(context, golden.make_histories(context))
     rng = np.random.default_rng(0)
     cases: list[Arrays] = []
-    for made, count in zip(people, (2, 1, 20, 500), strict=False):
+    for assembled, count in zip(users, (2, 1, 20, 500), strict=False):
         rows = rng.integers(0, catalog.size, count).astype(np.int32)
-        user = golden.user_vector(world, made)
+        user = golden.user_vector(context, assembled)
         relevance = catalog.columns.vectors[rows] @ user
-        features = ranker_features(made.past, rows, relevance, catalog.columns, world.action_rates, Moment())
+        features = ranker_features(assembled.history, rows, relevance, catalog.columns, context.action_rates, Moment())
         cases.append({"user": user[None], "items": catalog.columns.vectors[rows], "features": features})
     actions = len(loaded.result["actions"])
     axes: _Axes = {"user": [1, dim], "items": ["candidates", dim], "features": ["candidates", ranker_width(actions)]}
@@ -256,47 +262,55 @@ def _ranker_graph(loaded: LoadedRun, world: golden.World) -> Graph:
 
 
 def _write_index(
-    loaded: LoadedRun, data: Interactions, world: golden.World, staging: Path, target: float, gates: Gates
+    loaded: LoadedRun,
+    data: Interactions,
+    context: golden.GoldenContext,
+    staging: Path,
+    target: float,
+    gates: ExportGates,
 ) -> dict[str, Any]:
-    built = build(loaded.item_vectors, _likely_queries(loaded, data, world), target)
+    built = build(loaded.item_vectors, _likely_queries(loaded, data, context), target)
     for cut in CUTOFFS:
         gates.at_least(f"index_recall@{cut}", built.recall[cut], target)
     (staging / "index.faiss").write_bytes(built.data)
     return {"kind": built.kind, "lists": built.lists, "probes": built.probes}
 
 
-def _likely_queries(loaded: LoadedRun, data: Interactions, world: golden.World) -> _F32:
-    """Vectors like those that the index will be asked for: of real people, of texts as queries, and of items."""
+def _likely_queries(loaded: LoadedRun, data: Interactions, context: golden.GoldenContext) -> _F32:
+    """Returns vectors like those that the index will search: of real users, of texts as queries, and of items.
+
+    Recall on random vectors would say little: real ones lie where the items are, and crowd some lists of the index.
+    """
     rng = np.random.default_rng(0)
-    people = rng.permutation(len(data.users))[:_QUERIES]
-    targets = Targets(people, np.diff(data.offsets)[people])
+    numbers = rng.permutation(len(data.users))[:_QUERIES]
+    targets = Targets(numbers, np.diff(data.offsets)[numbers])
     table = torch.from_numpy(loaded.item_vectors)
     users = user_vectors(loaded.user_encoder, table, data, targets, loaded.config.max_length)
-    some = rng.permutation(world.catalog.size)[: _QUERIES // 4]
-    texts = [item_text(world.catalog.item(int(row))) for row in some]
-    tokens = np.concatenate([query_inputs(text, world.shapes)["tokens"] for text in texts])
-    return np.concatenate([users, world.ask("query_encoder", {"tokens": tokens}), loaded.item_vectors[some]])
+    rows = rng.permutation(context.catalog.size)[: _QUERIES // 4]
+    texts = [item_text(context.catalog.item(int(row))) for row in rows]
+    tokens = np.concatenate([query_inputs(text, context.shapes)["tokens"] for text in texts])
+    return np.concatenate([users, context.ask("query_encoder", {"tokens": tokens}), loaded.item_vectors[rows]])
 
 
 def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, staging: Path) -> None:
-    """The tables of the lower rungs and of search by words."""
+    """Writes the tables of the lower rungs and of lexical search."""
     np.save(staging / "neighbors.npy", loaded.neighbors.astype(np.int32))
     np.save(staging / "neighbor_scores.npy", loaded.neighbor_scores.astype(np.float32))
-    # What is popular now, and among equals what was always popular.
+    # Recent popularity, and among equals popularity of all time.
     scores = (loaded.recent_popularity + 1e-3 * loaded.popularity).astype(np.float32)
     rows = np.argsort(-scores, kind="stable")[:POPULAR].astype(np.int32)
     tables = {"": (rows, scores[rows])}
     keys, first = np.unique(catalog.columns.category, return_index=True)
     named = dict(zip(keys.tolist(), first.tolist(), strict=True))
     for key, table in popular_in_segments(data, catalog.columns, loaded.config.recent_days).items():
-        # A category that no item has any more is in histories still, but has lost its name.
+        # A category that no item has any more may still be in histories, but it has lost its name.
         if key in named:
             tables[catalog.item(named[key])["categories"][0]] = table
     popular = pa.table(
         {
-            "segment": np.repeat(list(tables), [own.size for own, _ in tables.values()]),
-            "row": np.concatenate([own for own, _ in tables.values()]),
-            "score": np.concatenate([own for _, own in tables.values()]),
+            "segment": np.repeat(list(tables), [segment_rows.size for segment_rows, _ in tables.values()]),
+            "row": np.concatenate([segment_rows for segment_rows, _ in tables.values()]),
+            "score": np.concatenate([segment_scores for _, segment_scores in tables.values()]),
         }
     )
     with pa.OSFile(str(staging / "popular.arrow"), "wb") as sink, pa.ipc.new_file(sink, popular.schema) as writer:
@@ -306,12 +320,13 @@ def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, stagi
         for batch in loaded.items.to_batches(max_chunksize=10_000)
         for item in batch.to_pylist()
     ]
-    np.save(staging / "token_offsets.npy", np.cumsum([0, *(mine.size for mine in words)]).astype(np.int64))
+    np.save(staging / "token_offsets.npy", np.cumsum([0, *(tokens.size for tokens in words)]).astype(np.int64))
     np.save(staging / "tokens.npy", np.concatenate([np.empty(0, np.uint32), *words]))
 
 
-def _manifest(loaded: LoadedRun, gates: Gates) -> dict[str, Any]:
+def _manifest(loaded: LoadedRun, gates: ExportGates) -> dict[str, Any]:
     config, result = loaded.config, loaded.result
+    # The model part is what serving reads; the others are for readers who look into a bundle.
     names = [*ENCODER_FEATURES.names, *ranker_names([action["name"] for action in result["actions"]])]
     model = {
         **{name: result[name] for name in ("event_types", "actions", "action_weights", "seen_types", "blend")},
@@ -324,7 +339,7 @@ def _manifest(loaded: LoadedRun, gates: Gates) -> dict[str, Any]:
         "data_fingerprint": result["data_fingerprint"],
         "configuration": config.model_dump(mode="json"),
         "metrics": {"best_validation": result["best_validation"]},
-        "gates": gates.found,
+        "gates": gates.results,
         "catalog_version": int(loaded.dataset.info.get("catalog_version", 0)),
         "model": model,
     }

@@ -1,4 +1,8 @@
-"""Makes the golden requests of a bundle, and compares the two roads from events to model inputs on them."""
+"""Builds the golden requests of a bundle, and compares training's and serving's path from events to model inputs.
+
+The two paths share the functions that compute features, and differ in how they store what these read: arrays of all
+events here, the bytes of a profile there. Their equality to the bit is a gate of every export.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,8 @@ _ITEMS: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """What golden requests are made from, and what answers them.
+class GoldenContext:
+    """The parts that golden requests are built from, and the graphs that compute their results.
 
     Attributes:
         catalog: The bundle's catalogue.
@@ -52,8 +56,8 @@ class World:
         event_types: Names, in the model's order.
         config: The training's configuration.
         shapes: Shapes of the content encoders' inputs.
-        outcomes: How the ranker's actions are read from events.
-        ask: Answers with a graph, by its name, to named inputs.
+        action_rates: Reads the ranker's actions from events.
+        ask: Runs a graph, by its name, on named inputs.
     """
 
     catalog: Catalog
@@ -67,138 +71,143 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """What a road made of one person: the encoder's inputs, and what the ranker's features are computed from."""
+    """One user as a path assembles them: the encoder's inputs, and the history that features are computed from."""
 
     rows: npt.NDArray[np.int64]
     types: npt.NDArray[np.int64]
-    past: History
+    history: History
 
 
-def make_people(world: World) -> list[list[Event]]:
-    """Made-up histories, oldest first, of every length that matters; every event type occurs.
+def make_histories(context: GoldenContext) -> list[list[Event]]:
+    """Generates histories, oldest first, of every length that matters; every event type occurs.
 
-    Each is a walk over similar items with leaps to popular ones, so its vector lies where those of real people do. Some
-    items were others when their events came, and some events came before their item.
+    Each is a walk over similar items with leaps to popular ones, so its vector lies where those of real users do. Some
+    events carry keys that their item no longer has, and some came before their item.
     """
     rng = np.random.default_rng(0)
-    longest = world.config.max_length
+    longest = context.config.max_length
+    # Around the encoder's window and the profile's ring, where an off-by-one would show.
     lengths = sorted({1, 2, 5, longest - 1, longest, longest + 7, RING, RING + 20} - {0})
-    people = [_walk(world, rng, length) for length in lengths]
-    for at, name in enumerate(world.event_types):
-        people[-1][at]["event_type"] = name
-    for events in people:
-        _apart_from_catalog(events)
-    return people
+    users = [_walk(context, rng, length) for length in lengths]
+    for at, name in enumerate(context.event_types):
+        users[-1][at]["event_type"] = name
+    for events in users:
+        _diverge_from_catalog(events)
+    return users
 
 
-def online(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
-    """The road of serving: records, the stored bytes of a profile, and what is read of it."""
-    index = {event_type_key(name): 1 + at for at, name in enumerate(world.event_types)}
-    made = []
-    for events in people:
-        profile = profile_of(events, world.catalog)
-        past = history(profile, world.catalog, index)
-        made.append(Assembled(*encoder_inputs(rows_read(past), past.types, world.config.max_length), past))
-    return made
+def online(context: GoldenContext, users: Sequence[Sequence[Event]]) -> list[Assembled]:
+    """Takes serving's path: records, the stored bytes of a profile, and the history read from it."""
+    index = {event_type_key(name): 1 + at for at, name in enumerate(context.event_types)}
+    assembled = []
+    for events in users:
+        profile = profile_of(events, context.catalog)
+        read = history(profile, context.catalog, index)
+        assembled.append(Assembled(*encoder_inputs(rows_read(read), read.types, context.config.max_length), read))
+    return assembled
 
 
-def offline(world: World, people: Sequence[Sequence[Event]]) -> list[Assembled]:
-    """The road of training: a table of events, and the arrays made of it."""
+def offline(context: GoldenContext, users: Sequence[Sequence[Event]]) -> list[Assembled]:
+    """Takes training's path: a table of events, and the arrays made of it."""
     table = pa.Table.from_pylist(
-        [{"user_id": f"golden-{at}", **event} for at, events in enumerate(people) for event in events], schema=EVENTS
+        [{"user_id": f"golden-{at}", **event} for at, events in enumerate(users) for event in events], schema=EVENTS
     )
     dataset = Dataset(Events.of(table), items=table.slice(0, 0), users=table.slice(0, 0), info={})
-    data = read_interactions(dataset, world.catalog.vocabulary, world.config)
+    data = read_interactions(dataset, context.catalog.vocabulary, context.config)
     starts, ends = data.offsets[:-1], data.offsets[1:]
-    rows, types, lengths = encoder_batch(data.rows, data.types, starts, ends, world.config.max_length)
-    known = UserHistories(data, world.catalog.columns)
-    histories = [known.before(at, len(events)) for at, events in enumerate(people)]
+    rows, types, lengths = encoder_batch(data.rows, data.types, starts, ends, context.config.max_length)
+    of_users = UserHistories(data, context.catalog.columns)
+    histories = [of_users.before(at, len(events)) for at, events in enumerate(users)]
     return [
-        Assembled(rows[at, :length], types[at, :length], past)
-        for at, (length, past) in enumerate(zip(lengths.tolist(), histories, strict=True))
+        Assembled(rows[at, :length], types[at, :length], read)
+        for at, (length, read) in enumerate(zip(lengths.tolist(), histories, strict=True))
     ]
 
 
-def differences(world: World, mine: Sequence[Assembled], others: Sequence[Assembled]) -> int:
-    """The number of values in which two roads differ, to the bit, from the events to the models' inputs."""
-    columns = world.catalog.columns
-    rows = np.arange(min(200, world.catalog.size), dtype=np.int32)
+def differences(context: GoldenContext, left: Sequence[Assembled], right: Sequence[Assembled]) -> int:
+    """Counts the values in which two paths differ, to the bit, from the events to the models' inputs."""
+    columns = context.catalog.columns
+    rows = np.arange(min(200, context.catalog.size), dtype=np.int32)
     relevance = columns.popularity[rows]
     count = 0
-    for one, other in zip(mine, others, strict=True):
-        count += _unequal(one.rows, other.rows) + _unequal(one.types, other.types)
-        count += sum(past_differences(one.past, other.past).values())
-        moment = moment_of(world)
-        features = [ranker_features(o.past, rows, relevance, columns, world.action_rates, moment) for o in (one, other)]
+    for pair in zip(left, right, strict=True):
+        count += _unequal(pair[0].rows, pair[1].rows) + _unequal(pair[0].types, pair[1].types)
+        count += sum(history_differences(pair[0].history, pair[1].history).values())
+        moment = moment_of(context)
+        features = [
+            ranker_features(user.history, rows, relevance, columns, context.action_rates, moment) for user in pair
+        ]
         count += _unequal(*features)
     return count
 
 
-def past_differences(one: History, other: History) -> dict[str, int]:
-    """Returns the number of values in which two pasts differ, to the bit, by the name of what differs."""
+def history_differences(left: History, right: History) -> dict[str, int]:
+    """Counts the values in which two histories differ, to the bit, by the name of the field."""
     pairs: list[tuple[type, History | DecayedCounts, History | DecayedCounts]]
-    pairs = [(History, one, other), (DecayedCounts, one.decayed_counts, other.decayed_counts)]
-    found = {
-        field.name: _unequal(getattr(left, field.name), getattr(right, field.name))
-        for part, left, right in pairs
+    pairs = [(History, left, right), (DecayedCounts, left.decayed_counts, right.decayed_counts)]
+    counts = {
+        field.name: _unequal(getattr(first, field.name), getattr(second, field.name))
+        for part, first, second in pairs
         for field in dataclasses.fields(part)
         if field.name != "decayed_counts"
     }
-    return {name: count for name, count in found.items() if count}
+    return {name: count for name, count in counts.items() if count}
 
 
-def answers(world: World, people: Sequence[Sequence[Event]]) -> dict[str, Any]:
-    """What `golden.json` holds: requests of people, of queries and of new items, with their right answers.
+def answers(context: GoldenContext, users: Sequence[Sequence[Event]]) -> dict[str, Any]:
+    """Returns the content of `golden.json`: requests of users, of queries and of new items, with the right results.
 
-    One more person has an item and an event type that nobody knows, which training never meets and serving does.
+    One more user has an item and an event type that the bundle lacks: serving meets such events, training never does.
     """
-    stranger = [dict(event) for event in people[-1][:6]]
-    stranger[2]["item_id"], stranger[4]["event_type"] = "golden:unknown", "golden_unknown"
-    people = [*people, stranger]
+    unknown = [dict(event) for event in users[-1][:6]]
+    unknown[2]["item_id"], unknown[4]["event_type"] = "golden:unknown", "golden_unknown"
+    users = [*users, unknown]
     return {
-        "people": [_person(world, *pair) for pair in zip(people, online(world, people), strict=True)],
-        "queries": [_query(world, text) for text in (*_QUERIES, *_titles(world))],
+        "people": [_user_request(context, *pair) for pair in zip(users, online(context, users), strict=True)],
+        "queries": [_query_request(context, text) for text in (*_QUERIES, *_titles(context))],
         "items": [
-            {"item": item, "vector": _numbers(world.ask("item_encoder", item_inputs([item], world.shapes))[0])}
+            {"item": item, "vector": _numbers(context.ask("item_encoder", item_inputs([item], context.shapes))[0])}
             for item in _ITEMS
         ],
     }
 
 
-def moment_of(world: World) -> Moment:
-    """When and where golden requests are made: long after the last event, on the last surface that is known."""
-    return Moment(_FIRST_MOMENT + _DAY, sorted(world.action_rates.surfaces)[-1] if world.action_rates.surfaces else "")
+def moment_of(context: GoldenContext) -> Moment:
+    """Returns the moment of golden requests: long after the last event, on the last surface by name."""
+    return Moment(
+        _FIRST_MOMENT + _DAY, sorted(context.action_rates.surfaces)[-1] if context.action_rates.surfaces else ""
+    )
 
 
-def user_vector(world: World, made: Assembled) -> _F32:
-    """The vector of a person; float32 [D]."""
+def user_vector(context: GoldenContext, user: Assembled) -> _F32:
+    """Returns the vector of a user; float32 [D]."""
     inputs: dict[str, npt.NDArray[Any]] = {
-        "vectors": world.catalog.columns.vectors[made.rows][None],
-        "types": made.types[None],
-        "lengths": np.array([made.rows.size], np.int64),
+        "vectors": context.catalog.columns.vectors[user.rows][None],
+        "types": user.types[None],
+        "lengths": np.array([user.rows.size], np.int64),
     }
-    vector: _F32 = world.ask("user_encoder", inputs)[0]
+    vector: _F32 = context.ask("user_encoder", inputs)[0]
     return vector
 
 
-def _walk(world: World, rng: np.random.Generator, length: int) -> list[Event]:
-    share = np.exp(world.catalog.columns.popularity[: world.catalog.base_size].astype(np.float64))
+def _walk(context: GoldenContext, rng: np.random.Generator, length: int) -> list[Event]:
+    share = np.exp(context.catalog.columns.popularity[: context.catalog.base_size].astype(np.float64))
     leaps = rng.choice(share.size, length, p=share / share.sum())
     events: list[Event] = []
     row = int(leaps[0])
     for at in range(length):
-        near = world.neighbors[row][world.neighbors[row] >= 0]
+        near = context.neighbors[row][context.neighbors[row] >= 0]
         row = int(rng.choice(near)) if near.size and rng.random() < 0.7 else int(leaps[at])
-        name = world.event_types[int(rng.integers(len(world.event_types)))]
+        name = context.event_types[int(rng.integers(len(context.event_types)))]
         value = float(rng.integers(1, 6)) if rng.random() < 0.5 else None
         moment = _FIRST_MOMENT + at * _MINUTE
-        (item,) = world.catalog.ids([row])
+        (item,) = context.catalog.ids([row])
         events.append({"item_id": item, "event_type": name, "timestamp": moment, "value": value})
     return events
 
 
-def _apart_from_catalog(events: list[Event]) -> None:
-    """Makes some events carry other keys than the catalogue has: their item was patched since, or put only later."""
+def _diverge_from_catalog(events: list[Event]) -> None:
+    """Gives some events other keys than the catalogue's: their item was patched since, or put only later."""
     patched, early = {name: item_key("golden") for name in KEYS}, dict.fromkeys(KEYS, 0)
     for event in events[1::4]:
         event.update(patched)
@@ -206,61 +215,62 @@ def _apart_from_catalog(events: list[Event]) -> None:
         event.update(early)
 
 
-def _person(world: World, events: Sequence[Event], made: Assembled) -> dict[str, Any]:
-    columns = world.catalog.columns
-    user = user_vector(world, made)
-    rows, relevance = _best(world, user)
-    moment = moment_of(world)
-    features = ranker_features(made.past, rows, relevance, columns, world.action_rates, moment)
-    logits = world.ask("ranker", {"user": user[None], "items": columns.vectors[rows], "features": features})
+def _user_request(context: GoldenContext, events: Sequence[Event], assembled: Assembled) -> dict[str, Any]:
+    columns = context.catalog.columns
+    user = user_vector(context, assembled)
+    rows, relevance = _best(context, user)
+    moment = moment_of(context)
+    features = ranker_features(assembled.history, rows, relevance, columns, context.action_rates, moment)
+    logits = context.ask("ranker", {"user": user[None], "items": columns.vectors[rows], "features": features})
     return {
         "events": list(events),
         "now_ms": moment.now_ms,
         "surface": moment.surface,
         "vector": _numbers(user),
-        "item_ids": world.catalog.ids(rows),
+        "item_ids": context.catalog.ids(rows),
         "relevance": _numbers(relevance),
         "features": [_numbers(line) for line in features],
         "logits": [_numbers(line) for line in logits],
     }
 
 
-def _query(world: World, text: str) -> dict[str, Any]:
-    vector = world.ask("query_encoder", query_inputs(text, world.shapes))[0]
-    rows, relevance = _best(world, vector)
+def _query_request(context: GoldenContext, text: str) -> dict[str, Any]:
+    vector = context.ask("query_encoder", query_inputs(text, context.shapes))[0]
+    rows, relevance = _best(context, vector)
     return {
         "text": text,
         "tokens": text_tokens(text).tolist(),
         "vector": _numbers(vector),
-        "item_ids": world.catalog.ids(rows),
+        "item_ids": context.catalog.ids(rows),
         "relevance": _numbers(relevance),
     }
 
 
-def _titles(world: World) -> list[str]:
-    """Titles of a few popular items, as queries."""
-    popular = np.argsort(-world.catalog.columns.popularity, kind="stable")[:3]
-    titles = [world.catalog.item(int(row)).get("title") for row in popular]
+def _titles(context: GoldenContext) -> list[str]:
+    """Returns titles of a few popular items, as queries."""
+    popular = np.argsort(-context.catalog.columns.popularity, kind="stable")[:3]
+    titles = [context.catalog.item(int(row)).get("title") for row in popular]
     return [title for title in titles if title]
 
 
-def _best(world: World, vector: _F32) -> tuple[npt.NDArray[np.int32], _F32]:
-    """The exactly best rows by relevance, ties by row."""
-    everything = np.arange(world.catalog.size, dtype=np.int32)
-    scores = dot_rows(world.catalog.columns.vectors, everything, vector)
-    rows = np.lexsort((everything, -scores))[:TOP].astype(np.int32)
+def _best(context: GoldenContext, vector: _F32) -> tuple[npt.NDArray[np.int32], _F32]:
+    """Returns the exactly best rows by relevance, ties by row."""
+    all_rows = np.arange(context.catalog.size, dtype=np.int32)
+    scores = dot_rows(context.catalog.columns.vectors, all_rows, vector)
+    rows = np.lexsort((all_rows, -scores))[:TOP].astype(np.int32)
     return rows, scores[rows]
 
 
 def _numbers(values: _F32) -> list[float]:
-    """As JSON writes them: a float32 comes back as itself."""
+    """Returns the numbers as JSON writes them: a float32 is read back as itself."""
     return [float(value) for value in values]
 
 
-def _unequal(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return max(one.size, other.size, 1)
-    if not one.size:
+def _unequal(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> int:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return max(left.size, right.size, 1)
+    if not left.size:
         return 0
-    bits = [np.ascontiguousarray(array).reshape(array.size, -1).view(np.uint8) for array in (one, other)]
+    # Bits, not values: NaN equals itself here, and 0 differs from -0.
+    bits = [np.ascontiguousarray(array).reshape(array.size, -1).view(np.uint8) for array in (left, right)]
     return int((bits[0] != bits[1]).any(axis=1).sum())

@@ -27,7 +27,7 @@ CUTOFFS = (10, 100)
 SPARE = 0.5
 """A quantised list orders items roughly, so serving lets it propose this share more and scores them again."""
 
-_TRAINING_VECTORS_PER_LIST = 64
+_TRAINING_VECTORS_PER_LIST = 64  # k-means takes no better centroids from more
 _ROUNDING = 1e-5
 
 _F32 = npt.NDArray[np.float32]
@@ -35,14 +35,14 @@ _F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class BuiltIndex:
-    """An index and what it is good for.
+    """An index and its recall.
 
     Attributes:
         data: The FAISS index; the number of lists to probe is inside.
         kind: Its FAISS factory string.
         lists: Number of lists, 0 for an exact index.
         probes: Number of lists to probe, 0 for an exact index.
-        recall: Cut-off -> share of the truly best items that it finds.
+        recall: Cut-off -> share of the exactly best items that it finds.
     """
 
     data: bytes
@@ -60,7 +60,7 @@ def build(
     Args:
         vectors: One vector per row; float32 [N, D].
         queries: User and query vectors to measure with; float32 [Q, D].
-        target: Share of the truly best items to find, in (0, 1], at each of `CUTOFFS`.
+        target: Share of the exactly best items to find, in (0, 1], at each of `CUTOFFS`.
         exact_up_to: Number of items up to which the index is exact.
         quantised_from: Number of items from which it is quantised, unless that misses the target.
 
@@ -71,8 +71,9 @@ def build(
         raise ExportError("the vectors of items or queries hold NaN or infinity; the training went wrong, train again")
     vectors, queries = np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(queries, np.float32)
     count = len(vectors)
-    # Recall goes by score, so that items with equal vectors may stand for one another.
+    # Recall compares scores, not rows: of items with equal vectors any may be found.
     truth: _F32 = faiss.knn(queries, vectors, min(max(CUTOFFS), count), faiss.METRIC_INNER_PRODUCT)[0]
+    # About two square roots of the items, so that lists and the centroids to compare cost about the same.
     lists = 2 ** round(math.log2(2 * math.sqrt(max(count, 1))))
     kinds = [f"IVF{lists},SQ8"] * (count >= quantised_from) + [f"IVF{lists},Flat"] * (count > exact_up_to) + ["Flat"]
     for kind in kinds[:-1]:
@@ -86,12 +87,13 @@ def _made(kind: str, vectors: _F32, queries: _F32, truth: _F32, target: float) -
     index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     _fill(index, vectors)
     lists = getattr(index, "nlist", 0)
+    # The fewest probes that reach the target: each costs a scan of its list at every search.
     probes = min(8, lists)
     while True:
         if lists:
             index.nprobe = probes
         recall = _recall(index, vectors, queries, truth)
-        # Past a quarter of the lists another kind costs less.
+        # An index that must probe more than a quarter of its lists costs more than the next kind.
         if min(recall.values()) >= target or 4 * probes >= lists:
             return BuiltIndex(faiss.serialize_index(index).tobytes(), kind, lists, probes, recall)
         probes = math.ceil(1.5 * probes)
@@ -106,11 +108,11 @@ def _fill(index: Any, vectors: _F32) -> None:
 
 
 def _recall(index: Any, vectors: _F32, queries: _F32, truth: _F32) -> dict[int, float]:
-    """Cut-off -> share of the best items found: those proposed whose true scores are among the best, `truth`."""
+    """Returns by cut-off the share of the best items that are proposed: those whose exact scores reach `truth`."""
     spare = SPARE if isinstance(index, faiss.IndexIVFScalarQuantizer) else 0.0
-    found = index.search(queries, math.ceil(truth.shape[1] * (1 + spare)))[1]
-    scores = np.einsum("qkd,qd->qk", vectors[found], queries)
-    scores[found < 0] = -np.inf
+    rows = index.search(queries, math.ceil(truth.shape[1] * (1 + spare)))[1]
+    scores = np.einsum("qkd,qd->qk", vectors[rows], queries)
+    scores[rows < 0] = -np.inf
     recall = {}
     for cut in CUTOFFS:
         best = truth[:, :cut]

@@ -1,4 +1,4 @@
-"""From torch modules to ONNX graphs in single files, and how far the two answer apart."""
+"""Exports torch modules as ONNX graphs in single files, and measures their parity."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Graph:
 
 
 class LastHidden(nn.Module):
-    """The user encoder as serving asks it: only what follows the newest event."""
+    """The user encoder as serving runs it: the prediction after the newest event alone."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def to_onnx(graph: Graph) -> bytes:
     """Exports a graph as one file without external data.
 
     Raises:
-        ExportError: A free axis became fixed, or the graph is not what the contract promises.
+        ExportError: A free axis became fixed, or the graph breaks the contract with serving.
     """
     # Axes of size 1 would be taken for constants, so the example has at least two of everything.
     example = next(
@@ -100,30 +100,30 @@ def to_onnx(graph: Graph) -> bytes:
 
 
 def parity(graph: Graph, data: bytes) -> float:
-    """How far torch and ONNX Runtime answer apart on the graph's cases.
+    """Measures the difference between torch and ONNX Runtime on the graph's cases.
 
     Returns:
-        The largest difference, relative to the largest number of the answer where that is above 1.
+        The largest difference, relative to the largest number of the output if that is above 1.
 
     Raises:
-        ExportError: An answer is not finite.
+        ExportError: An output is not finite.
     """
     session = session_of(data)
     worst = 0.0
     for case in graph.cases:
         with torch.inference_mode():
             expected = graph.module(**{name: torch.from_numpy(array) for name, array in case.items()}).float().numpy()
-        found = session.run(None, dict(case))[0]
-        if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        output = session.run(None, dict(case))[0]
+        if not (np.isfinite(expected).all() and np.isfinite(output).all()):
             sizes = {name: list(array.shape) for name, array in case.items()}
             raise ExportError(f"{graph.name}: answers NaN or infinity at {sizes}; the training went wrong, train again")
-        if found.size:
-            worst = max(worst, float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max())))
+        if output.size:
+            worst = max(worst, float(np.abs(output - expected).max() / max(1.0, np.abs(expected).max())))
     return worst
 
 
 def session_of(data: bytes) -> Any:
-    """An ONNX Runtime session on one thread of the CPU."""
+    """Opens an ONNX Runtime session on one thread of the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -135,11 +135,11 @@ def _free(graph: Graph, name: str) -> bool:
 
 
 def _check(graph: Graph, model: Any) -> None:
-    """Compares what was exported with what was promised: torch may fix an axis without a word."""
-    found = {value.name: _dims(value) for value in (*model.graph.input, *model.graph.output)}
+    """Compares the exported graph with its promise: torch may fix an axis without a warning."""
+    exported = {value.name: _dims(value) for value in (*model.graph.input, *model.graph.output)}
     promised = {**{name: list(axes) for name, axes in graph.axes.items()}, graph.output: list(graph.answer)}
-    if found != promised:
-        raise ExportError(f"{graph.name}: exported as {found}, promised as {promised}")
+    if exported != promised:
+        raise ExportError(f"{graph.name}: exported as {exported}, promised as {promised}")
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", 0) != OPSET:
         raise ExportError(f"{graph.name}: exported for the operator sets {versions}, promised {OPSET}")
@@ -152,7 +152,7 @@ def _check(graph: Graph, model: Any) -> None:
 
 
 def _strip(model: Any) -> None:
-    """Takes out the exporter's notes: they name paths of this machine, so equal models would differ in their bytes."""
+    """Removes the exporter's notes: they name paths of this machine, so equal models would differ in their bytes."""
     for part in (
         model,
         model.graph,
@@ -172,7 +172,7 @@ def _dims(value: Any) -> list[str | int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's notes about torch's own internals away from the person who exports."""
+    """Silences the exporter's notes, which are about torch's internals and not about the model."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The loop that trains the user and item encoders: steps, validations, checkpoints, and an exact resume."""
+"""Trains the user and item encoders: steps, validations, checkpoints, and an exact resume."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ from training.run import Modules, append_line, keep_lines, save_modules, sha256_
 
 OnStep: TypeAlias = Callable[[int], None]
 FULL_SOFTMAX_ITEMS = 20_000
+"""Items up to which the loss is the full softmax: exact, and up to here affordable."""
 MANY_NEGATIVES = 4_096
 FINAL_RATE = 0.01
+"""Share of the learning rate that is left at the end."""
 CUDA_SCORES = 1 << 27
 """Scores that a GPU holds at once at least: it is faster with few large products."""
 
 
 @dataclass
-class State:
-    """Where a training stands, apart from tensors."""
+class TrainingState:
+    """The progress of a training, apart from tensors."""
 
     epoch: int = 0
     batch: int = 0
@@ -75,20 +77,22 @@ class EncoderTrainer:
         self.device = modules.item.ids.weight.device
         self.batches = TrainingBatches(data, division.train_end, config, self.device)
         counts = counts_of(data, division.train_end, data.target)
-        self.known = torch.from_numpy(counts_of(data, division.train_end) > 0).to(self.device)
-        self.learned = self.known.nonzero()[:, 0]
-        self.place = torch.cumsum(self.known.cpu(), 0) - 1
-        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()[self.learned.cpu()]
+        self.trained = torch.from_numpy(counts_of(data, division.train_end) > 0).to(self.device)
+        self.trained_rows = self.trained.nonzero()[:, 0]
+        self.trained_place = torch.cumsum(self.trained.cpu(), 0) - 1
+        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()[self.trained_rows.cpu()]
         self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
+        # Weight decay is for matrices: pulled to zero, a norm's gain or a bias would only lose what it has learned.
         decayed = [p for p in self.parameters if p.ndim > 1]
         plain = [p for p in self.parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.learning_rate,
+            # As for other transformers (arXiv:1706.03762): squared gradients are remembered for 50 steps, not 1,000.
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.state = State()
+        self.state = TrainingState()
         self.show = open_tensorboard(out, config)
 
     def run(self) -> dict[str, Any]:
@@ -111,6 +115,7 @@ class EncoderTrainer:
                     passed = self.state.epoch + self.state.batch / len(plan)
                     if passed >= self.state.validated + self.config.validate_every - 1e-9:
                         self._validate(passed, loss)
+                    # A checkpoint writes all weights and moments, so the clock decides: a step may take milliseconds.
                     if time.monotonic() - saved > self.config.checkpoint_seconds:
                         self._save()
                         saved = time.monotonic()
@@ -119,6 +124,7 @@ class EncoderTrainer:
                         self.on_step(self.state.step)
                 self.state.epoch, self.state.batch = self.state.epoch + 1, 0
                 self.state.finished |= self.state.epoch >= self.config.epochs
+        # Without any validation the last weights are the best that there are.
         if self.state.best_step == 0:
             self._keep_best(self.state.best)
         self._save()
@@ -132,25 +138,28 @@ class EncoderTrainer:
         }
 
     def _step(self, batch: Batch, per_epoch: int) -> Tensor:
-        """One step of the optimizer; returns the loss.
+        """Makes one step of the optimizer and returns the loss.
 
-        Nothing here waits for a GPU, which is at work on earlier steps while the CPU prepares this one.
+        No line here waits for a GPU, which computes earlier steps while the CPU prepares this one.
         """
         user, item = self.modules.user.train(), self.modules.item.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self._rate(per_epoch)
-        keep = self.known
+        keep = self.trained
         if self.bags is not None and self.config.id_dropout > 0:
+            # A random part of the items is known by content alone in this step, so that content learns to place an
+            # item whose own vector says nothing yet, as a new item's will.
             keep = keep & (torch.rand(keep.shape, device=self.device) >= self.config.id_dropout)
         table = item.table(self.bags, keep)
         assert batch.targets is not None
         hidden = user(gather(table, batch), batch.types, batch.lengths)
         targets = batch.targets.flatten()
         counted = (targets >= 0).nonzero()[:, 0]
-        asked = hidden.flatten(0, 1).index_select(0, to_device(counted, self.device))
-        loss = self._loss(asked, table, targets[counted])
+        users = hidden.flatten(0, 1).index_select(0, to_device(counted, self.device))
+        loss = self._loss(users, table, targets[counted])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        # A batch with one long, odd history must not throw the weights far away.
         clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
         self.state.step += 1
@@ -158,11 +167,14 @@ class EncoderTrainer:
         return loss.detach()
 
     def _loss(self, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """The softmax over all items or over sampled ones; `targets` int64 `[T]` on the CPU."""
-        if self.learned.numel() < self.data.items:
-            # What nobody is trained on is no negative either: it would learn that nobody wants it.
-            table, targets = table[self.learned], self.place[targets]
+        """Computes the softmax over all items or over sampled ones; `targets` int64 `[T]` on the CPU."""
+        if self.trained_rows.numel() < self.data.items:
+            # An item without a training event is never a target, so as a negative it would only learn to be refused:
+            # validation and test items, and cold ones, would sink before anyone has chosen them.
+            table, targets = table[self.trained_rows], self.trained_place[targets]
         negatives = self.config.negatives or (0 if self.data.items <= FULL_SOFTMAX_ITEMS else MANY_NEGATIVES)
+        # Sampled negatives are uniform and shared by the batch: one matrix product scores them for every user, and the
+        # correction makes up for the targets among them, which come as often as they are popular.
         correction = None
         if 0 < negatives < table.shape[0]:
             rows, targets, correction = sample_items(targets, self.popularity, negatives)
@@ -173,21 +185,22 @@ class EncoderTrainer:
         return softmax_loss(users, table, to_device(targets, self.device), correction, chunk)
 
     def _rate(self, per_epoch: int) -> float:
-        """Rises over the warm-up, then falls along a cosine over all epochs."""
+        """Returns the share of the learning rate: it rises over the warm-up, then falls along a cosine."""
         passed = (self.state.epoch + self.state.batch / per_epoch) / self.config.epochs
         rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup_steps))
         return rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
 
     def _validate(self, passed: float, last: Tensor) -> None:
-        """Measures NDCG@10 on the held-out events, keeps the best weights, and decides whether to go on.
+        """Measures NDCG@10 on the held-out events, keeps the best weights, and decides if the training goes on.
 
         Raises:
-            TrainingError: The loss is not a number any more.
+            TrainingError: The loss is no longer a number.
         """
+        # Reading a number waits for the device, so the loss is read at validations alone.
         loss = float(last)
         if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss} at step {self.state.step}: train anew with a learning_rate below "
+                f"the loss is {loss} at step {self.state.step}: train again with a learning_rate below "
                 f"{self.config.learning_rate:g}"
             )
         self.state.validated = passed
@@ -209,28 +222,34 @@ class EncoderTrainer:
 
     def _keep_best(self, value: float) -> None:
         self.state.best, self.state.best_step, self.state.waited = value, self.state.step, 0
+        # Written at once: after an interruption the best weights are still on the disk, outside the checkpoint.
         save_modules(self.out / "model.safetensors", {"user": self.modules.user, "item": self.modules.item})
 
     def _ndcg(self, targets: Targets) -> float:
-        """Mean NDCG@10 of relevance alone, over at most `validation_users` of the targets."""
+        """Returns the mean NDCG@10 of relevance alone, over at most `validation_users` of the targets."""
         if not len(targets):
             return 0.0
+        # The same sample at every validation, or chance would choose the best weights.
         targets = targets.sample(self.config.validation_users, self.config.seed)
         self.modules.user.eval()
         with torch.inference_mode():
-            table = self.modules.item.eval().table(self.bags, self.known)
+            table = self.modules.item.eval().table(self.bags, self.trained)
         users = torch.from_numpy(user_vectors(self.modules.user, table, self.data, targets, self.config.max_length))
         values = []
         for part in slices(len(targets)):
-            some = targets.take(np.arange(part.start, part.stop))
+            batch = targets.take(np.arange(part.start, part.stop))
             scores = (users[part].to(self.device) @ table.T).float().cpu().numpy()
             if not self.config.repeats:
-                mask_seen(scores, seen_before(self.data, some))
-            values.append(ndcg(ranks_of(scores, some.rows(self.data)), 10))
+                mask_seen(scores, seen_before(self.data, batch))
+            values.append(ndcg(ranks_of(scores, batch.rows(self.data)), 10))
         return float(np.concatenate(values).mean())
 
     def _save(self) -> None:
-        """Writes everything that the next step depends on."""
+        """Writes all that the next step depends on: weights, moments, random states, and the place in the epoch.
+
+        Batches are not written, since the seed and the epoch's number give them again. So a resumed training ends with
+        the weights of one that was never interrupted, bit for bit.
+        """
         tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -242,41 +261,41 @@ class EncoderTrainer:
         return {f"{name}.{key}": value for name, module in networks for key, value in module.state_dict().items()}
 
     def _moments(self) -> dict[str, Tensor]:
-        kept = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        return {f"adam.{number}.{key}": value for number, one in enumerate(kept) for key, value in one.items()}
+        states = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        return {f"adam.{number}.{key}": value for number, state in enumerate(states) for key, value in state.items()}
 
     def _resume(self) -> None:
-        """Takes up the checkpoint, if there is one."""
+        """Restores the checkpoint, if there is one; else empties the log of an earlier attempt."""
         path = self.out / "checkpoint.safetensors"
         if not path.exists():
             keep_lines(self.out / "log.jsonl", lambda line: False)
             return
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            self.state = State(**json.loads(file.metadata()["state"]))
-        # What came after the checkpoint comes again.
+            self.state = TrainingState(**json.loads(file.metadata()["state"]))
+        # Validations after the checkpoint will happen again, so their lines go.
         keep_lines(self.out / "log.jsonl", lambda line: line["step"] <= self.state.step)
         for name, module in (("user", self.modules.user), ("item", self.modules.item)):
             prefix = f"{name}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for number, parameter in enumerate(self.parameters):
             prefix = f"adam.{number}."
-            kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if kept:
-                # The fused optimizer counts its steps where the weights are.
-                self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in kept.items()}
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if state:
+                # The fused optimizer counts its steps on the weights' device, and a checkpoint may change devices.
+                self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in state.items()}
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
 
     @contextmanager
-    def _display(self) -> Iterator[Callable[[State, int], None]]:
-        """A bar on stderr with the rate, the remaining time and the best validation so far."""
+    def _display(self) -> Iterator[Callable[[TrainingState, int], None]]:
+        """Shows a bar on stderr with the rate, the remaining time and the best validation so far."""
         columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=sys.stderr)) as bar:
             task = bar.add_task("", total=float(self.config.epochs))
 
-            def show(state: State, per_epoch: int) -> None:
+            def show(state: TrainingState, per_epoch: int) -> None:
                 rate = state.tokens / max(state.seconds, 1e-9)
                 passed = state.epoch + state.batch / per_epoch
                 text = f"epoch {state.epoch + 1}/{self.config.epochs}, {rate:,.0f} tokens/s"

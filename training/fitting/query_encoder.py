@@ -1,4 +1,7 @@
-"""Trains the query encoder on the item vectors, which stay as they are."""
+"""Trains the query encoder on finished item vectors.
+
+No log of searches is needed: a query is a few words of an item, and the item is what it should find.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,13 @@ from training.models.encoders import ItemEncoder, QueryEncoder
 from training.models.losses import sample_items, softmax_loss
 
 QUERY_BATCH = 512
+"""Items of a step."""
 QUERY_RATE = 3e-3
 QUERY_NEGATIVES = 2048
 QUERY_SHARPNESS = 20.0
+"""Factor on cosines before the softmax: they end at 1, which would leave the loss without a clear winner."""
 QUERY_WORDS = 8
+"""Most words of a training query: users type few."""
 
 
 def fit_query_encoder(
@@ -28,42 +34,44 @@ def fit_query_encoder(
     Args:
         query: Trained in place; starts from the item encoder's word vectors.
         item: The trained item encoder.
-        table: All item vectors, which stay as they are; float `[N, D]`.
-        inputs: The item encoder's inputs, None where items say nothing: then there are no words to learn from.
-        config: How many steps.
+        table: All item vectors, which do not change; float `[N, D]`.
+        inputs: The item encoder's inputs, None if items have no content: then there are no words to learn from.
+        config: The number of steps.
     """
     if inputs is None or not config.query_steps:
         return
     tokens = inputs["tokens"].cpu()
-    worded = (tokens > 0).any(1).nonzero()[:, 0]
-    if not worded.numel():
+    with_words = (tokens > 0).any(1).nonzero()[:, 0]
+    if not with_words.numel():
         return
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         query.words.weight.copy_(item.words.weight[: query.words.num_embeddings])
-    # Directions matter, not lengths: a query asks for what it names, not for what is popular.
+    # Directions matter, not lengths, which grow with popularity: a query asks for the item that it names.
     goal = functional.normalize(table, dim=1)
-    level = torch.full((table.shape[0],), 1 / table.shape[0])
+    uniform = torch.full((table.shape[0],), 1 / table.shape[0])
     optimizer = torch.optim.AdamW(query.parameters(), lr=QUERY_RATE, weight_decay=0.01, fused=True)
     query.train()
     for step in range(config.query_steps):
         for group in optimizer.param_groups:
             group["lr"] = QUERY_RATE * (1 - step / config.query_steps)
-        chosen = worded[torch.randint(worded.numel(), (min(QUERY_BATCH, worded.numel()),), generator=generator)]
-        words = to_device(_some_words(tokens[chosen], generator), goal.device)
-        asked = functional.normalize(query(words), dim=1) * QUERY_SHARPNESS
-        rows, positions, _ = sample_items(chosen, level, QUERY_NEGATIVES)
+        size = min(QUERY_BATCH, with_words.numel())
+        chosen = with_words[torch.randint(with_words.numel(), (size,), generator=generator)]
+        words = to_device(_draw_words(tokens[chosen], generator), goal.device)
+        queries = functional.normalize(query(words), dim=1) * QUERY_SHARPNESS
+        # All items are drawn alike here, so the sample needs no correction.
+        rows, positions, _ = sample_items(chosen, uniform, QUERY_NEGATIVES)
         items, positions = goal[to_device(rows, goal.device)], to_device(positions, goal.device)
-        loss = softmax_loss(asked, items, positions, chunk=config.loss_chunk)
+        loss = softmax_loss(queries, items, positions, chunk=config.loss_chunk)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     query.eval()
 
 
-def _some_words(tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """A random one to `QUERY_WORDS` of each line's words, earlier ones (the title's) more often; `[B, QUERY_WORDS]`."""
+def _draw_words(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws one to `QUERY_WORDS` of each item's words, earlier ones (the title's) more often; `[B, QUERY_WORDS]`."""
     size = min(QUERY_WORDS, tokens.shape[1])
     places = torch.arange(tokens.shape[1])
     noise = torch.rand(tokens.shape, generator=generator) + 0.5 * (places < size)

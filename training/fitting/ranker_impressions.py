@@ -1,4 +1,4 @@
-"""Trains the ranker on impressions: what people did with what they were shown, replayed in the order of time.
+"""Trains the ranker on impressions: the actions of users on the items shown to them, replayed in the order of time.
 
 Selection bias stays: only what some earlier policy showed has labels, so a probability means "if shown as things were
 shown". The place in the slate is an input that serving fixes at the first, where the log knows places at all.
@@ -26,8 +26,8 @@ from training.models.ranker import Ranker, level, platt
 from training.models.scoring import user_vectors
 
 BATCH = 256
-LINES_AT_ONCE = 8192
-FEWEST_LINES = 1000
+EXAMPLES_AT_ONCE = 8192
+FEWEST_EXAMPLES = 1000
 """With fewer impressions the ranker learns from retrieved candidates instead."""
 STEADY = 30.0
 """Precision of the prior that holds the slope of the calibration at 1: few events cannot move it far."""
@@ -36,7 +36,7 @@ _WARM_UP = 0.1
 
 @dataclass(frozen=True)
 class RankerBatch:
-    """Lines as the ranker reads them, on the CPU: users, items `[n, D]`, features `[n, F]`, labels `[n, A]`; float."""
+    """Examples as the ranker reads them, on a CPU: users, items `[n, D]`, features `[n, F]`, labels `[n, A]`; float."""
 
     users: Tensor
     items: Tensor
@@ -44,49 +44,52 @@ class RankerBatch:
     labels: Tensor
 
     def take(self, at: Tensor) -> RankerBatch:
-        """Some of the lines."""
+        """Returns some of the examples."""
         return RankerBatch(self.users[at], self.items[at], self.features[at], self.labels[at])
 
     def __len__(self) -> int:
-        """The number of lines."""
+        """The number of examples."""
         return self.labels.shape[0]
 
 
 @dataclass(frozen=True)
 class RankerDataset:
-    """The lines that train and validate, and what of them validates; bool [n]."""
+    """The examples that train and validate; `validates` is True for the latter, bool [n]."""
 
-    lines: Examples
-    lesson: RankerBatch
+    examples: Examples
+    batch: RankerBatch
     validates: npt.NDArray[np.bool_]
 
 
 def read_ranker_dataset(
-    teller: PointInTimeStatistics, shown: Examples, encoder: UserEncoder, table: Tensor, config: TrainConfig
+    statistics: PointInTimeStatistics, impressions: Examples, encoder: UserEncoder, table: Tensor, config: TrainConfig
 ) -> RankerDataset | None:
-    """What the ranker may learn from, as it was known then; None where that is too little.
+    """Reads the examples before the test, each with the features of its time; None if they are too few.
 
     Args:
-        teller: Tells what was known at a moment; its columns hold the item vectors.
-        shown: All impressions.
-        encoder: Places people.
+        statistics: The statistics at any moment; their columns hold the item vectors.
+        impressions: All impressions.
+        encoder: Computes the users' vectors.
         table: All item vectors, on the encoder's device; float `[N, D]`.
-        config: Which days train and which validate.
+        config: The days that train and those that validate.
     """
-    cut = cut_of(teller.data, config)
-    early = shown.times[shown.times <= cut]
-    if early.size < FEWEST_LINES:
+    cut = cut_of(statistics.data, config)
+    early = impressions.times[impressions.times <= cut]
+    if early.size < FEWEST_EXAMPLES:
         return None
     validation = cut - round(config.ranker_validation_days * DAY_MS)
     if not config.ranker_validation_days:
         validation = int(np.quantile(early, 0.9))
     first = validation - round(config.ranker_days * DAY_MS) if config.ranker_days else -1
-    lines = shown.between(first, cut)
-    users = example_users(encoder, table, teller.data, lines, config)
-    features = example_features(teller, lines, users, every_hours=config.statistics_hours, last=cut)
-    labels = lines.labels(cut)
+    examples = impressions.between(first, cut)
+    users = example_users(encoder, table, statistics.data, examples, config)
+    features = example_features(statistics, examples, users, every_hours=config.statistics_hours, last=cut)
+    # An action after the cut is a test's, even if it follows an impression before it.
+    labels = examples.labels(cut)
     return RankerDataset(
-        lines, ranker_batch(users, teller.columns.vectors[lines.rows], features, labels), lines.times > validation
+        examples,
+        ranker_batch(users, statistics.columns.vectors[examples.rows], features, labels),
+        examples.times > validation,
     )
 
 
@@ -96,104 +99,114 @@ def ranker_batch(
     features: npt.NDArray[np.float32],
     labels: npt.NDArray[np.bool_],
 ) -> RankerBatch:
-    """Arrays as tensors."""
+    """Returns arrays as tensors."""
     return RankerBatch(*(torch.from_numpy(array) for array in (users, items, features, labels.astype(np.float32))))
 
 
 def example_users(
-    encoder: UserEncoder, table: Tensor, data: Interactions, lines: Examples, config: TrainConfig
+    encoder: UserEncoder, table: Tensor, data: Interactions, examples: Examples, config: TrainConfig
 ) -> npt.NDArray[np.float32]:
-    """The person's vector just before each line, zeros for somebody without a history; float32 [n, D]."""
-    users = np.zeros((len(lines), table.shape[1]), np.float32)
-    known = np.flatnonzero(lines.positions > 0)
-    targets = Targets(lines.users[known], lines.positions[known])
-    users[known] = user_vectors(encoder.eval(), table, data, targets, config.max_length)
+    """Returns the user's vector just before each example, zeros for a user without a history; float32 [n, D]."""
+    users = np.zeros((len(examples), table.shape[1]), np.float32)
+    with_history = np.flatnonzero(examples.positions > 0)
+    targets = Targets(examples.users[with_history], examples.positions[with_history])
+    users[with_history] = user_vectors(encoder.eval(), table, data, targets, config.max_length)
     return users
 
 
-def fit_on_impressions(ranker: Ranker, feed: RankerDataset, config: TrainConfig) -> dict[str, Any]:
-    """Trains the ranker in place: validation says how long and how surely, then all lines train it anew.
+def fit_on_impressions(ranker: Ranker, dataset: RankerDataset, config: TrainConfig) -> dict[str, Any]:
+    """Trains the ranker in place: validation chooses epochs and slope, then all examples train it from the start.
 
-    Validation tells how steep the logits should be, but not how high: one day's rate of an action says less of the next
-    day's than the rate of all days, which is what the mean of the probabilities becomes.
+    Validation tells how steep the logits should be, but not how high: one day's rate of an action predicts the next
+    day's less well than the rate of all days, which the mean of the probabilities is set to.
 
     Returns:
-        `epochs`, `lines`, and `validation` {action number: {auc, gauc, log_loss, ece, base_log_loss}} of the ranker
-        that validation has not trained.
+        `epochs`, `lines` (the number of examples), and `validation` {action number: {auc, gauc, log_loss, ece,
+        base_log_loss}} of the ranker that validation has not trained.
     """
-    trains, validates = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~feed.validates, feed.validates))
+    # The newest days train too in the end: in service, the next day is most like them.
+    trains, validates = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~dataset.validates, dataset.validates))
     start = {name: value.clone() for name, value in ranker.state_dict().items()}
-    train, held = feed.lesson.take(trains), feed.lesson.take(validates)
-    epochs, best = _pass(ranker, train, config, config.ranker_epochs, held)
+    train, validation = dataset.batch.take(trains), dataset.batch.take(validates)
+    epochs, best = _train_epochs(ranker, train, config, config.ranker_epochs, validation)
     ranker.load_state_dict(best)
-    logits = logits_of(ranker, held)
-    slopes = [platt(logits[:, a], held.labels[:, a], steady=STEADY)[0] for a in range(logits.shape[1])]
-    report = _report(logits, held, train, feed.lines.users[feed.validates])
+    logits = logits_of(ranker, validation)
+    slopes = [platt(logits[:, a], validation.labels[:, a], steady=STEADY)[0] for a in range(logits.shape[1])]
+    report = _report(logits, validation, train, dataset.examples.users[dataset.validates])
     ranker.load_state_dict(start)
-    _pass(ranker, feed.lesson, config, epochs, None)
-    # Half an event more of both kinds, for what nobody has done yet may still be done.
-    rates = (feed.lesson.labels.sum(0) + 0.5) / (len(feed.lesson) + 1)
-    for action, own in enumerate(logits_of(ranker, feed.lesson).T):
-        ranker.recalibrate(action, slopes[action], level(slopes[action] * own, float(rates[action])))
-    return {"epochs": epochs, "lines": len(feed.lesson), "validation": report}
+    _train_epochs(ranker, dataset.batch, config, epochs, None)
+    # Half an event more of either outcome: an action that has not happened yet still may, and must keep a logit.
+    rates = (dataset.batch.labels.sum(0) + 0.5) / (len(dataset.batch) + 1)
+    for action, of_action in enumerate(logits_of(ranker, dataset.batch).T):
+        ranker.recalibrate(action, slopes[action], level(slopes[action] * of_action, float(rates[action])))
+    return {"epochs": epochs, "lines": len(dataset.batch), "validation": report}
 
 
 @torch.no_grad()
-def logits_of(ranker: Ranker, lesson: RankerBatch) -> Tensor:
-    """The ranker's logits of each line; float `[n, A]`."""
+def logits_of(ranker: Ranker, batch: RankerBatch) -> Tensor:
+    """Returns the ranker's logits of each example; float `[n, A]`."""
     ranker.eval()
-    parts = [lesson.take(some) for some in torch.arange(len(lesson)).split(LINES_AT_ONCE)]  # type: ignore[no-untyped-call]
-    # As one person with many candidates, but each line with its own user.
+    parts = [batch.take(at) for at in torch.arange(len(batch)).split(EXAMPLES_AT_ONCE)]  # type: ignore[no-untyped-call]
+    # The shapes of one user with many candidates, but each example with its own user.
     return torch.cat([ranker(part.users, part.items, part.features) for part in parts])
 
 
-def _pass(
-    ranker: Ranker, lesson: RankerBatch, config: TrainConfig, epochs: int, held: RankerBatch | None
+def _train_epochs(
+    ranker: Ranker, batch: RankerBatch, config: TrainConfig, epochs: int, validation: RankerBatch | None
 ) -> tuple[int, dict[str, Tensor]]:
-    """Trains for some epochs of a schedule of `ranker_epochs`; the best number of them on `held`, and its weights."""
+    """Trains for some epochs of a schedule of `ranker_epochs`.
+
+    Returns:
+        The number of epochs that was best on `validation`, and its weights.
+    """
     torch.manual_seed(config.seed)
     with torch.no_grad():
-        ranker.standardise(lesson.features)
+        ranker.standardise(batch.features)
+        # The training starts from the actions' rates: relevance is a feature among others here.
         ranker.scale.zero_()
-        ranker.bias.copy_(torch.logit(lesson.labels.mean(0).clamp(1e-4, 1 - 1e-4)))
+        ranker.bias.copy_(torch.logit(batch.labels.mean(0).clamp(1e-4, 1 - 1e-4)))
     optimizer = torch.optim.AdamW(
         ranker.parameters(), lr=config.ranker_rate, weight_decay=config.ranker_decay, fused=True
     )
-    steps = max(1, len(lesson) // BATCH)
-    best, kept, chosen = float("inf"), {}, epochs
+    steps = max(1, len(batch) // BATCH)
+    best_loss, best_weights, best_epochs = float("inf"), {}, epochs
     for epoch in range(epochs):
         ranker.train()
-        for step, some in enumerate(torch.randperm(len(lesson))[: steps * BATCH].split(BATCH)):  # type: ignore[no-untyped-call]
-            done = (epoch * steps + step) / (config.ranker_epochs * steps)
+        for step, at in enumerate(torch.randperm(len(batch))[: steps * BATCH].split(BATCH)):  # type: ignore[no-untyped-call]
+            # Progress along the whole schedule: the second training follows the one that its epochs were chosen on.
+            progress = (epoch * steps + step) / (config.ranker_epochs * steps)
+            rate = min(1.0, (progress + 1e-3) / _WARM_UP, (1 - progress) / (1 - _WARM_UP))
             for group in optimizer.param_groups:
-                group["lr"] = config.ranker_rate * min(1.0, (done + 1e-3) / _WARM_UP, (1 - done) / (1 - _WARM_UP))
+                group["lr"] = config.ranker_rate * rate
             optimizer.zero_grad(set_to_none=True)
-            _loss(ranker, lesson.take(some)).backward()  # type: ignore[no-untyped-call]
+            _loss(ranker, batch.take(at)).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)
             optimizer.step()
-        if held is not None:
-            loss = float(functional.binary_cross_entropy_with_logits(logits_of(ranker, held), held.labels))
-            if loss < best:
-                best, chosen = loss, epoch + 1
-                kept = {name: value.clone() for name, value in ranker.state_dict().items()}
+        if validation is not None:
+            loss = float(functional.binary_cross_entropy_with_logits(logits_of(ranker, validation), validation.labels))
+            if loss < best_loss:
+                best_loss, best_epochs = loss, epoch + 1
+                best_weights = {name: value.clone() for name, value in ranker.state_dict().items()}
     ranker.eval()
-    return chosen, kept
+    return best_epochs, best_weights
 
 
-def _loss(ranker: Ranker, some: RankerBatch) -> Tensor:
-    """Binary cross-entropy of every member by itself: members that differ are worth more together."""
-    logits = ranker.each(some.users, some.items, some.features)
-    labels = some.labels.expand_as(logits)
+def _loss(ranker: Ranker, batch: RankerBatch) -> Tensor:
+    """Returns binary cross-entropy, summed over actions, as the mean over members and examples."""
+    # Each member has its own loss, not their mean one: members that fit the labels each in their own way are worth
+    # more together than members that only fill one another's gaps.
+    logits = ranker.each(batch.users, batch.items, batch.features)
+    labels = batch.labels.expand_as(logits)
     return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean((0, 1)).sum()
 
 
 def _report(
-    logits: Tensor, held: RankerBatch, train: RankerBatch, people: npt.NDArray[np.int64]
+    logits: Tensor, validation: RankerBatch, train: RankerBatch, users: npt.NDArray[np.int64]
 ) -> dict[str, dict[str, float]]:
-    found = {}
+    report = {}
     for action in range(logits.shape[1]):
-        labels = held.labels[:, action].numpy() > 0
-        chances = torch.sigmoid(logits[:, action]).double().numpy()
+        labels = validation.labels[:, action].numpy() > 0
+        probabilities = torch.sigmoid(logits[:, action]).double().numpy()
         base = np.full(labels.size, float(train.labels[:, action].mean()))
-        found[str(action)] = measure(labels, chances, people) | {"base_log_loss": log_loss(labels, base)}
-    return found
+        report[str(action)] = measure(labels, probabilities, users) | {"base_log_loss": log_loss(labels, base)}
+    return report

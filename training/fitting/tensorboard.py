@@ -1,4 +1,4 @@
-"""The learning curve as TensorBoard reads it, behind the setting `tensorboard`."""
+"""Writes the learning curve for TensorBoard, if the setting `tensorboard` is on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FOLDER = "tensorboard"
 
 
 def open_tensorboard(out: Path, config: TrainConfig) -> Show:
-    """What shows one line of `log.jsonl`: into event files below `RUN/tensorboard`, or nowhere.
+    """Returns a function that writes one line of `log.jsonl` into event files below `RUN/tensorboard`, or nowhere.
 
-    The steps of the curves are events trained on.
+    The steps of the curves are events trained on: curves of different batch sizes can be compared.
 
     Raises:
         ModuleNotFoundError: The setting is on, and the package tensorboard (the extra of that name) is not installed.

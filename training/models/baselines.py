@@ -1,9 +1,7 @@
-"""What a model must beat: popularity, recent popularity, first-order Markov, item-to-item and EASE.
+"""Baselines that a model must beat: popularity, recent popularity, first-order Markov, item-to-item and EASE.
 
-Where repeats count, also what each user had most often.
-
-A baseline learns from the events that the model is trained on, and scores all items from the same earlier events that
-the model may read.
+Where repeats count, also each user's most used items. A baseline learns from the events that the model is trained on,
+and scores all items from the same earlier events that the model may read.
 """
 
 from __future__ import annotations
@@ -28,8 +26,9 @@ EASE_MOST_ITEMS = 8_000
 EASE_LAMBDA = 500.0
 HISTORY_DECAY = 0.9
 HISTORY_EVENTS = 200
+"""Newest events of a user that item-to-item learns from: pairs grow with the square of a history."""
 NEIGHBOR_EVENTS = 1 << 22
-"""Events that item-to-item learns from at most."""
+"""Most events that item-to-item learns from."""
 
 
 class Baseline(Protocol):
@@ -49,12 +48,12 @@ def counts_of(
     after: float = -np.inf,
     until: float = np.inf,
 ) -> npt.NDArray[np.float64]:
-    """Number of events by item; float64 `[N]`.
+    """Counts the events by item; float64 `[N]`.
 
     Args:
         data: All events.
-        ends: The leading events of each person that are looked at; int64 `[U]`.
-        counted: Which events count; bool `[E]`, None for all.
+        ends: The leading events of each user that are looked at; int64 `[U]`.
+        counted: True for the events that count; bool `[E]`, None for all.
         after: Events count whose time (ms) is later,
         until: and not later than this.
     """
@@ -70,12 +69,12 @@ def counts_of(
 
 
 def popularity_of(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Number of the leading events that make their item seen, by item; float64 `[N]`."""
+    """Counts the leading events that make their item seen, by item; float64 `[N]`."""
     return counts_of(data, ends, data.seen)
 
 
 def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: float) -> npt.NDArray[np.float64]:
-    """The same in the last days before the newest of these events; all of them where there are no times.
+    """Counts the same in the last days before the newest of these events; all of them if there are no times.
 
     An event from a wrong clock is not the newest, and not recent.
     """
@@ -86,19 +85,19 @@ def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: 
 
 
 class PopularBaseline:
-    """The same order for everybody: number of events, ties as they come."""
+    """The same order for all users: number of events, ties as they come."""
 
     def __init__(self, name: str, counts: npt.NDArray[np.float64]) -> None:
         self.name = name
         self.counts = counts
 
     def scores(self, targets: Targets) -> Scores:
-        """The counts, for each target."""
+        """Returns the counts, for each target."""
         return np.repeat(self.counts[None], len(targets), axis=0)
 
 
 class MarkovBaseline:
-    """What followed the newest item most often; ties, and what never followed it, by popularity."""
+    """Items by how often they followed the user's newest item; ties, and items that never did, by popularity."""
 
     name = "markov"
 
@@ -108,6 +107,7 @@ class MarkovBaseline:
         for block in data.blocks():
             follows = np.flatnonzero((block.position > 0) & (block.position < ends[block.owner]))
             rows = data.rows[block.events].astype(np.int64)
+            # Two items as one number: counted over the pairs that occur, where a matrix of all would be mostly zeros.
             pairs, counts = np.unique(rows[follows - 1] * data.items + rows[follows], return_counts=True)
             distinct, place = np.unique(np.concatenate([distinct, pairs]), return_inverse=True)
             self.counts = np.bincount(place, np.concatenate([self.counts, counts])).astype(np.int64)
@@ -116,7 +116,7 @@ class MarkovBaseline:
         self.popularity = popularity / (popularity.max() + 1)
 
     def scores(self, targets: Targets) -> Scores:
-        """Bigram counts, plus a fraction below one for popularity."""
+        """Returns bigram counts, plus a fraction below one for popularity."""
         newest = self.data.rows[self.data.offsets[targets.users] + targets.positions - 1]
         out = np.repeat(self.popularity[None], len(targets), axis=0)
         for line, row in enumerate(newest):
@@ -126,7 +126,7 @@ class MarkovBaseline:
 
 
 class MostUsedBaseline:
-    """Each user's own items, the most often used first and of those the newest; then what is popular."""
+    """Each user's items, the most often used first and of those the newest; then popular items."""
 
     name = "most_used"
 
@@ -134,10 +134,10 @@ class MostUsedBaseline:
         self.data, self.popularity = data, popularity / (popularity.max() + 1)
 
     def scores(self, targets: Targets) -> Scores:
-        """Counts of the user's events that make their item seen, plus a fraction below one for how late the last is."""
+        """Counts the user's events that make their item seen; later last events win ties by a fraction below one."""
         out = np.repeat(self.popularity[None], len(targets), axis=0)
-        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
-            start = int(self.data.offsets[person])
+        for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
+            start = int(self.data.offsets[user])
             part = slice(start, start + int(position))
             rows = self.data.rows[part][self.data.seen[part]]
             items, counts = np.unique(rows, return_counts=True)
@@ -148,7 +148,7 @@ class MostUsedBaseline:
 
 
 class NeighborsBaseline:
-    """Sum of the similarities to the newest items, which count less with every event since."""
+    """The sum of the similarities to the newest items, which count less with every event since."""
 
     name = "item_to_item"
 
@@ -158,10 +158,10 @@ class NeighborsBaseline:
         self.data, self.neighbors, self.similarity = data, neighbors, similarity
 
     def scores(self, targets: Targets) -> Scores:
-        """Weighted sums over the newest 50 events."""
+        """Returns weighted sums over the newest 50 events."""
         out = np.zeros((len(targets), self.data.items), np.float32)
-        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
-            rows = _newest(self.data, person, position, 50)
+        for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
+            rows = _newest(self.data, user, position, 50)
             weights = (HISTORY_DECAY ** np.arange(rows.size)[::-1]).astype(np.float32)
             near = self.neighbors[rows]
             np.add.at(out[line], near[near >= 0], (self.similarity[rows] * weights[:, None])[near >= 0])
@@ -180,21 +180,22 @@ class EaseBaseline:
             chosen = block.position < ends[block.owner]
             owner, rows = block.owner[chosen], data.rows[block.events][chosen]
             for start in range(block.users.start, block.users.stop, 4096):
-                some = slice(*np.searchsorted(owner, [start, start + 4096]))
-                had = torch.zeros(min(4096, block.users.stop - start), data.items)
-                had[owner[some] - start, rows[some].astype(np.int64)] = 1
-                gram += had.T @ had
+                part = slice(*np.searchsorted(owner, [start, start + 4096]))
+                incidence = torch.zeros(min(4096, block.users.stop - start), data.items)
+                incidence[owner[part] - start, rows[part].astype(np.int64)] = 1
+                gram += incidence.T @ incidence
         gram.diagonal().add_(EASE_LAMBDA)
+        # The closed form: each item's regression on all others, with its own weight held at zero.
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         weights = inverse / -inverse.diagonal()
         weights.fill_diagonal_(0)
         self.weights = weights.float()
 
     def scores(self, targets: Targets) -> Scores:
-        """The weighted history times the learned matrix."""
+        """Returns the weighted history times the learned matrix."""
         history = torch.zeros(len(targets), self.data.items)
-        for line, (person, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
-            rows = _newest(self.data, person, position, position)
+        for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
+            rows = _newest(self.data, user, position, position)
             history[line, torch.from_numpy(rows.astype(np.int64))] = torch.from_numpy(
                 (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
             )
@@ -202,17 +203,17 @@ class EaseBaseline:
         return scores
 
 
-def _newest(data: Interactions, person: int, position: int, most: int) -> npt.NDArray[np.int32]:
-    end = int(data.offsets[person]) + int(position)
-    return data.rows[max(int(data.offsets[person]), end - most) : end]
+def _newest(data: Interactions, user: int, position: int, most: int) -> npt.NDArray[np.int32]:
+    end = int(data.offsets[user]) + int(position)
+    return data.rows[max(int(data.offsets[user]), end - most) : end]
 
 
 def neighbors_of(
     data: Interactions, ends: npt.NDArray[np.int64], keep: int, seed: int = 0
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Items that the same people chose: cosine of the sets of people, over each person's newest 200 events.
+    """Finds items that the same users chose: cosine of the sets of users, over each user's newest 200 events.
 
-    Past `NEIGHBOR_EVENTS` events, people are drawn at random.
+    Past `NEIGHBOR_EVENTS` events, users are drawn at random.
 
     Returns:
         Rows int32 `[N, keep]`, best first, -1 padded, and their cosines float32 `[N, keep]`, 0 padded.
@@ -221,16 +222,17 @@ def neighbors_of(
     owner = data.owner()
     chosen = np.flatnonzero(data.seen)
     chosen = chosen[_among_newest(owner[chosen])]
+    # A user counts once for an item, however often they chose it.
     pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
-    people, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
-    person_starts = np.searchsorted(people, np.arange(len(data.users) + 1))
+    users, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
+    user_starts = np.searchsorted(users, np.arange(len(data.users) + 1))
     by_item = np.argsort(rows, kind="stable")
     item_starts = np.searchsorted(rows[by_item], np.arange(data.items + 1))
-    return _cosines(rows, person_starts, people[by_item], item_starts, min(keep, max(1, data.items - 1)))
+    return _cosines(rows, user_starts, users[by_item], item_starts, min(keep, max(1, data.items - 1)))
 
 
 def _among_newest(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which events of a list sorted by person are among that person's newest `HISTORY_EVENTS`."""
+    """Returns True for the events that are among their user's newest `HISTORY_EVENTS`; `owner` is sorted."""
     ends = np.searchsorted(owner, owner, side="right")
     newest: npt.NDArray[np.bool_] = ends - np.arange(owner.size) <= HISTORY_EVENTS
     return newest
@@ -238,7 +240,7 @@ def _among_newest(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 
 @kernel()
 def _cosines(
-    rows: Any, person_starts: Any, people: Any, item_starts: Any, keep: int
+    rows: Any, user_starts: Any, users: Any, item_starts: Any, keep: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     items = item_starts.size - 1
     out = np.full((items, keep), -1, np.int32)
@@ -248,18 +250,19 @@ def _cosines(
         together[:] = 0.0
         size = item_starts[item + 1] - item_starts[item]
         for at in range(item_starts[item], item_starts[item + 1]):
-            person = people[at]
-            for other in range(person_starts[person], person_starts[person + 1]):
-                together[rows[other]] += 1.0
+            user = users[at]
+            for event in range(user_starts[user], user_starts[user + 1]):
+                together[rows[event]] += 1.0
         together[item] = 0.0
-        for other in range(items):
-            if together[other] > 0.0:
-                together[other] /= np.sqrt(np.float32(size * (item_starts[other + 1] - item_starts[other])))
-        found = np.flatnonzero(together > 0.0)
-        if found.size > keep:
-            least = np.partition(together[found], found.size - keep)[found.size - keep]
-            found = found[together[found] >= least]
-        best = found[np.argsort(-together[found], kind="mergesort")[:keep]]
+        for neighbor in range(items):
+            if together[neighbor] > 0.0:
+                together[neighbor] /= np.sqrt(np.float32(size * (item_starts[neighbor + 1] - item_starts[neighbor])))
+        near = np.flatnonzero(together > 0.0)
+        if near.size > keep:
+            # Partitioning first: most items have far more neighbours than are kept, and sorting them all costs more.
+            least = np.partition(together[near], near.size - keep)[near.size - keep]
+            near = near[together[near] >= least]
+        best = near[np.argsort(-together[near], kind="mergesort")[:keep]]
         for place in range(best.size):
             out[item, place] = best[place]
             scores[item, place] = together[best[place]]
@@ -272,22 +275,22 @@ def build_baselines(
     config: TrainConfig,
     neighbors: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]],
 ) -> Sequence[Baseline]:
-    """All the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size.
+    """Builds the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size.
 
-    Where repeats count, what a user had most often is one too.
+    Where repeats count, the user's most used items are a baseline too.
     """
     ends = division.train_end
     counts = popularity_of(data, ends)
-    found: list[Baseline] = [
+    baselines: list[Baseline] = [
         PopularBaseline("popular", counts),
         MarkovBaseline(data, ends, counts),
         NeighborsBaseline(data, *neighbors),
     ]
     if not data.ordered_only:
         recent = recent_popularity_of(data, ends, config.recent_days)
-        found.append(PopularBaseline("recent_popular", recent + counts / (counts.max() + 1)))
+        baselines.append(PopularBaseline("recent_popular", recent + counts / (counts.max() + 1)))
     if data.items <= EASE_MOST_ITEMS:
-        found.append(EaseBaseline(data, ends))
+        baselines.append(EaseBaseline(data, ends))
     if config.repeats:
-        found.append(MostUsedBaseline(data, counts))
-    return found
+        baselines.append(MostUsedBaseline(data, counts))
+    return baselines

@@ -1,6 +1,6 @@
-"""The three encoders of one shared space: a person's events, an item's content, a query's words.
+"""The three encoders of one shared space: a user's events, an item's content, a query's words.
 
-A person's relevance for an item is the inner product of `UserEncoder`'s answer and the item's vector. The user encoder
+An item's relevance to a user is the inner product of `UserEncoder`'s output and the item's vector. The user encoder
 reads item *vectors*, never ids, so an item that came after training works in a history as soon as it has a vector.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from features.transforms import ItemInputShapes
 
 QUIET = 0.1
-"""Factor on the initial weights of what a block adds."""
+"""Factor on the initial weights of the output that a block adds."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class CheapDropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return functional.dropout(x, self.threshold / 256)
+        # Eight elements share one random number of 64 bits.
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
         keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
         return x * keep * (256 / (256 - self.threshold))
@@ -58,7 +59,7 @@ class CheapDropout(nn.Module):
 class CausalAttention(nn.Module):
     """Multi-head attention to the same and earlier positions, with a learned bias by distance (arXiv:1910.10683).
 
-    The bias says what no content can: how much less an event counts the longer ago it was.
+    The bias learns a fact that content does not hold: how much less an event counts the longer ago it was.
     """
 
     def __init__(self, shape: EncoderShape) -> None:
@@ -81,7 +82,7 @@ class CausalAttention(nn.Module):
         return self.merge(mixed)
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """What `forward` answers at position `lengths - 1` alone; `[B, L, D]` to `[B, 1, D]`."""
+        """Computes the output of `forward` at position `lengths - 1` alone; `[B, L, D]` to `[B, 1, D]`."""
         query = self.split(self.query(at_last(x, lengths)))
         key, value = self.split(self.key(x)), self.split(self.value(x))
         back = (lengths - 1).clamp(min=0).unsqueeze(1) - torch.arange(x.shape[1], device=x.device)
@@ -94,27 +95,27 @@ class CausalAttention(nn.Module):
 
     def merge(self, mixed: Tensor) -> Tensor:
         """Maps `[B, H, L, D / H]` to `[B, L, D]`."""
-        answer: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
-        return answer
+        output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return output
 
     def bias(self, length: int) -> Tensor:
-        """What is added to the scores of each position for each other one, -inf for the future; `[H, L, L]`."""
+        """Returns the addend to the scores of each position for each other one, -inf for the future; `[H, L, L]`."""
         at = torch.arange(length, device=self.distances.device)
         return self.by_distance(at.unsqueeze(1) - at)
 
     def slanted_bias(self, length: int) -> Tensor:
-        """The same as `bias`, as windows of one line: its gradient is a sum along diagonals, and no scattering."""
+        """Returns the same as `bias`, as windows of one line: its gradient is a sum along diagonals, not a scatter."""
         past = self.distances[:, :length].flip(1)
         future = past.new_full((self.heads, length - 1), -torch.inf)
         return torch.cat([past, future], 1).unfold(1, length, 1).flip(1)
 
     def by_distance(self, back: Tensor) -> Tensor:
-        """The bias for events that are `back` positions ago, -inf where that is negative; `[..]` to `[H, ..]`."""
+        """Returns the bias of events `back` positions ago, -inf where that is negative; `[..]` to `[H, ..]`."""
         return torch.where(back >= 0, self.distances[:, back.clamp(min=0)], -torch.inf)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """The same as torch's fused attention, twice as fast with its gradient on a CPU with bf16 products.
+    """Computes the same as torch's fused attention, twice as fast with its gradient on a CPU with bf16 products.
 
     On a GPU its gradient is summed in a fixed order, which that of the fused attention with a learned bias is not.
     """
@@ -127,7 +128,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 
 
 def at_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """The newest position of each line; `[B, L, D]` to `[B, 1, D]`."""
+    """Returns the newest position of each line; `[B, L, D]` to `[B, 1, D]`."""
     return x[torch.arange(x.shape[0], device=x.device), (lengths - 1).clamp(min=0)].unsqueeze(1)
 
 
@@ -148,18 +149,18 @@ class TransformerBlock(nn.Module):
         return self.feed(x + self.dropout(self.attention(self.attention_norm(x))))
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """What `forward` answers at position `lengths - 1` alone; `[B, L, D]` to `[B, 1, D]`."""
+        """Computes the output of `forward` at position `lengths - 1` alone; `[B, L, D]` to `[B, 1, D]`."""
         return self.feed(at_last(x, lengths) + self.dropout(self.attention.last(self.attention_norm(x), lengths)))
 
     def feed(self, x: Tensor) -> Tensor:
         """The feed-forward part, position by position."""
         inner = functional.gelu(self.expand(self.feed_forward_norm(x)))
-        answer: Tensor = x + self.dropout(self.contract(inner))
-        return answer
+        output: Tensor = x + self.dropout(self.contract(inner))
+        return output
 
 
 class UserEncoder(nn.Module):
-    """Reads a person's events, oldest first: vectors and types (SASRec, arXiv:1808.09781, with pre-norm blocks)."""
+    """Reads a user's events, oldest first: vectors and types (SASRec, arXiv:1808.09781, with pre-norm blocks)."""
 
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
@@ -173,12 +174,12 @@ class UserEncoder(nn.Module):
         self.apply(_initialise)
         with torch.no_grad():
             for block in self.blocks:
-                # Near the identity at first, so that the answer starts from the newest item's own vector.
+                # Near the identity at first, so that the output starts from the newest item's own vector.
                 block.attention.output.weight.mul_(QUIET)  # type: ignore[union-attr, operator]
                 block.contract.weight.mul_(QUIET)  # type: ignore[union-attr, operator]
 
     def forward(self, vectors: Tensor, types: Tensor, lengths: Tensor) -> Tensor:
-        """Returns what follows each event.
+        """Predicts the item after each event.
 
         Args:
             vectors: float `[B, L, D]` item vectors, right padded with zeros.
@@ -195,7 +196,8 @@ class UserEncoder(nn.Module):
         return hidden
 
     def last(self, vectors: Tensor, types: Tensor, lengths: Tensor) -> Tensor:
-        """Returns what follows the newest event, float `[B, D]`: the last block answers for that position alone."""
+        """Predicts the item after the newest event, float `[B, D]`: the last block computes that position alone."""
+        # The other blocks need all positions: the last one attends to their outputs.
         x = self.read(vectors, types)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -203,14 +205,15 @@ class UserEncoder(nn.Module):
         return hidden.squeeze(1)
 
     def read(self, vectors: Tensor, types: Tensor) -> Tensor:
-        """What the first block reads; float `[B, L, D]`."""
+        """Returns the input of the first block; float `[B, L, D]`."""
+        # Item vectors are short, so they are scaled up to the size of the type and position embeddings.
         x = vectors * math.sqrt(self.shape.dim) + self.types(types) + self.positions.weight[: types.shape[1]]
         read: Tensor = self.dropout(self.input_norm(x))
         return read
 
 
 class ItemEncoder(nn.Module):
-    """An item's vector: what it says of itself, plus what its own history taught where it has one.
+    """An item's vector: one from its content, plus one learned from its own events if it has any.
 
     Words, categories and creator share one table of embeddings; each kind is averaged, and the means are added.
     """
@@ -225,10 +228,11 @@ class ItemEncoder(nn.Module):
         self.mix = nn.Linear(dim + 2, dim)
         self.apply(_initialise)
         if not content:
+            # Without content the mix would add one constant to all items.
             nn.init.zeros_(self.mix.weight)
 
     def forward(self, tokens: Tensor, categories: Tensor, creators: Tensor, prices: Tensor) -> Tensor:
-        """The vectors of items by content alone.
+        """Computes the vectors of items by content alone.
 
         Args:
             tokens: int64 `[B, T]`, 0 = padding.
@@ -244,7 +248,7 @@ class ItemEncoder(nn.Module):
         return self.finish(summed, prices)
 
     def keys(self, tokens: Tensor, categories: Tensor, creators: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions in the shared table of embeddings, 0 = padding."""
+        """Returns positions in the shared table of embeddings, 0 = padding."""
         return (
             tokens,
             torch.where(categories > 0, categories + self.category_base, 0),
@@ -253,12 +257,12 @@ class ItemEncoder(nn.Module):
 
     def finish(self, summed: Tensor, prices: Tensor) -> Tensor:
         """Adds the price to the sum of the means, and maps both into the space of items."""
-        known = (prices >= 0).unsqueeze(1).to(summed.dtype)
-        mixed: Tensor = self.mix(torch.cat([summed, prices.unsqueeze(1) * known, known], 1))
+        has_price = (prices >= 0).unsqueeze(1).to(summed.dtype)
+        mixed: Tensor = self.mix(torch.cat([summed, prices.unsqueeze(1) * has_price, has_price], 1))
         return mixed
 
     def table(self, bags: ItemBags | None, keep: Tensor | None = None) -> Tensor:
-        """The vectors of all items, float `[N, D]`; `keep` bool `[N]` says whose history counts, None: everybody's."""
+        """Computes the vectors of all items, float `[N, D]`; where `keep` bool `[N]` is False, by content alone."""
         ids = self.ids.weight if keep is None else self.ids.weight * keep.unsqueeze(1)
         if bags is None:
             return ids
@@ -269,7 +273,8 @@ class ItemEncoder(nn.Module):
 class ItemBags:
     """The content of all items as one sparse matrix over the shared table of embeddings, by row and by column.
 
-    The same sums as `ItemEncoder.forward` takes, ten times as fast with the gradient.
+    Both orders are kept because a gradient sums over the columns as the result sums over the rows: the same sums as
+    in `ItemEncoder.forward`, ten times as fast with the gradient.
     """
 
     by_item: tuple[Tensor, Tensor, Tensor]
@@ -278,7 +283,7 @@ class ItemBags:
 
     @classmethod
     def build(cls, encoder: ItemEncoder, inputs: Mapping[str, Tensor]) -> ItemBags:
-        """Takes the tensors of `features.transforms.item_inputs`, one row per item."""
+        """Builds the matrix from the tensors of `features.transforms.item_inputs`, one row per item."""
         keys = encoder.keys(inputs["tokens"], inputs["categories"], inputs["creators"])
         items, columns, weights = [], [], []
         for part in keys:
@@ -293,7 +298,7 @@ class ItemBags:
         return cls(_grouped(item, key, weight, len(keys[0])), _grouped(key, item, weight, size), inputs["prices"])
 
     def sum(self, table: Tensor) -> Tensor:
-        """Sums of the means, with their gradient; float `[N, D]`."""
+        """Returns sums of the means, with their gradient; float `[N, D]`."""
         summed: Tensor = _BagSum.apply(table, self)  # type: ignore[no-untyped-call]
         return summed
 
@@ -315,7 +320,7 @@ def _weighted_sums(table: Tensor, groups: tuple[Tensor, Tensor, Tensor]) -> Tens
 
 
 def _grouped(group: Tensor, member: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Members sorted by group, where each group starts, and the weights."""
+    """Returns the members sorted by group, the start of each group, and the weights."""
     order = torch.argsort(group, stable=True)
     offsets = torch.zeros(groups, dtype=torch.int64, device=group.device)
     offsets[1:] = torch.bincount(group, minlength=groups).cumsum(0)[:-1]
@@ -338,12 +343,12 @@ class QueryEncoder(nn.Module):
         """Maps words int64 `[B, T]` (0 = padding) to float `[B, D]`; no word at all gives a constant."""
         weights = torch.exp(self.weights(tokens)) * (tokens > 0).unsqueeze(2)
         mean = (self.words(tokens) * weights).sum(1) / weights.sum(1).clamp(min=1e-6)
-        answer: Tensor = self.output(functional.gelu(self.hidden(mean)))
-        return answer
+        output: Tensor = self.output(functional.gelu(self.hidden(mean)))
+        return output
 
 
 def _mean(vectors: Tensor, present: Tensor) -> Tensor:
-    """The mean over dimension 1 of what is present, zeros where nothing is."""
+    """Returns the mean over dimension 1 of the vectors present, zeros if none is."""
     mask = present.unsqueeze(2).to(vectors.dtype)
     return (vectors * mask).sum(1) / mask.sum(1).clamp(min=1)
 

@@ -1,6 +1,6 @@
-"""Numba kernels of training; each has a plain twin beside it, `<name>_plain`, and a test that they agree.
+"""Numba kernels of training; each has a plain twin, `<name>_plain`, and a test that they agree.
 
-They work on bf16 through its bits, for numba knows no such type: a bf16 is the upper half of a float32.
+They work on bf16 through its bits, because numba has no such type: a bf16 is the upper half of a float32.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _C1, _C2, _C3, _C4, _C5 = (np.float32(c) for c in (0.69314718, 0.24022650, 0.055
 
 
 def _as_float(typing: Any, bits: Any) -> Any:
-    """The float32 with the same bits as an int32."""
+    """Returns the float32 with the same bits as an int32."""
     return numba.types.float32(numba.types.int32), lambda _c, b, _s, a: b.bitcast(a[0], ir.FloatType())
 
 
 def _as_bits(typing: Any, number: Any) -> Any:
-    """The int32 with the same bits as a float32."""
+    """Returns the int32 with the same bits as a float32."""
     return numba.types.int32(numba.types.float32), lambda _c, b, _s, a: b.bitcast(a[0], ir.IntType(32))
 
 
@@ -52,19 +52,21 @@ def _exponentials(scores: Any, tops: Any, sums: Any) -> None:
         shift, total = top * _LOG2E, np.float32(0)
         for j in range(row.size):
             x = _float(np.int32(np.int32(row[j]) << _HALF)) * _LOG2E - shift
+            # Below this the exponent of the result would be out of range, and in bf16 the result is as good as zero.
             x = max(x, np.float32(-120.0))
             whole = np.int32(x - np.float32(0.5))
             f = x - np.float32(whole)
             p = np.float32(1) + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
             e = _float(np.int32(_bits(p) + (whole << np.int32(23))))
             total += e
+            # Half of the last place is added before the lower bits are cut off: rounding, not truncation.
             row[j] = np.int16(np.int32(_bits(e) + np.int32(0x8000)) >> _HALF)
         tops[line], sums[line] = top, total
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that sleep while they wait: numba's own spin, and take the cores of the matrix products."""
+    """Returns threads that sleep while they wait: numba's own spin, and take the cores of the matrix products."""
     return ThreadPoolExecutor(threads, "exponentials")
 
 
@@ -90,14 +92,14 @@ def exponentials(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exponentials_plain(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain twin of `exponentials`, for every type and device."""
+    """Plain twin of `exponentials`, for every type and device."""
     tops = scores.amax(1).clamp(min=0).float()
-    found = torch.exp(scores.float() - tops.unsqueeze(1))
-    scores.copy_(found)
-    return tops, found.sum(1)
+    result = torch.exp(scores.float() - tops.unsqueeze(1))
+    scores.copy_(result)
+    return tops, result.sum(1)
 
 
 def exponentials_of(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`exponentials` where it can be used, its plain twin elsewhere."""
+    """Calls `exponentials` on bf16 of the CPU, and its plain twin on all else."""
     fast = scores.dtype is torch.bfloat16 and scores.device.type == "cpu"
     return exponentials(scores) if fast else exponentials_plain(scores)

@@ -1,4 +1,7 @@
-"""Softmax over all items, or over negatives that a batch shares; all scores are never in memory at once."""
+"""The losses of the encoders: softmax over all items, or over negatives that a batch shares.
+
+The scores of all users for all items are never in memory at once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from training.models.kernels import exponentials_of
 from training.runtime import in_halves
 
 ROUND = 512
-"""Sampled items are filled up to a multiple of this."""
+"""Sampled items are filled up to a multiple of this, since matrix products are compiled for each different size."""
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
@@ -26,31 +29,33 @@ class _ChunkedSoftmax(torch.autograd.Function):
         # the items (users / Z).T @ E less the users at their targets: E itself is written once and never normalised.
         # The targets' own part is kept apart in float32, where nothing of it is rounded away.
         count, kind = users.shape[0], product_type(users.device)
-        table, people = items.detach().to(kind), users.detach()
+        table, vectors = items.detach().to(kind), users.detach()
         if correction is not None:  # how many items a batch draws differs; what fills up to a round number never counts
             table = _at_least(table, -(-table.shape[0] // ROUND) * ROUND)
             correction = functional.pad(correction, (0, table.shape[0] - correction.numel()), value=torch.inf)
         columns = table.T.contiguous()
-        own = items.detach()[targets]
-        right = (people * own).sum(1)
+        target_vectors = items.detach()[targets]
+        target_scores = (vectors * target_vectors).sum(1)
         users_gradient = torch.empty_like(users)
         columns_gradient = torch.zeros_like(columns, dtype=items.dtype)
-        total = -right.sum()
+        total = -target_scores.sum()
         # Every chunk has the same size, since matrix products are compiled for each size that comes up.
         scores = columns.new_empty(chunk, columns.shape[1])
         for start in range(0, count, chunk):
-            some = _at_least(people[start : start + chunk], chunk)
-            part, real = torch.mm(some.to(kind), columns, out=scores), slice(start, min(start + chunk, count))
+            padded = _at_least(vectors[start : start + chunk], chunk)
+            part, real = torch.mm(padded.to(kind), columns, out=scores), slice(start, min(start + chunk, count))
             if correction is not None:
+                # A user's own target is there for certain, so its score is not corrected.
                 part -= correction.to(kind)
-                mine = targets[real]
-                part[torch.arange(mine.numel(), device=part.device), mine] += correction[mine].to(kind)
+                target_columns = targets[real]
+                rows = torch.arange(target_columns.numel(), device=part.device)
+                part[rows, target_columns] += correction[target_columns].to(kind)
             tops, sums = exponentials_of(part)
             size = real.stop - start
             total += (tops[:size] + sums[:size].log()).sum()
-            users_gradient[real] = (part @ table)[:size] / sums[:size, None] - own[real]
-            columns_gradient += (some / sums[:, None]).T.to(kind).contiguous() @ part
-        items_gradient = columns_gradient.T[: items.shape[0]].contiguous().index_add_(0, targets, people, alpha=-1)
+            users_gradient[real] = (part @ table)[:size] / sums[:size, None] - target_vectors[real]
+            columns_gradient += (padded / sums[:, None]).T.to(kind).contiguous() @ part
+        items_gradient = columns_gradient.T[: items.shape[0]].contiguous().index_add_(0, targets, vectors, alpha=-1)
         ctx.save_for_backward(users_gradient.div_(count), items_gradient.div_(count))
         return total / count
 
@@ -61,14 +66,14 @@ class _ChunkedSoftmax(torch.autograd.Function):
 
 
 def _at_least(part: Tensor, rows: int) -> Tensor:
-    """The same rows and below them zeros, which are users without a direction and add nothing to any gradient."""
+    """Pads with rows of zeros, which are users without a direction and add nothing to any gradient."""
     return part if part.shape[0] == rows else functional.pad(part, (0, 0, 0, rows - part.shape[0]))
 
 
 def product_type(device: torch.device) -> torch.dtype:
-    """The type in which scores for all items are computed and kept: bf16 where the hardware multiplies it.
+    """Returns the type in which scores for all items are computed and kept: bf16 if the hardware multiplies it.
 
-    Sums are in float32 either way, and so are the losses and gradients that come out. The scores are most of a step's
+    Sums are in float32 either way, and so are the resulting losses and gradients. The scores are most of a step's
     memory traffic, so halving them nearly halves its time.
     """
     return torch.bfloat16 if in_halves(device) else torch.float32
@@ -77,14 +82,14 @@ def product_type(device: torch.device) -> torch.dtype:
 def softmax_loss(
     users: Tensor, items: Tensor, targets: Tensor, correction: Tensor | None = None, chunk: int = 1024
 ) -> Tensor:
-    """Mean cross-entropy of each user's target among `items`.
+    """Computes the mean cross-entropy of each user's target among `items`.
 
     Args:
         users: float `[T, D]`.
         items: float `[N, D]`; all of them, or the targets and the negatives that a batch shares, each once.
         targets: Position of the right one among `items`; int64 `[T]`.
-        correction: log of the probability that an item is among `items` (`inclusion`); it is taken from every item but
-            the user's own target, which is always there. float `[N]`; None for all items.
+        correction: log of the probability that an item is among `items` (`inclusion`), subtracted from the score of
+            every item but the user's own target, which is always there. float `[N]`; None for all items.
         chunk: Number of users whose scores are in memory at once.
 
     Returns:
@@ -95,7 +100,7 @@ def softmax_loss(
 
 
 def inclusion(popularity: Tensor, drawn: int, targets: int) -> Tensor:
-    """Log of the probability that an item is among a batch's targets or its uniformly drawn negatives.
+    """Computes the log of the probability that an item is among a batch's targets or its uniformly drawn negatives.
 
     Dividing by it makes the sampled sum an unbiased estimate of the whole (Horvitz and Thompson, 1952; known as the
     logQ correction, Bengio and Senecal, 2008).
@@ -110,7 +115,7 @@ def inclusion(popularity: Tensor, drawn: int, targets: int) -> Tensor:
 
 
 def sample_items(targets: Tensor, popularity: Tensor, negatives: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses the items that a batch is scored against: its targets, and uniform negatives that everybody shares.
+    """Draws the items that a batch is scored against: its targets, and uniform negatives that all its users share.
 
     Args:
         targets: Rows to predict; int64 `[T]`, on the CPU.

@@ -1,4 +1,4 @@
-"""The ranker: how probable each action is, for the candidates that the user encoder found."""
+"""The ranker, which predicts the probability of each action on the candidates, and its calibration."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BLENDS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-"""Weights of the ranker's utility beside relevance that are tried on validation."""
+"""Weights of the ranker's utility, added to relevance, that are tried on validation."""
 _SMALLEST = 1e-6
-_CONSTANT = 1e-6  # a feature that varies less says nothing: it is not read, whatever it is in service
+_CONSTANT = 1e-6  # a feature that varies less in training taught nothing, so it is not read in service either
 _SAMPLE = 20_000
 
 
-class Grouped(nn.Module):
+class MemberLinear(nn.Module):
     """One linear layer per member: `[..., M, n, i]` to `[..., M, n, o]`."""
 
     def __init__(self, members: int, inputs: int, outputs: int) -> None:
@@ -31,7 +31,7 @@ class Ranker(nn.Module):
 
     The last layers start at zero, so that training starts from relevance. The user's part of the first layer is
     computed once for all candidates. `relevance` is feature 0. With `bins`, the networks read each feature also by the
-    part of each of its quantile bins that it fills, so that they can bend where the data is (Gorishniy et al.,
+    part of each of its quantile bins that it fills, so that they can bend where most values lie (Gorishniy et al.,
     arXiv:2203.05556).
     """
 
@@ -61,14 +61,14 @@ class Ranker(nn.Module):
         self.user = nn.Linear(dim, members * hidden)
         self.item = nn.Linear(dim, members * hidden, bias=False)
         self.features = nn.Linear(features * (1 + bins), members * hidden, bias=False)
-        self.inner = Grouped(members, hidden, hidden)
-        self.output = Grouped(members, hidden, actions)
+        self.inner = MemberLinear(members, hidden, hidden)
+        self.output = MemberLinear(members, hidden, actions)
         self.dropout = nn.Dropout(dropout)
         for last in (self.wide, self.output):
             nn.init.zeros_(last.weight)
 
     def forward(self, user: Tensor, items: Tensor, features: Tensor) -> Tensor:
-        """Scores the candidates of one person, or of several people at once.
+        """Scores the candidates of one user, or of several users at once.
 
         Args:
             user: float `[1, D]` or `[B, 1, D]`.
@@ -81,7 +81,8 @@ class Ranker(nn.Module):
         return self.each(user, items, features).mean(-3)
 
     def each(self, user: Tensor, items: Tensor, features: Tensor) -> Tensor:
-        """The logits of every member; float `[M, n, A]` or `[B, M, n, A]`."""
+        """Returns the logits of every member; float `[M, n, A]` or `[B, M, n, A]`."""
+        # A value far from all that training saw counts as the most extreme one: a linear layer would follow it.
         scaled = ((features - self.mean) / self.spread).clamp(-8.0, 8.0)
         read = scaled
         if self.bins:
@@ -116,10 +117,10 @@ class Ranker(nn.Module):
 
 
 def level(logits: Tensor, rate: float, steps: int = 50) -> float:
-    """The shift of the logits that makes `rate`, between 0 and 1, their mean probability; by bisection."""
+    """Returns the shift of the logits that makes `rate`, between 0 and 1, their mean probability; by bisection."""
     x = logits.double()
-    aim = float(torch.logit(torch.tensor(rate, dtype=torch.float64)))
-    low, high = aim - float(x.max()), aim - float(x.min())
+    target_logit = float(torch.logit(torch.tensor(rate, dtype=torch.float64)))
+    low, high = target_logit - float(x.max()), target_logit - float(x.min())
     for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if float(torch.sigmoid(x + middle).mean()) < rate else (low, middle)
@@ -127,7 +128,9 @@ def level(logits: Tensor, rate: float, steps: int = 50) -> float:
 
 
 def utility(logits: Tensor, weights: Tensor) -> Tensor:
-    """What showing an item is worth: the log-odds of the weighted sum of the actions' probabilities.
+    """Computes the worth of showing an item: the log-odds of the weighted sum of the actions' probabilities.
+
+    Log-odds are on the scale of relevance, the logits of a softmax, so that a blend can add them.
 
     Args:
         logits: float `[..., A]`.
@@ -141,21 +144,23 @@ def utility(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 def platt(logits: Tensor, labels: Tensor, steady: float = 1e-2, steps: int = 25) -> tuple[float, float]:
-    """Slope (at least 0.05) and shift of the logits with the highest likelihood, by Newton's method (Platt, 1999).
+    """Finds the slope (at least 0.05) and shift of the logits with the highest likelihood, by Newton's method.
 
-    The slope is pulled to 1 by a normal prior of precision `steady`.
+    A slope at or below zero would reverse the ranker's order. The slope is pulled to 1 by a normal prior of precision
+    `steady` (Platt, 1999).
     """
     x, y = logits.double(), labels.double()
     centre = x.mean()
     design = torch.stack([x - centre, torch.ones_like(x)], 1)
-    # A weak pull to slope 1 and the mean rate keeps the answer finite where the labels are all alike.
+    # A weak pull to slope 1 and the mean rate keeps the result finite if all labels are alike.
     prior = torch.stack([torch.ones_like(centre), torch.logit(y.mean().clamp(1e-6, 1 - 1e-6))])
     pull = torch.diag(torch.tensor([steady, 1e-2], dtype=torch.float64))
-    answer = prior.clone()
+    solution = prior.clone()
     for _ in range(steps):
-        p = torch.sigmoid(design @ answer)
-        gradient = design.T @ (p - y) + pull @ (answer - prior)
+        p = torch.sigmoid(design @ solution)
+        gradient = design.T @ (p - y) + pull @ (solution - prior)
         curvature = (design * (p * (1 - p)).unsqueeze(1)).T @ design + pull
-        answer = answer - torch.linalg.solve(curvature, gradient).clamp(-1.0, 1.0)
-    slope = float(answer[0].clamp(min=0.05))
-    return slope, float(answer[1]) - slope * float(centre)
+        # Newton's step from far away may overshoot, so it is limited.
+        solution = solution - torch.linalg.solve(curvature, gradient).clamp(-1.0, 1.0)
+    slope = float(solution[0].clamp(min=0.05))
+    return slope, float(solution[1]) - slope * float(centre)

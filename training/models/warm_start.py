@@ -1,4 +1,4 @@
-"""Item vectors to start from: items that stand near each other in histories lie near each other.
+"""Computes initial item vectors: items that stand near each other in histories lie near each other.
 
 A transformer that starts from random item vectors spends its first epochs on finding out what a truncated singular
 value decomposition says in seconds.
@@ -16,20 +16,20 @@ from training.config import TrainConfig
 from training.data.interactions import Interactions
 
 WINDOW = 10
-"""Consecutive events of a person that count as near each other."""
+"""Consecutive events of a user that count as near each other."""
 _ROUNDS = 4
 _EXTRA = 16
 
 
 def cooccurrence_vectors(data: Interactions, trained: npt.NDArray[np.bool_], config: TrainConfig) -> Tensor:
-    """The leading left singular vectors of items by windows, both normalised by their number of events.
+    """Computes the leading left singular vectors of items by windows, both normalised by their number of events.
 
     Inner products approximate the cosine of the sets of windows in which two items stand. The singular vector
-    that only says how frequent an item is is taken out. Randomised subspace iteration (arXiv:0909.4061).
+    that holds only an item's frequency is taken out. Randomised subspace iteration (arXiv:0909.4061).
 
     Args:
         data: All events.
-        trained: The events to learn from; bool `[E]`.
+        trained: True for the events to learn from; bool `[E]`.
         config: Length and scale of the vectors, and the seed of the random start.
 
     Returns:
@@ -37,6 +37,7 @@ def cooccurrence_vectors(data: Interactions, trained: npt.NDArray[np.bool_], con
     """
     dim, product = config.dim, _Nearness(data, np.flatnonzero(trained))
     generator = torch.Generator().manual_seed(config.seed)
+    # A few columns more than are kept: they take up the error of the random start.
     basis = torch.randn(data.items, min(dim + _EXTRA, data.items), generator=generator)
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(product(basis))[0]
