@@ -1,6 +1,6 @@
-"""Measures a request without a server around it, and in turns the same native calls in a bare loop: the floor.
+"""Measures a request without a server around it, and alternately the same native calls in a bare loop: the floor.
 
-Both take turns over the same users against the same Redis, so that a slow moment of the machine hits both. The floor
+Both alternate over the same users against the same Redis, so that a slow moment of the machine hits both. The floor
 reads the user's string, runs the user encoder, searches the index and runs the ranker, each on inputs made before;
 the difference of the two is the cost of Penchant itself.
 """
@@ -55,7 +55,7 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
 
     Args:
         bundle: Directory of the bundle.
-        requests: Number of requests, and of turns of the floor.
+        requests: Number of requests, and of rounds of the floor.
         redis: URL of the Redis to keep the profiles in, or "embedded".
         candidates: Number of candidates of each source.
 
@@ -83,7 +83,7 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
             "candidates": candidates,
             "requests": requests,
             **figures,
-            "method": "one process, one thread; pipeline and floor take turns; medians",
+            "method": "one process, one thread; pipeline and floor alternate; medians",
             **facts(),
         }
 

@@ -1,4 +1,4 @@
-"""Turns Arrow arrays of any encoding into plain ones, and holds the small steps of every conversion."""
+"""Converts Arrow arrays of any encoding into plain ones, and holds the small steps of every conversion."""
 
 from __future__ import annotations
 

@@ -177,13 +177,15 @@ def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -
     about_items = records["item"] != 0
     if not about_items.all():
         records = records[about_items]
+    # Copies, not views: the field of a single record is contiguous and may be read-only, and a kernel is compiled for
+    # each kind of array that it is given.
     return History(
-        catalog.rows_of_keys(np.ascontiguousarray(records["item"])),
+        catalog.rows_of_keys(records["item"].copy()),
         types_of_keys(records["event_type"], type_index),
-        np.ascontiguousarray(records["category"]),
-        np.ascontiguousarray(records["creator"]),
-        np.ascontiguousarray(records["timestamp"]),
-        np.ascontiguousarray(records["value"]),
+        records["category"].copy(),
+        records["creator"].copy(),
+        records["timestamp"].copy(),
+        records["value"].copy(),
         are_choices(records["event_type"]),
         *counts_and_kinds(profile.decayed_counts, type_index),
     )
@@ -397,8 +399,8 @@ def _fill_ring_features(
     if len(past) and moment.now_ms:
         # A request may carry an older time than an event that was sent by a clock ahead: then no time has passed.
         out[:, _COLUMN["recency"]] = np.log1p(max(moment.now_ms - int(past.timestamps[-1]), 0) / _HOUR_MS)
-    ones = np.ones((len(past), 1), np.float64)
-    out[:, _COLUMN["shown_before"]] = np.log1p(matched_weights(candidates, past_items, ones)[:, 0])
+    units = np.ones((len(past), 1), np.float64)
+    out[:, _COLUMN["shown_before"]] = np.log1p(matched_weights(candidates, past_items, units)[:, 0])
     out[:, _COLUMN["item_pause"]] = np.log1p(_events_since(candidates, past_items))
     if past.decayed_counts.visit_events and past.decayed_counts.newest:
         in_visit = past.timestamps >= past.decayed_counts.visit_began

@@ -135,11 +135,11 @@ def fold(
         _TICKS,
         VISIT_MS,
         _UNCHOSEN,
-        np.ascontiguousarray(items),
-        np.ascontiguousarray(categories),
-        np.ascontiguousarray(creators),
-        np.ascontiguousarray(types),
-        np.ascontiguousarray(times),
+        items.copy(),
+        categories.copy(),
+        creators.copy(),
+        types.copy(),
+        times.copy(),
     )
     return DecayedCounts(*state)
 

@@ -31,31 +31,31 @@ def clock_skew(evidence: Evidence) -> Iterator[Finding]:
     newest, ahead = newest_moment([events]) or 0, is_ahead(events)
     after = timed & (times > newest) & ~odd & ~ahead
     wrong, example = int(np.count_nonzero(after)), _example(evidence, after)
-    what = f"{wrong} of {of} events lie far behind {iso_time(newest)}, where all the others end{example}"
-    yield Finding(wrong, of, what, remedy)
-    both = timed & to_mask(events["ingested_at"].is_valid())
-    if not both.any():
+    message = f"{wrong} of {of} events lie far behind {iso_time(newest)}, where all the others end{example}"
+    yield Finding(wrong, of, message, remedy)
+    has_both = timed & to_mask(events["ingested_at"].is_valid())
+    if not has_both.any():
         return
-    lag = (numbers(events["ingested_at"]) - numbers(events["timestamp"]))[both]
+    lag = (numbers(events["ingested_at"]) - numbers(events["timestamp"]))[has_both]
     wrong, of = int(np.count_nonzero(ahead)), int(lag.size)
-    what = (
+    message = (
         f"{wrong} of {of} events are over {AHEAD_MS // 1000} s ahead of the clock of the log{_example(evidence, ahead)}"
     )
-    yield Finding(wrong, of, what, "set the clocks of the callers (NTP), and send UTC")
+    yield Finding(wrong, of, message, "set the clocks of the callers (NTP), and send UTC")
     middle = float(np.median(lag))
     if abs(middle) > SKEW_MS:
         hours = abs(middle) / 3_600_000
         side = "behind" if middle > 0 else "ahead of"
-        what = f"the events' times are {hours:.1f} hours {side} the clock of the log, in the median"
-        yield Finding(of, of, what, "send UTC, not local time, and send events as they happen", certain=True)
+        message = f"the events' times are {hours:.1f} hours {side} the clock of the log, in the median"
+        yield Finding(of, of, message, "send UTC, not local time, and send events as they happen", certain=True)
     # Events that are late for another reason are late by any time: one in fifteen of them is so close to half an hour.
     late = np.abs(lag) >= _HALF_HOUR_MS - AHEAD_MS
     zoned = late & (np.abs((lag + _HALF_HOUR_MS // 2) % _HALF_HOUR_MS - _HALF_HOUR_MS // 2) < AHEAD_MS)
     wrong = int(np.count_nonzero(zoned))
     if 2 * wrong > np.count_nonzero(late):
-        what = f"{wrong} of {of} events are whole half hours away from the clock of the log: local times"
+        message = f"{wrong} of {of} events are whole half hours away from the clock of the log: local times"
         # One that is late by chance may be so by whole half hours.
-        yield Finding(wrong, of, what, "send UTC, not the local time of the caller", spared=SPARED)
+        yield Finding(wrong, of, message, "send UTC, not the local time of the caller", spared=SPARED)
 
 
 def _example(evidence: Evidence, wrong: npt.NDArray[np.bool_]) -> str:

@@ -23,7 +23,7 @@ _CHANCE = 1e-9
 
 _SEQUENCE_BITS = 20
 _MARGIN = 5_000 << _SEQUENCE_BITS
-"""Part of a silence at both of its ends in which others' events are no sign, as log ids: 5 seconds."""
+"""Part of a silence at both of its ends in which the events of others are no sign, as log ids: 5 seconds."""
 
 _GAPS = 3
 _MEND = (
@@ -37,7 +37,7 @@ def split(evidence: Evidence) -> Iterator[Finding]:
     assert evidence.warehouse is not None
     spans = read_spans(evidence.warehouse)
     holes = list(spans.holes())
-    noted = sum(len(own) for partitions in spans.by_stream.values() for own in partitions.values())
+    noted = sum(len(pieces) for partitions in spans.by_stream.values() for pieces in partitions.values())
     if noted:
         example = f", first {_named(holes[0])}" if holes else ""
         yield Finding(len(holes), noted, f"{len(holes)} parts of the log went elsewhere{example}", _MEND)
@@ -54,48 +54,48 @@ def _silences(evidence: Evidence, partitions: int) -> Iterator[Finding]:
     """Partitions that are silent for longer than chance explains."""
     if partitions < 2 or not evidence.events.num_rows or not is_present(evidence.events["log_id"]):
         return
-    users, who = codes(evidence.events["user_id"])
+    users, event_users = codes(evidence.events["user_id"])
     home = np.array([_partition(user, partitions) for user in users], np.int64)
     log_ids = numbers(evidence.events["log_id"])
     order = np.argsort(log_ids, kind="stable")
-    who, log_ids = who[order], log_ids[order]
+    event_users, log_ids = event_users[order], log_ids[order]
     counts = np.bincount(home, minlength=partitions)
     empty = np.flatnonzero(counts == 0)
     silent: list[str] = []
     if empty.size and (1 - 1 / partitions) ** len(users) * partitions < _CHANCE:
         silent.append(f"{empty.size} of {partitions} partitions hold no event, the first of them {empty[0]}")
     for partition in np.flatnonzero(counts).tolist():
-        silent += _gaps(partition, home, who, log_ids, partitions)
-    what = f"{len(silent)} silences of partitions that chance does not explain"
+        silent += _gaps(partition, home, event_users, log_ids, partitions)
+    message = f"{len(silent)} silences of partitions that chance does not explain"
     example = f", first: {silent[0]}" if silent else ""
-    yield Finding(len(silent), partitions, what + example, _MEND)
+    yield Finding(len(silent), partitions, message + example, _MEND)
 
 
 def _gaps(
     partition: int,
     home: npt.NDArray[np.int64],
-    who: npt.NDArray[np.int64],
+    event_users: npt.NDArray[np.int64],
     log_ids: npt.NDArray[np.int64],
     partitions: int,
 ) -> Iterator[str]:
-    """The longest silences of a partition, if others are so active in them that chance does not explain it."""
-    own = np.flatnonzero(home[who] == partition)
-    edges = np.concatenate([[-1], own, [who.size]])
-    users, others = int(np.count_nonzero(home == partition)), int(np.count_nonzero(home != partition))
+    """Yields the longest silences of a partition in which users elsewhere are more active than chance explains."""
+    here = np.flatnonzero(home[event_users] == partition)
+    edges = np.concatenate([[-1], here, [event_users.size]])
+    users, elsewhere = int(np.count_nonzero(home == partition)), int(np.count_nonzero(home != partition))
     for at in np.argsort(np.diff(edges))[::-1][:_GAPS].tolist():
         start, end = int(edges[at]) + 1, int(edges[at + 1])
-        # The silence may be the beginning or the end. A batch comes in partition after partition: what others did next
-        # to its ends is no sign, so only its middle is looked at.
-        first, last = log_ids[max(start - 1, 0)], log_ids[min(end, who.size - 1)]
+        # The silence may be the beginning or the end. A batch comes in partition after partition, so what happened next
+        # to its ends is no sign.
+        first, last = log_ids[max(start - 1, 0)], log_ids[min(end, event_users.size - 1)]
         middle = (log_ids[start:end] > first + _MARGIN) & (log_ids[start:end] + _MARGIN < last)
-        active = np.unique(who[start:end][middle]).size
+        active = np.unique(event_users[start:end][middle]).size
         # Users are spread over partitions by a hash: each is as likely as any other to be active in a while.
-        chance = (1 - active / others) ** users * partitions * _GAPS if others else 1.0
+        chance = (1 - active / elsewhere) ** users * partitions * _GAPS if elsewhere else 1.0
         if chance < _CHANCE:
             times = [iso_time(int(log_ids[place]) >> _SEQUENCE_BITS) for place in (start, end - 1)]
             yield (
-                f"partition {partition} is silent from {times[0]} to {times[1]}, while {active} of {others} users of "
-                "other partitions are not"
+                f"partition {partition} is silent from {times[0]} to {times[1]}, while {active} of {elsewhere} users "
+                "of other partitions are not"
             )
 
 
