@@ -18,13 +18,13 @@ from features.errors import BundleError, ExportError
 from features.histories import history_keys
 from features.transforms import item_text, text_tokens
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
+from training.data import histories
 from training.data.interactions import read_interactions
 from training.export import export as exporting
 from training.export import golden
 from training.export.export import ExportGates, publish_run
 from training.export.index import build
 from training.export.onnx import Graph
-from training.models import scoring as ranking
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_a_training_that_asks_todays_catalogue_for_keys_is_refused(run, tmp_path
     def todays(rows, columns, logged):
         return history_keys(rows, columns, dataclasses.replace(logged, carried=np.zeros_like(logged.carried)))
 
-    monkeypatch.setattr(ranking, "history_keys", todays)
+    monkeypatch.setattr(histories, "history_keys", todays)
     refused(run, tmp_path / "b", r"gate assembly_differences: \d+ is \d+ above the limit 0")
 
 
