@@ -30,6 +30,7 @@ from serving.redis.embedded import RedisServer
 from serving.stores.catalog_log import CatalogLog
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
+from serving.stores.log_erasure import LogErasure
 from serving.stores.profiles import ProfileStore
 from serving.warehouse.files import WarehouseFiles
 from serving.warehouse.process import run
@@ -277,7 +278,7 @@ def test_without_the_ledger_a_backup_brings_them_back(backup, tmp_path):
 
 def test_the_keys_of_retries_left_out_are_found(state, monkeypatch):
     """The control: the one part of an erasure that no other step makes good."""
-    monkeypatch.setattr(EventLog, "_forget_retries", lambda *_: None)
+    monkeypatch.setattr(LogErasure, "_forget_retries", lambda *_: None)
     with opened(state) as stores:
         stores.people.erase(f"u:{CANARY}")
         stores.purge()
