@@ -28,7 +28,7 @@ from penchant.client import Client, event
 from penchant.v1 import catalog_pb2, common_pb2, profile_pb2, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 from serving.errors import ProfileStoreUnavailable
 from serving.processes import worker
-from serving.redis import client as redis_client
+from serving.redis import connection as redis_connection
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.services.reception.calls import Phase
@@ -240,10 +240,12 @@ def reuse(monkeypatch) -> None:
         with contextlib.suppress(IndexError):
             return line._idle.pop()
         connection = line._pool.get_connection()
-        return redis_client._Open(connection, connection._sock, redis_client.hiredis.Reader(notEnoughData=False))
+        return redis_connection._OpenConnection(
+            connection, connection._sock, redis_connection.hiredis.Reader(notEnoughData=False)
+        )
 
-    monkeypatch.setattr(redis_client.PipelinedConnection, "_take", take)
-    monkeypatch.setattr(redis_client.PipelinedConnection, "_discard", lambda line, used: line._idle.append(used))
+    monkeypatch.setattr(redis_connection.PipelinedConnection, "_take", take)
+    monkeypatch.setattr(redis_connection.PipelinedConnection, "_discard", lambda line, used: line._idle.append(used))
 
 
 @pytest.fixture

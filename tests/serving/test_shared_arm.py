@@ -8,7 +8,7 @@ import pytest
 
 from features.controls import ControlKind, Dial, arm_seed
 from features.profile import EVERY_PURPOSE, Purpose
-from serving.experiments import SEEDS, Holdout, seed_of
+from serving.experiments import SEEDS, Assignment, Holdout, seed_of
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl, DialControl
 from serving.privacy.marks import marks_of_log
@@ -31,7 +31,12 @@ def arm_of(store, subject=DEVICE):
 def test_a_merge_puts_the_device_into_the_arm_of_the_user(people, log, store):
     assert arm_of(store) is None
     log.append(logged(event("tab", "i1", anonymous=True)))
-    log.append_impressions([slate(DEVICE, "r1", [1], arm="holdout", bucket=3), slate(USER, "r2", [1], arm="treatment")])
+    log.append_impressions(
+        [
+            slate(DEVICE, "r1", [1], assignment=Assignment("holdout", bucket=3)),
+            slate(USER, "r2", [1], assignment=Assignment("treatment")),
+        ]
+    )
     assert people.merge(DEVICE, USER).events == 1
     assert arm_of(store) == seed_of(USER) < SEEDS
     assert arm_of(store, USER) is None
