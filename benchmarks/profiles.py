@@ -90,7 +90,7 @@ def _measure(client: redis.Redis, log_client: redis.Redis, users: int, events: i
     store, draw = ProfileStore(client), np.random.default_rng(0)
     store.open()
     few = min(FEW, users)
-    # What the server itself takes is no cost of a profile.
+    # The memory of the server itself is no cost of a profile.
     empty_server = _memory(client)
     store.put_states(_states(draw, range(few), events))
     # Before the others are stored: a read must not cost more in a larger population.

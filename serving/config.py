@@ -84,7 +84,7 @@ class ServeConfig(BaseModel):
         PARTITIONS, ge=1, le=4096, description="Partitions of a new event log; one that exists keeps its own number."
     )
 
-    # What is kept of users, and for how long.
+    # Retention of the data of users.
     default_purposes: _Purposes = Field(
         EVERY_PURPOSE.names, description="Purposes that users allow until they set their consent; the default is all."
     )
@@ -123,7 +123,7 @@ class ServeConfig(BaseModel):
         None, description="File that records erasures, to keep apart from backups; None: in `state_dir`."
     )
 
-    # What else runs here, and the warehouse.
+    # Other processes of the service, and the warehouse.
     projector: bool = Field(True, description="Run the projector here; else run `penchant projector`.")
     warehouse: bool = Field(True, description="Write the log to Parquet here; else run `penchant warehouse`.")
     warehouse_dir: _Folder = Field(
@@ -136,7 +136,7 @@ class ServeConfig(BaseModel):
         None, description="Days after which the Parquet of a day is deleted; None keeps it for ever."
     )
 
-    # Who may call.
+    # Authentication of callers.
     token: SecretStr | None = Field(None, description="Secret that calls carry as `authorization: Bearer ...`.")
     token_file: Path | None = Field(None, description="File that holds the token.")
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the server.")
@@ -171,7 +171,7 @@ class ServeConfig(BaseModel):
         False, description="Listen on an address that another instance holds, to take over when it stops."
     )
 
-    # What the pipelines do.
+    # Behaviour of the pipelines.
     candidates: int = Field(0, ge=0, le=5000, description="Candidates a source proposes; 0 as many as in evaluation.")
     fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
     search_personal: float = Field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -72,8 +71,8 @@ def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_ty
             for hydrator in pipeline.hydrators
         ]
         quiet = dataclasses.replace(pipeline, hydrators=hydrators, side_effects=(), recorder=Telemetry())
-        # Reasons have kernels of their own, and so have the arrays of a state that was read and not folded.
-        for explain, store.has_tail in itertools.product((False, True), (False, True)):
+        # Reasons have kernels of their own.
+        for explain in (False, True):
             try:
                 quiet.run(_request(method, catalog, rows, explain))
             except PenchantError as error:
@@ -98,14 +97,9 @@ def _request(method: str, catalog: Catalog, rows: Rows, explain: bool) -> Reques
 
 
 class _OneProfile:
-    """A store with one profile in it, read as it is from Redis.
-
-    Attributes:
-        has_tail: Entries that are not folded yet stand behind the state of the profile.
-    """
+    """A store with one profile in it, read as it is from Redis: a state, and entries that are not folded yet."""
 
     def __init__(self, catalog: Catalog, rows: Sequence[int], event_types: Sequence[str]) -> None:
-        self.has_tail = True
         now = now_ms()
         items = [item_key(catalog.item(row)["item_id"]) for row in rows]
         stored = encode(empty())
@@ -116,8 +110,8 @@ class _OneProfile:
             # A tail of one entry, of several, behind a state, behind a full ring, and behind one that items have left.
             if number in (1, _TAIL // 2, RING, RING + _TAIL // 2):
                 stored = encode(decode(stored))
-        self._folded, self._stored = encode(decode(stored)), stored
+        self._stored = stored
 
     def read(self, subject: str) -> Profile:
         """Returns the profile, whatever the subject."""
-        return decode(self._stored if self.has_tail else self._folded)
+        return decode(self._stored)

@@ -12,6 +12,7 @@ from features import assemble, profile
 from features.action_rates import ActionRates
 from features.catalog import Catalog
 from features.keys import event_type_key, item_key
+from features.profile_codec import decode, encode
 from features.records import make_records
 from features.vocabulary import Vocabulary
 
@@ -53,6 +54,17 @@ def test_history_resolves_against_catalogue_and_bundle(catalog):
     past = remembered(catalog, ("b", "view_item"), ("gone", "purchase"), ("a", "wink"))
     assert past.rows.tolist() == [1, -1, 0]
     assert past.types.tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_kernels_get_arrays_of_one_kind_however_short_the_history(catalog, count):
+    """The field of a single record is contiguous, so a view of it stays read-only: another type to a kernel."""
+    stored = profile.fold(profile.empty(), events(*[("a", "view_item")] * count), count)
+    past = assemble.history(decode(encode(stored)), catalog, TYPES)
+    for name in ("categories", "creators", "timestamps", "values"):
+        array = getattr(past, name)
+        assert array.flags.writeable
+        assert array.flags.c_contiguous
 
 
 def test_encoder_inputs_keep_the_newest_known_events_and_their_repeats(catalog):
