@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+import time
+
 import grpc
 import pyarrow as pa
 import pytest
@@ -13,6 +16,7 @@ from features.profile import Purpose
 from features.tables.dataset import write_dataset
 from penchant.client import event
 from penchant.v1 import common_pb2
+from serving.log_retention import PROFILES_GROUP
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl
 from serving.privacy.rights import SubjectRights
@@ -20,6 +24,7 @@ from serving.projection.profile_view import show
 from serving.projection.rebuild import rebuild
 from serving.redis.client import connect
 from serving.stores.profiles import ProfileStore
+from tests.serving.faults import wait_until
 from tests.serving.logged import event as logged_event
 from tests.serving.logged import logged
 from tests.world import rows_of
@@ -58,6 +63,7 @@ def test_every_call_about_a_damaged_profile_says_so(client, service, ann, damage
     client.set_controls([("item", "i8", 0)], ann)
     whole = client.get_profile(ann)
     assert (whole.found, whole.damage, whole.event_count) == (True, "", 2)
+    await_projector(service)
     with connect(service.ready["redis"], 2.0) as redis:
         damage(redis, ProfileStore(redis).key_of(f"u:{ann}"))
 
@@ -105,6 +111,7 @@ def test_a_merge_tells_of_damage(client, service, ann, who):
     moved = event(tab, "i0", "view_item")
     moved.subject.CopyFrom(common_pb2.Subject(anonymous_id=tab))
     client.ingest([moved, event(ann, "i4", "view_item")])
+    await_projector(service)
     with connect(service.ready["redis"], 2.0) as redis:
         flip(redis, ProfileStore(redis).key_of(f"a:{tab}" if who == "visitor" else f"u:{ann}"))
     merged = client.merge_identities(tab, ann)
@@ -161,6 +168,33 @@ def test_consent_that_is_withdrawn_holds_for_a_damaged_profile(log, store, profi
     people.set_consent("u:ann", Purpose.TRAIN)
     profile = store.read("u:ann")
     assert (profile.consent, profile.lost, profile.count) == (Purpose.TRAIN, False, 0)
+
+
+def await_projector(service):
+    """Waits until the projector has applied what the log holds now: it applies all again, to a damaged profile too."""
+    with connect(service.ready["events_redis"], 2.0) as redis:
+        streams = list(redis.scan_iter(b"*:events", _type="stream"))
+        ends = [number(redis.xinfo_stream(stream)["last-generated-id"]) for stream in streams]
+
+        def all_read():
+            groups = [group for stream in streams for group in redis.xinfo_groups(stream)]
+            read = [number(group["last-delivered-id"]) for group in groups if group["name"] == PROFILES_GROUP.encode()]
+            return all(map(operator.ge, read, ends))
+
+        wait_until(all_read)
+        begun = time.monotonic()
+
+        # It applies what it has read before it asks for more.
+        def asked_again():
+            consumers = (one for stream in streams for one in redis.xinfo_consumers(stream, PROFILES_GROUP))
+            return min(one["idle"] for one in consumers) < (time.monotonic() - begun) * 1000 - 1
+
+        wait_until(asked_again)
+
+
+def number(name):
+    """The parts of a stream id, for comparison."""
+    return [int(part) for part in name.split(b"-")]
 
 
 def take(log, store, *events):
