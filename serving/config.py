@@ -115,6 +115,13 @@ class ServeConfig(BaseModel):
         description="Hours that a slate stays in the log's memory once every reader has it, at most `log_hours`; None "
         "is 2, and 168 where no warehouse reads the log.",
     )
+    retry_hours: float = Field(
+        24.0,
+        gt=0,
+        le=7 * 24,
+        description="Age in hours up to which an event is taken. For so long, and no less than `log_hours`, an event "
+        "that is sent again is recognised, which takes about 100 bytes of the log's memory an event.",
+    )
     purge_hours: float = Field(
         24.0, gt=0, description="Longest time between an erasure and the removal of its bytes from the disks, in hours."
     )

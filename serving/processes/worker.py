@@ -19,6 +19,7 @@ from serving.engine.engine import EngineRef, open_engine
 from serving.engine.pipelines import Dependencies
 from serving.errors import ConfigError, ServingError, Unavailable
 from serving.experiments import Holdout
+from serving.log_retention import HOUR_MS
 from serving.observability.observer import RequestObserver
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.side_effects import ImpressionWriter
@@ -127,6 +128,7 @@ def _stores(config: ServeConfig, telemetry: Telemetry) -> Iterator[_Stores]:
         log = EventLog(
             events,
             config.partitions,
+            window_ms=int(config.retry_hours * HOUR_MS),
             default=config.default_consent,
             user_cap=config.user_cap,
             times=config.log_retention,

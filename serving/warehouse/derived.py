@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -26,12 +28,13 @@ def derive(files: WarehouseFiles) -> int:
             continue
         events = _measured_rows(files, "events", day, _SESSION_COLUMNS)
         searches = _measured_rows(files, "searches", day, [name for name in _SESSION_COLUMNS if name != "item_id"])
-        impressions = _measured_rows(files, "impressions", day, ["item_ids"])
         visited = pa.concat_tables([events, searches], promote_options="default")
         # The fingerprint is in both files: after a crash between them, both are derived again.
-        for path, rows in zip(paths, (sessions(visited), daily(events, impressions)), strict=True):
+        for path, rows in zip(paths, (sessions(visited), daily(events, _shown(files, day))), strict=True):
             put_table(path, rows, {_SOURCE: source}, files.require_own)
         changed += 1
+    # Arrow keeps what it has freed, and a day is large beside everything else that this process holds.
+    pa.default_memory_pool().release_unused()
     return changed
 
 
@@ -45,9 +48,24 @@ def _fingerprint(files: WarehouseFiles, day: str) -> bytes:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest().encode()
 
 
+def _shown(files: WarehouseFiles, day: str) -> Counter[str]:
+    """Counts the slates of a day that each item stood in."""
+    shown: Counter[str] = Counter()
+    # File by file: the slates of a day are far too many to hold at once.
+    for slates in _measured_files(files, "impressions", day, ["item_ids"]):
+        counts: Any = pc.value_counts(pc.list_flatten(slates["item_ids"]))
+        shown.update(dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)))
+    return shown
+
+
 def _measured_rows(files: WarehouseFiles, name: str, day: str, columns: Sequence[str]) -> pa.Table:
     """Reads the rows of a day whose users allow measuring."""
-    tables = [files.read(name, path, [*columns, "allow_measure"]) for path in day_files(files.out / name / day)]
     schema = pa.schema([TABLES[name].field(column) for column in columns])
-    measured = [table.filter(pc.fill_null(table["allow_measure"], True)).select(columns) for table in tables]
-    return pa.concat_tables([schema.empty_table(), *measured])
+    return pa.concat_tables([schema.empty_table(), *_measured_files(files, name, day, columns)])
+
+
+def _measured_files(files: WarehouseFiles, name: str, day: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yields those rows of each file of a day."""
+    for path in day_files(files.out / name / day):
+        rows = files.read(name, path, [*columns, "allow_measure"])
+        yield rows.filter(pc.fill_null(rows["allow_measure"], True)).select(columns)

@@ -5,7 +5,7 @@ Everything here is a pure function of its input, so that a repeat writes the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -223,22 +223,21 @@ def sessions(events: pa.Table, gap_ms: int = SESSION_GAP_MS) -> pa.Table:
     return rows.sort_by([("user_id", "ascending"), ("started_at", "ascending"), ("session_id", "ascending")])
 
 
-def daily(events: pa.Table, impressions: pa.Table) -> pa.Table:
+def daily(events: pa.Table, shown: Mapping[str, int]) -> pa.Table:
     """Returns `DAILY_ROWS` of one day, ordered by item.
 
     Args:
         events: `item_id`, `user_id`, `event_type`.
-        impressions: `item_ids`.
+        shown: Number of slates that each item stood in.
     """
-    shown: Any = pc.list_flatten(impressions["item_ids"])
-    items, item_codes = codes(pa.chunked_array([*events["item_id"].chunks, *shown.chunks], pa.string()))
+    items, item_codes = codes(pa.chunked_array([*events["item_id"].chunks, pa.array(list(shown), pa.string())]))
     if not items:
         return DAILY_ROWS.empty_table()
-    of_events, of_slates = item_codes[: events.num_rows], item_codes[events.num_rows :]
+    of_events = item_codes[: events.num_rows]
     rows = pa.table(
         [
             pa.array(items),
-            pa.array(np.bincount(of_slates, minlength=len(items))),
+            pa.array([shown.get(item, 0) for item in items]),
             pa.array(np.bincount(of_events, minlength=len(items))),
             pa.array(_distinct(of_events, events["user_id"], len(items))),
             _counts(of_events, events["event_type"], len(items)),

@@ -41,6 +41,11 @@ FLUSH_ROWS = 20_000
 """Entries that are written without waiting any longer; all partitions together."""
 
 DERIVE_S = 60.0
+"""Shortest pause between two rounds of deriving."""
+
+_DERIVING = 0.05
+"""Largest share of its time that the warehouse spends on deriving: late in a day, each round reads much."""
+
 _TRIM_S = 60.0
 _PAUSE_S = 0.1
 """Pause between two looks at a log that has less than a batch: new events wait behind every look."""
@@ -65,6 +70,11 @@ class _Interval:
             return False
         self.last = now
         return True
+
+    def rest(self, begun: float, share: float) -> None:
+        """Puts the next round off so far that rounds like the one that began at `begun` take a share of the time."""
+        took = time.monotonic() - begun
+        self.last = max(self.last, begun + took / share - self.every_s)
 
 
 class WarehouseWriter:
@@ -308,8 +318,10 @@ class WarehouseWriter:
         if self._erasures.waiting and self._hold.due():
             self._erasures.hold()
         if self._derive.due():
+            begun = time.monotonic()
             self._expire()
             derive(self._files)
+            self._derive.rest(begun, _DERIVING)
             self._files.pack(int(self._files.info().get("until", 0)))
         if self._trim.due():
             for partition in range(self._log.partitions):

@@ -327,6 +327,14 @@ class TestEvents:
         assert f"got {at}: " in status.message
         assert mend in status.message
 
+    def test_how_old_an_event_may_be_is_a_setting(self, serve, ann):
+        at = int(time.time() * 1000) - 25 * 3_600_000
+        with serve(retry_hours=26) as service, service.client() as client:
+            [taken] = client.ingest([event(ann, "i0", "view_item", timestamp_ms=at)])
+            assert taken.code == 0
+            [refused] = client.ingest([event(ann, "i0", "view_item", timestamp_ms=at - 2 * 3_600_000)])
+            assert (refused.code, refused.field) == (INVALID, "timestamp_ms")
+
     def test_where_ids_hold_braces_and_nul_they_are_ids_like_others(self, serve, ann):
         with serve(refused_in_ids="") as service, service.client() as client:
             self.take_odd_ids(client, ann)

@@ -64,7 +64,7 @@ from serving.warehouse.tables import (
     SESSION_GAP_MS,
     SESSION_ROWS,
 )
-from serving.warehouse.writer import WarehouseWriter
+from serving.warehouse.writer import WarehouseWriter, _Interval
 from tests.serving.faults import insist, kill, wait_until
 from tests.serving.logged import CATALOG, NOTHING_KEPT, PARTITIONS, catalog, event, ingest, logged, slate
 from tests.world import publish_world
@@ -532,6 +532,15 @@ def test_sessions_and_daily_figures_by_hand(log, make, out):
         file.unlink()
     assert derive(warehouse._files) == 1
     assert contents(out, "sessions", "daily") == before
+
+
+def test_deriving_takes_a_small_share_of_the_time():
+    interval = _Interval(every_s=60.0)
+    now = time.monotonic()
+    interval.rest(now - 1.0, share=0.05)
+    assert interval.last <= now  # 20 s: the pause of a minute is longer
+    interval.rest(now - 30.0, share=0.05)
+    assert interval.last + interval.every_s == pytest.approx(now - 30.0 + 600.0, abs=1.0 / 0.05)
 
 
 def test_profiles_made_of_it_are_those_that_live_folding_made(
