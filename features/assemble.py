@@ -243,6 +243,7 @@ def encoder_digest(items: npt.NDArray[np.uint64], types: npt.NDArray[np.int64]) 
 
 def types_of_keys(keys: npt.NDArray[np.uint32], type_index: Mapping[int, int]) -> npt.NDArray[np.int32]:
     """Returns the model's index of each event type key, 0 where the model does not know it; int32 [n]."""
+    # A bundle knows a handful of types: comparing with each is quicker than looking each event up.
     types = np.zeros(keys.size, np.int32)
     for key, index in type_index.items():
         types[keys == key] = index
@@ -305,6 +306,7 @@ def pack(
     """
     lengths = np.array([rows.size for rows, _ in sequences], np.int64)
     longest = max(1, int(lengths.max(initial=0)))
+    # Padded on the right, because the encoder counts positions from the oldest event.
     packed_rows = np.zeros((len(sequences), longest), np.int64)
     packed_types = np.zeros((len(sequences), longest), np.int64)
     for at, (rows, types) in enumerate(sequences):

@@ -32,12 +32,14 @@ _Weights = npt.NDArray[np.float64]
 
 def _roots() -> _Weights:
     """Returns 2 ** (i / 128) for i in 0 .. 127, correctly rounded: by integer roots, as no library promises `pow`."""
+    # Each root is cut off at its 500th bit, so what seven rounds cut off stays far below the 53 bits of a float64.
     roots, bits = [1 << 500], 500
     # Each round adds the numbers halfway, in the exponent, between two neighbours: the root of their product.
     for _ in range(_BITS):
         ends = [*roots, 2 << bits]
         halfway = (math.isqrt(lower * upper) for lower, upper in pairwise(ends))
         roots = [root for pair in zip(roots, halfway, strict=True) for root in pair]
+    # Python divides integers of any length with a single, correct rounding.
     return np.array([root / (1 << bits) for root in roots], np.float64)
 
 
@@ -73,6 +75,7 @@ def decay_factors(now: int, newest: int, ticks: _Ints) -> _Weights:
     Returns:
         float64 [h], each in [0, 1].
     """
+    # Time counts in whole ticks: that is off by 0.6 % at most, and each power comes from a table instead of an `exp`.
     factors = np.empty(ticks.size, np.float64)
     first = min(max(newest, -FARTHEST), FARTHEST)
     last = min(max(now, first), FARTHEST)
@@ -105,12 +108,14 @@ def _place(keys: _Keys, counts: _Counts, start: int, size: int, capacity: int, k
             equal = counts[at, long] == counts[place, long]
             if counts[at, long] < counts[place, long] or (equal and keys[at] < keys[place]):
                 place = at
+    # From 0, and not from the count that goes, as Space-Saving would: a count may miss events but never invents any.
     keys[place] = key
     for h in range(long + 1):
         counts[place, h] = np.float32(0.0)
     return place
 
 
+# With the error model of Python each division would be checked for a zero, which no tick is.
 @kernel(error_model="numpy", inline="always")
 def _advance(
     now: int, first: bool, starts: _Ints, sizes: _Ints, counts: _Counts, bases: _Ints, ticks: _Ints, weights: _Weights
@@ -120,7 +125,8 @@ def _advance(
     for h in range(ticks.size):
         tick = now // ticks[h]
         halvings = (tick >> _BITS) - bases[h]
-        # A late event lies in an earlier half-life: it halves nothing, and weighs less than 1.
+        # A late event lies in an earlier half-life: it halves nothing, and weighs less than 1. The first event sets the
+        # half-life, even one before 1970, the time at which an empty state stands.
         if first or halvings > 0:
             bases[h] += halvings
             for d in range(starts.size):
@@ -193,7 +199,7 @@ def fold_counts(
         times: Time of the event, ms; int64 [n].
     """
     newest, began, visit = facts[0], facts[1], facts[2]
-    sizes, starts = facts[3:].copy(), np.cumsum(capacities) - capacities
+    sizes, starts = facts[3:].copy(), np.cumsum(capacities) - capacities  # a copy: the caller keeps its facts
     table, tally = _spread(keys, counts, starts, sizes, capacities)
     weights = np.empty(ticks.size, np.float64)
     bases = (min(max(newest, -FARTHEST), FARTHEST) // ticks) >> _BITS
@@ -202,7 +208,7 @@ def fold_counts(
             continue
         now = min(max(times[i], -FARTHEST), FARTHEST)
         first = visit == 0
-        if first or now - newest > pause:
+        if first or now - newest > pause:  # a late event is before the newest, so it begins no visit
             began, visit = now, 0
         if now >= began:  # a late event of an earlier visit is not counted in this one
             visit += 1
@@ -256,6 +262,7 @@ def fold_counts_plain(
         for table, capacity, key in zip(tables, capacities, event_keys, strict=True):
             for old, count in table.items():
                 table[old] = (count.astype(np.float64) * factors).astype(np.float32)
+            # An event type counts whatever its key is; only for a category and a creator does 0 mean none.
             if key or table is tables[2]:
                 _add_plain(table, int(capacity), key, weights)
     new_facts = np.array([newest, began, visit, *map(len, tables)], np.int64)

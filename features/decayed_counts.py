@@ -127,6 +127,7 @@ def fold(
         types: Key of its type; uint32 [n].
         times: Time of the event, ms; int64 [n].
     """
+    # Copies: fields of records are strided, and a kernel would be compiled again for each layout that it is given.
     state: tuple[npt.NDArray[np.int64], Keys, Counts] = fold_counts(
         counts.facts,
         counts.keys,
@@ -159,15 +160,18 @@ def decode(stored: bytes | memoryview) -> DecayedCounts:
     """
     facts = _FACTS.unpack_from(stored)
     count = sum(facts[3:])
+    # The kernel trusts these numbers: with more keys than places it would write past its arrays.
     if len(stored) != FACTS_SIZE + CELL_SIZE * count or any(map(gt, facts[3:], DIMENSIONS.values())):
         raise ValueError("decayed counts have the wrong length")
     keys = np.frombuffer(stored, np.uint64, count, FACTS_SIZE)
     counts = np.frombuffer(stored, np.float32, count * len(HORIZONS), FACTS_SIZE + 8 * count)
+    # Copies: views would be read-only, and would keep all bytes of the stored profile in memory.
     return DecayedCounts(np.array(facts, np.int64), keys.copy(), counts.reshape(count, len(HORIZONS)).copy())
 
 
 def from_format_3(old: DecayedCounts) -> DecayedCounts:
     """Returns the counts of a profile of format 3, which stood at the newest event, as they are kept now."""
+    # The half-life of the newest event has not ended, so each factor is above 1/2 and the division is safe.
     counts = old.counts / decay_factors(old.newest, old.newest, _TICKS)
     return DecayedCounts(old.facts, old.keys, counts.astype(np.float32))
 

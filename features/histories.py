@@ -58,6 +58,8 @@ class Distinct:
 
     def numbers(self, logged: Logged) -> npt.NDArray[np.int64]:
         """Returns the number of each line, new ones by first appearance; int64 [n]."""
+        # Arrow encodes integers and no pairs, so the columns become one integer. It is made of codes, because two keys
+        # of 64 bits would not fit into one.
         halves = [_encoded(column) for column in logged.keys.T]
         (categories, category), (creators, creator) = halves
         carried = logged.carried @ np.array([1, 2])

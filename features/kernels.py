@@ -149,6 +149,7 @@ def affinity(
     Returns:
         Shares in [0, 1]; float32 [n].
     """
+    # Events without a key count in the total: a user who rarely chose within any category is drawn to none.
     total = 0.0
     for j in range(history.size):
         total += weights[j]

@@ -164,6 +164,7 @@ def fold(profile: Profile, records: Records, last_id: int) -> Profile:
     overflow = max(0, joined.size - RING)
     older_items = profile.older_items
     if overflow:
+        # A comparison with each of the few types takes a fraction of the time of np.isin.
         passive = (joined["event_type"][:overflow, None] == _PASSIVE).any(1)
         pushed = np.where(passive, np.uint64(0), joined["item"][:overflow])
         older_items = append_distinct(older_items, pushed, OLDER_ITEMS_CAP)
@@ -218,6 +219,7 @@ def refold(
     base = dataclasses.replace(empty(), consent=state.consent, controls=state.controls, lost=state.lost)
     base = fold(base, ring, state.version)
     base = dataclasses.replace(base, older_items=before_log.older_items, count=count)
+    # The version never goes back, even if the newest events are undone: the log would apply them again.
     newest = [state.version, *ids[-1:].tolist(), *stored.tail["log_id"][-1:].tolist()]
     return fold(base, concatenated(records[~removed], waiting)[order], max(newest))
 

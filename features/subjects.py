@@ -35,6 +35,7 @@ def is_anonymous(subject: str) -> bool:
 
 def id_of(subject: str) -> str:
     """Returns the id that a caller named: a user id or an anonymous id."""
+    # Both prefixes have the same length.
     return subject[len(_KNOWN) :]
 
 
@@ -54,4 +55,5 @@ def subject_of(user_id: str) -> Subject:
 
 def partition_of(subject: str, partitions: int) -> int:
     """Returns the partition of the event log that holds everything about a user."""
+    # Part of the format of a log: by another hash, users would not be found where their entries are.
     return zlib.crc32(subject.encode()) % partitions

@@ -48,6 +48,7 @@ def words(text: str) -> list[str]:
 
 def text_tokens(text: str) -> npt.NDArray[np.uint32]:
     """Returns one key per word of the text, in order: CRC-32 of the word's UTF-8 bytes; uint32 [n]."""
+    # Not the `hash` of Python, which differs from process to process.
     return np.array([zlib.crc32(word.encode()) for word in words(text)], dtype=np.uint32)
 
 
@@ -58,6 +59,7 @@ def token_buckets(keys: npt.NDArray[Any], buckets: int) -> npt.NDArray[np.int64]
 
 def item_text(item: Mapping[str, Any]) -> str:
     """Returns the text of an item: title, categories, and the first words of its description."""
+    # The encoder averages the words: all of a long description would outweigh the title.
     description = " ".join((item.get("description") or "").split()[:_DESCRIPTION_WORDS])
     return " ".join([item.get("title") or "", *(item.get("categories") or ()), description]).strip()
 

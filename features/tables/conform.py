@@ -115,6 +115,7 @@ def origins(columns: pa.Schema, schema: pa.Schema, required: Required, source: s
     chosen: dict[str, str] = {}
     for name in schema.names:
         names = {bare_name(name), *(bare_name(alias) for alias, target in ALIASES.items() if target == name)}
+        # The exact name wins, so that a file may have a `rating` of its own next to `value`.
         candidates = [n for n in columns.names if n == name] or [n for n in columns.names if bare_name(n) in names]
         if len(candidates) > 1:
             raise TablesError(f"{source}: columns {candidates} all mean {name}: keep one of them")
@@ -183,6 +184,7 @@ def fit(
         reasons = "; ".join(reason(row) for mask, reason in faults if mask[row])
         rejected.append(Rejected(source, int(numbers[row]), reasons))
     unread = list(_unread(cells, bad, source, numbers))
+    # After `_unread`, whose NULL would permit what the cell may have forbidden.
     _close(cells, schema, table.num_rows)
     altered = any(cell.values.null_count > plain(cell.given).null_count for cell in cells.values())
     columns = [cells[f.name].values if f.name in cells else nulls(table.num_rows, f.type) for f in schema]
@@ -325,6 +327,7 @@ def _shown(column: Array, row: int) -> str:
     if pa.types.is_temporal(value.type):
         return str(pc.cast(value, pa.string())[0])
     if pa.types.is_string(value.type) or pa.types.is_large_string(value.type):
+        # As bytes: a text that is no UTF-8 must still be shown by the message that refuses it.
         value = pc.cast(value, pa.large_binary())
     try:
         content = value[0].as_py()

@@ -36,6 +36,7 @@ from features.tables.written import as_bools, lists, maps, prices
 MOST_ID_BYTES = 512
 """The longest id that the API takes."""
 
+# Of 19 digits some do not fit into 64 bits.
 _INTEGER_TEXT = r"^[+-]?\d{1,18}(\.0*)?$"
 _NUMBER_TEXT = r"^[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?$"
 
@@ -221,6 +222,7 @@ def _list(column: Array, field: pa.Field[Any], dialect: Dialect) -> Converted:
     if not pa.types.is_list(column.type):
         raise Misfit(should)
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    # `values` would also return what lies in NULL rows and outside a slice; `flatten` leaves that out.
     inner = convert(column.flatten(), leaf, nan_allowed=True)
     broken = inner.bad | to_mask(inner.values.is_null())
     bad = owners(broken, lengths)

@@ -245,6 +245,7 @@ def _open_events(
 ) -> tuple[Events, Array, Intake, Mapping[str, str]]:
     """Returns the events in order, the items that they name in the order of rows, the rows' fate, and units of time."""
     files = find_files(path)
+    # Counted from the footers: the way of reading is chosen before any row is read.
     count = sum(file.row_count() for file in files)
     if count <= HELD_ROWS:
         loaded = read_table(path, EVENTS, EVENTS_REQUIRED)
@@ -367,7 +368,7 @@ def write_dataset(
     if impressions is not None:
         tables["impressions"] = _strict(impressions, IMPRESSIONS, IMPRESSIONS_REQUIRED, "impressions")
     _check_target(out)
-    staging = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    staging = out.parent / f".{out.name}.{os.getpid()}.tmp"  # a rename is one step only within a file system
     make_folders(staging.parent)
     staging.mkdir(FOLDER_MODE)
     try:
@@ -483,6 +484,8 @@ def _check_target(out: Path) -> None:
 def _replace(staging: Path, out: Path) -> None:
     """Moves a finished directory to its place; the old one, if any, is removed only after it."""
     old = staging.with_suffix(".old")
+    # A rename replaces no directory that holds files, so there are two. A reader that comes between them finds no data
+    # set, and a crash there leaves the old one under its new name.
     if out.exists():
         out.rename(old)
     staging.rename(out)

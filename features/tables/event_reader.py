@@ -108,6 +108,7 @@ class Survey:
         self.altered = False
         self.present: set[str] = set()
         self._items: dict[str, int] = {}
+        # Keys and not names: a run of rows costs eight bytes, however long the ids are.
         self._runs: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
         self._last: list[npt.NDArray[Any]] = []
         self._ascending = True
@@ -192,7 +193,9 @@ def _deal(parts: Parts, columns: Sequence[str], folder: Path) -> int:
         users = _numbered(part.table, numbers)
         counts = np.concatenate([counts, np.zeros(len(numbers) - counts.size, np.int64)])
         counts += np.bincount(users, minlength=counts.size)
+    # By the rows before a user, so that no user is split and a bucket is exceeded by one user at most.
     bucket_of = np.maximum(np.cumsum(counts) - counts, 0) // BUCKET_ROWS
+    # Numbered again, as a user with more rows than a bucket leaves gaps.
     _, bucket_of = np.unique(bucket_of, return_inverse=True)
     with ExitStack() as stack:
         writers: dict[int, Any] = {}

@@ -27,6 +27,7 @@ def order_events(events: pa.Table, seed: int = 0) -> pa.Table:
     users, user_codes = codes(events["user_id"])
     items, item_codes = codes(events["item_id"])
     keys = [user_codes, *event_keys(events, item_keys(users)[user_codes], item_keys(items)[item_codes], seed)]
+    # A check is one pass over the keys; sorting a table that is in order would copy all of its columns.
     return events if _is_sorted(keys) else select(events, np.lexsort(keys[::-1]))
 
 
@@ -72,6 +73,7 @@ def fingerprint(tables: Mapping[str, pa.Table | ColumnSource]) -> str:
     for name, table in tables.items():
         columns: ColumnSource = _Held(table) if isinstance(table, pa.Table) else table
         for column in columns.present:
+            # With the number of rows, so that the bytes of one column cannot be taken for the beginning of the next.
             hasher.update(f"{name}.{column}:{columns.num_rows}\n".encode())
             _hash(hasher, partial(_chunks, columns, column))
     return hasher.hexdigest()

@@ -74,6 +74,7 @@ class ListStyle:
     def of(cls, cells: Iterable[str]) -> ListStyle:
         """Returns the style of a column with these different cells."""
         loose = [cell for cell in cells if not _is_bracketed(cell)]
+        # Names have commas in them, but hardly ever a bar or a semicolon: one cell with such a sign decides for all.
         sign = next((sign for sign in "|;" if any(sign in cell for cell in loose)), ",")
         return cls(sign, Counter(part for cell in loose for part in set(_cut(cell, ","))) if sign == "," else Counter())
 
@@ -148,6 +149,7 @@ def _loaded(cell: str) -> Any:
         warnings.catch_warnings(),
         contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
     ):
+        # Python warns of an escape such as \d in its source, which these texts were never meant to be.
         warnings.simplefilter("ignore")
         return ast.literal_eval(cell)
     return None
@@ -173,6 +175,7 @@ def _map(cell: str) -> list[tuple[str, str]] | None:
         return None
     if not all(isinstance(value, str | int | float | None) for value in entries.values()):
         return None
+    # Booleans stay as JSON writes them; as text, Python's own would be `True`.
     plain = {str(name): str(value).lower() if isinstance(value, bool) else value for name, value in entries.items()}
     return [(name, str(value)) for name, value in plain.items() if value is not None]
 
@@ -185,6 +188,7 @@ def as_bools(text: Array) -> Array:
     return only(true, to_mask(true) | to_mask(false))
 
 
+# pandas makes a column of 0 and 1 floats as soon as one is missing: hence 1.0 and 0.0.
 _TRUE = ("true", "t", "yes", "y", "on", "1", "1.0", "in stock", "instock", "available")
 _FALSE = (
     "false",
