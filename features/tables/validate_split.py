@@ -79,8 +79,8 @@ def _gaps(
     partitions: int,
 ) -> Iterator[str]:
     """Yields the longest silences of a partition in which users elsewhere are more active than chance explains."""
-    here = np.flatnonzero(home[event_users] == partition)
-    edges = np.concatenate([[-1], here, [event_users.size]])
+    places = np.flatnonzero(home[event_users] == partition)
+    edges = np.concatenate([[-1], places, [event_users.size]])
     users, elsewhere = int(np.count_nonzero(home == partition)), int(np.count_nonzero(home != partition))
     for at in np.argsort(np.diff(edges))[::-1][:_GAPS].tolist():
         start, end = int(edges[at]) + 1, int(edges[at + 1])
