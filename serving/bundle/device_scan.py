@@ -31,6 +31,7 @@ LINES = 64
 """Queries of one pass."""
 _LINES = (1, 8, 16, 32, LINES)
 _DEPTHS = 32
+# A graph keeps the memory of its intermediate results, so only the last few shapes have one.
 _GRAPHS = 8
 SPARE = 0.5
 """Share of groups beyond `k` that are scored again: as many as a compact form may put in a wrong order."""

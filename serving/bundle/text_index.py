@@ -102,6 +102,7 @@ class LexicalIndex:
         lengths = np.diff(offsets)
         if not offsets.size or offsets[0] != 0 or offsets[-1] != tokens.size or (lengths < 0).any():
             raise ValueError("token_offsets do not fit tokens; export the bundle again")
+        # Of the bundle alone: with an average that moves, each item put would change the weights of all others.
         self._average = float(lengths.mean()) if tokens.size else 1.0
         self._live: dict[int, _U32] = {}
         count = lengths.size
@@ -146,6 +147,7 @@ class LexicalIndex:
             raise ValueError(f"k: must be at least 1, got {k}")
         now = self._now
         base, live = _weigh(now, tokens)
+        # `touched` spares a pass over the sums of all items: a query meets few of them.
         sums, touched = np.zeros(now.size, np.float32), np.empty(now.size, np.int32)
         count = accumulate(now.base, base, sums, touched, 0)
         count = accumulate(now.live, live, sums, touched, count)
@@ -261,6 +263,7 @@ def _weigh(now: _Snapshot, tokens: _U32) -> tuple[Words, Words]:
     """Returns the first `MAX_QUERY_TOKENS` distinct words of a query, against both sets of postings."""
     distinct = np.array(list(dict.fromkeys(tokens.tolist()))[:MAX_QUERY_TOKENS], np.uint32)
     base_at, live_at = now.base.find(distinct), now.live.find(distinct)
+    # Counted in both sets, so that a word is as rare for a live item as for one of the bundle.
     holders = now.base.holders(base_at) + now.live.holders(live_at)
     # A changed item is counted in both sets until the next bundle; `minimum` keeps the rarity above 0 all the same.
     rarity = np.log1p((now.items - np.minimum(holders, now.items) + 0.5) / (holders + 0.5))

@@ -136,7 +136,8 @@ class Index:
             return self._all_allowed(allowed, len(queries))
         depth = min(count, k + math.ceil(k * self._spare))
         proposals = self._search_lists(queries, depth, probes, allowed)
-        # The lists near the query hold fewer than `k` allowed rows: rules can allow what lies far from the user.
+        # The lists near the query hold fewer than `k` allowed rows: rules can allow what lies far from the user. FAISS
+        # puts -1 behind what it has found, so the place of the k-th row tells.
         if (proposals[:, k - 1] < 0).any():
             proposals = self._search_lists(queries, depth, self._lists, allowed)
         return proposals
@@ -151,6 +152,7 @@ class Index:
         base = self._catalog.base_size
         scores = queries @ self._catalog.columns.vectors[:base].T
         if allowed is not None:
+            # The caller asks for no more rows than are allowed, so none of these is among the best `k`.
             scores[:, np.unpackbits(allowed, count=base, bitorder="little") == 0] = -np.inf
         if k < base:
             return np.argpartition(scores, base - k, axis=1)[:, base - k :]

@@ -71,6 +71,7 @@ class SlateExplainer:
             tokens = set(text_tokens(item_text(self._catalog.item(row))).tolist())
             shared = [word for token, word in words_of.items() if token in tokens]
             if shared:
+                # An item that its vector alone has found may share words too: they explain it, without a strength.
                 weight = 0.0 if math.isnan(score) else score
                 reasons[at] = Reason("matches_query", _NONE, f"matches {', '.join(shared)}", weight)
         return reasons
@@ -98,6 +99,7 @@ class SlateExplainer:
     def _popular(self, slate: Slate) -> ByPosition:
         if POPULAR not in slate.candidates.names:
             return {}
+        # Not the score of the source: below the exported table that is only a place in its order.
         popularity = self._catalog.columns.popularity[slate.rows].tolist()
         named = np.flatnonzero(np.isfinite(slate.candidates.of(POPULAR))).tolist()
         return {at: Reason("popular", _NONE, "popular with all users", popularity[at]) for at in named}

@@ -89,6 +89,7 @@ class ImpressionWriter:
         self._waiting: queue.Queue[PendingSlate | None] = queue.Queue(limit)
         telemetry.gauge("slates_waiting", self._waiting.qsize)
         self._closing = threading.Event()
+        # A daemon, so that a Redis that does not answer cannot keep a worker from ending.
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
 
@@ -272,6 +273,7 @@ def _inputs(request: Request, slate: Slate, catalog: Catalog) -> dict[str, Any]:
 
 def _dials(turned: Dials, catalog: Catalog) -> dict[str, float]:
     """Returns the dials as the contract names them (`categories.western`), if they are many those turned furthest."""
+    # Those of the whole slate first: they are three at most, and each is about every item.
     furthest = sorted(turned.items(), key=lambda pair: (pair[0][0] in _ABOUT, -abs(pair[1])))[:MOST_DIALS]
     names = {dial: _names(catalog, dial, [key for (of, key), _ in furthest if of is dial]) for dial in _ABOUT}
     return {

@@ -166,6 +166,7 @@ class LiveItems:
         if newest is None or newest[0] != change:
             base, size = self._catalog.base_size, self._catalog.size
             order = np.argsort(-self._catalog.columns.put_at[base:size], kind="stable")
+            # One tuple, replaced whole: other requests read it without a lock.
             self._newest = newest = (change, (order + base).astype(np.int32))
         return newest[1]
 

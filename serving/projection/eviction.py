@@ -43,6 +43,7 @@ class Evictor:
         self._eviction, self._log, self._profiles, self._telemetry = eviction, log, profiles, telemetry
         # A dict keeps the order in which users returned, each once.
         self._returned: dict[str, None] = {}
+        # Before any time of a monotonic clock, which may begin at 0, so that the first look is never put off.
         self._swept, self._requests_read = -_SWEEP_S, -_REQUESTS_S
         # The past of a few users may be spread over a large warehouse: events do not wait for it.
         self._thread = ThreadPoolExecutor(1, "restore")
@@ -57,6 +58,7 @@ class Evictor:
         if self._round:
             if not self._round.done():
                 return
+            # Raises what ended the round: `_restore` takes care of the errors that a later round may not meet.
             self._round.result()
         if time.monotonic() - self._requests_read >= _REQUESTS_S:
             self._requests_read = time.monotonic()

@@ -127,6 +127,7 @@ class Projector:
                 if before != now:
                     self._forget(partition)
             self._run_ids = run_ids
+            # Only after the run ids were compared: what a restart may have lost must not be acknowledged.
             self._settle()
             entries = self._advance()
             if self._evictor:
@@ -158,6 +159,7 @@ class Projector:
                     stop.wait(_RETRY_S)
         except BaseException:
             if self._evictor:
+                # Not `close`, which would restore profiles first: a store may be what failed.
                 self._evictor.cancel()
             self._release()
             raise
@@ -223,7 +225,8 @@ class Projector:
         while self._settling and now - self._settling[0].applied_at >= self._settle_s:
             batch = self._settling.popleft()
             for subject in batch.long_tails:
-                # Not before half a tail has come together: each fold rewrites the whole profile.
+                # Not before half a tail has come together: each fold rewrites the whole profile. But before the batch
+                # is acknowledged: after a crash in between, it comes again and its tails are found to be long again.
                 self._compact(subject, batch.log_ids[-1], self._compact_after // 2)
             self._consumer.acknowledge(batch.partition, batch.log_ids)
 

@@ -51,6 +51,8 @@ def restore_profiles(
     states = {subject: dataclasses.replace(empty(), version=version) for subject, version in versions.items()}
     for partition, members in _by_partition(versions, log.partitions).items():
         events = _events_of(warehouse, partition, members)
+        # No items: the events of a warehouse carry the keys of category and creator. `until` marks one, which names
+        # anonymous users too.
         dataset = Dataset(Events.of(events), ITEMS.empty_table(), USERS.empty_table(), {"until": LAST_LOG_ID})
         for subject, state in fold_states(dataset, store, log, retention) if events.num_rows else ():
             # The evicted state had everything up to its version, whatever of it has gone since: a lower version would

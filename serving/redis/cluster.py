@@ -157,7 +157,8 @@ class Cluster:
             slots[first : last + 1] = [node] * (last - first + 1)
             masters[node] = None
             standing_by |= dict.fromkeys(self._client(_address(replica, source)) for replica in replicas)
-        # Others read without the lock: each list is replaced whole, and never changed.
+        # Others read without the lock: each list is replaced whole, and never changed. `_stale` comes first, so that a
+        # failure that another thread notes meanwhile makes this map stale again.
         self._stale = False
         self._masters, self._replicas, self._slots = list(masters), list(standing_by), slots
 

@@ -139,6 +139,7 @@ class RedisRouter:
             PenchantError: It refuses.
         """
         fields: list[tuple[bytes, bytes]] = []
+        # Redis begins a scan with the cursor 0 and ends it with the same, so -1 stands for the beginning.
         cursor = -1
         while cursor:
             cursor, page = self.command("HSCAN", key, max(cursor, 0), "COUNT", count)
@@ -181,6 +182,7 @@ class RedisRouter:
         node = self._nodes.of(key)
         reply = self._exchange(node, lambda: node.run_all([request])[0])
         if isinstance(reply, AskError):
+            # A node that redirects has done nothing, so to send the request again is no second try of a write.
             return required(self._send_all([request], [key]))[0]
         if isinstance(reply, ResponseError):
             raise self._error_of(reply)
@@ -201,6 +203,7 @@ class RedisRouter:
             places = [place for place in places if isinstance(replies[place], AskError)]
             if not places:
                 break
+        # A script alone shows that a Redis takes writes: most commands read, which a full one still allows.
         written = (reply for request, reply in zip(requests, replies, strict=True) if isinstance(request, ScriptCall))
         if not all(isinstance(reply, Exception) for reply in written):
             self._refusals.works()
@@ -269,6 +272,7 @@ class RedisRouter:
             meaning = self._refusal(error)
             if isinstance(plain, (Unavailable, ResourceExhausted)):
                 self._refusals.failed(plain)
+        # Set and not raised from it, because the error may stand in a list of replies.
         meaning.__cause__ = error
         return meaning
 
@@ -286,6 +290,7 @@ def required(replies: Sequence[Any]) -> Sequence[Any]:
 
 
 def _not_all_unavailable(replies: list[T]) -> list[T]:
+    # Without any reply the callers have nothing to go on with: an error spares each of them the same check.
     if replies and isinstance(replies[0], Unavailable) and all(isinstance(reply, Unavailable) for reply in replies):
         raise replies[0]
     return replies

@@ -35,6 +35,7 @@ from serving.stores.profile_access import (
 from serving.stores.profile_header import erased_until, readable_consent, readable_versions, state_end
 from serving.stores.scripts import PROFILE_APPLY, PROFILE_COMPACT, PROFILE_MARK, PROFILE_PUT, PROFILE_REPLACE
 
+# Few, because compaction is hardly ever urgent: a profile that changes that often is folded with a later batch.
 _ATTEMPTS = 3
 
 

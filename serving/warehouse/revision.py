@@ -66,6 +66,7 @@ class Revision:
         by_address: dict[bytes, list[tuple[int, Purpose]]] = {}
         for entry in entries:
             purposes = Purpose(0) if entry.erased else entry.mark.consent if entry.mark else None
+            # A consent that grants both purposes again sets no limit, and so brings nothing back that was taken.
             if entry.mark and purposes is not None and purposes & KEPT_FOR != KEPT_FOR:
                 by_address.setdefault(entry.mark.address, []).append((entry.log_id, purposes))
         return cls(by_address, frozenset(entry.undone for entry in entries if entry.undone))
@@ -104,7 +105,9 @@ def revise(files: WarehouseFiles, partition: int, revision: Revision) -> int:
     removed = 0
     files.require_own()
     for name in TABLES:
+        # Every file, as files are cut by day and partition: a user's rows may be in any of them.
         for path in files.partition_files(name, partition):
+            # The columns that decide; the others are read only if a row of the file goes or changes.
             rows = files.read(name, path, ["user_id", "log_id", *ALLOWS])
             purposes = _allowed(rows, revision.limits, slates=name == "impressions")
             # Undone are events alone; a slate of another stream may have the same log id.
@@ -145,6 +148,7 @@ def hold_erasures(files: WarehouseFiles, erasures: Iterable[Erasure]) -> int:
         except TablesError as error:  # the other partitions need not wait for it
             damaged[partition] = error
     whole = [erasure for erasure in missing if erasure.partition not in damaged]
+    # Noted before the error is raised: the next attempt then goes through the damaged partitions only.
     note_held(files, [(erasure.certificate_id, erasure.log_id) for erasure in whole])
     if damaged:
         raise DamagedFiles(damaged)
@@ -190,6 +194,7 @@ def _allowed(rows: pa.Table, limits: Callable[[str], Limits], slates: bool) -> n
     for column, purpose in ALLOWS.items():
         purposes |= np.where(pc.fill_null(rows[column], True).to_numpy(), int(purpose), 0)
     log_ids = rows["log_id"].to_numpy()
+    # The marks know users by a hash and the rows by their names, so each name has to be hashed; each once.
     for user_id in pc.unique(rows["user_id"]).to_pylist():
         user_limits = limits(subject_of(user_id))
         if not user_limits:

@@ -22,6 +22,7 @@ for at = 1, #ARGV[2], ENTRY do
   end
 end
 if #new > 0 then
+  -- Before anything is written: a full tail takes all of these entries or none.
   if #tail > ARGV[3] * ENTRY then return redis.error_reply('TAILFULL') end
   if head then
     redis.call('APPEND', KEYS[1], table.concat(new))

@@ -6,6 +6,7 @@
 local head, tail = stored(KEYS[1], ARGV[1])
 if not tail or head ~= ARGV[2] then return 0 end
 local length = struct.unpack('<I4', head, 9)
+-- A rebuild may have put another state of the same version and length, so its checksum has to agree too.
 if length > 0 and redis.call('GETRANGE', KEYS[1], HEADER + length - 4, HEADER + length - 1) ~= ARGV[3] then return 0 end
 local oh, ol = struct.unpack('>I4I4', head, 17)
 local nh, nl = struct.unpack('>I4I4', ARGV[4], 17)
@@ -15,6 +16,7 @@ for at = 1, #tail, ENTRY do
   local h, l = struct.unpack('>I4I4', id)
   if not at_most(h, l, nh, nl) then
     kept[#kept + 1] = string.sub(tail, at, at + ENTRY - 1)
+  -- It came after the state was read, and below the new version it would count as folded, which it is not.
   elseif not at_most(h, l, oh, ol) and not holds(ARGV[5], id, 8) then
     return 0
   end

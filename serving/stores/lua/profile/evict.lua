@@ -11,6 +11,7 @@ local vh, vl = struct.unpack('>I4I4', head, 17)
 for at = 1, #tail, ENTRY do
   local h, l = struct.unpack('>I4I4', tail, at)
   if h * 2 ^ (32 - SEQUENCE_BITS) + math.floor(l / 2 ^ SEQUENCE_BITS) >= tonumber(ARGV[3]) then return 0 end
+  -- The tail goes too, so its newest entry is the version: what the log delivers again must be known.
   if not at_most(h, l, vh, vl) then vh, vl = h, l end
 end
 local parts = {string.sub(head, 1, 5), '\1', string.sub(head, 7, 8), string.sub(ARGV[1], 9, 12)}
