@@ -118,6 +118,7 @@ def fetch_first(places: tuple[Url | Wheel, ...], progress: Progress) -> tuple[by
         kept = _kept(place)
         if kept is not None:
             return kept, place
+    # Every reason is kept: that of the last place alone may hide the one that can be helped.
     reasons = []
     for place in places:
         try:

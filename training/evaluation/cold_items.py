@@ -73,6 +73,7 @@ def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[
         warm_ranks = [_ranks(run, of_run) for run, of_run in zip(loaded, warm, strict=True)]
     items = cold[0].events.items
     metrics = _pooled(cold_ranks, cold)
+    # Masking the items that a user had raises the chance of a random order a little; that is left out.
     chance = NEAR / items
     return {
         "protocol": "cold-items",

@@ -50,6 +50,7 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
     began = time.monotonic()
     evaluation = _measure(runs, protocol, data)
     evaluation["seconds"] = round(time.monotonic() - began, 3)
+    # With each of the runs, since any of them may be looked at, exported or removed alone.
     for run in map(Path, runs):
         note_evaluation(run, evaluation)
         write_report(list(map(Path, runs)), run)

@@ -288,6 +288,7 @@ def rank_all(
 def rank(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranking:
     """Ranks by one score; scores `[n, N]`."""
     size = min(TOP, scores.shape[1])
+    # In no order: coverage and novelty ask only which items are on the page.
     top = np.argpartition(-scores, size - 1, axis=1)[:, :size]
     return Ranking(ranks_of(scores, rows), top)
 

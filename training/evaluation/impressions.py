@@ -206,6 +206,7 @@ def baselines(run: LoadedRun, data: Interactions, examples: Examples, tested: Ex
     before = examples.between(-1, cut)
     rate = np.average(before.labels(cut), axis=0, weights=before.unequal_weights)
     action_rates = ActionRates.of(run.result)
+    # An action that never or always followed still has log-odds, so that the log loss is finite.
     base = np.log((rate + 1e-6) / (1 - rate + 1e-6))
     item = blocks(run.statistics)[0][tested.rows].astype(np.float64)
     ends = before_cut(data, run.config)

@@ -47,6 +47,7 @@ def fit_query_encoder(
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
+        # The words stand first in the table that they share with categories and creators.
         query.words.weight.copy_(item.words.weight[: query.words.num_embeddings])
     # Directions matter, not lengths, which grow with popularity: a query asks for the item that it names.
     goal = functional.normalize(table, dim=1)

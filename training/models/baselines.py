@@ -163,6 +163,7 @@ class NeighborsBaseline:
         for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             rows = _newest(self.data, user, position, 50)
             weights = (HISTORY_DECAY ** np.arange(rows.size)[::-1]).astype(np.float32)
+            # `np.add.at`, because `+=` would count an item once that is the neighbour of several.
             near = self.neighbors[rows]
             np.add.at(out[line], near[near >= 0], (self.similarity[rows] * weights[:, None])[near >= 0])
         return out
@@ -183,6 +184,7 @@ class EaseBaseline:
                 part = slice(*np.searchsorted(owner, [start, start + 4096]))
                 incidence = torch.zeros(min(4096, block.users.stop - start), data.items)
                 incidence[owner[part] - start, rows[part].astype(np.int64)] = 1
+                # Counts of 4,096 users are exact in float32; only the inverse needs the digits of float64.
                 gram += incidence.T @ incidence
         gram.diagonal().add_(EASE_LAMBDA)
         # The closed form: each item's regression on all others, with its own weight held at zero.
@@ -287,6 +289,7 @@ def build_baselines(
         NeighborsBaseline(data, *neighbors),
     ]
     if not data.ordered_only:
+        # Counts of all time decide between items with equal recent counts, which for most are 0.
         recent = recent_popularity_of(data, ends, config.recent_days)
         baselines.append(PopularBaseline("recent_popular", recent + counts / (counts.max() + 1)))
     if data.items <= EASE_MOST_ITEMS:

@@ -85,6 +85,7 @@ class CausalAttention(nn.Module):
         """Computes the output of `forward` at position `lengths - 1` alone; `[B, L, D]` to `[B, 1, D]`."""
         query = self.split(self.query(at_last(x, lengths)))
         key, value = self.split(self.key(x)), self.split(self.value(x))
+        # Lines end at different positions, so each needs a bias of its own.
         back = (lengths - 1).clamp(min=0).unsqueeze(1) - torch.arange(x.shape[1], device=x.device)
         bias = self.by_distance(back).transpose(0, 1).unsqueeze(2)
         return self.merge(functional.scaled_dot_product_attention(query, key, value, bias))
@@ -111,6 +112,7 @@ class CausalAttention(nn.Module):
 
     def by_distance(self, back: Tensor) -> Tensor:
         """Returns the bias of events `back` positions ago, -inf where that is negative; `[..]` to `[H, ..]`."""
+        # `where` evaluates both sides, so the distance to a future event needs a valid index as well.
         return torch.where(back >= 0, self.distances[:, back.clamp(min=0)], -torch.inf)
 
 
@@ -257,6 +259,7 @@ class ItemEncoder(nn.Module):
 
     def finish(self, summed: Tensor, prices: Tensor) -> Tensor:
         """Adds the price to the sum of the means, and maps both into the space of items."""
+        # Two inputs, so that an item of unknown price differs from one that is free.
         has_price = (prices >= 0).unsqueeze(1).to(summed.dtype)
         mixed: Tensor = self.mix(torch.cat([summed, prices.unsqueeze(1) * has_price, has_price], 1))
         return mixed
@@ -321,6 +324,7 @@ def _weighted_sums(table: Tensor, groups: tuple[Tensor, Tensor, Tensor]) -> Tens
 
 def _grouped(group: Tensor, member: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the members sorted by group, the start of each group, and the weights."""
+    # Stable, so that the sums of a group are added in the same order, and to the same bits, in each run.
     order = torch.argsort(group, stable=True)
     offsets = torch.zeros(groups, dtype=torch.int64, device=group.device)
     offsets[1:] = torch.bincount(group, minlength=groups).cumsum(0)[:-1]
@@ -337,6 +341,7 @@ class QueryEncoder(nn.Module):
         self.hidden = nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(2 * dim, dim)
         self.apply(_initialise)
+        # Their exponentials are the weights: all words weigh alike at first, and no weight ever falls below 0.
         nn.init.zeros_(self.weights.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:

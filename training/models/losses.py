@@ -111,6 +111,7 @@ def inclusion(popularity: Tensor, drawn: int, targets: int) -> Tensor:
         targets: Number of targets in the batch.
     """
     missed = (1 - min(1.0, drawn / popularity.numel())) * torch.exp(targets * torch.log1p(-popularity.clamp(max=0.999)))
+    # Kept finite for an item that is no target and is hardly ever drawn.
     return torch.log1p(-missed.clamp(max=1 - 1e-7))
 
 
@@ -126,6 +127,7 @@ def sample_items(targets: Tensor, popularity: Tensor, negatives: int) -> tuple[T
         rows int64 `[n]` without repeats, the position of each target among them int64 `[T]`, and their `inclusion`
         float `[n]`.
     """
+    # Drawn without regard to the targets, as `inclusion` assumes: an item that is both stands once.
     drawn = torch.randperm(popularity.numel())[:negatives]
     rows, inverse = torch.unique(torch.cat([targets, drawn]), return_inverse=True)
     probability = inclusion(popularity, negatives, targets.numel())[rows]

@@ -100,6 +100,7 @@ class Ranker(nn.Module):
         self.mean.copy_(features.mean(0))
         self.spread.copy_(torch.where(spread < _CONSTANT, torch.inf, spread.clamp(min=1e-3)))
         if self.bins:
+            # A sample: quantiles need a sort, and torch refuses one of more than 16 million values.
             step = -(-features.shape[0] // _SAMPLE)
             borders = torch.quantile(features[::step], torch.linspace(0, 1, self.bins + 1), dim=0)
             widths = borders[1:] - borders[:-1]
