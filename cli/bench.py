@@ -32,6 +32,9 @@ _Trainers = Annotated[
 ]
 
 
+# Each command imports its own module after `use_cores`: a numeric library reads its number of threads once, when it is
+# loaded. Where a service is timed, that is one, as a worker has, which leaves the other cores to the service; training
+# takes all of them.
 @commands.command()
 def demo(
     dataset: Annotated[str, typer.Option(metavar="NAME", help="Data set to go through.")] = "movielens-1m",
@@ -220,6 +223,7 @@ def training(
     from benchmarks.training import training
     from training.config import load_config
 
+    # Each part has its own options: speed and arithmetic measure for a given time, quality and cold train whole runs.
     speed = {"peers": peers, "budget": budget, "turn": turn, "validate_every": validate_every, "names": only or ()}
     runs = {"seeds": [int(seed) for seed in seeds.split(",")], "out": out}
     options: dict[str, dict[str, Any]] = {"speed": speed, "arithmetic": {"budget": budget}}

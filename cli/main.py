@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    # Versions of Typer differ in whether their own traces show local variables, which may hold a token.
     pretty_exceptions_enable=False,
 )
 # Commands without a name of their own stand at the top level, in this order.
@@ -55,6 +56,7 @@ def main() -> None:
         _fail(str(error))
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        # Only a package of an extra is for the caller to install: that any other is missing is a defect.
         if extra is None:
             raise
         _fail(f"{error.name} is not installed, and this command needs it: pip install 'penchant[{extra}]'")

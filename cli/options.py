@@ -81,6 +81,7 @@ def use_cores(count: int | None = None) -> None:
     # ONNX Runtime reports to its maker unless this is set before it is loaded.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        # By default a library counts the cores of the machine, of which a container may have a few only.
         os.environ.setdefault(name, str(count or cores()))
 
 
@@ -92,6 +93,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     for name, equals, _ in pairs:
         if not equals:
             raise typer.BadParameter(f"{name!r} is not a setting: write KEY=VALUE")
+    # As YAML, like the files of settings, so that a value means the same in both.
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 

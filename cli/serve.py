@@ -115,6 +115,8 @@ _Forget = Annotated[
 ]
 
 
+# Each command imports its own modules, so that help answers at once, and only after `use_cores`: a numeric library
+# reads its number of threads once, when it is loaded. Here that is one, because a service scales by its processes.
 @commands.command()
 def serve(
     bundle: BundleDir,
@@ -145,6 +147,8 @@ def serve(
     from serving.config import ServeConfig
     from serving.processes.supervisor import serve
 
+    # Options that are None were not given: the file, a variable or the default of the settings holds, and no default is
+    # written down twice.
     loaded = ServeConfig.load(
         config,
         settings or [],
@@ -270,11 +274,13 @@ def warehouse(
     from serving.warehouse.process import drop, run
 
     events = events_redis or redis
+    # Before --out is asked for: what is dropped is the warehouse's place in the log, and no directory is touched.
     if forget:
         print_result(drop(events, partitions))
         return
     if out is None:
         raise typer.BadParameter("say where the Parquet goes", param_hint="--out")
+    # What was not given is left out rather than passed as None, so that `run` alone has the defaults.
     options: dict[str, Any] = {"once": once, "days": retention, "ledger": None if ledger is None else Ledger(ledger)}
     options |= {} if flush is None else {"flush_s": flush}
     options |= {} if default_purposes is None else {"default": _purposes(default_purposes)}
@@ -290,6 +296,7 @@ def _purposes(names: str) -> Purpose:
     from features.profile import Purpose
 
     try:
+        # An empty text is a choice too: no purpose at all.
         return Purpose.of(name for name in names.split(",") if name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--default-purposes") from None
@@ -342,6 +349,7 @@ def hosts(
         label = " (the log's own)" if copy["own"] else ""
         waiting = f", {copy['waiting']} erasures wait for it" if copy["waiting"] else ""
         place = f"{copy['host']}:{copy['place']}{label}"
+        # The beginning of an id is enough: --retire takes it as well, unless two copies share it.
         print(f"{copy['copy_id'][:12]}  {copy['kind']:10}{place}: {copy['state']}{waiting}")
     print_result(result)
 

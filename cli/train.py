@@ -33,6 +33,8 @@ _ValidateBundle = Annotated[
 ]
 
 
+# Each command imports its own modules after `use_cores`: a numeric library reads its number of threads once, when it
+# is loaded, and training may use every core.
 @commands.command()
 def data(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a known data set; an unknown one lists them.")],
@@ -82,8 +84,10 @@ def validate(
     else:
         from serving.jobs.live_checks import validate_live
 
+        # Certain by the test above, which the type checker cannot follow over two variables.
         assert live is not None
         report = validate_live(live, bundle, limits)
+    # Printed whatever the outcome: a script reads the last line, whether the checks pass or not.
     _print_checks(report)
     print_result(report)
     raise typer.Exit(0 if report["passed"] else 1)
