@@ -89,7 +89,7 @@ ACTION_FEATURES = FeatureSet(
 )
 """The ranker's inputs for each of a bundle's actions, behind `RANKER_FEATURES`.
 
-The names begin with "person" because they are part of the fingerprint of published bundles."""
+The names begin with `person` because they are part of the fingerprint of published bundles."""
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
 
 _COLUMN = {name: number for number, name in enumerate(RANKER_FEATURES.names)}
