@@ -352,7 +352,8 @@ def ranker_features(
     if moment.now_ms:
         # Without a time, as in data that has order only, nothing can be said of decay.
         decayed, month_rate = _decayed_features(past, columns, rows, actions, moment.now_ms)
-        out[:, _COLUMN["category_hour"] : common] = decayed
+        begin = _COLUMN["category_hour"]
+        out[:, begin : begin + decayed.shape[1]] = decayed
     rates = Rates.of(actions, past.types, past.values)
     past_durations = np.where(past.rows >= 0, columns.duration[past.rows], np.float32(np.nan))
     parts = [
