@@ -89,7 +89,7 @@ ACTION_FEATURES = FeatureSet(
 )
 """The ranker's inputs for each of a bundle's actions, behind `RANKER_FEATURES`.
 
-The names begin with "person" because they are part of the fingerprint of published bundles."""
+The names begin with `person` because they are part of the fingerprint of published bundles."""
 FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
 
 _COLUMN = {name: number for number, name in enumerate(RANKER_FEATURES.names)}
@@ -336,23 +336,26 @@ def ranker_features(
     Returns:
         float32 [n, ranker_width(actions)]; a candidate's row never depends on the other candidates.
     """
-    out = np.zeros((rows.size, ranker_width(len(actions))), np.float32)
+    count, common = len(actions), len(RANKER_FEATURES)
+    out = np.zeros((rows.size, ranker_width(count)), np.float32)
     candidates, past_items = _item_keys(rows), _item_keys(past.rows)
     out[:, _COLUMN["relevance"]] = relevance
     _fill_item_features(out, columns, rows, moment.now_ms)
-    _fill_ring_features(out, past, columns, rows, moment)
+    _fill_ring_features(out, past, columns, rows, moment.now_ms)
+    _fill_repeat_features(out, past, candidates, past_items)
     if moment.positions is not None:
         out[:, _COLUMN["position"]] = np.log1p(moment.positions.astype(np.float64))
     statistics = columns.statistics[rows]
     # A catalogue without a ranker has no statistics; then nothing is known of how often an item was shown.
-    has_statistics = statistics.shape[1] == statistics_width(len(actions))
+    has_statistics = statistics.shape[1] == statistics_width(count)
     if has_statistics:
         out[:, _COLUMN["item_shown"] : _COLUMN["creator_shown"] + 1] = statistics[:, :2]
-    month_rate = np.zeros(len(actions), np.float64)
+    month_rate = np.zeros(count, np.float64)
     if moment.now_ms:
         # Without a time, as in data that has order only, nothing can be said of decay.
         decayed, month_rate = _decayed_features(past, columns, rows, actions, moment.now_ms)
-        out[:, _COLUMN["category_hour"] : len(RANKER_FEATURES)] = decayed
+        begin = _COLUMN["category_hour"]
+        out[:, begin : begin + decayed.shape[1]] = decayed
     rates = Rates.of(actions, past.types, past.values)
     past_durations = np.where(past.rows >= 0, columns.duration[past.rows], np.float32(np.nan))
     parts = [
@@ -367,8 +370,8 @@ def ranker_features(
         month_rate,
     ]
     for number, part in enumerate(parts):
-        begin = len(RANKER_FEATURES) + number * len(actions)
-        out[:, begin : begin + len(actions)] = part
+        begin = common + number * count
+        out[:, begin : begin + count] = part
     return out
 
 
@@ -390,17 +393,22 @@ def _fill_item_features(
 
 
 def _fill_ring_features(
-    out: npt.NDArray[np.float32], past: History, columns: CatalogColumns, rows: npt.NDArray[np.int32], moment: Moment
+    out: npt.NDArray[np.float32], past: History, columns: CatalogColumns, rows: npt.NDArray[np.int32], now_ms: int
 ) -> None:
     """Fills the columns that are about the newest events of the user."""
     weights = _DECAY[: len(past)][::-1] * are_read(past)
-    candidates, past_items = _item_keys(rows), _item_keys(past.rows)
     out[:, _COLUMN["category_affinity"]] = affinity(columns.category[rows], past.categories, weights)
     out[:, _COLUMN["creator_affinity"]] = affinity(columns.creator[rows], past.creators, weights)
     out[:, _COLUMN["history_length"]] = np.log1p(float(len(past)))
-    if len(past) and moment.now_ms:
+    if len(past) and now_ms:
         # A request may carry an older time than an event that was sent by a clock ahead: then no time has passed.
-        out[:, _COLUMN["recency"]] = np.log1p(max(moment.now_ms - int(past.timestamps[-1]), 0) / _HOUR_MS)
+        out[:, _COLUMN["recency"]] = np.log1p(max(now_ms - int(past.timestamps[-1]), 0) / _HOUR_MS)
+
+
+def _fill_repeat_features(
+    out: npt.NDArray[np.float32], past: History, candidates: npt.NDArray[np.uint64], past_items: npt.NDArray[np.uint64]
+) -> None:
+    """Fills the columns that are about earlier events of the same item; both by `_item_keys`."""
     units = np.ones((len(past), 1), np.float64)
     out[:, _COLUMN["shown_before"]] = np.log1p(matched_weights(candidates, past_items, units)[:, 0])
     out[:, _COLUMN["item_pause"]] = np.log1p(_events_since(candidates, past_items))

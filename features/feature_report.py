@@ -29,13 +29,13 @@ from features.bundle import open_bundle
 from features.bundle_tables import read_items
 from features.catalog import Catalog
 from features.decayed_counts import DIMENSIONS, HORIZONS, VISIT_MS
-from features.keys import event_type_keys, item_keys
 from features.profile import OLDER_ITEMS_CAP, RING, empty, fold
 from features.profile_codec import FORMAT
-from features.records import RECORD, Records, make_records
+from features.records import RECORD
 from features.tables.dataset import Dataset, open_dataset
 from features.tables.intake import require_few, summary, tell
-from features.tables.order import codes, is_present
+from features.tables.order import codes
+from features.tables.records import table_records
 from features.vocabulary import Vocabulary
 
 SAMPLE = 2000
@@ -136,7 +136,8 @@ def _of_users(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
     user_ids, users = codes(events["user_id"])
     ends = np.cumsum(np.bincount(users, minlength=len(user_ids)))
     starts = np.concatenate([[0], ends[:-1]])
-    rows, records, event_types = _records_of(events, catalog)
+    records, rows = table_records(events, catalog, catalog.columns)
+    event_types = sorted(codes(events["event_type"])[0])
     types = type_index(event_types)
     sample = np.random.default_rng(0).permutation(len(user_ids))[:SAMPLE]
     values: list[npt.NDArray[np.float32]] = []
@@ -160,24 +161,6 @@ def _of_users(dataset: Dataset, catalog: Catalog) -> dict[str, float]:
     covered = {f.name: shares[f.name] for f in RANKER_FEATURES if f.window not in ("item", "request") and shares}
     every = max(past_events, 1)
     return covered | {"item_vector": encoded_events / every, "event_type": typed_events / every}
-
-
-def _records_of(events: pa.Table, catalog: Catalog) -> tuple[npt.NDArray[np.int32], Records, list[str]]:
-    """Returns the row of each event's item, the records that ingest would write, and the event types in order."""
-    item_ids, item_codes = codes(events["item_id"])
-    type_names, type_codes = codes(events["event_type"])
-    rows = catalog.rows(item_ids)[item_codes]
-    columns = catalog.columns
-    has_times = is_present(events["timestamp"])
-    records = make_records(
-        item_keys(item_ids)[item_codes],
-        np.where(rows >= 0, columns.category[rows], np.uint64(0)),
-        np.where(rows >= 0, columns.creator[rows], np.uint64(0)),
-        pc.fill_null(events["timestamp"], 0).to_numpy() if has_times else 0,
-        events["value"].to_numpy(),
-        event_type_keys(type_names)[type_codes],
-    )
-    return rows, records, sorted(type_names)
 
 
 def _no_actions(event_types: Sequence[str]) -> ActionRates:

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.catalog import Catalog
-from features.histories import KEYS, Logged, history_keys
+from features.histories import KEYS, Logged, records_of
 from features.keys import event_type_keys, item_keys
 from features.profile import Profile, empty, fold
 from features.profile_codec import decode, encode
-from features.records import ENTRY, Records, make_records
+from features.records import ENTRY
 
 TOP = 10
 """Number of best items that a golden answer names."""
@@ -34,24 +34,20 @@ def profile_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Profile
             `category_key` and `creator_key` if the item had others when the event came.
         catalog: The items, whose categories and creators are looked up as at ingest.
     """
-    records = records_of(events, catalog)
+    logged = Logged.of(pa.table({name: pa.array([event.get(name) for event in events], pa.uint64()) for name in KEYS}))
+    records, _ = records_of(
+        item_keys([event["item_id"] for event in events]),
+        event_type_keys([event["event_type"] for event in events]),
+        [event["timestamp"] for event in events],
+        [np.nan if event["value"] is None else event["value"] for event in events],
+        logged,
+        catalog,
+        catalog.columns,
+    )
     half = len(events) // 2
     tail = np.zeros(len(events) - half, ENTRY)
     tail["log_id"], tail["record"] = np.arange(half, len(events)) + 1, records[half:]
     return decode(encode(fold(empty(), records[:half], half)) + tail[::-1].tobytes())
-
-
-def records_of(events: Sequence[Mapping[str, Any]], catalog: Catalog) -> Records:
-    """Returns the records that ingest would write; RECORD [n]."""
-    ids = [event["item_id"] for event in events]
-    logged = Logged.of(pa.table({name: pa.array([event.get(name) for event in events], pa.uint64()) for name in KEYS}))
-    return make_records(
-        item_keys(ids),
-        *history_keys(catalog.rows(ids), catalog.columns, logged),
-        [event["timestamp"] for event in events],
-        [np.nan if event["value"] is None else event["value"] for event in events],
-        event_type_keys([event["event_type"] for event in events]),
-    )
 
 
 def largest_difference(answer: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:

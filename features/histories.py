@@ -9,7 +9,7 @@ events that came before their item was put.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from features.arrays import pc
 from features.catalog_columns import CatalogColumns
+from features.records import Records, make_records
 
 KEYS = ("category_key", "creator_key")
 """The columns of `EVENTS` that hold the keys of an event: NULL if it was never resolved, 0 if its item had none."""
@@ -82,6 +83,41 @@ def _encoded(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np
     """Returns the distinct values by first appearance, and the place of each value among them; int64 [n]."""
     encoded: Any = pc.dictionary_encode(pa.array(np.ascontiguousarray(values)))
     return encoded.dictionary.to_numpy(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+class ItemRows(Protocol):
+    """Finds the rows of items: a vocabulary, or a catalogue that is changed while it serves."""
+
+    def rows_of_keys(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+        """Returns the row of each key, -1 if it is unknown; int32 [n]."""
+        ...
+
+
+def records_of(
+    keys: npt.NDArray[np.uint64],
+    event_types: npt.NDArray[np.uint32],
+    timestamps: npt.ArrayLike,
+    values: npt.ArrayLike,
+    logged: Logged,
+    items: ItemRows,
+    columns: CatalogColumns,
+) -> tuple[Records, npt.NDArray[np.int32]]:
+    """Returns the records that ingest would have written of events, and the row of each one's item.
+
+    Args:
+        keys: Key of each event's item; uint64 [n].
+        event_types: Key of each one's type; uint32 [n].
+        timestamps: Times, ms; int64 [n] or one for all.
+        values: Values, NaN for none; float32 [n].
+        logged: The keys that the events carry.
+        items: Finds the items.
+        columns: The catalogue's columns, see `history_keys`.
+
+    Returns:
+        RECORD [n], and the rows, -1 for an item that is unknown; int32 [n].
+    """
+    rows = items.rows_of_keys(keys)
+    return make_records(keys, *history_keys(rows, columns, logged), timestamps, values, event_types), rows
 
 
 def history_keys(

@@ -236,20 +236,7 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        # Refused at the start: at run time each of these would show late, or never.
-        if bool(self.tls_certificate) != bool(self.tls_key):
-            raise ValueError("tls_certificate and tls_key belong together: give both or none")
-        if self.tls_client_ca and not self.tls_certificate:
-            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
-        if self.evict_after_days and not (self.warehouse or self.warehouse_dir):
-            raise ValueError("evict_after_days needs the warehouse to restore profiles: set warehouse or warehouse_dir")
-        if self.evict_after_days and not self.default_consent & (Purpose.TRAIN | Purpose.MEASURE):
-            raise ValueError("evict_after_days needs users in the warehouse: set default_purposes to train or measure")
-        if not (_is_loopback(self.host) or self.insecure or (self.tls_certificate and (self.token or self.token_file))):
-            raise ValueError(
-                f"listen: {self.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set "
-                "insecure"
-            )
+        _require_consistent(self)
         return self
 
     @property
@@ -315,6 +302,26 @@ class ServeConfig(BaseModel):
     def printable(self) -> dict[str, Any]:
         """Returns the settings that differ from the defaults as JSON values, without the secret."""
         return self.model_dump(mode="json", exclude={"token"}, exclude_defaults=True)
+
+
+def _require_consistent(config: ServeConfig) -> None:
+    """Refuses settings that do not go together; raises ValueError."""
+    # Refused at the start: at run time each of these would show late, or never.
+    if bool(config.tls_certificate) != bool(config.tls_key):
+        raise ValueError("tls_certificate and tls_key belong together: give both or none")
+    if config.tls_client_ca and not config.tls_certificate:
+        raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+    if config.evict_after_days and not (config.warehouse or config.warehouse_dir):
+        raise ValueError("evict_after_days needs the warehouse to restore profiles: set warehouse or warehouse_dir")
+    if config.evict_after_days and not config.default_consent & (Purpose.TRAIN | Purpose.MEASURE):
+        raise ValueError("evict_after_days needs users in the warehouse: set default_purposes to train or measure")
+    if not (
+        _is_loopback(config.host) or config.insecure or (config.tls_certificate and (config.token or config.token_file))
+    ):
+        raise ValueError(
+            f"listen: {config.listen} is not a loopback address: give tls_certificate, tls_key and a token, or set "
+            "insecure"
+        )
 
 
 def _is_loopback(host: str) -> bool:

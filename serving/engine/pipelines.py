@@ -1,7 +1,7 @@
 """The pipelines of a bundle: which stages each method has, in which order.
 
 This is the place to add a source, a filter, a scorer or an adjuster: write the stage in its file of `serving.pipeline`,
-and name it here.
+and name it here; `docs/architecture.md` has the other steps.
 """
 
 from __future__ import annotations

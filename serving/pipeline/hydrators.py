@@ -115,15 +115,18 @@ class ProfileHydrator:
         if not self._allows(profile):
             return Hydrated(user._replace(assignment=assignment, withheld=True), degraded)
         turned = {**dials(profile.controls), **request.dials}
-        # Controls hold in any arm: what a user blocks is never shown.
-        user = user._replace(assignment=assignment, controls=profile.controls, dials=turned)
-        if not assignment.holdout and request.personalize:
-            user = user._replace(
-                profile=profile,
-                history=history(profile, self._catalog, self._type_index),
-                seen=seen_rows(profile, self._catalog, self._seen_keys),
-                segment=self._segment(profile, turned),
-            )
+        if assignment.holdout or not request.personalize:
+            # Controls hold in any arm: what a user blocks is never shown.
+            return Hydrated(user._replace(assignment=assignment, controls=profile.controls, dials=turned), degraded)
+        user = user._replace(
+            assignment=assignment,
+            controls=profile.controls,
+            dials=turned,
+            profile=profile,
+            history=history(profile, self._catalog, self._type_index),
+            seen=seen_rows(profile, self._catalog, self._seen_keys),
+            segment=self._segment(profile, turned),
+        )
         return Hydrated(user, degraded)
 
     def _assignment(self, assigned: Assignment, profile: Profile) -> Assignment:

@@ -5,7 +5,8 @@ the deadline between them. So the whole behaviour under failure is to be read he
 
 | step      | stage: what it returns                  | when it fails                                  | rung        |
 |-----------|-----------------------------------------|------------------------------------------------|-------------|
-| hydrate   | Hydrator: the next state of the user    | the state stays as it is, marked               | a lower one |
+| hydrate   | Hydrator: the next state of the user    | the state stays as it is, marked; if blocks    | a lower one |
+|           |                                         | are unread, a feed has the popular pool only   |             |
 | hold_back | Eligibility: the rows that may be shown | the request fails                              | none        |
 |           | Filter: the rows to take out of them    | required: the request fails; personal: the     | popular     |
 |           |                                         | popular pool only, marked                      |             |

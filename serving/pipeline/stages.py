@@ -35,7 +35,7 @@ class Hydrator(Stage, Protocol):
 
 
 class Source(Stage, Protocol):
-    """Proposes candidates."""
+    """Proposes candidates; if `user.blocks_unread`, in a feed only those that are safe for any user."""
 
     def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
         """Returns rows among those `allowed`, each once, and their scores, best first."""

@@ -13,15 +13,14 @@ import pyarrow as pa
 
 from features.arrays import pc
 from features.catalog_columns import columns_of
-from features.histories import Logged, history_keys
-from features.keys import event_type_keys, item_keys
 from features.profile import Profile, empty, fold
-from features.records import Records, make_records
+from features.records import Records
 from features.subjects import Subject, known, subject_of
 from features.tables.dataset import Dataset, open_dataset, read_table
 from features.tables.event_reader import Events
 from features.tables.files import table_path
 from features.tables.order import codes, is_present, order_events
+from features.tables.records import table_records
 from features.tables.schema import EVENTS
 from features.vocabulary import Vocabulary
 
@@ -136,21 +135,10 @@ def personal_events(events: pa.Table) -> pa.Table:
 
 def _records(dataset: Dataset) -> Records:
     """Returns the records that ingest would have written, with the items as they are in the data set."""
-    events, items = dataset.events, dataset.items
-    columns = columns_of(items, np.empty((items.num_rows, 0), np.float32))
-    item_ids, item_codes = codes(events["item_id"])
-    type_names, type_codes = codes(events["event_type"])
-    keys = item_keys(item_ids)
-    rows = Vocabulary.build([str(name) for name in items["item_id"].to_pylist()]).rows_of_keys(keys)
-    # Data sets without times have an order alone.
-    timed = is_present(events["timestamp"])
-    return make_records(
-        keys[item_codes],
-        *history_keys(rows[item_codes], columns, Logged.of(events)),
-        pc.fill_null(events["timestamp"], 0).to_numpy() if timed else 0,
-        events["value"].to_numpy(),
-        event_type_keys(type_names)[type_codes],
-    )
+    items = dataset.items
+    vocabulary = Vocabulary.build([str(name) for name in items["item_id"].to_pylist()])
+    records, _ = table_records(dataset.events, vocabulary, columns_of(items, np.empty((items.num_rows, 0), np.float32)))
+    return records
 
 
 def _log_ids(events: pa.Table) -> npt.NDArray[np.uint64]:

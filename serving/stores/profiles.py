@@ -1,6 +1,6 @@
 """Profiles on Redis: one round trip to read one, one idempotent insert to apply an event.
 
-A profile is one string, laid out in `features/profile.py`: `header | state | controls | tail`. Applying an event
+A profile is one string, laid out in `features/profile_codec.py`: `header | state | controls | tail`. Applying an event
 appends it to the tail, unless it is there, is folded already or was erased. Only compaction moves entries from the tail
 into the state: folding costs more than appending, and needs every event up to a log id, because events come in any
 order.

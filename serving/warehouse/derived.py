@@ -33,7 +33,7 @@ def derive(files: WarehouseFiles) -> int:
         for path, rows in zip(paths, (sessions(visited), daily(events, _shown(files, day))), strict=True):
             put_table(path, rows, {_SOURCE: source}, files.require_own)
         changed += 1
-    # Arrow keeps what it has freed, and a day is large beside everything else that this process holds.
+    # Arrow keeps what it has freed, and a day is large next to everything else that this process holds.
     pa.default_memory_pool().release_unused()
     return changed
 

@@ -171,7 +171,9 @@ def test_what_lasts_by_hand(catalog):
     for name in ("visit_length", "visit_minutes", "visit_category"):
         assert not later[name].any()
     unknown = told(0)
-    assert all(not unknown[name].any() for name in assemble.RANKER_FEATURES.names[19:])
+    names = assemble.RANKER_FEATURES.names
+    decayed = names[names.index("category_hour") : names.index("visit_category") + 1]
+    assert all(not unknown[name].any() for name in decayed)
     assert not unknown["view/person_month_rate"].any()
 
 
