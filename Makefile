@@ -44,6 +44,7 @@ check-code: $(VENV)/.ready-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tests/architecture_rules.py
+	$(BIN)/python tests/shape.py --check
 	$(BIN)/python tests/lua_syntax.py
 	$(BIN)/python -m benchmarks.tables --check
 

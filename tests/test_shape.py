@@ -78,7 +78,7 @@ def test_a_planted_violation_is_named_and_fails(planted: str, tree: Path, capsys
 
 
 def test_names_in_code_and_links_are_no_prose(tree: Path) -> None:
-    plant(tree, "docs/page.md", "See `person_cap`, [why](decisions/0006-ranking-inside-a-person.md).\n")
+    plant(tree, "docs/page.md", "See the column `people`, [why](decisions/0006-ranking-inside-a-person.md).\n")
     plant(tree, "features/a.py", "KEYS = {'people': 1}  # the name of a column\n")
     assert shape.survey(tree)["all"].findings == []
 
