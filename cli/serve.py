@@ -97,6 +97,13 @@ _UnsafeRedis = Annotated[
     bool,
     typer.Option("--unsafe-redis", envvar="PENCHANT_UNSAFE_REDIS", help="Accept a Redis whose settings may lose data."),
 ]
+_Retention = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TYPE=DAYS",
+        help="Leave events of a type that are older than this out of rebuilt and restored profiles; repeatable.",
+    ),
+]
 _RetentionDays = Annotated[
     float | None, typer.Option(min=1, metavar="DAYS", help="Delete days that are older; none are without.")
 ]
@@ -212,6 +219,7 @@ def projector(
     partitions: Partitions = None,
     evict_after_days: _EvictAfterDays = None,
     warehouse: _RestoreFrom = None,
+    retention: _Retention = None,
     metrics_listen: MetricsListen = None,
     log_format: LogFormat = None,
     unsafe_redis: _UnsafeRedis = False,
@@ -231,7 +239,7 @@ def projector(
         from features.profile import Retention
         from serving.projection.restore import restore_profiles
 
-        eviction = Eviction(evict_after_days, partial(restore_profiles, warehouse, Retention({})))
+        eviction = Eviction(evict_after_days, partial(restore_profiles, warehouse, Retention(_days_by_type(retention))))
     # The first line of the log must have the chosen format, so this comes before anything that logs.
     configure(log_format or "text", "projector")
     telemetry = Telemetry()
@@ -360,10 +368,7 @@ def rebuild(
     redis: RedisUrl,
     events_redis: EventsRedis = None,
     partitions: Partitions = None,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TYPE=DAYS", help="Leave out events of a type that are older than this; repeatable."),
-    ] = None,
+    retention: _Retention = None,
     max_rejected_share: Annotated[
         float | None,
         typer.Option(min=0, max=1, metavar="SHARE", help="Share of a table's rows that may be malformed."),
@@ -374,14 +379,20 @@ def rebuild(
     from features.profile import Retention
     from serving.projection.rebuild import rebuild
 
-    days = {name: _days(name, value) for name, value in parse_settings(retention or []).items()}
     options = {} if max_rejected_share is None else {"max_rejected_share": max_rejected_share}
-    result = rebuild(data, redis, events_redis, partitions=partitions, retention=Retention(days), **options)
+    result = rebuild(
+        data, redis, events_redis, partitions=partitions, retention=Retention(_days_by_type(retention)), **options
+    )
     print_result(result)
 
 
+def _days_by_type(assignments: list[str] | None) -> dict[str, float]:
+    return {name: _days(name, value) for name, value in parse_settings(assignments or []).items()}
+
+
 def _days(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not value > 0:
+    # To Python, `true` is the number 1.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise typer.BadParameter(f"{name}: a number of days above 0, not {value!r}", param_hint="--retention")
     return float(value)
 

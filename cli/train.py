@@ -77,7 +77,9 @@ def validate(
     if (data is None) == (live is None):
         raise typer.BadParameter("give either DATA or --live URL", param_hint="DATA")
     limits = parse_settings(allow or [])
-    if wrong := [name for name, share in limits.items() if not isinstance(share, int | float)]:
+    # To Python, `true` is the number 1.
+    numbers = {name for name, share in limits.items() if isinstance(share, int | float) and not isinstance(share, bool)}
+    if wrong := sorted(limits.keys() - numbers):
         raise typer.BadParameter(f"{wrong[0]} needs a number: write CHECK=SHARE", param_hint="--allow")
     if data is not None:
         report = _validate_data(data, bundle, limits)

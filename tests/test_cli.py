@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import penchant
 from cli import main as cli
 from cli import options
 from features.errors import BundleError, PenchantError
+from features.profile import Retention
 
 HEAVY = (
     "numpy",
@@ -131,6 +133,28 @@ def test_mistakes_end_with_2_and_a_message(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["validate", "DATA", "--allow", "duplicates=true"], "write CHECK=SHARE"),
+        (["profiles", "rebuild", "DATA", "--redis", "redis://x", "--retention", "like=true"], "a number of days"),
+    ],
+)
+def test_true_is_no_number(tmp_path: Path, words: list[str], message: str) -> None:
+    ended = penchant_command(*(str(tmp_path) if word == "DATA" else word for word in words))
+    assert ended.returncode == 2
+    assert message in ended.stderr
+
+
+def test_a_projector_restores_as_serve_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    evictions: list[Any] = []
+    monkeypatch.setattr("serving.projection.process.run", lambda *_, eviction, **__: evictions.append(eviction) or 0)
+    words = ["--evict-after-days", "30", "--warehouse", str(tmp_path), "--retention", "search=7"]
+    assert run_main(monkeypatch, "projector", "--redis", "redis://x", *words) == 0
+    [eviction] = evictions
+    assert eviction.restore.args == (tmp_path, Retention({"search": 7.0}))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), ModuleNotFoundError("No module named 'x'", name="x")])

@@ -118,6 +118,8 @@ def revise(files: WarehouseFiles, partition: int, revision: Revision) -> int:
             # Most files hold nothing of the users concerned: those are not written again.
             if all(map(np.array_equal, before, columns.values())):
                 continue
+            # Asked again for each file: a host that stood still must not delete what is another one's by now.
+            files.require_own()
             # The derived tables go first: whatever happens from here on, they cannot stay as they are.
             for derived in DERIVED_TABLES:
                 shutil.rmtree(files.out / derived / path.parent.name, ignore_errors=True)

@@ -166,6 +166,12 @@ def test_search_ranks_the_catalogue_for_judged_queries(circles: Path, tmp_path: 
     assert found["queries"] == 1
     assert found["metrics"]["ndcg@10"]["mean"] > 0.9
     assert found["metrics"]["recall@100"]["mean"] == 1
+    # What the run does not know it cannot find: each such item counts, not one for all of them.
+    gone = [("space", f"gone{number}", 3.0) for number in range(10)]
+    columns = list(zip(*judged, *gone, strict=True))
+    pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), data / "judgments.parquet")
+    found = evaluate([tmp_path / "run"], "search")
+    assert found["metrics"]["recall@100"]["mean"] == 0.5
 
 
 def test_what_is_missing_is_said(simulated: tuple[Path, Path], circles: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from features.errors import TrainingError
 from features.tables.dataset import LoadedTable, read_table
 from features.tables.files import table_path
+from features.tables.order import codes
 from features.tables.schema import JUDGMENTS, JUDGMENTS_REQUIRED
 from features.transforms import query_inputs
 from training.metrics import graded_ndcg, interval
@@ -67,9 +68,12 @@ def _read_judgments(data: Path) -> LoadedTable:
 
 
 def _grades(run: LoadedRun, judgments: LoadedTable) -> dict[str, dict[int, float]]:
-    """Returns the grade of each judged row of the catalogue by query; a judged item that it lacks has row -1."""
+    """Returns the grades of judged items by query and row; each item that the run lacks has a row below 0."""
     table = judgments.table
-    rows = run.vocabulary.rows([str(name) for name in table["item_id"].to_pylist()]).tolist()
+    item_ids, item_codes = codes(table["item_id"])
+    found = run.vocabulary.rows(item_ids)
+    # No answer can hold an item that the run does not know, but the ideal one does: it must not be easier to reach.
+    rows = np.where(found >= 0, found, -1 - np.arange(found.size))[item_codes].tolist()
     grades: dict[str, dict[int, float]] = {}
     for query, row, grade in zip(table["query"].to_pylist(), rows, table["grade"].to_numpy().tolist(), strict=True):
         grades.setdefault(str(query), {})[row] = grade

@@ -6,6 +6,7 @@ shown". The place in the slate is an input that serving fixes at the first, wher
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from features.errors import TrainingError
 from training.config import TrainConfig
 from training.data.impressions import Examples
 from training.data.interactions import Interactions
@@ -158,6 +160,9 @@ def _train_epochs(
 
     Returns:
         The number of epochs that was best on `validation`, and its weights.
+
+    Raises:
+        TrainingError: The loss is no longer a number.
     """
     torch.manual_seed(config.seed)
     with torch.no_grad():
@@ -184,6 +189,11 @@ def _train_epochs(
             optimizer.step()
         if validation is not None:
             loss = float(functional.binary_cross_entropy_with_logits(logits_of(ranker, validation), validation.labels))
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the ranker's loss is {loss} after epoch {epoch + 1}: train again with a ranker_rate below "
+                    f"{config.ranker_rate:g}"
+                )
             if loss < best_loss:
                 best_loss, best_epochs = loss, epoch + 1
                 best_weights = {name: value.clone() for name, value in ranker.state_dict().items()}
