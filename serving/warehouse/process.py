@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from features.bundle import Bundle, open_bundle
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError, ServingError
@@ -130,6 +132,8 @@ def drop(events_redis_url: str, partitions: int | None = None) -> dict[str, Any]
 def _new_writer(
     log: EventLog, out: Path, catalog: CatalogLog, bundle: Bundle | None, settings: dict[str, Any]
 ) -> WarehouseWriter:
+    # The system's pool can give back what it has freed; Arrow's own grows for hours with the files of a day.
+    pa.set_memory_pool(pa.system_memory_pool())
     files = WarehouseFiles(out)
     items = ItemTable(out / "items.parquet", catalog, bundle)
     return WarehouseWriter(log, files, items, place=WarehousePlace(log, files), **settings)
