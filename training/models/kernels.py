@@ -40,7 +40,8 @@ _float: Any = intrinsic(_as_float)
 _bits: Any = intrinsic(_as_bits)
 
 
-@kernel(fastmath=True, nogil=True)
+# All of fast math but its promise that nothing is infinite: the losses take an item out by a score of minus infinity.
+@kernel(fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, nogil=True)
 def _exponentials(scores: Any, tops: Any, sums: Any) -> None:
     for line in range(scores.shape[0]):
         row = scores[line]
