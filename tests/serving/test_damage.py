@@ -48,8 +48,10 @@ def garbage(redis, key):
 
 
 def another_type(redis, key):
-    redis.delete(key)
-    redis.rpush(key, "a list")
+    with redis.pipeline(transaction=True) as together:  # in between, a new profile could begin
+        together.delete(key)
+        together.rpush(key, "a list")
+        together.execute()
 
 
 DAMAGES = [flip, cut, garbage, another_type]

@@ -165,8 +165,11 @@ def instead(put: Callable[[redis.Redis, bytes, bytes], object]) -> Trouble:
         key = key_of(stage, role, person)
         aside = key + b":aside"
         with stage.admin(role) as client:
-            client.rename(key, aside)
-            put(client, key, aside)
+            # In one step: a service that finds nothing here begins a new profile.
+            with client.pipeline(transaction=True) as together:
+                together.rename(key, aside)
+                put(together, key, aside)
+                together.execute()
             try:
                 yield
             finally:
