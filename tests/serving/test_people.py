@@ -723,6 +723,28 @@ class TestErase:
         assert certificates.pending() == []
         assert all(one.erased_at and one.purged_at for one in certificates.get(pending.certificate_id).receipts)
 
+    def test_a_certificate_that_was_issued_again_meanwhile_waits_again(self, people, log, store):
+        ingest(log, store, event(1))
+        certificates = Certificates(log)
+        before = people.erase("u:ann")
+        [erasure] = certificates.erasures()
+        certificates.issue(replace(erasure, log_id=erasure.log_id + (1 << 20)), {"profiles": 1, "events": 7})
+        certificates.confirm(before, "events", "profiles")
+        again = {receipt.store: receipt for receipt in certificates.get(before.certificate_id).stores}
+        assert [(again[name].entries, again[name].purged_at) for name in ("events", "profiles")] == [(7, 0), (1, 0)]
+
+    def test_a_full_log_takes_the_dates_of_an_erasure(self, people, log, store, events_redis):
+        ingest(log, store, event(1))
+        certificate = people.erase("u:ann")
+        before = events_redis.config_get("maxmemory")["maxmemory"]
+        events_redis.config_set("maxmemory", 1)
+        try:
+            Certificates(log).confirm(certificate, "events", "impressions")
+        finally:
+            events_redis.config_set("maxmemory", before)
+        dated = Certificates(log).get(certificate.certificate_id)
+        assert {one.store for one in dated.stores if one.purged_at} == {"events", "impressions"}
+
     def test_a_server_that_may_not_write_its_files_anew_is_named_and_tried_again(self, people, log, store, servers):
         ingest(log, store, event(1))
         people.erase("u:ann")
