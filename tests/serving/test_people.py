@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 import time
 from dataclasses import replace
@@ -31,7 +32,7 @@ from serving.errors import (
 from serving.log_retention import PROFILES_GROUP, LogRetention
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl, DialControl
-from serving.privacy.ledger import Ledger
+from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.purge import Purger
 from serving.privacy.replay import replay
 from serving.privacy.rights import SubjectRights
@@ -769,6 +770,23 @@ class TestErase:
     def test_an_unknown_certificate_is_not_found(self, log, name):
         with pytest.raises(NotFound):
             Certificates(log).get(name)
+
+
+def test_a_line_of_the_ledger_is_there_whole_or_not_at_all(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    first, second = (Erasure(f"0001-{number:032x}", b"h" * 16, b"a" * 16, number) for number in (1, 2))
+    ledger.note(first)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Up to a limit of the size of files the kernel writes a part, as it does on a disk that is nearly full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.path.stat().st_size + 20, before[1]))
+    try:
+        with pytest.raises(Unavailable, match="repeat it"):
+            ledger.note(second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ledger.erasures() == [first]
+    ledger.note(second)
+    assert ledger.erasures() == [first, second]
 
 
 class TestExport:
