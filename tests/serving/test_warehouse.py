@@ -760,6 +760,22 @@ class TestComingBack:
         projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert store.read("u:ann").count == 7
 
+    def test_a_damaged_file_keeps_the_past_from_nobody_of_other_partitions(self, log, make, out, profiles_redis):
+        store, who = ProfileStore(profiles_redis, PARTITIONS), [f"user{n}" for n in range(12)]
+        ingest(log, *(event(user, f"i{n}") for n in range(5) for user in who))
+        projecting(log, store, None)
+        make().drain()
+        assert Evictions(store).evict(now_ms() + 1000) == len(who)
+        damaged = partition_of("u:user0", PARTITIONS)
+        [file] = out.glob(f"events/*/p{damaged:02d}-*.parquet")
+        file.write_bytes(file.read_bytes()[:-9])
+        ingest(log, *(event(user, "i1", "like") for user in who))
+        telemetry = Telemetry()
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))), telemetry)
+        restored = [store.read(f"u:{user}").count == 6 for user in who]
+        assert restored == [partition_of(f"u:{user}", PARTITIONS) != damaged for user in who]
+        assert any(restored)
+
     def test_a_warehouse_that_is_not_there_loses_nothing(self, log, profiles_redis, tmp_path):
         store = ProfileStore(profiles_redis, PARTITIONS)
         ingest(log, *(event("ann", f"i{n}") for n in range(5)))
