@@ -766,6 +766,25 @@ class TestErase:
             thread.join()
             profiles.execute_command("ACL", "DELUSER", "careful")
 
+    def test_half_of_the_time_after_an_erasure_a_purge_waits_for_no_round(
+        self, people, log, store, servers, monkeypatch
+    ):
+        """A service that is started again more often than rounds come would never purge."""
+        monkeypatch.setattr("serving.privacy.purge._LOOK_S", 0.05)
+        ingest(log, store, event(1))
+        people.erase("u:ann")
+        certificates, stop = Certificates(log), threading.Event()
+        with connect(servers[0], 5) as profiles, connect(servers[1], 5) as events:
+            purger = Purger(certificates, events, profiles, 12 * 3600.0)
+            thread = threading.Thread(target=purger.run, args=(stop,))
+            thread.start()
+            time.sleep(0.5)
+            assert len(certificates.pending()) == 1
+            SubjectRights(log, store, Certificates(log, due_ms=0)).erase("u:bob")
+            wait_until(lambda: not certificates.pending())
+            stop.set()
+            thread.join()
+
     @pytest.mark.parametrize("name", ["", "x", "0001-" + "0" * 32, "ffff-" + "0" * 32, "0001-" + "g" * 32])
     def test_an_unknown_certificate_is_not_found(self, log, name):
         with pytest.raises(NotFound):
