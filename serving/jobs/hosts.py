@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import TablesError
+from serving.errors import ConfigError
 from serving.jobs.copies import hold_in, reachable, unknown_erasures, waits
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.ledger import Erasure, Ledger
@@ -53,8 +54,8 @@ def replay_everywhere(
 
     Returns:
         The result of `replay_ledgers`, and `places` [{`copy_id`, `host`, `place`, `result`, `rows` (that went)}];
-        `result` is "erased", "in use" (its warehouse makes them hold itself), "not reachable from this host", "retired"
-        or "damaged: ...".
+        `result` is "erased", "in use" (its warehouse makes them hold itself), "not reachable from this host",
+        "retired", "damaged: ..." or "failed: ...".
 
     Raises:
         ConfigError: A URL is wrong, a ledger is damaged, or it is one of another log.
@@ -66,11 +67,13 @@ def replay_everywhere(
         log = EventLog(client, partitions_for(client, partitions), unsafe=True)
         certificates = Certificates(log)
         certificates.remember(unknown_erasures(erasures, certificates.erasures()))
+        # Read before the erasures: of one that comes after them, no folder here can be confirmed.
+        pending = certificates.pending()
         # The log's, not the ledgers' alone: it may have others that these folders have missed.
         noted = certificates.erasures()
         places = []
         for copy in certificates.registry.copies("warehouse"):
-            result, rows = _replay_into(copy, noted, certificates)
+            result, rows = _replay_into(copy, noted, certificates, pending)
             place = {"copy_id": copy.copy_id, "host": copy.host, "place": copy.place, "result": result, "rows": rows}
             places.append(place)
     return replayed | {"places": places}
@@ -91,7 +94,9 @@ def _row(copy: Copy, pending: Sequence[Certificate], now_ms: int) -> dict[str, A
     }
 
 
-def _replay_into(copy: Copy, erasures: Sequence[Erasure], certificates: Certificates) -> tuple[str, int]:
+def _replay_into(
+    copy: Copy, erasures: Sequence[Erasure], certificates: Certificates, pending: Sequence[Certificate]
+) -> tuple[str, int]:
     """Makes erasures hold in one registered folder; returns the result, and the number of rows that went."""
     if copy.retired_at:
         return "retired", 0
@@ -102,8 +107,10 @@ def _replay_into(copy: Copy, erasures: Sequence[Erasure], certificates: Certific
         rows = hold_in(folder, copy, erasures, certificates.registry)
     except TablesError as error:
         return f"damaged: {error}", 0
+    except (ConfigError, OSError) as error:  # the other folders need not wait for it
+        return f"failed: {error}", 0
     if rows is None:
         return "in use", 0
-    for certificate in certificates.pending():
+    for certificate in pending:
         certificates.confirm_copy(certificate, copy.copy_id)
     return "erased", rows

@@ -236,6 +236,8 @@ class Certificates:
     def confirm(self, certificate: Certificate, *stores: str) -> None:
         """Dates the physical erasure of some stores: their bytes are gone from the disk now.
 
+        A certificate that was issued again meanwhile, for a later erasure, still waits for them.
+
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
@@ -244,7 +246,7 @@ class Certificates:
             if receipt.store in stores:
                 # A store that erased at once keeps that date.
                 dates = f"{receipt.entries} {receipt.erased_at or now} {now}"
-                self._stored.set_field(certificate.certificate_id, f"store:{receipt.store}", dates)
+                self._date(certificate, f"store:{receipt.store}", dates)
         self._settle(certificate)
 
     def confirm_copy(self, certificate: Certificate, copy_id: str, *, purged: bool = True) -> None:
@@ -257,7 +259,7 @@ class Certificates:
         for receipt in certificate.copies:
             if receipt.copy_id == copy_id and receipt.open:
                 dated = replace(receipt, erased_at=receipt.erased_at or now, purged_at=now if purged else 0)
-                self._date(certificate, dated)
+                self._date_copy(certificate, dated)
         self._settle(certificate)
 
     def retire(self) -> int:
@@ -272,15 +274,18 @@ class Certificates:
             for receipt in certificate.copies:
                 copy = registered.get(receipt.copy_id)
                 if receipt.open and copy and copy.retired_at:
-                    self._date(certificate, replace(receipt, retired_at=copy.retired_at))
+                    self._date_copy(certificate, replace(receipt, retired_at=copy.retired_at))
                     closed += 1
             self._settle(certificate)
         return closed
 
-    def _date(self, certificate: Certificate, receipt: CopyReceipt) -> None:
-        """Stores a copy's receipt, unless the certificate has been issued again for a later erasure meanwhile."""
-        name, value = f"copy:{receipt.copy_id}", json.dumps(asdict(receipt))
-        self._stored.set_field_of(certificate.certificate_id, certificate.log_id, name, value)
+    def _date_copy(self, certificate: Certificate, receipt: CopyReceipt) -> None:
+        """Stores a copy's receipt."""
+        self._date(certificate, f"copy:{receipt.copy_id}", json.dumps(asdict(receipt)))
+
+    def _date(self, certificate: Certificate, name: str, value: str) -> None:
+        """Stores a receipt, unless the certificate has been issued again for a later erasure meanwhile."""
+        self._stored.set_field(certificate.certificate_id, certificate.log_id, name, value)
 
     def _settle(self, certificate: Certificate) -> None:
         """Removes a certificate from those that are waited for, if it is complete now."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from features.errors import ForeignFileError
 from features.files import sync
@@ -62,10 +64,10 @@ class Ledger:
         try:
             make_folders(self._path.parent)
             new = not self._path.exists()
-            # Unbuffered, so that all lines are one write: those of several workers do not mix.
             with open_private(self._path, "ab", buffering=0) as sink:
-                sink.write(lines)
-                os.fsync(sink.fileno())
+                # One worker at a time, so that what a full disk takes of the lines can be taken back.
+                fcntl.flock(sink, fcntl.LOCK_EX)
+                _append(sink, lines)
             # A new file is on disk only once its directory is.
             if new:
                 sync(self._path.parent)
@@ -91,6 +93,23 @@ class Ledger:
                     "it is the last line and cut short"
                 ) from error
         return erasures
+
+
+def _append(sink: IO[bytes], lines: bytes) -> None:
+    """Adds lines to an open file; they are on disk when this returns, and none of them is there if it fails.
+
+    Raises:
+        OSError: The disk is full or gone.
+    """
+    end = sink.seek(0, os.SEEK_END)
+    try:
+        # A disk that is nearly full takes a part without an error. The next line would be joined to that.
+        if sink.write(lines) < len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(sink.fileno())
+    except OSError:
+        os.ftruncate(sink.fileno(), end)
+        raise
 
 
 def new_certificate_id(partition: int) -> str:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
+from features.clock import now_ms
 from serving.errors import ServingError
 from serving.privacy.certificates import Certificate, Certificates
 from serving.privacy.replay import forget_in
 from serving.redis.client import Client
 from serving.redis.rewrite import rewrite_files
+from serving.stores.keys import time_of
 from serving.stores.profiles import ProfileStore
+
+_LOOK_S = 600.0
+"""Longest pause between two looks for erasures that wait for no round."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,10 +44,17 @@ class Purger:
         self._stores_of = ((events, ("events", "impressions")), (profiles, ("profiles",)))
 
     def run(self, stop: threading.Event) -> None:
-        """Purges by schedule until `stop` is set; what fails is tried again in the next round."""
-        while not stop.wait(self._period_s):
+        """Purges by schedule until `stop` is set; what fails is tried again in the next round.
+
+        An erasure of whose time half is over waits for no round: a process that is started again more often than rounds
+        come, or knows of a longer period than the service, would else never purge it, or too late.
+        """
+        begun = time.monotonic()
+        while not stop.wait(min(self._period_s, _LOOK_S)):
             try:
-                self.purge(stop)
+                if time.monotonic() - begun >= self._period_s or self._is_late():
+                    begun = time.monotonic()
+                    self.purge(stop)
             except ServingError as error:
                 _log.warning("erased data is still on disk, and the next round tries again: %s", error)
 
@@ -67,6 +80,17 @@ class Purger:
                 self._certificates.confirm_copy(certificate, copy_id)
             dated |= {certificate.certificate_id for certificate in waiting}
         return len(dated)
+
+    def _is_late(self) -> bool:
+        """Returns True if these stores still hold bytes of an erasure of whose time half is over."""
+        now = now_ms()
+        late = [
+            certificate
+            for certificate in self._certificates.pending()
+            if now - time_of(certificate.log_id) > certificate.due_at - now
+        ]
+        stores = [name for _, names in self._stores_of for name in names]
+        return bool(late) and any(_waits(certificate, stores, self._store.store_id()) for certificate in late)
 
 
 def _waits(certificate: Certificate, stores: Sequence[str], copy_id: str) -> bool:

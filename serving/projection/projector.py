@@ -15,7 +15,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from features.errors import ProfileCorrupt
@@ -227,7 +228,8 @@ class Projector:
             for subject in batch.long_tails:
                 # Not before half a tail has come together: each fold rewrites the whole profile. But before the batch
                 # is acknowledged: after a crash in between, it comes again and its tails are found to be long again.
-                self._compact(subject, batch.log_ids[-1], self._compact_after // 2)
+                with _damage_logged():
+                    self._fold(subject, batch.log_ids[-1], self._compact_after // 2)
             self._consumer.acknowledge(batch.partition, batch.log_ids)
 
     def _advance(self) -> int:
@@ -271,8 +273,7 @@ class Projector:
         long_tails = []
         for (subject, records), reply in zip(batch, self._profiles.apply_many(batch), strict=True):
             if isinstance(reply, TailFull):
-                self._make_room(subject, records[0][0])
-                reply = self._profiles.apply(subject, records)
+                reply = self._apply_with_room(subject, records)
             if isinstance(reply, Applied):
                 self._telemetry.count("projector_events", reply.inserted)
                 if reply.tail > self._compact_after:
@@ -283,20 +284,23 @@ class Projector:
                 raise reply
         return long_tails
 
-    def _make_room(self, subject: str, log_id: int) -> None:
-        """Folds all before an event at once: the tail is full, so there is no time to wait for the disk."""
-        if self._evictor:
-            self._evictor.make_room(subject, lambda: self._compact(subject, log_id - 1))
-        else:
-            self._compact(subject, log_id - 1)
-
-    def _compact(self, subject: str, up_to: int, at_least: int = 1) -> None:
+    def _apply_with_room(self, subject: str, records: Sequence[tuple[int, bytes]]) -> Applied | ProfileCorrupt:
+        """Applies events after folding all before them at once: the tail is full, so there is no time for the disk."""
+        fold = partial(self._fold, subject, records[0][0] - 1)
         try:
-            # An evicted profile is folded only if nothing will restore it: its tail has to wait for its past.
-            if self._profiles.compact(subject, up_to, at_least, evicted_too=self._evictor is None):
-                self._telemetry.count(("projector_profiles", "compacted"))
-        except ProfileCorrupt as error:
+            if self._evictor:
+                self._evictor.make_room(subject, fold)
+            else:
+                fold()
+            return self._profiles.apply(subject, records)
+        except ProfileCorrupt as error:  # a tail that cannot be folded stays full: the events of others go on
             _log.error("%s", error)
+            return error
+
+    def _fold(self, subject: str, up_to: int, at_least: int = 1) -> None:
+        # An evicted profile is folded only if nothing will restore it: its tail has to wait for its past.
+        if self._profiles.compact(subject, up_to, at_least, evicted_too=self._evictor is None):
+            self._telemetry.count(("projector_profiles", "compacted"))
 
     def _trim(self) -> None:
         if time.monotonic() - self._trimmed < _TRIM_S:
@@ -306,3 +310,12 @@ class Projector:
         for partition, after in enumerate(self._after):
             if after is None:
                 self._log.trim(partition)
+
+
+@contextlib.contextmanager
+def _damage_logged() -> Iterator[None]:
+    """Passes a damaged profile, which a rebuild repairs."""
+    try:
+        yield
+    except ProfileCorrupt as error:
+        _log.error("%s", error)

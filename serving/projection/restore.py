@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import TablesError
-from features.profile import Retention, empty
+from features.profile import Profile, Retention, empty
 from features.subjects import partition_of, user_id_of
 from features.tables.dataset import Dataset, read_info
 from features.tables.event_reader import Events, complete
@@ -39,7 +39,7 @@ def restore_profiles(
         The number of profiles restored.
 
     Raises:
-        TablesError: The warehouse is no data set, or a file of it is damaged.
+        TablesError: The warehouse is no data set, or a file of it is damaged; users of other partitions are restored.
         OSError: A file of it cannot be read; a repeat is safe.
         Unavailable: A Redis does not answer; a repeat is safe.
     """
@@ -48,17 +48,33 @@ def restore_profiles(
     until = int(read_info(warehouse).get("until", 0))
     # Of the others the warehouse lacks events; they are restored at their next event, when it has caught up.
     versions = {subject: version for subject, version in Evictions(store).evicted(subjects).items() if version <= until}
-    states = {subject: dataclasses.replace(empty(), version=version) for subject, version in versions.items()}
+    restored, damaged = 0, None
     for partition, members in _by_partition(versions, log.partitions).items():
-        events = _events_of(warehouse, partition, members)
-        # No items: the events of a warehouse carry the keys of category and creator. `until` marks one, which names
-        # anonymous users too.
-        dataset = Dataset(Events.of(events), ITEMS.empty_table(), USERS.empty_table(), {"until": LAST_LOG_ID})
-        for subject, state in fold_states(dataset, store, log, retention) if events.num_rows else ():
-            # The evicted state had everything up to its version, whatever of it has gone since: a lower version would
-            # let those events in again.
-            states[subject] = dataclasses.replace(state, version=max(state.version, versions[subject]))
-    return store.put_states(states.items()).written
+        try:
+            events = _events_of(warehouse, partition, members)
+        except TablesError as error:  # the users of other partitions need not wait for it
+            damaged = error
+            continue
+        states = _states(events, {subject: versions[subject] for subject in members}, retention, store, log)
+        restored += store.put_states(states.items()).written
+    if damaged:
+        raise damaged
+    return restored
+
+
+def _states(
+    events: pa.Table, versions: Mapping[str, int], retention: Retention, store: ProfileStore, log: EventLog
+) -> dict[str, Profile]:
+    """Folds the events of evicted users, whose states went up to these versions; of one without events an empty one."""
+    states = {subject: dataclasses.replace(empty(), version=version) for subject, version in versions.items()}
+    # No items: the events of a warehouse carry the keys of category and creator. `until` marks one, which names
+    # anonymous users too.
+    dataset = Dataset(Events.of(events), ITEMS.empty_table(), USERS.empty_table(), {"until": LAST_LOG_ID})
+    for subject, state in fold_states(dataset, store, log, retention) if events.num_rows else ():
+        # The evicted state had everything up to its version, whatever of it has gone since: a lower version would let
+        # those events in again.
+        states[subject] = dataclasses.replace(state, version=max(state.version, versions[subject]))
+    return states
 
 
 def _by_partition(subjects: Iterable[str], partitions: int) -> dict[int, list[str]]:

@@ -65,16 +65,10 @@ class CertificateStore:
         """
         self._log.router.command("SREM", self._log.keys[_partition(certificate_id)].open_certificates, certificate_id)
 
-    def set_field(self, certificate_id: str, name: str, value: str) -> None:
-        """Sets one field of a certificate.
-
-        Raises:
-            EventLogUnavailable: Redis does not answer; a repeat is safe.
-        """
-        self._log.router.command("HSET", self._key(certificate_id), name, value)
-
-    def set_field_of(self, certificate_id: str, log_id: int, name: str, value: str) -> None:
+    def set_field(self, certificate_id: str, log_id: int, name: str, value: str) -> None:
         """Sets one field of a certificate, unless it was issued again meanwhile for another log id.
+
+        A full Redis takes it too.
 
         Raises:
             EventLogUnavailable: Redis does not answer; a repeat is safe.

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import redis
@@ -77,15 +78,14 @@ class EventLog:
             shared_with: The same log through other connections; one `check_safety` is enough for both.
         """
         self.client, self.partitions, self.window_ms, self.default = client, partitions, window_ms, default
-        self._times, self._index_ms, self._times_stored = times, (times or LogRetention()).index_ms, times is None
-        self._mark = memory_mark
+        self._times, self._index_ms, self._times_agreed = times, (times or LogRetention()).index_ms, False
         role: Literal["", "events"] = "" if unsafe else "events"
         shared_router = shared_with.router if shared_with else None
         self.router: RedisRouter = RedisRouter(
             client, EventLogUnavailable, cooldown_s, _refusal, guarded=role, shared_with=shared_router
         )
         self.keys = [PartitionKeys.of(partition) for partition in range(partitions)]
-        self._salt = b""
+        self._mark, self._salt = memory_mark, b""
         self._admission = Admission(self.router, [keys.events for keys in self.keys])
         self._calls = AppendCalls(self.keys, self.subject_hash, window_ms, self._index_ms, default, user_cap)
 
@@ -97,7 +97,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
         """
         require_partitions(self.router, self.partitions)
-        self._store_times()
+        self._agree_times()
         # Erasures are remembered by a keyed hash: the name of an erased user must not survive in them.
         self._salt = fixed_value(self.router, "salt", os.urandom(16).hex())
 
@@ -124,7 +124,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer; any of them may be durable, a retry is safe.
             ResourceExhausted: The log is full; nothing was appended.
         """
-        self._store_times()
+        self._agree_times()
         replies = self._admission.send(events, self._calls.events, self._mark)
         return [appended_of(event, reply) for event, reply in zip(events, replies, strict=True)]
 
@@ -135,7 +135,7 @@ class EventLog:
             EventLogUnavailable: Redis does not answer.
             ResourceExhausted: The log is nearly full; the rest of it is kept for events.
         """
-        self._store_times()
+        self._agree_times()
         # Slates are three times as large as events and can be done without: they stop first.
         replies = self._admission.send(impressions, self._calls.impressions, self._mark * 5 / 6)
         return sum(reply is not None for reply in required(replies))
@@ -239,8 +239,7 @@ class EventLog:
         Raises:
             EventLogUnavailable: Redis does not answer.
         """
-        [clock] = required(self.router.at_each([self.keys[partition].events], _clock))
-        return int(clock)
+        return int(required(self.router.at_each([self.keys[partition].events], _clock))[0])
 
     def clocks(self) -> list[int | None]:
         """Returns `now_ms` of every partition; None if its server is unreachable.
@@ -288,11 +287,15 @@ class EventLog:
         entries = self.router.command("XRANGE", stream, b"(" + stream_id(after), "+", "COUNT", count)
         return [Entry.of(name, fields) for name, fields in entries]
 
-    def _store_times(self) -> None:
-        """Stores for how long entries stay, for trims in other processes, and the shortest time that an index stays."""
-        if self._times is not None and not self._times_stored:
-            self.router.run(ScriptCall(LOG_TIMES, (META,), (self._times.stored, self._times.index_ms)))
-            self._times_stored = True
+    def _agree_times(self) -> None:
+        """Stores for how long entries and indexes stay, or learns from the log how long its service keeps them."""
+        if not self._times_agreed:
+            times = self._times or LogRetention.read(self.router.command("HGET", META, "times"))
+            # An index that went before its entries would hide them from an erasure by the service, which relies on it.
+            self._calls = replace(self._calls, index_ms=max(self._index_ms, times.index_ms))
+            if self._times:
+                self.router.run(ScriptCall(LOG_TIMES, (META,), (times.stored, times.index_ms)))
+            self._times_agreed = True
 
 
 def _refusal(error: ResponseError) -> ServingError:

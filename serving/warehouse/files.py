@@ -40,6 +40,7 @@ from serving.warehouse.parquet import (
     files_by_prefix,
     put_table,
     read_columns,
+    remove_empty,
     remove_file,
     span_of,
 )
@@ -82,7 +83,7 @@ class WarehouseFiles:
                 self.repair()
 
     def repair(self) -> None:
-        """Finishes or removes what the last process left unfinished; once."""
+        """Finishes or removes what the last process, or an error of the disk, left unfinished."""
         if self._repaired:
             return
         self._repaired = True
@@ -179,6 +180,7 @@ class WarehouseFiles:
         for path in expired:
             shutil.rmtree(path)
             sync(path.parent)
+            remove_empty(path.parent)
         return len(expired)
 
     def pack(self, until: int) -> int:
@@ -231,14 +233,17 @@ class WarehouseFiles:
 
     def _pack_day(self, name: str, path: Path, groups: Mapping[str, Sequence[Path]]) -> None:
         packed, unpacked = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+        # A crash, or an error of the disk, between the renames leaves the day without a directory, and the next
+        # `repair`, perhaps of this very process, puts the old one back.
+        self._repaired = False
         for prefix, files in groups.items():
             span = span_of(files[0])[0], max(span_of(file)[1] for file in files)
             put_table(packed / file_name(prefix, span), pa.concat_tables([self.read(name, file) for file in files]))
         self.require_own()
-        # A crash between the renames leaves the day without a directory, and `repair` puts the old one back.
         path.rename(unpacked)
         packed.rename(path)
         sync(path.parent)
+        self._repaired = True
         shutil.rmtree(unpacked)
 
 

@@ -76,10 +76,15 @@ def read_metadata(path: Path, key: bytes) -> bytes:
 
 
 def remove_file(path: Path) -> None:
-    """Removes a file, and the directories of its day and table if it was the last: no table is an empty directory."""
+    """Removes a file, and the directories of its day and table if it was the last."""
     path.unlink()
     sync(path.parent)
-    for directory in (path.parent, path.parent.parent):
+    remove_empty(path.parent, path.parent.parent)
+
+
+def remove_empty(*directories: Path) -> None:
+    """Removes directories, the inner ones first, as far as they are empty: no table is an empty directory."""
+    for directory in directories:
         if any(directory.iterdir()):
             return
         directory.rmdir()

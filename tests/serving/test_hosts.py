@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -434,6 +435,35 @@ class TestErasures:
             "not reachable from this host"
         }
         assert receipts(log, certificate)["warehouse"] == 0
+
+    def test_a_replay_confirms_no_erasure_that_came_meanwhile_and_passes_a_place_that_fails(
+        self, log, people, once, opened, events_server, profiles_server, tmp_path, monkeypatch
+    ):
+        one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+        split_between(log, opened, one, two)
+        once(one)
+        shutil.copytree(two, three)
+        for number, place in enumerate((three, two)):
+            write_identity(place, FolderIdentity(f"{number}" * 32, "x.0"))
+            Registry(log).register("warehouse", f"{number}" * 32, str(place))
+        meanwhile = list[str]()
+
+        def slow(folder: Path, *arguments: Any) -> int | None:
+            if folder == three:
+                raise PermissionError("not yours")
+            removed = hold_in(folder, *arguments)
+            if folder == two:
+                meanwhile.append(people.erase(f"u:{USERS[0]}").certificate_id)
+            return removed
+
+        monkeypatch.setattr("serving.jobs.hosts.hold_in", slow)
+        said = replay_everywhere([], profiles_server.url, events_server.url, PARTITIONS)
+        results = {place["place"]: place["result"] for place in said["places"]}
+        assert (results[str(two)], results[str(three)]) == ("erased", "failed: not yours")
+        assert USERS[0] in users_in(two)
+        [certificate_id] = meanwhile
+        [copy] = [copy for copy in Certificates(log).get(certificate_id).copies if copy.place == str(two)]
+        assert copy.open
 
     def test_what_no_erasure_reaches_is_named_with_what_to_do(self, log, store, people, tmp_path):
         output = tmp_path / "mail.parquet"

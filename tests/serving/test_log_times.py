@@ -15,6 +15,7 @@ from serving.log_retention import ALONE_MS, EVENTS_MS, HOUR_MS, PROFILES_GROUP, 
 from serving.pipeline.side_effects import is_logged
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
+from serving.stores.keys import SEQUENCE_BITS
 from serving.stores.log_entries import LoggedEvent, LoggedImpression
 from serving.stores.log_erasure import LogErasure
 from tests.serving.logged import NOTHING_KEPT
@@ -90,6 +91,16 @@ def test_whoever_trims_goes_by_what_the_service_said(filled, events_redis):
     assert other.trim(0) == 5
     # The index that was kept for a moment only is not relied on by the one that would keep it for weeks.
     assert week.indexed_since(10**18) == 10**18
+
+
+def test_whoever_appends_indexes_for_as_long_as_the_service_relies_on_it(events_redis):
+    month = EventLog(events_redis, 1, times=LogRetention.of(720, None, True))
+    month.open()
+    other = EventLog(events_redis, 1)  # `penchant recommend`
+    assert other.append_impressions([LoggedImpression("u:1", FUTURE, b"{}")]) == 1
+    relied_on_ms = -month.indexed_since(0) >> SEQUENCE_BITS
+    assert relied_on_ms == 1440 * HOUR_MS
+    assert events_redis.pttl(month.keys[0].index_of("u:1")) > relied_on_ms - HOUR_MS
 
 
 def test_retries_are_known_after_their_event_is_trimmed(filled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 import time
 from dataclasses import replace
@@ -31,7 +32,7 @@ from serving.errors import (
 from serving.log_retention import PROFILES_GROUP, LogRetention
 from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl, DialControl
-from serving.privacy.ledger import Ledger
+from serving.privacy.ledger import Erasure, Ledger
 from serving.privacy.purge import Purger
 from serving.privacy.replay import replay
 from serving.privacy.rights import SubjectRights
@@ -723,6 +724,28 @@ class TestErase:
         assert certificates.pending() == []
         assert all(one.erased_at and one.purged_at for one in certificates.get(pending.certificate_id).receipts)
 
+    def test_a_certificate_that_was_issued_again_meanwhile_waits_again(self, people, log, store):
+        ingest(log, store, event(1))
+        certificates = Certificates(log)
+        before = people.erase("u:ann")
+        [erasure] = certificates.erasures()
+        certificates.issue(replace(erasure, log_id=erasure.log_id + (1 << 20)), {"profiles": 1, "events": 7})
+        certificates.confirm(before, "events", "profiles")
+        again = {receipt.store: receipt for receipt in certificates.get(before.certificate_id).stores}
+        assert [(again[name].entries, again[name].purged_at) for name in ("events", "profiles")] == [(7, 0), (1, 0)]
+
+    def test_a_full_log_takes_the_dates_of_an_erasure(self, people, log, store, events_redis):
+        ingest(log, store, event(1))
+        certificate = people.erase("u:ann")
+        before = events_redis.config_get("maxmemory")["maxmemory"]
+        events_redis.config_set("maxmemory", 1)
+        try:
+            Certificates(log).confirm(certificate, "events", "impressions")
+        finally:
+            events_redis.config_set("maxmemory", before)
+        dated = Certificates(log).get(certificate.certificate_id)
+        assert {one.store for one in dated.stores if one.purged_at} == {"events", "impressions"}
+
     def test_a_server_that_may_not_write_its_files_anew_is_named_and_tried_again(self, people, log, store, servers):
         ingest(log, store, event(1))
         people.erase("u:ann")
@@ -743,10 +766,46 @@ class TestErase:
             thread.join()
             profiles.execute_command("ACL", "DELUSER", "careful")
 
+    def test_half_of_the_time_after_an_erasure_a_purge_waits_for_no_round(
+        self, people, log, store, servers, monkeypatch
+    ):
+        """A service that is started again more often than rounds come would never purge."""
+        monkeypatch.setattr("serving.privacy.purge._LOOK_S", 0.05)
+        ingest(log, store, event(1))
+        people.erase("u:ann")
+        certificates, stop = Certificates(log), threading.Event()
+        with connect(servers[0], 5) as profiles, connect(servers[1], 5) as events:
+            purger = Purger(certificates, events, profiles, 12 * 3600.0)
+            thread = threading.Thread(target=purger.run, args=(stop,))
+            thread.start()
+            time.sleep(0.5)
+            assert len(certificates.pending()) == 1
+            SubjectRights(log, store, Certificates(log, due_ms=0)).erase("u:bob")
+            wait_until(lambda: not certificates.pending())
+            stop.set()
+            thread.join()
+
     @pytest.mark.parametrize("name", ["", "x", "0001-" + "0" * 32, "ffff-" + "0" * 32, "0001-" + "g" * 32])
     def test_an_unknown_certificate_is_not_found(self, log, name):
         with pytest.raises(NotFound):
             Certificates(log).get(name)
+
+
+def test_a_line_of_the_ledger_is_there_whole_or_not_at_all(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    first, second = (Erasure(f"0001-{number:032x}", b"h" * 16, b"a" * 16, number) for number in (1, 2))
+    ledger.note(first)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Up to a limit of the size of files the kernel writes a part, as it does on a disk that is nearly full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.path.stat().st_size + 20, before[1]))
+    try:
+        with pytest.raises(Unavailable, match="repeat it"):
+            ledger.note(second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ledger.erasures() == [first]
+    ledger.note(second)
+    assert ledger.erasures() == [first, second]
 
 
 class TestExport:

@@ -102,6 +102,19 @@ def test_one_person_who_floods_the_log_does_not_stop_it(log, profiles_redis):
     assert numbers(store, "u:2") == [1000]
 
 
+def test_a_damaged_profile_whose_tail_is_full_does_not_stop_it(log, profiles_redis):
+    store = ProfileStore(profiles_redis, PARTITIONS, tail_cap=50)
+    log.append([event(number) for number in range(10)])
+    projector = ready(Projector(log, store, batch=40))
+    drain(projector)
+    store.compact("u:1", store.read("u:1").version)
+    [key] = profiles_redis.scan_iter()
+    profiles_redis.setrange(key, profiles_redis.strlen(key) - 1, b"\xff")  # the checksum of its state
+    log.append([event(number) for number in range(10, 200)] + [event(1000, "u:2")])
+    drain(projector)
+    assert numbers(store, "u:2") == [1000]
+
+
 def test_damaged_entries_and_profiles_are_counted_and_passed(log, store, events_redis, profiles_redis):
     log.append([event(number) for number in range(3)])
     [stream] = [keys.events for keys in log.keys if events_redis.xlen(keys.events)]

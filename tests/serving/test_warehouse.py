@@ -40,6 +40,7 @@ from serving.privacy.certificates import Certificates
 from serving.privacy.controls import BlockControl
 from serving.privacy.rights import SubjectRights
 from serving.projection.eviction import Eviction
+from serving.projection.histories import LoggedHistories
 from serving.projection.projector import Projector
 from serving.projection.rebuild import rebuild
 from serving.projection.restore import restore_profiles
@@ -55,8 +56,9 @@ from serving.stores.profile_eviction import Evictions
 from serving.stores.profiles import ProfileStore
 from serving.stores.restore_requests import RestoreRequests
 from serving.warehouse.derived import derive
-from serving.warehouse.files import WarehouseFiles
+from serving.warehouse.files import TABLES, WarehouseFiles
 from serving.warehouse.items import ItemTable
+from serving.warehouse.parquet import put_table
 from serving.warehouse.process import run
 from serving.warehouse.tables import (
     DAILY_ROWS,
@@ -372,6 +374,45 @@ def test_days_that_are_over_are_packed_and_the_rows_stay(log, make, out, events_
     assert warehouse._files.pack(until) == 0
     assert derive(warehouse._files) == 2
     assert [row["events"] for row in rows(out, "sessions")] == [4, 4, 4]
+
+
+def test_a_table_whose_days_have_all_expired_is_a_table_no_more(log, make, out, events_redis):
+    [search] = logged(event("ann", "", "search", query="tea"))
+    keys = log.keys[partition_of("u:ann", PARTITIONS)]
+    entry = {"s": "u:ann", "e": "old", "r": search.record, "p": search.payload}
+    warehouse = make(days=30)
+    warehouse.step()
+    events_redis.xadd(keys.events, entry, id=at(0))
+    warehouse.step(flush=True)
+    assert len(rows(out, "searches")) == 1
+    ingest(log, event("ann", "i1"))
+    warehouse.drain()
+    assert not (out / "searches").exists()
+    assert LoggedHistories(out).of("u:ann").records.size == 1
+
+
+def test_a_day_that_could_not_be_put_back_is_put_back_by_the_next_try(tmp_path, monkeypatch):
+    files, schema = WarehouseFiles(tmp_path), TABLES["events"]
+    files.open()
+    day = tmp_path / "events" / "date=2026-01-01"
+    for name in ("p00-1-2", "p00-3-4"):
+        put_table(day / f"{name}.parquet", schema.empty_table())
+    rename = Path.rename
+
+    def refusing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".new"):
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OSError, match="gone"):
+        files.pack(1 << 63)
+    monkeypatch.undo()
+    assert not day.exists()
+    files.open()
+    files.repair()
+    assert sorted(path.name for path in day.iterdir()) == ["p00-1-2.parquet", "p00-3-4.parquet"]
+    files.close()
 
 
 @pytest.mark.parametrize("renamed", [False, True])
@@ -718,6 +759,22 @@ class TestComingBack:
         ingest(log, event("ann", "i2", "like"))
         projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))))
         assert store.read("u:ann").count == 7
+
+    def test_a_damaged_file_keeps_the_past_from_nobody_of_other_partitions(self, log, make, out, profiles_redis):
+        store, who = ProfileStore(profiles_redis, PARTITIONS), [f"user{n}" for n in range(12)]
+        ingest(log, *(event(user, f"i{n}") for n in range(5) for user in who))
+        projecting(log, store, None)
+        make().drain()
+        assert Evictions(store).evict(now_ms() + 1000) == len(who)
+        damaged = partition_of("u:user0", PARTITIONS)
+        [file] = out.glob(f"events/*/p{damaged:02d}-*.parquet")
+        file.write_bytes(file.read_bytes()[:-9])
+        ingest(log, *(event(user, "i1", "like") for user in who))
+        telemetry = Telemetry()
+        projecting(log, store, Eviction(1, partial(restore_profiles, out, Retention({}))), telemetry)
+        restored = [store.read(f"u:{user}").count == 6 for user in who]
+        assert restored == [partition_of(f"u:{user}", PARTITIONS) != damaged for user in who]
+        assert any(restored)
 
     def test_a_warehouse_that_is_not_there_loses_nothing(self, log, profiles_redis, tmp_path):
         store = ProfileStore(profiles_redis, PARTITIONS)
