@@ -532,6 +532,14 @@ class TestFilters:
         assert ExcludedFilter(catalog).keep(*asked, self.ROWS).tolist() == [False, False, True]
         assert not ExcludedFilter(catalog).enable(*query())
 
+    def test_what_is_excluded_is_not_shown_either_if_it_is_put_while_the_request_runs(self, catalog):
+        asked, screen = query(exclude_unknown=frozenset({"new", "never"})), ExcludedFilter(catalog)
+        assert screen.enable(*asked)
+        assert screen.keep(*asked, self.ROWS).all()
+        row = put(catalog, "new", "space")
+        assert screen.keep(*asked, np.array([3, row], np.int32)).tolist() == [True, False]
+        assert screen.hold_back(*asked).rows.tolist() == [row]
+
 
 class TestScorers:
     def candidates(self, **scores: list[float]) -> Candidates:
