@@ -656,6 +656,15 @@ class TestScorers:
         np.testing.assert_allclose(ranks.score(*asked, found).scores, own + np.array([20, 2]), rtol=1e-6)
         np.testing.assert_allclose(ranks.score(*asked.but(upstream=None), found).scores, own)
 
+    def test_the_page_has_its_probabilities_where_the_callers_scores_decide_it(self, catalog, model, outcomes, lexical):
+        unblended = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.0)
+        rows, upstream = np.array([4, 1], np.int32), np.array([0, 1e6], np.float32)
+        asked = user_of(catalog, ["i0"]).but(rows=rows, upstream=upstream, page_size=1)
+        scorer = RankScorer(unblended, SearchScorer(lexical, catalog, 0.25))
+        scored = scorer.score(*asked, Candidates(rows, upstream[None], ("upstream",)))
+        assert scored.scores.argmax() == 1
+        assert np.isfinite(scored.probabilities[1]).all()
+
     @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_scores_at_the_end_of_float32_keep_the_callers_order(self, catalog, ranks, data):
