@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +183,21 @@ class TestWorker:
     def test_a_full_disk(self, tmp_path):
         assert full_disk(tmp_path / "not" / "there") == ""
         assert "MiB are needed" in full_disk(tmp_path, 1 << 60)
+
+    def test_a_process_ends_with_its_supervisor_also_between_a_command_and_its_reply(self):
+        code = (
+            "from serving.processes.entrypoint import ProcessControl\n"
+            "control = ProcessControl()\n"
+            "control.handle({'unready': lambda: None})\n"
+            "control.listen()\n"
+            "raise SystemExit(0 if control.stop.wait(5) else 'it goes on without its supervisor')\n"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as process:
+            process.stdout.close()
+            process.stdin.write("unready\n")
+            process.stdin.close()
+            assert "without its supervisor" not in process.stderr.read()
 
 
 class TestRestarting:
