@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import signal
@@ -26,6 +27,8 @@ from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.log_retention import PROFILES_GROUP
+from serving.processes.managed_process import ManagedProcess, stop_all
+from serving.processes.metrics_page import MetricsPage
 from serving.processes.readiness import full_disk
 from serving.processes.worker_health import (
     CATALOG,
@@ -198,6 +201,22 @@ class TestWorker:
             process.stdin.write("unready\n")
             process.stdin.close()
             assert "without its supervisor" not in process.stderr.read()
+
+    def test_a_process_that_is_starting_learns_of_a_stop_as_well(self, tmp_path, monkeypatch):
+        """One that was just restarted must not say that it serves while the others leave."""
+        program = tmp_path / "program"
+        answer = 'read spec; read command; echo \'{"ready": true}\'; echo "{\\"done\\": \\"$command\\"}"; exec sleep 60'
+        program.write_text(f"#!/bin/sh\n{answer}\n")
+        program.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(program))
+        with contextlib.closing(MetricsPage("")) as page:
+            starting = ManagedProcess("worker 0", {"sealed": {}}, page)
+            starting.start()
+            starting.send("unready")
+            assert starting.wait_ready(BUSY_S, threading.Event())
+            assert starting.wait_done("unready", time.monotonic() + BUSY_S)
+            assert starting.ready
+            stop_all([starting], 0, threading.Event())
 
 
 class TestRestarting:
