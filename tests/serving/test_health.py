@@ -45,6 +45,7 @@ from serving.projection import process
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.restart import Trouble, described, keep_running
+from serving.services.server import Server
 from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
@@ -52,6 +53,7 @@ from serving.warehouse import process as warehouse
 from tests.fixtures import START_S
 from tests.proofs.rolls import Fleet, Load, plain, plain_channel, readiness, shipped
 from tests.serving.logged import PARTITIONS
+from tests.serving.test_server import Running
 
 BUSY_S = 20.0
 
@@ -217,6 +219,18 @@ class TestWorker:
             assert starting.wait_done("unready", time.monotonic() + BUSY_S)
             assert starting.ready
             stop_all([starting], 0, threading.Event())
+
+    def test_what_was_found_before_the_start_holds_from_the_first_call(self, monkeypatch):
+        """A worker that is restarted in an outage must not say for a moment that all is well."""
+        start = Server.start
+
+        def found(server: Server, *arguments: Any) -> None:
+            HealthMonitor([HealthCheck("events_redis", lambda: "down", (EVENTS,))], server.set_serving).check()
+            start(server, *arguments)
+
+        monkeypatch.setattr(Server, "start", found)
+        with Running() as running, grpc.insecure_channel(running.target) as channel:
+            assert [health_of(channel, name) for name in (EVENTS, RANKING)] == ["NOT_SERVING", "SERVING"]
 
 
 class TestRestarting:
