@@ -94,7 +94,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         if not equals:
             raise typer.BadParameter(f"{name!r} is not a setting: write KEY=VALUE")
     # As YAML, like the files of settings, so that a value means the same in both.
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    try:
+        return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"a value is not YAML: {' '.join(str(error).split())}") from None
 
 
 def print_ready(state: Mapping[str, Any], metrics: str | None) -> None:

@@ -18,6 +18,7 @@ import typer
 import penchant
 from cli import main as cli
 from cli import options
+from cli.options import parse_settings
 from features.errors import BundleError, PenchantError
 from features.profile import Retention
 
@@ -146,6 +147,12 @@ def test_true_is_no_number(tmp_path: Path, words: list[str], message: str) -> No
     ended = penchant_command(*(str(tmp_path) if word == "DATA" else word for word in words))
     assert ended.returncode == 2
     assert message in ended.stderr
+
+
+@pytest.mark.parametrize("text", ["a=[", "a={b", "a='c"])
+def test_a_setting_that_cannot_be_read_is_the_caller_s_to_correct(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="not YAML"):
+        parse_settings([text])
 
 
 def test_a_projector_restores_as_serve_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -135,12 +135,9 @@ class CatalogSync:
         # Runs of one kind: batches save calls of the model, and the order between a put and a deletion stays.
         for kind, group in groupby(changes, lambda change: change.kind):
             batch = list(group)
-            if kind in ("put", "patch"):
-                for start in range(0, len(batch), ITEM_BATCH):
-                    self._put_or_skip(batch[start : start + ITEM_BATCH], self._put if kind == "put" else self._patch)
-            else:
-                for change in batch:
-                    self._set_available(change)
+            put = {"put": self._put, "patch": self._patch}.get(kind, self._set_available)
+            for start in range(0, len(batch), ITEM_BATCH):
+                self._put_or_skip(batch[start : start + ITEM_BATCH], put)
 
     def _run(self) -> None:
         outage = Outage(_log, "the catalogue is not followed")
@@ -163,12 +160,13 @@ class CatalogSync:
                 outage.works()
 
     def _put_or_skip(self, changes: Sequence[Change], put: Callable[[Sequence[Change]], None]) -> None:
-        """Puts or patches a batch; if that fails, each item alone, so that a bad item does not hold up the others."""
+        """Applies a batch; if that fails, each change alone, so that a bad one does not hold up the others for ever."""
         try:
             put(changes)
         except (PenchantError, ValueError, KeyError, TypeError) as error:
             if len(changes) == 1:
-                _log.error("item %r cannot be put and is skipped: %s", changes[0].item_id, error)
+                kind, item_id = changes[0].kind, changes[0].item_id
+                _log.error("the %s of item %r cannot be applied and is skipped: %r", kind, item_id, error)
                 return
             for change in changes:
                 self._put_or_skip([change], put)
@@ -213,17 +211,18 @@ class CatalogSync:
         vectors = engine.model.encode_items(item_inputs([items[row] for row in live], engine.shapes))
         return dict(zip(live, vectors, strict=True))
 
-    def _set_available(self, change: Change) -> None:
-        """Applies a deletion or a change of availability."""
+    def _set_available(self, changes: Sequence[Change]) -> None:
+        """Applies deletions, or changes of availability."""
         engine = self._engine_ref.engine
-        row = int(engine.catalog.rows([change.item_id])[0])
-        # The log may bring a change again, or one of an item that a deletion has overtaken.
-        if not self.knows(row):
-            return
-        if change.kind == "delete":
-            engine.catalog.set_available(row, False)
-            engine.lexical.remove([row])
-            self._deleted.add(row)
-            return
-        window = json.loads(change.payload)
-        engine.catalog.set_available(row, window["available"], window["available_from"], window["available_until"])
+        for change in changes:
+            row = int(engine.catalog.rows([change.item_id])[0])
+            # The log may bring a change again, or one of an item that a deletion has overtaken.
+            if not self.knows(row):
+                continue
+            if change.kind == "delete":
+                engine.catalog.set_available(row, False)
+                engine.lexical.remove([row])
+                self._deleted.add(row)
+                continue
+            window = json.loads(change.payload)
+            engine.catalog.set_available(row, window["available"], window["available_from"], window["available_until"])

@@ -170,7 +170,7 @@ class PipelineBuilder:
         """Returns the hydrators of the user; `segments` are those that the pipeline has tables of, key -> name."""
         limit = self._dependencies.limit
         return [
-            CatalogVersionHydrator(self._dependencies.progress, limit),
+            CatalogVersionHydrator(self._dependencies.progress),
             ProfileHydrator(
                 self._dependencies.store,
                 self._catalog,

@@ -105,15 +105,23 @@ class ExcludedFilter:
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True if there are some."""
-        return bool(request.exclude.size or request.seeds.size)
+        return bool(request.exclude.size or request.seeds.size or request.exclude_unknown)
 
     def hold_back(self, request: Request, user: UserState) -> HeldBack:
         """Returns the rows that were named."""
-        return HeldBack(np.concatenate([request.exclude, request.seeds]))
+        return HeldBack(self._named(request))
 
     def keep(self, request: Request, user: UserState, rows: Rows) -> Mask:
         """Returns True for the rows that were not named."""
-        return absent(rows, np.concatenate([request.exclude, request.seeds]), self._catalog.size)
+        return absent(rows, self._named(request), self._catalog.size)
+
+    def _named(self, request: Request) -> Rows:
+        named = np.concatenate([request.exclude, request.seeds])
+        if not request.exclude_unknown:
+            return named
+        # An item that was unknown when its id was looked up may have been put since.
+        put = self._catalog.rows(list(request.exclude_unknown))
+        return np.concatenate([named, put[put >= 0]])
 
 
 def absent(rows: Rows, out: Rows, size: int) -> Mask:

@@ -33,30 +33,25 @@ _LONGEST_PAUSE_S = 0.01
 
 
 class CatalogVersionHydrator:
-    """Waits for the version of the catalogue that the caller wants to see."""
+    """Notes the version of the catalogue that the answer is made from, and marks one older than the caller wants."""
 
     name = "catalog_version"
     part = "CATALOG_STALE"
 
-    def __init__(self, progress: CatalogProgress, limit: ConcurrencyLimit) -> None:
-        self._progress, self._limit = progress, limit
+    def __init__(self, progress: CatalogProgress) -> None:
+        self._progress = progress
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True: the answer names the version it was made from."""
         return True
 
     def hydrate(self, request: Request, user: UserState) -> Hydrated:
-        """Finds `catalog_version`."""
-        wanted = request.min_catalog_version
+        """Finds `catalog_version`; the service has waited for it, before it looked up the ids of the request."""
+        version, wanted = self._progress.version, request.min_catalog_version
         degraded: tuple[Degraded, ...] = ()
-        if wanted > self._progress.version:
-            # Another call works meanwhile, as nothing here needs a core.
-            with self._limit.released():
-                reached = self._progress.wait(wanted, request.seconds_left() * WAIT_SHARE)
-            if not reached:
-                reason = f"the catalogue is at version {self._progress.version} here, not at {wanted}"
-                degraded = (Degraded(self.part, reason),)
-        return Hydrated(user._replace(catalog_version=self._progress.version), degraded)
+        if wanted > version:
+            degraded = (Degraded(self.part, f"the catalogue is at version {version} here, not at {wanted}"),)
+        return Hydrated(user._replace(catalog_version=version), degraded)
 
 
 class ProfileReader(Protocol):

@@ -84,7 +84,7 @@ class Request:
         upstream_weight: Weight of `upstream` against the personal score.
         seeds: Rows to find neighbors of.
         exclude: Rows never to return.
-        exclude_unknown: External ids never to return that the catalog does not know.
+        exclude_unknown: External ids never to return that the catalog did not know when they were looked up.
         personalize: True where the user's history may be used.
         dials: How this request wants the answer made; each takes the place of the stored dial.
         explain: True where reasons are wanted.

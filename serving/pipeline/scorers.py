@@ -62,8 +62,8 @@ class PersonalRanker:
             return Scored(np.empty(0, np.float32))
         columns = self._catalog.columns
         relevance: Scores = dot_rows(columns.vectors, rows, user.vector)
-        # If neither blend nor dials move the order, only the items of the page need their probabilities.
-        moved = self._blend or any(user.dials.values())
+        # If neither blend, the caller's scores nor dials move the order, only the page needs its probabilities.
+        moved = self._blend or request.upstream is not None or any(user.dials.values())
         at = np.arange(rows.size) if moved else np.argsort(-relevance, kind="stable")[: request.page_size]
         judged = rows[at]
         features = self.features(request, user, judged, relevance[at])

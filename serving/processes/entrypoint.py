@@ -88,7 +88,9 @@ class ProcessControl:
         assert self._commands is not None
         if command := self._commands.get(name):
             command()
-            _write({"done": name})
+            # A supervisor that ended meanwhile must not end this thread, which is to see that standard input has ended.
+            with contextlib.suppress(BrokenPipeError):
+                _write({"done": name})
 
 
 def main() -> int:

@@ -156,8 +156,8 @@ class ManagedProcess:
             return trouble
 
     def send(self, command: str) -> None:
-        """Sends a command; see `serving.processes.entrypoint`."""
-        if self.ready:
+        """Sends a command; a process that is starting runs it once it is ready. See `serving.processes.entrypoint`."""
+        if self._process and self._process.poll() is None:
             self._write(command)
 
     def wait_done(self, command: str, end: float) -> bool:

@@ -103,7 +103,9 @@ def work(
         server = Server(config, limit, telemetry, _observer(config, telemetry, engine_ref))
         streams = Streams(max(1, config.max_concurrent // 4))
         monitor = _checked_monitor(config, stores, catalog_sync, progress, server, control)
-        server.start(config.listen, _services(config, stores, engine_ref, catalog_sync, telemetry, streams))
+        holdout = Holdout(config.holdout_share, config.holdout_salt)
+        ranking = RankingService(engine_ref, holdout, config.default_deadline_ms / 1000, progress, limit)
+        server.start(config.listen, _services(config, stores, engine_ref, catalog_sync, telemetry, streams, ranking))
         _settle()
         ready()
         monitor.start()
@@ -153,13 +155,13 @@ def _services(
     catalog_sync: CatalogSync,
     telemetry: Telemetry,
     streams: Streams,
+    ranking: RankingService,
 ) -> Services:
     certificates = Certificates(stores.log, int(config.purge_hours * 3_600_000))
     ledger, retention = Ledger(config.ledger_path), Retention(config.retention_days)
     rights = SubjectRights(stores.log, stores.writer, certificates, retention, ledger)
-    holdout = Holdout(config.holdout_share, config.holdout_salt)
     return Services(
-        ranking=RankingService(engine_ref, holdout, config.default_deadline_ms / 1000),
+        ranking=ranking,
         events=EventService(engine_ref, stores.log, stores.writer, telemetry, streams, config.refused_in_ids),
         profiles=ProfileService(engine_ref, rights, certificates, stores.writer),
         catalog=CatalogService(engine_ref, stores.changes, catalog_sync),

@@ -89,10 +89,6 @@ class HealthMonitor:
 
     def start(self) -> None:
         """Runs the checks in the background from now on."""
-        # A server that has just started reports all services as serving.
-        for service, is_serving in self._serving.items():
-            if not is_serving:
-                self._set_serving(service, False)
         self._thread.start()
 
     def mute(self) -> None:

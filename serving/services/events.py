@@ -84,7 +84,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         checks.count(events, "events", 1, MAX_EVENTS, "events")
         now = now_ms()
         statuses = [event_pb2.EventStatus() for _ in events]
-        valid: list[_Checked] = []
+        valid, taken = list[_Checked](), list[_Checked]()
         for place, event in enumerate(events):
             try:
                 valid.append(_check(place, event, now, self._log.window_ms, self._refused_in_ids))
@@ -95,20 +95,22 @@ class EventService(event_pb2_grpc.EventServiceServicer):
             # The log first: an event that is durable is applied sooner or later, the reverse would lose it.
             appended = self._log.append(logged)
             applied = self._apply(valid, appended)
-            hints = self._hints(valid, unknown)
+            # The log refuses some as well, such as those of a user who allows nothing.
+            taken = [checked for checked, entry in zip(valid, appended, strict=True) if entry.error is None]
+            hints = self._hints(taken, unknown)
             for checked, entry, is_applied in zip(valid, appended, applied, strict=True):
                 statuses[checked.place] = status = _status(entry, is_applied)
                 if status.code == 0:
                     status.message = "; ".join(filter(None, (status.message, hints[checked.place])))
-            self._telemetry.count("events_unknown_item", len(unknown))
-        self._telemetry.count(("events", "taken"), len(valid))
-        self._telemetry.count(("events", "refused"), len(statuses) - len(valid))
+            self._telemetry.count("events_unknown_item", sum(checked.place in unknown for checked in taken))
+        self._telemetry.count(("events", "taken"), len(taken))
+        self._telemetry.count(("events", "refused"), len(statuses) - len(taken))
         return statuses
 
-    def _hints(self, valid: Sequence[_Checked], unknown: set[int]) -> dict[int, str]:
-        """Returns a hint at a likely mistake for each event, by its place; "" if nothing is odd."""
+    def _hints(self, taken: Sequence[_Checked], unknown: set[int]) -> dict[int, str]:
+        """Returns a hint at a likely mistake for each durable event, by its place; "" if nothing is odd."""
         types, hints, odd = set(self._engine_ref.engine.event_types.values()), {}, 0
-        for checked in valid:
+        for checked in taken:
             type_hint, item = hint(checked.event.event_type, types), checked.event.item_id[:_SHOWN]
             odd += bool(type_hint)
             is_unknown = checked.place in unknown
@@ -129,7 +131,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
             outcome = dict(zip(by_subject, self._store.apply_many(list(by_subject.items())), strict=True))
         except ServingError:
             # The events are durable, so the call succeeds: the projector applies them when the store is back.
-            self._telemetry.count("events_applied_later", len(valid))
+            self._telemetry.count("events_applied_later", sum(map(len, by_subject.values())))
             return [entry.personal and not entry.record for entry in appended]
         return [
             # A duplicate whose record has left the log was applied before.

@@ -19,13 +19,16 @@ from features.catalog import Catalog
 from features.clock import now_ms
 from features.keys import item_key
 from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
+from serving.concurrency import ConcurrencyLimit
 from serving.engine.engine import Engine, EngineRef
 from serving.errors import InvalidArgument
 from serving.experiments import Assignment, Holdout
+from serving.pipeline.hydrators import WAIT_SHARE
 from serving.pipeline.request import Request, Unknown
 from serving.pipeline.results import Reason, Slate
 from serving.services import validation as checks
 from serving.services.items import item_fields, shown_items
+from serving.stores.catalog_log import CatalogProgress
 
 MAX_PAGE = 100
 MAX_EXCLUDED = 10_000
@@ -45,8 +48,17 @@ _RUNGS = {
 class RankingService(ranking_pb2_grpc.RankingServiceServicer):
     """Ranks feeds, search results and other engines' hits."""
 
-    def __init__(self, engine_ref: EngineRef, holdout: Holdout, default_deadline_s: float) -> None:
+    def __init__(
+        self,
+        engine_ref: EngineRef,
+        holdout: Holdout,
+        default_deadline_s: float,
+        progress: CatalogProgress,
+        limit: ConcurrencyLimit,
+    ) -> None:
+        """Takes the engine, how arms are drawn, how far the catalogue was followed, and the limit of rankings."""
         self._engine_ref, self._holdout, self._default_deadline_s = engine_ref, holdout, default_deadline_s
+        self._progress, self._limit = progress, limit
 
     def Recommend(
         self, request: ranking_pb2.RecommendRequest, context: grpc.ServicerContext
@@ -117,6 +129,9 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         subject = checks.subject(options.subject, "options.subject", required=subject_required)
         page_size = checks.whole(options.page_size, "options.page_size", 1, MAX_PAGE)
         excluded = checks.identifiers(options.exclude_item_ids, "options.exclude_item_ids", 0, MAX_EXCLUDED)
+        begun = time.monotonic()
+        deadline = begun + seconds_left(context, self._default_deadline_s)
+        self._await_catalog(options.min_catalog_version, deadline)
         missing: dict[str, None] = {}
         rows = _rows(catalog, excluded, missing)
         request = Request(
@@ -124,8 +139,9 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             subject=subject,
             # The server's clock alone decides which items are available.
             now_ms=now_ms(),
-            deadline=time.monotonic() + seconds_left(context, self._default_deadline_s),
+            deadline=deadline,
             page_size=page_size,
+            begun=begun,
             method=method,
             surface=options.surface,
             session_id=options.session_id,
@@ -143,6 +159,14 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
             min_catalog_version=options.min_catalog_version,
         )
         return request, missing, item_fields(options.fields, "options.fields") if options.fields else ()
+
+    def _await_catalog(self, version: int, deadline: float) -> None:
+        """Waits for the version of the catalogue that the caller wants to see, for a share of the time left."""
+        # Before any id is looked up: one that this version puts would count as unknown and, though excluded, be shown.
+        if version > self._progress.version:
+            # Another call works meanwhile, as nothing here needs a core.
+            with self._limit.released():
+                self._progress.wait(version, (deadline - time.monotonic()) * WAIT_SHARE)
 
 
 def _check_names(options: ranking_pb2.RankingOptions) -> None:

@@ -34,6 +34,8 @@ from serving.services.reception.grpc_log import limit_grpc_log
 from serving.services.reception.sockets import Sockets, connection_limits
 from serving.services.status import status_of
 
+_FILES = (ranking_pb2, event_pb2, profile_pb2, catalog_pb2)
+_NAMES = [service.full_name for file in _FILES for service in file.DESCRIPTOR.services_by_name.values()]
 _HURRY_POLL_S = 0.05
 _CHECKS, _WATCHES, _REFLECTIONS = 1024, 256, 4
 _IDLE_S, _REFLECTION_S = 60.0, 10.0
@@ -54,14 +56,12 @@ class Services:
     profiles: profile_pb2_grpc.ProfileServiceServicer
     catalog: catalog_pb2_grpc.CatalogServiceServicer
 
-    def add_to(self, server: grpc.Server) -> list[str]:
-        """Registers all services; returns their names."""
+    def add_to(self, server: grpc.Server) -> None:
+        """Registers all services."""
         ranking_pb2_grpc.add_RankingServiceServicer_to_server(self.ranking, server)
         event_pb2_grpc.add_EventServiceServicer_to_server(self.events, server)
         profile_pb2_grpc.add_ProfileServiceServicer_to_server(self.profiles, server)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(self.catalog, server)
-        files = (ranking_pb2, event_pb2, profile_pb2, catalog_pb2)
-        return [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
 
 
 class _Health(health.HealthServicer):
@@ -91,7 +91,7 @@ class Server:
         telemetry: Telemetry,
         observer: RequestObserver | None = None,
     ) -> None:
-        """Builds the server; `start` opens its port.
+        """Builds the server, with every service as SERVING; `start` opens its port.
 
         Args:
             config: The settings.
@@ -113,12 +113,15 @@ class Server:
         self._grpc = grpc.server(reception, interceptors=interceptors, options=options)
         self._health = _Health(config.worker_count)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        # Here and not in `start`, which comes after the first checks: what they find holds from the first call.
+        for name in ("", *_NAMES):
+            self.set_serving(name, True)
 
     def start(self, address: str, services: Services) -> None:
-        """Listens on an address, with every service as SERVING."""
-        names = services.add_to(self._grpc)
+        """Listens on an address."""
+        services.add_to(self._grpc)
         if self._config.reflection:
-            reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
+            reflection.enable_server_reflection([*_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
         if self._config.tls_certificate:
             self._grpc.add_secure_port(address, _credentials(self._config))
         else:
@@ -127,8 +130,6 @@ class Server:
             int(address.rpartition(":")[2]), self._config.max_message_bytes, connection_limits()[0]
         )
         self._grpc.start()
-        for name in ("", *names):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def set_serving(self, service: str, is_serving: bool) -> None:
         """Sets the health of a service, by its full name; "" is the worker as a whole."""

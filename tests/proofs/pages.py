@@ -33,6 +33,7 @@ from features.records import make_records
 from features.subjects import partition_of
 from penchant.v1 import common_pb2, ranking_pb2
 from serving.bundle.bitmap import Bitmap
+from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
 from serving.engine.engine import Engine, EngineRef, open_engine
 from serving.engine.pipelines import Dependencies
@@ -155,7 +156,7 @@ class Served:
 
     def __init__(self, engine: Engine, items: list[dict[str, Any]]) -> None:
         self.engine, self.items = engine, items
-        self.service = RankingService(EngineRef(engine), Holdout(0.0, ""), 60.0)
+        self.service = RankingService(EngineRef(engine), Holdout(0.0, ""), 60.0, CatalogProgress(), ConcurrencyLimit(1))
         self.eligible: set[str] = set()
 
     def offer(self, case: Case, draw: np.random.Generator) -> None:

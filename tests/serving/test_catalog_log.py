@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features.bundle import open_bundle
+from serving.bundle.tables import read_catalog
+from serving.engine.catalog_sync import CatalogSync
+from serving.engine.engine import EngineRef
 from serving.errors import CatalogLogUnavailable
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
-from serving.stores.catalog_log import CatalogLog, Change
+from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 from tests.serving.faults import frozen, insist, kill
 
 OPAQUE = st.text(min_size=1, max_size=10) | st.sampled_from(["\0", "*", "{}", "a:b", ":", "put:a", "\r\n", "😀" * 10])
@@ -272,3 +278,15 @@ def test_a_frozen_log_is_unavailable(tmp_path):
             for _ in range(20):
                 with pytest.raises(CatalogLogUnavailable):
                     log.tail(0, block_ms=1000)
+
+
+def test_a_change_that_makes_no_sense_does_not_hold_up_those_behind_it(world, log, caplog):
+    catalog, lexical = read_catalog(open_bundle(world))
+    engine = SimpleNamespace(catalog=catalog, lexical=lexical)
+    following = CatalogSync(EngineRef(engine), log, CatalogProgress())
+    closed = json.dumps({"available": False, "available_from": 0, "available_until": 0}).encode()
+    changes = [("i1", b"{}"), ("i2", b"no JSON"), ("i3", closed)]
+    following.apply([Change("availability", *change) for change in changes] + [Change("delete", "i4")])
+    shown = catalog.eligible(catalog.rows(["i1", "i2", "i3", "i4"]), int(time.time() * 1000))
+    np.testing.assert_array_equal(shown, [True, True, False, False])
+    assert caplog.text.count("cannot be applied and is skipped") == 2

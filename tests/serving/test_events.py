@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from grpc import StatusCode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features.clock import now_ms
 from features.records import make_records
 from features.subjects import partition_of
+from penchant import client
+from penchant.v1 import event_pb2
+from serving.engine.engine import EngineRef
 from serving.errors import ConfigError, EventLogUnavailable, FailedPrecondition, ResourceExhausted
+from serving.observability.telemetry import Telemetry
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
+from serving.services.events import EventService
+from serving.services.streams import Streams
 from serving.stores.consumer_group import Consumer
 from serving.stores.event_log import EventLog
 from serving.stores.keys import log_id, stream_id
@@ -213,6 +221,20 @@ def test_a_filling_log_refuses_impressions_then_events_and_still_erases(tmp_path
         reader.acknowledge(0, [entry.log_id for entry in entries])
         log.trim(0)
         reader.release()
+
+
+def test_what_the_log_refuses_counts_as_refused(events_redis, store):
+    log, telemetry = EventLog(events_redis, 4, user_cap=1), Telemetry()
+    log.open()
+    empty = SimpleNamespace(category_and_creator=lambda key: None)
+    engine_ref = EngineRef(SimpleNamespace(catalog=empty, event_types={}))
+    service = EventService(engine_ref, log, store, telemetry, Streams(1))
+    events = [client.event("ann", f"i{number}", "Purchase") for number in range(3)]
+    statuses = service.Ingest(event_pb2.IngestRequest(events=[*events, client.event("ann")]), None).statuses
+    codes = (0, StatusCode.RESOURCE_EXHAUSTED, StatusCode.RESOURCE_EXHAUSTED, StatusCode.INVALID_ARGUMENT)
+    assert [status.code for status in statuses] == [code and code.value[0] for code in codes]
+    counts = {"events.taken": 1, "events.refused": 3, "events_unknown_item": 1, "events_odd_type": 1}
+    assert telemetry.counters() == counts
 
 
 def test_a_redis_without_memory_refuses_each_event_by_itself(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +27,8 @@ from penchant.client import Client
 from serving.config import ServeConfig
 from serving.errors import ConfigError, ResourceExhausted, ServingError
 from serving.log_retention import PROFILES_GROUP
+from serving.processes.managed_process import ManagedProcess, stop_all
+from serving.processes.metrics_page import MetricsPage
 from serving.processes.readiness import full_disk
 from serving.processes.worker_health import (
     CATALOG,
@@ -40,6 +45,7 @@ from serving.projection import process
 from serving.redis.client import connect
 from serving.redis.embedded import RedisServer
 from serving.restart import Trouble, described, keep_running
+from serving.services.server import Server
 from serving.stores.catalog_log import CatalogLog, CatalogProgress, Change
 from serving.stores.event_log import EventLog
 from serving.stores.log_entries import LoggedEvent
@@ -47,6 +53,7 @@ from serving.warehouse import process as warehouse
 from tests.fixtures import START_S
 from tests.proofs.rolls import Fleet, Load, plain, plain_channel, readiness, shipped
 from tests.serving.logged import PARTITIONS
+from tests.serving.test_server import Running
 
 BUSY_S = 20.0
 
@@ -181,6 +188,49 @@ class TestWorker:
     def test_a_full_disk(self, tmp_path):
         assert full_disk(tmp_path / "not" / "there") == ""
         assert "MiB are needed" in full_disk(tmp_path, 1 << 60)
+
+    def test_a_process_ends_with_its_supervisor_also_between_a_command_and_its_reply(self):
+        code = (
+            "from serving.processes.entrypoint import ProcessControl\n"
+            "control = ProcessControl()\n"
+            "control.handle({'unready': lambda: None})\n"
+            "control.listen()\n"
+            "raise SystemExit(0 if control.stop.wait(5) else 'it goes on without its supervisor')\n"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as process:
+            process.stdout.close()
+            process.stdin.write("unready\n")
+            process.stdin.close()
+            assert "without its supervisor" not in process.stderr.read()
+
+    def test_a_process_that_is_starting_learns_of_a_stop_as_well(self, tmp_path, monkeypatch):
+        """One that was just restarted must not say that it serves while the others leave."""
+        program = tmp_path / "program"
+        answer = 'read spec; read command; echo \'{"ready": true}\'; echo "{\\"done\\": \\"$command\\"}"; exec sleep 60'
+        program.write_text(f"#!/bin/sh\n{answer}\n")
+        program.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(program))
+        with contextlib.closing(MetricsPage("")) as page:
+            starting = ManagedProcess("worker 0", {"sealed": {}}, page)
+            starting.start()
+            starting.send("unready")
+            assert starting.wait_ready(BUSY_S, threading.Event())
+            assert starting.wait_done("unready", time.monotonic() + BUSY_S)
+            assert starting.ready
+            stop_all([starting], 0, threading.Event())
+
+    def test_what_was_found_before_the_start_holds_from_the_first_call(self, monkeypatch):
+        """A worker that is restarted in an outage must not say for a moment that all is well."""
+        start = Server.start
+
+        def found(server: Server, *arguments: Any) -> None:
+            HealthMonitor([HealthCheck("events_redis", lambda: "down", (EVENTS,))], server.set_serving).check()
+            start(server, *arguments)
+
+        monkeypatch.setattr(Server, "start", found)
+        with Running() as running, grpc.insecure_channel(running.target) as channel:
+            assert [health_of(channel, name) for name in (EVENTS, RANKING)] == ["NOT_SERVING", "SERVING"]
 
 
 class TestRestarting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -160,6 +161,23 @@ def test_a_call_that_sends_no_message_ends(strict, path):
     assert until(lambda: wire.ended == 1)
     assert strict.client.get_profile("u").found
     wire.close()
+
+
+def test_calls_end_also_after_a_moment_without_a_descriptor(monkeypatch):
+    failures = []
+
+    def resident() -> int:
+        failures.append(OSError(errno.EMFILE, "Too many open files"))
+        raise failures[-1]
+
+    monkeypatch.setattr(executor, "_resident", resident)
+    monkeypatch.setattr("serving.services.server.Bounds", lambda: SMALL)
+    with Running() as server:
+        assert until(lambda: failures)
+        wire = Wire(server.target, "", "")
+        wire.open(RECOMMEND)
+        assert until(lambda: wire.ended == 1)
+        wire.close()
 
 
 def test_an_answer_that_is_not_read_is_dropped(strict):

@@ -609,6 +609,33 @@ class TestCatalog:
         assert item.item_id not in ids(client.recommend(user_id=ann, page_size=100))
         client.delete_items([item.item_id])
 
+    def test_an_item_of_the_version_that_is_waited_for_is_known_and_excluded(self, client, ann):
+        """Its id is looked up once that version is here: else it would be missing, and though excluded be shown."""
+        item = live("western")
+        calls = [
+            lambda **options: client.rank(["i1", item.item_id], **options),
+            lambda **options: client.similar_items([item.item_id], page_size=5, **options),
+            lambda **options: client.recommend(exclude_item_ids=[item.item_id], page_size=100, **options),
+        ]
+        version = client.put_items([live("space")]).catalog_version + 1
+        with ThreadPoolExecutor(len(calls)) as pool:
+            slates = [pool.submit(call, user_id=ann, min_catalog_version=version) for call in calls]
+            time.sleep(0.3)  # all of them wait
+            assert client.put_items([item]).catalog_version == version
+            ranked, similar, feed = (slate.result() for slate in slates)
+        assert [list(slate.missing_item_ids) for slate in (ranked, similar, feed)] == [[]] * 3
+        assert not any(math.isnan(line.score) for line in ranked.items)
+        assert set(ids(similar)) & rows_of("western")
+        assert item.item_id not in ids(feed)
+        client.delete_items([item.item_id])
+
+    def test_a_version_that_does_not_come_costs_a_share_of_the_time_and_is_marked(self, client, ann):
+        begun = time.monotonic()
+        slate = client.recommend(user_id=ann, page_size=5, min_catalog_version=2**62, timeout_s=2.0)
+        assert 0.9 < time.monotonic() - begun < 2
+        assert [one.part for one in slate.degraded] == [common_pb2.PART_CATALOG_STALE]
+        assert len(slate.items) == 5
+
     def test_a_hidden_item_is_hidden_at_once_everywhere_and_comes_back(self, client, everywhere, ann):
         def shown() -> set[bool]:
             found = set()

@@ -183,24 +183,10 @@ def put(catalog, name: str, genre: str, now: int = NOW) -> int:
 
 
 class TestHydrators:
-    def test_a_version_that_is_here_is_not_waited_for(self):
-        progress = CatalogProgress(5)
-        user, degraded = hydrated(CatalogVersionHydrator(progress, LIMIT), query(min_catalog_version=5))
-        assert (user.catalog_version, degraded) == (5, [])
-
-    def test_a_version_that_comes_in_time_is_seen(self):
-        import threading
-
-        progress = CatalogProgress(5)
-        threading.Timer(0.05, progress.reach, [6]).start()
-        user, degraded = hydrated(CatalogVersionHydrator(progress, LIMIT), query(min_catalog_version=6))
-        assert (user.catalog_version, degraded) == (6, [])
-
-    def test_a_version_that_does_not_come_costs_a_share_of_the_time_and_is_marked(self):
-        asked = query(min_catalog_version=7, deadline=time.monotonic() + 0.2)
-        user, degraded = hydrated(CatalogVersionHydrator(CatalogProgress(5), LIMIT), asked)
-        assert (user.catalog_version, degraded) == (5, ["CATALOG_STALE"])
-        assert asked.request.seconds_left() > 0
+    def test_a_version_of_the_catalogue_that_is_not_here_is_marked(self):
+        for wanted, marks in ((5, []), (7, ["CATALOG_STALE"])):
+            user, degraded = hydrated(CatalogVersionHydrator(CatalogProgress(5)), query(min_catalog_version=wanted))
+            assert (user.catalog_version, degraded) == (5, marks)
 
     def test_a_profile_is_read_and_seen_through_the_catalogue(self, catalog, profiles_redis):
         store = ProfileStore(profiles_redis)
@@ -546,6 +532,14 @@ class TestFilters:
         assert ExcludedFilter(catalog).keep(*asked, self.ROWS).tolist() == [False, False, True]
         assert not ExcludedFilter(catalog).enable(*query())
 
+    def test_what_is_excluded_is_not_shown_either_if_it_is_put_while_the_request_runs(self, catalog):
+        asked, screen = query(exclude_unknown=frozenset({"new", "never"})), ExcludedFilter(catalog)
+        assert screen.enable(*asked)
+        assert screen.keep(*asked, self.ROWS).all()
+        row = put(catalog, "new", "space")
+        assert screen.keep(*asked, np.array([3, row], np.int32)).tolist() == [True, False]
+        assert screen.hold_back(*asked).rows.tolist() == [row]
+
 
 class TestScorers:
     def candidates(self, **scores: list[float]) -> Candidates:
@@ -661,6 +655,15 @@ class TestScorers:
         own = personal.score(*asked, rows).scores
         np.testing.assert_allclose(ranks.score(*asked, found).scores, own + np.array([20, 2]), rtol=1e-6)
         np.testing.assert_allclose(ranks.score(*asked.but(upstream=None), found).scores, own)
+
+    def test_the_page_has_its_probabilities_where_the_callers_scores_decide_it(self, catalog, model, outcomes, lexical):
+        unblended = PersonalRanker(model, catalog, outcomes, [0.5, 0.5], 0.0)
+        rows, upstream = np.array([4, 1], np.int32), np.array([0, 1e6], np.float32)
+        asked = user_of(catalog, ["i0"]).but(rows=rows, upstream=upstream, page_size=1)
+        scorer = RankScorer(unblended, SearchScorer(lexical, catalog, 0.25))
+        scored = scorer.score(*asked, Candidates(rows, upstream[None], ("upstream",)))
+        assert scored.scores.argmax() == 1
+        assert np.isfinite(scored.probabilities[1]).all()
 
     @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
+import logging
 import resource
 import threading
 import time
@@ -24,6 +25,7 @@ from grpc import _server as _grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serving.errors import ConfigError, ResourceExhausted, ServingError, Unauthenticated, Unimplemented
+from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
 from serving.services.reception.calls import Bounds, Lane, OpenCall, OpenCalls, Phase
 from serving.services.reception.sockets import Sockets
@@ -51,6 +53,7 @@ _GROWN = 16 << 20
 """Growth of the process in bytes after which such a return is worth its time."""
 
 _core: Any = cygrpc  # its stubs lack most of it
+_log = logging.getLogger(__name__)
 Statused = Callable[[ServingError], tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]]
 _SENDS = frozenset({_grpc._SEND_MESSAGE_TOKEN, _grpc._SEND_INITIAL_METADATA_AND_SEND_MESSAGE_TOKEN})
 _USED = {
@@ -311,8 +314,16 @@ class Reception(ThreadPoolExecutor):
                 _grpc._abort(state, rpc.event.call, _core.StatusCode.unknown, b"")
 
     def _reap(self) -> None:
-        """Ends overdue calls until the shutdown."""
-        trimmer, looked, pause = _Trimmer(), time.monotonic(), LOOK_S
+        """Ends overdue calls until the shutdown; goes on after an error, as when no descriptor is left for a moment."""
+        trimmer, outage = _Trimmer(), Outage(_log, "overdue calls are not ended")
+        while not self._ending:
+            try:
+                self._rounds(trimmer)
+            except Exception as error:  # noqa: BLE001 - without this thread a caller could hold all places for ever
+                outage.failed(repr(error), trace=error)
+
+    def _rounds(self, trimmer: _Trimmer) -> None:
+        looked, pause = time.monotonic(), LOOK_S
         while not self._ending:
             if self._urgent.wait(min(ROUND_S, pause)):
                 self._urgent.clear()
