@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features.errors import LeakError
+from features.errors import LeakError, TrainingError
 from tests.training.conftest import TINY, interactions
 from training.config import TrainConfig
 from training.data.split import Targets
@@ -145,3 +146,19 @@ def test_every_test_evaluation_is_remembered(runs: dict[str, list[Path]]) -> Non
 def test_a_run_that_has_seen_the_test_is_refused(runs: dict[str, list[Path]], trained: str, asked: str) -> None:
     with pytest.raises(LeakError, match="--set protocol="):
         evaluate(runs[trained], asked)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "protocol"),
+    [("test_share", 0.05, "temporal-successive"), ("repeats", True, "temporal-last"), ("methods", [], "impressions")],
+)
+def test_runs_that_hold_out_different_events_are_not_measured_together(
+    runs: dict[str, list[Path]], tmp_path: Path, setting: str, value: object, protocol: str
+) -> None:
+    """The second run has been trained on most of what the first one holds out."""
+    first, other = runs["temporal"][0], tmp_path / "other"
+    shutil.copytree(first, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {setting: value}))
+    with pytest.raises(TrainingError, match=f"other was trained with {setting} .*: evaluate them one by one"):
+        evaluate([first, other], protocol)

@@ -27,7 +27,7 @@ from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.models.ranker import utility
 from training.models.scoring import had_before, mask_seen, ranks_of, seen_before, slices, user_vectors
-from training.run import LoadedRun, admit_run, columns_of_run, load_run
+from training.run import LoadedRun, admit_run, columns_of_run, load_runs
 from training.runtime import exact, prepared
 
 TOP = 10
@@ -123,13 +123,8 @@ class ModelScorer:
 
 def evaluate_events(runs: Sequence[Path], protocol: TestProtocol, data: Path | None) -> dict[str, Any]:
     """Ranks the events that were held out, by the runs and the baselines; see `evaluate` for the result."""
-    loaded = [load_run(run, data) for run in runs]
-    for run in loaded:
-        _refuse_leak(run, protocol)
-        if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
-            raise TrainingError(
-                f"{run.path} and {loaded[0].path} were trained on different data sets: evaluate them one by one"
-            )
+    loaded = load_runs(runs, data)
+    _refuse_leak(loaded[0], protocol)
     left_out = admit_run(loaded[0])
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
         return _measure(loaded, protocol) | left_out
