@@ -30,7 +30,7 @@ from training.data.clock import report_future_events
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
-from training.data.split import Split, cut_of, split
+from training.data.split import Split, cut_of, last_target, split
 from training.fitting.encoders import EncoderTrainer, OnStep
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
@@ -217,7 +217,7 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
     """Reads a data set for a training; `folder` has room for the events (`interactions.Disk`).
 
     Raises:
-        TrainingError: No user has two events left to train on.
+        TrainingError: No user has an event left to train on that could be predicted from an earlier one.
     """
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config, folder)
@@ -226,9 +226,11 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
         arrays = item_inputs(items.select(["item_id", *_CONTENT]).to_pylist(), input_shapes(config))
         inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     division = split(data, config)
-    if division.train_end.max(initial=0) < 2:
+    # Of two events the second need not be a target: an item that its user has had, or only saw, is none.
+    if last_target(data, division.train_end).max(initial=-1) < 1:
         raise TrainingError(
-            "no user has two training events, so there is no next item to predict; use a data set with longer histories"
+            "no user has two training events of which the second could be predicted, so there is no next item to learn "
+            "from; use a data set with longer histories, or set target_types or repeats"
         )
     return Material(
         dataset=dataset,

@@ -127,6 +127,17 @@ def test_histories_of_one_event_teach_nothing(tmp_path: Path, tiny: TrainConfig)
         train(tmp_path / "data", tmp_path / "run", tiny)
 
 
+def test_repeats_that_are_no_targets_teach_nothing(tmp_path: Path, tiny: TrainConfig) -> None:
+    """Where repeats are not recommended, the same item again is nothing to predict."""
+    columns = {"user_id": ["a", "a", "b", "b"], "item_id": ["x", "x", "y", "y"], "timestamp": [1, 2, 3, 4]}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({**columns, "event_type": ["like"] * 4}), tmp_path / "data" / "events.parquet")
+    with pytest.raises(TrainingError, match="second could be predicted"):
+        train(tmp_path / "data", tmp_path / "run", tiny)
+    trained = train(tmp_path / "data", tmp_path / "other", tiny.model_copy(update={"repeats": True, "epochs": 1}))
+    assert trained["steps"] == 1
+
+
 def test_every_event_is_in_exactly_one_window_of_an_epoch(circles: Path, tiny: TrainConfig) -> None:
     config = tiny.model_copy(update={"max_length": 3})
     dataset = open_dataset(circles)
