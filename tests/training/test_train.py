@@ -114,9 +114,19 @@ def test_a_directory_of_another_run_is_refused(
         load_run(tmp_path / "run")
 
 
-def test_a_loss_that_is_no_number_ends_the_training(circles: Path, tmp_path: Path, tiny: TrainConfig) -> None:
+@pytest.mark.parametrize("validate_every", [1.0, 100.0])
+def test_a_loss_that_is_no_number_ends_the_training(
+    circles: Path, tmp_path: Path, tiny: TrainConfig, validate_every: float
+) -> None:
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "validate_every": validate_every}
     with pytest.raises(TrainingError, match="learning_rate below"):
-        train(circles, tmp_path / "run", tiny.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0}))
+        train(circles, tmp_path / "run", tiny.model_copy(update=wild))
+
+
+def test_a_training_is_validated_at_its_end_at_least(circles: Path, tmp_path: Path, tiny: TrainConfig) -> None:
+    result = train(circles, tmp_path / "run", tiny.model_copy(update={"epochs": 2, "validate_every": 100.0}))
+    assert 0 <= result["best_validation"]["ndcg@10"] <= 1
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
 
 
 def test_histories_of_one_event_teach_nothing(tmp_path: Path, tiny: TrainConfig) -> None:
