@@ -95,9 +95,12 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     assert all(f"leave-one-out: {name}" in page for name in parts)
 
 
-def test_what_is_shown_are_the_best() -> None:
-    scores = np.arange(40, dtype=np.float32)[None]
-    assert sorted(rank(scores, np.array([0], np.int32)).top[0].tolist()) == list(range(30, 40))
+def test_what_is_shown_are_the_best_of_those_that_may_be_shown() -> None:
+    scores = np.random.default_rng(0).permutation(40).astype(np.float32)[None]
+    assert rank(scores, np.array([0], np.int32)).top[0].tolist() == np.argsort(-scores[0])[:10].tolist()
+    # Of five items one is masked, and a page has ten places: nothing that the user had is on it.
+    few = np.array([[3.0, -np.inf, 5.0, 1.0, 4.0]], np.float32)
+    assert rank(few, np.array([0], np.int32)).top.tolist() == [[2, 4, 0, 3, -1]]
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,10 @@ _Values = dict[str, npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Ranking:
-    """The ranks that one scorer gave the targets, int64 `[n]`, and its first items, int64 `[n, TOP]`."""
+    """The ranks that one scorer gave the targets, int64 `[n]`, and the page that it would show, int64 `[n, TOP]`.
+
+    The best item stands first; -1 is a place for which no item is left that may be shown.
+    """
 
     ranks: npt.NDArray[np.int64]
     top: npt.NDArray[np.int64]
@@ -89,14 +92,13 @@ class ModelScorer:
         for chunk in slices(numbers.size, LOGIT_USERS):
             logits = self.logits(numbers[chunk], best[chunk].astype(np.int32))
             final[chunk] += np.float32(float(self.run.result["blend"])) * utility(logits, self.weights).numpy()
-        order = np.argsort(-final, axis=1, kind="stable")[:, :TOP]
         # A target among the candidates has the rank of its final score; one below them keeps that of its relevance,
         # as in service, where the ranker never sees it.
         ranks = ranks_of(scores, rows)
         at, place = np.nonzero(best == rows[:, None])
         target = final[at, place]
         ranks[at] = np.where(np.isfinite(target), np.sum(final[at] >= target[:, None], axis=1) - 1, ranks[at])
-        return Ranking(ranks, np.take_along_axis(best, order, axis=1))
+        return Ranking(ranks, _page(best, final))
 
     def logits(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> torch.Tensor:
         """Computes the logits of `rows` `[n, C]` just before the targets `numbers` `[n]`; float `[n, C, A]`."""
@@ -283,9 +285,15 @@ def rank_all(
 def rank(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranking:
     """Ranks by one score; scores `[n, N]`."""
     size = min(TOP, scores.shape[1])
-    # In no order: coverage and novelty ask only which items are on the page.
     top = np.argpartition(-scores, size - 1, axis=1)[:, :size]
-    return Ranking(ranks_of(scores, rows), top)
+    return Ranking(ranks_of(scores, rows), _page(top, np.take_along_axis(scores, top, axis=1)))
+
+
+def _page(rows: npt.NDArray[np.int64], scores: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Returns the `TOP` of the rows `[n, C]` with the highest scores, best first; -1 for one that is masked."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+    is_shown = np.isfinite(np.take_along_axis(scores, order, axis=1))
+    return np.where(is_shown, np.take_along_axis(rows, order, axis=1), -1)
 
 
 def _known_rows(data: Interactions, division: Split) -> npt.NDArray[np.bool_]:
