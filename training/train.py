@@ -162,10 +162,10 @@ def _train_ranker(
     # The features come from the functions that serving calls, so that the ranker sees the same numbers there.
     weights = action_weights(material.actions, config)
     columns = _columns(material, tables)
-    snapshot, training = _learn_from_impressions(path, material, modules, table, columns, config)
-    columns = dataclasses.replace(columns, statistics=snapshot.statistics)
+    snapshot, known, training = _learn_from_impressions(path, material, modules, table, columns, config)
+    columns = dataclasses.replace(columns, statistics=known.statistics)
     builder = CandidateBuilder(
-        modules, table, material.data, columns, snapshot.action_rates, material.actions, config, bool(training)
+        modules, table, material.data, columns, known.action_rates, material.actions, config, bool(training)
     )
     blend, ndcg_by_blend = fit_ranker(builder, material.division, weights)
     return snapshot.statistics, {
@@ -196,11 +196,12 @@ def _reads_impressions(config: TrainConfig) -> bool:
 
 def _learn_from_impressions(
     path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: CatalogColumns, config: TrainConfig
-) -> tuple[StatisticsSnapshot, dict[str, Any]]:
+) -> tuple[StatisticsSnapshot, StatisticsSnapshot, dict[str, Any]]:
     """Trains the ranker on impressions if there are enough.
 
     Returns:
-        The statistics up to the test, and the result of `fit_on_impressions`, empty if the ranker was not trained.
+        The statistics up to the test; the same of what the encoders were trained on; and the result of
+        `fit_on_impressions`, empty if the ranker was not trained.
     """
     data, training = material.data, {}
     examples = None
@@ -210,7 +211,9 @@ def _learn_from_impressions(
     if examples is not None:
         dataset = read_ranker_dataset(statistics, examples, modules.user, table, config)
         training = fit_on_impressions(modules.ranker.cpu(), dataset, config) if dataset is not None else {}
-    return statistics.at(1 if data.ordered_only else cut_of(data, config) + 1), training
+    moment = 1 if data.ordered_only else cut_of(data, config) + 1
+    # Candidates are made for the validation targets: a rate that counted these would tell which of them it is.
+    return statistics.at(moment), statistics.at(moment, material.division.train_end), training
 
 
 def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, folder: Path | None = None) -> Material:
