@@ -20,9 +20,16 @@ from training.config import Action, TrainConfig
 from training.data.impressions import NEVER, Examples, read_examples
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, example_features
-from training.fitting.ranker_impressions import RankerDataset, fit_on_impressions, logits_of, ranker_batch
+from training.fitting.ranker_impressions import (
+    RankerDataset,
+    fit_on_impressions,
+    logits_of,
+    ranker_batch,
+    read_ranker_dataset,
+)
 from training.metrics import auc
 from training.models.ranker import Ranker
+from training.run import build_modules
 
 HOUR = 3_600_000
 START = 1_700_000_000_000
@@ -289,6 +296,30 @@ def test_statistics_are_those_of_the_events_so_far(feed: World) -> None:
         rate = 1 / (1 + np.exp(-(statistics[row, 2] + teller.at(moment).action_rates.base[0])))
         assert abs(rate - clicked / max(shown, 1)) < 0.4
     assert not teller.at(START).statistics.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({}, ""),
+        ({"ranker_validation_days": 0.001}, "days that validate the ranker"),
+        ({"ranker_validation_days": 9.0}, "days that train the ranker"),
+    ],
+)
+def test_times_of_whole_days_train_and_validate_the_ranker(
+    feed: World, caplog: pytest.LogCaptureFixture, settings: dict[str, float], warning: str
+) -> None:
+    """A quarter of the impressions has the newest time, so a part of no examples would have no loss."""
+    day = 24 * HOUR
+    days = dataclasses.replace(feed.shown, times=feed.shown.times // day * day)
+    config = CONFIG.model_copy(update={"dim": 4, **settings})
+    encoder = build_modules(config, feed.data.items, len(feed.data.event_types), 2, content=False).user
+    statistics = feed.teller(feed.data, days)
+    dataset = read_ranker_dataset(statistics, days, encoder, torch.zeros(feed.data.items, 4), config)
+    assert warning in caplog.text
+    assert bool(warning) == (dataset is None)
+    if dataset is not None:
+        assert dataset.validates.tolist() == (days.times == days.times.max()).tolist()
 
 
 def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:
