@@ -17,7 +17,7 @@ from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS
 from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
-from training.data.impressions import NEVER, Examples, read_examples
+from training.data.impressions import NEVER, Examples, _positions_by_time, read_examples
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, example_features
 from training.fitting.ranker_impressions import (
@@ -216,6 +216,19 @@ def test_a_line_has_the_events_of_the_version_that_its_impression_names(tmp_path
     # Of an answer that did not read the profile nothing is known but its time.
     made = world(write(tmp_path, events, slates, 6, log_ids, [*versions, 0, 2**60 + 2]))
     assert made.shown.positions.tolist() == [2, 0, 3, 3, 3]
+
+
+def test_by_time_no_later_event_is_in_a_history_whatever_the_order_of_the_log(tmp_path: Path) -> None:
+    # Half of a day's events were sent at its end: in the order of the log they follow later ones.
+    hours = [1.0, 2.0, 9.0, 3.0, 4.0, 5.0, 10.0]
+    events = [("ann", f"i{n}", "click", hour, None) for n, hour in enumerate(hours)]
+    log_ids = [2**60 + n for n in range(len(hours))]
+    slates = [(f"r{n}", "ann", hour, ["i0"], "home") for n, hour in enumerate((2.5, 6.0, 9.5))]
+    made = world(write(tmp_path, events, slates, 8, log_ids))
+    assert made.shown.positions.tolist() == [2, 2, 6]
+    # A clock that believes in the future hides nothing of what follows.
+    wrong = dataclasses.replace(made.data, trusted_until=START + 8 * HOUR)
+    assert _positions_by_time(wrong, made.shown.users, made.shown.times).tolist() == [2, 6, 6]
 
 
 def random_feed(folder: Path, people: int = 60, items: int = 12, hours: int = 96) -> Path:
