@@ -95,6 +95,20 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     assert all(f"leave-one-out: {name}" in page for name in parts)
 
 
+def test_a_test_of_new_items_alone_is_refused(tmp_path: Path) -> None:
+    """Its figures would be the mean of nothing."""
+    rows = [(f"u{user}", f"i{(user + step) % 5}", step) for user in range(20) for step in range(4)]
+    rows += [(f"u{user}", f"new{user}", 4) for user in range(20)]
+    names = ("user_id", "item_id", "sequence")
+    columns = {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    (tmp_path / "data").mkdir()
+    table = pa.table({**columns, "event_type": ["purchase"] * len(rows)})
+    pq.write_table(table, tmp_path / "data" / "events.parquet")
+    train(tmp_path / "data", tmp_path / "run", TrainConfig(**{**TINY, "epochs": 1, "protocol": "leave-one-out"}))
+    with pytest.raises(TrainingError, match="no training event names an item of the 20 events"):
+        evaluate([tmp_path / "run"], "leave-one-out")
+
+
 def test_what_is_shown_are_the_best_of_those_that_may_be_shown() -> None:
     scores = np.random.default_rng(0).permutation(40).astype(np.float32)[None]
     assert rank(scores, np.array([0], np.int32)).top[0].tolist() == np.argsort(-scores[0])[:10].tolist()

@@ -150,14 +150,19 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         raise TrainingError(
             f"{run.path}: the data set has no event that {protocol} could test: its users need longer histories"
         )
+    # A target that no training event names can be placed by content at best, and by no baseline: it would only lower
+    # all of them, so it counts in `with_cold` alone.
+    warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
+    if not warm.size:
+        raise TrainingError(
+            f"{run.path}: no training event names an item of the {len(targets)} events that {protocol} tests, so "
+            "nothing can be compared: hold out less, or measure new items with --protocol cold-items"
+        )
     models = [ModelScorer(of_seed, data, targets) for of_seed in runs]
     # One set of baselines for all seeds: they have no random part but the sample that the first run has drawn.
     baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
     rankings = rank_all(models, baselines, data, targets, run.config.repeats)
     of_models, of_baselines = rankings[: len(models)], rankings[len(models) :]
-    # A target that no training event names can be placed by content at best, and by no baseline: it would only lower
-    # all of them, so it counts in `with_cold` alone.
-    warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
     counts = popularity_of(data, division.train_end)
     by_name = {baseline.name: ranking for baseline, ranking in zip(baselines, of_baselines, strict=True)}
     summary = _summary(of_models, by_name, targets, warm)
