@@ -64,7 +64,7 @@ def fidelity(
             "recommend": round(recommended, 6),
             "difference": round(recommended - evaluated, 6),
         },
-        "same_page": float(np.mean([page == list(line) for page, line in zip(pages, shown.tolist(), strict=True)])),
+        "same_page": float(np.mean([page == line for page, line in zip(pages, shown, strict=True)])),
         "rungs": rungs,
         "degraded": degraded,
         **facts(),
@@ -79,13 +79,11 @@ def _some(targets: Targets, users: int, draw: np.random.Generator) -> Targets:
     return targets.take(np.sort(chosen))
 
 
-def _offline(
-    run: LoadedRun, data: Interactions, targets: Targets
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _offline(run: LoadedRun, data: Interactions, targets: Targets) -> tuple[npt.NDArray[np.int64], list[list[int]]]:
     """Returns the ranks of the targets, and the pages as rows, best first, as `penchant evaluate` makes them."""
     with torch.inference_mode():
         [ranked] = rank_all([ModelScorer(run, data, targets)], [], data, targets, run.config.repeats)
-    return ranked.ranks, ranked.top
+    return ranked.ranks, [line[line >= 0].tolist() for line in ranked.top]
 
 
 def _online(
@@ -111,7 +109,9 @@ def _before(run: LoadedRun, data: Interactions, targets: Targets) -> pa.Table:
     """Returns the events before each target, of the chosen users only."""
     starts = data.offsets[targets.users]
     keep = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, targets.positions, strict=True)])
-    return run.dataset.events.take(pa.array(keep))
+    # A run with cold items has left their events out: its own numbers are not those of the data set.
+    rows = keep if data.source_rows is None else data.source_rows[keep]
+    return run.dataset.events.take(pa.array(rows))
 
 
 def _place(page: list[int], row: int) -> int:

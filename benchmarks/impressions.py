@@ -122,12 +122,12 @@ def _lightgbm(
 
 def _ahead(names: Sequence[str], tested: ScoredExamples, peer: Probabilities) -> dict[str, dict[str, float]]:
     """Returns Penchant's metrics minus LightGBM's, with intervals by drawing the same users for both."""
-    labels, users = tested.examples.labels(), tested.examples.users
+    labels, users, weights = tested.examples.labels(), tested.examples.users, tested.examples.unequal_weights
     margins: dict[str, dict[str, float]] = {}
     for action, name in enumerate(names):
         pair = tested.probabilities.of(action), peer.of(action)
-        values, peer_values = (metric_values(labels[:, action], chances, users) for chances in pair)
-        draws, peer_draws = (resample_metrics(labels[:, action], chances, users) for chances in pair)
+        values, peer_values = (metric_values(labels[:, action], chances, users, weights) for chances in pair)
+        draws, peer_draws = (resample_metrics(labels[:, action], chances, users, weights) for chances in pair)
         intervals = with_intervals(values - peer_values, draws - peer_draws)
         margins |= {f"{name}/{n}": value for n, value in intervals.items()}
     return margins

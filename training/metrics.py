@@ -104,8 +104,12 @@ def ece(labels: npt.NDArray[np.bool_], probabilities: Floats, bins: int = 15, we
     """Returns the expected calibration error over bins of as many examples each."""
     # Bins of equal width would hold nearly all examples of a rare action in the first.
     masses = np.ones(labels.size) if weights is None else weights
+    # Equal probabilities fall into bins by the order of the rows, which is that of time: each counts with the mean
+    # outcome of all, or a base rate would be charged for what changes by the hour and not for its own error.
+    _, ties = np.unique(probabilities, return_inverse=True)
+    outcomes = (np.bincount(ties, masses * labels) / np.bincount(ties, masses))[ties]
     parts = np.array_split(np.argsort(probabilities, kind="stable"), bins)
-    gaps = [abs(masses[part] @ (labels[part] - probabilities[part])) for part in parts if part.size]
+    gaps = [abs(masses[part] @ (outcomes[part] - probabilities[part])) for part in parts if part.size]
     return float(np.sum(gaps) / masses.sum())
 
 

@@ -52,6 +52,11 @@ from training.models.encoders import EncoderShape, ItemEncoder, QueryEncoder, Us
 from training.models.ranker import Ranker
 
 FORMAT = 1
+_TESTED = (
+    *("protocol", "test_share", "test_days", "cold_item_share", "target_types", "seen_types", "repeats"),
+    *("actions", "methods"),
+)
+"""Settings that decide which events and impressions are held out, and what is asked of a run."""
 _RENAMED_SETTINGS = {"validation_people": "validation_users", "hide_items": "cold_item_share"}
 """Settings under the names that earlier runs of this format wrote into config.json."""
 
@@ -191,6 +196,28 @@ def load_run(run: Path, data: Path | None = None) -> LoadedRun:
         dataset=dataset,
         **tables,
     )
+
+
+def load_runs(runs: Sequence[Path], data: Path | None = None) -> list[LoadedRun]:
+    """Reads finished runs that are measured together; `data` as in `load_run`.
+
+    Raises:
+        RunError: As `load_run`; or they differ in the data set, or in a setting that decides what is tested.
+    """
+    loaded = [load_run(run, data) for run in runs]
+    first = loaded[0]
+    for run in loaded[1:]:
+        if run.result["data_fingerprint"] != first.result["data_fingerprint"]:
+            raise RunError(f"{run.path} and {first.path} were trained on different data sets: evaluate them one by one")
+        # All are asked for what the first one held out: another that held out less was trained on some of it.
+        for name in _TESTED:
+            held, wanted = getattr(run.config, name), getattr(first.config, name)
+            if held != wanted:
+                raise RunError(
+                    f"{run.path} was trained with {name} {held}, {first.path} with {wanted}, so they do not hold out "
+                    "the same: evaluate them one by one"
+                )
+    return loaded
 
 
 def read_config(run: Path) -> TrainConfig:

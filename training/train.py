@@ -30,7 +30,7 @@ from training.data.clock import report_future_events
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
-from training.data.split import Split, cut_of, split
+from training.data.split import Split, cut_of, last_target, split
 from training.fitting.encoders import EncoderTrainer, OnStep
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
@@ -162,10 +162,10 @@ def _train_ranker(
     # The features come from the functions that serving calls, so that the ranker sees the same numbers there.
     weights = action_weights(material.actions, config)
     columns = _columns(material, tables)
-    snapshot, training = _learn_from_impressions(path, material, modules, table, columns, config)
-    columns = dataclasses.replace(columns, statistics=snapshot.statistics)
+    snapshot, known, training = _learn_from_impressions(path, material, modules, table, columns, config)
+    columns = dataclasses.replace(columns, statistics=known.statistics)
     builder = CandidateBuilder(
-        modules, table, material.data, columns, snapshot.action_rates, material.actions, config, bool(training)
+        modules, table, material.data, columns, known.action_rates, material.actions, config, bool(training)
     )
     blend, ndcg_by_blend = fit_ranker(builder, material.division, weights)
     return snapshot.statistics, {
@@ -196,11 +196,12 @@ def _reads_impressions(config: TrainConfig) -> bool:
 
 def _learn_from_impressions(
     path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: CatalogColumns, config: TrainConfig
-) -> tuple[StatisticsSnapshot, dict[str, Any]]:
+) -> tuple[StatisticsSnapshot, StatisticsSnapshot, dict[str, Any]]:
     """Trains the ranker on impressions if there are enough.
 
     Returns:
-        The statistics up to the test, and the result of `fit_on_impressions`, empty if the ranker was not trained.
+        The statistics up to the test; the same of what the encoders were trained on; and the result of
+        `fit_on_impressions`, empty if the ranker was not trained.
     """
     data, training = material.data, {}
     examples = None
@@ -210,14 +211,16 @@ def _learn_from_impressions(
     if examples is not None:
         dataset = read_ranker_dataset(statistics, examples, modules.user, table, config)
         training = fit_on_impressions(modules.ranker.cpu(), dataset, config) if dataset is not None else {}
-    return statistics.at(1 if data.ordered_only else cut_of(data, config) + 1), training
+    moment = 1 if data.ordered_only else cut_of(data, config) + 1
+    # Candidates are made for the validation targets: a rate that counted these would tell which of them it is.
+    return statistics.at(moment), statistics.at(moment, material.division.train_end), training
 
 
 def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, folder: Path | None = None) -> Material:
     """Reads a data set for a training; `folder` has room for the events (`interactions.Disk`).
 
     Raises:
-        TrainingError: No user has two events left to train on.
+        TrainingError: No user has an event left to train on that could be predicted from an earlier one.
     """
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config, folder)
@@ -226,9 +229,11 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
         arrays = item_inputs(items.select(["item_id", *_CONTENT]).to_pylist(), input_shapes(config))
         inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     division = split(data, config)
-    if division.train_end.max(initial=0) < 2:
+    # Of two events the second need not be a target: an item that its user has had, or only saw, is none.
+    if last_target(data, division.train_end).max(initial=-1) < 1:
         raise TrainingError(
-            "no user has two training events, so there is no next item to predict; use a data set with longer histories"
+            "no user has two training events of which the second could be predicted, so there is no next item to learn "
+            "from; use a data set with longer histories, or set target_types or repeats"
         )
     return Material(
         dataset=dataset,

@@ -36,6 +36,9 @@ from features.tables.written import as_bools, lists, maps, prices
 MOST_ID_BYTES = 512
 """The longest id that the API takes."""
 
+_EXACT_BELOW = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
+"""From here on a float stands for several whole numbers: an id that was stored as such may be that of another."""
+
 # Of 19 digits some do not fit into 64 bits.
 _INTEGER_TEXT = r"^[+-]?\d{1,18}(\.0*)?$"
 _NUMBER_TEXT = r"^[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?$"
@@ -77,6 +80,7 @@ def _strings(column: Array, is_id: bool) -> Converted:
         column, bad = decoded(column)
         should = f"text in UTF-8 of at most {MOST_ID_BYTES} bytes" if is_id else "text in UTF-8"
     elif pa.types.is_floating(column.type):
+        should += f" below {_EXACT_BELOW[column.type]}, where {column.type} does not round it" if is_id else ""
         column, bad = _text_of_floats(column, is_id)
     elif pa.types.is_decimal(column.type):
         column, bad = _text_of_decimals(column, is_id)
@@ -92,11 +96,13 @@ def _strings(column: Array, is_id: bool) -> Converted:
 
 
 def _text_of_floats(column: Array, is_id: bool) -> tuple[Array, Mask]:
-    """Converts 7.0 to the text `7`; an id cannot have a fraction, NaN is missing."""
+    """Converts 7.0 to the text `7`; an id cannot have a fraction or have been rounded, NaN is missing."""
     # pandas makes a column of whole ids floats as soon as one is missing: 7.0 is the 7 of another file.
-    missing = to_mask(pc.is_nan(pc.cast(column, pa.float64())))
-    column = only(column, ~missing)
+    numbers = pc.cast(column, pa.float64())
+    column = only(column, ~to_mask(pc.is_nan(numbers)))
     whole = _fits(column, pa.int64())
+    if is_id:
+        whole &= to_mask(pc.less(pc.abs(numbers), float(_EXACT_BELOW[column.type])))
     integers = pc.cast(pc.cast(only(column, whole), pa.int64(), safe=False), pa.string())
     fractions = to_mask(column.is_valid()) & ~whole
     if is_id:

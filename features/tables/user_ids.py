@@ -300,7 +300,7 @@ def _id_of(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**63 else None
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else None  # beyond, it has been rounded
     return str(value)
 
 

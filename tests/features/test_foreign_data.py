@@ -344,6 +344,17 @@ def test_ids_of_warehouses_are_the_texts_that_people_mean(tmp_path: Path, values
     assert not any("E" in name or name.endswith(".0") for name in data.stream.distinct("user_id"))
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(pa.float64(), 2**53), (pa.float32(), 2**24)])
+def test_a_float_that_may_have_been_another_id_is_refused(tmp_path: Path, dtype: Any, most: int) -> None:
+    """A missing id makes a column of whole numbers floats, and such a column rounds long ids into one."""
+    long = pa.array([float(most + 1), float(most), float(most - 1)] * (EVENT_COUNT // 3), dtype)
+    assert long[0] == long[1]
+    data = shop(tmp_path, events={"user_id": long})
+    assert data.stream.distinct("user_id") == [str(most - 1)]
+    assert len(data.rejected) == 2 * EVENT_COUNT // 3
+    assert f"a whole number below {most}" in data.rejected[0].reason
+
+
 def test_an_id_longer_than_the_contract_takes_is_refused_where_it_comes_in(tmp_path: Path) -> None:
     names = pa.array(["u" * 512 if n % 2 else "é" * 257 for n in range(EVENT_COUNT)])
     data = shop(tmp_path, events={"user_id": names})

@@ -230,6 +230,7 @@ REFUSED = {
     "no such field": ("a.ndjson", b'{"user_id": 1}\n{"id": 2}\n', r"line 2: no user_id among \['id'\]"),
     "two such fields": ("a.json", b'[{"user_id": 1, "userId": 2}]', "entry 0: .*keep one"),
     "a fraction": ("a.json", b"[1, 1.5]", "entry 1: 1.5 is no id"),
+    "a float that was rounded": ("a.json", b"[9007199254740993.0]", "entry 0: 9007199254740992.0 is no id"),
     "true": ("a.json", b"[true]", "entry 0: True is no id"),
     "a list": ("a.jsonl", b'["p1"]\n', r"line 1: \['p1'\] is no id"),
     "a number": ("a.json", b"7", "not a list of users"),

@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import benchmarks.training
+from benchmarks.fidelity import _before
 from benchmarks.peers.trainer_clock import SharedHistories
 from benchmarks.side_by_side import _compare, speed
 from benchmarks.training import arithmetic, cold, quality
 from features.errors import SettingsError
+from features.tables.dataset import open_dataset
 from tests.training.conftest import TINY
 from training.config import TrainConfig
+from training.data.interactions import item_vocabulary, read_interactions
+from training.data.split import held_out
 from training.metrics import ndcg
 from training.models.scoring import mask_seen, ranks_of
 
@@ -40,6 +46,22 @@ def test_an_item_that_a_peer_does_not_know_is_never_found() -> None:
     assert histories.ndcg(users, items) == 0.0
     items[2] = 2
     assert histories.ndcg(users, items) == 1.0
+
+
+def test_a_service_is_given_the_histories_that_the_evaluation_reads(circles: Path, tiny: TrainConfig) -> None:
+    config = tiny.model_copy(update={"protocol": "leave-one-out", "cold_item_share": 0.3})
+    dataset = open_dataset(circles)
+    _, vocabulary = item_vocabulary(dataset)
+    data = read_interactions(dataset, vocabulary, config)
+    targets = held_out(data, config, "leave-one-out")
+    run: Any = SimpleNamespace(dataset=dataset)
+    given = _before(run, data, targets)
+    expected = [
+        (data.users[user], item)
+        for user, position in zip(targets.users.tolist(), targets.positions.tolist(), strict=True)
+        for item in vocabulary.ids(data.rows[data.offsets[user] :][:position].tolist())
+    ]
+    assert list(zip(given["user_id"].to_pylist(), given["item_id"].to_pylist(), strict=True)) == expected
 
 
 def _line(seconds: float, tokens: int, value: float) -> dict[str, float]:

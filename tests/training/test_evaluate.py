@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features.errors import LeakError
+from features.errors import LeakError, TrainingError
 from tests.training.conftest import TINY, interactions
 from training.config import TrainConfig
 from training.data.split import Targets
@@ -94,9 +95,26 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     assert all(f"leave-one-out: {name}" in page for name in parts)
 
 
-def test_what_is_shown_are_the_best() -> None:
-    scores = np.arange(40, dtype=np.float32)[None]
-    assert sorted(rank(scores, np.array([0], np.int32)).top[0].tolist()) == list(range(30, 40))
+def test_a_test_of_new_items_alone_is_refused(tmp_path: Path) -> None:
+    """Its figures would be the mean of nothing."""
+    rows = [(f"u{user}", f"i{(user + step) % 5}", step) for user in range(20) for step in range(4)]
+    rows += [(f"u{user}", f"new{user}", 4) for user in range(20)]
+    names = ("user_id", "item_id", "sequence")
+    columns = {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    (tmp_path / "data").mkdir()
+    table = pa.table({**columns, "event_type": ["purchase"] * len(rows)})
+    pq.write_table(table, tmp_path / "data" / "events.parquet")
+    train(tmp_path / "data", tmp_path / "run", TrainConfig(**{**TINY, "epochs": 1, "protocol": "leave-one-out"}))
+    with pytest.raises(TrainingError, match="no training event names an item of the 20 events"):
+        evaluate([tmp_path / "run"], "leave-one-out")
+
+
+def test_what_is_shown_are_the_best_of_those_that_may_be_shown() -> None:
+    scores = np.random.default_rng(0).permutation(40).astype(np.float32)[None]
+    assert rank(scores, np.array([0], np.int32)).top[0].tolist() == np.argsort(-scores[0])[:10].tolist()
+    # Of five items one is masked, and a page has ten places: nothing that the user had is on it.
+    few = np.array([[3.0, -np.inf, 5.0, 1.0, 4.0]], np.float32)
+    assert rank(few, np.array([0], np.int32)).top.tolist() == [[2, 4, 0, 3, -1]]
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +163,19 @@ def test_every_test_evaluation_is_remembered(runs: dict[str, list[Path]]) -> Non
 def test_a_run_that_has_seen_the_test_is_refused(runs: dict[str, list[Path]], trained: str, asked: str) -> None:
     with pytest.raises(LeakError, match="--set protocol="):
         evaluate(runs[trained], asked)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "protocol"),
+    [("test_share", 0.05, "temporal-successive"), ("repeats", True, "temporal-last"), ("methods", [], "impressions")],
+)
+def test_runs_that_hold_out_different_events_are_not_measured_together(
+    runs: dict[str, list[Path]], tmp_path: Path, setting: str, value: object, protocol: str
+) -> None:
+    """The second run has been trained on most of what the first one holds out."""
+    first, other = runs["temporal"][0], tmp_path / "other"
+    shutil.copytree(first, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {setting: value}))
+    with pytest.raises(TrainingError, match=f"other was trained with {setting} .*: evaluate them one by one"):
+        evaluate([first, other], protocol)

@@ -3,22 +3,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.impressions import impressions
+from benchmarks.impressions import _ahead, impressions
 from features.errors import LeakError, SettingsError, TrainingError
 from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.data.datasets import prepare
+from training.data.impressions import NEVER, Examples
 from training.evaluation.evaluate import evaluate
 from training.evaluation.impressions import (
     DRAWS,
     METRICS,
     Probabilities,
+    ScoredExamples,
     measure_action,
     metric_values,
     resample_metrics,
@@ -115,6 +118,21 @@ def test_a_weight_counts_as_so_many_of_the_same() -> None:
         assert abs(drawn[:, at].mean() - found[at]) < drawn[:, at].std(), name
     # The control: without weights the others decide.
     assert abs(metric_values(labels, probabilities, people)[0] - found[0]) > 1e-4
+
+
+def test_a_margin_over_a_peer_weighs_as_the_metrics_do() -> None:
+    rng = np.random.default_rng(4)
+    size = 400
+    no, none = np.zeros(size, np.int64), np.zeros(size, np.int32)
+    users, labels = rng.integers(0, 40, size), rng.random((size, 1)) < 0.4
+    weights = np.where(users % 2, 5.0, 1.0)
+    examples = Examples(users, no, none, none, no, no, [""], np.where(labels, 1, NEVER), weights)
+    ours, theirs = (Probabilities(chances, chances) for chances in rng.random((2, size, 1)))
+    batch: Any = None
+    ahead = _ahead(["click"], ScoredExamples(examples, batch, batch, ours), theirs)
+    values = [metric_values(labels[:, 0], chances.of(0), users, weights) for chances in (ours, theirs)]
+    for at, name in enumerate(METRICS):
+        assert ahead[f"click/{name}"]["mean"] == pytest.approx(values[0][at] - values[1][at]), name
 
 
 STAND_IN = """#!{python}

@@ -17,12 +17,19 @@ from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS
 from tests.training.conftest import TINY, _complete
 from training.config import Action, TrainConfig
-from training.data.impressions import NEVER, Examples, read_examples
+from training.data.impressions import NEVER, Examples, _positions_by_time, read_examples
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, example_features
-from training.fitting.ranker_impressions import RankerDataset, fit_on_impressions, logits_of, ranker_batch
+from training.fitting.ranker_impressions import (
+    RankerDataset,
+    fit_on_impressions,
+    logits_of,
+    ranker_batch,
+    read_ranker_dataset,
+)
 from training.metrics import auc
 from training.models.ranker import Ranker
+from training.run import build_modules
 
 HOUR = 3_600_000
 START = 1_700_000_000_000
@@ -211,6 +218,19 @@ def test_a_line_has_the_events_of_the_version_that_its_impression_names(tmp_path
     assert made.shown.positions.tolist() == [2, 0, 3, 3, 3]
 
 
+def test_by_time_no_later_event_is_in_a_history_whatever_the_order_of_the_log(tmp_path: Path) -> None:
+    # Half of a day's events were sent at its end: in the order of the log they follow later ones.
+    hours = [1.0, 2.0, 9.0, 3.0, 4.0, 5.0, 10.0]
+    events = [("ann", f"i{n}", "click", hour, None) for n, hour in enumerate(hours)]
+    log_ids = [2**60 + n for n in range(len(hours))]
+    slates = [(f"r{n}", "ann", hour, ["i0"], "home") for n, hour in enumerate((2.5, 6.0, 9.5))]
+    made = world(write(tmp_path, events, slates, 8, log_ids))
+    assert made.shown.positions.tolist() == [2, 2, 6]
+    # A clock that believes in the future hides nothing of what follows.
+    wrong = dataclasses.replace(made.data, trusted_until=START + 8 * HOUR)
+    assert _positions_by_time(wrong, made.shown.users, made.shown.times).tolist() == [2, 6, 6]
+
+
 def random_feed(folder: Path, people: int = 60, items: int = 12, hours: int = 96) -> Path:
     """People who are shown items at random; the odd items are clicked by nearly everybody, others hardly ever."""
     rng = np.random.default_rng(0)
@@ -289,6 +309,30 @@ def test_statistics_are_those_of_the_events_so_far(feed: World) -> None:
         rate = 1 / (1 + np.exp(-(statistics[row, 2] + teller.at(moment).action_rates.base[0])))
         assert abs(rate - clicked / max(shown, 1)) < 0.4
     assert not teller.at(START).statistics.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({}, ""),
+        ({"ranker_validation_days": 0.001}, "days that validate the ranker"),
+        ({"ranker_validation_days": 9.0}, "days that train the ranker"),
+    ],
+)
+def test_times_of_whole_days_train_and_validate_the_ranker(
+    feed: World, caplog: pytest.LogCaptureFixture, settings: dict[str, float], warning: str
+) -> None:
+    """A quarter of the impressions has the newest time, so a part of no examples would have no loss."""
+    day = 24 * HOUR
+    days = dataclasses.replace(feed.shown, times=feed.shown.times // day * day)
+    config = CONFIG.model_copy(update={"dim": 4, **settings})
+    encoder = build_modules(config, feed.data.items, len(feed.data.event_types), 2, content=False).user
+    statistics = feed.teller(feed.data, days)
+    dataset = read_ranker_dataset(statistics, days, encoder, torch.zeros(feed.data.items, 4), config)
+    assert warning in caplog.text
+    assert bool(warning) == (dataset is None)
+    if dataset is not None:
+        assert dataset.validates.tolist() == (days.times == days.times.max()).tolist()
 
 
 def test_the_ranker_learns_rates_and_is_calibrated(feed: World) -> None:

@@ -53,6 +53,15 @@ def test_probabilities_by_hand() -> None:
     assert metrics.ece(labels, p, bins=2) == pytest.approx((0.0 * 2 + 0.25 * 2) / 4)
 
 
+def test_the_calibration_of_equal_probabilities_does_not_depend_on_the_order_of_rows() -> None:
+    labels = np.repeat([True, False], [30, 70])
+    rate = np.full(100, 0.4)
+    assert metrics.ece(labels, rate) == pytest.approx(0.1)
+    # A user of weight 3 counts as three.
+    weights = np.where(labels, 3.0, 1.0)
+    assert metrics.ece(labels, rate, weights=weights) == pytest.approx(90 / 160 - 0.4)
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = 0

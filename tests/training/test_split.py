@@ -33,6 +33,14 @@ def test_only_what_is_new_to_the_person_is_a_target() -> None:
     assert held_out(again, LEAVE_ONE_OUT, "leave-one-out").positions.tolist() == [6]
 
 
+def test_a_user_who_tests_nothing_trains() -> None:
+    """The last target of the second user is the first event, which has no history to be predicted from."""
+    data = interactions([[0, 1, 2], [3, 3, 3]], items=4)
+    assert held_out(data, LEAVE_ONE_OUT, "leave-one-out").users.tolist() == [0]
+    division = split(data, LEAVE_ONE_OUT)
+    assert (division.fit_end.tolist(), division.train_end.tolist()) == ([2, 3], [1, 3])
+
+
 def test_temporal_cuts_at_the_quantile_for_everybody() -> None:
     data = interactions([[0, 1, 2], [3, 4, 5], [6]], items=7, times=[[10, 20, 90], [50, 80, 100], [95]])
     # Times 10 20 50 80 90 95 100; their .6 quantile is 86: what is later is test, without first events.

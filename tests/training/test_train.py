@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from features.catalog_columns import CatalogColumns
 from features.errors import TrainingError
 from features.tables.dataset import open_dataset
 from features.transforms import item_inputs, query_inputs
 from tests.training.conftest import CIRCLE
-from training.config import TrainConfig
+from training.config import Action, TrainConfig
 from training.data.batches import Plan, TrainingBatches
 from training.data.interactions import item_vocabulary, read_interactions
 from training.data.split import split
+from training.fitting.ranker_candidates import CandidateBuilder, RankerCandidates
 from training.run import RunError, input_shapes, load_run
 from training.train import train
 
@@ -114,9 +117,19 @@ def test_a_directory_of_another_run_is_refused(
         load_run(tmp_path / "run")
 
 
-def test_a_loss_that_is_no_number_ends_the_training(circles: Path, tmp_path: Path, tiny: TrainConfig) -> None:
+@pytest.mark.parametrize("validate_every", [1.0, 100.0])
+def test_a_loss_that_is_no_number_ends_the_training(
+    circles: Path, tmp_path: Path, tiny: TrainConfig, validate_every: float
+) -> None:
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "validate_every": validate_every}
     with pytest.raises(TrainingError, match="learning_rate below"):
-        train(circles, tmp_path / "run", tiny.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0}))
+        train(circles, tmp_path / "run", tiny.model_copy(update=wild))
+
+
+def test_a_training_is_validated_at_its_end_at_least(circles: Path, tmp_path: Path, tiny: TrainConfig) -> None:
+    result = train(circles, tmp_path / "run", tiny.model_copy(update={"epochs": 2, "validate_every": 100.0}))
+    assert 0 <= result["best_validation"]["ndcg@10"] <= 1
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
 
 
 def test_histories_of_one_event_teach_nothing(tmp_path: Path, tiny: TrainConfig) -> None:
@@ -125,6 +138,40 @@ def test_histories_of_one_event_teach_nothing(tmp_path: Path, tiny: TrainConfig)
     pq.write_table(events, tmp_path / "data" / "events.parquet")
     with pytest.raises(TrainingError, match="two training events"):
         train(tmp_path / "data", tmp_path / "run", tiny)
+
+
+def test_the_statistics_of_candidates_do_not_count_the_targets(
+    circles: Path, tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation event of a user raised the rate of its own item, among candidates that it was to be told from."""
+    read: list[CatalogColumns] = []
+
+    class Watched(CandidateBuilder):
+        def candidates(self, *given: Any) -> RankerCandidates:
+            read.append(self.columns)
+            return super().candidates(*given)
+
+    monkeypatch.setattr("training.train.CandidateBuilder", Watched)
+    purchase = Action(name="purchase", event_type="purchase", shown_types=("purchase",))
+    changed = {"epochs": 1, "protocol": "leave-one-out", "actions": (purchase,)}
+    train(circles, tmp_path / "run", tiny.model_copy(update=changed))
+    # Every event shows its item here, so the number of showings is that of the training events.
+    assert read
+    assert read[0].statistics[:, 0] == pytest.approx(read[0].popularity)
+    # A bundle knows validation too, as its service has seen it.
+    exported = np.expm1(load_run(tmp_path / "run").statistics[:, 0]).sum()
+    assert exported == pytest.approx(np.expm1(read[0].popularity).sum() + 160)
+
+
+def test_repeats_that_are_no_targets_teach_nothing(tmp_path: Path, tiny: TrainConfig) -> None:
+    """Where repeats are not recommended, the same item again is nothing to predict."""
+    columns = {"user_id": ["a", "a", "b", "b"], "item_id": ["x", "x", "y", "y"], "timestamp": [1, 2, 3, 4]}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({**columns, "event_type": ["like"] * 4}), tmp_path / "data" / "events.parquet")
+    with pytest.raises(TrainingError, match="second could be predicted"):
+        train(tmp_path / "data", tmp_path / "run", tiny)
+    trained = train(tmp_path / "data", tmp_path / "other", tiny.model_copy(update={"repeats": True, "epochs": 1}))
+    assert trained["steps"] == 1
 
 
 def test_every_event_is_in_exactly_one_window_of_an_epoch(circles: Path, tiny: TrainConfig) -> None:

@@ -195,10 +195,16 @@ def _examples(
 
 
 def _positions_by_time(data: Interactions, users: _I64, times: _I64) -> _I64:
-    """Counts each user's events before each time."""
+    """Counts each user's leading events before each time."""
     out = np.empty(users.size, np.int64)
     for at, events in _by_user(data, users):
-        out[at] = np.searchsorted(data.timestamps[events], times[at], side="left")
+        # A log's order comes before times: none of the leading events may be later, whatever follows it in the log.
+        own = data.timestamps[events]
+        is_trusted = own <= data.trusted_until
+        reached = np.where(is_trusted, np.maximum.accumulate(np.where(is_trusted, own, 0)), NEVER)
+        # An event of a wrong clock counts once the next one that can be believed does.
+        reached = np.minimum.accumulate(reached[::-1])[::-1]
+        out[at] = np.searchsorted(reached, times[at], side="left")
     return out
 
 

@@ -66,7 +66,7 @@ class PointInTimeStatistics:
         self.has_rates = any(action.shown_types for action in actions)
         if not self.has_rates:
             return
-        is_usable = np.arange(data.rows.size) < np.repeat(data.offsets[:-1] + ends, np.diff(data.offsets))
+        is_usable = self._leading(ends)
         shown, acted = self.action_rates.marks(data.types, data.values)
         # A user's actions count from their first impression on: an earlier one has no impression to be counted
         # against, so it would lift every rate.
@@ -76,13 +76,15 @@ class PointInTimeStatistics:
         counts = shown_so_far - np.repeat(before_user, np.diff(data.offsets), axis=1) > 0
         self.shown, self.acted = shown & counts & is_usable, acted & counts & is_usable
 
-    def at(self, moment: int) -> StatisticsSnapshot:
-        """Returns the statistics as they were just before a moment, ms."""
+    def at(self, moment: int, ends: npt.NDArray[np.int64] | None = None) -> StatisticsSnapshot:
+        """Returns the statistics as they were just before a moment, ms; `ends` lets fewer events of each user count."""
         if not self.has_rates:
             return StatisticsSnapshot(
                 self.action_rates, np.zeros((self.data.items, statistics_width(len(self.action_rates))), np.float32)
             )
         is_early = self.data.timestamps < moment
+        if ends is not None:
+            is_early &= self._leading(ends)
         shown, acted = (self._by_row(marks & is_early) for marks in (self.shown, self.acted))
         total_shown, total_acted = shown.sum(0, keepdims=True), acted.sum(0, keepdims=True)
         base = log_odds(total_acted, total_shown, np.full_like(total_shown, -3.0), 1.0)
@@ -109,6 +111,11 @@ class PointInTimeStatistics:
     def _by_row(self, marks: npt.NDArray[np.bool_]) -> _F64:
         counts = [np.bincount(self.data.rows[of_action], minlength=self.data.items) for of_action in marks]
         return np.ascontiguousarray(np.stack(counts, 1).astype(np.float64))
+
+    def _leading(self, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Returns True for each user's leading `ends` events; bool [E]."""
+        offsets = self.data.offsets
+        return np.arange(self.data.rows.size) < np.repeat(offsets[:-1] + ends, np.diff(offsets))
 
     def _rates(self, keys: npt.NDArray[np.uint64], shown: _F64, acted: _F64, prior: _F64, strength: float) -> _F64:
         """Returns log-odds of the rows that share each row's key, the prior where it has none; float64 [N, A]."""

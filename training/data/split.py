@@ -79,8 +79,9 @@ def split(data: Interactions, config: TrainConfig) -> Split:
     counts = np.diff(data.offsets)
     if config.protocol == "leave-one-out":
         test = np.where(counts >= FEWEST_EVENTS, last_target(data, counts), -1)
-        fit_end = np.where(test >= 0, test, counts)
-        newest = np.where(test >= 0, last_target(data, fit_end), -1)
+        # A first event has no history to be predicted from: it tests nothing, so its user's events train.
+        fit_end = np.where(test > 0, test, counts)
+        newest = np.where(test > 0, last_target(data, fit_end), -1)
         users, encoder_end = np.flatnonzero(newest > 0), fit_end
     else:
         fit_end = counts if config.protocol == "none" else before_cut(data, config)

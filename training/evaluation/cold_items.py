@@ -22,7 +22,7 @@ from training.data.interactions import Interactions, draw_cold_items, read_inter
 from training.data.split import Targets, TestProtocol, held_out, split
 from training.metrics import hit, interval, ndcg
 from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
-from training.run import LoadedRun, admit_run, load_run
+from training.run import LoadedRun, admit_run, load_runs
 from training.runtime import exact, prepared
 
 NEAR = 50
@@ -58,7 +58,7 @@ def evaluate_cold_items(runs: Sequence[Path], data: Path | None = None) -> dict[
         LeakError: A run held no event out.
         TrainingError: A run has no cold item, its items have no content, or no cold item was chosen later.
     """
-    loaded = [load_run(run, data) for run in runs]
+    loaded = load_runs(runs, data)
     for run in loaded:
         _refuse_unfit(run)
     left_out = admit_run(loaded[0])

@@ -27,7 +27,7 @@ from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.models.ranker import utility
 from training.models.scoring import had_before, mask_seen, ranks_of, seen_before, slices, user_vectors
-from training.run import LoadedRun, admit_run, columns_of_run, load_run
+from training.run import LoadedRun, admit_run, columns_of_run, load_runs
 from training.runtime import exact, prepared
 
 TOP = 10
@@ -47,7 +47,10 @@ _Values = dict[str, npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Ranking:
-    """The ranks that one scorer gave the targets, int64 `[n]`, and its first items, int64 `[n, TOP]`."""
+    """The ranks that one scorer gave the targets, int64 `[n]`, and the page that it would show, int64 `[n, TOP]`.
+
+    The best item stands first; -1 is a place for which no item is left that may be shown.
+    """
 
     ranks: npt.NDArray[np.int64]
     top: npt.NDArray[np.int64]
@@ -89,14 +92,13 @@ class ModelScorer:
         for chunk in slices(numbers.size, LOGIT_USERS):
             logits = self.logits(numbers[chunk], best[chunk].astype(np.int32))
             final[chunk] += np.float32(float(self.run.result["blend"])) * utility(logits, self.weights).numpy()
-        order = np.argsort(-final, axis=1, kind="stable")[:, :TOP]
         # A target among the candidates has the rank of its final score; one below them keeps that of its relevance,
         # as in service, where the ranker never sees it.
         ranks = ranks_of(scores, rows)
         at, place = np.nonzero(best == rows[:, None])
         target = final[at, place]
         ranks[at] = np.where(np.isfinite(target), np.sum(final[at] >= target[:, None], axis=1) - 1, ranks[at])
-        return Ranking(ranks, np.take_along_axis(best, order, axis=1))
+        return Ranking(ranks, _page(best, final))
 
     def logits(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> torch.Tensor:
         """Computes the logits of `rows` `[n, C]` just before the targets `numbers` `[n]`; float `[n, C, A]`."""
@@ -123,13 +125,8 @@ class ModelScorer:
 
 def evaluate_events(runs: Sequence[Path], protocol: TestProtocol, data: Path | None) -> dict[str, Any]:
     """Ranks the events that were held out, by the runs and the baselines; see `evaluate` for the result."""
-    loaded = [load_run(run, data) for run in runs]
-    for run in loaded:
-        _refuse_leak(run, protocol)
-        if run.result["data_fingerprint"] != loaded[0].result["data_fingerprint"]:
-            raise TrainingError(
-                f"{run.path} and {loaded[0].path} were trained on different data sets: evaluate them one by one"
-            )
+    loaded = load_runs(runs, data)
+    _refuse_leak(loaded[0], protocol)
     left_out = admit_run(loaded[0])
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
         return _measure(loaded, protocol) | left_out
@@ -153,14 +150,19 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         raise TrainingError(
             f"{run.path}: the data set has no event that {protocol} could test: its users need longer histories"
         )
+    # A target that no training event names can be placed by content at best, and by no baseline: it would only lower
+    # all of them, so it counts in `with_cold` alone.
+    warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
+    if not warm.size:
+        raise TrainingError(
+            f"{run.path}: no training event names an item of the {len(targets)} events that {protocol} tests, so "
+            "nothing can be compared: hold out less, or measure new items with --protocol cold-items"
+        )
     models = [ModelScorer(of_seed, data, targets) for of_seed in runs]
     # One set of baselines for all seeds: they have no random part but the sample that the first run has drawn.
     baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
     rankings = rank_all(models, baselines, data, targets, run.config.repeats)
     of_models, of_baselines = rankings[: len(models)], rankings[len(models) :]
-    # A target that no training event names can be placed by content at best, and by no baseline: it would only lower
-    # all of them, so it counts in `with_cold` alone.
-    warm = np.flatnonzero(_known_rows(data, division)[targets.rows(data)])
     counts = popularity_of(data, division.train_end)
     by_name = {baseline.name: ranking for baseline, ranking in zip(baselines, of_baselines, strict=True)}
     summary = _summary(of_models, by_name, targets, warm)
@@ -288,9 +290,15 @@ def rank_all(
 def rank(scores: Scores, rows: npt.NDArray[np.int32]) -> Ranking:
     """Ranks by one score; scores `[n, N]`."""
     size = min(TOP, scores.shape[1])
-    # In no order: coverage and novelty ask only which items are on the page.
     top = np.argpartition(-scores, size - 1, axis=1)[:, :size]
-    return Ranking(ranks_of(scores, rows), top)
+    return Ranking(ranks_of(scores, rows), _page(top, np.take_along_axis(scores, top, axis=1)))
+
+
+def _page(rows: npt.NDArray[np.int64], scores: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Returns the `TOP` of the rows `[n, C]` with the highest scores, best first; -1 for one that is masked."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+    is_shown = np.isfinite(np.take_along_axis(scores, order, axis=1))
+    return np.where(is_shown, np.take_along_axis(rows, order, axis=1), -1)
 
 
 def _known_rows(data: Interactions, division: Split) -> npt.NDArray[np.bool_]:

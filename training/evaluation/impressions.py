@@ -24,7 +24,7 @@ from training.data.point_in_time import features_of_example
 from training.data.split import before_cut, cut_of
 from training.fitting.ranker_impressions import RankerBatch, example_users, logits_of, ranker_batch
 from training.metrics import RESAMPLES, Floats, auc, ece, gauc, log_loss, measure
-from training.run import LoadedRun, admit_run, columns_of_run, load_run
+from training.run import LoadedRun, admit_run, columns_of_run, load_runs
 from training.runtime import exact, prepared
 from training.train import Material, read_material
 
@@ -85,7 +85,7 @@ def evaluate_impressions(runs: Sequence[Path], data: Path | None = None) -> dict
         LeakError: A run was not trained with `protocol: temporal`.
         TrainingError: The data set has no impressions after the cut.
     """
-    loaded = [load_run(run, data) for run in runs]
+    loaded = load_runs(runs, data)
     slates = read_slates(Path(data or loaded[0].result["data"]))
     left_out = admit_run(loaded[0], **({} if slates is None else {"impressions": slates.intake}))
     material, examples = read_test_material(loaded, data)

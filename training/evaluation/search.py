@@ -16,7 +16,7 @@ from features.tables.order import codes
 from features.tables.schema import JUDGMENTS, JUDGMENTS_REQUIRED
 from features.transforms import query_inputs
 from training.metrics import graded_ndcg, interval
-from training.run import LoadedRun, admit_run, input_shapes, load_run
+from training.run import LoadedRun, admit_run, input_shapes, load_runs
 from training.runtime import exact, prepared
 
 SEARCH_DEPTH = 100
@@ -36,7 +36,7 @@ def evaluate_search(runs: Sequence[Path], data: Path | None = None) -> dict[str,
     Raises:
         TrainingError: The data set has no judgments, or none with a relevant item.
     """
-    loaded = [load_run(run, data) for run in runs]
+    loaded = load_runs(runs, data)
     judgments = _read_judgments(Path(data or loaded[0].result["data"]))
     left_out = admit_run(loaded[0], judgments=judgments.intake)
     grades = _grades(loaded[0], judgments)

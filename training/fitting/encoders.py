@@ -113,7 +113,9 @@ class EncoderTrainer:
                     self.state.batch += 1
                     self.state.seconds = before + time.monotonic() - began
                     passed = self.state.epoch + self.state.batch / len(plan)
-                    if passed >= self.state.validated + self.config.validate_every - 1e-9:
+                    # At the end at least, or a loss that is no number would never be seen.
+                    is_last = passed >= self.config.epochs and not self.state.best_step
+                    if is_last or passed >= self.state.validated + self.config.validate_every - 1e-9:
                         self._validate(passed, loss)
                     # A checkpoint writes all weights and moments, so the clock decides: a step may take milliseconds.
                     if time.monotonic() - saved > self.config.checkpoint_seconds:
@@ -124,9 +126,6 @@ class EncoderTrainer:
                         self.on_step(self.state.step)
                 self.state.epoch, self.state.batch = self.state.epoch + 1, 0
                 self.state.finished |= self.state.epoch >= self.config.epochs
-        # Without any validation the last weights are the best that there are.
-        if self.state.best_step == 0:
-            self._keep_best(self.state.best)
         self._save()
         return {
             "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),

@@ -6,6 +6,7 @@ shown". The place in the slate is an input that serving fixes at the first, wher
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ FEWEST_EXAMPLES = 1000
 STEADY = 30.0
 """Precision of the prior that holds the slope of the calibration at 1: few events cannot move it far."""
 _WARM_UP = 0.1
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RankerDataset:
 def read_ranker_dataset(
     statistics: PointInTimeStatistics, impressions: Examples, encoder: UserEncoder, table: Tensor, config: TrainConfig
 ) -> RankerDataset | None:
-    """Reads the examples before the test, each with the features of its time; None if they are too few.
+    """Reads the examples before the test, each with the features of its time; None if too few train or validate.
 
     Args:
         statistics: The statistics at any moment; their columns hold the item vectors.
@@ -81,9 +83,18 @@ def read_ranker_dataset(
         return None
     validation = cut - round(config.ranker_validation_days * DAY_MS)
     if not config.ranker_validation_days:
-        validation = int(np.quantile(early, 0.9))
+        # Where times are whole days, more than a tenth may have the newest time: then all of these validate.
+        validation = min(int(np.quantile(early, 0.9)), int(early.max()) - 1)
     first = validation - round(config.ranker_days * DAY_MS) if config.ranker_days else -1
     examples = impressions.between(first, cut)
+    validates = examples.times > validation
+    if validates.all() or not validates.any():
+        _log.warning(
+            "no impression lies in the days that %s the ranker, so it learns from retrieved candidates instead: see "
+            "ranker_days and ranker_validation_days",
+            "train" if validates.any() else "validate",
+        )
+        return None
     users = example_users(encoder, table, statistics.data, examples, config)
     features = example_features(statistics, examples, users, every_hours=config.statistics_hours, last=cut)
     # An action after the cut is a test's, even if it follows an impression before it.
@@ -91,7 +102,7 @@ def read_ranker_dataset(
     return RankerDataset(
         examples,
         ranker_batch(users, statistics.columns.vectors[examples.rows], features, labels),
-        examples.times > validation,
+        validates,
     )
 
 
