@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from features.arrays import pc
+from serving.memory import return_free_memory
 from serving.warehouse.files import DERIVED_TABLES, TABLES, WarehouseFiles, source_files
 from serving.warehouse.parquet import day_files, put_table, read_metadata
 from serving.warehouse.tables import daily, sessions
@@ -33,8 +34,9 @@ def derive(files: WarehouseFiles) -> int:
         for path, rows in zip(paths, (sessions(visited), daily(events, _shown(files, day))), strict=True):
             put_table(path, rows, {_SOURCE: source}, files.require_own)
         changed += 1
-    # Arrow keeps what it has freed, and a day is large next to everything else that this process holds.
-    pa.default_memory_pool().release_unused()
+    if changed:
+        # The rows of a day are far more than everything else that this process holds.
+        return_free_memory()
     return changed
 
 

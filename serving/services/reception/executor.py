@@ -8,8 +8,6 @@ does not start if they have changed.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import inspect
 import logging
 import resource
@@ -25,6 +23,7 @@ from grpc import _server as _grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serving.errors import ConfigError, ResourceExhausted, ServingError, Unauthenticated, Unimplemented
+from serving.memory import return_free_memory
 from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
 from serving.services.reception.calls import Bounds, Lane, OpenCall, OpenCalls, Phase
@@ -104,8 +103,7 @@ class _Trimmer:
         if self._least and before - self._least <= _GROWN:
             self._next = now + _TRIM_S
             return
-        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        return_free_memory()
         after = _resident()
         self._least = min(self._least or after, after)
         self._pause = _TRIM_S if before - after > _GROWN else min(2 * self._pause, _LONGEST_TRIM_S)
