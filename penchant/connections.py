@@ -102,8 +102,10 @@ class Connections(Generic[T]):
             count = len(self._places)
             ordered = [self._places[(start + step) % count] for step in range(count)]
             ready = [connection for connection in ordered if self._look(connection, now)]
-            usable = [connection for connection in ready or ordered if connection is not avoid]
-            chosen = (usable or ready or ordered)[0]
+            # A look may bring the answer to an earlier question, which puts another connection in a place.
+            standing = [connection for connection in ready or ordered if not connection.retired] or self._places
+            usable = [connection for connection in standing if connection is not avoid]
+            chosen = (usable or standing)[0]
             chosen.calls += 1
             return chosen
 
@@ -173,7 +175,7 @@ class Connections(Generic[T]):
 
     def _ask(self, connection: WorkerConnection[T]) -> None:
         """Asks a connection which worker it has reached; a channel connects when it is first used."""
-        if connection.asking or self._closed:
+        if connection.asking or connection.retired or self._closed:
             return
         connection.asking = True
         connection.ask_at = time.monotonic() + _ASK_EVERY_S

@@ -284,7 +284,11 @@ def test_what_may_be_learned_from_is_not_guessed() -> None:
 def test_a_row_with_two_faults_names_both() -> None:
     loaded = events(user_id=[None], item_id=[1.5], value=["many"])
     assert reasons(loaded) == [
-        (0, "user_id is missing, should be given in every row; item_id is 1.5, should be text, or a whole number")
+        (
+            0,
+            "user_id is missing, should be given in every row; item_id is 1.5, should be text, or a whole number below "
+            "9007199254740992, where double does not round it",
+        )
     ]
     assert loaded.unread == []
 

@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 from penchant.client import Client
+from penchant.connections import Connections
 from penchant.v1 import catalog_pb2_grpc, event_pb2_grpc, profile_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
@@ -82,6 +83,46 @@ def asked(call, seconds: float) -> None:
         call(number)
         number += 1
         time.sleep(0.02)
+
+
+class ReadyChannel:
+    """A channel that is always ready, and has the answer to a question before it can be waited for."""
+
+    def __init__(self, worker: str) -> None:
+        self._channel = self
+        self.worker, self.closed = worker, False
+
+    def check_connectivity_state(self, _: bool) -> int:
+        return 2
+
+    def unary_unary(self, *_, **__) -> ReadyChannel:
+        return self
+
+    unary_stream = unary_unary
+
+    def future(self, *_, **__) -> ReadyChannel:
+        assert not self.closed
+        return self
+
+    def add_done_callback(self, done) -> None:
+        done(self)
+
+    def cancelled(self) -> bool:
+        return False
+
+    def initial_metadata(self):
+        return (("x-worker", self.worker), ("x-workers", "2"))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_connection_that_a_look_replaces_is_not_taken():
+    channels = [ReadyChannel("first"), ReadyChannel("first"), ReadyChannel("second")]
+    connections = Connections(channels.__getitem__, lambda channel: channel, 2)
+    connections._places[1].worker = "first"  # so the first place, asked in this call, wants another worker
+    assert connections.take().channel.closed is False
+    assert [channel.closed for channel in channels] == [True, False, False]
 
 
 class TestReachingEveryWorker:

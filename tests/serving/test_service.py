@@ -617,7 +617,8 @@ class TestCatalog:
             lambda **options: client.similar_items([item.item_id], page_size=5, **options),
             lambda **options: client.recommend(exclude_item_ids=[item.item_id], page_size=100, **options),
         ]
-        version = client.put_items([live("space")]).catalog_version + 1
+        before = live("space")
+        version = client.put_items([before]).catalog_version + 1
         with ThreadPoolExecutor(len(calls)) as pool:
             slates = [pool.submit(call, user_id=ann, min_catalog_version=version) for call in calls]
             time.sleep(0.3)  # all of them wait
@@ -627,7 +628,7 @@ class TestCatalog:
         assert not any(math.isnan(line.score) for line in ranked.items)
         assert set(ids(similar)) & rows_of("western")
         assert item.item_id not in ids(feed)
-        client.delete_items([item.item_id])
+        client.delete_items([before.item_id, item.item_id])
 
     def test_a_version_that_does_not_come_costs_a_share_of_the_time_and_is_marked(self, client, ann):
         begun = time.monotonic()
