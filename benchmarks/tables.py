@@ -31,6 +31,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "log-size": serving.log_size,
     "redis-trouble": serving.redis_trouble,
     "durability": serving.durability,
+    "hosts": serving.hosts,
+    "rolls": serving.rolls,
     "no-skew": serving.no_skew,
     "freshness": serving.freshness,
     "profiles": serving.profiles,

@@ -144,6 +144,52 @@ def durability() -> str:
     return table + "".join(markdown.source(path, markdown.read(path)) for path in (kills, power, replies))
 
 
+def hosts() -> str:
+    """Returns the table of several hosts on one log, killed at random."""
+    path = RESULTS / "hosts.json"
+    result = markdown.read(path)
+    runs = [*result["runs"].items(), *((f"control: {name}", run) for name, run in result["control"].items())]
+    rows = [
+        [
+            name,
+            str(sum(run["kills"].values())),
+            f"{run['acknowledged']:,}",
+            *(f"{sum(run[fault].values()):,}" for fault in ("lost", "doubled")),
+            str(run["warehouses"]),
+            str(run["erased"]),
+            str(run["early"]),
+            str(run["left"]),
+        ]
+        for name, run in runs
+    ]
+    head = ["", "kill -9", "events", "lost", "doubled", "warehouses", "erased", "certified too early", "found later"]
+    return markdown.table(head, rows) + markdown.source(path, result)
+
+
+def rolls() -> str:
+    """Returns the table of stops, rolling changes and kills under load."""
+    path = RESULTS / "rolls.json"
+    result = markdown.read(path)
+    stops, changes, kills = result["stops"], result["rolls"], result["kills"]
+    phases = [
+        (f"{stops['count']} stops (SIGTERM)", stops),
+        (f"{changes['count']} rolling changes", changes),
+        (f"{len(kills['back_s'])} kills of a worker, back after at most {max(kills['back_s']):.1f} s", kills),
+    ]
+    rows = [
+        [name, client, f"{phase[client]['calls']:,}", f"{sum(phase[client]['failures'].values()):,}"]
+        for name, phase in phases
+        for client in ("shipped", "plain")
+    ]
+    rows += [["all of it", "Node", f"{result['node']['calls']:,}", f"{sum(result['node']['failures'].values()):,}"]]
+    control = result["control"]
+    failed = sum(control["failures"].values())
+    rows += [
+        [f"control: {control['rolls']} changes that do not drain", "shipped", f"{control['calls']:,}", f"{failed:,}"]
+    ]
+    return markdown.table(["", "client", "calls", "failed"], rows) + markdown.source(path, result)
+
+
 def no_skew() -> str:
     """Returns the table of the histories that were compared, and of the differences."""
     path = RESULTS / "no-skew.json"
