@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 T = TypeVar("T")
 
-ATTEMPTS = 6
-"""Connections tried to reach another worker: with two workers, 1 of 64 clients ends with both on the same."""
+ATTEMPTS = 16
+"""Connections tried to reach another worker: with two workers, 1 of some 10,000 clients ends with both on the same."""
 
 STUCK_S = 0.05
 """Least time that a call gives a connection that is not ready before it tries another, in seconds."""
