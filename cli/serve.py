@@ -288,7 +288,7 @@ def warehouse(
         return
     if out is None:
         raise typer.BadParameter("say where the Parquet goes", param_hint="--out")
-    # What was not given is left out rather than passed as None, so that `run` alone has the defaults.
+    # Options that were not given are left out rather than passed as None, so that `run` alone has the defaults.
     options: dict[str, Any] = {"once": once, "days": retention, "ledger": None if ledger is None else Ledger(ledger)}
     options |= {} if flush is None else {"flush_s": flush}
     options |= {} if default_purposes is None else {"default": _purposes(default_purposes)}

@@ -183,7 +183,7 @@ def running(minutes: float, leak_bytes_s: float = 0.0) -> Iterator[tuple[Service
         servers = {role: stack.enter_context(RedisServer(root, role)) for role in ("profiles", "events")}  # type: ignore[arg-type]
         if leak_bytes_s:
             stack.enter_context(_planted(root, leak_bytes_s))
-        # What is kept for hours is kept for a small part of the run, so that it levels off while it lasts: the index of
+        # Retentions of hours are a small part of the run here, so that memory levels off while it lasts: the index of
         # a user, which stays twice as long as the entries, within the quarter that counts as warm-up.
         run = minutes / 60
         hours = {"log_hours": run / 12, "slate_log_hours": run / 24, "retry_hours": run / 12}

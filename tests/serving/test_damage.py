@@ -23,6 +23,7 @@ from serving.privacy.rights import SubjectRights
 from serving.projection.profile_view import show
 from serving.projection.rebuild import rebuild
 from serving.redis.client import connect
+from serving.stores.keys import log_id
 from serving.stores.profiles import ProfileStore
 from tests.serving.faults import wait_until
 from tests.serving.logged import event as logged_event
@@ -176,11 +177,11 @@ def await_projector(service):
     """Waits until the projector has applied what the log holds now: it applies all again, to a damaged profile too."""
     with connect(service.ready["events_redis"], 2.0) as redis:
         streams = list(redis.scan_iter(b"*:events", _type="stream"))
-        ends = [number(redis.xinfo_stream(stream)["last-generated-id"]) for stream in streams]
+        ends = [log_id(redis.xinfo_stream(stream)["last-generated-id"]) for stream in streams]
 
         def all_read():
             groups = [group for stream in streams for group in redis.xinfo_groups(stream)]
-            read = [number(group["last-delivered-id"]) for group in groups if group["name"] == PROFILES_GROUP.encode()]
+            read = [log_id(group["last-delivered-id"]) for group in groups if group["name"] == PROFILES_GROUP.encode()]
             return all(map(operator.ge, read, ends))
 
         wait_until(all_read)
@@ -192,11 +193,6 @@ def await_projector(service):
             return min(one["idle"] for one in consumers) < (time.monotonic() - begun) * 1000 - 1
 
         wait_until(asked_again)
-
-
-def number(name):
-    """The parts of a stream id, for comparison."""
-    return [int(part) for part in name.split(b"-")]
 
 
 def take(log, store, *events):

@@ -127,10 +127,10 @@ def test_a_margin_over_a_peer_weighs_as_the_metrics_do() -> None:
     users, labels = rng.integers(0, 40, size), rng.random((size, 1)) < 0.4
     weights = np.where(users % 2, 5.0, 1.0)
     examples = Examples(users, no, none, none, no, no, [""], np.where(labels, 1, NEVER), weights)
-    ours, theirs = (Probabilities(chances, chances) for chances in rng.random((2, size, 1)))
+    ranker, peer = (Probabilities(chances, chances) for chances in rng.random((2, size, 1)))
     batch: Any = None
-    ahead = _ahead(["click"], ScoredExamples(examples, batch, batch, ours), theirs)
-    values = [metric_values(labels[:, 0], chances.of(0), users, weights) for chances in (ours, theirs)]
+    ahead = _ahead(["click"], ScoredExamples(examples, batch, batch, ranker), peer)
+    values = [metric_values(labels[:, 0], chances.of(0), users, weights) for chances in (ranker, peer)]
     for at, name in enumerate(METRICS):
         assert ahead[f"click/{name}"]["mean"] == pytest.approx(values[0][at] - values[1][at]), name
 
@@ -184,7 +184,7 @@ def test_search_ranks_the_catalogue_for_judged_queries(circles: Path, tmp_path: 
     assert found["queries"] == 1
     assert found["metrics"]["ndcg@10"]["mean"] > 0.9
     assert found["metrics"]["recall@100"]["mean"] == 1
-    # What the run does not know it cannot find: each such item counts, not one for all of them.
+    # A run cannot find items that it does not know: each of them counts, not one for all.
     gone = [("space", f"gone{number}", 3.0) for number in range(10)]
     columns = list(zip(*judged, *gone, strict=True))
     pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), data / "judgments.parquet")
