@@ -73,11 +73,7 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
     with _store(redis) as url, connect_one(url, timeout_s=1.0) as client:
         store = ProfileStore(client)
         config = ServeConfig.load(bundle=bundle, candidates=candidates)
-        engine, encoding = (
-            open_engine(bundle, Dependencies(settings, store, CatalogProgress(), Telemetry()))
-            # The same without the vectors that are kept, as if each user had had an event since the last request.
-            for settings in (config, config.model_copy(update={"user_vectors": 0}))
-        )
+        engine, encoding = _engines(bundle, config, store)
         profiles = _profiles(engine)
         store.put_states(profiles.items())
         keys = [store.key_of(subject) for subject in profiles]
@@ -96,6 +92,19 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
             "method": "one process, one thread; pipeline and floor alternate; medians",
             **facts(),
         }
+
+
+def _engines(bundle: Path, config: ServeConfig, store: ProfileStore) -> tuple[Engine, Engine]:
+    """Returns the engine as it serves, and one that keeps no user vectors.
+
+    To the second, each user is as one who has had an event since the last request.
+    """
+    encoding = config.model_copy(update={"user_vectors": 0})
+    progress = CatalogProgress()
+    return (
+        open_engine(bundle, Dependencies(config, store, progress, Telemetry())),
+        open_engine(bundle, Dependencies(encoding, store, progress, Telemetry())),
+    )
 
 
 class _Floor:

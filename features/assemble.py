@@ -26,12 +26,20 @@ from features.kernels import are_among, pack_newest
 from features.keys import event_type_key, event_type_keys
 from features.model_inputs import HALF_LIFE
 from features.profile import RING, Profile
-from features.ranker_kernels import Actions, Candidates, Decayed, Decays, Events, Items, fill_ranker_features
+from features.ranker_kernels import (
+    ActionArrays,
+    CandidateArrays,
+    DecayedArrays,
+    EventArrays,
+    EventDecays,
+    ItemArrays,
+    fill_ranker_features,
+)
 
 _UNCHOSEN = event_type_keys((*PASSIVE_EVENT_TYPES, *NEGATIVE_EVENT_TYPES))
 _NO_POSITIONS = np.empty(0, np.int32)
 # Computed once in float64, so that training and serving read the same bits.
-_DECAYS = Decays(0.5 ** (np.arange(RING, dtype=np.float64) / HALF_LIFE), *RATE_DECAYS)
+_DECAYS = EventDecays(0.5 ** (np.arange(RING, dtype=np.float64) / HALF_LIFE), *RATE_DECAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,24 +275,30 @@ def ranker_features(
         float32 [n, ranker_width(actions)]; a candidate's row never depends on the other candidates.
     """
     decayed = past.decayed_counts
+    factors = decay_factors(moment.now_ms, decayed.newest, TICK_MS)
     return fill_ranker_features(
-        Candidates(rows, relevance, _NO_POSITIONS if moment.positions is None else moment.positions),
-        Events(
+        CandidateArrays(rows, relevance, _NO_POSITIONS if moment.positions is None else moment.positions),
+        EventArrays(
             past.rows, past.types, past.categories, past.creators, past.timestamps, past.values, past.chosen, past.kinds
         ),
-        Decayed(decayed.facts, decayed.keys, decayed.counts, decay_factors(moment.now_ms, decayed.newest, TICK_MS)),
+        DecayedArrays(decayed.facts, decayed.keys, decayed.counts, factors),
         _DECAYS,
-        Items(
-            columns.category,
-            columns.creator,
-            columns.price,
-            columns.duration,
-            columns.popularity,
-            columns.recent_popularity,
-            columns.trained,
-            columns.available_from,
-            columns.statistics,
-        ),
-        Actions(actions.shown, actions.acted, actions.least, actions.base, actions.surface(moment.surface)),
+        _item_arrays(columns),
+        ActionArrays(actions.shown, actions.acted, actions.least, actions.base, actions.surface(moment.surface)),
         moment.now_ms,
+    )
+
+
+def _item_arrays(columns: CatalogColumns) -> ItemArrays:
+    """Returns the columns that features read."""
+    return ItemArrays(
+        columns.category,
+        columns.creator,
+        columns.price,
+        columns.duration,
+        columns.popularity,
+        columns.recent_popularity,
+        columns.trained,
+        columns.available_from,
+        columns.statistics,
     )

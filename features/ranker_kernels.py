@@ -61,12 +61,15 @@ _HALF_POWER = 0.5**0.5  # two classes of duration per doubling
 _READ, _READ_IN_VISIT, _IN_VISIT, _COUNT, _NEWEST = range(5)
 _FACTS = 5
 
-_F32, _F64 = npt.NDArray[np.float32], npt.NDArray[np.float64]
-_I32, _I64 = npt.NDArray[np.int32], npt.NDArray[np.int64]
-_U64, _Bool = npt.NDArray[np.uint64], npt.NDArray[np.bool_]
+_F32 = npt.NDArray[np.float32]
+_F64 = npt.NDArray[np.float64]
+_I32 = npt.NDArray[np.int32]
+_I64 = npt.NDArray[np.int64]
+_U64 = npt.NDArray[np.uint64]
+_Bool = npt.NDArray[np.bool_]
 
 
-class Candidates(NamedTuple):
+class CandidateArrays(NamedTuple):
     """The candidates: rows int32 [n], relevance float32 [n], positions int32 [n] or [0] outside of a logged slate."""
 
     rows: _I32
@@ -74,7 +77,7 @@ class Candidates(NamedTuple):
     positions: _I32
 
 
-class Events(NamedTuple):
+class EventArrays(NamedTuple):
     """The user's events, see `features.assemble.History`."""
 
     rows: _I32
@@ -87,7 +90,7 @@ class Events(NamedTuple):
     kinds: _I32
 
 
-class Decayed(NamedTuple):
+class DecayedArrays(NamedTuple):
     """The user's decayed counts, see `features.decayed_counts`, and the decay of each horizon float64 [3]."""
 
     facts: _I64
@@ -96,7 +99,7 @@ class Decayed(NamedTuple):
     factors: _F64
 
 
-class Decays(NamedTuple):
+class EventDecays(NamedTuple):
     """The weights of an event by the number of events after it, and of showings by the showings after; float64 [k].
 
     They are inputs and no constants of the kernel, so that a test can see that a changed one is caught.
@@ -107,7 +110,7 @@ class Decays(NamedTuple):
     short: _F64
 
 
-class Items(NamedTuple):
+class ItemArrays(NamedTuple):
     """The columns of the catalogue that features read, see `features.catalog_columns`."""
 
     category: _U64
@@ -121,7 +124,7 @@ class Items(NamedTuple):
     statistics: _F32
 
 
-class Actions(NamedTuple):
+class ActionArrays(NamedTuple):
     """The reading of the actions, see `features.action_rates`; surface float32 [A] is that of the slate's surface."""
 
     shown: _Bool
@@ -133,12 +136,12 @@ class Actions(NamedTuple):
 
 @kernel(error_model="numpy")
 def fill_ranker_features(
-    candidates: Candidates,
-    events: Events,
-    decayed: Decayed,
-    decays: Decays,
-    items: Items,
-    actions: Actions,
+    candidates: CandidateArrays,
+    events: EventArrays,
+    decayed: DecayedArrays,
+    decays: EventDecays,
+    items: ItemArrays,
+    actions: ActionArrays,
     now_ms: int,
 ) -> _F32:
     """Returns the inputs of the ranker, in the order of `features.model_inputs.ranker_names`; float32 [n, F]."""
@@ -171,7 +174,7 @@ def fill_ranker_features(
 
 @kernel(error_model="numpy")
 def _event_weights(
-    events: Events, decayed: Decayed, decays: Decays, actions: Actions, now_ms: int
+    events: EventArrays, decayed: DecayedArrays, decays: EventDecays, actions: ActionArrays, now_ms: int
 ) -> tuple[_F64, _F64, _F64]:
     """Returns the weights of each event [h, 5 + 2A], their sums [5 + 2A], and those of the short-term rates [2A].
 
@@ -180,14 +183,7 @@ def _event_weights(
     """
     count, length = actions.base.size, events.rows.size
     weights, brief = np.zeros((length, _FACTS + 2 * count), np.float64), np.zeros(2 * count, np.float64)
-    visiting = _visiting(decayed, now_ms)
-    for j in range(length):
-        read = events.chosen[j] or events.types[j] != 0
-        weights[j, _READ] = decays.taste[length - 1 - j] if read else 0.0
-        in_visit = decayed.facts[2] != 0 and events.timestamps[j] >= decayed.facts[1]
-        weights[j, _READ_IN_VISIT] = 1.0 if read and visiting and in_visit else 0.0
-        weights[j, _IN_VISIT] = 1.0 if in_visit and decayed.facts[0] != 0 else 0.0
-        weights[j, _COUNT] = 1.0
+    _weigh_taste(weights, events, decayed, decays, now_ms)
     for a in range(count):
         showings = 0
         for j in range(length):
@@ -214,13 +210,26 @@ def _event_weights(
 
 
 @kernel(error_model="numpy")
-def _visiting(decayed: Decayed, now_ms: int) -> bool:
-    """Returns True if the newest visit goes on; the twin of `DecayedCounts.visiting`."""
-    return now_ms != 0 and decayed.facts[2] != 0 and now_ms - decayed.facts[0] <= VISIT_MS  # type: ignore[no-any-return]
+def _weigh_taste(weights: _F64, events: EventArrays, decayed: DecayedArrays, decays: EventDecays, now_ms: int) -> None:
+    """Fills the columns of `_event_weights` that no action decides."""
+    length, visiting = events.rows.size, _visiting(decayed, now_ms)
+    for j in range(length):
+        read = events.chosen[j] or events.types[j] != 0
+        weights[j, _READ] = decays.taste[length - 1 - j] if read else 0.0
+        in_visit = decayed.facts[2] != 0 and events.timestamps[j] >= decayed.facts[1]
+        weights[j, _READ_IN_VISIT] = 1.0 if read and visiting and in_visit else 0.0
+        weights[j, _IN_VISIT] = 1.0 if in_visit and decayed.facts[0] != 0 else 0.0
+        weights[j, _COUNT] = 1.0
 
 
 @kernel(error_model="numpy")
-def _user_rates(totals: _F64, brief: _F64, actions: Actions) -> _F64:
+def _visiting(decayed: DecayedArrays, now_ms: int) -> bool:
+    """Returns True if the newest visit goes on; the twin of `DecayedCounts.visiting`."""
+    return now_ms != 0 and decayed.facts[2] != 0 and now_ms - decayed.facts[0] <= VISIT_MS
+
+
+@kernel(error_model="numpy")
+def _user_rates(totals: _F64, brief: _F64, actions: ActionArrays) -> _F64:
     """Returns the user's long-term and short-term log-odds of each action; float64 [2, A]."""
     count = actions.base.size
     rates = np.empty((2, count), np.float64)
@@ -233,7 +242,7 @@ def _user_rates(totals: _F64, brief: _F64, actions: Actions) -> _F64:
 
 
 @kernel(error_model="numpy")
-def _event_keys(events: Events, items: Items) -> tuple[_U64, _U64]:
+def _event_keys(events: EventArrays, items: ItemArrays) -> tuple[_U64, _U64]:
     """Returns the key of each event's item, 1 + row, and of its class of duration; 0 if it is unknown."""
     item_keys, duration_keys = np.zeros(events.rows.size, np.uint64), np.zeros(events.rows.size, np.uint64)
     for j in range(events.rows.size):
@@ -279,7 +288,7 @@ def _table(keys: _U64, weights: _F64, totals: _F64, rates: _F64) -> tuple[_U64, 
 
 
 @kernel(error_model="numpy")
-def _decayed(decayed: Decayed, now_ms: int) -> _F64:
+def _decayed(decayed: DecayedArrays, now_ms: int) -> _F64:
     """Returns counts decayed to a time, then their log1p, by key and horizon; 0 without a time; float64 [2, k, 3]."""
     counts = np.zeros((2, decayed.counts.shape[0], decayed.counts.shape[1]), np.float64)
     if now_ms:
@@ -292,7 +301,13 @@ def _decayed(decayed: Decayed, now_ms: int) -> _F64:
 
 @kernel(error_model="numpy")
 def _shared_values(
-    events: Events, decayed: Decayed, actions: Actions, rates: _F64, counts: _F64, now_ms: int, width: int
+    events: EventArrays,
+    decayed: DecayedArrays,
+    actions: ActionArrays,
+    rates: _F64,
+    counts: _F64,
+    now_ms: int,
+    width: int,
 ) -> _F32:
     """Returns the values that are the same for every candidate, 0 elsewhere; float32 [F]."""
     out, count, length = np.zeros(width, np.float32), actions.base.size, events.rows.size
@@ -303,9 +318,18 @@ def _shared_values(
         out[_COMMON + a] = rates[0, a] - actions.base[a]
         out[_COMMON + count + a] = rates[1, a] - actions.base[a]
         out[_COMMON + 9 * count + a] = actions.surface[a]
-    if not now_ms:
-        # Without a time, as in data that has order only, nothing can be said of decay.
-        return out
+    # Without a time, as in data that has order only, nothing can be said of decay.
+    if now_ms:
+        _fill_activity(out, events, decayed, actions, counts, now_ms)
+    return out
+
+
+@kernel(error_model="numpy")
+def _fill_activity(
+    out: _F32, events: EventArrays, decayed: DecayedArrays, actions: ActionArrays, counts: _F64, now_ms: int
+) -> None:
+    """Fills the columns about how active the user is at a time."""
+    length = events.rows.size
     if length:
         # A request may carry an older time than an event that was sent by a clock ahead: then no time has passed.
         out[RECENCY] = math.log1p(max(now_ms - events.timestamps[length - 1], 0) / _HOUR_MS)
@@ -319,18 +343,17 @@ def _shared_values(
     if _visiting(decayed, now_ms):
         out[VISIT_LENGTH] = math.log1p(np.float64(decayed.facts[2]))
         out[VISIT_MINUTES] = math.log1p(max(now_ms - decayed.facts[1], 0) / _MINUTE_MS)
-    for a in range(count):
+    for a in range(actions.base.size):
         shown, acted = 0.0, 0.0
         for k in range(kinds):
             shown += counts[start + k, 2] * actions.shown[a, events.kinds[k]]
             acted += counts[start + k, 2] * actions.acted[a, events.kinds[k]]
         rate = pulled_log_odds(acted, shown, actions.base[a], USER_STRENGTH)
-        out[_COMMON + 10 * count + a] = rate - actions.base[a]
-    return out
+        out[_COMMON + 10 * actions.base.size + a] = rate - actions.base[a]
 
 
 @kernel(error_model="numpy", inline="always")
-def _fill_item(out: _F32, items: Items, row: int, actions: int, now_ms: int) -> None:
+def _fill_item(out: _F32, items: ItemArrays, row: int, actions: int, now_ms: int) -> None:
     """Fills the columns that are about the item alone."""
     out[POPULARITY], out[RECENT_POPULARITY] = items.popularity[row], items.recent_popularity[row]
     # In float64: the float32 log1p of a library may depend on where in a vector register a value falls.
@@ -350,7 +373,7 @@ def _fill_item(out: _F32, items: Items, row: int, actions: int, now_ms: int) -> 
 
 
 @kernel(error_model="numpy", inline="always")
-def _fill_matches(out: _F32, tables: Any, items: Items, row: int, actions: int) -> None:
+def _fill_matches(out: _F32, tables: Any, items: ItemArrays, row: int, actions: int) -> None:
     """Fills the columns that are about the user's events of the same item, creator, category or duration."""
     slots, facts = tables[0]
     at = place(slots, np.uint64(row + 1))
@@ -380,7 +403,7 @@ def _fill_matches(out: _F32, tables: Any, items: Items, row: int, actions: int) 
 
 
 @kernel(error_model="numpy", inline="always")
-def _fill_decayed(out: _F32, decayed: Decayed, logs: _F64, items: Items, row: int) -> None:
+def _fill_decayed(out: _F32, decayed: DecayedArrays, logs: _F64, items: ItemArrays, row: int) -> None:
     """Fills the decayed counts of the item's category and of its creator."""
     categories = decayed.facts[3]
     for k in range(categories + decayed.facts[4]):

@@ -168,14 +168,15 @@ def _duration_keys(seconds: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
 def _age(since: npt.NDArray[np.int64], now_ms: int) -> npt.NDArray[np.float64]:
     """Returns log1p of the days since a time, 0 if that or the moment is unknown."""
     known_times = (since > 0) & (now_ms > 0)
-    return _log1p(np.where(known_times, np.maximum(now_ms - since, 0) / _DAY_MS, 0.0))
+    return np.asarray(_log1p(np.where(known_times, np.maximum(now_ms - since, 0) / _DAY_MS, 0.0)))
 
 
 def among(rates: Rates, keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Returns log-odds above the user's own, among the events that share a candidate's key; float64 [n, A]."""
     weights, count = matched_weights_plain(keys, history, rates.weights), rates.long.size
     expected = np.full((keys.size, count), rates.long)
-    return log_odds_plain(weights[:, count:], weights[:, :count], expected, MATCH_STRENGTH) - rates.long
+    rate = log_odds_plain(weights[:, count:], weights[:, :count], expected, MATCH_STRENGTH)
+    return np.asarray(rate - rates.long)
 
 
 def affinity(

@@ -19,7 +19,9 @@ from serving.bundle.model import Model
 WAYS = 4
 """Places that a key may take; the longest unused of them makes room for a new one."""
 
-_F32, _I64, _U64 = npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.uint64]
+_F32 = npt.NDArray[np.float32]
+_I64 = npt.NDArray[np.int64]
+_U64 = npt.NDArray[np.uint64]
 
 
 class UserVectors:
@@ -48,8 +50,8 @@ class UserVectors:
 
 def digest(vectors: _F32, types: _I64) -> _U64:
     """Returns what tells inputs of the encoder apart, 128 bits; uint64 [2], the first never 0."""
-    state = hashlib.blake2b(np.ascontiguousarray(vectors), digest_size=16)
-    state.update(np.ascontiguousarray(types))
+    state = hashlib.blake2b(np.ascontiguousarray(vectors).data, digest_size=16)
+    state.update(np.ascontiguousarray(types).data)
     key = np.frombuffer(state.digest(), np.uint64).copy()
     key[0] |= np.uint64(1)  # 0 marks a free place
     return key
