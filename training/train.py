@@ -35,8 +35,9 @@ from training.fitting.encoders import EncoderTrainer, OnStep
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
-from training.models.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
+from training.models.baselines import counts_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
+from training.models.neighbors import neighbors_of
 from training.models.warm_start import cooccurrence_vectors
 from training.report import write_report
 from training.run import (
