@@ -307,7 +307,7 @@ def _tables(
     data, ends = material.data, material.division.train_end
     trained = counts_of(data, ends) > 0
     with torch.inference_mode():
-        vectors = modules.item.eval().table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
+        vectors = modules.item.eval().finished_table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
     # All tables count the training events alone: a table that knew the test would leak it into features and rungs.
     neighbors, scores = neighbors_of(data, ends, config.neighbors, config.seed)
     return {

@@ -6,6 +6,7 @@ no user has chosen together.
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -86,7 +87,7 @@ def _parts(rows: _I32, user_starts: _I64, items: int, count: int) -> list[tuple[
     costs = np.cumsum(np.bincount(rows, np.repeat(sizes, sizes), items) + 1)
     borders = np.searchsorted(costs, np.linspace(0, costs[-1] if items else 0, count + 1)[1:-1], side="right")
     edges = np.unique(np.concatenate([[0], borders, [items]])).tolist()
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 @kernel(nogil=True)
