@@ -59,6 +59,8 @@ from training.runtime import circumstances, exact, prepared
 
 WARM_EVENTS = 1 << 20
 """Most events that the initial item vectors are computed from."""
+_INPUT_ITEMS = 1 << 14
+"""Items whose content is read at once."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
 _MOMENT = ("fingerprint", "until", "catalog_version")
 
@@ -227,8 +229,7 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
     data = read_interactions(dataset, vocabulary, config, folder)
     inputs = None
     if config.content and any(items[name].null_count < len(items) for name in _CONTENT):
-        arrays = item_inputs(items.select(["item_id", *_CONTENT]).to_pylist(), input_shapes(config))
-        inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        inputs = _inputs_of(items.select(["item_id", *_CONTENT]), config, device)
     division = split(data, config)
     # Of two events the second need not be a target: an item that its user has had, or only saw, is none.
     if last_target(data, division.train_end).max(initial=-1) < 1:
@@ -245,6 +246,20 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
         inputs=inputs,
         actions=config.actions or default_actions(data),
     )
+
+
+def _inputs_of(items: pa.Table, config: TrainConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the item encoder's inputs, one row per item."""
+    inputs: dict[str, torch.Tensor] = {}
+    at = 0
+    # In parts, because an item as a dictionary takes ten times the memory of its inputs.
+    for batch in items.to_batches(max_chunksize=_INPUT_ITEMS):
+        for name, array in item_inputs(batch.to_pylist(), input_shapes(config)).items():
+            part = torch.from_numpy(array)
+            whole = inputs.setdefault(name, part.new_empty((len(items), *part.shape[1:]), device=device))
+            whole[at : at + batch.num_rows] = part
+        at += batch.num_rows
+    return inputs
 
 
 def default_actions(data: Interactions) -> tuple[Action, ...]:

@@ -29,7 +29,7 @@ from training.fitting.tensorboard import open_tensorboard
 from training.metrics import ndcg
 from training.models.baselines import counts_of
 from training.models.encoders import ItemBags
-from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
+from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before, user_vectors
 from training.run import Modules, append_line, keep_lines, save_modules, sha256_of, write_tensors
 
 OnStep: TypeAlias = Callable[[int], None]
@@ -178,7 +178,7 @@ class EncoderTrainer:
             table = self.modules.item.eval().finished_table(self.bags, self.trained)
         users = torch.from_numpy(user_vectors(self.modules.user, table, self.data, targets, self.config.max_length))
         values = []
-        for part in slices(len(targets)):
+        for part in rank_slices(len(targets), self.data.items):
             batch = targets.take(np.arange(part.start, part.stop))
             scores = (users[part].to(self.device) @ table.T).float().cpu().numpy()
             if not self.config.repeats:
