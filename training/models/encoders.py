@@ -294,9 +294,10 @@ class ItemEncoder(nn.Module):
         if ids.shape[0] <= TABLE_BLOCK:
             return self.table(bags, keep)
         table = torch.empty_like(ids)
-        for rows in torch.arange(ids.shape[0], device=ids.device).split(TABLE_BLOCK):
-            part = None if bags is None else bags.take(rows)
-            table[rows[0] : rows[-1] + 1] = self.vectors(ids[rows], part, keep[rows])
+        for start in range(0, ids.shape[0], TABLE_BLOCK):
+            part = slice(start, min(start + TABLE_BLOCK, ids.shape[0]))
+            some = None if bags is None else bags.take(torch.arange(part.start, part.stop, device=ids.device))
+            table[part] = self.vectors(ids[part], some, keep[part])
         return table
 
 

@@ -25,7 +25,9 @@ NEIGHBOR_EVENTS_PER_ITEM = 10
 """Most events per item in a larger one: with fewer, most items would have no neighbour by the sample alone."""
 _PARTS_PER_THREAD = 8
 
-_I32, _I64, _F32 = npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]
+_I32 = npt.NDArray[np.int32]
+_I64 = npt.NDArray[np.int64]
+_F32 = npt.NDArray[np.float32]
 
 
 def neighbors_of(data: Interactions, ends: _I64, keep: int, seed: int = 0) -> tuple[_I32, _F32]:
@@ -55,7 +57,7 @@ def neighbors_of(data: Interactions, ends: _I64, keep: int, seed: int = 0) -> tu
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, "neighbors") as pool:
         parts = _parts(rows, user_starts, data.items, _PARTS_PER_THREAD * threads)
-        list(pool.map(lambda part: _cosines(rows, user_starts, users, item_starts, *part, out, scores), parts))
+        list(pool.map(lambda part: _cosines(rows, user_starts, users, item_starts, part, out, scores), parts))
     return out, scores
 
 
@@ -92,13 +94,13 @@ def _parts(rows: _I32, user_starts: _I64, items: int, count: int) -> list[tuple[
 
 @kernel(nogil=True)
 def _cosines(
-    rows: Any, user_starts: Any, users: Any, item_starts: Any, first: int, end: int, out: Any, scores: Any
+    rows: Any, user_starts: Any, users: Any, item_starts: Any, part: tuple[int, int], out: Any, scores: Any
 ) -> None:
-    """Writes the neighbours and cosines of the items `first:end` into their rows of `out` and `scores`."""
+    """Writes the neighbours and cosines of the items from `part[0]` to `part[1]` into `out` and `scores`."""
     items, keep = out.shape
     together = np.zeros(items, np.float32)
     near = np.empty(items, np.int32)
-    for item in range(first, end):
+    for item in range(part[0], part[1]):
         count = 0
         for at in range(item_starts[item], item_starts[item + 1]):
             user = users[at]
@@ -130,12 +132,12 @@ def _cosines(
 
 
 def _cosines_plain(
-    rows: _I32, user_starts: _I64, users: _I32, item_starts: _I64, first: int, end: int, out: _I32, scores: _F32
+    rows: _I32, user_starts: _I64, users: _I32, item_starts: _I64, part: tuple[int, int], out: _I32, scores: _F32
 ) -> None:
     """Plain twin of `_cosines`, which looks at all pairs of items."""
     items, keep = out.shape
     sizes = np.diff(item_starts)
-    for item in range(first, end):
+    for item in range(*part):
         chosen_by = users[item_starts[item] : item_starts[item + 1]]
         histories = [rows[user_starts[user] : user_starts[user + 1]] for user in chosen_by]
         together = np.bincount(np.concatenate([np.empty(0, np.int32), *histories]), minlength=items).astype(np.float32)
