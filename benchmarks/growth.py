@@ -166,7 +166,7 @@ def write_world(out: Path, events: int, items: int, described: bool = False, see
     # Written straight as canonical tables, in groups of users: 10^8 events do not fit into the memory of this process.
     names = pa.array([f"item-{row}" for row in range(items)])
     fields = [EVENTS.field(name) for name in ("user_id", "item_id", "event_type", "timestamp")]
-    columns = {"item_id": names}
+    columns: dict[str, Any] = {"item_id": names}
     if described:
         kinds = [f"kind{row % CLUSTERS}" for row in range(items)]
         columns["title"] = pa.array([f"{kind} word{row % 9973} word{row // 7}" for row, kind in enumerate(kinds)])
