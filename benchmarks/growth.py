@@ -80,7 +80,7 @@ def growth(
         trainings: list[Training] = []
         try:
             for size in sorted(sizes, reverse=True):  # all are prepared at once, the longest begins first
-                trainings.append(Training.start(Path(name) / f"{size}", World(size, items), threads))
+                trainings.append(Training.start(Path(name) / f"{size}", WorldSize(size, items), threads))
             _alternate(trainings[::-1], rounds, seconds / rounds)
         finally:
             for training in trainings:
@@ -104,21 +104,20 @@ def growth_of_catalogs(
 
     Args:
         catalogs: Numbers of items.
-        events: Number of events, the same for all.
+        events: Number of events of each.
         seconds: Measured seconds of each training, over all its `rounds`.
         rounds: Number of times that each training is resumed.
         threads: Threads of a training and of the search for neighbours; 0 means one per core.
         folder: As for `growth`.
 
     Returns:
-        `catalogs` {items: the figures of a size of `growth`, and `neighbors` {`seconds`, `cpu_seconds`, `peak_mib` of
-        the process, `items` with a neighbour}}, `slowest_to_fastest`, `memory_ratio`, and the circumstances.
+        As `growth`, but `catalogs` {items: ...} for `sizes`, each with `neighbors` {see `_search_neighbors`}.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         trainings: list[Training] = []
         try:
             for items in sorted(catalogs, reverse=True):
-                world = World(events, items, described=True)
+                world = WorldSize(events, items, described=True)
                 trainings.append(Training.start(Path(name) / f"{items}", world, threads))
             _alternate(trainings[::-1], rounds, seconds / rounds)
         finally:
@@ -126,10 +125,10 @@ def growth_of_catalogs(
                 training.end()
         by_size = {training.world.items: training for training in trainings[::-1]}
         figures = _figures(by_size)
-        sizes = figures.pop("sizes")
         for items, training in by_size.items():
-            sizes[str(items)]["neighbors"] = training.neighbors(threads)
-    return {"events": events, "threads": threads or cores(), "catalogs": sizes, **figures, **facts()}
+            figures["sizes"][str(items)]["neighbors"] = training.neighbors(threads)
+    figures["catalogs"] = figures.pop("sizes")
+    return {"events": events, "threads": threads or cores(), **figures, **facts()}
 
 
 def _figures(trainings: Mapping[int, Training]) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _alternate(trainings: Sequence[Training], rounds: int, seconds: float) -> No
 
 
 @dataclass(frozen=True)
-class World:
+class WorldSize:
     """Sizes of a world: about so many events about so many items, whose titles say what they are if `described`."""
 
     events: int
@@ -199,7 +198,7 @@ def write_world(out: Path, events: int, items: int, described: bool = False, see
 class Training:
     """A training in a process of its own, and its measures."""
 
-    world: World
+    world: WorldSize
     data: Path
     process: subprocess.Popen[bytes]
     counter: Path
@@ -212,7 +211,7 @@ class Training:
     rates: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, data: Path, world: World, threads: int) -> Training:
+    def start(cls, data: Path, world: WorldSize, threads: int) -> Training:
         """Writes the world and starts a training that prepares it."""
         began = time.monotonic()
         write_world(data, world.events, world.items, world.described)
@@ -257,8 +256,8 @@ class Training:
     def neighbors(self, threads: int) -> dict[str, Any]:
         """Searches the neighbours of the training's items in a process of its own, and returns what that costs."""
         command = [sys.executable, "-m", "benchmarks.growth", str(self.data), str(threads)]
-        found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        return found
+        cost: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        return cost
 
     def figures(self) -> dict[str, Any]:
         """Returns the measures that are reported."""
@@ -326,7 +325,11 @@ def _train(data: Path, threads: int, counter: Path) -> None:
 
 
 def _search_neighbors(data: Path, threads: int) -> dict[str, Any]:
-    """Searches the neighbours of all items, as a training does at its end."""
+    """Searches the neighbours of all items, as a training does at its end.
+
+    Returns:
+        `seconds`, `cpu_seconds`, `peak_mib` of the whole process, `items` that have a neighbour.
+    """
     config = _config(threads)
     with prepared(threads):
         dataset = open_dataset(data)

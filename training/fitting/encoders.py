@@ -107,8 +107,7 @@ class EncoderTrainer:
                         self.on_step(self.state.step)
                 self.state.epoch, self.state.batch = self.state.epoch + 1, 0
                 self.state.finished |= self.state.epoch >= self.config.epochs
-        self.step.settle()
-        self._save()
+        self._save_end()
         return {
             "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
             "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
@@ -197,6 +196,11 @@ class EncoderTrainer:
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
         tensors |= self._weights() | self._moments()
         write_tensors(self.out / "checkpoint.safetensors", tensors, {"state": json.dumps(asdict(self.state))})
+
+    def _save_end(self) -> None:
+        """Writes the last checkpoint; its weights lack no step."""
+        self.step.settle()
+        self._save()
 
     def _weights(self) -> dict[str, Tensor]:
         networks = (("user", self.modules.user), ("item", self.modules.item))

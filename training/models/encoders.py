@@ -296,8 +296,8 @@ class ItemEncoder(nn.Module):
         table = torch.empty_like(ids)
         for start in range(0, ids.shape[0], TABLE_BLOCK):
             part = slice(start, min(start + TABLE_BLOCK, ids.shape[0]))
-            some = None if bags is None else bags.take(torch.arange(part.start, part.stop, device=ids.device))
-            table[part] = self.vectors(ids[part], some, keep[part])
+            content = None if bags is None else bags.take(torch.arange(part.start, part.stop, device=ids.device))
+            table[part] = self.vectors(ids[part], content, keep[part])
         return table
 
 
