@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from features.errors import TrainingError
 from features.transforms import item_inputs
 from tests.training.conftest import TINY
 from training.config import TrainConfig
@@ -93,6 +94,13 @@ def test_gradients_of_the_rows_in_use_are_clipped_with_the_others() -> None:
     rows = float((step.lazy.mean / 0.1).square().sum())
     assert rows > 0
     assert squares + rows == pytest.approx(1e-12, rel=0.01)
+
+
+def test_a_checkpoint_of_steps_over_all_items_is_refused() -> None:
+    whole, used = made(300, False, dense_items=300), made(300, False, dense_items=0)
+    whole.make(batch(300, 1), 1e-2)
+    with pytest.raises(TrainingError, match=r"delete checkpoint\.safetensors"):
+        used.restore(whole.state())
 
 
 def test_a_step_costs_what_its_batch_touches() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
+from features.errors import TrainingError
 from training.config import TrainConfig
 from training.data.batches import Batch, to_device
 from training.fitting.lazy_rows import BETAS, LazyRows
@@ -96,14 +97,24 @@ class EncoderStep:
         return moments | {f"rows.{key}": value for key, value in lazy.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores what `state` returned, from among other tensors."""
+        """Restores what `state` returned, from among other tensors.
+
+        Raises:
+            TrainingError: An older version wrote them, which kept no moments by row.
+        """
+        rows = _below(tensors, "rows.")
+        if self.lazy is not None and not rows:
+            raise TrainingError(
+                "the checkpoint was written by an older version, which updated all items in each step: delete "
+                "checkpoint.safetensors in the run's directory to train from the start"
+            )
         for number, parameter in enumerate(self.parameters):
             state = _below(tensors, f"adam.{number}.")
             if state:
                 # The fused optimizer counts its steps on the weights' device, and a checkpoint may change devices.
                 self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in state.items()}
         if self.lazy is not None:
-            self.lazy.restore(_below(tensors, "rows."))
+            self.lazy.restore(rows)
 
     def _over_all(self, batch: Batch) -> Tensor:
         """Makes a step that computes the vectors of all items, and updates all of them."""
