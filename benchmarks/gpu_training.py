@@ -21,7 +21,7 @@ from training.data.split import held_out
 from training.fitting.encoders import EncoderTrainer
 from training.metrics import hit, ndcg
 from training.models.encoders import EncoderShape, ItemBags, UserEncoder
-from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
+from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before, user_vectors
 from training.run import load_modules, sha256_of
 from training.runtime import exact, prepared
 from training.train import Material, initial_modules, read_material
@@ -201,7 +201,7 @@ class _Trial:
             table = fit.modules.item.eval().table(fit.bags, fit.trained)
         users = user_vectors(fit.modules.user, table, fit.data, targets, self.config.max_length)
         vectors, ranks = table.float().cpu().numpy(), []
-        for part in slices(len(targets)):
+        for part in rank_slices(len(targets), fit.data.items):
             chunk = targets.take(np.arange(part.start, part.stop))
             scores = users[part] @ vectors.T
             mask_seen(scores, seen_before(fit.data, chunk))

@@ -1,4 +1,4 @@
-"""Scaling of the cost of training: tokens per second and memory at 10^6, 10^7 and 10^8 events.
+"""Scaling of the cost of training: tokens per second and memory by the number of events, or by that of items.
 
 For each size a simple world is written straight into the canonical tables, in row groups, and a training in a process
 of its own prepares it. Then the trainings alternate every few seconds, so that a slow moment of the machine hits all of
@@ -7,7 +7,9 @@ them: one runs while the others are stopped. Tokens and times are the training's
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,17 @@ from benchmarks.report import BenchmarkError, facts
 from features.limits import cores
 from features.tables.dataset import open_dataset
 from features.tables.schema import EVENTS, ITEMS
-from training.config import load_config
+from training.config import TrainConfig, load_config
+from training.data.interactions import item_vocabulary, read_interactions
+from training.data.split import split
 from training.fitting.encoders import EncoderTrainer
 from training.models.encoders import ItemBags
+from training.models.neighbors import neighbors_of
 from training.runtime import prepared
 from training.train import initial_modules, read_material
 
+KEEP = 50
+"""Neighbours of an item."""
 EVENTS_PER_USER = 100
 """Mean number of events of a user; each has between half and one and a half times as many."""
 GROUP_USERS = 10_000
@@ -73,19 +80,62 @@ def growth(
         trainings: list[Training] = []
         try:
             for size in sorted(sizes, reverse=True):  # all are prepared at once, the longest begins first
-                trainings.append(Training.start(Path(name), size, items, threads))
+                trainings.append(Training.start(Path(name) / f"{size}", WorldSize(size, items), threads))
             _alternate(trainings[::-1], rounds, seconds / rounds)
         finally:
             for training in trainings:
                 training.end()
-    return {"items": items, "threads": threads or cores(), **_figures(trainings[::-1]), **facts()}
+    by_size = {training.world.events: training for training in trainings[::-1]}
+    return {"items": items, "threads": threads or cores(), **_figures(by_size), **facts()}
 
 
-def _figures(trainings: Sequence[Training]) -> dict[str, Any]:
-    rates = [training.tokens / training.seconds for training in trainings]
-    peaks = [training.peak_kib for training in trainings]
+def growth_of_catalogs(
+    catalogs: Sequence[int] = (10**4, 10**5, 10**6),
+    *,
+    events: int = 10**7,
+    seconds: float = 60.0,
+    rounds: int = 3,
+    threads: int = 0,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Measures trainings on catalogues of several sizes side by side, with their content, then the neighbours of each.
+
+    Checkpoints, which write all weights and moments, are left out of the rates.
+
+    Args:
+        catalogs: Numbers of items.
+        events: Number of events of each.
+        seconds: Measured seconds of each training, over all its `rounds`.
+        rounds: Number of times that each training is resumed.
+        threads: Threads of a training and of the search for neighbours; 0 means one per core.
+        folder: As for `growth`.
+
+    Returns:
+        As `growth`, but `catalogs` {items: ...} for `sizes`, each with `neighbors` {see `_search_neighbors`}.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        trainings: list[Training] = []
+        try:
+            for items in sorted(catalogs, reverse=True):
+                world = WorldSize(events, items, described=True)
+                trainings.append(Training.start(Path(name) / f"{items}", world, threads))
+            _alternate(trainings[::-1], rounds, seconds / rounds)
+        finally:
+            for training in trainings:
+                training.end()
+        by_size = {training.world.items: training for training in trainings[::-1]}
+        figures = _figures(by_size)
+        for items, training in by_size.items():
+            figures["sizes"][str(items)]["neighbors"] = training.neighbors(threads)
+    figures["catalogs"] = figures.pop("sizes")
+    return {"events": events, "threads": threads or cores(), **figures, **facts()}
+
+
+def _figures(trainings: Mapping[int, Training]) -> dict[str, Any]:
+    rates = [training.tokens / training.seconds for training in trainings.values()]
+    peaks = [training.peak_kib for training in trainings.values()]
     return {
-        "sizes": {str(training.size): training.figures() for training in trainings},
+        "sizes": {str(size): training.figures() for size, training in trainings.items()},
         "slowest_to_fastest": round(min(rates) / max(rates), 4),
         "memory_ratio": round(max(peaks) / min(peaks), 4),
     }
@@ -100,13 +150,28 @@ def _alternate(trainings: Sequence[Training], rounds: int, seconds: float) -> No
             training.measure(seconds)
 
 
-def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class WorldSize:
+    """Sizes of a world: about so many events about so many items, whose titles say what they are if `described`."""
+
+    events: int
+    items: int
+    described: bool = False
+
+
+def write_world(out: Path, events: int, items: int, described: bool = False, seed: int = 0) -> None:
     """Writes about `events` events of users who mostly stay in one of `CLUSTERS` groups of items, in time order."""
     out.mkdir(parents=True)
     # Written straight as canonical tables, in groups of users: 10^8 events do not fit into the memory of this process.
     names = pa.array([f"item-{row}" for row in range(items)])
     fields = [EVENTS.field(name) for name in ("user_id", "item_id", "event_type", "timestamp")]
-    pq.write_table(pa.table({"item_id": names}, schema=pa.schema([ITEMS.field("item_id")])), out / "items.parquet")
+    columns: dict[str, Any] = {"item_id": names}
+    if described:
+        kinds = [f"kind{row % CLUSTERS}" for row in range(items)]
+        columns["title"] = pa.array([f"{kind} word{row % 9973} word{row // 7}" for row, kind in enumerate(kinds)])
+        columns["categories"] = pa.array([[kind] for kind in kinds])
+    schema = pa.schema([ITEMS.field(name) for name in columns])
+    pq.write_table(pa.table(columns, schema=schema), out / "items.parquet")
     rng = np.random.default_rng(seed)
     users = max(1, events // EVENTS_PER_USER)
     with pq.ParquetWriter(out / "events.parquet", pa.schema(fields), compression="zstd") as writer:
@@ -120,20 +185,21 @@ def write_world(out: Path, events: int, items: int, seed: int = 0) -> None:
             popular = (items * rng.random(size) ** 3).astype(np.int64)
             rows = np.where(rng.random(size) < 0.7, walk, popular)
             place = np.arange(size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            columns = [
+            arrays = [
                 pa.array([f"user-{user}" for user in range(start, start + count)]).take(owner - start),
                 names.take(rows),
                 pa.array(["view_item"]).take(np.zeros(size, np.int64)),
                 pa.array(1_600_000_000_000 + owner % 86_400 * 1_000 + place * 60_000),
             ]
-            writer.write_table(pa.table(columns, schema=pa.schema(fields)))
+            writer.write_table(pa.table(arrays, schema=pa.schema(fields)))
 
 
 @dataclass
 class Training:
     """A training in a process of its own, and its measures."""
 
-    size: int
+    world: WorldSize
+    data: Path
     process: subprocess.Popen[bytes]
     counter: Path
     generate_seconds: float
@@ -145,17 +211,17 @@ class Training:
     rates: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, folder: Path, size: int, items: int, threads: int) -> Training:
+    def start(cls, data: Path, world: WorldSize, threads: int) -> Training:
         """Writes the world and starts a training that prepares it."""
         began = time.monotonic()
-        write_world(folder / f"{size}", size, items)
+        write_world(data, world.events, world.items, world.described)
         generated = time.monotonic()
-        counter = folder / f"{size}.counter"
+        counter = data.with_suffix(".counter")
         # A file, not a pipe: a stopped training could not answer, and reading must not disturb a running one.
         counter.write_bytes(bytes(_COUNTER.size))
-        command = [sys.executable, "-m", "benchmarks.growth", str(folder / f"{size}"), str(counter), str(threads)]
+        command = [sys.executable, "-m", "benchmarks.growth", str(data), str(threads), str(counter)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        training = cls(size, process, counter, round(generated - began, 1))
+        training = cls(world, data, process, counter, round(generated - began, 1))
         threading.Thread(target=training._watch, args=(generated,), daemon=True).start()
         return training
 
@@ -186,6 +252,12 @@ class Training:
         """Ends the process."""
         self.process.kill()
         self.process.wait()
+
+    def neighbors(self, threads: int) -> dict[str, Any]:
+        """Searches the neighbours of the training's items in a process of its own, and returns what that costs."""
+        command = [sys.executable, "-m", "benchmarks.growth", str(self.data), str(threads)]
+        cost: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        return cost
 
     def figures(self) -> dict[str, Any]:
         """Returns the measures that are reported."""
@@ -224,11 +296,16 @@ class Training:
             time.sleep(SAMPLE_S)
 
 
-def _train(data: Path, counter: Path, threads: int) -> None:
+def _config(threads: int) -> TrainConfig:
+    # So patient that it never stops by itself. A training that was stopped would write a checkpoint each time that it
+    # is resumed, more often than any other.
+    settings = {"threads": threads, "device": "cpu", "epochs": 10_000, "patience": 10_000, "checkpoint_seconds": 1e6}
+    return load_config(None, {**settings, "validation_users": 500})
+
+
+def _train(data: Path, threads: int, counter: Path) -> None:
     """Trains until it is killed, and keeps the counter up to date."""
-    # So patient that it never stops by itself, and without content, whose cost does not grow with events.
-    settings = {"threads": threads, "device": "cpu", "epochs": 10_000, "patience": 10_000, "content": False}
-    config = load_config(None, {**settings, "validation_users": 500})
+    config = _config(threads)
     out = data.with_suffix(".run")
     out.mkdir()
     with prepared(threads), counter.open("r+b", buffering=0) as file:
@@ -247,5 +324,31 @@ def _train(data: Path, counter: Path, threads: int) -> None:
         fit.run()
 
 
+def _search_neighbors(data: Path, threads: int) -> dict[str, Any]:
+    """Searches the neighbours of all items, as a training does at its end.
+
+    Returns:
+        `seconds`, `cpu_seconds`, `peak_mib` of the whole process, `items` that have a neighbour.
+    """
+    config = _config(threads)
+    with prepared(threads):
+        dataset = open_dataset(data)
+        _, vocabulary = item_vocabulary(dataset)
+        interactions = read_interactions(dataset, vocabulary, config, data.parent)
+        ends = split(interactions, config).train_end
+        neighbors_of(interactions, np.zeros_like(ends), KEEP)  # compiles the kernel
+        began, used = time.monotonic(), time.process_time()
+        rows, _ = neighbors_of(interactions, ends, KEEP)
+        return {
+            "seconds": round(time.monotonic() - began, 2),
+            "cpu_seconds": round(time.process_time() - used, 2),
+            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "items": int((rows[:, 0] >= 0).sum()),
+        }
+
+
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    if len(sys.argv) > 3:
+        _train(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        print(json.dumps(_search_neighbors(Path(sys.argv[1]), int(sys.argv[2]))))

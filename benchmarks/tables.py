@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-speed": quality.training_speed,
     "training-cold": quality.cold,
     "training-growth": quality.growth,
+    "training-catalogs": quality.catalogs,
     "log-size": serving.log_size,
     "redis-trouble": serving.redis_trouble,
     "durability": serving.durability,

@@ -150,18 +150,25 @@ def growth(
     ] = "1000000,10000000,100000000",
     seconds: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds of each training to measure.")] = 60.0,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds that these are divided into.")] = 3,
+    items: Annotated[
+        str,
+        typer.Option(metavar="N,N,...", help="Numbers of items, each a training with the first number of events."),
+    ] = "",
     folder: Annotated[
         Path | None,
         typer.Option(metavar="DIR", exists=True, file_okay=False, help="Where there is room for 50 bytes an event."),
     ] = None,
 ) -> None:
-    """Measures whether training costs as much per event, and as much memory, however many events there are."""
+    """Measures whether training costs as much per event, and as much memory, however many events or items there are."""
     use_cores()
-    from benchmarks.growth import growth
+    from benchmarks.growth import growth, growth_of_catalogs
 
     # Through float, so that 1e8 is a number as well.
-    counts = [int(float(size)) for size in sizes.split(",")]
-    print_result(growth(counts, seconds=seconds, rounds=rounds, folder=folder))
+    counts, catalogs = ([int(float(size)) for size in text.split(",") if size] for text in (sizes, items))
+    if catalogs:
+        print_result(growth_of_catalogs(catalogs, events=counts[0], seconds=seconds, rounds=rounds, folder=folder))
+    else:
+        print_result(growth(counts, seconds=seconds, rounds=rounds, folder=folder))
 
 
 @bench.command()

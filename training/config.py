@@ -93,6 +93,12 @@ class TrainConfig(_Frozen):
     negatives: int = Field(
         0, ge=0, description="Items a batch shares as negatives; 0: the full softmax up to 20,000 items, else 4,096."
     )
+    dense_items: int = Field(
+        50_000,
+        ge=0,
+        description="Items up to which a step with sampled negatives updates all item vectors, else only those that it "
+        "uses, by the same rule (AdamW).",
+    )
     loss_chunk: int = Field(1024, ge=1, description="Events whose scores for all items are in memory at once.")
     checkpoint_seconds: float = Field(60.0, gt=0, description="Seconds between two checkpoints.")
     tensorboard: bool = Field(False, description="Write the learning curve for TensorBoard too, below RUN/tensorboard.")

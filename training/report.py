@@ -140,6 +140,8 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in evaluation["baselines"].items():
         rows.append({"name": name, "ours": False, "cells": [_cell(values.get(metric)) for metric in metrics]})
     note = ", ".join(f"{evaluation[name]:,} {name}" for name in ("users", "targets", "items") if name in evaluation)
+    if evaluation.get("held_out", 0) > evaluation.get("targets", 0):
+        note += f"; the targets are a random sample of the {evaluation['held_out']:,} that were held out"
     seeds = None
     if len(evaluation["seeds"]) > 1 and "by_seed" in evaluation:
         columns = list(evaluation["by_seed"].values())

@@ -35,8 +35,9 @@ from training.fitting.encoders import EncoderTrainer, OnStep
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
-from training.models.baselines import counts_of, neighbors_of, popularity_of, recent_popularity_of
+from training.models.baselines import counts_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
+from training.models.neighbors import neighbors_of
 from training.models.warm_start import cooccurrence_vectors
 from training.report import write_report
 from training.run import (
@@ -58,6 +59,8 @@ from training.runtime import circumstances, exact, prepared
 
 WARM_EVENTS = 1 << 20
 """Most events that the initial item vectors are computed from."""
+_INPUT_ITEMS = 1 << 14
+"""Items whose content is read at once."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
 _MOMENT = ("fingerprint", "until", "catalog_version")
 
@@ -226,8 +229,7 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
     data = read_interactions(dataset, vocabulary, config, folder)
     inputs = None
     if config.content and any(items[name].null_count < len(items) for name in _CONTENT):
-        arrays = item_inputs(items.select(["item_id", *_CONTENT]).to_pylist(), input_shapes(config))
-        inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        inputs = _inputs_of(items.select(["item_id", *_CONTENT]), config, device)
     division = split(data, config)
     # Of two events the second need not be a target: an item that its user has had, or only saw, is none.
     if last_target(data, division.train_end).max(initial=-1) < 1:
@@ -244,6 +246,20 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
         inputs=inputs,
         actions=config.actions or default_actions(data),
     )
+
+
+def _inputs_of(items: pa.Table, config: TrainConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the item encoder's inputs, one row per item."""
+    inputs: dict[str, torch.Tensor] = {}
+    at = 0
+    # In parts, because an item as a dictionary takes ten times the memory of its inputs.
+    for batch in items.to_batches(max_chunksize=_INPUT_ITEMS):
+        for name, array in item_inputs(batch.to_pylist(), input_shapes(config)).items():
+            part = torch.from_numpy(array)
+            whole = inputs.setdefault(name, part.new_empty((len(items), *part.shape[1:]), device=device))
+            whole[at : at + batch.num_rows] = part
+        at += batch.num_rows
+    return inputs
 
 
 def default_actions(data: Interactions) -> tuple[Action, ...]:
@@ -306,7 +322,7 @@ def _tables(
     data, ends = material.data, material.division.train_end
     trained = counts_of(data, ends) > 0
     with torch.inference_mode():
-        vectors = modules.item.eval().table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
+        vectors = modules.item.eval().finished_table(bags, torch.from_numpy(trained).to(modules.item.ids.weight.device))
     # All tables count the training events alone: a table that knew the test would leak it into features and rungs.
     neighbors, scores = neighbors_of(data, ends, config.neighbors, config.seed)
     return {

@@ -126,6 +126,25 @@ def growth() -> str:
     return "\n".join(blocks)
 
 
+def catalogs() -> str:
+    """Returns the table of training on catalogues of several sizes."""
+    path = RESULTS / "training-catalogs.json"
+    result = markdown.read(path)
+    names = ("tokens_per_second", "peak_anonymous_mib", "prepare_cpu_seconds")
+    rows = [
+        [
+            f"{int(items):,}",
+            *(f"{figures[name]:,.0f}" for name in names),
+            f"{figures['neighbors']['cpu_seconds']:,.1f}",
+            f"{figures['neighbors']['peak_mib']:,.0f}",
+        ]
+        for items, figures in result["catalogs"].items()
+    ]
+    head = ["items", "tokens/s", "peak memory, MiB", "CPU s until the first step", "neighbours, CPU s", "MiB"]
+    summary = f"\nthe slowest trains at {result['slowest_to_fastest']:.2f} of the fastest one's rate.\n"
+    return f"{result['title']}\n\n{markdown.table(head, rows)}{summary}{markdown.source(path, result)}"
+
+
 def gpu() -> str:
     """Returns the tables of a GPU: searches against the speed of its memory, training and encoding against the CPU."""
     path = RESULTS / "gpu.json"

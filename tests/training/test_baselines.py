@@ -18,9 +18,9 @@ from training.models.baselines import (
     NeighborsBaseline,
     PopularBaseline,
     build_baselines,
-    neighbors_of,
     popularity_of,
 )
+from training.models.neighbors import neighbors_of
 
 
 def one(person: int, position: int) -> Targets:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
+from training.models import encoders
 from training.models.encoders import (
     CausalAttention,
     CheapDropout,
@@ -103,6 +105,32 @@ def test_the_sparse_road_equals_the_dense_one_with_its_gradient() -> None:
         gradients.append(encoder.words.weight.grad.clone())
     gradients[0][0] = 0  # the padding word, which only the dense road touches, with no effect
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_the_vectors_of_some_items_are_their_rows_of_the_table_with_the_same_gradient() -> None:
+    encoder, inputs = encoded()
+    bags, rows, keep = ItemBags.build(encoder, inputs), torch.tensor([2, 0, 0]), torch.tensor([True, False, True])
+    pull = torch.randn(3, 8)
+    (encoder.table(bags, keep)[rows] * pull).sum().backward()
+    expected = [parameter.grad.clone() for parameter in encoder.parameters() if parameter.grad is not None]
+    encoder.zero_grad()
+    some = encoder.vectors(encoder.ids.weight[rows], bags.take(rows), keep[rows])
+    (some * pull).sum().backward()
+    assert torch.allclose(some, encoder.table(bags, keep)[rows], atol=1e-6)
+    gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    assert len(gradients) == len(expected) == 4
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("content", [False, True])
+def test_a_table_computed_in_blocks_is_the_table(content: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, inputs = encoded()
+    bags = ItemBags.build(encoder, inputs) if content else None
+    keep = torch.tensor([True, False, True])
+    monkeypatch.setattr(encoders, "TABLE_BLOCK", 2)
+    table = encoder.finished_table(bags, keep)
+    assert not table.requires_grad
+    assert torch.allclose(table, encoder.table(bags, keep), atol=1e-6)
 
 
 def test_history_is_added_only_where_it_is_kept() -> None:

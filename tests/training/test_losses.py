@@ -32,10 +32,11 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_plain_softmax(chunk: int,
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_sampled_items_hold_every_target_once() -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_sampled_items_hold_every_target_once(replace: bool) -> None:
     torch.manual_seed(0)
     targets = torch.tensor([5, 5, 2])
-    rows, positions, correction = sample_items(targets, torch.full((50,), 1 / 50), 10)
+    rows, positions, correction = sample_items(targets, torch.full((50,), 1 / 50), 10, replace)
     assert rows.unique().numel() == rows.numel()
     assert rows[positions].tolist() == [5, 5, 2]
     assert correction.shape == rows.shape
@@ -52,7 +53,22 @@ def test_inclusion_is_the_share_of_batches_that_hold_an_item() -> None:
     assert torch.allclose(torch.exp(inclusion(popularity, 2, 3)), hits / 4000, atol=0.03)
 
 
-def test_the_sampled_sum_estimates_the_whole() -> None:
+def test_inclusion_knows_that_an_item_may_be_drawn_twice() -> None:
+    torch.manual_seed(0)
+    popularity = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
+    hits, stated = torch.zeros(5), torch.zeros(5)
+    for _ in range(4000):
+        targets = torch.multinomial(popularity, 3, replacement=True)
+        rows, _, correction = sample_items(targets, popularity, 4, replace=True)
+        hits[rows] += 1
+        stated[rows] = torch.exp(correction)
+    assert torch.allclose(stated, hits / 4000, atol=0.03)
+    # Without replacement the same draw would hold an item more often, so the share must be another one.
+    assert not torch.allclose(torch.exp(inclusion(popularity, 4, 3)), hits / 4000, atol=0.03)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_the_sampled_sum_estimates_the_whole(replace: bool) -> None:
     torch.manual_seed(1)
     popularity = torch.softmax(torch.randn(200), 0)
     user, items = torch.randn(1, 8), torch.randn(200, 8) / 2
@@ -60,7 +76,7 @@ def test_the_sampled_sum_estimates_the_whole() -> None:
     sums = []
     for _ in range(1500):
         targets = torch.multinomial(popularity, 20, replacement=True)
-        rows, _, correction = sample_items(targets, popularity, 40)
+        rows, _, correction = sample_items(targets, popularity, 40, replace)
         sums.append(float(((user @ items[rows].T)[0] - correction).exp().sum()))
     assert sum(sums) / len(sums) == pytest.approx(whole, rel=0.03)
 

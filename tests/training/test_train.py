@@ -76,11 +76,12 @@ def test_a_query_finds_the_items_it_names(finished: Path) -> None:
     assert np.mean(np.argsort(-(directions @ query.numpy()))[:10] // CIRCLE == 2) >= 0.8
 
 
-@pytest.mark.parametrize("stop", [3, 7])
+@pytest.mark.parametrize(("stop", "dense_items"), [(3, 50_000), (7, 50_000), (7, 0)])
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(
-    circles: Path, tmp_path: Path, tiny: TrainConfig, stop: int
+    circles: Path, tmp_path: Path, tiny: TrainConfig, stop: int, dense_items: int
 ) -> None:
-    config = tiny.model_copy(update={"dropout": 0.2, "epochs": 4, "checkpoint_seconds": 1e-9, "negatives": 12})
+    changes = {"dropout": 0.2, "epochs": 4, "checkpoint_seconds": 1e-9, "negatives": 12, "dense_items": dense_items}
+    config = tiny.model_copy(update=changes)
 
     def kill(step: int) -> None:
         if step == stop:

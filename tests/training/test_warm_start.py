@@ -24,6 +24,18 @@ def test_items_of_the_same_histories_lie_together() -> None:
     assert torch.equal(found[12], torch.zeros(4))
 
 
+def test_items_of_a_large_catalogue_without_events_change_nothing() -> None:
+    data = interactions([[0, 1, 2], [1, 2, 3], [4, 0, 3]] * 5, items=5)
+    # The same events in a catalogue of a thousand, of which only each hundredth item is ever chosen.
+    spread = interactions([[100, 200, 300], [200, 300, 400], [500, 100, 400]] * 5, items=1_000)
+    every = np.ones(data.rows.size, bool)
+    few = cooccurrence_vectors(data, every, TrainConfig(dim=4, heads=1))
+    many = cooccurrence_vectors(spread, every, TrainConfig(dim=4, heads=1, dense_items=999))
+    assert torch.equal(many[100:600:100], few)
+    many[100:600:100] = 0
+    assert torch.equal(many, torch.zeros(1_000, 4))
+
+
 def test_more_dimensions_than_items_are_zeros() -> None:
     data = interactions([[0, 1, 2]] * 5, items=3)
     found = cooccurrence_vectors(data, np.ones(data.rows.size, bool), TrainConfig(dim=8, heads=1))

@@ -138,16 +138,20 @@ class Interactions:
             yield UserBlock(slice(start, end), slice(int(offsets[0]), int(offsets[-1])), owner, position)
             start = end
 
+    def draw_users(self, ends: npt.NDArray[np.int64], most: int, seed: int) -> npt.NDArray[np.int64]:
+        """Returns all users, or a random sample whose leading `ends[u]` events are `most` together; ascending."""
+        # Whole users are drawn, not events: item-to-item and co-occurrence need what one user did together.
+        if int(ends.sum()) <= most:
+            return np.arange(ends.size)
+        drawn = np.random.default_rng([seed, most]).permutation(ends.size)
+        return np.sort(drawn[: max(1, int(np.searchsorted(np.cumsum(ends[drawn]), most, side="right")))])
+
     def sample(self, ends: npt.NDArray[np.int64], most: int, seed: int) -> Interactions:
         """Returns the leading `ends[u]` events of all users, or of a random sample of users with `most` together.
 
         The arrays are in memory. Users keep their order and lose their ids.
         """
-        # Whole users are drawn, not events: item-to-item and co-occurrence need what one user did together.
-        chosen = np.arange(ends.size)
-        if int(ends.sum()) > most:
-            chosen = np.random.default_rng([seed, most]).permutation(ends.size)
-            chosen = np.sort(chosen[: max(1, int(np.searchsorted(np.cumsum(ends[chosen]), most, side="right")))])
+        chosen = self.draw_users(ends, most, seed)
         offsets = np.concatenate([[0], np.cumsum(ends[chosen])]).astype(np.int64)
         at = np.repeat(self.offsets[chosen] - offsets[:-1], ends[chosen]) + np.arange(offsets[-1])
         sampled = {name: getattr(self, name)[at] for name in _COLUMNS}

@@ -21,7 +21,7 @@ from training.data.clock import newest_of, report_future_events
 from training.data.interactions import Interactions, draw_cold_items, read_interactions
 from training.data.split import Targets, TestProtocol, held_out, split
 from training.metrics import hit, interval, ndcg
-from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
+from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before, user_vectors
 from training.run import LoadedRun, admit_run, load_runs
 from training.runtime import exact, prepared
 
@@ -137,7 +137,7 @@ def _ranks(run: LoadedRun, measured: KnownTargets) -> npt.NDArray[np.int64]:
     table = torch.from_numpy(run.item_vectors)
     users = user_vectors(run.user_encoder, table, measured.events, measured.targets, run.config.max_length)
     ranks = np.empty(measured.rows.size, np.int64)
-    for part in slices(measured.rows.size):
+    for part in rank_slices(measured.rows.size, measured.events.items):
         scores = users[part] @ run.item_vectors.T
         if not run.config.repeats:
             mask_seen(scores, seen_before(measured.events, measured.targets.take(np.arange(part.start, part.stop))))

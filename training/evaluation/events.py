@@ -26,13 +26,15 @@ from training.data.split import Split, Targets, TestProtocol, held_out, moment_o
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.models.ranker import utility
-from training.models.scoring import had_before, mask_seen, ranks_of, seen_before, slices, user_vectors
+from training.models.scoring import had_before, mask_seen, rank_slices, ranks_of, seen_before, slices, user_vectors
 from training.run import LoadedRun, admit_run, columns_of_run, load_runs
 from training.runtime import exact, prepared
 
 TOP = 10
 LOGIT_USERS = 64
 """Users whose candidates the ranker scores at once."""
+EXACT_SCORES = 5_000_000_000
+"""Scores of targets by items up to which all targets are ranked, minutes for each scorer; of more, a sample is."""
 METRICS: Mapping[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]] = {
     "hit@10": lambda ranks: hit(ranks, 10),
     "ndcg@10": lambda ranks: ndcg(ranks, 10),
@@ -145,7 +147,10 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
     run = runs[0]
     data = read_interactions(run.dataset, run.vocabulary, run.config, run.path)
     division = split(data, run.config)
-    targets = held_out(data, run.config, protocol)
+    every = held_out(data, run.config, protocol)
+    # A sample that is ranked among all items has wider intervals; all targets ranked among fewer items, or by an index
+    # that misses some, would have a bias that no interval tells of.
+    targets = every.sample(max(1, EXACT_SCORES // data.items), run.config.seed)
     if not len(targets):
         raise TrainingError(
             f"{run.path}: the data set has no event that {protocol} could test: its users need longer histories"
@@ -174,6 +179,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         "seeds": [of_seed.config.seed for of_seed in runs],
         "users": int(np.unique(targets.users).size),
         "targets": len(targets),
+        "held_out": len(every),
         "cold": len(targets) - warm.size,
         "items": data.items,
         "blend": [of_seed.result["blend"] for of_seed in runs],
@@ -266,7 +272,7 @@ def rank_all(
 ) -> list[Ranking]:
     """Ranks the targets by every scorer, a slice of the targets at a time: all scores do not fit into memory."""
     parts: list[list[Ranking]] = []
-    for part in slices(len(targets)):
+    for part in rank_slices(len(targets), data.items):
         batch = targets.take(np.arange(part.start, part.stop))
         seen_items = None if repeats else seen_before(data, batch)
 

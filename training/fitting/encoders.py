@@ -18,29 +18,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from features.errors import TrainingError
 from training.config import TrainConfig
-from training.data.batches import Batch, TrainingBatches, to_device
+from training.data.batches import Batch, TrainingBatches
 from training.data.interactions import Interactions
 from training.data.split import Split, Targets
+from training.fitting.step import EncoderStep
 from training.fitting.tensorboard import open_tensorboard
 from training.metrics import ndcg
 from training.models.baselines import counts_of
 from training.models.encoders import ItemBags
-from training.models.losses import sample_items, softmax_loss
-from training.models.scoring import gather, mask_seen, ranks_of, seen_before, slices, user_vectors
+from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before, user_vectors
 from training.run import Modules, append_line, keep_lines, save_modules, sha256_of, write_tensors
 
 OnStep: TypeAlias = Callable[[int], None]
-FULL_SOFTMAX_ITEMS = 20_000
-"""Items up to which the loss is the full softmax: exact, and up to here affordable."""
-MANY_NEGATIVES = 4_096
 FINAL_RATE = 0.01
 """Share of the learning rate that is left at the end."""
-CUDA_SCORES = 1 << 27
-"""Scores that a GPU holds at once at least: it is faster with few large products."""
 
 
 @dataclass
@@ -76,22 +70,9 @@ class EncoderTrainer:
         self.modules, self.on_step = modules, on_step
         self.device = modules.item.ids.weight.device
         self.batches = TrainingBatches(data, division.train_end, config, self.device)
-        counts = counts_of(data, division.train_end, data.target)
-        self.trained = torch.from_numpy(counts_of(data, division.train_end) > 0).to(self.device)
-        self.trained_rows = self.trained.nonzero()[:, 0]
-        self.trained_place = torch.cumsum(self.trained.cpu(), 0) - 1
-        self.popularity = torch.from_numpy(counts / max(1, counts.sum())).float()[self.trained_rows.cpu()]
-        self.parameters = [*modules.user.parameters(), *modules.item.parameters()]
-        # Weight decay is for matrices: pulled to zero, a norm's gain or a bias would only lose what it has learned.
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        plain = [p for p in self.parameters if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-            # As for other transformers (arXiv:1706.03762): squared gradients are remembered for 50 steps, not 1,000.
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        targets = counts_of(data, division.train_end, data.target)
+        self.step = EncoderStep(config, modules, bags, counts_of(data, division.train_end), targets)
+        self.trained = self.step.trained
         self.state = TrainingState()
         self.show = open_tensorboard(out, config)
 
@@ -126,7 +107,7 @@ class EncoderTrainer:
                         self.on_step(self.state.step)
                 self.state.epoch, self.state.batch = self.state.epoch + 1, 0
                 self.state.finished |= self.state.epoch >= self.config.epochs
-        self._save()
+        self._save_end()
         return {
             "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
             "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
@@ -137,51 +118,11 @@ class EncoderTrainer:
         }
 
     def _step(self, batch: Batch, per_epoch: int) -> Tensor:
-        """Makes one step of the optimizer and returns the loss.
-
-        No line here waits for a GPU, which computes earlier steps while the CPU prepares this one.
-        """
-        user, item = self.modules.user.train(), self.modules.item.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self._rate(per_epoch)
-        keep = self.trained
-        if self.bags is not None and self.config.id_dropout > 0:
-            # A random part of the items is known by content alone in this step, so that content learns to place an
-            # item whose own vector says nothing yet, as a new item's will.
-            keep = keep & (torch.rand(keep.shape, device=self.device) >= self.config.id_dropout)
-        table = item.table(self.bags, keep)
-        assert batch.targets is not None
-        hidden = user(gather(table, batch), batch.types, batch.lengths)
-        targets = batch.targets.flatten()
-        counted = (targets >= 0).nonzero()[:, 0]
-        users = hidden.flatten(0, 1).index_select(0, to_device(counted, self.device))
-        loss = self._loss(users, table, targets[counted])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        # A batch with one long, odd history must not throw the weights far away.
-        clip_grad_norm_(self.parameters, self.config.clip)
-        self.optimizer.step()
+        """Makes one step of the optimizer and returns the loss."""
+        loss = self.step.make(batch, self.config.learning_rate * self._rate(per_epoch))
         self.state.step += 1
         self.state.tokens += batch.tokens
-        return loss.detach()
-
-    def _loss(self, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """Computes the softmax over all items or over sampled ones; `targets` int64 `[T]` on the CPU."""
-        if self.trained_rows.numel() < self.data.items:
-            # An item without a training event is never a target, so as a negative it would only learn to be refused:
-            # validation and test items, and cold ones, would sink before anyone has chosen them.
-            table, targets = table[self.trained_rows], self.trained_place[targets]
-        negatives = self.config.negatives or (0 if self.data.items <= FULL_SOFTMAX_ITEMS else MANY_NEGATIVES)
-        # Sampled negatives are uniform and shared by the batch: one matrix product scores them for every user, and the
-        # correction makes up for the targets among them, which come as often as they are popular.
-        correction = None
-        if 0 < negatives < table.shape[0]:
-            rows, targets, correction = sample_items(targets, self.popularity, negatives)
-            table, correction = table[to_device(rows, self.device)], to_device(correction, self.device)
-        chunk = self.config.loss_chunk
-        if self.device.type == "cuda":
-            chunk = min(max(chunk, CUDA_SCORES // table.shape[0]), users.shape[0])
-        return softmax_loss(users, table, to_device(targets, self.device), correction, chunk)
+        return loss
 
     def _rate(self, per_epoch: int) -> float:
         """Returns the share of the learning rate: it rises over the warm-up, then falls along a cosine."""
@@ -203,6 +144,7 @@ class EncoderTrainer:
                 f"{self.config.learning_rate:g}"
             )
         self.state.validated = passed
+        self.step.settle()
         value = self._ndcg(self.division.validation)
         line = {
             "epoch": round(passed, 3),
@@ -232,10 +174,10 @@ class EncoderTrainer:
         targets = targets.sample(self.config.validation_users, self.config.seed)
         self.modules.user.eval()
         with torch.inference_mode():
-            table = self.modules.item.eval().table(self.bags, self.trained)
+            table = self.modules.item.eval().finished_table(self.bags, self.trained)
         users = torch.from_numpy(user_vectors(self.modules.user, table, self.data, targets, self.config.max_length))
         values = []
-        for part in slices(len(targets)):
+        for part in rank_slices(len(targets), self.data.items):
             batch = targets.take(np.arange(part.start, part.stop))
             scores = (users[part].to(self.device) @ table.T).float().cpu().numpy()
             if not self.config.repeats:
@@ -255,13 +197,17 @@ class EncoderTrainer:
         tensors |= self._weights() | self._moments()
         write_tensors(self.out / "checkpoint.safetensors", tensors, {"state": json.dumps(asdict(self.state))})
 
+    def _save_end(self) -> None:
+        """Writes the last checkpoint; its weights lack no step."""
+        self.step.settle()
+        self._save()
+
     def _weights(self) -> dict[str, Tensor]:
         networks = (("user", self.modules.user), ("item", self.modules.item))
         return {f"{name}.{key}": value for name, module in networks for key, value in module.state_dict().items()}
 
     def _moments(self) -> dict[str, Tensor]:
-        states = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        return {f"adam.{number}.{key}": value for number, state in enumerate(states) for key, value in state.items()}
+        return self.step.state()
 
     def _resume(self) -> None:
         """Restores the checkpoint, if there is one; else empties the log of an earlier attempt."""
@@ -277,12 +223,7 @@ class EncoderTrainer:
         for name, module in (("user", self.modules.user), ("item", self.modules.item)):
             prefix = f"{name}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for number, parameter in enumerate(self.parameters):
-            prefix = f"adam.{number}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if state:
-                # The fused optimizer counts its steps on the weights' device, and a checkpoint may change devices.
-                self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in state.items()}
+        self.step.restore(tensors)
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)

@@ -62,7 +62,7 @@ def fit_query_encoder(
         words = to_device(_draw_words(tokens[chosen], generator), goal.device)
         queries = functional.normalize(query(words), dim=1) * QUERY_SHARPNESS
         # All items are drawn alike here, so the sample needs no correction.
-        rows, positions, _ = sample_items(chosen, uniform, QUERY_NEGATIVES)
+        rows, positions, _ = sample_items(chosen, uniform, QUERY_NEGATIVES, len(table) > config.dense_items)
         items, positions = goal[to_device(rows, goal.device)], to_device(positions, goal.device)
         loss = softmax_loss(queries, items, positions, chunk=config.loss_chunk)
         optimizer.zero_grad(set_to_none=True)

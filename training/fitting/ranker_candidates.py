@@ -24,7 +24,7 @@ from training.data.interactions import Interactions
 from training.data.split import Split, Targets, moment_of
 from training.metrics import ndcg
 from training.models.ranker import BLENDS, Ranker, platt, utility
-from training.models.scoring import mask_seen, ranks_of, seen_before, slices, user_vectors
+from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before, slices, user_vectors
 from training.run import Modules
 
 RANKER_BATCH = 64
@@ -114,7 +114,7 @@ class CandidateBuilder:
         rng = np.random.default_rng(self.config.seed)
         truth = targets.rows(self.data)
         rows = np.empty((len(targets), count + 1), np.int32)
-        for part in slices(len(targets)):
+        for part in rank_slices(len(targets), self.data.items):
             scores = users[part] @ self.columns.vectors.T
             if not self.config.repeats:
                 mask_seen(scores, seen_before(self.data, targets.take(np.arange(part.start, part.stop))))

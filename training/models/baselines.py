@@ -7,13 +7,12 @@ and scores all items from the same earlier events that the model may read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from features.jit import kernel
 from training.config import TrainConfig
 from training.data.clock import newest_of
 from training.data.interactions import Interactions
@@ -25,10 +24,6 @@ EASE_MOST_ITEMS = 8_000
 """EASE inverts a matrix of items by items; past this it costs minutes and gigabytes."""
 EASE_LAMBDA = 500.0
 HISTORY_DECAY = 0.9
-HISTORY_EVENTS = 200
-"""Newest events of a user that item-to-item learns from: pairs grow with the square of a history."""
-NEIGHBOR_EVENTS = 1 << 22
-"""Most events that item-to-item learns from."""
 
 
 class Baseline(Protocol):
@@ -208,67 +203,6 @@ class EaseBaseline:
 def _newest(data: Interactions, user: int, position: int, most: int) -> npt.NDArray[np.int32]:
     end = int(data.offsets[user]) + int(position)
     return data.rows[max(int(data.offsets[user]), end - most) : end]
-
-
-def neighbors_of(
-    data: Interactions, ends: npt.NDArray[np.int64], keep: int, seed: int = 0
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Finds items that the same users chose: cosine of the sets of users, over each user's newest 200 events.
-
-    Past `NEIGHBOR_EVENTS` events, users are drawn at random.
-
-    Returns:
-        Rows int32 `[N, keep]`, best first, -1 padded, and their cosines float32 `[N, keep]`, 0 padded.
-    """
-    data = data.sample(ends, NEIGHBOR_EVENTS, seed)
-    owner = data.owner()
-    chosen = np.flatnonzero(data.seen)
-    chosen = chosen[_among_newest(owner[chosen])]
-    # A user counts once for an item, however often they chose it.
-    pairs = np.unique(owner[chosen] * data.items + data.rows[chosen])
-    users, rows = pairs // data.items, (pairs % data.items).astype(np.int32)
-    user_starts = np.searchsorted(users, np.arange(len(data.users) + 1))
-    by_item = np.argsort(rows, kind="stable")
-    item_starts = np.searchsorted(rows[by_item], np.arange(data.items + 1))
-    return _cosines(rows, user_starts, users[by_item], item_starts, min(keep, max(1, data.items - 1)))
-
-
-def _among_newest(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Returns True for the events that are among their user's newest `HISTORY_EVENTS`; `owner` is sorted."""
-    ends = np.searchsorted(owner, owner, side="right")
-    newest: npt.NDArray[np.bool_] = ends - np.arange(owner.size) <= HISTORY_EVENTS
-    return newest
-
-
-@kernel()
-def _cosines(
-    rows: Any, user_starts: Any, users: Any, item_starts: Any, keep: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    items = item_starts.size - 1
-    out = np.full((items, keep), -1, np.int32)
-    scores = np.zeros((items, keep), np.float32)
-    together = np.zeros(items, np.float32)
-    for item in range(items):
-        together[:] = 0.0
-        size = item_starts[item + 1] - item_starts[item]
-        for at in range(item_starts[item], item_starts[item + 1]):
-            user = users[at]
-            for event in range(user_starts[user], user_starts[user + 1]):
-                together[rows[event]] += 1.0
-        together[item] = 0.0
-        for neighbor in range(items):
-            if together[neighbor] > 0.0:
-                together[neighbor] /= np.sqrt(np.float32(size * (item_starts[neighbor + 1] - item_starts[neighbor])))
-        near = np.flatnonzero(together > 0.0)
-        if near.size > keep:
-            # Partitioning first: most items have far more neighbours than are kept, and sorting them all costs more.
-            least = np.partition(together[near], near.size - keep)[near.size - keep]
-            near = near[together[near] >= least]
-        best = near[np.argsort(-together[near], kind="mergesort")[:keep]]
-        for place in range(best.size):
-            out[item, place] = best[place]
-            scores[item, place] = together[best[place]]
-    return out, scores
 
 
 def build_baselines(

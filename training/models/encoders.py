@@ -6,6 +6,7 @@ reads item *vectors*, never ids, so an item that came after training works in a 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from features.transforms import ItemInputShapes
 
 QUIET = 0.1
 """Factor on the initial weights of the output that a block adds."""
+TABLE_BLOCK = 1 << 18
+"""Items whose vectors are computed at once where no gradient is needed."""
 
 
 @dataclass(frozen=True)
@@ -266,23 +269,55 @@ class ItemEncoder(nn.Module):
 
     def table(self, bags: ItemBags | None, keep: Tensor | None = None) -> Tensor:
         """Computes the vectors of all items, float `[N, D]`; where `keep` bool `[N]` is False, by content alone."""
-        ids = self.ids.weight if keep is None else self.ids.weight * keep.unsqueeze(1)
+        return self.vectors(self.ids.weight, bags, keep)
+
+    def vectors(self, ids: Tensor, bags: ItemBags | None, keep: Tensor | None = None) -> Tensor:
+        """Computes the vectors of some items.
+
+        Args:
+            ids: The vectors learned from their own events; float `[n, D]`.
+            bags: Their content, None if items have none.
+            keep: False for an item that is known by content alone; bool `[n]`, None for no such item.
+
+        Returns:
+            float `[n, D]`.
+        """
+        ids = ids if keep is None else ids * keep.unsqueeze(1)
         if bags is None:
             return ids
         return ids + self.finish(bags.sum(self.words.weight), bags.prices)
 
+    @torch.no_grad()
+    def finished_table(self, bags: ItemBags | None, keep: Tensor) -> Tensor:
+        """Computes `table` without a gradient, a large one in blocks, which need less memory."""
+        ids = self.ids.weight
+        if ids.shape[0] <= TABLE_BLOCK:
+            return self.table(bags, keep)
+        table = torch.empty_like(ids)
+        for start in range(0, ids.shape[0], TABLE_BLOCK):
+            part = slice(start, min(start + TABLE_BLOCK, ids.shape[0]))
+            content = None if bags is None else bags.take(torch.arange(part.start, part.stop, device=ids.device))
+            table[part] = self.vectors(ids[part], content, keep[part])
+        return table
+
 
 @dataclass(frozen=True)
 class ItemBags:
-    """The content of all items as one sparse matrix over the shared table of embeddings, by row and by column.
+    """The content of some items as one sparse matrix over the shared table of embeddings, by row and by column.
 
-    Both orders are kept because a gradient sums over the columns as the result sums over the rows: the same sums as
+    Both orders are needed because a gradient sums over the columns as the result sums over the rows: the same sums as
     in `ItemEncoder.forward`, ten times as fast with the gradient.
+
+    Attributes:
+        by_item: The keys of each item after those of the one before, int64 `[K]`; the start of each item's, int64
+            `[n]`; the weight of each key, float `[K]`.
+        prices: float `[n]`, as `ItemEncoder.forward` reads them.
+        size: Rows of the shared table.
     """
 
     by_item: tuple[Tensor, Tensor, Tensor]
-    by_key: tuple[Tensor, Tensor, Tensor]
     prices: Tensor
+    size: int
 
     @classmethod
     def build(cls, encoder: ItemEncoder, inputs: Mapping[str, Tensor]) -> ItemBags:
@@ -297,13 +332,35 @@ class ItemBags:
             columns.append(part[present])
             weights.append(share[rows])
         item, key, weight = torch.cat(items), torch.cat(columns), torch.cat(weights).float()
-        size = encoder.words.num_embeddings
-        return cls(_grouped(item, key, weight, len(keys[0])), _grouped(key, item, weight, size), inputs["prices"])
+        return cls(_grouped(item, key, weight, len(keys[0])), inputs["prices"], encoder.words.num_embeddings)
+
+    @functools.cached_property
+    def by_key(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same matrix by column; made when a gradient first needs it."""
+        return _grouped(self.by_item[0], self._items(), self.by_item[2], self.size)
+
+    def take(self, rows: Tensor) -> ItemBags:
+        """Returns the content of some of the items, in their order; `rows` int64 `[m]`."""
+        keys, starts, weights = self.by_item
+        counts = self._counts[rows]
+        offsets = torch.cumsum(counts, 0) - counts
+        at = torch.repeat_interleave(starts[rows] - offsets, counts)
+        at += torch.arange(at.numel(), device=at.device)
+        return ItemBags((keys[at], offsets, weights[at]), self.prices[rows], self.size)
 
     def sum(self, table: Tensor) -> Tensor:
-        """Returns sums of the means, with their gradient; float `[N, D]`."""
+        """Returns sums of the means, with their gradient; float `[n, D]`."""
         summed: Tensor = _BagSum.apply(table, self)  # type: ignore[no-untyped-call]
         return summed
+
+    @functools.cached_property
+    def _counts(self) -> Tensor:
+        keys, starts, _ = self.by_item
+        return torch.diff(starts, append=starts.new_tensor([keys.numel()]))
+
+    def _items(self) -> Tensor:
+        counts = self._counts
+        return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
 
 
 class _BagSum(torch.autograd.Function):

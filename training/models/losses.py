@@ -5,6 +5,7 @@ The scores of all users for all items are never in memory at once.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -110,25 +111,38 @@ def inclusion(popularity: Tensor, drawn: int, targets: int) -> Tensor:
         drawn: Share of all items that is drawn uniformly, given as a number of items over `popularity`'s length.
         targets: Number of targets in the batch.
     """
-    missed = (1 - min(1.0, drawn / popularity.numel())) * torch.exp(targets * torch.log1p(-popularity.clamp(max=0.999)))
-    # Kept finite for an item that is no target and is hardly ever drawn.
-    return torch.log1p(-missed.clamp(max=1 - 1e-7))
+    return _inclusion(popularity, drawn / popularity.numel(), targets)
 
 
-def sample_items(targets: Tensor, popularity: Tensor, negatives: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample_items(
+    targets: Tensor, popularity: Tensor, negatives: int, replace: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws the items that a batch is scored against: its targets, and uniform negatives that all its users share.
 
     Args:
         targets: Rows to predict; int64 `[T]`, on the CPU.
         popularity: Share of each item among all targets; float `[N]`, on the CPU.
         negatives: Number of items to draw.
+        replace: Draws with replacement, which costs the items that are drawn and not the catalogue; an item that is
+            drawn twice still stands once.
 
     Returns:
         rows int64 `[n]` without repeats, the position of each target among them int64 `[T]`, and their `inclusion`
         float `[n]`.
     """
     # Drawn without regard to the targets, as `inclusion` assumes: an item that is both stands once.
-    drawn = torch.randperm(popularity.numel())[:negatives]
-    rows, inverse = torch.unique(torch.cat([targets, drawn]), return_inverse=True)
+    items = popularity.numel()
+    if replace:
+        rows, inverse = torch.unique(torch.cat([targets, torch.randint(items, (negatives,))]), return_inverse=True)
+        drawn = -math.expm1(negatives * math.log1p(-1 / items)) if items > 1 else 1.0
+        return rows, inverse[: targets.numel()], _inclusion(popularity[rows], drawn, targets.numel())
+    rows, inverse = torch.unique(torch.cat([targets, torch.randperm(items)[:negatives]]), return_inverse=True)
     probability = inclusion(popularity, negatives, targets.numel())[rows]
     return rows, inverse[: targets.numel()], probability
+
+
+def _inclusion(popularity: Tensor, drawn: float, targets: int) -> Tensor:
+    """Computes `inclusion` for the items whose popularity is given; `drawn` is the share of all items drawn."""
+    missed = (1 - min(1.0, drawn)) * torch.exp(targets * torch.log1p(-popularity.clamp(max=0.999)))
+    # Kept finite for an item that is no target and is hardly ever drawn.
+    return torch.log1p(-missed.clamp(max=1 - 1e-7))

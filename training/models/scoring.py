@@ -17,6 +17,8 @@ from training.models.encoders import UserEncoder
 
 ENCODE_TOKENS = 16384
 RANK_ROWS = 256
+RANK_SCORES = 1 << 25
+"""Scores of targets that are ranked at once at most: past 131,072 items they are fewer than `RANK_ROWS` users."""
 
 
 def gather(table: Tensor, batch: Batch) -> Tensor:
@@ -115,7 +117,12 @@ def ranks_of(scores: npt.NDArray[np.floating], rows: npt.NDArray[np.int32]) -> n
     return np.where(np.isfinite(target), before, scores.shape[1])
 
 
-def slices(count: int, size: int = RANK_ROWS) -> Iterator[slice]:
+def rank_slices(count: int, items: int) -> Iterator[slice]:
+    """Yields slices over `count` targets whose scores for all items fit into memory."""
+    return slices(count, max(1, min(RANK_ROWS, RANK_SCORES // max(1, items))))
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
     """Yields slices over `count` targets, `size` at a time."""
     for start in range(0, count, size):
         yield slice(start, min(count, start + size))

@@ -6,6 +6,8 @@ value decomposition says in seconds.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -35,6 +37,18 @@ def cooccurrence_vectors(data: Interactions, trained: npt.NDArray[np.bool_], con
     Returns:
         float32 `[N, dim]`, numbers of about `warm_start` size; zeros for an item without events.
     """
+    if data.items <= config.dense_items:
+        return _leading_vectors(data, trained, config)
+    # Most items of a large catalogue are in no event here, and would take part in every product.
+    present, rows = np.unique(data.rows, return_inverse=True)
+    few = dataclasses.replace(data, rows=rows.astype(np.int32), items=present.size)
+    vectors = torch.zeros(data.items, config.dim)
+    vectors[torch.from_numpy(present.astype(np.int64))] = _leading_vectors(few, trained, config)
+    return vectors
+
+
+def _leading_vectors(data: Interactions, trained: npt.NDArray[np.bool_], config: TrainConfig) -> Tensor:
+    """Computes `cooccurrence_vectors` over the whole catalogue."""
     dim, product = config.dim, _Nearness(data, np.flatnonzero(trained))
     generator = torch.Generator().manual_seed(config.seed)
     # A few columns more than are kept: they take up the error of the random start.
