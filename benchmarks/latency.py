@@ -7,6 +7,7 @@ promise, or measured with a closed loop of as many callers as fill the server.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -207,25 +208,78 @@ def latency(
         return {"rate": round(per_second, 1), **figures, **summary(bench), **bench.circumstances()}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two services that are measured in turn, and the files of their results.
+
+    Attributes:
+        first: One of them.
+        against: Address of the other, of which the same is asked.
+        out: File of the first one's result.
+        out_against: File of the other's.
+    """
+
+    first: Target
+    against: str
+    out: Path | None
+    out_against: Path | None
+
+    def require(self) -> tuple[Path, Path]:
+        """Returns the files.
+
+        Raises:
+            BenchmarkError: One is missing.
+        """
+        if self.out is None or self.out_against is None:
+            raise BenchmarkError("--against makes two results: name their files by --out and --out-against")
+        return self.out, self.out_against
+
+
 def latency_against(
-    targets: Sequence[Target], rate: float, requests: int, windows: int = 20, shape: Shape | None = None
-) -> list[dict[str, Any]]:
+    pair: Pair,
+    rate: str | float,
+    requests: int | None = None,
+    duration: float | None = None,
+    windows: int = WINDOWS,
+    shape: Shape | None = None,
+) -> dict[str, Any]:
     """Measures two services in turn, window by window, so that a slow moment of the machine hits both alike.
 
+    Args:
+        pair: The services.
+        rate: Requests per second, or "half" for half of the highest rate of the first service.
+        requests: Number of requests to each; 5,000 unless `duration` is given.
+        duration: Length of the measurement of each in seconds, instead of `requests`.
+        windows: Number of windows of each.
+        shape: The form of the traffic; None: `Recommend` only.
+
     Returns:
-        A result of each, as `latency` has it, with a common `pairing`: `compare` takes their windows in pairs.
+        The files of the two results, which are as `latency` returns them and have a common `pairing`, by which
+        `compare` takes their windows in pairs.
 
     Raises:
-        BenchmarkError: As `latency`.
+        BenchmarkError: As `latency`, and if a file is not named.
     """
+    files = pair.require()
+    targets = (pair.first, replace(pair.first, address=pair.against, pid=None))
     with ExitStack() as stack:
         benches = [stack.enter_context(bench_of(target, shape or Shape())) for target in targets]
-        for number, size in enumerate(_sizes(requests, windows)):
+        per_second = rate_of(benches[0], rate, {})
+        count = requests or (math.ceil(duration * per_second) if duration else REQUESTS)
+        for number, size in enumerate(_sizes(count, windows)):
             # Back and forth, so that none is always measured in the wake of the other.
             for bench in benches if number % 2 == 0 else benches[::-1]:
-                bench.measure(rate, size)
-        shared = {"rate": round(rate, 1), "pairing": uuid.uuid4().hex}
-        return [{**shared, "target": b.generator.target, **summary(b), **b.circumstances()} for b in benches]
+                bench.measure(per_second, size)
+        shared = {"rate": round(per_second, 1), "pairing": uuid.uuid4().hex}
+        for bench, file in zip(benches, files, strict=True):
+            save(file, {**shared, "target": bench.generator.target, **summary(bench), **bench.circumstances()})
+    return {"results": [str(file) for file in files], **shared}
+
+
+def save(file: Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def find_max(
@@ -235,6 +289,7 @@ def find_max(
     window_s: float = 8.0,
     shape: Shape | None = None,
     checks: Checks | None = None,
+    repeats: int = 1,
     curve: Sequence[float] = CURVE,
 ) -> dict[str, Any]:
     """Finds the highest rate at which a service keeps a promise, and measures it below and above.
@@ -245,27 +300,31 @@ def find_max(
         window_s: Length of each window, in seconds.
         shape: The form of the traffic; None: `Recommend` only.
         checks: Quality to check at three quarters of the highest rate; None checks none.
+        repeats: Number of searches; the highest rate is their median.
         curve: Shares of the highest rate at which the latency is measured afterwards.
 
     Returns:
-        `highest_rate`, `promise`, `trials`, `curve` (figures at each share), `at_half` (figures at half of it, with
-        `p99_over_p50`), what `latency` returns of the windows of the curve up to the highest rate, and `quality`.
+        `highest_rate`, `highest_rates` (of each search), `promise`, `trials`, `curve` (figures at each share),
+        `at_half` (percentiles at half of it, and `p99_over_p50`), what `latency` returns of the windows at half of it,
+        and `quality`.
 
     Raises:
         BenchmarkError: There is no such service, or no rate holds.
     """
     with bench_of(target, shape or Shape()) as bench:
-        search = Search(promise, lambda rate: _trial(bench, rate, window_s))
-        highest = search.highest(0.7 * bench.fill(CEILING_S))
-        trials = [vars(trial) for trial in search.trials]
+        start = 0.7 * bench.fill(CEILING_S)
+        searches = [Search(promise, lambda rate: _trial(bench, rate, window_s)) for _ in range(repeats)]
+        rates = [search.highest(start) for search in searches]
+        highest, trials = float(np.median(rates)), [vars(trial) for search in searches for trial in search.trials]
         if not highest:
             raise BenchmarkError(
-                f"no rate holds p99 <= {promise.p99_ms:g} ms with at most {promise.errors:.2%} errors; the last window: "
-                f"{trials[-1]}. Give a looser --slo-p99 or --slo-errors"
+                f"no rate holds p99 <= {promise.p99_ms:g} ms with at most {promise.errors:.2%} errors; the last "
+                f"window: {trials[-1]}. Give a looser --slo-p99 or --slo-errors"
             )
         points = [(share, bench.measure(share * highest, max(20, int(share * highest * window_s)))) for share in curve]
-        figures = {
+        figures: dict[str, Any] = {
             "highest_rate": round(highest, 1),
+            "highest_rates": [round(rate, 1) for rate in rates],
             "promise": vars(promise),
             "trials": trials,
             "curve": [{"share": share, **window_figures(measured)} for share, measured in points],

@@ -15,7 +15,6 @@ from cli.options import (
     RunDir,
     Settings,
     TrainConfigFile,
-    UsersFile,
     print_result,
     use_cores,
 )
@@ -49,26 +48,6 @@ def demo(
     from benchmarks.demo import demo
 
     print_result(demo(dataset, out, source))
-
-
-@bench.command()
-def latency(
-    target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Service to measure.")],
-    users: UsersFile,
-    requests: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests to send.")] = None,
-    rate: Annotated[
-        str, typer.Option(metavar="R|half", help="Requests per second; half the highest rate, measured first, if half.")
-    ] = "half",
-    duration: Annotated[
-        float | None, typer.Option(min=0.1, metavar="S", help="Length of the measurement, in seconds.")
-    ] = None,
-    surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that the requests name.")] = "",
-) -> None:
-    """Measures the latency of a service from the intended start of each request (open loop, Poisson arrivals)."""
-    use_cores(1)
-    from benchmarks.latency import latency
-
-    print_result(latency(target, users, requests=requests, rate=rate, duration=duration, surface=surface))
 
 
 @bench.command()

@@ -1,1 +1,1 @@
-"""The load tool: a generator that shares the machine with the service, its traffic, its measurements and their report."""
+"""The load tool: a generator that shares the machine with the service, traffic, measurements and their report."""

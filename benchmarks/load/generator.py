@@ -34,7 +34,6 @@ from benchmarks.load.wire import (
     call_head,
 )
 from benchmarks.report import BenchmarkError
-from penchant.v1 import common_pb2
 
 CONNECTIONS = 16
 _HEALTH = "/grpc.health.v1.Health/Check"
@@ -103,12 +102,14 @@ class Window:
     @property
     def answered(self) -> npt.NDArray[np.bool_]:
         """The calls that were answered without an error; bool [N]."""
-        return self.status == OK
+        is_answered: npt.NDArray[np.bool_] = self.status == OK
+        return is_answered
 
     @property
     def sent(self) -> npt.NDArray[np.bool_]:
         """The calls that were sent; bool [N]."""
-        return self.status != UNSENT
+        is_sent: npt.NDArray[np.bool_] = self.status != UNSENT
+        return is_sent
 
     def errors(self) -> dict[str, int]:
         """Returns the number of failed calls by the name of their status."""
@@ -407,19 +408,14 @@ class _Loop:
                 self._finished.append((key, UNAVAILABLE, b"", b""))
 
 
-def parse_status(window: Window) -> dict[str, dict[str, Any]]:
-    """Returns, by the status of the refused calls, how many carry a hint when to retry."""
+def refusals(window: Window) -> dict[str, dict[str, Any]]:
+    """Returns, by the status of the failed calls, how many there are and how many carry a hint when to retry."""
     hints: dict[str, dict[str, Any]] = {}
+    for name, count in window.errors().items():
+        hints[name] = {"calls": count, "with_hint": 0}
     for key, block in window.blocks.items():
-        entry = hints.setdefault(STATUS[window.status[key]], {"calls": 0, "with_hint": 0})
-        entry["calls"] += 1
-        entry["with_hint"] += "grpc-retry-pushback-ms" in decode(block)
+        hints[STATUS[window.status[key]]]["with_hint"] += "grpc-retry-pushback-ms" in decode(block)
     return hints
-
-
-def rung_name(number: int) -> str:
-    """Returns the name of a rung as results have it."""
-    return common_pb2.Rung.Name(number).removeprefix("RUNG_").lower()  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -125,8 +125,8 @@ def _request(row: dict[str, Any]) -> tuple[str, bytes]:
         request = ranking_pb2.RankRequest(options=options, candidates=candidates, query=query)
         return "rank", request.SerializeToString()
     if method == "similar" and row[_SEEDS]:
-        request = ranking_pb2.SimilarItemsRequest(options=options, seed_item_ids=row[_SEEDS])
-        return "similar", request.SerializeToString()
+        similar = ranking_pb2.SimilarItemsRequest(options=options, seed_item_ids=row[_SEEDS])
+        return "similar", similar.SerializeToString()
     return "recommend", ranking_pb2.RecommendRequest(options=options).SerializeToString()
 
 

@@ -146,8 +146,8 @@ def parse_bursts(text: str) -> Bursts:
         bursts = Bursts(0, 0, 0)
     if not (times and slash and 1 < bursts.factor < math.inf and 0 < bursts.length_s < bursts.every_s < math.inf):
         raise BenchmarkError(
-            f"--bursts {text!r}: write FACTORxSECONDS/EVERY with a factor above 1 and bursts shorter than their period, "
-            "as 5x2/10 for five times the rate in 2 of every 10 seconds"
+            f"--bursts {text!r}: write FACTORxSECONDS/EVERY, with a factor above 1 and bursts shorter than their "
+            "period, as 5x2/10 for five times the rate in 2 of every 10 seconds"
         )
     return bursts
 
