@@ -145,3 +145,85 @@ def _shape(
     return Shape(
         parse_mix(mix), zipf, parse_bursts(bursts) if bursts else None, page_size, candidates, surface, 0.0, timeout_s
     )
+
+
+@commands.command()
+def overload(
+    target: _Address,
+    users: UsersFile,
+    times: Annotated[
+        float, typer.Option(min=1, metavar="N", help="Offered rate, as a multiple of the highest.")
+    ] = 10.0,
+    seconds: Annotated[float, typer.Option(min=1, metavar="S", help="Length of each phase, in seconds.")] = 10.0,
+    highest: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="R", help="The highest rate, as --find-max found it; else measured first."),
+    ] = None,
+    slo_p99: _SloP99 = 50.0,
+    mix: _Mix = "recommend=1",
+    page_size: _PageSize = 10,
+    candidates: _Candidates = 200,
+    bundle: _Bundle = None,
+    queries: _Queries = None,
+    timeout_s: _Timeout = 1.0,
+    pid: _Pid = None,
+    seed: _Seed = 1,
+    out: _Out = None,
+) -> None:
+    """Measures a service under several times its highest rate: goodput, refusals, priorities, memory, recovery."""
+    use_cores(1)
+    from benchmarks import overload as tool
+    from benchmarks.latency import Target, save
+    from benchmarks.load.ceiling import Promise
+
+    named = Target(target, users, bundle, queries, None, pid, seed)
+    load = tool.Overload(times, seconds, highest, Promise(slo_p99))
+    result = tool.overload(named, load, _shape(mix, 1.0, None, "", page_size, candidates, timeout_s))
+    if out:
+        save(out, result)
+    print_result(result)
+
+
+@commands.command()
+def compare(
+    first: _ResultFile,
+    second: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER.json]", exists=True, dir_okay=False, help="The other result.")
+    ] = None,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Check on RESULT's own windows how often this finds a difference.")
+    ] = False,
+    slowdown: Annotated[
+        float, typer.Option(min=1.001, metavar="FACTOR", help="The slowdown that --self-check plants.")
+    ] = 1.1,
+) -> None:
+    """Tells whether two results differ by more than noise; exit status 1 if they do."""
+    import json
+
+    from benchmarks.load import compare as tool
+    from benchmarks.report import BenchmarkError
+
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in (first, second) if path]
+    if self_check:
+        print_result(tool.self_check(results[0], slowdown=slowdown))
+        return
+    if len(results) < 2:
+        raise BenchmarkError("name two results to compare, or one with --self-check")
+    outcome = tool.compare(*results)
+    print_result(outcome)
+    # For a pipeline that must not pass a slower build.
+    raise typer.Exit(int(outcome["different"]))
+
+
+@commands.command("load-report")
+def load_report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULT.json...", exists=True, dir_okay=False, help="Results of load measurements."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="The page.")] = Path("load-report.html"),
+) -> None:
+    """Writes one self-contained HTML page of results: curves, quality, overload; two of latency are compared."""
+    from benchmarks.load.page import write_page
+
+    print_result({"report": write_page(results, out)})

@@ -15,7 +15,7 @@ import select
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -180,17 +180,16 @@ class Generator:
             raise CallFailed(path, STATUS[status], details)
         return body
 
-    def open_loop(self, plan: Plan, tick: Callable[[float], None] | None = None, until_s: float = 0.0) -> Window:
+    def open_loop(self, plan: Plan, *, endure: bool = False) -> Window:
         """Sends the calls of a plan at their moments; returns their outcome.
 
         Args:
             plan: The calls.
-            tick: Called with the seconds since the beginning about ten times a second, between calls.
-            until_s: Seconds at least until the window ends.
+            endure: Goes on to the end even if the service falls hopelessly behind.
         """
         window = empty_window(plan)
         with _undisturbed():
-            _Loop(self, window, tick).run(until_s)
+            _Loop(self, window).run(endure)
         return window
 
     def closed_loop(self, plan: Plan, callers: int, seconds: float) -> Window:
@@ -200,7 +199,7 @@ class Generator:
         """
         window = empty_window(plan)
         with _undisturbed():
-            _Loop(self, window, None).keep_full(callers, seconds)
+            _Loop(self, window).keep_full(callers, seconds)
         return window
 
     def _single(
@@ -305,19 +304,17 @@ class CallFailed(BenchmarkError):
 class _Loop:
     """The loop of one window: what is sent, what is open, what is past its deadline."""
 
-    def __init__(self, generator: Generator, window: Window, tick: Callable[[float], None] | None) -> None:
-        self._generator, self._window, self._tick = generator, window, tick
-        self._connections, self._finished = generator._connections, generator._finished
-        self._begun, self._next_tick = time.perf_counter(), 0.0
+    def __init__(self, generator: Generator, window: Window) -> None:
+        self._generator, self._window = generator, window
+        self._finished = generator._finished
         # Calls in the order of their deadlines: all have the same timeout, from the sending.
         self._deadlines: deque[tuple[float, int, Connection]] = deque()
         self._open: dict[int, float] = {}
         self._sent = 0
 
-    def run(self, until_s: float = 0.0) -> None:
+    def run(self, endure: bool) -> None:
         """Sends every call at its moment, and waits for the answers."""
         window, begun = self._window, time.perf_counter() + 0.01
-        self._begun = begun
         moments = (window.plan.moments + begun).tolist()
         hopeless = max(_HOPELESS_S * window.plan.rate, 50.0)
         count, busy = len(moments), time.process_time()
@@ -327,18 +324,16 @@ class _Loop:
                 if self._sent >= count or moments[self._sent] > now:
                     break
                 self._send(moments[self._sent], now)
-            if len(self._open) > hopeless and self._sent < count:
+            if len(self._open) > hopeless and self._sent < count and not endure:
                 window.gave_up, count = True, self._sent
             self._wait(moments[self._sent] if self._sent < count else now + 0.1)
-        while (left := begun + until_s - time.perf_counter()) > 0:
-            self._wait(time.perf_counter() + left)
         window.seconds = time.perf_counter() - begun
         window.busy_s = time.process_time() - busy
 
     def keep_full(self, callers: int, seconds: float) -> None:
         """Sends the next call whenever one is answered."""
         window, begun, busy = self._window, time.perf_counter(), time.process_time()
-        self._begun, end = begun, begun + seconds
+        end = begun + seconds
         count = len(window.plan.messages)
         while (now := time.perf_counter()) < end or self._open:
             while self._sent < count and len(self._open) < callers and now < end:
@@ -365,13 +360,8 @@ class _Loop:
     def _wait(self, until: float) -> None:
         """Reads until the next call is due, a deadline has passed, or something has come."""
         now = time.perf_counter()
-        if self._tick and now - self._begun >= self._next_tick:
-            self._tick(now - self._begun)
-            self._next_tick = now - self._begun + 0.1
         if self._deadlines:
             until = min(until, self._deadlines[0][0])
-        if self._tick:
-            until = min(until, self._begun + self._next_tick)
         self._generator._poll(until - now, self._generator._sockets)
         self._take(time.perf_counter())
 
