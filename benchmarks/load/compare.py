@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.report import BenchmarkError
+from benchmarks.report import BenchmarkError, is_dirty
 
 _F64 = npt.NDArray[np.float64]
 
@@ -241,7 +241,7 @@ def _warnings(first: Mapping[str, Any], second: Mapping[str, Any], paired: bool)
     warnings += [
         f"commit {result['commit']} does not say what was measured: its tree had changes"
         for result in (first, second)
-        if str(result.get("commit", "")).endswith("-dirty")
+        if is_dirty(str(result.get("commit", "")))
     ]
     if not paired:
         warnings.append("measured one after the other, so a change of the machine counts; --against avoids that")

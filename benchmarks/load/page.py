@@ -15,7 +15,7 @@ import jinja2
 
 from benchmarks.load.compare import compare
 from benchmarks.load.plot import Line, plot
-from benchmarks.report import BenchmarkError
+from benchmarks.report import BenchmarkError, is_dirty
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _PERCENTILES = ("p50", "p90", "p99", "p99.9")
@@ -96,7 +96,7 @@ def _part(name: str, result: Mapping[str, Any]) -> _Part:
     part.command, part.commit, part.at = (str(result.get(key, "")) for key in ("command", "commit", "at"))
     machine = result.get("machine", {})
     part.machine = f"{machine.get('processor', 'unknown machine')}, {machine.get('cores', '?')} cores"
-    if part.commit.endswith("-dirty"):
+    if is_dirty(part.commit):
         part.warnings.append("The tree had changes, so the commit does not say what was measured.")
     return part
 
