@@ -75,13 +75,17 @@ class ProcessTree:
                 total += int((_PROC / str(pid) / "statm").read_text().split()[1]) * _PAGE_BYTES
         return total
 
-    def proportional_bytes(self) -> dict[int, int]:
-        """Returns the memory of each process; what several share is divided among them."""
+    def proportional_bytes(self, *, stores: bool = True) -> dict[int, int]:
+        """Returns the memory of each process; what several share is divided among them.
+
+        Args:
+            stores: Also of the Redis servers that it started.
+        """
         sizes = {}
         for pid in self._pids():
-            with contextlib.suppress(OSError):
-                lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()
-                sizes[pid] = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+            fields = _stat(pid)
+            if fields and (stores or fields[0] not in _STORES):
+                sizes[pid] = _mapped(pid, ("Pss:",))
         return sizes
 
     def _pids(self) -> list[int]:
@@ -96,6 +100,19 @@ class ProcessTree:
             tree.append(pid)
             waiting += children.get(pid, [])
         return tree
+
+
+def private_bytes(pid: int) -> int:
+    """Returns the memory that a process shares with no other one; 0 if it has ended."""
+    return _mapped(pid, ("Private_Clean:", "Private_Dirty:"))
+
+
+def _mapped(pid: int, names: tuple[str, ...]) -> int:
+    try:
+        lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(names))
 
 
 def _all_pids() -> Iterator[int]:

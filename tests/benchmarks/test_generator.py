@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -26,7 +27,9 @@ RECOMMEND = "/penchant.v1.RankingService/Recommend"
 def plan(generator: Generator, moments: list[float], timeout_s: float = 5.0, message: bytes = b"") -> Plan:
     head = generator.head(RECOMMEND, timeout_s)
     count = len(moments)
-    return Plan(np.array(moments), [head] * count, [message] * count, np.zeros(count, np.int8), ["recommend"], timeout_s)
+    return Plan(
+        np.array(moments), [head] * count, [message] * count, np.zeros(count, np.int8), ["recommend"], timeout_s
+    )
 
 
 def test_the_examples_of_the_standard_are_read() -> None:
@@ -53,10 +56,8 @@ def test_headers_come_back_as_they_were_written(headers: dict[str, str]) -> None
 
 @given(st.binary(max_size=60))
 def test_a_broken_block_is_refused_and_nothing_else_happens(block: bytes) -> None:
-    try:
+    with contextlib.suppress(hpack.HeaderError):
         assert all(isinstance(name, str) for name in hpack.decode(block))
-    except hpack.HeaderError:
-        pass
 
 
 def test_calls_start_at_their_moments_and_are_timed_from_them(stub: Stub) -> None:
