@@ -136,6 +136,7 @@ class Bench:
         }
 
 
+_LEAST_CALLS = 8
 _MOST_PER_SECOND = 2000
 """Calls that a closed loop is prepared for; one that needs more of them ends early."""
 
@@ -321,7 +322,7 @@ def find_max(
                 f"no rate holds p99 <= {promise.p99_ms:g} ms with at most {promise.errors:.2%} errors; the last "
                 f"window: {trials[-1]}. Give a looser --slo-p99 or --slo-errors"
             )
-        points = [(share, bench.measure(share * highest, max(20, int(share * highest * window_s)))) for share in curve]
+        points = [(share, bench.measure(share * highest, _calls(share * highest, window_s))) for share in curve]
         figures: dict[str, Any] = {
             "highest_rate": round(highest, 1),
             "highest_rates": [round(rate, 1) for rate in rates],
@@ -334,7 +335,7 @@ def find_max(
         # The windows that the result keeps, and that `compare` reads, are all of one rate.
         bench.windows.clear()
         for _ in range(HALF_WINDOWS):
-            bench.measure(highest / 2, max(20, int(highest / 2 * window_s)))
+            bench.measure(highest / 2, _calls(highest / 2, window_s))
         figures["at_half"] = {"rate": round(highest / 2, 1), **summary(bench)["latency_ms"]}
         half = figures["at_half"]
         half["p99_over_p50"] = round(half["p99"] / half["p50"], 2)
@@ -383,7 +384,7 @@ def rate_of(bench: Bench, rate: str | float, figures: dict[str, Any]) -> float:
 
 
 def _trial(bench: Bench, rate: float, window_s: float) -> Trial:
-    window = bench.measure(rate, max(20, int(rate * window_s))).window
+    window = bench.measure(rate, _calls(rate, window_s)).window
     values = window.latencies_ms()
     p99 = latency_ms(values)["p99"] if values.size else math.inf
     if window.gave_up:
@@ -395,9 +396,14 @@ def _trial(bench: Bench, rate: float, window_s: float) -> Trial:
 
 def _checked_at(bench: Bench, rate: float, checks: Checks, window_s: float) -> dict[str, Any]:
     with bench.checked(checks) as quality:
-        windows = [bench.measure(rate, max(20, int(rate * window_s))).window for _ in range(2)]
+        windows = [bench.measure(rate, _calls(rate, window_s)).window for _ in range(2)]
         assert quality is not None
         return {"rate": round(rate, 1), **quality.figures(windows)}
+
+
+def _calls(rate: float, seconds: float) -> int:
+    # A slow service needs longer windows, or a few calls would decide.
+    return max(_LEAST_CALLS, int(rate * seconds))
 
 
 def _sizes(count: int, windows: int) -> list[int]:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-_GROWTH = 1.4
+_GROWTH, _SHRINK = 1.4, 2.5
 _FAR_OFF = 3.0
 """A window this many times above the limit is not tried again."""
-_LEAST_RATE = 0.5
+_LEAST_RATE = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Search:
                 low = rate
             else:
                 high = rate
-            rate = low * _GROWTH if high == math.inf else high / _GROWTH if low == 0 else rate
+            rate = low * _GROWTH if high == math.inf else high / _SHRINK if low == 0 else rate
         while low and high / low > 1 + precision:
             middle = math.sqrt(low * high)
             if self._holds(middle):
