@@ -1,4 +1,4 @@
-"""Bundles of any size, grown from a real one: its models and its items, and as many more like them as asked for.
+"""Bundles of any size, grown from a real one: its models and its items, and more that are like them.
 
 The items of the template keep their rows. Each further one is a copy of one of them under an id of its own, with a
 vector near that of its original. A copy that would be among the best answers of a golden request is moved back, so that
@@ -21,7 +21,7 @@ import pyarrow as pa
 from benchmarks.report import BenchmarkError
 from features.bundle import FILES, MANIFEST, open_bundle, publish
 from features.vocabulary import Vocabulary
-from training.export.index import build
+from training.export.index import BuiltIndex, build
 
 _F32 = npt.NDArray[np.float32]
 _BATCH = 500_000
@@ -62,19 +62,7 @@ def grow(template: Path, items: int, out: Path, *, recall: float = 0.98, seed: i
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        for name in FILES:
-            if name not in (*_OF_ROWS, *_OF_WORDS):
-                shutil.copyfile(template / name, staging / name)
-        ids = _write_items(table, originals, staging)
-        Vocabulary.build(ids).save(staging / "vocabulary.arrow")
-        del ids
-        vectors = _vectors(np.load(template / "vectors.npy"), originals, golden, rng)
-        np.save(staging / "vectors.npy", vectors)
-        for name in ("neighbors.npy", "neighbor_scores.npy"):
-            np.save(staging / name, np.load(template / name)[originals])
-        _write_words(template, originals, staging)
-        built = build(vectors, vectors[rng.integers(0, items, _QUERIES)], recall)
-        (staging / "index.faiss").write_bytes(built.data)
+        built = _write(template, table, originals, golden, rng, recall, staging)
         manifest = json.loads((template / MANIFEST).read_text(encoding="utf-8"))
         kept = {name: value for name, value in manifest.items() if name not in ("format", "bundle_id", "files")}
         size = sum(path.stat().st_size for path in staging.iterdir())
@@ -85,6 +73,30 @@ def grow(template: Path, items: int, out: Path, *, recall: float = 0.98, seed: i
     return {"path": str(out), "items": items, "bytes": size, "index": index}
 
 
+def _write(
+    template: Path,
+    table: pa.Table,
+    originals: npt.NDArray[np.int64],
+    golden: dict[str, Any],
+    rng: np.random.Generator,
+    recall: float,
+    staging: Path,
+) -> BuiltIndex:
+    """Writes every file but the manifest; returns the index."""
+    for name in FILES:
+        if name not in (*_OF_ROWS, *_OF_WORDS):
+            shutil.copyfile(template / name, staging / name)
+    Vocabulary.build(_write_items(table, originals, staging)).save(staging / "vocabulary.arrow")
+    vectors = _vectors(np.load(template / "vectors.npy"), originals, golden, rng)
+    np.save(staging / "vectors.npy", vectors)
+    for name in ("neighbors.npy", "neighbor_scores.npy"):
+        np.save(staging / name, np.load(template / name)[originals])
+    _write_words(template, originals, staging)
+    built = build(vectors, vectors[rng.integers(0, len(vectors), _QUERIES)], recall)
+    (staging / "index.faiss").write_bytes(built.data)
+    return built
+
+
 def _table(bundle: Path) -> pa.Table:
     with pa.memory_map(str(bundle / "items.arrow"), "rb") as source:
         return pa.ipc.open_file(source).read_all()
@@ -93,38 +105,42 @@ def _table(bundle: Path) -> pa.Table:
 def _write_items(table: pa.Table, originals: npt.NDArray[np.int64], staging: Path) -> list[str]:
     """Writes the items in batches, so that ten million of them are never in memory at once; returns their ids."""
     ids: list[str] = []
-    known = table.column("item_id").to_pylist()
+    item_ids = table.column("item_id").to_pylist()
     with pa.OSFile(str(staging / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         for start, rows in _batches(originals):
             # A copy is named by its original and its row, so no two have one name.
             names = [
-                known[row] if start + at < len(known) else f"{known[row]}~{start + at}"
+                item_ids[row] if start + at < len(item_ids) else f"{item_ids[row]}~{start + at}"
                 for at, row in enumerate(rows.tolist())
             ]
-            part = table.take(pa.array(rows))
+            part = table.take(rows)
             column = table.schema.get_field_index("item_id")
             writer.write_table(part.set_column(column, table.schema.field(column), pa.array(names, pa.string())))
             ids += names
     return ids
 
 
-def _vectors(known: _F32, originals: npt.NDArray[np.int64], golden: dict[str, Any], rng: np.random.Generator) -> _F32:
+def _vectors(
+    vectors_of_template: _F32, originals: npt.NDArray[np.int64], golden: dict[str, Any], rng: np.random.Generator
+) -> _F32:
     # A query without words has no direction: every item is equally near, and the first rows come first.
     requests = [request for request in (*golden["people"], *golden["queries"]) if any(request["vector"])]
-    asked = np.array([request["vector"] for request in requests], np.float32).reshape(-1, known.shape[1])
+    request_vectors = np.array([request["vector"] for request in requests], np.float32).reshape(
+        -1, vectors_of_template.shape[1]
+    )
     # The last of the answers that a golden request names: no copy may come up to it.
     bars = np.array([min(request["relevance"], default=np.inf) for request in requests], np.float32)
-    vectors = np.empty((originals.size, known.shape[1]), np.float32)
+    vectors = np.empty((originals.size, vectors_of_template.shape[1]), np.float32)
     for start, rows in _batches(originals):
-        part = known[rows]
+        part = vectors_of_template[rows]
         lengths = np.linalg.norm(part, axis=1, keepdims=True) / np.sqrt(np.float32(part.shape[1]))
         part += _SPREAD * lengths * rng.standard_normal(part.shape).astype(np.float32)
-        vectors[start : start + rows.size] = _moved_back(part, asked, bars)
-    vectors[: len(known)] = known
+        vectors[start : start + rows.size] = _moved_back(part, request_vectors, bars)
+    vectors[: len(vectors_of_template)] = vectors_of_template
     return vectors
 
 
-def _moved_back(vectors: _F32, asked: _F32, bars: _F32) -> _F32:
+def _moved_back(vectors: _F32, request_vectors: _F32, bars: _F32) -> _F32:
     """Returns the vectors, shortened where a golden request would rank them too high.
 
     Raises:
@@ -132,7 +148,7 @@ def _moved_back(vectors: _F32, asked: _F32, bars: _F32) -> _F32:
     """
     if (bars <= 0).any():
         raise BenchmarkError("a golden request of the template has answers of relevance 0: name a larger template")
-    scores = vectors @ asked.T
+    scores = vectors @ request_vectors.T
     allowed = ((1 - _MARGIN) * bars / np.maximum(scores, 1e-12)).min(axis=1)
     moved: _F32 = vectors * np.minimum(allowed, 1.0)[:, None]
     return moved

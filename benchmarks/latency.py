@@ -10,24 +10,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.load.ceiling import Promise, Search, Trial
 from benchmarks.load.figures import Measured, answers_figures, by_method, histogram, latency_ms, window_figures
 from benchmarks.load.generator import CONNECTIONS, Generator
 from benchmarks.load.material import gather
 from benchmarks.load.process_tree import ProcessTree
 from benchmarks.load.quality import Checks, Quality, reserved
 from benchmarks.load.recorded import RecordedTraffic
-from benchmarks.load.traffic import Material, MixedTraffic, Shape, Traffic
+from benchmarks.load.traffic import MixedTraffic, RequestMaterial, Shape, Traffic
 from benchmarks.report import BenchmarkError, facts
 
 METHOD = (
@@ -39,10 +36,6 @@ WARM_UP_S = 2.0
 CEILING_S = 4.0
 REQUESTS = 5000
 WINDOWS = 10
-HALF_WINDOWS = 5
-"""Windows at half of the highest rate: one stall is a large part of the p99 of a short one."""
-CURVE = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1)
-"""Shares of the highest rate at which the curve of the latency is measured."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +79,9 @@ class Bench:
     generator: Generator
     traffic: Traffic
     shape: Shape
-    material: Material
+    material: RequestMaterial
     tree: ProcessTree | None
-    probed: Material
+    probed: RequestMaterial
     bundle: Path | None = None
     windows: list[Measured] = field(default_factory=list)
 
@@ -136,7 +129,6 @@ class Bench:
         }
 
 
-_LEAST_CALLS = 8
 _MOST_PER_SECOND = 2000
 """Calls that a closed loop is prepared for; one that needs more of them ends early."""
 
@@ -149,16 +141,16 @@ def bench_of(target: Target, shape: Shape) -> Iterator[Bench]:
         BenchmarkError: There is no service, there are no users, or the mix needs something that is not known.
     """
     with Generator(target.address, token=os.environ.get("PENCHANT_TOKEN", "")) as generator:
-        known = gather(generator, target.users, shape.mix, bundle=target.bundle, queries=target.queries)
-        loaded, probed = reserved(known.users)
-        material = replace(known, users=loaded)
+        contents = gather(generator, target.users, shape.mix, bundle=target.bundle, queries=target.queries)
+        loaded, probed = reserved(contents.users)
+        material = replace(contents, users=loaded)
         traffic: Traffic
         if target.recorded:
             traffic = RecordedTraffic(generator, target.recorded, shape.timeout_s)
         else:
             traffic = MixedTraffic(generator, material, shape, target.seed)
         tree = ProcessTree(target.pid) if target.pid else ProcessTree.listening_at(target.address)
-        bench = Bench(generator, traffic, shape, material, tree, replace(known, users=probed), target.bundle)
+        bench = Bench(generator, traffic, shape, material, tree, replace(contents, users=probed), target.bundle)
         # Connections, caches and the pages of the bundle are cold at first.
         bench.fill(WARM_UP_S)
         yield bench
@@ -202,144 +194,17 @@ def latency(
         per_second = rate_of(bench, rate, figures)
         count = requests or (math.ceil(duration * per_second) if duration else REQUESTS)
         with bench.checked(checks) as quality:
-            for size in _sizes(count, windows):
+            for size in sizes_of(count, windows):
                 bench.measure(per_second, size)
             if quality:
                 figures["quality"] = quality.figures([measured.window for measured in bench.windows])
         return {"rate": round(per_second, 1), **figures, **summary(bench), **bench.circumstances()}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two services that are measured in turn, and the files of their results.
-
-    Attributes:
-        first: One of them.
-        against: Address of the other, of which the same is asked.
-        out: File of the first one's result.
-        out_against: File of the other's.
-    """
-
-    first: Target
-    against: str
-    out: Path | None
-    out_against: Path | None
-
-    def require(self) -> tuple[Path, Path]:
-        """Returns the files.
-
-        Raises:
-            BenchmarkError: One is missing.
-        """
-        if self.out is None or self.out_against is None:
-            raise BenchmarkError("--against makes two results: name their files by --out and --out-against")
-        return self.out, self.out_against
-
-
-def latency_against(
-    pair: Pair,
-    rate: str | float,
-    requests: int | None = None,
-    duration: float | None = None,
-    windows: int = WINDOWS,
-    shape: Shape | None = None,
-) -> dict[str, Any]:
-    """Measures two services in turn, window by window, so that a slow moment of the machine hits both alike.
-
-    Args:
-        pair: The services.
-        rate: Requests per second, or "half" for half of the highest rate of the first service.
-        requests: Number of requests to each; 5,000 unless `duration` is given.
-        duration: Length of the measurement of each in seconds, instead of `requests`.
-        windows: Number of windows of each.
-        shape: The form of the traffic; None: `Recommend` only.
-
-    Returns:
-        The files of the two results, which are as `latency` returns them and have a common `pairing`, by which
-        `compare` takes their windows in pairs.
-
-    Raises:
-        BenchmarkError: As `latency`, and if a file is not named.
-    """
-    files = pair.require()
-    targets = (pair.first, replace(pair.first, address=pair.against, pid=None))
-    with ExitStack() as stack:
-        benches = [stack.enter_context(bench_of(target, shape or Shape())) for target in targets]
-        per_second = rate_of(benches[0], rate, {})
-        count = requests or (math.ceil(duration * per_second) if duration else REQUESTS)
-        for number, size in enumerate(_sizes(count, windows)):
-            # Back and forth, so that none is always measured in the wake of the other.
-            for bench in benches if number % 2 == 0 else benches[::-1]:
-                bench.measure(per_second, size)
-        shared = {"rate": round(per_second, 1), "pairing": uuid.uuid4().hex}
-        for bench, file in zip(benches, files, strict=True):
-            save(file, {**shared, "target": bench.generator.target, **summary(bench), **bench.circumstances()})
-    return {"results": [str(file) for file in files], **shared}
-
-
 def save(file: Path, result: dict[str, Any]) -> None:
     """Writes a result as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def find_max(
-    target: Target,
-    promise: Promise,
-    *,
-    window_s: float = 8.0,
-    shape: Shape | None = None,
-    checks: Checks | None = None,
-    repeats: int = 1,
-    curve: Sequence[float] = CURVE,
-) -> dict[str, Any]:
-    """Finds the highest rate at which a service keeps a promise, and measures it below and above.
-
-    Args:
-        target: The service.
-        promise: What has to hold.
-        window_s: Length of each window, in seconds.
-        shape: The form of the traffic; None: `Recommend` only.
-        checks: Quality to check at three quarters of the highest rate; None checks none.
-        repeats: Number of searches; the highest rate is their median.
-        curve: Shares of the highest rate at which the latency is measured afterwards.
-
-    Returns:
-        `highest_rate`, `highest_rates` (of each search), `promise`, `trials`, `curve` (figures at each share),
-        `at_half` (percentiles at half of it, and `p99_over_p50`), what `latency` returns of the windows at half of it,
-        and `quality`.
-
-    Raises:
-        BenchmarkError: There is no such service, or no rate holds.
-    """
-    with bench_of(target, shape or Shape()) as bench:
-        start = 0.7 * bench.fill(CEILING_S)
-        searches = [Search(promise, lambda rate: _trial(bench, rate, window_s)) for _ in range(repeats)]
-        rates = [search.highest(start) for search in searches]
-        highest, trials = float(np.median(rates)), [vars(trial) for search in searches for trial in search.trials]
-        if not highest:
-            raise BenchmarkError(
-                f"no rate holds p99 <= {promise.p99_ms:g} ms with at most {promise.errors:.2%} errors; the last "
-                f"window: {trials[-1]}. Give a looser --slo-p99 or --slo-errors"
-            )
-        points = [(share, bench.measure(share * highest, _calls(share * highest, window_s))) for share in curve]
-        figures: dict[str, Any] = {
-            "highest_rate": round(highest, 1),
-            "highest_rates": [round(rate, 1) for rate in rates],
-            "promise": vars(promise),
-            "trials": trials,
-            "curve": [{"share": share, **window_figures(measured)} for share, measured in points],
-        }
-        if checks:
-            figures["quality"] = _checked_at(bench, 0.75 * highest, checks, window_s)
-        # The windows that the result keeps, and that `compare` reads, are all of one rate.
-        bench.windows.clear()
-        for _ in range(HALF_WINDOWS):
-            bench.measure(highest / 2, _calls(highest / 2, window_s))
-        figures["at_half"] = {"rate": round(highest / 2, 1), **summary(bench)["latency_ms"]}
-        half = figures["at_half"]
-        half["p99_over_p50"] = round(half["p99"] / half["p50"], 2)
-        return {"rate": round(highest / 2, 1), **figures, **summary(bench), **bench.circumstances()}
 
 
 def summary(bench: Bench) -> dict[str, Any]:
@@ -383,30 +248,7 @@ def rate_of(bench: Bench, rate: str | float, figures: dict[str, Any]) -> float:
     return _number(text, text)
 
 
-def _trial(bench: Bench, rate: float, window_s: float) -> Trial:
-    window = bench.measure(rate, _calls(rate, window_s)).window
-    values = window.latencies_ms()
-    p99 = latency_ms(values)["p99"] if values.size else math.inf
-    if window.gave_up:
-        # The queue that it left behind would be charged to the next window.
-        time.sleep(1.0)
-    calls = int(window.sent.sum())
-    return Trial(round(rate, 2), p99, 1 - values.size / max(calls, 1), window.gave_up)
-
-
-def _checked_at(bench: Bench, rate: float, checks: Checks, window_s: float) -> dict[str, Any]:
-    with bench.checked(checks) as quality:
-        windows = [bench.measure(rate, _calls(rate, window_s)).window for _ in range(2)]
-        assert quality is not None
-        return {"rate": round(rate, 1), **quality.figures(windows)}
-
-
-def _calls(rate: float, seconds: float) -> int:
-    # A slow service needs longer windows, or a few calls would decide.
-    return max(_LEAST_CALLS, int(rate * seconds))
-
-
-def _sizes(count: int, windows: int) -> list[int]:
+def sizes_of(count: int, windows: int) -> list[int]:
     """Returns the calls of each window, as equal as they can be; none is empty."""
     windows = max(1, min(windows, count))
     return [count // windows + (number < count % windows) for number in range(windows)]

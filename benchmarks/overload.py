@@ -22,9 +22,9 @@ import numpy.typing as npt
 from benchmarks.latency import CEILING_S, Bench, Target, bench_of
 from benchmarks.load.ceiling import Promise
 from benchmarks.load.figures import latency_ms, window_figures
-from benchmarks.load.generator import Plan, Window, refusals
 from benchmarks.load.process_tree import ProcessTree
 from benchmarks.load.traffic import MixedTraffic, Shape
+from benchmarks.load.window import CallPlan, Window, refusals
 from benchmarks.report import BenchmarkError
 
 _SAMPLE_S = 0.25
@@ -32,7 +32,7 @@ _BIN_S = 0.25
 """Length of the moments by which the recovery is told."""
 _QUIET_SHARE = 0.5
 _LIMITS = {"goodput": 0.9, "refused_p99_ms": 10.0, "interactive_served": 0.999, "memory_ratio": 1.1, "recovery_s": 2.0}
-"""What a service with admission has to keep."""
+"""Limits that a service with admission has to keep."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ def overload(target: Target, load: Overload, shape: Shape | None = None) -> dict
         return {**figures, **_judged(figures), "promise": vars(load.promise), **bench.circumstances()}
 
 
-def _overloaded(bench: Bench, offered: float, batch_share: float, load: Overload) -> Plan:
+def _overloaded(bench: Bench, offered: float, batch_share: float, load: Overload) -> CallPlan:
     """Returns the calls of an overload and of the quiet time after it, in one plan, so that neither waits."""
     shape = replace(bench.shape, batch_share=batch_share)
     burst = MixedTraffic(bench.generator, bench.material, shape).plan(offered, _count(offered, load.seconds))
     quiet_rate = _QUIET_SHARE * offered / load.times
     after = bench.traffic.plan(quiet_rate, _count(quiet_rate, load.seconds))
-    return Plan(
+    return CallPlan(
         np.concatenate([burst.moments, burst.moments[-1] + after.moments]),
         [*burst.heads, *after.heads],
         [*burst.messages, *after.messages],
@@ -108,7 +108,7 @@ def _overloaded(bench: Bench, offered: float, batch_share: float, load: Overload
     )
 
 
-def _phase(bench: Bench, plan: Plan, highest: float, load: Overload) -> dict[str, Any]:
+def _phase(bench: Bench, plan: CallPlan, highest: float, load: Overload) -> dict[str, Any]:
     window = bench.generator.open_loop(plan, endure=True)
     end = float(plan.moments[_count(load.times * highest, load.seconds) - 1])
     within = plan.moments <= end
@@ -192,7 +192,7 @@ def _count(rate: float, seconds: float) -> int:
     return max(20, int(rate * seconds))
 
 
-class _Memory:
+class MemoryWatch:
     """The resident memory of a service, read every quarter of a second by a thread."""
 
     def __init__(self, tree: ProcessTree | None) -> None:
@@ -224,8 +224,8 @@ class _Memory:
 
 
 @contextmanager
-def _memory(tree: ProcessTree | None) -> Iterator[_Memory]:
-    memory = _Memory(tree)
+def _memory(tree: ProcessTree | None) -> Iterator[MemoryWatch]:
+    memory = MemoryWatch(tree)
     memory.start()
     try:
         yield memory

@@ -69,20 +69,27 @@ def serving_growth(
     ordered = sorted(set(sizes))
     if len(ordered) < 2:
         raise BenchmarkError("one size says nothing of growth: name two or more, as 1e4,1e5,1e6")
-    grown = {items: grow(template, items, folder / f"items-{items}") for items in ordered}
+    grown = [grow(template, items, folder / f"items-{items}") for items in ordered]
+    results = _alternating(grown, list(titles_of(template)), rate, requests, rounds, seed)
+    return {"serving_growth": results, **_slopes(results), "rate": rate, "method": METHOD, **facts()}
+
+
+def _alternating(
+    grown: Sequence[dict[str, Any]], item_ids: Sequence[str], rate: float, requests: int, rounds: int, seed: int
+) -> list[dict[str, Any]]:
+    """Measures each of the larger services in turn with the smallest one, which goes on running."""
     users = [f"user-{number}" for number in range(USERS)]
-    known = list(titles_of(template))
-    results = []
-    with _service(grown[ordered[0]], known, users, seed) as smallest:
-        # The smallest is measured beside each of the others; its own figures are those of the first time.
-        for items in ordered[1:]:
-            with _service(grown[items], known, users, seed) as larger:
+    results: list[dict[str, Any]] = []
+    with _service(grown[0], item_ids, users, seed) as smallest:
+        for size in grown[1:]:
+            with _service(size, item_ids, users, seed) as larger:
                 pairs = [(smallest.window(rate, requests), larger.window(rate, requests)) for _ in range(rounds)]
+                # The smallest one's own figures are those of the first time.
                 if not results:
                     results.append(smallest.figures() | {"ratio": 1.0})
                 ratios = [second / first for first, second in pairs]
                 results.append(larger.figures() | {"ratio": round(float(np.median(ratios)), 3)})
-    return {"serving_growth": results, **_slopes(results), "rate": rate, "method": METHOD, **facts()}
+    return results
 
 
 def _slopes(results: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -129,7 +136,7 @@ class _Measured:
 
 
 @contextmanager
-def _service(grown: dict[str, Any], known: Sequence[str], users: Sequence[str], seed: int) -> Iterator[_Measured]:
+def _service(grown: dict[str, Any], item_ids: Sequence[str], users: Sequence[str], seed: int) -> Iterator[_Measured]:
     """Serves a bundle, and fills the profiles of the users."""
     begun = time.perf_counter()
     options = ("--workers", str(_WORKERS), "--access-log", "off")
@@ -139,17 +146,17 @@ def _service(grown: dict[str, Any], known: Sequence[str], users: Sequence[str], 
     ):
         start_s = time.perf_counter() - begun
         with Client(ready["listen"], timeout_s=_TIMEOUT_S) as client:
-            _fill(client, known, users, random.Random(seed))
+            _fill(client, item_ids, users, random.Random(seed))
         shape = Shape(zipf=0.0, page_size=PAGE, timeout_s=_TIMEOUT_S)
         target = Target(ready["listen"], users, pid=ready["pid"], seed=seed)
         with bench_of(target, shape) as bench:
             yield _Measured(grown, bench, ready, start_s)
 
 
-def _fill(client: Client, known: Sequence[str], users: Sequence[str], rng: random.Random) -> None:
+def _fill(client: Client, item_ids: Sequence[str], users: Sequence[str], rng: random.Random) -> None:
     for start in range(0, len(users) * EVENTS, _BATCH):
         numbers = range(start, min(start + _BATCH, len(users) * EVENTS))
-        batch = [event(users[number // EVENTS], rng.choice(known), "view_item") for number in numbers]
+        batch = [event(users[number // EVENTS], rng.choice(item_ids), "view_item") for number in numbers]
         refused = [status.message for status in client.ingest(batch) if status.code]
         if refused:
             raise BenchmarkError(f"{len(refused)} of {len(batch)} events were refused: {refused[0]}")

@@ -114,6 +114,7 @@ def latency(
 ) -> None:
     """Measures the latency of a service from the intended start of each request, or its highest rate."""
     use_cores(1)
+    from benchmarks import highest_rate, latency_pairs
     from benchmarks import latency as tool
     from benchmarks.load.ceiling import Promise
     from benchmarks.load.quality import parse_checks
@@ -123,10 +124,10 @@ def latency(
     checks = parse_checks(check) if check else None
     if find_max:
         promise = Promise(slo_p99, slo_errors)
-        result = tool.find_max(named, promise, window_s=window_s, shape=shape, checks=checks, repeats=repeats)
+        result = highest_rate.find_max(named, promise, window_s=window_s, shape=shape, checks=checks, repeats=repeats)
     elif against:
-        pair = tool.Pair(named, against, out, out_against)
-        result = tool.latency_against(pair, rate, requests, duration, windows, shape)
+        pair = latency_pairs.Pair(named, against, out, out_against)
+        result = latency_pairs.latency_against(pair, rate, requests, duration, windows, shape)
         out = None
     else:
         result = tool.latency(

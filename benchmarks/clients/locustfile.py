@@ -2,7 +2,7 @@
 
 Each of locust's users makes one call a second; 100 of them make about 100. `PENCHANT_USERS`, `PENCHANT_ITEMS` (ids from
 1 to N) and `PENCHANT_QUERIES` (separated by commas) say whom and what to ask for. A user of locust waits for its answer
-before it calls again, so a slow service gets fewer calls than were meant: read the rate beside the latency.
+before it calls again, so a slow service gets fewer calls than were meant: read the rate with the latency.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-import grpc.experimental.gevent
+import grpc.experimental.gevent  # type: ignore[import-not-found]
 from locust import User, constant_throughput, task  # pyright: ignore[reportMissingImports]
 
 from penchant.channels import channel_options
@@ -50,30 +50,30 @@ class PenchantUser(User):  # type: ignore[misc]
         """Closes the connection."""
         self._channel.close()
 
-    @task(70)
+    @task(70)  # type: ignore[untyped-decorator]
     def recommend(self) -> None:
         """Asks for a feed."""
         self._call("Recommend", self._ranking.Recommend, ranking_pb2.RecommendRequest(options=_options()))
 
-    @task(10)
+    @task(10)  # type: ignore[untyped-decorator]
     def search(self) -> None:
         """Searches."""
         request = ranking_pb2.SearchRequest(options=_options(), query=random.choice(QUERIES))
         self._call("Search", self._ranking.Search, request)
 
-    @task(10)
+    @task(10)  # type: ignore[untyped-decorator]
     def rank(self) -> None:
         """Lets candidates be ordered."""
         candidates = ranking_pb2.Candidates(item_ids=[_item() for _ in range(CANDIDATES)])
         self._call("Rank", self._ranking.Rank, ranking_pb2.RankRequest(options=_options(), candidates=candidates))
 
-    @task(5)
+    @task(5)  # type: ignore[untyped-decorator]
     def similar(self) -> None:
         """Asks for similar items."""
         request = ranking_pb2.SimilarItemsRequest(options=_options(), seed_item_ids=[_item()])
         self._call("SimilarItems", self._ranking.SimilarItems, request)
 
-    @task(5)
+    @task(5)  # type: ignore[untyped-decorator]
     def ingest(self) -> None:
         """Sends an event."""
         event = event_pb2.Event(event_id=uuid.uuid4().hex, subject=_subject(), item_id=_item(), event_type="view_item")

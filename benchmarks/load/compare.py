@@ -75,17 +75,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], seed: int = 0) 
         count = min(map(len, samples))
         samples = [sample[:count] for sample in samples]
     outcome = outcome_of(samples[0], samples[1], paired=paired, rng=np.random.default_rng(seed))
-    metrics = {
-        name: {
-            "first": round(float(np.exp(samples[0][:, at].mean())), 3),
-            "second": round(float(np.exp(samples[1][:, at].mean())), 3),
-            "ratio": round(float(np.exp(outcome.difference[at])), 4),
-            "low": round(float(np.exp(outcome.difference[at] - outcome.half_width[at])), 4),
-            "high": round(float(np.exp(outcome.difference[at] + outcome.half_width[at])), 4),
-            "different": bool(outcome.different[at]),
-        }
-        for at, name in enumerate(names)
-    }
+    metrics = _metrics(names, samples, outcome)
     return {
         "different": any(metric["different"] for metric in metrics.values()),
         "verdict": _verdict(metrics),
@@ -96,6 +86,21 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], seed: int = 0) 
         "errors": [first.get("errors", {}), second.get("errors", {})],
         "commits": [first.get("commit"), second.get("commit")],
         "warnings": _warnings(first, second, paired),
+    }
+
+
+def _metrics(names: Sequence[str], samples: Sequence[_F64], outcome: Outcome) -> dict[str, dict[str, Any]]:
+    # Of logs a difference is a ratio, and a mean is that of the factors.
+    return {
+        name: {
+            "first": round(float(np.exp(samples[0][:, at].mean())), 3),
+            "second": round(float(np.exp(samples[1][:, at].mean())), 3),
+            "ratio": round(float(np.exp(outcome.difference[at])), 4),
+            "low": round(float(np.exp(outcome.difference[at] - outcome.half_width[at])), 4),
+            "high": round(float(np.exp(outcome.difference[at] + outcome.half_width[at])), 4),
+            "different": bool(outcome.different[at]),
+        }
+        for at, name in enumerate(names)
     }
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from hdrh.histogram import HdrHistogram
 
-from benchmarks.load.generator import Window
 from benchmarks.load.process_tree import Usage
+from benchmarks.load.window import Window
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 
 MOST_US = 60_000_000

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.load.generator import Generator
-from benchmarks.load.traffic import PATHS, Material
+from benchmarks.load.traffic import PATHS, RequestMaterial
 from benchmarks.report import BenchmarkError
 from features.tables.user_ids import read_user_ids
 from penchant.v1 import common_pb2, ranking_pb2
@@ -27,7 +27,7 @@ def gather(
     *,
     bundle: Path | None = None,
     queries: Path | None = None,
-) -> Material:
+) -> RequestMaterial:
     """Returns what a mix needs.
 
     Args:
@@ -44,10 +44,10 @@ def gather(
     if not user_ids:
         raise BenchmarkError("there is no user to request slates for: name at least one")
     if not mix.keys() - {"recommend"}:
-        return Material(user_ids)
+        return RequestMaterial(user_ids)
     titles = titles_of(bundle) if bundle else _titles_in_answers(generator, user_ids)
     texts = _lines(queries) if queries else _queries(titles)
-    return Material(user_ids, list(titles), texts)
+    return RequestMaterial(user_ids, list(titles), texts)
 
 
 def titles_of(bundle: Path) -> dict[str, str]:

@@ -107,7 +107,7 @@ def _latency(result: Mapping[str, Any]) -> _Part:
         part.facts.append(("highest rate", f"{result['highest_rate']:,.0f}/s"))
     if "promise" in result:
         part.facts.append(("at p99 of at most", f"{result['promise']['p99_ms']:g} ms"))
-    if "at_half" in result:
+    if result.get("at_half", {}).get("p99_over_p50"):
         part.facts.append(("p99/p50 at half of it", f"{result['at_half']['p99_over_p50']:.1f}"))
     if result.get("cpu_ms"):
         part.facts.append(("CPU of a request", f"{result['cpu_ms']:.2f} ms"))

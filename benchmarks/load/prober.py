@@ -94,10 +94,10 @@ class Prober:
                 "unloaded_equal": round(self._control, 4),
             }
         if self._events:
-            seen, waits, stale = zip(*self._events, strict=True)
+            at_once, waits, stale = zip(*self._events, strict=True)
             figures["staleness"] = {
-                "events": len(seen),
-                "seen_in_next": round(float(np.mean(seen)), 4),
+                "events": len(at_once),
+                "seen_in_next": round(float(np.mean(at_once)), 4),
                 "slowest_ms": round(1000 * max(waits), 1),
                 "marked_stale": sum(stale),
             }

@@ -137,10 +137,9 @@ def _ancestors(pid: int) -> Iterator[int]:
 
 def _service_root(pid: int) -> int:
     """Returns the topmost process above `pid` that runs the same program: the supervisor of a worker."""
-    own = _program(pid)
-    root = pid
+    program, root = _program(pid), pid
     for ancestor in _ancestors(pid):
-        if ancestor == os.getpid() or _program(ancestor) != own or not _is_penchant(ancestor):
+        if ancestor == os.getpid() or _program(ancestor) != program or not _is_penchant(ancestor):
             break
         root = ancestor
     return root

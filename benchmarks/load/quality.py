@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.load.figures import read_answers
-from benchmarks.load.generator import Generator, Window
-from benchmarks.load.traffic import Material
+from benchmarks.load.generator import Generator
+from benchmarks.load.traffic import RequestMaterial
+from benchmarks.load.window import Window
 from benchmarks.report import BenchmarkError
 
 CHECKS = ("agreement", "staleness", "eligibility", "recall")
@@ -71,7 +72,7 @@ class Quality:
         self._withdrawn = frozenset(ready["withdrawn"])
 
     @classmethod
-    def of(cls, generator: Generator, probed: Material, checks: Checks, bundle: Path | None) -> Quality:
+    def of(cls, generator: Generator, probed: RequestMaterial, checks: Checks, bundle: Path | None) -> Quality:
         """Starts the checks of a service that is not loaded yet.
 
         Args:

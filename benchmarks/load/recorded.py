@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.load.generator import Generator, Plan
+from benchmarks.load.generator import Generator
 from benchmarks.load.traffic import PATHS
+from benchmarks.load.window import CallPlan
 from benchmarks.report import BenchmarkError
 from features.subjects import id_of, is_anonymous, subject_of
 from features.tables.dataset import read_table
@@ -60,7 +61,7 @@ class RecordedTraffic:
         self.rate = len(calls) / self._length_s
         self._at = 0
 
-    def plan(self, rate: float, count: int) -> Plan:
+    def plan(self, rate: float, count: int) -> CallPlan:
         """Returns the next `count` calls, at the speed that makes their mean over the whole record `rate` a second."""
         places = np.arange(self._at, self._at + count)
         rounds, rows = np.divmod(places, len(self._calls))
@@ -68,7 +69,7 @@ class RecordedTraffic:
         # A gap of the mean length lies between the last call and the first one again.
         moments = self._times[rows] + rounds * (self._length_s + 1 / self.rate)
         chosen = [self._calls[row] for row in rows.tolist()]
-        return Plan(
+        return CallPlan(
             (moments - moments[0]) * self.rate / rate,
             [self._heads[name] for _, name, _ in chosen],
             [_fresh(name, message) for _, name, message in chosen],

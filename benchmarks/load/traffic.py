@@ -17,7 +17,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.load.generator import Generator, Plan
+from benchmarks.load.generator import Generator
+from benchmarks.load.window import CallPlan
 from benchmarks.report import BenchmarkError
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 
@@ -39,7 +40,7 @@ _EVENT_TYPE = "view_item"
 
 
 @dataclass(frozen=True)
-class Material:
+class RequestMaterial:
     """The contents of requests.
 
     Attributes:
@@ -96,7 +97,7 @@ class Shape:
 class Traffic(Protocol):
     """A source of windows; `MixedTraffic` draws them, `RecordedTraffic` repeats what was logged."""
 
-    def plan(self, rate: float, count: int) -> Plan:
+    def plan(self, rate: float, count: int) -> CallPlan:
         """Returns the next `count` calls at `rate` a second on average; each call returns another part."""
         ...
 
@@ -138,8 +139,8 @@ def parse_bursts(text: str) -> Bursts:
     Raises:
         BenchmarkError: It is none.
     """
-    factor, times, rest = text.partition("x")
-    length, slash, every = rest.partition("/")
+    factor, times, period = text.partition("x")
+    length, slash, every = period.partition("/")
     try:
         bursts = Bursts(float(factor), float(length), float(every))
     except ValueError:
@@ -155,7 +156,7 @@ def parse_bursts(text: str) -> Bursts:
 class MixedTraffic:
     """Calls drawn from a mix."""
 
-    def __init__(self, generator: Generator, material: Material, shape: Shape, seed: int = 1) -> None:
+    def __init__(self, generator: Generator, material: RequestMaterial, shape: Shape, seed: int = 1) -> None:
         """Prepares the messages.
 
         Raises:
@@ -180,7 +181,7 @@ class MixedTraffic:
         self._tails = {name: self._pool(name) for name in self._names}
         self._turns = {name: itertools.cycle(tails) for name, tails in self._tails.items()}
 
-    def plan(self, rate: float, count: int) -> Plan:
+    def plan(self, rate: float, count: int) -> CallPlan:
         """Returns `count` calls at `rate` a second."""
         moments = arrivals(rate, count, self._rng, self._shape.bursts)
         kinds = self._rng.choice(len(self._names), count, p=self._shares).astype(np.int8)
@@ -191,7 +192,7 @@ class MixedTraffic:
             name = self._names[kind]
             heads.append(self._heads[name][is_batch])
             messages.append(self._message(name, user))
-        return Plan(moments, heads, messages, kinds, self._names, self._shape.timeout_s)
+        return CallPlan(moments, heads, messages, kinds, self._names, self._shape.timeout_s)
 
     def figures(self) -> dict[str, object]:
         """Returns the mix, the law of the users, bursts and sizes."""

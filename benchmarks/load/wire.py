@@ -127,8 +127,8 @@ class Connection:
         self._window, self._peer_window, self._max_frame, self._max_streams = 65535, 65535, 16384, _MOST
         self._received = 0
         self._statuses: dict[bytes, int] = {}
-        ours = ((_TABLE_SIZE, 0), (_ENABLE_PUSH, 0), (_INITIAL_WINDOW, _MOST))
-        settings = b"".join(name.to_bytes(2, "big") + value.to_bytes(4, "big") for name, value in ours)
+        values = ((_TABLE_SIZE, 0), (_ENABLE_PUSH, 0), (_INITIAL_WINDOW, _MOST))
+        settings = b"".join(name.to_bytes(2, "big") + value.to_bytes(4, "big") for name, value in values)
         window = (_MOST - 65535).to_bytes(4, "big")
         self._write(_PREFACE + _frame(_SETTINGS, 0, 0, settings) + _frame(_WINDOW_UPDATE, 0, 0, window))
 

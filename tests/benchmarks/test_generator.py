@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from benchmarks.load import hpack
 from benchmarks.load.figures import latency_ms
-from benchmarks.load.generator import CallFailed, Generator, Plan, refusals
+from benchmarks.load.generator import CallFailed, Generator
 from benchmarks.load.process_tree import ProcessTree
+from benchmarks.load.window import CallPlan, refusals
 from benchmarks.load.wire import STATUS, Connection, ConnectionClosed, call_head
 from benchmarks.report import BenchmarkError
 from penchant.v1 import ranking_pb2
@@ -24,10 +25,10 @@ from tests.benchmarks.conftest import ITEMS, Stub
 RECOMMEND = "/penchant.v1.RankingService/Recommend"
 
 
-def plan(generator: Generator, moments: list[float], timeout_s: float = 5.0, message: bytes = b"") -> Plan:
+def plan(generator: Generator, moments: list[float], timeout_s: float = 5.0, message: bytes = b"") -> CallPlan:
     head = generator.head(RECOMMEND, timeout_s)
     count = len(moments)
-    return Plan(
+    return CallPlan(
         np.array(moments), [head] * count, [message] * count, np.zeros(count, np.int8), ["recommend"], timeout_s
     )
 

@@ -17,14 +17,17 @@ import grpc
 import pytest
 from google.protobuf import json_format
 
+import benchmarks.highest_rate
 import benchmarks.latency
-from benchmarks.latency import Pair, Target, find_max, latency, latency_against
+from benchmarks.highest_rate import find_max
+from benchmarks.latency import Target, latency
+from benchmarks.latency_pairs import Pair, latency_against
 from benchmarks.load.ceiling import Promise
 from benchmarks.load.compare import compare
 from benchmarks.load.generator import Generator
 from benchmarks.load.page import write_page
 from benchmarks.load.quality import Checks, Quality, parse_checks
-from benchmarks.load.traffic import Material, Shape, parse_mix
+from benchmarks.load.traffic import RequestMaterial, Shape, parse_mix
 from benchmarks.overload import Overload, overload
 from benchmarks.report import BenchmarkError, main
 from penchant.v1 import event_pb2, ranking_pb2
@@ -39,7 +42,7 @@ USERS = [f"user-{number}" for number in range(40)]
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks.latency, "WARM_UP_S", 0.2)
     monkeypatch.setattr(benchmarks.latency, "CEILING_S", 0.3)
-    monkeypatch.setattr(benchmarks.latency, "HALF_WINDOWS", 2)
+    monkeypatch.setattr(benchmarks.highest_rate, "HALF_WINDOWS", 2)
 
 
 def test_a_real_service_is_measured_and_checked(service: Service, world: Path, tmp_path: Path) -> None:
@@ -76,7 +79,7 @@ def test_a_real_service_is_measured_and_checked(service: Service, world: Path, t
 def test_two_services_are_measured_in_turn(stub: Stub, tmp_path: Path) -> None:
     # The same service under both names: a tenth of a second more for every second window would show.
     pair = Pair(Target(stub.target, USERS), stub.target, tmp_path / "a.json", tmp_path / "b.json")
-    latency_against(pair, rate=60, requests=64, windows=8)
+    latency_against(pair, rate=60, requests=48, windows=8)
     results = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
     assert results[0]["pairing"] == results[1]["pairing"]
     outcome = compare(*results)
@@ -97,7 +100,7 @@ def test_the_highest_rate_of_a_service_with_a_known_one(stub: Stub) -> None:
 
     stub.delay_s = work
     target = Target(stub.target, USERS)
-    result = find_max(target, Promise(100.0), window_s=0.5, curve=(0.5, 1.0))
+    result = find_max(target, Promise(100.0), window_s=0.3, curve=(0.5, 1.0))
     assert 25 < result["highest_rate"] < 130
     assert [point["share"] for point in result["curve"]] == [0.5, 1.0]
     assert result["at_half"]["p99_over_p50"] >= 1.0
@@ -105,8 +108,8 @@ def test_the_highest_rate_of_a_service_with_a_known_one(stub: Stub) -> None:
     assert result["trials"]
 
 
-def _checked(stub: Stub, names: list[str], rounds: float = 0.6) -> dict[str, Any]:
-    material = Material(USERS[:10], ITEMS, ["red shoes"])
+def _checked(stub: Stub, names: list[str], rounds: float = 0.4) -> dict[str, Any]:
+    material = RequestMaterial(USERS[:10], ITEMS, ["red shoes"])
     with Generator(stub.target, 1) as generator:
         checks = Checks(names, every_s=0.01)
         with Quality.of(generator, material, checks, None) as quality:
@@ -140,7 +143,7 @@ def test_checks_find_what_is_wrong(stub: Stub) -> None:
             return 0 if key.startswith("load-check") and next(calls) % 3 == 1 else super().get(key, default)
 
     stub.versions = Forgetful(seen)
-    bad = _checked(stub, names, rounds=1.0)
+    bad = _checked(stub, names, rounds=0.6)
     assert bad["agreement"]["equal"] == 0.0
     assert bad["agreement"]["overlap"] == pytest.approx(0.9)
     assert bad["agreement"]["unloaded_equal"] == 1.0

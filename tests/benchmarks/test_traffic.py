@@ -16,8 +16,8 @@ from benchmarks.load.recorded import RecordedTraffic
 from benchmarks.load.traffic import (
     PATHS,
     Bursts,
-    Material,
     MixedTraffic,
+    RequestMaterial,
     Shape,
     arrivals,
     parse_bursts,
@@ -41,7 +41,7 @@ def generator(stub: Stub) -> Generator:
 
 def test_a_mix_is_what_it_says(generator: Generator) -> None:
     shape = Shape(parse_mix(MIX), candidates=12, page_size=7, surface="home", batch_share=0.25)
-    material = Material(USERS, ITEMS, ["red shoes", "blue wine"])
+    material = RequestMaterial(USERS, ITEMS, ["red shoes", "blue wine"])
     with generator:
         plan = MixedTraffic(generator, material, shape, seed=3).plan(200.0, 8000)
     counts = Counter(plan.names[kind] for kind in plan.kinds.tolist())
@@ -100,10 +100,10 @@ def test_bad_bursts_are_refused_with_what_is_right(text: str) -> None:
 def test_material_that_lacks_something_says_what_to_give(generator: Generator) -> None:
     with generator:
         for mix, material, hint in (
-            ("rank=1", Material(USERS, ITEMS[:5]), "--candidates"),
-            ("search=1", Material(USERS, ITEMS), "--queries"),
-            ("similar=1", Material(USERS), "--bundle"),
-            ("recommend=1", Material([]), "at least one"),
+            ("rank=1", RequestMaterial(USERS, ITEMS[:5]), "--candidates"),
+            ("search=1", RequestMaterial(USERS, ITEMS), "--queries"),
+            ("similar=1", RequestMaterial(USERS), "--bundle"),
+            ("recommend=1", RequestMaterial([]), "at least one"),
         ):
             with pytest.raises(BenchmarkError, match=hint):
                 MixedTraffic(generator, material, Shape(parse_mix(mix)))
