@@ -154,7 +154,18 @@ class ServeConfig(BaseModel):
     # How much at once, and how a stop goes.
     threads: int = Field(2, ge=1, le=256, description="Rankings that a worker computes at once; others wait.")
     max_concurrent: int = Field(
-        32, ge=1, le=1024, description="Calls of a worker, in progress or waiting; more are refused."
+        256, ge=1, le=1024, description="Calls of a worker, in progress or waiting; more are refused."
+    )
+    admission: bool = Field(
+        True,
+        description="Refuse a ranking at once that could not be answered in time, batches first; off, all are taken "
+        "that `max_concurrent` has room for.",
+    )
+    admission_wait_ms: int = Field(
+        50,
+        ge=1,
+        description="Longest that a ranking may wait for others while more come than are answered, in milliseconds, or "
+        "the time of 16 rankings; in a burst ten times as long. Its deadline may allow less.",
     )
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message accepted, in bytes.")
     default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that sets none, in milliseconds.")
