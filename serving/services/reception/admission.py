@@ -22,7 +22,7 @@ BATCH = "batch"
 STANDING_S = 0.2
 """Time in seconds after which a queue that was never empty stands."""
 
-QUEUED = 16
+QUEUED = 8
 """Rankings of a slot that may wait in any case: a few callers that each wait for their answer are no overload."""
 
 BURST = 10
@@ -68,7 +68,8 @@ class AdmissionControl:
             return None
         own_s = limit.expected_s(kind)
         crowded, standing_s = limit.crowded_s() > STANDING_S, max(self._wait_s, QUEUED * own_s)
-        if batch and (crowded or wait_s > standing_s or limit.waiting_batch >= self._batches):
+        # Half of it, as interactive calls that come later still go before a batch that waits.
+        if batch and (crowded or wait_s > standing_s / 2 or limit.waiting_batch >= self._batches):
             return _deferred(_hint(wait_s, _BATCH_MS))
         most_s = standing_s if crowded else standing_s * BURST
         if wait_s > most_s or (wait_s + own_s) * _MARGIN > left_s:
