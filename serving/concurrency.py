@@ -239,7 +239,7 @@ class ConcurrencyLimit:
             begun = time.monotonic()
             try:
                 work.run()
-            except Exception:
+            except Exception:  # noqa: BLE001 - a defect in one call must not end the thread
                 # Its caller has been answered, or sees its deadline pass; the slot must not be lost.
                 _log.exception("work failed")
             seconds = time.monotonic() - begun - self._thread.waited_s

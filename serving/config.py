@@ -162,10 +162,10 @@ class ServeConfig(BaseModel):
         "that `max_concurrent` has room for.",
     )
     admission_wait_ms: int = Field(
-        50,
+        200,
         ge=1,
         description="Longest that a ranking may wait for others while more come than are answered, in milliseconds, or "
-        "the time of 8 rankings; in a burst ten times as long. Its deadline may allow less.",
+        "the time of 16 rankings; in a burst three times as long. Its deadline may allow less.",
     )
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message accepted, in bytes.")
     default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that sets none, in milliseconds.")

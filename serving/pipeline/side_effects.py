@@ -1,7 +1,7 @@
 """The stage after the answer: slates go to the impression log, and no caller waits for it.
 
-A slate is encoded by the thread that answered, when the answer is on its way. Another thread writes what has come, a few
-times a second: each round trip costs that thread, Redis and the disk about as much for one slate as for fifty.
+A slate is encoded by the thread that answered, when the answer is on its way. Another thread writes what has come, a
+few times a second: a round trip costs that thread, Redis and the disk about as much for one slate as for fifty.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, TypeVar

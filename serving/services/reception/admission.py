@@ -22,10 +22,10 @@ BATCH = "batch"
 STANDING_S = 0.2
 """Time in seconds after which a queue that was never empty stands."""
 
-QUEUED = 8
+QUEUED = 16
 """Rankings of a slot that may wait in any case: a few callers that each wait for their answer are no overload."""
 
-BURST = 10
+BURST = 3
 """Most times the wait in a standing queue that a burst may wait."""
 
 _MARGIN = 1.25
