@@ -64,7 +64,7 @@ class _Seat:
         self.wake.acquire()
 
 
-class _Local(threading.local):
+class _SlotState(threading.local):
     """The state of a thread.
 
     Attributes:
@@ -98,7 +98,7 @@ class ConcurrencyLimit:
         self._seconds: dict[str, float] = {}
         self._queued_s = self._queued_batch_s = 0.0
         self._eased_at = time.monotonic()
-        self._thread = _Local()
+        self._thread = _SlotState()
 
     @property
     def waiting(self) -> int:

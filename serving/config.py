@@ -299,20 +299,22 @@ class ServeConfig(BaseModel):
         Raises:
             ConfigError: The file cannot be read, or is empty.
         """
-        # A file is read at every start, so a rotated token needs no change of settings.
-        if self.token_file:
-            try:
-                secret = self.token_file.read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise ConfigError(f"token_file: cannot read {self.token_file} ({error.strerror})") from None
-            if not secret:
-                raise ConfigError(f"token_file: {self.token_file} is empty; put the token in it")
-            return secret
-        return self.token.get_secret_value() if self.token else ""
+        return _secret_in(self.token_file) if self.token_file else self.token.get_secret_value() if self.token else ""
 
     def printable(self) -> dict[str, Any]:
         """Returns the settings that differ from the defaults as JSON values, without the secret."""
         return self.model_dump(mode="json", exclude={"token"}, exclude_defaults=True)
+
+
+def _secret_in(file: Path) -> str:
+    """Returns the token that a file holds; it is read at every start, so a rotated one needs no change of settings."""
+    try:
+        secret = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"token_file: cannot read {file} ({error.strerror})") from None
+    if not secret:
+        raise ConfigError(f"token_file: {file} is empty; put the token in it")
+    return secret
 
 
 def _require_consistent(config: ServeConfig) -> None:

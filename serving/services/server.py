@@ -31,8 +31,9 @@ from serving.observability.telemetry import Telemetry
 from serving.services.interceptors import HEALTH, Interceptor, RequestInterceptor, TokenInterceptor
 from serving.services.reception.admission import AdmissionControl
 from serving.services.reception.calls import Bounds, Lane, Phase
-from serving.services.reception.executor import THREADS, Rankings, Reception
+from serving.services.reception.executor import THREADS, Reception
 from serving.services.reception.grpc_log import limit_grpc_log
+from serving.services.reception.rankings import Rankings
 from serving.services.reception.sockets import Sockets, connection_limits
 from serving.services.status import status_of
 

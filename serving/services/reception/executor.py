@@ -23,7 +23,6 @@ import grpc
 from grpc import _server as _grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from serving.concurrency import ConcurrencyLimit
 from serving.errors import (
     BatchDeferred,
     ConfigError,
@@ -36,8 +35,8 @@ from serving.errors import (
 from serving.memory import return_free_memory
 from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
-from serving.services.reception.admission import BATCH, PRIORITY_HEADER, AdmissionControl
 from serving.services.reception.calls import Bounds, Lane, OpenCall, OpenCalls, Phase
+from serving.services.reception.rankings import RankingCall, Rankings
 from serving.services.reception.sockets import Sockets
 
 THREADS = 32
@@ -153,45 +152,13 @@ _WAKE = object()
 
 
 @dataclass(frozen=True, slots=True)
-class _Ranking:
-    """The part of a ranking that decides when it is computed: its method, its priority and its deadline (Unix time)."""
-
-    kind: str
-    batch: bool
-    deadline: float
-
-    @classmethod
-    def of(cls, event: Any, kind: str, default_s: float) -> _Ranking:
-        """Returns that of a call, by its headers; `default_s` is the time of a call without a deadline, in seconds."""
-        batch = any(name == PRIORITY_HEADER and value == BATCH for name, value in event.invocation_metadata)
-        return cls(kind, batch, min(event.call_details.deadline, time.time() + default_s))
-
-
-@dataclass(frozen=True, slots=True)
-class Rankings:
-    """The way in which rankings are admitted and computed.
-
-    Attributes:
-        limit: Computes them.
-        admission: Decides which ones are taken.
-        default_s: Time of a call that sets no deadline, in seconds.
-        settle: Called in the thread of a ranking when its answer is on its way, for work that no caller waits for.
-    """
-
-    limit: ConcurrencyLimit
-    admission: AdmissionControl
-    default_s: float
-    settle: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True, slots=True)
 class _Rpc:
     """A call: the objects of gRPC, and its entry in the books; of a ranking, when it is to be computed."""
 
     event: Any
     state: Any
     call: OpenCall
-    ranking: _Ranking | None = None
+    ranking: RankingCall | None = None
 
 
 class Reception(ThreadPoolExecutor):
@@ -235,7 +202,7 @@ class Reception(ThreadPoolExecutor):
         lane: Lane = getattr(behavior, "lane", self._work)
         call, error = self.calls.enter(event.call.peer().decode(), lane)
         kind = getattr(behavior, "ranks", "")
-        ranking = _Ranking.of(event, kind, self.rankings.default_s) if kind and self.rankings else None
+        ranking = self.rankings.ranking(event, kind) if kind and self.rankings else None
         rpc = _Rpc(event, state, call, ranking)
         # A method that answers by a callback returns at once, so its call ends when the client closes it, not here.
         returns = not getattr(behavior, "experimental_non_blocking", False)
@@ -245,7 +212,7 @@ class Reception(ThreadPoolExecutor):
         # gRPC keeps an operation in `due` until the peer has taken its bytes.
         call.stuck = lambda: not _SENDS.isdisjoint(state.due)
         # By the headers alone: under overload most calls end here, before their message is received.
-        error = getattr(behavior, "refusal", None) or error or self._overload(rpc)
+        error = getattr(behavior, "refusal", None) or error or (ranking.refusal() if ranking else None)
         if error is not None:
             self._refuse(rpc, error)
             return self._over
@@ -262,8 +229,8 @@ class Reception(ThreadPoolExecutor):
             finally:
                 if returns:
                     self.calls.done(call)
-            if ranking and self.rankings:
-                self.rankings.settle()
+            if ranking:
+                ranking.settle()
 
         self._receive(rpc, run, many)
         return self._over
@@ -301,7 +268,7 @@ class Reception(ThreadPoolExecutor):
 
     def _begin(self, rpc: _Rpc, request: bytes | None, run: Callable[[bytes | None], None]) -> None:
         # Again, as many calls may have been taken while this one's message came.
-        if overload := self._overload(rpc):
+        if rpc.ranking and (overload := rpc.ranking.refusal()):
             self._refuse(rpc, overload)
             return
         try:
@@ -310,22 +277,14 @@ class Reception(ThreadPoolExecutor):
         except ServingError as error:
             self._refuse(rpc, error)
             return
-        if rpc.ranking and self.rankings:
-            self.rankings.limit.submit(lambda: run(request), rpc.ranking.kind, batch=rpc.ranking.batch)
+        if rpc.ranking:
+            rpc.ranking.submit(lambda: run(request))
         elif rpc.call.lane not in self._pools:
             super().submit(run, request)
         elif pool := self._pools[rpc.call.lane]:
             pool.submit(run, request)
         else:
             run(request)
-
-    def _overload(self, rpc: _Rpc) -> ServingError | None:
-        """Returns the error of a ranking that is not taken, as it could not be answered in time."""
-        ranking = rpc.ranking
-        if not ranking or not self.rankings:
-            return None
-        left_s = ranking.deadline - time.time()
-        return self.rankings.admission.refusal(ranking.kind, left_s, batch=ranking.batch)
 
     def _messages(self, call: OpenCall, first: bytes | None, following: Iterator[Any]) -> Iterator[bytes]:
         """Yields the messages of a stream.
