@@ -21,6 +21,8 @@ Response = TypeVar("Response")
 FIRST_PAUSE_S = 0.005
 """Pause before the second attempt of a call, in seconds; each later one is twice as long."""
 
+_BATCH = (("penchant-priority", "batch"),)
+
 UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """Status codes of a call that has not begun; a server that stops cancels those."""
 
@@ -36,10 +38,12 @@ class ServiceCalls:
         channels: int = 2,
         timeout_s: float = 0.25,
         root_certificates: bytes | None = None,
+        batch: bool = False,
     ) -> None:
         """Opens the connections."""
         self._timeout_s = timeout_s
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        authorization = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata = (*authorization, *(_BATCH if batch else ()))
         open_channel = partial(_open, target, root_certificates)
         self._connections = Connections(open_channel, Stubs, max(channels, 1))
 

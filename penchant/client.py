@@ -66,6 +66,7 @@ class Client(ServiceCalls):
         channels: Connections to hold, each to another worker if there are as many; calls take them in turn.
         timeout_s: Time a call may take, retries included, unless the call says otherwise.
         root_certificates: PEM roots to trust; with them, the connection is TLS.
+        batch: Rankings give way to interactive ones of other clients: where there is too much, these are refused first.
     """
 
     def recommend(self, **options: Unpack[Options]) -> ranking_pb2.Slate:

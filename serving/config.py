@@ -154,7 +154,18 @@ class ServeConfig(BaseModel):
     # How much at once, and how a stop goes.
     threads: int = Field(2, ge=1, le=256, description="Rankings that a worker computes at once; others wait.")
     max_concurrent: int = Field(
-        32, ge=1, le=1024, description="Calls of a worker, in progress or waiting; more are refused."
+        256, ge=1, le=1024, description="Calls of a worker, in progress or waiting; more are refused."
+    )
+    admission: bool = Field(
+        True,
+        description="Refuse a ranking at once that could not be answered in time, batches first; off, all are taken "
+        "that `max_concurrent` has room for.",
+    )
+    admission_wait_ms: int = Field(
+        200,
+        ge=1,
+        description="Longest that a ranking may wait for others while more come than are answered, in milliseconds, or "
+        "the time of 16 rankings; in a burst three times as long. Its deadline may allow less.",
     )
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, description="Largest message accepted, in bytes.")
     default_deadline_ms: int = Field(1000, ge=1, description="Deadline of a call that sets none, in milliseconds.")
@@ -291,20 +302,22 @@ class ServeConfig(BaseModel):
         Raises:
             ConfigError: The file cannot be read, or is empty.
         """
-        # A file is read at every start, so a rotated token needs no change of settings.
-        if self.token_file:
-            try:
-                secret = self.token_file.read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise ConfigError(f"token_file: cannot read {self.token_file} ({error.strerror})") from None
-            if not secret:
-                raise ConfigError(f"token_file: {self.token_file} is empty; put the token in it")
-            return secret
-        return self.token.get_secret_value() if self.token else ""
+        return _secret_in(self.token_file) if self.token_file else self.token.get_secret_value() if self.token else ""
 
     def printable(self) -> dict[str, Any]:
         """Returns the settings that differ from the defaults as JSON values, without the secret."""
         return self.model_dump(mode="json", exclude={"token"}, exclude_defaults=True)
+
+
+def _secret_in(file: Path) -> str:
+    """Returns the token that a file holds; it is read at every start, so a rotated one needs no change of settings."""
+    try:
+        secret = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"token_file: cannot read {file} ({error.strerror})") from None
+    if not secret:
+        raise ConfigError(f"token_file: {file} is empty; put the token in it")
+    return secret
 
 
 def _require_consistent(config: ServeConfig) -> None:

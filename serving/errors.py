@@ -8,6 +8,8 @@ ServingError
 ├── Unauthenticated          no token, or a wrong one
 ├── Unimplemented            the call does not fit its method
 ├── ResourceExhausted        too much, now: retry later
+│   ├── Overloaded
+│   └── BatchDeferred
 ├── DataLoss                 stored data is damaged: to be repaired first
 ├── DeadlineExceeded         the time given was not enough
 ├── Unavailable              a part is unreachable: safe to retry
@@ -90,6 +92,14 @@ class ResourceExhausted(ServingError):
     """Too much for now; `retry_after_ms` is the time until a retry makes sense."""
 
     code = "RESOURCE_EXHAUSTED"
+
+
+class Overloaded(ResourceExhausted):
+    """The ranking could not be answered in time."""
+
+
+class BatchDeferred(ResourceExhausted):
+    """The ranking is part of a batch, and interactive ones need the time."""
 
 
 class DeadlineExceeded(ServingError):

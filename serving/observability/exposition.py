@@ -60,10 +60,12 @@ FAMILIES = (
     Family("penchant_request_seconds", "histogram", "Time from the message of a request to its response.", ("method",)),
     Family("penchant_requests_in_flight", "gauge", "Requests in progress, the waiting ones included.", _PROCESS),
     Family("penchant_requests_waiting", "gauge", "Rankings that wait for others to finish.", _PROCESS),
+    Family("penchant_expected_wait_seconds", "gauge", "Time that a new ranking would wait for others.", _PROCESS),
     Family(
         "penchant_requests_refused",
         "counter",
-        "Requests refused before any work: `busy`, no `token`, or a `message` that is missing or late.",
+        "Requests refused before any work: `overload`, a `batch` that gives way, `busy` (no place), no `token`, or a "
+        "`message` that is missing or late.",
         ("reason",),
     ),
     Family("penchant_stage_seconds", "histogram", "Time of one stage of a ranking.", ("stage",)),
@@ -123,7 +125,8 @@ FAMILIES = (
 )
 
 _GAUGES: Mapping[str, str] = {
-    name: f"penchant_{name}" for name in ("requests_in_flight", "requests_waiting", "slates_waiting", "catalog_version")
+    name: f"penchant_{name}"
+    for name in ("requests_in_flight", "requests_waiting", "expected_wait_seconds", "slates_waiting", "catalog_version")
 }
 _STATS: Mapping[str, str] = {
     "started": "penchant_process_start_time_seconds",

@@ -1,13 +1,18 @@
-"""The stage after the answer: slates go to the impression log, and no caller waits for it."""
+"""The stage after the answer: slates go to the impression log, and no caller waits for it.
+
+A slate is encoded by the thread that answered, when the answer is on its way. Another thread writes what has come, a
+few times a second: a round trip costs that thread, Redis and the disk about as much for one slate as for fifty.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -24,7 +29,7 @@ from serving.observability.telemetry import Telemetry
 from serving.pipeline.request import Request, UserState
 from serving.pipeline.results import Slate
 from serving.stores.event_log import EventLog
-from serving.stores.log_codec import encode_features, encode_slate, user_fields
+from serving.stores.log_codec import encode_features, encode_numbers, encode_slate, number_text, user_fields
 from serving.stores.log_entries import LoggedImpression
 from serving.stores.restore_requests import RestoreRequests
 
@@ -38,9 +43,13 @@ _UPSTREAM = "upstream"
 """Name of the source whose scores are the caller's own."""
 
 _ABOUT = {Dial.CATEGORY_WEIGHT: "categories", Dial.CREATOR_WEIGHT: "creators"}
-_BATCH = 256
+_BATCH = 64
+"""Slates of a round trip: Redis does nothing else while it takes them."""
+
+_GATHER_S = 0.25
+"""Longest time that a slate waits for others, in seconds; a worker that is killed loses as much."""
+
 _T = TypeVar("_T")
-_GATHER_S = 0.05
 _log = logging.getLogger(__name__)
 
 
@@ -78,8 +87,36 @@ class SlateCollector:
         return slates
 
 
+class _Entry:
+    """A slate on its way to the log.
+
+    Attributes:
+        is_wanted: The user is of the share whose slates are logged.
+        pending: The slate; None once it is encoded, as it holds arrays of all candidates.
+        logged: Its encoded form, None before, or if it cannot be encoded or is not of the share that is logged.
+        returned_at: Time of the request, ms, if the user's profile was evicted; else 0.
+        subject: Key of the user.
+    """
+
+    __slots__ = ("is_wanted", "logged", "pending", "returned_at", "subject")
+
+    def __init__(self, pending: PendingSlate, is_wanted: bool) -> None:
+        profile = pending.slate.user.profile
+        self.subject = pending.request.subject
+        self.returned_at = pending.request.now_ms if profile and profile.emptied else 0
+        self.is_wanted = is_wanted
+        self.pending = pending if is_wanted else None
+        self.logged: LoggedImpression | None = None
+
+
+class _Unsettled(threading.local):
+    """The slate that a thread has put last, until it is encoded."""
+
+    entry: _Entry | None = None
+
+
 class ImpressionWriter:
-    """Writes slates to the log from a thread of its own; those that do not fit its queue are dropped and counted."""
+    """Writes slates to the log from a thread of its own; those beyond its limit are dropped and counted."""
 
     def __init__(self, log: EventLog, limit: int, telemetry: Telemetry, share: float = 1.0) -> None:
         """Takes the log, how many slates may wait, and the share of users whose slates are logged."""
@@ -87,56 +124,83 @@ class ImpressionWriter:
         self._outage = Outage(_log, "slates are not logged")
         self._damaged = Outage(_log, "some slates cannot be written")
         # Bounded: while Redis is unreachable, slates are lost before memory is.
-        self._waiting: queue.Queue[PendingSlate | None] = queue.Queue(limit)
-        telemetry.gauge("slates_waiting", self._waiting.qsize)
-        self._closing = threading.Event()
+        self._limit = limit
+        self._waiting: deque[_Entry] = deque()
+        self._unsettled = _Unsettled()
+        telemetry.gauge("slates_waiting", lambda: len(self._waiting))
+        self._some, self._closing = threading.Event(), threading.Event()
         # A daemon, so that a Redis that does not answer cannot keep a worker from ending.
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
 
     def put(self, pending: PendingSlate) -> None:
         """Takes a slate, or drops it if too many wait."""
-        try:
-            self._waiting.put_nowait(pending)
-        except queue.Full:
+        entry = _Entry(pending, is_logged(pending.request.subject, self._share))
+        if not entry.is_wanted:
+            self._telemetry.count(("slates", "left_out"))
+            if not entry.returned_at:
+                return
+        elif len(self._waiting) >= self._limit:
             self._telemetry.count(("slates", "dropped"))
+            return
+        self._waiting.append(entry)
+        self._unsettled.entry = entry
+        # Looked at before it is set, as setting it wakes the writer, and one slate of a batch is enough for that.
+        if not self._some.is_set():
+            self._some.set()
+
+    def settle(self) -> None:
+        """Encodes the slate that this thread has put; called when the answer is on its way, so that no caller waits.
+
+        The writer encodes what is not settled when it comes to it: this only spares threads from competing.
+        """
+        entry, self._unsettled.entry = self._unsettled.entry, None
+        if entry:
+            self._encode(entry)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Writes the waiting slates, as far as the time goes."""
         self._closing.set()
-        try:
-            self._waiting.put(None, timeout=timeout_s)
-        except queue.Full:
-            _log.warning("the impression log does not take the last slates: %d dropped", self._waiting.qsize())
-            return
+        self._some.set()
         self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            _log.warning("the impression log does not take the last slates: %d dropped", len(self._waiting))
 
     def _run(self) -> None:
         while True:
-            batch = [self._waiting.get()]
-            # A batch costs one round trip and one write to disk, so a little waiting lets it grow.
-            self._closing.wait(_GATHER_S)
-            while len(batch) < _BATCH and batch[-1] is not None and not self._waiting.empty():
-                batch.append(self._waiting.get_nowait())
-            slates = [pending for pending in batch if pending is not None]
-            self._write(list(self._payloads(slates)))
-            emptied = [slate for slate in slates if (profile := slate.slate.user.profile) and profile.emptied]
-            if emptied:
-                self._call_back({pending.request.subject: pending.request.now_ms for pending in emptied})
-            if batch[-1] is None:
+            self._some.wait()
+            closing = self._closing.wait(_GATHER_S)
+            # Before the slates are taken: one that comes later wakes this thread again.
+            self._some.clear()
+            while batch := self._take():
+                slates = [entry.logged for entry in batch if entry.logged]
+                self._write(slates)
+                # Counted here, where each slate comes once.
+                if damaged := sum(entry.is_wanted for entry in batch) - len(slates):
+                    self._telemetry.count(("slates", "dropped"), damaged)
+                if returned_at := {entry.subject: entry.returned_at for entry in batch if entry.returned_at}:
+                    self._call_back(returned_at)
+            if closing:
                 return
 
-    def _payloads(self, slates: Sequence[PendingSlate]) -> Iterator[LoggedImpression]:
-        """Yields the slates as they are logged; one that cannot be written is dropped, and the thread goes on."""
-        for pending in slates:
-            if not is_logged(pending.request.subject, self._share):
-                self._telemetry.count(("slates", "left_out"))
-                continue
-            try:
-                yield logged_impression(pending, self._share)
-            except Exception as error:  # noqa: BLE001 - a defect in one slate must not end the log
-                self._damaged.failed(f"the one of the request {pending.request.request_id!r}: {error!r}", trace=error)
-                self._telemetry.count(("slates", "dropped"))
+    def _take(self) -> list[_Entry]:
+        """Returns the slates that have waited longest, encoded as far as they can be; none if none wait."""
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH))]
+        for entry in batch:
+            self._encode(entry)
+        return batch
+
+    def _encode(self, entry: _Entry) -> None:
+        """Encodes a slate unless that was done; one that cannot be written is dropped, and the others are not."""
+        # Two threads may come to it at once: both make the same, and none of them takes it from the other half done.
+        pending = entry.pending
+        if not pending:
+            return
+        try:
+            entry.logged = logged_impression(pending, self._share)
+        except Exception as error:  # noqa: BLE001 - a defect in one slate must not end the log
+            self._damaged.failed(f"the one of the request {pending.request.request_id!r}: {error!r}", trace=error)
+        entry.pending = None
 
     def _write(self, batch: list[LoggedImpression]) -> None:
         """Writes a batch once: a second try could write it twice, and lost slates do less harm than doubled ones."""
@@ -210,8 +274,6 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
         "query": request.text,
         "page_size": request.page_size,
         "item_ids": slate.item_ids(pending.catalog.ids(slate.rows)),
-        "scores": _page(slate, _numbers(slate.scores), None),
-        "propensities": _page(slate, [p if p == p else None for p in slate.propensities.tolist()], 1.0),
         "arm": user.assignment.arm,
         "bucket": user.assignment.bucket,
         "rung": slate.rung,
@@ -219,7 +281,7 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
         "profile_version": user.profile.version if user.profile else 0,
         "catalog_version": user.catalog_version,
         "degraded": [part for part, _ in slate.degraded],
-        "feature_fingerprint": FEATURES.fingerprint(),
+        "feature_fingerprint": _fingerprint(),
         **_sources(slate),
         **_inputs(request, slate, pending.catalog),
         **request.context,
@@ -232,11 +294,39 @@ def logged_impression(pending: PendingSlate, share: float = 1.0) -> LoggedImpres
         payload["encoder_digest"] = encoder_digest(item_keys(pending.catalog.ids(rows)), types)
     if share < 1:  # the number of users whose slates this one stands for
         payload["weight"] = 1 / share
-    return LoggedImpression(request.subject, request.now_ms, encode_slate(payload))
+    numbers = {"scores": _score_text(slate), "propensities": _propensity_text(slate)}
+    return LoggedImpression(request.subject, request.now_ms, encode_slate(payload, numbers))
+
+
+@cache
+def _fingerprint() -> str:
+    return FEATURES.fingerprint()
+
+
+def _score_text(slate: Slate) -> str:
+    """Returns the scores of a page as JSON."""
+    if not slate.unknown and np.isfinite(slate.scores).all():
+        return number_text(slate.scores)
+    return encode_numbers(_page(slate, _numbers(slate.scores), None))
+
+
+def _propensity_text(slate: Slate) -> str:
+    """Returns the propensities of a page as JSON."""
+    if not slate.unknown and (slate.propensities == 1.0).all():
+        return _certain(slate.propensities.size)
+    return encode_numbers(_page(slate, [p if p == p else None for p in slate.propensities.tolist()], 1.0))
+
+
+@cache
+def _certain(count: int) -> str:
+    """Returns the propensities of a page on which nothing is drawn at random; pages have few lengths."""
+    return encode_numbers([1.0] * count)
 
 
 def _page(slate: Slate, values: list[_T], unknown: _T) -> list[_T]:
     """Returns the values of a page in the order shown: `values` for its rows, `unknown` for each item without one."""
+    if not slate.unknown:
+        return values
     return [values[at] if at >= 0 else unknown for at in slate.order()]
 
 

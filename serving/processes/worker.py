@@ -33,7 +33,7 @@ from serving.services.catalog import CatalogService
 from serving.services.events import EventService
 from serving.services.profiles import ProfileService
 from serving.services.ranking import RankingService
-from serving.services.server import Server, Services
+from serving.services.server import Server, Services, stream_places
 from serving.services.streams import Streams
 from serving.stores.catalog_log import CatalogLog, CatalogProgress
 from serving.stores.event_log import EventLog
@@ -100,8 +100,9 @@ def work(
         engine_ref = EngineRef(open_engine(config.bundle, dependencies, bundle_id, sealed))
         catalog_sync = CatalogSync(engine_ref, stores.changes, progress, config.worker_count)
         catalog_sync.start()
-        server = Server(config, limit, telemetry, _observer(config, telemetry, engine_ref))
-        streams = Streams(max(1, config.max_concurrent // 4))
+        settle = impressions.settle if impressions else lambda: None
+        server = Server(config, limit, telemetry, _observer(config, telemetry, engine_ref), settle)
+        streams = Streams(stream_places(config))
         monitor = _checked_monitor(config, stores, catalog_sync, progress, server, control)
         holdout = Holdout(config.holdout_share, config.holdout_salt)
         ranking = RankingService(engine_ref, holdout, config.default_deadline_ms / 1000, progress, limit)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from serving.concurrency import ConcurrencyLimit
 from serving.errors import DeadlineExceeded, InvalidArgument, ServingError, Unauthenticated
 from serving.observability.logs import REQUEST_ID_HEADER, begin_request, request_id_of
 from serving.observability.observer import RequestObserver
@@ -61,21 +60,18 @@ class TokenInterceptor(Interceptor):
 class RequestInterceptor(Interceptor):
     """Parses the request, runs the method, records the result, and answers every exception with a status.
 
-    The concurrency limit holds for rankings alone, which compute; the other methods mostly wait for a store.
+    Rankings are marked as such, as they compute; the other methods mostly wait for a store.
     """
 
-    def __init__(
-        self, limit: ConcurrencyLimit, telemetry: Telemetry, observer: RequestObserver, lanes: Mapping[str, Lane]
-    ) -> None:
+    def __init__(self, telemetry: Telemetry, observer: RequestObserver, lanes: Mapping[str, Lane]) -> None:
         """Begins without methods; each is wrapped at its first call.
 
         Args:
-            limit: Limit of the rankings at once.
             telemetry: Counts the parts that slates had to do without.
             observer: Records every request of Penchant's services.
             lanes: The lanes of methods, by the beginning of their path.
         """
-        self._limit, self._telemetry, self._observer, self._lanes = limit, telemetry, observer, lanes
+        self._telemetry, self._observer, self._lanes = telemetry, observer, lanes
         self._wrapped: dict[str, Handler] = {}
         self._sender = ThreadPoolExecutor(_SENDERS, "sender")
 
@@ -102,10 +98,8 @@ class RequestInterceptor(Interceptor):
             wrapped = grpc.unary_stream_rpc_method_handler(watch, None, handler.response_serializer)
         else:
             assert handler.unary_unary is not None
-            behavior = handler.unary_unary
-            if "RankingService/" in path:
-                behavior = self._limited(behavior)
-            call = _Behavior(self._wrap_unary(name, parse, behavior, observe), lane)
+            behavior = self._wrap_unary(name, parse, handler.unary_unary, observe)
+            call = _Behavior(behavior, lane, ranks=name if "RankingService/" in path else "")
             wrapped = grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
         self._wrapped[path] = wrapped
         return wrapped
@@ -165,16 +159,6 @@ class RequestInterceptor(Interceptor):
                 raise abort(context, error) from None
 
         return call  # type: ignore[return-value]  # as gRPC calls a method that sends by a callback
-
-    def _limited(self, behavior: Behavior) -> Behavior:
-        def call(request: Message, context: grpc.ServicerContext) -> Message:
-            with self._limit:
-                # The wait for the others may have taken all the time.
-                _require_time(context)
-                response: Message = behavior(request, context)
-                return response
-
-        return call
 
 
 def _unobserved(*_: Any, **__: Any) -> None:
@@ -243,6 +227,7 @@ class _Behavior:
         *,
         many: bool = False,
         returns: bool = True,
+        ranks: str = "",
         refusal: ServingError | None = None,
     ) -> None:
         """Describes a handler.
@@ -252,9 +237,10 @@ class _Behavior:
             lane: Its lane; None is that of most calls.
             many: It takes several messages.
             returns: The call ends when the handler returns.
+            ranks: Name of a method that ranks, "" of one that mostly waits.
             refusal: The error of every call.
         """
-        self._behavior, self.many, self.refusal = behavior, many, refusal
+        self._behavior, self.many, self.ranks, self.refusal = behavior, many, ranks, refusal
         self.experimental_non_blocking = not returns
         if lane is not None:
             self.lane = lane

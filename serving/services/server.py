@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -28,9 +29,11 @@ from serving.config import ServeConfig
 from serving.observability.observer import RequestObserver
 from serving.observability.telemetry import Telemetry
 from serving.services.interceptors import HEALTH, Interceptor, RequestInterceptor, TokenInterceptor
+from serving.services.reception.admission import AdmissionControl
 from serving.services.reception.calls import Bounds, Lane, Phase
-from serving.services.reception.executor import Reception
+from serving.services.reception.executor import THREADS, Reception
 from serving.services.reception.grpc_log import limit_grpc_log
+from serving.services.reception.rankings import Rankings
 from serving.services.reception.sockets import Sockets, connection_limits
 from serving.services.status import status_of
 
@@ -91,6 +94,7 @@ class Server:
         limit: ConcurrencyLimit,
         telemetry: Telemetry,
         observer: RequestObserver | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         """Builds the server, with every service as SERVING; `start` opens its port.
 
@@ -99,17 +103,23 @@ class Server:
             limit: Limit of the rankings at once.
             telemetry: Takes the gauges of requests in progress and waiting, and counts refusals.
             observer: Records every request; None: one that writes no access log.
+            settle: Called in the thread of a ranking when its answer is on its way, for work that no caller waits for.
         """
         limit_grpc_log()
         self._config = config
         self._reception = reception = Reception(Bounds(), Lane("call", config.max_concurrent), status_of, telemetry)
-        lanes = _add_lanes(reception, max(1, config.max_concurrent // 4))
+        lanes = _add_lanes(reception, stream_places(config))
+        admission = AdmissionControl(
+            limit, config.admission_wait_ms / 1000, config.max_concurrent, enabled=config.admission
+        )
+        reception.rankings = Rankings(limit, admission, config.default_deadline_ms / 1000, settle)
         interceptors: list[Interceptor] = []
         if secret := config.secret():
             interceptors.append(TokenInterceptor(secret))
-        interceptors.append(RequestInterceptor(limit, telemetry, observer or RequestObserver(telemetry), lanes))
+        interceptors.append(RequestInterceptor(telemetry, observer or RequestObserver(telemetry), lanes))
         telemetry.gauge("requests_in_flight", lambda: reception.calls.count(Phase.WORKING))
         telemetry.gauge("requests_waiting", lambda: limit.waiting)
+        telemetry.gauge("expected_wait_seconds", limit.expected_wait_s)
         options = _options(config, reception.calls.bounds.calls)
         self._grpc = grpc.server(reception, interceptors=interceptors, options=options)
         self._health = _Health(config.worker_count)
@@ -149,6 +159,11 @@ class Server:
             if hurry and hurry.is_set():
                 self._grpc.stop(0)
         self._reception.shutdown(wait=False, cancel_futures=True)
+
+
+def stream_places(config: ServeConfig) -> int:
+    """Returns the most ingest streams of a worker at once; each holds a thread."""
+    return max(1, min(config.max_concurrent, THREADS) // 4)
 
 
 def _add_lanes(reception: Reception, streams: int) -> dict[str, Lane]:

@@ -31,9 +31,29 @@ def encode_event(fields: Mapping[str, Any]) -> bytes:
     return _EVENTS.encode(fields).encode()
 
 
-def encode_slate(fields: Mapping[str, Any]) -> bytes:
-    """Returns the payload of a slate."""
-    return _SLATES.encode(fields).encode()
+def encode_slate(fields: Mapping[str, Any], texts: Mapping[str, str]) -> bytes:
+    """Returns the payload of a slate.
+
+    Args:
+        fields: Its fields, at least one.
+        texts: More fields, whose values are JSON already.
+    """
+    more = "".join([f',"{name}":{text}' for name, text in texts.items()])
+    return f"{_SLATES.encode(fields)[:-1]}{more}}}".encode()
+
+
+def encode_numbers(numbers: Sequence[float | None]) -> str:
+    """Returns numbers as JSON."""
+    return _SLATES.encode(numbers)
+
+
+def number_text(numbers: npt.NDArray[np.float32]) -> str:
+    """Returns finite float32 numbers as JSON, with the nine digits that tell any two of them apart; shape [n].
+
+    One call formats all of them, in a tenth of the time of the shortest digits of each.
+    """
+    values = tuple(numbers.tolist())
+    return "[" + ",".join(["%.9g"] * len(values)) % values + "]"
 
 
 def encode_features(features: npt.NDArray[np.float32]) -> str:

@@ -46,7 +46,7 @@ READERS = 32
 TIMEOUT_MS = 100
 HELD_S = 1.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
-SETTINGS = {"redis_timeout_ms": TIMEOUT_MS, "threads": THREADS, "max_concurrent": AT_ONCE}
+SETTINGS = {"redis_timeout_ms": TIMEOUT_MS, "threads": THREADS, "max_concurrent": AT_ONCE, "admission": False}
 
 
 @dataclass
@@ -266,7 +266,7 @@ def test_nobody_gets_another_persons_profile(made, stage, record_property):
     assert not [kind for kind in counts if kind.startswith("failed") and kind != "failed UNAVAILABLE"]
     well(stage.target)
     [limit], [server], stores = made["ConcurrencyLimit"], made["Server"], made["ProfileStore"]
-    wait_until(lambda: (server._reception.calls.count(Phase.WORKING), limit._free._value) == (0, THREADS))
+    wait_until(lambda: (server._reception.calls.count(Phase.WORKING), limit._free) == (0, THREADS))
     for store in stores:
         for node in store.router._nodes.all():
             idle, pool = node.connection._idle, node.client.connection_pool

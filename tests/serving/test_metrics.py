@@ -72,6 +72,8 @@ def test_the_service_is_one_page_and_a_killed_worker_takes_nothing_back(watched)
         client.ingest([event("s3cret-0", "i1", "view_item")])
         with pytest.raises(Exception, match="is required"):
             client.recommend(user_id="", surface="home", page_size=5)
+    # Slates are logged a moment after their answers.
+    wait_until(lambda: value(samples(scrape(address)), "penchant_slates_total", result="written") >= 21)
     page = scrape(address)
     before = samples(page)
     kinds = {family.name: family.type for family in parse_text(page)}

@@ -106,6 +106,11 @@ class Running:
     def __enter__(self) -> Running:
         return self
 
+    def in_hand(self) -> tuple[float, float]:
+        """Requests in progress, and those of them that wait, by the metrics."""
+        gauges = self.telemetry.snapshot()["gauges"]
+        return gauges["requests_in_flight"], gauges["requests_waiting"]
+
     def __exit__(self, *_: object) -> None:
         self.client.close()
         self.server.stop()
@@ -240,12 +245,11 @@ def test_what_is_in_hand_waits_or_was_refused_is_measured():
     with Running(threads=1, max_concurrent=2, token="t") as server, Client(server.target, token="t") as client:
         with ThreadPoolExecutor(2) as pool:
             running = [pool.submit(client.search, "0.5", timeout_s=10.0) for _ in range(2)]
-            gauges = server.telemetry.snapshot
-            wait_until(lambda: gauges()["gauges"] == {"requests_in_flight": 2, "requests_waiting": 1})
+            wait_until(lambda: server.in_hand() == (2, 1))
             refused(lambda: client.get_profile("u"))
             for one in running:
                 one.result()
-        wait_until(lambda: gauges()["gauges"] == {"requests_in_flight": 0, "requests_waiting": 0})
+        wait_until(lambda: server.in_hand() == (0, 0))
         assert refused(lambda: server.client.get_profile("u")).code() is grpc.StatusCode.UNAUTHENTICATED
         counts = server.telemetry.counters()
         assert counts["requests_refused.busy"] >= 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -15,6 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from penchant.client import event
 from penchant.v1 import catalog_pb2, common_pb2, event_pb2, profile_pb2, profile_pb2_grpc
+from serving.processes.entrypoint import BEHIND_WORKERS
 from tests.serving.faults import wait_until
 from tests.world import COUNT, rows_of
 
@@ -29,6 +32,15 @@ def ids(slate) -> list[str]:
 def live(genre: str) -> catalog_pb2.Item:
     name = f"new-{uuid.uuid4().hex}"
     return catalog_pb2.Item(item_id=name, title=f"{genre} premiere {name}", categories=[genre], creator_id="c9")
+
+
+def test_where_cores_are_scarce_workers_come_first(service):
+    """The projector is the one process here for which no caller waits."""
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
+    nice = {int(child): os.getpriority(os.PRIO_PROCESS, int(child)) for child in children}
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {nice[worker] for worker in service.ready["workers"]} == {own}
+    assert sum(value == min(own + BEHIND_WORKERS, 19) for value in nice.values()) == 1
 
 
 class TestFeed:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
+from dataclasses import replace
 
 import duckdb
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from features.clock import now_ms
 from features.controls import Dial
 from features.keys import item_key
+from features.profile import empty
+from serving.errors import EventLogUnavailable
 from serving.observability.telemetry import Telemetry
 from serving.pipeline import side_effects
 from serving.pipeline.candidates import Candidates
-from serving.pipeline.request import Request, Unknown
+from serving.pipeline.request import Request, Unknown, UserState
 from serving.pipeline.results import Slate
-from serving.pipeline.side_effects import MOST_DIALS, ImpressionWriter, is_logged
+from serving.pipeline.side_effects import MOST_DIALS, ImpressionWriter, is_logged, logged_impression
+from serving.stores.log_codec import number_text
 from serving.stores.log_entries import Entry
 from serving.warehouse.tables import impression_table
+from tests.serving.faults import wait_until
 from tests.serving.logged import pending, slate
 
 ASKED = ("seed_item_ids", "upstream_scores", "upstream_weight", "excluded", "excluded_item_ids", "dials", "merged")
@@ -127,6 +136,111 @@ def test_of_a_share_of_users_every_slate_is_logged_and_says_what_it_stands_for(l
     assert rows["weight"].to_pylist() == [4.0] * len(held)
     assert table(slate("ann", "r", [1]).payload)["weight"].to_pylist() == [None]  # where all are logged
     assert telemetry.counters()["slates.left_out"] == 180 - len(held)
+
+
+def put_some(writer: ImpressionWriter, numbers: range, settle: bool = False) -> None:
+    for number in numbers:
+        candidates = Candidates(np.array([number % 9], np.int32), np.ones((1, 1), np.float32), ("popular",))
+        answer = Slate(candidates.rows, candidates.scores[0], np.ones(1), candidates, None, {}, [])
+        writer.put(pending(Request(f"r{number}", "u:ann", now_ms(), 0.0, 1), answer))
+        if settle:
+            writer.settle()
+
+
+def ids_of(log) -> list[str]:
+    held = [json.loads(entry.payload) for entries in log.history("u:ann", impressions=True) for entry in entries]
+    return [one["request_id"] for one in held]
+
+
+def test_a_slate_is_encoded_by_who_answered_and_logged_in_its_order_and_batch(log, monkeypatch):
+    """Of slates that are settled the writer encodes none, of others all; either way they stand in their order."""
+    encoded: list[str] = []
+
+    def encode(*arguments):
+        encoded.append(threading.current_thread().name)
+        return logged_impression(*arguments)
+
+    monkeypatch.setattr(side_effects, "logged_impression", encode)
+    sent = []
+    monkeypatch.setattr(log, "append_impressions", lambda slates: sent.append(len(slates)) or append(slates))
+    append = type(log).append_impressions.__get__(log)
+    writer = ImpressionWriter(log, 1000, Telemetry())
+    put_some(writer, range(100), settle=True)
+    assert encoded == [threading.current_thread().name] * 100
+    put_some(writer, range(100, 130))
+    writer.close()
+    assert encoded.count("impressions") >= 29
+    assert ids_of(log) == [f"r{number}" for number in range(130)]
+    assert max(sent) <= 64
+    assert len(sent) <= 6
+
+
+def test_slates_beyond_the_limit_are_dropped_and_counted(log, monkeypatch):
+    telemetry = Telemetry()
+    go = threading.Event()
+    monkeypatch.setattr(log, "append_impressions", lambda slates: go.wait(20) and append(slates))
+    append = type(log).append_impressions.__get__(log)
+    writer = ImpressionWriter(log, 10, telemetry)
+    put_some(writer, range(1))
+    wait_until(lambda: telemetry.snapshot()["gauges"]["slates_waiting"] == 0)
+    put_some(writer, range(1, 31))
+    assert telemetry.snapshot()["gauges"]["slates_waiting"] == 10
+    go.set()
+    writer.close()
+    counts = telemetry.counters()
+    assert (counts["slates.written"], counts["slates.dropped"]) == (11, 20)
+    assert ids_of(log) == [f"r{number}" for number in range(11)]
+
+
+def test_while_the_log_is_away_slates_are_lost_and_counted_and_it_goes_on_afterwards(log, monkeypatch):
+    telemetry, away = Telemetry(), [True]
+    append = type(log).append_impressions.__get__(log)
+
+    def fails(slates):
+        if away.pop():
+            away.append(False)
+            raise EventLogUnavailable("away")
+        away.append(False)
+        return append(slates)
+
+    monkeypatch.setattr(log, "append_impressions", fails)
+    writer = ImpressionWriter(log, 100, telemetry)
+    put_some(writer, range(5))
+    wait_until(lambda: telemetry.counters().get("slates.dropped") == 5)
+    put_some(writer, range(5, 9))
+    writer.close()
+    assert telemetry.counters()["slates.written"] == 4
+    assert ids_of(log) == [f"r{number}" for number in range(5, 9)]
+
+
+def test_the_profile_of_a_user_whose_slates_are_not_logged_is_restored_too(log, monkeypatch):
+    returned: list[str] = []
+    monkeypatch.setattr(side_effects.RestoreRequests, "add", lambda _, users: returned.extend(users))
+    telemetry = Telemetry()
+    writer = ImpressionWriter(log, 100, telemetry, share=1e-9)
+    candidates = Candidates(np.array([1], np.int32), np.ones((1, 1), np.float32), ("popular",))
+    evicted = replace(empty(), version=1)
+    for user, profile in (("u:back", evicted), ("u:there", empty())):
+        answer = Slate(
+            candidates.rows, candidates.scores[0], np.ones(1), candidates, None, {}, [], user=UserState(profile=profile)
+        )
+        writer.put(pending(Request("r", user, now_ms(), 0.0, 1), answer))
+    writer.close()
+    assert returned == ["u:back"]
+    assert telemetry.counters() == {"slates.left_out": 2}
+
+
+@given(scores=arrays(np.float32, st.integers(0, 60), elements=st.floats(width=32, allow_nan=True, allow_infinity=True)))
+def test_scores_as_text_are_those_of_the_slate(scores):
+    """The fast road and the plain one give the same numbers, to the bit; what is not finite is null."""
+    finite = scores[np.isfinite(scores)]
+    assert [np.float32(number) for number in json.loads(number_text(finite))] == finite.tolist()
+    candidates = Candidates(np.arange(scores.size, dtype=np.int32) % 9, np.ones((1, scores.size), np.float32), ("p",))
+    answer = Slate(candidates.rows, scores, np.ones(scores.size), candidates, None, {}, [])
+    fields = json.loads(logged_impression(pending(Request("r", "u:ann", 1, 0.0, 1), answer)).payload)
+    logged = [np.nan if number is None else np.float32(number) for number in fields["scores"]]
+    np.testing.assert_array_equal(logged, np.where(np.isfinite(scores), scores, np.nan))
+    assert fields["propensities"] == [1.0] * scores.size
 
 
 def test_a_slate_that_cannot_be_written_costs_itself_alone(log):

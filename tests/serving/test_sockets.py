@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+
 import pytest
 
 from serving.services.reception import sockets
@@ -70,3 +74,34 @@ def test_calls_that_are_given_up_are_counted_over_a_second(looks):
 def test_a_worker_keeps_descriptors_for_other_things_than_connections(monkeypatch):
     monkeypatch.setattr(sockets.resource, "getrlimit", lambda _: (1024, 4096))
     assert sockets.connection_limits() == (512, 768)
+
+
+def test_a_connection_is_found_whatever_its_descriptor_was_before():
+    """A new number is found by the next look, one that was a file's by one of the next ten."""
+    with socket.socket() as listening, contextlib.ExitStack() as opened:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(8)
+        looked = Sockets(listening.getsockname()[1], MESSAGE)
+
+        def connect() -> str:
+            client = opened.enter_context(socket.create_connection(listening.getsockname()))
+            server = opened.enter_context(listening.accept()[0])
+            numbers.append(server.fileno())
+            return f"ipv4:127.0.0.1:{client.getsockname()[1]}"
+
+        def peers() -> set[str]:
+            return {peer for _, peer, _ in looked._open()}
+
+        numbers: list[int] = []
+        # The client's socket takes the lowest free number, the server's the next: that of the file.
+        with open(os.devnull) as spare, open(os.devnull) as file:
+            number = file.fileno()
+            first = connect()
+            assert peers() == {first}
+            spare.close()
+        second = connect()
+        assert numbers[1] == number
+        looks = [peers() for _ in range(sockets._WHOLE)]
+        assert looks[-1] == {first, second}
+        newest = [connect() for _ in range(20)]
+        assert peers() == {first, second, *newest}

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from serving.errors import DeadlineExceeded, ResourceExhausted, ServingError, Unavailable
 
@@ -27,7 +27,7 @@ _MOMENT_S = 0.05
 _SINGLE_S = 1.0
 
 
-class Phase(Enum):
+class Phase(StrEnum):
     """The state of an open call."""
 
     SENDING = "sending"

@@ -16,18 +16,31 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import grpc
 from grpc import _server as _grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from serving.errors import ConfigError, ResourceExhausted, ServingError, Unauthenticated, Unimplemented
+from serving.errors import (
+    BatchDeferred,
+    ConfigError,
+    Overloaded,
+    ResourceExhausted,
+    ServingError,
+    Unauthenticated,
+    Unimplemented,
+)
 from serving.memory import return_free_memory
 from serving.observability.outages import Outage
 from serving.observability.telemetry import Telemetry
 from serving.services.reception.calls import Bounds, Lane, OpenCall, OpenCalls, Phase
+from serving.services.reception.rankings import RankingCall, Rankings
 from serving.services.reception.sockets import Sockets
+
+THREADS = 32
+"""Most threads of the calls that are not rankings: they wait for a store; more of them wait for a thread."""
 
 ROUND_S = 0.1
 """Time between two searches for overdue calls, in seconds."""
@@ -123,8 +136,16 @@ class _Done(Future[Any]):
 
 
 _NO_MESSAGE = Unimplemented("this method needs a message: send exactly one")
-_REASONS: Mapping[type[ServingError], str] = {ResourceExhausted: "busy", Unauthenticated: "token"}
+_REASONS: Mapping[type[ServingError], str] = {
+    ResourceExhausted: "busy",
+    Overloaded: "overload",
+    BatchDeferred: "batch",
+    Unauthenticated: "token",
+}
 """Reasons by which refused calls are counted; any other error is about a message that is missing or late."""
+
+_STATUSES = 128
+"""Statuses of errors that are kept."""
 
 _WAKE = object()
 """Stands for a message, to wake the thread of a stream that waits for one."""
@@ -132,11 +153,12 @@ _WAKE = object()
 
 @dataclass(frozen=True, slots=True)
 class _Rpc:
-    """A call: the objects of gRPC, and its entry in the books."""
+    """A call: the objects of gRPC, and its entry in the books; of a ranking, when it is to be computed."""
 
     event: Any
     state: Any
     call: OpenCall
+    ranking: RankingCall | None = None
 
 
 class Reception(ThreadPoolExecutor):
@@ -155,14 +177,17 @@ class Reception(ThreadPoolExecutor):
             ConfigError: gRPC has another interface than this class needs.
         """
         _require_known_grpc()
-        super().__init__(work.places, thread_name_prefix="call")
+        super().__init__(min(work.places, THREADS), thread_name_prefix="call")
         self._over = _Done()
         self._over.set_result(None)
-        self._work, self._statused, self._telemetry = work, statused, telemetry
+        self._work, self._telemetry = work, telemetry
+        # Errors of the admission are few objects, and their statuses cost more than all else of a refusal.
+        self._status = lru_cache(_STATUSES)(statused)
         self._urgent, self._ending = threading.Event(), False
         self.sockets: Sockets | None = None
         self.hung_up = 0
         self._pools: dict[Lane, ThreadPoolExecutor | None] = {}
+        self.rankings: Rankings | None = None
         self.calls = OpenCalls(bounds, self._urgent.set)
         self._reaper = threading.Thread(target=self._reap, name="reaper", daemon=True)
         self._reaper.start()
@@ -176,7 +201,9 @@ class Reception(ThreadPoolExecutor):
         job, event, state, behavior, argument, _, serializer = args
         lane: Lane = getattr(behavior, "lane", self._work)
         call, error = self.calls.enter(event.call.peer().decode(), lane)
-        rpc = _Rpc(event, state, call)
+        kind = getattr(behavior, "ranks", "")
+        ranking = self.rankings.ranking(event, kind) if kind and self.rankings else None
+        rpc = _Rpc(event, state, call, ranking)
         # A method that answers by a callback returns at once, so its call ends when the client closes it, not here.
         returns = not getattr(behavior, "experimental_non_blocking", False)
         state.callbacks.append(lambda: self._close(rpc, returns))
@@ -184,7 +211,8 @@ class Reception(ThreadPoolExecutor):
         call.drop = event.call.cancel
         # gRPC keeps an operation in `due` until the peer has taken its bytes.
         call.stuck = lambda: not _SENDS.isdisjoint(state.due)
-        error = getattr(behavior, "refusal", None) or error
+        # By the headers alone: under overload most calls end here, before their message is received.
+        error = getattr(behavior, "refusal", None) or error or (ranking.refusal() if ranking else None)
         if error is not None:
             self._refuse(rpc, error)
             return self._over
@@ -201,6 +229,8 @@ class Reception(ThreadPoolExecutor):
             finally:
                 if returns:
                     self.calls.done(call)
+            if ranking:
+                ranking.settle()
 
         self._receive(rpc, run, many)
         return self._over
@@ -237,13 +267,19 @@ class Reception(ThreadPoolExecutor):
         self.calls.send(rpc.call)
 
     def _begin(self, rpc: _Rpc, request: bytes | None, run: Callable[[bytes | None], None]) -> None:
+        # Again, as many calls may have been taken while this one's message came.
+        if rpc.ranking and (overload := rpc.ranking.refusal()):
+            self._refuse(rpc, overload)
+            return
         try:
             if not self.calls.arrived(rpc.call, len(request or b"")):
                 return
         except ServingError as error:
             self._refuse(rpc, error)
             return
-        if rpc.call.lane not in self._pools:
+        if rpc.ranking:
+            rpc.ranking.submit(lambda: run(request))
+        elif rpc.call.lane not in self._pools:
             super().submit(run, request)
         elif pool := self._pools[rpc.call.lane]:
             pool.submit(run, request)
@@ -305,7 +341,7 @@ class Reception(ThreadPoolExecutor):
 
     def _send_error(self, rpc: _Rpc, error: ServingError) -> None:
         state = rpc.state
-        code, details, metadata = self._statused(error)
+        code, details, metadata = self._status(error)
         with state.condition:
             if _grpc._is_rpc_state_active(state):
                 state.code, state.details, state.trailing_metadata = code, details.encode(), metadata
@@ -359,4 +395,6 @@ class Reception(ThreadPoolExecutor):
         for pool in self._pools.values():
             if pool:
                 pool.shutdown(wait, cancel_futures=cancel_futures)
+        if self.rankings:
+            self.rankings.limit.shutdown()
         super().shutdown(wait, cancel_futures=cancel_futures)

@@ -30,7 +30,13 @@ _FIRST_PATIENCE = BROKEN_CALLS / 10
 _libc: Any = ctypes.PyDLL(None, use_errno=True)
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 _LARGEST_GAP = 128
-"""Unused descriptor numbers in a row that end the search: the system gives out the lowest number."""
+"""Unused descriptor numbers in a row that end a whole search: the system gives out the lowest number."""
+
+_NEXT_GAP = 8
+"""The same between two whole searches, beyond the highest number so far."""
+
+_WHOLE = 10
+"""Looks of which one searches all descriptors, as one that was a file may be a connection by now."""
 
 _ADDRESS_BYTES = 128
 _TCP_INFO_BYTES = 136
@@ -88,6 +94,8 @@ class Sockets:
         self._traffic: dict[str, _Traffic] = {}
         self._now = 0.0
         self._highest = 0
+        self._others: set[int] = set()
+        self._looks = 0
         self.suspicious = False
 
     def abusive(self, connections: Mapping[str, PeerConnection], seconds: float) -> list[str]:
@@ -161,16 +169,27 @@ class Sockets:
         Python's own system calls release the interpreter's lock and queue for it afterwards: some milliseconds each on
         a busy server, and with some hundred calls a second. Those of `_libc` keep it, and each takes a microsecond.
         """
+        # Numbers that were in use for something else are asked seldom: most of a worker's descriptors are such.
+        if self._looks % _WHOLE == 0:
+            self._others = set()
+        most_gap = _NEXT_GAP if self._others else _LARGEST_GAP
+        self._looks += 1
         connections, descriptor, gap, highest = [], -1, 0, 0
         info = ctypes.create_string_buffer(_TCP_INFO_BYTES)
-        while gap < _LARGEST_GAP or descriptor < self._highest:
+        while gap < most_gap or descriptor < self._highest:
             descriptor, gap = descriptor + 1, gap + 1
+            if descriptor in self._others:
+                gap, highest = 0, descriptor
+                continue
             address = _address(_libc.getsockname, descriptor)
             if not address:
-                gap = 0 if ctypes.get_errno() == errno.ENOTSOCK else gap
+                if ctypes.get_errno() == errno.ENOTSOCK:
+                    self._others.add(descriptor)
+                    gap = 0
                 continue
             gap, highest = 0, descriptor
             if _family(address) not in _INTERNET or int.from_bytes(address[2:4]) != self._port:
+                self._others.add(descriptor)
                 continue
             peer = _connected(descriptor)
             if not peer:  # it listens, or has ended
