@@ -50,9 +50,10 @@ class Vocabulary:
     ) -> None:
         """Wraps arrays; callers use `build`, `open` or `read`, or pass what one of these made."""
         self.keys, self.offsets, self.text = keys, offsets, text
-        self._parts: tuple[Any, Any] = (offsets, text)
+        buffers: tuple[Any, Any] = (offsets, text)
+        self._buffers = buffers
         self.slots = key_slots(keys) if slots is None else slots
-        self._bytes = memoryview(self._parts[1])
+        self._bytes = memoryview(buffers[1])
 
     @classmethod
     def build(cls, ids: Sequence[str]) -> Vocabulary:
@@ -109,7 +110,7 @@ class Vocabulary:
     @property
     def names(self) -> pa.Array[Any]:
         """All ids in row order; string [n], without a copy."""
-        buffers: Any = [pa.py_buffer(part) for part in self._parts]
+        buffers: Any = [pa.py_buffer(part) for part in self._buffers]
         return pa.StringArray.from_buffers(len(self), *buffers)
 
     def save(self, path: Path) -> None:

@@ -190,10 +190,10 @@ def _opened(bundle: Bundle, arrays: SharedArrays) -> BundleTables:
     firsts = {name: (read(f"{name}.keys"), read(f"{name}.rows")) for name in GROUPS}
     tables = CatalogTables(columns, Moments(read("moments.times"), read("moments.rows")), firsts, read("popular"))
     vocabulary = Vocabulary(*(read(f"vocabulary.{name}") for name in ("keys", "offsets", "text", "slots")))
-    words = [read(f"words.{name}") for name in ("tokens", "offsets", "rows", "impacts")]
+    tokens, offsets, rows, impacts = (read(f"words.{name}") for name in ("tokens", "offsets", "rows", "impacts"))
     # Zeros that are not written take no memory: only items that are changed do.
-    none, retired = np.zeros(0, np.int32), np.zeros(count, np.int32)
-    postings = Postings(*words, none, retired)
+    retired = np.zeros(count, np.int32)
+    postings = Postings(tokens, offsets, rows, impacts, np.zeros(0, np.int32), retired)
     return BundleTables(
         Catalog(items, vocabulary, columns.vectors[:count], tables),
         LexicalIndex.of(postings, float(arrays.facts["average"])),
