@@ -30,7 +30,7 @@ SPARE = 0.5
 """A quantised list orders items roughly, so serving lets it propose this share more and scores them again."""
 
 MOST_PROBED = {"SQ8": 0.5, "Flat": 0.25}
-"""Largest share of its lists that an index may probe, by the form of its vectors; the next kind costs less than more."""
+"""Largest share of its lists that an index may probe, by the form of its vectors: of more, the next kind costs less."""
 
 _TIMED = 32
 """Queries by which the rate of a search is measured."""
