@@ -33,6 +33,9 @@ SPARE = 0.5
 # A product of matrices rounds by position, so where scores are nearly equal a few more must be proposed.
 _ROUNDING = 16
 
+NARROW = 32_000
+"""Allowed rows up to which all of them are scored: reading lists far from the query for a few rows each costs more."""
+
 # The CPU has scored so few rows before a device has answered.
 _FEW = 2048
 
@@ -132,7 +135,7 @@ class Index:
         # The fewer rows are allowed, the farther from the query the best of them lie, and the more lists must be read
         # to meet as many rows as export measured the recall with; in the end scoring every allowed row costs less.
         probes = math.ceil(self._index.nprobe * self._index.ntotal / count)
-        if allowed is not None and probes >= self._lists:
+        if allowed is not None and (probes >= self._lists or count <= NARROW):
             return self._all_allowed(allowed, len(queries))
         depth = min(count, k + math.ceil(k * self._spare))
         proposals = self._search_lists(queries, depth, probes, allowed)
