@@ -131,7 +131,9 @@ class Vocabulary:
     def rows_of_keys(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
         """Returns the row of each key, -1 if it is unknown; int32 [n]."""
         rows = np.empty(keys.size, np.int32)
-        find_rows(self.keys, self.slots, np.ascontiguousarray(keys), rows)
+        # A kernel is compiled for each layout of its arguments, and for those that cannot be written to.
+        plain = keys if keys.flags.c_contiguous and keys.flags.writeable else np.array(keys, np.uint64)
+        find_rows(self.keys, self.slots, plain, rows)
         return rows
 
     def row_of_key(self, key: int) -> int:

@@ -187,8 +187,10 @@ def _opened(bundle: Bundle, arrays: SharedArrays) -> BundleTables:
     columns = CatalogColumns(
         **{field.name: arrays.writable(f"columns.{field.name}") for field in dataclasses.fields(CatalogColumns)}
     )
+    # Writable, because a kernel is compiled for arrays that can be written to, and once more for those that cannot.
+    popular = arrays.writable("popular")
     firsts = {name: (read(f"{name}.keys"), read(f"{name}.rows")) for name in GROUPS}
-    tables = CatalogTables(columns, Moments(read("moments.times"), read("moments.rows")), firsts, read("popular"))
+    tables = CatalogTables(columns, Moments(read("moments.times"), read("moments.rows")), firsts, popular)
     vocabulary = Vocabulary(*(read(f"vocabulary.{name}") for name in ("keys", "offsets", "text", "slots")))
     tokens, offsets, rows, impacts = (read(f"words.{name}") for name in ("tokens", "offsets", "rows", "impacts"))
     # Zeros that are not written take no memory: only items that are changed do.

@@ -154,6 +154,12 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
     first_allowed(rows, bitmap, 1)
     clear_keys(bitmap, catalog.columns.category, np.ones(1, np.uint64))
     clear_rows(bitmap, rows)
+    tokens = text_tokens("some words")
+    # Live items have postings of their own, which can be written to where those of the bundle cannot.
+    live = LexicalIndex(np.array([0, tokens.size]), tokens)
+    live.put([0], [tokens])
+    live.search(tokens, 1)
+    live.score(tokens, np.zeros(1, np.int32))
     for row in rows.tolist():
         tokens = text_tokens(item_text(catalog.item(row)))
         lexical.search(tokens, 1, catalog.eligible_bitmap(0))
