@@ -162,6 +162,7 @@ def growth(
     else:
         print_result(growth(counts, seconds=seconds, rounds=rounds, folder=folder))
 
+
 def _growth_of_serving(
     template: Path, sizes: str, folder: Path | None, rate: float, out: Path | None
 ) -> dict[str, Any]:

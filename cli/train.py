@@ -186,9 +186,12 @@ def export(
     run: RunDir,
     out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory of the new bundle.")],
     data: MovedData = None,
+    recall: Annotated[
+        float, typer.Option(min=0.5, max=1.0, help="Share of the exactly best items that the index must find.")
+    ] = 0.98,
 ) -> None:
     """Makes a bundle of a run, if it passes every parity gate."""
     use_cores()
     from training.export.export import export
 
-    print_result(export(run, out, data=data))
+    print_result(export(run, out, data=data, recall=recall))

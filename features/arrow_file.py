@@ -47,6 +47,20 @@ def read_table(content: bytes | memoryview, types: Mapping[str, pa.DataType], re
     return table
 
 
+def reopen_table(content: memoryview) -> pa.Table:
+    """Returns the table of a file that `read_table` has checked, and that nothing can have changed since.
+
+    Raises:
+        ValueError: It is no Arrow file.
+    """
+    try:
+        stream: Any = pa.ipc.open_stream(pa.py_buffer(content).slice(_START))
+        table: pa.Table = stream.read_all()
+    except MALFORMED as error:
+        raise ValueError(str(error).splitlines()[0][:200]) from error
+    return table
+
+
 def _read(content: bytes | memoryview) -> pa.Table:
     """Reads the messages in their order, after a check of each; the footer must list the same places."""
     whole = memoryview(content)

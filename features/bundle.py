@@ -2,19 +2,17 @@
 
 A flipped byte in an index or a model usually loads and answers wrongly without a word, so every file is hashed before
 a parser sees it, and the parser gets the very bytes that were hashed: a private copy, or sealed memory that the workers
-of a service share. No file of a bundle is ever mapped.
+of a service share (`features.shared_arrays`). No file of a bundle is ever mapped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ import pyarrow as pa
 from features import manifest as manifests
 from features.arrow_file import read_table
 from features.errors import BundleError
-from features.files import pieces, sha256, sync
+from features.files import check_size, pieces, sha256, sync
 from features.limits import memory
 from features.manifest import FORMAT, MOST_BYTES, Manifest, ModelSpec, content_id
-from features.npy_file import Shape, read_array
+from features.npy_file import Shape, read_array, read_header
 
 MANIFEST = "manifest.json"
 FILES = (
@@ -48,9 +46,20 @@ FILES = (
 )
 """Every bundle holds exactly these and the manifest."""
 
+TABLES = (
+    "index.faiss",
+    "items.arrow",
+    "neighbor_scores.npy",
+    "neighbors.npy",
+    "token_offsets.npy",
+    "tokens.npy",
+    "vectors.npy",
+    "vocabulary.arrow",
+)
+"""Files whose size grows with the items: serving reads them once a host, into memory that its processes share."""
+
 _FOLDER_MODE, _FILE_MODE = 0o755, 0o644
 """A bundle holds no user's data, and may be served by another user than the one that trained it."""
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,12 +69,10 @@ class Bundle:
     Attributes:
         path: Its directory.
         manifest: Its manifest.
-        sealed: Handles of memory that holds a file, by the file's name; see `seal`.
     """
 
     path: Path
     manifest: Manifest
-    sealed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bundle_id(self) -> str:
@@ -77,19 +84,26 @@ class Bundle:
         """Sizes, names and weights by which its models are fed and combined."""
         return self.manifest.model
 
-    def table(self, name: str, types: Mapping[str, pa.DataType], required: frozenset[str]) -> pa.Table:
+    def table(
+        self,
+        name: str,
+        types: Mapping[str, pa.DataType],
+        required: frozenset[str],
+        content: bytes | memoryview | None = None,
+    ) -> pa.Table:
         """Reads an Arrow file, every value of it checked.
 
         Args:
             name: The file.
             types: The columns that it may have, and their types.
             required: Those that it must have, without a NULL.
+            content: The bytes of the file, if `pieces` gave them already.
 
         Raises:
             BundleError: The file changed after the bundle was opened, or is no sound table of these columns.
         """
         try:
-            return read_table(self.read(name), types, required)
+            return read_table(self.read(name) if content is None else content, types, required)
         except ValueError as error:
             raise self.malformed(name, f"Arrow cannot read it ({error})") from error
 
@@ -113,57 +127,51 @@ class Bundle:
         """Returns the error about a file whose content no export of this version writes."""
         return BundleError(f"{self.path / name}: {reason}; export the run again")
 
+    def stream_array(
+        self, name: str, dtype: npt.DTypeLike, shape: Shape
+    ) -> tuple[tuple[int, ...], Iterator[bytes | memoryview]]:
+        """Returns the shape of a numpy file and its numbers piece by piece, so that a large one is in memory once.
+
+        The last piece comes only if the file is whole and its hash is right; see `array` for arguments and errors.
+        """
+        pieces = self.pieces(name)
+        first = next(pieces, b"")
+        try:
+            sizes, start = read_header(first, self.manifest.files[name].size, dtype, shape)
+        except ValueError as error:
+            # A changed file is not a malformed one: the hash of all of it tells which of the two it is.
+            for _ in pieces:
+                pass
+            raise self.malformed(name, str(error)) from error
+
+        def numbers() -> Iterator[bytes | memoryview]:
+            yield memoryview(first)[start:]
+            yield from pieces
+
+        return sizes, numbers()
+
     def read(self, name: str) -> bytes:
         """Returns the bytes of a file, hashed again on the way, so that the parser gets what was verified.
 
         Raises:
             BundleError: The file changed after the bundle was opened.
         """
+        return b"".join(self.pieces(name))
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Yields the bytes of a file as `read` returns them; a reader must not use them before the last one has come.
+
+        Raises:
+            BundleError: The file is not the one that the manifest lists; raised after the last piece.
+        """
+        digest, facts = hashlib.sha256(), self.manifest.files[name]
         try:
-            content = b"".join(pieces(self.path / name, self.manifest.files[name].size))
+            for piece in pieces(self.path / name, facts.size):
+                digest.update(piece)
+                yield piece
         except BundleError as error:
             raise BundleError(f"{error} (changed while the bundle was being loaded)") from error
-        self._check(name, content)
-        return content
-
-    def view(self, name: str) -> memoryview:
-        """Returns the bytes of a file as `read` gives them, in memory that processes share if it is sealed.
-
-        Raises:
-            BundleError: The file changed after the bundle was opened, or the memory is not sealed or holds other bytes.
-        """
-        handle = self.sealed.get(name)
-        if handle is None:
-            return memoryview(self.read(name))
-        size = self.manifest.files[name].size
-        # Without its seals, a process that holds the handle too could change the bytes after they were hashed.
-        if fcntl.fcntl(handle, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(handle).st_size != size:
-            raise BundleError(f"{self.path / name}: its shared memory is not sealed; start the service again")
-        content = memoryview(mmap.mmap(handle, size, prot=mmap.PROT_READ)) if size else memoryview(b"")
-        self._check(name, content)
-        return content
-
-    def seal(self, name: str) -> int:
-        """Puts a file into memory that no process can change any more; the caller closes the handle that it returns.
-
-        A child that inherits the handle opens the bundle with it and shares the memory.
-
-        Raises:
-            BundleError: The file changed after the bundle was opened.
-        """
-        content = self.read(name)
-        handle = os.memfd_create(f"penchant-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            with os.fdopen(handle, "wb", closefd=False) as sink:
-                sink.write(content)
-            fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
-        except BaseException:
-            os.close(handle)
-            raise
-        return handle
-
-    def _check(self, name: str, content: bytes | memoryview) -> None:
-        if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
+        if digest.hexdigest() != facts.sha256:
             raise BundleError(f"{self.path / name}: changed while the bundle was being loaded; publish it again")
 
 
@@ -209,13 +217,14 @@ def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> str:
     return bundle_id
 
 
-def open_bundle(path: Path, bundle_id: str = "", sealed: Mapping[str, int] | None = None) -> Bundle:
+def open_bundle(path: Path, bundle_id: str = "", later: Collection[str] = ()) -> Bundle:
     """Verifies every file of a bundle, before anything parses one.
 
     Args:
         path: The directory, or a link to it; the link is followed once, and may move afterwards.
         bundle_id: The bundle that has to be there; empty: any.
-        sealed: Handles that `Bundle.seal` returned, by name; these files are taken from memory.
+        later: Files whose hash is left to `Bundle.read` and its like, because the caller reads each of them, or has
+            what was read of them in sealed memory. Their presence and their size are verified all the same.
 
     Raises:
         BundleError: The directory is no bundle, is half copied, was changed, or holds links, devices, files of another
@@ -234,8 +243,8 @@ def open_bundle(path: Path, bundle_id: str = "", sealed: Mapping[str, int] | Non
             f"{path}: holds the bundle {manifest.bundle_id}, and the running service serves {bundle_id}; restart "
             "the service to serve the other one, or put this one back"
         )
-    _verify(path, manifest, entries)
-    return Bundle(path, manifest, dict(sealed or {}))
+    _verify(path, manifest, entries, later)
+    return Bundle(path, manifest)
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -245,8 +254,8 @@ def _read_manifest(path: Path) -> Manifest:
     return manifests.parse(b"".join(pieces(file, most=MOST_BYTES)), str(file))
 
 
-def _verify(path: Path, manifest: Manifest, entries: set[str]) -> None:
-    """Refuses a directory whose files are not, to the byte, those that its manifest lists."""
+def _verify(path: Path, manifest: Manifest, entries: set[str], later: Collection[str]) -> None:
+    """Refuses a directory whose files are not those that its manifest lists, to the byte but for those of `later`."""
     files = manifest.files
     if sorted(files) != sorted(FILES):
         raise BundleError(f"{path / MANIFEST}: lists {sorted(files)}, a bundle of format {FORMAT} has {list(FILES)}")
@@ -258,7 +267,9 @@ def _verify(path: Path, manifest: Manifest, entries: set[str]) -> None:
     if manifest.size > memory():
         raise BundleError(f"{path / MANIFEST}: its files are larger than the memory that this process may use")
     for name in FILES:
-        if sha256(path / name, files[name].size) != files[name].sha256:
+        if name in later:
+            check_size(path / name, files[name].size)
+        elif sha256(path / name, files[name].size) != files[name].sha256:
             raise BundleError(f"{path / name}: its sha256 is not the manifest's; it was changed or is another bundle's")
     # Last: a file that was changed is the more helpful thing to name.
     if manifest.bundle_id != manifest.content_id:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,6 @@ from features.arrays import pc
 from features.bundle import Bundle
 from features.errors import BundleError, VocabularyError
 from features.model_inputs import statistics_width
-from features.npy_file import Shape
 from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 
@@ -23,22 +22,38 @@ _LEARNED: dict[str, pa.DataType] = {
 }
 _POPULAR: dict[str, pa.DataType] = {"segment": pa.string(), "row": pa.int32(), "score": pa.float32()}
 
+
+class PackedNeighbors(NamedTuple):
+    """The neighbours of all items, end to end.
+
+    Attributes:
+        offsets: Place at which those of each row begin; int64 [N + 1].
+        rows: Their rows; int32 [m].
+        scores: Their cosines; float32 [m].
+    """
+
+    offsets: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int32]
+    scores: npt.NDArray[np.float32]
+
+
 ScoredRows = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 """Rows, best first, and their scores."""
 
 
-def read_items(bundle: Bundle) -> pa.Table:
+def read_items(bundle: Bundle, content: memoryview | None = None) -> pa.Table:
     """Returns the items in row order, as the canonical table with what training learned of each.
 
     The columns `popularity`, `recent_popularity` and `trained` are there, and `statistics` if the run measured them.
 
+    Args:
+        bundle: The bundle.
+        content: The bytes of the file, if they were read already; the table points into them.
+
     Raises:
         BundleError: The file is malformed, an item has no id, or a number is not finite.
     """
-    width = statistics_width(len(bundle.model.actions))
-    statistics: dict[str, pa.DataType] = {"statistics": pa.list_(pa.float32(), width)}
-    types: dict[str, pa.DataType] = {field.name: field.type for field in ITEMS} | _LEARNED | statistics
-    table = bundle.table("items.arrow", types, frozenset({"item_id", *_LEARNED}))
+    table = bundle.table("items.arrow", item_types(bundle), frozenset({"item_id", *_LEARNED}), content)
     for name in ("popularity", "recent_popularity", "price", "statistics"):
         if name in table.column_names:
             column = table.column(name)
@@ -51,28 +66,26 @@ def read_items(bundle: Bundle) -> pa.Table:
     return table
 
 
+def item_types(bundle: Bundle) -> dict[str, pa.DataType]:
+    """Returns the columns that the items of a bundle may have, and their types."""
+    width = statistics_width(len(bundle.model.actions))
+    statistics: dict[str, pa.DataType] = {"statistics": pa.list_(pa.float32(), width)}
+    return {field.name: field.type for field in ITEMS} | _LEARNED | statistics
+
+
 def read_vocabulary(bundle: Bundle, items: pa.Table) -> Vocabulary:
-    """Returns the ids of the items, in memory that the workers of a service share.
+    """Returns the ids of the items.
 
     Raises:
         BundleError: The file is malformed, or names other items than `items`.
     """
     try:
-        vocabulary = Vocabulary.read(bundle.view("vocabulary.arrow"), str(bundle.path / "vocabulary.arrow"))
+        vocabulary = Vocabulary.read(bundle.read("vocabulary.arrow"), str(bundle.path / "vocabulary.arrow"))
     except VocabularyError as error:
         raise BundleError(f"{error}; export the run again") from error
     if not items.column("item_id").equals(pa.chunked_array([vocabulary.names])):
         raise BundleError(f"{bundle.path}: vocabulary.arrow and items.arrow name other items; export the run again")
     return vocabulary
-
-
-def read_vectors(bundle: Bundle, count: int) -> npt.NDArray[np.float32]:
-    """Returns the items' vectors; float32 [N, D].
-
-    Raises:
-        BundleError: The file is malformed, of another shape, or holds NaN or infinity.
-    """
-    return _finite(bundle, "vectors.npy", (count, bundle.model.dim))
 
 
 def read_words(bundle: Bundle, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
@@ -115,22 +128,36 @@ def read_popular(bundle: Bundle, count: int) -> dict[str, ScoredRows]:
     return tables
 
 
-def read_neighbors(bundle: Bundle, count: int) -> ScoredRows:
-    """Returns the nearest rows of each item, -1 after the last, and their cosines; int32, float32 [N, K].
+def read_neighbors(bundle: Bundle, count: int) -> PackedNeighbors:
+    """Returns the nearest rows of each item, and their cosines; what is -1 in the files takes no memory.
 
     Raises:
         BundleError: A file is malformed, names rows beyond `count`, or holds NaN or infinity.
     """
-    rows = bundle.array("neighbors.npy", np.int32, (count, None))
-    _check_rows(bundle, "neighbors.npy", rows, -1, count)
-    return rows, _finite(bundle, "neighbor_scores.npy", rows.shape)
-
-
-def _finite(bundle: Bundle, name: str, shape: Shape) -> npt.NDArray[np.float32]:
-    array = bundle.array(name, np.float32, shape)
-    if not np.isfinite(array).all():
-        raise bundle.malformed(name, "holds NaN or infinity")
-    return array
+    (_, width), pieces = bundle.stream_array("neighbors.npy", np.int32, (count, None))
+    rows, scores, real, lowest, highest = [], [], [], -1, -1
+    for piece in pieces:
+        part = np.frombuffer(piece, np.int32)
+        lowest, highest = min(lowest, int(part.min(initial=-1))), max(highest, int(part.max(initial=-1)))
+        real.append(part >= 0)
+        rows.append(part[real[-1]])
+    # After the last piece: only then are the bytes those that were hashed.
+    _check_rows(bundle, "neighbors.npy", np.array([lowest, highest], np.int32), -1, count)
+    is_real = np.concatenate([np.zeros(0, bool), *real])
+    place, is_finite = 0, True
+    for piece in bundle.stream_array("neighbor_scores.npy", np.float32, (count, width))[1]:
+        cosines = np.frombuffer(piece, np.float32)
+        is_finite &= bool(np.isfinite(cosines).all())
+        scores.append(cosines[is_real[place : place + cosines.size]])
+        place += cosines.size
+    if not is_finite:
+        raise bundle.malformed("neighbor_scores.npy", "holds NaN or infinity")
+    lengths = is_real.reshape(count, width).sum(axis=1)
+    return PackedNeighbors(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.concatenate([np.zeros(0, np.int32), *rows]),
+        np.concatenate([np.zeros(0, np.float32), *scores]),
+    )
 
 
 def _check_rows(bundle: Bundle, name: str, rows: npt.NDArray[np.int32], low: int, count: int) -> None:

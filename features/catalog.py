@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.catalog_columns import columns_of, fill, group_keys, grown, set_available, window
-from features.item_prior import ItemPrior
+from features.catalog_columns import (
+    CatalogColumns,
+    columns_of,
+    fill,
+    group_keys,
+    grown,
+    popular_order,
+    set_available,
+    window,
+)
+from features.eligibility import EligibleRows, Moments, moments_of
+from features.item_prior import Firsts, ItemPrior, firsts_of
 from features.keys import item_key, item_keys
 from features.vocabulary import Vocabulary
 
@@ -25,10 +36,48 @@ RECORD_FIELDS = (*_FIELDS, *_WINDOW)
 """Fields of an item that `Catalog.records` reads."""
 
 
-class Catalog:
-    """Items by row, with live additions."""
+@dataclass(frozen=True, slots=True)
+class CatalogTables:
+    """What a catalogue computes of its items when it is made, for processes that share it.
 
-    def __init__(self, items: pa.Table, vocabulary: Vocabulary, vectors: npt.NDArray[np.float32]) -> None:
+    Attributes:
+        columns: The columns; behind the rows of the bundle there may be room for live ones.
+        moments: The moments at which rows begin or cease to be available.
+        firsts: The first item of each creator and category.
+        popular: The rows of the bundle, the most popular first; int32 [N].
+    """
+
+    columns: CatalogColumns
+    moments: Moments
+    firsts: Firsts
+    popular: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, columns: CatalogColumns, count: int) -> CatalogTables:
+        """Computes them from the columns of a bundle of `count` items."""
+        moments = moments_of(columns.available_from[:count], columns.available_until[:count])
+        firsts = firsts_of(columns.creator[:count], columns.category[:count])
+        return cls(columns, moments, firsts, popular_order(columns, count))
+
+
+class Catalog:
+    """Items by row, with live additions.
+
+    Attributes:
+        vocabulary: The ids of the bundle's items.
+        base_size: Number of the bundle's items.
+        size: Number of all items.
+        columns: The facts of all items, by row.
+        popular: The rows of the bundle, the most popular in training first; int32 [base_size].
+    """
+
+    def __init__(
+        self,
+        items: pa.Table,
+        vocabulary: Vocabulary,
+        vectors: npt.NDArray[np.float32],
+        tables: CatalogTables | None = None,
+    ) -> None:
         """Takes the items of a bundle.
 
         Args:
@@ -36,6 +85,7 @@ class Catalog:
                 if the run measured them.
             vocabulary: Their ids, in the same order.
             vectors: Their vectors; float32 [N, D].
+            tables: What was computed of them before; by default it is computed here.
 
         Raises:
             ValueError: The three do not have the same length.
@@ -50,9 +100,12 @@ class Catalog:
         self._live_ids: list[str] = []
         self._lock = threading.Lock()
         self._change = 0
-        self._bitmap: tuple[int, int, npt.NDArray[np.uint8]] | None = None
-        self.columns = columns_of(items, vectors)
-        self._prior = ItemPrior(self.columns)
+        if tables is None:
+            tables = CatalogTables.of(columns_of(items, vectors), items.num_rows)
+        self.columns = tables.columns
+        self.popular = tables.popular
+        self._eligible = EligibleRows(tables.moments)
+        self._prior = ItemPrior(tables.columns, tables.firsts)
 
     @property
     def change(self) -> int:
@@ -88,7 +141,7 @@ class Catalog:
         for key in keys:
             row = self._prior.first(column, key)
             if row >= 0 and int(values[row]) != key and key not in put:
-                row = int(np.argmax(values == np.uint64(key)))
+                row = int(np.argmax(values[: self.size] == np.uint64(key)))
             row = put.get(key, row)
             if row >= 0 and int(values[row]) == key:
                 rows_by_key[key] = row
@@ -136,8 +189,12 @@ class Catalog:
 
     def record(self, row: int) -> dict[str, Any]:
         """Returns an item as it is now: `item` with its present availability, 0 for a time that means always."""
-        [record] = self.records([row], RECORD_FIELDS)
-        return {"item_id": self.ids([row])[0], **record}
+        return self.records_now([row])[0]
+
+    def records_now(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns items as `record` does: a read of many costs little more than one of a single item."""
+        records = self.records(rows, RECORD_FIELDS)
+        return [{"item_id": name, **record} for name, record in zip(self.ids(rows), records, strict=True)]
 
     def records(self, rows: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
         """Returns some fields of some items as they are now; items of the bundle are read a column at a time.
@@ -177,31 +234,27 @@ class Catalog:
         return available & begun & running
 
     def eligible_bitmap(self, now_ms: int) -> npt.NDArray[np.uint8]:
-        """Returns the rows that may be shown in this second, one bit a row, lowest bit first; uint8 [ceil(size / 8)].
+        """Returns the rows that may be shown now, one bit a row, lowest bit first; uint8 [ceil(size / 8)].
 
-        A hint for retrieval, made once a second and after each change; `eligible` has the last word. Read only.
+        A hint for retrieval, which later changes alter in place; `eligible` has the last word. Read only.
         """
-        change, second = self._change, now_ms // 1000
-        cached = self._bitmap
-        if cached is None or cached[0] != change or cached[1] != second:
-            # The size first: columns read after it are at least as new.
-            size, columns = self.size, self.columns
-            begun = columns.available[:size] & (columns.available_from[:size] <= now_ms)
-            bits = np.packbits(begun & (now_ms < columns.available_until[:size]), bitorder="little")
-            bits.flags.writeable = False
-            self._bitmap = cached = (change, second, bits)
-        return cached[2]
+        return self.eligible_rows(now_ms)[0]
 
-    def patch(self, row: int, fields: Mapping[str, Any], vector: npt.NDArray[np.float32]) -> None:
-        """Changes some fields of an item; it stays as new as it was.
+    def eligible_rows(self, now_ms: int) -> tuple[npt.NDArray[np.uint8], int]:
+        """Returns `eligible_bitmap`, and the number of rows in it, without a pass over the rows."""
+        # The size first: columns read after it are at least as new.
+        size = self.size
+        return self._eligible.at(self.columns, size, now_ms)
+
+    def replace(self, row: int, item: Mapping[str, Any], vector: npt.NDArray[np.float32]) -> None:
+        """Changes the fields of an item; it stays as new as it was.
 
         Args:
             row: The row of the item.
-            fields: The new values, names of `RECORD_FIELDS`; None if the item has none any more.
+            item: The item with its new values, see `records_now`; None if it has none any more.
             vector: The vector by content of the changed item; float32 [D].
         """
         with self._lock:
-            item = {**self.record(row), **fields}
             self._put_one(item, vector, int(self.columns.put_at[row]))
             self._change += 1
 
@@ -227,6 +280,7 @@ class Catalog:
         """Sets whether and when the item of `row` may be shown; 0 as a time means always."""
         with self._lock:
             set_available(self.columns, row, available, available_from, available_until)
+            self._eligible.changed(self.columns, row, self.size)
             self._change += 1
 
     def delete(self, row: int) -> None:
@@ -255,4 +309,5 @@ class Catalog:
             self.size = row + 1
             # Last, so that a reader that finds the row finds all of its values.
             self._live_rows[key] = row
+        self._eligible.changed(columns, row, self.size)
         return row

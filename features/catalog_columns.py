@@ -13,7 +13,7 @@ import pyarrow as pa
 from features.arrays import pc
 from features.keys import item_key, item_keys
 
-_FOREVER = np.iinfo(np.int64).max
+FOREVER = np.iinfo(np.int64).max
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,24 +59,36 @@ class CatalogColumns:
 
 def columns_of(items: pa.Table, vectors: npt.NDArray[np.float32]) -> CatalogColumns:
     """Returns the columns of a canonical items table in row order; missing ones get their neutral value."""
-    count = items.num_rows
-    lists = items.column("categories").to_pylist() if "categories" in items.column_names else [None] * count
-    creators = items.column("creator_id").to_pylist() if "creator_id" in items.column_names else [None] * count
-    return CatalogColumns(
-        vectors=vectors,
-        available=_values(items, "available", np.bool_, True),
-        available_from=_values(items, "available_from", np.int64, 0),
-        available_until=_values(items, "available_until", np.int64, _FOREVER),
-        price=_values(items, "price", np.float32, np.nan),
-        category=item_keys([names[0] if names else None for names in lists]),
-        creator=item_keys(creators),
-        popularity=_values(items, "popularity", np.float32, 0.0),
-        recent_popularity=_values(items, "recent_popularity", np.float32, 0.0),
-        trained=_values(items, "trained", np.bool_, True),
-        duration=_durations(items),
-        statistics=_statistics(items),
-        put_at=np.zeros(count, np.int64),
-    )
+    return CatalogColumns(vectors=vectors, **facts_of(items))
+
+
+def facts_of(items: pa.Table) -> dict[str, npt.NDArray[Any]]:
+    """Returns the columns of `CatalogColumns` by name, but for the vectors, from a canonical table in row order."""
+    return {
+        "available": _values(items, "available", np.bool_, True),
+        "available_from": _values(items, "available_from", np.int64, 0),
+        "available_until": _values(items, "available_until", np.int64, FOREVER),
+        "price": _values(items, "price", np.float32, np.nan),
+        "category": _keys_of(_first(items, "categories")),
+        "creator": _keys_of(_column(items, "creator_id")),
+        "popularity": _values(items, "popularity", np.float32, 0.0),
+        "recent_popularity": _values(items, "recent_popularity", np.float32, 0.0),
+        "trained": _values(items, "trained", np.bool_, True),
+        "duration": _durations(items),
+        "statistics": _statistics(items),
+        "put_at": np.zeros(items.num_rows, np.int64),
+    }
+
+
+def popularity_score(columns: CatalogColumns, at: npt.NDArray[np.integer[Any]] | slice) -> npt.NDArray[np.float32]:
+    """Returns the popularity of some rows in training: recent, and where that is equal overall; float32 [n]."""
+    # Overall popularity only breaks the ties of recent popularity.
+    return (columns.recent_popularity[at] + 1e-3 * columns.popularity[at]).astype(np.float32)
+
+
+def popular_order(columns: CatalogColumns, count: int) -> npt.NDArray[np.int32]:
+    """Returns the first `count` rows, the most popular first, ties by row; int32 [count]."""
+    return np.argsort(-popularity_score(columns, slice(count)), kind="stable").astype(np.int32)
 
 
 def seconds_of(text: str | None) -> float:
@@ -88,11 +100,47 @@ def seconds_of(text: str | None) -> float:
     return seconds if 0 < seconds < np.inf else np.nan
 
 
+def _column(items: pa.Table, name: str) -> pa.ChunkedArray[Any]:
+    """Returns a column of text; NULLs if it is missing."""
+    if name in items.column_names:
+        return items.column(name)
+    return pa.chunked_array([pa.nulls(items.num_rows, pa.string())])
+
+
+def _first(items: pa.Table, name: str) -> pa.ChunkedArray[Any]:
+    """Returns the first entry of each list of a column of text, NULL if it has none."""
+    if name not in items.column_names:
+        return _column(items, name)
+    parts = []
+    chunks: list[Any] = items.column(name).chunks
+    for chunk in chunks:
+        lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
+        starts = chunk.offsets.to_numpy()[:-1]
+        parts.append(chunk.values.take(pa.array(starts, mask=lengths == 0)))
+    return pa.chunked_array(parts, pa.string())
+
+
+def _encoded(texts: pa.ChunkedArray[Any]) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Returns the distinct texts of a column, and the place of each row's text among them, -1 for NULL; int64 [n]."""
+    encoded: Any = texts.dictionary_encode().unify_dictionaries()
+    if not encoded.num_chunks:
+        return [], np.empty(0, np.int64)
+    indices = pa.chunked_array([chunk.indices for chunk in encoded.chunks])
+    places = pc.fill_null(indices, -1).to_numpy().astype(np.int64)
+    return encoded.chunk(0).dictionary.to_pylist(), places
+
+
+def _keys_of(texts: pa.ChunkedArray[Any]) -> npt.NDArray[np.uint64]:
+    """Returns the key of each text, 0 for none; uint64 [n]. Each distinct text is hashed once."""
+    names, places = _encoded(texts)
+    return np.append(item_keys(names), np.uint64(0))[places]
+
+
 def _durations(items: pa.Table) -> npt.NDArray[np.float32]:
     if "attributes" not in items.column_names:
         return np.full(items.num_rows, np.nan, np.float32)
-    durations = pc.map_lookup(items.column("attributes"), "duration", "last")
-    return np.array([seconds_of(text) for text in durations.to_pylist()], np.float32)
+    names, places = _encoded(pc.map_lookup(items.column("attributes"), "duration", "last"))
+    return np.append(np.array([seconds_of(name) for name in names], np.float32), np.float32(np.nan))[places]
 
 
 def _statistics(items: pa.Table) -> npt.NDArray[np.float32]:
@@ -112,9 +160,10 @@ def _values(items: pa.Table, name: str, dtype: type, default: Any) -> npt.NDArra
     """Returns a writable numpy column; NULLs, and a column that is missing, become `default`."""
     if name not in items.column_names:
         return np.full(items.num_rows, default, dtype)
+    column = items.column(name)
     # Copied: an array of Arrow cannot be written to, and live changes are.
-    values = [default if value is None else value for value in items.column(name).to_pylist()]
-    return np.array(values, dtype)
+    values: npt.NDArray[Any] = np.array(pc.fill_null(column, pa.scalar(default, column.type)).to_numpy(), dtype)
+    return values
 
 
 def grown(columns: CatalogColumns, capacity: int) -> CatalogColumns:
@@ -143,7 +192,7 @@ def fill(columns: CatalogColumns, row: int, item: Mapping[str, Any]) -> None:
 def window(columns: CatalogColumns, row: int, name: str) -> bool | int:
     """Returns the value of a column about availability, 0 for a time that means always."""
     value: bool | int = getattr(columns, name)[row].item()
-    return 0 if name == "available_until" and value == _FOREVER else value
+    return 0 if name == "available_until" and value == FOREVER else value
 
 
 def set_available(columns: CatalogColumns, row: int, available: bool, start: int, end: int) -> None:
@@ -151,5 +200,5 @@ def set_available(columns: CatalogColumns, row: int, available: bool, start: int
     # Unavailable first: a reader between two of these lines must not see an old flag with a new window.
     columns.available[row] = False
     columns.available_from[row] = start
-    columns.available_until[row] = end or _FOREVER
+    columns.available_until[row] = end or FOREVER
     columns.available[row] = available

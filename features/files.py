@@ -27,19 +27,7 @@ def pieces(path: Path, size: int | None = None, most: int = 0) -> Iterator[bytes
     Raises:
         BundleError: It is missing, is no plain file, has another size, or changes meanwhile.
     """
-    # Neither a pipe nor a device in its place keeps the caller waiting, and a link is not followed.
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise BundleError(f"{path}: missing; copy the whole bundle again") from None
-    except OSError as error:
-        kind = "a link" if path.is_symlink() else error.strerror
-        raise BundleError(f"{path}: {kind}; a bundle holds plain files only, copy it with their content") from None
-    try:
-        size = _checked_size(path, os.fstat(handle), size, most)
-    except BundleError:
-        os.close(handle)
-        raise
+    handle, size = _opened(path, size, most)
     with os.fdopen(handle, "rb", buffering=0) as file:
         if _holes(handle, size) > _MOST_HOLES:
             raise BundleError(f"{path}: holds nothing over more than {_MOST_HOLES} bytes; copy the whole bundle again")
@@ -55,6 +43,15 @@ def pieces(path: Path, size: int | None = None, most: int = 0) -> Iterator[bytes
             raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the whole bundle again") from error
     if left:
         raise BundleError(f"{path}: grew or shrank while it was read; copy the whole bundle again")
+
+
+def check_size(path: Path, size: int) -> None:
+    """Checks that a plain file of `size` bytes lies at a path, without reading it.
+
+    Raises:
+        BundleError: See `pieces`.
+    """
+    os.close(_opened(path, size, 0)[0])
 
 
 def sha256(path: Path, size: int) -> str:
@@ -76,6 +73,23 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _opened(path: Path, size: int | None, most: int) -> tuple[int, int]:
+    """Returns the handle of a plain file, and its size; see `pieces`."""
+    # Neither a pipe nor a device in its place keeps the caller waiting, and a link is not followed.
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BundleError(f"{path}: missing; copy the whole bundle again") from None
+    except OSError as error:
+        kind = "a link" if path.is_symlink() else error.strerror
+        raise BundleError(f"{path}: {kind}; a bundle holds plain files only, copy it with their content") from None
+    try:
+        return handle, _checked_size(path, os.fstat(handle), size, most)
+    except BundleError:
+        os.close(handle)
+        raise
 
 
 def _checked_size(path: Path, status: os.stat_result, size: int | None, most: int) -> int:

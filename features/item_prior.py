@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog_columns import CatalogColumns
 
+Firsts = Mapping[str, tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]]
+"""By "creator" and "category": the distinct keys, ascending, and the first row that has each; uint64, int32 [n]."""
+
+GROUPS = ("creator", "category")
+
+
+def firsts_of(creator: npt.NDArray[np.uint64], category: npt.NDArray[np.uint64]) -> Firsts:
+    """Returns the first item of each creator and of each category, from the columns of the bundle's items."""
+    firsts = {}
+    for name, column in zip(GROUPS, (creator, category), strict=True):
+        keys, rows = np.unique(column, return_index=True)
+        firsts[name] = keys, rows.astype(np.int32)
+    return firsts
+
 
 class ItemPrior:
     """Statistics for items without impressions, from the first item of the same creator and of the same category."""
 
-    def __init__(self, columns: CatalogColumns) -> None:
-        """Takes the columns of the bundle's items; items put later are no basis for a prior."""
-        self._statistics = columns.statistics
-        self._first = {name: np.unique(getattr(columns, name), return_index=True) for name in ("creator", "category")}
+    def __init__(self, columns: CatalogColumns, firsts: Firsts) -> None:
+        """Takes the columns of the bundle's items, and their `firsts_of`; items put later are no basis for a prior."""
+        self._statistics, self._first = columns.statistics, firsts
 
     def statistics(self, category: int, creator: int) -> npt.NDArray[np.float32]:
         """Returns the statistics of a new item, float32 [S]; zeros, which mean unknown, if it shares neither group."""
@@ -30,10 +45,10 @@ class ItemPrior:
             of_creator[:] = item[:] = blocks(like_creator)[1]
         return out
 
-    def rows(self, name: str) -> npt.NDArray[np.int64]:
-        """Returns one row of the bundle for each "creator" or "category" that its items have; int64 [n]."""
+    def rows(self, name: str) -> npt.NDArray[np.int32]:
+        """Returns one row of the bundle for each "creator" or "category" that its items have; int32 [n]."""
         keys, rows = self._first[name]
-        named: npt.NDArray[np.int64] = rows[keys != 0]
+        named: npt.NDArray[np.int32] = rows[keys != 0]
         return named
 
     def first(self, name: str, key: int) -> int:

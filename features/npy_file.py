@@ -19,13 +19,38 @@ Shape = tuple[int | None, ...]
 """The size of each axis; None: any."""
 
 
-def read_array(content: bytes, dtype: npt.DTypeLike, shape: Shape) -> npt.NDArray[Any]:
-    """Reads a numpy file.
+def read_header(start: bytes, size: int, dtype: npt.DTypeLike, shape: Shape) -> tuple[tuple[int, ...], int]:
+    """Reads the header of a numpy file.
 
     Args:
-        content: The file.
+        start: The first bytes of the file, the whole header at least.
+        size: Bytes of the whole file.
         dtype: Type that its numbers have.
         shape: Shape that it has.
+
+    Returns:
+        Its shape, and the byte at which its numbers begin.
+
+    Raises:
+        ValueError: It is no plain array of this type and shape; the message says what is wrong.
+    """
+    header = _HEADER.match(start)
+    if not header or header.end() != 10 + int.from_bytes(start[8:10], "little"):
+        raise ValueError("does not begin as numpy writes an array")
+    sizes = tuple(int(number) for number in header[2].replace(b",", b" ").split())
+    fits = len(sizes) == len(shape) and all(
+        expected in (None, number) for number, expected in zip(sizes, shape, strict=True)
+    )
+    if header[1] != np.dtype(dtype).str.encode() or not fits:
+        expectation = f"{np.dtype(dtype).str} {list(shape)} (None = any)"
+        raise ValueError(f"is {header[1].decode()} {list(sizes)} instead of {expectation}")
+    if size - header.end() != math.prod(sizes) * np.dtype(dtype).itemsize:
+        raise ValueError(f"has {size - header.end()} bytes of numbers, not those of {list(sizes)}")
+    return sizes, header.end()
+
+
+def read_array(content: bytes, dtype: npt.DTypeLike, shape: Shape) -> npt.NDArray[Any]:
+    """Reads a numpy file; see `read_header`.
 
     Returns:
         The array, which may be written to.
@@ -33,18 +58,6 @@ def read_array(content: bytes, dtype: npt.DTypeLike, shape: Shape) -> npt.NDArra
     Raises:
         ValueError: It is no plain array of this type and shape; the message says what is wrong.
     """
-    header = _HEADER.match(content)
-    if not header or header.end() != 10 + int.from_bytes(content[8:10], "little"):
-        raise ValueError("does not begin as numpy writes an array")
-    sizes = tuple(int(size) for size in header[2].replace(b",", b" ").split())
-    fits = len(sizes) == len(shape) and all(
-        expected in (None, size) for size, expected in zip(sizes, shape, strict=True)
-    )
-    if header[1] != np.dtype(dtype).str.encode() or not fits:
-        expectation = f"{np.dtype(dtype).str} {list(shape)} (None = any)"
-        raise ValueError(f"is {header[1].decode()} {list(sizes)} instead of {expectation}")
-    count = math.prod(sizes)
-    if len(content) - header.end() != count * np.dtype(dtype).itemsize:
-        raise ValueError(f"has {len(content) - header.end()} bytes of numbers, not those of {list(sizes)}")
+    sizes, start = read_header(content, len(content), dtype, shape)
     # A copy is aligned, and lets the bytes of the file go.
-    return np.frombuffer(content, dtype, count, header.end()).reshape(sizes).copy()
+    return np.frombuffer(content, dtype, math.prod(sizes), start).reshape(sizes).copy()

@@ -8,6 +8,7 @@ import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,18 +44,32 @@ def stem(word: str) -> str:
 
 def words(text: str) -> list[str]:
     """Returns the words of a text: Unicode NFKC, lower case, plural taken off."""
-    return [stem(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).lower())]
+    return [stem(word) for word in _words_as_written(text)]
+
+
+def _words_as_written(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+# Texts are made of few words, and looking one up costs a fifth of computing its key.
+@lru_cache(maxsize=1 << 16)
+def _token(word: str) -> int:
+    return zlib.crc32(stem(word).encode())
 
 
 def text_tokens(text: str) -> npt.NDArray[np.uint32]:
     """Returns one key per word of the text, in order: CRC-32 of the word's UTF-8 bytes; uint32 [n]."""
     # Not the `hash` of Python, which differs from process to process.
-    return np.array([zlib.crc32(word.encode()) for word in words(text)], dtype=np.uint32)
+    return np.array(list(map(_token, _words_as_written(text))), dtype=np.uint32)
 
 
 def token_buckets(keys: npt.NDArray[Any], buckets: int) -> npt.NDArray[np.int64]:
     """Hashes keys into 1 to `buckets`, leaving 0 for padding."""
     return (1 + keys.astype(np.uint64) % np.uint64(buckets)).astype(np.int64)
+
+
+WORDED = ("title", "description", "categories")
+"""Fields that the text of an item is made of."""
 
 
 def item_text(item: Mapping[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""External id <-> row: one Arrow file, whose bytes the worker processes of a service share."""
+"""External id <-> row: one Arrow file, read into arrays that the worker processes of a service share."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow as pa
 
 from features.arrow_file import read_table
 from features.errors import VocabularyError
+from features.key_table import find_row, find_rows, key_slots
 from features.keys import item_keys
 
 _TYPES: dict[str, pa.DataType] = {
@@ -24,21 +24,36 @@ _TYPES: dict[str, pa.DataType] = {
 _SCHEMA = pa.schema(_TYPES)
 
 
+_CHUNK = 1 << 16
+"""Ids that become Python strings at once, when all of them are hashed."""
+
+
 class Vocabulary:
     """The ids of a catalogue in row order.
 
     Lookups go by the 64-bit key of an id. No two ids of a vocabulary share one (refused when it is built), and the
     chance that an id from outside hits one of 10^6 keys is about 5e-14.
+
+    Attributes:
+        keys: Key of each id; uint64 [n].
+        slots: The hash table of the keys, see `features.key_table`; int32.
+        offsets: Place at which each id begins in `text`; int32 [n + 1].
+        text: The ids end to end, UTF-8; uint8.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        """Wraps the columns of a vocabulary file; callers use `build`, `open` or `read`."""
-        table = table.combine_chunks()
-        self._ids = _column(table, "id")
-        self.keys: npt.NDArray[np.uint64] = _column(table, "key").to_numpy(zero_copy_only=False)
-        self._sorted_keys: npt.NDArray[np.uint64] = _column(table, "sorted_key").to_numpy(zero_copy_only=False)
-        self._sorted_rows: npt.NDArray[np.int32] = _column(table, "sorted_row").to_numpy(zero_copy_only=False)
-        self._table = table
+    def __init__(
+        self,
+        keys: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.int32],
+        text: npt.NDArray[np.uint8],
+        slots: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        """Wraps arrays; callers use `build`, `open` or `read`, or pass what one of these made."""
+        self.keys, self.offsets, self.text = keys, offsets, text
+        buffers: tuple[Any, Any] = (offsets, text)
+        self._buffers = buffers
+        self.slots = key_slots(keys) if slots is None else slots
+        self._bytes = memoryview(buffers[1])
 
     @classmethod
     def build(cls, ids: Sequence[str]) -> Vocabulary:
@@ -60,7 +75,7 @@ class Vocabulary:
                 f"items {ids[first]!r} (row {first}) and {ids[second]!r} (row {second}) share the key "
                 f"{ordered[twice[0]]:#x}: keep one of them"
             )
-        return cls(pa.table([pa.array(ids, pa.string()), keys, ordered, order], schema=_SCHEMA))
+        return cls(keys, *_text_of(pa.array(ids, pa.string())))
 
     @classmethod
     def open(cls, path: Path) -> Vocabulary:
@@ -76,7 +91,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, content: bytes | memoryview, path: str) -> Vocabulary:
-        """Checks the bytes of a file that `save` wrote, and wraps them: its columns point into `content`.
+        """Checks the bytes of a file that `save` wrote; its arrays point into `content` where they can.
 
         Args:
             content: The file.
@@ -86,33 +101,24 @@ class Vocabulary:
             VocabularyError: The file is not a vocabulary, or its keys and rows are not those of its ids.
         """
         try:
-            vocabulary = cls(read_table(content, _TYPES, frozenset(_TYPES)).select(_SCHEMA.names))
-            vocabulary._check()
+            table = read_table(content, _TYPES, frozenset(_TYPES)).combine_chunks()
+            _check(*(_column(table, name) for name in _SCHEMA.names))
         except ValueError as error:
             raise VocabularyError(f"{path}: not a vocabulary file ({error})") from error
-        return vocabulary
-
-    def _check(self) -> None:
-        rows, keys = self._sorted_rows, self.keys
-        if rows.size and not 0 <= rows.min() <= rows.max() < rows.size:
-            raise ValueError("sorted_row names rows that it does not have")
-        if not np.array_equal(keys[rows], self._sorted_keys) or (self._sorted_keys[:1] == 0).any():
-            raise ValueError("sorted_key is not what key and sorted_row say")
-        if not (self._sorted_keys[1:] > self._sorted_keys[:-1]).all():
-            raise ValueError("sorted_key is not sorted, or holds a key twice")
-        # Hashed again: a wrong key would give an item's events to another item, and nothing would look wrong.
-        if not np.array_equal(item_keys(self._ids.to_pylist()), keys):
-            raise ValueError("key is not what id says")
+        return cls(_column(table, "key").to_numpy(zero_copy_only=False), *_text_of(_column(table, "id")))
 
     @property
     def names(self) -> pa.Array[Any]:
-        """All ids in row order; string [n]."""
-        return self._ids
+        """All ids in row order; string [n], without a copy."""
+        buffers: Any = [pa.py_buffer(part) for part in self._buffers]
+        return pa.StringArray.from_buffers(len(self), *buffers)
 
     def save(self, path: Path) -> None:
         """Writes the vocabulary as one uncompressed Arrow file, so that reading it copies nothing."""
+        order = np.argsort(self.keys, kind="stable").astype(np.int32)
+        table = pa.table([self.names, self.keys, self.keys[order], order], schema=_SCHEMA)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            writer.write_table(self._table, max_chunksize=max(1, len(self)))
+            writer.write_table(table, max_chunksize=max(1, len(self)))
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -124,21 +130,52 @@ class Vocabulary:
 
     def rows_of_keys(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
         """Returns the row of each key, -1 if it is unknown; int32 [n]."""
-        if not len(self):
-            return np.full(keys.size, -1, np.int32)
-        at = np.searchsorted(self._sorted_keys, keys)
-        at[at == len(self)] = 0  # a key above all others; the comparison below refuses it
-        return np.where(self._sorted_keys[at] == keys, self._sorted_rows[at], np.int32(-1)).astype(np.int32)
+        rows = np.empty(keys.size, np.int32)
+        # A kernel is compiled for each layout of its arguments, and for those that cannot be written to.
+        plain = keys if keys.flags.c_contiguous and keys.flags.writeable else np.array(keys, np.uint64)
+        find_rows(self.keys, self.slots, plain, rows)
+        return rows
 
     def row_of_key(self, key: int) -> int:
         """Returns the row of one key, -1 if it is unknown."""
-        # For a single key, a search in Python costs less than a call into numpy.
-        at = bisect_left(self._sorted_keys, key)
-        return int(self._sorted_rows[at]) if at < len(self) and self._sorted_keys[at] == key else -1
+        return find_row(self.keys, self.slots, key)
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """Returns the ids of `rows`, each in [0, len)."""
-        return [str(name) for name in self._ids.take(np.asarray(rows, np.int64)).to_pylist()]
+        places = np.asarray(rows, np.int64)
+        starts, ends = self.offsets[places].tolist(), self.offsets[places + 1].tolist()
+        # Slices of the text itself: Arrow takes three times as long for a page of ids.
+        return [str(self._bytes[start:end], "utf-8") for start, end in zip(starts, ends, strict=True)]
+
+
+def _text_of(names: pa.Array[Any]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+    """Returns the offsets int32 [n + 1] and the text uint8 of an array of strings without NULL."""
+    if not len(names):
+        return np.zeros(1, np.int32), np.empty(0, np.uint8)
+    buffers: Any = names.buffers()
+    _, offsets, text = buffers
+    places = np.frombuffer(offsets, np.int32)[names.offset : names.offset + len(names) + 1]
+    # Arrow leaves out the text where no id has a letter.
+    return places, np.frombuffer(text, np.uint8) if text is not None else np.empty(0, np.uint8)
+
+
+def _check(ids: Any, keys: Any, sorted_keys: Any, sorted_rows: Any) -> None:
+    """Checks that the columns of a file say the same.
+
+    Raises:
+        ValueError: They do not.
+    """
+    key, ordered, rows = (column.to_numpy(zero_copy_only=False) for column in (keys, sorted_keys, sorted_rows))
+    if rows.size and not 0 <= rows.min() <= rows.max() < rows.size:
+        raise ValueError("sorted_row names rows that it does not have")
+    if not np.array_equal(key[rows], ordered) or (ordered[:1] == 0).any():
+        raise ValueError("sorted_key is not what key and sorted_row say")
+    if not (ordered[1:] > ordered[:-1]).all():
+        raise ValueError("sorted_key is not sorted, or holds a key twice")
+    # Hashed again: a wrong key would give an item's events to another item, and nothing would look wrong.
+    for start in range(0, len(ids), _CHUNK):
+        if not np.array_equal(item_keys(ids.slice(start, _CHUNK).to_pylist()), key[start : start + _CHUNK]):
+            raise ValueError("key is not what id says")
 
 
 def _column(table: pa.Table, name: str) -> pa.Array[Any]:

@@ -18,6 +18,8 @@ _INNER_PRODUCT = 0
 _SQ8 = 0
 _MOST_ARRAY = 1 << 40
 
+Bytes = bytes | memoryview | npt.NDArray[np.uint8]
+
 
 @dataclass(frozen=True, slots=True)
 class IndexFacts:
@@ -36,7 +38,7 @@ class IndexFacts:
     lists: int
 
 
-def check_index(data: bytes) -> IndexFacts:
+def check_index(data: Bytes) -> IndexFacts:
     """Reads the facts that an index states, and checks that its bytes are what they promise.
 
     Raises:
@@ -60,8 +62,9 @@ def check_index(data: bytes) -> IndexFacts:
 class _Cursor:
     """A place in the bytes; nothing is taken from past their end."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._place = data, 0
+    def __init__(self, data: Bytes) -> None:
+        self._data: Any = data
+        self._place = 0
 
     @property
     def left(self) -> int:
@@ -125,12 +128,16 @@ def _lists(cursor: _Cursor, quantised: bool) -> IndexFacts:
     code_size = _quantiser(cursor, dim) if quantised else 4 * dim
     codes, rows = _inverted(cursor, lists, code_size)
     # A row that is missing is never found, and one that is too large points outside of the catalogue.
-    if not np.array_equal(np.sort(rows), np.arange(count)):
+    if (
+        rows.size != count
+        or (count and not 0 <= rows.min() <= rows.max() < count)
+        or np.bincount(rows).max(initial=1) > 1
+    ):
         raise ValueError("does not hold each row once")
     if quantised:
         return IndexFacts(count, dim, None, lists)
     vectors = np.empty((count, dim), np.float32)
-    vectors[rows] = np.frombuffer(codes, "<f4").reshape(count, dim)
+    vectors[rows] = np.concatenate([np.empty(0, np.uint8), *codes]).view("<f4").reshape(count, dim)
     return IndexFacts(count, dim, vectors, lists)
 
 
@@ -148,7 +155,7 @@ def _quantiser(cursor: _Cursor, dim: int) -> int:
     return int(size)
 
 
-def _inverted(cursor: _Cursor, lists: int, code_size: int) -> tuple[bytes, npt.NDArray[np.int64]]:
+def _inverted(cursor: _Cursor, lists: int, code_size: int) -> tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.int64]]:
     if cursor.kind() != b"ilar" or cursor.take("QQ") != (lists, code_size):
         raise ValueError("has other lists than it says")
     sizes, kind = np.zeros(lists, np.int64), cursor.kind()
@@ -170,6 +177,6 @@ def _inverted(cursor: _Cursor, lists: int, code_size: int) -> tuple[bytes, npt.N
     for size in sizes.tolist():
         if size < 0:
             raise ValueError("has a list of negative length")
-        codes.append(cursor.array("|u1", size * code_size).tobytes())
+        codes.append(cursor.array("|u1", size * code_size))
         rows.append(cursor.array("<i8", size))
-    return b"".join(codes), np.concatenate([np.empty(0, np.int64), *rows])
+    return codes, np.concatenate([np.empty(0, np.int64), *rows])

@@ -48,7 +48,7 @@ Announce = Callable[[str], object]
 """Takes the name of the file that is about to be read or asked."""
 
 
-def _silent(_: str) -> None:
+def silent(_: str) -> None:
     """Announces nothing."""
 
 
@@ -59,7 +59,7 @@ class ModelError(ServingError):
 class Model:
     """The four models of a bundle; any number of threads may call at once."""
 
-    def __init__(self, bundle: Bundle, device: Device = "cpu", announce: Announce = _silent) -> None:
+    def __init__(self, bundle: Bundle, device: Device = "cpu", announce: Announce = silent) -> None:
         """Loads the models from the bundle's verified bytes.
 
         Args:
@@ -87,7 +87,7 @@ class Model:
         self._query = self._load(bundle, "query_encoder.onnx", words, [None, dim])
         self._ranker = self._load(bundle, "ranker.onnx", pairs, [None, self.actions])
 
-    def probe(self, shapes: ItemInputShapes, event_types: int, announce: Announce = _silent) -> None:
+    def probe(self, shapes: ItemInputShapes, event_types: int, announce: Announce = silent) -> None:
         """Asks each model for its smallest and its largest inputs, so that no request is the first to.
 
         Args:

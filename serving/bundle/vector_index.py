@@ -33,6 +33,9 @@ SPARE = 0.5
 # A product of matrices rounds by position, so where scores are nearly equal a few more must be proposed.
 _ROUNDING = 16
 
+NARROW = 32_000
+"""Allowed rows up to which all of them are scored: reading lists far from the query for a few rows each costs more."""
+
 # The CPU has scored so few rows before a device has answered.
 _FEW = 2048
 
@@ -43,38 +46,38 @@ _I32 = npt.NDArray[np.int32]
 class Index:
     """Searches a catalogue by inner product; a call takes one thread, and any number of calls run at once."""
 
-    def __init__(self, data: bytes, catalog: Catalog, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    def __init__(
+        self,
+        data: bytes | npt.NDArray[np.uint8],
+        catalog: Catalog,
+        device: Literal["cpu", "cuda"] = "cpu",
+        *,
+        checked: bool = False,
+    ) -> None:
         """Takes an index as export wrote it.
 
         Args:
-            data: The verified bytes of `index.faiss`.
+            data: The verified bytes of `index.faiss`; FAISS reads its lists in them, without a copy.
             catalog: The catalogue whose rows it indexes; rows it gains later are found too.
             device: Device that searches the bundle's rows. The answers are the same but for the rows that a FAISS
                 index of lists misses; a CUDA device misses none.
+            checked: True if `require_index_of` has passed these bytes.
 
         Raises:
             BundleError: The bytes are no index, or not of this catalogue's vectors.
             ConfigError: The device cannot be used.
         """
         self._catalog = catalog
-        try:
-            facts = check_index(data)
-        except ValueError as error:
-            raise BundleError(f"index.faiss: {error}; export the run again") from error
-        expected = (catalog.base_size, catalog.columns.vectors.shape[1])
-        if (facts.count, facts.dim) != expected:
-            raise BundleError(
-                f"index.faiss: holds {facts.count} vectors of {facts.dim} numbers, the catalogue has "
-                f"{expected[0]} of {expected[1]}; export the run again"
-            )
-        # A small index is never searched, but a bundle that contradicts itself is refused all the same.
-        if facts.vectors is not None and not np.array_equal(facts.vectors, catalog.columns.vectors[: expected[0]]):
-            raise BundleError("index.faiss: holds other vectors than vectors.npy; export the run again")
-        self._index = _parse(data)
-        self._lists = facts.lists
+        vectors = catalog.columns.vectors[: catalog.base_size]
+        if not checked:
+            require_index_of(data, vectors)
+        # Kept, because FAISS points into it.
+        self._data = np.frombuffer(data, np.uint8)
+        self._index = _parse(self._data)
+        self._lists = getattr(self._index, "nlist", 0)
         # Only numbers of one byte are rough; an exact index or whole lists order their rows exactly.
         self._spare = SPARE if isinstance(self._index, faiss.IndexIVFScalarQuantizer) else 0.0
-        self._device_scan = None if device == "cpu" else scan_on(device, catalog.columns.vectors[: expected[0]])
+        self._device_scan = None if device == "cpu" else scan_on(device, vectors)
         self.device = device
 
     def search(self, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:
@@ -132,7 +135,7 @@ class Index:
         # The fewer rows are allowed, the farther from the query the best of them lie, and the more lists must be read
         # to meet as many rows as export measured the recall with; in the end scoring every allowed row costs less.
         probes = math.ceil(self._index.nprobe * self._index.ntotal / count)
-        if allowed is not None and probes >= self._lists:
+        if allowed is not None and (probes >= self._lists or count <= NARROW):
             return self._all_allowed(allowed, len(queries))
         depth = min(count, k + math.ceil(k * self._spare))
         proposals = self._search_lists(queries, depth, probes, allowed)
@@ -175,6 +178,27 @@ class Index:
         if k < 1:
             raise ValueError(f"k: must be at least 1, got {k}")
         return queries
+
+
+def require_index_of(data: bytes | memoryview | npt.NDArray[np.uint8], vectors: _F32) -> None:
+    """Checks that the bytes of an index are sound, and that it is the index of these vectors.
+
+    Raises:
+        BundleError: They are not.
+    """
+    try:
+        facts = check_index(data)
+    except ValueError as error:
+        raise BundleError(f"index.faiss: {error}; export the run again") from error
+    if (facts.count, facts.dim) != vectors.shape:
+        raise BundleError(
+            f"index.faiss: holds {facts.count} vectors of {facts.dim} numbers, the catalogue has "
+            f"{vectors.shape[0]} of {vectors.shape[1]}; export the run again"
+        )
+    # A small index is never searched, but a bundle that contradicts itself is refused all the same.
+    if facts.vectors is not None and not np.array_equal(facts.vectors, vectors):
+        raise BundleError("index.faiss: holds other vectors than vectors.npy; export the run again")
+    _parse(np.frombuffer(data, np.uint8))
 
 
 def scan_on(device: str, vectors: _F32) -> DeviceScan:
@@ -230,14 +254,14 @@ def exact_search(vectors: _F32, queries: _F32, k: int, allowed: Bitmap | None = 
     return np.stack([rows for rows, _ in pairs]), np.stack([scores for _, scores in pairs])
 
 
-def _parse(data: bytes) -> Any:
+def _parse(data: npt.NDArray[np.uint8]) -> Any:
     # No array inside the file can be larger than the file: a wrong length is refused before memory is taken for it.
     # FAISS counts four bytes for each element. The limits are the process's, so they are put back.
     limits = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
-    faiss.set_deserialization_vector_byte_limit(4 * len(data) + 64)
-    faiss.set_deserialization_loop_limit(len(data) + 64)
+    faiss.set_deserialization_vector_byte_limit(4 * data.size + 64)
+    faiss.set_deserialization_loop_limit(data.size + 64)
     try:
-        return faiss.deserialize_index(np.frombuffer(data, np.uint8))
+        return faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), data.size))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise BundleError(f"index.faiss: FAISS cannot read it ({reason}); export the run again") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features.bundle import Bundle, open_bundle
+from features.bundle import TABLES, Bundle, open_bundle
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.keys import event_type_key
@@ -19,10 +19,11 @@ from features.transforms import ItemInputShapes, item_text, text_tokens
 from serving.bundle.bitmap import clear_keys, clear_rows, first_allowed
 from serving.bundle.golden import replay
 from serving.bundle.model import Device, Model, uses_cuda
-from serving.bundle.tables import read_catalog
+from serving.bundle.tables import read_tables
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index, can_scan_on
 from serving.engine.pipelines import CHOICES, Dependencies, PipelineBuilder, candidate_count
+from serving.engine.preparation import SHARED_TABLES
 from serving.engine.warm_up import warm_models, warm_pipelines
 from serving.pipeline.runner import Pipeline
 
@@ -87,32 +88,33 @@ def open_engine(
         path: Directory of the bundle.
         dependencies: The parts of the process that it is opened in.
         bundle_id: The bundle that has to be there; empty where any will do.
-        sealed: Files of it that are in shared memory, see `Bundle.seal`.
+        sealed: Handles of shared memory: `SHARED_TABLES` is that of its tables, see `serving.engine.preparation`.
 
     Raises:
         BundleError: The bundle is damaged, contradicts itself, or answers its golden requests wrongly.
         ConfigError: The device asked for is not there.
     """
-    config, bundle = dependencies.config, open_bundle(path, bundle_id, sealed)
+    config, bundle = dependencies.config, open_bundle(path, bundle_id, TABLES)
     fingerprint = bundle.manifest.feature_fingerprint
     if fingerprint != FEATURES.fingerprint():
         raise BundleError(f"{path}: made for other features ({fingerprint[:12]}); export the run with this version")
     spec = bundle.model
     with bounded_memory(bundle, config.device):
-        catalog, lexical = read_catalog(bundle)
+        tables = read_tables(bundle, (sealed or {}).get(SHARED_TABLES))
+        catalog = tables.catalog
         model = Model(bundle, config.device)
         # `cuda` insists on both; `auto` uses for each what the machine has.
         on_device = model.device == "cuda" and (config.device == "cuda" or can_scan_on("cuda"))
-        index = Index(bundle.read("index.faiss"), catalog, "cuda" if on_device else "cpu")
+        index = Index(tables.index, catalog, "cuda" if on_device else "cpu", checked=True)
         model.probe(spec.shapes, len(spec.event_types))
         # Before the catalogue takes live changes, as these would change the best items.
         replay(bundle, model, catalog, index)
-        pipelines = PipelineBuilder(bundle, model, catalog, index, lexical, dependencies).pipelines()
-        _warm_up(catalog, lexical)
+        pipelines = PipelineBuilder(bundle, model, tables, index, dependencies).pipelines()
+        _warm_up(catalog, tables.lexical)
         warm_models(model, spec.shapes, candidate_count(bundle, config))
         warm_pipelines(pipelines, catalog, [*spec.event_types, *CHOICES])
         event_types = {event_type_key(name): name for name in spec.event_types}
-        return Engine(bundle, model, catalog, lexical, spec.shapes, pipelines, event_types)
+        return Engine(bundle, model, catalog, tables.lexical, spec.shapes, pipelines, event_types)
 
 
 @contextmanager
@@ -152,6 +154,12 @@ def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:
     first_allowed(rows, bitmap, 1)
     clear_keys(bitmap, catalog.columns.category, np.ones(1, np.uint64))
     clear_rows(bitmap, rows)
+    tokens = text_tokens("some words")
+    # Live items have postings of their own, which can be written to where those of the bundle cannot.
+    live = LexicalIndex(np.array([0, tokens.size]), tokens)
+    live.put([0], [tokens])
+    live.search(tokens, 1)
+    live.score(tokens, np.zeros(1, np.int32))
     for row in rows.tolist():
         tokens = text_tokens(item_text(catalog.item(row)))
         lexical.search(tokens, 1, catalog.eligible_bitmap(0))

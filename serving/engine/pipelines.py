@@ -15,13 +15,12 @@ import numpy.typing as npt
 from features.action_rates import ActionRates
 from features.assemble import type_index
 from features.bundle import Bundle
-from features.bundle_tables import read_neighbors, read_popular
+from features.bundle_tables import read_popular
 from features.catalog import Catalog
 from features.event_types import NEGATIVE_EVENT_TYPES
 from features.keys import event_type_key, item_key
 from serving.bundle.model import Model
-from serving.bundle.tables import NeighborTable
-from serving.bundle.text_index import LexicalIndex
+from serving.bundle.tables import BundleTables
 from serving.bundle.vector_index import Index
 from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
@@ -94,17 +93,17 @@ class PipelineBuilder:
         self,
         bundle: Bundle,
         model: Model,
-        catalog: Catalog,
+        tables: BundleTables,
         index: Index,
-        lexical: LexicalIndex,
         dependencies: Dependencies,
     ) -> None:
+        catalog, lexical = tables.catalog, tables.lexical
         self._bundle, self._model, self._catalog = bundle, model, catalog
         self._index, self._lexical, self._dependencies = index, lexical, dependencies
         self._config = dependencies.config
         self._count = candidate_count(bundle, self._config)
         self._popular = read_popular(bundle, len(catalog.vocabulary))
-        self._neighbors = NeighborTable(*read_neighbors(bundle, len(catalog.vocabulary)))
+        self._neighbors = tables.neighbors
         # Without a log of slates no features are kept for it.
         logged = self._config.log_features if dependencies.impressions else 0.0
         self._personal = personal_ranker(bundle, model, catalog, logged)

@@ -19,7 +19,14 @@ from features.bundle import open_bundle
 from features.errors import BundleError, PenchantError
 
 LIMIT_S = 120.0
-"""Longest that reading a bundle may take."""
+"""Longest that reading a bundle may take, and as many seconds more as it has pieces of 20 MB."""
+
+_BYTES_PER_S = 20e6
+
+
+def limit_s(size: int) -> float:
+    """Returns the longest that reading a bundle of `size` bytes may take."""
+    return LIMIT_S + size / _BYTES_PER_S
 
 
 def vet(path: Path, bundle_id: str = "") -> None:
@@ -33,8 +40,9 @@ def vet(path: Path, bundle_id: str = "") -> None:
         BundleError: The bundle is refused, or the process that reads it ends or does not; names the file.
     """
     command = [sys.executable, "-m", "serving.engine.vetting", str(path), bundle_id]
+    longest = limit_s(sum(entry.stat().st_size for entry in path.iterdir()))
     try:
-        run = subprocess.run(command, capture_output=True, timeout=LIMIT_S, check=False, env=dict(os.environ))
+        run = subprocess.run(command, capture_output=True, timeout=longest, check=False, env=dict(os.environ))
         output, status = run.stdout, run.returncode
     except subprocess.TimeoutExpired as error:
         output, status = error.stdout or b"", None
@@ -43,12 +51,13 @@ def vet(path: Path, bundle_id: str = "") -> None:
     if lines and lines[-1].startswith("refused "):
         raise BundleError(lines[-1].removeprefix("refused "))
     if status != 0:
-        how = f"takes more than {LIMIT_S:.0f} s" if status is None else f"ends the process ({_name(status)})"
+        how = f"takes more than {longest:.0f} s" if status is None else f"ends the process ({status_name(status)})"
         name = lines[-1] if lines else "a file of it"
         raise BundleError(f"{path / name}: {how} that reads it; export the run again")
 
 
-def _name(status: int) -> str:
+def status_name(status: int) -> str:
+    """Returns the signal that ended a process, or its exit status."""
     return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
@@ -68,17 +77,17 @@ def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
     # Imported late: the process that only asks for a verdict has no use for models.
     from serving.bundle.golden import replay
     from serving.bundle.model import Model
-    from serving.bundle.tables import read_catalog
+    from serving.bundle.tables import read_tables
     from serving.bundle.vector_index import Index
     from serving.engine.engine import bounded_memory
 
     tell("manifest.json")
     bundle = open_bundle(path, bundle_id)
     with bounded_memory(bundle, "cpu"):
-        tell("items.arrow")
-        catalog, _ = read_catalog(bundle)
+        tables = read_tables(bundle, announce=tell)
+        catalog = tables.catalog
         tell("index.faiss")
-        index = Index(bundle.read("index.faiss"), catalog)
+        index = Index(tables.index, catalog, checked=True)
         model = Model(bundle, "cpu", tell)
         model.probe(bundle.model.shapes, len(bundle.model.event_types), tell)
         tell("golden.json")

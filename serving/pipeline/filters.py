@@ -6,7 +6,7 @@ import numpy as np
 
 from features.catalog import Catalog
 from features.controls import ControlKind, blocked_keys
-from serving.bundle.bitmap import Bitmap, allowed_count
+from serving.bundle.bitmap import Bitmap
 from serving.pipeline.request import Mask, Request, Rows, UserState
 from serving.pipeline.results import HeldBack
 
@@ -19,21 +19,15 @@ class EligibilityFilter:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._counted: tuple[Bitmap, int] | None = None
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True: every request needs it."""
         return True
 
     def bitmap(self, request: Request) -> tuple[Bitmap, int]:
-        """Returns the rows that may be shown in this second, as a bitmap of the caller's own, and how many may not."""
-        bits = self._catalog.eligible_bitmap(request.now_ms)
-        # Within a second the catalogue returns the same array, so its rows are counted once a second and not a request.
-        counted = self._counted
-        if counted is None or counted[0] is not bits:
-            size = min(self._catalog.size, 8 * bits.size)
-            self._counted = counted = (bits, size - allowed_count(bits, size))
-        return bits.copy(), counted[1]
+        """Returns the rows that may be shown now, as a bitmap of the caller's own, and how many may not."""
+        bits, count = self._catalog.eligible_rows(request.now_ms)
+        return bits.copy(), min(self._catalog.size, 8 * bits.size) - count
 
     def keep(self, request: Request, user: UserState, rows: Rows) -> Mask:
         """Returns True for the rows that are available at the time of the request."""

@@ -8,8 +8,9 @@ import numpy as np
 
 from features.assemble import chosen_rows
 from features.catalog import Catalog
+from features.catalog_columns import popularity_score
 from features.controls import Dial
-from serving.bundle.bitmap import Bitmap, allowed_rows, clear_keys, first_allowed
+from serving.bundle.bitmap import Bitmap, allowed_rows, clear_keys, clear_rows, first_allowed
 from serving.bundle.tables import NeighborTable
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index
@@ -188,9 +189,7 @@ class PopularSource:
     def __init__(self, rows: Rows, scores: Scores, catalog: Catalog, live: LiveItems) -> None:
         """Takes the popular items, best first, and their scores."""
         self._rows, self._scores, self._live = rows, scores, live
-        self._popularity = popularity_of(catalog)
-        order = np.argsort(-self._popularity, kind="stable").astype(np.int32)
-        self._tail = order[~np.isin(order, rows)]
+        self._catalog = catalog
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True: every request needs it."""
@@ -206,10 +205,13 @@ class PopularSource:
             return rows, scores
         newest = self._live.newest()
         live = newest[first_allowed(newest, allowed, count - rows.size)]
-        tail = self._tail[first_allowed(self._tail, allowed, count - rows.size - live.size)]
+        untabled = allowed.copy()
+        clear_rows(untabled, self._rows)
+        popular = self._catalog.popular
+        tail = popular[first_allowed(popular, untabled, count - rows.size - live.size)]
         # Clocks of hosts differ: an item may seem to be put in the future.
         age = np.maximum(self._live.age(live, request.now_ms), 0)
-        tail_scores = -1 - 1 / (1 + self._popularity[tail])
+        tail_scores = -1 - 1 / (1 + popularity_of(self._catalog, tail))
         all_scores: Scores = np.concatenate([scores, -age / (1 + age), tail_scores]).astype(np.float32, copy=False)
         return np.concatenate([rows, live, tail]), all_scores
 
@@ -277,11 +279,9 @@ class BoostedSource:
         return rows[best], popularity[best]
 
 
-def popularity_of(catalog: Catalog, rows: Rows | slice | None = None) -> Scores:
-    """Returns the popularity of `rows`, by default all of the bundle, in training: recent then overall; float32 [n]."""
-    # Overall popularity only breaks the ties of recent popularity.
-    columns, at = catalog.columns, slice(catalog.base_size) if rows is None else rows
-    return (columns.recent_popularity[at] + 1e-3 * columns.popularity[at]).astype(np.float32)
+def popularity_of(catalog: Catalog, rows: Rows) -> Scores:
+    """Returns the popularity of `rows` in training: recent then overall; float32 [n]."""
+    return popularity_score(catalog.columns, rows)
 
 
 class FreshSource:

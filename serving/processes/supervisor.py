@@ -19,9 +19,10 @@ from typing import Any, Literal
 
 from redis.exceptions import RedisError
 
-from features.bundle import Bundle, open_bundle
+from features.bundle import TABLES, Bundle, open_bundle
 from features.private_files import set_private_umask
 from serving.config import ServeConfig
+from serving.engine.preparation import SHARED_TABLES, prepared
 from serving.engine.vetting import vet
 from serving.errors import ConfigError, ServingError
 from serving.files import close_to_others
@@ -42,8 +43,6 @@ START_S = 120.0
 _TICK_S = 0.1
 _CLOSE_S = 2.0
 """Longest wait for the workers to stop listening."""
-SHARED = ("vocabulary.arrow",)
-"""Files of a bundle that the workers share in memory, sealed; each worker loads the others for itself."""
 _log = logging.getLogger(__name__)
 
 
@@ -65,12 +64,16 @@ def serve(config: ServeConfig) -> int:
         stack.enter_context(_signals(stopping))
         # The health pages come first and go last, so that they answer until the last process has ended.
         health = stack.enter_context(serve_pages(config.health_listen, readiness.pages()))
+        # Before the stores: a bundle that is refused starts nothing.
+        tables = stack.enter_context(prepared(bundle, stopping.asked))
+        if tables is None:
+            return 0
         redis, events = stack.enter_context(_stores(config))
         config = _with_partitions(config, events)
         stack.enter_context(host_kept(config, redis, events, Trouble(readiness.set_own_state)))
         address = stack.enter_context(_reserved(config))
         page, metrics = stack.enter_context(_metrics(config, bundle, redis, events))
-        spec = _launch_spec(config, bundle, address, redis, events) | {"sealed": stack.enter_context(_sealed(bundle))}
+        spec = _launch_spec(config, bundle, address, redis, events) | {"sealed": {SHARED_TABLES: tables}}
         workers, readers = _processes(config, spec, page)
         readiness.watch(workers, readers)
         # The workers end first: the readers of the log still take in the last entries that the workers wrote.
@@ -94,7 +97,8 @@ def _open_bundle(config: ServeConfig) -> Bundle:
         if "://" in settings.get(name, ""):
             settings[name] = printable(settings[name])  # without the password of the URL
     _log.info("settings that differ from the defaults: %s", json.dumps(settings))
-    bundle = open_bundle(config.bundle)
+    # The tables are hashed as they are read into shared memory: each file is read and hashed once a host.
+    bundle = open_bundle(config.bundle, later=TABLES)
     _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
     return bundle
 
@@ -187,17 +191,6 @@ def _launch_spec(config: ServeConfig, bundle: Bundle, address: str, redis: str, 
     settings["workers"] = config.worker_count
     settings["bundle"] = str(bundle.path)
     return {"settings": settings, "token": config.secret(), "bundle_id": bundle.bundle_id}
-
-
-@contextlib.contextmanager
-def _sealed(bundle: Bundle) -> Iterator[dict[str, int]]:
-    """Yields descriptors of the files that workers share, by name; they are open while the block runs."""
-    descriptors = {name: bundle.seal(name) for name in SHARED}
-    try:
-        yield descriptors
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

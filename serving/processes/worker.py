@@ -86,7 +86,7 @@ def work(
         stop: Set when the worker is to end.
         ready: Called once.
         bundle_id: The bundle that `config.bundle` has to hold; empty if any is right.
-        sealed: Its files in shared memory, see `features.bundle.Bundle.seal`.
+        sealed: Handles of memory that the workers share, by name; see `serving.engine.preparation`.
         control: The link to the supervisor, if there is one.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from features.bundle import Bundle, open_bundle
+from features.bundle import FILES, Bundle, open_bundle
 from features.profile import EVERY_PURPOSE, Purpose
 from serving.errors import ConfigError, ServingError
 from serving.observability.telemetry import Telemetry
@@ -82,7 +82,8 @@ def run(
     if trouble is None:
         stop_on_signals(stop)
     # Opened now and not when the log first answers: until then a link may have moved.
-    opened = open_bundle(bundle, bundle_id) if bundle else None
+    # It reads the items only, and what is read is hashed then.
+    opened = open_bundle(bundle, bundle_id, later=FILES) if bundle else None
     with connect(events_redis_url, _TIMEOUT_S) as client:
         partitions = partitions_for(client, partitions) if once else awaited_partitions(client, partitions, stop)
         log = EventLog(client, partitions, default=default)

@@ -205,7 +205,7 @@ def unchecked() -> list[Any]:
     return [
         mock.patch("features.bundle.read_table", mapped),
         mock.patch("features.vocabulary.read_table", mapped),
-        mock.patch("features.vocabulary.Vocabulary._check", return_value=None),
+        mock.patch("features.vocabulary._check", return_value=None),
         mock.patch("features.bundle_tables._check_rows", return_value=None),
         mock.patch("serving.bundle.model.check_graph", return_value=None),
         mock.patch.object(Model, "probe", return_value=None),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from features.bundle import open_bundle
+from features.bundle import TABLES, open_bundle
+from features.catalog_columns import CatalogColumns
 from features.errors import BundleError
-from features.vocabulary import Vocabulary
+from features.shared_arrays import ArrayWriter
+from features.transforms import text_tokens
+from serving.bundle.tables import read_tables, write_tables
+from serving.engine.preparation import prepared
 from serving.engine.vetting import vet
 from tests.proofs.bundle_mutations import seal_again
 
@@ -40,39 +44,98 @@ def bundle(world: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
+def filled(bundle: Path) -> int:
+    """The shared tables of a bundle; the caller closes the handle."""
+    opened, writer = open_bundle(bundle), ArrayWriter()
+    write_tables(opened, writer)
+    writer.seal()
+    return writer.handle
+
+
 def test_what_is_shared_is_sealed_and_what_is_served_is_what_was_hashed(bundle):
-    opened = open_bundle(bundle)
-    handle = opened.seal("vocabulary.arrow")
+    opened, handle = open_bundle(bundle), filled(bundle)
     try:
-        shared = open_bundle(bundle, sealed={"vocabulary.arrow": handle})
-        vocabulary = Vocabulary.read(shared.view("vocabulary.arrow"), "shared")
-        alone = Vocabulary.read(opened.view("vocabulary.arrow"), "alone")
-        names = vocabulary.ids(np.arange(len(vocabulary)))
+        shared, alone = read_tables(opened, handle), read_tables(opened)
+        rows = np.arange(alone.catalog.size)
         for change in (lambda: os.pwrite(handle, b"x", 100), lambda: os.ftruncate(handle, 10)):
             with pytest.raises(PermissionError):
                 change()
         # In place, and to nothing at all: a mapped file would answer with this, or end the process.
-        with (bundle / "vocabulary.arrow").open("r+b") as file:
-            file.write(bytes(3000))
-            file.truncate(100)
-        assert vocabulary.ids(np.arange(len(vocabulary))) == alone.ids(np.arange(len(alone))) == names
-        assert vocabulary.rows(names).tolist() == list(range(len(names)))
+        for name in TABLES:
+            with (bundle / name).open("r+b") as file:
+                file.write(bytes(min(3000, (bundle / name).stat().st_size)))
+                file.truncate(100)
+        again = read_tables(opened, handle)
+        for tables in (shared, again):
+            assert tables.catalog.ids(rows) == alone.catalog.ids(rows)
+            assert tables.catalog.rows(alone.catalog.ids(rows)).tolist() == rows.tolist()
+            assert [tables.catalog.item(row) for row in rows] == [alone.catalog.item(row) for row in rows]
+            for name in CatalogColumns.__slots__:
+                np.testing.assert_array_equal(*(getattr(each.catalog.columns, name) for each in (tables, alone)))
+            np.testing.assert_array_equal(tables.index, alone.index)
+        with pytest.raises(BundleError, match="instead of"):
+            read_tables(opened)
     finally:
         os.close(handle)
 
 
-def test_memory_that_is_not_sealed_or_holds_other_bytes_is_refused(bundle):
-    size = (bundle / "vocabulary.arrow").stat().st_size
-    handle = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
-    os.ftruncate(handle, size)
+def test_live_changes_of_a_worker_reach_no_other(bundle):
+    opened, handle = open_bundle(bundle), filled(bundle)
+    try:
+        changed, other = read_tables(opened, handle), read_tables(opened, handle)
+    finally:
+        os.close(handle)
+    before = other.catalog.eligible_bitmap(10**12).copy()
+    changed.catalog.set_available(0, False)
+    vector = np.ones((1, opened.model.dim), np.float32)
+    changed.catalog.put([{"item_id": "new", "title": "unheard word"}], vector, 1)
+    changed.lexical.put([changed.catalog.base_size], [text_tokens("unheard word")])
+    assert changed.catalog.size == other.catalog.size + 1
+    assert not changed.catalog.eligible(np.array([0]), 10**12)[0]
+    np.testing.assert_array_equal(other.catalog.eligible_bitmap(10**12), before)
+    assert not other.catalog.columns.vectors[other.catalog.size :].any()
+    assert other.lexical.search(text_tokens("unheard"), 5)[0].size == 0
+    assert changed.lexical.search(text_tokens("unheard"), 5)[0].tolist() == [changed.catalog.base_size]
+
+
+def test_memory_that_is_not_sealed_or_of_another_bundle_is_refused(bundle, tmp_path):
+    opened, writer = open_bundle(bundle), ArrayWriter()
+    write_tables(opened, writer)
     with pytest.raises(BundleError, match="not sealed"):
-        open_bundle(bundle, sealed={"vocabulary.arrow": handle}).view("vocabulary.arrow")
-    os.close(handle)
-    opened = open_bundle(bundle)
-    other = opened.seal("vectors.npy")
-    with pytest.raises(BundleError, match=r"not sealed|changed while"):
-        open_bundle(bundle, sealed={"vocabulary.arrow": other}).view("vocabulary.arrow")
-    os.close(other)
+        read_tables(opened, writer.handle)
+    os.close(writer.handle)
+    other = ArrayWriter()
+    write_tables(opened, other)
+    other.note(bundle_id="other")
+    other.seal()
+    with pytest.raises(BundleError, match="of another bundle"):
+        read_tables(opened, other.handle)
+    os.close(other.handle)
+
+
+def test_a_file_that_changed_since_is_refused_while_it_is_read(bundle):
+    opened = open_bundle(bundle, later=TABLES)
+    for name in TABLES:
+        content = (bundle / name).read_bytes()
+        (bundle / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(BundleError, match=f"{name}: changed while"):
+            read_tables(opened)
+        (bundle / name).write_bytes(content)
+
+
+def test_the_process_that_reads_the_tables_names_the_file_that_ends_it(bundle, tmp_path, monkeypatch):
+    opened, never = open_bundle(bundle), threading.Event()
+    with prepared(opened, never) as handle:
+        assert read_tables(opened, handle).catalog.size
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(DEADLY.format(name="vectors.npy", times=2))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}:{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(BundleError, match=r"vectors\.npy: ends the process \(SIGSEGV\)"), prepared(opened, never):
+        pass
+    stopped = threading.Event()
+    stopped.set()
+    with prepared(opened, stopped) as handle:
+        assert handle is None
 
 
 DEADLY = """
@@ -81,20 +144,20 @@ opened = 0
 
 def watch(event, arguments):
     global opened
-    if event == "open" and str(arguments[0]).endswith("query_encoder.onnx"):
+    if event == "open" and str(arguments[0]).endswith("{name}"):
         opened += 1
-        if opened == 2:  # once it was hashed, it is read to be parsed
+        if opened == {times}:  # once it was looked at or hashed, it is read to be parsed
             os.kill(os.getpid(), signal.SIGSEGV)
 
 sys.addaudithook(watch)
 """
-"""Plants a fault into every Python process that has it on its path: the query encoder ends who parses it."""
+"""Plants a fault into every Python process that has it on its path: a file ends the process that parses it."""
 
 
 @pytest.fixture
 def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fault").mkdir()
-    (tmp_path / "fault" / "sitecustomize.py").write_text(DEADLY)
+    (tmp_path / "fault" / "sitecustomize.py").write_text(DEADLY.format(name="query_encoder.onnx", times=2))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}:{os.environ.get('PYTHONPATH', '')}")
 
 
@@ -128,11 +191,3 @@ def test_weights_that_are_written_as_numbers_are_taken_too(bundle, kind):
     model.graph.initializer[-1].dims[0] = 3
     with pytest.raises(BundleError, match="other numbers than its shape says"):
         check_graph(model.SerializeToString(), "model")
-
-
-def test_the_seal_is_of_the_file(bundle):
-    opened = open_bundle(bundle)
-    handle = opened.seal("index.faiss")
-    content = os.pread(handle, 1 << 20, 0)
-    os.close(handle)
-    assert hashlib.sha256(content).hexdigest() == opened.manifest.files["index.faiss"].sha256

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.vocabulary import Vocabulary
+from serving.bundle import vector_index
 from serving.bundle.bitmap import (
     allowed_count,
     allowed_rows,
@@ -63,7 +64,9 @@ def recall(found: np.ndarray, truth: np.ndarray) -> float:
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.05, 0.002])
 @pytest.mark.parametrize("near", [False, True], ids=["random", "clustered"])
-def test_agrees_with_the_exact_search(index, share, near):
+@pytest.mark.parametrize("narrow", [0, vector_index.NARROW], ids=["lists", "narrow"])
+def test_agrees_with_the_exact_search(index, share, near, narrow, monkeypatch):
+    monkeypatch.setattr(vector_index, "NARROW", narrow)
     vectors, queries = index.catalog.columns.vectors, clustered(64, seed=7)
     rng = np.random.default_rng(1)
     allowed = None
@@ -82,7 +85,7 @@ def test_agrees_with_the_exact_search(index, share, near):
     assert recall(rows, true_rows) >= (0.98 if share == 1 else 0.95)
     if allowed is not None:
         assert mask[rows].all()
-    if index._lists == 0:
+    if index._lists == 0 or (narrow and share < 1):
         np.testing.assert_array_equal(rows, true_rows)
         np.testing.assert_array_equal(scores, true_scores)
     np.testing.assert_allclose(scores, np.einsum("bkd,bd->bk", vectors[rows], queries), rtol=1e-4, atol=1e-4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.transforms import text_tokens
+from serving.bundle import postings
 from serving.bundle import text_index as lexical
-from serving.bundle.text_index import K1, MAX_QUERY_TOKENS, B, LexicalIndex, Words
+from serving.bundle.postings import K1, B
+from serving.bundle.text_index import MAX_QUERY_TOKENS, LexicalIndex
 
 TEXTS = ["red running shoes", "blue shoes", "red red wine", "", "a wine glass for red wine", "running"]
 
@@ -122,28 +126,105 @@ def test_refuses_what_does_not_fit():
 texts = st.lists(st.lists(st.sampled_from("abcdefg"), max_size=6), max_size=12)
 
 
+def agree(index: LexicalIndex, query: str) -> None:
+    """Holds each kernel against its plain twin, and `score` against `search`."""
+    now, tokens = index._now, text_tokens(query)
+    answers = []
+    for kernel in (postings.accumulate, postings.accumulate_plain):
+        sums, touched, count = np.zeros(now.size, np.float32), np.empty(now.size, np.int32), 0
+        for part, words in lexical.weigh(now, tokens):
+            count = kernel(part, words, now.moment, sums, touched, count)
+        answers.append((sums.tolist(), sorted(touched[:count].tolist())))
+    assert answers[0] == answers[1]
+    rows = np.arange(now.size, dtype=np.int32)
+    for kernel in (postings.look_up, postings.look_up_plain):
+        out = np.zeros(now.size, np.float32)
+        for part, words in lexical.weigh(now, tokens):
+            kernel(part, words, now.moment, rows, out)
+        assert out.tolist() == answers[0][0]
+    for part in (now.base, *now.live):
+        counts = [np.zeros(part.tokens.size, np.int64) for _ in range(2)]
+        postings.count_holders(part, np.arange(part.tokens.size), now.moment, counts[0])
+        postings.count_holders_plain(part, np.arange(part.tokens.size), now.moment, counts[1])
+        assert counts[0].tolist() == counts[1].tolist()
+
+
 @given(texts, texts, st.lists(st.sampled_from("abcdefgh"), max_size=4), st.sets(st.integers(0, 11)))
 def test_kernels_agree_with_their_plain_twins(base, live, query, gone):
     index = make([" ".join(words) for words in base])
     index.put(range(5, 5 + len(live)), [text_tokens(" ".join(words)) for words in live])
     index.remove([row for row in gone if row < len(base)])
-    now = index._now
-    words = lexical._weigh(now, text_tokens(" ".join(query)))
-    found = []
-    for kernel in (lexical.accumulate, lexical.accumulate_plain):
-        sums, touched, count = np.zeros(now.size, np.float32), np.empty(now.size, np.int32), 0
-        for postings, those in zip((now.base, now.live), words, strict=True):
-            count = kernel(postings, Words(*those), sums, touched, count)
-        found.append((sums.tolist(), sorted(touched[:count].tolist())))
-    assert found[0] == found[1]
-    rows = np.arange(now.size, dtype=np.int32)
-    answers = []
-    for kernel in (lexical.look_up, lexical.look_up_plain):
-        out = np.zeros(now.size, np.float32)
-        for postings, those in zip((now.base, now.live), words, strict=True):
-            kernel(postings, those, rows, out)
-        answers.append(out.tolist())
-    assert answers[0] == answers[1] == found[0][0]
+    agree(index, " ".join(query))
+
+
+changes = st.lists(
+    st.tuples(st.integers(0, 15), st.none() | st.lists(st.sampled_from("abcdefg"), max_size=5)), max_size=60
+)
+
+
+@given(texts, changes, st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=4), st.booleans())
+def test_merging_changes_no_answer(base, steps, query, in_background):
+    index = make([" ".join(words) for words in base])
+    whole = make([" ".join(words) for words in base])
+    with mock.patch.object(lexical, "AT_ONCE", 0 if in_background else 20_000):
+        for row, words in steps:
+            if words is None:
+                index.remove([row])
+            else:
+                index.put([row], [text_tokens(" ".join(words))])
+        settle(index)
+    # The last state of each item, put at once.
+    last = dict(steps)
+    whole.remove([row for row, words in last.items() if words is None])
+    whole.put(
+        [row for row, words in last.items() if words is not None],
+        [text_tokens(" ".join(words)) for words in last.values() if words is not None],
+    )
+    tokens = text_tokens(" ".join(query))
+    agree(index, " ".join(query))
+    for merged, expected in zip(index.search(tokens, 50), whole.search(tokens, 50), strict=True):
+        assert merged.tolist() == expected.tolist()
+    costs = [part.cost for part in index._now.live]
+    assert all(older >= lexical.STEP * newer for older, newer in itertools.pairwise(costs))
+
+
+def settle(index: LexicalIndex) -> None:
+    """Waits until nothing is being merged."""
+    while merger := index._merger:
+        merger.join()
+
+
+def test_a_change_costs_what_it_changes_whatever_was_put_before():
+    index, tokens = make(TEXTS), text_tokens("some words of an item")
+    merged: list[int] = []
+
+    def counted(parts, counts):
+        merged.append(sum(part.cost for part in parts))
+        return postings.merge_postings(parts, counts)
+
+    puts = 512
+    with mock.patch.object(lexical, "merge_postings", counted):
+        for turn in range(puts):
+            index.put([6 + turn], [tokens])
+        settle(index)
+    # Each entry is merged once for each doubling; built again by each change, they would be merged 256 times.
+    assert sum(merged) <= puts * (tokens.size + 1) * (2 + math.log2(puts))
+    assert len(index._now.live) <= 2 + math.log2(puts)
+    assert index.search(text_tokens("words"), 1000)[0].size == puts
+
+
+def test_changes_go_on_while_large_postings_are_merged():
+    index, query = make(TEXTS), text_tokens("first second third")
+    with mock.patch.object(lexical, "AT_ONCE", 50):
+        for turn, name in enumerate(("first", "second", "third")):
+            for start in range(0, 300, 30):
+                index.put(range(start, start + 30), [text_tokens(f"{name} {row}") for row in range(start, start + 30)])
+            rows = index.search(text_tokens(name), 1000)[0]
+            assert rows.size == 300, turn
+        index.remove(range(0, 300, 2))
+        settle(index)
+        assert sorted(index.search(query, 1000)[0].tolist()) == list(range(1, 300, 2))
+        agree(index, "third 7")
 
 
 def test_a_search_sees_a_change_whole_or_not_at_all():

@@ -226,11 +226,29 @@ def test_the_index_grows_with_the_catalogue():
         assert faiss.deserialize_index(np.frombuffer(built.data, np.uint8)).nprobe == built.probes
 
 
-def test_what_no_list_can_find_is_searched_exactly():
+def test_what_no_list_can_find_is_searched_exactly(caplog):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(2000, 64)).astype(np.float32)
     built = build(vectors, rng.normal(size=(50, 64)).astype(np.float32), 0.9999, exact_up_to=0, quantised_from=0)
     assert (built.kind, built.recall) == ("Flat", {10: 1.0, 100: 1.0})
+    # Not without a word: what the lists would have found, and what the exact search costs.
+    assert "no index of lists reaches recall 0.9999: IVF" in caplog.text
+    assert "so every search compares all vectors" in caplog.text
+    kinds = [point.kind for point in built.curve]
+    assert kinds == sorted(kinds, key=["IVF64,SQ8", "IVF64,Flat", "Flat"].index)
+    probes = [point.probes for point in built.curve if point.kind == "IVF64,SQ8"]
+    assert probes[-1] == 32, "half of its lists, of a byte a number, cost less than the next kind"
+
+
+def test_the_curve_tells_what_each_way_finds_and_how_fast():
+    vectors, queries = clusters(8000, 1), clusters(100, 2)
+    built = build(vectors, queries, 0.95, exact_up_to=0, quantised_from=0)
+    points = [point.as_json() for point in built.curve]
+    assert {"kind", "probes", "recall@10", "recall@100", "queries_per_second"} == set(points[0])
+    assert points[-1]["probes"] == built.probes
+    assert points[-1]["recall@100"] == round(built.recall[100], 4) >= 0.95
+    assert all(point["recall@100"] < 0.95 or point["recall@10"] < 0.95 for point in points[:-1])
+    assert min(point["queries_per_second"] for point in points) > 0
 
 
 def test_items_with_equal_vectors_stand_for_one_another():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ from features.bundle import open_bundle, publish
 from features.catalog import Catalog
 from features.errors import ExportError
 from features.model_inputs import ENCODER_FEATURES, FEATURES, ranker_names, ranker_width
-from features.transforms import ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
+from features.transforms import WORDED, ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
 from training.data.clock import report_future_events
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Targets
@@ -108,8 +108,8 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
     """Exports a run in memory as a bundle; see `export`.
 
     Returns:
-        `bundle_id`, `path`, `gates` {name: {`value`, `limit`, `passed`}}, `index` {`kind`, `lists`, `probes`}, `items`,
-        `bytes`, `future_events`.
+        `bundle_id`, `path`, `gates` {name: {`value`, `limit`, `passed`}}, `index` {`kind`, `lists`, `probes`,
+        `curve`}, `items`, `bytes`, `future_events`.
     """
     if out.exists():
         open_bundle(out)  # a place that cannot be published to is refused now, not after minutes of work
@@ -127,7 +127,7 @@ def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[st
         _write_tables(loaded, data, catalog, staging)
         future = report_future_events(data)
         size = sum(file.stat().st_size for file in staging.iterdir())
-        bundle_id = publish(staging, out, _manifest(loaded, gates))
+        bundle_id = publish(staging, out, _manifest(loaded, gates, index))
     return {
         "bundle_id": bundle_id,
         "path": str(out),
@@ -151,7 +151,8 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 def _write_items(loaded: LoadedRun, staging: Path) -> Catalog:
-    items = loaded.items
+    # In one piece: a read of some rows of a table in pieces looks for each in all of them.
+    items = loaded.items.combine_chunks()
     for name in ("popularity", "recent_popularity", "trained"):
         items = items.append_column(name, pa.array(getattr(loaded, name)))
     flat = pa.array(np.ascontiguousarray(loaded.statistics, np.float32).reshape(-1))
@@ -274,7 +275,8 @@ def _write_index(
     for cut in CUTOFFS:
         gates.at_least(f"index_recall@{cut}", built.recall[cut], target)
     (staging / "index.faiss").write_bytes(built.data)
-    return {"kind": built.kind, "lists": built.lists, "probes": built.probes}
+    curve = [point.as_json() for point in built.curve]
+    return {"kind": built.kind, "lists": built.lists, "probes": built.probes, "curve": curve}
 
 
 def _likely_queries(loaded: LoadedRun, data: Interactions, context: golden.GoldenContext) -> _F32:
@@ -316,16 +318,18 @@ def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, stagi
     )
     with pa.OSFile(str(staging / "popular.arrow"), "wb") as sink, pa.ipc.new_file(sink, popular.schema) as writer:
         writer.write_table(popular)
-    words = [
-        text_tokens(item_text(item))
-        for batch in loaded.items.to_batches(max_chunksize=10_000)
-        for item in batch.to_pylist()
-    ]
-    np.save(staging / "token_offsets.npy", np.cumsum([0, *(tokens.size for tokens in words)]).astype(np.int64))
-    np.save(staging / "tokens.npy", np.concatenate([np.empty(0, np.uint32), *words]))
+    # Of the columns that the words are made of, a part at a time: a million items as dictionaries are gigabytes.
+    lengths, words = [np.zeros(1, np.int64)], [np.empty(0, np.uint32)]
+    worded = loaded.items.select([name for name in WORDED if name in loaded.items.column_names])
+    for batch in worded.to_batches(max_chunksize=10_000):
+        tokens = [text_tokens(item_text(item)) for item in batch.to_pylist()]
+        lengths.append(np.array([item_tokens.size for item_tokens in tokens], np.int64))
+        words.append(np.concatenate([np.empty(0, np.uint32), *tokens]))
+    np.save(staging / "token_offsets.npy", np.cumsum(np.concatenate(lengths)))
+    np.save(staging / "tokens.npy", np.concatenate(words))
 
 
-def _manifest(loaded: LoadedRun, gates: ExportGates) -> dict[str, Any]:
+def _manifest(loaded: LoadedRun, gates: ExportGates, index: Mapping[str, Any]) -> dict[str, Any]:
     config, result = loaded.config, loaded.result
     # The model part is what serving reads; the others are for readers who look into a bundle.
     names = [*ENCODER_FEATURES.names, *ranker_names([action["name"] for action in result["actions"]])]
@@ -341,6 +345,7 @@ def _manifest(loaded: LoadedRun, gates: ExportGates) -> dict[str, Any]:
         "configuration": config.model_dump(mode="json"),
         "metrics": {"best_validation": result["best_validation"]},
         "gates": gates.results,
+        "index": dict(index),
         "catalog_version": int(loaded.dataset.info.get("catalog_version", 0)),
         "model": model,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +29,39 @@ CUTOFFS = (10, 100)
 SPARE = 0.5
 """A quantised list orders items roughly, so serving lets it propose this share more and scores them again."""
 
+MOST_PROBED = {"SQ8": 0.5, "Flat": 0.25}
+"""Largest share of its lists that an index may probe, by the form of its vectors: of more, the next kind costs less."""
+
+_TIMED = 32
+"""Queries by which the rate of a search is measured."""
+
+_log = logging.getLogger(__name__)
 _TRAINING_VECTORS_PER_LIST = 64  # k-means takes no better centroids from more
 _ROUNDING = 1e-5
 
 _F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPoint:
+    """A way to search, and what it costs: a point of the curve that an index was chosen from.
+
+    Attributes:
+        kind: FAISS factory string.
+        probes: Number of lists to probe, 0 for an exact index.
+        recall: Cut-off -> share of the exactly best items that it finds.
+        queries_per_second: Rate of one thread on the exporting machine.
+    """
+
+    kind: str
+    probes: int
+    recall: dict[int, float]
+    queries_per_second: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the point as the manifest keeps it."""
+        recall = {f"recall@{cut}": round(share, 4) for cut, share in self.recall.items()}
+        return {"kind": self.kind, "probes": self.probes, **recall, "queries_per_second": self.queries_per_second}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +74,7 @@ class BuiltIndex:
         lists: Number of lists, 0 for an exact index.
         probes: Number of lists to probe, 0 for an exact index.
         recall: Cut-off -> share of the exactly best items that it finds.
+        curve: All ways that were measured, in the order of the kinds, the last one the way that was chosen.
     """
 
     data: bytes
@@ -50,6 +82,7 @@ class BuiltIndex:
     lists: int
     probes: int
     recall: dict[int, float]
+    curve: tuple[IndexPoint, ...]
 
 
 def build(
@@ -76,27 +109,67 @@ def build(
     # About two square roots of the items, so that lists and the centroids to compare cost about the same.
     lists = 2 ** round(math.log2(2 * math.sqrt(max(count, 1))))
     kinds = [f"IVF{lists},SQ8"] * (count >= quantised_from) + [f"IVF{lists},Flat"] * (count > exact_up_to) + ["Flat"]
-    for kind in kinds[:-1]:
-        built = _made(kind, vectors, queries, truth, target)
-        if min(built.recall.values()) >= target:
-            return built
-    return _made(kinds[-1], vectors, queries, truth, target)
-
-
-def _made(kind: str, vectors: _F32, queries: _F32, truth: _F32, target: float) -> BuiltIndex:
-    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-    _fill(index, vectors)
+    curve: list[IndexPoint] = []
+    for kind in kinds:
+        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+        _fill(index, vectors)
+        point = _fewest_probes(index, kind, vectors, queries, truth, target, curve)
+        if min(point.recall.values()) >= target or kind == kinds[-1]:
+            break
+    if kind == "Flat" and len(kinds) > 1:
+        _tell_cost(curve, target)
     lists = getattr(index, "nlist", 0)
-    # The fewest probes that reach the target: each costs a scan of its list at every search.
+    data = faiss.serialize_index(index).tobytes()
+    return BuiltIndex(data, kind, lists, point.probes, point.recall, tuple(curve))
+
+
+def _fewest_probes(
+    index: Any, kind: str, vectors: _F32, queries: _F32, truth: _F32, target: float, curve: list[IndexPoint]
+) -> IndexPoint:
+    """Sets the fewest probes with which an index reaches the target, or the most that it may probe; extends `curve`."""
+    lists = getattr(index, "nlist", 0)
+    most = math.floor(lists * MOST_PROBED[kind.rpartition(",")[2]])
+    # The fewest first: each probe costs a scan of its list at every search.
     probes = min(8, lists)
     while True:
         if lists:
             index.nprobe = probes
         recall = _recall(index, vectors, queries, truth)
-        # An index that must probe more than a quarter of its lists costs more than the next kind.
-        if min(recall.values()) >= target or 4 * probes >= lists:
-            return BuiltIndex(faiss.serialize_index(index).tobytes(), kind, lists, probes, recall)
-        probes = math.ceil(1.5 * probes)
+        curve.append(IndexPoint(kind, probes, recall, _rate(index, queries[:_TIMED])))
+        if min(recall.values()) >= target or probes >= most:
+            return curve[-1]
+        probes = min(math.ceil(1.5 * probes), most)
+
+
+def _rate(index: Any, queries: _F32) -> float:
+    """Returns the searches that one thread makes in a second."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        # Processor time: the machine may have other work.
+        begun = time.thread_time()
+        for query in queries:  # one by one, as requests come
+            index.search(query[None], max(CUTOFFS))
+        seconds = time.thread_time() - begun
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return round(len(queries) / max(seconds, 1e-9), 1)
+
+
+def _tell_cost(curve: list[IndexPoint], target: float) -> None:
+    """Warns that no lists reach the target, and of what that costs each search."""
+    exact, nearest = curve[-1], max(curve[:-1], key=lambda point: min(point.recall.values()))
+    _log.warning(
+        "no index of lists reaches recall %g: %s finds %.3f with %d lists probed, at %.0f searches a second; so every "
+        "search compares all vectors, at %.0f a second. If that is too slow, export with --recall %.2f",
+        target,
+        nearest.kind,
+        min(nearest.recall.values()),
+        nearest.probes,
+        nearest.queries_per_second,
+        exact.queries_per_second,
+        math.floor(100 * min(nearest.recall.values())) / 100,
+    )
 
 
 def _fill(index: Any, vectors: _F32) -> None:
