@@ -19,6 +19,8 @@ CPU = torch.device("cpu")
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA is absent"))
 # On the CPU the same checks hold the loop's own promises.
 DEVICES = ["cpu", CUDA]
+LOSSES = [{"negatives": 0}, {"negatives": 8}, {"negatives": 8, "dense_items": 0}]
+"""The full softmax, sampled negatives, and these with steps over the rows in use."""
 
 
 def made(circles: Path, out: Path, config: TrainConfig, device: torch.device) -> EncoderTrainer:
@@ -43,11 +45,11 @@ def apart(one: EncoderTrainer, other: EncoderTrainer) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("negatives", [0, 8])
+@pytest.mark.parametrize("losses_of", LOSSES)
 def test_float32_gives_the_weights_of_the_cpu(
-    circles: Path, tmp_path: Path, tiny: TrainConfig, device: str, negatives: int
+    circles: Path, tmp_path: Path, tiny: TrainConfig, device: str, losses_of: dict[str, int]
 ) -> None:
-    config = tiny.model_copy(update={"id_dropout": 0.0, "negatives": negatives})
+    config = tiny.model_copy(update={"id_dropout": 0.0, **losses_of})
     with prepared(1, torch.device(device)), exact():
         assert not in_halves(torch.device(device))
         fits = [made(circles, tmp_path / name, config, torch.device(name)) for name in ("cpu", device)]
@@ -61,8 +63,11 @@ def test_float32_gives_the_weights_of_the_cpu(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_same_seed_gives_the_same_weights(circles: Path, tmp_path: Path, tiny: TrainConfig, device: str) -> None:
-    config = tiny.model_copy(update={"dropout": 0.2})
+@pytest.mark.parametrize("losses_of", LOSSES)
+def test_the_same_seed_gives_the_same_weights(
+    circles: Path, tmp_path: Path, tiny: TrainConfig, device: str, losses_of: dict[str, int]
+) -> None:
+    config = tiny.model_copy(update={"dropout": 0.2, **losses_of})
     with prepared(1, torch.device(device)):
         fits = [made(circles, tmp_path / name, config, torch.device(device)) for name in "ab"]
         digests = []
@@ -80,10 +85,11 @@ def test_the_same_seed_gives_the_same_weights(circles: Path, tmp_path: Path, tin
         pytest.param(*("cpu", "cuda"), marks=CUDA.marks),
     ],
 )
+@pytest.mark.parametrize("losses_of", LOSSES)
 def test_a_checkpoint_goes_on_on_another_device(
-    circles: Path, tmp_path: Path, tiny: TrainConfig, first: str, second: str
+    circles: Path, tmp_path: Path, tiny: TrainConfig, first: str, second: str, losses_of: dict[str, int]
 ) -> None:
-    config = tiny.model_copy(update={"id_dropout": 0.0})
+    config = tiny.model_copy(update={"id_dropout": 0.0, **losses_of})
     with prepared(1, torch.device(second)), exact():
         before = made(circles, tmp_path / "run", config, torch.device(first))
         steps(before, 3)
