@@ -168,6 +168,8 @@ def test_recorded_traffic_is_sent_again_at_a_multiple_of_its_speed(tmp_path: Pat
     with generator:
         recorded = RecordedTraffic(generator, _warehouse(tmp_path))
         assert recorded.rate == pytest.approx(5 / 4)
+        recorded.plan(1.0, 3)
+        recorded.rewind()
         plan = recorded.plan(2 * recorded.rate, 10)
     assert [plan.names[kind] for kind in plan.kinds.tolist()] == [
         "recommend",
