@@ -237,8 +237,8 @@ def _require_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     rates = [float(result["rate"]) for result in (first, second)]
     if abs(rates[0] / rates[1] - 1) > _SAME_RATE:
         raise BenchmarkError(
-            f"the results were measured at {rates[0]:g} and {rates[1]:g} requests a second{_highest(first, second)}, and "
-            "latency depends on the rate: measure both with the same --rate"
+            f"the results were measured at {rates[0]:g} and {rates[1]:g} requests a second{_highest(first, second)}, "
+            "and latency depends on the rate: measure both with the same --rate"
         )
     if first.get("traffic") != second.get("traffic"):
         raise BenchmarkError("the results were measured with different traffic: measure both with the same options")
