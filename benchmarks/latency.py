@@ -146,7 +146,9 @@ def bench_of(target: Target, shape: Shape, *, checked: bool = False) -> Iterator
         BenchmarkError: There is no service, there are no users, or the mix needs something that is not known.
     """
     with Generator(target.address, token=os.environ.get("PENCHANT_TOKEN", "")) as generator:
-        contents = gather(generator, target.users, shape.mix, bundle=target.bundle, queries=target.queries)
+        # The checks send events, and search, whatever the mix does.
+        needed = {*shape.mix, "ingest", "search"} if checked else set(shape.mix)
+        contents = gather(generator, target.users, needed, bundle=target.bundle, queries=target.queries)
         loaded, probed = reserved(contents.users) if checked else (contents.users, ())
         material = replace(contents, users=loaded)
         traffic: Traffic

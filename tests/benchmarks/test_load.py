@@ -123,8 +123,9 @@ def _checked(stub: Stub, names: list[str], rounds: float = 0.4) -> dict[str, Any
 
 
 def test_checks_find_what_is_wrong(stub: Stub) -> None:
-    names = ["agreement", "staleness", "eligibility"]
+    names = ["agreement", "staleness", "eligibility", "recall"]
     good = _checked(stub, names)
+    assert "--bundle" in good["skipped"]["recall"]  # left out, and told
     assert good["agreement"]["equal"] == 1.0
     assert good["staleness"]["seen_in_next"] == 1.0
     assert good["eligibility"]["shown"] == 0
@@ -134,7 +135,6 @@ def test_checks_find_what_is_wrong(stub: Stub) -> None:
     stub.ignores_availability = True
     calls = itertools.count()
     stub.spoil = lambda: setattr(stub, "slate", lambda user: ITEMS[:18] + ITEMS[20:22])  # type: ignore[attr-defined]
-    stub.forgets_first = True  # type: ignore[attr-defined]
     seen = stub.versions
 
     class Forgetful(dict[str, int]):

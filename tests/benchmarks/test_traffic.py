@@ -112,7 +112,7 @@ def test_material_that_lacks_something_says_what_to_give(generator: Generator) -
 def test_without_a_bundle_items_come_from_the_answers(stub: Stub, generator: Generator) -> None:
     stub.slate = lambda user: ITEMS[:10] if user == USERS[0] else ITEMS[10:30]
     with generator:
-        known = gather(generator, USERS, parse_mix("rank=1"))
+        known = gather(generator, USERS, {"rank"})
     assert sorted(known.items) == sorted(ITEMS[:30])
 
 
