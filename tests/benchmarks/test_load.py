@@ -89,23 +89,19 @@ def test_two_services_are_measured_in_turn(stub: Stub, tmp_path: Path) -> None:
         latency_against(Pair(pair.first, stub.target, tmp_path / "a.json", None), rate=60, requests=64)
 
 
-def test_the_highest_rate_of_a_service_with_a_known_one(stub: Stub) -> None:
-    # One at a time, 8 ms each: it cannot answer more than 125 a second.
-    gate = threading.Lock()
-
-    def work() -> float:
-        with gate:
-            time.sleep(0.008)
-        return 0.0
-
-    stub.delay_s = work
-    target = Target(stub.target, USERS)
-    result = find_max(target, Promise(100.0), window_s=0.3, curve=(0.5, 1.0))
-    assert 25 < result["highest_rate"] < 130
+def test_the_highest_rate_is_one_that_a_service_does_not_refuse(stub: Stub) -> None:
+    # The promise is about refusals, which need no clock: one call at a time, and three that wait.
+    admission = Admission(stub, 4)
+    stub.refuse, stub.delay_s = admission.refuse, admission.work
+    result = find_max(Target(stub.target, USERS), Promise(10_000.0), window_s=0.3, curve=(0.5, 1.0))
+    trials = result["trials"]
+    assert any(trial["errors"] > 0 for trial in trials)
+    kept = [trial["rate"] for trial in trials if trial["errors"] == 0]
+    assert result["highest_rate"] == pytest.approx(trials[-1]["rate"], abs=0.1)
+    assert result["highest_rate"] <= max(kept) + 0.1
     assert [point["share"] for point in result["curve"]] == [0.5, 1.0]
     assert result["at_half"]["p99_over_p50"] >= 1.0
     assert len(result["windows"]) == 2
-    assert result["trials"]
 
 
 def _checked(stub: Stub, names: list[str], rounds: float = 0.4) -> dict[str, Any]:
