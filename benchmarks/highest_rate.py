@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import latency as tool
 from benchmarks.latency import Bench, Target, bench_of, summary
 from benchmarks.load.ceiling import Promise, Search, Trial
-from benchmarks.load.figures import latency_ms, window_figures
+from benchmarks.load.figures import generator_figures, latency_ms, window_figures
 from benchmarks.load.quality import Checks
 from benchmarks.load.traffic import Shape
 from benchmarks.report import BenchmarkError
@@ -53,7 +53,7 @@ def find_max(
     Raises:
         BenchmarkError: There is no such service, or no rate holds.
     """
-    with bench_of(target, shape or Shape()) as bench:
+    with bench_of(target, shape or Shape(), checked=bool(checks)) as bench:
         start = 0.7 * bench.fill(tool.CEILING_S)
         searches = [Search(promise, lambda rate: _trial(bench, rate, window_s)) for _ in range(repeats)]
         rates = [search.highest(start) for search in searches]
@@ -99,7 +99,8 @@ def _trial(bench: Bench, rate: float, window_s: float) -> Trial:
         # The queue that it left behind would be charged to the next window.
         time.sleep(1.0)
     calls = int(window.sent.sum())
-    return Trial(round(rate, 2), p99, 1 - values.size / max(calls, 1), window.gave_up)
+    lag_ms = generator_figures(window)["lag_p99_ms"]
+    return Trial(round(rate, 2), p99, 1 - values.size / max(calls, 1), window.gave_up, lag_ms)
 
 
 def _checked_at(bench: Bench, rate: float, checks: Checks, window_s: float) -> dict[str, Any]:

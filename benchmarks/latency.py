@@ -134,15 +134,22 @@ _MOST_PER_SECOND = 2000
 
 
 @contextmanager
-def bench_of(target: Target, shape: Shape) -> Iterator[Bench]:
+def bench_of(target: Target, shape: Shape, *, checked: bool = False) -> Iterator[Bench]:
     """Connects to a service, and prepares its traffic.
+
+    Args:
+        target: The service.
+        shape: The form of the traffic.
+        checked: Keeps some users out of the traffic, whose answers are compared.
 
     Raises:
         BenchmarkError: There is no service, there are no users, or the mix needs something that is not known.
     """
     with Generator(target.address, token=os.environ.get("PENCHANT_TOKEN", "")) as generator:
-        contents = gather(generator, target.users, shape.mix, bundle=target.bundle, queries=target.queries)
-        loaded, probed = reserved(contents.users)
+        # The checks send events, and search, whatever the mix does.
+        needed = {*shape.mix, "ingest", "search"} if checked else set(shape.mix)
+        contents = gather(generator, target.users, needed, bundle=target.bundle, queries=target.queries)
+        loaded, probed = reserved(contents.users) if checked else (contents.users, ())
         material = replace(contents, users=loaded)
         traffic: Traffic
         if target.recorded:
@@ -153,6 +160,8 @@ def bench_of(target: Target, shape: Shape) -> Iterator[Bench]:
         bench = Bench(generator, traffic, shape, material, tree, replace(contents, users=probed), target.bundle)
         # Connections, caches and the pages of the bundle are cold at first.
         bench.fill(WARM_UP_S)
+        if isinstance(traffic, RecordedTraffic):
+            traffic.rewind()
         yield bench
 
 
@@ -189,7 +198,7 @@ def latency(
         BenchmarkError: There are no users, there is no such service, or the rate is not a number.
     """
     named = target if isinstance(target, Target) else Target(target, users)
-    with bench_of(named, shape or Shape()) as bench:
+    with bench_of(named, shape or Shape(), checked=bool(checks)) as bench:
         figures: dict[str, Any] = {}
         per_second = rate_of(bench, rate, figures)
         count = requests or (math.ceil(duration * per_second) if duration else REQUESTS)

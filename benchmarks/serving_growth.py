@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 
 from benchmarks.grown_bundle import grow
@@ -26,6 +27,7 @@ from benchmarks.load.traffic import Shape
 from benchmarks.report import BenchmarkError, facts
 from benchmarks.service import running
 from penchant.client import Client, event
+from penchant.v1 import event_pb2
 
 USERS = 200
 EVENTS = 50
@@ -33,6 +35,7 @@ PAGE = 50
 _WORKERS = 2
 _BATCH = 500
 _TIMEOUT_S = 30.0
+_TRIES = 10
 
 
 def serving_growth(
@@ -157,6 +160,19 @@ def _fill(client: Client, item_ids: Sequence[str], users: Sequence[str], rng: ra
     for start in range(0, len(users) * EVENTS, _BATCH):
         numbers = range(start, min(start + _BATCH, len(users) * EVENTS))
         batch = [event(users[number // EVENTS], rng.choice(item_ids), "view_item") for number in numbers]
-        refused = [status.message for status in client.ingest(batch) if status.code]
+        refused = [status.message for status in _ingest(client, batch) if status.code]
         if refused:
             raise BenchmarkError(f"{len(refused)} of {len(batch)} events were refused: {refused[0]}")
+
+
+def _ingest(client: Client, batch: Sequence[event_pb2.Event]) -> Sequence[event_pb2.EventStatus]:
+    """Sends events, again while the service cannot take them: by their ids each counts once."""
+    for _ in range(_TRIES):
+        try:
+            return client.ingest(batch)
+        except grpc.RpcError as error:
+            if not isinstance(error, grpc.Call) or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            # The Redis of the service may be busy with an event log that has just been made.
+            time.sleep(1.0)
+    return client.ingest(batch)

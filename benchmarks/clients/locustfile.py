@@ -22,7 +22,7 @@ from penchant.channels import channel_options
 from penchant.v1 import common_pb2, event_pb2, event_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 
 # Without this the first call would stop all of locust's users until its answer comes.
-grpc.experimental.gevent.init_gevent()
+grpc.experimental.gevent.init_gevent()  # pyright: ignore[reportAttributeAccessIssue]
 
 USERS = int(os.environ.get("PENCHANT_USERS", "6040"))
 ITEMS = int(os.environ.get("PENCHANT_ITEMS", "3883"))

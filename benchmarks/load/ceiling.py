@@ -21,12 +21,14 @@ class Trial:
         p99_ms: The 99th percentile of the latency, infinite if nothing was answered.
         errors: Share of the calls that failed.
         gave_up: True if the window was ended because the service fell behind.
+        lag_p99_ms: The 99th percentile of how late the generator itself was.
     """
 
     rate: float
     p99_ms: float
     errors: float
     gave_up: bool = False
+    lag_p99_ms: float = 0.0
 
 
 @dataclass(frozen=True)

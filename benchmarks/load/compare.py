@@ -237,11 +237,19 @@ def _require_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     rates = [float(result["rate"]) for result in (first, second)]
     if abs(rates[0] / rates[1] - 1) > _SAME_RATE:
         raise BenchmarkError(
-            f"the results were measured at {rates[0]:g} and {rates[1]:g} requests a second, and latency depends on the "
-            "rate: measure both with the same --rate"
+            f"the results were measured at {rates[0]:g} and {rates[1]:g} requests a second{_highest(first, second)}, "
+            "and latency depends on the rate: measure both with the same --rate"
         )
     if first.get("traffic") != second.get("traffic"):
         raise BenchmarkError("the results were measured with different traffic: measure both with the same options")
+
+
+def _highest(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Returns the highest rates of two results, in words; "" where they were not searched for."""
+    if not all("highest_rates" in result for result in (first, second)):
+        return ""
+    texts = [", ".join(f"{rate:g}" for rate in result["highest_rates"]) for result in (first, second)]
+    return f" (half of their highest rates: {texts[0]} and {texts[1]})"
 
 
 def _warnings(first: Mapping[str, Any], second: Mapping[str, Any], paired: bool) -> list[str]:

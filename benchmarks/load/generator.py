@@ -234,11 +234,12 @@ class _Loop:
         hopeless = max(_HOPELESS_S * window.plan.rate, 50.0)
         count, busy = len(moments), time.process_time()
         while self._sent < count or self._open:
+            now = time.perf_counter()
             for _ in range(_AT_ONCE):
-                now = time.perf_counter()
                 if self._sent >= count or moments[self._sent] > now:
                     break
                 self._send(moments[self._sent], now)
+                now = time.perf_counter()
             if len(self._open) > hopeless and self._sent < count and not endure:
                 window.gave_up, count = True, self._sent
             self._wait(moments[self._sent] if self._sent < count else now + 0.1)

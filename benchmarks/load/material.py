@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,17 @@ _WORDS = 2
 def gather(
     generator: Generator,
     users: Path | Sequence[str],
-    mix: Mapping[str, float],
+    methods: Collection[str],
     *,
     bundle: Path | None = None,
     queries: Path | None = None,
 ) -> RequestMaterial:
-    """Returns what a mix needs.
+    """Returns what the methods of a mix need.
 
     Args:
         generator: Connections to the service.
         users: Ids, or a file of them.
-        mix: The methods.
+        methods: The methods that are called.
         bundle: The service's bundle, if it lies on this machine: its items and their titles.
         queries: A file with one query a line; without it, the first words of titles are queries.
 
@@ -43,7 +43,7 @@ def gather(
     user_ids = read_user_ids(users) if isinstance(users, Path) else list(users)
     if not user_ids:
         raise BenchmarkError("there is no user to request slates for: name at least one")
-    if not mix.keys() - {"recommend"}:
+    if not set(methods) - {"recommend"}:
         return RequestMaterial(user_ids)
     titles = titles_of(bundle) if bundle else _titles_in_answers(generator, user_ids)
     texts = _lines(queries) if queries else _queries(titles)

@@ -174,7 +174,7 @@ def _quality(quality: Mapping[str, Any]) -> _Table:
     rows = [
         [name, ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in figures.items())]
         for name, figures in quality.items()
-        if isinstance(figures, Mapping)
+        if isinstance(figures, Mapping) and name != "skipped"
     ]
     return _Table(["quality while loaded", ""], rows)
 
@@ -184,6 +184,8 @@ def _doubts(result: Mapping[str, Any]) -> list[str]:
     eligibility = result.get("quality", {}).get("eligibility", {})
     if eligibility.get("shown"):
         doubts.append(f"{eligibility['shown']:,} withdrawn items were shown.")
+    for name, reason in result.get("quality", {}).get("skipped", {}).items():
+        doubts.append(f"Not checked: {name} ({reason}).")
     if result.get("degraded"):
         doubts.append(f"Degraded answers: {', '.join(f'{part} {n:,}' for part, n in result['degraded'].items())}.")
     late = max((window["generator"]["lag_p99_ms"] for window in result["windows"]), default=0.0)

@@ -235,7 +235,8 @@ def _page(
     page = rows[np.argsort(-products[rows] / lengths[rows], kind="stable")[:RECALL_AT]]
     options = ranking_pb2.RankingOptions(page_size=RECALL_AT)
     request = ranking_pb2.SimilarItemsRequest(options=options, seed_item_ids=[ids[seed]])
-    return request.SerializeToString(), {ids[row] for row in page.tolist()}
+    expected: set[str] = {str(ids[row]) for row in page.tolist()}
+    return request.SerializeToString(), expected
 
 
 def _options(user: str, page_size: int) -> ranking_pb2.RankingOptions:

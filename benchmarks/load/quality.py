@@ -61,13 +61,17 @@ def reserved(users: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 class Quality:
     """The process that checks, from before the load until after it."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], skipped: dict[str, str]) -> None:
         """Waits until the process has the unloaded answers.
+
+        Args:
+            process: The process.
+            skipped: Reasons why checks that were asked for are left out, by their names.
 
         Raises:
             BenchmarkError: It cannot check.
         """
-        self._process = process
+        self._process, self._skipped = process, skipped
         ready = self._line()
         self._withdrawn = frozenset(ready["withdrawn"])
 
@@ -94,7 +98,7 @@ class Quality:
         assert process.stdin is not None
         process.stdin.write(json.dumps(spec) + "\n")
         process.stdin.flush()
-        return cls(process)
+        return cls(process, _skipped(spec))
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -120,6 +124,8 @@ class Quality:
         self._process.stdin.write("stop\n")
         self._process.stdin.flush()
         figures = self._line()
+        if self._skipped:
+            figures["skipped"] = self._skipped
         if "eligibility" in figures:
             eligibility = figures["eligibility"]
             for name, slate in read_answers(windows):
@@ -135,3 +141,12 @@ class Quality:
             raise BenchmarkError(f"the checks ended with status {self._process.wait()}; see their message above")
         figures: dict[str, Any] = json.loads(line)
         return figures
+
+
+def _skipped(spec: dict[str, Any]) -> dict[str, str]:
+    reasons = {}
+    if "recall" in spec["names"] and not spec["bundle"]:
+        reasons["recall"] = "needs the vectors of the service's bundle: give --bundle"
+    if "staleness" in spec["names"] and not spec["items"]:
+        reasons["staleness"] = "no item is known to send an event of: give --bundle, or fill the catalogue"
+    return reasons

@@ -78,6 +78,10 @@ class RecordedTraffic:
             self._timeout_s,
         )
 
+    def rewind(self) -> None:
+        """Begins again with the first call."""
+        self._at = 0
+
     def figures(self) -> dict[str, object]:
         """Returns the number of recorded calls by method, their seconds and their rate."""
         counts = Counter(name for _, name, _ in self._calls)

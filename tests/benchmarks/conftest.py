@@ -35,7 +35,6 @@ class Stub:
     refuse: Callable[[], bool] = lambda: False
     versions: dict[str, int] = field(default_factory=dict)
     withdrawn: set[str] = field(default_factory=set)
-    forgets_events: bool = False
     ignores_availability: bool = False
     seen: list[tuple[str, bytes, dict[str, str]]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -61,7 +60,7 @@ class Stub:
         slate = ranking_pb2.Slate(
             items=[ranking_pb2.RankedItem(item_id=item) for item in items[: options.page_size]],
             rung=common_pb2.RUNG_POPULAR,
-            profile_version=0 if self.forgets_events else self.versions.get(options.subject.user_id, 0),
+            profile_version=self.versions.get(options.subject.user_id, 0),
         )
         return bytes(ranking_pb2.RecommendResponse(slate=slate).SerializeToString())
 

@@ -76,10 +76,9 @@ def test_calls_start_at_their_moments_and_are_timed_from_them(stub: Stub) -> Non
         window = generator.open_loop(plan(generator, [0.02 * number for number in range(20)]))
     assert window.answered.all()
     assert window.errors() == {}
-    waited = window.latencies_ms()
-    # Ten of them fell into the stall, and their waits fall by 20 ms each; a closed loop would have seen one.
-    assert (waited[:10] > 80).all()
-    assert (np.diff(waited[:10]) < 0).all()
+    # The stall lasts until 300 ms after the first call at least, and nothing is answered before its end: each call that
+    # was due meanwhile is charged for the whole wait. A closed loop would have made one call in that time.
+    assert (window.latencies_ms()[:10] >= 300 - 20 * np.arange(10)).all()
     slate = ranking_pb2.RecommendResponse.FromString(window.answers[0]).slate
     assert slate.rung
 
@@ -97,13 +96,17 @@ def test_errors_are_told_by_status_and_hint(stub: Stub) -> None:
 
 
 def test_a_call_past_its_deadline_is_an_error_and_ends(stub: Stub) -> None:
-    stub.delay_s = lambda: 0.4
-    with Generator(stub.target, 1) as generator:
-        window = generator.open_loop(plan(generator, [0.0], timeout_s=0.1))
-        assert window.errors() == {"DEADLINE_EXCEEDED": 1}
-        assert window.seconds < 0.35
-        stub.delay_s = lambda: 0.0
-        assert generator.call(RECOMMEND, b"")  # the connection still serves
+    late = threading.Event()
+    stub.delay_s = lambda: float(not late.wait(60))
+    try:
+        with Generator(stub.target, 1) as generator:
+            window = generator.open_loop(plan(generator, [0.0], timeout_s=0.1))
+            assert window.errors() == {"DEADLINE_EXCEEDED": 1}
+            assert window.latency_s[0] >= 0.1
+            stub.delay_s = lambda: 0.0
+            assert generator.call(RECOMMEND, b"")  # the connection still serves
+    finally:
+        late.set()
 
 
 def test_a_service_that_falls_behind_ends_the_window(stub: Stub) -> None:
@@ -180,7 +183,7 @@ def test_the_raw_connection_hears_what_grpc_says(stub: Stub) -> None:
     connection = Connection(stub.target, lambda *answer: answers.append(answer))
     head = call_head("/no.such.Service/Check", stub.target, 1.0, (("x-test", "1"),))
     connection.call(head, b"", 7)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not answers and time.monotonic() < end:
         connection.receive()
         time.sleep(0.002)
@@ -207,7 +210,7 @@ def test_the_processes_of_a_target_are_found(stub: Stub) -> None:
     while time.process_time() < end:
         pass
     used = tree.usage() - before
-    assert 0.1 < used.service_s < 2.0
+    assert used.service_s > 0.1
     assert tree.rss_bytes() > 10 << 20
     assert sum(tree.proportional_bytes().values()) > 10 << 20
     assert ProcessTree.listening_at("192.0.2.1:50051") is None

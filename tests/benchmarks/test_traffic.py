@@ -112,7 +112,7 @@ def test_material_that_lacks_something_says_what_to_give(generator: Generator) -
 def test_without_a_bundle_items_come_from_the_answers(stub: Stub, generator: Generator) -> None:
     stub.slate = lambda user: ITEMS[:10] if user == USERS[0] else ITEMS[10:30]
     with generator:
-        known = gather(generator, USERS, parse_mix("rank=1"))
+        known = gather(generator, USERS, {"rank"})
     assert sorted(known.items) == sorted(ITEMS[:30])
 
 
@@ -168,6 +168,8 @@ def test_recorded_traffic_is_sent_again_at_a_multiple_of_its_speed(tmp_path: Pat
     with generator:
         recorded = RecordedTraffic(generator, _warehouse(tmp_path))
         assert recorded.rate == pytest.approx(5 / 4)
+        recorded.plan(1.0, 3)
+        recorded.rewind()
         plan = recorded.plan(2 * recorded.rate, 10)
     assert [plan.names[kind] for kind in plan.kinds.tolist()] == [
         "recommend",
