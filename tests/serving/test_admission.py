@@ -114,7 +114,7 @@ def test_what_is_taken_fits_its_time_and_a_refusal_says_when_to_come_back(queued
     if error is None:
         assert wait_s + WORK_S < left_s
         return
-    assert batch or isinstance(error, Overloaded)
+    assert isinstance(error, BatchDeferred if batch else Overloaded)
     assert max(min(wait_s * 1000, 2000), 100) <= error.retry_after_ms <= 2000
 
 

@@ -28,8 +28,8 @@ QUEUED = 16
 BURST = 3
 """Most times the wait in a standing queue that a burst may wait."""
 
-_MARGIN = 1.25
-"""Share of its predicted time that a ranking needs at most, as others take longer than predicted."""
+_MARGIN, _BATCH_MARGIN = 1.25, 2.5
+"""Most times its predicted time that a ranking takes: others take longer than predicted, and go before a batch."""
 
 _STEP_MS, _LEAST_MS, _MOST_MS, _BATCH_MS = 50, 100, 2000, 1000
 
@@ -68,9 +68,11 @@ class AdmissionControl:
             return None
         own_s = limit.expected_s(kind)
         crowded, standing_s = limit.crowded_s() > STANDING_S, max(self._wait_s, QUEUED * own_s)
-        # Half of it, as interactive calls that come later still go before a batch that waits.
-        if batch and (crowded or wait_s > standing_s / 2 or limit.waiting_batch >= self._batches):
-            return _deferred(_hint(wait_s, _BATCH_MS))
+        if batch:
+            # Half of it, as interactive calls that come later still go before a batch that waits.
+            late = wait_s > standing_s / 2 or (wait_s + own_s) * _BATCH_MARGIN > left_s
+            refused = crowded or late or limit.waiting_batch >= self._batches
+            return _deferred(_hint(wait_s, _BATCH_MS)) if refused else None
         most_s = standing_s if crowded else standing_s * BURST
         if wait_s > most_s or (wait_s + own_s) * _MARGIN > left_s:
             return _overloaded(_hint(wait_s, _LEAST_MS))
