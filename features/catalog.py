@@ -38,7 +38,7 @@ RECORD_FIELDS = (*_FIELDS, *_WINDOW)
 
 @dataclass(frozen=True, slots=True)
 class CatalogTables:
-    """What a catalogue computes of its items when it is made, for processes that share it.
+    """The tables that a catalogue computes of its items when it is made, for processes that share them.
 
     Attributes:
         columns: The columns; behind the rows of the bundle there may be room for live ones.
@@ -193,8 +193,8 @@ class Catalog:
 
     def records_now(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Returns items as `record` does: a read of many costs little more than one of a single item."""
-        records = self.records(rows, RECORD_FIELDS)
-        return [{"item_id": name, **record} for name, record in zip(self.ids(rows), records, strict=True)]
+        named = zip(self.ids(rows), self.records(rows, RECORD_FIELDS), strict=True)
+        return [{"item_id": name, **record} for name, record in named]
 
     def records(self, rows: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
         """Returns some fields of some items as they are now; items of the bundle are read a column at a time.
@@ -242,8 +242,7 @@ class Catalog:
 
     def eligible_rows(self, now_ms: int) -> tuple[npt.NDArray[np.uint8], int]:
         """Returns `eligible_bitmap`, and the number of rows in it, without a pass over the rows."""
-        # The size first: columns read after it are at least as new.
-        size = self.size
+        size = self.size  # first: columns read after it are at least as new
         return self._eligible.at(self.columns, size, now_ms)
 
     def replace(self, row: int, item: Mapping[str, Any], vector: npt.NDArray[np.float32]) -> None:
