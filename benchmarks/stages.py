@@ -21,9 +21,10 @@ import numpy.typing as npt
 import onnxruntime as _onnxruntime
 
 from benchmarks.report import facts
-from features.assemble import encoder_inputs, history, ranker_width
+from features.assemble import encoder_inputs, history
 from features.clock import now_ms
 from features.keys import event_type_key
+from features.model_inputs import ranker_width
 from features.profile import Profile, empty, fold
 from features.records import make_records
 from features.subjects import known
@@ -32,6 +33,8 @@ from serving.engine.engine import Engine, open_engine
 from serving.engine.pipelines import Dependencies
 from serving.observability.telemetry import Telemetry
 from serving.pipeline.request import Request
+from serving.pipeline.results import Slate
+from serving.pipeline.runner import Pipeline
 from serving.redis.client import connect_one
 from serving.redis.connection import PipelinedConnection
 from serving.redis.embedded import RedisServer
@@ -61,7 +64,8 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
 
     Returns:
         `stages_us` and `floor_stages_us` (medians by name), `pipeline_us`, `floor_us` (medians of the whole),
-        `ratio_to_floor`, `policy_us` (their difference), and the circumstances.
+        `ratio_to_floor`, `policy_us` (their difference), `encoding_us` and `encoding_ratio_to_floor` (of users whose
+        vector is not kept, because they have had an event since), and the circumstances.
 
     Raises:
         BundleError: The bundle is refused.
@@ -69,11 +73,13 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
     with _store(redis) as url, connect_one(url, timeout_s=1.0) as client:
         store = ProfileStore(client)
         config = ServeConfig.load(bundle=bundle, candidates=candidates)
-        engine = open_engine(bundle, Dependencies(config, store, CatalogProgress(), Telemetry()))
+        engine, encoding = _engines(bundle, config, store)
         profiles = _profiles(engine)
         store.put_states(profiles.items())
         keys = [store.key_of(subject) for subject in profiles]
-        figures = _measure(engine, list(profiles), _Floor(engine, client, keys, profiles, candidates), requests)
+        figures = _measure(
+            (engine, encoding), list(profiles), _Floor(engine, client, keys, profiles, candidates), requests
+        )
         client.delete(*keys)
         return {
             "bundle_id": engine.bundle_id,
@@ -86,6 +92,19 @@ def stages(bundle: Path, *, requests: int = 1000, redis: str = "embedded", candi
             "method": "one process, one thread; pipeline and floor alternate; medians",
             **facts(),
         }
+
+
+def _engines(bundle: Path, config: ServeConfig, store: ProfileStore) -> tuple[Engine, Engine]:
+    """Returns the engine as it serves, and one that keeps no user vectors.
+
+    To the second, each user is as one who has had an event since the last request.
+    """
+    encoding = config.model_copy(update={"user_vectors": 0})
+    progress = CatalogProgress()
+    return (
+        open_engine(bundle, Dependencies(config, store, progress, Telemetry())),
+        open_engine(bundle, Dependencies(encoding, store, progress, Telemetry())),
+    )
 
 
 class _Floor:
@@ -119,30 +138,22 @@ class _Floor:
         }
 
 
-def _measure(engine: Engine, subjects: list[str], floor: _Floor, requests: int) -> dict[str, Any]:
+def _measure(engines: tuple[Engine, Engine], subjects: list[str], floor: _Floor, requests: int) -> dict[str, Any]:
     faiss.omp_set_num_threads(1)
-    pipeline = engine.pipelines["recommend"]
+    pipeline, encoding = (engine.pipelines["recommend"] for engine in engines)
     measured: dict[str, list[float]] = defaultdict(list)
     floors: dict[str, list[float]] = defaultdict(list)
-    for at in range(-WARM_UP, requests):
-        begun = time.perf_counter_ns()
-        request = Request(
-            request_id=str(at),
-            subject=subjects[at % len(subjects)],
-            now_ms=now_ms(),
-            deadline=time.monotonic() + 1.0,
-            page_size=PAGE,
-        )
-        slate = pipeline.run(request)
-        whole = time.perf_counter_ns() - begun
-        if slate.rung != "sequence" or slate.degraded or slate.rows.size != PAGE:
-            raise RuntimeError(f"a request was not whole: rung {slate.rung}, {slate.rows.size} items, {slate.degraded}")
+    encoded: list[float] = []
+    for at in range(-WARM_UP - len(subjects), requests):
+        slate, whole = _answer(pipeline, subjects[at % len(subjects)], at)
+        _, again = _answer(encoding, subjects[at % len(subjects)], at)
         bare = {name: _nanoseconds(call, at) for name, call in floor.calls.items()}
         if at < 0:
             continue
         for name, microseconds in slate.timings:
             measured[name].append(microseconds)
         measured[""].append(whole / 1000)
+        encoded.append(again / 1000)
         for name, nanoseconds in bare.items():
             floors[name].append(nanoseconds / 1000)
         floors[""].append(sum(bare.values()) / 1000)
@@ -154,7 +165,26 @@ def _measure(engine: Engine, subjects: list[str], floor: _Floor, requests: int) 
         "floor_us": round(floor_us, 1),
         "ratio_to_floor": round(pipeline_us / floor_us, 3),
         "policy_us": round(pipeline_us - floor_us, 1),
+        "encoding_us": round(float(np.median(encoded)), 1),
+        "encoding_ratio_to_floor": round(float(np.median(encoded)) / floor_us, 3),
     }
+
+
+def _answer(pipeline: Pipeline, subject: str, at: int) -> tuple[Slate, int]:
+    """Returns the answer to a user's request, and the nanoseconds that it took."""
+    begun = time.perf_counter_ns()
+    request = Request(
+        request_id=str(at),
+        subject=subject,
+        now_ms=now_ms(),
+        deadline=time.monotonic() + 1.0,
+        page_size=PAGE,
+    )
+    slate = pipeline.run(request)
+    whole = time.perf_counter_ns() - begun
+    if slate.rung != "sequence" or slate.degraded or slate.rows.size != PAGE:
+        raise RuntimeError(f"a request was not whole: rung {slate.rung}, {slate.rows.size} items, {slate.degraded}")
+    return slate, whole
 
 
 def _nanoseconds(call: Call, at: int) -> int:

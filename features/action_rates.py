@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.kernels import log_odds, matched_weights
+from features.kernels import log_odds
 from features.manifest import ActionSpec, ModelSpec
 from features.profile import RING
 
@@ -26,7 +26,8 @@ MATCH_STRENGTH = 2.0
 
 _F64 = npt.NDArray[np.float64]
 # Computed once in float64, so that training and serving read the same bits.
-_DECAYS = {half_life: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / half_life) for half_life in HALF_LIVES}
+DECAYS = tuple(0.5 ** (np.arange(RING + 1, dtype=np.float64) / half_life) for half_life in HALF_LIVES)
+"""Weight of a showing by the number of showings after it, for each of `HALF_LIVES`; float64 [RING + 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class ActionRates:
         # An event decays by the showings after it, not by time, so that a pause does not forget a taste.
         later: npt.NDArray[np.int64] = showings[:, -1:] - showings
         counts = np.concatenate([shown, acted & (showings > 0)]).T.astype(np.float64, order="C")
-        decays = (np.tile(_DECAYS[half_life][later].T, 2) for half_life in HALF_LIVES)
+        decays = (np.tile(decay[later].T, 2) for decay in DECAYS)
         return tuple(decay * counts for decay in decays)
 
 
@@ -133,11 +134,6 @@ class Rates:
         weights, brief = actions.weights(types, values)
         long = _rate(weights.sum(axis=0)[None], actions.base[None], USER_STRENGTH)
         return cls(long[0], _rate(brief.sum(axis=0)[None], long, USER_STRENGTH)[0], weights)
-
-    def among(self, keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64]) -> _F64:
-        """Returns log-odds above the user's own, among the events that share a candidate's key; float64 [n, A]."""
-        expected = np.full((keys.size, self.long.size), self.long)
-        return _rate(matched_weights(keys, history, self.weights), expected, MATCH_STRENGTH) - self.long
 
 
 def _rate(weights: _F64, prior: _F64, strength: float) -> _F64:

@@ -14,92 +14,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.action_rates import USER_STRENGTH, ActionRates, Rates
+from features.action_rates import DECAYS as RATE_DECAYS
+from features.action_rates import ActionRates
 from features.catalog import Catalog
 from features.catalog_columns import CatalogColumns
-from features.decayed_counts import DecayedCounts
+from features.decay_kernels import decay_factors
+from features.decayed_counts import TICK_MS, DecayedCounts
 from features.decayed_counts import empty as no_counts
 from features.event_types import NEGATIVE_EVENT_TYPES, PASSIVE_EVENT_TYPES
-from features.feature_set import Feature, FeatureSet
-from features.item_prior import blocks
-from features.kernels import affinity, log_odds, matched_weights, pack_newest
+from features.kernels import are_among, pack_newest
 from features.keys import event_type_key, event_type_keys
+from features.model_inputs import HALF_LIFE
 from features.profile import RING, Profile
-
-HALF_LIFE = 20
-"""Number of events after which an event weighs half in an affinity."""
-
-_RING = f"newest {RING} events"
-ENCODER_FEATURES = FeatureSet(
-    (
-        Feature("item_vector", "the item's vector, one per event", "newest events"),
-        Feature("event_type", "1 + position among the bundle's event types, 0 = unknown", "newest events", "int64"),
-    )
+from features.ranker_kernels import (
+    ActionArrays,
+    CandidateArrays,
+    DecayedArrays,
+    EventArrays,
+    EventDecays,
+    ItemArrays,
+    fill_ranker_features,
 )
-RANKER_FEATURES = FeatureSet(
-    (
-        Feature("relevance", "inner product of user and item vector"),
-        Feature("popularity", "log1p of the item's events in training", "item"),
-        Feature("recent_popularity", "log1p of the item's events in the last days of training", "item"),
-        Feature("category_affinity", "share of the events in the item's category, half-life 20 events", _RING),
-        Feature("creator_affinity", "share of the events by the item's creator, half-life 20 events", _RING),
-        Feature("price", "log1p of the item's price, 0 where unknown", "item"),
-        Feature("price_known", "1 where the item has a price", "item"),
-        Feature("history_length", "log1p of the number of events remembered", _RING),
-        Feature("trained", "1 where the item was in the training data", "item"),
-        Feature("duration", "log1p of the item's seconds, 0 where unknown", "item"),
-        Feature("duration_known", "1 where the item has a duration", "item"),
-        Feature("age", "log1p of the days since the item may be shown, 0 where that was always"),
-        Feature("recency", "log1p of the hours since the user's newest event, 0 where there is none"),
-        Feature("shown_before", "log1p of the user's events about this very item", _RING),
-        Feature("position", "log1p of the place in the slate, 0 when serving: as if it came first"),
-        Feature("item_shown", "log1p of how often the item was shown to all users", "item"),
-        Feature("creator_shown", "log1p of how often the creator's items were shown to all users", "item"),
-        Feature("item_pause", "log1p of the user's events since the last about this very item, or of all", _RING),
-        Feature("item_in_visit", "1 where the user's newest visit has an event about this very item", "visit"),
-        Feature("category_hour", "log1p of the user's choices in the item's category", "half-life an hour"),
-        Feature("category_day", "log1p of the user's choices in the item's category", "half-life a day"),
-        Feature("category_month", "log1p of the user's choices in the item's category", "half-life 30 days"),
-        Feature("creator_hour", "log1p of the user's choices by the item's creator", "half-life an hour"),
-        Feature("creator_day", "log1p of the user's choices by the item's creator", "half-life a day"),
-        Feature("creator_month", "log1p of the user's choices by the item's creator", "half-life 30 days"),
-        Feature("activity_day", "log1p of the user's events", "half-life a day"),
-        Feature("activity_month", "log1p of the user's events", "half-life 30 days"),
-        Feature("visit_length", "log1p of the events of the user's visit, 0 where it is over", "visit"),
-        Feature("visit_minutes", "log1p of the minutes since it began, 0 where it is over", "visit"),
-        Feature("visit_category", "share of the visit's events in the item's category", "visit"),
-    )
-)
-ACTION_FEATURES = FeatureSet(
-    (
-        Feature("person_rate", "the user's log-odds above the average user's, half-life 40 showings", _RING),
-        Feature("person_recent_rate", "the same, half-life 4 showings", _RING),
-        Feature("person_category_rate", "log-odds in the item's category above the user's", _RING),
-        Feature("person_creator_rate", "log-odds with the item's creator above the user's", _RING),
-        Feature("person_item_rate", "log-odds with this very item above the user's", _RING),
-        Feature("person_duration_rate", "log-odds among items of like duration above the user's", _RING),
-        Feature("item_rate", "the item's log-odds above the average, pulled to its creator's", "item"),
-        Feature("creator_rate", "the creator's log-odds above the average, pulled to the category's", "item"),
-        Feature("category_rate", "the category's log-odds above the average", "item"),
-        Feature("surface_rate", "the surface's log-odds above the average"),
-        Feature(
-            "person_month_rate", "the user's log-odds above the average user's, by event type", "half-life 30 days"
-        ),
-    )
-)
-"""The ranker's inputs for each of a bundle's actions, behind `RANKER_FEATURES`.
-
-The names begin with `person` because they are part of the fingerprint of published bundles."""
-FEATURES = FeatureSet((*ENCODER_FEATURES, *RANKER_FEATURES, *ACTION_FEATURES))
-
-_COLUMN = {name: number for number, name in enumerate(RANKER_FEATURES.names)}
 
 _UNCHOSEN = event_type_keys((*PASSIVE_EVENT_TYPES, *NEGATIVE_EVENT_TYPES))
-_HALF_POWER = 0.5**0.5  # two classes of duration per doubling
-_MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
-
+_NO_POSITIONS = np.empty(0, np.int32)
 # Computed once in float64, so that training and serving read the same bits.
-_DECAY = 0.5 ** (np.arange(RING, dtype=np.float64) / HALF_LIFE)
+_DECAYS = EventDecays(0.5 ** (np.arange(RING, dtype=np.float64) / HALF_LIFE), *RATE_DECAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,21 +88,6 @@ class Moment:
     positions: npt.NDArray[np.int32] | None = None
 
 
-def ranker_names(actions: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of the ranker's inputs in order; those of an action are `action/feature`."""
-    return (*RANKER_FEATURES.names, *(f"{action}/{name}" for name in ACTION_FEATURES.names for action in actions))
-
-
-def ranker_width(actions: int) -> int:
-    """Returns the number of the ranker's inputs."""
-    return len(RANKER_FEATURES) + actions * len(ACTION_FEATURES)
-
-
-def statistics_width(actions: int) -> int:
-    """Returns the number of an item's statistics: two counts, and a rate of item, creator and category per action."""
-    return 2 + 3 * actions
-
-
 def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -> History:
     """Resolves the events of a profile against a catalogue.
 
@@ -173,14 +98,40 @@ def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -
         catalog: The catalogue, in which keys become rows.
         type_index: Event type key -> 1 + position among the bundle's event types.
     """
+    return _history(profile, catalog.rows_of_keys(profile.records["item"].copy()), type_index)
+
+
+def history_and_seen(
+    profile: Profile, catalog: Catalog, type_index: Mapping[int, int], seen_keys: npt.NDArray[np.uint32]
+) -> tuple[History, npt.NDArray[np.int32]]:
+    """Returns the history of a profile, and the rows of the items that the user has seen; each key is looked up once.
+
+    Args:
+        profile: The profile.
+        catalog: The catalogue, in which keys become rows.
+        type_index: As for `history`.
+        seen_keys: Keys of the event types that count; an item older than the ring always counts.
+
+    Returns:
+        The history, and rows int32 [n], unsorted, which may repeat.
+    """
+    records = profile.records
+    rows = catalog.rows_of_keys(np.concatenate([records["item"], profile.older_items]))
+    newest = rows[: records.size]
+    seen = np.concatenate([newest[are_among(records["event_type"].copy(), seen_keys)], rows[records.size :]])
+    return _history(profile, newest.copy(), type_index), seen[seen >= 0]
+
+
+def _history(profile: Profile, rows: npt.NDArray[np.int32], type_index: Mapping[int, int]) -> History:
+    """Returns the history of a profile, the rows of whose records are known."""
     records = profile.records
     about_items = records["item"] != 0
     if not about_items.all():
-        records = records[about_items]
+        records, rows = records[about_items], rows[about_items]
     # Copies, not views: the field of a single record is contiguous and may be read-only, and a kernel is compiled for
     # each kind of array that it is given.
     return History(
-        catalog.rows_of_keys(records["item"].copy()),
+        rows,
         types_of_keys(records["event_type"], type_index),
         records["category"].copy(),
         records["creator"].copy(),
@@ -193,7 +144,8 @@ def history(profile: Profile, catalog: Catalog, type_index: Mapping[int, int]) -
 
 def are_choices(keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
     """Returns a mask of the types by which a user chooses an item, which are not showings or refusals; bool [n]."""
-    chosen: npt.NDArray[np.bool_] = np.isin(keys, _UNCHOSEN, invert=True)
+    # A copy, because a field of records is strided, and a kernel is compiled for each layout that it is given.
+    chosen: npt.NDArray[np.bool_] = ~are_among(keys.copy(), _UNCHOSEN)
     return chosen
 
 
@@ -248,20 +200,6 @@ def types_of_keys(keys: npt.NDArray[np.uint32], type_index: Mapping[int, int]) -
     for key, index in type_index.items():
         types[keys == key] = index
     return types
-
-
-def seen_rows(profile: Profile, catalog: Catalog, seen_keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
-    """Returns the rows of the items that a user has seen; int32 [n], unsorted, may repeat.
-
-    Args:
-        profile: The profile.
-        catalog: The catalogue, in which keys become rows.
-        seen_keys: Keys of the event types that count; an item older than the ring always counts.
-    """
-    records = profile.records
-    recent = records["item"][np.isin(records["event_type"], seen_keys)]
-    rows = catalog.rows_of_keys(np.concatenate([recent, profile.older_items]))
-    return rows[rows >= 0]
 
 
 def encoder_inputs(
@@ -336,140 +274,31 @@ def ranker_features(
     Returns:
         float32 [n, ranker_width(actions)]; a candidate's row never depends on the other candidates.
     """
-    count, common = len(actions), len(RANKER_FEATURES)
-    out = np.zeros((rows.size, ranker_width(count)), np.float32)
-    candidates, past_items = _item_keys(rows), _item_keys(past.rows)
-    out[:, _COLUMN["relevance"]] = relevance
-    _fill_item_features(out, columns, rows, moment.now_ms)
-    _fill_ring_features(out, past, columns, rows, moment.now_ms)
-    _fill_repeat_features(out, past, candidates, past_items)
-    if moment.positions is not None:
-        out[:, _COLUMN["position"]] = np.log1p(moment.positions.astype(np.float64))
-    statistics = columns.statistics[rows]
-    # A catalogue without a ranker has no statistics; then nothing is known of how often an item was shown.
-    has_statistics = statistics.shape[1] == statistics_width(count)
-    if has_statistics:
-        out[:, _COLUMN["item_shown"] : _COLUMN["creator_shown"] + 1] = statistics[:, :2]
-    month_rate = np.zeros(count, np.float64)
-    if moment.now_ms:
-        # Without a time, as in data that has order only, nothing can be said of decay.
-        decayed, month_rate = _decayed_features(past, columns, rows, actions, moment.now_ms)
-        begin = _COLUMN["category_hour"]
-        out[:, begin : begin + decayed.shape[1]] = decayed
-    rates = Rates.of(actions, past.types, past.values)
-    past_durations = np.where(past.rows >= 0, columns.duration[past.rows], np.float32(np.nan))
-    parts = [
-        rates.long - actions.base,
-        rates.short - actions.base,
-        rates.among(columns.category[rows], past.categories),
-        rates.among(columns.creator[rows], past.creators),
-        rates.among(candidates, past_items),
-        rates.among(_duration_keys(columns.duration[rows]), _duration_keys(past_durations)),
-        *(blocks(statistics) if has_statistics else (0.0, 0.0, 0.0)),
-        actions.surface(moment.surface),
-        month_rate,
-    ]
-    for number, part in enumerate(parts):
-        begin = common + number * count
-        out[:, begin : begin + count] = part
-    return out
+    decayed = past.decayed_counts
+    factors = decay_factors(moment.now_ms, decayed.newest, TICK_MS)
+    return fill_ranker_features(
+        CandidateArrays(rows, relevance, _NO_POSITIONS if moment.positions is None else moment.positions),
+        EventArrays(
+            past.rows, past.types, past.categories, past.creators, past.timestamps, past.values, past.chosen, past.kinds
+        ),
+        DecayedArrays(decayed.facts, decayed.keys, decayed.counts, factors),
+        _DECAYS,
+        _item_arrays(columns),
+        ActionArrays(actions.shown, actions.acted, actions.least, actions.base, actions.surface(moment.surface)),
+        moment.now_ms,
+    )
 
 
-def _fill_item_features(
-    out: npt.NDArray[np.float32], columns: CatalogColumns, rows: npt.NDArray[np.int32], now_ms: int
-) -> None:
-    """Fills the columns that are about the item alone."""
-    price, duration = columns.price[rows], columns.duration[rows]
-    has_price, has_duration = np.isfinite(price), np.isfinite(duration)
-    out[:, _COLUMN["popularity"]] = columns.popularity[rows]
-    out[:, _COLUMN["recent_popularity"]] = columns.recent_popularity[rows]
-    # In float64, because the float32 log1p of numpy depends on where in a vector register a value falls.
-    out[:, _COLUMN["price"]] = np.log1p(np.where(has_price, price, 0.0).astype(np.float64))
-    out[:, _COLUMN["price_known"]] = has_price
-    out[:, _COLUMN["trained"]] = columns.trained[rows]
-    out[:, _COLUMN["duration"]] = np.log1p(np.where(has_duration, duration, 0.0).astype(np.float64))
-    out[:, _COLUMN["duration_known"]] = has_duration
-    out[:, _COLUMN["age"]] = _age(columns.available_from[rows], now_ms)
-
-
-def _fill_ring_features(
-    out: npt.NDArray[np.float32], past: History, columns: CatalogColumns, rows: npt.NDArray[np.int32], now_ms: int
-) -> None:
-    """Fills the columns that are about the newest events of the user."""
-    weights = _DECAY[: len(past)][::-1] * are_read(past)
-    out[:, _COLUMN["category_affinity"]] = affinity(columns.category[rows], past.categories, weights)
-    out[:, _COLUMN["creator_affinity"]] = affinity(columns.creator[rows], past.creators, weights)
-    out[:, _COLUMN["history_length"]] = np.log1p(float(len(past)))
-    if len(past) and now_ms:
-        # A request may carry an older time than an event that was sent by a clock ahead: then no time has passed.
-        out[:, _COLUMN["recency"]] = np.log1p(max(now_ms - int(past.timestamps[-1]), 0) / _HOUR_MS)
-
-
-def _fill_repeat_features(
-    out: npt.NDArray[np.float32], past: History, candidates: npt.NDArray[np.uint64], past_items: npt.NDArray[np.uint64]
-) -> None:
-    """Fills the columns that are about earlier events of the same item; both by `_item_keys`."""
-    units = np.ones((len(past), 1), np.float64)
-    out[:, _COLUMN["shown_before"]] = np.log1p(matched_weights(candidates, past_items, units)[:, 0])
-    out[:, _COLUMN["item_pause"]] = np.log1p(_events_since(candidates, past_items))
-    if past.decayed_counts.visit_events and past.decayed_counts.newest:
-        in_visit = past.timestamps >= past.decayed_counts.visit_began
-        out[:, _COLUMN["item_in_visit"]] = np.isin(candidates, past_items[in_visit])
-
-
-def _decayed_features(
-    past: History, columns: CatalogColumns, rows: npt.NDArray[np.int32], actions: ActionRates, now_ms: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Returns the features from the decayed counts and the visit at a time, ms.
-
-    Returns:
-        float64 [n, 11] of the candidates, from `category_hour` on; and `person_month_rate`, float64 [A].
-    """
-    decayed, counts = past.decayed_counts, past.decayed_counts.at(now_ms)
-    out = np.zeros((rows.size, 11), np.float64)
-    for number, dimension in enumerate(("category", "creator")):
-        part = decayed.of(dimension)
-        keys = getattr(columns, dimension)[rows]
-        out[:, 3 * number : 3 * number + 3] = matched_weights(keys, decayed.keys[part], counts[part])
-    events = counts[decayed.of("event_type")]
-    out[:, 6:8] = events[:, 1:].sum(axis=0)
-    if decayed.visiting(now_ms):
-        out[:, 8] = decayed.visit_events
-        out[:, 9] = max(now_ms - decayed.visit_began, 0) / _MINUTE_MS
-    np.log1p(out, out=out)
-    if decayed.visiting(now_ms):  # a share, and so behind the logarithm
-        in_visit = ((past.timestamps >= decayed.visit_began) & are_read(past)).astype(np.float64)
-        out[:, 10] = affinity(columns.category[rows], past.categories, in_visit)
-    month = np.ascontiguousarray(events[:, 2])
-    shown, acted = ((marks[:, past.kinds] * month).sum(axis=1) for marks in (actions.shown, actions.acted))
-    rate = log_odds(acted[None], shown[None], actions.base[None], USER_STRENGTH)[0]
-    return out, rate - actions.base
-
-
-def _item_keys(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
-    """Returns keys that tell items apart: 1 + row, 0 if the item is unknown; uint64 [n]."""
-    return (rows.astype(np.int64) + 1).astype(np.uint64)
-
-
-def _events_since(keys: npt.NDArray[np.uint64], past: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """Returns the number of events after the newest with each key, of all events if there is none; float64 [n]."""
-    distinct, newest = np.unique(past[::-1], return_index=True)
-    if not distinct.size:
-        return np.zeros(keys.size, np.float64)
-    at = np.minimum(distinct.searchsorted(keys), distinct.size - 1)
-    return np.where(distinct[at] == keys, newest[at], past.size).astype(np.float64)
-
-
-def _duration_keys(seconds: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
-    """Returns classes of like duration, 0 if it is unknown; uint64 [n]."""
-    has_duration = np.isfinite(seconds)
-    # Not by a logarithm, whose last bit may depend on where in a vector register a value falls.
-    fraction, power = np.frexp(np.where(has_duration, seconds, 1.0).astype(np.float64))
-    steps = 2 * power + (fraction >= _HALF_POWER)
-    return np.where(has_duration, np.clip(steps, 0, 98) + 1, 0).astype(np.uint64)
-
-
-def _age(since: npt.NDArray[np.int64], now_ms: int) -> npt.NDArray[np.float64]:
-    """Returns log1p of the days since a time, 0 if that or the moment is unknown."""
-    known_times = (since > 0) & (now_ms > 0)
-    return np.log1p(np.where(known_times, np.maximum(now_ms - since, 0) / _DAY_MS, 0.0))
+def _item_arrays(columns: CatalogColumns) -> ItemArrays:
+    """Returns the columns that features read."""
+    return ItemArrays(
+        columns.category,
+        columns.creator,
+        columns.price,
+        columns.duration,
+        columns.popularity,
+        columns.recent_popularity,
+        columns.trained,
+        columns.available_from,
+        columns.statistics,
+    )

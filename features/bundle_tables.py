@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.arrays import pc
-from features.assemble import statistics_width
 from features.bundle import Bundle
 from features.errors import BundleError, VocabularyError
+from features.model_inputs import statistics_width
 from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 

@@ -31,7 +31,9 @@ VISIT_MS = 30 * 60_000
 """A pause in event time after which a new visit begins."""
 
 _CAPACITIES = np.array(list(DIMENSIONS.values()), np.int64)
-_TICKS = np.array([half_life // TICKS for half_life in HORIZONS.values()], np.int64)
+TICK_MS = np.array([half_life // TICKS for half_life in HORIZONS.values()], np.int64)
+"""Length of a tick of each horizon, ms; int64 [3]."""
+
 _FACTS = struct.Struct("<qqIBBBx")
 # An item that was only shown, or refused, is no taste: the event counts by its type, for no category and no creator.
 _UNCHOSEN = np.array([event_type_key(name) for name in (*PASSIVE_EVENT_TYPES, *NEGATIVE_EVENT_TYPES)], np.uint32)
@@ -90,7 +92,7 @@ class DecayedCounts:
 
     def at(self, now_ms: int) -> npt.NDArray[np.float64]:
         """Returns the counts decayed to a time, ms, but not to one before the newest event; float64 [n, 3]."""
-        return self.counts.astype(np.float64) * decay_factors(now_ms, self.newest, _TICKS)
+        return self.counts.astype(np.float64) * decay_factors(now_ms, self.newest, TICK_MS)
 
     def segment(self) -> int:
         """Returns the user's segment: the category with the largest long-term count, of equal ones the smallest, or 0.
@@ -133,7 +135,7 @@ def fold(
         counts.keys,
         counts.counts,
         _CAPACITIES,
-        _TICKS,
+        TICK_MS,
         VISIT_MS,
         _UNCHOSEN,
         items.copy(),
@@ -172,7 +174,7 @@ def decode(stored: bytes | memoryview) -> DecayedCounts:
 def from_format_3(old: DecayedCounts) -> DecayedCounts:
     """Returns the counts of a profile of format 3, which stood at the newest event, as they are kept now."""
     # The half-life of the newest event has not ended, so each factor is above 1/2 and the division is safe.
-    counts = old.counts / decay_factors(old.newest, old.newest, _TICKS)
+    counts = old.counts / decay_factors(old.newest, old.newest, TICK_MS)
     return DecayedCounts(old.facts, old.keys, counts.astype(np.float32))
 
 

@@ -14,21 +14,12 @@ import pyarrow as pa
 
 from features.action_rates import ActionRates
 from features.arrays import pc
-from features.assemble import (
-    ENCODER_FEATURES,
-    FEATURES,
-    RANKER_FEATURES,
-    Moment,
-    encoder_inputs,
-    history,
-    ranker_features,
-    rows_read,
-    type_index,
-)
+from features.assemble import Moment, encoder_inputs, history, ranker_features, rows_read, type_index
 from features.bundle import open_bundle
 from features.bundle_tables import read_items
 from features.catalog import Catalog
 from features.decayed_counts import DIMENSIONS, HORIZONS, VISIT_MS
+from features.model_inputs import ENCODER_FEATURES, FEATURES, RANKER_FEATURES
 from features.profile import OLDER_ITEMS_CAP, RING, empty, fold
 from features.profile_codec import FORMAT
 from features.records import RECORD

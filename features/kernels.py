@@ -64,6 +64,53 @@ def crc32_rows_plain(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
 
 
 @kernel()
+def are_among(keys: npt.NDArray[np.uint32], wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """Returns a mask of the `keys` uint32 [n] that are one of a few `wanted` uint32 [k]; bool [n]."""
+    # np.isin sorts both sides; there are a handful of event types.
+    out = np.zeros(keys.size, np.bool_)
+    for i in range(keys.size):
+        for key in wanted:
+            if keys[i] == key:
+                out[i] = True
+                break
+    return out
+
+
+def are_among_plain(keys: npt.NDArray[np.uint32], wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """The plain twin of `are_among`."""
+    return np.isin(keys, wanted)
+
+
+@kernel()
+def best_first(scores: npt.NDArray[np.float32], ties: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+    """Returns numbers that sort as places do by their score, the highest first, then by `ties`, the lowest first.
+
+    Args:
+        scores: float32 [n]; NaN comes last, and -0 is as good as 0.
+        ties: Numbers from 0 on; int32 [n].
+
+    Returns:
+        uint64 [n]: the score's place in the order of all float32 in the upper half, the tie in the lower half.
+    """
+    out = np.empty(scores.size, np.uint64)
+    bits = (scores + np.float32(0.0)).view(np.uint32)
+    for i in range(scores.size):
+        # The bits of positive numbers sort as the numbers do, those of negative ones the other way round.
+        high = bits[i] if bits[i] & np.uint32(0x80000000) else np.uint32(0x7FFFFFFF) - bits[i]
+        if np.isnan(scores[i]):
+            high = np.uint32(0xFFFFFFFF)
+        out[i] = (np.uint64(high) << np.uint64(32)) | np.uint64(ties[i])
+    return out
+
+
+def best_first_plain(scores: npt.NDArray[np.float32], ties: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+    """The plain twin of `best_first`: any numbers in the same order."""
+    places = np.empty(scores.size, np.uint64)
+    places[np.lexsort((ties, -scores))] = np.arange(scores.size, dtype=np.uint64)
+    return places
+
+
+@kernel()
 def append_distinct(keys: npt.NDArray[np.uint64], pushed: npt.NDArray[np.uint64], cap: int) -> npt.NDArray[np.uint64]:
     """Appends to `keys` the keys of `pushed` that it lacks, one by one, and keeps the newest `cap`.
 
@@ -106,7 +153,7 @@ def append_distinct_plain(
 
 
 @kernel()
-def _place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
+def place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
     """Returns the slot of a key in an open hash table, or the free slot for it; 0 marks a free slot."""
     # Keys are hashes already, but their low bits may be few (rows + 1): the multiplication spreads them.
     last = np.uint64(slots.size - 1)
@@ -117,7 +164,7 @@ def _place(slots: npt.NDArray[np.uint64], key: np.uint64) -> np.uint64:
 
 
 @kernel()
-def _tallied(
+def tallied(
     history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
     """Returns the weights [h, w] summed by key, in the order of the history: a hash table and the sums of its slots."""
@@ -128,52 +175,11 @@ def _tallied(
     slots, sums = np.zeros(size, np.uint64), np.zeros((size, weights.shape[1]), np.float64)
     for j in range(history.size):
         if history[j] != np.uint64(0):
-            at = _place(slots, history[j])
+            at = place(slots, history[j])
             slots[at] = history[j]
             for k in range(weights.shape[1]):
                 sums[at, k] += weights[j, k]
     return slots, sums
-
-
-@kernel()
-def affinity(
-    keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float32]:
-    """Returns the weighted share of the history that has each candidate's key; 0 for key 0 and for an empty history.
-
-    Args:
-        keys: One key per candidate (its category, its creator), 0 for none; uint64 [n].
-        history: One key per event; uint64 [h].
-        weights: Weight of each event, at least 0; float64 [h].
-
-    Returns:
-        Shares in [0, 1]; float32 [n].
-    """
-    # Events without a key count in the total: a user who rarely chose within any category is drawn to none.
-    total = 0.0
-    for j in range(history.size):
-        total += weights[j]
-    out = np.zeros(keys.size, np.float32)
-    if total <= 0.0:
-        return out
-    slots, sums = _tallied(history, weights.copy().reshape(-1, 1))
-    for i in range(keys.size):
-        if keys[i] != np.uint64(0):
-            out[i] = sums[_place(slots, keys[i]), 0] / total
-    return out
-
-
-def affinity_plain(
-    keys: npt.NDArray[np.uint64], history: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float32]:
-    """The plain twin of `affinity`."""
-    total, shares = 0.0, np.zeros(keys.size, np.float64)
-    for key, weight in zip(history, weights, strict=True):
-        total += float(weight)
-        shares += np.where(keys == key, weight, 0.0)
-    if total <= 0.0:
-        return np.zeros(keys.size, np.float32)
-    return np.where(keys == 0, 0.0, shares / total).astype(np.float32)
 
 
 @kernel()
@@ -190,11 +196,11 @@ def matched_weights(
     Returns:
         float64 [n, w].
     """
-    slots, sums = _tallied(history, weights)
+    slots, sums = tallied(history, weights)
     out = np.zeros((keys.size, weights.shape[1]), np.float64)
     for i in range(keys.size):
         if keys[i] != np.uint64(0):
-            at = _place(slots, keys[i])
+            at = place(slots, keys[i])
             for k in range(weights.shape[1]):
                 out[i, k] = sums[at, k]
     return out
@@ -208,6 +214,18 @@ def matched_weights_plain(
     for key, line in zip(history, weights, strict=True):
         out += np.where(((keys == key) & (keys != 0))[:, None], line, 0.0)
     return out
+
+
+@kernel(error_model="numpy")
+def pulled_log_odds(acted: float, shown: float, prior: float, strength: float) -> float:
+    """Returns one value of `log_odds`."""
+    if shown == 0.0:
+        return prior
+    expected = 1.0 / (1.0 + math.exp(-prior))
+    # More actions than showings (one showing may lead to several) is a rate of nearly 1.
+    rate = (min(acted, shown) + strength * expected) / (shown + strength)
+    rate = min(max(rate, _RAREST), 1.0 - _RAREST)
+    return math.log(rate / (1.0 - rate))
 
 
 @kernel()
@@ -225,16 +243,10 @@ def log_odds(
     Returns:
         float64 [n, a]; the prior where nothing was shown.
     """
-    out = prior.copy()
+    out = np.empty(prior.shape, np.float64)
     for i in range(acted.shape[0]):
         for k in range(acted.shape[1]):
-            if shown[i, k] == 0.0:
-                continue
-            expected = 1.0 / (1.0 + math.exp(-prior[i, k]))
-            # More actions than showings (one showing may lead to several) is a rate of nearly 1.
-            rate = (min(acted[i, k], shown[i, k]) + strength * expected) / (shown[i, k] + strength)
-            rate = min(max(rate, _RAREST), 1.0 - _RAREST)
-            out[i, k] = math.log(rate / (1.0 - rate))
+            out[i, k] = pulled_log_odds(acted[i, k], shown[i, k], prior[i, k], strength)
     return out
 
 

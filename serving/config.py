@@ -180,6 +180,9 @@ class ServeConfig(BaseModel):
 
     # Behaviour of the pipelines.
     candidates: int = Field(0, ge=0, le=5000, description="Candidates a source proposes; 0 as many as in evaluation.")
+    user_vectors: int = Field(
+        32_768, ge=0, description="User vectors that a worker keeps; a user without new events is not encoded again."
+    )
     fresh_days: float = Field(14.0, ge=0, description="Age up to which a live item counts as fresh, in days.")
     search_personal: float = Field(
         0.25, ge=0, le=1, description="Most that a user's taste moves a search score of 0 to 1."

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from features.assemble import FEATURES, statistics_width
+from features.model_inputs import FEATURES, statistics_width
 from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
 from features.vocabulary import Vocabulary

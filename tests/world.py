@@ -18,19 +18,12 @@ import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
 from features.action_rates import ActionRates
-from features.assemble import (
-    FEATURES,
-    Moment,
-    encoder_inputs,
-    history,
-    ranker_features,
-    ranker_names,
-    type_index,
-)
+from features.assemble import Moment, encoder_inputs, history, ranker_features, type_index
 from features.bundle import publish
 from features.catalog import Catalog
 from features.golden import profile_of
 from features.keys import item_keys
+from features.model_inputs import FEATURES, ranker_names
 from features.tables.schema import ITEMS
 from features.transforms import item_text, text_tokens, token_buckets
 from features.vocabulary import Vocabulary

@@ -37,10 +37,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from features.assemble import ranker_width
 from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
 from features.files import sync
+from features.model_inputs import ranker_width
 from features.tables.conform import Intake
 from features.tables.dataset import Dataset, open_dataset
 from features.tables.intake import admit

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from features.assemble import FEATURES
 from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
+from features.model_inputs import FEATURES
 from features.private_files import make_folders
 from features.tables.dataset import Dataset
 from features.tables.intake import admit

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import onnxruntime as _onnxruntime
 import onnxruntime.capi.onnxruntime_pybind11_state as _state
 
-from features.assemble import ranker_width
 from features.bundle import Bundle
 from features.errors import BundleError
+from features.model_inputs import ranker_width
 from features.transforms import ItemInputShapes
 from serving.bundle.graph_file import check_graph
 from serving.errors import ConfigError, ServingError

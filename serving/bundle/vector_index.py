@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from features.catalog import Catalog
 from features.errors import BundleError
-from features.kernels import dot_rows
+from features.kernels import best_first, dot_rows
 from serving.bundle.bitmap import Bitmap, allowed_count, allowed_rows
 from serving.bundle.index_file import check_index
 from serving.errors import ConfigError
@@ -232,13 +232,18 @@ def can_scan_on(device: str) -> bool:
 def best(candidates: _I32, vectors: _F32, query: _F32, k: int) -> tuple[_I32, _F32]:
     """Returns the best `k` of `candidates` int32 [n], best first, ties by row: rows int32 [k], scores float32 [k]."""
     scores = dot_rows(vectors, candidates, query)
-    if k < candidates.size:
-        # A partition costs less than sorting all. All that tie with the last place are kept, so that the row decides.
-        cut = np.partition(scores, candidates.size - k)[candidates.size - k]
-        keep = np.flatnonzero(scores >= cut)
-        candidates, scores = candidates[keep], scores[keep]
-    order = np.lexsort((candidates, -scores))[:k]
+    order = best_places(scores, candidates, k)
     return candidates[order], scores[order]
+
+
+def best_places(scores: _F32, ties: _I32, k: int) -> npt.NDArray[np.intp]:
+    """Returns the places of the best `k` of `scores` float32 [n], best first, then by `ties` int32 [n]; intp [<= k]."""
+    keys = best_first(scores, ties)
+    if k < keys.size:
+        # A partition costs less than sorting all.
+        at = np.argpartition(keys, k)[:k]
+        return at[np.argsort(keys[at])]
+    return np.argsort(keys)
 
 
 def exact_search(vectors: _F32, queries: _F32, k: int, allowed: Bitmap | None = None) -> tuple[_I32, _F32]:

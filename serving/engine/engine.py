@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from features.assemble import FEATURES
 from features.bundle import TABLES, Bundle, open_bundle
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.keys import event_type_key
+from features.model_inputs import FEATURES
 from features.transforms import ItemInputShapes, item_text, text_tokens
 from serving.bundle.bitmap import clear_keys, clear_rows, first_allowed
 from serving.bundle.golden import replay

@@ -107,6 +107,8 @@ class PipelineBuilder:
         # Without a log of slates no features are kept for it.
         logged = self._config.log_features if dependencies.impressions else 0.0
         self._personal = personal_ranker(bundle, model, catalog, logged)
+        # One for all methods: a user's searches need the vector of the user's feed.
+        self._user_vector = UserVectorHydrator(model, catalog, self._config.user_vectors)
         self._query_vector = QueryVectorHydrator(model, bundle.model.shapes)
         self._search_scorer = SearchScorer(lexical, catalog, self._config.search_personal)
 
@@ -180,7 +182,7 @@ class PipelineBuilder:
                 segments,
                 Holdout(self._config.holdout_share, self._config.holdout_salt),
             ),
-            UserVectorHydrator(self._model, self._catalog),
+            self._user_vector,
         ]
 
     def _seen_keys(self) -> npt.NDArray[np.uint32]:

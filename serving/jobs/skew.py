@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from features.assemble import encoder_digest, history, ranker_names, type_index
+from features.assemble import encoder_digest, history, type_index
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
 from features.kernels import dot_rows
 from features.keys import item_keys
+from features.model_inputs import ranker_names
 from features.profile import Profile
 from features.subjects import subject_of
 from features.tables.files import table_path

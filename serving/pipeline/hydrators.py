@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import chosen_rows, encoder_inputs, history, rows_read, seen_rows
+from features.assemble import chosen_rows, encoder_inputs, history_and_seen, rows_read
 from features.catalog import Catalog
 from features.controls import Dial, Dials, arm_seed, dials
 from features.errors import ProfileCorrupt
@@ -18,6 +18,7 @@ from features.profile import EVERY_PURPOSE, Profile, Purpose
 from features.profile_codec import PAST_LOST
 from features.transforms import ItemInputShapes, query_inputs
 from serving.bundle.model import Model
+from serving.bundle.user_vectors import UserVectors
 from serving.concurrency import ConcurrencyLimit
 from serving.errors import ProfileStoreUnavailable
 from serving.experiments import Assignment, Holdout
@@ -113,13 +114,14 @@ class ProfileHydrator:
         if assignment.holdout or not request.personalize:
             # Controls hold in any arm: what a user blocks is never shown.
             return Hydrated(user._replace(assignment=assignment, controls=profile.controls, dials=turned), degraded)
+        history, seen = history_and_seen(profile, self._catalog, self._type_index, self._seen_keys)
         user = user._replace(
             assignment=assignment,
             controls=profile.controls,
             dials=turned,
             profile=profile,
-            history=history(profile, self._catalog, self._type_index),
-            seen=seen_rows(profile, self._catalog, self._seen_keys),
+            history=history,
+            seen=seen,
             segment=self._segment(profile, turned),
         )
         return Hydrated(user, degraded)
@@ -194,8 +196,10 @@ class UserVectorHydrator:
     name = "user_vector"
     part = "USER_ENCODER"
 
-    def __init__(self, model: Model, catalog: Catalog) -> None:
-        self._model, self._catalog = model, catalog
+    def __init__(self, model: Model, catalog: Catalog, kept: int = 0) -> None:
+        """Takes the model, the catalogue, and the number of vectors to keep."""
+        self._max_length, self._catalog = model.max_length, catalog
+        self._vectors = UserVectors(model, kept)
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True if the user chose an item of this catalogue: exposures and refusals alone tell no taste."""
@@ -204,9 +208,9 @@ class UserVectorHydrator:
     def hydrate(self, request: Request, user: UserState) -> Hydrated:
         """Finds `vector`, and `encoded`, from which it is made."""
         assert user.history is not None
-        rows, types = encoder_inputs(rows_read(user.history), user.history.types, self._model.max_length)
+        rows, types = encoder_inputs(rows_read(user.history), user.history.types, self._max_length)
         # Vectors, not ids, so that items put after training count as any others.
-        vector = self._model.encode_user(self._catalog.columns.vectors[rows], types)
+        vector = self._vectors.encode(self._catalog.columns.vectors[rows], types)
         return Hydrated(user._replace(encoded=(rows, types), vector=vector))
 
 

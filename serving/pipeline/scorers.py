@@ -55,13 +55,14 @@ class PersonalRanker:
         self._logged = round(logged * 2**32)
         self._weights, self._blend = np.array(weights, np.float64), blend
 
-    def score(self, request: Request, user: UserState, rows: Rows) -> Scored:
-        """Scores rows for a user with a vector."""
+    def score(self, request: Request, user: UserState, rows: Rows, relevance: Scores | None = None) -> Scored:
+        """Scores rows for a user with a vector; `relevance` float32 [n] is their inner product, if it is known."""
         assert user.vector is not None
         if not rows.size:
             return Scored(np.empty(0, np.float32))
         columns = self._catalog.columns
-        relevance: Scores = dot_rows(columns.vectors, rows, user.vector)
+        if relevance is None or np.isnan(relevance).any():
+            relevance = dot_rows(columns.vectors, rows, user.vector)
         # If neither blend, the caller's scores nor dials move the order, only the page needs its probabilities.
         moved = self._blend or request.upstream is not None or any(user.dials.values())
         at = np.arange(rows.size) if moved else np.argsort(-relevance, kind="stable")[: request.page_size]
@@ -103,7 +104,7 @@ class FeedScorer:
     def score(self, request: Request, user: UserState, candidates: Candidates) -> Scored:
         """Scores a feed's candidates."""
         if NEAREST in candidates.names:
-            scored = self._personal.score(request, user, candidates.rows)
+            scored = self._personal.score(request, user, candidates.rows, candidates.of(NEAREST))
             if {NEIGHBORS, SEGMENT, POPULAR}.isdisjoint(candidates.names):
                 return scored
             # Extras compete with the highest tier, whichever tier names them as well.

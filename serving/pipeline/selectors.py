@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from features.catalog import Catalog
 from features.clock import now_ms
+from serving.bundle.vector_index import best_places
 from serving.pipeline.candidates import Candidates
 from serving.pipeline.request import Request, Scores, UserState
 from serving.pipeline.results import Selected
@@ -42,9 +43,5 @@ class TopKSelector:
         self, at: npt.NDArray[np.intp], count: int, candidates: Candidates, scores: Scores
     ) -> npt.NDArray[np.intp]:
         """Returns the `count` best of the positions `at`, best first."""
-        if at.size > count:
-            # All that may be on the page, ties with its last item included; sorting these is cheaper than sorting all.
-            page_scores = scores[at]
-            at = at[page_scores >= np.partition(page_scores, at.size - count)[at.size - count]]
-        ties = at if self._keep_order else candidates.rows[at]
-        return at[np.lexsort((ties, -scores[at]))[:count]]
+        ties = at.astype(np.int32) if self._keep_order else candidates.rows[at]
+        return at[best_places(scores[at], ties, count)]

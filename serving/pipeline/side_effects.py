@@ -13,10 +13,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from features.assemble import FEATURES, encoder_digest
+from features.assemble import encoder_digest
 from features.catalog import Catalog
 from features.controls import Dial, Dials
 from features.keys import item_keys
+from features.model_inputs import FEATURES
 from serving.errors import ServingError, Unavailable
 from serving.observability.outages import EVENTS_REDIS, Outage, shared_outage
 from serving.observability.telemetry import Telemetry

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from features.assemble import HALF_LIFE, are_choices
+from features.assemble import are_choices
 from features.bundle import open_bundle
 from features.bundle_tables import read_items
 from features.clock import now_ms
 from features.errors import ProfileCorrupt
 from features.event_types import EVENT_TYPES
 from features.keys import event_type_key, item_key, item_keys
+from features.model_inputs import HALF_LIFE
 from features.profile import Profile
 from features.profile_codec import PAST_LOST
 from features.records import Records

@@ -7,6 +7,7 @@ import pytest
 
 from features.action_rates import HALF_LIVES, MATCH_STRENGTH, USER_STRENGTH, ActionRates, Rates
 from features.kernels import log_odds, log_odds_plain, matched_weights, matched_weights_plain
+from features.ranker_plain import among
 
 FACTS = {
     "event_types": ["click", "shown"],
@@ -46,16 +47,16 @@ def test_a_person_has_rates_of_their_own_and_with_some_of_the_items() -> None:
     outcomes = ActionRates.of(FACTS)
     nobody = Rates.of(outcomes, np.empty(0, np.int32), np.empty(0, np.float32))
     np.testing.assert_allclose(nobody.long, [-1, 0.5])
-    assert np.abs(nobody.among(np.array([3, 0], np.uint64), np.empty(0, np.uint64))).max() < 1e-9
+    assert np.abs(among(nobody, np.array([3, 0], np.uint64), np.empty(0, np.uint64))).max() < 1e-9
     types, values = np.array([SHOWN, CLICK, SHOWN], np.int32), np.full(3, 5, np.float32)
     rates = Rates.of(outcomes, types, values)
     older, base = 0.5 ** (1 / HALF_LIVES[0]), 1 / (1 + np.exp(1))
     mine = (older + USER_STRENGTH * base) / (1 + older + USER_STRENGTH)
     assert rates.long[0] == pytest.approx(odds(mine))
-    among = rates.among(np.array([7, 8, 0], np.uint64), np.array([7, 7, 8], np.uint64))
-    assert among[0, 0] == pytest.approx(odds((older + MATCH_STRENGTH * mine) / (older + MATCH_STRENGTH)) - odds(mine))
-    assert among[1, 0] == pytest.approx(odds(MATCH_STRENGTH * mine / (1 + MATCH_STRENGTH)) - odds(mine))
-    assert abs(among[2, 0]) < 1e-9
+    matched = among(rates, np.array([7, 8, 0], np.uint64), np.array([7, 7, 8], np.uint64))
+    assert matched[0, 0] == pytest.approx(odds((older + MATCH_STRENGTH * mine) / (older + MATCH_STRENGTH)) - odds(mine))
+    assert matched[1, 0] == pytest.approx(odds(MATCH_STRENGTH * mine / (1 + MATCH_STRENGTH)) - odds(mine))
+    assert abs(matched[2, 0]) < 1e-9
 
 
 def test_kernels_equal_their_plain_twins_to_the_bit() -> None:

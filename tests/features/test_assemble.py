@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from features import assemble, profile
+from features import assemble, model_inputs, profile
 from features.action_rates import ActionRates
 from features.catalog import Catalog
 from features.keys import event_type_key, item_key
@@ -94,15 +94,16 @@ OUTCOMES = ActionRates.of(
         "surface_rates": {"home": [0.5, -0.5]},
     }
 )
-MOMENT = assemble.Moment(20_000 * assemble._DAY_MS, "home")
+DAY_MS = 86_400_000
+MOMENT = assemble.Moment(20_000 * DAY_MS, "home")
 
 
 def test_ranker_features_by_hand(catalog):
     past = remembered(catalog, ("a", "view_item"), ("b", "purchase"))
     relevance = np.array([0.5, -1.0, 2.0], np.float32)
     table = assemble.ranker_features(past, np.array([0, 1, 2], np.int32), relevance, catalog.columns, OUTCOMES, MOMENT)
-    named = dict(zip(assemble.ranker_names(["buy", "view"]), table.T, strict=True))
-    old = 0.5 ** (1 / assemble.HALF_LIFE)
+    named = dict(zip(model_inputs.ranker_names(["buy", "view"]), table.T, strict=True))
+    old = 0.5 ** (1 / model_inputs.HALF_LIFE)
     np.testing.assert_array_equal(named["relevance"], relevance)
     np.testing.assert_allclose(named["category_affinity"], [old / (1 + old), 1 / (1 + old), old / (1 + old)], rtol=1e-6)
     np.testing.assert_allclose(named["creator_affinity"], [old / (1 + old), 1 / (1 + old), 0], rtol=1e-6)
@@ -114,7 +115,7 @@ def test_ranker_features_by_hand(catalog):
 
 def test_how_long_ago_the_item_was_by_hand(catalog):
     rows, nothing = np.array([0, 1, 2], np.int32), np.zeros(3, np.float32)
-    place = assemble.RANKER_FEATURES.names.index("item_pause")
+    place = model_inputs.RANKER_FEATURES.names.index("item_pause")
 
     def pauses(*named: tuple[str, str]) -> list[float]:
         past = remembered(catalog, *named)
@@ -128,7 +129,7 @@ def test_how_long_ago_the_item_was_by_hand(catalog):
 
 def test_what_the_newest_visit_has_by_hand(catalog):
     rows, nothing = np.array([0, 1, 2], np.int32), np.zeros(3, np.float32)
-    place = assemble.RANKER_FEATURES.names.index("item_in_visit")
+    place = model_inputs.RANKER_FEATURES.names.index("item_in_visit")
 
     def in_visit(times: list[int], now: int) -> list[float]:
         records = events(("a", "purchase"), ("b", "purchase"), ("gone", "purchase"))
@@ -137,7 +138,7 @@ def test_what_the_newest_visit_has_by_hand(catalog):
         moment = assemble.Moment(now)
         return assemble.ranker_features(past, rows, nothing, catalog.columns, OUTCOMES, moment)[:, place].tolist()
 
-    pause, began = 30 * 60_000, assemble._DAY_MS
+    pause, began = 30 * 60_000, DAY_MS
     assert in_visit([began, began + 1000, began + 1000], 0) == [1, 1, 0]
     assert in_visit([began, began + pause + 1, began + pause + 1], 0) == [0, 1, 0]
     # It is the newest visit, also where that is long over; where there are no times, there is none.
@@ -151,7 +152,7 @@ def test_what_lasts_by_hand(catalog):
 
     def told(now: int) -> dict[str, np.ndarray]:
         table = assemble.ranker_features(past, rows, nothing, catalog.columns, OUTCOMES, assemble.Moment(now))
-        return dict(zip(assemble.ranker_names(["buy", "view"]), table.T.astype(np.float64), strict=True))
+        return dict(zip(model_inputs.ranker_names(["buy", "view"]), table.T.astype(np.float64), strict=True))
 
     soon = told(2000 + 600_000)
     for horizon in ("day", "month"):
@@ -166,12 +167,12 @@ def test_what_lasts_by_hand(catalog):
     expected = 1 / (1 + np.exp(1.0))
     bought = (1 + 4 * expected) / (1 + 4)  # one purchase, one item seen
     np.testing.assert_allclose(soon["buy/person_month_rate"], np.log(bought / (1 - bought)) + 1, rtol=0.02)
-    later = told(2000 + assemble._DAY_MS)
+    later = told(2000 + DAY_MS)
     np.testing.assert_allclose(later["category_day"], np.log1p([0.5, 0.5, 0.5]), rtol=0.01)
     for name in ("visit_length", "visit_minutes", "visit_category"):
         assert not later[name].any()
     unknown = told(0)
-    names = assemble.RANKER_FEATURES.names
+    names = model_inputs.RANKER_FEATURES.names
     decayed = names[names.index("category_hour") : names.index("visit_category") + 1]
     assert all(not unknown[name].any() for name in decayed)
     assert not unknown["view/person_month_rate"].any()
@@ -192,8 +193,8 @@ def test_seen_is_what_was_touched_and_what_left_the_ring(catalog):
     older = np.array([item_key("c"), item_key("gone")], np.uint64)
     known = profile.Profile(9, events(("a", "view_item"), ("b", "purchase")), older, 4)
     viewed, purchased = np.array(list(TYPES), np.uint32)
-    assert sorted(assemble.seen_rows(known, catalog, np.array([purchased])).tolist()) == [1, 2]
-    assert sorted(assemble.seen_rows(known, catalog, np.array([viewed, purchased])).tolist()) == [0, 1, 2]
+    assert sorted(assemble.history_and_seen(known, catalog, {}, np.array([purchased]))[1].tolist()) == [1, 2]
+    assert sorted(assemble.history_and_seen(known, catalog, {}, np.array([viewed, purchased]))[1].tolist()) == [0, 1, 2]
 
 
 def test_a_search_is_no_part_of_a_history(catalog):
@@ -202,5 +203,5 @@ def test_a_search_is_no_part_of_a_history(catalog):
 
 
 def test_the_fingerprint_names_the_features():
-    assert len(assemble.FEATURES.fingerprint()) == 64
-    assert "relevance" in assemble.FEATURES.names
+    assert len(model_inputs.FEATURES.fingerprint()) == 64
+    assert "relevance" in model_inputs.FEATURES.names

@@ -45,7 +45,7 @@ def test_in_pieces_and_at_once_and_by_the_plain_twin_it_is_the_same_to_the_bit(r
         part = rows[start:end]
         pieces = memory.decode(memory.encode(fold(part, pieces)))
         before = (plain.facts, plain.keys, plain.counts)
-        told = (memory._CAPACITIES, memory._TICKS, memory.VISIT_MS, memory._UNCHOSEN)
+        told = (memory._CAPACITIES, memory.TICK_MS, memory.VISIT_MS, memory._UNCHOSEN)
         plain = memory.DecayedCounts(*decay.fold_counts_plain(*before, *told, *columns(part)))
     assert memory.encode(pieces) == memory.encode(whole)
     assert memory.encode(plain) == memory.encode(whole)
@@ -53,14 +53,14 @@ def test_in_pieces_and_at_once_and_by_the_plain_twin_it_is_the_same_to_the_bit(r
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1))
 def test_what_is_left_is_the_same_by_the_plain_twin(now, then):
-    found = decay.decay_factors(now, then, memory._TICKS)
-    assert found.tobytes() == decay.decay_factors_plain(now, then, memory._TICKS).tobytes()
+    found = decay.decay_factors(now, then, memory.TICK_MS)
+    assert found.tobytes() == decay.decay_factors_plain(now, then, memory.TICK_MS).tobytes()
     assert ((found >= 0) & (found <= 1)).all()
 
 
 @given(st.integers(0, 200 * DAY))
 def test_what_was_one_halves_with_every_half_life(passed):
-    ticks = memory._TICKS
+    ticks = memory.TICK_MS
     began = NOW // MONTH * MONTH  # all half-lives begin then
     assert decay.decay_factors(began, began, ticks).tolist() == [1, 1, 1]
     exact = 0.5 ** (passed / np.array([HOUR, DAY, MONTH]))
@@ -89,7 +89,7 @@ def test_the_counts_are_those_of_the_definition_while_there_is_room(rows):
         for row in real:
             chosen = name == "event_type" or (row[3] in TYPES[:2] and row[place])
             if chosen:
-                weight = 0.5 ** ((newest // memory._TICKS - row[4] // memory._TICKS) / 128)
+                weight = 0.5 ** ((newest // memory.TICK_MS - row[4] // memory.TICK_MS) / 128)
                 sums[row[place]] = sums.get(row[place], np.zeros(3)) + weight
         part = found.of(name)
         assert set(found.keys[part].tolist()) == set(sums)

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features.assemble import FEATURES
 from features.errors import TablesError
 from features.feature_report import features, state_fingerprint
+from features.model_inputs import FEATURES
 from features.tables.dataset import write_dataset
 from tests.untrained import untrained_bundle
 

@@ -31,16 +31,21 @@ def test_append_distinct_keeps_the_newest_and_no_key_twice():
     assert kept.tolist() == [2, 3, 4, 5]
 
 
-@given(key_arrays, key_arrays, st.data())
-def test_affinity_agrees_with_its_twin(candidates, history, data):
-    weights = data.draw(hnp.arrays(np.float64, history.size, elements=st.floats(0, 1)))
-    kernel = kernels.affinity(candidates, history, weights)
-    np.testing.assert_array_equal(kernel, kernels.affinity_plain(candidates, history, weights))
+@given(hnp.arrays(np.uint32, st.integers(0, 40), elements=st.integers(0, 6)), st.lists(st.integers(0, 6), max_size=4))
+def test_are_among_agrees_with_its_twin(keys, wanted):
+    few = np.array(wanted, np.uint32)
+    np.testing.assert_array_equal(kernels.are_among(keys, few), kernels.are_among_plain(keys, few))
 
 
-def test_affinity_is_a_weighted_share():
-    shares = kernels.affinity(np.array([7, 8, 0], np.uint64), np.array([7, 9, 7], np.uint64), np.array([1.0, 2.0, 5.0]))
-    np.testing.assert_allclose(shares, [6 / 8, 0, 0])
+scores = st.one_of(st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, 1.0, np.inf, -np.inf, np.nan]))
+
+
+@given(hnp.arrays(np.float32, st.integers(0, 40), elements=scores), st.randoms())
+def test_best_first_sorts_as_its_twin(values, random):
+    ties = np.array(random.sample(range(100), values.size), np.int32)
+    keys, places = kernels.best_first(values, ties), kernels.best_first_plain(values, ties)
+    np.testing.assert_array_equal(np.argsort(keys), np.argsort(places))
+    assert np.unique(keys).size == keys.size
 
 
 @given(st.integers(1, 70), st.integers(0, 9), st.integers(0, 2**32 - 1))

@@ -11,9 +11,9 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from features.assemble import FEATURES
 from features.bundle import publish
 from features.catalog import Catalog
+from features.model_inputs import FEATURES
 from features.tables.schema import ITEMS
 from features.transforms import item_text, text_tokens
 from features.vocabulary import Vocabulary

@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from features.action_rates import ActionRates
 from features.arrays import pc
-from features.assemble import History, history, ranker_names, type_index
+from features.assemble import History, history, type_index
 from features.catalog import Catalog
 from features.catalog_columns import CatalogColumns
 from features.keys import event_type_key
+from features.model_inputs import ranker_names
 from features.profile import Profile
 from features.subjects import user_id_of
 from features.tables.dataset import open_dataset

@@ -16,6 +16,7 @@ from serving.bundle import vector_index
 from serving.bundle.bitmap import (
     allowed_count,
     allowed_rows,
+    allowed_rows_plain,
     clear_keys,
     clear_keys_plain,
     clear_rows,
@@ -180,6 +181,7 @@ def test_bitmaps(bits, start, stop):
     allowed = np.packbits(np.array(bits, bool), bitorder="little")
     expected = [row for row in range(start, stop) if row < len(bits) and bits[row]]
     assert allowed_rows(allowed, start, stop).tolist() == expected
+    assert allowed_rows_plain(allowed, start, stop).tolist() == expected
     assert allowed_count(allowed, stop) == sum(bits[:stop])
 
 

@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 import torch
 
-from features.assemble import ranker_width
 from features.bundle import Bundle, open_bundle
 from features.errors import BundleError
 from features.manifest import FileFacts
+from features.model_inputs import ranker_width
 from features.transforms import ItemInputShapes, item_inputs, query_inputs
 from serving.bundle import model as model_module
 from serving.bundle.model import Model, ModelError

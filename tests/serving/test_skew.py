@@ -12,7 +12,6 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import features.action_rates
 import features.assemble
 import features.decayed_counts
 import features.profile
@@ -20,6 +19,7 @@ import training.data.histories
 from features.catalog_columns import CatalogColumns
 from features.histories import Logged, history_keys
 from features.profile import RING
+from features.ranker_kernels import RECENCY, fill_ranker_features
 from penchant.client import event
 from penchant.v1 import common_pb2
 from serving.jobs.skew import replay
@@ -113,10 +113,16 @@ def altered(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
 
 
-_DECAY = 0.5 ** (np.arange(RING, dtype=np.float64) / 21)
-_DECAYS = {
-    half: 0.5 ** (np.arange(RING + 1, dtype=np.float64) / (half + 1)) for half in features.action_rates.HALF_LIVES
-}
+_DECAYS = features.assemble._DECAYS
+_TASTE = _DECAYS._replace(taste=0.5 ** (np.arange(RING, dtype=np.float64) / 21))
+_LONG = _DECAYS._replace(long=0.5 ** (np.arange(RING + 1, dtype=np.float64) / 41))
+
+
+def _longer_hour(candidates: Any, events: Any, *rest: Any) -> Any:
+    filled = fill_ranker_features(candidates, events, *rest)
+    if events.timestamps.size:
+        filled[:, RECENCY] = np.log1p(max(rest[-1] - int(events.timestamps[-1]), 0) / 3_600_100)
+    return filled
 
 
 @pytest.mark.parametrize(
@@ -126,13 +132,13 @@ _DECAYS = {
         (features.profile, "RING", 15, True),
         (features.profile, "OLDER_ITEMS_CAP", 11, True),
         (features.profile, "_PASSIVE", np.empty(0, np.uint32), True),
-        (features.decayed_counts, "_TICKS", features.decayed_counts._TICKS + np.array([1, 0, 0]), False),
+        (features.decayed_counts, "TICK_MS", features.decayed_counts.TICK_MS + np.array([1, 0, 0]), False),
         (features.decayed_counts, "VISIT_MS", features.decayed_counts.VISIT_MS // 2, False),
         (features.decayed_counts, "_UNCHOSEN", features.decayed_counts._UNCHOSEN[1:], True),
         (features.assemble, "_UNCHOSEN", features.assemble._UNCHOSEN[-1:], False),
-        (features.assemble, "_DECAY", _DECAY, False),
-        (features.assemble, "_HOUR_MS", 3_600_100, False),
-        (features.action_rates, "_DECAYS", _DECAYS, False),
+        (features.assemble, "_DECAYS", _TASTE, False),
+        (features.assemble, "_DECAYS", _LONG, False),
+        (features.assemble, "fill_ranker_features", _longer_hour, False),
     ],
 )
 def test_one_changed_constant_offline_is_caught(there: World, module: Any, name: str, value: Any, small: bool) -> None:
@@ -164,7 +170,7 @@ def test_the_service_logs_what_it_served_and_the_warehouse_gives_the_same(
     answer, lines = penchant("validate", state / "warehouse", "--bundle", world, *allowed)
     assert "PASS  served_features: 0 of 30 slates" in lines
     assert answer["checks"][-1]["name"] == "served_features"
-    with mock.patch.object(features.assemble, "_DECAY", _DECAY):
+    with mock.patch.object(features.assemble, "_DECAYS", _TASTE):
         said = replay(state / "warehouse", world)
     assert not said["passed"]
     assert said["inputs"].keys() == {"category_affinity", "creator_affinity"}

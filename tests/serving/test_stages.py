@@ -19,6 +19,7 @@ from features.bundle import open_bundle
 from features.catalog import Catalog
 from features.controls import CONTROL, ControlKind, Dial, dial_controls
 from features.controls import encode as encode_rules
+from features.kernels import dot_rows
 from features.keys import event_type_key, item_key, item_keys
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold
 from features.records import make_records
@@ -600,7 +601,9 @@ class TestScorers:
         assert (own[[2, 4]] > own[:2].max()).all()
         assert score[2:5].max() < score[[0, 1, 5]].min()
         assert np.argsort(-score[2:5]).tolist() == np.argsort(-own[2:5]).tolist()
-        alone = Candidates(rows[:2], found.scores[:1, :2], (NEAREST,), (0,))
+        # Alone they keep the score of their source, which is the relevance.
+        relevance = dot_rows(catalog.columns.vectors, rows[:2], asked[1].vector)
+        alone = Candidates(rows[:2], relevance[None], (NEAREST,), (0,))
         np.testing.assert_array_equal(FeedScorer(personal).score(*asked, alone).scores, own[:2])
 
     def test_below_zero_keeps_the_order(self):

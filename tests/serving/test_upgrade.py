@@ -7,7 +7,7 @@ import pytest
 
 from features import controls
 from features.decay_kernels import decay_factors
-from features.decayed_counts import _TICKS
+from features.decayed_counts import TICK_MS
 from features.errors import ProfileCorrupt
 from features.profile import Purpose
 from features.profile_codec import FORMAT, HEADER_SIZE, LATER_FORMATS, OLDEST_FORMAT, decode, encode, encode_state
@@ -30,7 +30,7 @@ def older(blob: bytes) -> bytes:
     """The same profile as format 3 stored it: with counts as they stand at the newest event."""
     profile = decode(blob)
     memory = profile.decayed_counts
-    memory.counts[:] = memory.counts * decay_factors(memory.newest, memory.newest, _TICKS)
+    memory.counts[:] = memory.counts * decay_factors(memory.newest, memory.newest, TICK_MS)
     state = encode_state(profile)
     middle = HEADER_SIZE + int.from_bytes(blob[8:12], "little")
     assert middle == HEADER_SIZE + len(state)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from features.assemble import FEATURES
 from features.bundle import MANIFEST, open_bundle
 from features.errors import BundleError, ExportError
 from features.histories import history_keys
+from features.model_inputs import FEATURES
 from features.transforms import item_text, text_tokens
 from tests.untrained import CONFIG, untrained_bundle, untrained_run
 from training.data import histories

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, ranker_features, ranker_width, statistics_width
+from features.assemble import Moment, ranker_features
 from features.catalog_columns import CatalogColumns
 from features.kernels import dot_rows, log_odds
+from features.model_inputs import ranker_width, statistics_width
 from training.config import Action
 from training.data.histories import UserHistories
 from training.data.impressions import HOUR_MS, Examples

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from features.action_rates import ActionRates, Rates
-from features.assemble import ranker_width
 from features.errors import LeakError, TrainingError
 from features.item_prior import blocks
+from features.model_inputs import ranker_width
 from training.data.clock import report_future_events
 from training.data.histories import UserHistories
 from training.data.impressions import NEVER, Examples, read_examples, read_slates

@@ -18,10 +18,11 @@ import pyarrow as pa
 import torch
 
 from features.action_rates import ActionRates
-from features.assemble import ENCODER_FEATURES, FEATURES, Moment, ranker_features, ranker_names, ranker_width
+from features.assemble import Moment, ranker_features
 from features.bundle import open_bundle, publish
 from features.catalog import Catalog
 from features.errors import ExportError
+from features.model_inputs import ENCODER_FEATURES, FEATURES, ranker_names, ranker_width
 from features.transforms import WORDED, ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
 from training.data.clock import report_future_events
 from training.data.interactions import Interactions, read_interactions

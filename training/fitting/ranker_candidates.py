@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.action_rates import ActionRates
-from features.assemble import RANKER_FEATURES, Moment, ranker_features
+from features.assemble import Moment, ranker_features
 from features.catalog_columns import CatalogColumns
+from features.model_inputs import RANKER_FEATURES
 from training.config import Action, TrainConfig
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions
