@@ -25,8 +25,8 @@ from features.item_prior import GROUPS
 from features.shared_arrays import ArrayWriter, NotSealed, SharedArrays, shared
 from features.vocabulary import Vocabulary
 from serving.bundle.bitmap import Bitmap, first_allowed
-from serving.bundle.model import Announce, silent
 from serving.bundle.postings import Postings
+from serving.bundle.reading import Announce, silent
 from serving.bundle.text_index import LexicalIndex, base_postings
 from serving.bundle.vector_index import require_index_of
 
