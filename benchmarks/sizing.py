@@ -44,10 +44,11 @@ def sizing(
         seed: Seed of users, items and moments.
 
     Returns:
-        `bundles` (of each: `items`, `bundle_bytes`, `start_s`, `worker_rss`), `worker_bytes_per_item` (None of bundles
-        of one size), `user_bytes`, `event_bytes`, `slate_bytes` (Redis), `event_disk`, `slate_disk` (append-only file),
-        `event_parquet`, `slate_parquet`, `requests_per_core_second`, `events_per_core_second`, `rss` by process,
-        `rebuild_s`, `rebuild_events_per_second`, and the circumstances.
+        `bundles` (of each: `items`, `bundle_bytes`, `start_s`, `worker_rss`, `worker_own` and `shared` bytes),
+        `worker_bytes_per_item`, `shared_bytes_per_item` (None of bundles of one size), `user_bytes`, `event_bytes`,
+        `slate_bytes` (Redis), `event_disk`, `slate_disk` (append-only file), `event_parquet`, `slate_parquet`,
+        `requests_per_core_second`, `events_per_core_second`, `rss` by process, `rebuild_s`,
+        `rebuild_events_per_second`, and the circumstances.
 
     Raises:
         BenchmarkError: There is no bundle.
@@ -65,17 +66,32 @@ def sizing(
         figures |= _rebuilt(state)
     return {
         "bundles": measured,
-        "worker_bytes_per_item": _bytes_per_item(small, large),
+        "worker_bytes_per_item": _bytes_per_item(small, large, "worker_own"),
+        "shared_bytes_per_item": _bytes_per_item(small, large, "shared"),
         **{"users": users, "events": events, "requests": requests, "page": PAGE},
         **figures,
         **facts(),
     }
 
 
-def _bytes_per_item(small: dict[str, Any], large: dict[str, Any]) -> int | None:
-    # The part of a worker's memory that does not depend on items cancels in the difference of two bundles.
+def _bytes_per_item(small: dict[str, Any], large: dict[str, Any], name: str) -> int | None:
+    # The part of the memory that does not depend on items cancels in the difference of two bundles.
     more = large["items"] - small["items"]
-    return round((large["worker_rss"] - small["worker_rss"]) / more) if more else None
+    return round((large[name] - small[name]) / more) if more else None
+
+
+def _own_memory(pid: int) -> int:
+    """Returns the bytes of a process that no other process shares and no file holds."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    [kilobytes] = [line.split()[1] for line in lines if line.startswith("Pss_Anon:")]
+    return int(kilobytes) * 1024
+
+
+def _shared_memory(pid: int) -> int:
+    """Returns the bytes of the tables that a supervisor keeps for its workers."""
+    handles = Path(f"/proc/{pid}/fd")
+    names = [handle for handle in handles.iterdir() if "memfd:penchant" in str(handle.readlink())]
+    return sum(handle.stat().st_blocks * 512 for handle in names)
 
 
 def _started(bundle: Path) -> dict[str, Any]:
@@ -92,11 +108,14 @@ def _started(bundle: Path) -> dict[str, Any]:
             client.recommend(user_id="u0", page_size=PAGE)
             client.search("something", user_id="u0", page_size=PAGE)
         rss = _scrape(ready["metrics"])["penchant_process_resident_memory_bytes worker 0"]
+        own, shared = _own_memory(ready["workers"][0]), _shared_memory(ready["pid"])
     return {
         "items": len(items),
         "bundle_bytes": sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()),
         "start_s": round(start_s, 1),
         "worker_rss": int(rss),
+        "worker_own": own,
+        "shared": shared,
     }
 
 

@@ -38,7 +38,7 @@ RECORD_FIELDS = (*_FIELDS, *_WINDOW)
 
 @dataclass(frozen=True, slots=True)
 class CatalogTables:
-    """What a catalogue computes of its items when it is made, for processes that share it.
+    """The tables that a catalogue computes of its items when it is made, for processes that share them.
 
     Attributes:
         columns: The columns; behind the rows of the bundle there may be room for live ones.
@@ -69,6 +69,7 @@ class Catalog:
         size: Number of all items.
         columns: The facts of all items, by row.
         popular: The rows of the bundle, the most popular in training first; int32 [base_size].
+        puts: Number of calls that put items: an order of them by age is right as long as this is the same.
     """
 
     def __init__(
@@ -99,18 +100,13 @@ class Catalog:
         self._live_rows: dict[int, int] = {}
         self._live_ids: list[str] = []
         self._lock = threading.Lock()
-        self._change = 0
+        self.puts = 0
         if tables is None:
             tables = CatalogTables.of(columns_of(items, vectors), items.num_rows)
         self.columns = tables.columns
         self.popular = tables.popular
         self._eligible = EligibleRows(tables.moments)
         self._prior = ItemPrior(tables.columns, tables.firsts)
-
-    @property
-    def change(self) -> int:
-        """The number of changes so far: a result computed at another number may be out of date."""
-        return self._change
 
     def rows(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """Returns the row of each id, -1 if it is unknown; int32 [n]."""
@@ -193,8 +189,8 @@ class Catalog:
 
     def records_now(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Returns items as `record` does: a read of many costs little more than one of a single item."""
-        records = self.records(rows, RECORD_FIELDS)
-        return [{"item_id": name, **record} for name, record in zip(self.ids(rows), records, strict=True)]
+        named = zip(self.ids(rows), self.records(rows, RECORD_FIELDS), strict=True)
+        return [{"item_id": name, **record} for name, record in named]
 
     def records(self, rows: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
         """Returns some fields of some items as they are now; items of the bundle are read a column at a time.
@@ -242,8 +238,7 @@ class Catalog:
 
     def eligible_rows(self, now_ms: int) -> tuple[npt.NDArray[np.uint8], int]:
         """Returns `eligible_bitmap`, and the number of rows in it, without a pass over the rows."""
-        # The size first: columns read after it are at least as new.
-        size = self.size
+        size = self.size  # first: columns read after it are at least as new
         return self._eligible.at(self.columns, size, now_ms)
 
     def replace(self, row: int, item: Mapping[str, Any], vector: npt.NDArray[np.float32]) -> None:
@@ -256,7 +251,6 @@ class Catalog:
         """
         with self._lock:
             self._put_one(item, vector, int(self.columns.put_at[row]))
-            self._change += 1
 
     def put(
         self, items: Sequence[Mapping[str, Any]], vectors: npt.NDArray[np.float32], now_ms: int
@@ -273,7 +267,7 @@ class Catalog:
         """
         with self._lock:
             rows = [self._put_one(item, vectors[at], now_ms) for at, item in enumerate(items)]
-            self._change += 1
+            self.puts += 1
         return np.array(rows, np.int32)
 
     def set_available(self, row: int, available: bool, available_from: int = 0, available_until: int = 0) -> None:
@@ -281,7 +275,6 @@ class Catalog:
         with self._lock:
             set_available(self.columns, row, available, available_from, available_until)
             self._eligible.changed(self.columns, row, self.size)
-            self._change += 1
 
     def delete(self, row: int) -> None:
         """Makes the item of `row` unavailable, until it is put again."""

@@ -228,11 +228,13 @@ def sizing() -> str:
         return "Not measured yet for this version: `make bench-sizing` does it.\n"
     result = markdown.read(path)
     large = max(result["bundles"], key=lambda bundle: bundle["items"])
-    per_item, rss = result["worker_bytes_per_item"], result["rss"]
+    own, shared, rss = result["worker_bytes_per_item"], result["shared_bytes_per_item"], result["rss"]
     day = 86_400 / 2**30
     rows = [
-        ["memory of a worker, an item", f"{per_item:,} bytes" if per_item else ""],
-        [f"memory of a worker, {large['items']:,} items", f"{large['worker_rss'] / 2**20:,.0f} MiB"],
+        ["memory that all workers share, an item", "" if shared is None else f"{shared:,} bytes"],
+        ["memory of each worker, an item", "" if own is None else f"{own:,} bytes"],
+        [f"shared memory, {large['items']:,} items", f"{large['shared'] / 2**20:,.0f} MiB"],
+        [f"memory of a worker, {large['items']:,} items", f"{large['worker_own'] / 2**20:,.0f} MiB"],
         *([f"memory of the {role}", f"{rss[role] / 2**20:,.0f} MiB"] for role in rss if not role.startswith("worker")),
         [f"disk of a bundle, {large['items']:,} items", f"{large['bundle_bytes'] / 2**20:,.1f} MiB"],
         [f"profiles Redis, a user of {result['events']} events", f"{result['user_bytes']:,.0f} bytes"],

@@ -21,6 +21,7 @@ from features.errors import BundleError
 from features.model_inputs import ranker_width
 from features.transforms import ItemInputShapes
 from serving.bundle.graph_file import check_graph
+from serving.bundle.reading import Announce, silent
 from serving.errors import ConfigError, ServingError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -42,14 +43,6 @@ CUDA = {
 _LONGEST_REASON = 300
 # Every error that a session can raise; they share no base of their own.
 _FAULTS = tuple(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-
-
-Announce = Callable[[str], object]
-"""Takes the name of the file that is about to be read or asked."""
-
-
-def silent(_: str) -> None:
-    """Announces nothing."""
 
 
 class ModelError(ServingError):

@@ -25,8 +25,8 @@ from features.item_prior import GROUPS
 from features.shared_arrays import ArrayWriter, NotSealed, SharedArrays, shared
 from features.vocabulary import Vocabulary
 from serving.bundle.bitmap import Bitmap, first_allowed
-from serving.bundle.model import Announce, silent
 from serving.bundle.postings import Postings
+from serving.bundle.reading import Announce, silent
 from serving.bundle.text_index import LexicalIndex, base_postings
 from serving.bundle.vector_index import require_index_of
 
@@ -153,6 +153,15 @@ def write_tables(bundle: Bundle, writer: ArrayWriter, announce: Announce = silen
         keys, rows = tables.firsts[name]
         writer.add(f"{name}.keys", keys)
         writer.add(f"{name}.rows", rows)
+    average = _write_words(bundle, writer, count, announce)
+    announce("index.faiss")
+    index: Any = writer.stream("index.faiss", np.uint8, _size(bundle, "index.faiss"), bundle.pieces("index.faiss"))
+    require_index_of(memoryview(index), vectors)
+    writer.note(bundle_id=bundle.bundle_id, items=count, average=average)
+
+
+def _write_words(bundle: Bundle, writer: ArrayWriter, count: int, announce: Announce) -> float:
+    """Writes the words of the items and their neighbours, and returns the average number of words of an item."""
     announce("tokens.npy")
     postings, average = base_postings(*bundle_tables.read_words(bundle, count))
     for name in ("tokens", "offsets", "rows", "impacts"):
@@ -161,10 +170,7 @@ def write_tables(bundle: Bundle, writer: ArrayWriter, announce: Announce = silen
     neighbors = bundle_tables.read_neighbors(bundle, count)
     for name in PackedNeighbors._fields:
         writer.add(f"neighbors.{name}", getattr(neighbors, name))
-    announce("index.faiss")
-    index: Any = writer.stream("index.faiss", np.uint8, _size(bundle, "index.faiss"), bundle.pieces("index.faiss"))
-    require_index_of(memoryview(index), vectors)
-    writer.note(bundle_id=bundle.bundle_id, items=count, average=average)
+    return average
 
 
 def _write_vectors(bundle: Bundle, writer: ArrayWriter, count: int, room: int) -> _F32:

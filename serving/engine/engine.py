@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from features.transforms import ItemInputShapes, item_text, text_tokens
 from serving.bundle.bitmap import clear_keys, clear_rows, first_allowed
 from serving.bundle.golden import replay
 from serving.bundle.model import Device, Model, uses_cuda
+from serving.bundle.reading import bounded
 from serving.bundle.tables import read_tables
 from serving.bundle.text_index import LexicalIndex
 from serving.bundle.vector_index import Index, can_scan_on
@@ -26,12 +26,6 @@ from serving.engine.pipelines import CHOICES, Dependencies, PipelineBuilder, can
 from serving.engine.preparation import SHARED_TABLES
 from serving.engine.warm_up import warm_models, warm_pipelines
 from serving.pipeline.runner import Pipeline
-
-_ROOM = 4 << 30
-"""Bytes of memory that opening any bundle may take."""
-
-_ROOM_PER_BYTE = 32
-"""Bytes more for each byte of the bundle, because an item becomes Python objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +115,7 @@ def open_engine(
 def bounded_memory(bundle: Bundle, device: Device) -> Iterator[None]:
     """Bounds the memory that reading a bundle and asking its models for the first time may take.
 
-    A few bytes of a model can ask for more than the machine has. A GPU reserves addresses far beyond what it uses, so
-    there is no bound where one may be used.
+    A GPU reserves addresses far beyond what it uses, so there is no bound where one may be used.
 
     Raises:
         BundleError: It takes more.
@@ -130,21 +123,8 @@ def bounded_memory(bundle: Bundle, device: Device) -> Iterator[None]:
     if uses_cuda(device):
         yield
         return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    # Relative to the addresses that the process uses now, as libraries reserve many of their own.
-    used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    limit = used + _ROOM + _ROOM_PER_BYTE * bundle.manifest.size
-    # A limit that the operator has set holds on.
-    if before[0] != resource.RLIM_INFINITY:
-        limit = min(limit, before[0])
-    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
+    with bounded(bundle):
         yield
-    except MemoryError as error:
-        wanted = f"takes more than {limit - used} bytes of memory to open"
-        raise BundleError(f"{bundle.path}: {wanted}; export the run again") from error
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _warm_up(catalog: Catalog, lexical: LexicalIndex) -> None:

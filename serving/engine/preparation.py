@@ -105,12 +105,12 @@ def main(arguments: list[str]) -> int:
 
 def _write(path: Path, bundle_id: str, handle: int) -> None:
     # Imported late: the supervisor, which only starts this process, has no use for them.
+    from serving.bundle.reading import bounded
     from serving.bundle.tables import write_tables
-    from serving.engine.engine import bounded_memory
 
     # The supervisor has verified the other files, and each of these is hashed as it is read.
     bundle = open_bundle(path, bundle_id, later=FILES)
-    with bounded_memory(bundle, "cpu"):
+    with bounded(bundle):
         writer = ArrayWriter.into(handle)
         write_tables(bundle, writer, lambda name: print(name, flush=True))
         writer.seal()

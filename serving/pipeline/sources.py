@@ -162,13 +162,13 @@ class LiveItems:
         self._newest: tuple[int, Rows] | None = None
 
     def newest(self) -> Rows:
-        """Returns their rows, the newest first; int32 [n]. Sorted once after each change of the catalogue."""
-        change, newest = self._catalog.change, self._newest
-        if newest is None or newest[0] != change:
+        """Returns their rows, the newest first; int32 [n]. Sorted once after each put."""
+        puts, newest = self._catalog.puts, self._newest
+        if newest is None or newest[0] != puts:
             base, size = self._catalog.base_size, self._catalog.size
             order = np.argsort(-self._catalog.columns.put_at[base:size], kind="stable")
             # One tuple, replaced whole: other requests read it without a lock.
-            self._newest = newest = (change, (order + base).astype(np.int32))
+            self._newest = newest = (puts, (order + base).astype(np.int32))
         return newest[1]
 
     def age(self, rows: Rows, now_ms: int) -> Scores:

@@ -57,8 +57,6 @@ def serve(config: ServeConfig) -> int:
     set_private_umask()
     logs.configure(config.log_format, "supervisor")
     bundle = _open_bundle(config)
-    if config.state_dir.exists():
-        close_to_others(config.state_dir)
     stopping, readiness = StopRequest(), Readiness(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stopping))
@@ -85,13 +83,13 @@ def serve(config: ServeConfig) -> int:
         addresses = {"listen": address, "redis": redis, "events_redis": events, "metrics": metrics, "health": health}
         _print_ready(config, bundle, workers, addresses)
         _keep_running([*workers, *readers], stopping.asked, readiness)
-        _leave(workers, config.delay_s, stopping.hurry, readiness)
-        _log.info("stopping: calls in progress have %g s", config.drain_s)
+        _leave(workers, config, stopping.hurry, readiness)
     _log.info("stopped")
     return 0
 
 
 def _open_bundle(config: ServeConfig) -> Bundle:
+    """Verifies the bundle, and closes what an earlier version left open to other users before anything is written."""
     settings = config.printable()
     for name in ("redis", "events_redis"):
         if "://" in settings.get(name, ""):
@@ -99,6 +97,8 @@ def _open_bundle(config: ServeConfig) -> Bundle:
     _log.info("settings that differ from the defaults: %s", json.dumps(settings))
     # The tables are hashed as they are read into shared memory: each file is read and hashed once a host.
     bundle = open_bundle(config.bundle, later=TABLES)
+    if config.state_dir.exists():
+        close_to_others(config.state_dir)
     _log.info("serving the bundle %s of %s", bundle.bundle_id, json.dumps(str(bundle.path)))
     return bundle
 
@@ -159,17 +159,19 @@ def _keep_running(processes: Sequence[ManagedProcess], stop: threading.Event, re
             process.restart_if_ended()
 
 
-def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.Event, readiness: Readiness) -> None:
+def _leave(
+    workers: Sequence[ManagedProcess], config: ServeConfig, hurry: threading.Event, readiness: Readiness
+) -> None:
     """Tells balancers "not ready", serves on for a while, then stops every worker from listening.
 
     All workers stop listening before the first one sends its callers away: callers must reconnect to an instance that
     stays, not to the next worker, which is about to end as well.
     """
     readiness.phase = "stopping"
-    _log.info("stopping: not ready, ending in %.1f s", delay_s)
+    _log.info("stopping: not ready, ending in %.1f s", config.delay_s)
     for worker in workers:
         worker.send("unready")
-    end = time.monotonic() + delay_s
+    end = time.monotonic() + config.delay_s
     while not hurry.wait(max(min(end - time.monotonic(), _TICK_S), 0.0)) and time.monotonic() < end:
         readiness.tick()
     # To all before waiting for any: they close at the same time.
@@ -178,6 +180,7 @@ def _leave(workers: Sequence[ManagedProcess], delay_s: float, hurry: threading.E
     end = time.monotonic() + _CLOSE_S
     for worker in workers:
         worker.wait_done("close", end)
+    _log.info("stopping: calls in progress have %g s", config.drain_s)
 
 
 def _launch_spec(config: ServeConfig, bundle: Bundle, address: str, redis: str, events: str) -> dict[str, Any]:

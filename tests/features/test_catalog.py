@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from features.catalog import Catalog
+from features.catalog_columns import CatalogColumns, facts_of, fill, grown
 from features.keys import item_key
+from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
 
 
@@ -98,3 +102,37 @@ def test_many_live_items_fit(catalog):
 def test_tables_that_do_not_fit_are_refused(catalog):
     with pytest.raises(ValueError, match="do not fit"):
         Catalog(pa.table({"item_id": ["a"]}), Vocabulary.build(["a"]), np.zeros((2, 3), np.float32))
+
+
+NAMES = st.none() | st.sampled_from(["", "x", "y", "long name"])
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "categories": st.none() | st.lists(st.sampled_from(["x", "y", "z"]), max_size=3),
+            "creator_id": NAMES,
+            "attributes": st.none() | st.dictionaries(st.sampled_from(["duration", "color"]), st.sampled_from("19ab")),
+            "price": st.none() | st.floats(0, 9, width=32),
+            "available": st.none() | st.booleans(),
+            "available_until": st.none() | st.integers(1, 9),
+        }
+    ),
+    max_size=12,
+)
+
+
+@given(ROWS, st.integers(0, 5), st.integers(1, 5))
+def test_columns_are_those_of_each_item_by_itself(rows, start, chunk):
+    """Whole columns are computed at once, from tables in several pieces too, as single items are when they are put."""
+    schema = ITEMS.remove(0)
+    whole = pa.Table.from_pylist(
+        [{**row, "attributes": list((row["attributes"] or {}).items())} for row in rows], schema
+    )
+    batches = whole.slice(start).to_batches(max_chunksize=chunk)
+    table = pa.Table.from_batches(batches, schema)
+    facts = facts_of(table)
+    expected = CatalogColumns(np.zeros((len(rows), 1), np.float32), **facts_of(ITEMS.remove(0).empty_table()))
+    expected = grown(expected, len(rows))
+    for row, item in enumerate(rows[start:]):
+        fill(expected, row, item)
+    for name in ("category", "creator", "duration", "price", "available", "available_until"):
+        np.testing.assert_array_equal(facts[name], getattr(expected, name)[: len(rows[start:])], name)

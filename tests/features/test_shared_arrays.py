@@ -92,3 +92,34 @@ def test_pieces_that_are_not_the_array_are_refused():
     with pytest.raises(ValueError, match="8 bytes are not those of <i4"):
         writer.stream("rows", np.int32, (3,), [bytes(8)])
     os.close(writer.handle)
+
+
+READER = """
+import sys
+from features.shared_arrays import SharedArrays
+
+def own() -> int:
+    [line] = [line for line in open("/proc/self/smaps_rollup") if line.startswith("Pss_Anon:")]
+    return int(line.split()[1]) * 1024
+
+before = own()
+array = SharedArrays(int(sys.argv[1])).writable("large")
+total = float(array.sum())
+read = own() - before
+array[: array.size // 8] = 1
+print(read, own() - before)
+"""
+
+
+def test_reading_costs_a_process_nothing_and_writing_what_is_written():
+    writer, size = ArrayWriter(), 32 << 20
+    try:
+        writer.add("large", np.zeros(size // 4, np.float32) + 2)
+        writer.seal()
+        command = [sys.executable, "-c", READER, str(writer.handle)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, pass_fds=[writer.handle])
+    finally:
+        os.close(writer.handle)
+    read, written = map(int, run.stdout.split())
+    assert read < size / 16
+    assert size / 8 <= written < size / 4

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pyarrow as pa
 import pytest
 from onnx import TensorProto, helper
 
@@ -96,6 +97,21 @@ def test_live_changes_of_a_worker_reach_no_other(bundle):
     assert not other.catalog.columns.vectors[other.catalog.size :].any()
     assert other.lexical.search(text_tokens("unheard"), 5)[0].size == 0
     assert changed.lexical.search(text_tokens("unheard"), 5)[0].tolist() == [changed.catalog.base_size]
+
+
+def test_a_bundle_whose_items_are_in_several_pieces_still_opens(bundle):
+    before = read_tables(open_bundle(bundle)).catalog
+    with pa.OSFile(str(bundle / "items.arrow"), "rb") as source:
+        table = pa.ipc.open_file(source).read_all()
+    with pa.OSFile(str(bundle / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    seal_again(bundle)
+    after = read_tables(open_bundle(bundle)).catalog
+    rows = list(range(before.size))
+    assert after.records_now(rows) == before.records_now(rows)
+    assert [after.item(row) for row in rows] == [before.item(row) for row in rows]
+    for name in CatalogColumns.__slots__:
+        np.testing.assert_array_equal(getattr(after.columns, name), getattr(before.columns, name))
 
 
 def test_memory_that_is_not_sealed_or_of_another_bundle_is_refused(bundle, tmp_path):
