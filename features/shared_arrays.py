@@ -32,7 +32,7 @@ class NotSealed(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Entry:
+class _Place:
     """The place of an array.
 
     Attributes:
@@ -55,7 +55,7 @@ class ArrayWriter:
 
     def __init__(self) -> None:
         self.handle = os.memfd_create("penchant-arrays", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _Place] = {}
         self._facts: dict[str, Any] = {}
         self._end = 0
 
@@ -100,12 +100,12 @@ class ArrayWriter:
             ValueError: The pieces are not those of an array of this type and shape.
         """
         kept = (shape[0] + room, *shape[1:]) if shape else shape
-        entry = _Entry(np.dtype(dtype).str, kept, self._end)
+        entry = _Place(np.dtype(dtype).str, kept, self._end)
         place = entry.offset
         for piece in pieces:
             place += _write(self.handle, memoryview(piece), place)
         written = place - entry.offset
-        if written != _Entry(entry.dtype, shape, 0).size:
+        if written != _Place(entry.dtype, shape, 0).size:
             raise ValueError(f"{name}: {written} bytes are not those of {entry.dtype} {list(shape)}")
         self._end = _aligned(entry.offset + entry.size)
         os.ftruncate(self.handle, self._end)
@@ -150,7 +150,7 @@ class SharedArrays:
             place, length = _END.unpack(os.pread(handle, _END.size, size - _END.size))
             directory = json.loads(os.pread(handle, length, place))
             self._entries = {
-                name: _Entry(dtype, tuple(shape), offset)
+                name: _Place(dtype, tuple(shape), offset)
                 for name, (dtype, shape, offset) in directory["arrays"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
@@ -166,7 +166,7 @@ class SharedArrays:
         return _mapped(self._handle, self._entries[name], writable=True)
 
 
-def _mapped(handle: int, entry: _Entry, *, writable: bool) -> npt.NDArray[Any]:
+def _mapped(handle: int, entry: _Place, *, writable: bool) -> npt.NDArray[Any]:
     if not entry.size:
         return np.zeros(entry.shape, entry.dtype)
     # Private: kernels before 6.7 refuse a shared mapping of sealed memory, and no write may reach another process.
