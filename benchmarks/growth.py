@@ -49,7 +49,7 @@ CLUSTERS = 100
 SAMPLE_S = 0.1
 SETTLE_S = 5.0
 """Unmeasured seconds after a training is resumed, in which its pages and caches return."""
-_COUNTER = struct.Struct("<qqd")  # steps, tokens, moment of the last step (monotonic)
+_COUNTER = struct.Struct("<qqdd")  # steps, tokens, moment of the last step (monotonic), CPU seconds until then
 
 
 def growth(
@@ -74,7 +74,8 @@ def growth(
     Returns:
         `sizes` {events: `generate_seconds`, `prepare_seconds` up to the first step (all at once, so they wait for one
         another) and `prepare_cpu_seconds`, `tokens_per_second`, `rounds` (the rate of each), `tokens`, `seconds`,
-        `peak_anonymous_mib`}, `slowest_to_fastest` (ratio of rates), `memory_ratio`, and the circumstances.
+        `tokens_per_cpu_second`, `peak_anonymous_mib`}, `slowest_to_fastest` (ratio of rates), `slowest_to_fastest_cpu`
+        (of those per CPU second, which other work on the machine disturbs less), `memory_ratio`, and the circumstances.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         trainings: list[Training] = []
@@ -133,10 +134,12 @@ def growth_of_catalogs(
 
 def _figures(trainings: Mapping[int, Training]) -> dict[str, Any]:
     rates = [training.tokens / training.seconds for training in trainings.values()]
+    by_cpu = [training.tokens / training.cpu_seconds for training in trainings.values()]
     peaks = [training.peak_kib for training in trainings.values()]
     return {
         "sizes": {str(size): training.figures() for size, training in trainings.items()},
         "slowest_to_fastest": round(min(rates) / max(rates), 4),
+        "slowest_to_fastest_cpu": round(min(by_cpu) / max(by_cpu), 4),
         "memory_ratio": round(max(peaks) / min(peaks), 4),
     }
 
@@ -207,6 +210,7 @@ class Training:
     prepare_cpu_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_kib: int = 0
     rates: list[float] = field(default_factory=list)
 
@@ -239,13 +243,14 @@ class Training:
         self.process.send_signal(signal.SIGCONT)
         time.sleep(SETTLE_S)
         # From one step's end to another's: a step that is cut by the clock would count in part only.
-        _, before, began = self._read()
+        _, before, began, used = self._read()
         while (now := self._read())[2] - began < seconds:
             self._alive()
             time.sleep(SAMPLE_S)
         self.process.send_signal(signal.SIGSTOP)
         self.tokens += now[1] - before
         self.seconds += now[2] - began
+        self.cpu_seconds += now[3] - used
         self.rates.append(round((now[1] - before) / (now[2] - began), 1))
 
     def end(self) -> None:
@@ -266,15 +271,16 @@ class Training:
             "prepare_seconds": self.prepare_seconds,
             "prepare_cpu_seconds": self.prepare_cpu_seconds,
             "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "tokens_per_cpu_second": round(self.tokens / self.cpu_seconds, 1),
             "rounds": self.rates,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 1),
             "peak_anonymous_mib": round(self.peak_kib / 1024, 1),
         }
 
-    def _read(self) -> tuple[int, int, float]:
-        steps, tokens, moment = _COUNTER.unpack(self.counter.read_bytes())
-        return steps, tokens, moment
+    def _read(self) -> tuple[int, int, float, float]:
+        steps, tokens, moment, used = _COUNTER.unpack(self.counter.read_bytes())
+        return steps, tokens, moment, used
 
     def _alive(self) -> None:
         if self.process.poll() is not None:
@@ -318,7 +324,8 @@ def _train(data: Path, threads: int, counter: Path) -> None:
 
         def count(step: int) -> None:
             # One write of a few bytes, so that a reader never sees half of it.
-            os.pwrite(file.fileno(), _COUNTER.pack(step, fit.state.tokens, time.monotonic()), 0)
+            moment, used = time.monotonic(), time.process_time()
+            os.pwrite(file.fileno(), _COUNTER.pack(step, fit.state.tokens, moment, used), 0)
 
         fit.on_step = count
         fit.run()
