@@ -72,7 +72,7 @@ class ProcessTree:
         total = 0
         for pid in self._pids():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                total += int((_PROC / str(pid) / "statm").read_text().split()[1]) * _PAGE_BYTES
+                total += int((_PROC / str(pid) / "statm").read_text(encoding="utf-8").split()[1]) * _PAGE_BYTES
         return total
 
     def proportional_bytes(self, *, stores: bool = True) -> dict[int, int]:
@@ -109,7 +109,7 @@ def private_bytes(pid: int) -> int:
 
 def _mapped(pid: int, names: tuple[str, ...]) -> int:
     try:
-        lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()
+        lines = (_PROC / str(pid) / "smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(names))
@@ -122,7 +122,7 @@ def _all_pids() -> Iterator[int]:
 def _stat(pid: int) -> list[str] | None:
     """Returns the name of a process and the fields of `stat` behind it; None if it has ended."""
     try:
-        text = (_PROC / str(pid) / "stat").read_text()
+        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8")
     except OSError:
         return None
     # The name stands in brackets and may hold spaces and brackets itself.
@@ -165,7 +165,7 @@ def _listeners(port: int) -> set[str]:
     inodes = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
-            for line in (_PROC / "net" / table).read_text().splitlines()[1:]:
+            for line in (_PROC / "net" / table).read_text(encoding="utf-8").splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
                     inodes.add(fields[9])
