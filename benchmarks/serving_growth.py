@@ -171,7 +171,7 @@ def _ingest(client: Client, batch: Sequence[event_pb2.Event]) -> Sequence[event_
         try:
             return client.ingest(batch)
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            if getattr(error, "code", lambda: None)() is not grpc.StatusCode.UNAVAILABLE:
                 raise
             # The Redis of the service may be busy with an event log that has just been made.
             time.sleep(1.0)

@@ -7,6 +7,7 @@ before it calls again, so a slow service gets fewer calls than were meant: read 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import time
@@ -44,6 +45,7 @@ class PenchantUser(User):  # type: ignore[misc]
     def __init__(self, environment: Any) -> None:
         """Opens the connection."""
         super().__init__(environment)
+        _share_the_thread()
         options = [("grpc.use_local_subchannel_pool", 1), *channel_options(self.host)]
         self._channel = grpc.insecure_channel(self.host, options=options)
         self._ranking = ranking_pb2_grpc.RankingServiceStub(self._channel)
@@ -96,6 +98,12 @@ class PenchantUser(User):  # type: ignore[misc]
             exception=error,
             context={},
         )
+
+
+@functools.cache
+def _share_the_thread() -> None:
+    # Without this a call would stop all of locust's users until its answer comes.
+    grpc.experimental.gevent.init_gevent()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _options() -> ranking_pb2.RankingOptions:
