@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 import grpc.experimental.gevent  # type: ignore[import-not-found]
-from locust import User, constant_throughput, events, task  # pyright: ignore[reportMissingImports]
+from locust import User, constant_throughput, task  # pyright: ignore[reportMissingImports]
 
 from penchant.channels import channel_options
 from penchant.v1 import common_pb2, event_pb2, event_pb2_grpc, ranking_pb2, ranking_pb2_grpc
@@ -28,12 +28,6 @@ QUERIES = os.environ.get("PENCHANT_QUERIES", "star wars,toy story").split(",")
 TIMEOUT_S = 1.0
 CANDIDATES = 200
 METADATA = (("penchant-priority", "interactive"),)
-
-
-@events.init.add_listener  # type: ignore[untyped-decorator]
-def _let_calls_wait_apart(environment: Any, **_: Any) -> None:
-    """Has a call stop its own user alone: otherwise the first would stop all of them until its answer comes."""
-    grpc.experimental.gevent.init_gevent()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class PenchantUser(User):  # type: ignore[misc]

@@ -110,17 +110,25 @@ def build(
     lists = 2 ** round(math.log2(2 * math.sqrt(max(count, 1))))
     kinds = [f"IVF{lists},SQ8"] * (count >= quantised_from) + [f"IVF{lists},Flat"] * (count > exact_up_to) + ["Flat"]
     curve: list[IndexPoint] = []
-    for kind in kinds:
-        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-        _fill(index, vectors)
-        point = _fewest_probes(index, kind, vectors, queries, truth, target, curve)
-        if min(point.recall.values()) >= target or kind == kinds[-1]:
+    index, point = _measured(kinds[0], vectors, queries, truth, target, curve)
+    for kind in kinds[1:]:
+        if min(point.recall.values()) >= target:
             break
-    if kind == "Flat" and len(kinds) > 1:
+        index, point = _measured(kind, vectors, queries, truth, target, curve)
+    if point.kind == "Flat" and len(kinds) > 1:
         _tell_cost(curve, target)
     lists = getattr(index, "nlist", 0)
     data = faiss.serialize_index(index).tobytes()
-    return BuiltIndex(data, kind, lists, point.probes, point.recall, tuple(curve))
+    return BuiltIndex(data, point.kind, lists, point.probes, point.recall, tuple(curve))
+
+
+def _measured(
+    kind: str, vectors: _F32, queries: _F32, truth: _F32, target: float, curve: list[IndexPoint]
+) -> tuple[Any, IndexPoint]:
+    """Returns an index of a kind, and the way of searching it that costs least of those that reach the target."""
+    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    _fill(index, vectors)
+    return index, _fewest_probes(index, kind, vectors, queries, truth, target, curve)
 
 
 def _fewest_probes(
