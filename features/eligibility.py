@@ -70,7 +70,7 @@ class EligibleRows:
             uint8 [ceil(size / 8)], which later changes alter in place: a reader that needs one state copies it; and the
             number of rows in it.
         """
-        # Without the lock first: nearly every request falls between two moments at which anything moments.
+        # Without the lock first: nearly every request falls between two moments at which nothing changes.
         if not self._since - _LENIENCE_MS <= now_ms < self._until or self._size < size:
             with self._lock:
                 if now_ms < self._since - _LENIENCE_MS:

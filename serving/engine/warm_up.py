@@ -11,6 +11,7 @@ import numpy as np
 
 from features.catalog import Catalog
 from features.clock import now_ms
+from features.controls import Dial
 from features.errors import PenchantError
 from features.keys import event_type_key, item_key
 from features.profile import RING, Profile, empty
@@ -35,6 +36,7 @@ _TAIL = 70
 _EVENTS = RING + _TAIL
 """More than the ring holds: what leaves it is folded by a kernel of its own."""
 
+_KEYED = (Dial.CREATOR_WEIGHT, Dial.CATEGORY_WEIGHT)
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +73,7 @@ def warm_pipelines(pipelines: Mapping[str, Pipeline], catalog: Catalog, event_ty
             for hydrator in pipeline.hydrators
         ]
         quiet = dataclasses.replace(pipeline, hydrators=hydrators, side_effects=(), recorder=Telemetry())
-        # Reasons have kernels of their own.
+        # Reasons and dials have kernels of their own.
         for explain in (False, True):
             try:
                 quiet.run(_request(method, catalog, rows, explain))
@@ -93,6 +95,7 @@ def _request(method: str, catalog: Catalog, rows: Rows, explain: bool) -> Reques
         rows=rows if method == "rank" else None,
         upstream=np.ones(rows.size, np.float32) if method == "rank" else None,
         seeds=rows[:1] if method == "similar" else NO_ROWS,
+        dials={(dial, int(dial in _KEYED)): 0.5 for dial in Dial} if explain else {},
     )
 
 

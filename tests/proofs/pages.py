@@ -161,20 +161,16 @@ class Served:
 
     def offer(self, case: Case, draw: np.random.Generator) -> None:
         """Sets which items may be shown: some are unavailable, some are over, some have not begun."""
-        columns, count = self.engine.catalog.columns, len(self.items)
-        base = self.engine.catalog.base_size
-        shares = np.where(np.arange(count) < base, case.base, case.live)
+        catalog, count = self.engine.catalog, len(self.items)
+        shares = np.where(np.arange(count) < catalog.base_size, case.base, case.live)
         shown, how, now = draw.random(count) < shares, draw.integers(0, 3, count), int(time.time() * 1000)
-        columns.available[:count] = shown | (how > 0)
-        columns.available_until[:count] = np.where(~shown & (how == 1), now - 1000, now + _HOUR_MS)
-        columns.available_from[:count] = np.where(~shown & (how == 2), now + _HOUR_MS, 0)
+        available = shown | (how > 0)
+        begin = np.where(~shown & (how == 2), now + _HOUR_MS, 0)
+        end = np.where(~shown & (how == 1), now - 1000, now + _HOUR_MS)
+        # One by one, as changes of the catalogue come: each alters the bitmap that sources read.
+        for row in range(count):
+            catalog.set_available(row, bool(available[row]), int(begin[row]), int(end[row]))
         self.eligible = {item["item_id"] for item, may in zip(self.items, shown.tolist(), strict=True) if may}
-        # As any change of the catalogue does, this makes a new bitmap.
-        self.engine.catalog.set_available(0, bool(columns.available[0]), *self._window(0))
-
-    def _window(self, row: int) -> tuple[int, int]:
-        columns = self.engine.catalog.columns
-        return int(columns.available_from[row]), int(columns.available_until[row])
 
 
 class Proof:

@@ -257,7 +257,7 @@ class World:
         opened = open_bundle(bundle)
         # Training's side: a catalogue of its own.
         read, _ = read_catalog(opened)
-        self.offline = AsOf(read._items, read.vocabulary, read.columns.vectors)
+        self.offline = AsOf(read._items, read.vocabulary, read.columns.vectors[: read.base_size])
         self.replay = FeatureReplay(opened, self.engine.model, self.offline)
 
     def put(self, pending: PendingSlate) -> None:
