@@ -207,7 +207,7 @@ class ConcurrencyLimit:
 
     def _next(self) -> _Work | None:
         """Passes a slot on: returns the work that gets it; None if a thread that waited has it, or it is free."""
-        # Who has begun comes first: its caller has waited longest, and its profile is in memory.
+        # A ranking that has begun comes first: its caller has waited longest, and its profile is in memory.
         if self._returning:
             self._returning.popleft().wake.release()
             return None

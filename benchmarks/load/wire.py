@@ -24,7 +24,7 @@ FAILED_PRECONDITION ABORTED OUT_OF_RANGE UNIMPLEMENTED INTERNAL UNAVAILABLE DATA
 OK, UNKNOWN, DEADLINE_EXCEEDED, UNAVAILABLE = (
     STATUS.index(name) for name in ("OK", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 )
-# What a stream that was reset means to the caller, by gRPC's table of HTTP/2 error codes; INTERNAL else.
+# The meaning of a reset of a stream to the caller, by gRPC's table of HTTP/2 error codes; INTERNAL else.
 _RESET = {7: UNAVAILABLE, 8: STATUS.index("CANCELLED"), 11: STATUS.index("RESOURCE_EXHAUSTED")}
 _INTERNAL = STATUS.index("INTERNAL")
 

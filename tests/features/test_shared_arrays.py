@@ -1,4 +1,4 @@
-"""Sealed memory: what was written is read, by other processes too, and nobody changes it."""
+"""Sealed memory: what was written is read, by other processes too, and no process changes it."""
 
 from __future__ import annotations
 
