@@ -28,7 +28,7 @@ class UserVectors:
     """The user encoder of a model with the vectors that it answered last; any number of threads may call at once."""
 
     def __init__(self, model: Model, capacity: int) -> None:
-        """Takes the model and the number of vectors to keep, rounded up to a power of two; 0 keeps none."""
+        """Takes the model and the number of vectors to keep, rounded up to four times a power of two; 0 keeps none."""
         self._model = model
         sets = 1 << (-(-capacity // WAYS) - 1).bit_length() if capacity else 0
         # Written here, so that the memory is taken at the start and does not seem to leak while the table fills.
@@ -58,6 +58,12 @@ def digest(vectors: _F32, types: _I64) -> _U64:
 
 
 @kernel()
+def _set_of(keys: _U64, key: _U64) -> np.int64:
+    """Returns the set of places that a key may take; its lowest bit is always set, so it tells nothing."""
+    return np.int64((key[0] >> np.uint64(1)) & np.uint64(keys.shape[0] - 1))
+
+
+@kernel()
 def look_up(keys: _U64, used: _I64, vectors: _F32, key: _U64, out: _F32) -> bool:
     """Copies the vector of a key; returns False if it is not there.
 
@@ -68,7 +74,7 @@ def look_up(keys: _U64, used: _I64, vectors: _F32, key: _U64, out: _F32) -> bool
         key: uint64 [2].
         out: Receives the vector; float32 [D].
     """
-    at = np.int64((key[0] >> np.uint64(1)) & np.uint64(keys.shape[0] - 1))
+    at = _set_of(keys, key)
     for way in range(keys.shape[1]):
         if keys[at, way, 0] == key[0] and keys[at, way, 1] == key[1]:
             used[at, way] = used[at].max() + 1
@@ -80,7 +86,7 @@ def look_up(keys: _U64, used: _I64, vectors: _F32, key: _U64, out: _F32) -> bool
 @kernel()
 def keep(keys: _U64, used: _I64, vectors: _F32, key: _U64, vector: _F32) -> None:
     """Keeps the vector of a key, in the place of the longest unused of its set; see `look_up`."""
-    at = np.int64((key[0] >> np.uint64(1)) & np.uint64(keys.shape[0] - 1))
+    at = _set_of(keys, key)
     place = 0
     for way in range(keys.shape[1]):
         if keys[at, way, 0] == key[0] and keys[at, way, 1] == key[1]:

@@ -45,9 +45,9 @@ def test_what_came_before_the_first_showing_does_not_count_and_the_new_counts_mo
 
 def test_a_person_has_rates_of_their_own_and_with_some_of_the_items() -> None:
     outcomes = ActionRates.of(FACTS)
-    nobody = Rates.of(outcomes, np.empty(0, np.int32), np.empty(0, np.float32))
-    np.testing.assert_allclose(nobody.long, [-1, 0.5])
-    assert np.abs(among(nobody, np.array([3, 0], np.uint64), np.empty(0, np.uint64))).max() < 1e-9
+    newcomer = Rates.of(outcomes, np.empty(0, np.int32), np.empty(0, np.float32))
+    np.testing.assert_allclose(newcomer.long, [-1, 0.5])
+    assert np.abs(among(newcomer, np.array([3, 0], np.uint64), np.empty(0, np.uint64))).max() < 1e-9
     types, values = np.array([SHOWN, CLICK, SHOWN], np.int32), np.full(3, 5, np.float32)
     rates = Rates.of(outcomes, types, values)
     older, base = 0.5 ** (1 / HALF_LIVES[0]), 1 / (1 + np.exp(1))

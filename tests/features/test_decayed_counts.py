@@ -45,8 +45,8 @@ def test_in_pieces_and_at_once_and_by_the_plain_twin_it_is_the_same_to_the_bit(r
         part = rows[start:end]
         pieces = memory.decode(memory.encode(fold(part, pieces)))
         before = (plain.facts, plain.keys, plain.counts)
-        told = (memory._CAPACITIES, memory.TICK_MS, memory.VISIT_MS, memory._UNCHOSEN)
-        plain = memory.DecayedCounts(*decay.fold_counts_plain(*before, *told, *columns(part)))
+        constants = (memory._CAPACITIES, memory.TICK_MS, memory.VISIT_MS, memory._UNCHOSEN)
+        plain = memory.DecayedCounts(*decay.fold_counts_plain(*before, *constants, *columns(part)))
     assert memory.encode(pieces) == memory.encode(whole)
     assert memory.encode(plain) == memory.encode(whole)
 
