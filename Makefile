@@ -135,9 +135,9 @@ prove-rolls: $(VENV)/.ready-dev  ## 100 stops, 20 rolling changes, kills, under 
 		$(BIN)/python -m tests.proofs.rolls --stops $(or $(STOPS),100) --rolls $(or $(ROLLS),20) \
 		$(if $(NODE),--node $(NODE))
 SECONDS ?= 60
-prove-attacks: $(VENV)/.ready-dev  ## a service under every known attack; SECONDS=N for each
+prove-attacks: $(VENV)/.ready-dev  ## a service under every known attack, and an hour later; SECONDS=N for each, LATER=MINUTES
 	$(BIN)/python -m benchmarks.report attacks 'A service under attack' -- \
-		$(BIN)/python -m tests.proofs.attacks --seconds $(SECONDS) --settle $(or $(SETTLE),30)
+		$(BIN)/python -m tests.proofs.attacks --seconds $(SECONDS) --settle $(or $(SETTLE),30) --later $(or $(LATER),60)
 
 prove-freshness: $(VENV)/.ready-demo  ## 100,000 events, each in the very next answer of another worker
 	@[ -e $(BUNDLE)/manifest.json ] || $(MAKE) demo

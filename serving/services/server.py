@@ -46,6 +46,7 @@ _READ_BYTES = 64 << 10
 _AHEAD_BYTES = 16 << 10
 _HEADER_BYTES = 8 << 10
 _HANDSHAKE_MS = 10_000
+_PENDING = 2048
 _IDLE_CONNECTION_MS = 300_000
 """Time after which a connection without a call is ended; clients open it again when they have one."""
 
@@ -198,6 +199,10 @@ def _options(config: ServeConfig, calls: int) -> list[tuple[str, int]]:
         # More than are kept, so that good ones are accepted until the idle ones have ended.
         ("grpc.max_allowed_incoming_connections", connection_limits()[1]),
         ("grpc.max_concurrent_streams", calls),
+        # gRPC keeps calls that Python has not taken, in a line for each method, and of too many it cancels some at
+        # random, good ones too. So many that 40 connections with all the calls they may have find room.
+        ("grpc.server.max_pending_requests", _PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", 3 * _PENDING),
         # gRPC reads up to 4 MiB at once of each connection that sends much; 40 of them would take 160.
         ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
         # Nor does it open the windows of connections that send fast: requests are small. A stream sends no more than

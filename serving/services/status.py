@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from functools import lru_cache
 
 import grpc
 from google.protobuf import duration_pb2
@@ -13,7 +14,11 @@ from serving.errors import ServingError
 from serving.observability.logs import REQUEST_ID_HEADER
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_STATUSES = 128
+"""Statuses that are kept."""
+
 _log = logging.getLogger(__name__)
+_Status = tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]
 
 
 def abort(context: grpc.ServicerContext, error: Exception, request_id: str = "") -> Exception:
@@ -32,23 +37,29 @@ def abort(context: grpc.ServicerContext, error: Exception, request_id: str = "")
     raise AssertionError("abort never returns")
 
 
-def status_of(
-    error: ServingError, request_id: str = ""
-) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
+def status_of(error: ServingError, request_id: str = "") -> _Status:
     """Returns the code, the details and the trailing metadata of an error."""
-    code = getattr(grpc.StatusCode, error.code)
-    status = status_pb2.Status(code=code.value[0], message=str(error))
-    metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_HEADER, request_id)] if request_id else []
-    if error.field:
-        description = str(error).removeprefix(f"{error.field}: ")
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
+    code, details, metadata = _status(error.code, str(error), error.field, error.retry_after_ms)
+    return code, details, ((REQUEST_ID_HEADER, request_id), *metadata) if request_id else metadata
+
+
+# Kept, as it costs more than all else of a refusal; by its values, as an error holds the frames that raised it, and
+# those hold messages.
+@lru_cache(_STATUSES)
+def _status(name: str, message: str, field: str, retry_after_ms: int) -> _Status:
+    code = getattr(grpc.StatusCode, name)
+    status = status_pb2.Status(code=code.value[0], message=message)
+    metadata: list[tuple[str, str | bytes]] = []
+    if field:
+        description = message.removeprefix(f"{field}: ")
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_after_ms:
+    if retry_after_ms:
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(error.retry_after_ms)
+        delay.FromMilliseconds(retry_after_ms)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         # gRPC clients with a retry policy wait by themselves if this is in the metadata.
-        metadata.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
+        metadata.append(("grpc-retry-pushback-ms", str(retry_after_ms)))
     if status.details:
         metadata.append((_DETAILS_KEY, status.SerializeToString()))
-    return code, str(error), tuple(metadata)
+    return code, message, tuple(metadata)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import select
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
 from penchant.v1 import common_pb2, event_pb2, ranking_pb2
 
@@ -29,6 +32,8 @@ SEARCH = "/penchant.v1.RankingService/Search"
 INGEST = "/penchant.v1.EventService/Ingest"
 STREAM = "/penchant.v1.EventService/IngestStream"
 MB = 1 << 20
+PATIENCE_S = 20
+"""Longest wait for the other side of a connection, in seconds."""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -63,6 +68,40 @@ def parts(stream: int, body: bytes, end: bool, size: int = 16384) -> bytes:
     return b"".join(frame(DATA, END_STREAM if end and chunk is chunks[-1] else 0, stream, chunk) for chunk in chunks)
 
 
+class _Tls(io.RawIOBase):
+    """A TLS connection that one thread reads and another writes: OpenSSL breaks if both use it at once."""
+
+    def __init__(self, connection: ssl.SSLSocket) -> None:
+        connection.setblocking(False)
+        self._connection, self._lock = connection, threading.Lock()
+
+    def _when_ready(self, use: Callable[[], int]) -> int:
+        while True:
+            try:
+                with self._lock:
+                    return use()
+            except ssl.SSLWantReadError:
+                event = select.POLLIN
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            waiting = select.poll()  # `select` takes no descriptor above 1,024
+            waiting.register(self._connection, event)
+            if not waiting.poll(PATIENCE_S * 1000):
+                raise TimeoutError
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._when_ready(lambda: self._connection.recv_into(buffer))
+
+    def sendall(self, data: bytes) -> None:
+        """Sends all of it."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._when_ready(lambda rest=rest: self._connection.send(rest)) :]  # type: ignore[misc]
+
+
 class Wire:
     """One connection of an attacker; a thread reads what comes, and keeps count of what may be sent."""
 
@@ -73,7 +112,12 @@ class Wire:
             context = ssl.create_default_context(cafile=authority)
             context.set_alpn_protocols(["h2"])
             self.socket = context.wrap_socket(self.socket, server_hostname="localhost")
-        self.socket.settimeout(20)
+            tls = _Tls(self.socket)
+            self._sendall: Callable[[bytes], None] = tls.sendall
+            self._incoming: BinaryIO = io.BufferedReader(tls)
+        else:
+            self.socket.settimeout(PATIENCE_S)
+            self._sendall, self._incoming = self.socket.sendall, self.socket.makefile("rb")
         self._rest = field(b"authorization", b"Bearer " + token.encode()) if token else b""
         self._rest += field(b"te", b"trailers") + field(b"content-type", b"application/grpc")
         self.stream, self.window, self.sent, self.ended = -1, 65535, 0, 0
@@ -88,7 +132,7 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Sends bytes."""
-        self.socket.sendall(data)
+        self._sendall(data)
         self.sent += len(data)
 
     def head(self, path: bytes) -> bytes:
@@ -123,7 +167,7 @@ class Wire:
 
     def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            stream = self.socket.makefile("rb")
+            stream = self._incoming
             while len(head := stream.read(9)) == 9:
                 size, kind, flags = int.from_bytes(head[:3]), head[3], head[4]
                 number, payload = int.from_bytes(head[5:]) & 0x7FFFFFFF, stream.read(size)
@@ -375,13 +419,14 @@ def _settings(name: str) -> bytes:
 
 def run(name: str, target: str, connections: int, seconds: float, token: str, authority: str) -> dict[str, int]:
     """Attacks; how many connections it took, and how many bytes went out."""
-    end, counts = time.monotonic() + seconds, {"connections": 0, "bytes": 0, "ended": 0, "refused": 0}
-    lock = threading.Lock()
+    end, counts = float("inf"), {"connections": 0, "bytes": 0, "ended": 0, "refused": 0}
+    lock, begin = threading.Lock(), threading.Event()
 
     def stop() -> bool:
         return time.monotonic() > end
 
     def one() -> None:
+        begin.wait()
         while not stop():
             wire = None
             with contextlib.suppress(OSError):
@@ -403,7 +448,10 @@ def run(name: str, target: str, connections: int, seconds: float, token: str, au
     threads = [threading.Thread(target=one) for _ in range(connections * CONNECTIONS.get(name, 1))]
     for thread in threads:
         thread.start()
+    # All at once: threads that flood would keep the others from their start, and the time would be over before.
+    end = time.monotonic() + seconds
     print("ready", flush=True)
+    begin.set()
     for thread in threads:
         thread.join()
     return counts

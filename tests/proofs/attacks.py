@@ -1,11 +1,12 @@
 """A service under attack: good calls are answered, health always, memory stays, and nothing is left afterwards.
 
-    python -m tests.proofs.attacks [--seconds 60] [--connections 1 40] [--settle 10] [--only NAME ...]
+    python -m tests.proofs.attacks [--seconds 60] [--connections 1 40] [--settle 10] [--later 60] [--only NAME ...]
 
 Each attack of `tests.proofs.attackers` runs in a process of its own against a service with one worker, once open to
 all callers and once with TLS and a token that the attackers do not have. Meanwhile well-behaved clients recommend and
-check the health, over connections that last and over new ones. In the end a server without bounds is attacked, as a
-control: it is a failure if that does no harm. The last line of stdout is one JSON object.
+check the health, over connections that last and over new ones; later, the service is measured once more. In the end a
+server without bounds is attacked, as a control: it is a failure if that does no harm. The last line of stdout is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ DEADLINE_S = 10.0
 
 MEMORY_MB = 100.0
 PAUSE_S = 0.05
+SURFACES = ("open", "TLS and token")
 CONTROLS = ("open calls", "open health checks", "unread lists")
 """Attacks that stop a server without bounds, or fill its memory."""
 
@@ -93,6 +96,7 @@ class Outcome:
     left_threads: int = 0
     left_files: int = 0
     attacker: dict[str, int] = field(default_factory=dict)
+    crashed: int = 0
 
     def failures(self) -> list[str]:
         """Returns the list of what should not have happened."""
@@ -103,6 +107,8 @@ class Outcome:
             wrong.append(f"health checks: {self.health}")
         if self.peak_mb > MEMORY_MB:
             wrong.append(f"memory grew by {self.peak_mb:.0f} MB")
+        if self.crashed:
+            wrong.append(f"{self.crashed} attackers ended by themselves")
         if self.left_mb > MEMORY_MB or self.left_files > 4:
             wrong.append(f"left: {self.left_mb:.0f} MB, {self.left_files} descriptors")
         return [f"{self.attack}, {self.connections} connections, {self.surface}: {what}" for what in wrong]
@@ -122,6 +128,12 @@ def call(codes: Counter[str], what: Any) -> float:
     except grpc.RpcError as error:
         codes[f"{error.code().name}: {error.details()[:80]}"] += 1  # type: ignore[attr-defined]
     return time.monotonic() - begun
+
+
+def check_health(channel: grpc.Channel) -> None:
+    """Checks the health of the worker."""
+    request = health_pb2.HealthCheckRequest()
+    health_pb2_grpc.HealthStub(channel).Check(request, timeout=DEADLINE_S, wait_for_ready=True)
 
 
 def attack(target: Target, name: str, connections: int, seconds: float, settle_s: float, surface: str = "") -> Outcome:
@@ -152,6 +164,7 @@ def attack_all(
                 time.sleep(PAUSE_S)
             watcher.join()
             told = [json.loads(process.communicate()[0] or "{}") for process in attackers]
+            outcome.crashed = sum(process.returncode != 0 for process in attackers)
         finally:
             for process in attackers:
                 process.kill()
@@ -182,15 +195,10 @@ def _watch_health(
     target: Target, lasting: grpc.Channel, attackers: Sequence[subprocess.Popen[str]], codes: Counter[str]
 ) -> None:
     """Checks the health over a connection that lasts, and over new ones."""
-
-    def check(channel: grpc.Channel) -> None:
-        request = health_pb2.HealthCheckRequest()
-        health_pb2_grpc.HealthStub(channel).Check(request, timeout=DEADLINE_S, wait_for_ready=True)
-
     while running(attackers):
-        call(codes, lambda: check(lasting))
+        call(codes, lambda: check_health(lasting))
         with target.channel() as channel:
-            call(codes, lambda: check(channel))
+            call(codes, lambda: check_health(channel))
         time.sleep(2 * PAUSE_S)
 
 
@@ -230,10 +238,7 @@ def _served(root: Path, surface: str) -> Iterator[Target]:
         subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
         settings = {"tls_certificate": str(certificate), "tls_key": str(key), "token": TOKEN}
         target.token, target.authority = TOKEN, str(certificate)
-    bundle = root / "bundle"
-    if not bundle.exists():
-        publish_world(bundle)
-    with serving(bundle, root / surface.replace(" ", "-"), **settings) as service:
+    with serving(root / "bundle", root / surface.replace(" ", "-"), **settings) as service:
         target.listen, target.pid = service.target, service.ready["workers"][0]
         with target.client() as client:
             client.wait_ready()
@@ -242,18 +247,44 @@ def _served(root: Path, surface: str) -> Iterator[Target]:
         yield target
 
 
-def run(seconds: float, connections: Sequence[int], settle_s: float, only: Sequence[str]) -> list[Outcome]:
-    """Every attack, in both ways; prints a line for each."""
-    outcomes = []
-    with tempfile.TemporaryDirectory() as root:
-        for surface in ("open", "TLS and token"):
+def run(
+    seconds: float, connections: Sequence[int], settle_s: float, only: Sequence[str], later_s: float
+) -> list[Outcome]:
+    """Every attack, in both ways at the same time, and what is left later; prints a line for each."""
+    with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(len(SURFACES)) as pool:
+        publish_world(Path(root) / "bundle")
+
+        def attacked(surface: str) -> list[Outcome]:
+            outcomes = []
             with _served(Path(root), surface) as target:
+                before = target.usage()
                 for name in only or ATTACKS:
                     for number in connections:
-                        outcome = attack(target, name, number, seconds, settle_s, surface)
-                        outcomes.append(outcome)
-                        print(_line(outcome), *outcome.failures(), sep="\n    ", file=sys.stderr, flush=True)
-    return outcomes
+                        outcomes.append(attack(target, name, number, seconds, settle_s, surface))
+                        _tell(outcomes[-1])
+                time.sleep(later_s)
+                outcomes.append(_later(target, before, later_s, surface))
+                _tell(outcomes[-1])
+            return outcomes
+
+        return [outcome for outcomes in pool.map(attacked, SURFACES) for outcome in outcomes]
+
+
+def _later(target: Target, before: tuple[float, int, int], seconds: float, surface: str) -> Outcome:
+    """What is left of all attacks together, and that calls are answered."""
+    outcome, good, health = Outcome("afterwards", 0, surface, seconds), Counter[str](), Counter[str]()
+    with target.client() as client, target.channel() as channel:
+        for _ in range(20):
+            call(good, lambda: client.recommend(user_id="good", page_size=20))
+            call(health, lambda: check_health(channel))
+    usage = target.usage()
+    outcome.good, outcome.health, outcome.memory_mb = dict(good), dict(health), before[0]
+    outcome.left_mb, outcome.left_threads, outcome.left_files = (
+        usage[0] - before[0],
+        usage[1] - before[1],
+        usage[2] - before[2],
+    )
+    return outcome
 
 
 def control(seconds: float, settle_s: float) -> list[Outcome]:
@@ -262,17 +293,18 @@ def control(seconds: float, settle_s: float) -> list[Outcome]:
     for name in CONTROLS:
         with bare("--unbounded") as target:
             outcomes.append(attack(target, name, 4, seconds, settle_s, "no bounds"))
-            print(_line(outcomes[-1]), file=sys.stderr, flush=True)
+            _tell(outcomes[-1])
     return outcomes
 
 
-def _line(outcome: Outcome) -> str:
-    return (
+def _tell(outcome: Outcome) -> None:
+    line = (
         f"{outcome.attack}, {outcome.connections} connections, {outcome.surface}: good {share(outcome.good):.1%} of "
         f"{sum(outcome.good.values())}, health {share(outcome.health):.1%} of {sum(outcome.health.values())}, slowest "
         f"{outcome.slowest_ms:.0f} ms, memory {outcome.memory_mb:.0f} MB, peak {outcome.peak_mb:+.0f}, left "
         f"{outcome.left_mb:+.0f} MB, {outcome.left_threads:+d} threads, {outcome.left_files:+d} descriptors"
     )
+    print(line, *outcome.failures(), sep="\n    ", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -281,9 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 40])
     parser.add_argument("--settle", type=float, default=10.0)
+    parser.add_argument("--later", type=float, default=60.0, help="minutes between the last attack and the last look")
     parser.add_argument("--only", nargs="*", default=[], choices=ATTACKS)
     asked = parser.parse_args(arguments)
-    outcomes = run(asked.seconds, asked.connections, asked.settle, asked.only)
+    outcomes = run(asked.seconds, asked.connections, asked.settle, asked.only, asked.later * 60)
     controls = control(min(asked.seconds, 15.0), 0.0)
     failures = [failure for outcome in outcomes for failure in outcome.failures()]
     failures += [f"the control stood {outcome.attack}" for outcome in controls if not outcome.failures()]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.proofs import attacks
 
-SECONDS = 3.0
+SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ class Bounds:
         read_s: Time from an answer until it is read, in seconds.
     """
 
-    calls: int = 100
+    calls: int = 50
     receiving: int = 8
     waiting: int = 256
     message_s: float = 5.0

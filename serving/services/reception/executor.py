@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -53,9 +52,9 @@ SUSPICION_S = 0.01
 """Time between two looks while a connection sends much without a call, in seconds."""
 
 _LOOK_SHARE = 10
-"""Pause until the next look, as a multiple of the time of the last: thousands of connections make it slow."""
+"""Pause until the next look, in processor times of the last: thousands of connections make it long."""
 
-_TRIM_S = 5.0
+_TRIM_S = 1.0
 """Least time between two returns of free memory to the system, in seconds."""
 
 _LONGEST_TRIM_S = 300.0
@@ -144,9 +143,6 @@ _REASONS: Mapping[type[ServingError], str] = {
 }
 """Reasons by which refused calls are counted; any other error is about a message that is missing or late."""
 
-_STATUSES = 128
-"""Statuses of errors that are kept."""
-
 _WAKE = object()
 """Stands for a message, to wake the thread of a stream that waits for one."""
 
@@ -180,9 +176,7 @@ class Reception(ThreadPoolExecutor):
         super().__init__(min(work.places, THREADS), thread_name_prefix="call")
         self._over = _Done()
         self._over.set_result(None)
-        self._work, self._telemetry = work, telemetry
-        # Errors of the admission are few objects, and their statuses cost more than all else of a refusal.
-        self._status = lru_cache(_STATUSES)(statused)
+        self._work, self._telemetry, self._status = work, telemetry, statused
         self._urgent, self._ending = threading.Event(), False
         self.sockets: Sockets | None = None
         self.hung_up = 0
@@ -381,12 +375,13 @@ class Reception(ThreadPoolExecutor):
         Returns:
             The time until the next look, in seconds: short while a connection sends much without a call.
         """
-        begun_at = time.monotonic()
+        # Of the processor, not of the clock: an attack that keeps this thread waiting must not make it look seldom.
+        begun_at = time.thread_time()
         abusive = sockets.abusive(self.calls.connections.copy(), seconds)
         sockets.hang_up(abusive)
         self.hung_up += len(abusive)
         self.calls.forget(lambda peer: not sockets.known(peer))
-        return max(SUSPICION_S if sockets.suspicious else LOOK_S, _LOOK_SHARE * (time.monotonic() - begun_at))
+        return max(SUSPICION_S if sockets.suspicious else LOOK_S, _LOOK_SHARE * (time.thread_time() - begun_at))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads of every lane."""
