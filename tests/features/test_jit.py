@@ -36,6 +36,15 @@ print(found, os.environ.get("NUMBA_CACHE_DIR"), cache, sum(crc32_rows.stats.cach
 
 
 @pytest.fixture
+def kept(tmp_path, monkeypatch) -> Path:
+    """The directory where this process keeps compiled code."""
+    # Both: numba reads the environment again when any of its variables has changed, as a command of Penchant does.
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path  # type: ignore[no-any-return]
+
+
+@pytest.fixture
 def installed(tmp_path) -> Iterator[Path]:
     """The package in a directory that cannot be written, as on a read-only file system."""
     place = tmp_path / "installed"
@@ -114,10 +123,10 @@ def test_a_sticky_parent_will_do(tmp_path):
     assert private_directory(tmp_path)
 
 
-def test_a_damaged_cache_costs_a_compilation_and_no_call(tmp_path, monkeypatch, caplog):
+def test_a_damaged_cache_costs_a_compilation_and_no_call(kept, monkeypatch, caplog):
     monkeypatch.setattr(logging.root.manager, "disable", 0)  # other tests run scripts that silence all loggers
     monkeypatch.setattr(jit._log, "disabled", False)
-    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(jit.numba.config.NUMBA_NUM_THREADS))
 
     def compiled():
         @kernel()
@@ -127,7 +136,7 @@ def test_a_damaged_cache_costs_a_compilation_and_no_call(tmp_path, monkeypatch, 
         return double
 
     assert compiled()(np.int64(4)) == 8
-    (index,) = tmp_path.rglob("*.nbi")
+    (index,) = kept.rglob("*.nbi")
     index.write_bytes(b"")  # as after a loss of power
     with caplog.at_level(logging.WARNING):
         assert compiled()(np.int64(4)) == 8
@@ -137,25 +146,23 @@ def test_a_damaged_cache_costs_a_compilation_and_no_call(tmp_path, monkeypatch, 
     assert sum(again.stats.cache_hits.values()) == 1
 
 
-def test_a_full_disk_costs_a_compilation_and_no_call(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_costs_a_compilation_and_no_call(kept, monkeypatch, caplog):
     monkeypatch.setattr(logging.root.manager, "disable", 0)
     monkeypatch.setattr(jit._log, "disabled", False)
-    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path))
 
     @kernel()
     def triple(number: int) -> int:
         return 3 * number
 
-    shutil.rmtree(tmp_path)
-    tmp_path.write_text("no directory any more")
+    shutil.rmtree(kept)
+    kept.write_text("no directory any more")
     with caplog.at_level(logging.WARNING):
         assert triple(np.int64(4)) == 12
     assert "is not kept" in caplog.text
 
 
-def test_a_kernel_that_is_compiled_while_calls_wait_is_named(tmp_path, monkeypatch, caplog):
+def test_a_kernel_that_is_compiled_while_calls_wait_is_named(kept, monkeypatch, caplog):
     monkeypatch.setattr(jit, "_warm", threading.Event())
-    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path))
 
     @kernel()
     def double(value: float) -> float:
