@@ -29,12 +29,59 @@ _MOST_TIMES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Work that has no thread yet: the work, its kind, its queue, and how long it is expected to take in seconds."""
+    """Work that has no thread yet: the work, its kind, its queue, how long it is expected to take in seconds, whose."""
 
     run: Callable[[], None]
     kind: str
     batch: bool
     seconds: float
+    caller: object
+
+
+class _Turns:
+    """Work that waits: that of a caller in its order, and the callers in turn, so that none waits for all of another's.
+
+    Attributes:
+        seconds: Time that all of it is expected to take.
+    """
+
+    def __init__(self) -> None:
+        # The order of the lines is that of the turns.
+        self._lines: dict[object, deque[_Work]] = {}
+        self._count, self.seconds = 0, 0.0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, work: _Work) -> None:
+        """Adds work behind all other of its caller."""
+        self._lines.setdefault(work.caller, deque()).append(work)
+        self._count += 1
+        self.seconds += work.seconds
+
+    def take(self) -> _Work:
+        """Takes the next work out; there must be some."""
+        caller = next(iter(self._lines))
+        line = self._lines.pop(caller)
+        work = line.popleft()
+        if line:
+            self._lines[caller] = line
+        self._count -= 1
+        # The sum is made new with an empty queue, so that no rounding adds up.
+        self.seconds = self.seconds - work.seconds if self._count else 0.0
+        return work
+
+    def seconds_before(self, caller: object) -> float:
+        """Returns how long the work takes that comes before new work of a caller, by the average of all that waits."""
+        lines = list(self._lines.values())  # a copy, as other threads go on
+        turns = len(self._lines.get(caller, ())) + 1
+        before = sum(min(len(line), turns) for line in lines)
+        return self.seconds * before / max(self._count, before, 1)
+
+    def clear(self) -> None:
+        """Drops all of it."""
+        self._lines.clear()
+        self._count, self.seconds = 0, 0.0
 
 
 @dataclass(slots=True)
@@ -90,13 +137,11 @@ class ConcurrencyLimit:
         self._lock = threading.Lock()
         self._free, self._ended = count, False
         self._returning: deque[_Seat] = deque()
-        self._first: deque[_Work] = deque()
-        self._batch: deque[_Work] = deque()
+        self._first, self._batch = _Turns(), _Turns()
         # The thread that waited last is woken first: its memory is in the cache, and few threads serve a calm worker.
         self._parked: list[_Seat] = []
         self._averages: dict[str, _Average] = {}
         self._seconds: dict[str, float] = {}
-        self._queued_s = self._queued_batch_s = 0.0
         self._eased_at = time.monotonic()
         self._thread = _SlotState()
 
@@ -114,11 +159,14 @@ class ConcurrencyLimit:
         """Returns how long work of a kind takes, in seconds: a moving average; 0 before there was any."""
         return self._seconds.get(kind, 0.0)
 
-    def expected_wait_s(self, *, batch: bool = False) -> float:
-        """Returns how long new work would wait for a slot, in seconds, by the average of what waits before it."""
+    def expected_wait_s(self, caller: object = None, *, batch: bool = False) -> float:
+        """Returns how long new work of a caller would wait for a slot, in seconds, by the average of what waits."""
         if self._free:
             return 0.0
-        queued = self._queued_s + (self._queued_batch_s if batch else 0.0)
+        # A batch waits for all other work, whoever's it is.
+        queued = (
+            self._first.seconds + self._batch.seconds_before(caller) if batch else self._first.seconds_before(caller)
+        )
         # The first slot is free when a part of the work in progress is done; then all of them share what waits.
         running = max(self._seconds.values(), default=0.0) / (self.count + 1)
         return running + queued / self.count
@@ -127,16 +175,17 @@ class ConcurrencyLimit:
         """Returns for how long work has waited without a pause that was not a batch's, in seconds; 0 if none does."""
         return time.monotonic() - self._eased_at if self._first else 0.0
 
-    def submit(self, run: Callable[[], None], kind: str = "", *, batch: bool = False) -> None:
+    def submit(self, run: Callable[[], None], kind: str = "", caller: object = None, *, batch: bool = False) -> None:
         """Has work done in a thread of the limit, as soon as it has a slot.
 
         Args:
             run: The work.
             kind: Work of one kind takes about as long.
+            caller: Callers take turns, however much work each has.
             batch: It gives way to all work that is not a batch's.
         """
         with self._lock:
-            work = _Work(run, kind, batch, self._seconds.get(kind, 0.0))
+            work = _Work(run, kind, batch, self._seconds.get(kind, 0.0), caller)
             if not self._free:
                 self._enqueue(work)
                 return
@@ -188,7 +237,6 @@ class ConcurrencyLimit:
             self._ended = True
             self._first.clear()
             self._batch.clear()
-            self._queued_s = self._queued_batch_s = 0.0
             seats, self._parked = self._parked, []
         for seat in seats:
             seat.wake.release()
@@ -197,13 +245,11 @@ class ConcurrencyLimit:
         if self._ended:
             return
         if work.batch:
-            self._batch.append(work)
-            self._queued_batch_s += work.seconds
+            self._batch.add(work)
             return
         if not self._first:
             self._eased_at = time.monotonic()
-        self._first.append(work)
-        self._queued_s += work.seconds
+        self._first.add(work)
 
     def _next(self) -> _Work | None:
         """Passes a slot on: returns the work that gets it; None if a thread that waited has it, or it is free."""
@@ -211,15 +257,9 @@ class ConcurrencyLimit:
         if self._returning:
             self._returning.popleft().wake.release()
             return None
-        if self._first:
-            work = self._first.popleft()
-            # The sum is made new with an empty queue, so that no rounding adds up.
-            self._queued_s = self._queued_s - work.seconds if self._first else 0.0
-            return work
-        if self._batch:
-            work = self._batch.popleft()
-            self._queued_batch_s = self._queued_batch_s - work.seconds if self._batch else 0.0
-            return work
+        for queue in (self._first, self._batch):
+            if queue:
+                return queue.take()
         self._free += 1
         return None
 

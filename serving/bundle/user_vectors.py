@@ -31,8 +31,8 @@ class UserVectors:
         """Takes the model and the number of vectors to keep, rounded up to four times a power of two; 0 keeps none."""
         self._model = model
         sets = 1 << (-(-capacity // WAYS) - 1).bit_length() if capacity else 0
-        # Written here, so that the memory is taken at the start and does not seem to leak while the table fills.
-        self._keys, self._used = np.zeros((sets, WAYS, 2), np.uint64), np.zeros((sets, WAYS), np.int64)
+        # Written here (`zeros` would not), so that the memory is taken at the start and does not seem to leak later.
+        self._keys, self._used = np.full((sets, WAYS, 2), 0, np.uint64), np.full((sets, WAYS), 0, np.int64)
         self._vectors = np.full((sets, WAYS, model.dim), np.nan, np.float32)
 
     def encode(self, vectors: _F32, types: _I64) -> _F32:

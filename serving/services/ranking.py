@@ -28,6 +28,7 @@ from serving.pipeline.request import Request, Unknown
 from serving.pipeline.results import Reason, Slate
 from serving.services import validation as checks
 from serving.services.items import item_fields, shown_items
+from serving.services.page import page_bytes, warm_page
 from serving.stores.catalog_log import CatalogProgress
 
 MAX_PAGE = 100
@@ -59,6 +60,7 @@ class RankingService(ranking_pb2_grpc.RankingServiceServicer):
         """Takes the engine, how arms are drawn, how far the catalogue was followed, and the limit of rankings."""
         self._engine_ref, self._holdout, self._default_deadline_s = engine_ref, holdout, default_deadline_s
         self._progress, self._limit = progress, limit
+        warm_page()
 
     def Recommend(
         self, request: ranking_pb2.RecommendRequest, context: grpc.ServicerContext
@@ -234,9 +236,8 @@ def _slate(request: Request, missing: dict[str, None], fields: Sequence[str], en
     """Runs a request and returns the slate as the contract has it, with the named fields of its items."""
     slate = engine.pipelines[request.method].run(request)
     profile = slate.user.profile
-    return ranking_pb2.Slate(
+    message = ranking_pb2.Slate(
         request_id=request.request_id,
-        items=_items(slate, engine.catalog, fields),
         rung=_RUNGS[slate.rung],
         experiment=_experiment(slate.user.assignment),
         bundle_id=engine.bundle_id,
@@ -253,6 +254,8 @@ def _slate(request: Request, missing: dict[str, None], fields: Sequence[str], en
         profile_found=bool(profile and profile.count),
         consent_withheld=slate.user.withheld,
     )
+    _add_items(message, slate, engine.catalog, fields)
+    return message
 
 
 def _experiment(assignment: Assignment) -> common_pb2.Experiment | None:
@@ -261,39 +264,22 @@ def _experiment(assignment: Assignment) -> common_pb2.Experiment | None:
     return common_pb2.Experiment(arm=assignment.arm, holdout=assignment.holdout, bucket=assignment.bucket)
 
 
-def _items(slate: Slate, catalog: Catalog, fields: Sequence[str]) -> list[ranking_pb2.RankedItem]:
-    items = _known_items(slate, catalog)
+def _add_items(message: ranking_pb2.Slate, slate: Slate, catalog: Catalog, fields: Sequence[str]) -> None:
+    """Adds the items of a page to its message, with the named fields of each."""
+    candidates = slate.candidates
+    # A source that has not proposed an item has no score for it.
+    proposed = np.isfinite(candidates.scores).T
+    ids = catalog.ids(slate.rows)
+    page = page_bytes(ids, slate.scores, slate.propensities, slate.probabilities, candidates.names, proposed)
+    message.MergeFromString(page)
+    for ranked, reasons in zip(message.items, slate.reasons, strict=False):
+        ranked.reasons.extend(_reason(reason, catalog) for reason in reasons)
     if fields:
-        for ranked, item in zip(items, shown_items(catalog, slate.rows, fields), strict=True):
+        for ranked, item in zip(message.items, shown_items(catalog, slate.rows, fields), strict=True):
             ranked.item.CopyFrom(item)
     for unknown in slate.unknown:
-        items.insert(unknown.place, ranking_pb2.RankedItem(item_id=unknown.item_id, score=math.nan, propensity=1.0))
-    return items
-
-
-def _known_items(slate: Slate, catalog: Catalog) -> list[ranking_pb2.RankedItem]:
-    names = slate.candidates.names
-    # A source that has not proposed an item has no score for it.
-    proposed_by = np.isfinite(slate.candidates.scores).T.tolist()
-    probabilities = [] if slate.probabilities is None else slate.probabilities.tolist()
-    return [
-        ranking_pb2.RankedItem(
-            item_id=item_id,
-            score=score,
-            action_probabilities=_numbers(probabilities[at]) if probabilities else (),
-            sources=[name for name, proposed in zip(names, proposed_by[at], strict=True) if proposed],
-            reasons=[_reason(reason, catalog) for reason in slate.reasons[at]] if slate.reasons else (),
-            propensity=propensity,
-        )
-        for at, (item_id, score, propensity) in enumerate(
-            zip(catalog.ids(slate.rows), slate.scores.tolist(), slate.propensities.tolist(), strict=True)
-        )
-    ]
-
-
-def _numbers(values: list[float]) -> list[float]:
-    """Returns the values, or none if the ranker did not score the item."""
-    return [] if values and math.isnan(values[0]) else values
+        kept = ranking_pb2.RankedItem(item_id=unknown.item_id, score=math.nan, propensity=1.0)
+        message.items.insert(unknown.place, kept)
 
 
 def _reason(reason: Reason, catalog: Catalog) -> ranking_pb2.Reason:

@@ -75,6 +75,22 @@ def test_work_runs_in_its_order_and_batches_behind_all_other_work():
     assert held.end() == ["a", "b", "batch 1", "batch 2"]
 
 
+def test_callers_take_turns_and_one_with_little_work_waits_for_little_of_the_others():
+    held = Held()
+    for number in range(16):
+        held.limit._note("work", 0.02)
+    for number in range(5):
+        held.limit.submit(lambda number=number: held.order.append(f"greedy {number}"), "work", "greedy")
+    for number in range(2):
+        held.limit.submit(lambda number=number: held.order.append(f"modest {number}"), "work", "modest")
+    running_s = 0.02 / 2
+    assert held.limit.expected_wait_s("new") == pytest.approx(running_s + 2 * 0.02)
+    assert held.limit.expected_wait_s("modest") == pytest.approx(running_s + 5 * 0.02)
+    assert held.limit.expected_wait_s("greedy") == pytest.approx(running_s + 7 * 0.02)
+    expected = ["greedy 0", "modest 0", "greedy 1", "modest 1", "greedy 2", "greedy 3", "greedy 4"]
+    assert held.end() == expected
+
+
 def test_work_that_fails_keeps_no_slot(caplog):
     held = Held()
     held.limit.submit(lambda: [][0], "odd")
@@ -123,7 +139,7 @@ def test_the_expected_wait_is_that_of_the_work_before():
     go.set()
     wait_until(lambda: limit._free == 2)
     assert limit.expected_wait_s() == 0
-    assert (limit._queued_s, limit._queued_batch_s) == (0, 0)
+    assert (limit._first.seconds, limit._batch.seconds) == (0, 0)
 
 
 def test_a_stall_passes_for_no_slow_work_and_slower_work_is_learnt():

@@ -52,18 +52,19 @@ class AdmissionControl:
         """
         self._limit, self._wait_s, self._batches, self.enabled = limit, wait_s, max(places // 2, 1), enabled
 
-    def refusal(self, kind: str, left_s: float, *, batch: bool = False) -> ServingError | None:
+    def refusal(self, kind: str, left_s: float, caller: object = None, *, batch: bool = False) -> ServingError | None:
         """Returns the error that a new ranking is to end with; None to take it.
 
         Args:
             kind: Its method.
             left_s: Time until its deadline, in seconds.
+            caller: Its caller; callers take turns, so one with few rankings waits less than one with many.
             batch: It gives way to others.
         """
         if not self.enabled:
             return None
         limit = self._limit
-        wait_s = limit.expected_wait_s(batch=batch)
+        wait_s = limit.expected_wait_s(caller, batch=batch)
         if not wait_s:
             return None
         own_s = limit.expected_s(kind)

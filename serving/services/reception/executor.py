@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,10 @@ SUSPICION_S = 0.01
 _LOOK_SHARE = 10
 """Pause until the next look, in processor times of the last: thousands of connections make it long."""
 
+_CROWD = 64
+"""Open calls of a worker above which threads take turns at the interpreter more often."""
+
+_SHORT_SWITCH_S = 0.0005
 _TRIM_S = 1.0
 """Least time between two returns of free memory to the system, in seconds."""
 
@@ -196,7 +201,7 @@ class Reception(ThreadPoolExecutor):
         lane: Lane = getattr(behavior, "lane", self._work)
         call, error = self.calls.enter(event.call.peer().decode(), lane)
         kind = getattr(behavior, "ranks", "")
-        ranking = self.rankings.ranking(event, kind) if kind and self.rankings else None
+        ranking = self.rankings.ranking(event, kind, call.connection) if kind and self.rankings else None
         rpc = _Rpc(event, state, call, ranking)
         # A method that answers by a callback returns at once, so its call ends when the client closes it, not here.
         returns = not getattr(behavior, "experimental_non_blocking", False)
@@ -351,7 +356,7 @@ class Reception(ThreadPoolExecutor):
                 outage.failed(repr(error), trace=error)
 
     def _rounds(self, trimmer: _Trimmer) -> None:
-        looked, pause = time.monotonic(), LOOK_S
+        looked, pause, usual_s = time.monotonic(), LOOK_S, sys.getswitchinterval()
         while not self._ending:
             if self._urgent.wait(min(ROUND_S, pause)):
                 self._urgent.clear()
@@ -363,6 +368,9 @@ class Reception(ThreadPoolExecutor):
                     call.drop()
                 else:
                     call.end(error)
+            # gRPC's serving thread waits for the interpreter twice for each call that it takes, up to an interval each
+            # time; where calls stand in line before it, that would be seconds.
+            sys.setswitchinterval(_SHORT_SWITCH_S if self.calls.open > _CROWD else usual_s)
             now = time.monotonic()
             if self.sockets and now - looked >= pause:
                 pause = self._look(self.sockets, now - looked)
