@@ -68,6 +68,15 @@ def test_a_burst_may_wait_and_a_queue_that_stands_may_not(busy):
     assert busy.refusal() is Overloaded
 
 
+def test_a_caller_with_few_rankings_is_taken_where_one_with_many_is_not(busy):
+    for _ in range(40):
+        busy.limit.submit(lambda: None, "work", "greedy")
+    busy.stand()
+    assert type(busy.control.refusal("work", 60.0, "greedy")) is Overloaded
+    assert busy.control.refusal("work", 0.1, "modest") is None
+    assert type(busy.control.refusal("work", 0.04, "modest")) is Overloaded
+
+
 def test_batches_give_way_before_others_are_refused(busy):
     busy.queue(7, batch=True)
     assert (busy.refusal(), busy.refusal(batch=True)) == (type(None), type(None))

@@ -77,7 +77,7 @@ def test_work_runs_in_its_order_and_batches_behind_all_other_work():
 
 def test_callers_take_turns_and_one_with_little_work_waits_for_little_of_the_others():
     held = Held()
-    for number in range(16):
+    for _ in range(16):
         held.limit._note("work", 0.02)
     for number in range(5):
         held.limit.submit(lambda number=number: held.order.append(f"greedy {number}"), "work", "greedy")

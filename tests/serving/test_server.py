@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from serving.concurrency import ConcurrencyLimit
 from serving.config import ServeConfig
 from serving.errors import InvalidArgument, ResourceExhausted, Unavailable
 from serving.observability.telemetry import Telemetry
+from serving.services.reception import executor
 from serving.services.server import Server, Services
 from tests.serving.faults import wait_until
 
@@ -120,6 +122,16 @@ class Running:
 def running():
     with Running() as server:
         yield server
+
+
+def test_in_a_crowd_of_calls_threads_take_turns_at_the_interpreter_more_often(running, monkeypatch):
+    usual_s = sys.getswitchinterval()
+    monkeypatch.setattr(executor, "_CROWD", 0)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(running.client.search, "0.5", user_id="u")
+        wait_until(lambda: sys.getswitchinterval() < usual_s)
+        call.result()
+    wait_until(lambda: sys.getswitchinterval() == usual_s)
 
 
 def refused(call) -> grpc.RpcError:
