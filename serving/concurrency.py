@@ -38,15 +38,15 @@ class _Work:
     caller: object
 
 
-class _Turns:
-    """Work that waits: that of a caller in its order, and the callers in turn, so that none waits for all of another's.
+class _FairQueue:
+    """Work that waits: that of a caller in its order, and one of each caller at a time, so none waits for all of another.
 
     Attributes:
         seconds: Time that all of it is expected to take.
     """
 
     def __init__(self) -> None:
-        # The order of the lines is that of the turns.
+        # The first line is the one that is served next.
         self._lines: dict[object, deque[_Work]] = {}
         self._count, self.seconds = 0, 0.0
 
@@ -137,7 +137,7 @@ class ConcurrencyLimit:
         self._lock = threading.Lock()
         self._free, self._ended = count, False
         self._returning: deque[_Seat] = deque()
-        self._first, self._batch = _Turns(), _Turns()
+        self._first, self._batch = _FairQueue(), _FairQueue()
         # The thread that waited last is woken first: its memory is in the cache, and few threads serve a calm worker.
         self._parked: list[_Seat] = []
         self._averages: dict[str, _Average] = {}
@@ -163,7 +163,7 @@ class ConcurrencyLimit:
         """Returns how long new work of a caller would wait for a slot, in seconds, by the average of what waits."""
         if self._free:
             return 0.0
-        # A batch waits for all other work, whoever's it is.
+        # A batch waits for all other work, also for that of its own caller.
         queued = (
             self._first.seconds + self._batch.seconds_before(caller) if batch else self._first.seconds_before(caller)
         )
@@ -181,7 +181,7 @@ class ConcurrencyLimit:
         Args:
             run: The work.
             kind: Work of one kind takes about as long.
-            caller: Callers take turns, however much work each has.
+            caller: Callers are served one after the other, however much work each has.
             batch: It gives way to all work that is not a batch's.
         """
         with self._lock:

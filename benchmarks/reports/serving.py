@@ -230,7 +230,14 @@ def soak() -> str:
                 f"{max(outage['lines'].get(name, 0) for outage in result['outages'])}",
             ]
         )
-    header = ["process", "MiB at first", "MiB at last", "MiB an hour", "with a planted leak", "lines a minute without Redis"]
+    header = [
+        "process",
+        "MiB at first",
+        "MiB at last",
+        "MiB an hour",
+        "with a planted leak",
+        "lines a minute without Redis",
+    ]
     return markdown.table(header, rows) + markdown.source(path, result)
 
 

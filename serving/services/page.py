@@ -50,12 +50,13 @@ def page_bytes(
     texts, source_texts = [text.encode() for text in ids], [name.encode() for name in names]
     if probabilities is None:
         probabilities = np.empty((len(ids), 0), np.float32)
+    is_judged = ~np.isnan(probabilities[:, :1]).any(1)
     floats = 2 + probabilities.shape[1]
     each = (3 + floats) * (1 + _MOST_VARINT) + floats * _FLOAT + sum(map(len, source_texts))
     each += len(names) * (1 + _MOST_VARINT)
     out = np.empty(len(ids) * each + sum(map(len, texts)), np.uint8)
     size = write_items(
-        *_joined(texts), _bytes_of(scores), _bytes_of(propensities), _bytes_of(probabilities),
+        *_joined(texts), _bytes_of(scores), _bytes_of(propensities), _bytes_of(probabilities), is_judged,
         *_joined(source_texts), np.ascontiguousarray(proposed), out,
     )  # fmt: skip
     return out[:size].tobytes()
@@ -108,12 +109,28 @@ def _put(out: _U8, at: int, tag: int, values: _U8) -> int:
 
 
 @kernel()
+def _item_size(identifier: int, judged: int, name_ends: _I64, proposed: npt.NDArray[np.bool_]) -> int:
+    """Returns the bytes of an item, from those of its id and of its probabilities."""
+    size = 1 + _varint_size(identifier) + identifier + 2 * (1 + _FLOAT)
+    if judged:
+        size += 1 + _varint_size(judged) + judged
+    begin = 0
+    for source in range(name_ends.size):
+        if proposed[source]:
+            length = name_ends[source] - begin
+            size += 1 + _varint_size(length) + length
+        begin = name_ends[source]
+    return size
+
+
+@kernel()
 def write_items(
     text: _U8,
     ends: _I64,
     scores: _U8,
     propensities: _U8,
     probabilities: _U8,
+    is_judged: npt.NDArray[np.bool_],
     names: _U8,
     name_ends: _I64,
     proposed: npt.NDArray[np.bool_],
@@ -126,7 +143,8 @@ def write_items(
         ends: Where each id ends; int64 [k].
         scores: Their scores as float32; uint8 [k, 4].
         propensities: Their propensities as float32; uint8 [k, 4].
-        probabilities: The probabilities of the actions as float32, the first NaN for an item without; uint8 [k, 4 A].
+        probabilities: The probabilities of the actions as float32; uint8 [k, 4 A].
+        is_judged: Which items have probabilities; bool [k].
         names: The names of the sources, one behind the other; uint8 [u].
         name_ends: Where each name ends; int64 [S].
         proposed: Which sources have proposed which item; bool [k, S].
@@ -136,26 +154,9 @@ def write_items(
     for item in range(ends.size):
         identifier = text[begin : ends[item]]
         begin = ends[item]
-        judged = probabilities[item]
-        # NaN has all bits of the exponent set, and some of the others.
-        if (
-            judged.size
-            and judged[3] & 0x7F == 0x7F
-            and judged[2] >= 0x80
-            and (judged[2] & 0x7F or judged[1] or judged[0])
-        ):
-            judged = judged[:0]
-        size = 1 + _varint_size(identifier.size) + identifier.size + 2 * (1 + _FLOAT)
-        if judged.size:
-            size += 1 + _varint_size(judged.size) + judged.size
-        first = 0
-        for source in range(name_ends.size):
-            length = name_ends[source] - first
-            first = name_ends[source]
-            if proposed[item, source]:
-                size += 1 + _varint_size(length) + length
+        judged = probabilities[item] if is_judged[item] else probabilities[item, :0]
         out[at] = _ITEMS
-        at = _put_varint(out, at + 1, size)
+        at = _put_varint(out, at + 1, _item_size(identifier.size, judged.size, name_ends, proposed[item]))
         at = _put(out, at, _ITEM_ID, identifier)
         out[at] = _SCORE
         out[at + 1 : at + 1 + _FLOAT] = scores[item]

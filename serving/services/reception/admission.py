@@ -58,7 +58,7 @@ class AdmissionControl:
         Args:
             kind: Its method.
             left_s: Time until its deadline, in seconds.
-            caller: Its caller; callers take turns, so one with few rankings waits less than one with many.
+            caller: Its caller; one with few rankings waits less than one with many.
             batch: It gives way to others.
         """
         if not self.enabled:

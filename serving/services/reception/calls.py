@@ -157,11 +157,6 @@ class OpenCalls:
         self._admissions = 0
         self._lock = threading.Lock()
 
-    @property
-    def open(self) -> int:
-        """Number of calls in any phase."""
-        return sum(map(len, self._phases.values()))
-
     def count(self, phase: Phase) -> int:
         """Returns the number of calls in a phase."""
         return len(self._phases[phase])
