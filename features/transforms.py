@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,8 @@ from features.keys import item_keys
 
 _WORD = re.compile(r"\w+", re.UNICODE)
 _DESCRIPTION_WORDS = 64
+_WORDS = 1 << 16
+"""Keys of words that are remembered while the texts of a catalogue are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,26 @@ def _words_as_written(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-# Texts are made of few words, and looking one up costs a fifth of computing its key.
-@lru_cache(maxsize=1 << 16)
-def _token(word: str) -> int:
+def word_token(word: str) -> int:
+    """Returns the key of a word as it is written: CRC-32 of the UTF-8 bytes of its stem."""
+    # Not the `hash` of Python, which differs from process to process.
     return zlib.crc32(stem(word).encode())
 
 
-def text_tokens(text: str) -> npt.NDArray[np.uint32]:
-    """Returns one key per word of the text, in order: CRC-32 of the word's UTF-8 bytes; uint32 [n]."""
-    # Not the `hash` of Python, which differs from process to process.
-    return np.array(list(map(_token, _words_as_written(text))), dtype=np.uint32)
+def remembering_token() -> Callable[[str], int]:
+    """Returns a `word_token` that remembers words: looking one up costs a fifth of computing its key."""
+    return lru_cache(_WORDS)(word_token)
+
+
+def text_tokens(text: str, token_of: Callable[[str], int] = word_token) -> npt.NDArray[np.uint32]:
+    """Returns one key per word of the text, in order; uint32 [n].
+
+    Args:
+        text: The text.
+        token_of: Gives the key of a word: `word_token`, or a `remembering_token` for texts of a catalogue, which are made
+            of few words. What users search for is not to be remembered.
+    """
+    return np.array(list(map(token_of, _words_as_written(text))), dtype=np.uint32)
 
 
 def token_buckets(keys: npt.NDArray[Any], buckets: int) -> npt.NDArray[np.int64]:
@@ -86,13 +98,13 @@ def item_inputs(items: Sequence[Mapping[str, Any]], shapes: ItemInputShapes) -> 
         `tokens` int64 [n, max_tokens], `categories` int64 [n, max_categories], `creators` int64 [n] (0 = unknown),
         `prices` float32 [n] (log1p of the price; -1 = unknown).
     """
-    count = len(items)
+    count, token_of = len(items), remembering_token()
     tokens = np.zeros((count, shapes.max_tokens), np.int64)
     categories = np.zeros((count, shapes.max_categories), np.int64)
     creators = np.zeros(count, np.int64)
     prices = np.full(count, -1.0, np.float32)
     for row, item in enumerate(items):
-        _fill(tokens[row], token_buckets(text_tokens(item_text(item)), shapes.token_buckets))
+        _fill(tokens[row], token_buckets(text_tokens(item_text(item), token_of), shapes.token_buckets))
         _fill(
             categories[row],
             token_buckets(item_keys(list(item.get("categories") or ())), shapes.category_buckets),

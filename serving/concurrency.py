@@ -39,7 +39,7 @@ class _Work:
 
 
 class _FairQueue:
-    """Work that waits: that of a caller in its order, and one of each caller at a time, so none waits for all of another.
+    """Work that waits: that of a caller in its order, and one of each caller at a time: none waits for all of another.
 
     Attributes:
         seconds: Time that all of it is expected to take.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -54,3 +56,15 @@ def test_an_item_and_a_query_share_their_tokens():
     assert item_text(item) == "Sourdough Bread BAKERY"
     query = query_inputs("sourdough breads", SHAPES)["tokens"][0]
     assert query[:2].tolist() == item_inputs([item], SHAPES)["tokens"][0, :2].tolist()
+
+
+def test_the_words_of_queries_are_not_remembered():
+    text_tokens("warm")
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(5000):
+            text_tokens(f"word{number:x}")
+        assert tracemalloc.get_traced_memory()[0] - before < 50_000  # ten bytes each; to keep them takes 170
+    finally:
+        tracemalloc.stop()

@@ -23,7 +23,15 @@ from features.bundle import open_bundle, publish
 from features.catalog import Catalog
 from features.errors import ExportError
 from features.model_inputs import ENCODER_FEATURES, FEATURES, ranker_names, ranker_width
-from features.transforms import WORDED, ItemInputShapes, item_inputs, item_text, query_inputs, text_tokens
+from features.transforms import (
+    WORDED,
+    ItemInputShapes,
+    item_inputs,
+    item_text,
+    query_inputs,
+    remembering_token,
+    text_tokens,
+)
 from training.data.clock import report_future_events
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Targets
@@ -320,9 +328,10 @@ def _write_tables(loaded: LoadedRun, data: Interactions, catalog: Catalog, stagi
         writer.write_table(popular)
     # Of the columns that the words are made of, a part at a time: a million items as dictionaries are gigabytes.
     lengths, words = [np.zeros(1, np.int64)], [np.empty(0, np.uint32)]
+    token_of = remembering_token()
     worded = loaded.items.select([name for name in WORDED if name in loaded.items.column_names])
     for batch in worded.to_batches(max_chunksize=10_000):
-        tokens = [text_tokens(item_text(item)) for item in batch.to_pylist()]
+        tokens = [text_tokens(item_text(item), token_of) for item in batch.to_pylist()]
         lengths.append(np.array([item_tokens.size for item_tokens in tokens], np.int64))
         words.append(np.concatenate([np.empty(0, np.uint32), *tokens]))
     np.save(staging / "token_offsets.npy", np.cumsum(np.concatenate(lengths)))
