@@ -69,8 +69,8 @@ def text_tokens(text: str, token_of: Callable[[str], int] = word_token) -> npt.N
 
     Args:
         text: The text.
-        token_of: Gives the key of a word: `word_token`, or a `remembering_token` for texts of a catalogue, which are made
-            of few words. What users search for is not to be remembered.
+        token_of: Gives the key of a word: `word_token`, or a `remembering_token` for texts of a catalogue, which are
+            made of few words. What users search for is not to be remembered.
     """
     return np.array(list(map(token_of, _words_as_written(text))), dtype=np.uint32)
 
