@@ -46,7 +46,7 @@ _READ_BYTES = 64 << 10
 _AHEAD_BYTES = 16 << 10
 _HEADER_BYTES = 8 << 10
 _HANDSHAKE_MS = 10_000
-_PENDING = 2048
+_PENDING = 2560
 _IDLE_CONNECTION_MS = 300_000
 """Time after which a connection without a call is ended; clients open it again when they have one."""
 

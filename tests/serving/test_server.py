@@ -5,16 +5,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import socket
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from penchant.channels import is_local
@@ -127,11 +130,34 @@ def running():
 def test_in_a_crowd_of_calls_threads_take_turns_at_the_interpreter_more_often(running, monkeypatch):
     usual_s = sys.getswitchinterval()
     monkeypatch.setattr(executor, "_CROWD", 0)
-    with ThreadPoolExecutor(1) as pool:
+    with grpc.insecure_channel(running.target) as channel, ThreadPoolExecutor(1) as pool:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        next(watch)
+        time.sleep(3 * executor.ROUND_S)
+        assert sys.getswitchinterval() == usual_s  # a stream is no crowd
         call = pool.submit(running.client.search, "0.5", user_id="u")
         wait_until(lambda: sys.getswitchinterval() < usual_s)
         call.result()
-    wait_until(lambda: sys.getswitchinterval() == usual_s)
+        wait_until(lambda: sys.getswitchinterval() == usual_s)
+
+
+def test_a_call_that_is_over_is_gone_without_a_garbage_collection(running, monkeypatch):
+    gc.collect()
+    gc.disable()
+    try:
+        states = []
+        submit = executor.Reception.submit
+
+        def watched(self, fn, *args, **kwargs):
+            states.append(weakref.ref(args[2]))
+            return submit(self, fn, *args, **kwargs)
+
+        monkeypatch.setattr(executor.Reception, "submit", watched)
+        for _ in range(20):
+            running.client.search("0", user_id="u")
+        wait_until(lambda: sum(state() is not None for state in states) <= 2)  # one may be in the hand of a thread
+    finally:
+        gc.enable()
 
 
 def refused(call) -> grpc.RpcError:

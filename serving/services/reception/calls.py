@@ -51,7 +51,7 @@ class Bounds:
         read_s: Time from an answer until it is read, in seconds.
     """
 
-    calls: int = 50
+    calls: int = 64
     receiving: int = 8
     waiting: int = 256
     message_s: float = 5.0
@@ -140,6 +140,11 @@ class OpenCall:
     end: Callable[[ServingError], None] = lambda _: None
     drop: Callable[[], None] = lambda: None
     stuck: Callable[[], bool] = lambda: False
+
+    def let_go(self) -> None:
+        """Drops the functions: they hold the call of gRPC, which holds this object, and so long it is open for gRPC."""
+        self.receive = self.drop = lambda: None
+        self.end, self.stuck = lambda _: None, lambda: False
 
 
 class OpenCalls:
@@ -338,6 +343,7 @@ class OpenCalls:
         call.phase, call.since = phase, time.monotonic()
         if phase is Phase.GONE:
             call.connection.calls.pop(id(call), None)
+            call.let_go()
         else:
             self._phases[phase][id(call)] = call
 

@@ -370,13 +370,17 @@ class Reception(ThreadPoolExecutor):
                     call.end(error)
             # gRPC's serving thread waits for the interpreter twice for each call that it takes, up to an interval each
             # time; where calls stand in line before it, that would be seconds.
-            crowd = sum(map(self.calls.count, (Phase.SENDING, Phase.WORKING, Phase.READING)))
-            sys.setswitchinterval(_SHORT_SWITCH_S if crowd > _CROWD else usual_s)
+            sys.setswitchinterval(_SHORT_SWITCH_S if self._crowd() > _CROWD else usual_s)
             now = time.monotonic()
             if self.sockets and now - looked >= pause:
                 pause = self._look(self.sockets, now - looked)
                 looked = now
             trimmer.look(now)
+
+    def _crowd(self) -> int:
+        """Returns the number of open calls, without streams, which wait most of the time."""
+        streams = sum(len(lane.calls) for lane in self._pools if lane.stream)
+        return sum(map(self.calls.count, (Phase.SENDING, Phase.WORKING, Phase.READING))) - streams
 
     def _look(self, sockets: Sockets, seconds: float) -> float:
         """Closes abusive connections, and forgets those that are closed.
