@@ -50,6 +50,16 @@ _PENDING = 2560
 _IDLE_CONNECTION_MS = 300_000
 """Time after which a connection without a call is ended; clients open it again when they have one."""
 
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients ping to keep a way through NAT open, also between calls; gRPC's own limit of a ping in five minutes
+    # would end their connections. A flood of pings ends as other abuse does: gRPC needs longer to refuse a ping
+    # than to answer it.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -214,13 +224,7 @@ def _options(config: ServeConfig, calls: int) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", _HEADER_BYTES),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
         ("grpc.max_connection_idle_ms", _IDLE_CONNECTION_MS),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        # Clients ping to keep a way through NAT open, also between calls; gRPC's own limit of a ping in five minutes
-        # would end their connections. A flood of pings ends as other abuse does: gRPC needs longer to refuse a ping
-        # than to answer it.
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_ping_strikes", 0),
+        *_KEEPALIVE,
     ]
     if config.max_connection_age_s:
         # gRPC sends GOAWAY to old connections, varies the age by 10 % and fails no call by it.
