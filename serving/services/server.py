@@ -212,7 +212,7 @@ def _options(config: ServeConfig, calls: int) -> list[tuple[str, int]]:
         # gRPC keeps calls that Python has not taken, in a line for each method, and of too many it cancels some at
         # random, good ones too. So many that 40 connections with all the calls they may have find room.
         ("grpc.server.max_pending_requests", _PENDING),
-        ("grpc.server.max_pending_requests_hard_limit", 3 * _PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _PENDING + _PENDING // 8),
         # gRPC reads up to 4 MiB at once of each connection that sends much; 40 of them would take 160.
         ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
         # Nor does it open the windows of connections that send fast: requests are small. A stream sends no more than
