@@ -73,7 +73,8 @@ def test_nothing_of_a_running_service_can_be_read_or_reached(world, place):
             client.ingest([event(user, "i0", "view_item") for user in ("ann", "bob")])
             client.recommend(user_id="ann", page_size=5)
             client.erase("bob")
-        wait_until(lambda: list(state.rglob("*.parquet")))
+        # The tables first, and then the file that says how far they go.
+        wait_until(lambda: list(state.rglob("*.parquet")) and list(state.rglob("dataset.json")))
         paths = [state, *state.rglob("*"), *ledger.parent.rglob("*"), ledger.parent]
         names = {path.name for path in paths}
         assert {"redis.sock", "dataset.json", "erasures.jsonl"} <= names
