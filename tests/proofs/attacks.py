@@ -271,7 +271,7 @@ def run(
 
 
 def _later(target: Target, before: tuple[float, int, int], seconds: float, surface: str) -> Outcome:
-    """What is left of all attacks together, and that calls are answered."""
+    """Measures the memory, threads and files that all attacks together left, and calls a few times."""
     outcome, good, health = Outcome("afterwards", 0, surface, seconds), Counter[str](), Counter[str]()
     with target.client() as client, target.channel() as channel:
         for _ in range(20):
