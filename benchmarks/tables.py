@@ -37,8 +37,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "durability": serving.durability,
     "hosts": serving.hosts,
     "rolls": serving.rolls,
-    "attacks": serving.attacks,
-    "soak": serving.soak,
     "no-skew": serving.no_skew,
     "freshness": serving.freshness,
     "profiles": serving.profiles,

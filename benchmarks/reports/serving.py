@@ -189,58 +189,6 @@ def rolls() -> str:
     return markdown.table(["", "client", "calls", "failed"], rows) + markdown.source(path, result)
 
 
-def attacks() -> str:
-    """Returns the table of attacks: of each the worst of all surfaces."""
-    path = RESULTS / "attacks.json"
-    result = markdown.read(path)
-    rows = []
-    for name in dict.fromkeys(row["attack"] for row in result["rows"]):
-        found = [row for row in result["rows"] if row["attack"] == name]
-        answered = [
-            f"{min(row[kind].get('OK', 0) / sum(row[kind].values()) for row in found):.1%} of "
-            f"{sum(sum(row[kind].values()) for row in found):,}"
-            for kind in ("good", "health")
-        ]
-        grown = [
-            f"{max(row['peak_mb'] for row in found if row['connections'] == number):.0f}"
-            if any(row["connections"] == number for row in found)
-            else ""
-            for number in (1, 40)
-        ]
-        rows.append([name, *answered, *grown, f"{max(row['left_mb'] for row in found):.0f}"])
-    header = ["attack", "good calls answered", "health checks answered", "MB, 1 connection", "MB, 40", "MB left"]
-    return markdown.table(header, rows) + markdown.source(path, result)
-
-
-def soak() -> str:
-    """Returns the table of the processes' memory under lasting load."""
-    path = RESULTS / "soak.json"
-    result = markdown.read(path)
-    rows = []
-    for name, process in result["processes"].items():
-        grown, parts = process["mib_an_hour"], process["rss_mib"]
-        control = result["control"]["processes"].get(name)
-        rows.append(
-            [
-                name,
-                f"{parts[0]:.0f}",
-                f"{parts[-1]:.0f}",
-                f"{grown['slope']:.2f} ({grown['low']:.2f} to {grown['high']:.2f})",
-                f"{control['slope']:.0f}" if control else "",
-                f"{max(outage['lines'].get(name, 0) for outage in result['outages'])}",
-            ]
-        )
-    header = [
-        "process",
-        "MiB at first",
-        "MiB at last",
-        "MiB an hour",
-        "with a planted leak",
-        "lines a minute without Redis",
-    ]
-    return markdown.table(header, rows) + markdown.source(path, result)
-
-
 def no_skew() -> str:
     """Returns the table of the histories that were compared, and of the differences."""
     path = RESULTS / "no-skew.json"

@@ -98,6 +98,12 @@ class Outcome:
     attacker: dict[str, int] = field(default_factory=dict)
     crashed: int = 0
 
+    def note_left(self, usage: tuple[float, int, int], before: tuple[float, int, int]) -> None:
+        """Takes what the process holds more than before: memory in MB, threads, descriptors."""
+        self.left_mb, self.left_threads, self.left_files = (
+            usage[0] - before[0], usage[1] - before[1], usage[2] - before[2],
+        )  # fmt: skip
+
     def failures(self) -> list[str]:
         """Returns the list of what should not have happened."""
         wrong = []
@@ -174,7 +180,7 @@ def attack_all(
         outcome.attacker = dict(sum((Counter(figures) for figures in told), Counter[str]()))
         left = _settled(target, memory, files, settle_s)
     outcome.good, outcome.health, outcome.memory_mb = dict(good), dict(health), memory
-    outcome.left_mb, outcome.left_threads, outcome.left_files = left[0] - memory, left[1] - threads, left[2] - files
+    outcome.note_left(left, (memory, threads, files))
     return outcome
 
 
@@ -279,11 +285,7 @@ def _later(target: Target, before: tuple[float, int, int], seconds: float, surfa
             call(health, lambda: check_health(channel))
     usage = target.usage()
     outcome.good, outcome.health, outcome.memory_mb = dict(good), dict(health), before[0]
-    outcome.left_mb, outcome.left_threads, outcome.left_files = (
-        usage[0] - before[0],
-        usage[1] - before[1],
-        usage[2] - before[2],
-    )
+    outcome.note_left(usage, before)
     return outcome
 
 
