@@ -90,7 +90,8 @@ def _feed(run: LoadedRun, material: Material, shown: Examples) -> RankerDataset:
     statistics = PointInTimeStatistics(
         material.data, columns_of_run(run), material.actions, shown, material.division.fit_end
     )
-    feed = read_ranker_dataset(statistics, shown, run.user_encoder, torch.from_numpy(run.item_vectors), run.config)
+    table = torch.from_numpy(run.item_vectors)
+    feed = read_ranker_dataset(statistics, shown, run.user_encoder, table, run.linear, run.config)
     assert feed is not None
     return feed
 

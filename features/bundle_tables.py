@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import pyarrow as pa
 from features.arrays import pc
 from features.bundle import Bundle
 from features.errors import BundleError, VocabularyError
+from features.linear import ItemWeights
 from features.model_inputs import statistics_width
 from features.tables.schema import ITEMS
 from features.vocabulary import Vocabulary
@@ -21,20 +22,6 @@ _LEARNED: dict[str, pa.DataType] = {
     "trained": pa.bool_(),
 }
 _POPULAR: dict[str, pa.DataType] = {"segment": pa.string(), "row": pa.int32(), "score": pa.float32()}
-
-
-class PackedNeighbors(NamedTuple):
-    """The neighbours of all items, end to end.
-
-    Attributes:
-        offsets: Place at which those of each row begin; int64 [N + 1].
-        rows: Their rows; int32 [m].
-        scores: Their cosines; float32 [m].
-    """
-
-    offsets: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int32]
-    scores: npt.NDArray[np.float32]
 
 
 ScoredRows = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
@@ -128,8 +115,8 @@ def read_popular(bundle: Bundle, count: int) -> dict[str, ScoredRows]:
     return tables
 
 
-def read_neighbors(bundle: Bundle, count: int) -> PackedNeighbors:
-    """Returns the nearest rows of each item, and their cosines; what is -1 in the files takes no memory.
+def read_neighbors(bundle: Bundle, count: int) -> ItemWeights:
+    """Returns the item-to-item weights; what is -1 in the files takes no memory.
 
     Raises:
         BundleError: A file is malformed, names rows beyond `count`, or holds NaN or infinity.
@@ -146,14 +133,14 @@ def read_neighbors(bundle: Bundle, count: int) -> PackedNeighbors:
     is_real = np.concatenate([np.zeros(0, bool), *real])
     place, is_finite = 0, True
     for piece in bundle.stream_array("neighbor_scores.npy", np.float32, (count, width))[1]:
-        cosines = np.frombuffer(piece, np.float32)
-        is_finite &= bool(np.isfinite(cosines).all())
-        scores.append(cosines[is_real[place : place + cosines.size]])
-        place += cosines.size
+        weights = np.frombuffer(piece, np.float32)
+        is_finite &= bool(np.isfinite(weights).all())
+        scores.append(weights[is_real[place : place + weights.size]])
+        place += weights.size
     if not is_finite:
         raise bundle.malformed("neighbor_scores.npy", "holds NaN or infinity")
     lengths = is_real.reshape(count, width).sum(axis=1)
-    return PackedNeighbors(
+    return ItemWeights(
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         np.concatenate([np.zeros(0, np.int32), *rows]),
         np.concatenate([np.zeros(0, np.float32), *scores]),

@@ -11,6 +11,7 @@ from typing import Any
 
 from features import strict_json
 from features.errors import BundleError
+from features.linear import LinearSpec
 from features.transforms import ItemInputShapes
 
 FORMAT = 1
@@ -83,6 +84,7 @@ class ModelSpec:
         surface_rates: Log-odds of each action above `base_rates`, by surface; [A] each.
         blend: Weight of the ranker's utility in the final score.
         repeats: Whether items are recommended again after an event of `seen_types`.
+        linear: The linear part of relevance.
     """
 
     dim: int
@@ -96,6 +98,7 @@ class ModelSpec:
     surface_rates: Mapping[str, tuple[float, ...]]
     blend: float
     repeats: bool
+    linear: LinearSpec
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -112,6 +115,7 @@ class ModelSpec:
             surface_rates={name: tuple(rates) for name, rates in (values.get("surface_rates") or {}).items()},
             blend=float(values["blend"]),
             repeats=values["repeats"],
+            linear=LinearSpec.of(values.get("linear")),
         )
 
     @property
@@ -198,7 +202,16 @@ def _check_document(document: dict[str, Any], path: str) -> None:
 
 
 def _check_model(model: dict[str, Any], path: str) -> None:
-    _check(model, _MODEL, path, "model.", {"base_rates": _list(_number()), "surface_rates": _mapping})
+    _check(
+        model,
+        _MODEL,
+        path,
+        "model.",
+        {"base_rates": _list(_number()), "surface_rates": _mapping, "linear": _mapping},
+    )
+    # A bundle of an earlier version has none.
+    if model.get("linear") is not None:
+        _check(model["linear"], _LINEAR, path, "model.linear.")
     for at, action in enumerate(model["actions"]):
         _check(action, _ACTION, path, f"model.actions[{at}].", {"shown_types": _list(_text)})
     count = len(model["actions"])
@@ -315,6 +328,10 @@ _MODEL: Mapping[str, Check] = {
     "action_weights": _list(_number()),
     "blend": _number(0.0, 1e6),
     "repeats": _flag,
+}
+_LINEAR: Mapping[str, Check] = {
+    **dict.fromkeys(("weight", "count_weight", "recency_weight"), _number(-1e6, 1e6)),
+    **dict.fromkeys(("decay", "recency_decay"), _number(0.0, 1.0)),
 }
 _ACTION: Mapping[str, Check] = {
     "name": _text,

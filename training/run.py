@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
 from features.files import sync
+from features.linear import ItemWeights, LinearSpec, LinearTerm
 from features.model_inputs import ranker_width
 from features.tables.conform import Intake
 from features.tables.dataset import Dataset, open_dataset
@@ -93,11 +94,12 @@ class LoadedRun:
         recent_popularity: float32 `[N]`, log1p of its events in the last `recent_days` of the training part.
         trained: bool `[N]`, False for a row that training has not seen, whose vector comes from content alone.
         statistics: float32 `[N, S]`, rates of users' actions on the row's item when shown, see `features.catalog`.
-        neighbors: int32 `[N, K]` item-to-item, best first, -1 padded.
-        neighbor_scores: float32 `[N, K]`, their cosines.
+        neighbors: int32 `[N, K]` item-to-item, largest weight first, -1 padded.
+        neighbor_scores: float32 `[N, K]`, their weights (`training.models.linear`).
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
             data_fingerprint, feature_fingerprint, event_types, actions, action_weights, base_rates, surface_rates,
-            ranker_source, ranker, seen_types, content, ordered_only, rejected, rejections, unread, future_events.
+            ranker_source, ranker, linear, seen_types, content, ordered_only, rejected, rejections, unread,
+            future_events.
         dataset: The data set that it was trained on.
     """
 
@@ -118,6 +120,16 @@ class LoadedRun:
     neighbor_scores: npt.NDArray[np.float32]
     result: dict[str, Any]
     dataset: Dataset
+
+    @property
+    def linear(self) -> LinearTerm:
+        """The linear part of relevance."""
+        return LinearTerm(linear_spec(self.result), ItemWeights.of(self.neighbors, self.neighbor_scores))
+
+
+def linear_spec(result: Mapping[str, Any]) -> LinearSpec:
+    """Returns the weights of the linear part of a run's result; a run of an earlier version has none."""
+    return LinearSpec.of((result.get("linear") or {}).get("spec"))
 
 
 def input_shapes(config: TrainConfig) -> ItemInputShapes:

@@ -19,6 +19,7 @@ import torch
 
 from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
+from features.linear import ItemWeights, LinearTerm
 from features.model_inputs import FEATURES
 from features.private_files import make_folders
 from features.tables.dataset import Dataset
@@ -37,7 +38,9 @@ from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
 from training.models.baselines import counts_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
+from training.models.linear import LinearPart, fit_linear
 from training.models.neighbors import neighbors_of
+from training.models.scoring import user_vectors
 from training.models.warm_start import cooccurrence_vectors
 from training.report import write_report
 from training.run import (
@@ -123,10 +126,11 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
         with exact():
             tables = _tables(material, modules, bags, config)
+            linear = _fit_linear(material, modules, tables, config)
         table = torch.from_numpy(tables["item_vectors"]).to(device)
         fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
         with exact():
-            tables["statistics"], facts = _train_ranker(data, material, modules, table, tables, config)
+            tables["statistics"], facts = _train_ranker(data, material, modules, table, tables, linear, config)
     _write_models(out, material, modules, tables)
     seconds = progress.pop("seconds_before") + time.monotonic() - began
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
@@ -155,6 +159,7 @@ def _train_ranker(
     modules: Modules,
     table: torch.Tensor,
     tables: dict[str, npt.NDArray[Any]],
+    linear: LinearPart,
     config: TrainConfig,
 ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
     """Trains the ranker, on impressions if there are enough, else on candidates.
@@ -165,10 +170,11 @@ def _train_ranker(
     # The features come from the functions that serving calls, so that the ranker sees the same numbers there.
     weights = action_weights(material.actions, config)
     columns = _columns(material, tables)
-    snapshot, known, training = _learn_from_impressions(path, material, modules, table, columns, config)
+    term = LinearTerm(linear.spec, ItemWeights.of(linear.neighbors, linear.scores))
+    snapshot, known, training = _learn_from_impressions(path, material, modules, table, term, columns, config)
     columns = dataclasses.replace(columns, statistics=known.statistics)
     builder = CandidateBuilder(
-        modules, table, material.data, columns, known.action_rates, material.actions, config, bool(training)
+        modules, table, term, material.data, columns, known.action_rates, material.actions, config, bool(training)
     )
     blend, ndcg_by_blend = fit_ranker(builder, material.division, weights)
     return snapshot.statistics, {
@@ -177,6 +183,7 @@ def _train_ranker(
         "action_weights": weights,
         "ranker_source": "impressions" if training else "candidates",
         "ranker": training,
+        "linear": {"spec": linear.spec.as_json(), **linear.facts},
         **snapshot.facts(),
     }
 
@@ -198,7 +205,13 @@ def _reads_impressions(config: TrainConfig) -> bool:
 
 
 def _learn_from_impressions(
-    path: Path, material: Material, modules: Modules, table: torch.Tensor, columns: CatalogColumns, config: TrainConfig
+    path: Path,
+    material: Material,
+    modules: Modules,
+    table: torch.Tensor,
+    linear: LinearTerm,
+    columns: CatalogColumns,
+    config: TrainConfig,
 ) -> tuple[StatisticsSnapshot, StatisticsSnapshot, dict[str, Any]]:
     """Trains the ranker on impressions if there are enough.
 
@@ -212,7 +225,7 @@ def _learn_from_impressions(
         examples = read_examples(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
     statistics = PointInTimeStatistics(data, columns, material.actions, examples, material.division.fit_end)
     if examples is not None:
-        dataset = read_ranker_dataset(statistics, examples, modules.user, table, config)
+        dataset = read_ranker_dataset(statistics, examples, modules.user, table, linear, config)
         training = fit_on_impressions(modules.ranker.cpu(), dataset, config) if dataset is not None else {}
     moment = 1 if data.ordered_only else cut_of(data, config) + 1
     # Candidates are made for the validation targets: a rate that counted these would tell which of them it is.
@@ -334,6 +347,23 @@ def _tables(
         "neighbors": neighbors,
         "neighbor_scores": scores,
     }
+
+
+def _fit_linear(
+    material: Material, modules: Modules, tables: dict[str, npt.NDArray[Any]], config: TrainConfig
+) -> LinearPart:
+    """Fits the linear part on the training events; its table takes the place of the cosines."""
+    data, division = material.data, material.division
+    targets = division.validation.sample(config.validation_users, config.seed)
+    table = torch.from_numpy(tables["item_vectors"]).to(modules.item.ids.weight.device)
+    users = user_vectors(modules.user.eval(), table, data, targets, config.max_length)
+    unscored = ~tables["trained"] & (material.inputs is None)
+    cosines = tables["neighbors"], tables["neighbor_scores"]
+    linear = fit_linear(
+        data, division.train_end, targets, users, tables["item_vectors"], unscored, cosines, config.repeats
+    )
+    tables["neighbors"], tables["neighbor_scores"] = linear.neighbors, linear.scores
+    return linear
 
 
 def _columns(material: Material, tables: dict[str, npt.NDArray[Any]]) -> CatalogColumns:

@@ -16,12 +16,12 @@ import numpy.typing as npt
 from features import bundle_tables
 from features.arrow_file import reopen_table
 from features.bundle import Bundle
-from features.bundle_tables import PackedNeighbors
 from features.catalog import Catalog, CatalogTables
 from features.catalog_columns import CatalogColumns, facts_of
 from features.eligibility import Moments
 from features.errors import BundleError
 from features.item_prior import GROUPS
+from features.linear import ItemWeights
 from features.shared_arrays import ArrayWriter, NotSealed, SharedArrays, shared
 from features.vocabulary import Vocabulary
 from serving.bundle.bitmap import Bitmap, first_allowed
@@ -38,24 +38,14 @@ _F32 = npt.NDArray[np.float32]
 
 
 class NeighborTable:
-    """The item neighbours that export counted: row -> nearest rows and their cosine."""
+    """The neighbours of items by the table of item-to-item weights: row -> rows and weights."""
 
-    def __init__(self, rows: _I32, scores: _F32) -> None:
-        """Takes the neighbours of each row, -1 after the last, and their cosines; int32, float32 [N, K]."""
-        real = rows >= 0
-        offsets = np.concatenate([[0], np.cumsum(real.sum(axis=1))])
-        self._packed = PackedNeighbors(offsets, rows[real], scores[real])
-
-    @classmethod
-    def of_packed(cls, packed: PackedNeighbors) -> NeighborTable:
-        """Returns the table of neighbours that lie end to end."""
-        table = cls.__new__(cls)
-        table._packed = packed
-        return table
+    def __init__(self, weights: ItemWeights) -> None:
+        self.weights = weights
 
     def of(self, rows: _I32, weights: _F32, count: int, allowed: Bitmap) -> tuple[_I32, _F32]:
-        """Returns the `count` allowed neighbours of `rows` with the largest sums of weighted cosines, best first."""
-        packed = self._packed
+        """Returns the `count` allowed neighbours of `rows` with the largest sums of weights above 0, best first."""
+        packed = self.weights
         # Live items have no neighbours here: they came after the export.
         exported = rows < packed.offsets.size - 1
         starts, ends = packed.offsets[rows[exported]], packed.offsets[rows[exported] + 1]
@@ -64,7 +54,8 @@ class NeighborTable:
         neighbors, scores = packed.rows[places], packed.scores[places] * np.repeat(weights[exported], lengths)
         distinct, place = np.unique(neighbors, return_inverse=True)
         total = np.bincount(place, scores, distinct.size).astype(np.float32)
-        order = np.argsort(-total, kind="stable")
+        # A sum below 0 says that users who chose these rows rather leave the neighbour.
+        order = np.argsort(-total, kind="stable")[: np.count_nonzero(total > 0)]
         ranked = distinct[order].astype(np.int32)
         best = first_allowed(ranked, allowed, count)
         return ranked[best], total[order[best]]
@@ -168,7 +159,7 @@ def _write_words(bundle: Bundle, writer: ArrayWriter, count: int, announce: Anno
         writer.add(f"words.{name}", getattr(postings, name))
     announce("neighbors.npy")
     neighbors = bundle_tables.read_neighbors(bundle, count)
-    for name in PackedNeighbors._fields:
+    for name in ItemWeights._fields:
         writer.add(f"neighbors.{name}", getattr(neighbors, name))
     return average
 
@@ -205,7 +196,7 @@ def _opened(bundle: Bundle, arrays: SharedArrays) -> BundleTables:
     return BundleTables(
         Catalog(items, vocabulary, columns.vectors[:count], tables),
         LexicalIndex.of(postings, float(arrays.facts["average"])),
-        NeighborTable.of_packed(PackedNeighbors(*(read(f"neighbors.{name}") for name in PackedNeighbors._fields))),
+        NeighborTable(ItemWeights(*(arrays.writable(f"neighbors.{name}") for name in ItemWeights._fields))),
         read("index.faiss"),
     )
 

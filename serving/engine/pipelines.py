@@ -19,6 +19,7 @@ from features.bundle_tables import read_popular
 from features.catalog import Catalog
 from features.event_types import NEGATIVE_EVENT_TYPES
 from features.keys import event_type_key, item_key
+from features.linear import LinearTerm
 from serving.bundle.model import Model
 from serving.bundle.tables import BundleTables
 from serving.bundle.vector_index import Index
@@ -108,7 +109,9 @@ class PipelineBuilder:
         logged = self._config.log_features if dependencies.impressions else 0.0
         self._personal = personal_ranker(bundle, model, catalog, logged)
         # One for all methods: a user's searches need the vector of the user's feed.
-        self._user_vector = UserVectorHydrator(model, catalog, self._config.user_vectors)
+        self._user_vector = UserVectorHydrator(
+            model, catalog, LinearTerm(bundle.model.linear, tables.neighbors.weights), self._config.user_vectors
+        )
         self._query_vector = QueryVectorHydrator(model, bundle.model.shapes)
         self._search_scorer = SearchScorer(lexical, catalog, self._config.search_personal)
 
@@ -129,7 +132,7 @@ class PipelineBuilder:
             hydrators=self._hydrators({item_key(name): name for name in segments}),
             # The more personal first; each tier serves if those above it cannot fill the page.
             tiers=[
-                Tier("sequence", [UserVectorSource(self._index, self._count)]),
+                Tier("sequence", [UserVectorSource(self._index, catalog, self._count)]),
                 Tier("item_to_item", [ItemToItemSource(self._neighbors, self._count)]),
                 Tier("segment", [SegmentSource(segments)]),
                 Tier("popular", [popular]),

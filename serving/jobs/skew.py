@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 from features.assemble import encoder_digest, history, type_index
 from features.bundle import Bundle, open_bundle
 from features.catalog import Catalog
-from features.kernels import dot_rows
 from features.keys import item_keys
+from features.linear import ItemWeights, LinearTerm
 from features.model_inputs import ranker_names
 from features.profile import Profile
 from features.subjects import subject_of
 from features.tables.files import table_path
 from serving.bundle.model import Model
-from serving.bundle.tables import read_catalog
+from serving.bundle.tables import read_tables
 from serving.engine.pipelines import personal_ranker
 from serving.pipeline.hydrators import UserVectorHydrator
 from serving.pipeline.request import Request, UserState
@@ -42,10 +42,12 @@ _NEAR = 1e-5
 class FeatureReplay:
     """Assembles the inputs of a bundle's models for slates of the past."""
 
-    def __init__(self, bundle: Bundle, model: Model, catalog: Catalog) -> None:
-        """Takes the models, and the catalogue as it was when the slates were served."""
+    def __init__(self, bundle: Bundle, model: Model, catalog: Catalog, weights: ItemWeights) -> None:
+        """Takes the models, the catalogue as it was when the slates were served, and the item-to-item weights."""
+        linear = LinearTerm(bundle.model.linear, weights)
         self._catalog, self._types = catalog, type_index(bundle.model.event_types)
-        self._user_vector, self._ranker = UserVectorHydrator(model, catalog), personal_ranker(bundle, model, catalog)
+        self._user_vector = UserVectorHydrator(model, catalog, linear)
+        self._ranker = personal_ranker(bundle, model, catalog)
         self.names = ranker_names(bundle.model.action_names)
 
     def differing(self, slate: Mapping[str, Any], profile: Profile) -> list[str]:
@@ -76,8 +78,7 @@ class FeatureReplay:
         # The ranker judged the page only if nothing moved the order; the other rows are NaN.
         judged = ~np.isnan(served).all(axis=1)
         rows = self._catalog.rows(slate["item_ids"])[judged]
-        relevance = dot_rows(self._catalog.columns.vectors, rows, user.vector)
-        replayed = self._ranker.features(request, user, rows, relevance)
+        replayed = self._ranker.features(request, user, rows, self._ranker.relevance(user, rows))
         differs = replayed.view(np.uint32) != served[judged].view(np.uint32)
         differs[:, 0] = ~np.isclose(replayed[:, 0], served[judged, 0], _NEAR, _NEAR)
         names = [name for name, different in zip(self.names, differs.any(axis=0).tolist(), strict=True) if different]
@@ -105,8 +106,9 @@ def replay(data: Path, bundle: Path, allowed: float = ALLOWED) -> dict[str, Any]
         BundleError: The bundle is refused.
     """
     opened = open_bundle(bundle)
-    catalog, _ = read_catalog(opened)
-    features, histories = FeatureReplay(opened, Model(opened, "cpu"), catalog), LoggedHistories(data)
+    tables = read_tables(opened)
+    catalog, histories = tables.catalog, LoggedHistories(data)
+    features = FeatureReplay(opened, Model(opened, "cpu"), catalog, tables.neighbors.weights)
     served = opened.bundle_id, opened.manifest.catalog_version
     inputs: Counter[str] = Counter()
     slates = differing = elsewhere = 0

@@ -14,6 +14,7 @@ from features.assemble import chosen_rows, encoder_inputs, history_and_seen, row
 from features.catalog import Catalog
 from features.controls import Dial, Dials, arm_seed, dials
 from features.errors import ProfileCorrupt
+from features.linear import LinearTerm
 from features.profile import EVERY_PURPOSE, Profile, Purpose
 from features.profile_codec import PAST_LOST
 from features.transforms import ItemInputShapes, query_inputs
@@ -191,14 +192,14 @@ class ProfileHydrator:
 
 
 class UserVectorHydrator:
-    """Places the user in the embedding space."""
+    """Places the user in the embedding space, and sums the linear part of relevance."""
 
     name = "user_vector"
     part = "USER_ENCODER"
 
-    def __init__(self, model: Model, catalog: Catalog, kept: int = 0) -> None:
-        """Takes the model, the catalogue, and the number of vectors to keep."""
-        self._max_length, self._catalog = model.max_length, catalog
+    def __init__(self, model: Model, catalog: Catalog, linear: LinearTerm, kept: int = 0) -> None:
+        """Takes the model, the catalogue, the linear part, and the number of vectors to keep."""
+        self._max_length, self._catalog, self._linear = model.max_length, catalog, linear
         self._vectors = UserVectors(model, kept)
 
     def enable(self, request: Request, user: UserState) -> bool:
@@ -206,12 +207,14 @@ class UserVectorHydrator:
         return user.history is not None and bool(chosen_rows(user.history).size)
 
     def hydrate(self, request: Request, user: UserState) -> Hydrated:
-        """Finds `vector`, and `encoded`, from which it is made."""
+        """Finds `vector`, `encoded`, from which it is made, and `linear`."""
         assert user.history is not None
         rows, types = encoder_inputs(rows_read(user.history), user.history.types, self._max_length)
         # Vectors, not ids, so that items put after training count as any others.
         vector = self._vectors.encode(self._catalog.columns.vectors[rows], types)
-        return Hydrated(user._replace(encoded=(rows, types), vector=vector))
+        return Hydrated(
+            user._replace(encoded=(rows, types), vector=vector, linear=self._linear.scores(chosen_rows(user.history)))
+        )
 
 
 class QueryVectorHydrator:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from features.assemble import History
 from features.controls import Controls, Dials, no_controls
+from features.linear import NO_SCORES, LinearScores
 from features.profile import Profile
 from features.transforms import text_tokens
 from serving.experiments import UNASSIGNED, Assignment
@@ -144,6 +145,7 @@ class UserState(NamedTuple):
         history: The profile's events as this bundle sees them.
         seen: Rows that the user need not be shown again.
         vector: The user in the embedding space; float32 [D].
+        linear: What the history adds to the relevance of items.
         encoded: The inputs of the user encoder: rows and types, two int64 [length].
         query_vector: The words searched for in the embedding space; float32 [D].
         assignment: The experiment's arm that the answer counts for.
@@ -160,6 +162,7 @@ class UserState(NamedTuple):
     history: History | None = None
     seen: Rows = NO_ROWS
     vector: Scores | None = None
+    linear: LinearScores = NO_SCORES
     encoded: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
     query_vector: Scores | None = None
     assignment: Assignment = UNASSIGNED

@@ -56,13 +56,13 @@ class PersonalRanker:
         self._weights, self._blend = np.array(weights, np.float64), blend
 
     def score(self, request: Request, user: UserState, rows: Rows, relevance: Scores | None = None) -> Scored:
-        """Scores rows for a user with a vector; `relevance` float32 [n] is their inner product, if it is known."""
+        """Scores rows for a user with a vector; `relevance` float32 [n] is theirs, if it is known."""
         assert user.vector is not None
         if not rows.size:
             return Scored(np.empty(0, np.float32))
         columns = self._catalog.columns
         if relevance is None or np.isnan(relevance).any():
-            relevance = dot_rows(columns.vectors, rows, user.vector)
+            relevance = self.relevance(user, rows)
         # If neither blend, the caller's scores nor dials move the order, only the page needs its probabilities.
         moved = self._blend or request.upstream is not None or any(user.dials.values())
         at = np.arange(rows.size) if moved else np.argsort(-relevance, kind="stable")[: request.page_size]
@@ -78,6 +78,11 @@ class PersonalRanker:
         return Scored(
             scores, _spread(probabilities, at, rows.size), _spread(features, at, rows.size) if logged else None
         )
+
+    def relevance(self, user: UserState, rows: Rows) -> Scores:
+        """Returns the relevance of rows to a user with a vector; float32 [n]."""
+        assert user.vector is not None
+        return dot_rows(self._catalog.columns.vectors, rows, user.vector) + user.linear.of(rows)
 
     def features(self, request: Request, user: UserState, rows: Rows, relevance: Scores) -> Scores:
         """Returns what the ranker reads of rows; float32 [n, F]."""

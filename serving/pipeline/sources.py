@@ -10,6 +10,7 @@ from features.assemble import chosen_rows
 from features.catalog import Catalog
 from features.catalog_columns import popularity_score
 from features.controls import Dial
+from features.kernels import best_first, dot_rows
 from serving.bundle.bitmap import Bitmap, allowed_rows, clear_keys, clear_rows, first_allowed
 from serving.bundle.tables import NeighborTable
 from serving.bundle.text_index import LexicalIndex
@@ -31,25 +32,35 @@ from serving.pipeline.request import (
 _DAY_MS = 86_400_000
 _RECENT = 20
 _WANTED = 100
+_LINEAR = 200
 _WEIGHTS = {Dial.CATEGORY_WEIGHT: "category", Dial.CREATOR_WEIGHT: "creator"}
 
 
 class UserVectorSource:
-    """Items whose vectors lie nearest to the user's."""
+    """The most relevant items: those whose vectors lie nearest to the user's, and those that the linear part names."""
 
     name = NEAREST
 
-    def __init__(self, index: Index, count: int) -> None:
-        self._index, self._count = index, count
+    def __init__(self, index: Index, catalog: Catalog, count: int) -> None:
+        self._index, self._catalog, self._count = index, catalog, count
 
     def enable(self, request: Request, user: UserState) -> bool:
         """Returns True if the user has a vector."""
         return user.vector is not None
 
     def retrieve(self, request: Request, user: UserState, allowed: Bitmap) -> tuple[Rows, Scores]:
-        """Returns the nearest allowed items and their relevance, a page at least."""
+        """Returns the most relevant allowed items and their relevance, a page at least."""
         assert user.vector is not None
-        return nearest(self._index, user.vector, max(self._count, request.page_size), allowed)
+        count = max(self._count, request.page_size)
+        rows, relevance = nearest(self._index, user.vector, count, allowed)
+        if not user.linear.rows.size:
+            return rows, relevance
+        more = user.linear.best(max(_LINEAR, request.page_size), allowed, rows)
+        products = np.concatenate([relevance, dot_rows(self._catalog.columns.vectors, more, user.vector)])
+        rows = np.concatenate([rows, more])
+        relevance = products + user.linear.of(rows)
+        best = np.argsort(best_first(relevance, rows))[:count]
+        return rows[best], relevance[best]
 
 
 def nearest(index: Index, vector: Scores, count: int, allowed: Bitmap) -> tuple[Rows, Scores]:

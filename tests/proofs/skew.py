@@ -49,7 +49,7 @@ from features.clock import now_ms
 from features.profile import EVERY_PURPOSE, Profile, Purpose
 from features.profile_codec import encode
 from penchant.v1 import common_pb2, event_pb2
-from serving.bundle.tables import read_catalog
+from serving.bundle.tables import read_tables
 from serving.config import ServeConfig
 from serving.engine.engine import EngineRef, open_engine
 from serving.engine.pipelines import Dependencies
@@ -256,9 +256,10 @@ class World:
         stack.callback(self.projector.close)
         opened = open_bundle(bundle)
         # Training's side: a catalogue of its own.
-        read, _ = read_catalog(opened)
+        tables = read_tables(opened)
+        read = tables.catalog
         self.offline = AsOf(read._items, read.vocabulary, read.columns.vectors[: read.base_size])
-        self.replay = FeatureReplay(opened, self.engine.model, self.offline)
+        self.replay = FeatureReplay(opened, self.engine.model, self.offline, tables.neighbors.weights)
 
     def put(self, pending: PendingSlate) -> None:
         """Takes slates for the engine, as its writer does, but at once."""

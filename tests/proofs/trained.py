@@ -19,6 +19,7 @@ from features.assemble import History, history, type_index
 from features.catalog import Catalog
 from features.catalog_columns import CatalogColumns
 from features.keys import event_type_key
+from features.linear import NO_TERM
 from features.model_inputs import ranker_names
 from features.profile import Profile
 from features.subjects import user_id_of
@@ -107,7 +108,7 @@ class Trained:
             assert len(lines) == len(slate["item_ids"])
             for at in range(len(lines)):
                 user = np.zeros(columns.vectors.shape[1], np.float32)
-                found = features_of_example(histories, lines, at, user, columns, action_rates)
+                found = features_of_example(histories, lines, at, user, NO_TERM, columns, action_rates)
                 served = np.array(slate["features"][lines.places[at]], np.float32)
                 differs = found.view(np.uint32) != served.view(np.uint32)
                 yield from (

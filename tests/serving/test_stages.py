@@ -21,6 +21,7 @@ from features.controls import CONTROL, ControlKind, Dial, dial_controls
 from features.controls import encode as encode_rules
 from features.kernels import dot_rows
 from features.keys import event_type_key, item_key, item_keys
+from features.linear import NO_TERM, ItemWeights, LinearSpec, LinearTerm
 from features.profile import EVERY_PURPOSE, Purpose, empty, fold
 from features.records import make_records
 from features.subjects import partition_of
@@ -315,18 +316,18 @@ class TestHydrators:
         assert found == ["romance", "space", found[2], ""]
 
     def test_the_person_lies_where_their_items_do(self, catalog, model):
-        user, _ = hydrated(UserVectorHydrator(model, catalog), user_of(catalog, ["i0", "i4"]).but(vector=None))
+        user, _ = hydrated(UserVectorHydrator(model, catalog, NO_TERM), user_of(catalog, ["i0", "i4"]).but(vector=None))
         np.testing.assert_allclose(user.vector, small.vectors()[[0, 4]].mean(axis=0), rtol=1e-5)
 
     def test_a_failed_encoder_is_the_runners_to_mark(self, catalog, model):
         asked = user_of(catalog, ["i0"])
         catalog.columns.vectors[0] = np.nan
         with pytest.raises(Exception, match="NaN"):
-            UserVectorHydrator(model, catalog).hydrate(*asked)
+            UserVectorHydrator(model, catalog, NO_TERM).hydrate(*asked)
 
     def test_items_that_nobody_knows_make_no_person(self, catalog, model):
         asked = query(history=history(fold(empty(), make_records(item_keys(["?"]), 0, 0, 0, 0, 0), 1), catalog, TYPES))
-        assert not UserVectorHydrator(model, catalog).enable(*asked)
+        assert not UserVectorHydrator(model, catalog, NO_TERM).enable(*asked)
 
     def test_words_lie_where_their_genre_does(self, model):
         shapes = ItemInputShapes(**{name: small.MODEL[name] for name in ItemInputShapes.__slots__})
@@ -339,29 +340,45 @@ class TestHydrators:
 class TestSources:
     def test_nearest_names_the_genre_without_what_was_seen(self, catalog, index):
         asked = screened(catalog, user_of(catalog, ["i0", "i4"]))
-        rows, scores = UserVectorSource(index, 8).retrieve(*asked)
+        rows, scores = UserVectorSource(index, catalog, 8).retrieve(*asked)
         assert genres(catalog, rows) == {"western"}
         assert not {0, 4} & set(rows.tolist())
         assert (np.diff(scores) <= 0).all()
 
     def test_nearest_names_a_page_at_least(self, catalog, index):
         asked = screened(catalog, user_of(catalog, ["i0", "i4"]).but(page_size=30))
-        assert UserVectorSource(index, 8).retrieve(*asked)[0].size == 30
+        assert UserVectorSource(index, catalog, 8).retrieve(*asked)[0].size == 30
+
+    def test_the_linear_part_moves_items_and_names_others(self, catalog, model, index):
+        named, weights = np.full((40, 2), -1, np.int32), np.zeros((40, 2), np.float32)
+        named[0], weights[0] = (20, 21), (9.0, 0.5)
+        term = LinearTerm(LinearSpec(weight=2.0), ItemWeights.of(named, weights))
+        asked = user_of(catalog, ["i0", "i4"])
+        user, _ = hydrated(UserVectorHydrator(model, catalog, term), asked)
+        asked = screened(catalog, asked.but(linear=user.linear))
+        rows, relevance = UserVectorSource(index, catalog, 8).retrieve(*asked)
+        assert rows[0] == 20
+        assert (np.diff(relevance) <= 0).all()
+        expected = small.vectors()[rows] @ user.vector + np.where(rows == 20, 18, np.where(rows == 21, 1, 0))
+        np.testing.assert_allclose(relevance, expected, rtol=1e-5)
+        # What may not be shown is named by no part.
+        catalog.set_available(20, False)
+        asked = screened(catalog, user_of(catalog, ["i0", "i4"]).but(linear=user.linear))
+        assert 20 not in UserVectorSource(index, catalog, 8).retrieve(*asked)[0]
 
     def test_what_the_filters_do_not_hold_back_may_return(self, catalog, index):
         asked = user_of(catalog, ["i0", "i4"]).but(seen=np.zeros(0, np.int32))
-        assert {0, 4} <= set(UserVectorSource(index, 10).retrieve(*screened(catalog, asked))[0].tolist())
+        assert {0, 4} <= set(UserVectorSource(index, catalog, 10).retrieve(*screened(catalog, asked))[0].tolist())
 
     def test_a_live_item_is_nearest_at_once(self, catalog, index):
         row = put(catalog, "new", "western")
-        rows, _ = UserVectorSource(index, 9).retrieve(*screened(catalog, user_of(catalog, ["i0", "i4"])))
+        rows, _ = UserVectorSource(index, catalog, 9).retrieve(*screened(catalog, user_of(catalog, ["i0", "i4"])))
         assert row in rows
 
     def test_neighbours_add_up_and_newer_items_weigh_more(self, catalog):
-        table = NeighborTable(
-            np.array([[2, 3], [3, -1], [0, -1], [0, -1]], np.int32),
-            np.array([[0.9, 0.5], [0.8, 0], [1, 0], [1, 0]], np.float32),
-        )
+        rows = [[2, 3, 5], [3, 5, -1], [0, -1, -1], [0, -1, -1]]
+        scores = [[0.9, 0.5, 0.1], [0.8, -0.2, 0], [1, 0, 0], [1, 0, 0]]
+        table = NeighborTable(ItemWeights.of(np.array(rows, np.int32), np.array(scores, np.float32)))
         every = np.full(5, 255, np.uint8)
         rows, scores = table.of(np.array([0, 1], np.int32), np.array([0.5, 1], np.float32), 9, every)
         assert rows.tolist() == [3, 2]
@@ -377,7 +394,8 @@ class TestSources:
         assert ItemToItemSource(table, 1).retrieve(*screened(catalog, asked))[0].tolist() == [2]
 
     def test_who_is_known_by_no_item_has_no_neighbours(self, catalog):
-        table = NeighborTable(np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32))
+        none = np.full((small.COUNT, 2), -1, np.int32), np.zeros((small.COUNT, 2), np.float32)
+        table = NeighborTable(ItemWeights.of(*none))
         asked = screened(catalog, user_of(catalog, ["i0", "i1"]))
         assert not ItemToItemSource(table, 9).retrieve(*asked)[0].size
         assert not ItemToItemSource(table, 9).enable(*user_of(catalog, ["i999"]))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from features.catalog_columns import columns_of
+from features.linear import NO_TERM
 from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.tables.schema import EVENTS, IMPRESSIONS, ITEMS
 from tests.training.conftest import TINY, _complete
@@ -255,7 +256,7 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def features(made: World, data: Interactions, shown: Examples, lines: Examples, every: float = 24.0) -> np.ndarray:
     users = np.zeros((len(lines), 4), np.float32)
-    return example_features(made.teller(data, shown), lines, users, every_hours=every, last=START + 96 * HOUR)
+    return example_features(made.teller(data, shown), lines, users, NO_TERM, every_hours=every, last=START + 96 * HOUR)
 
 
 def without_the_future(made: World, moment: int) -> tuple[Interactions, Examples]:
@@ -328,7 +329,7 @@ def test_times_of_whole_days_train_and_validate_the_ranker(
     config = CONFIG.model_copy(update={"dim": 4, **settings})
     encoder = build_modules(config, feed.data.items, len(feed.data.event_types), 2, content=False).user
     statistics = feed.teller(feed.data, days)
-    dataset = read_ranker_dataset(statistics, days, encoder, torch.zeros(feed.data.items, 4), config)
+    dataset = read_ranker_dataset(statistics, days, encoder, torch.zeros(feed.data.items, 4), NO_TERM, config)
     assert warning in caplog.text
     assert bool(warning) == (dataset is None)
     if dataset is not None:

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, ranker_features
+from features.assemble import Moment, chosen_rows, ranker_features
 from features.catalog_columns import CatalogColumns
 from features.kernels import dot_rows, log_odds
+from features.linear import LinearTerm
 from features.model_inputs import ranker_width, statistics_width
 from training.config import Action
 from training.data.histories import UserHistories
@@ -153,6 +154,7 @@ def example_features(
     statistics: PointInTimeStatistics,
     examples: Examples,
     user_vectors: npt.NDArray[np.float32],
+    linear: LinearTerm,
     *,
     every_hours: float,
     last: int,
@@ -163,6 +165,7 @@ def example_features(
         statistics: The statistics at any moment.
         examples: The items shown, by time.
         user_vectors: The user's vector just before each example; float32 [n, D].
+        linear: The linear part of relevance.
         every_hours: Hours between two moments at which statistics are learned.
         last: The last such moment, ms; later examples see the statistics of that moment.
     """
@@ -170,7 +173,7 @@ def example_features(
     histories = UserHistories(statistics.data, statistics.columns)
     for part, columns, action_rates in _replay(statistics, examples, round(every_hours * HOUR_MS), last):
         for at in range(part.start, part.stop):
-            out[at] = features_of_example(histories, examples, at, user_vectors[at], columns, action_rates)
+            out[at] = features_of_example(histories, examples, at, user_vectors[at], linear, columns, action_rates)
     return out
 
 
@@ -179,6 +182,7 @@ def features_of_example(
     examples: Examples,
     at: int,
     user_vector: npt.NDArray[np.float32],
+    linear: LinearTerm,
     columns: CatalogColumns,
     action_rates: ActionRates,
 ) -> npt.NDArray[np.float32]:
@@ -187,7 +191,7 @@ def features_of_example(
     history = histories.before(int(examples.users[at]), int(examples.positions[at]))
     surface = examples.surfaces[examples.surface_indices[at]]
     moment = Moment(int(examples.times[at]), surface, examples.places[at : at + 1])
-    relevance = dot_rows(columns.vectors, row, user_vector)
+    relevance = dot_rows(columns.vectors, row, user_vector) + linear.scores(chosen_rows(history)).of(row)
     features: npt.NDArray[np.float32] = ranker_features(history, row, relevance, columns, action_rates, moment)[0]
     return features
 

@@ -25,6 +25,7 @@ from training.data.interactions import Interactions, read_interactions
 from training.data.split import Split, Targets, TestProtocol, held_out, moment_of, split
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
+from training.models.linear import add_sums, linear_sums
 from training.models.ranker import utility
 from training.models.scoring import had_before, mask_seen, rank_slices, ranks_of, seen_before, slices, user_vectors
 from training.run import LoadedRun, admit_run, columns_of_run, load_runs
@@ -72,12 +73,13 @@ class ModelScorer:
         self.columns = columns_of_run(run)
         self.histories = UserHistories(data, self.columns)
         self.action_rates = ActionRates.of(run.result)
+        self.sums = linear_sums(run.linear, data, targets)
         self.reads_time = run.result["ranker_source"] == "impressions"
         self.weights = torch.tensor(run.result["action_weights"])
 
     def relevance(self, part: slice) -> npt.NDArray[np.float32]:
-        """Computes inner products; minus infinity for an item that has neither events nor content."""
-        scores: npt.NDArray[np.float32] = self.users[part] @ self.run.item_vectors.T
+        """Computes relevance; minus infinity for an item that has neither events nor content."""
+        scores = add_sums(self.users[part] @ self.run.item_vectors.T, self.sums[part])
         scores[:, self.unscored] = -np.inf
         return scores
 
@@ -105,7 +107,8 @@ class ModelScorer:
     def logits(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> torch.Tensor:
         """Computes the logits of `rows` `[n, C]` just before the targets `numbers` `[n]`; float `[n, C, A]`."""
         targets, users, vectors = self.targets.take(numbers), self.users[numbers], self.columns.vectors[rows]
-        relevance = np.einsum("nd,ncd->nc", users, vectors)
+        linear = np.stack([self.sums[number].of(rows[at]) for at, number in enumerate(numbers)])
+        relevance = np.einsum("nd,ncd->nc", users, vectors) + linear
         features = [
             ranker_features(
                 self.histories.before(int(user), int(position)),

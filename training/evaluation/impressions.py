@@ -186,7 +186,7 @@ def _batch(run: LoadedRun, data: Interactions, examples: Examples) -> RankerBatc
     features = np.empty((len(examples), ranker_width(len(action_rates))), np.float32)
     histories = UserHistories(data, columns)
     for at in range(len(examples)):
-        features[at] = features_of_example(histories, examples, at, users[at], columns, action_rates)
+        features[at] = features_of_example(histories, examples, at, users[at], run.linear, columns, action_rates)
     return ranker_batch(users, run.item_vectors[examples.rows], features, examples.labels())
 
 

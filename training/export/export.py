@@ -40,7 +40,7 @@ from training.export.index import CUTOFFS, build
 from training.export.onnx import Arrays, Graph, LastHidden, parity, session_of, to_onnx
 from training.export.segments import popular_in_segments
 from training.models.scoring import user_vectors
-from training.run import LoadedRun, admit_run, input_shapes, load_run
+from training.run import LoadedRun, admit_run, input_shapes, linear_spec, load_run
 
 PARITY = 1e-5
 """Largest difference allowed between torch and ONNX Runtime, relative to the largest number of the output."""
@@ -345,6 +345,7 @@ def _manifest(loaded: LoadedRun, gates: ExportGates, index: Mapping[str, Any]) -
     model = {
         **{name: result[name] for name in ("event_types", "actions", "action_weights", "seen_types", "blend")},
         **{name: result[name] for name in ("base_rates", "surface_rates")},
+        "linear": linear_spec(result).as_json(),
         **{name: getattr(config, name) for name in (*ItemInputShapes.__slots__, "dim", "max_length", "repeats")},
     }
     return {

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, ranker_features
+from features.assemble import Moment, chosen_rows, ranker_features
 from features.catalog_columns import CatalogColumns
+from features.linear import LinearTerm
 from features.model_inputs import RANKER_FEATURES
 from training.config import Action, TrainConfig
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions
 from training.data.split import Split, Targets, moment_of
 from training.metrics import ndcg
+from training.models.linear import add_sums, linear_sums
 from training.models.ranker import BLENDS, Ranker, platt, utility
 from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before, slices, user_vectors
 from training.run import Modules
@@ -88,6 +90,7 @@ class CandidateBuilder:
         self,
         modules: Modules,
         table: Tensor,
+        linear: LinearTerm,
         data: Interactions,
         columns: CatalogColumns,
         action_rates: ActionRates,
@@ -97,7 +100,7 @@ class CandidateBuilder:
     ) -> None:
         """Takes the parts of a training; with `from_impressions`, impressions have trained the ranker, on times too."""
         self.user, self.ranker = modules.user.eval(), modules.ranker.cpu()
-        self.device_table, self.table = table, table.cpu()
+        self.device_table, self.table, self.linear = table, table.cpu(), linear
         self.data, self.columns, self.actions, self.config = data, columns, actions, config
         self.histories = UserHistories(data, columns)
         self.action_rates, self.from_impressions = action_rates, from_impressions
@@ -112,10 +115,10 @@ class CandidateBuilder:
         """
         users = user_vectors(self.user, self.device_table, self.data, targets, self.config.max_length)
         rng = np.random.default_rng(self.config.seed)
-        truth = targets.rows(self.data)
+        truth, sums = targets.rows(self.data), linear_sums(self.linear, self.data, targets)
         rows = np.empty((len(targets), count + 1), np.int32)
         for part in rank_slices(len(targets), self.data.items):
-            scores = users[part] @ self.columns.vectors.T
+            scores = add_sums(users[part] @ self.columns.vectors.T, sums[part])
             if not self.config.repeats:
                 mask_seen(scores, seen_before(self.data, targets.take(np.arange(part.start, part.stop))))
             # The target has its own place, the first, and must not come again as a negative.
@@ -167,7 +170,7 @@ class CandidateBuilder:
         self, targets: Targets, users: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], at: int
     ) -> npt.NDArray[np.float32]:
         history = self.histories.before(int(targets.users[at]), int(targets.positions[at]))
-        relevance = self.columns.vectors[rows[at]] @ users[at]
+        relevance = self.columns.vectors[rows[at]] @ users[at] + self.linear.scores(chosen_rows(history)).of(rows[at])
         # Only a ranker that impressions trained has seen times, and so knows what they mean.
         moment = moment_of(self.data, targets, at) if self.from_impressions else Moment()
         return ranker_features(history, rows[at], relevance, self.columns, self.action_rates, moment)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import TrainingError
+from features.linear import LinearTerm
 from training.config import TrainConfig
 from training.data.impressions import Examples
 from training.data.interactions import Interactions
@@ -66,7 +67,12 @@ class RankerDataset:
 
 
 def read_ranker_dataset(
-    statistics: PointInTimeStatistics, impressions: Examples, encoder: UserEncoder, table: Tensor, config: TrainConfig
+    statistics: PointInTimeStatistics,
+    impressions: Examples,
+    encoder: UserEncoder,
+    table: Tensor,
+    linear: LinearTerm,
+    config: TrainConfig,
 ) -> RankerDataset | None:
     """Reads the examples before the test, each with the features of its time; None if too few train or validate.
 
@@ -75,16 +81,14 @@ def read_ranker_dataset(
         impressions: All impressions.
         encoder: Computes the users' vectors.
         table: All item vectors, on the encoder's device; float `[N, D]`.
+        linear: The linear part of relevance.
         config: The days that train and those that validate.
     """
     cut = cut_of(statistics.data, config)
     early = impressions.times[impressions.times <= cut]
     if early.size < FEWEST_EXAMPLES:
         return None
-    validation = cut - round(config.ranker_validation_days * DAY_MS)
-    if not config.ranker_validation_days:
-        # Where times are whole days, more than a tenth may have the newest time: then all of these validate.
-        validation = min(int(np.quantile(early, 0.9)), int(early.max()) - 1)
+    validation = _validation_moment(early, cut, config)
     first = validation - round(config.ranker_days * DAY_MS) if config.ranker_days else -1
     examples = impressions.between(first, cut)
     validates = examples.times > validation
@@ -96,7 +100,7 @@ def read_ranker_dataset(
         )
         return None
     users = example_users(encoder, table, statistics.data, examples, config)
-    features = example_features(statistics, examples, users, every_hours=config.statistics_hours, last=cut)
+    features = example_features(statistics, examples, users, linear, every_hours=config.statistics_hours, last=cut)
     # An action after the cut is a test's, even if it follows an impression before it.
     labels = examples.labels(cut)
     return RankerDataset(
@@ -104,6 +108,14 @@ def read_ranker_dataset(
         ranker_batch(users, statistics.columns.vectors[examples.rows], features, labels),
         validates,
     )
+
+
+def _validation_moment(early: npt.NDArray[np.int64], cut: int, config: TrainConfig) -> int:
+    """Returns the moment, ms, after which the examples before the cut validate."""
+    if config.ranker_validation_days:
+        return cut - round(config.ranker_validation_days * DAY_MS)
+    # Where times are whole days, more than a tenth may have the newest time: then all of these validate.
+    return min(int(np.quantile(early, 0.9)), int(early.max()) - 1)
 
 
 def ranker_batch(

@@ -1,0 +1,137 @@
+"""The linear part is learned as it should be, and its trial ranks as a plain sort does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from features.linear import ItemWeights, LinearSpec, LinearTerm
+from training.data.interactions import Interactions
+from training.data.split import Targets
+from training.metrics import ndcg
+from training.models.linear import LinearTrial, add_sums, ease, fit_linear, gram_of, linear_sums
+from training.models.scoring import mask_seen, ranks_of, seen_before
+
+ITEMS, USERS = 60, 300
+
+
+def sets_of_two_kinds(seed: int = 0, *, repeats: bool = False) -> Interactions:
+    """Histories without order, each mostly of one of six kinds; with `repeats`, two of its items come often."""
+    random = np.random.default_rng(seed)
+    histories = []
+    for _ in range(USERS):
+        kind = random.integers(6)
+        own = random.permutation(np.arange(10) + 10 * kind)[: random.integers(4, 9)]
+        other = random.permutation(ITEMS)[:2]
+        rows = random.permutation(np.unique(np.concatenate([own, other])))
+        if repeats:
+            rows = random.permutation(np.concatenate([rows, np.repeat(rows[:2], 6)]))
+        histories.append(rows)
+    rows = np.concatenate(histories).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum([history.size for history in histories])])
+    return interactions(rows, offsets, repeats)
+
+
+def interactions(rows: np.ndarray, offsets: np.ndarray, repeats: bool) -> Interactions:
+    size = rows.size
+    return Interactions(
+        users=[f"u{number}" for number in range(offsets.size - 1)],
+        offsets=offsets.astype(np.int64),
+        rows=rows,
+        types=np.ones(size, np.uint8),
+        timestamps=np.zeros(size, np.int64),
+        values=np.full(size, np.nan, np.float32),
+        target=np.ones(size, bool),
+        seen=np.full(size, not repeats),
+        event_types=["purchase"],
+        items=ITEMS,
+        ordered_only=True,
+        origins=np.zeros(size, np.uint32),
+        resolved=None,  # type: ignore[arg-type]
+    )
+
+
+def last_events(data: Interactions) -> tuple[Targets, np.ndarray]:
+    ends = np.diff(data.offsets) - 1
+    return Targets(np.arange(ends.size), ends), ends
+
+
+def trial_of(
+    data: Interactions, repeats: bool = False
+) -> tuple[LinearTrial, np.ndarray, np.ndarray, Targets, np.ndarray]:
+    random = np.random.default_rng(1)
+    targets, ends = last_events(data)
+    users = random.standard_normal((len(targets), 8)).astype(np.float32)
+    vectors = random.standard_normal((ITEMS, 8)).astype(np.float32)
+    return LinearTrial(data, targets, users, vectors, np.zeros(ITEMS, bool), repeats), users, vectors, targets, ends
+
+
+def test_the_gram_counts_users_and_ease_is_the_regression_of_each_item_on_the_others() -> None:
+    data = sets_of_two_kinds()
+    _, ends = last_events(data)
+    chosen = np.zeros((USERS, ITEMS))
+    for user in range(USERS):
+        chosen[user, data.rows[data.offsets[user] : data.offsets[user] + ends[user]]] = 1
+    gram = gram_of(data, ends)
+    np.testing.assert_array_equal(gram.numpy(), chosen.T @ chosen)
+    rows, scores = ease(gram, 20.0, ITEMS - 1)
+    table = np.zeros((ITEMS, ITEMS))
+    np.put_along_axis(table, rows.astype(np.int64), np.where(rows >= 0, scores, 0), 1)
+    # The closed form: ridge regression of item 7 on all others.
+    others = np.delete(np.arange(ITEMS), 7)
+    inputs = chosen[:, others]
+    expected = np.linalg.solve(inputs.T @ inputs + 20 * np.eye(ITEMS - 1), inputs.T @ chosen[:, 7])
+    np.testing.assert_allclose(table[others, 7], expected, atol=1e-6)
+    assert table[7, 7] == 0
+    fewer, few_scores = ease(gram, 20.0, 5)
+    np.testing.assert_array_equal(fewer, rows[:, :5])
+    assert (np.diff(np.abs(few_scores), axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_trial_ranks_as_a_sort_of_all_items(repeats: bool) -> None:
+    data = sets_of_two_kinds(repeats=repeats)
+    trial, users, vectors, targets, ends = trial_of(data, repeats)
+    table = ItemWeights.of(*ease(gram_of(data, ends), 20.0, 10))
+    spec = LinearSpec(1.0, 0.9, *((0.7, 0.4, 0.5) if repeats else ()))
+    for factor, values in zip((0.0, 3.0), trial.values(spec, table, (0.0, 3.0)), strict=True):
+        weighed = spec.times(factor)
+        scores = add_sums(users @ vectors.T, linear_sums(LinearTerm(weighed, table), data, targets))
+        if not repeats:
+            mask_seen(scores, seen_before(data, targets))
+        expected = ndcg(ranks_of(scores, targets.rows(data)), 10)
+        # The sums of two floats in another order may turn a near tie.
+        assert (values != expected).mean() < 0.01
+        assert abs(values.mean() - expected.mean()) < 0.01
+
+
+def test_the_linear_part_is_taken_where_it_helps_and_only_there() -> None:
+    data = sets_of_two_kinds()
+    _, users, vectors, targets, ends = trial_of(data)
+    cosines = np.full((ITEMS, 10), -1, np.int32), np.zeros((ITEMS, 10), np.float32)
+    part = fit_linear(data, ends, targets, users, vectors, np.zeros(ITEMS, bool), cosines, False)
+    assert part.facts["table"] == "ease"
+    assert part.spec.weight > 0
+    assert part.facts["with"] > 2 * part.facts["without"]
+    # Among items that users choose blindly, nothing helps.
+    random = np.random.default_rng(2)
+    rows = np.concatenate([random.permutation(ITEMS)[:8] for _ in range(USERS)]).astype(np.int32)
+    blind = interactions(rows, np.arange(0, rows.size + 1, 8), False)
+    truth = np.zeros((USERS, ITEMS), np.float32)
+    truth[np.arange(USERS), rows[7::8]] = 1
+    torch.manual_seed(0)
+    part = fit_linear(
+        blind, np.full(USERS, 7), last_events(blind)[0], truth, np.eye(ITEMS, dtype=np.float32), np.zeros(ITEMS, bool),
+        cosines, False,
+    )  # fmt: skip
+    assert part.spec == LinearSpec()
+
+
+def test_own_items_count_where_users_repeat_them() -> None:
+    data = sets_of_two_kinds(repeats=True)
+    _, users, vectors, targets, ends = trial_of(data, repeats=True)
+    cosines = np.full((ITEMS, 10), -1, np.int32), np.zeros((ITEMS, 10), np.float32)
+    part = fit_linear(data, ends, targets, users, vectors, np.zeros(ITEMS, bool), cosines, True)
+    assert part.spec.count_weight > 0
+    assert part.facts["with"] > part.facts["without"] + 0.1
