@@ -103,11 +103,8 @@ def read_ranker_dataset(
     features = example_features(statistics, examples, users, linear, every_hours=config.statistics_hours, last=cut)
     # An action after the cut is a test's, even if it follows an impression before it.
     labels = examples.labels(cut)
-    return RankerDataset(
-        examples,
-        ranker_batch(users, statistics.columns.vectors[examples.rows], features, labels),
-        validates,
-    )
+    batch = ranker_batch(users, statistics.columns.vectors[examples.rows], features, labels)
+    return RankerDataset(examples, batch, validates)
 
 
 def _validation_moment(early: npt.NDArray[np.int64], cut: int, config: TrainConfig) -> int:

@@ -99,14 +99,11 @@ def fit_linear(
         return LinearPart(LinearSpec(), neighbors, scores, facts)
     trial = LinearTrial(data, targets, users, vectors, unscored, repeats)
     base = trial.values(LinearSpec(), ItemWeights.of(*cosines), (1.0,))[0]
-    (facts, neighbors, scores), spec, values = max(
-        ((table, *trial.best_weight(ItemWeights.of(*table[1:]), _FIRST_DECAYS)) for table in tables),
-        key=lambda choice: choice[2].mean(),
+    facts, neighbors, scores = max(
+        tables, key=lambda table: trial.best_weight(ItemWeights.of(*table[1:]), _FIRST_DECAYS)[1].mean()
     )
     weights = ItemWeights.of(neighbors, scores)
-    finer, finer_values = trial.best_weight(weights, DECAYS)
-    if finer_values.mean() > values.mean():
-        spec, values = finer, finer_values
+    spec, values = trial.best_weight(weights, DECAYS)
     if not _is_gain(values, base):
         spec, values = LinearSpec(), base
     if repeats:
@@ -296,7 +293,7 @@ def chosen_before(data: Interactions, targets: Targets) -> tuple[_I32, _I64]:
 
 
 class _TrialArrays(NamedTuple):
-    """The arrays that a trial ranks by, for n targets: see `LinearTrial`; `proposed` is ascending, and float32 `[n, M]`."""
+    """The arrays that a trial ranks n targets by, see `LinearTrial`; `proposed` is ascending, and float32 `[n, M]`."""
 
     chosen: _I32
     starts: _I64
