@@ -194,7 +194,9 @@ class Wire:
                 if int.from_bytes(payload[at : at + 2]) == 4:
                     change = int.from_bytes(payload[at + 2 : at + 6]) - self.initial
                     self.initial += change
-                    self.windows = {stream: left + change for stream, left in self.windows.items()}
+                    # A copy, as the attacker opens streams meanwhile.
+                for stream in list(self.windows):
+                    self.windows[stream] += change
 
     def close(self) -> None:
         """Ends the connection without a word."""
