@@ -64,7 +64,7 @@ class LinearSpec(NamedTuple):
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> LinearSpec:
         """Returns the linear part of a manifest or a run's result; None is of one without."""
-        return cls(**{name: float(value) for name, value in (values or {}).items()})
+        return cls(**{name: float(values[name]) for name in cls._fields if name in values} if values else {})
 
     def as_json(self) -> dict[str, float]:
         """Returns the numbers by name."""

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from features.linear import LinearSpec
 from features.model_inputs import FEATURES, statistics_width
 from features.tables.dataset import Dataset, open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
@@ -79,6 +80,7 @@ def untrained_run(config: TrainConfig = CONFIG, **options: int) -> LoadedRun:
         "base_rates": [-1.0],
         "surface_rates": {"home": [0.25]},
         "ranker_source": "candidates",
+        "linear": {"spec": LinearSpec(2.0, 0.9, 0.5, 0.25, 0.5).as_json()},
         "seen_types": ["purchase"],
         "blend": 0.25,
         "data_fingerprint": data.info["fingerprint"],
@@ -100,7 +102,7 @@ def untrained_run(config: TrainConfig = CONFIG, **options: int) -> LoadedRun:
         statistics=rng.normal(size=(count, statistics_width(len(config.actions)))).astype(np.float32),
         trained=rng.random(count) < 0.9,
         neighbors=near,
-        neighbor_scores=np.where(near >= 0, 0.5, 0).astype(np.float32),
+        neighbor_scores=np.where(near >= 0, rng.normal(size=near.shape), 0).astype(np.float32),
         result=result,
         dataset=data,
     )

@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from features import strict_json
 from features.action_rates import ActionRates
-from features.assemble import Moment, encoder_inputs, history, ranker_features, rows_read
+from features.assemble import Moment, chosen_rows, encoder_inputs, history, ranker_features, rows_read
 from features.bundle import Bundle
 from features.catalog import Catalog
 from features.errors import BundleError
 from features.golden import largest_difference, profile_of
 from features.keys import event_type_key
+from features.linear import ItemWeights, LinearTerm
 from features.transforms import item_inputs, query_inputs, text_tokens
 from serving.bundle.model import Model, ModelError
 from serving.bundle.vector_index import Index
@@ -31,19 +32,20 @@ _MALFORMED = (ModelError, ValueError, TypeError, LookupError, AttributeError, Ar
 """Errors that a request raises if it is not of the form that export writes."""
 
 
-def replay(bundle: Bundle, model: Model, catalog: Catalog, index: Index) -> None:
+def replay(bundle: Bundle, model: Model, catalog: Catalog, index: Index, weights: ItemWeights) -> None:
     """Sends the golden requests down the path of real ones, before the catalogue takes live changes.
 
     Raises:
         BundleError: An answer is not the golden one; the message says which, and by how much.
     """
-    _Replay(bundle, model, catalog, index).run()
+    _Replay(bundle, model, catalog, index, weights).run()
 
 
 class _Replay:
     """One pass over the golden requests; `_retrieved` of `_expected` best items came back from the index."""
 
-    def __init__(self, bundle: Bundle, model: Model, catalog: Catalog, index: Index) -> None:
+    def __init__(self, bundle: Bundle, model: Model, catalog: Catalog, index: Index, weights: ItemWeights) -> None:
+        self._linear = LinearTerm(bundle.model.linear, weights)
         self._bundle, self._model, self._index, self._catalog = bundle, model, index, catalog
         self._types = {event_type_key(name): 1 + at for at, name in enumerate(bundle.model.event_types)}
         self._shapes, self._rates = bundle.model.shapes, ActionRates.of_model(bundle.model)
@@ -77,6 +79,9 @@ class _Replay:
         user = self._model.encode_user(columns.vectors[rows], types)
         self._require_close(f"{name}.vector", user, golden["vector"])
         best = self._best(name, user, golden)
+        # A bundle of an earlier version has none.
+        if (sums := golden.get("linear")) is not None:
+            self._require_close(f"{name}.linear", self._linear.scores(chosen_rows(past)).of(best), sums)
         moment = Moment(golden["now_ms"], golden["surface"])
         relevance = np.array(golden["relevance"], np.float32)
         features = ranker_features(past, best, relevance, columns, self._rates, moment)

@@ -102,7 +102,7 @@ def open_engine(
         index = Index(tables.index, catalog, "cuda" if on_device else "cpu", checked=True)
         model.probe(spec.shapes, len(spec.event_types))
         # Before the catalogue takes live changes, as these would change the best items.
-        replay(bundle, model, catalog, index)
+        replay(bundle, model, catalog, index, tables.neighbors.weights)
         pipelines = PipelineBuilder(bundle, model, tables, index, dependencies).pipelines()
         _warm_up(catalog, tables.lexical)
         warm_models(model, spec.shapes, candidate_count(bundle, config))

@@ -91,7 +91,7 @@ def _read(path: Path, bundle_id: str, tell: Callable[[str], Any]) -> None:
         model = Model(bundle, "cpu", tell)
         model.probe(bundle.model.shapes, len(bundle.model.event_types), tell)
         tell("golden.json")
-        replay(bundle, model, catalog, index)
+        replay(bundle, model, catalog, index, tables.neighbors.weights)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from features.catalog import Catalog
 from features.catalog_columns import popularity_score
 from features.controls import Dial
 from features.kernels import best_first, dot_rows
+from features.linear import NO_SCORES
 from serving.bundle.bitmap import Bitmap, allowed_rows, clear_keys, clear_rows, first_allowed
 from serving.bundle.tables import NeighborTable
 from serving.bundle.text_index import LexicalIndex
@@ -53,7 +54,7 @@ class UserVectorSource:
         assert user.vector is not None
         count = max(self._count, request.page_size)
         rows, relevance = nearest(self._index, user.vector, count, allowed)
-        if not user.linear.rows.size:
+        if user.linear is NO_SCORES:
             return rows, relevance
         more = user.linear.best(max(_LINEAR, request.page_size), allowed, rows)
         products = np.concatenate([relevance, dot_rows(self._catalog.columns.vectors, more, user.vector)])

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pytest
 
 from features.bundle import Bundle, open_bundle
+from features.bundle_tables import read_neighbors
 from features.catalog import Catalog
 from features.errors import BundleError
+from features.linear import ItemWeights
 from features.manifest import FileFacts
 from features.vocabulary import Vocabulary
 from serving.bundle.golden import replay
@@ -39,8 +41,12 @@ def catalog_of(bundle: Bundle, vectors: np.ndarray | None = None) -> Catalog:
     return Catalog(items, Vocabulary.open(bundle.path / "vocabulary.arrow"), vectors)
 
 
+def weights_of(bundle: Bundle) -> ItemWeights:
+    return read_neighbors(bundle, len(np.load(bundle.path / "vectors.npy")))
+
+
 def check(bundle: Bundle, model: Model, catalog: Catalog) -> None:
-    replay(bundle, model, catalog, Index(bundle.read("index.faiss"), catalog))
+    replay(bundle, model, catalog, Index(bundle.read("index.faiss"), catalog), weights_of(bundle))
 
 
 def with_golden(bundle: Bundle, tmp_path, change) -> Bundle:
@@ -70,7 +76,7 @@ def test_other_vectors_are_noticed(bundle, model):
     catalog = catalog_of(bundle, np.roll(vectors, 1, axis=0))
     index = Index(build(catalog.columns.vectors, vectors, 0.98).data, catalog)
     with pytest.raises(BundleError, match=r"people\[0\].vector is .* away from the golden answer"):
-        replay(bundle, model, catalog, index)
+        replay(bundle, model, catalog, index, weights_of(bundle))
 
 
 def test_another_index_is_noticed(bundle, model):
@@ -79,11 +85,11 @@ def test_another_index_is_noticed(bundle, model):
     # Lists of rough vectors: those of whole ones are compared with vectors.npy before anything is asked.
     rough = {"exact_up_to": 0, "quantised_from": 0}
     sound = Index(build(vectors, vectors, 0.5, **rough).data, catalog)
-    replay(bundle, model, catalog, sound)
+    replay(bundle, model, catalog, sound, weights_of(bundle))
     index = Index(build(other, other, 0.5, **rough).data, catalog)
     # What it proposes is scored with the true vectors, and those scores are lower than the golden ones.
     with pytest.raises(BundleError, match=r"the index finds \d+ of \d+ best items"):
-        replay(bundle, model, catalog, index)
+        replay(bundle, model, catalog, index, weights_of(bundle))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +97,7 @@ def test_another_index_is_noticed(bundle, model):
     [
         (lambda golden: golden["people"][2]["features"][0].__setitem__(3, 0.9), r"people\[2\].features is"),
         (lambda golden: golden["people"][1]["logits"][0].__setitem__(0, 99.0), r"people\[1\].logits is"),
+        (lambda golden: golden["people"][1]["linear"].__setitem__(0, 9.0), r"people\[1\].linear is"),
         (lambda golden: golden["people"][1]["item_ids"].__setitem__(0, "gone"), "the catalogue lacks one of"),
         (lambda golden: golden["people"][3]["events"].pop(), r"people\[3\].vector is"),
         (lambda golden: golden["queries"][0]["tokens"].pop(), r"queries\[0\]: .* has other words here"),

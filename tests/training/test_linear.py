@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.fidelity import _online
 from features.linear import ItemWeights, LinearSpec, LinearTerm
-from training.data.interactions import Interactions
+from tests.training.conftest import interactions
+from tests.untrained import untrained_run
+from training.data.interactions import Interactions, read_interactions
 from training.data.split import Targets
+from training.evaluation.events import ModelScorer, rank_all
+from training.export.export import publish_run
 from training.metrics import ndcg
 from training.models.linear import LinearTrial, add_sums, ease, fit_linear, gram_of, linear_sums
 from training.models.scoring import mask_seen, ranks_of, seen_before
@@ -28,28 +36,7 @@ def sets_of_two_kinds(seed: int = 0, *, repeats: bool = False) -> Interactions:
         if repeats:
             rows = random.permutation(np.concatenate([rows, np.repeat(rows[:2], 6)]))
         histories.append(rows)
-    rows = np.concatenate(histories).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum([history.size for history in histories])])
-    return interactions(rows, offsets, repeats)
-
-
-def interactions(rows: np.ndarray, offsets: np.ndarray, repeats: bool) -> Interactions:
-    size = rows.size
-    return Interactions(
-        users=[f"u{number}" for number in range(offsets.size - 1)],
-        offsets=offsets.astype(np.int64),
-        rows=rows,
-        types=np.ones(size, np.uint8),
-        timestamps=np.zeros(size, np.int64),
-        values=np.full(size, np.nan, np.float32),
-        target=np.ones(size, bool),
-        seen=np.full(size, not repeats),
-        event_types=["purchase"],
-        items=ITEMS,
-        ordered_only=True,
-        origins=np.zeros(size, np.uint32),
-        resolved=None,  # type: ignore[arg-type]
-    )
+    return interactions(histories, ITEMS, repeats=repeats)
 
 
 def last_events(data: Interactions) -> tuple[Targets, np.ndarray]:
@@ -116,10 +103,9 @@ def test_the_linear_part_is_taken_where_it_helps_and_only_there() -> None:
     assert part.facts["with"] > 2 * part.facts["without"]
     # Among items that users choose blindly, nothing helps.
     random = np.random.default_rng(2)
-    rows = np.concatenate([random.permutation(ITEMS)[:8] for _ in range(USERS)]).astype(np.int32)
-    blind = interactions(rows, np.arange(0, rows.size + 1, 8), False)
+    blind = interactions([random.permutation(ITEMS)[:8] for _ in range(USERS)], ITEMS)
     truth = np.zeros((USERS, ITEMS), np.float32)
-    truth[np.arange(USERS), rows[7::8]] = 1
+    truth[np.arange(USERS), blind.rows[7::8]] = 1
     torch.manual_seed(0)
     part = fit_linear(
         blind, np.full(USERS, 7), last_events(blind)[0], truth, np.eye(ITEMS, dtype=np.float32), np.zeros(ITEMS, bool),
@@ -135,3 +121,26 @@ def test_own_items_count_where_users_repeat_them() -> None:
     part = fit_linear(data, ends, targets, users, vectors, np.zeros(ITEMS, bool), cosines, True)
     assert part.spec.count_weight > 0
     assert part.facts["with"] > part.facts["without"] + 0.1
+
+
+def test_what_is_served_is_what_was_evaluated(tmp_path: Path) -> None:
+    """The untrained run has a linear part that moves its pages, and they are those of `Recommend`."""
+    run = untrained_run()
+    # What serving leaves out as seen, evaluation has to leave out too; the untrained ranker reads times, which only
+    # serving has.
+    config = run.config.model_copy(update={"seen_types": tuple(run.result["seen_types"])})
+    run = dataclasses.replace(run, config=config, result={**run.result, "content": True, "blend": 0.0})
+    publish_run(run, tmp_path / "bundle")
+    data = read_interactions(run.dataset, run.vocabulary, run.config)
+    users = np.flatnonzero(np.diff(data.offsets) > 4)
+    targets = Targets(users, np.diff(data.offsets)[users] - 1)
+    with torch.inference_mode():
+        scorer = ModelScorer(run, data, targets)
+        [ranking] = rank_all([scorer], [], data, targets, repeats=False)
+        plain = dataclasses.replace(run, result={**run.result, "linear": None})
+        [without] = rank_all([ModelScorer(plain, data, targets)], [], data, targets, repeats=False)
+    assert (ranking.top != without.top).any(axis=1).mean() > 0.9
+    answers, rungs, degraded = _online(run, data, targets, tmp_path / "bundle")
+    assert len(rungs) == 1, rungs
+    assert not degraded
+    assert [line[line >= 0].tolist() for line in ranking.top] == answers

@@ -187,7 +187,10 @@ def _golden_context(loaded: LoadedRun, catalog: Catalog) -> tuple[golden.GoldenC
 
     types, shapes = loaded.result["event_types"], input_shapes(loaded.config)
     action_rates = ActionRates.of(loaded.result)
-    return golden.GoldenContext(catalog, loaded.neighbors, types, loaded.config, shapes, action_rates, ask), sessions
+    context = golden.GoldenContext(
+        catalog, loaded.neighbors, loaded.linear, types, loaded.config, shapes, action_rates, ask
+    )
+    return context, sessions
 
 
 def _check_assembly(context: golden.GoldenContext, gates: ExportGates) -> None:

@@ -16,13 +16,23 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.action_rates import ActionRates
-from features.assemble import History, Moment, encoder_batch, encoder_inputs, history, ranker_features, rows_read
+from features.assemble import (
+    History,
+    Moment,
+    chosen_rows,
+    encoder_batch,
+    encoder_inputs,
+    history,
+    ranker_features,
+    rows_read,
+)
 from features.catalog import Catalog
 from features.decayed_counts import DecayedCounts
 from features.golden import TOP, profile_of
 from features.histories import KEYS
 from features.kernels import dot_rows
 from features.keys import event_type_key, item_key
+from features.linear import LinearTerm
 from features.profile import RING
 from features.tables.dataset import Dataset
 from features.tables.event_reader import Events
@@ -53,6 +63,7 @@ class GoldenContext:
     Attributes:
         catalog: The bundle's catalogue.
         neighbors: Similar items by row, -1 padded; int32 [N, K].
+        linear: The linear part of relevance.
         event_types: Names, in the model's order.
         config: The training's configuration.
         shapes: Shapes of the content encoders' inputs.
@@ -62,6 +73,7 @@ class GoldenContext:
 
     catalog: Catalog
     neighbors: npt.NDArray[np.int32]
+    linear: LinearTerm
     event_types: Sequence[str]
     config: TrainConfig
     shapes: ItemInputShapes
@@ -229,6 +241,7 @@ def _user_request(context: GoldenContext, events: Sequence[Event], assembled: As
         "vector": _numbers(user),
         "item_ids": context.catalog.ids(rows),
         "relevance": _numbers(relevance),
+        "linear": _numbers(context.linear.scores(chosen_rows(assembled.history)).of(rows)),
         "features": [_numbers(line) for line in features],
         "logits": [_numbers(line) for line in logits],
     }
