@@ -16,7 +16,7 @@ from training.config import TrainConfig
 from training.data.split import Targets
 from training.evaluation.evaluate import evaluate
 from training.evaluation.events import Ranking, _compared, _mean_values, _values, rank, rank_all
-from training.models.baselines import MostUsedBaseline, PopularBaseline
+from training.models.baselines import OwnItemsBaseline, PopularBaseline
 from training.models.scoring import had_before, ranks_of
 from training.train import train
 
@@ -39,7 +39,7 @@ def test_what_the_person_had_is_masked_and_what_comes_later_is_not() -> None:
 
 def test_own_items_come_by_how_often_and_then_by_how_late() -> None:
     data = interactions([[0, 1, 1, 2, 3]], items=5, repeats=True)
-    baseline = MostUsedBaseline(data, np.array([1.0, 2.0, 1.0, 1.0, 9.0]))
+    baseline = OwnItemsBaseline(data, np.array([1.0, 2.0, 1.0, 1.0, 9.0]), by_count=True)
     ranked = rank_all([], [baseline], data, Targets(np.zeros(2, np.int64), np.array([4, 3])), repeats=True)[0]
     # 1 twice, then 2 before 0, for it came later; what was never had follows by popularity: 4, and then 3.
     scores = baseline.scores(Targets(np.zeros(1, np.int64), np.array([4])))[0]
@@ -86,7 +86,9 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     train(tmp_path / "data", tmp_path / "run", config)
     parts = evaluate([tmp_path / "run"], "leave-one-out")["parts"]
     assert {name: part["targets"] for name, part in parts.items()} == {"repeats": 120, "new": 40, "new_alone": 40}
-    assert set(parts["new"]["paired"]) == {"popular", "markov", "item_to_item", "ease", "most_used"}
+    assert set(parts["new"]["paired"]) == {
+        "popular", "markov", "item_to_item", "item_knn", "ease", "most_used", "most_recent",
+    }  # fmt: skip
     # Five own items stand before what is new; without them, five equally popular ones tie, which counts against it.
     assert parts["new"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 10)
     assert parts["new_alone"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 5)
@@ -141,7 +143,11 @@ def test_a_run_beats_popularity_with_certainty_and_says_so(runs: dict[str, list[
     assert found["paired"]["popular"]["ndcg@10"]["low"] > 0
     difference = mean - found["baselines"]["popular"]["ndcg@10"]
     assert found["paired"]["popular"]["ndcg@10"]["mean"] == pytest.approx(difference)
-    assert set(found["baselines"]) == {"popular", "recent_popular", "markov", "item_to_item", "ease"}
+    names = {"popular", "recent_popular", "markov", "item_to_item", "item_knn", "ease"}
+    assert set(found["baselines"]) == names
+    assert set(found["baselines_left_out"]) == {"most_used", "most_recent"}
+    assert found["best_baseline"]["name"] in names
+    assert "best baseline" in found["best_baseline"]["sentence"]
     assert found["baselines"]["markov"]["hit@10"] > 0.9  # a walk round a circle is a first-order chain
     assert not math.isnan(found["novelty@10"])
     json.dumps(found)

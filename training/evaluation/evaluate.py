@@ -37,7 +37,8 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         the items are more than `EXACT_SCORES`, the targets are a random sample of them), `items`, `cold` (targets that
         no training event names; they are left out of everything but `with_cold`), `metrics` {name: {mean, low, high}},
         `by_seed`, `baselines` {name: {metric: value}}, `paired` {baseline: {metric: interval of model minus
-        baseline}}, `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
+        baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why},
+        `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
         those of `intake.summary`.
         Where repeats count also `parts`, of which each has `targets`, `metrics`, `baselines` and `paired`: "repeats",
         the items that their user had before, and "new", those that are new to them, both ranked among all items as they

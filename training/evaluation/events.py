@@ -168,7 +168,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         )
     models = [ModelScorer(of_seed, data, targets) for of_seed in runs]
     # One set of baselines for all seeds: they have no random part but the sample that the first run has drawn.
-    baselines = build_baselines(data, division, run.config, (run.neighbors, run.neighbor_scores))
+    baselines, left_out = build_baselines(data, division, run.config)
     rankings = rank_all(models, baselines, data, targets, run.config.repeats)
     of_models, of_baselines = rankings[: len(models)], rankings[len(models) :]
     counts = popularity_of(data, division.train_end)
@@ -185,6 +185,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         "held_out": len(every),
         "cold": len(targets) - warm.size,
         "items": data.items,
+        "baselines_left_out": left_out,
         "blend": [of_seed.result["blend"] for of_seed in runs],
         **summary,
         **report_future_events(data),
@@ -238,7 +239,8 @@ def _summary(
     """Returns means over seeds and users, with intervals, and the differences to each baseline."""
     model, baselines = _mean_values(of_models), {name: _values(ranking) for name, ranking in by_name.items()}
     return {
-        **_compared(model, baselines, targets, warm),
+        **(compared := _compared(model, baselines, targets, warm)),
+        "best_baseline": best_baseline(compared),
         "by_seed": {
             metric: [float(of(ranking.ranks)[warm].mean()) for ranking in of_models] for metric, of in METRICS.items()
         },
@@ -268,6 +270,26 @@ def _compared(
             for name, metrics in baselines.items()
         },
     }
+
+
+def best_baseline(compared: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns the baseline with the highest NDCG@10.
+
+    Returns:
+        Its `name`, its `ndcg@10`, `ahead` (the interval of model minus baseline), and `sentence`, which says in words
+        how the model stands to it.
+    """
+    metric = "ndcg@10"
+    name = max(compared["baselines"], key=lambda of: compared["baselines"][of][metric])
+    value, ahead = compared["baselines"][name][metric], compared["paired"][name][metric]
+    numbers = f"{compared['metrics'][metric]['mean']:.4f} against {value:.4f} of {name}, the best baseline"
+    if ahead["low"] > 0:
+        sentence = f"The model is ahead: NDCG@10 is {numbers}."
+    elif ahead["high"] < 0:
+        sentence = f"The model is worse than a baseline of a few lines: NDCG@10 is {numbers}. Do not serve it as it is."
+    else:
+        sentence = f"The model is not ahead for certain: NDCG@10 is {numbers}, within the interval of the difference."
+    return {"name": name, metric: value, "ahead": ahead, "sentence": sentence}
 
 
 def rank_all(

@@ -1,28 +1,37 @@
-"""Baselines that a model must beat: popularity, recent popularity, first-order Markov, item-to-item and EASE.
+"""Baselines that a model must beat: popularity, recent popularity, first-order Markov, item-to-item, item-kNN, EASE.
 
-Where repeats count, also each user's most used items. A baseline learns from the events that the model is trained on,
-and scores all items from the same earlier events that the model may read.
+Where repeats count, also each user's own items, the most used or the newest first. A baseline learns from the events
+that the model is trained on, and scores all items from the same earlier events that the model may read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from training.config import TrainConfig
 from training.data.clock import newest_of
 from training.data.interactions import Interactions
 from training.data.split import Split, Targets
+from training.metrics import ndcg
+from training.models.linear import EASE_ITEMS, EXACT_ITEMS, ease_inverse, gram_of
+from training.models.neighbors import neighbors_of
+from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before
 
 Scores = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 DAY_MS = 86_400_000
-EASE_MOST_ITEMS = 8_000
-"""EASE inverts a matrix of items by items; past this it costs minutes and gigabytes."""
 EASE_LAMBDA = 500.0
+"""The regularisation of EASE where nothing validates it."""
+
+EASE_LAMBDAS = (10.0, 50.0, 200.0, 500.0, 1000.0, 5000.0)
+EASE_FEW_LAMBDAS = (50.0, 500.0)
+EASE_TARGETS = 1000
+"""Most validation targets that choose the regularisation."""
+
 HISTORY_DECAY = 0.9
 
 
@@ -120,13 +129,12 @@ class MarkovBaseline:
         return out
 
 
-class MostUsedBaseline:
-    """Each user's items, the most often used first and of those the newest; then popular items."""
+class OwnItemsBaseline:
+    """Each user's items, the most used first and of those the newest, or the newest first; then popular items."""
 
-    name = "most_used"
-
-    def __init__(self, data: Interactions, popularity: npt.NDArray[np.float64]) -> None:
-        self.data, self.popularity = data, popularity / (popularity.max() + 1)
+    def __init__(self, data: Interactions, popularity: npt.NDArray[np.float64], *, by_count: bool) -> None:
+        self.name = "most_used" if by_count else "most_recent"
+        self.data, self.popularity, self.by_count = data, popularity / (popularity.max() + 1), by_count
 
     def scores(self, targets: Targets) -> Scores:
         """Counts the user's events that make their item seen; later last events win ties by a fraction below one."""
@@ -138,26 +146,31 @@ class MostUsedBaseline:
             items, counts = np.unique(rows, return_counts=True)
             last = np.zeros(self.data.items)
             last[rows] = np.arange(rows.size)  # of several places for one item numpy keeps the last
-            out[line, items] = counts + last[items] / max(1, rows.size)
+            # At least 1, so above all popularity.
+            out[line, items] = (counts if self.by_count else 1) + last[items] / max(1, rows.size)
         return out
 
 
 class NeighborsBaseline:
-    """The sum of the similarities to the newest items, which count less with every event since."""
-
-    name = "item_to_item"
+    """The sum of the similarities to the items of a history; with a decay the newest 50, older ones count less."""
 
     def __init__(
-        self, data: Interactions, neighbors: npt.NDArray[np.int32], similarity: npt.NDArray[np.float32]
+        self,
+        data: Interactions,
+        neighbors: npt.NDArray[np.int32],
+        similarity: npt.NDArray[np.float32],
+        decay: float = HISTORY_DECAY,
     ) -> None:
-        self.data, self.neighbors, self.similarity = data, neighbors, similarity
+        """Takes what `neighbors_of` returned; with a decay of 1 it is item-kNN, which knows no order."""
+        self.name = "item_to_item" if decay < 1 else "item_knn"
+        self.data, self.neighbors, self.similarity, self.decay = data, neighbors, similarity, decay
 
     def scores(self, targets: Targets) -> Scores:
-        """Returns weighted sums over the newest 50 events."""
+        """Returns weighted sums over the events."""
         out = np.zeros((len(targets), self.data.items), np.float32)
         for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
-            rows = _newest(self.data, user, position, 50)
-            weights = (HISTORY_DECAY ** np.arange(rows.size)[::-1]).astype(np.float32)
+            rows = _newest(self.data, user, position, 50 if self.decay < 1 else position)
+            weights = (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
             # `np.add.at`, because `+=` would count an item once that is the neighbour of several.
             near = self.neighbors[rows]
             np.add.at(out[line], near[near >= 0], (self.similarity[rows] * weights[:, None])[near >= 0])
@@ -167,37 +180,50 @@ class NeighborsBaseline:
 class EaseBaseline:
     """EASE (arXiv:1905.03375): the closed-form linear autoencoder over items."""
 
-    def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], decay: float = 1.0) -> None:
-        """Inverts the regularised co-occurrence; `decay` below 1 makes newer events of a history count more."""
-        self.name = "ease" if decay == 1.0 else "ease_recent"
-        self.data, self.decay = data, decay
-        gram = torch.zeros(data.items, data.items, dtype=torch.float64)
-        for block in data.blocks():
-            chosen = block.position < ends[block.owner]
-            owner, rows = block.owner[chosen], data.rows[block.events][chosen]
-            for start in range(block.users.start, block.users.stop, 4096):
-                part = slice(*np.searchsorted(owner, [start, start + 4096]))
-                incidence = torch.zeros(min(4096, block.users.stop - start), data.items)
-                incidence[owner[part] - start, rows[part].astype(np.int64)] = 1
-                # Counts of 4,096 users are exact in float32; only the inverse needs the digits of float64.
-                gram += incidence.T @ incidence
-        gram.diagonal().add_(EASE_LAMBDA)
+    name = "ease"
+
+    def __init__(self, data: Interactions, gram: Tensor, ridge: float) -> None:
+        """Inverts the regularised co-occurrence of `training.models.linear.gram_of`."""
+        self.data, self.ridge = data, ridge
+        inverse = ease_inverse(gram, ridge)
         # The closed form: each item's regression on all others, with its own weight held at zero.
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        weights = inverse / -inverse.diagonal()
-        weights.fill_diagonal_(0)
-        self.weights = weights.float()
+        self.weights = (inverse / -inverse.diagonal()).float()
+        self.weights.fill_diagonal_(0)
 
     def scores(self, targets: Targets) -> Scores:
-        """Returns the weighted history times the learned matrix."""
+        """Returns the history times the learned matrix."""
         history = torch.zeros(len(targets), self.data.items)
         for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
-            rows = _newest(self.data, user, position, position)
-            history[line, torch.from_numpy(rows.astype(np.int64))] = torch.from_numpy(
-                (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
-            )
+            history[line, torch.from_numpy(_newest(self.data, user, position, position).astype(np.int64))] = 1
         scores: npt.NDArray[np.float32] = (history @ self.weights).numpy()
         return scores
+
+    @classmethod
+    def best(cls, data: Interactions, ends: npt.NDArray[np.int64], targets: Targets, repeats: bool) -> EaseBaseline:
+        """Returns the one whose lambda has the highest NDCG@10 on validation targets."""
+        gram = gram_of(data, ends)
+        ridges = EASE_LAMBDAS if data.items <= EXACT_ITEMS else EASE_FEW_LAMBDAS
+        if not len(targets):
+            return cls(data, gram, EASE_LAMBDA)
+        best: tuple[float, EaseBaseline] | None = None
+        for ridge in ridges:
+            baseline = cls(data, gram, ridge)
+            value = _ndcg(baseline, data, targets, repeats)
+            if best is None or value > best[0]:
+                best = value, baseline
+        assert best is not None
+        return best[1]
+
+
+def _ndcg(baseline: Baseline, data: Interactions, targets: Targets, repeats: bool) -> float:
+    values = []
+    for part in rank_slices(len(targets), data.items):
+        batch = targets.take(np.arange(part.start, part.stop))
+        scores = baseline.scores(batch)
+        if not repeats:
+            mask_seen(scores, seen_before(data, batch))
+        values.append(ndcg(ranks_of(scores, batch.rows(data)), 10))
+    return float(np.concatenate(values).mean())
 
 
 def _newest(data: Interactions, user: int, position: int, most: int) -> npt.NDArray[np.int32]:
@@ -205,29 +231,35 @@ def _newest(data: Interactions, user: int, position: int, most: int) -> npt.NDAr
     return data.rows[max(int(data.offsets[user]), end - most) : end]
 
 
-def build_baselines(
-    data: Interactions,
-    division: Split,
-    config: TrainConfig,
-    neighbors: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]],
-) -> Sequence[Baseline]:
-    """Builds the baselines that fit the data: recent popularity needs times, EASE a catalogue of moderate size.
+def build_baselines(data: Interactions, division: Split, config: TrainConfig) -> tuple[list[Baseline], dict[str, str]]:
+    """Builds the baselines that fit the data.
 
-    Where repeats count, the user's most used items are a baseline too.
+    Returns:
+        The baselines, and why others are left out, by name.
     """
-    ends = division.train_end
-    counts = popularity_of(data, ends)
+    ends, left_out = division.train_end, {}
+    counts, cosines = popularity_of(data, ends), neighbors_of(data, ends, config.neighbors, config.seed)
     baselines: list[Baseline] = [
         PopularBaseline("popular", counts),
         MarkovBaseline(data, ends, counts),
-        NeighborsBaseline(data, *neighbors),
+        NeighborsBaseline(data, *cosines),
+        NeighborsBaseline(data, *cosines, decay=1.0),
     ]
-    if not data.ordered_only:
+    if data.ordered_only:
+        left_out["recent_popular"] = "the data set has no times"
+    else:
         # Counts of all time decide between items with equal recent counts, which for most are 0.
         recent = recent_popularity_of(data, ends, config.recent_days)
         baselines.append(PopularBaseline("recent_popular", recent + counts / (counts.max() + 1)))
-    if data.items <= EASE_MOST_ITEMS:
-        baselines.append(EaseBaseline(data, ends))
+    if data.items <= EASE_ITEMS:
+        targets = division.validation.sample(EASE_TARGETS, config.seed)
+        baselines.append(EaseBaseline.best(data, ends, targets, config.repeats))
+    else:
+        left_out["ease"] = (
+            f"it inverts a matrix of items by items, here {data.items}: {EASE_ITEMS} fit into memory and minutes"
+        )
     if config.repeats:
-        baselines.append(MostUsedBaseline(data, counts))
-    return baselines
+        baselines += [OwnItemsBaseline(data, counts, by_count=by_count) for by_count in (True, False)]
+    else:
+        left_out["most_used"] = left_out["most_recent"] = "items are not recommended again (repeats)"
+    return baselines, left_out

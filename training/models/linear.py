@@ -158,6 +158,13 @@ def _count_pairs(rows: Any, user_starts: Any, users: Any, item_starts: Any, part
                 gram[item, rows[event]] += 1.0
 
 
+def ease_inverse(gram: Tensor, ridge: float) -> Tensor:
+    """Returns the inverse of the regularised Gram matrix, which holds the weights of EASE; float `[N, N]`."""
+    matrix = gram.double() if gram.shape[0] <= EXACT_ITEMS else gram.clone()
+    matrix.diagonal().add_(ridge)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
 def ease(gram: Tensor, ridge: float, keep: int) -> tuple[_I32, _F32]:
     """Returns the largest weights of EASE, by the item of the history.
 
@@ -169,10 +176,7 @@ def ease(gram: Tensor, ridge: float, keep: int) -> tuple[_I32, _F32]:
     Returns:
         Rows int32 `[N, keep]`, -1 padded, and weights float32 `[N, keep]`, largest first without regard to their sign.
     """
-    matrix = gram.double() if gram.shape[0] <= EXACT_ITEMS else gram.clone()
-    matrix.diagonal().add_(ridge)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    del matrix
+    inverse = ease_inverse(gram, ridge)
     # The closed form: each item's regression on all others, with its own weight held at zero.
     diagonal = inverse.diagonal().clone()
     keep = min(keep, max(1, gram.shape[0] - 1))
