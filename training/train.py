@@ -25,7 +25,8 @@ from features.tables.dataset import Dataset
 from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
-from training.config import Action, TrainConfig
+from training.automatic import settle
+from training.config import Action, TrainConfig, load_config
 from training.data.clock import report_future_events
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
@@ -88,14 +89,23 @@ class Material:
     actions: tuple[Action, ...]
 
 
-def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = None) -> dict[str, Any]:
+def train(
+    data: Path,
+    out: Path,
+    config: TrainConfig | None = None,
+    on_step: OnStep | None = None,
+    *,
+    automatic: bool | None = None,
+) -> dict[str, Any]:
     """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
 
     Args:
         data: Directory of the canonical tables.
         out: Directory of the run.
-        config: The settings.
+        config: The settings; None for those of the environment.
         on_step: Called with the number of steps so far, after each step of the encoders.
+        automatic: Choose by the data what `config` does not set, see `training.automatic`; None: if there is no
+            `config`.
 
     Returns:
         The content of `RUN/result.json`: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`,
@@ -108,11 +118,16 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     """
     began = time.monotonic()
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
+    if automatic is None:
+        automatic = config is None
+    config = load_config() if config is None else config
     device = config.resolved_device()
     with prepared(config.threads, device):
         torch.manual_seed(config.seed)
         dataset = open_dataset_of_run(data, out)
         left_out = _admit(data, dataset, config)
+        if automatic:
+            config = settle(dataset, out, config)
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
         left_out |= report_future_events(material.data)

@@ -35,6 +35,7 @@ class EncoderShape:
     max_length: int
     types: int
     dropout: float
+    ordered: bool = True
 
 
 class CheapDropout(nn.Module):
