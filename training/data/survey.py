@@ -25,11 +25,11 @@ REPEAT_EVENTS = 1 << 20
 """Most events that repeats are counted in."""
 SURE = 4.5
 """Value of t from which order carries signal: chance passes it in one of 300,000 data sets."""
-DOUBTED = 3.5
+DOUBTED = 3.0
 """Value of t from which order is at least not ruled out."""
-SMALL_EFFECT = 0.08
+SMALL_EFFECT = 0.055
 """Gain in likeness below which order does not pay, relative to that of any two events; real orders have 0.05 to 0.9."""
-BOUND = 3.0
+BOUND = 2.0
 """Standard errors above the measured gain that still have to be below `SMALL_EFFECT`."""
 SORTED = 0.95
 """Share of neighbouring events in the order of an item's property from which the file is sorted by it."""
@@ -197,9 +197,12 @@ class _Pairs:
 
     def likeness(self) -> tuple[float, float, float]:
         """Returns t, the relative gain and its standard error."""
-        near, random = self._cosines(self.near), self._cosines(self.random).mean(1)
-        gains, expected = self._by_user(near - random), float(self._by_user(random).mean()) if self.users else 0.0
-        t, gain, error = _t(gains)
+        near, random = self._cosines(self.near), self._cosines(self.random)
+        _, gain, error = _t(_means(near - random.mean(1), self.user))
+        expected = float(_means(random.mean(1), self.user).mean()) if self.users else 0.0
+        # t by which pair is more alike, not by how much: a few rare items that are very much alike would decide, and
+        # the tails of t would not be those of a normal distribution.
+        t, _, _ = _t(_means(np.sign(near[:, None] - random).mean(1), self.user))
         # Where no two items have two users in common, all likeness is zero and nothing can be said.
         return (t, gain / expected, error / expected) if expected > 0 else (0.0, 0.0, 0.0)
 
@@ -237,9 +240,6 @@ class _Pairs:
         # The user whose pair it is has chosen both, whatever the order, and says nothing about likeness.
         result: _F64 = (common - 1) / np.sqrt(self.sizes[first] * self.sizes[second])
         return result
-
-    def _by_user(self, values: _F64) -> _F64:
-        return _means(values, self.user)
 
 
 def _distinct(owner: _I64, rows: _I64, rng: np.random.Generator) -> tuple[_I64, _I64]:
