@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.conftest import interactions
 from training.data.interactions import Interactions
-from training.data.survey import common_users, common_users_plain, evidence_of_order, repeated_share, survey
+from training.data.survey import SHARED, common_users, common_users_plain, evidence_of_order, repeated_share, survey
 
 USERS, ITEMS, TOPICS, LENGTH = 400, 120, 12, 24
 NAMES = [f"item {number * 7919 % 997}" for number in range(ITEMS)]
@@ -58,7 +58,13 @@ def test_transitions_among_items_that_all_users_choose_are_an_order() -> None:
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [("text", "item id, as text"), ("number", "item id"), ("popularity", "popularity"), ("value", "value")],
+    [
+        ("text", "item id, as text"),
+        ("number", "item id"),
+        ("popularity", "popularity"),
+        ("value", "value"),
+        ("hidden", SHARED),
+    ],
 )
 def test_events_without_times_that_are_sorted_by_a_property_have_no_order_of_time(key: str, name: str) -> None:
     data = _walks(1, times=False)
@@ -68,6 +74,7 @@ def test_events_without_times_that_are_sorted_by_a_property_have_no_order_of_tim
     numbers = rng.permutation(ITEMS)
     names = [str(number) for number in numbers] if key == "number" else NAMES
     by_item = {"text": np.argsort(np.argsort(np.array(NAMES))), "number": numbers, "popularity": -counts}
+    by_item["hidden"] = rng.permutation(ITEMS)
     keys = data.values if key == "value" else by_item[key][data.rows]
     order = np.lexsort((keys, data.owner()))
     ordered = dataclasses.replace(data, rows=data.rows[order], values=data.values[order])

@@ -32,10 +32,14 @@ SMALL_EFFECT = 0.055
 BOUND = 2.0
 """Standard errors above the measured gain that still have to be below `SMALL_EFFECT`."""
 SORTED = 0.95
-"""Share of neighbouring events in the order of an item's property from which the file is sorted by it."""
+"""Share of neighbouring events in the order of an item's property from which the file is sorted by it, or agreement
+of users about the order of two items from which they share one."""
 REPEATS = 0.05
 """Share of repeated events from which repeats are worth recommending."""
+SHARED = "an order of items that all users share"
+"""Name of a property that is not among those of the data."""
 _DRAWS = 4  # random pairs that a pair of neighbours is compared with
+_FEWEST_COMPARED = 300  # pairs of users below which their agreement says nothing
 _FEWEST = 30  # users below which a t statistic says nothing
 
 _I64 = npt.NDArray[np.int64]
@@ -158,7 +162,9 @@ def evidence_of_order(data: Interactions, names: Sequence[str], seed: int = 0) -
     pairs = _Pairs(data, rng)
     likeness, effect, error = pairs.likeness()
     transitions = pairs.transitions(rng)
-    sorted_by = _sorted_by(data, names) if data.ordered_only else ""
+    sorted_by = ""
+    if data.ordered_only:
+        sorted_by = _sorted_by(data, names) or (SHARED if pairs.agreement() >= SORTED else "")
     order: Order = "unclear"
     if sorted_by:
         order = "sorted"
@@ -232,6 +238,26 @@ class _Pairs:
 
         gains = counted(self.near[:, judged]) - counted(self.random[:, judged]).mean(1)
         return _t(_means(gains, self.user[judged]))[0]
+
+    def agreement(self) -> float:
+        """Returns the share of pairs of users who had the same two items in the same order; 0 if too few can tell.
+
+        It is near 1 where each user's events are sorted by whatever the items have, even by something unknown.
+        """
+        places = np.sort(self.random.reshape(2, -1), axis=0)
+        first, second = self.rows[places]
+        user = np.repeat(self.user, _DRAWS)
+        code = np.minimum(first, second) * self.items + np.maximum(first, second)
+        # The two items of one user drawn twice would agree with themselves.
+        once = np.unique(code * (int(user.max(initial=0)) + 1) + user, return_index=True)[1]
+        _, pair = np.unique(code[once], return_inverse=True)
+        counts = np.bincount(pair, minlength=1)
+        ascending = np.bincount(pair, first[once] < second[once], counts.size)
+        descending = counts - ascending
+        compared = float((counts * (counts - 1)).sum())
+        if compared < 2 * _FEWEST_COMPARED:
+            return 0.0
+        return float((ascending * (ascending - 1) + descending * (descending - 1)).sum()) / compared
 
     def _cosines(self, pairs: _I64) -> _F64:
         """Returns the cosines of the sets of other users who chose both events' items; `[2, ...]` to `[...]`."""
