@@ -18,7 +18,7 @@ from features.tables.dataset import Dataset
 from training.config import TrainConfig
 from training.data.interactions import item_vocabulary, read_interactions
 from training.data.split import split
-from training.data.survey import Survey, survey
+from training.data.survey import DataSurvey, survey
 from training.run import read_config, write_text
 
 CONFIG_FILE = "config.yaml"
@@ -68,16 +68,16 @@ def settle(dataset: Dataset, out: Path, given: TrainConfig) -> TrainConfig:
     return config
 
 
-def survey_dataset(dataset: Dataset, folder: Path, config: TrainConfig) -> Survey:
+def survey_dataset(dataset: Dataset, folder: Path, config: TrainConfig) -> DataSurvey:
     """Surveys what a training with these settings would learn from: no event that is held out decides a setting."""
     _, vocabulary = item_vocabulary(dataset)
     # As it lies in the files and with repeats, since both are still to be found out.
     data = read_interactions(dataset, vocabulary, config.model_copy(update={"repeats": True, "ordered": True}), folder)
-    names = vocabulary.names.to_pylist()
+    names = [str(name) for name in vocabulary.names.to_pylist()]
     return survey(data, split(data, config).train_end, names, config.seed)
 
 
-def choose(facts: Survey) -> dict[str, Any]:
+def choose(facts: DataSurvey) -> dict[str, Any]:
     """Returns the settings that fit a data set."""
     sparse = facts.events < SPARSE * max(1, facts.items)
     small = facts.events < SMALL
@@ -122,7 +122,7 @@ def _batch_tokens(events: int, sparse: bool) -> int:
     return int(np.clip(1 << max(0, (events // 100).bit_length() - 1), 256, usual))
 
 
-def describe(facts: Survey) -> str:
+def describe(facts: DataSurvey) -> str:
     """Tells in one line what a survey found."""
     order = facts.order
     measured = f"neighbouring events {order.effect:+.0%} as alike as any two, t {order.likeness:.1f}"

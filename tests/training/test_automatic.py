@@ -11,7 +11,7 @@ import yaml
 import training.automatic as automatic
 from training.automatic import choose
 from training.config import TrainConfig, load_config
-from training.data.survey import OrderEvidence, Survey
+from training.data.survey import OrderEvidence, DataSurvey
 from training.run import RunError, read_config
 from training.train import train
 
@@ -31,9 +31,9 @@ device: cpu
 """)
 
 
-def _survey(users: int, items: int, events: int, long_length: int) -> Survey:
+def _survey(users: int, items: int, events: int, long_length: int) -> DataSurvey:
     mean = events / users
-    return Survey(users, items, events, mean, round(mean), long_length, SIGNAL, 0.0)
+    return DataSurvey(users, items, events, mean, round(mean), long_length, SIGNAL, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def _survey(users: int, items: int, events: int, long_length: int) -> Survey:
         ("amazon", _survey(22_363, 12_101, 192_000, 9)),
     ],
 )
-def test_the_choice_comes_out_at_the_shipped_configurations(name: str, facts: Survey) -> None:
+def test_the_choice_comes_out_at_the_shipped_configurations(name: str, facts: DataSurvey) -> None:
     chosen, shipped = TrainConfig(**choose(facts)), load_config(Path(name))
     # Validation reads more users where they are short; else each setting is that of the file.
     close = {"validation_users", "protocol", "warmup_steps"}
@@ -98,7 +98,7 @@ def test_a_resume_takes_the_recorded_settings_without_a_second_survey(
     with pytest.raises(_KilledError):
         train(circles, tmp_path / "two", given, kill, automatic=True)
 
-    def refuse(*arguments: object) -> Survey:
+    def refuse(*arguments: object) -> DataSurvey:
         raise AssertionError("a resumed run was surveyed")
 
     monkeypatch.setattr(automatic, "survey_dataset", refuse)

@@ -277,8 +277,10 @@ def _without(data: Interactions, cold: npt.NDArray[np.bool_]) -> Interactions:
         kept = ~cold[data.rows[block.events]]
         counts[block.users] = np.bincount(block.owner[kept] - block.users.start, minlength=counts[block.users].size)
         end = size + int(kept.sum())
-        rows = np.arange(block.events.start, block.events.stop) if data.source_rows is None else None
-        source_rows.append((data.source_rows[block.events] if rows is None else rows)[kept])
+        if data.source_rows is None:
+            source_rows.append(block.events.start + np.flatnonzero(kept))
+        else:
+            source_rows.append(data.source_rows[block.events][kept])
         for column in columns:
             if column.flags.writeable:  # else it holds one and the same value everywhere
                 column[size:end] = column[block.events][kept]

@@ -48,7 +48,7 @@ _F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class OrderEvidence:
-    """What speaks for and against order.
+    """Evidence for and against an order that carries signal.
 
     Attributes:
         order: `signal`: it carries signal; `none`: it carries none that would pay; `sorted`: the events without times
@@ -71,7 +71,7 @@ class OrderEvidence:
 
 
 @dataclass(frozen=True)
-class Survey:
+class DataSurvey:
     """Facts about the training part of a data set.
 
     Attributes:
@@ -105,7 +105,7 @@ class Survey:
         return self.repeated >= REPEATS
 
 
-def survey(data: Interactions, ends: _I64, names: Sequence[str], seed: int = 0) -> Survey:
+def survey(data: Interactions, ends: _I64, names: Sequence[str], seed: int = 0) -> DataSurvey:
     """Surveys the leading events of each user.
 
     Args:
@@ -119,7 +119,7 @@ def survey(data: Interactions, ends: _I64, names: Sequence[str], seed: int = 0) 
         present[data.rows[block.events][block.position < ends[block.owner]]] = True
     lengths = ends[ends > 0]
     quartiles = np.percentile(lengths, (50, 75)) if lengths.size else (0, 0)
-    return Survey(
+    return DataSurvey(
         users=int(lengths.size),
         items=int(present.sum()),
         events=int(ends.sum()),
