@@ -118,16 +118,13 @@ def train(
     """
     began = time.monotonic()
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
-    if automatic is None:
-        automatic = config is None
-    config = load_config() if config is None else config
+    config, automatic = config or load_config(), config is None if automatic is None else automatic
     device = config.resolved_device()
     with prepared(config.threads, device):
         torch.manual_seed(config.seed)
         dataset = open_dataset_of_run(data, out)
         left_out = _admit(data, dataset, config)
-        if automatic:
-            config = settle(dataset, out, config)
+        config = settle(dataset, out, config) if automatic else config
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
         left_out |= report_future_events(material.data)
@@ -145,15 +142,23 @@ def train(
     _write_models(out, material, modules, tables)
     seconds = progress.pop("seconds_before") + time.monotonic() - began
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
-    result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
-    result |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
-    result |= {"data": str(data.resolve()), **_facts(material), **facts, **left_out}
+    result |= _circumstances(data, material, modules, device) | facts | left_out
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
     write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
+
+
+def _circumstances(data: Path, material: Material, modules: Modules, device: torch.device) -> dict[str, Any]:
+    """Returns the part of a run's result that tells what was trained, where, and on what."""
+    return {
+        "parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "data": str(data.resolve()),
+        **_facts(material),
+    }
 
 
 def _write_models(out: Path, material: Material, modules: Modules, tables: dict[str, npt.NDArray[Any]]) -> None:

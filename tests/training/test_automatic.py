@@ -11,7 +11,7 @@ import yaml
 import training.automatic as automatic
 from training.automatic import choose
 from training.config import TrainConfig, load_config
-from training.data.survey import OrderEvidence, DataSurvey
+from training.data.survey import DataSurvey, OrderEvidence
 from training.run import RunError, read_config
 from training.train import train
 
