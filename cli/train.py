@@ -154,12 +154,16 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of everything random.")] = None,
     settings: Settings = None,
 ) -> None:
-    """Trains the encoders and the ranker."""
+    """Trains the encoders and the ranker.
+
+    Without --config the settings are chosen by the data, told on standard error and written to RUN/config.yaml.
+    """
     use_cores()
     from training.config import load_config
     from training.train import train
 
-    print_result(train(data, out, load_config(config, settings or [], device, seed)))
+    given = load_config(config, settings or [], device, seed)
+    print_result(train(data, out, given, automatic=config is None))
 
 
 @commands.command()

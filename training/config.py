@@ -62,6 +62,11 @@ class TrainConfig(_Frozen):
     repeats: bool = Field(False, description="Recommend items that a user already had; else only new ones.")
     actions: tuple[Action, ...] = Field((), description="Actions that the ranker predicts; empty: each target type.")
     action_weights: dict[str, float] = Field({}, description="Worth of an action by name; one not named is worth 1.")
+    ordered: bool = Field(
+        True,
+        description="The order of a user's events carries signal; false: the encoder learns from them in random order, "
+        "and without times validation and tests hold out random events.",
+    )
     recent_days: float = Field(7.0, gt=0, description="Days that count for recent popularity.")
 
     # The encoders: their sizes, and the parts of an item's content that they read.

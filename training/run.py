@@ -1,6 +1,7 @@
 """A training run on disk, and how everything after training reads it back.
 
 RUN/config.json          TrainConfig
+RUN/config.yaml          the settings that were chosen by the data, for --config; only where they were
 RUN/model.safetensors    user encoder (`user.`) and item encoder (`item.`), best by validation
 RUN/query.safetensors    query encoder
 RUN/ranker.safetensors   ranker, its calibration folded in
@@ -54,7 +55,7 @@ from training.models.ranker import Ranker
 
 FORMAT = 1
 _TESTED = (
-    *("protocol", "test_share", "test_days", "cold_item_share", "target_types", "seen_types", "repeats"),
+    *("protocol", "test_share", "test_days", "cold_item_share", "target_types", "seen_types", "repeats", "ordered"),
     *("actions", "methods"),
 )
 """Settings that decide which events and impressions are held out, and what is asked of a run."""
@@ -153,6 +154,7 @@ def build_modules(config: TrainConfig, items: int, event_types: int, actions: in
         max_length=config.max_length,
         types=event_types,
         dropout=config.dropout,
+        ordered=config.ordered,
     )
     return Modules(
         user=UserEncoder(shape),
@@ -335,8 +337,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes JSON in one step."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in one step."""
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     _put(draft, path)
 
 

@@ -26,7 +26,8 @@ from features.tables.dataset import Dataset
 from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
-from training.config import Action, TrainConfig
+from training.automatic import settle
+from training.config import Action, TrainConfig, load_config
 from training.data.clock import report_future_events
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
@@ -91,14 +92,23 @@ class Material:
     actions: tuple[Action, ...]
 
 
-def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = None) -> dict[str, Any]:
+def train(
+    data: Path,
+    out: Path,
+    config: TrainConfig | None = None,
+    on_step: OnStep | None = None,
+    *,
+    automatic: bool | None = None,
+) -> dict[str, Any]:
     """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
 
     Args:
         data: Directory of the canonical tables.
         out: Directory of the run.
-        config: The settings.
+        config: The settings; None for those of the environment.
         on_step: Called with the number of steps so far, after each step of the encoders.
+        automatic: Choose by the data what `config` does not set, see `training.automatic`; None: if there is no
+            `config`.
 
     Returns:
         The content of `RUN/result.json`: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`,
@@ -111,11 +121,13 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     """
     began = time.monotonic()
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
+    config, automatic = config or load_config(), config is None if automatic is None else automatic
     device = config.resolved_device()
     with prepared(config.threads, device):
         torch.manual_seed(config.seed)
         dataset = open_dataset_of_run(data, out)
         left_out = _admit(data, dataset, config)
+        config = settle(dataset, out, config) if automatic else config
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
         left_out |= report_future_events(material.data)
@@ -134,15 +146,23 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
     _write_models(out, material, modules, tables)
     seconds = progress.pop("seconds_before") + time.monotonic() - began
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
-    result |= {"parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters())}
-    result |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
-    result |= {"data": str(data.resolve()), **_facts(material), **facts, **left_out}
+    result |= _circumstances(data, material, modules, device) | facts | left_out
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
     write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
+
+
+def _circumstances(data: Path, material: Material, modules: Modules, device: torch.device) -> dict[str, Any]:
+    """Returns the part of a run's result that tells what was trained, where, and on what."""
+    return {
+        "parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "data": str(data.resolve()),
+        **_facts(material),
+    }
 
 
 def _write_models(out: Path, material: Material, modules: Modules, tables: dict[str, npt.NDArray[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
@@ -112,16 +113,40 @@ class TrainingBatches:
         longest = int((windows[:, 1] - windows[:, 0]).max()) - 1
         return min(self.config.max_length, -(-longest // ROUND_LENGTH) * ROUND_LENGTH)
 
-    def batch(self, windows: Windows) -> Batch:
-        """Assembles one batch."""
+    def batch(self, windows: Windows, epoch: int = 0) -> Batch:
+        """Assembles one batch of an epoch, which decides the order of events that have none."""
+        if not self.config.ordered:
+            return self._unordered(windows, epoch)
+        return self._assembled(self.data, windows)
+
+    def _assembled(self, data: Interactions, windows: Windows) -> Batch:
         starts, ends = windows[:, 0], windows[:, 1]
         width = self.width(windows)
         at = starts[:, None] + 1 + np.arange(width)
         inside = at < ends[:, None]
         at[~inside] = starts[0]
         # Every event of the window is predicted from those before it, so one pass teaches all of its targets.
-        targets = np.where(inside & self.data.target[at], self.data.rows[at], -1).astype(np.int64)
-        return to_batch(self.data, starts, ends - 1, self.config.max_length, self.device, targets)
+        targets = np.where(inside & data.target[at], data.rows[at], -1).astype(np.int64)
+        return to_batch(data, starts, ends - 1, self.config.max_length, self.device, targets)
+
+    def _unordered(self, windows: Windows, epoch: int) -> Batch:
+        """Assembles a batch whose windows are each read in a random order, another one in each epoch."""
+        lengths = windows[:, 1] - windows[:, 0]
+        ends = np.cumsum(lengths)
+        owner = np.repeat(np.arange(lengths.size), lengths)
+        at = np.arange(owner.size) + np.repeat(windows[:, 0] - (ends - lengths), lengths)
+        # Windows do not overlap, so the first event of the first one tells the batches of an epoch apart.
+        rng = np.random.default_rng([self.config.seed, epoch, int(windows[0, 0]), 20])
+        at = at[np.lexsort((rng.random(at.size), owner))]
+        data = dataclasses.replace(
+            self.data, rows=self.data.rows[at], types=self.data.types[at], target=self.data.target[at]
+        )
+        if not self.config.repeats:
+            # The event of an item that is a target was its first before; read later, it would repeat the item.
+            first = np.zeros(at.size, np.bool_)
+            first[np.unique(owner * data.items + data.rows, return_index=True)[1]] = True
+            data.target[:] &= first
+        return self._assembled(data, np.stack([ends - lengths, ends], 1))
 
 
 class Plan(Sequence[Windows]):

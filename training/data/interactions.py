@@ -220,6 +220,8 @@ def read_interactions(
     if not data.ordered_only:
         data = dataclasses.replace(data, trusted_until=_trusted_until(dataset.stream))
     event_types = sorted(first_seen_types)  # by name, so that a type's number does not depend on the order of rows
+    if data.ordered_only and not config.ordered:
+        data = _shuffled(data, disk)
     numbers = np.array([1 + event_types.index(name) for name in first_seen_types], np.uint8)
     is_target, is_seen = (
         np.isin(np.arange(1 + len(event_types)), _type_numbers(event_types, names))
@@ -247,6 +249,25 @@ def _trusted_until(events: Events) -> int:
     return NEVER if newest is None else newest
 
 
+def _shuffled(data: Interactions, disk: Disk) -> Interactions:
+    """Puts each user's events into a random order, in place: the same one in every run on the data.
+
+    Events that are sorted by item would hold out, as a user's last, the item that sorts last, and would be cut into
+    windows of neighbours in the catalogue.
+    """
+    source_rows = disk.array(np.int64, data.rows.size)
+    columns: list[npt.NDArray[Any]] = [getattr(data, name) for name in _COLUMNS]
+    for block in data.blocks():
+        # Not by the seed of the training: several seeds of one model are tested on the same events.
+        drawn = np.random.default_rng([block.users.start, 20]).random(block.owner.size)
+        order = np.lexsort((drawn, block.owner))
+        source_rows[block.events] = block.events.start + order
+        for column in columns:
+            if column.flags.writeable:
+                column[block.events] = column[block.events][order]
+    return dataclasses.replace(data, source_rows=source_rows)
+
+
 def _without(data: Interactions, cold: npt.NDArray[np.bool_]) -> Interactions:
     """Returns the same users without the events of the cold items; the arrays are compacted in place."""
     columns: list[npt.NDArray[Any]] = [getattr(data, name) for name in _COLUMNS]
@@ -256,7 +277,10 @@ def _without(data: Interactions, cold: npt.NDArray[np.bool_]) -> Interactions:
         kept = ~cold[data.rows[block.events]]
         counts[block.users] = np.bincount(block.owner[kept] - block.users.start, minlength=counts[block.users].size)
         end = size + int(kept.sum())
-        source_rows.append(block.events.start + np.flatnonzero(kept))
+        if data.source_rows is None:
+            source_rows.append(block.events.start + np.flatnonzero(kept))
+        else:
+            source_rows.append(data.source_rows[block.events][kept])
         for column in columns:
             if column.flags.writeable:  # else it holds one and the same value everywhere
                 column[size:end] = column[block.events][kept]

@@ -90,7 +90,7 @@ class EncoderTrainer:
             while not self.state.finished:
                 plan = self.batches.epoch(self.state.epoch)
                 while self.state.batch < len(plan) and not self.state.finished:
-                    loss = self._step(self.batches.batch(plan[self.state.batch]), len(plan))
+                    loss = self._step(self.batches.batch(plan[self.state.batch], self.state.epoch), len(plan))
                     self.state.batch += 1
                     self.state.seconds = before + time.monotonic() - began
                     passed = self.state.epoch + self.state.batch / len(plan)

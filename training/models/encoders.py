@@ -20,6 +20,8 @@ from features.transforms import ItemInputShapes
 
 QUIET = 0.1
 """Factor on the initial weights of the output that a block adds."""
+MEAN = 4.0
+"""Weight of the mean of the items, relative to the newest one, in what an order-free encoder starts from."""
 TABLE_BLOCK = 1 << 18
 """Items whose vectors are computed at once where no gradient is needed."""
 
@@ -35,6 +37,7 @@ class EncoderShape:
     max_length: int
     types: int
     dropout: float
+    ordered: bool = True
 
 
 class CheapDropout(nn.Module):
@@ -182,6 +185,12 @@ class UserEncoder(nn.Module):
                 # Near the identity at first, so that the output starts from the newest item's own vector.
                 block.attention.output.weight.mul_(QUIET)  # type: ignore[union-attr, operator]
                 block.contract.weight.mul_(QUIET)  # type: ignore[union-attr, operator]
+            if not shape.ordered:
+                # A set has no newest item: the output starts from the mean of the items instead.
+                attention = self.blocks[0].attention
+                attention.value.weight.copy_(torch.eye(shape.dim))  # type: ignore[union-attr, operator]
+                attention.output.weight.copy_(torch.eye(shape.dim) * MEAN)  # type: ignore[union-attr, operator]
+                self.positions.weight.zero_()
 
     def forward(self, vectors: Tensor, types: Tensor, lengths: Tensor) -> Tensor:
         """Predicts the item after each event.
