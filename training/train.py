@@ -25,13 +25,13 @@ from features.tables.dataset import Dataset
 from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
-from training.config import Action, TrainConfig
+from training.config import Action, TrainConfig, resolve_config
 from training.data.clock import report_future_events
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, last_target, split
-from training.fitting.encoders import EncoderTrainer, OnStep
+from training.fitting.encoders import EncoderTrainer, OnStep, OnValidation
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
@@ -88,14 +88,24 @@ class Material:
     actions: tuple[Action, ...]
 
 
-def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = None) -> dict[str, Any]:
+def train(
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig | str | Path | None = None,
+    on_step: OnStep | None = None,
+    on_validation: OnValidation | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
 
     Args:
         data: Directory of the canonical tables.
         out: Directory of the run.
-        config: The settings.
+        config: The settings, a YAML file of them, or the name of one that comes with Penchant (`movielens`).
         on_step: Called with the number of steps so far, after each step of the encoders.
+        on_validation: Called with the line that each validation adds to `RUN/log.jsonl`. What a callback raises ends
+            the training, and the same call resumes it.
+        settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
         The content of `RUN/result.json`: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`,
@@ -103,10 +113,12 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
 
     Raises:
         RunError: `out` holds a finished run, or an unfinished one with another configuration or data set.
+        SettingsError: A setting is unknown, its value is not allowed, or this machine lacks the device.
         TablesError: The data set cannot be read, or more of its rows are malformed than `max_rejected_share` allows.
         TrainingError: The data set cannot be trained on as configured.
     """
     began = time.monotonic()
+    data, out, config = Path(data), Path(out), resolve_config(config, settings)
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
     device = config.resolved_device()
     with prepared(config.threads, device):
@@ -118,7 +130,9 @@ def train(data: Path, out: Path, config: TrainConfig, on_step: OnStep | None = N
         left_out |= report_future_events(material.data)
         modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
         bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        progress = EncoderTrainer(out, config, material.data, material.division, modules, bags, on_step).run()
+        progress = EncoderTrainer(
+            out, config, material.data, material.division, modules, bags, on_step, on_validation
+        ).run()
         # The best weights by validation, which need not be the last.
         load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
         with exact():

@@ -24,11 +24,13 @@ _OTHER_PROTOCOLS: dict[str, Callable[[Sequence[Path], Path | None], dict[str, An
 }
 
 
-def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    runs: str | Path | Sequence[str | Path], protocol: str = "leave-one-out", data: str | Path | None = None
+) -> dict[str, Any]:
     """Measures one run, or several that differ by their seed, on the events that were held out from training.
 
     Args:
-        runs: Directories of finished runs of one data set.
+        runs: Directory of a finished run, or directories of several of one data set.
         protocol: `leave-one-out`, `temporal-successive`, `temporal-last`, `impressions`, `search` or `cold-items`.
         data: Where the data set is now, if it has moved.
 
@@ -47,15 +49,16 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         LeakError: A run was trained on the events that the protocol tests.
         TrainingError: The runs cannot be measured together, or the data set lacks a table that the protocol needs.
     """
-    if not runs:
+    paths = [Path(runs)] if isinstance(runs, str | Path) else list(map(Path, runs))
+    if not paths:
         raise TrainingError("no run is named: name at least one")
     began = time.monotonic()
-    evaluation = _measure(runs, protocol, data)
+    evaluation = _measure(paths, protocol, None if data is None else Path(data))
     evaluation["seconds"] = round(time.monotonic() - began, 3)
     # With each of the runs, since any of them may be looked at, exported or removed alone.
-    for run in map(Path, runs):
+    for run in paths:
         note_evaluation(run, evaluation)
-        write_report(list(map(Path, runs)), run)
+        write_report(paths, run)
     return evaluation
 
 
