@@ -170,17 +170,25 @@ def evaluate(
         typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="Training runs; several are seeds of one."),
     ],
     protocol: Annotated[
-        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search", "cold-items"],
-        typer.Option(help="How the test part is cut and asked."),
-    ] = "leave-one-out",
+        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search", "cold-items"] | None,
+        typer.Option(help="How the test part is cut and asked; leave-one-out without."),
+    ] = None,
     data: MovedData = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Parquet, CSV or TSV of user_id, item_id and perhaps timestamp to rank in place of a protocol.",
+        ),
+    ] = None,
 ) -> None:
     """Measures runs by ranking the full catalogue, and the baselines on the same targets."""
     use_cores()
     from training.evaluation.evaluate import evaluate
     from training.evaluation.table import evaluation_table
 
-    evaluation = evaluate(runs, protocol, data)
+    evaluation = evaluate(runs, protocol, data, test)
     # For the reader; on stderr, because programs read stdout.
     print(evaluation_table(evaluation), file=sys.stderr)
     print_result(evaluation)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from training.data.clock import report_future_events
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Split, Targets, TestProtocol, held_out, moment_of, split
+from training.evaluation.file_targets import read_targets
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.models.ranker import utility
@@ -125,13 +126,17 @@ class ModelScorer:
         return logits
 
 
-def evaluate_events(runs: Sequence[Path], protocol: TestProtocol, data: Path | None) -> dict[str, Any]:
-    """Ranks the events that were held out, by the runs and the baselines; see `evaluate` for the result."""
+def evaluate_events(
+    runs: Sequence[Path], protocol: TestProtocol | Literal["test-file"], data: Path | None, file: Path | None = None
+) -> dict[str, Any]:
+    """Ranks the events that were held out, or those of a file, by the runs and the baselines; see `evaluate`."""
     loaded = load_runs(runs, data)
-    _refuse_leak(loaded[0], protocol)
+    # A file's own rows are compared with the events that its run knows, when both are read.
+    if protocol != "test-file":
+        _refuse_leak(loaded[0], protocol)
     left_out = admit_run(loaded[0])
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
-        return _measure(loaded, protocol) | left_out
+        return _measure(loaded, protocol, file) | left_out
 
 
 def _refuse_leak(run: LoadedRun, protocol: str) -> None:
@@ -143,11 +148,18 @@ def _refuse_leak(run: LoadedRun, protocol: str) -> None:
         )
 
 
-def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any]:
+def _measure(
+    runs: Sequence[LoadedRun], protocol: TestProtocol | Literal["test-file"], file: Path | None
+) -> dict[str, Any]:
     run = runs[0]
     data = read_interactions(run.dataset, run.vocabulary, run.config, run.path)
     division = split(data, run.config)
-    every = held_out(data, run.config, protocol)
+    of_file: dict[str, Any] = {}
+    if protocol == "test-file":
+        assert file is not None
+        every, of_file["test"] = read_targets(file, run, data, division)
+    else:
+        every = held_out(data, run.config, protocol)
     # A sample that is ranked among all items has wider intervals; all targets ranked among fewer items, or by an index
     # that misses some, would have a bias that no interval tells of.
     targets = every.sample(max(1, EXACT_SCORES // data.items), run.config.seed)
@@ -183,6 +195,7 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         "cold": len(targets) - warm.size,
         "items": data.items,
         "blend": [of_seed.result["blend"] for of_seed in runs],
+        **of_file,
         **summary,
         **report_future_events(data),
         "coverage@10": float(np.mean([coverage(ranking.top[warm], data.items) for ranking in of_models])),
