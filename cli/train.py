@@ -1,7 +1,8 @@
-"""Commands from data to a bundle: data, validate, features, train, evaluate, export."""
+"""Commands from data to a bundle: data, validate, features, train, evaluate, embeddings, export."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,16 +174,41 @@ def evaluate(
         typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="Training runs; several are seeds of one."),
     ],
     protocol: Annotated[
-        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search", "cold-items"],
-        typer.Option(help="How the test part is cut and asked."),
-    ] = "leave-one-out",
+        Literal["leave-one-out", "temporal-successive", "temporal-last", "impressions", "search", "cold-items"] | None,
+        typer.Option(help="How the test part is cut and asked; leave-one-out without."),
+    ] = None,
     data: MovedData = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Parquet, CSV or TSV of user_id, item_id and perhaps timestamp to rank in place of a protocol.",
+        ),
+    ] = None,
 ) -> None:
     """Measures runs by ranking the full catalogue, and the baselines on the same targets."""
     use_cores()
     from training.evaluation.evaluate import evaluate
+    from training.evaluation.table import evaluation_table
 
-    print_result(evaluate(runs, protocol, data))
+    evaluation = evaluate(runs, protocol, data, test)
+    # For the reader; on stderr, because programs read stdout.
+    print(evaluation_table(evaluation), file=sys.stderr)
+    print_result(evaluation)
+
+
+@commands.command()
+def embeddings(
+    run: RunDir,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for users.arrow and items.arrow.")],
+    data: MovedData = None,
+) -> None:
+    """Writes the vectors of a run's users, after their newest events, and of its items as Arrow files."""
+    use_cores()
+    from training.export.embeddings import embeddings
+
+    print_result(embeddings(run, out, data=data))
 
 
 @commands.command()

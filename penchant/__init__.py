@@ -1,7 +1,8 @@
 """Learns what users like from what they do, and answers what next, for this user, here, now.
 
 `penchant.client` calls a running service. What the command line does is here as functions, each loaded when it is
-first used: `prepare`, `train`, `evaluate`, `export`, `serve`, `recommend` and `rebuild`.
+first used: `prepare`, `train`, `evaluate`, `embeddings`, `export`, `serve`, `recommend` and `rebuild`;
+`evaluation_table` lays out what `evaluate` returns.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
     from serving.projection.rebuild import rebuild as rebuild
     from training.data.datasets import prepare as prepare
     from training.evaluation.evaluate import evaluate as evaluate
+    from training.evaluation.table import evaluation_table as evaluation_table
+    from training.export.embeddings import embeddings as embeddings
     from training.export.export import export as export
     from training.train import train as train
 
 _HOME = {
+    "embeddings": "training.export.embeddings",
     "evaluate": "training.evaluation.evaluate",
+    "evaluation_table": "training.evaluation.table",
     "export": "training.export.export",
     "prepare": "training.data.datasets",
     "rebuild": "serving.projection.rebuild",

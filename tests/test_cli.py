@@ -34,7 +34,18 @@ HEAVY = (
     "training",
     "serving",
 )
-COMMANDS = ["data", "validate", "features", "train", "evaluate", "export", "serve", "recommend", "projector"]
+COMMANDS = [
+    "data",
+    "validate",
+    "features",
+    "train",
+    "evaluate",
+    "embeddings",
+    "export",
+    "serve",
+    "recommend",
+    "projector",
+]
 COMMANDS += ["warehouse", "erase", "hosts", "demo", "profiles rebuild", "profiles show"]
 COMMANDS += [
     "bench compare",

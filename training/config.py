@@ -187,6 +187,22 @@ def load_config(
     return load_settings(TrainConfig, PREFIX, _resolved(file) if file else None, assignments, options)
 
 
+def resolve_config(config: TrainConfig | str | Path | None, settings: Mapping[str, Any]) -> TrainConfig:
+    """Returns the configuration that a caller in Python means.
+
+    Args:
+        config: The settings themselves, or `load_config`'s `file`.
+        settings: Values by setting, which win over those of `config`.
+
+    Raises:
+        SettingsError: As `load_config`.
+    """
+    if not isinstance(config, TrainConfig):
+        return load_config(None if config is None else Path(config), settings)
+    # Checked like any others: `model_copy` would take whatever it is given.
+    return load_config(None, {**config.model_dump(), **settings}) if settings else config
+
+
 def _resolved(file: Path) -> Path:
     """Returns the path of a file of settings; a name that is no file may be one of those that come with Penchant."""
     shipped = Path(__file__).parent / "configs" / f"{file}.yaml"

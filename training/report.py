@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
@@ -164,24 +166,31 @@ def _cell(figure: Mapping[str, float] | float | None) -> dict[str, str]:
     return {"value": "" if figure is None else f"{figure:.4f}", "interval": ""}
 
 
-def _curves(logs: Mapping[Path, Sequence[Mapping[str, float]]]) -> str:
-    """Plots loss and validation against events, and validation against seconds; "" if no validation was logged."""
+def _curves(logs: Mapping[Path, Sequence[Mapping[str, float | None]]]) -> str:
+    """Plots losses and validation against events, and validation against seconds; "" if no validation was logged."""
     logs = {run: log for run, log in logs.items() if log}
     if not logs:
         return ""
-    panels = (("tokens", "loss", "training loss"), ("tokens", "ndcg@10", "validation NDCG@10"))
+    panels = (("tokens", "loss", "training loss, dashed: validation"), ("tokens", "ndcg@10", "validation NDCG@10"))
     with rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(9.2, 2.7), layout="constrained")
         axes = figure.subplots(1, 3)
         for ax, (x, y, title) in zip(axes, (*panels, ("seconds", "ndcg@10", "validation NDCG@10")), strict=True):
             for number, (run, log) in enumerate(logs.items()):
                 colour = _SERIES[number % len(_SERIES)]
-                xs = [line[x] / (1e6 if x == "tokens" else 1) for line in log]
-                ax.plot(xs, [line[y] for line in log], color=colour, marker="o", markersize=3, label=run.name)
+                xs = _numbers(log, x) / (1e6 if x == "tokens" else 1)
+                ax.plot(xs, _numbers(log, y), color=colour, marker="o", markersize=3, label=run.name)
+                if y == "loss":
+                    ax.plot(xs, _numbers(log, "validation_loss"), color=colour, linestyle="--")
             ax.set(title=title, xlabel="million events" if x == "tokens" else "seconds")
         if len(logs) > 1:
             axes[0].legend(labelcolor=_INK)
         return _svg(figure)
+
+
+def _numbers(log: Sequence[Mapping[str, float | None]], name: str) -> npt.NDArray[np.float64]:
+    """Returns a figure of each line of a log; NaN, which is not drawn, where a line or an older version has none."""
+    return np.array([np.nan if line.get(name) is None else line[name] for line in log], np.float64)
 
 
 def _plot_baselines(evaluation: Mapping[str, Any]) -> str:

@@ -172,7 +172,7 @@ def build_modules(config: TrainConfig, items: int, event_types: int, actions: in
     )
 
 
-def load_run(run: Path, data: Path | None = None) -> LoadedRun:
+def load_run(run: str | Path, data: str | Path | None = None) -> LoadedRun:
     """Reads a finished run; `data` replaces the data set's path when the data has moved.
 
     Raises:

@@ -27,19 +27,19 @@ from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
 from training.automatic import settle
-from training.config import Action, TrainConfig, load_config
+from training.config import Action, TrainConfig, resolve_config
 from training.data.clock import report_future_events
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, last_target, split
-from training.fitting.encoders import EncoderTrainer, OnStep
+from training.fitting.encoders import EncoderTrainer, OnStep, OnValidation
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
 from training.models.baselines import counts_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
-from training.models.linear import LinearPart, fit_linear
+from training.models.linear import LinearPart, LinearTrial, fit_linear
 from training.models.neighbors import neighbors_of
 from training.models.scoring import user_vectors
 from training.models.warm_start import cooccurrence_vectors
@@ -93,22 +93,26 @@ class Material:
 
 
 def train(
-    data: Path,
-    out: Path,
-    config: TrainConfig | None = None,
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig | str | Path | None = None,
     on_step: OnStep | None = None,
+    on_validation: OnValidation | None = None,
     *,
     automatic: bool | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
 
     Args:
         data: Directory of the canonical tables.
         out: Directory of the run.
-        config: The settings; None for those of the environment.
+        config: The settings, a YAML file of them, or the name of one that comes with Penchant (`movielens`).
         on_step: Called with the number of steps so far, after each step of the encoders.
-        automatic: Choose by the data what `config` does not set, see `training.automatic`; None: if there is no
-            `config`.
+        on_validation: Called with the line that each validation adds to `RUN/log.jsonl`. What a callback raises ends
+            the training, and the same call resumes it.
+        automatic: Choose by the data what no setting says, see `training.automatic`; None: if there is no `config`.
+        settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
         The content of `RUN/result.json`: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`,
@@ -116,12 +120,14 @@ def train(
 
     Raises:
         RunError: `out` holds a finished run, or an unfinished one with another configuration or data set.
+        SettingsError: A setting is unknown, its value is not allowed, or this machine lacks the device.
         TablesError: The data set cannot be read, or more of its rows are malformed than `max_rejected_share` allows.
         TrainingError: The data set cannot be trained on as configured.
     """
     began = time.monotonic()
+    automatic = config is None if automatic is None else automatic
+    data, out, config = Path(data), Path(out), resolve_config(config, settings)
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
-    config, automatic = config or load_config(), config is None if automatic is None else automatic
     device = config.resolved_device()
     with prepared(config.threads, device):
         torch.manual_seed(config.seed)
@@ -131,19 +137,7 @@ def train(
         _claim(out, config, dataset)
         material = read_material(dataset, config, device, out)
         left_out |= report_future_events(material.data)
-        modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
-        bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-        progress = EncoderTrainer(out, config, material.data, material.division, modules, bags, on_step).run()
-        # The best weights by validation, which need not be the last.
-        load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
-        with exact():
-            tables = _tables(material, modules, bags, config)
-            linear = _fit_linear(material, modules, tables, config)
-        table = torch.from_numpy(tables["item_vectors"]).to(device)
-        fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
-        with exact():
-            tables["statistics"], facts = _train_ranker(data, material, modules, table, tables, linear, config)
-    _write_models(out, material, modules, tables)
+        modules, progress, facts = _fit(material, config, device, data, out, on_step, on_validation)
     seconds = progress.pop("seconds_before") + time.monotonic() - began
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
     result |= _circumstances(data, material, modules, device) | facts | left_out
@@ -163,6 +157,33 @@ def _circumstances(data: Path, material: Material, modules: Modules, device: tor
         "data": str(data.resolve()),
         **_facts(material),
     }
+
+
+def _fit(
+    material: Material,
+    config: TrainConfig,
+    device: torch.device,
+    data: Path,
+    out: Path,
+    on_step: OnStep | None,
+    on_validation: OnValidation | None,
+) -> tuple[Modules, dict[str, Any], dict[str, Any]]:
+    """Trains the networks stage by stage and writes them; returns them, and the encoders' and the ranker's results."""
+    modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
+    bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
+    trainer = EncoderTrainer(out, config, material.data, material.division, modules, bags, on_step, on_validation)
+    progress = trainer.run()
+    # The best weights by validation, which need not be the last.
+    load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
+    with exact():
+        tables = _tables(material, modules, bags, config)
+        linear = _fit_linear(material, modules, tables, config)
+    table = torch.from_numpy(tables["item_vectors"]).to(device)
+    fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
+    with exact():
+        tables["statistics"], facts = _train_ranker(data, material, modules, table, tables, linear, config)
+    _write_models(out, material, modules, tables)
+    return modules, progress, facts
 
 
 def _write_models(out: Path, material: Material, modules: Modules, tables: dict[str, npt.NDArray[Any]]) -> None:
@@ -379,9 +400,8 @@ def _fit_linear(
     users = user_vectors(modules.user.eval(), table, data, targets, config.max_length)
     unscored = ~tables["trained"] & (material.inputs is None)
     cosines = tables["neighbors"], tables["neighbor_scores"]
-    linear = fit_linear(
-        data, division.train_end, targets, users, tables["item_vectors"], unscored, cosines, config.repeats
-    )
+    trial = LinearTrial(data, targets, users, tables["item_vectors"], unscored, config.repeats)
+    linear = fit_linear(data, division.train_end, trial, cosines)
     tables["neighbors"], tables["neighbor_scores"] = linear.neighbors, linear.scores
     return linear
 

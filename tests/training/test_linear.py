@@ -95,9 +95,9 @@ def test_a_trial_ranks_as_a_sort_of_all_items(repeats: bool) -> None:
 
 def test_the_linear_part_is_taken_where_it_helps_and_only_there() -> None:
     data = sets_of_two_kinds()
-    _, users, vectors, targets, ends = trial_of(data)
+    trial, *_, ends = trial_of(data)
     cosines = np.full((ITEMS, 10), -1, np.int32), np.zeros((ITEMS, 10), np.float32)
-    part = fit_linear(data, ends, targets, users, vectors, np.zeros(ITEMS, bool), cosines, False)
+    part = fit_linear(data, ends, trial, cosines)
     assert part.facts["table"] == "ease"
     assert part.spec.weight > 0
     assert part.facts["with"] > 2 * part.facts["without"]
@@ -107,18 +107,17 @@ def test_the_linear_part_is_taken_where_it_helps_and_only_there() -> None:
     truth = np.zeros((USERS, ITEMS), np.float32)
     truth[np.arange(USERS), blind.rows[7::8]] = 1
     torch.manual_seed(0)
-    part = fit_linear(
-        blind, np.full(USERS, 7), last_events(blind)[0], truth, np.eye(ITEMS, dtype=np.float32), np.zeros(ITEMS, bool),
-        cosines, False,
-    )  # fmt: skip
+    identity = np.eye(ITEMS, dtype=np.float32)
+    trial = LinearTrial(blind, last_events(blind)[0], truth, identity, np.zeros(ITEMS, bool), False)
+    part = fit_linear(blind, np.full(USERS, 7), trial, cosines)
     assert part.spec == LinearSpec()
 
 
 def test_own_items_count_where_users_repeat_them() -> None:
     data = sets_of_two_kinds(repeats=True)
-    _, users, vectors, targets, ends = trial_of(data, repeats=True)
+    trial, *_, ends = trial_of(data, repeats=True)
     cosines = np.full((ITEMS, 10), -1, np.int32), np.zeros((ITEMS, 10), np.float32)
-    part = fit_linear(data, ends, targets, users, vectors, np.zeros(ITEMS, bool), cosines, True)
+    part = fit_linear(data, ends, trial, cosines)
     assert part.spec.count_weight > 0
     assert part.facts["with"] > part.facts["without"] + 0.1
 

@@ -9,7 +9,7 @@ import pytest
 from tests.training.conftest import TINY
 from training.config import TrainConfig
 from training.evaluation.evaluate import evaluate
-from training.report import write_report
+from training.report import _curves, write_report
 from training.train import train
 
 
@@ -26,7 +26,13 @@ def runs(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_training_writes_the_curves_and_what_was_run(runs: list[Path]) -> None:
     page = (runs[0] / "report.html").read_text()
     assert "Learning curves" in page
-    for said in ("data fingerprint", "learning_rate", "torch", "training loss", "validation NDCG@10"):
+    for said in (
+        "data fingerprint",
+        "learning_rate",
+        "torch",
+        "training loss, dashed: validation",
+        "validation NDCG@10",
+    ):
         assert said in page
     assert "seed&lt;0&gt;" in page
     assert "seed<0>" not in page
@@ -63,15 +69,26 @@ def test_the_page_stands_alone_and_its_figures_are_whole(runs: list[Path]) -> No
     assert len(names) == len(set(names)), "two figures share an id"
 
 
+def test_the_log_of_an_older_version_is_still_drawn() -> None:
+    new = [{"tokens": 10.0, "seconds": 1.0, "loss": 2.0, "validation_loss": 3.0, "ndcg@10": 0.1}]
+    new.append({**new[0], "tokens": 20.0, "validation_loss": 2.5})
+    old = [{name: value for name, value in line.items() if name != "validation_loss"} for line in new]
+    none = [{**line, "validation_loss": None} for line in new]
+    drawn = [_curves({Path("run"): log}) for log in (new, old, none)]
+    assert [len(re.findall(r'<path d="M[^"]*"[^>]*stroke-dasharray', page)) for page in drawn] == [1, 0, 0]
+
+
 def test_tensorboard_reads_the_same_curve(runs: list[Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from training.report import _lines
 
-    curve = EventAccumulator(str(runs[0] / "tensorboard")).Reload().Scalars("validation/ndcg@10")
-    log = _lines(runs[0] / "log.jsonl")
-    assert [point.step for point in curve] == [line["tokens"] for line in log]
-    assert [point.value for point in curve] == pytest.approx([line["ndcg@10"] for line in log], abs=1e-6)
+    events, log = EventAccumulator(str(runs[0] / "tensorboard")).Reload(), _lines(runs[0] / "log.jsonl")
+    titles = {"ndcg@10": "validation/ndcg@10", "loss": "training/loss", "validation_loss": "validation/loss"}
+    for name, title in titles.items():
+        curve = events.Scalars(title)
+        assert [point.step for point in curve] == [line["tokens"] for line in log]
+        assert [point.value for point in curve] == pytest.approx([line[name] for line in log], abs=1e-6)
     assert not (runs[1] / "tensorboard").exists()
 
 

@@ -17,11 +17,15 @@ from features.tables.dataset import open_dataset
 from features.transforms import item_inputs, query_inputs
 from tests.training.conftest import CIRCLE
 from training.config import Action, TrainConfig
-from training.data.batches import Plan, TrainingBatches
+from training.data.batches import Batch, Plan, TrainingBatches
 from training.data.interactions import item_vocabulary, read_interactions
 from training.data.split import split
 from training.fitting.ranker_candidates import CandidateBuilder, RankerCandidates
+from training.fitting.step import EncoderStep
+from training.fitting.tensorboard import LogLine
+from training.models.scoring import user_vectors
 from training.run import RunError, input_shapes, load_run
+from training.runtime import exact
 from training.train import train
 
 
@@ -99,6 +103,77 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
             assert torch.equal(tensor, two[key]), key
     assert undisturbed["best_validation"] == resumed["best_validation"]
     assert undisturbed["blend"] == resumed["blend"]
+    # The mean loss too, although its sum was cut in two.
+    assert log_of(tmp_path / "one") == log_of(tmp_path / "two")
+
+
+def log_of(run: Path) -> list[dict[str, float]]:
+    """The log of a run but for the time, which cannot be repeated."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("negatives", [0, 12])
+def test_the_log_keeps_the_mean_loss_of_all_targets_since_the_last_validation(
+    circles: Path, tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, negatives: int
+) -> None:
+    read: list[tuple[float, int]] = []
+    make = EncoderStep.make
+
+    def watched(step: EncoderStep, batch: Batch, rate: float) -> torch.Tensor:
+        loss = make(step, batch, rate)
+        assert batch.targets is not None
+        read.append((float(loss), int((batch.targets >= 0).sum())))
+        return loss
+
+    monkeypatch.setattr(EncoderStep, "make", watched)
+    lines: list[LogLine] = []
+    config = tiny.model_copy(update={"epochs": 3, "negatives": negatives})
+    train(circles, tmp_path / "run", config, on_validation=lines.append)
+    assert [dict(line) for line in lines] == [
+        json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == 3
+    begin = 0
+    for line in lines:
+        since, begin = read[begin : line["step"]], line["step"]
+        assert len(since) > 1
+        mean = sum(loss * count for loss, count in since) / sum(count for _, count in since)
+        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+        assert line["loss"] != pytest.approx(since[-1][0], rel=1e-5)
+
+
+def test_the_validation_loss_is_the_cross_entropy_of_the_validation_targets(
+    circles: Path, tmp_path: Path, tiny: TrainConfig
+) -> None:
+    config = tiny.model_copy(update={"epochs": 1, "protocol": "leave-one-out"})
+    lines: list[LogLine] = []
+    train(circles, tmp_path / "run", config, on_validation=lines.append)
+    run = load_run(tmp_path / "run")
+    data = read_interactions(run.dataset, run.vocabulary, config)
+    targets = split(data, config).validation
+    assert not run.trained.all()
+    table = torch.from_numpy(run.item_vectors)
+    with exact():
+        users = user_vectors(run.user_encoder, table, data, targets, config.max_length)
+    # Among the items with training events: no step has pushed away the one without.
+    place = np.cumsum(run.trained) - 1
+    logits = torch.from_numpy(users @ run.item_vectors[run.trained].T)
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(place[targets.rows(data)]))
+    assert lines[0]["validation_loss"] == pytest.approx(float(expected), rel=2e-2)  # products in bf16 where there are
+
+
+def test_a_callback_that_raises_ends_a_training_that_can_go_on(
+    circles: Path, tmp_path: Path, tiny: TrainConfig
+) -> None:
+    def prune(line: LogLine) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(circles, tmp_path / "run", tiny, on_validation=prune)
+    with pytest.raises(RunError, match="no finished run"):
+        load_run(tmp_path / "run")
+    assert train(str(circles), str(tmp_path / "run"), tiny)["epochs"] == tiny.epochs
 
 
 def test_a_directory_of_another_run_is_refused(

@@ -38,7 +38,7 @@ __all__ = ["DatasetError", "prepare"]
 _SHARE = "max_rejected_share"
 
 
-def prepare(name: str, source: Path | None, out: Path, **options: Any) -> dict[str, Any]:
+def prepare(name: str, source: str | Path | None, out: str | Path, **options: Any) -> dict[str, Any]:
     """Writes a known data set as canonical tables.
 
     Args:
@@ -72,11 +72,9 @@ def prepare(name: str, source: Path | None, out: Path, **options: Any) -> dict[s
         prepared = maker(None if source is None else Path(source), progress, **options)
         left_out = _admit(prepared, share)
         task = progress.add_task("writing", total=1)
-        users = None if prepared.users is None else prepared.users.table
-        events, items, impressions = prepared.events.table, prepared.items.table, prepared.impressions
-        info = write_dataset(
-            out, events, items, users, impressions=impressions, name=prepared.name, notes=prepared.notes
-        )
+        tables = prepared.events.table, prepared.items.table, prepared.users.table if prepared.users else None
+        named = {"impressions": prepared.impressions, "name": prepared.name, "notes": prepared.notes}
+        info = write_dataset(Path(out), *tables, **named)
         progress.advance(task)
     return info | left_out | {"out": str(out), "seconds": round(time.perf_counter() - began, 3)}
 

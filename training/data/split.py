@@ -50,6 +50,10 @@ class Targets:
         rows: npt.NDArray[np.int32] = data.rows[data.offsets[self.users] + self.positions]
         return rows
 
+    def time(self, data: Interactions, at: int) -> int:
+        """Returns the time of a target, ms."""
+        return int(data.timestamps[data.offsets[self.users[at]] + self.positions[at]])
+
 
 @dataclass(frozen=True)
 class Split:
@@ -175,7 +179,7 @@ def cut_of(data: Interactions, config: TrainConfig) -> int:
 
 def moment_of(data: Interactions, targets: Targets, at: int) -> Moment:
     """Returns a target's time as a request's moment; without a surface, because no candidate was shown on one."""
-    return Moment(int(data.timestamps[data.offsets[targets.users[at]] + targets.positions[at]]))
+    return Moment(targets.time(data, at))
 
 
 _BINS = 1 << 16

@@ -24,13 +24,21 @@ _OTHER_PROTOCOLS: dict[str, Callable[[Sequence[Path], Path | None], dict[str, An
 }
 
 
-def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    runs: str | Path | Sequence[str | Path],
+    protocol: str | None = None,
+    data: str | Path | None = None,
+    test: str | Path | None = None,
+) -> dict[str, Any]:
     """Measures one run, or several that differ by their seed, on the events that were held out from training.
 
     Args:
-        runs: Directories of finished runs of one data set.
-        protocol: `leave-one-out`, `temporal-successive`, `temporal-last`, `impressions`, `search` or `cold-items`.
+        runs: Directory of a finished run, or directories of several of one data set.
+        protocol: `leave-one-out` (the default), `temporal-successive`, `temporal-last`, `impressions`, `search` or
+            `cold-items`.
         data: Where the data set is now, if it has moved.
+        test: In place of a protocol, a file (Parquet, CSV, TSV) of `user_id`, `item_id` and perhaps `timestamp`: each
+            row is ranked after all training events of its user that are not later.
 
     Returns:
         `protocol`, `runs`, `seeds`, `users`, `targets`, `held_out` (events that the protocol tests; where these times
@@ -43,20 +51,29 @@ def evaluate(runs: Sequence[Path], protocol: str, data: Path | None = None) -> d
         Where repeats count also `parts`, of which each has `targets`, `metrics`, `baselines` and `paired`: "repeats",
         the items that their user had before, and "new", those that are new to them, both ranked among all items as they
         are served; and "new_alone", the new ones ranked among the items that are new to their user.
+        Of a file also `test`: `file`, `rows`, and those not ranked, `rejected`, `unknown_users`, `unknown_items`,
+        `without_history`, `had_before`.
 
     Raises:
-        LeakError: A run was trained on the events that the protocol tests.
+        LeakError: A run was trained on the events that the protocol, or the file, tests.
         TrainingError: The runs cannot be measured together, or the data set lacks a table that the protocol needs.
     """
-    if not runs:
+    paths = [Path(runs)] if isinstance(runs, str | Path) else list(map(Path, runs))
+    if not paths:
         raise TrainingError("no run is named: name at least one")
     began = time.monotonic()
-    evaluation = _measure(runs, protocol, data)
+    moved = None if data is None else Path(data)
+    if test is not None:
+        if protocol is not None:
+            raise TrainingError(f"a test file is a protocol of its own: leave out {protocol}, or the file")
+        evaluation = evaluate_events(paths, "test-file", moved, Path(test))
+    else:
+        evaluation = _measure(paths, protocol or _EVENT_PROTOCOLS[0], moved)
     evaluation["seconds"] = round(time.monotonic() - began, 3)
     # With each of the runs, since any of them may be looked at, exported or removed alone.
-    for run in map(Path, runs):
+    for run in paths:
         note_evaluation(run, evaluation)
-        write_report(list(map(Path, runs)), run)
+        write_report(paths, run)
     return evaluation
 
 

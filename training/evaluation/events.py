@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from training.data.clock import report_future_events
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions, read_interactions
 from training.data.split import Split, Targets, TestProtocol, held_out, moment_of, split
+from training.evaluation.file_targets import read_targets
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
 from training.models.linear import add_sums, linear_sums
@@ -128,13 +129,17 @@ class ModelScorer:
         return logits
 
 
-def evaluate_events(runs: Sequence[Path], protocol: TestProtocol, data: Path | None) -> dict[str, Any]:
-    """Ranks the events that were held out, by the runs and the baselines; see `evaluate` for the result."""
+def evaluate_events(
+    runs: Sequence[Path], protocol: TestProtocol | Literal["test-file"], data: Path | None, file: Path | None = None
+) -> dict[str, Any]:
+    """Ranks the events that were held out, or those of a file, by the runs and the baselines; see `evaluate`."""
     loaded = load_runs(runs, data)
-    _refuse_leak(loaded[0], protocol)
+    # A file's own rows are compared with the events that its run knows, when both are read.
+    if protocol != "test-file":
+        _refuse_leak(loaded[0], protocol)
     left_out = admit_run(loaded[0])
     with prepared(loaded[0].config.threads), exact(), torch.inference_mode():
-        return _measure(loaded, protocol) | left_out
+        return _measure(loaded, protocol, file) | left_out
 
 
 def _refuse_leak(run: LoadedRun, protocol: str) -> None:
@@ -146,11 +151,13 @@ def _refuse_leak(run: LoadedRun, protocol: str) -> None:
         )
 
 
-def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any]:
+def _measure(
+    runs: Sequence[LoadedRun], protocol: TestProtocol | Literal["test-file"], file: Path | None
+) -> dict[str, Any]:
     run = runs[0]
     data = read_interactions(run.dataset, run.vocabulary, run.config, run.path)
     division = split(data, run.config)
-    every = held_out(data, run.config, protocol)
+    every, of_file = _targets(run, data, division, protocol, file)
     # A sample that is ranked among all items has wider intervals; all targets ranked among fewer items, or by an index
     # that misses some, would have a bias that no interval tells of.
     targets = every.sample(max(1, EXACT_SCORES // data.items), run.config.seed)
@@ -187,11 +194,27 @@ def _measure(runs: Sequence[LoadedRun], protocol: TestProtocol) -> dict[str, Any
         "items": data.items,
         "baselines_left_out": left_out,
         "blend": [of_seed.result["blend"] for of_seed in runs],
+        **of_file,
         **summary,
         **report_future_events(data),
         "coverage@10": float(np.mean([coverage(ranking.top[warm], data.items) for ranking in of_models])),
         "novelty@10": float(np.mean([novelty(ranking.top[warm], counts) for ranking in of_models])),
     }
+
+
+def _targets(
+    run: LoadedRun,
+    data: Interactions,
+    division: Split,
+    protocol: TestProtocol | Literal["test-file"],
+    file: Path | None,
+) -> tuple[Targets, dict[str, Any]]:
+    """Returns the events that are tested; of a file also the counts of its rows, as `test`."""
+    if protocol != "test-file":
+        return held_out(data, run.config, protocol), {}
+    assert file is not None
+    targets, counts = read_targets(file, run, data, division)
+    return targets, {"test": counts}
 
 
 def _parts(

@@ -88,7 +88,9 @@ class ExportGates:
             raise ExportError(f"gate {name}: {measured} is {gap} {side} the limit {edge}; nothing was published")
 
 
-def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RECALL) -> dict[str, Any]:
+def export(
+    run: str | Path, out: str | Path, *, data: str | Path | None = None, recall: float = RECALL
+) -> dict[str, Any]:
     """Exports a run as a bundle.
 
     Args:
@@ -109,7 +111,7 @@ def export(run: Path, out: Path, *, data: Path | None = None, recall: float = RE
     if loaded.result["feature_fingerprint"] != FEATURES.fingerprint():
         raise ExportError(f"{run} was trained on other features than this version has: train again")
     left_out = admit_run(loaded)
-    return publish_run(loaded, out, recall) | left_out
+    return publish_run(loaded, Path(out), recall) | left_out
 
 
 def publish_run(loaded: LoadedRun, out: Path, recall: float = RECALL) -> dict[str, Any]:

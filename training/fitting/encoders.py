@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from torch import Tensor
 
@@ -24,8 +21,9 @@ from training.config import TrainConfig
 from training.data.batches import Batch, TrainingBatches
 from training.data.interactions import Interactions
 from training.data.split import Split, Targets
+from training.fitting.progress import ProgressDisplay, TrainingState
 from training.fitting.step import EncoderStep
-from training.fitting.tensorboard import open_tensorboard
+from training.fitting.tensorboard import LogLine, open_tensorboard
 from training.metrics import ndcg
 from training.models.baselines import counts_of
 from training.models.encoders import ItemBags
@@ -33,24 +31,9 @@ from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_befor
 from training.run import Modules, append_line, keep_lines, save_modules, sha256_of, write_tensors
 
 OnStep: TypeAlias = Callable[[int], None]
+OnValidation: TypeAlias = Callable[[LogLine], None]
 FINAL_RATE = 0.01
 """Share of the learning rate that is left at the end."""
-
-
-@dataclass
-class TrainingState:
-    """The progress of a training, apart from tensors."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    tokens: int = 0
-    validated: float = 0.0
-    best: float = -1.0
-    best_step: int = 0
-    waited: int = 0
-    seconds: float = 0.0
-    finished: bool = False
 
 
 class EncoderTrainer:
@@ -65,16 +48,19 @@ class EncoderTrainer:
         modules: Modules,
         bags: ItemBags | None,
         on_step: OnStep | None = None,
+        on_validation: OnValidation | None = None,
     ) -> None:
         self.out, self.config, self.data, self.division, self.bags = out, config, data, division, bags
-        self.modules, self.on_step = modules, on_step
+        self.modules, self.on_step, self.on_validation = modules, on_step, on_validation
         self.device = modules.item.ids.weight.device
         self.batches = TrainingBatches(data, division.train_end, config, self.device)
         targets = counts_of(data, division.train_end, data.target)
         self.step = EncoderStep(config, modules, bags, counts_of(data, division.train_end), targets)
         self.trained = self.step.trained
         self.state = TrainingState()
-        self.show = open_tensorboard(out, config)
+        # Of all targets since the last validation; on the device, because reading a number waits for it.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.draw = open_tensorboard(out, config)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, or from the checkpoint on.
@@ -86,30 +72,33 @@ class EncoderTrainer:
         self._resume()
         before, began = self.state.seconds, time.monotonic()
         saved = began
-        with self._display() as show:
+        with ProgressDisplay(self.config.epochs) as display:
             while not self.state.finished:
                 plan = self.batches.epoch(self.state.epoch)
                 while self.state.batch < len(plan) and not self.state.finished:
-                    loss = self._step(self.batches.batch(plan[self.state.batch], self.state.epoch), len(plan))
+                    self._step(self.batches.batch(plan[self.state.batch], self.state.epoch), len(plan))
                     self.state.batch += 1
                     self.state.seconds = before + time.monotonic() - began
-                    passed = self.state.epoch + self.state.batch / len(plan)
+                    passed = self.state.passed(len(plan))
                     # At the end at least, or a loss that is no number would never be seen.
                     is_last = passed >= self.config.epochs and not self.state.best_step
                     if is_last or passed >= self.state.validated + self.config.validate_every - 1e-9:
-                        self._validate(passed, loss)
+                        line = self._validate(passed)
+                        display.validation(self.state, line)
+                        if self.on_validation is not None:
+                            self.on_validation(line)
                     # A checkpoint writes all weights and moments, so the clock decides: a step may take milliseconds.
                     if time.monotonic() - saved > self.config.checkpoint_seconds:
                         self._save()
                         saved = time.monotonic()
-                    show(self.state, len(plan))
+                    display.step(self.state, len(plan))
                     if self.on_step is not None:
                         self.on_step(self.state.step)
                 self.state.epoch, self.state.batch = self.state.epoch + 1, 0
                 self.state.finished |= self.state.epoch >= self.config.epochs
         self._save_end()
         return {
-            "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
+            "tokens_per_second": round(self.state.rate(), 1),
             "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
             "epochs": self.state.epoch,
             "steps": self.state.step,
@@ -122,68 +111,96 @@ class EncoderTrainer:
         loss = self.step.make(batch, self.config.learning_rate * self._rate(per_epoch))
         self.state.step += 1
         self.state.tokens += batch.tokens
+        assert batch.targets is not None
+        targets = int((batch.targets >= 0).sum())
+        self.loss_sum += loss.double() * targets
+        self.state.targets += targets
         return loss
 
     def _rate(self, per_epoch: int) -> float:
         """Returns the share of the learning rate: it rises over the warm-up, then falls along a cosine."""
-        passed = (self.state.epoch + self.state.batch / per_epoch) / self.config.epochs
+        passed = self.state.passed(per_epoch) / self.config.epochs
         rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup_steps))
         return rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
 
-    def _validate(self, passed: float, last: Tensor) -> None:
-        """Measures NDCG@10 on the held-out events, keeps the best weights, and decides if the training goes on.
+    def _validate(self, passed: float) -> LogLine:
+        """Measures the held-out events, keeps the best weights, and decides if the training goes on.
+
+        Returns:
+            The line of `log.jsonl`: `loss` is the mean over the targets since the last validation.
 
         Raises:
             TrainingError: The loss is no longer a number.
         """
-        # Reading a number waits for the device, so the loss is read at validations alone.
-        loss = float(last)
+        # Reading a number waits for the device, so the loss is read at validations and checkpoints alone.
+        loss = float(self.loss_sum) / max(1, self.state.targets)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.state.step}: train again with a learning_rate below "
                 f"{self.config.learning_rate:g}"
             )
-        self.state.validated = passed
+        self.loss_sum.zero_()
+        self.state.targets, self.state.validated = 0, passed
         self.step.settle()
-        value = self._ndcg(self.division.validation)
-        line = {
+        value, validation_loss = self._measure(self.division.validation)
+        line: LogLine = {
             "epoch": round(passed, 3),
             "step": self.state.step,
             "seconds": round(self.state.seconds, 1),
             "loss": loss,
+            "validation_loss": validation_loss,
+            "ndcg@10": value,
+            "tokens": self.state.tokens,
         }
-        line |= {"ndcg@10": value, "tokens": self.state.tokens}
         append_line(self.out / "log.jsonl", line)
-        self.show(line)
+        self.draw(line)
         if value > self.state.best or not len(self.division.validation):
             self._keep_best(value)
         else:
             self.state.waited += 1
             self.state.finished = self.state.waited >= self.config.patience
+        return line
 
     def _keep_best(self, value: float) -> None:
         self.state.best, self.state.best_step, self.state.waited = value, self.state.step, 0
         # Written at once: after an interruption the best weights are still on the disk, outside the checkpoint.
         save_modules(self.out / "model.safetensors", {"user": self.modules.user, "item": self.modules.item})
 
-    def _ndcg(self, targets: Targets) -> float:
-        """Returns the mean NDCG@10 of relevance alone, over at most `validation_users` of the targets."""
+    def _measure(self, targets: Targets) -> tuple[float, float | None]:
+        """Returns mean NDCG@10 of relevance alone, and the mean loss, over at most `validation_users` of the targets.
+
+        The loss is None if no training event names the item of any target.
+        """
         if not len(targets):
-            return 0.0
+            return 0.0, None
         # The same sample at every validation, or chance would choose the best weights.
         targets = targets.sample(self.config.validation_users, self.config.seed)
         self.modules.user.eval()
         with torch.inference_mode():
             table = self.modules.item.eval().finished_table(self.bags, self.trained)
         users = torch.from_numpy(user_vectors(self.modules.user, table, self.data, targets, self.config.max_length))
-        values = []
+        values, losses = [], []
         for part in rank_slices(len(targets), self.data.items):
             batch = targets.take(np.arange(part.start, part.stop))
-            scores = (users[part].to(self.device) @ table.T).float().cpu().numpy()
+            device_scores = (users[part].to(self.device) @ table.T).float()
+            losses.append(self._losses(device_scores, batch.rows(self.data)))
+            scores = device_scores.cpu().numpy()
             if not self.config.repeats:
                 mask_seen(scores, seen_before(self.data, batch))
             values.append(ndcg(ranks_of(scores, batch.rows(self.data)), 10))
-        return float(np.concatenate(values).mean())
+        loss = torch.cat(losses)
+        return float(np.concatenate(values).mean()), float(loss.mean()) if loss.numel() else None
+
+    def _losses(self, scores: Tensor, rows: npt.NDArray[np.int32]) -> Tensor:
+        """Computes the cross-entropy of the targets that training can know; float64 `[m]`.
+
+        It is that of a step over all items, or what a step with sampled negatives estimates; without dropout.
+        """
+        targets = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        # Among the items that have training events alone, as in a step: no step has pushed the others away.
+        known = scores if self.trained.all() else scores.masked_fill(~self.trained, -torch.inf)
+        losses = known.logsumexp(1).double() - scores.gather(1, targets[:, None])[:, 0]
+        return losses[self.trained[targets]]
 
     def _save(self) -> None:
         """Writes all that the next step depends on: weights, moments, random states, and the place in the epoch.
@@ -194,7 +211,7 @@ class EncoderTrainer:
         tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors |= self._weights() | self._moments()
+        tensors |= self._weights() | self._moments() | {"loss_sum": self.loss_sum}
         write_tensors(self.out / "checkpoint.safetensors", tensors, {"state": json.dumps(asdict(self.state))})
 
     def _save_end(self) -> None:
@@ -224,22 +241,9 @@ class EncoderTrainer:
             prefix = f"{name}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.step.restore(tensors)
+        # An older version kept none, and its state counts no targets: the mean then begins at the checkpoint.
+        if "loss_sum" in tensors:
+            self.loss_sum.copy_(tensors["loss_sum"])
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
-
-    @contextmanager
-    def _display(self) -> Iterator[Callable[[TrainingState, int], None]]:
-        """Shows a bar on stderr with the rate, the remaining time and the best validation so far."""
-        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=sys.stderr)) as bar:
-            task = bar.add_task("", total=float(self.config.epochs))
-
-            def show(state: TrainingState, per_epoch: int) -> None:
-                rate = state.tokens / max(state.seconds, 1e-9)
-                passed = state.epoch + state.batch / per_epoch
-                text = f"epoch {state.epoch + 1}/{self.config.epochs}, {rate:,.0f} tokens/s"
-                text += f", ndcg@10 {max(0.0, state.best):.4f}"
-                bar.update(task, completed=passed, description=text)
-
-            yield show

@@ -8,11 +8,19 @@ from typing import TypeAlias
 
 from training.config import TrainConfig
 
-Show: TypeAlias = Callable[[Mapping[str, float]], None]
+LogLine: TypeAlias = Mapping[str, float | None]
+"""A line of `log.jsonl`: `epoch`, `step`, `seconds`, `loss`, `validation_loss`, `ndcg@10`, `tokens`."""
+Draw: TypeAlias = Callable[[LogLine], None]
+_TITLES = {
+    "loss": "training/loss",
+    "validation_loss": "validation/loss",
+    "ndcg@10": "validation/ndcg@10",
+    "epoch": "training/epoch",
+}
 FOLDER = "tensorboard"
 
 
-def open_tensorboard(out: Path, config: TrainConfig) -> Show:
+def open_tensorboard(out: Path, config: TrainConfig) -> Draw:
     """Returns a function that writes one line of `log.jsonl` into event files below `RUN/tensorboard`, or nowhere.
 
     The steps of the curves are events trained on: curves of different batch sizes can be compared.
@@ -26,9 +34,10 @@ def open_tensorboard(out: Path, config: TrainConfig) -> Show:
 
     writer = SummaryWriter(str(out / FOLDER))
 
-    def show(line: Mapping[str, float]) -> None:
-        for name, title in (("loss", "training/loss"), ("ndcg@10", "validation/ndcg@10"), ("epoch", "training/epoch")):
-            writer.add_scalar(title, line[name], int(line["tokens"]))
+    def draw(line: LogLine) -> None:
+        for name, title in _TITLES.items():
+            if line[name] is not None:
+                writer.add_scalar(title, line[name], int(line["tokens"] or 0))
         writer.flush()
 
-    return show
+    return draw

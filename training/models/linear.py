@@ -68,16 +68,7 @@ class LinearPart:
     facts: dict[str, Any]
 
 
-def fit_linear(
-    data: Interactions,
-    ends: _I64,
-    targets: Targets,
-    users: _F32,
-    vectors: _F32,
-    unscored: npt.NDArray[np.bool_],
-    cosines: tuple[_I32, _F32],
-    repeats: bool,
-) -> LinearPart:
+def fit_linear(data: Interactions, ends: _I64, trial: LinearTrial, cosines: tuple[_I32, _F32]) -> LinearPart:
     """Fits the table to the training events, and chooses the terms by NDCG@10 on validation targets.
 
     A term is taken if it improves the mean by more than one standard error of the difference.
@@ -85,31 +76,25 @@ def fit_linear(
     Args:
         data: All events.
         ends: The leading events of each user that are trained on; int64 `[U]`.
-        targets: Validation targets.
-        users: The user's vector just before each of them; float32 `[n, D]`.
-        vectors: Item vectors; float32 `[N, D]`.
-        unscored: True for items that have no score; bool `[N]`.
+        trial: The validation targets.
         cosines: What `neighbors_of` returned; its width is that of the table.
-        repeats: Items are recommended again.
     """
     tables = _tables(data, ends, cosines)
-    if not len(targets):
+    if not len(trial):
         # Nothing tells how much it should count; the table still serves users without a vector.
         facts, neighbors, scores = next(tables)
         return LinearPart(LinearSpec(), neighbors, scores, facts)
-    trial = LinearTrial(data, targets, users, vectors, unscored, repeats)
-    base = trial.values(LinearSpec(), ItemWeights.of(*cosines), (1.0,))[0]
     facts, neighbors, scores = max(
         tables, key=lambda table: trial.best_weight(ItemWeights.of(*table[1:]), _FIRST_DECAYS)[1].mean()
     )
     weights = ItemWeights.of(neighbors, scores)
+    base = trial.values(LinearSpec(), weights, (1.0,))[0]
     spec, values = trial.best_weight(weights, DECAYS)
     if not _is_gain(values, base):
         spec, values = LinearSpec(), base
-    if repeats:
+    if trial.repeats:
         spec, values = trial.with_own_items(weights, spec, values)
-    facts |= {"without": float(base.mean()), "with": float(values.mean())}
-    return LinearPart(spec, neighbors, scores, facts)
+    return LinearPart(spec, neighbors, scores, facts | {"without": float(base.mean()), "with": float(values.mean())})
 
 
 def _tables(data: Interactions, ends: _I64, cosines: tuple[_I32, _F32]) -> Iterator[tuple[dict[str, Any], _I32, _F32]]:
@@ -203,7 +188,17 @@ class LinearTrial:
         unscored: npt.NDArray[np.bool_],
         repeats: bool,
     ) -> None:
-        """Finds what does not depend on the linear part: see `fit_linear`."""
+        """Finds all that does not depend on the linear part.
+
+        Args:
+            data: All events.
+            targets: Validation targets.
+            users: The user's vector just before each of them; float32 `[n, D]`.
+            vectors: Item vectors; float32 `[N, D]`.
+            unscored: True for items that have no score; bool `[N]`.
+            repeats: Items are recommended again.
+        """
+        self.repeats = repeats
         self._users, self._vectors = np.ascontiguousarray(users), np.ascontiguousarray(vectors)
         self._truth = targets.rows(data)
         self._chosen, self._starts = chosen_before(data, targets)
@@ -219,6 +214,10 @@ class LinearTrial:
             scores[np.arange(scores.shape[0]), self._truth[part]] = -np.inf
             best = -np.partition(-scores, self._proposed.shape[1] - 1, axis=1)[:, : self._proposed.shape[1]]
             self._proposed[part] = np.sort(best, axis=1)
+
+    def __len__(self) -> int:
+        """The number of targets."""
+        return self._truth.size
 
     def values(self, spec: LinearSpec, table: ItemWeights, weights: Sequence[float]) -> list[_F64]:
         """Returns NDCG@10 of each target, for each of some factors of the whole linear part; float64 `[n]` each."""
