@@ -58,10 +58,9 @@ def sizing(
         raise BenchmarkError("nothing to measure: name a bundle, or two of different sizes")
     measured = [_started(bundle) for bundle in bundles]
     small, large = (pick(measured, key=lambda figures: figures["items"]) for pick in (min, max))
-    largest = bundles[measured.index(large)]
     with tempfile.TemporaryDirectory(prefix="sizing") as folder:
         state = Path(folder)
-        figures = _filled(largest, state, users, events, requests, random.Random(seed))
+        figures = _filled(bundles[measured.index(large)], state, users, events, requests, random.Random(seed))
         figures |= _on_disk(state / "warehouse", users * events, requests)
         figures |= _rebuilt(state)
     return {

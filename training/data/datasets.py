@@ -73,7 +73,7 @@ def prepare(name: str, source: str | Path | None, out: str | Path, **options: An
         left_out = _admit(prepared, share)
         task = progress.add_task("writing", total=1)
         tables = prepared.events.table, prepared.items.table, prepared.users.table if prepared.users else None
-        named = {"impressions": prepared.impressions, "name": prepared.name, "notes": prepared.notes}
+        named: dict[str, Any] = {"impressions": prepared.impressions, "name": prepared.name, "notes": prepared.notes}
         info = write_dataset(Path(out), *tables, **named)
         progress.advance(task)
     return info | left_out | {"out": str(out), "seconds": round(time.perf_counter() - began, 3)}
