@@ -31,6 +31,25 @@ ALIASES = {
     "availability": "available",
     "in_stock": "available",
 }
+USUAL_NAMES = {
+    "user_id": ("user", "uid", "customer_id", "customer", "visitor_id", "reviewer_id", "member_id", "account_id"),
+    "item_id": (
+        *("item", "iid", "product_id", "product", "sku", "asin", "parent_asin", "article_id", "movie_id", "film_id"),
+        *("track_id", "song_id", "book_id", "video_id", "game_id", "app_id", "business_id", "recipe_id", "anime_id"),
+    ),
+    "event_type": ("event", "event_name", "action", "behavior", "behaviour", "interaction_type"),
+    "timestamp": ("time", "ts", "date", "event_time", "unix_review_time", "created_at", "unix_time"),
+    "value": ("score", "stars", "overall"),
+    "title": ("name", "product_name", "product_title", "movie_title"),
+    "categories": ("genre", "category"),
+    "creator_id": ("creator", "brand", "author", "artist"),
+}
+"""Names of columns that other writers use, by canonical name. They count only in a file without a surer name, and only
+if it has a single one of them: a column that might mean something else must not be taken for it in silence."""
+
+DEFAULT_TYPES = {True: "rating", False: "interaction"}
+"""Event type of all rows of a file without one, by whether the rows have values."""
+
 _NOT_NEGATIVE = ("price", "position")
 _CLOSED = ("available", "allow_train", "allow_measure", "personal")
 """Columns of permissions: a cell that cannot be read permits nothing, nor may it become NULL, which permits."""
@@ -75,6 +94,8 @@ class Intake:
         rejected: The rows that were left out.
         unread: The cells that were left out of the kept rows.
         ignored: The columns of its files that no canonical column is made of.
+        renamed: Canonical columns and the files' columns that they were read from under another name; `event_type` and
+            its default where the files have none.
         unlisted: Of the items: those that events name and the table does not.
         hidden: True if those are not shown.
         closed: Of the items: True if none of them may be shown now.
@@ -84,6 +105,7 @@ class Intake:
     rejected: list[Rejected] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     ignored: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
     unlisted: Sequence[str] = ()
     hidden: bool = False
     closed: bool = False
@@ -121,11 +143,41 @@ def origins(columns: pa.Schema, schema: pa.Schema, required: Required, source: s
             raise TablesError(f"{source}: columns {candidates} all mean {name}: keep one of them")
         if candidates:
             chosen[name] = candidates[0]
+    chosen |= _usual(columns, schema, required, source, chosen)
     for need in required:
         choices = (need,) if isinstance(need, str) else need
+        if choices == ("event_type",):
+            continue  # `fit` has one for all rows
         if not any(name in chosen for name in choices):
             raise TablesError(f"{source}: no column {' or '.join(choices)}; it has {columns.names}")
     return chosen
+
+
+def _usual(
+    columns: pa.Schema, schema: pa.Schema, required: Required, source: str, chosen: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns more canonical columns and the file's, by the names that other writers use."""
+    more: dict[str, str] = {}
+    # A list of users says whom something is done to: there only the name itself is sure enough.
+    if "item_id" not in schema.names:
+        return more
+    needed = {name for need in required for name in ((need,) if isinstance(need, str) else need)}
+    has_time = "timestamp" in chosen or "sequence" in chosen
+    for name, usual in USUAL_NAMES.items():
+        if name in chosen or name not in schema.names or (name == "timestamp" and has_time):
+            continue
+        bare = {bare_name(other) for other in usual}
+        candidates = [n for n in columns.names if n not in chosen.values() and bare_name(n) in bare]
+        if len(candidates) > 1 and name in needed:
+            raise TablesError(f"{source}: columns {candidates} may all mean {name}: rename the right one to {name}")
+        if len(candidates) == 1:
+            more[name] = candidates[0]
+    return more
+
+
+def renamed(columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns canonical column -> the file's column, of those that have another name."""
+    return {name: origin for name, origin in columns.items() if bare_name(name) != bare_name(origin)}
 
 
 @dataclass(slots=True)
@@ -187,10 +239,19 @@ def fit(
     # After `_unread`, whose NULL would permit what the cell may have forbidden.
     _close(cells, schema, table.num_rows)
     altered = any(cell.values.null_count > plain(cell.given).null_count for cell in cells.values())
-    columns = [cells[f.name].values if f.name in cells else nulls(table.num_rows, f.type) for f in schema]
+    columns = [_column(cells, f, table.num_rows, required) for f in schema]
     full, good = pa.table(columns, schema=schema), np.flatnonzero(~bad)
     kept = select(full, good) if bad.any() else full
     return TablePart(source, kept, numbers[good], rejected, unread, altered)
+
+
+def _column(cells: Mapping[str, _Cells], field: pa.Field[Any], length: int, required: Required) -> Array:
+    """Returns the values of a column; of one that the file lacks the default, or NULL."""
+    if field.name in cells:
+        return cells[field.name].values
+    if field.name == "event_type" and field.name in required:
+        return pa.array([DEFAULT_TYPES["value" in cells]] * length, pa.string())
+    return nulls(length, field.type)
 
 
 def merge_unread(parts: Iterable[Unread]) -> list[Unread]:
@@ -252,6 +313,8 @@ def _row_faults(cells: Mapping[str, _Cells], required: Required) -> Iterator[tup
     """Yields masks of the rows that a required cell costs, with the reason for one of them."""
     for need in required:
         names = [name for name in ((need,) if isinstance(need, str) else need) if name in cells]
+        if not names:
+            continue  # a default, the same in every row
         satisfied = np.zeros(len(cells[names[0]].values), bool)
         absent = ~satisfied
         for name in names:

@@ -25,7 +25,18 @@ from features.arrays import Array, only, pc
 from features.clock import now_ms
 from features.errors import TablesError
 from features.private_files import FOLDER_MODE, make_folders
-from features.tables.conform import Intake, Rejected, TablePart, Unread, dialect_of, fit, merge_unread, origins
+from features.tables.conform import (
+    DEFAULT_TYPES,
+    Intake,
+    Rejected,
+    TablePart,
+    Unread,
+    dialect_of,
+    fit,
+    merge_unread,
+    origins,
+    renamed,
+)
 from features.tables.dialect import Dialect, DialectSurvey
 from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
 from features.tables.files import TableFile, find_files, table_path
@@ -57,6 +68,7 @@ class LoadedTable:
         unread: The cells that were left out of kept rows.
         units: The unit in which a column counts time, if only its values tell: {column: unit}.
         ignored: The columns of the files that no canonical column is made of.
+        renamed: Canonical columns that are read from columns of another name, and these names.
         places: The files in order, each with the places of its kept rows there: [(file, int64 [n])]; empty where a row
             that repeats an id was left out.
     """
@@ -66,6 +78,7 @@ class LoadedTable:
     unread: list[Unread] = field(default_factory=list)
     units: Mapping[str, str] = field(default_factory=dict)
     ignored: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
     places: list[tuple[str, npt.NDArray[np.int64]]] = field(default_factory=list)
 
     def place(self, row: int) -> str:
@@ -83,7 +96,7 @@ class LoadedTable:
     @property
     def intake(self) -> Intake:
         """The fate of its rows."""
-        return Intake(self.table.num_rows, self.rejected, self.unread, self.ignored)
+        return Intake(self.table.num_rows, self.rejected, self.unread, self.ignored, self.renamed)
 
 
 HELD_ROWS = 1 << 20
@@ -250,7 +263,7 @@ def _open_events(
     if count <= HELD_ROWS:
         loaded = read_table(path, EVENTS, EVENTS_REQUIRED)
         table = select(loaded.table, _wanted(loaded.table, until, include_withheld))
-        fate = Intake(table.num_rows, loaded.rejected, loaded.unread, loaded.ignored)
+        fate = Intake(table.num_rows, loaded.rejected, loaded.unread, loaded.ignored, loaded.renamed)
         return Events.of(order_events(table)), pc.unique(table["item_id"]), fate, loaded.units
     dialect = _dialect(files, EVENTS, EVENTS_REQUIRED)
 
@@ -263,7 +276,7 @@ def _open_events(
     whole = survey.rows == count and not survey.altered
     as_it_is = whole and survey.in_order() and all(map(_is_canonical, files))
     events = Events(_reader(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
-    fate = Intake(survey.rows, survey.rejected, merge_unread(survey.unread), dialect.ignored)
+    fate = Intake(survey.rows, survey.rejected, merge_unread(survey.unread), dialect.ignored, dialect.renamed)
     return events, pa.array(survey.items, pa.string()), fate, dialect.units
 
 
@@ -291,6 +304,9 @@ def _dialect(files: Sequence[TableFile], schema: pa.Schema, required: Required) 
     for file in files:
         file_schema = file.schema()
         columns = origins(file_schema, schema, required, str(file.path))
+        survey.rename(renamed(columns))
+        if "event_type" in required and "event_type" not in columns:
+            survey.rename({"event_type": f"the default {DEFAULT_TYPES['value' in columns]!r}"})
         survey.ignore(name for name in file_schema.names if name not in {*columns.values(), *file.partition})
         deciding = {name: origin for name, origin in columns.items() if survey.asks(name, file_schema.field(origin))}
         if not deciding:
@@ -318,7 +334,7 @@ def _is_canonical(file: TableFile) -> bool:
     """Returns True if the file's columns are ours, unit of time included."""
     schema = file.schema()
     columns = origins(schema, EVENTS, EVENTS_REQUIRED, str(file.path))
-    return all(
+    return "event_type" in columns and all(
         name == origin and schema.field(origin).type == EVENTS.field(name).type and _unit(schema, name)
         for name, origin in columns.items()
     )
@@ -425,12 +441,12 @@ def _merge(parts: list[TablePart], schema: pa.Schema, required: Required, dialec
     unread = merge_unread(cells for part in parts for cells in part.unread)
     places = [(part.source, part.rows) for part in parts]
     if len(required) != 1 or not isinstance(required[0], str):
-        return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, places)
+        return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, dialect.renamed, places)
     ids, id_codes = codes(table[required[0]])
     _, first = np.unique(id_codes, return_index=True)
     again = np.flatnonzero(first[id_codes] != np.arange(len(id_codes)))
     if not len(again):
-        return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, places)
+        return LoadedTable(table, rejected, unread, dialect.units, dialect.ignored, dialect.renamed, places)
     sources = np.repeat([part.source for part in parts], [len(part.rows) for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     for at in again.tolist():
@@ -439,7 +455,7 @@ def _merge(parts: list[TablePart], schema: pa.Schema, required: Required, dialec
         rejected.append(Rejected(str(sources[at]), int(rows[at]), f"{reason}: give each one row"))
     if "available" in schema.names:
         table = _agreed(table, first[id_codes])
-    return LoadedTable(select(table, first), rejected, unread, dialect.units, dialect.ignored)
+    return LoadedTable(select(table, first), rejected, unread, dialect.units, dialect.ignored, dialect.renamed)
 
 
 def _agreed(items: pa.Table, first: npt.NDArray[np.int64]) -> pa.Table:

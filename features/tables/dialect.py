@@ -25,11 +25,13 @@ class Dialect:
             the columns whose type or metadata says it.
         styles: The form of lists that are written as one text.
         ignored: The columns of the files that no canonical column is made of, in the order of the files.
+        renamed: Canonical columns that are read from columns of another name, and these names.
     """
 
     units: Mapping[str, str] = field(default_factory=dict)
     styles: Mapping[str, ListStyle] = field(default_factory=dict)
     ignored: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_time(wanted: pa.Field) -> bool:  # type: ignore[type-arg]
@@ -51,10 +53,15 @@ class DialectSurvey:
         self._votes: dict[str, UnitVotes] = {}
         self._cells: dict[str, set[str]] = {}
         self._ignored: dict[str, None] = {}
+        self._renamed: dict[str, str] = {}
 
     def ignore(self, names: Iterable[str]) -> None:
         """Notes columns of a file that no canonical column is made of; not the row numbers that pandas writes."""
         self._ignored.update(dict.fromkeys(name for name in names if not name.startswith("__index_level_")))
+
+    def rename(self, columns: Mapping[str, str]) -> None:
+        """Notes canonical columns that are read from columns of another name."""
+        self._renamed.update(columns)
 
     def asks(self, name: str, origin: pa.Field) -> bool:  # type: ignore[type-arg]
         """Returns True if the values of a file's column for the canonical column `name` decide anything."""
@@ -78,4 +85,4 @@ class DialectSurvey:
         """
         units = {name: unit for name, votes in self._votes.items() if (unit := votes.unit())}
         styles = {name: ListStyle.of(cells) for name, cells in self._cells.items()}
-        return Dialect(units, styles, tuple(self._ignored))
+        return Dialect(units, styles, tuple(self._ignored), dict(self._renamed))

@@ -80,6 +80,10 @@ def lines(intakes: Mapping[str, Intake], units: Mapping[str, str] | None = None)
         if intake.ignored and name not in _OWN:
             more = f" and {len(intake.ignored) - _NAMED} more" if len(intake.ignored) > _NAMED else ""
             yield _line(f"{name}: no use for columns {', '.join(intake.ignored[:_NAMED])}{more}")
+        if intake.renamed and name not in _OWN:
+            yield _line(
+                f"{name}: read {', '.join(f'{column} from {origin}' for column, origin in intake.renamed.items())}"
+            )
         if intake.closed:
             yield f"warning: {name}: no item may be shown now: available is false, or none of its times is now"
         if intake.unlisted:

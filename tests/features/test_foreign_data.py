@@ -641,3 +641,55 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "events" / "2.parquet").write_bytes(b"PAR1")
     with pytest.raises(TablesError, match=r"2\.parquet cannot be read as Parquet"):
         open_dataset(tmp_path)
+
+
+TIMES = [1_600_000_000, 1_600_000_100, 1_600_000_200]
+
+
+@pytest.mark.parametrize("held_rows", [1 << 20, 0])
+@pytest.mark.parametrize(
+    ("columns", "event_types", "values"),
+    [
+        ({"userId": ["a", "b", "a"], "movieId": ["x", "x", "y"], "rating": [4.0, 2.0, 5.0]}, "rating", [4, 5, 2]),
+        ({"user": ["a", "b", "a"], "item": ["x", "x", "y"]}, "interaction", None),
+        ({"visitorid": ["a", "b", "a"], "itemid": ["x", "x", "y"], "event": ["like"] * 3}, "like", None),
+        ({"customer_id": ["a", "b", "a"], "sku": ["x", "x", "y"], "overall": [4, 2, 5]}, "rating", [4, 5, 2]),
+    ],
+)
+def test_the_usual_names_of_columns_are_read_and_told(
+    columns: dict[str, list[Any]],
+    event_types: str,
+    values: list[int] | None,
+    held_rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("features.tables.dataset.HELD_ROWS", held_rows)
+    pq.write_table(pa.table({**columns, "ts": TIMES}), tmp_path / "events.parquet")
+    dataset = open_dataset(tmp_path)
+    events = dataset.events
+    assert events["user_id"].to_pylist() == ["a", "a", "b"]
+    assert events["item_id"].to_pylist() == ["x", "y", "x"]
+    assert set(events["event_type"].to_pylist()) == {event_types}
+    assert events["timestamp"].to_pylist() == [1000 * TIMES[at] for at in (0, 2, 1)]
+    if values:
+        assert events["value"].to_pylist() == values
+    told = " ".join(lines(dataset.intake))
+    assert "timestamp from ts" in told
+    assert all(f"from {name}" in told for name in columns if name not in ("userId", "itemid"))
+    assert ("event_type from the default" in told) == ("event" not in columns)
+
+
+def test_a_name_that_might_mean_something_else_is_not_taken_in_silence(tmp_path: Path) -> None:
+    two = {"user_id": ["a"], "track_id": ["x"], "video_id": ["y"], "timestamp": [TIMES[0]]}
+    pq.write_table(pa.table(two), tmp_path / "events.parquet")
+    with pytest.raises(TablesError, match=r"columns \['track_id', 'video_id'\] may all mean item_id: rename the right"):
+        open_dataset(tmp_path)
+    # Of two optional ones neither is read; a surer name wins over any.
+    more = {"user_id": ["a"], "user": ["b"], "item_id": ["x"], "score": [1.0], "stars": [2.0], "timestamp": [TIMES[0]]}
+    pq.write_table(pa.table(more), tmp_path / "events.parquet")
+    dataset = open_dataset(tmp_path)
+    events = dataset.events
+    assert events["user_id"].to_pylist() == ["a"]
+    assert events["value"].to_pylist() == [None]
+    assert "no use for columns user, score, stars" in " ".join(lines(dataset.intake))

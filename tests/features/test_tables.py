@@ -363,8 +363,8 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named_with_what_is_there(tmp_path: Path) -> None:
-    file = write(tmp_path / "e.parquet", {"user_id": ["u"], "sku": ["i"], "event_type": ["like"], "timestamp": [1]})
-    with pytest.raises(TablesError, match=r"e\.parquet: no column item_id; it has \['user_id', 'sku'"):
+    file = write(tmp_path / "e.parquet", {"user_id": ["u"], "what": ["i"], "event_type": ["like"], "timestamp": [1]})
+    with pytest.raises(TablesError, match=r"e\.parquet: no column item_id; it has \['user_id', 'what'"):
         read_table(file, EVENTS, EVENTS_REQUIRED)
     with pytest.raises(TablesError, match="no column timestamp or sequence"):
         conform(pa.table({"user_id": ["u"], "item_id": ["i"], "event_type": ["x"]}), EVENTS, EVENTS_REQUIRED, "f")
