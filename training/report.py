@@ -144,6 +144,13 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     note = ", ".join(f"{evaluation[name]:,} {name}" for name in ("users", "targets", "items") if name in evaluation)
     if evaluation.get("held_out", 0) > evaluation.get("targets", 0):
         note += f"; the targets are a random sample of the {evaluation['held_out']:,} that were held out"
+    left_out = evaluation.get("baselines_left_out", {})
+    remarks = [evaluation.get("best_baseline", {}).get("sentence", "")]
+    remarks += [f"Left out: {name}, as {why}." for name, why in left_out.items()]
+    if evaluation.get("cold"):
+        model = evaluation["with_cold"]["model"]
+        means = ", ".join(f"{metric} {value:.4f}" for metric, value in model.items())
+        remarks.append(f"With the {evaluation['cold']:,} targets of items that no training event names: {means}.")
     seeds = None
     if len(evaluation["seeds"]) > 1 and "by_seed" in evaluation:
         columns = list(evaluation["by_seed"].values())
@@ -154,6 +161,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "note": f"{note}; measured {evaluation['at']}; 95 % intervals over users",
         "metrics": list(metrics),
         "rows": rows,
+        "remarks": [remark for remark in remarks if remark],
         "plot": _plot_baselines(evaluation),
         "seeds": seeds,
         "segments": _segments(evaluation.get("segments", {})),

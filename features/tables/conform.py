@@ -47,9 +47,6 @@ USUAL_NAMES = {
 """Names of columns that other writers use, by canonical name. They count only in a file without a surer name, and only
 if it has a single one of them: a column that might mean something else must not be taken for it in silence."""
 
-DEFAULT_TYPES = {True: "rating", False: "interaction"}
-"""Event type of all rows of a file without one, by whether the rows have values."""
-
 _NOT_NEGATIVE = ("price", "position")
 _CLOSED = ("available", "allow_train", "allow_measure", "personal")
 """Columns of permissions: a cell that cannot be read permits nothing, nor may it become NULL, which permits."""
@@ -175,11 +172,6 @@ def _usual(
     return more
 
 
-def renamed(columns: Mapping[str, str]) -> dict[str, str]:
-    """Returns canonical column -> the file's column, of those that have another name."""
-    return {name: origin for name, origin in columns.items() if bare_name(name) != bare_name(origin)}
-
-
 @dataclass(slots=True)
 class _Cells:
     """One column during the search for faults: as in the file, as values, and the faulty rows with the right form."""
@@ -239,18 +231,18 @@ def fit(
     # After `_unread`, whose NULL would permit what the cell may have forbidden.
     _close(cells, schema, table.num_rows)
     altered = any(cell.values.null_count > plain(cell.given).null_count for cell in cells.values())
-    columns = [_column(cells, f, table.num_rows, required) for f in schema]
+    columns = [_column(cells, f, table.num_rows, dialect) for f in schema]
     full, good = pa.table(columns, schema=schema), np.flatnonzero(~bad)
     kept = select(full, good) if bad.any() else full
     return TablePart(source, kept, numbers[good], rejected, unread, altered)
 
 
-def _column(cells: Mapping[str, _Cells], field: pa.Field[Any], length: int, required: Required) -> Array:
+def _column(cells: Mapping[str, _Cells], field: pa.Field[Any], length: int, dialect: Dialect) -> Array:
     """Returns the values of a column; of one that the file lacks the default, or NULL."""
     if field.name in cells:
         return cells[field.name].values
-    if field.name == "event_type" and field.name in required:
-        return pa.array([DEFAULT_TYPES["value" in cells]] * length, pa.string())
+    if field.name == "event_type" and dialect.event_type:
+        return pa.array([dialect.event_type] * length, pa.string())
     return nulls(length, field.type)
 
 
@@ -269,7 +261,9 @@ def dialect_of(tables: Sequence[tuple[pa.Table, str]], schema: pa.Schema, requir
     """Returns the dialect of tables in memory, each with the name of its file."""
     survey = DialectSurvey(schema)
     for table, source in tables:
-        for name, origin in origins(table.schema, schema, required, source).items():
+        columns = origins(table.schema, schema, required, source)
+        survey.read(columns, source)
+        for name, origin in columns.items():
             if survey.asks(name, table.schema.field(origin)):
                 for chunk in table.column(origin).chunks:
                     survey.add(name, chunk, source)

@@ -25,18 +25,7 @@ from features.arrays import Array, only, pc
 from features.clock import now_ms
 from features.errors import TablesError
 from features.private_files import FOLDER_MODE, make_folders
-from features.tables.conform import (
-    DEFAULT_TYPES,
-    Intake,
-    Rejected,
-    TablePart,
-    Unread,
-    dialect_of,
-    fit,
-    merge_unread,
-    origins,
-    renamed,
-)
+from features.tables.conform import Intake, Rejected, TablePart, Unread, dialect_of, fit, merge_unread, origins
 from features.tables.dialect import Dialect, DialectSurvey
 from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
 from features.tables.files import TableFile, find_files, table_path
@@ -304,9 +293,7 @@ def _dialect(files: Sequence[TableFile], schema: pa.Schema, required: Required) 
     for file in files:
         file_schema = file.schema()
         columns = origins(file_schema, schema, required, str(file.path))
-        survey.rename(renamed(columns))
-        if "event_type" in required and "event_type" not in columns:
-            survey.rename({"event_type": f"the default {DEFAULT_TYPES['value' in columns]!r}"})
+        survey.read(columns, str(file.path))
         survey.ignore(name for name in file_schema.names if name not in {*columns.values(), *file.partition})
         deciding = {name: origin for name, origin in columns.items() if survey.asks(name, file_schema.field(origin))}
         if not deciding:

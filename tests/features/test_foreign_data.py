@@ -693,3 +693,31 @@ def test_a_name_that_might_mean_something_else_is_not_taken_in_silence(tmp_path:
     assert events["user_id"].to_pylist() == ["a"]
     assert events["value"].to_pylist() == [None]
     assert "no use for columns user, score, stars" in " ".join(lines(dataset.intake))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            {"user_id": ["a"], "video_id": ["x"], "time": [TIMES[0]]},
+            r"has video_id for item_id, where .*a\.parq",
+        ),
+        (
+            {"user_id": ["a"], "track_id": ["x"], "ts": [TIMES[0]], "event": ["like"]},
+            "not all files .* column event_type",
+        ),
+    ],
+)
+def test_files_of_one_table_mean_the_same(second: dict[str, list[Any]], message: str, tmp_path: Path) -> None:
+    (tmp_path / "events").mkdir()
+    first = {"user_id": ["a"], "track_id": ["x"], "ts": [TIMES[0]]}
+    for name, columns in (("a", first), ("b", second)):
+        pq.write_table(pa.table(columns), tmp_path / "events" / f"{name}.parquet")
+    with pytest.raises(TablesError, match=message):
+        open_dataset(tmp_path)
+    # What may be absent may have several names, and all are told; one type holds for all rows.
+    rated = {"user_id": ["b"], "track_id": ["y"], "time": [TIMES[1]], "stars": [4.0]}
+    pq.write_table(pa.table(rated), tmp_path / "events" / "b.parquet")
+    dataset = open_dataset(tmp_path)
+    assert dataset.events["event_type"].to_pylist() == ["rating", "rating"]
+    assert "timestamp from ts and time" in " ".join(lines(dataset.intake))

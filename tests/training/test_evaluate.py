@@ -15,7 +15,7 @@ from tests.training.conftest import TINY, interactions
 from training.config import TrainConfig
 from training.data.split import Targets
 from training.evaluation.evaluate import evaluate
-from training.evaluation.events import Ranking, _compared, _mean_values, _values, rank, rank_all
+from training.evaluation.events import Ranking, _compared, _mean_values, _values, best_baseline, rank, rank_all
 from training.models.baselines import OwnItemsBaseline, PopularBaseline
 from training.models.scoring import had_before, ranks_of
 from training.train import train
@@ -95,6 +95,8 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     assert parts["new_alone"]["metrics"]["mrr@10"]["mean"] >= parts["new"]["metrics"]["mrr@10"]["mean"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f"leave-one-out: {name}" in page for name in parts)
+    assert "the best baseline" in page
+    assert "Left out: recent_popular, as the data set has no times." in page
 
 
 def test_a_test_of_new_items_alone_is_refused(tmp_path: Path) -> None:
@@ -185,3 +187,19 @@ def test_runs_that_hold_out_different_events_are_not_measured_together(
     (other / "config.json").write_text(json.dumps(config | {setting: value}))
     with pytest.raises(TrainingError, match=f"other was trained with {setting} .*: evaluate them one by one"):
         evaluate([first, other], protocol)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"), [((0.1, 0.3), "is ahead"), ((-0.1, 0.3), "not ahead for certain"), ((-0.3, -0.1), "is worse")]
+)
+def test_a_sentence_says_how_the_model_stands_to_the_best_baseline(ahead: tuple[float, float], words: str) -> None:
+    interval = {"mean": sum(ahead) / 2, "low": ahead[0], "high": ahead[1]}
+    compared = {
+        "metrics": {"ndcg@10": {"mean": 0.5 + interval["mean"]}},
+        "baselines": {"popular": {"ndcg@10": 0.1}, "ease": {"ndcg@10": 0.5}},
+        "paired": {"popular": {"ndcg@10": {"mean": 0.9, "low": 0.8, "high": 1.0}}, "ease": {"ndcg@10": interval}},
+    }
+    best = best_baseline(compared)
+    assert best["name"] == "ease"
+    assert words in best["sentence"]
+    assert "of ease, the best baseline" in best["sentence"]

@@ -311,7 +311,10 @@ def best_baseline(compared: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     elif ahead["high"] < 0:
         sentence = f"The model is worse than a baseline of a few lines: NDCG@10 is {numbers}. Do not serve it as it is."
     else:
-        sentence = f"The model is not ahead for certain: NDCG@10 is {numbers}, within the interval of the difference."
+        sentence = (
+            f"The model is not ahead for certain: NDCG@10 is {numbers}, within the interval of the difference. "
+            "Train with more events or other settings, or test on more users."
+        )
     return {"name": name, metric: value, "ahead": ahead, "sentence": sentence}
 
 
