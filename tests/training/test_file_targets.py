@@ -134,7 +134,7 @@ def test_an_event_of_the_training_is_refused(known: tuple[LoadedRun, Interaction
 
 
 def test_files_that_are_no_test_are_refused(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("user,product\nu1,i1\n")
+    (tmp_path / "a.csv").write_text("first,second\nu1,i1\n")
     with pytest.raises(TablesError, match=r"a\.csv: no column user_id"):
         evaluate(run, test=tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text('user_id,item_id\nu1,i1,"\n')

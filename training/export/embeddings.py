@@ -3,8 +3,8 @@
 DIR/users.arrow   user_id, vector: each user after their newest event
 DIR/items.arrow   item_id, vector
 
-The inner product of a user's vector and an item's is the relevance that the user encoder gives the item. It is no
-cosine: the length of an item's vector counts.
+The inner product of a user's vector and an item's is the encoders' part of the item's relevance, without the linear
+part. It is no cosine: the length of an item's vector counts.
 """
 
 from __future__ import annotations
