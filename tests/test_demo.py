@@ -19,7 +19,8 @@ from benchmarks.report import BenchmarkError
 from penchant.v1 import ranking_pb2
 from training.config import load_config
 
-SMALL = {"users": 100, "items": 120, "days": 60}
+# No two items of this world have the same title.
+SMALL = {"users": 100, "items": 120, "days": 60, "seed": 1}
 QUICK: dict[str, Any] = {"dim": 16, "layers": 1, "heads": 1, "feed_forward": 32, "epochs": 1, "batch_tokens": 1024}
 QUICK |= {"token_buckets": 256, "query_steps": 20, "ranker_steps": 20, "ranker_hidden": 4, "candidates": 50}
 

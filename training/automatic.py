@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.data.interactions import item_vocabulary, read_interactions
 from training.data.split import split
 from training.data.survey import DataSurvey, survey
-from training.run import read_config, write_text
+from training.run import read_config, write_document
 
 CONFIG_FILE = "config.yaml"
 """The settings of an automatic run below its directory, for `--config`."""
@@ -61,7 +61,7 @@ def settle(dataset: Dataset, out: Path, given: TrainConfig) -> TrainConfig:
     config = TrainConfig(**{**chosen, **explicit})
     file = out / CONFIG_FILE
     found = f"found: {describe(facts)}"
-    write_text(file, _as_yaml(config, found))
+    write_document(file, _as_yaml(config, found))
     print(found, file=sys.stderr)
     print(f"chose: {', '.join(f'{name} {_word(value)}' for name, value in chosen.items())}", file=sys.stderr)
     print(f"wrote: {file}, which --config reads back; --set KEY=VALUE replaces a choice", file=sys.stderr)

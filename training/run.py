@@ -337,10 +337,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes JSON in one step."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_document(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_document(path: Path, text: str) -> None:
     """Writes a text in one step."""
     draft = path.with_name(f"{path.name}.draft")
     draft.write_text(text, encoding="utf-8")

@@ -195,8 +195,8 @@ class Wire:
                     change = int.from_bytes(payload[at + 2 : at + 6]) - self.initial
                     self.initial += change
                     # A copy, as the attacker opens streams meanwhile.
-                for stream in list(self.windows):
-                    self.windows[stream] += change
+                    for stream in list(self.windows):
+                        self.windows[stream] += change
 
     def close(self) -> None:
         """Ends the connection without a word."""

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, encoder_inputs, history, ranker_features
+from features.assemble import Moment, chosen_rows, encoder_inputs, history, ranker_features
 from features.keys import event_type_key, event_type_keys, item_keys
+from features.linear import ItemWeights, sum_weights_plain
 from features.profile import Profile, fold
 from features.profile import empty as nobody
 from features.records import make_records
@@ -36,6 +37,15 @@ def engine(request, profiles_redis) -> Engine:
     return open_engine(path, around)
 
 
+def plain_sums(engine: Engine, chosen: np.ndarray) -> np.ndarray:
+    """What the linear part adds to each row, by the bundle's files."""
+    path, sums = engine.bundle.path, np.zeros(engine.catalog.size, np.float32)
+    table = ItemWeights.of(np.load(path / "neighbors.npy"), np.load(path / "neighbor_scores.npy"))
+    for row, total in sum_weights_plain(chosen, table, engine.bundle.model.linear).items():
+        sums[row] = total
+    return sums
+
+
 def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
     """The best rows for a user by the definition of the score, without index, pipeline or kernels for retrieval."""
     spec, columns = engine.bundle.model, engine.catalog.columns
@@ -44,10 +54,11 @@ def expected(engine: Engine, profile: Profile, page: int) -> list[int]:
     rows, types = encoder_inputs(past.rows, past.types, spec.max_length)
     user = engine.model.encode_user(columns.vectors[rows], types)
     every = np.setdiff1d(np.arange(engine.catalog.size, dtype=np.int32), past.rows)
-    relevance = columns.vectors[every] @ user
+    linear = plain_sums(engine, chosen_rows(past))
+    relevance = columns.vectors[every] @ user + linear[every]
     depth = engine.bundle.manifest.candidates or 500
     best = every[np.argsort(-relevance, kind="stable")[:depth]]
-    close = (columns.vectors[best] @ user).astype(np.float32)
+    close = (columns.vectors[best] @ user).astype(np.float32) + linear[best]
     features = ranker_features(past, best, close, columns, ActionRates.of_model(spec), Moment(NOW))
     logits = engine.model.rank(user, columns.vectors[best], features)
     worth = (
