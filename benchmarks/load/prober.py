@@ -206,7 +206,7 @@ def exact_neighbors(bundle: Path, withdrawn: set[str]) -> list[tuple[bytes, set[
     ids = list(titles_of(bundle))
     vectors = np.load(bundle / "vectors.npy", mmap_mode="r")
     neighbors = np.load(bundle / "neighbors.npy", mmap_mode="r")
-    # What users of the seed rather leave is no neighbour of it.
+    # An item that users of the seed rather leave is no neighbour of it.
     neighbors = np.where(np.load(bundle / "neighbor_scores.npy", mmap_mode="r") > 0, neighbors, -1)
     lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))

@@ -715,7 +715,7 @@ def test_files_of_one_table_mean_the_same(second: dict[str, list[Any]], message:
         pq.write_table(pa.table(columns), tmp_path / "events" / f"{name}.parquet")
     with pytest.raises(TablesError, match=message):
         open_dataset(tmp_path)
-    # What may be absent may have several names, and all are told; one type holds for all rows.
+    # A column that may be absent may have several names, and all are told; one type holds for all rows.
     rated = {"user_id": ["b"], "track_id": ["y"], "time": [TIMES[1]], "stars": [4.0]}
     pq.write_table(pa.table(rated), tmp_path / "events" / "b.parquet")
     dataset = open_dataset(tmp_path)

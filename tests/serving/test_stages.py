@@ -361,7 +361,7 @@ class TestSources:
         assert (np.diff(relevance) <= 0).all()
         expected = small.vectors()[rows] @ user.vector + np.where(rows == 20, 18, np.where(rows == 21, 1, 0))
         np.testing.assert_allclose(relevance, expected, rtol=1e-5)
-        # What may not be shown is named by no part.
+        # An item that may not be shown is named by no part.
         catalog.set_available(20, False)
         asked = screened(catalog, user_of(catalog, ["i0", "i4"]).but(linear=user.linear))
         assert 20 not in UserVectorSource(index, catalog, 8).retrieve(*asked)[0]

@@ -38,7 +38,7 @@ def engine(request, profiles_redis) -> Engine:
 
 
 def plain_sums(engine: Engine, chosen: np.ndarray) -> np.ndarray:
-    """What the linear part adds to each row, by the bundle's files."""
+    """The sums of the linear part by row, by the bundle's files."""
     path, sums = engine.bundle.path, np.zeros(engine.catalog.size, np.float32)
     table = ItemWeights.of(np.load(path / "neighbors.npy"), np.load(path / "neighbor_scores.npy"))
     for row, total in sum_weights_plain(chosen, table, engine.bundle.model.linear).items():
