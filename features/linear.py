@@ -75,16 +75,6 @@ class LinearSpec(NamedTuple):
         """True if it adds nothing to any item."""
         return not (self.weight or self.count_weight or self.recency_weight)
 
-    def times(self, factor: float) -> LinearSpec:
-        """Returns the same with all weights multiplied."""
-        return LinearSpec(
-            factor * self.weight,
-            self.decay,
-            factor * self.count_weight,
-            factor * self.recency_weight,
-            self.recency_decay,
-        )
-
 
 class LinearScores(NamedTuple):
     """The sums of one history; a row that is not here has 0.

@@ -1,4 +1,4 @@
-"""What a caller in Python writes: paths and settings as text, and the notebook of the docs."""
+"""The functions as a caller in Python uses them: paths and settings as text, and the notebook of the docs."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_a_training_without_a_configuration_tells_what_it_chose_and_the_file_rep
     assert [line[:6] for line in told] == ["found:", "chose:", "wrote:"]
     assert "order carries signal" in told[0]
     config = read_config(tmp_path / "one")
-    # What is set explicitly stands, and what is not was chosen.
+    # Explicit settings stand, and all others were chosen.
     assert (config.dim, config.epochs) == (16, 1)
     assert (config.max_length, config.layers, config.batch_tokens) == (50, 1, 256)
     repeated = load_config(tmp_path / "one" / "config.yaml", device="cpu").model_copy(update={"threads": 1})

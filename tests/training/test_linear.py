@@ -83,7 +83,8 @@ def test_a_trial_ranks_as_a_sort_of_all_items(repeats: bool) -> None:
     table = ItemWeights.of(*ease(gram_of(data, ends), 20.0, 10))
     spec = LinearSpec(1.0, 0.9, *((0.7, 0.4, 0.5) if repeats else ()))
     for factor, values in zip((0.0, 3.0), trial.values(spec, table, (0.0, 3.0)), strict=True):
-        weighed = spec.times(factor)
+        weights = {name: factor * getattr(spec, name) for name in ("weight", "count_weight", "recency_weight")}
+        weighed = spec._replace(**weights)
         scores = add_sums(users @ vectors.T, linear_sums(LinearTerm(weighed, table), data, targets))
         if not repeats:
             mask_seen(scores, seen_before(data, targets))
@@ -125,8 +126,8 @@ def test_own_items_count_where_users_repeat_them() -> None:
 def test_what_is_served_is_what_was_evaluated(tmp_path: Path) -> None:
     """The untrained run has a linear part that moves its pages, and they are those of `Recommend`."""
     run = untrained_run()
-    # What serving leaves out as seen, evaluation has to leave out too; the untrained ranker reads times, which only
-    # serving has.
+    # Evaluation has to leave out as seen the items that serving leaves out; and the untrained ranker reads times, which
+    # only serving has.
     config = run.config.model_copy(update={"seen_types": tuple(run.result["seen_types"])})
     run = dataclasses.replace(run, config=config, result={**run.result, "content": True, "blend": 0.0})
     publish_run(run, tmp_path / "bundle")

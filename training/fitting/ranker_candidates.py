@@ -6,6 +6,7 @@ relevance looks better than it will ever be in service.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.action_rates import ActionRates
-from features.assemble import Moment, chosen_rows, ranker_features
+from features.assemble import Moment, ranker_features
 from features.catalog_columns import CatalogColumns
-from features.linear import LinearTerm
+from features.linear import LinearScores, LinearTerm
 from features.model_inputs import RANKER_FEATURES
 from training.config import Action, TrainConfig
 from training.data.histories import UserHistories
@@ -124,7 +125,7 @@ class CandidateBuilder:
             # The target has its own place, the first, and must not come again as a negative.
             scores[np.arange(scores.shape[0]), truth[part]] = -np.inf
             rows[part] = self._choose(scores, truth[part], count, rng)
-        features = np.stack([self._features(targets, users, rows, at) for at in range(len(targets))])
+        features = np.stack([self._features(targets, users, rows, sums, at) for at in range(len(targets))])
         real = rows != truth[:, None]
         real[:, 0] = True
         return RankerCandidates(
@@ -167,10 +168,15 @@ class CandidateBuilder:
         return chosen
 
     def _features(
-        self, targets: Targets, users: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], at: int
+        self,
+        targets: Targets,
+        users: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.int32],
+        sums: Sequence[LinearScores],
+        at: int,
     ) -> npt.NDArray[np.float32]:
         history = self.histories.before(int(targets.users[at]), int(targets.positions[at]))
-        relevance = self.columns.vectors[rows[at]] @ users[at] + self.linear.scores(chosen_rows(history)).of(rows[at])
+        relevance = self.columns.vectors[rows[at]] @ users[at] + sums[at].of(rows[at])
         # Only a ranker that impressions trained has seen times, and so knows what they mean.
         moment = moment_of(self.data, targets, at) if self.from_impressions else Moment()
         return ranker_features(history, rows[at], relevance, self.columns, self.action_rates, moment)

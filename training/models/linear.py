@@ -23,9 +23,10 @@ from features.jit import kernel
 from features.keys import event_type_keys
 from features.linear import NO_SCORES, ItemWeights, LinearScores, LinearSpec, LinearTerm, slot_of, sum_weights
 from features.profile import RING
-from training.data.interactions import Interactions
+from training.data.interactions import Interactions, UserBlock
 from training.data.split import Targets
 from training.metrics import ndcg
+from training.models.neighbors import by_item, distinct_items
 from training.models.scoring import mask_seen, rank_slices, seen_before
 
 EASE_ITEMS = 16_384
@@ -115,24 +116,21 @@ def _is_gain(values: _F64, before: _F64) -> bool:
 
 def gram_of(data: Interactions, ends: _I64) -> Tensor:
     """Counts the users who chose both of two items among their leading events; float32 `[N, N]`."""
-    rows, user_starts = choices_of(data, ends)
-    users = np.repeat(np.arange(ends.size, dtype=np.int32), np.diff(user_starts))[np.argsort(rows, kind="stable")]
-    item_starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=data.items))])
+    is_choice = _choice_types(data)
+
+    def choices(block: UserBlock) -> _I64:
+        return np.flatnonzero(is_choice[data.types[block.events]] & (block.position < ends[block.owner]))
+
+    rows, user_starts = distinct_items(data, choices)
+    users, item_starts = by_item(rows, user_starts, data.items)
     gram = np.zeros((data.items, data.items), np.float32)
     _in_parts(data.items, lambda part: _count_pairs(rows, user_starts, users, item_starts, part, gram))
     return torch.from_numpy(gram)
 
 
-def choices_of(data: Interactions, ends: _I64) -> tuple[_I32, _I64]:
-    """Returns the distinct items that each user chose, ascending; int32 `[P]`, and user `u`'s part of them."""
-    is_choice = np.concatenate([[False], are_choices(event_type_keys(data.event_types))])
-    parts, counts = [np.empty(0, np.int32)], np.zeros(ends.size, np.int64)
-    for block in data.blocks():
-        chosen = is_choice[data.types[block.events]] & (block.position < ends[block.owner])
-        pairs = np.unique((block.owner[chosen] - block.users.start) * data.items + data.rows[block.events][chosen])
-        parts.append((pairs % data.items).astype(np.int32))
-        counts[block.users] = np.bincount(pairs // data.items, minlength=counts[block.users].size)
-    return np.concatenate(parts), np.concatenate([[0], np.cumsum(counts)])
+def _choice_types(data: Interactions) -> npt.NDArray[np.bool_]:
+    """Returns True for the numbers of the event types by which a user chooses an item."""
+    return np.concatenate([[False], are_choices(event_type_keys(data.event_types))])
 
 
 @kernel(nogil=True)
@@ -285,7 +283,7 @@ def chosen_before(data: Interactions, targets: Targets) -> tuple[_I32, _I64]:
     Returns:
         Rows, oldest first, int32 `[m]`, and the start of each target's, int64 `[n + 1]`.
     """
-    is_choice = np.concatenate([[False], are_choices(event_type_keys(data.event_types))])
+    is_choice = _choice_types(data)
     parts, sizes = [np.empty(0, np.int32)], [0]
     for user, position in zip(targets.users.tolist(), targets.positions.tolist(), strict=True):
         end = int(data.offsets[user]) + position

@@ -7,6 +7,7 @@ no user has chosen together.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from features.jit import kernel
-from training.data.interactions import Interactions
+from training.data.interactions import Interactions, UserBlock
 
 HISTORY_EVENTS = 200
 """Newest events of a user that item-to-item learns from: pairs grow with the square of a history."""
@@ -49,9 +50,13 @@ def neighbors_of(data: Interactions, ends: _I64, keep: int, seed: int = 0) -> tu
     most = max(NEIGHBOR_EVENTS, NEIGHBOR_EVENTS_PER_ITEM * data.items)
     drawn = np.zeros(ends.size, np.bool_)
     drawn[data.draw_users(ends, most, seed)] = True
-    rows, user_starts = _choices(data, ends, drawn)
-    users = np.repeat(np.arange(ends.size, dtype=np.int32), np.diff(user_starts))[np.argsort(rows, kind="stable")]
-    item_starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=data.items))])
+
+    def newest_choices(block: UserBlock) -> _I64:
+        chosen = np.flatnonzero((block.position < ends[block.owner]) & data.seen[block.events] & drawn[block.owner])
+        return chosen[_among_newest(block.owner[chosen])]
+
+    rows, user_starts = distinct_items(data, newest_choices)
+    users, item_starts = by_item(rows, user_starts, data.items)
     keep = min(keep, max(1, data.items - 1))
     out, scores = np.full((data.items, keep), -1, np.int32), np.zeros((data.items, keep), np.float32)
     threads = torch.get_num_threads()
@@ -61,19 +66,28 @@ def neighbors_of(data: Interactions, ends: _I64, keep: int, seed: int = 0) -> tu
     return out, scores
 
 
-def _choices(data: Interactions, ends: _I64, drawn: npt.NDArray[np.bool_]) -> tuple[_I32, _I64]:
-    """Returns the distinct items that each drawn user chose, ascending; int32 `[P]`, and user `u`'s part of them."""
+def distinct_items(data: Interactions, chosen: Callable[[UserBlock], _I64]) -> tuple[_I32, _I64]:
+    """Returns the distinct items of some events of each user, ascending; int32 `[P]`, and user `u`'s part of them.
+
+    Args:
+        data: All events.
+        chosen: Returns the places of the events that count in a block of users.
+    """
     parts: list[_I32] = [np.empty(0, np.int32)]
-    counts = np.zeros(ends.size, np.int64)
+    counts = np.zeros(len(data.users), np.int64)
     for block in data.blocks():
-        owner, rows = block.owner, data.rows[block.events]
-        chosen = np.flatnonzero((block.position < ends[owner]) & data.seen[block.events] & drawn[owner])
-        chosen = chosen[_among_newest(owner[chosen])]
+        at = chosen(block)
         # A user counts once for an item, however often they chose it.
-        pairs = np.unique((owner[chosen] - block.users.start) * data.items + rows[chosen])
+        pairs = np.unique((block.owner[at] - block.users.start) * data.items + data.rows[block.events][at])
         parts.append((pairs % data.items).astype(np.int32))
         counts[block.users] = np.bincount(pairs // data.items, minlength=counts[block.users].size)
     return np.concatenate(parts), np.concatenate([[0], np.cumsum(counts)])
+
+
+def by_item(rows: _I32, user_starts: _I64, items: int) -> tuple[_I32, _I64]:
+    """Returns the users of each item, ascending; int32 `[P]`, and item `i`'s part of them."""
+    owner = np.repeat(np.arange(user_starts.size - 1, dtype=np.int32), np.diff(user_starts))
+    return owner[np.argsort(rows, kind="stable")], np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=items))])
 
 
 def _among_newest(owner: _I64) -> npt.NDArray[np.bool_]:
