@@ -20,8 +20,6 @@ _I64 = npt.NDArray[np.int64]
 _F32 = npt.NDArray[np.float32]
 _Bitmap = npt.NDArray[np.uint8]
 
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)
-
 
 class ItemWeights(NamedTuple):
     """Item-to-item weights of all items, end to end.
@@ -77,30 +75,34 @@ class LinearSpec(NamedTuple):
 
 
 class LinearScores(NamedTuple):
-    """The sums of one history; a row that is not here has 0.
+    """The sums of one history, in a hash table; a row that is not in it has 0.
 
     Attributes:
-        slots: A hash table of the rows: their places in `rows`, -1 in a free slot; int32 [a power of 2].
-        rows: The rows, each once; int32 [n].
-        sums: What the history adds to their relevance; float32 [n].
+        rows: The row in each slot, -1 in a free one; int32 [a power of 2].
+        sums: What the history adds to the relevance of each; float32 [as many].
+        taken: The slots that are not free; int32 [n].
     """
 
-    slots: _I32
     rows: _I32
     sums: _F32
+    taken: _I32
 
     def of(self, rows: _I32) -> _F32:
         """Returns the sums of some rows; float32 [n]."""
-        sums: _F32 = sums_of(self.slots, self.rows, self.sums, rows)
+        sums: _F32 = sums_of(self.rows, self.sums, rows)
         return sums
 
     def best(self, count: int, allowed: _Bitmap, known: _I32) -> _I32:
         """Returns allowed rows with the largest sums above 0 that are none of `known`, `count` of them at most."""
-        rows: _I32 = best_sums(self.slots, self.rows, self.sums, count, allowed, known)
+        rows: _I32 = best_sums(self.rows, self.sums, self.taken, count, allowed, known)
         return rows
 
+    def listed(self) -> tuple[_I32, _F32]:
+        """Returns the rows that have a sum, each once, and their sums; int32, float32 [n]."""
+        return self.rows[self.taken], self.sums[self.taken]
 
-NO_SCORES = LinearScores(np.full(2, -1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+
+NO_SCORES = LinearScores(np.full(2, -1, np.int32), np.zeros(2, np.float32), np.empty(0, np.int32))
 
 
 class LinearTerm:
@@ -129,18 +131,19 @@ def _free_slots(count: int) -> _I32:
 
 
 @kernel(nogil=True)
-def slot_of(slots: _I32, named: _I32, row: int) -> int:
-    """Returns the slot of a row, or the free one where it belongs."""
-    last = np.int64(slots.size - 1)
-    # The upper half of the product: the lower bits of neighbouring rows would fill neighbouring slots.
-    slot = np.int64((np.uint64(row) * _SPREAD) >> np.uint64(32)) & last
-    while slots[slot] >= 0 and named[slots[slot]] != row:
+def slot_of(rows: _I32, row: int) -> int:
+    """Returns the slot of a row in a hash table, or the free one where it belongs."""
+    # By the lower bits of the row itself: a catalogue that is no larger than the table has a slot for each row, and
+    # every search there ends at the first look.
+    last = np.int64(rows.size - 1)
+    slot = np.int64(row) & last
+    while rows[slot] != row and rows[slot] >= 0:
         slot = (slot + 1) & last
     return slot  # type: ignore[return-value]  # numba's integer
 
 
 @kernel(nogil=True)
-def sum_weights(chosen: _I32, table: ItemWeights, spec: LinearSpec) -> tuple[_I32, _I32, _F32]:
+def sum_weights(chosen: _I32, table: ItemWeights, spec: LinearSpec) -> tuple[_I32, _F32, _I32]:
     """Returns the fields of `LinearScores`.
 
     Args:
@@ -154,25 +157,29 @@ def sum_weights(chosen: _I32, table: ItemWeights, spec: LinearSpec) -> tuple[_I3
     for item in items:
         if has_table and item < table.offsets.size - 1:
             pairs += table.offsets[item + 1] - table.offsets[item]
-    slots, named, sums = _free_slots(pairs), np.empty(pairs, np.int32), np.zeros(pairs, np.float32)
-    count, factor, recency = 0, spec.weight, spec.recency_weight
+    rows = _free_slots(pairs)
+    # One place more than can be filled, as each pair writes to the next one.
+    sums, taken = np.zeros(rows.size, np.float32), np.empty(pairs + 1, np.int32)
+    count, factor, recency = np.int64(0), spec.weight, spec.recency_weight
     for place in range(items.size):
         item = items[place]
         if has_own:
-            slot = slot_of(slots, named, item)
-            if slots[slot] < 0:
-                slots[slot], named[count] = count, item
-                count += 1
-            sums[slots[slot]] += np.float32(spec.count_weight * np.log1p(counts[place]) + recency)
+            slot = slot_of(rows, item)
+            taken[count] = slot
+            count += np.int64(rows[slot] < 0)
+            rows[slot] = item
+            sums[slot] += np.float32(spec.count_weight * np.log1p(counts[place]) + recency)
         if has_table and item < table.offsets.size - 1:
             for at in range(table.offsets[item], table.offsets[item + 1]):
-                slot = slot_of(slots, named, table.rows[at])
-                if slots[slot] < 0:
-                    slots[slot], named[count] = count, table.rows[at]
-                    count += 1
-                sums[slots[slot]] += np.float32(factor * table.scores[at])
+                # Written whether the row is new or not: a branch would be guessed wrong half of the time, and that
+                # costs more than the writes.
+                slot = slot_of(rows, table.rows[at])
+                taken[count] = slot
+                count += np.int64(rows[slot] < 0)
+                rows[slot] = table.rows[at]
+                sums[slot] += np.float32(factor * table.scores[at])
         factor, recency = factor * spec.decay, recency * spec.recency_decay
-    return slots, named[:count], sums[:count]
+    return rows, sums, taken[:count]
 
 
 def sum_weights_plain(chosen: _I32, table: ItemWeights, spec: LinearSpec) -> dict[int, np.float32]:
@@ -194,70 +201,68 @@ def sum_weights_plain(chosen: _I32, table: ItemWeights, spec: LinearSpec) -> dic
 @kernel(nogil=True)
 def _distinct(chosen: _I32) -> tuple[_I32, _I64]:
     """Returns the distinct items, the one that was chosen last first, and how often each was chosen."""
-    items, counts = np.empty(chosen.size, np.int32), np.zeros(chosen.size, np.int64)
-    slots, count = _free_slots(chosen.size), 0
+    rows = _free_slots(chosen.size)
+    slots, counts, count = np.empty(chosen.size, np.int64), np.zeros(rows.size, np.int64), 0
     for at in range(chosen.size - 1, -1, -1):
-        slot = slot_of(slots, items, chosen[at])
-        if slots[slot] < 0:
-            slots[slot], items[count] = count, chosen[at]
+        slot = slot_of(rows, chosen[at])
+        if rows[slot] < 0:
+            rows[slot], slots[count] = chosen[at], slot
             count += 1
-        counts[slots[slot]] += 1
-    return items[:count], counts[:count]
+        counts[slot] += 1
+    return rows[slots[:count]], counts[slots[:count]]
 
 
 @kernel(nogil=True)
-def sums_of(slots: _I32, named: _I32, sums: _F32, rows: _I32) -> _F32:
-    """Returns the sums of `rows` int32 [n] by the fields of `LinearScores`, 0 for others; float32 [n]."""
-    out = np.zeros(rows.size, np.float32)
-    for i in range(rows.size):
-        place = slots[slot_of(slots, named, rows[i])]
-        if place >= 0:
-            out[i] = sums[place]
+def sums_of(rows: _I32, sums: _F32, wanted: _I32) -> _F32:
+    """Returns the sums of the rows `wanted` int32 [n] by the fields of `LinearScores`, 0 for others; float32 [n]."""
+    out = np.zeros(wanted.size, np.float32)
+    for i in range(wanted.size):
+        # A free slot has the sum 0.
+        out[i] = sums[slot_of(rows, wanted[i])]
     return out
 
 
-def sums_of_plain(slots: _I32, named: _I32, sums: _F32, rows: _I32) -> _F32:
-    """The plain twin of `sums_of`, which needs no slots."""
-    known = dict(zip(named.tolist(), sums.tolist(), strict=True))
-    return np.array([known.get(row, 0.0) for row in rows.tolist()], np.float32)
+def sums_of_plain(rows: _I32, sums: _F32, wanted: _I32) -> _F32:
+    """The plain twin of `sums_of`."""
+    known = dict(zip(rows.tolist(), sums.tolist(), strict=True))
+    return np.array([known.get(row, 0.0) for row in wanted.tolist()], np.float32)
 
 
 @kernel(nogil=True)
-def best_sums(slots: _I32, named: _I32, sums: _F32, count: int, allowed: _Bitmap, known: _I32) -> _I32:
+def best_sums(rows: _I32, sums: _F32, taken: _I32, count: int, allowed: _Bitmap, known: _I32) -> _I32:
     """Returns at most `count` allowed rows with the largest sums above 0 that are none of `known`; int32 [n].
 
-    In the order of `named`; of rows with the least of these sums the first ones.
+    In the order of `taken`; of rows with the least of these sums the first ones.
     """
-    left_out = np.zeros(named.size, np.bool_)
+    left_out = np.zeros(rows.size, np.bool_)
     for i in range(known.size):
-        place = slots[slot_of(slots, named, known[i])]
-        if place >= 0:
-            left_out[place] = True
-    places, found = np.empty(named.size, np.int32), 0
-    for at in range(named.size):
-        if sums[at] > 0.0 and not left_out[at]:
-            byte = named[at] >> 3
-            if byte < allowed.size and (allowed[byte] >> np.uint8(named[at] & 7)) & 1:
-                places[found] = at
+        left_out[slot_of(rows, known[i])] = True
+    slots, found = np.empty(taken.size, np.int32), 0
+    for slot in taken:
+        if sums[slot] > 0.0 and not left_out[slot]:
+            byte = rows[slot] >> 3
+            if byte < allowed.size and (allowed[byte] >> np.uint8(rows[slot] & 7)) & 1:
+                slots[found] = slot
                 found += 1
-    places = places[:found]
+    slots = slots[:found]
     if found <= count:
-        return named[places]
-    values = sums[places]
+        return rows[slots]
+    values = sums[slots]
     least = np.partition(values, found - count)[found - count]
     room = count - np.sum(values > least)
     out, filled = np.empty(count, np.int32), 0
     for at in range(found):
         if values[at] > least or (values[at] == least and room > 0):
             room -= 0 if values[at] > least else 1
-            out[filled] = named[places[at]]
+            out[filled] = rows[slots[at]]
             filled += 1
     return out
 
 
-def best_sums_plain(slots: _I32, named: _I32, sums: _F32, count: int, allowed: _Bitmap, known: _I32) -> _I32:
-    """The plain twin of `best_sums`, which needs no slots."""
+def best_sums_plain(rows: _I32, sums: _F32, taken: _I32, count: int, allowed: _Bitmap, known: _I32) -> _I32:
+    """The plain twin of `best_sums`."""
     bits = np.append(np.unpackbits(allowed, bitorder="little"), np.uint8(0))
-    real = (sums > 0) & ~np.isin(named, known) & (bits[np.minimum(named, bits.size - 1)] == 1)
+    named, values = rows[taken], sums[taken]
+    real = (values > 0) & ~np.isin(named, known) & (bits[np.minimum(named, bits.size - 1)] == 1)
     places = np.flatnonzero(real)
-    return named[np.sort(places[np.argsort(-sums[places], kind="stable")[:count]])]
+    return named[np.sort(places[np.argsort(-values[places], kind="stable")[:count]])]

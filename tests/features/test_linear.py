@@ -36,7 +36,7 @@ some_rows = st.lists(st.integers(0, ITEMS + 3), max_size=12, unique=True).map(la
 @given(specs, histories, st.integers(0, 9))
 def test_sums_agree_with_their_twin(spec: LinearSpec, chosen: np.ndarray, seed: int) -> None:
     weights = table(seed)
-    _, rows, sums = linear.sum_weights(chosen, weights, spec)
+    rows, sums = linear.LinearScores(*linear.sum_weights(chosen, weights, spec)).listed()
     plain = linear.sum_weights_plain(chosen, weights, spec)
     assert dict(zip(rows.tolist(), sums.tolist(), strict=True)) == {row: float(total) for row, total in plain.items()}
     assert np.unique(rows).size == rows.size
@@ -48,7 +48,7 @@ def test_look_ups_and_the_best_agree_with_their_twins(
 ) -> None:
     sums = LinearTerm(spec, table(seed)).scores(chosen)
     allowed = np.frombuffer(bits, np.uint8)
-    np.testing.assert_array_equal(sums.of(rows), linear.sums_of_plain(*sums, rows))
+    np.testing.assert_array_equal(sums.of(rows), linear.sums_of_plain(sums.rows, sums.sums, rows))
     best = sums.best(count, allowed, rows)
     np.testing.assert_array_equal(best, linear.best_sums_plain(*sums, count, allowed, rows))
     assert not set(best.tolist()) & set(rows.tolist())
@@ -68,6 +68,6 @@ def test_an_item_counts_where_it_was_chosen_last() -> None:
 
 
 def test_a_model_without_a_linear_part_adds_nothing() -> None:
-    assert not LinearTerm(LinearSpec(), table(0)).scores(np.array([1, 2], np.int32)).rows.size
+    assert not LinearTerm(LinearSpec(), table(0)).scores(np.array([1, 2], np.int32)).taken.size
     assert LinearSpec.of(None) == LinearSpec()
     assert LinearSpec.of(LinearSpec(weight=2.0).as_json()) == LinearSpec(weight=2.0)

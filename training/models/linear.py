@@ -273,7 +273,8 @@ def linear_sums(term: LinearTerm, data: Interactions, targets: Targets) -> list[
 def add_sums(scores: _F32, sums: Sequence[LinearScores]) -> _F32:
     """Adds the linear part to the relevance of all items, in place; scores float32 `[n, N]`."""
     for line, of_line in enumerate(sums):
-        scores[line, of_line.rows] += of_line.sums
+        rows, added = of_line.listed()
+        scores[line, rows] += added
     return scores
 
 
@@ -310,30 +311,26 @@ class _TrialArrays(NamedTuple):
 def _rank(part: Any, trial: _TrialArrays, table: ItemWeights, spec: LinearSpec, factors: _F32, ranks: _I64) -> None:
     """Writes how many items stand before each target of a part, by each factor of the linear part, to `ranks`."""
     for line in range(part[0], part[1]):
-        slots, named, sums = sum_weights(trial.chosen[trial.starts[line] : trial.starts[line + 1]], table, spec)
-        left_out = np.zeros(named.size, np.bool_)
+        rows, sums, taken = sum_weights(trial.chosen[trial.starts[line] : trial.starts[line + 1]], table, spec)
+        left_out = np.zeros(rows.size, np.bool_)
         for at in range(trial.seen_starts[line], trial.seen_starts[line + 1]):
-            place = slots[slot_of(slots, named, trial.seen[at])]
-            if place >= 0:
-                left_out[place] = True
-        target_sum = np.float32(0)
-        place = slots[slot_of(slots, named, trial.truth[line])]
-        if place >= 0:
-            target_sum, left_out[place] = sums[place], True
+            left_out[slot_of(rows, trial.seen[at])] = True
+        truth = slot_of(rows, trial.truth[line])
+        target_sum, left_out[truth] = sums[truth], True
         target = _product(trial.users[line], trial.vectors[trial.truth[line]])
-        products = np.empty(named.size, np.float32)
-        for at in range(named.size):
-            products[at] = _product(trial.users[line], trial.vectors[named[at]])
+        products = np.empty(taken.size, np.float32)
+        for at in range(taken.size):
+            products[at] = _product(trial.users[line], trial.vectors[rows[taken[at]]])
         for number in range(factors.size):
             least = target + factors[number] * target_sum
             before = trial.proposed.shape[1] - np.searchsorted(trial.proposed[line], least)
-            for at in range(named.size):
-                if left_out[at]:
+            for at in range(taken.size):
+                if left_out[taken[at]]:
                     continue
                 # Counted with the others by its relevance alone, so taken out there.
                 if products[at] >= least and products[at] >= trial.proposed[line, 0]:
                     before -= 1
-                if products[at] + factors[number] * sums[at] >= least:
+                if products[at] + factors[number] * sums[taken[at]] >= least:
                     before += 1
             ranks[line, number] = before
 
