@@ -34,11 +34,11 @@ USERS_WORK = 2 * 10**11
 
 LAMBDAS = (10.0, 50.0, 200.0, 1000.0)
 FEW_LAMBDAS = (50.0, 500.0)
-"""Where a table takes minutes."""
+"""Fewer lambdas, for tables that take minutes."""
 MANY_LOCAL_ITEMS = 200_000
 """Past so many items the local form takes minutes."""
 UNVALIDATED_LAMBDA = 500.0
-"""Where nothing validates it."""
+"""Lambda without validation events."""
 LEAST_LAMBDA = 1.0
 _STEP = 4.0
 """Factor between two lambdas beyond those that are tried first."""
@@ -94,19 +94,16 @@ def ease_form(data: Interactions, ends: _I64, seed: int = 0) -> EaseForm | str:
         seed: Seed of the draw of users, where the events are more than the local form learns from.
     """
     users = _choosers(data, ends)
-    if min(data.items, users) <= EASE_ITEMS:
-        sets = item_sets(data, ends)
-        if data.items <= min(users, EASE_ITEMS):
-            gram = gram_of(sets)
-            why = f"{data.items:,} items: their matrix can be inverted"
-            return _form("exact", why, data.items, sets.most_users, lambda ridge: ExactEase(gram, ridge))
-        if data.items * sets.rows.size <= USERS_WORK:
-            why = f"{users:,} users chose items, fewer than the {data.items:,} items: the matrix of users is inverted"
-            return _form("by users", why, users, sets.most_users, lambda ridge: EaseByUsers(sets, ridge))
-        if data.items <= EASE_ITEMS:
-            gram = gram_of(sets)
-            why = f"{data.items:,} items: their matrix can be inverted"
-            return _form("exact", why, data.items, sets.most_users, lambda ridge: ExactEase(gram, ridge))
+    if min(data.items, users) > EASE_ITEMS:
+        return local_form(data, ends, seed)
+    sets = item_sets(data, ends)
+    if users < data.items and data.items * sets.rows.size <= USERS_WORK:
+        reason = f"{users:,} users chose items, fewer than the {data.items:,} items: the matrix of users is inverted"
+        return _form("by users", reason, users, sets.most_users, lambda ridge: EaseByUsers(sets, ridge))
+    if data.items <= EASE_ITEMS:
+        gram = gram_of(sets)
+        reason = f"{data.items:,} items: their matrix can be inverted"
+        return _form("exact", reason, data.items, sets.most_users, lambda ridge: ExactEase(gram, ridge))
     return local_form(data, ends, seed)
 
 
@@ -119,13 +116,13 @@ def local_form(data: Interactions, ends: _I64, seed: int = 0) -> EaseForm | str:
         )
     sets = item_sets(data, ends, max(NEIGHBOR_EVENTS, NEIGHBOR_EVENTS_PER_ITEM * data.items), seed)
     near = nearest_items(sets)
-    why = f"{data.items:,} items: each is regressed on the {near.shape[1]} items nearest by cosine"
+    reason = f"{data.items:,} items: each is regressed on the {near.shape[1]} items nearest by cosine"
     few = LAMBDAS if data.items <= MANY_LOCAL_ITEMS else FEW_LAMBDAS
-    return EaseForm("local", why, few, _limits(sets.most_users), lambda ridge: LocalEase(sets, near, ridge))
+    return EaseForm("local", reason, few, _limits(sets.most_users), lambda ridge: LocalEase(sets, near, ridge))
 
 
-def _form(name: str, why: str, size: int, most: int, solve: Callable[[float], EaseSolution]) -> EaseForm:
-    return EaseForm(name, why, LAMBDAS if size <= EXACT_ITEMS else FEW_LAMBDAS, _limits(most), solve)
+def _form(name: str, reason: str, size: int, most: int, solve: Callable[[float], EaseSolution]) -> EaseForm:
+    return EaseForm(name, reason, LAMBDAS if size <= EXACT_ITEMS else FEW_LAMBDAS, _limits(most), solve)
 
 
 def _limits(most: int) -> tuple[float, float]:

@@ -84,7 +84,7 @@ def fit_linear(
     return LinearPart(spec, neighbors, scores, facts | {"without": float(base.mean()), "with": float(values.mean())})
 
 
-class _Table(NamedTuple):
+class _FittedTable(NamedTuple):
     """A table to choose: what `LinearPart` says of it, and its mean NDCG@10 on validation."""
 
     facts: dict[str, Any]
@@ -93,30 +93,32 @@ class _Table(NamedTuple):
     value: float
 
 
-def _best_table(data: Interactions, ends: _I64, trial: LinearTrial, cosines: tuple[_I32, _F32], seed: int) -> _Table:
+def _best_table(
+    data: Interactions, ends: _I64, trial: LinearTrial, cosines: tuple[_I32, _F32], seed: int
+) -> _FittedTable:
     """Returns the table that ranks best: of the forms of EASE that the catalogue allows, or the cosines."""
     form = ease_form(data, ends, seed)
     if isinstance(form, str):
-        return _Table({"table": "cosine", "form": "cosines", "why": form}, *cosines, 0.0)
+        return _FittedTable({"table": "cosine", "form": "cosines", "why": form}, *cosines, 0.0)
     keep = cosines[0].shape[1]
     if not len(trial):
         # Nothing tells how much it should count; the table still serves users without a vector.
         facts = {"lambda": UNVALIDATED_LAMBDA, "why": f"{form.why}; no validation event chooses lambda"}
-        return _Table(
+        return _FittedTable(
             {"table": "ease", "form": form.name, **facts}, *form.solve(UNVALIDATED_LAMBDA).table(keep), 0.0
         )  # fmt: skip
     tables = [_fitted(form, trial, keep)]
     if form.name == "local":
-        tables.append(_Table({"table": "cosine", "form": "cosines"}, *cosines, _value(trial, *cosines)))
+        tables.append(_FittedTable({"table": "cosine", "form": "cosines"}, *cosines, _value(trial, *cosines)))
     elif not isinstance(local := local_form(data, ends, seed), str):
         tables.append(_fitted(local, trial, keep))
     best = max(tables, key=lambda table: table.value)  # of equal ones the first
     compared = "; ".join(f"{table.facts['form']} {table.value:.4f}" for table in tables)
-    why = f"{form.why}; the highest NDCG@10 on validation: {compared}"
-    return best._replace(facts={**best.facts, "why": why})
+    reason = f"{form.why}; the highest NDCG@10 on validation: {compared}"
+    return best._replace(facts={**best.facts, "why": reason})
 
 
-def _fitted(form: EaseForm, trial: LinearTrial, keep: int) -> _Table:
+def _fitted(form: EaseForm, trial: LinearTrial, keep: int) -> _FittedTable:
     def attempt(solution: EaseSolution) -> tuple[tuple[_I32, _F32], float]:
         table = solution.table(keep)
         return table, _value(trial, *table)
@@ -124,7 +126,7 @@ def _fitted(form: EaseForm, trial: LinearTrial, keep: int) -> _Table:
     table, search = search_ridge(form, attempt)
     if search.warning:
         print(f"linear part ({form.name}): {search.warning}", file=sys.stderr)
-    return _Table({"table": "ease", "form": form.name, **search.as_facts()}, *table, search.values[search.ridge])
+    return _FittedTable({"table": "ease", "form": form.name, **search.as_facts()}, *table, search.values[search.ridge])
 
 
 def _value(trial: LinearTrial, neighbors: _I32, scores: _F32) -> float:

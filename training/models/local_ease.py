@@ -26,7 +26,7 @@ FEWEST_LOCAL_ITEMS = 16
 LOCAL_ENTRIES = 1 << 27
 """Most items to regress on, of all items together: 512 MiB."""
 SCORED_WEIGHTS = 4
-"""Where all items are scored, the table keeps so many times `LOCAL_ITEMS` weights."""
+"""Weights of an item, in multiples of `LOCAL_ITEMS`, that the scores of all items are summed from."""
 
 _BLOCK_ITEMS = 8192
 """Items whose weights stand in memory at once before the largest of them go into the table: 3 MiB."""
@@ -104,7 +104,7 @@ def regress(sets: ItemSets, near: Any, ridge: float, first: int, part: tuple[int
         part: Lines of `out` to write.
         out: The weight of each of `near` for the item; float32 `[n, M]`.
     """
-    held, at_user = np.zeros(sets.user_starts.size, np.int32), np.zeros(sets.user_starts.size, np.int64)
+    shares, at_user = np.zeros(sets.user_starts.size, np.int32), np.zeros(sets.user_starts.size, np.int64)
     for line in range(part[0], part[1]):
         item = first + line
         count, size = 0, 0
@@ -114,45 +114,45 @@ def regress(sets: ItemSets, near: Any, ridge: float, first: int, part: tuple[int
         if count == 0:
             continue
         # The users of these items, and which of them each has chosen: pairs that share no user then cost nothing.
-        touched, users = np.empty(min(size, held.size), np.int32), 0
+        touched, users = np.empty(min(size, shares.size), np.int32), 0
         for place in range(count):
             for at in range(sets.item_starts[near[item, place]], sets.item_starts[near[item, place] + 1]):
                 user = sets.users[at]
-                if held[user] == 0:
+                if shares[user] == 0:
                     touched[users] = user
                     users += 1
-                held[user] += 1
+                shares[user] += 1
         total = 0
         for number in range(users):
             at_user[touched[number]] = total
-            total += held[touched[number]]
+            total += shares[touched[number]]
         places = np.empty(size, np.int32)
         for place in range(count):
             for at in range(sets.item_starts[near[item, place]], sets.item_starts[near[item, place] + 1]):
                 places[at_user[sets.users[at]]] = place
                 at_user[sets.users[at]] += 1
-        gram, shared = _count_shared(sets, item, count, held, at_user, places, touched[:users])
+        gram, shared = _count_shared(sets, item, count, shares, at_user, places, touched[:users])
         for place in range(count):
             gram[place, place] += ridge
         solve_spd(gram, shared)
         for place in range(count):
             out[line, place] = shared[place]
-        held[touched[:users]] = 0
+        shares[touched[:users]] = 0
 
 
 @kernel(nogil=True)
 def _count_shared(
-    sets: ItemSets, item: int, count: int, held: Any, ends: Any, places: Any, touched: Any
+    sets: ItemSets, item: int, count: int, shares: Any, ends: Any, places: Any, touched: Any
 ) -> tuple[_F64, _F64]:
     """Counts the users that two of `count` items share, upper half `[M, M]`, and those shared with `item` `[M]`."""
     gram, shared = np.zeros((count, count)), np.zeros(count)
     for user in touched:
-        for left in range(ends[user] - held[user], ends[user]):
+        for left in range(ends[user] - shares[user], ends[user]):
             for right in range(left, ends[user]):
                 gram[places[left], places[right]] += 1.0
     for at in range(sets.item_starts[item], sets.item_starts[item + 1]):
         user = sets.users[at]
-        for place in range(ends[user] - held[user], ends[user] if held[user] else 0):
+        for place in range(ends[user] - shares[user], ends[user] if shares[user] else 0):
             shared[places[place]] += 1.0
     return gram, shared
 
