@@ -220,6 +220,7 @@ def test_a_large_catalogue_takes_the_local_form_and_says_why(monkeypatch: pytest
     trial, *_, ends = trial_of(data)
     exact = fit_linear(data, ends, trial, no_cosines(data)).facts
     monkeypatch.setattr(ease, "EASE_ITEMS", 2)
+    monkeypatch.setattr(local_ease, "LOCAL_ITEMS", 100)
     part = fit_linear(data, ends, trial, no_cosines(data))
     assert (part.facts["table"], part.facts["form"]) == ("ease", "local")
     assert "regressed on the 59 items" in part.facts["why"]

@@ -19,7 +19,7 @@ from features.linear import ItemWeights, LinearSpec, LinearTerm
 from training.models.item_sets import ItemSets, in_parts
 from training.models.neighbors import cosines_of
 
-LOCAL_ITEMS = 100
+LOCAL_ITEMS = 50
 """Items that one is regressed on: those with the largest cosines."""
 FEWEST_LOCAL_ITEMS = 16
 """With fewer, a regression says little more than the cosines."""
@@ -29,7 +29,7 @@ SCORED_WEIGHTS = 4
 """Weights of an item, in multiples of `LOCAL_ITEMS`, that the scores of all items are summed from."""
 
 _BLOCK_ITEMS = 8192
-"""Items whose weights stand in memory at once before the largest of them go into the table: 3 MiB."""
+"""Items whose weights stand in memory at once before the largest of them go into the table: 2 MiB."""
 _I32 = npt.NDArray[np.int32]
 _I64 = npt.NDArray[np.int64]
 _F32 = npt.NDArray[np.float32]
