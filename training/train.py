@@ -401,7 +401,7 @@ def _fit_linear(
     unscored = ~tables["trained"] & (material.inputs is None)
     cosines = tables["neighbors"], tables["neighbor_scores"]
     trial = LinearTrial(data, targets, users, tables["item_vectors"], unscored, config.repeats)
-    linear = fit_linear(data, division.train_end, trial, cosines)
+    linear = fit_linear(data, division.train_end, trial, cosines, config.seed)
     tables["neighbors"], tables["neighbor_scores"] = linear.neighbors, linear.scores
     return linear
 

@@ -19,7 +19,8 @@ from training.models.baselines import (
     PopularBaseline,
     popularity_of,
 )
-from training.models.linear import gram_of
+from training.models.ease import ExactEase, gram_of
+from training.models.item_sets import item_sets
 from training.models.neighbors import neighbors_of
 
 
@@ -59,9 +60,8 @@ def test_ease_completes_a_checkerboard() -> None:
     # People of even number like even items; each lacks one of them, which EASE must name first.
     histories = [[item for item in range(person % 2, 10, 2) if item // 2 != person // 2 % 5] for person in range(200)]
     data = interactions(histories, items=10)
-    scores = EaseBaseline(data, gram_of(data, np.diff(data.offsets)), 500.0).scores(
-        Targets(np.arange(20), np.full(20, 4))
-    )
+    solution = ExactEase(gram_of(item_sets(data, np.diff(data.offsets))), 500.0)
+    scores = EaseBaseline(data, solution).scores(Targets(np.arange(20), np.full(20, 4)))
     for person, line in enumerate(scores[:20]):
         line[histories[person]] = -np.inf
         assert np.argmax(line) == person % 2 + 2 * (person // 2 % 5)
@@ -97,7 +97,7 @@ def test_the_check_values_of_the_published_files(name: str, tmp_path: Path) -> N
     counts = popularity_of(data, division.train_end)
     chosen = [PopularBaseline("popular", counts), MarkovBaseline(data, division.train_end, counts)]
     if "ease" in PUBLISHED[name]:
-        chosen.append(EaseBaseline(data, gram_of(data, division.train_end), 500.0))
+        chosen.append(EaseBaseline(data, ExactEase(gram_of(item_sets(data, division.train_end)), 500.0)))
     placed = rank_all([], chosen, data, targets, repeats=False)
     found = {
         baseline.name: tuple(round(float(METRICS[metric](ranked.ranks).mean()), 4) for metric in ("hit@10", "ndcg@10"))

@@ -18,7 +18,9 @@ from training.data.split import Targets
 from training.evaluation.events import ModelScorer, rank_all
 from training.export.export import publish_run
 from training.metrics import ndcg
-from training.models.linear import LinearTrial, add_sums, ease, fit_linear, gram_of, linear_sums
+from training.models.ease import ExactEase, gram_of
+from training.models.item_sets import item_sets
+from training.models.linear import LinearTrial, add_sums, fit_linear, linear_sums
 from training.models.scoring import mask_seen, ranks_of, seen_before
 
 ITEMS, USERS = 60, 300
@@ -54,33 +56,11 @@ def trial_of(
     return LinearTrial(data, targets, users, vectors, np.zeros(ITEMS, bool), repeats), users, vectors, targets, ends
 
 
-def test_the_gram_counts_users_and_ease_is_the_regression_of_each_item_on_the_others() -> None:
-    data = sets_of_two_kinds()
-    _, ends = last_events(data)
-    chosen = np.zeros((USERS, ITEMS))
-    for user in range(USERS):
-        chosen[user, data.rows[data.offsets[user] : data.offsets[user] + ends[user]]] = 1
-    gram = gram_of(data, ends)
-    np.testing.assert_array_equal(gram.numpy(), chosen.T @ chosen)
-    rows, scores = ease(gram, 20.0, ITEMS - 1)
-    table = np.zeros((ITEMS, ITEMS))
-    np.put_along_axis(table, rows.astype(np.int64), np.where(rows >= 0, scores, 0), 1)
-    # The closed form: ridge regression of item 7 on all others.
-    others = np.delete(np.arange(ITEMS), 7)
-    inputs = chosen[:, others]
-    expected = np.linalg.solve(inputs.T @ inputs + 20 * np.eye(ITEMS - 1), inputs.T @ chosen[:, 7])
-    np.testing.assert_allclose(table[others, 7], expected, atol=1e-6)
-    assert table[7, 7] == 0
-    fewer, few_scores = ease(gram, 20.0, 5)
-    np.testing.assert_array_equal(fewer, rows[:, :5])
-    assert (np.diff(np.abs(few_scores), axis=1) <= 0).all()
-
-
 @pytest.mark.parametrize("repeats", [False, True])
 def test_a_trial_ranks_as_a_sort_of_all_items(repeats: bool) -> None:
     data = sets_of_two_kinds(repeats=repeats)
     trial, users, vectors, targets, ends = trial_of(data, repeats)
-    table = ItemWeights.of(*ease(gram_of(data, ends), 20.0, 10))
+    table = ItemWeights.of(*ExactEase(gram_of(item_sets(data, ends)), 20.0).table(10))
     spec = LinearSpec(1.0, 0.9, *((0.7, 0.4, 0.5) if repeats else ()))
     for factor, values in zip((0.0, 3.0), trial.values(spec, table, (0.0, 3.0)), strict=True):
         weights = {name: factor * getattr(spec, name) for name in ("weight", "count_weight", "recency_weight")}

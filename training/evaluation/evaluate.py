@@ -45,7 +45,8 @@ def evaluate(
         the items are more than `EXACT_SCORES`, the targets are a random sample of them), `items`, `cold` (targets that
         no training event names; they are left out of everything but `with_cold`), `metrics` {name: {mean, low, high}},
         `by_seed`, `baselines` {name: {metric: value}}, `paired` {baseline: {metric: interval of model minus
-        baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why},
+        baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why}, `ease` (form,
+        lambda and NDCG@10 on validation by lambda of that baseline, and why that form; None where it is left out),
         `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
         those of `intake.summary`.
         Where repeats count also `parts`, of which each has `targets`, `metrics`, `baselines` and `paired`: "repeats",

@@ -25,7 +25,7 @@ from training.data.interactions import Interactions, read_interactions
 from training.data.split import Split, Targets, TestProtocol, held_out, moment_of, split
 from training.evaluation.file_targets import read_targets
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
-from training.models.baselines import Baseline, Scores, build_baselines, counts_of, popularity_of
+from training.models.baselines import Baseline, EaseBaseline, Scores, build_baselines, counts_of, popularity_of
 from training.models.linear import add_sums, linear_sums
 from training.models.ranker import utility
 from training.models.scoring import had_before, mask_seen, rank_slices, ranks_of, seen_before, slices, user_vectors
@@ -193,6 +193,7 @@ def _measure(
         "cold": len(targets) - warm.size,
         "items": data.items,
         "baselines_left_out": left_out,
+        "ease": next((baseline.facts for baseline in baselines if isinstance(baseline, EaseBaseline)), None),
         "blend": [of_seed.result["blend"] for of_seed in runs],
         **of_file,
         **summary,

@@ -6,29 +6,24 @@ that the model is trained on, and scores all items from the same earlier events 
 
 from __future__ import annotations
 
-from typing import Protocol
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from training.config import TrainConfig
 from training.data.clock import newest_of
 from training.data.interactions import Interactions
 from training.data.split import Split, Targets
 from training.metrics import ndcg
-from training.models.linear import EASE_ITEMS, EXACT_ITEMS, ease_inverse, gram_of
+from training.models.ease import UNVALIDATED_LAMBDA, EaseForm, EaseSolution, ease_form, search_ridge
 from training.models.neighbors import neighbors_of
 from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before
 
 Scores = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 DAY_MS = 86_400_000
-EASE_LAMBDA = 500.0
-"""The regularisation of EASE where nothing validates it."""
-
-EASE_LAMBDAS = (10.0, 50.0, 200.0, 500.0, 1000.0, 5000.0)
-EASE_FEW_LAMBDAS = (50.0, 500.0)
 EASE_TARGETS = 1000
 """Most validation targets that choose the regularisation."""
 
@@ -178,41 +173,33 @@ class NeighborsBaseline:
 
 
 class EaseBaseline:
-    """EASE (arXiv:1905.03375): the closed-form linear autoencoder over items."""
+    """EASE (arXiv:1905.03375): the linear autoencoder over items, in the form that the catalogue allows."""
 
     name = "ease"
 
-    def __init__(self, data: Interactions, gram: Tensor, ridge: float) -> None:
-        """Inverts the regularised co-occurrence of `training.models.linear.gram_of`."""
-        self.data, self.ridge = data, ridge
-        inverse = ease_inverse(gram, ridge)
-        # The closed form: each item's regression on all others, with its own weight held at zero.
-        self.weights = (inverse / -inverse.diagonal()).float()
-        self.weights.fill_diagonal_(0)
+    def __init__(self, data: Interactions, solution: EaseSolution, facts: Mapping[str, Any] | None = None) -> None:
+        """Takes a solution of `training.models.ease`; `facts` are for the result."""
+        self.data, self.solution, self.facts = data, solution, dict(facts or {})
 
     def scores(self, targets: Targets) -> Scores:
-        """Returns the history times the learned matrix."""
-        history = torch.zeros(len(targets), self.data.items)
-        for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
-            history[line, torch.from_numpy(_newest(self.data, user, position, position).astype(np.int64))] = 1
-        scores: npt.NDArray[np.float32] = (history @ self.weights).numpy()
-        return scores
+        """Returns the sums over the whole histories."""
+        lines = zip(targets.users, targets.positions, strict=True)
+        return self.solution.scores([_newest(self.data, user, position, position) for user, position in lines])
 
     @classmethod
-    def best(cls, data: Interactions, ends: npt.NDArray[np.int64], targets: Targets, repeats: bool) -> EaseBaseline:
+    def best(cls, data: Interactions, form: EaseForm, targets: Targets, repeats: bool) -> EaseBaseline:
         """Returns the one whose lambda has the highest NDCG@10 on validation targets."""
-        gram = gram_of(data, ends)
-        ridges = EASE_LAMBDAS if data.items <= EXACT_ITEMS else EASE_FEW_LAMBDAS
+        facts: dict[str, Any] = {"form": form.name, "why": form.why}
         if not len(targets):
-            return cls(data, gram, EASE_LAMBDA)
-        best: tuple[float, EaseBaseline] | None = None
-        for ridge in ridges:
-            baseline = cls(data, gram, ridge)
-            value = _ndcg(baseline, data, targets, repeats)
-            if best is None or value > best[0]:
-                best = value, baseline
-        assert best is not None
-        return best[1]
+            return cls(data, form.solve(UNVALIDATED_LAMBDA), {**facts, "lambda": UNVALIDATED_LAMBDA})
+
+        def attempt(solution: EaseSolution) -> tuple[EaseSolution, float]:
+            return solution, _ndcg(cls(data, solution), data, targets, repeats)
+
+        solution, search = search_ridge(form, attempt)
+        if search.warning:
+            print(f"baseline ease ({form.name}): {search.warning}", file=sys.stderr)
+        return cls(data, solution, {**facts, **search.as_facts()})
 
 
 def _ndcg(baseline: Baseline, data: Interactions, targets: Targets, repeats: bool) -> float:
@@ -251,13 +238,12 @@ def build_baselines(data: Interactions, division: Split, config: TrainConfig) ->
         # Counts of all time decide between items with equal recent counts, which for most are 0.
         recent = recent_popularity_of(data, ends, config.recent_days)
         baselines.append(PopularBaseline("recent_popular", recent + counts / (counts.max() + 1)))
-    if data.items <= EASE_ITEMS:
-        targets = division.validation.sample(EASE_TARGETS, config.seed)
-        baselines.append(EaseBaseline.best(data, ends, targets, config.repeats))
+    form = ease_form(data, ends, config.seed)
+    if isinstance(form, str):
+        left_out["ease"] = form
     else:
-        left_out["ease"] = (
-            f"it inverts a matrix of items by items, here {data.items}: {EASE_ITEMS} fit into memory and minutes"
-        )
+        targets = division.validation.sample(EASE_TARGETS, config.seed)
+        baselines.append(EaseBaseline.best(data, form, targets, config.repeats))
     if config.repeats:
         baselines += [OwnItemsBaseline(data, counts, by_count=by_count) for by_count in (True, False)]
     else:

@@ -1,42 +1,30 @@
 """Learns the linear part of relevance: item-to-item weights, and on validation how much each of its terms counts.
 
-EASE (arXiv:1905.03375) regresses each item on all others in closed form; of its weights a table keeps the largest of
-each item of a history, positive and negative ones. Where the catalogue is too large for its inverse, the table is that
-of cosines.
+The weights are those of EASE (`training.models.ease`); a table keeps the largest of each item of a history, positive
+and negative ones.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from features.assemble import are_choices
 from features.jit import kernel
-from features.keys import event_type_keys
 from features.linear import NO_SCORES, ItemWeights, LinearScores, LinearSpec, LinearTerm, slot_of, sum_weights
 from features.profile import RING
-from training.data.interactions import Interactions, UserBlock
+from training.data.interactions import Interactions
 from training.data.split import Targets
 from training.metrics import ndcg
-from training.models.neighbors import by_item, distinct_items
+from training.models.ease import UNVALIDATED_LAMBDA, EaseForm, EaseSolution, ease_form, local_form, search_ridge
+from training.models.item_sets import choice_types, in_parts
 from training.models.scoring import mask_seen, rank_slices, seen_before
 
-EASE_ITEMS = 16_384
-"""EASE inverts a matrix of items by items: past this it takes gigabytes and minutes."""
-
-EXACT_ITEMS = 6_000
-"""Up to so many items the inverse is taken in float64."""
-
-LAMBDAS = (10.0, 50.0, 200.0, 1000.0)
-FEW_LAMBDAS = (50.0, 500.0)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0)
 DECAYS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.65)
 OWN_WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -45,7 +33,6 @@ _FIRST_DECAYS = (1.0, 0.9)
 _PROPOSED = 1000
 """Most relevant items of a user that a trial knows: a target below all of them is on no page."""
 
-_PARTS_PER_THREAD = 4
 _I32 = npt.NDArray[np.int32]
 _I64 = npt.NDArray[np.int64]
 _F32 = npt.NDArray[np.float32]
@@ -60,7 +47,8 @@ class LinearPart:
         spec: The weights of its terms; all 0 where none of them helps.
         neighbors: The items that each item's weights are for, largest first, -1 padded; int32 `[N, K]`.
         scores: The weights; float32 `[N, K]`.
-        facts: `table` (ease or cosine), `lambda`, and NDCG@10 on validation `without` and `with` it.
+        facts: `table` (ease or cosine), `form` (`ease.EaseForm.name`, or `cosines`), `why` that form, of EASE `lambda`
+            and NDCG@10 on validation by `lambdas`, perhaps a `warning`, and that NDCG@10 `without` and `with` the part.
     """
 
     spec: LinearSpec
@@ -69,7 +57,9 @@ class LinearPart:
     facts: dict[str, Any]
 
 
-def fit_linear(data: Interactions, ends: _I64, trial: LinearTrial, cosines: tuple[_I32, _F32]) -> LinearPart:
+def fit_linear(
+    data: Interactions, ends: _I64, trial: LinearTrial, cosines: tuple[_I32, _F32], seed: int = 0
+) -> LinearPart:
     """Fits the table to the training events, and chooses the terms by NDCG@10 on validation targets.
 
     A term is taken if it improves the mean by more than one standard error of the difference.
@@ -79,15 +69,11 @@ def fit_linear(data: Interactions, ends: _I64, trial: LinearTrial, cosines: tupl
         ends: The leading events of each user that are trained on; int64 `[U]`.
         trial: The validation targets.
         cosines: What `neighbors_of` returned; its width is that of the table.
+        seed: Seed of the draw of users, where the events are more than the table learns from.
     """
-    tables = _tables(data, ends, cosines)
+    facts, neighbors, scores, _ = _best_table(data, ends, trial, cosines, seed)
     if not len(trial):
-        # Nothing tells how much it should count; the table still serves users without a vector.
-        facts, neighbors, scores = next(tables)
         return LinearPart(LinearSpec(), neighbors, scores, facts)
-    facts, neighbors, scores = max(
-        tables, key=lambda table: trial.best_weight(ItemWeights.of(*table[1:]), _FIRST_DECAYS)[1].mean()
-    )
     weights = ItemWeights.of(neighbors, scores)
     base = trial.values(LinearSpec(), weights, (1.0,))[0]
     spec, values = trial.best_weight(weights, DECAYS)
@@ -98,80 +84,59 @@ def fit_linear(data: Interactions, ends: _I64, trial: LinearTrial, cosines: tupl
     return LinearPart(spec, neighbors, scores, facts | {"without": float(base.mean()), "with": float(values.mean())})
 
 
-def _tables(data: Interactions, ends: _I64, cosines: tuple[_I32, _F32]) -> Iterator[tuple[dict[str, Any], _I32, _F32]]:
-    """Yields the tables to choose from, each with its facts: EASE by several lambdas, or the cosines."""
-    if data.items > EASE_ITEMS:
-        yield {"table": "cosine"}, *cosines
-        return
-    gram = gram_of(data, ends)
-    for ridge in LAMBDAS if data.items <= EXACT_ITEMS else FEW_LAMBDAS:
-        yield {"table": "ease", "lambda": ridge}, *ease(gram, ridge, cosines[0].shape[1])
+class _FittedTable(NamedTuple):
+    """A table to choose: what `LinearPart` says of it, and its mean NDCG@10 on validation."""
+
+    facts: dict[str, Any]
+    neighbors: _I32
+    scores: _F32
+    value: float
+
+
+def _best_table(
+    data: Interactions, ends: _I64, trial: LinearTrial, cosines: tuple[_I32, _F32], seed: int
+) -> _FittedTable:
+    """Returns the table that ranks best: of the forms of EASE that the catalogue allows, or the cosines."""
+    form = ease_form(data, ends, seed)
+    if isinstance(form, str):
+        return _FittedTable({"table": "cosine", "form": "cosines", "why": form}, *cosines, 0.0)
+    keep = cosines[0].shape[1]
+    if not len(trial):
+        # Nothing tells how much it should count; the table still serves users without a vector.
+        facts = {"lambda": UNVALIDATED_LAMBDA, "why": f"{form.why}; no validation event chooses lambda"}
+        return _FittedTable(
+            {"table": "ease", "form": form.name, **facts}, *form.solve(UNVALIDATED_LAMBDA).table(keep), 0.0
+        )  # fmt: skip
+    tables = [_fitted(form, trial, keep)]
+    if form.name == "local":
+        tables.append(_FittedTable({"table": "cosine", "form": "cosines"}, *cosines, _value(trial, *cosines)))
+    elif not isinstance(local := local_form(data, ends, seed), str):
+        tables.append(_fitted(local, trial, keep))
+    best = max(tables, key=lambda table: table.value)  # of equal ones the first
+    compared = "; ".join(f"{table.facts['form']} {table.value:.4f}" for table in tables)
+    reason = f"{form.why}; the highest NDCG@10 on validation: {compared}"
+    return best._replace(facts={**best.facts, "why": reason})
+
+
+def _fitted(form: EaseForm, trial: LinearTrial, keep: int) -> _FittedTable:
+    def attempt(solution: EaseSolution) -> tuple[tuple[_I32, _F32], float]:
+        table = solution.table(keep)
+        return table, _value(trial, *table)
+
+    table, search = search_ridge(form, attempt)
+    if search.warning:
+        print(f"linear part ({form.name}): {search.warning}", file=sys.stderr)
+    return _FittedTable({"table": "ease", "form": form.name, **search.as_facts()}, *table, search.values[search.ridge])
+
+
+def _value(trial: LinearTrial, neighbors: _I32, scores: _F32) -> float:
+    return float(trial.best_weight(ItemWeights.of(neighbors, scores), _FIRST_DECAYS)[1].mean())
 
 
 def _is_gain(values: _F64, before: _F64) -> bool:
     # The best of many looks good by chance, so a gain within one standard error is none.
     gain = values - before
     return bool(gain.mean() > gain.std() / max(1.0, np.sqrt(gain.size)))
-
-
-def gram_of(data: Interactions, ends: _I64) -> Tensor:
-    """Counts the users who chose both of two items among their leading events; float32 `[N, N]`."""
-    is_choice = _choice_types(data)
-
-    def choices(block: UserBlock) -> _I64:
-        return np.flatnonzero(is_choice[data.types[block.events]] & (block.position < ends[block.owner]))
-
-    rows, user_starts = distinct_items(data, choices)
-    users, item_starts = by_item(rows, user_starts, data.items)
-    gram = np.zeros((data.items, data.items), np.float32)
-    _in_parts(data.items, lambda part: _count_pairs(rows, user_starts, users, item_starts, part, gram))
-    return torch.from_numpy(gram)
-
-
-def _choice_types(data: Interactions) -> npt.NDArray[np.bool_]:
-    """Returns True for the numbers of the event types by which a user chooses an item."""
-    return np.concatenate([[False], are_choices(event_type_keys(data.event_types))])
-
-
-@kernel(nogil=True)
-def _count_pairs(rows: Any, user_starts: Any, users: Any, item_starts: Any, part: tuple[int, int], gram: Any) -> None:
-    for item in range(part[0], part[1]):
-        for at in range(item_starts[item], item_starts[item + 1]):
-            for event in range(user_starts[users[at]], user_starts[users[at] + 1]):
-                gram[item, rows[event]] += 1.0
-
-
-def ease_inverse(gram: Tensor, ridge: float) -> Tensor:
-    """Returns the inverse of the regularised Gram matrix, which holds the weights of EASE; float `[N, N]`."""
-    matrix = gram.double() if gram.shape[0] <= EXACT_ITEMS else gram.clone()
-    matrix.diagonal().add_(ridge)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-
-
-def ease(gram: Tensor, ridge: float, keep: int) -> tuple[_I32, _F32]:
-    """Returns the largest weights of EASE, by the item of the history.
-
-    Args:
-        gram: What `gram_of` returned.
-        ridge: The regularisation, lambda.
-        keep: Most weights of an item.
-
-    Returns:
-        Rows int32 `[N, keep]`, -1 padded, and weights float32 `[N, keep]`, largest first without regard to their sign.
-    """
-    inverse = ease_inverse(gram, ridge)
-    # The closed form: each item's regression on all others, with its own weight held at zero.
-    diagonal = inverse.diagonal().clone()
-    keep = min(keep, max(1, gram.shape[0] - 1))
-    rows, scores = np.full((gram.shape[0], keep), -1, np.int32), np.zeros((gram.shape[0], keep), np.float32)
-    for start in range(0, gram.shape[0], 1024):
-        part = slice(start, min(start + 1024, gram.shape[0]))
-        weights = (inverse[part] / -diagonal).float()
-        weights[torch.arange(part.stop - start), torch.arange(start, part.stop)] = 0
-        largest = torch.topk(weights.abs(), keep, dim=1).indices
-        kept = weights.gather(1, largest).numpy()
-        rows[part], scores[part] = np.where(kept != 0, largest.numpy(), -1), kept
-    return rows, scores
 
 
 class LinearTrial:
@@ -225,7 +190,7 @@ class LinearTrial:
             self._chosen, self._starts, self._truth, self._users, self._vectors, self._proposed, self._seen,
             self._seen_starts,
         )  # fmt: skip
-        _in_parts(self._truth.size, lambda part: _rank(part, arrays, table, spec, factors, ranks))
+        in_parts(self._truth.size, lambda part: _rank(part, arrays, table, spec, factors, ranks))
         return [ndcg(of_weight, 10) for of_weight in ranks.T]
 
     def best_weight(self, table: ItemWeights, decays: Sequence[float]) -> tuple[LinearSpec, _F64]:
@@ -284,7 +249,7 @@ def chosen_before(data: Interactions, targets: Targets) -> tuple[_I32, _I64]:
     Returns:
         Rows, oldest first, int32 `[m]`, and the start of each target's, int64 `[n + 1]`.
     """
-    is_choice = _choice_types(data)
+    is_choice = choice_types(data)
     parts, sizes = [np.empty(0, np.int32)], [0]
     for user, position in zip(targets.users.tolist(), targets.positions.tolist(), strict=True):
         end = int(data.offsets[user]) + position
@@ -341,11 +306,3 @@ def _product(left: _F32, right: _F32) -> np.float32:
     for at in range(left.size):
         total += left[at] * right[at]
     return total
-
-
-def _in_parts(count: int, work: Any) -> None:
-    """Calls `work` for ranges that cover `count`, in as many threads as torch uses."""
-    threads = torch.get_num_threads()
-    edges = np.unique(np.linspace(0, count, _PARTS_PER_THREAD * threads + 1).astype(np.int64)).tolist()
-    with ThreadPoolExecutor(threads, "linear") as pool:
-        list(pool.map(work, itertools.pairwise(edges)))

@@ -53,15 +53,19 @@ def neighbors_of(data: Interactions, ends: _I64, keep: int, seed: int = 0) -> tu
 
     def newest_choices(block: UserBlock) -> _I64:
         chosen = np.flatnonzero((block.position < ends[block.owner]) & data.seen[block.events] & drawn[block.owner])
-        return chosen[_among_newest(block.owner[chosen])]
+        return chosen[among_newest(block.owner[chosen])]
 
-    rows, user_starts = distinct_items(data, newest_choices)
-    users, item_starts = by_item(rows, user_starts, data.items)
-    keep = min(keep, max(1, data.items - 1))
-    out, scores = np.full((data.items, keep), -1, np.int32), np.zeros((data.items, keep), np.float32)
+    return cosines_of(*distinct_items(data, newest_choices), data.items, keep)
+
+
+def cosines_of(rows: _I32, user_starts: _I64, items: int, keep: int) -> tuple[_I32, _F32]:
+    """Finds the items with the largest cosines by what `distinct_items` returned; see `neighbors_of`."""
+    users, item_starts = by_item(rows, user_starts, items)
+    keep = min(keep, max(1, items - 1))
+    out, scores = np.full((items, keep), -1, np.int32), np.zeros((items, keep), np.float32)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, "neighbors") as pool:
-        parts = _parts(rows, user_starts, data.items, _PARTS_PER_THREAD * threads)
+        parts = _parts(rows, user_starts, items, _PARTS_PER_THREAD * threads)
         list(pool.map(lambda part: _cosines(rows, user_starts, users, item_starts, part, out, scores), parts))
     return out, scores
 
@@ -90,7 +94,7 @@ def by_item(rows: _I32, user_starts: _I64, items: int) -> tuple[_I32, _I64]:
     return owner[np.argsort(rows, kind="stable")], np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=items))])
 
 
-def _among_newest(owner: _I64) -> npt.NDArray[np.bool_]:
+def among_newest(owner: _I64) -> npt.NDArray[np.bool_]:
     """Returns True for the events that are among their user's newest `HISTORY_EVENTS`; `owner` is sorted."""
     ends = np.searchsorted(owner, owner, side="right")
     newest: npt.NDArray[np.bool_] = ends - np.arange(owner.size) <= HISTORY_EVENTS
