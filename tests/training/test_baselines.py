@@ -21,6 +21,7 @@ from training.models.baselines import (
 )
 from training.models.linear import gram_of
 from training.models.neighbors import neighbors_of
+from training.models.transitions import Transitions
 
 
 def one(person: int, position: int) -> Targets:
@@ -30,7 +31,9 @@ def one(person: int, position: int) -> Targets:
 def test_markov_counts_what_followed_and_breaks_ties_by_popularity() -> None:
     data = interactions([[0, 1], [0, 2], [3, 2], [4, 0]], items=6)
     ends = np.diff(data.offsets)
-    scores = MarkovBaseline(data, ends, popularity_of(data, ends)).scores(one(3, 2))[0]  # after item 0
+    scores = MarkovBaseline(data, Transitions.count(data, ends), popularity_of(data, ends)).scores(one(3, 2))[
+        0
+    ]  # after item 0
     # Items 1 and 2 followed 0 once each; 2 is more popular. Nothing else ever did, so popularity orders the rest.
     assert np.argsort(-scores, kind="stable").tolist() == [2, 1, 0, 3, 4, 5]
     assert scores[5] == 0
@@ -41,7 +44,7 @@ def test_nothing_is_learned_from_what_is_held_out() -> None:
     config = TrainConfig(protocol="leave-one-out")
     ends = split(data, config).train_end
     assert popularity_of(data, ends).tolist() == [2, 2, 0, 0, 0, 0]
-    scores = MarkovBaseline(data, ends, popularity_of(data, ends)).scores(one(0, 1))[0]
+    scores = MarkovBaseline(data, Transitions.count(data, ends), popularity_of(data, ends)).scores(one(0, 1))[0]
     assert np.flatnonzero(scores >= 1).tolist() == [1]
 
 
@@ -95,7 +98,10 @@ def test_the_check_values_of_the_published_files(name: str, tmp_path: Path) -> N
     targets = held_out(data, config, "leave-one-out")
     division = split(data, config)
     counts = popularity_of(data, division.train_end)
-    chosen = [PopularBaseline("popular", counts), MarkovBaseline(data, division.train_end, counts)]
+    chosen = [
+        PopularBaseline("popular", counts),
+        MarkovBaseline(data, Transitions.count(data, division.train_end), counts),
+    ]
     if "ease" in PUBLISHED[name]:
         chosen.append(EaseBaseline(data, gram_of(data, division.train_end), 500.0))
     placed = rank_all([], chosen, data, targets, repeats=False)

@@ -175,7 +175,7 @@ def _measure(
         )
     models = [ModelScorer(of_seed, data, targets) for of_seed in runs]
     # One set of baselines for all seeds: they have no random part but the sample that the first run has drawn.
-    baselines, left_out = build_baselines(data, division, run.config)
+    baselines, left_out = build_baselines(data, division, run.config, run.items)
     rankings = rank_all(models, baselines, data, targets, run.config.repeats)
     of_models, of_baselines = rankings[: len(models)], rankings[len(models) :]
     counts = popularity_of(data, division.train_end)

@@ -119,7 +119,8 @@ def gram_of(data: Interactions, ends: _I64) -> Tensor:
     is_choice = _choice_types(data)
 
     def choices(block: UserBlock) -> _I64:
-        return np.flatnonzero(is_choice[data.types[block.events]] & (block.position < ends[block.owner]))
+        is_counted = is_choice[data.types[block.events]] & (block.position < ends[block.owner])
+        return np.flatnonzero(is_counted & ~data.low(block.events))
 
     rows, user_starts = distinct_items(data, choices)
     users, item_starts = by_item(rows, user_starts, data.items)
