@@ -41,6 +41,20 @@ def test_parts_have_tables_of_their_own() -> None:
     assert lines[1:5] == lines[7:]
 
 
+def test_figures_by_user_and_verdicts_stand_below_each_table() -> None:
+    figures = {name: EVENTS[name] for name in ("metrics", "baselines", "paired")}
+    verdicts = {name: {"best_baseline": {"sentence": f"{name} is told."}} for name in ("targets", "users", "part")}
+    part = {"targets": 12, **figures, **verdicts["part"]}
+    by_user = {"users": 7, **figures, **verdicts["users"]}
+    lines = evaluation_table(
+        {**EVENTS, **verdicts["targets"], "cold": 0, "by_user": by_user, "parts": {"cold": part}}
+    ).splitlines()
+    assert lines[5:7] == ["targets is told.", "by user, each of the 7 counting once:"]
+    assert lines[7:11] == lines[1:5]
+    assert lines[11:14] == ["users is told.", "", "cold: 12 targets"]
+    assert lines[-1] == "part is told."
+
+
 def test_many_metrics_stand_below_one_another() -> None:
     metrics = {f"{action}/{name}": 0.5 for action in ("click", "like") for name in ("auc", "gauc", "ece", "log_loss")}
     evaluation = {

@@ -48,9 +48,12 @@ def evaluate(
         baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why},
         `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
         those of `intake.summary`.
-        Where repeats count also `parts`, of which each has `targets`, `metrics`, `baselines` and `paired`: "repeats",
-        the items that their user had before, and "new", those that are new to them, both ranked among all items as they
-        are served; and "new_alone", the new ones ranked among the items that are new to their user.
+        Where some users have several targets also `by_user`: `users`, `metrics`, `baselines`, `paired` and
+        `best_baseline` once more, of the means of each user's targets.
+        Where there are such also `parts`, of which each has `targets`, `metrics`, `baselines`, `paired`,
+        `best_baseline` and perhaps `by_user`: "cold", the targets that no training event names; and where repeats count
+        "repeats", the items that their user had before, and "new", those that are new to them, both ranked among all
+        items as they are served, and "new_alone", the new ones ranked among the items that are new to their user.
         Of a file also `test`: `file`, `rows`, and those not ranked, `rejected`, `unknown_users`, `unknown_items`,
         `without_history`, `had_before`.
 
