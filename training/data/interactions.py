@@ -229,6 +229,11 @@ def read_interactions(
     """
     if not dataset.stream.num_rows:
         raise TrainingError("the data set has no events, so there is nothing to learn from: check its events table")
+    if config.ordered and not dataset.stream.has_order:
+        raise TrainingError(
+            "the events have neither timestamp nor sequence, so nothing says in which order they happened: set "
+            "ordered=false, which draws the events that are held out at random, or add one of these columns"
+        )
     disk = Disk(folder)
     data, first_seen_types = _copy(dataset.stream, vocabulary, disk)
     if config.target_min_value is not None:
