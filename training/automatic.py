@@ -139,9 +139,9 @@ def describe(facts: DataSurvey, least_value: float | None = None) -> str:
         "unclear": "too few users to tell if order carries signal, so it is kept",
     }[order.order]
     repeats = "repeats are recommended" if facts.repeats else "only new items are recommended"
-    known = verdict if order.order == "unknown" else f"{verdict} ({measured})"
+    judged = verdict if order.order == "unknown" else f"{verdict} ({measured})"
     return (
-        f"{known}; {repeats} ({facts.repeated:.1%} of events repeat an earlier one); "
+        f"{judged}; {repeats} ({facts.repeated:.1%} of events repeat an earlier one); "
         f"{facts.users:,} users, {facts.items:,} items, {facts.events:,} training events, "
         f"median history {facts.median_length}"
         f"{'; ' + facts.ratings.in_words(least_value) if facts.ratings else ''}"

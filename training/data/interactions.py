@@ -243,6 +243,13 @@ def read_interactions(
     event_types = sorted(first_seen_types)  # by name, so that a type's number does not depend on the order of rows
     if data.ordered_only and not config.ordered:
         data = _shuffled(data, disk)
+    _mark(data, event_types, first_seen_types, config)
+    data = dataclasses.replace(data, event_types=event_types)
+    return _without(data, draw_cold_items(data.items, config)) if config.cold_item_share else data
+
+
+def _mark(data: Interactions, event_types: list[str], first_seen_types: Sequence[str], config: TrainConfig) -> None:
+    """Writes types by their final number, and which events are targets and which make items seen, in place."""
     numbers = np.array([1 + event_types.index(name) for name in first_seen_types], np.uint8)
     is_target, is_seen = (
         np.isin(np.arange(1 + len(event_types)), _type_numbers(event_types, names))
@@ -263,8 +270,6 @@ def read_interactions(
         # An event from the future would be the newest, and every test would be a test of wrong clocks.
         target &= data.timestamps[block.events] <= data.trusted_until
         data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, makes_seen
-    data = dataclasses.replace(data, event_types=event_types)
-    return _without(data, draw_cold_items(data.items, config)) if config.cold_item_share else data
 
 
 def _trusted_until(events: Events) -> int:

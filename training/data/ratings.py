@@ -74,8 +74,8 @@ def rating_scale(data: Interactions, ends: npt.NDArray[np.int64]) -> RatingScale
         if (types[has_value] != number).any():
             return None
         unrated += int((~has_value & (types == number)).sum())
-        found, times = np.unique(values[has_value], return_counts=True)
-        levels, place = np.unique(np.concatenate([levels, found]), return_inverse=True)
+        distinct, times = np.unique(values[has_value], return_counts=True)
+        levels, place = np.unique(np.concatenate([levels, distinct]), return_inverse=True)
         counts = np.bincount(place, np.concatenate([counts, times]), levels.size).astype(np.int64)
         if levels.size > MOST_LEVELS:
             return None

@@ -6,7 +6,7 @@ that the model is trained on, and scores all items from the same earlier events 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -274,14 +274,8 @@ def build_baselines(
     if data.ordered_only and not config.ordered:
         left_out["transition_rings"] = "the order of events is drawn at random (ordered: false)"
     else:
-        vectors = [choice_vectors(data, ends, config.seed), None if items is None else text_vectors(items)]
-        forms = (
-            TransitionRingsBaseline(data, transitions, of_items, counts, newest=newest, repeats=config.repeats)
-            for of_items in vectors
-            if of_items is not None
-            for newest in (1, 2)
-        )
-        baselines.append(best_of(forms, data, targets, config.repeats))
+        rings = _rings(data, ends, config, transitions, counts, items)
+        baselines.append(best_of(rings, data, targets, config.repeats))
     if data.ordered_only:
         left_out["recent_popular"] = "the data set has no times"
     else:
@@ -291,11 +285,27 @@ def build_baselines(
     if data.items <= EASE_ITEMS:
         baselines.append(EaseBaseline.best(data, ends, targets, config.repeats))
     else:
-        left_out["ease"] = (
-            f"it inverts a matrix of items by items, here {data.items}: {EASE_ITEMS} fit into memory and minutes"
-        )
+        reason = f"it inverts a matrix of items by items, here {data.items}: {EASE_ITEMS} fit into memory and minutes"
+        left_out["ease"] = reason
     if config.repeats:
         baselines += [OwnItemsBaseline(data, counts, by_count=by_count) for by_count in (True, False)]
     else:
         left_out["most_used"] = left_out["most_recent"] = "items are not recommended again (repeats)"
     return baselines, left_out
+
+
+def _rings(
+    data: Interactions,
+    ends: npt.NDArray[np.int64],
+    config: TrainConfig,
+    transitions: Transitions,
+    popularity: npt.NDArray[np.float64],
+    items: pa.Table | None,
+) -> Iterator[TransitionRingsBaseline]:
+    """Yields the forms of the rings: ordered by common users or by text, around one newest item or two."""
+    for vectors in (choice_vectors(data, ends, config.seed), None if items is None else text_vectors(items)):
+        if vectors is not None:
+            for newest in (1, 2):
+                yield TransitionRingsBaseline(
+                    data, transitions, vectors, popularity, newest=newest, repeats=config.repeats
+                )

@@ -184,7 +184,7 @@ class TransitionRingsBaseline:
         """Returns scores by which the first page keeps the budgets of the rings, once seen items are masked."""
         out = np.empty((len(targets), self.data.items))
         none: list[_I32] = [np.empty(0, np.int32)] * len(targets)
-        seen = none if self.repeats else seen_before(self.data, targets)
+        masked = none if self.repeats else seen_before(self.data, targets)
         for line, (user, position) in enumerate(zip(targets.users.tolist(), targets.positions.tolist(), strict=True)):
             start = int(self.data.offsets[user])
             newest = self.data.rows[max(start, start + position - len(self.budgets)) : start + position][::-1].tolist()
@@ -192,7 +192,7 @@ class TransitionRingsBaseline:
             page: list[int] = []
             for row, budget in zip(newest, self.budgets, strict=False):
                 free = self._around(row).copy()
-                free[seen[line]] = -np.inf
+                free[masked[line]] = -np.inf
                 free[page] = -np.inf
                 page += fill(free, budget)
             # Above all rings, the first place highest.
