@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.report import facts
 from cli.options import print_result, use_cores
 from features.tables.dataset import open_dataset
-from training.config import TrainConfig
+from training.config import load_config
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.survey import evidence_of_order, repeated_share
 
@@ -39,7 +38,9 @@ def order_by_seed(data: Path, seeds: int, users: int) -> dict[str, Any]:
     """
     dataset = open_dataset(data)
     _, vocabulary = item_vocabulary(dataset)
-    events = read_interactions(dataset, vocabulary, TrainConfig(repeats=True, ordered=dataset.stream.has_order))
+    events = read_interactions(
+        dataset, vocabulary, load_config(None, {"repeats": True, "ordered": dataset.stream.has_order})
+    )
     names = [str(name) for name in vocabulary.names.to_pylist()]
     verdicts: dict[str, Counter[str]] = {"true": Counter(), "shuffled": Counter()}
     largest: dict[str, list[float]] = {"true": [], "shuffled": []}
@@ -74,8 +75,9 @@ def _some_users(data: Interactions, rng: np.random.Generator, users: int) -> Int
 
 def _shuffled(data: Interactions, rng: np.random.Generator) -> Interactions:
     order = np.lexsort((rng.random(data.rows.size), data.owner()))
-    columns: dict[str, npt.NDArray[Any]] = {"rows": data.rows[order], "values": data.values[order]}
-    return dataclasses.replace(data, types=data.types[order], target=data.target[order], **columns)
+    return dataclasses.replace(
+        data, rows=data.rows[order], values=data.values[order], types=data.types[order], target=data.target[order]
+    )
 
 
 def main() -> None:

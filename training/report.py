@@ -142,7 +142,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if "warm" in evaluation:
         scorers["trained items"] = evaluation["warm"]
     scorers |= evaluation["baselines"]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "ours": values is metrics, "cells": [_cell(values.get(metric)) for metric in metrics]}
         for name, values in scorers.items()
     ]

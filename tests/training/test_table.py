@@ -30,7 +30,7 @@ def test_baselines_stand_below_the_model_the_best_first() -> None:
         "this model  0.5000 (0.4900 to 0.5100)  0.2500 (0.2400 to 0.2600)  -",
         "ease        0.6000                     0.3000                     -0.0500 (-0.0600 to -0.0400)",
         "popular     0.1000                     0.0500                     +0.2000 (+0.1900 to +0.2100)",
-        "3 targets are of items that no training event names; only with_cold counts them",
+        "3 targets are of items that no training event names; with_cold and cold count them",
     ]
 
 

@@ -43,9 +43,9 @@ def evaluate(
     Returns:
         `protocol`, `runs`, `seeds`, `users`, `targets`, `held_out` (events that the protocol tests; where these times
         the items are more than `EXACT_SCORES`, the targets are a random sample of them), `items`, `cold` (targets that
-        no training event names; they are left out of everything but `with_cold`), `metrics` {name: {mean, low, high}},
-        `by_seed`, `baselines` {name: {metric: value}}, `paired` {baseline: {metric: interval of model minus
-        baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why},
+        no training event names; they are left out of everything but `with_cold` and their part), `metrics` {name:
+        {mean, low, high}}, `by_seed`, `baselines` {name: {metric: value}}, `paired` {baseline: {metric: interval of
+        model minus baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why},
         `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
         those of `intake.summary`.
         Where some users have several targets also `by_user`: `users`, `metrics`, `baselines`, `paired` and

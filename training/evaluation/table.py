@@ -30,7 +30,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     lines = [f"{evaluation['protocol']} of {runs}: {counts}; in brackets 95 % intervals over {of}", *_table(evaluation)]
     if evaluation.get("cold"):
         lines.append(
-            f"{evaluation['cold']:,} targets are of items that no training event names; only with_cold counts them"
+            f"{evaluation['cold']:,} targets are of items that no training event names; with_cold and cold count them"
         )
     lines += [*_verdict(evaluation), *_by_user(evaluation)]
     lines += [f"left out: {name}, as {why}" for name, why in evaluation.get("baselines_left_out", {}).items()]

@@ -35,7 +35,7 @@ EASE_FEW_LAMBDAS = (50.0, 500.0)
 VALIDATION_TARGETS = 1000
 """Most validation targets that choose between the forms of a baseline."""
 
-KNN_NEIGHBORS = 100
+KNN_NEIGHBORS = (20, 50, 100)
 """Neighbours of an item that item-kNN knows, whatever the model keeps."""
 KNN_HISTORY = 2000
 """Newest events of a user that it learns from: the cost grows with the square of a history."""
@@ -263,14 +263,16 @@ def build_baselines(
     """
     ends, left_out = division.train_end, {}
     counts, transitions = popularity_of(data, ends), Transitions.count(data, ends)
-    cosines = neighbors_of(data, ends, KNN_NEIGHBORS, config.seed, KNN_HISTORY)
+    near, cosines = neighbors_of(data, ends, max(KNN_NEIGHBORS), config.seed, KNN_HISTORY)
     targets = division.validation.sample(VALIDATION_TARGETS, config.seed)
     baselines: list[Baseline] = [
         PopularBaseline("popular", counts),
         MarkovBaseline(data, transitions, counts),
-        NeighborsBaseline(data, *cosines),
-        NeighborsBaseline(data, *cosines, decay=1.0),
+        NeighborsBaseline(data, near, cosines),
     ]
+    # The nearest come first, so each table is a part of the widest.
+    nearest = (NeighborsBaseline(data, near[:, :k], cosines[:, :k], decay=1.0) for k in KNN_NEIGHBORS)
+    baselines.append(best_of(nearest, data, targets, config.repeats))
     if data.ordered_only and not config.ordered:
         left_out["transition_rings"] = "the order of events is drawn at random (ordered: false)"
     else:

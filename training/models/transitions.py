@@ -57,8 +57,8 @@ class Transitions:
         """Counts them among the leading `ends[u]` events of each user; int64 `[U]`."""
         distinct, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         for block in data.blocks():
-            follows = (block.position > 0) & (block.position < ends[block.owner]) & ~data.low(block.events)
-            follows = np.flatnonzero(follows)
+            is_later = (block.position > 0) & (block.position < ends[block.owner])
+            follows = np.flatnonzero(is_later & ~data.low(block.events))
             rows = data.rows[block.events].astype(np.int64)
             # Two items as one number: counted over the pairs that occur, where a matrix of all would be mostly zeros.
             pairs, times = np.unique(rows[follows - 1] * data.items + rows[follows], return_counts=True)
@@ -207,7 +207,7 @@ class TransitionRingsBaseline:
             self._rows.clear()
         rings = np.zeros(self.data.items, np.uint8)
         _find_rings(self.transitions.starts, self.transitions.next, row, _RINGS, rings)
-        scores = self.similarity.cosines(row) + self.popularity
+        scores: _F64 = self.similarity.cosines(row) + self.popularity
         part = slice(self.transitions.starts[row], self.transitions.starts[row + 1])
         counts = np.log1p(self.transitions.counts[part])
         scores[self.transitions.next[part]] += TRANSITION_WEIGHT * counts / counts.max(initial=_TIE)
