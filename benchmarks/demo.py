@@ -168,8 +168,9 @@ _PARTS = {
 
 
 def _parts(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    # Cold targets are left out: a demo is about what a model has learned.
     parts: dict[str, dict[str, Any]] = measured.get("parts", {})
-    return parts
+    return {name: part for name, part in parts.items() if name in _PARTS}
 
 
 def _figures(measured: dict[str, Any]) -> dict[str, Any]:

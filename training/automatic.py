@@ -60,7 +60,7 @@ def settle(dataset: Dataset, out: Path, given: TrainConfig) -> TrainConfig:
     # Validated together: explicit settings and chosen ones have to fit each other.
     config = TrainConfig(**{**chosen, **explicit})
     file = out / CONFIG_FILE
-    found = f"found: {describe(facts)}"
+    found = f"found: {describe(facts, config.target_min_value)}"
     write_document(file, _as_yaml(config, found))
     print(found, file=sys.stderr)
     print(f"chose: {', '.join(f'{name} {_word(value)}' for name, value in chosen.items())}", file=sys.stderr)
@@ -72,9 +72,11 @@ def survey_dataset(dataset: Dataset, folder: Path, config: TrainConfig) -> DataS
     """Surveys what a training with these settings would learn from: no event that is held out decides a setting."""
     _, vocabulary = item_vocabulary(dataset)
     # As it lies in the files and with repeats, since both are still to be found out.
-    data = read_interactions(dataset, vocabulary, config.model_copy(update={"repeats": True, "ordered": True}), folder)
+    has_order = dataset.stream.has_order or ("ordered" in config.model_fields_set and config.ordered)
+    as_it_lies = config.model_copy(update={"repeats": True, "ordered": has_order})
+    data = read_interactions(dataset, vocabulary, as_it_lies, folder)
     names = [str(name) for name in vocabulary.names.to_pylist()]
-    return survey(data, split(data, config).train_end, names, config.seed)
+    return survey(data, split(data, config).train_end, names, config.seed, has_order=has_order)
 
 
 def choose(facts: DataSurvey) -> dict[str, Any]:
@@ -108,6 +110,8 @@ def choose(facts: DataSurvey) -> dict[str, Any]:
             np.clip(_VALIDATED_EVENTS / max(1.0, min(facts.mean_length, max_length)), 3_000, 30_000)
         ),
     }
+    if facts.ratings is not None and facts.ratings.least is not None:
+        settings["target_min_value"] = facts.ratings.least
     # What a user has had may stand far down by relevance, and the ranker must still see it (groceries.yaml).
     return settings | ({"candidates": 1000} if facts.repeats else {})
 
@@ -122,22 +126,25 @@ def _batch_tokens(events: int, sparse: bool) -> int:
     return int(np.clip(1 << max(0, (events // 100).bit_length() - 1), 256, usual))
 
 
-def describe(facts: DataSurvey) -> str:
-    """Tells in one line what a survey found."""
+def describe(facts: DataSurvey, least_value: float | None = None) -> str:
+    """Tells in one line what a survey found, and what ratings count as with `least_value` as `target_min_value`."""
     order = facts.order
     measured = f"neighbouring events {order.effect:+.0%} as alike as any two, t {order.likeness:.1f}"
     measured += f", transitions t {order.transitions:.1f}, {order.users:,} users"
     verdict = {
+        "unknown": "no time and no sequence, so the order of events is unknown and those held out are drawn at random",
         "signal": "order carries signal",
         "none": "order carries no signal",
         "sorted": f"events without times are sorted by {order.sorted_by}, which is no order of time",
         "unclear": "too few users to tell if order carries signal, so it is kept",
     }[order.order]
     repeats = "repeats are recommended" if facts.repeats else "only new items are recommended"
+    judged = verdict if order.order == "unknown" else f"{verdict} ({measured})"
     return (
-        f"{verdict} ({measured}); {repeats} ({facts.repeated:.1%} of events repeat an earlier one); "
+        f"{judged}; {repeats} ({facts.repeated:.1%} of events repeat an earlier one); "
         f"{facts.users:,} users, {facts.items:,} items, {facts.events:,} training events, "
         f"median history {facts.median_length}"
+        f"{'; ' + facts.ratings.in_words(least_value) if facts.ratings else ''}"
     )
 
 

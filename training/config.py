@@ -59,6 +59,11 @@ class TrainConfig(_Frozen):
     max_length: int = Field(100, ge=1, le=RING, description="Events of a user that the encoder reads, the newest.")
     target_types: tuple[str, ...] = Field((), description="Event types to predict; empty: all but the passive.")
     seen_types: tuple[str, ...] = Field((), description="Event types that make an item seen; empty: as targets.")
+    target_min_value: float | None = Field(
+        None,
+        description="Smallest value of an event that is predicted and that speaks for its item, as 4 of ratings from 1 "
+        "to 5; lower ones stand in histories and make items seen, those without a value count. None: any value.",
+    )
     repeats: bool = Field(False, description="Recommend items that a user already had; else only new ones.")
     actions: tuple[Action, ...] = Field((), description="Actions that the ranker predicts; empty: each target type.")
     action_weights: dict[str, float] = Field({}, description="Worth of an action by name; one not named is worth 1.")

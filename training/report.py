@@ -123,24 +123,35 @@ def _newest(run: Path) -> list[dict[str, Any]]:
 
 
 def _parts(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the parts of an evaluation, each as an evaluation of its own."""
+    """Returns the figures by user and the parts of an evaluation, each as an evaluation of its own."""
     facts = {"at": evaluation["at"], "seeds": evaluation["seeds"]}
-    return [
-        {**facts, "protocol": f"{evaluation['protocol']}: {name}", **part}
-        for name, part in evaluation.get("parts", {}).items()
-    ]
+    parts = []
+    for name, part in {"": evaluation, **evaluation.get("parts", {})}.items():
+        protocol = f"{evaluation['protocol']}: {name}" if name else evaluation["protocol"]
+        if name:
+            parts.append({**facts, "protocol": protocol, **part})
+        if "by_user" in part:
+            parts.append({**facts, "protocol": f"{protocol}, each user counting once", **part["by_user"]})
+    return parts
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Returns one evaluation as the template reads it."""
     metrics = evaluation["metrics"]
-    rows = [{"name": "this model", "ours": True, "cells": [_cell(metrics[name]) for name in metrics]}]
+    scorers = {"this model": metrics}
     if "warm" in evaluation:
-        rows.append(
-            {"name": "trained items", "ours": False, "cells": [_cell(evaluation["warm"][name]) for name in metrics]}
-        )
-    for name, values in evaluation["baselines"].items():
-        rows.append({"name": name, "ours": False, "cells": [_cell(values.get(metric)) for metric in metrics]})
+        scorers["trained items"] = evaluation["warm"]
+    scorers |= evaluation["baselines"]
+    rows: list[dict[str, Any]] = [
+        {"name": name, "ours": values is metrics, "cells": [_cell(values.get(metric)) for metric in metrics]}
+        for name, values in scorers.items()
+    ]
+    columns = list(metrics)
+    paired = evaluation.get("paired", {})
+    if any("ndcg@10" in differences for differences in paired.values()):
+        columns.append("model ahead, ndcg@10")
+        for row in rows:
+            row["cells"].append(_cell(paired.get(row["name"], {}).get("ndcg@10"), sign="+"))
     note = ", ".join(f"{evaluation[name]:,} {name}" for name in ("users", "targets", "items") if name in evaluation)
     if evaluation.get("held_out", 0) > evaluation.get("targets", 0):
         note += f"; the targets are a random sample of the {evaluation['held_out']:,} that were held out"
@@ -159,7 +170,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "protocol": evaluation["protocol"],
         "note": f"{note}; measured {evaluation['at']}; 95 % intervals over users",
-        "metrics": list(metrics),
+        "metrics": columns,
         "rows": rows,
         "remarks": [remark for remark in remarks if remark],
         "plot": _plot_baselines(evaluation),
@@ -168,10 +179,11 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cell(figure: Mapping[str, float] | float | None) -> dict[str, str]:
+def _cell(figure: Mapping[str, float] | float | None, sign: str = "") -> dict[str, str]:
     if isinstance(figure, Mapping):
-        return {"value": f"{figure['mean']:.4f}", "interval": f"{figure['low']:.4f} to {figure['high']:.4f}"}
-    return {"value": "" if figure is None else f"{figure:.4f}", "interval": ""}
+        mean, low, high = (f"{figure[name]:{sign}.4f}" for name in ("mean", "low", "high"))
+        return {"value": mean, "interval": f"{low} to {high}"}
+    return {"value": "" if figure is None else f"{figure:{sign}.4f}", "interval": ""}
 
 
 def _curves(logs: Mapping[Path, Sequence[Mapping[str, float | None]]]) -> str:

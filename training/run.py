@@ -55,8 +55,8 @@ from training.models.ranker import Ranker
 
 FORMAT = 1
 _TESTED = (
-    *("protocol", "test_share", "test_days", "cold_item_share", "target_types", "seen_types", "repeats", "ordered"),
-    *("actions", "methods"),
+    *("protocol", "test_share", "test_days", "cold_item_share", "target_types", "target_min_value", "seen_types"),
+    *("repeats", "ordered", "actions", "methods"),
 )
 """Settings that decide which events and impressions are held out, and what is asked of a run."""
 _RENAMED_SETTINGS = {"validation_people": "validation_users", "hide_items": "cold_item_share"}

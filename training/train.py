@@ -298,7 +298,7 @@ def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, f
         data=data,
         division=division,
         inputs=inputs,
-        actions=config.actions or default_actions(data),
+        actions=config.actions or default_actions(data, config),
     )
 
 
@@ -316,10 +316,20 @@ def _inputs_of(items: pa.Table, config: TrainConfig, device: torch.device) -> di
     return inputs
 
 
-def default_actions(data: Interactions) -> tuple[Action, ...]:
-    """Returns one action per event type that is ever predicted."""
-    names = _types_of(data, data.target)
-    return tuple(Action.model_validate({"name": name, "event_type": name}) for name in names)
+def default_actions(data: Interactions, config: TrainConfig) -> tuple[Action, ...]:
+    """Returns one action per event type that is ever predicted, of events that are not below `target_min_value`."""
+    valued = np.zeros(1 + len(data.event_types), np.bool_)
+    for block in data.blocks():
+        valued[data.types[block.events][~np.isnan(data.values[block.events])]] = True
+    return tuple(
+        Action(
+            name=name,
+            event_type=name,
+            # A type without values has none to compare, and all of its events count.
+            min_value=config.target_min_value if valued[1 + data.event_types.index(name)] else None,
+        )
+        for name in _types_of(data, data.target)
+    )
 
 
 def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:

@@ -17,7 +17,7 @@ from features.keys import bare_name
 from features.tables.convert import convert
 from features.tables.dialect import Dialect, DialectSurvey, is_marked, is_time
 from features.tables.order import nulls, select
-from features.tables.schema import Required
+from features.tables.schema import EVENT_SETS_REQUIRED, EVENTS, EVENTS_REQUIRED, Required
 from features.tables.times import DECLARED, RELATIVE
 
 # Letter case and the separators of words are ignored, so USER_ID and userId need no line here.
@@ -96,6 +96,7 @@ class Intake:
         unlisted: Of the items: those that events name and the table does not.
         hidden: True if those are not shown.
         closed: Of the items: True if none of them may be shown now.
+        unordered: Of the events: True if nothing says in which order they happened.
     """
 
     kept: int = 0
@@ -106,6 +107,7 @@ class Intake:
     unlisted: Sequence[str] = ()
     hidden: bool = False
     closed: bool = False
+    unordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,19 @@ def origins(columns: pa.Schema, schema: pa.Schema, required: Required, source: s
         if not any(name in chosen for name in choices):
             raise TablesError(f"{source}: no column {' or '.join(choices)}; it has {columns.names}")
     return chosen
+
+
+def events_required(schemas: Sequence[tuple[pa.Schema, str]]) -> Required:
+    """Returns the columns that a table of events needs, from the columns and names of its files.
+
+    A table without any time or sequence holds sets of items. If one of its files has either, all rows need it: a file
+    that lost its times must not turn the others into sets.
+    """
+    for columns, source in schemas:
+        chosen = origins(columns, EVENTS, EVENT_SETS_REQUIRED, source)
+        if "timestamp" in chosen or "sequence" in chosen:
+            return EVENTS_REQUIRED
+    return EVENT_SETS_REQUIRED
 
 
 def _usual(

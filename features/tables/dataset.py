@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,27 @@ from features.arrays import Array, only, pc
 from features.clock import now_ms
 from features.errors import TablesError
 from features.private_files import FOLDER_MODE, make_folders
-from features.tables.conform import Intake, Rejected, TablePart, Unread, dialect_of, fit, merge_unread, origins
+from features.tables.conform import (
+    Intake,
+    Rejected,
+    TablePart,
+    Unread,
+    dialect_of,
+    events_required,
+    fit,
+    merge_unread,
+    origins,
+)
 from features.tables.dialect import Dialect, DialectSurvey
-from features.tables.event_reader import BATCH_ROWS, Events, Survey, arrange, complete
+from features.tables.event_reader import (
+    BATCH_ROWS,
+    Events,
+    Survey,
+    arrange,
+    fate_of_events,
+    is_canonical,
+    reader_of,
+)
 from features.tables.files import TableFile, find_files, table_path
 from features.tables.order import codes, fingerprint, is_present, order_events, select
 from features.tables.schema import (
@@ -249,24 +267,25 @@ def _open_events(
     files = find_files(path)
     # Counted from the footers: the way of reading is chosen before any row is read.
     count = sum(file.row_count() for file in files)
+    required = events_required([(file.schema(), str(file.path)) for file in files])
     if count <= HELD_ROWS:
-        loaded = read_table(path, EVENTS, EVENTS_REQUIRED)
+        loaded = read_table(path, EVENTS, required)
         table = select(loaded.table, _wanted(loaded.table, until, include_withheld))
-        fate = Intake(table.num_rows, loaded.rejected, loaded.unread, loaded.ignored, loaded.renamed)
-        return Events.of(order_events(table)), pc.unique(table["item_id"]), fate, loaded.units
-    dialect = _dialect(files, EVENTS, EVENTS_REQUIRED)
+        events = Events.of(order_events(table))
+        return events, pc.unique(table["item_id"]), fate_of_events(loaded.intake, events), loaded.units
+    dialect = _dialect(files, EVENTS, required)
 
     def parts() -> Iterator[TablePart]:
         for file in files:
-            for part in _parts(file, EVENTS, EVENTS_REQUIRED, dialect):
+            for part in _parts(file, EVENTS, required, dialect):
                 yield _part_of(part, until, include_withheld)
 
     survey = Survey(parts())
     whole = survey.rows == count and not survey.altered
-    as_it_is = whole and survey.in_order() and all(map(_is_canonical, files))
-    events = Events(_reader(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
+    as_it_is = whole and survey.in_order() and all(map(is_canonical, files))
+    events = Events(reader_of(files), survey.rows, survey.present) if as_it_is else arrange(parts, survey)
     fate = Intake(survey.rows, survey.rejected, merge_unread(survey.unread), dialect.ignored, dialect.renamed)
-    return events, pa.array(survey.items, pa.string()), fate, dialect.units
+    return events, pa.array(survey.items, pa.string()), fate_of_events(fate, events), dialect.units
 
 
 def _wanted(events: pa.Table, until: int | None, include_withheld: bool) -> npt.NDArray[np.int64]:
@@ -315,32 +334,6 @@ def _parts(file: TableFile, schema: pa.Schema, required: Required, dialect: Dial
         numbers = np.arange(start, start + table.num_rows)
         yield fit(table, schema, required, str(file.path), numbers, dialect)
         start += table.num_rows
-
-
-def _is_canonical(file: TableFile) -> bool:
-    """Returns True if the file's columns are ours, unit of time included."""
-    schema = file.schema()
-    columns = origins(schema, EVENTS, EVENTS_REQUIRED, str(file.path))
-    return "event_type" in columns and all(
-        name == origin and schema.field(origin).type == EVENTS.field(name).type and _unit(schema, name)
-        for name, origin in columns.items()
-    )
-
-
-def _unit(schema: pa.Schema, name: str) -> bool:
-    wanted = (EVENTS.field(name).metadata or {}).get(b"unit")
-    return wanted is None or (schema.field(name).metadata or {}).get(b"unit") == wanted
-
-
-def _reader(files: Sequence[TableFile]) -> Callable[[Sequence[str]], Iterator[pa.Table]]:
-    """Reads columns of canonical files; what a file lacks is NULL."""
-
-    def read(columns: Sequence[str]) -> Iterator[pa.Table]:
-        for file in files:
-            for table in file.batches(columns, BATCH_ROWS):
-                yield complete(table, columns)
-
-    return read
 
 
 def write_dataset(

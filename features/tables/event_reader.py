@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.keys import item_keys
-from features.tables.conform import Rejected, TablePart, Unread
-from features.tables.order import codes, event_keys, is_present, nulls, order_events, select
-from features.tables.schema import EVENTS
+from features.tables.conform import Intake, Rejected, TablePart, Unread, origins
+from features.tables.files import TableFile
+from features.tables.order import ORDER_COLUMNS, codes, event_keys, is_present, nulls, order_events, select
+from features.tables.schema import EVENT_SETS_REQUIRED, EVENTS
 
 BATCH_ROWS = 1 << 17
 """Rows that are read at once."""
@@ -59,6 +61,11 @@ class Events:
 
     _table: pa.Table | None = None
 
+    @property
+    def has_order(self) -> bool:
+        """True if a column says in which order a user's events happened; else their order is drawn by a hash."""
+        return any(name in self.present for name in ORDER_COLUMNS)
+
     def batches(self, columns: Sequence[str] = tuple(EVENTS.names)) -> Iterator[pa.Table]:
         """Yields the named columns, in the order of the rows; those without any value are all NULL."""
         for table in self._read(columns):
@@ -82,11 +89,42 @@ class Events:
         return pa.concat_tables([EVENTS.empty_table(), *self.batches()])
 
 
+def fate_of_events(intake: Intake, events: Events) -> Intake:
+    """Returns the fate of a table's rows, of which some may have been left out since, and if nothing orders them."""
+    return replace(intake, kept=events.num_rows, unordered=events.num_rows > 0 and not events.has_order)
+
+
 def complete(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Returns the columns in their order; one that the table lacks is all NULL."""
     fields = [EVENTS.field(name) for name in columns]
     completed = [table[f.name] if f.name in table.column_names else nulls(table.num_rows, f.type) for f in fields]
     return pa.table(completed, schema=pa.schema(fields))
+
+
+def is_canonical(file: TableFile) -> bool:
+    """Returns True if the file's columns are ours, unit of time included."""
+    schema = file.schema()
+    columns = origins(schema, EVENTS, EVENT_SETS_REQUIRED, str(file.path))
+    return "event_type" in columns and all(
+        name == origin and schema.field(origin).type == EVENTS.field(name).type and _unit(schema, name)
+        for name, origin in columns.items()
+    )
+
+
+def _unit(schema: pa.Schema, name: str) -> bool:
+    wanted = (EVENTS.field(name).metadata or {}).get(b"unit")
+    return wanted is None or (schema.field(name).metadata or {}).get(b"unit") == wanted
+
+
+def reader_of(files: Sequence[TableFile]) -> Callable[[Sequence[str]], Iterator[pa.Table]]:
+    """Reads columns of canonical files; what a file lacks is NULL."""
+
+    def read(columns: Sequence[str]) -> Iterator[pa.Table]:
+        for file in files:
+            for table in file.batches(columns, BATCH_ROWS):
+                yield complete(table, columns)
+
+    return read
 
 
 class Survey:

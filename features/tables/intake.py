@@ -84,6 +84,11 @@ def lines(intakes: Mapping[str, Intake], units: Mapping[str, str] | None = None)
             yield _line(
                 f"{name}: read {', '.join(f'{column} from {origin}' for column, origin in intake.renamed.items())}"
             )
+        if intake.unordered:
+            yield (
+                f"{name}: neither timestamp nor sequence, so their order is unknown and drawn at random; if a column "
+                "says when or in which order, call it so"
+            )
         if intake.closed:
             yield f"warning: {name}: no item may be shown now: available is false, or none of its times is now"
         if intake.unlisted:

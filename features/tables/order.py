@@ -14,7 +14,8 @@ import pyarrow as pa
 from features.arrays import Array, pc
 from features.keys import item_keys
 
-_TIMES = ("log_id", "timestamp", "sequence")
+ORDER_COLUMNS = ("log_id", "timestamp", "sequence")
+"""Columns that say in which order a user's events happened, the surest first."""
 
 
 def order_events(events: pa.Table, seed: int = 0) -> pa.Table:
@@ -35,7 +36,7 @@ def event_keys(
     events: pa.Table, users: npt.NDArray[np.uint64], items: npt.NDArray[np.uint64], seed: int = 0
 ) -> list[npt.NDArray[Any]]:
     """Returns the sort keys of one user's events, the first array counting most; `users` and `items` are rows' keys."""
-    return [*(_filled(events[name]) for name in _TIMES), _mix(users ^ items ^ np.uint64(seed))]
+    return [*(_filled(events[name]) for name in ORDER_COLUMNS), _mix(users ^ items ^ np.uint64(seed))]
 
 
 class ColumnSource(Protocol):

@@ -58,6 +58,8 @@ EVENTS = pa.schema(
     ]
 )
 EVENTS_REQUIRED: Required = ("user_id", "item_id", "event_type", ("timestamp", "sequence"))
+EVENT_SETS_REQUIRED: Required = EVENTS_REQUIRED[:-1]
+"""Of a table whose files all lack a time and a sequence: sets of items, which only a training can use."""
 
 ITEMS = pa.schema(
     [

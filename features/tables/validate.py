@@ -19,10 +19,11 @@ from features.arrays import numbers, pc, to_mask
 from features.errors import PenchantError, TablesError
 from features.event_types import PASSIVE_EVENT_TYPES, hint, meaning
 from features.tables.clock import AHEAD_MS
-from features.tables.conform import Rejected
+from features.tables.conform import Rejected, events_required
 from features.tables.dataset import LoadedTable, read_info, read_table
+from features.tables.event_reader import Events, fate_of_events
 from features.tables.evidence import SPARED, Evidence, Finding
-from features.tables.files import table_path
+from features.tables.files import find_files, table_path
 from features.tables.intake import summary, tell
 from features.tables.order import codes, is_present
 from features.tables.schema import (
@@ -89,6 +90,9 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
     events = tables.get("events", LoadedTable(EVENTS.empty_table(), []))
     items, impressions = tables.get("items"), tables.get("impressions")
     info = read_info(data)
+    intakes = {name: loaded.intake for name, loaded in tables.items()}
+    if "events" in intakes:
+        intakes["events"] = fate_of_events(intakes["events"], Events.of(events.table))
     evidence = Evidence(
         warehouse=data if "until" in info else None,
         partitions=int(info.get("partitions", 0)),
@@ -96,7 +100,7 @@ def validate(data: Path, allow: Mapping[str, float] | None = None) -> dict[str, 
         items=items.table["item_id"] if items else None,
         impressions=impressions.table if impressions else None,
         rejected=unreadable + [row for loaded in tables.values() for row in loaded.rejected],
-        intakes={name: loaded.intake for name, loaded in tables.items()},
+        intakes=intakes,
         empty=empty,
         place=events.place,
     )
@@ -117,7 +121,7 @@ def _read_tables(data: Path) -> tuple[dict[str, LoadedTable], list[Rejected], li
         if path is None or (path.is_dir() and name != "events" and not any(path.iterdir())):
             continue
         try:
-            tables[name] = read_table(path, schema, required)
+            tables[name] = _read_events(path) if name == "events" else read_table(path, schema, required)
         except TablesError as error:
             # One table that cannot be read is a finding: the others are checked all the same.
             unreadable.append(Rejected(str(path), 0, str(error)))
@@ -125,6 +129,10 @@ def _read_tables(data: Path) -> tuple[dict[str, LoadedTable], list[Rejected], li
         if not tables[name].table.num_rows:
             empty.append(f"{path} holds no row that can be read")
     return tables, unreadable, empty
+
+
+def _read_events(path: Path) -> LoadedTable:
+    return read_table(path, EVENTS, events_required([(file.schema(), str(file.path)) for file in find_files(path)]))
 
 
 def judge(evidence: Evidence, allow: Mapping[str, float] | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from features.arrays import pc
 from features.catalog_columns import columns_of
+from features.errors import TablesError
 from features.profile import Profile, empty, fold
 from features.records import Records
 from features.subjects import Subject, known, subject_of
@@ -113,6 +114,11 @@ def read_history(data: Path) -> Dataset:
         TablesError: It cannot be read.
     """
     dataset = open_dataset(data, until=LAST_LOG_ID, include_withheld=True)
+    if dataset.intake["events"].unordered:
+        raise TablesError(
+            f"{data}: its events have neither timestamp nor sequence, so no profile can be made of them: a profile is "
+            "an order of events; add one of these columns"
+        )
     if "until" not in dataset.info:
         return dataset
     events, intake, searches = dataset.events, dataset.intake, table_path(data, "searches")

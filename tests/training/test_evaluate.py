@@ -69,6 +69,44 @@ def test_repeats_and_new_items_are_reported_apart() -> None:
     assert new["paired"]["popular"]["ndcg@10"]["mean"] == pytest.approx(-third)
 
 
+def test_figures_by_user_count_each_user_once() -> None:
+    # Three targets of one user, of which the first item is right twice, and one of another user, whose is never.
+    targets = Targets(np.array([0, 0, 0, 1]), np.array([1, 2, 3, 1]))
+    model = {"ndcg@10": np.array([1.0, 1.0, 0.0, 0.0])}
+    baselines = {"popular": {"ndcg@10": np.array([0.0, 0.0, 0.0, 1.0])}, "ease": {"ndcg@10": np.full(4, 0.4)}}
+    compared = _compared(model, baselines, targets, np.arange(4))
+    assert compared["metrics"]["ndcg@10"]["mean"] == pytest.approx(2 / 4)
+    by_user = compared["by_user"]
+    assert by_user["users"] == 2
+    assert by_user["metrics"]["ndcg@10"]["mean"] == pytest.approx((2 / 3 + 0) / 2)
+    assert by_user["baselines"]["popular"]["ndcg@10"] == pytest.approx((0 + 1) / 2)
+    paired = by_user["paired"]["popular"]["ndcg@10"]
+    assert paired["mean"] == pytest.approx((2 / 3 - 1) / 2)
+    # Two users, so a draw has both, or one of them twice.
+    assert (paired["low"], paired["high"]) == pytest.approx((-1, 2 / 3))
+    # Which baseline is the best, and if the model is ahead, may differ.
+    assert (compared["best_baseline"]["name"], by_user["best_baseline"]["name"]) == ("ease", "popular")
+    # With one target each, there is nothing to tell apart.
+    assert "by_user" not in _compared(model, baselines, targets, np.array([0, 3]))
+
+
+def test_cold_targets_are_a_part_with_a_best_baseline(tmp_path: Path) -> None:
+    rows = [(f"u{user}", f"i{(user + step) % 8}", step) for user in range(40) for step in range(5)]
+    # The last event of every fourth user is of an item that no one had.
+    rows += [(f"u{user}", "new" if user % 4 == 0 else f"i{(user + 5) % 8}", 5) for user in range(40)]
+    names = ("user_id", "item_id", "sequence")
+    columns = {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data" / "events.parquet")
+    train(tmp_path / "data", tmp_path / "run", TrainConfig(**{**TINY, "epochs": 1, "protocol": "leave-one-out"}))
+    evaluation = evaluate([tmp_path / "run"], "leave-one-out")
+    cold = evaluation["parts"]["cold"]
+    assert (evaluation["cold"], cold["targets"]) == (10, 10)
+    warm, both = evaluation["metrics"]["hit@10"]["mean"], evaluation["with_cold"]["model"]["hit@10"]
+    assert both == pytest.approx((30 * warm + 10 * cold["metrics"]["hit@10"]["mean"]) / 40)
+    assert cold["best_baseline"]["sentence"]
+
+
 def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Path) -> None:
     # Everybody goes round one of two circles of five items, twice; one in four ends with an item of the other circle.
     rows = []
@@ -87,7 +125,7 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     parts = evaluate([tmp_path / "run"], "leave-one-out")["parts"]
     assert {name: part["targets"] for name, part in parts.items()} == {"repeats": 120, "new": 40, "new_alone": 40}
     assert set(parts["new"]["paired"]) == {
-        "popular", "markov", "item_to_item", "item_knn", "ease", "most_used", "most_recent",
+        "popular", "markov", "item_to_item", "item_knn", "transition_rings", "ease", "most_used", "most_recent",
     }  # fmt: skip
     # Five own items stand before what is new; without them, five equally popular ones tie, which counts against it.
     assert parts["new"]["baselines"]["most_used"]["mrr@10"] == pytest.approx(1 / 10)
@@ -95,6 +133,7 @@ def test_a_run_that_recommends_repeats_says_how_good_it_is_at_them(tmp_path: Pat
     assert parts["new_alone"]["metrics"]["mrr@10"]["mean"] >= parts["new"]["metrics"]["mrr@10"]["mean"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f"leave-one-out: {name}" in page for name in parts)
+    assert all(f"of {part['best_baseline']['name']}, the best baseline" in page for part in parts.values())
     assert "the best baseline" in page
     assert "Left out: recent_popular, as the data set has no times." in page
 
@@ -145,7 +184,7 @@ def test_a_run_beats_popularity_with_certainty_and_says_so(runs: dict[str, list[
     assert found["paired"]["popular"]["ndcg@10"]["low"] > 0
     difference = mean - found["baselines"]["popular"]["ndcg@10"]
     assert found["paired"]["popular"]["ndcg@10"]["mean"] == pytest.approx(difference)
-    names = {"popular", "recent_popular", "markov", "item_to_item", "item_knn", "ease"}
+    names = {"popular", "recent_popular", "markov", "item_to_item", "item_knn", "transition_rings", "ease"}
     assert set(found["baselines"]) == names
     assert set(found["baselines_left_out"]) == {"most_used", "most_recent"}
     assert found["best_baseline"]["name"] in names
@@ -161,6 +200,10 @@ def test_every_test_evaluation_is_remembered(runs: dict[str, list[Path]]) -> Non
     for protocol in ("temporal-successive", "temporal-last"):
         found = evaluate(runs["temporal"], protocol)
         assert found["protocol"] == protocol
+        several = found["targets"] > found["users"]
+        assert ("by_user" in found) == several == (protocol == "temporal-successive")
+    page = (runs["temporal"][0] / "report.html").read_text()
+    assert "temporal-successive, each user counting once" in page
     assert len(log.read_text().splitlines()) == before + 2
 
 

@@ -30,7 +30,7 @@ def test_baselines_stand_below_the_model_the_best_first() -> None:
         "this model  0.5000 (0.4900 to 0.5100)  0.2500 (0.2400 to 0.2600)  -",
         "ease        0.6000                     0.3000                     -0.0500 (-0.0600 to -0.0400)",
         "popular     0.1000                     0.0500                     +0.2000 (+0.1900 to +0.2100)",
-        "3 targets are of items that no training event names; only with_cold counts them",
+        "3 targets are of items that no training event names; with_cold and cold count them",
     ]
 
 
@@ -39,6 +39,20 @@ def test_parts_have_tables_of_their_own() -> None:
     lines = evaluation_table({**EVENTS, "cold": 0, "parts": {"repeats": {"targets": 12, **part}}}).splitlines()
     assert lines[5:7] == ["", "repeats: 12 targets"]
     assert lines[1:5] == lines[7:]
+
+
+def test_figures_by_user_and_verdicts_stand_below_each_table() -> None:
+    figures = {name: EVENTS[name] for name in ("metrics", "baselines", "paired")}
+    verdicts = {name: {"best_baseline": {"sentence": f"{name} is told."}} for name in ("targets", "users", "part")}
+    part = {"targets": 12, **figures, **verdicts["part"]}
+    by_user = {"users": 7, **figures, **verdicts["users"]}
+    lines = evaluation_table(
+        {**EVENTS, **verdicts["targets"], "cold": 0, "by_user": by_user, "parts": {"cold": part}}
+    ).splitlines()
+    assert lines[5:7] == ["targets is told.", "by user, each of the 7 counting once:"]
+    assert lines[7:11] == lines[1:5]
+    assert lines[11:14] == ["users is told.", "", "cold: 12 targets"]
+    assert lines[-1] == "part is told."
 
 
 def test_many_metrics_stand_below_one_another() -> None:

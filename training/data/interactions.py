@@ -86,8 +86,8 @@ class Interactions:
         types: 1 + position in `event_types`; uint8 `[E]`.
         timestamps: Milliseconds; zeros where the data set has order only; int64 `[E]`.
         values: NaN where there is none; float32 `[E]`.
-        target: The event may be predicted: its type counts, its time can be right and, unless repeats do, the item is
-            new to the user; bool `[E]`.
+        target: The event may be predicted: its type counts, its value is not too low, its time can be right and, unless
+            repeats do, the item is new to the user; bool `[E]`.
         seen: The event's type makes its item seen; bool `[E]`.
         event_types: Names.
         items: Number of rows of the catalogue.
@@ -96,6 +96,7 @@ class Interactions:
         resolved: The different keys that events carry; row 0 is of events that carry none.
         trusted_until: The newest moment, ms, that the events vouch for; later ones are from wrong clocks.
         source_rows: Row of each event among those of the data set; int64 `[E]`, None if all of them are here.
+        least_value: Events with a lower value say nothing for their item; minus infinity if any value does.
     """
 
     users: Sequence[str]
@@ -113,6 +114,19 @@ class Interactions:
     resolved: Logged
     trusted_until: int = NEVER
     source_rows: npt.NDArray[np.int64] | None = None
+    least_value: float = -np.inf
+
+    def positive(self, events: slice) -> npt.NDArray[np.bool_]:
+        """Returns True for those of some events that say something for their item: they make it seen, and are not low.
+
+        Such events make an item popular, and alike to others.
+        """
+        return self.seen[events] & ~self.low(events)
+
+    def low(self, events: slice) -> npt.NDArray[np.bool_]:
+        """Returns True for those of some events whose value is below `least_value`; never without a value."""
+        is_low: npt.NDArray[np.bool_] = self.values[events] < self.least_value
+        return is_low
 
     def aligned(self, column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
         """Returns a column of the data set's events with a value for each event here, in the same order."""
@@ -215,13 +229,27 @@ def read_interactions(
     """
     if not dataset.stream.num_rows:
         raise TrainingError("the data set has no events, so there is nothing to learn from: check its events table")
+    if config.ordered and not dataset.stream.has_order:
+        raise TrainingError(
+            "the events have neither timestamp nor sequence, so nothing says in which order they happened: set "
+            "ordered=false, which draws the events that are held out at random, or add one of these columns"
+        )
     disk = Disk(folder)
     data, first_seen_types = _copy(dataset.stream, vocabulary, disk)
+    if config.target_min_value is not None:
+        data = dataclasses.replace(data, least_value=config.target_min_value)
     if not data.ordered_only:
         data = dataclasses.replace(data, trusted_until=_trusted_until(dataset.stream))
     event_types = sorted(first_seen_types)  # by name, so that a type's number does not depend on the order of rows
     if data.ordered_only and not config.ordered:
         data = _shuffled(data, disk)
+    _mark(data, event_types, first_seen_types, config)
+    data = dataclasses.replace(data, event_types=event_types)
+    return _without(data, draw_cold_items(data.items, config)) if config.cold_item_share else data
+
+
+def _mark(data: Interactions, event_types: list[str], first_seen_types: Sequence[str], config: TrainConfig) -> None:
+    """Writes types by their final number, and which events are targets and which make items seen, in place."""
     numbers = np.array([1 + event_types.index(name) for name in first_seen_types], np.uint8)
     is_target, is_seen = (
         np.isin(np.arange(1 + len(event_types)), _type_numbers(event_types, names))
@@ -237,11 +265,11 @@ def read_interactions(
         if not config.repeats:
             # Serving never recommends an item that the user has had, so no such event may be a target.
             target &= _is_first(block.owner, data.rows[block.events], makes_seen | target)
+        # After the line before: an item that its user rated low is one that they had.
+        target &= ~data.low(block.events)
         # An event from the future would be the newest, and every test would be a test of wrong clocks.
         target &= data.timestamps[block.events] <= data.trusted_until
         data.types[block.events], data.target[block.events], data.seen[block.events] = types, target, makes_seen
-    data = dataclasses.replace(data, event_types=event_types)
-    return _without(data, draw_cold_items(data.items, config)) if config.cold_item_share else data
 
 
 def _trusted_until(events: Events) -> int:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from features.jit import kernel
 from training.data.interactions import Interactions
+from training.data.ratings import RatingScale, rating_scale
 
-Order: TypeAlias = Literal["signal", "none", "sorted", "unclear"]
+Order: TypeAlias = Literal["signal", "none", "sorted", "unclear", "unknown"]
 ORDER_EVENTS = 1 << 18
 """Most events that order is judged by; of more, users are drawn at random."""
 REPEAT_EVENTS = 1 << 20
@@ -52,7 +53,8 @@ class OrderEvidence:
 
     Attributes:
         order: `signal`: it carries signal; `none`: it carries none that would pay; `sorted`: the events without times
-            are sorted by a property of their items, which is no order of time; `unclear`: too few users to tell.
+            are sorted by a property of their items, which is no order of time; `unclear`: too few users to tell;
+            `unknown`: nothing says when or in which order, so nothing was judged.
         likeness: t of the gain in likeness of neighbouring events.
         transitions: t of the gain in transitions that other users made too.
         effect: Gain in likeness, relative to that of any two events of a user.
@@ -83,6 +85,7 @@ class DataSurvey:
         long_length: Events that three quarters of the users do not exceed.
         order: What is known about order.
         repeated: Share of the events that could be repeats and are.
+        ratings: Their scale if the values are ratings, else None.
     """
 
     users: int
@@ -93,6 +96,7 @@ class DataSurvey:
     long_length: int
     order: OrderEvidence
     repeated: float
+    ratings: RatingScale | None = None
 
     @property
     def ordered(self) -> bool:
@@ -105,7 +109,9 @@ class DataSurvey:
         return self.repeated >= REPEATS
 
 
-def survey(data: Interactions, ends: _I64, names: Sequence[str], seed: int = 0) -> DataSurvey:
+def survey(
+    data: Interactions, ends: _I64, names: Sequence[str], seed: int = 0, *, has_order: bool = True
+) -> DataSurvey:
     """Surveys the leading events of each user.
 
     Args:
@@ -113,7 +119,9 @@ def survey(data: Interactions, ends: _I64, names: Sequence[str], seed: int = 0) 
         ends: The leading events of each user that are looked at; int64 `[U]`.
         names: Item ids by row.
         seed: Seed of the draws.
+        has_order: A column says in which order the events happened.
     """
+    unknown = OrderEvidence("unknown", 0.0, 0.0, 0.0, 0.0, 0)
     present = np.zeros(data.items, np.bool_)
     for block in data.blocks():
         present[data.rows[block.events][block.position < ends[block.owner]]] = True
@@ -126,8 +134,9 @@ def survey(data: Interactions, ends: _I64, names: Sequence[str], seed: int = 0) 
         mean_length=float(lengths.mean()) if lengths.size else 0.0,
         median_length=int(quartiles[0]),
         long_length=math.ceil(quartiles[1]),
-        order=evidence_of_order(data.sample(ends, ORDER_EVENTS, seed), names, seed),
+        order=evidence_of_order(data.sample(ends, ORDER_EVENTS, seed), names, seed) if has_order else unknown,
         repeated=repeated_share(data.sample(ends, REPEAT_EVENTS, seed)),
+        ratings=rating_scale(data, ends),
     )
 
 

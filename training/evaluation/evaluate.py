@@ -43,15 +43,18 @@ def evaluate(
     Returns:
         `protocol`, `runs`, `seeds`, `users`, `targets`, `held_out` (events that the protocol tests; where these times
         the items are more than `EXACT_SCORES`, the targets are a random sample of them), `items`, `cold` (targets that
-        no training event names; they are left out of everything but `with_cold`), `metrics` {name: {mean, low, high}},
-        `by_seed`, `baselines` {name: {metric: value}}, `paired` {baseline: {metric: interval of model minus
-        baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why}, `ease` (form,
-        lambda and NDCG@10 on validation by lambda of that baseline, and why that form; None where it is left out),
-        `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
+        no training event names; they are left out of everything but `with_cold` and their part), `metrics` {name:
+        {mean, low, high}}, `by_seed`, `baselines` {name: {metric: value}}, `paired` {baseline: {metric: interval of
+        model minus baseline}}, `best_baseline` (see `events.best_baseline`), `baselines_left_out` {name: why}, `ease`
+        (form, lambda and NDCG@10 on validation by lambda of that baseline, and why that form; None where it is left
+        out), `with_cold`, `segments`, `coverage@10`, `novelty@10`, `blend`, `future_events`, `seconds`; with
         those of `intake.summary`.
-        Where repeats count also `parts`, of which each has `targets`, `metrics`, `baselines` and `paired`: "repeats",
-        the items that their user had before, and "new", those that are new to them, both ranked among all items as they
-        are served; and "new_alone", the new ones ranked among the items that are new to their user.
+        Where some users have several targets also `by_user`: `users`, `metrics`, `baselines`, `paired` and
+        `best_baseline` once more, of the means of each user's targets.
+        Where there are such also `parts`, of which each has `targets`, `metrics`, `baselines`, `paired`,
+        `best_baseline` and perhaps `by_user`: "cold", the targets that no training event names; and where repeats count
+        "repeats", the items that their user had before, and "new", those that are new to them, both ranked among all
+        items as they are served, and "new_alone", the new ones ranked among the items that are new to their user.
         Of a file also `test`: `file`, `rows`, and those not ranked, `rejected`, `unknown_users`, `unknown_items`,
         `without_history`, `had_before`.
 

@@ -175,14 +175,14 @@ def _measure(
         )
     models = [ModelScorer(of_seed, data, targets) for of_seed in runs]
     # One set of baselines for all seeds: they have no random part but the sample that the first run has drawn.
-    baselines, left_out = build_baselines(data, division, run.config)
+    baselines, left_out = build_baselines(data, division, run.config, run.items)
     rankings = rank_all(models, baselines, data, targets, run.config.repeats)
     of_models, of_baselines = rankings[: len(models)], rankings[len(models) :]
     counts = popularity_of(data, division.train_end)
     by_name = {baseline.name: ranking for baseline, ranking in zip(baselines, of_baselines, strict=True)}
     summary = _summary(of_models, by_name, targets, warm)
-    if run.config.repeats:
-        summary["parts"] = _parts(runs, baselines, rankings, data, targets, warm)
+    if parts := _parts(runs, baselines, rankings, data, targets, warm):
+        summary["parts"] = parts
     return {
         "protocol": protocol,
         "runs": [str(of_seed.path) for of_seed in runs],
@@ -226,19 +226,21 @@ def _parts(
     targets: Targets,
     warm: npt.NDArray[np.int64],
 ) -> dict[str, Any]:
-    """Measures repeats and new items apart, and new items also ranked without the items that their user had.
+    """Measures apart what a mean over all would hide: cold targets, and where repeats count, repeats and new items.
 
-    Where repeats count, the repeats are most targets and easy ones: a mean over all would hide how well new items are
-    found.
+    Repeats are most targets and easy ones, so new items are also ranked without those that their user had.
     """
-    is_repeat = had_before(data, targets)[warm]
-    alone = targets.take(warm[~is_repeat])
-    models = [ModelScorer(run, data, alone) for run in runs]
-    parts = {
-        "repeats": (rankings, targets, warm[is_repeat]),
-        "new": (rankings, targets, warm[~is_repeat]),
-        "new_alone": (rank_all(models, baselines, data, alone, repeats=False), alone, np.arange(len(alone))),
-    }
+    parts: dict[str, tuple[Sequence[Ranking], Targets, npt.NDArray[np.int64]]] = {}
+    if runs[0].config.repeats:
+        is_repeat = had_before(data, targets)[warm]
+        alone = targets.take(warm[~is_repeat])
+        models = [ModelScorer(run, data, alone) for run in runs]
+        parts = {
+            "repeats": (rankings, targets, warm[is_repeat]),
+            "new": (rankings, targets, warm[~is_repeat]),
+            "new_alone": (rank_all(models, baselines, data, alone, repeats=False), alone, np.arange(len(alone))),
+        }
+    parts["cold"] = (rankings, targets, np.setdiff1d(np.arange(len(targets)), warm))
     measured = {}
     for name, (of_part, part_targets, at) in parts.items():
         if at.size:
@@ -263,8 +265,7 @@ def _summary(
     """Returns means over seeds and users, with intervals, and the differences to each baseline."""
     model, baselines = _mean_values(of_models), {name: _values(ranking) for name, ranking in by_name.items()}
     return {
-        **(compared := _compared(model, baselines, targets, warm)),
-        "best_baseline": best_baseline(compared),
+        **_compared(model, baselines, targets, warm),
         "by_seed": {
             metric: [float(of(ranking.ranks)[warm].mean()) for ranking in of_models] for metric, of in METRICS.items()
         },
@@ -278,22 +279,41 @@ def _summary(
 
 def _compared(
     model: _Values, baselines: Mapping[str, _Values], targets: Targets, at: npt.NDArray[np.int64]
-) -> dict[str, dict[str, Any]]:
-    """Returns the metrics of the model and of the baselines on some targets, and the differences between them."""
-    # A difference is paired by target before its interval is taken: the targets' own spread, which is most of either
-    # interval, cancels.
+) -> dict[str, Any]:
+    """Returns the metrics of the model and of the baselines on some targets, and the differences between them.
+
+    If some user has several targets, also `by_user`: the same with one value for each user, the mean of their targets,
+    since a few users with many targets can decide a mean over targets.
+    """
     users = targets.users[at]
-    return {
-        "metrics": {metric: interval(values[at], users) for metric, values in model.items()},
+    chosen = [{metric: of[at] for metric, of in values.items()} for values in (model, *baselines.values())]
+    compared = _figures(chosen[0], dict(zip(baselines, chosen[1:], strict=True)), users)
+    distinct, inverse, sizes = np.unique(users, return_inverse=True, return_counts=True)
+    if distinct.size < users.size:
+        means = [{metric: np.bincount(inverse, of) / sizes for metric, of in values.items()} for values in chosen]
+        compared["by_user"] = {
+            "users": int(distinct.size),
+            **_figures(means[0], dict(zip(baselines, means[1:], strict=True)), distinct),
+        }
+    return compared
+
+
+def _figures(model: _Values, baselines: Mapping[str, _Values], users: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Returns means with intervals by drawing users, and how the model stands to the best baseline."""
+    # A difference is paired before its interval is taken: the targets' own spread, which is most of either interval,
+    # cancels.
+    figures: dict[str, dict[str, Any]] = {
+        "metrics": {metric: interval(values, users) for metric, values in model.items()},
         "baselines": {
-            name: {metric: float(values[at].mean()) for metric, values in metrics.items()}
+            name: {metric: float(values.mean()) for metric, values in metrics.items()}
             for name, metrics in baselines.items()
         },
         "paired": {
-            name: {metric: interval(model[metric][at] - values[at], users) for metric, values in metrics.items()}
+            name: {metric: interval(model[metric] - values, users) for metric, values in metrics.items()}
             for name, metrics in baselines.items()
         },
     }
+    return figures | {"best_baseline": best_baseline(figures)}
 
 
 def best_baseline(compared: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
         evaluation: The result of `evaluate`.
 
     Returns:
-        A heading and a table for the whole, and for each of its `parts`.
+        A heading and a table for the whole, by user where this differs, and for each of its `parts`.
     """
     runs = ", ".join(PurePath(run).name for run in evaluation["runs"])
     counts = ", ".join(f"{evaluation[name]:,} {name}" for name in _COUNTS if evaluation.get(name))
@@ -30,14 +30,25 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     lines = [f"{evaluation['protocol']} of {runs}: {counts}; in brackets 95 % intervals over {of}", *_table(evaluation)]
     if evaluation.get("cold"):
         lines.append(
-            f"{evaluation['cold']:,} targets are of items that no training event names; only with_cold counts them"
+            f"{evaluation['cold']:,} targets are of items that no training event names; with_cold and cold count them"
         )
-    if best := evaluation.get("best_baseline"):
-        lines.append(best["sentence"])
+    lines += [*_verdict(evaluation), *_by_user(evaluation)]
     lines += [f"left out: {name}, as {why}" for name, why in evaluation.get("baselines_left_out", {}).items()]
     for name, part in evaluation.get("parts", {}).items():
-        lines += ["", f"{name}: {part['targets']:,} targets", *_table(part)]
+        lines += ["", f"{name}: {part['targets']:,} targets", *_table(part), *_verdict(part), *_by_user(part)]
     return "\n".join(lines)
+
+
+def _verdict(figures: Mapping[str, Any]) -> list[str]:
+    best = figures.get("best_baseline")
+    return [best["sentence"]] if best else []
+
+
+def _by_user(evaluation: Mapping[str, Any]) -> list[str]:
+    figures = evaluation.get("by_user")
+    if not figures:
+        return []
+    return [f"by user, each of the {figures['users']:,} counting once:", *_table(figures), *_verdict(figures)]
 
 
 def _table(evaluation: Mapping[str, Any]) -> list[str]:

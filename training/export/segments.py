@@ -42,7 +42,7 @@ def popular_in_segments(data: Interactions, columns: CatalogColumns, recent_days
     sample = data.sample(np.diff(data.offsets), _EVENTS, seed=0)
     keys, segment = np.unique(segments_of(sample, columns), return_inverse=True)
     owner = sample.owner()
-    is_counted = sample.seen & (keys[segment[owner]] != 0)
+    is_counted = sample.positive(slice(None)) & (keys[segment[owner]] != 0)
     newest = newest_of(sample)
     is_recent = (sample.timestamps > newest - recent_days * _DAY_MS) & (sample.timestamps <= newest)
     is_recent |= sample.ordered_only

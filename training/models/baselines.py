@@ -1,4 +1,4 @@
-"""Baselines that a model must beat: popularity, recent popularity, first-order Markov, item-to-item, item-kNN, EASE.
+"""Baselines that a model must beat: popularity, recent popularity, Markov, rings, item-to-item, item-kNN, EASE.
 
 Where repeats count, also each user's own items, the most used or the newest first. A baseline learns from the events
 that the model is trained on, and scores all items from the same earlier events that the model may read.
@@ -7,11 +7,12 @@ that the model is trained on, and scores all items from the same earlier events 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from training.config import TrainConfig
 from training.data.clock import newest_of
@@ -21,13 +22,20 @@ from training.metrics import ndcg
 from training.models.ease import UNVALIDATED_LAMBDA, EaseForm, EaseSolution, ease_form, search_ridge
 from training.models.neighbors import neighbors_of
 from training.models.scoring import mask_seen, rank_slices, ranks_of, seen_before
+from training.models.transitions import TransitionRingsBaseline, Transitions, choice_vectors, text_vectors
 
 Scores = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 DAY_MS = 86_400_000
-EASE_TARGETS = 1000
-"""Most validation targets that choose the regularisation."""
+VALIDATION_TARGETS = 1000
+"""Most validation targets that choose between the forms of a baseline."""
 
+KNN_NEIGHBORS = (20, 50, 100)
+"""Neighbours of an item that item-kNN knows, whatever the model keeps."""
+KNN_HISTORY = 2000
+"""Newest events of a user that it learns from: the cost grows with the square of a history."""
 HISTORY_DECAY = 0.9
+"""Weight of an event relative to the next newer one, in item-to-item."""
+_Candidate = TypeVar("_Candidate", bound="Baseline")
 
 
 class Baseline(Protocol):
@@ -41,11 +49,7 @@ class Baseline(Protocol):
 
 
 def counts_of(
-    data: Interactions,
-    ends: npt.NDArray[np.int64],
-    counted: npt.NDArray[np.bool_] | None = None,
-    after: float = -np.inf,
-    until: float = np.inf,
+    data: Interactions, ends: npt.NDArray[np.int64], counted: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.float64]:
     """Counts the events by item; float64 `[N]`.
 
@@ -53,23 +57,13 @@ def counts_of(
         data: All events.
         ends: The leading events of each user that are looked at; int64 `[U]`.
         counted: True for the events that count; bool `[E]`, None for all.
-        after: Events count whose time (ms) is later,
-        until: and not later than this.
     """
-    counts = np.zeros(data.items, np.int64)
-    for block in data.blocks():
-        chosen = block.position < ends[block.owner]
-        if counted is not None:
-            chosen &= counted[block.events]
-        if after > -np.inf:
-            chosen &= (data.timestamps[block.events] > after) & (data.timestamps[block.events] <= until)
-        counts += np.bincount(data.rows[block.events][chosen], minlength=data.items)
-    return counts.astype(np.float64)
+    return _count(data, ends, lambda events: np.True_ if counted is None else counted[events])
 
 
 def popularity_of(data: Interactions, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Counts the leading events that make their item seen, by item; float64 `[N]`."""
-    return counts_of(data, ends, data.seen)
+    """Counts the leading events that speak for their item (`Interactions.positive`), by item; float64 `[N]`."""
+    return _count(data, ends, data.positive)
 
 
 def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: float) -> npt.NDArray[np.float64]:
@@ -80,7 +74,23 @@ def recent_popularity_of(data: Interactions, ends: npt.NDArray[np.int64], days: 
     if data.ordered_only or not (ends > 0).any():
         return popularity_of(data, ends)
     newest = newest_of(data, ends)
-    return counts_of(data, ends, data.seen, newest - days * DAY_MS, newest)
+
+    def is_recent(events: slice) -> npt.NDArray[np.bool_]:
+        times = data.timestamps[events]
+        recent: npt.NDArray[np.bool_] = data.positive(events) & (times > newest - days * DAY_MS) & (times <= newest)
+        return recent
+
+    return _count(data, ends, is_recent)
+
+
+def _count(
+    data: Interactions, ends: npt.NDArray[np.int64], counts: Callable[[slice], npt.NDArray[np.bool_] | np.bool_]
+) -> npt.NDArray[np.float64]:
+    total = np.zeros(data.items, np.int64)
+    for block in data.blocks():
+        chosen = (block.position < ends[block.owner]) & counts(block.events)
+        total += np.bincount(data.rows[block.events][chosen], minlength=data.items)
+    return total.astype(np.float64)
 
 
 class PopularBaseline:
@@ -100,18 +110,8 @@ class MarkovBaseline:
 
     name = "markov"
 
-    def __init__(self, data: Interactions, ends: npt.NDArray[np.int64], popularity: npt.NDArray[np.float64]) -> None:
-        self.data = data
-        distinct, self.counts = np.empty(0, np.int64), np.empty(0, np.int64)
-        for block in data.blocks():
-            follows = np.flatnonzero((block.position > 0) & (block.position < ends[block.owner]))
-            rows = data.rows[block.events].astype(np.int64)
-            # Two items as one number: counted over the pairs that occur, where a matrix of all would be mostly zeros.
-            pairs, counts = np.unique(rows[follows - 1] * data.items + rows[follows], return_counts=True)
-            distinct, place = np.unique(np.concatenate([distinct, pairs]), return_inverse=True)
-            self.counts = np.bincount(place, np.concatenate([self.counts, counts])).astype(np.int64)
-        self.next = distinct % data.items
-        self.starts = np.searchsorted(distinct // data.items, np.arange(data.items + 1))
+    def __init__(self, data: Interactions, transitions: Transitions, popularity: npt.NDArray[np.float64]) -> None:
+        self.data, self.transitions = data, transitions
         self.popularity = popularity / (popularity.max() + 1)
 
     def scores(self, targets: Targets) -> Scores:
@@ -119,8 +119,8 @@ class MarkovBaseline:
         newest = self.data.rows[self.data.offsets[targets.users] + targets.positions - 1]
         out = np.repeat(self.popularity[None], len(targets), axis=0)
         for line, row in enumerate(newest):
-            part = slice(self.starts[row], self.starts[row + 1])
-            out[line, self.next[part]] += self.counts[part]
+            part = slice(self.transitions.starts[row], self.transitions.starts[row + 1])
+            out[line, self.transitions.next[part]] += self.transitions.counts[part]
         return out
 
 
@@ -132,12 +132,12 @@ class OwnItemsBaseline:
         self.data, self.popularity, self.by_count = data, popularity / (popularity.max() + 1), by_count
 
     def scores(self, targets: Targets) -> Scores:
-        """Counts the user's events that make their item seen; later last events win ties by a fraction below one."""
+        """Counts the user's events that speak for their item; later last events win ties by a fraction below one."""
         out = np.repeat(self.popularity[None], len(targets), axis=0)
         for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             start = int(self.data.offsets[user])
             part = slice(start, start + int(position))
-            rows = self.data.rows[part][self.data.seen[part]]
+            rows = self.data.rows[part][self.data.positive(part)]
             items, counts = np.unique(rows, return_counts=True)
             last = np.zeros(self.data.items)
             last[rows] = np.arange(rows.size)  # of several places for one item numpy keeps the last
@@ -147,7 +147,11 @@ class OwnItemsBaseline:
 
 
 class NeighborsBaseline:
-    """The sum of the similarities to the items of a history; with a decay the newest 50, older ones count less."""
+    """The sum of the similarities to the items of a history.
+
+    `item_knn`, the textbook's: each different item once, whatever its place (Deshpande and Karypis, "Item-based top-N
+    recommendation algorithms", 2004). With a decay `item_to_item`: the newest 50 events, older ones count less.
+    """
 
     def __init__(
         self,
@@ -156,15 +160,17 @@ class NeighborsBaseline:
         similarity: npt.NDArray[np.float32],
         decay: float = HISTORY_DECAY,
     ) -> None:
-        """Takes what `neighbors_of` returned; with a decay of 1 it is item-kNN, which knows no order."""
+        """Takes what `neighbors_of` returned; with a decay of 1 it is item-kNN."""
         self.name = "item_to_item" if decay < 1 else "item_knn"
         self.data, self.neighbors, self.similarity, self.decay = data, neighbors, similarity, decay
 
     def scores(self, targets: Targets) -> Scores:
-        """Returns weighted sums over the events."""
+        """Returns weighted sums over the items."""
         out = np.zeros((len(targets), self.data.items), np.float32)
         for line, (user, position) in enumerate(zip(targets.users, targets.positions, strict=True)):
             rows = _newest(self.data, user, position, 50 if self.decay < 1 else position)
+            if self.decay == 1:
+                rows = np.unique(rows)
             weights = (self.decay ** np.arange(rows.size)[::-1]).astype(np.float32)
             # `np.add.at`, because `+=` would count an item once that is the neighbour of several.
             near = self.neighbors[rows]
@@ -202,6 +208,19 @@ class EaseBaseline:
         return cls(data, solution, {**facts, **search.as_facts()})
 
 
+def best_of(candidates: Iterable[_Candidate], data: Interactions, targets: Targets, repeats: bool) -> _Candidate:
+    """Returns the first of the baselines with the highest NDCG@10 on some targets; the first if there are none."""
+    best: tuple[float, _Candidate] | None = None
+    # One at a time: each may hold a matrix of items by items.
+    for candidate in candidates:
+        value = _ndcg(candidate, data, targets, repeats) if len(targets) else 0.0
+        if best is None or value > best[0]:
+            best = value, candidate
+    if best is None:
+        raise ValueError("no candidate")
+    return best[1]
+
+
 def _ndcg(baseline: Baseline, data: Interactions, targets: Targets, repeats: bool) -> float:
     values = []
     for part in rank_slices(len(targets), data.items):
@@ -214,24 +233,44 @@ def _ndcg(baseline: Baseline, data: Interactions, targets: Targets, repeats: boo
 
 
 def _newest(data: Interactions, user: int, position: int, most: int) -> npt.NDArray[np.int32]:
+    """Returns the items of a user's newest events before a position, without those that were rated too low."""
     end = int(data.offsets[user]) + int(position)
-    return data.rows[max(int(data.offsets[user]), end - most) : end]
+    part = slice(max(int(data.offsets[user]), end - most), end)
+    rows: npt.NDArray[np.int32] = data.rows[part][~data.low(part)]
+    return rows
 
 
-def build_baselines(data: Interactions, division: Split, config: TrainConfig) -> tuple[list[Baseline], dict[str, str]]:
-    """Builds the baselines that fit the data.
+def build_baselines(
+    data: Interactions, division: Split, config: TrainConfig, items: pa.Table | None = None
+) -> tuple[list[Baseline], dict[str, str]]:
+    """Builds the baselines that fit the data; where one has several forms, validation chooses.
+
+    Args:
+        data: All events.
+        division: Their split.
+        config: The settings of the run.
+        items: The items table in row order, None without one.
 
     Returns:
         The baselines, and why others are left out, by name.
     """
     ends, left_out = division.train_end, {}
-    counts, cosines = popularity_of(data, ends), neighbors_of(data, ends, config.neighbors, config.seed)
+    counts, transitions = popularity_of(data, ends), Transitions.count(data, ends)
+    near, cosines = neighbors_of(data, ends, max(KNN_NEIGHBORS), config.seed, KNN_HISTORY)
+    targets = division.validation.sample(VALIDATION_TARGETS, config.seed)
     baselines: list[Baseline] = [
         PopularBaseline("popular", counts),
-        MarkovBaseline(data, ends, counts),
-        NeighborsBaseline(data, *cosines),
-        NeighborsBaseline(data, *cosines, decay=1.0),
+        MarkovBaseline(data, transitions, counts),
+        NeighborsBaseline(data, near, cosines),
     ]
+    # The nearest come first, so each table is a part of the widest.
+    nearest = (NeighborsBaseline(data, near[:, :k], cosines[:, :k], decay=1.0) for k in KNN_NEIGHBORS)
+    baselines.append(best_of(nearest, data, targets, config.repeats))
+    if data.ordered_only and not config.ordered:
+        left_out["transition_rings"] = "the order of events is drawn at random (ordered: false)"
+    else:
+        rings = _rings(data, ends, config, transitions, counts, items)
+        baselines.append(best_of(rings, data, targets, config.repeats))
     if data.ordered_only:
         left_out["recent_popular"] = "the data set has no times"
     else:
@@ -242,10 +281,26 @@ def build_baselines(data: Interactions, division: Split, config: TrainConfig) ->
     if isinstance(form, str):
         left_out["ease"] = form
     else:
-        targets = division.validation.sample(EASE_TARGETS, config.seed)
         baselines.append(EaseBaseline.best(data, form, targets, config.repeats))
     if config.repeats:
         baselines += [OwnItemsBaseline(data, counts, by_count=by_count) for by_count in (True, False)]
     else:
         left_out["most_used"] = left_out["most_recent"] = "items are not recommended again (repeats)"
     return baselines, left_out
+
+
+def _rings(
+    data: Interactions,
+    ends: npt.NDArray[np.int64],
+    config: TrainConfig,
+    transitions: Transitions,
+    popularity: npt.NDArray[np.float64],
+    items: pa.Table | None,
+) -> Iterator[TransitionRingsBaseline]:
+    """Yields the forms of the rings: ordered by common users or by text, around one newest item or two."""
+    for vectors in (choice_vectors(data, ends, config.seed), None if items is None else text_vectors(items)):
+        if vectors is not None:
+            for newest in (1, 2):
+                yield TransitionRingsBaseline(
+                    data, transitions, vectors, popularity, newest=newest, repeats=config.repeats
+                )

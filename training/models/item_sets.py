@@ -84,7 +84,7 @@ def item_sets(data: Interactions, ends: _I64, most: int | None = None, seed: int
 
     def choices(block: UserBlock) -> _I64:
         chosen = is_choice[data.types[block.events]] & (block.position < ends[block.owner]) & drawn[block.owner]
-        at = np.flatnonzero(chosen)
+        at = np.flatnonzero(chosen & ~data.low(block.events))
         return at if most is None else at[among_newest(block.owner[at])]
 
     rows, user_starts = distinct_items(data, choices)

@@ -31,8 +31,10 @@ _I64 = npt.NDArray[np.int64]
 _F32 = npt.NDArray[np.float32]
 
 
-def neighbors_of(data: Interactions, ends: _I64, keep: int, seed: int = 0) -> tuple[_I32, _F32]:
-    """Finds items that the same users chose: cosine of the sets of users, over each user's newest 200 events.
+def neighbors_of(
+    data: Interactions, ends: _I64, keep: int, seed: int = 0, history: int = HISTORY_EVENTS
+) -> tuple[_I32, _F32]:
+    """Finds items that the same users chose: cosine of the sets of users, over each user's newest events.
 
     Past `NEIGHBOR_EVENTS` events, users are drawn at random. Beyond its result this takes 16 bytes an event that is
     learned from, and 8 bytes an item for each of torch's threads.
@@ -42,20 +44,13 @@ def neighbors_of(data: Interactions, ends: _I64, keep: int, seed: int = 0) -> tu
         ends: The leading events of each user that are looked at; int64 `[U]`.
         keep: Most neighbours of an item.
         seed: Seed of the draw of users.
+        history: Newest events of a user that are learned from.
 
     Returns:
         Rows int32 `[N, keep]`, best first and of equal ones the lower row first, -1 padded, and their cosines float32
         `[N, keep]`, 0 padded.
     """
-    most = max(NEIGHBOR_EVENTS, NEIGHBOR_EVENTS_PER_ITEM * data.items)
-    drawn = np.zeros(ends.size, np.bool_)
-    drawn[data.draw_users(ends, most, seed)] = True
-
-    def newest_choices(block: UserBlock) -> _I64:
-        chosen = np.flatnonzero((block.position < ends[block.owner]) & data.seen[block.events] & drawn[block.owner])
-        return chosen[among_newest(block.owner[chosen])]
-
-    return cosines_of(*distinct_items(data, newest_choices), data.items, keep)
+    return cosines_of(*distinct_choices(data, ends, seed, history), data.items, keep)
 
 
 def cosines_of(rows: _I32, user_starts: _I64, items: int, keep: int) -> tuple[_I32, _F32]:
@@ -68,6 +63,20 @@ def cosines_of(rows: _I32, user_starts: _I64, items: int, keep: int) -> tuple[_I
         parts = _parts(rows, user_starts, items, _PARTS_PER_THREAD * threads)
         list(pool.map(lambda part: _cosines(rows, user_starts, users, item_starts, part, out, scores), parts))
     return out, scores
+
+
+def distinct_choices(data: Interactions, ends: _I64, seed: int = 0, history: int = HISTORY_EVENTS) -> tuple[_I32, _I64]:
+    """Returns the distinct items that each user chose, as `neighbors_of` learns from them; see `distinct_items`."""
+    most = max(NEIGHBOR_EVENTS, NEIGHBOR_EVENTS_PER_ITEM * data.items)
+    drawn = np.zeros(ends.size, np.bool_)
+    drawn[data.draw_users(ends, most, seed)] = True
+
+    def newest_choices(block: UserBlock) -> _I64:
+        is_chosen = (block.position < ends[block.owner]) & data.positive(block.events) & drawn[block.owner]
+        chosen = np.flatnonzero(is_chosen)
+        return chosen[among_newest(block.owner[chosen], history)]
+
+    return distinct_items(data, newest_choices)
 
 
 def distinct_items(data: Interactions, chosen: Callable[[UserBlock], _I64]) -> tuple[_I32, _I64]:
@@ -94,10 +103,10 @@ def by_item(rows: _I32, user_starts: _I64, items: int) -> tuple[_I32, _I64]:
     return owner[np.argsort(rows, kind="stable")], np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=items))])
 
 
-def among_newest(owner: _I64) -> npt.NDArray[np.bool_]:
-    """Returns True for the events that are among their user's newest `HISTORY_EVENTS`; `owner` is sorted."""
+def among_newest(owner: _I64, history: int = HISTORY_EVENTS) -> npt.NDArray[np.bool_]:
+    """Returns True for the events that are among their user's newest `history`; `owner` is sorted."""
     ends = np.searchsorted(owner, owner, side="right")
-    newest: npt.NDArray[np.bool_] = ends - np.arange(owner.size) <= HISTORY_EVENTS
+    newest: npt.NDArray[np.bool_] = ends - np.arange(owner.size) <= history
     return newest
 
 
