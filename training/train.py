@@ -50,6 +50,7 @@ from training.run import (
     Modules,
     RunError,
     build_modules,
+    identity_of,
     input_shapes,
     load_modules,
     open_dataset_of_run,
@@ -66,7 +67,6 @@ WARM_EVENTS = 1 << 20
 _INPUT_ITEMS = 1 << 14
 """Items whose content is read at once."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
-_MOMENT = ("fingerprint", "until", "catalog_version")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +338,7 @@ def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     described = json.loads(config.model_dump_json())
     started = out / "config.json"
     identity = out / "data.json"
-    moment: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
+    moment = identity_of(dataset)
     if started.exists() and identity.exists():
         # The device and the number of threads may differ: a checkpoint moves between devices.
         place = {"device": config.device, "threads": config.threads}
