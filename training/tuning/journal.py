@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from features.private_files import make_folders, open_private
-from training.run import RunError, write_json
+from training.config import TrainConfig
+from training.run import RunError, read_config, write_json
 
 FORMAT = 1
+TABLE_FILE = "trials.json"
 PARTS = 10
 """Parts of a training at whose ends the curves of trials are compared, whatever their epochs."""
 
@@ -66,7 +68,7 @@ def best_of(records: list[TrialRecord]) -> TrialRecord:
 
 def read_records(out: Path) -> list[TrialRecord]:
     """Reads the trials that have ended."""
-    file = out / "trials.json"
+    file = out / TABLE_FILE
     if not file.exists():
         return []
     lines: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
@@ -76,7 +78,7 @@ def read_records(out: Path) -> list[TrialRecord]:
 
 def write_records(out: Path, records: list[TrialRecord]) -> None:
     """Writes all trials that have ended, in one step: a kill leaves the old table or the new one."""
-    write_json(out / "trials.json", [asdict(record) for record in records])
+    write_json(out / TABLE_FILE, [asdict(record) for record in records])
 
 
 def read_study(out: Path) -> dict[str, Any] | None:
@@ -93,7 +95,7 @@ def read_study(out: Path) -> dict[str, Any] | None:
     study: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if study.get("format") != FORMAT:
         raise RunError(f"{out} has format {study.get('format')}, this Penchant reads {FORMAT}: give another --out")
-    is_begun = (out / "trials.json").exists() or (trial_folder(out, 0) / "config.json").exists()
+    is_begun = (out / TABLE_FILE).exists() or (trial_folder(out, 0) / "config.json").exists()
     return study if is_begun else None
 
 
@@ -102,9 +104,14 @@ def trial_folder(out: Path, number: int) -> Path:
     return out / f"trial-{number:04d}"
 
 
-def make_trial_folder(out: Path, number: int) -> Path:
+def make_trial_folder(out: Path, number: int, config: TrainConfig) -> Path:
     """Makes the directory of a trial's training, which reads the data set as it was when the study began."""
     folder = trial_folder(out, number)
+    if (folder / "config.json").exists():
+        place = {"device": config.device, "threads": config.threads}
+        if read_config(folder).model_copy(update=place) != config:
+            # Another version of Optuna, or of Penchant, has proposed other settings before a kill.
+            shutil.rmtree(folder)
     make_folders(folder)
     # The identity comes last: with it there, a training relies on the items.
     for name in ("items.parquet", "data.json"):

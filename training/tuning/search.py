@@ -31,7 +31,7 @@ ATTEMPTS = 60
 
 
 @dataclass(frozen=True)
-class Proposal:
+class TrialPlan:
     """The settings that a trial tries, and the trial in its study; the start has none, and is never pruned."""
 
     settings: dict[str, Any]
@@ -52,7 +52,7 @@ class Proposal:
 
 def propose(
     records: Sequence[TrialRecord], space: Space, start: Mapping[str, Any], origin: Mapping[str, Any], seed: int
-) -> Proposal | None:
+) -> TrialPlan | None:
     """Proposes settings that no trial has tried.
 
     Args:
@@ -66,7 +66,7 @@ def propose(
         None if the space seems to hold no others.
     """
     if not records:
-        return Proposal(dict(origin), None)
+        return TrialPlan(dict(origin), None)
     distributions = {name: _distribution(values) for name, values in space.items()}
     tried = [record.settings for record in records]
     for attempt in range(ATTEMPTS):
@@ -79,7 +79,7 @@ def propose(
             trial = study.ask(distributions)
         settings = {name: space[name].written(trial.params[name]) for name in space}
         if settings not in tried and fits(start, settings):
-            return Proposal(settings, trial)
+            return TrialPlan(settings, trial)
     return None
 
 

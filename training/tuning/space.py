@@ -121,7 +121,7 @@ def default_space(start: TrainConfig, pinned: frozenset[str]) -> dict[str, Choic
         # Fewer need no trial: a training that has learned all it can is stopped by its validation.
         "epochs": Choices((start.epochs, start.epochs * 2)),
     }
-    space = {name: values for name, values in space.items() if name not in pinned}
+    space = {name: space[name] for name in TrainConfig.model_fields if name in space and name not in pinned}
     if not space:
         raise SettingsError(f"every setting that tune searches has a value: leave out one of {', '.join(pinned)}")
     return space
@@ -155,7 +155,8 @@ def read_space(
         _require_searchable(str(name))
         if name in pinned:
             raise SettingsError(f"space: {name} has a value by --set or a variable too: leave out one of the two")
-    return {str(name): _parsed(str(name), values, start) for name, values in document.items()}
+    # In one order whatever that of the file: the settings of a proposal are drawn one after another.
+    return {name: _parsed(name, document[name], start) for name in TrainConfig.model_fields if name in document}
 
 
 def as_document(space: Space) -> dict[str, Any]:

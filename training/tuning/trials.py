@@ -25,7 +25,7 @@ from training.tuning.journal import (
     remove_ended,
     write_records,
 )
-from training.tuning.search import Proposal, propose
+from training.tuning.search import TrialPlan, propose
 from training.tuning.space import Space, describe
 
 OnTrial: TypeAlias = Callable[[dict[str, Any]], None]
@@ -105,10 +105,10 @@ class TrialRunner:
         while self.budget.trials is None or len(self.records) < self.budget.trials:
             if not self._has_time():
                 return "minutes"
-            proposal = propose(self.records, study.space, study.start, study.origin, seed)
-            if proposal is None:
+            plan = propose(self.records, study.space, study.start, study.origin, seed)
+            if plan is None:
                 return "space"
-            record = self._trial(proposal)
+            record = self._trial(plan)
             if record is None:
                 return "minutes"
             self.records.append(record)
@@ -125,14 +125,14 @@ class TrialRunner:
         seconds = [record.seconds for record in self.records if record.state == "complete"]
         return self.deadline is None or not seconds or time.monotonic() + min(seconds) <= self.deadline
 
-    def _trial(self, proposal: Proposal) -> TrialRecord | None:
+    def _trial(self, plan: TrialPlan) -> TrialRecord | None:
         """Trains with the proposed settings, or goes on with it; returns None if the time is over."""
         study, number = self.study, len(self.records)
-        settings = {**study.start, **proposal.settings, **study.place, **_SKIPPED}
+        settings = {**study.start, **plan.settings, **study.place, **_SKIPPED}
         config = TrainConfig(**settings)
-        folder = make_trial_folder(study.out, number)
+        folder = make_trial_folder(study.out, number, config)
         began = time.monotonic()
-        on_step, on_validation = self._callbacks(number, proposal, folder, config.epochs)
+        on_step, on_validation = self._callbacks(number, plan, folder, config.epochs)
         try:
             if (folder / "result.json").exists():  # a kill came between the end of the training and its record
                 result = read_result(folder)
@@ -141,7 +141,7 @@ class TrialRunner:
         except _OutOfTime:
             return None
         except _Hopeless:
-            return self._record(number, "pruned", proposal, folder, config)
+            return self._record(number, "pruned", plan, folder, config)
         except RunError:
             raise
         except (TrainingError, torch.OutOfMemoryError) as error:
@@ -149,11 +149,11 @@ class TrialRunner:
             if not number:
                 raise
             seconds = round(time.monotonic() - began, 3)
-            return TrialRecord(number, "failed", proposal.settings, seconds=seconds, reason=str(error))
-        return self._record(number, "complete", proposal, folder, config, result)
+            return TrialRecord(number, "failed", plan.settings, seconds=seconds, reason=str(error))
+        return self._record(number, "complete", plan, folder, config, result)
 
     def _callbacks(
-        self, number: int, proposal: Proposal, folder: Path, epochs: int
+        self, number: int, plan: TrialPlan, folder: Path, epochs: int
     ) -> tuple[Callable[[int], None], Callable[[Mapping[str, Any]], None]]:
         """Returns the callbacks that end a training early."""
         # That of the newest: the first trial compiles kernels as well.
@@ -166,7 +166,7 @@ class TrialRunner:
 
         def on_validation(line: Mapping[str, Any]) -> None:
             # The whole log, since a training that goes on has validations of before its interruption.
-            if proposal.is_hopeless(curve_of(read_log(folder), epochs)):
+            if plan.is_hopeless(curve_of(read_log(folder), epochs)):
                 raise _Hopeless
 
         return on_step, on_validation
@@ -175,7 +175,7 @@ class TrialRunner:
         self,
         number: int,
         state: Any,
-        proposal: Proposal,
+        plan: TrialPlan,
         folder: Path,
         config: TrainConfig,
         result: Mapping[str, Any] | None = None,
@@ -194,7 +194,7 @@ class TrialRunner:
         return TrialRecord(
             number=number,
             state=state,
-            settings=proposal.settings,
+            settings=plan.settings,
             value=value,
             encoder=max(line["ndcg@10"] for line in log),
             curve=curve_of(log, config.epochs),

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from features.tables.dataset import open_dataset
 from training.automatic import CONFIG_FILE, settle
 from training.config import TrainConfig, resolve_config
 from training.run import RunError, identity_of, open_dataset_of_run, write_document, write_items, write_json
-from training.tuning.journal import FORMAT, TrialRecord, best_of, claimed, read_study, trial_folder
+from training.tuning.journal import FORMAT, TABLE_FILE, TrialRecord, best_of, claimed, read_study, trial_folder
 from training.tuning.space import as_document, default_space, describe, read_space
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ def _open(
     from training.tuning.trials import Study
 
     pins = resolve_config(None, settings)
-    given = None if config is None else resolve_config(config, settings)
-    asked = {"settings": _document(pins), "config": given and _document(given)}
-    record = read_study(out) or _begin(data, out, pins, given, space, asked)
+    explicit = None if config is None else resolve_config(config, settings)
+    request = {"settings": _document(pins), "config": explicit and _document(explicit)}
+    record = read_study(out) or _begin(data, out, pins, explicit, space, request)
     start = TrainConfig(**record["start"])
     if space is not None:
-        asked["space"] = as_document(read_space(space, start, frozenset(pins.model_fields_set)))
-    for name, value in asked.items():
+        request["space"] = as_document(read_space(space, start, frozenset(pins.model_fields_set)))
+    for name, value in request.items():
         if record[name] != value:
             raise RunError(f"{out} holds a study of another {name}: give the same again, or another --out")
     if identity_of(open_dataset_of_run(data, out)) != json.loads((out / "data.json").read_text(encoding="utf-8")):
@@ -122,9 +122,9 @@ def _open(
         data=data,
         out=out,
         start=record["start"],
-        place={name: getattr(given or pins, name) for name in _PLACE},
+        place={name: getattr(explicit or pins, name) for name in _PLACE},
         space=read_space(record["space"], start, frozenset()),
-        name="the configuration" if given else "the automatic choice",
+        name="the configuration" if explicit else "the automatic choice",
     )
 
 
@@ -132,18 +132,18 @@ def _begin(
     data: Path,
     out: Path,
     pins: TrainConfig,
-    given: TrainConfig | None,
+    explicit: TrainConfig | None,
     space: str | Path | Mapping[str, Any] | None,
-    asked: dict[str, Any],
+    request: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes down what a study begins with, and returns its record."""
     # A kill, or a refusal of the first training, may have left one that has not begun.
     shutil.rmtree(trial_folder(out, 0), ignore_errors=True)
     dataset = open_dataset(data)
-    start = given or settle(dataset, out / "automatic", pins)
+    start = explicit or settle(dataset, out / "automatic", pins)
     pinned = frozenset(pins.model_fields_set)
     searched = default_space(start, pinned) if space is None else read_space(space, start, pinned)
-    record = {"format": FORMAT, **asked, "start": _document(start), "space": as_document(searched)}
+    record = {"format": FORMAT, **request, "start": _document(start), "space": as_document(searched)}
     record["optuna"] = version("optuna")
     identity = identity_of(dataset)
     if "until" in identity:
@@ -160,37 +160,46 @@ def _document(config: TrainConfig) -> dict[str, Any]:
 
 
 def _conclude(study: Study, records: list[TrialRecord], ended_by: str) -> dict[str, Any]:
-    """Writes the chosen settings, and tells what was tried and what won."""
+    """Writes the chosen settings and the result."""
     best, first = best_of(records), records[0]
-    assert best.value is not None
-    assert first.value is not None
-    changes = {name: value for name, value in best.settings.items() if value != first.settings[name]}
-    counts = Counter(record.state for record in records)
+    counts: Counter[str] = Counter(record.state for record in records)
     result = {
         "out": str(study.out),
         "metric": "ndcg@10 of relevance on the validation targets",
         "start": {"trial": 0, "name": study.name, "value": first.value, "settings": first.settings},
         "best": {"trial": best.number, "value": best.value, "settings": best.settings},
-        "gain": best.value - first.value,
+        "gain": _value(best) - _value(first),
         "trials": {state: counts[state] for state in ("complete", "pruned", "failed")},
         "ended_by": ended_by,
         "seconds": round(sum(record.seconds for record in records), 3),
         "config": str(study.out / CONFIG_FILE),
-        "table": str(study.out / "trials.json"),
+        "table": str(study.out / TABLE_FILE),
     }
-    head = (
-        f"# Chosen by `penchant tune`: trial {best.number} of {len(records)}, ndcg@10 {best.value:.4f} on validation;\n"
-    )
-    head += f"# {study.name} had {first.value:.4f}.\n"
+    head = f"# Chosen by `penchant tune`, trial {best.number}: ndcg@10 {best.value:.4f} on validation.\n"
+    head += f"# Trial 0, {study.name}, had {first.value:.4f}.\n"
     write_document(study.out / CONFIG_FILE, head + yaml.safe_dump(study.start | best.settings, sort_keys=False))
     write_json(study.out / "tuning.json", result)
-    outcomes = ", ".join(f"{count} {state}" for state, count in result["trials"].items() if count)
-    print(f"tried: {len(records)} trials ({outcomes}) of {', '.join(study.space)}", file=sys.stderr)
-    if changes:
-        share = f" ({result['gain'] / first.value:+.1%})" if first.value else ""
-        won = f"trial {best.number} with {describe(changes)}: ndcg@10 {best.value:.4f}{share}"
-        print(f"won: {won}; {study.name} had {first.value:.4f}", file=sys.stderr)
-    else:
-        print(f"won: {study.name}, ndcg@10 {first.value:.4f}; no trial was better", file=sys.stderr)
-    print(f"wrote: {study.out / CONFIG_FILE}, for penchant train --config; {result['table']}", file=sys.stderr)
+    for line in _in_words(study, records, counts):
+        print(line, file=sys.stderr)
     return result
+
+
+def _in_words(study: Study, records: list[TrialRecord], counts: Counter[str]) -> Iterator[str]:
+    """Tells in three lines what was tried, what won, and where it was written."""
+    best, first = best_of(records), records[0]
+    outcomes = ", ".join(f"{count} {state}" for state, count in counts.items())
+    yield f"tried: {len(records)} trials ({outcomes}) of {', '.join(study.space)}"
+    if best is first:
+        yield f"won: {study.name}, ndcg@10 {first.value:.4f}; no trial was better"
+    else:
+        changes = {name: value for name, value in best.settings.items() if value != first.settings[name]}
+        gain = f" ({_value(best) / _value(first) - 1:+.1%})" if first.value else ""
+        yield f"won: trial {best.number} with {describe(changes)}, ndcg@10 {best.value:.4f}{gain}; " + (
+            f"{study.name} had {first.value:.4f}"
+        )
+    yield f"wrote: {study.out / CONFIG_FILE}, for penchant train --config; {study.out / TABLE_FILE}"
+
+
+def _value(record: TrialRecord) -> float:
+    assert record.value is not None, "neither the first trial nor the best one is without a value"
+    return record.value
