@@ -100,6 +100,7 @@ def train(
     on_validation: OnValidation | None = None,
     *,
     automatic: bool | None = None,
+    report: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
@@ -112,6 +113,7 @@ def train(
         on_validation: Called with the line that each validation adds to `RUN/log.jsonl`. What a callback raises ends
             the training, and the same call resumes it.
         automatic: Choose by the data what no setting says, see `training.automatic`; None: if there is no `config`.
+        report: Write `RUN/report.html`.
         settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
@@ -144,7 +146,8 @@ def train(
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
-    write_report([out])
+    if report:
+        write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
 

@@ -29,21 +29,21 @@ from tests.training.conftest import TINY
 from training.config import TrainConfig, load_config
 from training.run import RunError, read_config
 from training.train import train
-from training.tuning.journal import TrialRecord, best_of, curve_of, read_records, trial_folder
+from training.tuning.journal import TrialRecord, best_of, curve_of, read_log, read_records, trial_folder
 from training.tuning.search import FIRST_TRIALS, propose, study_of
 from training.tuning.space import as_document, default_space, read_space
 from training.tuning.tune import tune
 
 USERS, ITEM_COUNT = 120, 40
 PINS = {name: value for name, value in TINY.items() if name not in ("dropout", "learning_rate", "batch_tokens")}
-PINS |= {"checkpoint_seconds": 0.01, "epochs": 4, "content": False, "protocol": "leave-one-out"}
+PINS |= {"checkpoint_seconds": 0.5, "epochs": 3, "content": False, "protocol": "leave-one-out"}
 # Rates from hopeless to good, so that some trials are pruned and the best is not the start.
 SPACE = {
     "learning_rate": {"low": "1e-6", "high": "3e-2", "log": True},
     "dropout": {"low": 0, "high": 0.5},
     "batch_tokens": [64, 256],
 }
-TRIALS = 6
+TRIALS = 5
 
 
 def walks(replaced: int | None = None) -> pa.Table:
@@ -95,7 +95,7 @@ def without_times(records: list[TrialRecord]) -> list[TrialRecord]:
 
 
 def test_the_first_trial_is_the_automatic_choice(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    result = train(data, tmp_path / "run", TrainConfig(**PINS), automatic=True)
+    result = train(data, tmp_path / "run", TrainConfig(**PINS), automatic=True, report=False)
     automatic = read_config(tmp_path / "run").model_dump()
     first = read_records(undisturbed)[0]
     assert first.settings == {name: automatic[name] for name in SPACE}
@@ -113,8 +113,14 @@ def test_the_winner_validates_best_and_its_file_trains_it(data: Path, undisturbe
     assert result["gain"] == max(values) - values[0] > 0
     assert result["trials"] == {"complete": len(values), "pruned": TRIALS - len(values), "failed": 0}
     config = load_config(undisturbed / "config.yaml", device="cpu").model_copy(update={"threads": 1})
-    assert train(data, tmp_path / "run", config)["linear"]["with"] == max(values)
+    assert train(data, tmp_path / "run", config, report=False)["linear"]["with"] == max(values)
     assert not list(undisturbed.glob("trial-*"))
+
+
+def has_reached(out: Path, ended: int, validated: int) -> bool:
+    """Returns True once so many trials have ended, and the next has been validated so often, or has ended too."""
+    count = len(read_records(out))
+    return count > ended or (count == ended and len(read_log(trial_folder(out, ended))) >= validated)
 
 
 def test_a_killed_search_ends_as_if_it_had_not_been(data: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -125,10 +131,11 @@ def test_a_killed_search_ends_as_if_it_had_not_been(data: Path, undisturbed: Pat
         part for name, value in PINS.items() for part in ("--set", f"{name}={json.dumps(value).strip(chr(34))}")
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not read_records(tmp_path / "run"):
+        rng = np.random.default_rng()
+        ended, validated = int(rng.integers(1, TRIALS - 1)), int(rng.integers(3))
+        while process.poll() is None and not has_reached(tmp_path / "run", ended, validated):
             time.sleep(0.002)
-        # Anywhere in the next trials, which take about as long as the first.
-        time.sleep(float(np.random.default_rng().random()) * 2 * read_records(tmp_path / "run")[0].seconds)
+        time.sleep(float(rng.random()) * 0.05)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert 1 <= len(read_records(tmp_path / "run")) < TRIALS
@@ -146,22 +153,24 @@ def test_a_search_goes_on_from_every_point_of_a_trial(
     data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def search() -> dict[str, Any]:
-        return tune(data, tmp_path / "run", trials=3, space=SPACE, **PINS)
+        return tune(data, tmp_path / "run", trials=3, space=SPACE, **{**PINS, "checkpoint_seconds": 1e-9})
 
     def stop(*arguments: object) -> None:
         raise Stopped
 
-    def train_and_stop(*arguments: Any) -> None:
-        train(*arguments)
+    def train_and_stop(*arguments: Any, **options: Any) -> None:
+        train(*arguments, **options)
         raise Stopped
 
-    def train_some(data: Path, out: Path, config: TrainConfig, on_step: Any, on_validation: Any) -> None:
+    def train_some(
+        data: Path, out: Path, config: TrainConfig, on_step: Any, on_validation: Any, **options: Any
+    ) -> None:
         def stop_later(line: Mapping[str, Any]) -> None:
             on_validation(line)
             if line["epoch"] >= 2:
                 raise Stopped
 
-        train(data, out, config, on_step, stop_later)
+        train(data, out, config, on_step, stop_later, **options)
 
     # In the middle of the first trial, between the end of its training and its record, and between the record and the
     # removal of the training; the last leaves a training whose trial has ended.
@@ -309,8 +318,8 @@ def _record(number: int, tried: dict[str, Any], value: float = 0.1) -> TrialReco
     return TrialRecord(number, "complete", tried, value, value, dict.fromkeys(range(11), value), 1.0, 0.1)
 
 
-@given(st.lists(st.floats(0.01, 0.9), min_size=1, max_size=12), st.integers(0, 3))
-@settings(max_examples=15)
+@given(st.lists(st.floats(0.01, 0.9), min_size=1, max_size=9), st.integers(0, 3))
+@settings(max_examples=8)
 def test_what_a_trial_tries_depends_on_the_ended_ones_alone(values: list[float], seed: int) -> None:
     start = TrainConfig()
     space = default_space(start, frozenset())
@@ -343,7 +352,6 @@ def test_a_trial_below_the_median_is_pruned_and_none_at_its_end() -> None:
     assert plan is not None
     assert not plan.is_hopeless({1: 0.01})
     assert not plan.is_hopeless({1: 0.01, 4: 0.125})
-    assert plan.is_hopeless({1: 0.01, 4: 0.125, 5: 0.119, 6: 0.119}) is False  # the best so far counts
     low = propose(records, space, {}, origin, 0)
     assert low is not None
     assert low.is_hopeless({1: 0.01, 4: 0.119})

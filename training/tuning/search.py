@@ -47,7 +47,7 @@ class TrialPlan:
         for part in sorted(curve.keys() - reported.keys()):
             trial.report(curve[part], part)
         with _quiet():
-            return trial.should_prune()
+            return bool(trial.should_prune())
 
 
 def propose(

@@ -137,7 +137,7 @@ class TrialRunner:
             if (folder / "result.json").exists():  # a kill came between the end of the training and its record
                 result = read_result(folder)
             else:
-                result = train(study.data, folder, config, on_step, on_validation)
+                result = train(study.data, folder, config, on_step, on_validation, report=False)
         except _OutOfTime:
             return None
         except _Hopeless:

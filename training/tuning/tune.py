@@ -179,16 +179,18 @@ def _conclude(study: Study, records: list[TrialRecord], ended_by: str) -> dict[s
     head += f"# Trial 0, {study.name}, had {first.value:.4f}.\n"
     write_document(study.out / CONFIG_FILE, head + yaml.safe_dump(study.start | best.settings, sort_keys=False))
     write_json(study.out / "tuning.json", result)
-    for line in _in_words(study, records, counts):
+    for line in _in_words(study, records, counts, ended_by):
         print(line, file=sys.stderr)
     return result
 
 
-def _in_words(study: Study, records: list[TrialRecord], counts: Counter[str]) -> Iterator[str]:
-    """Tells in three lines what was tried, what won, and where it was written."""
+def _in_words(study: Study, records: list[TrialRecord], counts: Counter[str], ended_by: str) -> Iterator[str]:
+    """Tells in a few lines what was tried, what won, and where it was written."""
     best, first = best_of(records), records[0]
     outcomes = ", ".join(f"{count} {state}" for state, count in counts.items())
     yield f"tried: {len(records)} trials ({outcomes}) of {', '.join(study.space)}"
+    if len(records) == 1 and ended_by == "minutes":
+        yield f"the first trial took {first.seconds / 60:.1f} minutes, and no other fits: give more minutes"
     if best is first:
         yield f"won: {study.name}, ndcg@10 {first.value:.4f}; no trial was better"
     else:
