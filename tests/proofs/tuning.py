@@ -3,10 +3,10 @@
 `penchant tune` runs in a process of its own and gets SIGKILL at random moments, from its start on; the same command
 then goes on. The settings that it chooses must validate as well as the automatic choice, or better.
 
-    python -m tests.proofs.tuning DATA --trials 8 --kills 5 -- --set dim=32
+    python -m tests.proofs.tuning --data DATA --trials 8 --kills 5 -- --set dim=32
 
-prints one line of JSON. What follows `--` goes to both searches. `control` tells that the comparison finds a value and
-a choice that were changed in a copy.
+prints one line of JSON. Without DATA it simulates 100,000 events. What follows `--` goes to both searches. `control`
+tells that the comparison finds a value and a choice that were changed in a copy.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import BenchmarkError, facts
+from training.data.datasets import prepare
 
 TIMES = ("seconds", "tail_seconds")
 """What a search that was killed cannot repeat."""
@@ -81,7 +82,7 @@ class KilledSearch:
         return f"in trial {ended} after {validations} validations"
 
 
-def prove(data: Path, trials: int, kills: int, seed: int, options: Sequence[str]) -> dict[str, Any]:
+def prove(data: Path | None, trials: int, kills: int, seed: int, options: Sequence[str]) -> dict[str, Any]:
     """Searches once undisturbed and once with kills, and compares the ends.
 
     Raises:
@@ -89,6 +90,9 @@ def prove(data: Path, trials: int, kills: int, seed: int, options: Sequence[str]
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if data is None:
+            data = folder / "data"
+            prepare("simulated", None, data, users=2000, items=1000)
         options = ["--trials", str(trials), *options]
         undisturbed, killed = (KilledSearch(data, folder / part, options) for part in ("undisturbed", "killed"))
         seconds = undisturbed.run()
@@ -125,13 +129,14 @@ def _control(out: Path, copy: Path) -> list[str]:
 def main() -> int:
     """Runs the proof and prints its result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", help="options of penchant tune, after --")
-    arguments = parser.parse_args()
-    result = prove(arguments.data, arguments.trials, arguments.kills, arguments.seed, arguments.options)
+    # What follows the dashes looks like options of its own, which argparse would take for unknown ones.
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments = parser.parse_args(sys.argv[1:end])
+    result = prove(arguments.data, arguments.trials, arguments.kills, arguments.seed, sys.argv[end + 1 :])
     print(json.dumps(result))
     return 0
 
