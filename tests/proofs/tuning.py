@@ -12,6 +12,7 @@ tells that the comparison finds a value and a choice that were changed in a copy
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ import numpy as np
 from benchmarks.report import BenchmarkError, facts
 from training.data.datasets import prepare
 
+POLL_S = 0.002
 TIMES = ("seconds", "tail_seconds")
 """What a search that was killed cannot repeat."""
 
@@ -48,8 +50,12 @@ class KilledSearch:
         self.command = [sys.executable, "-m", "penchant", "tune", str(data), "--out", str(out), *options]
         self.moments: list[str] = []
 
-    def run(self, seconds: float | None = None) -> float:
+    def run(self, seconds: float | None = None, at_work: bool = False) -> float:
         """Runs the command, and kills it after so many seconds; returns how long it ran.
+
+        Args:
+            seconds: Seconds to the kill; None: none.
+            at_work: Counts them from the next validation, or end of a trial, on.
 
         Raises:
             BenchmarkError: It failed, or ended before it could be killed.
@@ -57,6 +63,9 @@ class KilledSearch:
         began = time.monotonic()
         with tempfile.TemporaryFile() as errors:
             with subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=errors) as process:
+                before = self._progress()
+                while at_work and process.poll() is None and self._progress() == before:
+                    time.sleep(POLL_S)
                 try:
                     process.wait(seconds)
                 except subprocess.TimeoutExpired:
@@ -70,6 +79,13 @@ class KilledSearch:
                 raise BenchmarkError("the search ended before it was killed: give more trials")
             self.moments.append(self._moment())
         return ran
+
+    def _progress(self) -> list[tuple[str, int]]:
+        """Returns the times of the files that grow with a search, by name."""
+        files = [*self.out.glob("trial-*/log.jsonl"), *self.out.glob("trials.json")]
+        with contextlib.suppress(FileNotFoundError):  # the training of a trial that has ended is being removed
+            return sorted((str(file), file.stat().st_mtime_ns) for file in files)
+        return []
 
     def _moment(self) -> str:
         table = self.out / "trials.json"
@@ -96,8 +112,12 @@ def prove(data: Path | None, trials: int, kills: int, seed: int, options: Sequen
         options = ["--trials", str(trials), *options]
         undisturbed, killed = (KilledSearch(data, folder / part, options) for part in ("undisturbed", "killed"))
         seconds = undisturbed.run()
-        rng = np.random.default_rng(seed)
-        ran = sum(killed.run(float(rng.random()) * seconds / kills) for _ in range(kills))
+        rng, ran = np.random.default_rng(seed), 0.0
+        trained = json.loads((undisturbed.out / "tuning.json").read_text())["seconds"]
+        for number in range(kills):
+            # Short against the whole, so that the search does not come to its end before the last kill.
+            at_work = number % 3 != 1
+            ran += killed.run(float(rng.random()) * (trained / 2 if at_work else seconds) / kills, at_work)
         ran += killed.run()
         if apart := differences(undisturbed.out, killed.out):
             raise BenchmarkError(f"after kills {killed.moments} the search ended otherwise in {', '.join(apart)}")
