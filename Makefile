@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
 .PHONY: prove-attacks prove-batch prove-bundles prove-durability prove-freshness prove-gpu prove-hosts prove-log prove-node
-.PHONY: prove-pages prove-reading prove-redis prove-resume prove-rolls prove-skew prove-soak
+.PHONY: prove-pages prove-reading prove-redis prove-resume prove-rolls prove-skew prove-soak prove-tuning
 .PHONY: bench-sizing clean
 
 VENV := .venv
@@ -77,6 +77,10 @@ prove-log: $(VENV)/.ready-dev  ## bytes of an event and a slate, and that the me
 
 prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end like an undisturbed one
 	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills
+
+prove-tuning: $(VENV)/.ready-dev  ## 5 random kills of a search for settings, which must end like an undisturbed one; DATA=TABLES
+	$(BIN)/python -m benchmarks.report tuning 'A search for settings killed again and again' -- \
+		$(BIN)/python -m tests.proofs.tuning $(if $(DATA),--data $(DATA)) --trials $(or $(TRIALS),8) --kills 5
 
 prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost replies: nothing lost, nothing doubled
 	$(BIN)/python -m benchmarks.report durability-replies 'Replies lost after Redis did the work' \

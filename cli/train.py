@@ -1,4 +1,4 @@
-"""Commands from data to a bundle: data, validate, features, train, evaluate, embeddings, export."""
+"""Commands from data to a bundle: data, validate, features, train, tune, evaluate, embeddings, export."""
 
 from __future__ import annotations
 
@@ -165,6 +165,44 @@ def train(
 
     given = load_config(config, settings or [], device, seed)
     print_result(train(data, out, given, automatic=config is None))
+
+
+@commands.command()
+def tune(
+    data: DataDir,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the search; an unfinished one goes on.")],
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="M", help="Minutes that the search may take; the first trial always ends. [default: 15]"),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Trials, the start included: the same end on every machine and call."),
+    ] = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="YAML file of the settings to search."),
+    ] = None,
+    config: TrainConfigFile = None,
+    device: Device = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Seed of the search and of its trainings.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Searches settings that validate better than those chosen by the data, and writes them to RUN/config.yaml.
+
+    The first trial has the settings that `penchant train DATA` chooses, or those of --config. What --set or a variable
+    sets is not searched. Killed or stopped, the same command goes on; --trials then ends as if it had never been.
+    """
+    use_cores()
+    from training.config import load_config
+    from training.tuning.tune import tune
+
+    # Read here, because `tune` takes values and the command line has texts.
+    pins = load_config(None, settings or [], device, seed)
+    values = {name: getattr(pins, name) for name in pins.model_fields_set}
+    print_result(tune(data, out, config, minutes=minutes, trials=trials, space=space, **values))
 
 
 @commands.command()

@@ -1,8 +1,8 @@
 """Learns what users like from what they do, and answers what next, for this user, here, now.
 
 `penchant.client` calls a running service. What the command line does is here as functions, each loaded when it is
-first used: `prepare`, `train`, `evaluate`, `embeddings`, `export`, `serve`, `recommend` and `rebuild`;
-`evaluation_table` lays out what `evaluate` returns.
+first used: `prepare`, `train`, `tune`, `evaluate`, `embeddings`, `export`, `serve`, `recommend` and
+`rebuild`; `evaluation_table` lays out what `evaluate` returns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from training.export.embeddings import embeddings as embeddings
     from training.export.export import export as export
     from training.train import train as train
+    from training.tuning.tune import tune as tune
 
 _HOME = {
     "embeddings": "training.export.embeddings",
@@ -31,6 +32,7 @@ _HOME = {
     "recommend": "serving.jobs.batch",
     "serve": "serving.processes.supervisor",
     "train": "training.train",
+    "tune": "training.tuning.tune",
 }
 
 

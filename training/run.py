@@ -61,6 +61,7 @@ _TESTED = (
 """Settings that decide which events and impressions are held out, and what is asked of a run."""
 _RENAMED_SETTINGS = {"validation_people": "validation_users", "hide_items": "cold_item_share"}
 """Settings under the names that earlier runs of this format wrote into config.json."""
+_MOMENT = ("fingerprint", "until", "catalog_version")
 
 
 class RunError(TrainingError):
@@ -254,6 +255,11 @@ def open_dataset_of_run(data: Path, run: Path) -> Dataset:
     # and export must write the catalogue's version of that time into the bundle.
     dataset = open_dataset(data, until=record["until"], items_from=items)
     return dataclasses.replace(dataset, info=dataset.info | {"catalog_version": record["catalog_version"]})
+
+
+def identity_of(dataset: Dataset) -> dict[str, Any]:
+    """Returns the content of `RUN/data.json` for a run that begins on a data set as it is now."""
+    return {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
 
 
 def columns_of_run(run: LoadedRun) -> CatalogColumns:

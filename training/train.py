@@ -50,6 +50,7 @@ from training.run import (
     Modules,
     RunError,
     build_modules,
+    identity_of,
     input_shapes,
     load_modules,
     open_dataset_of_run,
@@ -66,7 +67,6 @@ WARM_EVENTS = 1 << 20
 _INPUT_ITEMS = 1 << 14
 """Items whose content is read at once."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
-_MOMENT = ("fingerprint", "until", "catalog_version")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,7 @@ def train(
     on_validation: OnValidation | None = None,
     *,
     automatic: bool | None = None,
+    report: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
@@ -112,6 +113,7 @@ def train(
         on_validation: Called with the line that each validation adds to `RUN/log.jsonl`. What a callback raises ends
             the training, and the same call resumes it.
         automatic: Choose by the data what no setting says, see `training.automatic`; None: if there is no `config`.
+        report: Write `RUN/report.html`.
         settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
@@ -144,7 +146,8 @@ def train(
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
-    write_report([out])
+    if report:
+        write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return result
 
@@ -348,7 +351,7 @@ def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     described = json.loads(config.model_dump_json())
     started = out / "config.json"
     identity = out / "data.json"
-    moment: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
+    moment = identity_of(dataset)
     if started.exists() and identity.exists():
         # The device and the number of threads may differ: a checkpoint moves between devices.
         place = {"device": config.device, "threads": config.threads}
