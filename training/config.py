@@ -106,6 +106,12 @@ class TrainConfig(_Frozen):
     )
     loss_chunk: int = Field(1024, ge=1, description="Events whose scores for all items are in memory at once.")
     checkpoint_seconds: float = Field(60.0, gt=0, description="Seconds between two checkpoints.")
+    start_share: float = Field(
+        0.1, gt=0, le=1, description="Share of the time of a full training that one from an earlier run takes."
+    )
+    start_rate: float = Field(
+        0.3, gt=0, le=1, description="Share of the learning rate at which a training from an earlier run begins."
+    )
     tensorboard: bool = Field(False, description="Write the learning curve for TensorBoard too, below RUN/tensorboard.")
 
     # The query encoder and the ranker, trained on the finished encoders.

@@ -1,0 +1,358 @@
+"""Begins a training: claims its directory, and where it continues an earlier run, takes that run's weights.
+
+Item vectors move with their items, by id, and event types by name. An item that the earlier run was not trained on
+begins as in a fresh training, by co-occurrence; but those vectors lie in axes of their own, so they are mapped into the
+earlier run's by the items that both know.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from features.linear import LinearSpec
+from features.model_inputs import FEATURES
+from features.private_files import make_folders
+from features.tables.dataset import Dataset
+from features.vocabulary import Vocabulary
+from training.config import Action, TrainConfig
+from training.data.generations import Generation
+from training.data.interactions import Interactions
+from training.data.split import Split
+from training.fitting.encoders import Schedule
+from training.models.linear import LinearPart
+from training.models.warm_start import initial_vectors
+from training.run import (
+    Modules,
+    RunError,
+    linear_spec,
+    read_config,
+    read_result,
+    sha256_of,
+    write_items,
+    write_json,
+)
+
+SHAPE = (
+    *("dim", "layers", "heads", "feed_forward", "max_length", "ordered"),
+    *("token_buckets", "category_buckets", "creator_buckets"),
+)
+"""Settings that decide which weights there are, or what they mean."""
+_RANKER_SHAPE = ("ranker_hidden", "ranker_members", "ranker_bins")
+_MOMENT = ("fingerprint", "until", "catalog_version")
+_PLACE = ("device", "threads")
+_WARM_UP = 0.05
+"""Share of the steps over which the learning rate rises: the optimizer begins without moments."""
+_LEAST = 0.25
+"""Share of what `start_share` allows that the encoders have in any case."""
+_RIDGE = 1e-3
+"""Ridge of the map from vectors of co-occurrence to learned ones, relative to the size of the former."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """The cost and the result of the last full training of a line of runs.
+
+    Attributes:
+        seconds: Seconds of the whole training.
+        epochs: Passes of its encoders over the events.
+        stages: Seconds by stage; empty for a run of an earlier version.
+        validation: NDCG@10 of its best weights; None if nothing validated them.
+    """
+
+    seconds: float
+    epochs: float
+    stages: Mapping[str, float]
+    validation: float | None
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Course:
+        """Returns that of a run's result: its own, or that of the line which it continues."""
+        if "start" in result:
+            return cls(**result["start"]["full"])
+        validation = result["best_validation"].get("ndcg@10")
+        return cls(result["seconds"], result["epochs"], result.get("stage_seconds", {}), validation)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the values by name."""
+        return {**vars(self), "stages": dict(self.stages)}
+
+    def epochs_within(self, share: float) -> float:
+        """Returns how many epochs fit into a share of the time, once the other stages have had theirs."""
+        usual = share * self.epochs
+        if not self.stages:
+            # Not known are the stages that do not become shorter, so half of the time is left to them.
+            return usual / 2
+        encoders = self.stages["encoders"]
+        # The ranker is kept, and the query encoder makes a share of its steps; all else costs what it cost.
+        other = self.seconds - encoders - self.stages.get("ranker", 0.0)
+        other -= (1 - share) * self.stages.get("query", 0.0)
+        epochs = (share * self.seconds - other) / max(encoders, 1e-9) * self.epochs
+        return max(epochs, usual * _LEAST)
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A finished run that another training begins from.
+
+    Attributes:
+        path: Its directory.
+        config: Its settings.
+        result: Its `result.json`.
+        vocabulary: Its item ids by row.
+        generations: What it, and the runs that it continued, were trained on.
+    """
+
+    path: Path
+    config: TrainConfig
+    result: dict[str, Any]
+    vocabulary: Vocabulary
+    generations: tuple[Generation, ...]
+
+    @classmethod
+    def open(cls, run: Path) -> EarlierRun:
+        """Reads a run.
+
+        Raises:
+            RunError: It has not finished, or a newer Penchant wrote it.
+        """
+        result = read_result(run)
+        vocabulary = Vocabulary.open(run / "vocabulary.arrow")
+        return cls(run, read_config(run), result, vocabulary, Generation.read(result))
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The fingerprint of its encoders' weights."""
+        return sha256_of(load_file(self.path / "model.safetensors"))
+
+    @functools.cached_property
+    def course(self) -> Course:
+        """The last full training of its line."""
+        return Course.of(self.result)
+
+    def settings(self, given: TrainConfig) -> TrainConfig:
+        """Returns its settings, with those that are explicit in `given` above them; the machine's own stand."""
+        explicit = {name: getattr(given, name) for name in given.model_fields_set}
+        place = {name: getattr(given, name) for name in _PLACE}
+        return TrainConfig.model_validate({**self.config.model_dump(), **place, **explicit})
+
+    def require_same_shape(self, config: TrainConfig) -> None:
+        """Refuses settings that its weights do not fit.
+
+        Raises:
+            RunError: A setting of `SHAPE` differs; the message names all that do.
+        """
+        different = [name for name in SHAPE if getattr(config, name) != getattr(self.config, name)]
+        if different:
+            self._refuse(
+                " and ".join(f"{name} {getattr(self.config, name)}" for name in different),
+                " and ".join(f"{name} {getattr(config, name)}" for name in different),
+            )
+
+    def require_same_content(self, content: bool) -> None:
+        """Refuses data whose items have content where its own had none, or the other way round.
+
+        Raises:
+            RunError: They differ.
+        """
+        if content != self.result["content"]:
+            words = {True: "with content", False: "without content"}
+            self._refuse(f"items {words[not content]}", f"items {words[content]} (setting content, and the data)")
+
+    def _refuse(self, then: str, now: str) -> None:
+        raise RunError(
+            f"{self.path} was trained with {then}, this training has {now}, so its weights do not fit: train without "
+            f"--from, or with the settings of {self.path}"
+        )
+
+    def schedule(self, config: TrainConfig) -> Schedule:
+        """Returns the short schedule of a training that begins here."""
+        return Schedule(
+            epochs=self.course.epochs_within(config.start_share),
+            rate=config.learning_rate * config.start_rate,
+            warm_up=_WARM_UP,
+            begins_trained=True,
+        )
+
+    def begin(
+        self,
+        modules: Modules,
+        vocabulary: Vocabulary,
+        data: Interactions,
+        division: Split,
+        actions: Sequence[Action],
+        config: TrainConfig,
+    ) -> dict[str, Any]:
+        """Copies the weights into networks that were just built.
+
+        Returns:
+            Its part of the result, see `facts`: `items`, and `kept`, the parts that are not trained again. These are
+            the ranker, if it reads the same features and predicts the same actions, and the linear part where nothing
+            validates another.
+
+        Raises:
+            RunError: See `copy_into`.
+        """
+        items = self.copy_into(modules, vocabulary, data, division, config)
+        kept = [] if len(division.validation) else ["linear"]
+        return {"items": items, "kept": kept + (["ranker"] if self.keep_ranker(modules, actions, config) else [])}
+
+    def copy_into(
+        self, modules: Modules, vocabulary: Vocabulary, data: Interactions, division: Split, config: TrainConfig
+    ) -> dict[str, int]:
+        """Copies the weights of encoders and query encoder into networks that were just built.
+
+        Args:
+            modules: On any device.
+            vocabulary: The item ids of the new training.
+            data: Its events.
+            division: Their split.
+            config: Its settings, see `require_same_shape`.
+
+        Returns:
+            `kept`, items whose vectors were copied, `new`, those that the earlier run was not trained on, and
+            `vanished`, items of the earlier run that the data no longer has.
+
+        Raises:
+            RunError: The two have no trained item in common.
+        """
+        weights = load_file(self.path / "model.safetensors")
+        trained = load_file(self.path / "tables.safetensors")["trained"].numpy()
+        # By place in the new catalogue: the row of the earlier one, -1 where there is none.
+        places = self._places(vocabulary)
+        kept = (places >= 0) & trained[places]
+        if not kept.any():
+            raise RunError(f"{self.path} was trained on none of the items of this data set: train without --from")
+        ids = weights.pop("item.ids.weight")
+        self._copy_types(weights, modules, data.event_types)
+        vectors = modules.item.ids.weight.detach().cpu().clone()
+        vectors[torch.from_numpy(kept)] = ids[torch.from_numpy(places[kept].astype(np.int64))]
+        if config.warm_start and not kept.all():
+            first = initial_vectors(data, division.train_end, config)
+            vectors[torch.from_numpy(~kept)] = _mapped(first, vectors, torch.from_numpy(kept))
+        weights["item.ids.weight"] = vectors
+        for name, module in (("user", modules.user), ("item", modules.item)):
+            prefix = f"{name}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        query = load_file(self.path / "query.safetensors")
+        modules.query.load_state_dict({key.removeprefix("query."): value for key, value in query.items()})
+        vanished = len(self.vocabulary) - int((places >= 0).sum())
+        return {"kept": int(kept.sum()), "new": int((~kept).sum()), "vanished": vanished}
+
+    def keep_ranker(self, modules: Modules, actions: Sequence[Action], config: TrainConfig) -> bool:
+        """Copies the ranker's weights where it reads the same features and predicts the same actions; else False."""
+        same = (
+            [action.model_dump(mode="json") for action in actions] == self.result["actions"]
+            and self.result["feature_fingerprint"] == FEATURES.fingerprint()
+            and all(getattr(config, name) == getattr(self.config, name) for name in _RANKER_SHAPE)
+        )
+        if same:
+            weights = load_file(self.path / "ranker.safetensors")
+            modules.ranker.load_state_dict({key.removeprefix("ranker."): value for key, value in weights.items()})
+            modules.ranker.eval()
+        return same
+
+    def linear_part(self, vocabulary: Vocabulary) -> LinearPart:
+        """Returns its linear part for the rows of another catalogue, where nothing validates a new one."""
+        tables = load_file(self.path / "tables.safetensors")
+        neighbors, scores = tables["neighbors"].numpy(), tables["neighbor_scores"].numpy()
+        now = np.append(vocabulary.rows(self.vocabulary.ids(np.arange(len(self.vocabulary)))), -1).astype(np.int32)
+        places = self._places(vocabulary)
+        # Rows by the new numbers; the last of `now` is for the padding -1, and vanished items leave a gap.
+        rows = np.where((places >= 0)[:, None], now[neighbors[places]], -1)
+        weights = np.where(rows >= 0, scores[places], 0).astype(np.float32)
+        order = np.argsort(rows < 0, axis=1, kind="stable")
+        spec: LinearSpec = linear_spec(self.result)
+        facts = {name: value for name, value in (self.result.get("linear") or {}).items() if name != "spec"}
+        return LinearPart(spec, np.take_along_axis(rows, order, 1), np.take_along_axis(weights, order, 1), facts)
+
+    def facts(self, items: Mapping[str, int], kept: Sequence[str], result: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the result of a training says of its start.
+
+        Args:
+            items: What `copy_into` returned.
+            kept: The parts that were taken over as they were.
+            result: `seconds`, and of the validations `first_validation` and `best_validation`.
+        """
+        full = self.course
+        return {
+            "run": str(self.path),
+            "sha256": self.sha256,
+            "items": dict(items),
+            "kept": list(kept),
+            "full": full.as_json(),
+            "share_of_time": round(result["seconds"] / max(full.seconds, 1e-9), 4),
+            "validation": {
+                "full": full.validation,
+                "earlier": self.result["best_validation"].get("ndcg@10"),
+                "before": result.get("first_validation"),
+                "after": result["best_validation"].get("ndcg@10"),
+            },
+        }
+
+    def _places(self, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
+        """Returns the row here of each item of another catalogue, -1 where there is none; int32 `[N]`."""
+        return self.vocabulary.rows(vocabulary.ids(np.arange(len(vocabulary))))
+
+    def _copy_types(self, weights: dict[str, Tensor], modules: Modules, event_types: Sequence[str]) -> None:
+        """Puts the vectors of the event types into the order of `event_types`; a new type keeps its first vector."""
+        then = {name: 1 + number for number, name in enumerate(self.result["event_types"])}
+        types = modules.user.types.weight.detach().cpu().clone()
+        for number, name in enumerate(event_types):
+            if name in then:
+                types[1 + number] = weights["user.types.weight"][then[name]]
+        weights["user.types.weight"] = types
+
+
+def claim(out: Path, config: TrainConfig, dataset: Dataset, earlier: EarlierRun | None = None) -> None:
+    """Claims `out` for this run, or checks that it is already this run's."""
+    make_folders(out)
+    if (out / "result.json").exists():
+        raise RunError(f"{out} holds a finished run: give another --out, or delete it")
+    described = json.loads(config.model_dump_json())
+    started = out / "config.json"
+    identity = out / "data.json"
+    moment: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
+    moment |= {} if earlier is None else {"start": earlier.sha256}
+    if started.exists() and identity.exists():
+        # The device and the number of threads may differ: a checkpoint moves between devices.
+        place = {"device": config.device, "threads": config.threads}
+        is_same_config = read_config(out).model_copy(update=place) == config
+        begun = json.loads(identity.read_text(encoding="utf-8"))
+        if not is_same_config or begun != moment:
+            is_same_start = begun.get("start") == moment.get("start")
+            difference = "configuration" if not is_same_config else "data set" if is_same_start else "start (--from)"
+            raise RunError(f"{out} holds an unfinished run with another {difference}: give another --out, or delete it")
+    if "until" in moment:
+        write_items(out, dataset.items)
+    write_json(started, described)
+    write_json(identity, moment)
+
+
+def _mapped(first: Tensor, learned: Tensor, kept: Tensor) -> Tensor:
+    """Maps first vectors of new items into the space of learned ones, by least squares over the items that have both.
+
+    Args:
+        first: By co-occurrence, zeros for an item without events; float `[N, D]`.
+        learned: Right where `kept`; float `[N, D]`.
+        kept: bool `[N]`.
+
+    Returns:
+        The vectors where `kept` is False; float `[n, D]`.
+    """
+    known = kept & (first != 0).any(1)
+    source, goal = first[known].double(), learned[known].double()
+    gram = source.T @ source
+    gram.diagonal().add_(_RIDGE * float(gram.diagonal().mean().clamp(min=1e-12)))
+    mapped: Tensor = first[~kept].double() @ torch.linalg.solve(gram, source.T @ goal)
+    return mapped.float()
