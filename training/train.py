@@ -168,7 +168,7 @@ def train(
         left_out |= report_future_events(material.data)
         clock.end("read")
         job = _Job(data, out, config, device, earlier, clock, on_step, on_validation)
-        modules, progress, facts, start_facts = _fit(material, job)
+        modules, progress, facts, begun = _fit(material, job)
     before = progress.pop("seconds_before")
     seconds = before + time.monotonic() - began
     clock.seconds["encoders"] += before
@@ -177,7 +177,7 @@ def train(
     result |= {"stage_seconds": clock.seconds}
     result |= generations_now(material.data, config, () if earlier is None else earlier.generations)
     if earlier is not None:
-        result["start"] = earlier.facts(result, **start_facts)
+        result["start"] = earlier.facts(begun, result)
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)

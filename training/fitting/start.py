@@ -88,7 +88,10 @@ class Course:
         return {**vars(self), "stages": dict(self.stages)}
 
     def epochs_within(self, share: float) -> float:
-        """Returns how many epochs fit into a share of the time, once the other stages have had theirs."""
+        """Returns how many epochs fit into a share of the time, once the other stages have had theirs.
+
+        They are at most that share of the epochs, so that weights which are good already are not trained for long.
+        """
         usual = share * self.epochs
         if not self.stages:
             # Not known are the stages that do not become shorter, so half of the time is left to them.
@@ -98,7 +101,7 @@ class Course:
         other = self.seconds - encoders - self.stages.get("ranker", 0.0)
         other -= (1 - share) * self.stages.get("query", 0.0)
         epochs = (share * self.seconds - other) / max(encoders, 1e-9) * self.epochs
-        return max(epochs, usual * _LEAST)
+        return min(usual, max(epochs, usual * _LEAST))
 
 
 @dataclass(frozen=True)
@@ -276,20 +279,25 @@ class EarlierRun:
         facts = {name: value for name, value in (self.result.get("linear") or {}).items() if name != "spec"}
         return LinearPart(spec, np.take_along_axis(rows, order, 1), np.take_along_axis(weights, order, 1), facts)
 
-    def facts(self, items: Mapping[str, int], kept: Sequence[str], result: Mapping[str, Any]) -> dict[str, Any]:
+    def facts(self, begun: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the result of a training says of its start.
 
         Args:
-            items: What `copy_into` returned.
-            kept: The parts that were taken over as they were.
+            begun: What `begin` returned.
             result: `seconds`, and of the validations `first_validation` and `best_validation`.
+
+        Returns:
+            `run`, `sha256` (the fingerprint of its encoders' weights), `items` (see `copy_into`), `kept` (see
+            `begin`), `full` (the last full training of the line, see `Course`), `share_of_time` of that training, and
+            `validation`, NDCG@10 of relevance by the encoders: `full`, that of this training; `earlier`, that of the
+            run that it began from, both on the targets of their time; `before` the first step and `after` the last
+            one on today's, None where nothing validates.
         """
         full = self.course
         return {
             "run": str(self.path),
             "sha256": self.sha256,
-            "items": dict(items),
-            "kept": list(kept),
+            **begun,
             "full": full.as_json(),
             "share_of_time": round(result["seconds"] / max(full.seconds, 1e-9), 4),
             "validation": {
