@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-attacks prove-batch prove-bundles prove-durability prove-freshness prove-gpu prove-hosts prove-log prove-node
+.PHONY: prove-attacks prove-batch prove-bundles prove-continued prove-durability prove-freshness prove-gpu prove-hosts prove-log prove-node
 .PHONY: prove-pages prove-reading prove-redis prove-resume prove-rolls prove-skew prove-soak
 .PHONY: bench-sizing clean
 
@@ -77,6 +77,10 @@ prove-log: $(VENV)/.ready-dev  ## bytes of an event and a slate, and that the me
 
 prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must end like an undisturbed one
 	$(BIN)/python -m benchmarks.report training_resume 'A training killed again and again' -- $(BIN)/penchant bench kills
+
+prove-continued: $(VENV)/.ready-dev  ## a day of new events: a training from yesterday's run against a full one; DATA=TABLES, TEST_DAYS=N
+	$(BIN)/python -m benchmarks.report training-continued 'A day of new events' -- \
+		$(BIN)/penchant bench continued $(DATA) --out $(BUILD)/continued --test-days $(or $(TEST_DAYS),1)
 
 prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost replies: nothing lost, nothing doubled
 	$(BIN)/python -m benchmarks.report durability-replies 'Replies lost after Redis did the work' \
