@@ -36,9 +36,10 @@ from training.fitting.encoders import EncoderTrainer, OnStep, OnValidation
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
-from training.fitting.start import EarlierRun, claim
+from training.fitting.start import EarlierRun, claimed
 from training.models.baselines import counts_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
+from training.models.extensions import extensions_of, require_extensions
 from training.models.linear import LinearPart, LinearTrial, fit_linear
 from training.models.neighbors import neighbors_of
 from training.models.scoring import user_vectors
@@ -154,6 +155,7 @@ def train(
         # Its settings stand in for a survey of the data, which could come out differently today.
         config, automatic = earlier.settings(config) if automatic else config, False
         earlier.require_same_shape(config)
+    require_extensions(config)
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
     device = config.resolved_device()
     with prepared(config.threads, device):
@@ -161,10 +163,10 @@ def train(
         dataset = open_dataset_of_run(data, out)
         left_out = _admit(data, dataset, config)
         config = settle(dataset, out, config) if automatic else config
-        claim(out, config, dataset, earlier)
-        material = read_material(dataset, config, device, out, earlier)
-        if earlier is not None:
-            earlier.require_same_content(material.inputs is not None)
+        with claimed(out, config, dataset, earlier):
+            material = read_material(dataset, config, device, out, earlier)
+            if earlier is not None:
+                earlier.require_same_items(material.vocabulary, material.inputs is not None)
         left_out |= report_future_events(material.data)
         clock.end("read")
         job = _Job(data, out, config, device, earlier, clock, on_step, on_validation)
@@ -174,7 +176,7 @@ def train(
     clock.seconds["encoders"] += before
     result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
     result |= _circumstances(data, material, modules, device) | facts | left_out
-    result |= {"stage_seconds": clock.seconds}
+    result |= {"stage_seconds": clock.seconds, "extensions": extensions_of(config)}
     result |= generations_now(material.data, config, () if earlier is None else earlier.generations)
     if earlier is not None:
         result["start"] = earlier.facts(begun, result)

@@ -184,6 +184,9 @@ def test_settings_that_the_weights_do_not_fit_are_refused_by_name(folder: Path, 
     with pytest.raises(RunError, match=r"with dim 16 and layers 1, this training has dim 32 and layers 2, .* --from"):
         train(folder / "tomorrow", tmp_path / "run", wide, start=folder / "full")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(RunError, match=r"with items with content, this training has items without content \(setting"):
+        train(folder / "tomorrow", tmp_path / "run", start=folder / "full", content=False)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(RunError, match="holds no finished run"):
         train(folder / "tomorrow", tmp_path / "run", start=tmp_path)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from features.errors import PenchantError
 from features.linear import LinearSpec
 from features.model_inputs import FEATURES
 from features.private_files import make_folders
@@ -44,11 +46,12 @@ from training.run import (
 )
 
 SHAPE = (
-    *("dim", "layers", "heads", "feed_forward", "max_length", "ordered"),
+    *("encoder", "dim", "layers", "heads", "feed_forward", "max_length", "ordered"),
     *("token_buckets", "category_buckets", "creator_buckets"),
 )
 """Settings that decide which weights there are, or what they mean."""
 _RANKER_SHAPE = ("ranker_hidden", "ranker_members", "ranker_bins")
+_CLAIMS = ("config.json", "config.yaml", "data.json", "items.parquet")
 _MOMENT = ("fingerprint", "until", "catalog_version")
 _PLACE = ("device", "threads")
 _WARM_UP = 0.05
@@ -162,12 +165,14 @@ class EarlierRun:
                 " and ".join(f"{name} {getattr(config, name)}" for name in different),
             )
 
-    def require_same_content(self, content: bool) -> None:
-        """Refuses data whose items have content where its own had none, or the other way round.
+    def require_same_items(self, vocabulary: Vocabulary, content: bool) -> None:
+        """Refuses data of other items, or whose items have content where its own had none, or the other way round.
 
         Raises:
             RunError: They differ.
         """
+        if not (self._places(vocabulary) >= 0).any():
+            raise RunError(f"{self.path} knows none of the items of this data set: train without --from")
         if content != self.result["content"]:
             words = {True: "with content", False: "without content"}
             self._refuse(f"items {words[not content]}", f"items {words[content]} (setting content, and the data)")
@@ -202,9 +207,6 @@ class EarlierRun:
             Its part of the result, see `facts`: `items`, and `kept`, the parts that are not trained again. These are
             the ranker, if it reads the same features and predicts the same actions, and the linear part where nothing
             validates another.
-
-        Raises:
-            RunError: See `copy_into`.
         """
         items = self.copy_into(modules, vocabulary, data, division, config)
         kept = [] if len(division.validation) else ["linear"]
@@ -220,22 +222,17 @@ class EarlierRun:
             vocabulary: The item ids of the new training.
             data: Its events.
             division: Their split.
-            config: Its settings, see `require_same_shape`.
+            config: Its settings, see `require_same_shape` and `require_same_items`.
 
         Returns:
             `kept`, items whose vectors were copied, `new`, those that the earlier run was not trained on, and
             `vanished`, items of the earlier run that the data no longer has.
-
-        Raises:
-            RunError: The two have no trained item in common.
         """
         weights = load_file(self.path / "model.safetensors")
         trained = load_file(self.path / "tables.safetensors")["trained"].numpy()
         # By place in the new catalogue: the row of the earlier one, -1 where there is none.
         places = self._places(vocabulary)
         kept = (places >= 0) & trained[places]
-        if not kept.any():
-            raise RunError(f"{self.path} was trained on none of the items of this data set: train without --from")
         ids = weights.pop("item.ids.weight")
         self._copy_types(weights, modules, data.event_types)
         vectors = modules.item.ids.weight.detach().cpu().clone()
@@ -314,12 +311,32 @@ class EarlierRun:
 
     def _copy_types(self, weights: dict[str, Tensor], modules: Modules, event_types: Sequence[str]) -> None:
         """Puts the vectors of the event types into the order of `event_types`; a new type keeps its first vector."""
+        if "user.types.weight" not in weights:  # an encoder of another package, which may keep them as it likes
+            if list(event_types) != self.result["event_types"]:
+                self._refuse(f"event types {self.result['event_types']}", f"event types {list(event_types)}")
+            return
         then = {name: 1 + number for number, name in enumerate(self.result["event_types"])}
         types = modules.user.types.weight.detach().cpu().clone()
         for number, name in enumerate(event_types):
             if name in then:
                 types[1 + number] = weights["user.types.weight"][then[name]]
         weights["user.types.weight"] = types
+
+
+@contextmanager
+def claimed(out: Path, config: TrainConfig, dataset: Dataset, earlier: EarlierRun | None = None) -> Iterator[None]:
+    """Claims `out` for a run, see `claim`; if what follows refuses the data, a run that is new leaves nothing there."""
+    is_new = not (out / "config.json").exists()
+    claim(out, config, dataset, earlier)
+    try:
+        yield
+    except PenchantError:
+        if is_new:
+            for name in _CLAIMS:
+                (out / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds what was there before
+                out.rmdir()
+        raise
 
 
 def claim(out: Path, config: TrainConfig, dataset: Dataset, earlier: EarlierRun | None = None) -> None:
