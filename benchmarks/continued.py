@@ -43,15 +43,14 @@ def continued(
     Args:
         data: Directory of the canonical tables, with times.
         config: Settings of the full trainings, without a protocol.
-        out: Where the data sets and runs are kept; a finished training stands, so that hours can be continued.
+        out: Keeps data sets and runs; a finished training stands.
         automatic: Choose by the data of `today` what `config` does not set, for all trainings.
         seeds: Seeds to train.
         new_days: Days of events that the earlier run lacks.
-        test_days: Days of events, the last, that test; the more, the less noise.
+        test_days: Days of events, the last, that test.
 
     Returns:
-        `events` of `today`, `tomorrow` and `test`; by seed the seconds of the full and the continued training, their
-        metrics on the test and those of yesterday's run; `share_of_time` (the largest of a seed), and
+        `events`; by seed seconds and metrics; `share_of_time` of the continued training (the largest of a seed), and
         `relative_difference` of NDCG@10, continued over full minus 1, of the means over the seeds.
 
     Raises:
@@ -79,9 +78,9 @@ def _of_seed(out: Path, config: TrainConfig, automatic: bool) -> dict[str, Any]:
     runs = {name: out / f"{name}-{config.seed}" for name in _RUNS}
     earlier = _trained(out / "today", runs["earlier"], config, automatic=automatic)
     # The settings that were chosen for today: a survey of tomorrow's data could choose a longer training.
-    given = TrainConfig.model_validate(json.loads((runs["earlier"] / "config.json").read_text(encoding="utf-8")))
-    full = _trained(out / "tomorrow", runs["full"], given)
-    short = _trained(out / "tomorrow", runs["continued"], given, start=runs["earlier"])
+    settled = TrainConfig.model_validate(json.loads((runs["earlier"] / "config.json").read_text(encoding="utf-8")))
+    full = _trained(out / "tomorrow", runs["full"], settled)
+    short = _trained(out / "tomorrow", runs["continued"], settled, start=runs["earlier"])
     measured = {name: evaluate(run, test=out / "test.parquet") for name, run in runs.items()}
     return {
         "seconds": {"earlier": earlier["seconds"], "full": full["seconds"], "continued": short["seconds"]},

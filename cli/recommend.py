@@ -43,33 +43,35 @@ _HistoriesOf = Annotated[
     ),
 ]
 
+_Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Parquet file to write, unless --data is given.")]
+_User = Annotated[list[str] | None, typer.Option(metavar="ID", help="With --data, a user to answer; repeat for more.")]
+_Items = Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Items for each user.")]
+_Channel = Annotated[str, typer.Option(metavar="NAME", help="Channel that the slates are logged with: email, push.")]
+_Surface = Annotated[str, typer.Option(metavar="NAME", help="Surface that is asked for and logged.")]
+_Log = Annotated[
+    bool, typer.Option("--log/--no-log", help="Log the slates as impressions; without, they cannot be measured.")
+]
+_Fields = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Field of the items to write too: title. Repeat for more.")
+]
+
 
 @commands.command()
 def recommend(
     bundle: _AnsweringBundle,
     users: _FileOfUsers = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Parquet file to write, unless --data is given.")
-    ] = None,
+    out: _Output = None,
     data: _HistoriesOf = None,
-    user: Annotated[
-        list[str] | None, typer.Option(metavar="ID", help="With --data, a user to answer; repeat for more.")
-    ] = None,
+    user: _User = None,
     config: ServeConfigFile = None,
     redis: _BatchRedis = None,
     events_redis: EventsRedis = None,
     state_dir: StateDir = None,
-    items: Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Items for each user.")] = 20,
-    channel: Annotated[
-        str, typer.Option(metavar="NAME", help="Channel that the slates are logged with: email, push.")
-    ] = "batch",
-    surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that is asked for and logged.")] = "",
-    log: Annotated[
-        bool, typer.Option("--log/--no-log", help="Log the slates as impressions; without, they cannot be measured.")
-    ] = True,
-    field: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Field of the items to write too: title. Repeat for more.")
-    ] = None,
+    items: _Items = 20,
+    channel: _Channel = "batch",
+    surface: _Surface = "",
+    log: _Log = True,
+    field: _Fields = None,
     settings: Settings = None,
 ) -> None:
     """Answers many users at once as the service would, for e-mail and other channels, and logs the slates.
@@ -135,6 +137,6 @@ def _bundle_of(folder: Path) -> Iterator[Path]:
         return
     from training.export.export import export
 
-    with tempfile.TemporaryDirectory() as made:
-        export(folder, Path(made) / "bundle")
-        yield Path(made) / "bundle"
+    with tempfile.TemporaryDirectory() as exported:
+        export(folder, Path(exported) / "bundle")
+        yield Path(exported) / "bundle"

@@ -132,8 +132,7 @@ def train(
         on_validation: Called with the line that each validation adds to `RUN/log.jsonl`. What a callback raises ends
             the training, and the same call resumes it.
         automatic: Choose by the data what no setting says, see `training.automatic`; None: if there is no `config`.
-        start: Directory of an earlier run to begin from, such as one on the data of yesterday: its weights, and where
-            there is no `config` its settings. The training then takes about `start_share` of the time.
+        start: Directory of an earlier run to begin from: its weights, and with `automatic` its settings.
         settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
@@ -150,11 +149,9 @@ def train(
     began = time.monotonic()
     automatic = config is None if automatic is None else automatic
     data, out, config, clock = Path(data), Path(out), resolve_config(config, settings), StageClock()
-    earlier = None if start is None else EarlierRun.open(Path(start))
-    if earlier is not None:
+    if earlier := None if start is None else EarlierRun.open(Path(start)):
         # Its settings stand in for a survey of the data, which could come out differently today.
-        config, automatic = earlier.settings(config) if automatic else config, False
-        earlier.require_same_shape(config)
+        config, automatic = earlier.settings(config, automatic), False
     require_extensions(config)
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
     device = config.resolved_device()
@@ -165,35 +162,39 @@ def train(
         config = settle(dataset, out, config) if automatic else config
         with claimed(out, config, dataset, earlier):
             material = read_material(dataset, config, device, out, earlier)
-            if earlier is not None:
-                earlier.require_same_items(material.vocabulary, material.inputs is not None)
         left_out |= report_future_events(material.data)
         clock.end("read")
         job = _Job(data, out, config, device, earlier, clock, on_step, on_validation)
         modules, progress, facts, begun = _fit(material, job)
     before = progress.pop("seconds_before")
-    seconds = before + time.monotonic() - began
     clock.seconds["encoders"] += before
-    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
-    result |= _circumstances(data, material, modules, device) | facts | left_out
-    result |= {"stage_seconds": clock.seconds, "extensions": extensions_of(config)}
-    result |= generations_now(material.data, config, () if earlier is None else earlier.generations)
+    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, **progress}
+    result |= {"seconds": round(before + time.monotonic() - began, 3), **_circumstances(job, material, modules)}
+    result |= facts | left_out
     if earlier is not None:
         result["start"] = earlier.facts(begun, result)
+    _finish(out, result)
+    return result
+
+
+def _finish(out: Path, result: dict[str, Any]) -> None:
+    """Writes what makes a run finished."""
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
     write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
 
 
-def _circumstances(data: Path, material: Material, modules: Modules, device: torch.device) -> dict[str, Any]:
-    """Returns the part of a run's result that tells what was trained, where, and on what."""
+def _circumstances(job: _Job, material: Material, modules: Modules) -> dict[str, Any]:
+    """Returns the part of a run's result that tells what was trained, where, by which stages, and on what."""
     return {
         "parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "data": str(data.resolve()),
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
+        "data": str(job.data.resolve()),
+        "stage_seconds": job.clock.seconds,
+        "extensions": extensions_of(job.config),
+        **generations_now(material.data, job.config, job.earlier.generations if job.earlier else ()),
         **_facts(material),
     }
 
@@ -338,7 +339,8 @@ def read_material(
     """Reads a data set for a training; `folder` has room for the events (`interactions.Disk`).
 
     Raises:
-        TrainingError: No user has an event left to train on that could be predicted from an earlier one.
+        TrainingError: No user has an event left to train on that could be predicted from an earlier one; or the
+            weights of `earlier` do not fit the items.
     """
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config, folder)
@@ -352,6 +354,8 @@ def read_material(
             "no user has two training events of which the second could be predicted, so there is no next item to learn "
             "from; use a data set with longer histories, or set target_types or repeats"
         )
+    if earlier is not None:
+        earlier.require_same_items(vocabulary, inputs is not None)
     return Material(
         dataset=dataset,
         items=items,

@@ -6,14 +6,14 @@ The engine, its stages and the request are those of the service; only the profil
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from features.profile import Profile, empty
 from features.subjects import Subject, known, subject_of
 from features.tables.dataset import Dataset
-from features.tables.intake import REJECTED_SHARE, admit
+from features.tables.intake import admit
 from serving.config import ServeConfig
 from serving.engine.engine import open_engine
 from serving.engine.pipelines import Dependencies
@@ -69,7 +69,6 @@ def recommend_from_data(
     *,
     surface: str = "",
     fields: Sequence[str] = (),
-    max_rejected_share: float = REJECTED_SHARE,
 ) -> dict[str, Any]:
     """Answers users by what a data set knows of them, as a service would whose profiles were rebuilt from it.
 
@@ -82,14 +81,13 @@ def recommend_from_data(
         items: Items per user.
         surface: Surface that is asked for.
         fields: Fields of the items to return too: `title`, `attributes.image`.
-        max_rejected_share: Share of a table's rows that may be malformed.
 
     Returns:
         `answers`, a row for each user as in `batch.SCHEMA`, with `items` if there are fields; `unknown`, users of whom
         the data set has no event, who get what a new user gets; `bundle_id`; and `intake.summary`'s.
 
     Raises:
-        TablesError: The data set cannot be read, or too many of its rows are malformed.
+        TablesError: The data set cannot be read.
         BundleError: The bundle is refused.
         ConfigError: No user is named, or known; or no item has such a field.
     """
@@ -97,11 +95,25 @@ def recommend_from_data(
     if not wanted:
         raise ConfigError("no user is named: give --user ID, or a file as --users")
     dataset = read_history(Path(data))
-    left_out = admit(dataset.intake, max_rejected_share, "--max-rejected-share ", dataset.info.get("time_units"))
+    # Told and never refused: nothing is kept of what is only looked at.
+    left_out = admit(dataset.intake, 1.0, "", dataset.info.get("time_units"))
     profiles = DataProfiles(dataset)
     subjects = {user: profiles.subject(user) for user in wanted}
+    unknown = _unknown(profiles, subjects, data)
+    dependencies = Dependencies(config, profiles, CatalogProgress(), Telemetry())
+    engine, holdout = open_engine(config.bundle, dependencies), Holdout(config.holdout_share, config.holdout_salt)
+    answers = [answer(engine, holdout, subject, user, feed)[1] for user, subject in subjects.items()]
+    return {"answers": answers, "unknown": unknown, "bundle_id": engine.bundle_id, "data": str(data), **left_out}
+
+
+def _unknown(profiles: DataProfiles, subjects: Mapping[str, Subject], data: str | Path) -> list[str]:
+    """Returns and tells the users of whom a data set has no event.
+
+    Raises:
+        ConfigError: It has none of any.
+    """
     unknown = [user for user, subject in subjects.items() if not profiles.has(subject)]
-    if len(unknown) == len(wanted):
+    if len(unknown) == len(subjects):
         # Every answer would be the same popular one, which a reader would take for the model's.
         example = profiles.events.subjects[0] if profiles.events.subjects else ""
         raise ConfigError(
@@ -110,10 +122,7 @@ def recommend_from_data(
         )
     if unknown:
         print(f"users: {data} has no event of {_listed(unknown)}: answered like new users", file=sys.stderr)
-    dependencies = Dependencies(config, profiles, CatalogProgress(), Telemetry())
-    engine, holdout = open_engine(config.bundle, dependencies), Holdout(config.holdout_share, config.holdout_salt)
-    answers = [answer(engine, holdout, subject, user, feed)[1] for user, subject in subjects.items()]
-    return {"answers": answers, "unknown": unknown, "bundle_id": engine.bundle_id, "data": str(data), **left_out}
+    return unknown
 
 
 def _listed(users: Sequence[str]) -> str:

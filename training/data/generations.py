@@ -77,8 +77,8 @@ def _trained_until(data: Interactions, config: TrainConfig) -> int:
 def split_again(data: Interactions, config: TrainConfig, generations: Sequence[Generation]) -> Split:
     """Divides the events for a training that continues a line of runs, see `split`.
 
-    Leave-one-out stays as it is: it holds out by place, and what a user's next event turns into a training event was
-    held out before. Else those users validate that did so before, and a part of those with events since the last run;
+    Leave-one-out stays as it is: it holds out by place, and an event that trains once its user has another was held
+    out before. Else those users validate that did so before, and a part of those with events since the last run;
     none does if they are fewer than `FEWEST_TARGETS`, and then all events train.
 
     Args:

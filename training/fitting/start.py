@@ -101,9 +101,9 @@ class Course:
             return usual / 2
         encoders = self.stages["encoders"]
         # The ranker is kept, and the query encoder makes a share of its steps; all else costs what it cost.
-        other = self.seconds - encoders - self.stages.get("ranker", 0.0)
-        other -= (1 - share) * self.stages.get("query", 0.0)
-        epochs = (share * self.seconds - other) / max(encoders, 1e-9) * self.epochs
+        rest = self.seconds - encoders - self.stages.get("ranker", 0.0)
+        rest -= (1 - share) * self.stages.get("query", 0.0)
+        epochs = (share * self.seconds - rest) / max(encoders, 1e-9) * self.epochs
         return min(usual, max(epochs, usual * _LEAST))
 
 
@@ -146,18 +146,24 @@ class EarlierRun:
         """The last full training of its line."""
         return Course.of(self.result)
 
-    def settings(self, given: TrainConfig) -> TrainConfig:
-        """Returns its settings, with those that are explicit in `given` above them; the machine's own stand."""
-        explicit = {name: getattr(given, name) for name in given.model_fields_set}
-        place = {name: getattr(given, name) for name in _PLACE}
-        return TrainConfig.model_validate({**self.config.model_dump(), **place, **explicit})
+    def settings(self, asked: TrainConfig, automatic: bool) -> TrainConfig:
+        """Returns the settings of a training that begins here.
 
-    def require_same_shape(self, config: TrainConfig) -> None:
-        """Refuses settings that its weights do not fit.
+        Args:
+            asked: Its settings.
+            automatic: Take those of the run, but for what is explicit in `asked`, and the machine.
 
         Raises:
             RunError: A setting of `SHAPE` differs; the message names all that do.
         """
+        config = asked
+        if automatic:
+            explicit = {name: getattr(asked, name) for name in (*_PLACE, *asked.model_fields_set)}
+            config = TrainConfig.model_validate({**self.config.model_dump(), **explicit})
+        self._require_same_shape(config)
+        return config
+
+    def _require_same_shape(self, config: TrainConfig) -> None:
         different = [name for name in SHAPE if getattr(config, name) != getattr(self.config, name)]
         if different:
             self._refuse(
@@ -222,7 +228,7 @@ class EarlierRun:
             vocabulary: The item ids of the new training.
             data: Its events.
             division: Their split.
-            config: Its settings, see `require_same_shape` and `require_same_items`.
+            config: Its settings, see `settings` and `require_same_items`.
 
         Returns:
             `kept`, items whose vectors were copied, `new`, those that the earlier run was not trained on, and
@@ -251,16 +257,16 @@ class EarlierRun:
 
     def keep_ranker(self, modules: Modules, actions: Sequence[Action], config: TrainConfig) -> bool:
         """Copies the ranker's weights where it reads the same features and predicts the same actions; else False."""
-        same = (
+        fits = (
             [action.model_dump(mode="json") for action in actions] == self.result["actions"]
             and self.result["feature_fingerprint"] == FEATURES.fingerprint()
             and all(getattr(config, name) == getattr(self.config, name) for name in _RANKER_SHAPE)
         )
-        if same:
+        if fits:
             weights = load_file(self.path / "ranker.safetensors")
             modules.ranker.load_state_dict({key.removeprefix("ranker."): value for key, value in weights.items()})
             modules.ranker.eval()
-        return same
+        return fits
 
     def linear_part(self, vocabulary: Vocabulary) -> LinearPart:
         """Returns its linear part for the rows of another catalogue, where nothing validates a new one."""
@@ -375,8 +381,8 @@ def _mapped(first: Tensor, learned: Tensor, kept: Tensor) -> Tensor:
     Returns:
         The vectors where `kept` is False; float `[n, D]`.
     """
-    known = kept & (first != 0).any(1)
-    source, goal = first[known].double(), learned[known].double()
+    both = kept & (first != 0).any(1)
+    source, goal = first[both].double(), learned[both].double()
     gram = source.T @ source
     gram.diagonal().add_(_RIDGE * float(gram.diagonal().mean().clamp(min=1e-12)))
     mapped: Tensor = first[~kept].double() @ torch.linalg.solve(gram, source.T @ goal)

@@ -129,21 +129,21 @@ def find(group: str, name: str) -> Extension:
     Raises:
         SettingsError: The name is unknown, stands for more than one, or its package cannot be loaded.
     """
-    own, setting = _OWN[group], _SETTINGS[group]
+    shipped, setting = _OWN[group], _SETTINGS[group]
     points = [point for point in entry_points(group=group) if point.name == name]
-    if name in own and points:
+    if name in shipped and points:
         raise SettingsError(
             f"{setting}: {name!r} is Penchant's own, and {_source(points[0])} has another of that name: give that one "
             "another name, or uninstall the package"
         )
-    if name in own:
-        return Extension(own[name])
+    if name in shipped:
+        return Extension(shipped[name])
     if len(points) > 1:
         raise SettingsError(
             f"{setting}: {' and '.join(map(_source, points))} both have a {setting} named {name!r}: uninstall one"
         )
     if not points:
-        names = sorted({*own, *(point.name for point in entry_points(group=group))})
+        names = sorted({*shipped, *(point.name for point in entry_points(group=group))})
         nearest = difflib.get_close_matches(name, names, n=1)
         advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise SettingsError(
@@ -208,9 +208,9 @@ def _try_encoder(name: str, encoder: Any, shape: EncoderShape) -> None:
 
 def _require_shape(name: str, method: str, value: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != torch.float32:
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise _broken("encoder", name, f"has to return float32 {list(shape)} by {method}, and returns {got}")
+        returned = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise _broken("encoder", name, f"has to return float32 {list(shape)} by {method}, and returns {returned}")
 
 
-def _broken(setting: str, name: str, what: str) -> SettingsError:
-    return SettingsError(f"{setting}: {name!r} {what}; see training.models.extensions")
+def _broken(setting: str, name: str, duty: str) -> SettingsError:
+    return SettingsError(f"{setting}: {name!r} {duty}; see training.models.extensions")
