@@ -101,7 +101,7 @@ class LoadedRun:
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
             data_fingerprint, feature_fingerprint, event_types, actions, action_weights, base_rates, surface_rates,
             ranker_source, ranker, linear, seen_types, content, ordered_only, rejected, rejections, unread,
-            future_events.
+            future_events, stage_seconds, generations, extensions, and start of one that began from another run.
         dataset: The data set that it was trained on.
     """
 

@@ -32,11 +32,12 @@ from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, last_target, split
+from training.fitting.claims import claimed
 from training.fitting.encoders import EncoderTrainer, OnStep, OnValidation
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
-from training.fitting.start import EarlierRun, claimed
+from training.fitting.start import EarlierRun
 from training.models.baselines import counts_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
 from training.models.extensions import extensions_of, require_extensions

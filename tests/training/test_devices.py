@@ -9,8 +9,8 @@ import torch
 
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
+from training.fitting.claims import claim
 from training.fitting.encoders import EncoderTrainer
-from training.fitting.start import claim
 from training.models.encoders import ItemBags
 from training.run import RunError, sha256_of
 from training.runtime import exact, in_halves, prepared

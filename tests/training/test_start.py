@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cli import main as cli
+from features.errors import LeakError
 from features.tables.dataset import open_dataset, write_dataset
 from features.tables.schema import EVENTS, ITEMS
 from features.vocabulary import Vocabulary
@@ -107,6 +108,28 @@ def test_a_rate_that_ruins_the_weights_leaves_those_of_the_start(folder: Path, t
     assert torch.equal(kept["user.positions.weight"], earlier["user.positions.weight"])
 
 
+def test_ranker_and_linear_part_are_kept_where_nothing_new_can_judge_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generations, "FEWEST_TARGETS", USERS)
+    result = train(folder / "today", tmp_path / "run", start=folder / "full", query_steps=5)
+    full = json.loads((folder / "full" / "result.json").read_text())
+    assert result["start"]["kept"] == ["linear", "ranker"]
+    assert result["best_validation"] == {}
+    assert result["start"]["validation"]["before"] is None
+    assert result["start"]["items"] == {"kept": 40, "new": 1, "vanished": 0}
+    for name in ("linear", "blend", "ranker_source"):
+        assert result[name] == full[name]
+    ranker, then = (load_file(path / "ranker.safetensors") for path in (tmp_path / "run", folder / "full"))
+    assert ranker.keys() == then.keys()
+    assert all(torch.equal(ranker[name], then[name]) for name in ranker)
+    run, before = load_run(tmp_path / "run"), load_run(folder / "full")
+    assert np.array_equal(run.neighbors, before.neighbors)
+    assert np.array_equal(run.neighbor_scores, before.neighbor_scores)
+    # The last weights, since none can be told to be the best.
+    assert not np.array_equal(run.item_vectors, before.item_vectors)
+
+
 def test_weights_move_with_their_items_and_event_types(folder: Path) -> None:
     earlier = EarlierRun.open(folder / "full")
     material = read_material(open_dataset(folder / "tomorrow"), CONFIG, torch.device("cpu"), None, earlier)
@@ -187,6 +210,14 @@ def test_settings_that_the_weights_do_not_fit_are_refused_by_name(folder: Path, 
     with pytest.raises(RunError, match=r"with items with content, this training has items without content \(setting"):
         train(folder / "tomorrow", tmp_path / "run", start=folder / "full", content=False)
     assert not (tmp_path / "run").exists()
+    for held_out, message in (
+        ({"protocol": "leave-one-out"}, r"holds out the last events of users .* was trained on"),
+        ({"cold_item_share": 0.1}, "holds out cold items"),
+        ({"protocol": "temporal", "test_days": 30}, "trained on events that this training holds out as its test"),
+    ):
+        with pytest.raises(LeakError, match=message):
+            train(folder / "tomorrow", tmp_path / "run", start=folder / "full", **held_out)
+        assert not (tmp_path / "run").exists()
     with pytest.raises(RunError, match="holds no finished run"):
         train(folder / "tomorrow", tmp_path / "run", start=tmp_path)
 
@@ -218,7 +249,7 @@ def grown(seed: int, users: int, moment: int) -> Interactions:
     return dataclasses.replace(data, users=list(histories))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(30, 90), st.lists(st.integers(20, 99), min_size=2, max_size=4, unique=True))
 def test_no_event_validates_that_an_earlier_run_learned(seed: int, users: int, moments: list[int]) -> None:
     config = TrainConfig(validation_users=1000, seed=seed % 3)

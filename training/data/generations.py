@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from features.errors import LeakError
 from training.config import TrainConfig
 from training.data.clock import newest_of
 from training.data.interactions import Interactions
@@ -34,7 +35,7 @@ class Generation:
         trained_until: The last moment, ms, whose events trained the encoders.
         users: Users with an event up to `newest`.
         events: Events up to `newest`.
-        validation_users: The setting of that run.
+        validation_users: The setting of that run; 0 if it held out by place.
         seed: The setting of that run.
     """
 
@@ -54,7 +55,8 @@ class Generation:
         counts = before(data, newest)
         return cls(
             newest, _trained_until(data, config), int((counts > 0).sum()), int(counts.sum()),
-            config.validation_users, config.seed,
+            # Leave-one-out draws no users, so there is no draw to make again.
+            0 if config.protocol == "leave-one-out" else config.validation_users, config.seed,
         )  # fmt: skip
 
     @classmethod
@@ -85,11 +87,19 @@ def split_again(data: Interactions, config: TrainConfig, generations: Sequence[G
         data: All events.
         config: The settings of the new training.
         generations: What the runs of the line were trained on, the oldest first.
+
+    Raises:
+        LeakError: One of them was trained on events that `config` tests.
     """
     division = split(data, config)
     if config.protocol == "leave-one-out":
         return division
     now = Generation.of(data, config)
+    if config.protocol == "temporal" and any(part.trained_until > cut_of(data, config) for part in generations):
+        raise LeakError(
+            "the earlier run was trained on events that this training holds out as its test: train without --from, or "
+            "hold out only what is newer (protocol, test_share, test_days)"
+        )
     train_end = division.fit_end.copy()
     if now is not None and config.ranker_days:
         train_end = np.minimum(train_end, before(data, now.trained_until))

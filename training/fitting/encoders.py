@@ -136,7 +136,7 @@ class EncoderTrainer:
         return begun | {
             "tokens_per_second": round(self.state.rate(), 1),
             "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
-            "epochs": self.state.validated if self.schedule.begins_trained else self.state.epoch,
+            "epochs": round(self.state.validated, 3) if self.schedule.begins_trained else self.state.epoch,
             "steps": self.state.step,
             "sha256": {"weights": sha256_of(self._weights()), "optimizer": sha256_of(self._moments())},
             "seconds_before": before,

@@ -1,4 +1,4 @@
-"""Begins a training: claims its directory, and where it continues an earlier run, takes that run's weights.
+"""Begins a training where an earlier run ended: its weights by name, a short schedule, and what it saves.
 
 Item vectors move with their items, by id, and event types by name. An item that the earlier run was not trained on
 begins as in a fresh training, by co-occurrence; but those vectors lie in axes of their own, so they are mapped into the
@@ -8,9 +8,7 @@ earlier run's by the items that both know.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from features.errors import PenchantError
+from features.errors import LeakError
 from features.linear import LinearSpec
 from features.model_inputs import FEATURES
-from features.private_files import make_folders
-from features.tables.dataset import Dataset
 from features.vocabulary import Vocabulary
 from training.config import Action, TrainConfig
 from training.data.generations import Generation
@@ -41,8 +37,6 @@ from training.run import (
     read_config,
     read_result,
     sha256_of,
-    write_items,
-    write_json,
 )
 
 SHAPE = (
@@ -51,8 +45,6 @@ SHAPE = (
 )
 """Settings that decide which weights there are, or what they mean."""
 _RANKER_SHAPE = ("ranker_hidden", "ranker_members", "ranker_bins")
-_CLAIMS = ("config.json", "config.yaml", "data.json", "items.parquet")
-_MOMENT = ("fingerprint", "until", "catalog_version")
 _PLACE = ("device", "threads")
 _WARM_UP = 0.05
 """Share of the steps over which the learning rate rises: the optimizer begins without moments."""
@@ -155,13 +147,26 @@ class EarlierRun:
 
         Raises:
             RunError: A setting of `SHAPE` differs; the message names all that do.
+            LeakError: The run was trained on what these settings hold out.
         """
         config = asked
         if automatic:
             explicit = {name: getattr(asked, name) for name in (*_PLACE, *asked.model_fields_set)}
             config = TrainConfig.model_validate({**self.config.model_dump(), **explicit})
         self._require_same_shape(config)
+        self._refuse_leak(config)
         return config
+
+    def _refuse_leak(self, config: TrainConfig) -> None:
+        # By time only the events tell, see `split_again`.
+        held_out = "cold items" if config.cold_item_share else ""
+        if config.protocol == "leave-one-out" and self.config.protocol != config.protocol:
+            held_out = "the last events of users (protocol leave-one-out)"
+        if held_out:
+            raise LeakError(
+                f"this training holds out {held_out}, which {self.path} was trained on: train without --from, or hold "
+                "out nothing that it has learned"
+            )
 
     def _require_same_shape(self, config: TrainConfig) -> None:
         different = [name for name in SHAPE if getattr(config, name) != getattr(self.config, name)]
@@ -327,47 +332,6 @@ class EarlierRun:
             if name in then:
                 types[1 + number] = weights["user.types.weight"][then[name]]
         weights["user.types.weight"] = types
-
-
-@contextmanager
-def claimed(out: Path, config: TrainConfig, dataset: Dataset, earlier: EarlierRun | None = None) -> Iterator[None]:
-    """Claims `out` for a run, see `claim`; if what follows refuses the data, a run that is new leaves nothing there."""
-    is_new = not (out / "config.json").exists()
-    claim(out, config, dataset, earlier)
-    try:
-        yield
-    except PenchantError:
-        if is_new:
-            for name in _CLAIMS:
-                (out / name).unlink(missing_ok=True)
-            with suppress(OSError):  # it holds what was there before
-                out.rmdir()
-        raise
-
-
-def claim(out: Path, config: TrainConfig, dataset: Dataset, earlier: EarlierRun | None = None) -> None:
-    """Claims `out` for this run, or checks that it is already this run's."""
-    make_folders(out)
-    if (out / "result.json").exists():
-        raise RunError(f"{out} holds a finished run: give another --out, or delete it")
-    described = json.loads(config.model_dump_json())
-    started = out / "config.json"
-    identity = out / "data.json"
-    moment: dict[str, Any] = {name: dataset.info[name] for name in _MOMENT if name in dataset.info}
-    moment |= {} if earlier is None else {"start": earlier.sha256}
-    if started.exists() and identity.exists():
-        # The device and the number of threads may differ: a checkpoint moves between devices.
-        place = {"device": config.device, "threads": config.threads}
-        is_same_config = read_config(out).model_copy(update=place) == config
-        begun = json.loads(identity.read_text(encoding="utf-8"))
-        if not is_same_config or begun != moment:
-            is_same_start = begun.get("start") == moment.get("start")
-            difference = "configuration" if not is_same_config else "data set" if is_same_start else "start (--from)"
-            raise RunError(f"{out} holds an unfinished run with another {difference}: give another --out, or delete it")
-    if "until" in moment:
-        write_items(out, dataset.items)
-    write_json(started, described)
-    write_json(identity, moment)
 
 
 def _mapped(first: Tensor, learned: Tensor, kept: Tensor) -> Tensor:
