@@ -4,8 +4,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install protos format check check-code check-protos test demo bench
-.PHONY: prove-attacks prove-batch prove-bundles prove-durability prove-freshness prove-gpu prove-hosts prove-log prove-node
-.PHONY: prove-pages prove-reading prove-redis prove-resume prove-rolls prove-skew prove-soak prove-tuning
+.PHONY: prove-attacks prove-batch prove-bundles prove-continued prove-durability prove-freshness prove-gpu prove-hosts
+.PHONY: prove-log prove-node prove-pages prove-reading prove-redis prove-resume prove-rolls prove-skew prove-soak
+.PHONY: prove-tuning
 .PHONY: bench-sizing clean
 
 VENV := .venv
@@ -81,6 +82,10 @@ prove-resume: $(VENV)/.ready-dev  ## 20 random kills of a training, which must e
 prove-tuning: $(VENV)/.ready-dev  ## 5 random kills of a search for settings, which must end like an undisturbed one; DATA=TABLES
 	$(BIN)/python -m benchmarks.report tuning 'A search for settings killed again and again' -- \
 		$(BIN)/python -m tests.proofs.tuning $(if $(DATA),--data $(DATA)) --trials $(or $(TRIALS),8) --kills 5
+
+prove-continued: $(VENV)/.ready-dev  ## a day of new events: a training from yesterday's run against a full one; DATA=TABLES, TEST_DAYS=N
+	$(BIN)/python -m benchmarks.report training-continued 'A day of new events' -- \
+		$(BIN)/penchant bench continued $(DATA) --out $(BUILD)/continued --test-days $(or $(TEST_DAYS),1)
 
 prove-durability: $(VENV)/.ready-dev  ## 200 kills, 20 power losses, 1,000 lost replies: nothing lost, nothing doubled
 	$(BIN)/python -m benchmarks.report durability-replies 'Replies lost after Redis did the work' \

@@ -198,6 +198,30 @@ def impressions(
 
 
 @bench.command()
+def continued(
+    data: DataDir,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the data sets and runs.")],
+    config: TrainConfigFile = None,
+    settings: Settings = None,
+    seeds: Annotated[str, typer.Option(metavar="N,N", help="Seeds to train.")] = "1,2,3",
+    new_days: Annotated[
+        float, typer.Option(min=0.01, metavar="DAYS", help="Days of events that yesterday's run lacks.")
+    ] = 1.0,
+    test_days: Annotated[
+        float, typer.Option(min=0.01, metavar="DAYS", help="Days of events, the last, that test.")
+    ] = 1.0,
+) -> None:
+    """Measures a training from yesterday's run against a full one on a day of new events: time and quality."""
+    use_cores()
+    from benchmarks.continued import continued
+    from training.config import load_config
+
+    given, numbers = load_config(config, settings or []), [int(seed) for seed in seeds.split(",")]
+    days = {"new_days": new_days, "test_days": test_days}
+    print_result(continued(data, given, out, automatic=config is None, seeds=numbers, **days))
+
+
+@bench.command()
 def kills(
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings to kill.")] = 20,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the moments.")] = 0,

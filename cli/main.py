@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from cli import bench, load, serve, train
+from cli import bench, load, recommend, serve, train
 from features.errors import PenchantError
 from penchant.streams import secure_streams
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 # Commands without a name of their own stand at the top level, in this order.
 app.add_typer(train.commands)
 app.add_typer(serve.commands)
+app.add_typer(recommend.commands)
 app.add_typer(bench.commands)
 app.add_typer(serve.profiles, name="profiles")
 bench.bench.add_typer(load.commands)

@@ -1,4 +1,4 @@
-"""Commands around a service: serve, recommend, projector, warehouse, erase, hosts, and the stored profiles."""
+"""Commands around a service: serve, projector, warehouse, erase, hosts, and the stored profiles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from cli.options import (
     ServeConfigFile,
     Settings,
     StateDir,
-    UsersFile,
     parse_settings,
     print_ready,
     print_result,
@@ -40,13 +39,6 @@ _Listen = Annotated[
 _ServeRedis = Annotated[
     str | None,
     typer.Option(metavar="embedded|URL", help="Redis of the profiles: its URL, or one started here."),
-]
-_BatchRedis = Annotated[
-    str | None,
-    typer.Option(
-        metavar="embedded|URL",
-        help="Redis of the profiles: its URL, or one started on the data of a service that is stopped.",
-    ),
 ]
 _Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that serve; else one per core.")]
 _Insecure = Annotated[
@@ -178,38 +170,6 @@ def serve(
         share_port=share_port,
     )
     raise typer.Exit(serve(loaded))
-
-
-@commands.command()
-def recommend(
-    bundle: BundleDir,
-    users: UsersFile,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write.")],
-    config: ServeConfigFile = None,
-    redis: _BatchRedis = None,
-    events_redis: EventsRedis = None,
-    state_dir: StateDir = None,
-    items: Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Items for each user.")] = 20,
-    channel: Annotated[
-        str, typer.Option(metavar="NAME", help="Channel that the slates are logged with: email, push.")
-    ] = "batch",
-    surface: Annotated[str, typer.Option(metavar="NAME", help="Surface that is asked for and logged.")] = "",
-    log: Annotated[
-        bool, typer.Option("--log/--no-log", help="Log the slates as impressions; without, they cannot be measured.")
-    ] = True,
-    field: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Field of the items to write too: title. Repeat for more.")
-    ] = None,
-    settings: Settings = None,
-) -> None:
-    """Answers many users at once as the service would, for e-mail and other channels, and logs the slates."""
-    use_cores(1)
-    from serving.config import ServeConfig
-    from serving.jobs.batch import recommend
-
-    options = {"bundle": bundle, "redis": redis, "events_redis": events_redis, "state_dir": state_dir}
-    loaded = ServeConfig.load(config, settings or [], **options)
-    print_result(recommend(loaded, users, out, items, channel=channel, surface=surface, log=log, fields=field or ()))
 
 
 @commands.command()

@@ -154,17 +154,28 @@ def train(
     device: Device = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of everything random.")] = None,
     settings: Settings = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            exists=True,
+            file_okay=False,
+            help="Earlier run to begin from, as of yesterday.",
+        ),
+    ] = None,
 ) -> None:
     """Trains the encoders and the ranker.
 
-    Without --config the settings are chosen by the data, told on standard error and written to RUN/config.yaml.
+    Without --config the settings are chosen by the data, told on standard error and written to RUN/config.yaml; with
+    --from they are those of the earlier run.
     """
     use_cores()
     from training.config import load_config
     from training.train import train
 
     given = load_config(config, settings or [], device, seed)
-    print_result(train(data, out, given, automatic=config is None))
+    print_result(train(data, out, given, automatic=config is None, start=start))
 
 
 @commands.command()

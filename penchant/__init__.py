@@ -1,8 +1,8 @@
 """Learns what users like from what they do, and answers what next, for this user, here, now.
 
 `penchant.client` calls a running service. What the command line does is here as functions, each loaded when it is
-first used: `prepare`, `train`, `tune`, `evaluate`, `embeddings`, `export`, `serve`, `recommend` and
-`rebuild`; `evaluation_table` lays out what `evaluate` returns.
+first used: `prepare`, `train`, `tune`, `evaluate`, `embeddings`, `export`, `serve`, `recommend`, `recommend_from_data`
+and `rebuild`; `evaluation_table` lays out what `evaluate` returns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from serving.jobs.batch import recommend as recommend
+    from serving.jobs.from_data import recommend_from_data as recommend_from_data
     from serving.processes.supervisor import serve as serve
     from serving.projection.rebuild import rebuild as rebuild
     from training.data.datasets import prepare as prepare
@@ -30,6 +31,7 @@ _HOME = {
     "prepare": "training.data.datasets",
     "rebuild": "serving.projection.rebuild",
     "recommend": "serving.jobs.batch",
+    "recommend_from_data": "serving.jobs.from_data",
     "serve": "serving.processes.supervisor",
     "train": "training.train",
     "tune": "training.tuning.tune",

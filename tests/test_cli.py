@@ -49,6 +49,7 @@ COMMANDS = [
 COMMANDS += ["warehouse", "erase", "hosts", "demo", "profiles rebuild", "profiles show"]
 COMMANDS += [
     "bench compare",
+    "bench continued",
     "bench fidelity",
     "bench freshness",
     "bench growth",

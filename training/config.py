@@ -75,6 +75,9 @@ class TrainConfig(_Frozen):
     recent_days: float = Field(7.0, gt=0, description="Days that count for recent popularity.")
 
     # The encoders: their sizes, and the parts of an item's content that they read.
+    encoder: str = Field(
+        "transformer", description="User encoder; the name of an entry point `penchant.encoders` of another package."
+    )
     dim: int = Field(64, ge=4, description="Length of the vectors of users, items and queries.")
     layers: int = Field(2, ge=1, description="Transformer blocks of the user encoder.")
     heads: int = Field(2, ge=1, description="Attention heads of a block; divides dim.")
@@ -89,6 +92,9 @@ class TrainConfig(_Frozen):
     creator_buckets: int = Field(4096, ge=1, description="Buckets that creators hash into.")
 
     # The encoders' training.
+    loss: str = Field(
+        "softmax", description="Loss; the name of an entry point `penchant.losses` of another installed package."
+    )
     warm_start: float = Field(
         0.1, ge=0, description="Scale of the initial item vectors, made from co-occurrence; 0: random ones."
     )
@@ -111,6 +117,12 @@ class TrainConfig(_Frozen):
     )
     loss_chunk: int = Field(1024, ge=1, description="Events whose scores for all items are in memory at once.")
     checkpoint_seconds: float = Field(60.0, gt=0, description="Seconds between two checkpoints.")
+    start_share: float = Field(
+        0.1, gt=0, le=1, description="Share of the time of a full training that one from an earlier run takes."
+    )
+    start_rate: float = Field(
+        0.3, gt=0, le=1, description="Share of the learning rate at which a training from an earlier run begins."
+    )
     tensorboard: bool = Field(False, description="Write the learning curve for TensorBoard too, below RUN/tensorboard.")
 
     # The query encoder and the ranker, trained on the finished encoders.

@@ -108,6 +108,7 @@ def _provenance(run: Path, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("run", str(run)),
         ("data", str(result["data"])),
+        *([("began from", str(result["start"]["run"]))] if "start" in result else []),
         ("data fingerprint", str(result["data_fingerprint"])),
         ("feature fingerprint", str(result["feature_fingerprint"])),
         ("event types", ", ".join(result["event_types"])),

@@ -50,7 +50,8 @@ from features.transforms import ItemInputShapes
 from features.vocabulary import Vocabulary
 from training.config import TrainConfig
 from training.data.interactions import item_vocabulary
-from training.models.encoders import EncoderShape, ItemEncoder, QueryEncoder, UserEncoder
+from training.models.encoders import ItemEncoder, QueryEncoder, UserEncoder
+from training.models.extensions import encoder_of, shape_of
 from training.models.ranker import Ranker
 
 FORMAT = 1
@@ -101,7 +102,7 @@ class LoadedRun:
         result: `result.json`: run, seconds, tokens_per_second, best_validation, parameters, blend, data,
             data_fingerprint, feature_fingerprint, event_types, actions, action_weights, base_rates, surface_rates,
             ranker_source, ranker, linear, seen_types, content, ordered_only, rejected, rejections, unread,
-            future_events.
+            future_events, stage_seconds, generations, extensions, and start of one that began from another run.
         dataset: The data set that it was trained on.
     """
 
@@ -147,18 +148,8 @@ def input_shapes(config: TrainConfig) -> ItemInputShapes:
 
 def build_modules(config: TrainConfig, items: int, event_types: int, actions: int, content: bool) -> Modules:
     """Builds the networks with their initial weights, drawn from torch's own random state."""
-    shape = EncoderShape(
-        dim=config.dim,
-        layers=config.layers,
-        heads=config.heads,
-        feed_forward=config.feed_forward,
-        max_length=config.max_length,
-        types=event_types,
-        dropout=config.dropout,
-        ordered=config.ordered,
-    )
     return Modules(
-        user=UserEncoder(shape),
+        user=encoder_of(config, shape_of(config, event_types)),
         item=ItemEncoder(items, config.dim, input_shapes(config), content),
         query=QueryEncoder(config.token_buckets, config.dim),
         ranker=Ranker(

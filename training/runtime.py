@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,24 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 # Typed Any because the module makes its settings when it is imported.
 _settings: Any = _deterministic
+
+
+class StageClock:
+    """Measures the stages of a training, one after another.
+
+    Attributes:
+        seconds: Seconds by stage.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def end(self, stage: str) -> None:
+        """Gives a stage the seconds since the last one ended."""
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self._began, 3)
+        self._began = now
 
 
 @contextmanager

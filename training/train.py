@@ -7,7 +7,6 @@ will compute it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from features.catalog_columns import CatalogColumns, columns_of
 from features.errors import TrainingError
 from features.linear import ItemWeights, LinearTerm
 from features.model_inputs import FEATURES
-from features.private_files import make_folders
 from features.tables.dataset import Dataset
 from features.tables.intake import admit
 from features.transforms import item_inputs
@@ -29,44 +27,43 @@ from features.vocabulary import Vocabulary
 from training.automatic import settle
 from training.config import Action, TrainConfig, resolve_config
 from training.data.clock import report_future_events
+from training.data.generations import generations_now, split_again
 from training.data.impressions import read_examples, read_slates
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.point_in_time import PointInTimeStatistics, StatisticsSnapshot
 from training.data.split import Split, cut_of, last_target, split
+from training.fitting.claims import claimed
 from training.fitting.encoders import EncoderTrainer, OnStep, OnValidation
 from training.fitting.query_encoder import fit_query_encoder
 from training.fitting.ranker_candidates import CandidateBuilder, fit_ranker
 from training.fitting.ranker_impressions import fit_on_impressions, read_ranker_dataset
+from training.fitting.start import EarlierRun
 from training.models.baselines import counts_of, popularity_of, recent_popularity_of
 from training.models.encoders import ItemBags
+from training.models.extensions import extensions_of, require_extensions
 from training.models.linear import LinearPart, LinearTrial, fit_linear
 from training.models.neighbors import neighbors_of
 from training.models.scoring import user_vectors
-from training.models.warm_start import cooccurrence_vectors
+from training.models.warm_start import initial_vectors
 from training.report import write_report
 from training.run import (
     ALLOW,
     FORMAT,
     Modules,
-    RunError,
     build_modules,
-    identity_of,
     input_shapes,
     load_modules,
     open_dataset_of_run,
-    read_config,
     save_modules,
-    write_items,
     write_json,
     write_tensors,
 )
-from training.runtime import circumstances, exact, prepared
+from training.runtime import StageClock, circumstances, exact, prepared
 
-WARM_EVENTS = 1 << 20
-"""Most events that the initial item vectors are computed from."""
 _INPUT_ITEMS = 1 << 14
 """Items whose content is read at once."""
 _CONTENT = ("title", "description", "categories", "creator_id", "price")
+_OF_RANKER = ("blend", "ranker_ndcg@10", "ranker_source", "ranker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +89,29 @@ class Material:
     actions: tuple[Action, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A training that was asked for.
+
+    Attributes:
+        data: Directory of the canonical tables.
+        out: Directory of the run.
+        config: The settings, complete.
+        device: The device of the networks.
+        earlier: The run that it begins from.
+        clock: Measures its stages.
+    """
+
+    data: Path
+    out: Path
+    config: TrainConfig
+    device: torch.device
+    earlier: EarlierRun | None
+    clock: StageClock
+    on_step: OnStep | None
+    on_validation: OnValidation | None
+
+
 def train(
     data: str | Path,
     out: str | Path,
@@ -101,6 +121,7 @@ def train(
     *,
     automatic: bool | None = None,
     report: bool = True,
+    start: str | Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains a model on a data set; a training that was interrupted resumes from its checkpoint.
@@ -114,21 +135,27 @@ def train(
             the training, and the same call resumes it.
         automatic: Choose by the data what no setting says, see `training.automatic`; None: if there is no `config`.
         report: Write `RUN/report.html`.
+        start: Directory of an earlier run to begin from: its weights, and with `automatic` its settings.
         settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
         The content of `RUN/result.json`: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`,
-        `blend`...
+        `blend`... With `start` also `start`, see `EarlierRun.facts`.
 
     Raises:
-        RunError: `out` holds a finished run, or an unfinished one with another configuration or data set.
+        RunError: `out` holds a finished run, or an unfinished one with another configuration, data set or start; or
+            the weights of `start` do not fit the settings or the data.
         SettingsError: A setting is unknown, its value is not allowed, or this machine lacks the device.
         TablesError: The data set cannot be read, or more of its rows are malformed than `max_rejected_share` allows.
         TrainingError: The data set cannot be trained on as configured.
     """
     began = time.monotonic()
     automatic = config is None if automatic is None else automatic
-    data, out, config = Path(data), Path(out), resolve_config(config, settings)
+    data, out, config, clock = Path(data), Path(out), resolve_config(config, settings), StageClock()
+    if earlier := None if start is None else EarlierRun.open(Path(start)):
+        # Its settings stand in for a survey of the data, which could come out differently today.
+        config, automatic = earlier.settings(config, automatic), False
+    require_extensions(config)
     # Whatever may refuse the training comes before its first step: the device, the data, the directory.
     device = config.resolved_device()
     with prepared(config.threads, device):
@@ -136,57 +163,84 @@ def train(
         dataset = open_dataset_of_run(data, out)
         left_out = _admit(data, dataset, config)
         config = settle(dataset, out, config) if automatic else config
-        _claim(out, config, dataset)
-        material = read_material(dataset, config, device, out)
+        with claimed(out, config, dataset, earlier):
+            material = read_material(dataset, config, device, out, earlier)
         left_out |= report_future_events(material.data)
-        modules, progress, facts = _fit(material, config, device, data, out, on_step, on_validation)
-    seconds = progress.pop("seconds_before") + time.monotonic() - began
-    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, "seconds": round(seconds, 3), **progress}
-    result |= _circumstances(data, material, modules, device) | facts | left_out
+        clock.end("read")
+        job = _Job(data, out, config, device, earlier, clock, on_step, on_validation)
+        modules, progress, facts, begun = _fit(material, job)
+    before = progress.pop("seconds_before")
+    clock.seconds["encoders"] += before
+    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, **progress}
+    result |= {"seconds": round(before + time.monotonic() - began, 3), **_circumstances(job, material, modules)}
+    result |= facts | left_out
+    if earlier is not None:
+        result["start"] = earlier.facts(begun, result)
+    _finish(out, result, report)
+    return result
+
+
+def _finish(out: Path, result: dict[str, Any], report: bool) -> None:
+    """Writes what makes a run finished."""
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
     if report:
         write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
 
 
-def _circumstances(data: Path, material: Material, modules: Modules, device: torch.device) -> dict[str, Any]:
-    """Returns the part of a run's result that tells what was trained, where, and on what."""
+def _circumstances(job: _Job, material: Material, modules: Modules) -> dict[str, Any]:
+    """Returns the part of a run's result that tells what was trained, where, by which stages, and on what."""
     return {
         "parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "data": str(data.resolve()),
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
+        "data": str(job.data.resolve()),
+        "stage_seconds": job.clock.seconds,
+        "extensions": extensions_of(job.config),
+        **generations_now(material.data, job.config, job.earlier.generations if job.earlier else ()),
         **_facts(material),
     }
 
 
-def _fit(
-    material: Material,
-    config: TrainConfig,
-    device: torch.device,
-    data: Path,
-    out: Path,
-    on_step: OnStep | None,
-    on_validation: OnValidation | None,
-) -> tuple[Modules, dict[str, Any], dict[str, Any]]:
-    """Trains the networks stage by stage and writes them; returns them, and the encoders' and the ranker's results."""
-    modules = initial_modules(material, config, device, fresh=not (out / "checkpoint.safetensors").exists())
+def _fit(material: Material, job: _Job) -> tuple[Modules, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Trains the networks stage by stage and writes them.
+
+    Returns:
+        The networks; the encoders' and the ranker's parts of the result; and that of the start (`EarlierRun.facts`).
+    """
+    config, out, earlier, clock = job.config, job.out, job.earlier, job.clock
+    is_fresh = not (out / "checkpoint.safetensors").exists()
+    modules = initial_modules(material, config, job.device, fresh=is_fresh and earlier is None)
+    begun: dict[str, Any] = (
+        {"kept": []}
+        if earlier is None
+        else earlier.begin(modules, material.vocabulary, material.data, material.division, material.actions, config)
+    )
     bags = None if material.inputs is None else ItemBags.build(modules.item, material.inputs)
-    trainer = EncoderTrainer(out, config, material.data, material.division, modules, bags, on_step, on_validation)
+    clock.end("initial")
+    schedule = None if earlier is None else earlier.schedule(config)
+    trainer = EncoderTrainer(
+        out, config, material.data, material.division, modules, bags, job.on_step, job.on_validation, schedule
+    )
     progress = trainer.run()
+    clock.end("encoders")
     # The best weights by validation, which need not be the last.
     load_modules(out / "model.safetensors", {"user": modules.user, "item": modules.item})
     with exact():
         tables = _tables(material, modules, bags, config)
-        linear = _fit_linear(material, modules, tables, config)
-    table = torch.from_numpy(tables["item_vectors"]).to(device)
-    fit_query_encoder(modules.query, modules.item, table, material.inputs, config)
+        clock.end("tables")
+        linear = _fit_linear(material, modules, tables, config, earlier)
+        clock.end("linear")
+    table = torch.from_numpy(tables["item_vectors"]).to(job.device)
+    fit_query_encoder(modules.query, modules.item, table, material.inputs, config, begins_trained=earlier is not None)
+    clock.end("query")
     with exact():
-        tables["statistics"], facts = _train_ranker(data, material, modules, table, tables, linear, config)
+        keeps_ranker = "ranker" in begun["kept"]
+        tables["statistics"], facts = _train_ranker(material, modules, table, tables, linear, job, keeps_ranker)
+    clock.end("ranker")
     _write_models(out, material, modules, tables)
-    return modules, progress, facts
+    return modules, progress, facts, begun
 
 
 def _write_models(out: Path, material: Material, modules: Modules, tables: dict[str, npt.NDArray[Any]]) -> None:
@@ -198,38 +252,39 @@ def _write_models(out: Path, material: Material, modules: Modules, tables: dict[
 
 
 def _train_ranker(
-    path: Path,
     material: Material,
     modules: Modules,
     table: torch.Tensor,
     tables: dict[str, npt.NDArray[Any]],
     linear: LinearPart,
-    config: TrainConfig,
+    job: _Job,
+    is_kept: bool,
 ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-    """Trains the ranker, on impressions if there are enough, else on candidates.
+    """Trains the ranker, on impressions if there are enough, else on candidates, unless an earlier run's is kept.
 
     Returns:
         The items' statistics up to the test, and the ranker's part of the run's result.
     """
     # The features come from the functions that serving calls, so that the ranker sees the same numbers there.
-    weights = action_weights(material.actions, config)
+    config, weights = job.config, action_weights(material.actions, job.config)
     columns = _columns(material, tables)
     term = LinearTerm(linear.spec, ItemWeights.of(linear.neighbors, linear.scores))
-    snapshot, known, training = _learn_from_impressions(path, material, modules, table, term, columns, config)
+    snapshot, known, training = _learn_from_impressions(material, modules, table, term, columns, job, is_kept)
+    facts = {
+        "action_weights": weights,
+        "linear": {"spec": linear.spec.as_json(), **linear.facts},
+        **snapshot.facts(),
+    }
+    if job.earlier is not None and is_kept:
+        return snapshot.statistics, facts | {name: job.earlier.result[name] for name in _OF_RANKER}
     columns = dataclasses.replace(columns, statistics=known.statistics)
     builder = CandidateBuilder(
         modules, table, term, material.data, columns, known.action_rates, material.actions, config, bool(training)
     )
     blend, ndcg_by_blend = fit_ranker(builder, material.division, weights)
-    return snapshot.statistics, {
-        "blend": blend,
-        "ranker_ndcg@10": ndcg_by_blend,
-        "action_weights": weights,
-        "ranker_source": "impressions" if training else "candidates",
-        "ranker": training,
-        "linear": {"spec": linear.spec.as_json(), **linear.facts},
-        **snapshot.facts(),
-    }
+    source = "impressions" if training else "candidates"
+    values = (blend, ndcg_by_blend, source, training)
+    return snapshot.statistics, facts | dict(zip(_OF_RANKER, values, strict=True))
 
 
 def _admit(path: Path, dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
@@ -249,26 +304,28 @@ def _reads_impressions(config: TrainConfig) -> bool:
 
 
 def _learn_from_impressions(
-    path: Path,
     material: Material,
     modules: Modules,
     table: torch.Tensor,
     linear: LinearTerm,
     columns: CatalogColumns,
-    config: TrainConfig,
+    job: _Job,
+    keeps_ranker: bool,
 ) -> tuple[StatisticsSnapshot, StatisticsSnapshot, dict[str, Any]]:
-    """Trains the ranker on impressions if there are enough.
+    """Trains the ranker on impressions if there are enough, unless an earlier run's is kept.
 
     Returns:
         The statistics up to the test; the same of what the encoders were trained on; and the result of
         `fit_on_impressions`, empty if the ranker was not trained.
     """
-    data, training = material.data, {}
+    data, config, training = material.data, job.config, {}
     examples = None
     if _reads_impressions(config) and not data.ordered_only:
-        examples = read_examples(path, material.dataset, material.vocabulary, data, material.actions, config.methods)
+        examples = read_examples(
+            job.data, material.dataset, material.vocabulary, data, material.actions, config.methods
+        )
     statistics = PointInTimeStatistics(data, columns, material.actions, examples, material.division.fit_end)
-    if examples is not None:
+    if examples is not None and not keeps_ranker:
         dataset = read_ranker_dataset(statistics, examples, modules.user, table, linear, config)
         training = fit_on_impressions(modules.ranker.cpu(), dataset, config) if dataset is not None else {}
     moment = 1 if data.ordered_only else cut_of(data, config) + 1
@@ -276,24 +333,33 @@ def _learn_from_impressions(
     return statistics.at(moment), statistics.at(moment, material.division.train_end), training
 
 
-def read_material(dataset: Dataset, config: TrainConfig, device: torch.device, folder: Path | None = None) -> Material:
+def read_material(
+    dataset: Dataset,
+    config: TrainConfig,
+    device: torch.device,
+    folder: Path | None = None,
+    earlier: EarlierRun | None = None,
+) -> Material:
     """Reads a data set for a training; `folder` has room for the events (`interactions.Disk`).
 
     Raises:
-        TrainingError: No user has an event left to train on that could be predicted from an earlier one.
+        TrainingError: No user has an event left to train on that could be predicted from an earlier one; or the
+            weights of `earlier` do not fit the items.
     """
     items, vocabulary = item_vocabulary(dataset)
     data = read_interactions(dataset, vocabulary, config, folder)
     inputs = None
     if config.content and any(items[name].null_count < len(items) for name in _CONTENT):
         inputs = _inputs_of(items.select(["item_id", *_CONTENT]), config, device)
-    division = split(data, config)
+    division = split(data, config) if earlier is None else split_again(data, config, earlier.generations)
     # Of two events the second need not be a target: an item that its user has had, or only saw, is none.
     if last_target(data, division.train_end).max(initial=-1) < 1:
         raise TrainingError(
             "no user has two training events of which the second could be predicted, so there is no next item to learn "
             "from; use a data set with longer histories, or set target_types or repeats"
         )
+    if earlier is not None:
+        earlier.require_same_items(vocabulary, inputs is not None)
     return Material(
         dataset=dataset,
         items=items,
@@ -343,28 +409,6 @@ def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
     return [name for name, count in zip(data.event_types, counts[1:], strict=True) if count]
 
 
-def _claim(out: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Claims `out` for this run, or checks that it is already this run's."""
-    make_folders(out)
-    if (out / "result.json").exists():
-        raise RunError(f"{out} holds a finished run: give another --out, or delete it")
-    described = json.loads(config.model_dump_json())
-    started = out / "config.json"
-    identity = out / "data.json"
-    moment = identity_of(dataset)
-    if started.exists() and identity.exists():
-        # The device and the number of threads may differ: a checkpoint moves between devices.
-        place = {"device": config.device, "threads": config.threads}
-        is_same_config = read_config(out).model_copy(update=place) == config
-        if not is_same_config or json.loads(identity.read_text(encoding="utf-8")) != moment:
-            difference = "data set" if is_same_config else "configuration"
-            raise RunError(f"{out} holds an unfinished run with another {difference}: give another --out, or delete it")
-    if "until" in moment:
-        write_items(out, dataset.items)
-    write_json(started, described)
-    write_json(identity, moment)
-
-
 def initial_modules(material: Material, config: TrainConfig, device: torch.device, fresh: bool) -> Modules:
     """Builds the networks before the first step.
 
@@ -373,10 +417,8 @@ def initial_modules(material: Material, config: TrainConfig, device: torch.devic
     data, content = material.data, material.inputs is not None
     modules = build_modules(config, data.items, len(data.event_types), len(material.actions), content)
     if config.warm_start and fresh:
-        sample = data.sample(material.division.train_end, WARM_EVENTS, config.seed)
-        vectors = cooccurrence_vectors(sample, np.ones(sample.rows.size, bool), config)
         with torch.no_grad():
-            modules.item.ids.weight.copy_(vectors)
+            modules.item.ids.weight.copy_(initial_vectors(data, material.division.train_end, config))
     for module in vars(modules).values():
         module.to(device)
     return modules
@@ -404,9 +446,16 @@ def _tables(
 
 
 def _fit_linear(
-    material: Material, modules: Modules, tables: dict[str, npt.NDArray[Any]], config: TrainConfig
+    material: Material,
+    modules: Modules,
+    tables: dict[str, npt.NDArray[Any]],
+    config: TrainConfig,
+    earlier: EarlierRun | None,
 ) -> LinearPart:
-    """Fits the linear part on the training events; its table takes the place of the cosines."""
+    """Fits the linear part on the training events; its table takes the place of the cosines.
+
+    Where nothing validates a training that begins from an earlier run, that run's linear part is kept.
+    """
     data, division = material.data, material.division
     targets = division.validation.sample(config.validation_users, config.seed)
     table = torch.from_numpy(tables["item_vectors"]).to(modules.item.ids.weight.device)
@@ -414,7 +463,10 @@ def _fit_linear(
     unscored = ~tables["trained"] & (material.inputs is None)
     cosines = tables["neighbors"], tables["neighbor_scores"]
     trial = LinearTrial(data, targets, users, tables["item_vectors"], unscored, config.repeats)
-    linear = fit_linear(data, division.train_end, trial, cosines, config.seed)
+    if earlier is not None and not len(targets):
+        linear = earlier.linear_part(material.vocabulary)
+    else:
+        linear = fit_linear(data, division.train_end, trial, cosines, config.seed)
     tables["neighbors"], tables["neighbor_scores"] = linear.neighbors, linear.scores
     return linear
 

@@ -33,6 +33,7 @@ from serving.pipeline.filters import BlockedFilter, EligibilityFilter, ExcludedF
 from serving.pipeline.hydrators import (
     CatalogVersionHydrator,
     ProfileHydrator,
+    ProfileReader,
     QueryVectorHydrator,
     UserVectorHydrator,
 )
@@ -57,7 +58,6 @@ from serving.pipeline.sources import (
 )
 from serving.pipeline.stages import Filter, Hydrator, Scorer, Source, Tier
 from serving.stores.catalog_log import CatalogProgress
-from serving.stores.profiles import ProfileStore
 
 CHOICES = ("add_to_cart", "purchase", "like", "rating")
 """Event types by which a user has chosen an item, whatever a bundle was trained on."""
@@ -72,7 +72,7 @@ class Dependencies:
 
     Attributes:
         config: The settings.
-        store: The profiles.
+        store: Where profiles are read.
         progress: How far the catalogue's changes were followed.
         telemetry: The receiver of measurements.
         impressions: The receiver of slates, None where they are not logged.
@@ -80,7 +80,7 @@ class Dependencies:
     """
 
     config: ServeConfig
-    store: ProfileStore
+    store: ProfileReader
     progress: CatalogProgress
     telemetry: Telemetry
     impressions: SlateSink | None = None

@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from features.clock import now_ms
 from features.files import sync
-from features.item_fields import arrow_type, is_field, no_field, values_of
+from features.item_fields import arrow_type
 from features.private_files import open_private
 from features.subjects import subject_of
 from features.tables.user_ids import read_users
@@ -30,13 +29,12 @@ from serving.config import ServeConfig
 from serving.engine.catalog_sync import CatalogSync
 from serving.engine.engine import Engine, EngineRef, open_engine
 from serving.engine.pipelines import Dependencies
-from serving.errors import ConfigError, EventLogUnavailable, ProfileStoreUnavailable, ResourceExhausted
+from serving.errors import EventLogUnavailable, ResourceExhausted
 from serving.experiments import Holdout
 from serving.jobs.batch_log import RUN, SlateFile, deliver, finish
 from serving.jobs.copies import register_made
+from serving.jobs.feeds import Feed, answer
 from serving.observability.telemetry import Telemetry
-from serving.pipeline.request import Request
-from serving.pipeline.results import Slate
 from serving.pipeline.side_effects import SlateCollector
 from serving.privacy.ledger import Ledger
 from serving.privacy.replay import replay
@@ -70,11 +68,8 @@ SCHEMA = pa.schema(
     ]
 )
 
-_PATIENCE_S = 60.0
 _TIMEOUT_S = 5.0
 _ROWS = 1000
-_LONGEST = 64
-"""Bytes of a surface or a channel, as in the contract."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +80,6 @@ class _Service:
     log: EventLog
     holdout: Holdout
     slates: SlateCollector
-
-
-@dataclass(frozen=True, slots=True)
-class _Feed:
-    """The settings of a feed, the same for every user."""
-
-    items: int
-    channel: str
-    surface: str
-    fields: Sequence[str] = ()
 
 
 def recommend(
@@ -137,7 +122,7 @@ def recommend(
         ResourceExhausted: The log is full; as above.
     """
     begun = time.monotonic()
-    feed = _feed(items, channel, surface, fields)
+    feed = Feed.of(items, channel, surface, fields)
     user_list, run = read_users(users), uuid.uuid4().hex
     user_list.tell()
     with contextlib.ExitStack() as stack:
@@ -159,18 +144,8 @@ def recommend(
     return facts | {"rejected": rejected, "seconds": seconds, "bundle_id": service.engine.bundle_id, "out": str(out)}
 
 
-def _feed(items: int, channel: str, surface: str, fields: Sequence[str]) -> _Feed:
-    for name, value in (("channel", channel), ("surface", surface)):
-        if len(value.encode()) > _LONGEST:
-            raise ConfigError(f"{name}: {value!r} has more than {_LONGEST} bytes; give a shorter name")
-    for name in fields:
-        if not is_field(name):
-            raise ConfigError(f"fields: {no_field(name)}")
-    return _Feed(items, channel, surface, fields)
-
-
 def _write(
-    service: _Service, users: Sequence[str], feed: _Feed, part: Path, run: str, slate_file: SlateFile | None
+    service: _Service, users: Sequence[str], feed: Feed, part: Path, run: str, slate_file: SlateFile | None
 ) -> dict[str, Any]:
     """Writes the answer of every user into a file; returns the counts that `recommend` reports."""
     console = Console(stderr=True)
@@ -181,7 +156,7 @@ def _write(
         schema = schema.append(pa.field("items", pa.list_(arrow_type(feed.fields)), nullable=False))
     with open_private(part) as sink, pq.ParquetWriter(sink, schema) as writer:
         for place, user in enumerate(track(users, "answering", console=console, disable=not console.is_terminal)):
-            slate, row = _answer(service, user, feed)
+            slate, row = answer(service.engine, service.holdout, subject_of(user), user, feed)
             rows.append(row)
             items, personal = items + len(row["item_ids"]), personal + (slate.rung != "popular")
             held_out += slate.user.assignment.holdout
@@ -200,41 +175,6 @@ def _write(
         "personal": personal,
         "held_out": held_out,
     }
-
-
-def _answer(service: _Service, user: str, feed: _Feed) -> tuple[Slate, dict[str, Any]]:
-    """Answers one user; returns the slate, and its row in the output."""
-    engine, subject = service.engine, subject_of(user)
-    request = Request(
-        request_id=uuid.uuid4().hex,
-        subject=subject,
-        now_ms=now_ms(),
-        deadline=time.monotonic() + _PATIENCE_S,
-        page_size=feed.items,
-        surface=feed.surface,
-        method="recommend",
-        context={"channel": feed.channel} if feed.channel else {},
-        assignment=service.holdout.assign(subject),
-    )
-    slate = engine.pipelines["recommend"].run(request)
-    for part, reason in slate.degraded:
-        # Online, a popular feed is better than none; an e-mail can be sent later.
-        if part == "PROFILE_STORE":
-            raise ProfileStoreUnavailable(f"{reason}; nothing was written, run it again")
-    row = {
-        "user_id": user,
-        "item_ids": engine.catalog.ids(slate.rows),
-        "scores": slate.scores,
-        "rung": slate.rung,
-        "arm": slate.user.assignment.arm,
-        "request_id": request.request_id,
-        "profile_version": slate.user.profile.version if slate.user.profile else 0,
-        "bundle_id": engine.bundle_id,
-        "degraded": [part for part, _ in slate.degraded],
-    }
-    if feed.fields:
-        row["items"] = values_of(engine.catalog, slate.rows, feed.fields)
-    return slate, row
 
 
 def _delivered(path: Path, log: EventLog, out: Path) -> tuple[int, int]:

@@ -9,11 +9,12 @@ import torch
 
 from features.tables.dataset import open_dataset
 from training.config import TrainConfig
+from training.fitting.claims import claim
 from training.fitting.encoders import EncoderTrainer
 from training.models.encoders import ItemBags
 from training.run import RunError, sha256_of
 from training.runtime import exact, in_halves, prepared
-from training.train import _claim, initial_modules, read_material
+from training.train import initial_modules, read_material
 
 CPU = torch.device("cpu")
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA is absent"))
@@ -105,10 +106,10 @@ def test_a_checkpoint_goes_on_on_another_device(
 
 def test_an_unfinished_run_may_change_its_device_and_threads(circles: Path, tmp_path: Path, tiny: TrainConfig) -> None:
     dataset = open_dataset(circles)
-    _claim(tmp_path / "run", tiny, dataset)
-    _claim(tmp_path / "run", tiny.model_copy(update={"device": "auto", "threads": 2}), dataset)
+    claim(tmp_path / "run", tiny, dataset)
+    claim(tmp_path / "run", tiny.model_copy(update={"device": "auto", "threads": 2}), dataset)
     with pytest.raises(RunError, match="another configuration"):
-        _claim(tmp_path / "run", tiny.model_copy(update={"dim": 8}), dataset)
+        claim(tmp_path / "run", tiny.model_copy(update={"dim": 8}), dataset)
 
 
 def test_what_training_sets_is_put_back() -> None:

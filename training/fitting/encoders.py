@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,6 +36,36 @@ FINAL_RATE = 0.01
 """Share of the learning rate that is left at the end."""
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The course of the learning rate: it rises over the warm-up, then falls along a cosine.
+
+    Attributes:
+        epochs: Passes over the events, not always whole ones.
+        rate: The highest learning rate.
+        warm_up: Steps over which it rises; below 1 a share of all.
+        begins_trained: The weights are those of an earlier run, so they are measured before the first step too: the
+            training never ends with worse ones. The last ones are measured in any case.
+    """
+
+    epochs: float
+    rate: float
+    warm_up: float
+    begins_trained: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Schedule:
+        """Returns that of a full training."""
+        return cls(config.epochs, config.learning_rate, config.warmup_steps)
+
+    def rate_at(self, step: int, passed: float, per_epoch: int) -> float:
+        """Returns the learning rate of a step, `passed` epochs of `per_epoch` steps after the first one."""
+        warm_up = self.warm_up if self.warm_up >= 1 else self.warm_up * self.epochs * per_epoch
+        rise = min(1.0, (step + 1) / max(1, warm_up))
+        share = min(1.0, passed / self.epochs)
+        return self.rate * (rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * share))))
+
+
 class EncoderTrainer:
     """Trains `modules.user` and `modules.item`; the best by validation end up in `RUN/model.safetensors`."""
 
@@ -49,7 +79,9 @@ class EncoderTrainer:
         bags: ItemBags | None,
         on_step: OnStep | None = None,
         on_validation: OnValidation | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
+        self.schedule = schedule or Schedule.of(config)
         self.out, self.config, self.data, self.division, self.bags = out, config, data, division, bags
         self.modules, self.on_step, self.on_validation = modules, on_step, on_validation
         self.device = modules.item.ids.weight.device
@@ -67,12 +99,16 @@ class EncoderTrainer:
 
         Returns:
             `tokens_per_second`, `best_validation`, `epochs`, `steps`, `sha256` of weights and optimizer after the last
-            step, and `seconds_before`, the seconds spent before an interruption.
+            step, and `seconds_before`, the seconds spent before an interruption; with weights of an earlier run also
+            `first_validation`.
         """
         self._resume()
         before, began = self.state.seconds, time.monotonic()
         saved = began
-        with ProgressDisplay(self.config.epochs) as display:
+        with ProgressDisplay(self.schedule.epochs) as display:
+            if self.schedule.begins_trained and not self.state.step and len(self.division.validation):
+                self._tell(display, self._validate(0.0))
+                self.state.first = self.state.best
             while not self.state.finished:
                 plan = self.batches.epoch(self.state.epoch)
                 while self.state.batch < len(plan) and not self.state.finished:
@@ -81,12 +117,11 @@ class EncoderTrainer:
                     self.state.seconds = before + time.monotonic() - began
                     passed = self.state.passed(len(plan))
                     # At the end at least, or a loss that is no number would never be seen.
-                    is_last = passed >= self.config.epochs and not self.state.best_step
+                    is_end = passed >= self.schedule.epochs - 1e-9
+                    is_last = is_end and (self.schedule.begins_trained or not self.state.best_step)
                     if is_last or passed >= self.state.validated + self.config.validate_every - 1e-9:
-                        line = self._validate(passed)
-                        display.validation(self.state, line)
-                        if self.on_validation is not None:
-                            self.on_validation(line)
+                        self._tell(display, self._validate(passed))
+                    self.state.finished |= is_end and self.schedule.begins_trained
                     # A checkpoint writes all weights and moments, so the clock decides: a step may take milliseconds.
                     if time.monotonic() - saved > self.config.checkpoint_seconds:
                         self._save()
@@ -95,20 +130,27 @@ class EncoderTrainer:
                     if self.on_step is not None:
                         self.on_step(self.state.step)
                 self.state.epoch, self.state.batch = self.state.epoch + 1, 0
-                self.state.finished |= self.state.epoch >= self.config.epochs
+                self.state.finished |= self.state.epoch >= self.schedule.epochs
         self._save_end()
-        return {
+        begun = {"first_validation": self.state.first} if self.schedule.begins_trained else {}
+        return begun | {
             "tokens_per_second": round(self.state.rate(), 1),
             "best_validation": {"ndcg@10": self.state.best} if len(self.division.validation) else {},
-            "epochs": self.state.epoch,
+            "epochs": round(self.state.validated, 3) if self.schedule.begins_trained else self.state.epoch,
             "steps": self.state.step,
             "sha256": {"weights": sha256_of(self._weights()), "optimizer": sha256_of(self._moments())},
             "seconds_before": before,
         }
 
+    def _tell(self, display: ProgressDisplay, line: LogLine) -> None:
+        display.validation(self.state, line)
+        if self.on_validation is not None:
+            self.on_validation(line)
+
     def _step(self, batch: Batch, per_epoch: int) -> Tensor:
         """Makes one step of the optimizer and returns the loss."""
-        loss = self.step.make(batch, self.config.learning_rate * self._rate(per_epoch))
+        rate = self.schedule.rate_at(self.state.step, self.state.passed(per_epoch), per_epoch)
+        loss = self.step.make(batch, rate)
         self.state.step += 1
         self.state.tokens += batch.tokens
         assert batch.targets is not None
@@ -117,17 +159,12 @@ class EncoderTrainer:
         self.state.targets += targets
         return loss
 
-    def _rate(self, per_epoch: int) -> float:
-        """Returns the share of the learning rate: it rises over the warm-up, then falls along a cosine."""
-        passed = self.state.passed(per_epoch) / self.config.epochs
-        rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup_steps))
-        return rise * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
-
     def _validate(self, passed: float) -> LogLine:
         """Measures the held-out events, keeps the best weights, and decides if the training goes on.
 
         Returns:
-            The line of `log.jsonl`: `loss` is the mean over the targets since the last validation.
+            The line of `log.jsonl`: `loss` is the mean over the targets since the last validation, None before the
+            first step.
 
         Raises:
             TrainingError: The loss is no longer a number.
@@ -147,7 +184,7 @@ class EncoderTrainer:
             "epoch": round(passed, 3),
             "step": self.state.step,
             "seconds": round(self.state.seconds, 1),
-            "loss": loss,
+            "loss": loss if self.state.step else None,
             "validation_loss": validation_loss,
             "ndcg@10": value,
             "tokens": self.state.tokens,

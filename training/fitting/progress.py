@@ -29,6 +29,8 @@ class TrainingState:
     targets: int = 0
     """Targets trained on since the last validation."""
     validated: float = 0.0
+    first: float | None = None
+    """The validation before the first step, of a training that begins with an earlier run's weights."""
     best: float = -1.0
     best_step: int = 0
     waited: int = 0
@@ -47,7 +49,7 @@ class TrainingState:
 class ProgressDisplay:
     """Shows steps and validations on a stream; a context manager, because a bar has to be taken off a terminal."""
 
-    def __init__(self, epochs: int, stream: TextIO | None = None) -> None:
+    def __init__(self, epochs: float, stream: TextIO | None = None) -> None:
         """Takes the number of epochs planned, and the stream; None is stderr."""
         self.epochs, self.stream = epochs, stream or sys.stderr
         self.shown = time.monotonic()
@@ -57,7 +59,7 @@ class ProgressDisplay:
             columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
             console = Console(file=self.stream)
             self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task("", total=float(epochs))
+            self.task = self.bar.add_task("", total=epochs)
 
     def __enter__(self) -> ProgressDisplay:
         self._held().__enter__()
@@ -74,7 +76,7 @@ class ProgressDisplay:
     def step(self, state: TrainingState, per_epoch: int) -> None:
         """Shows the state after a step; as a line only if there was none for a minute."""
         if self.bar is not None:
-            text = f"epoch {state.epoch + 1}/{self.epochs}, {state.rate():,.0f} tokens/s"
+            text = f"epoch {state.epoch + 1}/{self.epochs:g}, {state.rate():,.0f} tokens/s"
             text += f", ndcg@10 {max(0.0, state.best):.4f}"
             self.bar.update(self.task, completed=state.passed(per_epoch), description=text)
         elif time.monotonic() - self.shown >= LINE_SECONDS:
@@ -91,6 +93,6 @@ class ProgressDisplay:
         figures = [f"{title} {line[name]:.4f}" for name, title in names.items() if line.get(name) is not None]
         if line and state.best_step != state.step:
             figures.append(f"best {state.best:.4f}")
-        parts = [f"epoch {passed:.1f} of {self.epochs}", *figures]
+        parts = [f"epoch {passed:.1f} of {self.epochs:g}", *figures]
         parts += [f"{state.rate():,.0f} tokens/s", f"{state.seconds:,.0f} s"]
         print(f"training: {', '.join(parts)}", file=self.stream, flush=True)

@@ -27,7 +27,13 @@ QUERY_WORDS = 8
 
 
 def fit_query_encoder(
-    query: QueryEncoder, item: ItemEncoder, table: Tensor, inputs: Mapping[str, Tensor] | None, config: TrainConfig
+    query: QueryEncoder,
+    item: ItemEncoder,
+    table: Tensor,
+    inputs: Mapping[str, Tensor] | None,
+    config: TrainConfig,
+    *,
+    begins_trained: bool = False,
 ) -> None:
     """Teaches the query encoder to find an item by some of its words.
 
@@ -37,6 +43,7 @@ def fit_query_encoder(
         table: All item vectors, which do not change; float `[N, D]`.
         inputs: The item encoder's inputs, None if items have no content: then there are no words to learn from.
         config: The number of steps.
+        begins_trained: Its weights are those of an earlier run, so it goes on for `start_share` of the steps.
     """
     if inputs is None or not config.query_steps:
         return
@@ -46,17 +53,20 @@ def fit_query_encoder(
         return
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
+    steps = max(1, round(config.start_share * config.query_steps)) if begins_trained else config.query_steps
+    highest = QUERY_RATE * (config.start_rate if begins_trained else 1)
     with torch.no_grad():
         # The words stand first in the table that they share with categories and creators.
-        query.words.weight.copy_(item.words.weight[: query.words.num_embeddings])
+        if not begins_trained:
+            query.words.weight.copy_(item.words.weight[: query.words.num_embeddings])
     # Directions matter, not lengths, which grow with popularity: a query asks for the item that it names.
     goal = functional.normalize(table, dim=1)
     uniform = torch.full((table.shape[0],), 1 / table.shape[0])
     optimizer = torch.optim.AdamW(query.parameters(), lr=QUERY_RATE, weight_decay=0.01, fused=True)
     query.train()
-    for step in range(config.query_steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = QUERY_RATE * (1 - step / config.query_steps)
+            group["lr"] = highest * (1 - step / steps)
         size = min(QUERY_BATCH, with_words.numel())
         chosen = with_words[torch.randint(with_words.numel(), (size,), generator=generator)]
         words = to_device(_draw_words(tokens[chosen], generator), goal.device)

@@ -16,7 +16,8 @@ from training.config import TrainConfig
 from training.data.batches import Batch, to_device
 from training.fitting.lazy_rows import BETAS, LazyRows
 from training.models.encoders import ItemBags
-from training.models.losses import ROUND, sample_items, softmax_loss
+from training.models.extensions import loss_of
+from training.models.losses import ROUND, sample_items
 from training.models.scoring import gather
 from training.run import Modules
 
@@ -45,7 +46,7 @@ class EncoderStep:
         targets: npt.NDArray[np.float64],
     ) -> None:
         """Takes the networks, and each item's training events and targets among them; float64 `[N]` each."""
-        self.config, self.modules, self.bags = config, modules, bags
+        self.config, self.modules, self.bags, self.loss = config, modules, bags, loss_of(config)
         ids = modules.item.ids.weight
         self.device = ids.device
         self.trained = torch.from_numpy(events > 0).to(self.device)
@@ -181,7 +182,7 @@ class EncoderStep:
         chunk = self.config.loss_chunk
         if self.device.type == "cuda":
             chunk = min(max(chunk, CUDA_SCORES // table.shape[0]), users.shape[0])
-        return softmax_loss(users, table, to_device(targets, self.device), correction, chunk)
+        return self.loss(users, table, to_device(targets, self.device), correction, chunk)
 
     def _update(self, loss: Tensor, *more: Tensor) -> None:
         """Updates `parameters`, by gradients that are clipped together with those of `more`."""

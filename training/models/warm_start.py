@@ -17,10 +17,18 @@ from torch.nn import functional
 from training.config import TrainConfig
 from training.data.interactions import Interactions
 
+EVENTS = 1 << 20
+"""Most events that initial item vectors are computed from."""
 WINDOW = 10
 """Consecutive events of a user that count as near each other."""
 _ROUNDS = 4
 _EXTRA = 16
+
+
+def initial_vectors(data: Interactions, ends: npt.NDArray[np.int64], config: TrainConfig) -> Tensor:
+    """Computes `cooccurrence_vectors` of the leading `ends[u]` events of all users, or of a sample of them."""
+    sample = data.sample(ends, EVENTS, config.seed)
+    return cooccurrence_vectors(sample, np.ones(sample.rows.size, bool), config)
 
 
 def cooccurrence_vectors(data: Interactions, trained: npt.NDArray[np.bool_], config: TrainConfig) -> Tensor:
