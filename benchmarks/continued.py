@@ -50,8 +50,7 @@ def continued(
         test_days: Days of events, the last, that test.
 
     Returns:
-        `events`; by seed seconds and metrics; `share_of_time` of the continued training (the largest of a seed), and
-        `relative_difference` of NDCG@10, continued over full minus 1, of the means over the seeds.
+        `events`, `by_seed`, the largest `share_of_time`, and `relative_difference` of mean NDCG@10, over full minus 1.
 
     Raises:
         BenchmarkError: The data has no times, or a part of it is empty.

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from features.private_files import make_folders
 from features.tables.dataset import Dataset
-from training.config import TrainConfig
-from training.data.interactions import item_vocabulary, read_interactions
+from training.config import Action, TrainConfig
+from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.split import split
 from training.data.survey import DataSurvey, survey
 from training.run import read_config, write_document
@@ -157,3 +158,27 @@ def _as_yaml(config: TrainConfig, found: str) -> str:
 
 def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def default_actions(data: Interactions, config: TrainConfig) -> tuple[Action, ...]:
+    """Returns one action per event type that is ever predicted, of events that are not below `target_min_value`."""
+    valued = np.zeros(1 + len(data.event_types), np.bool_)
+    for block in data.blocks():
+        valued[data.types[block.events][~np.isnan(data.values[block.events])]] = True
+    return tuple(
+        Action(
+            name=name,
+            event_type=name,
+            # A type without values has none to compare, and all of its events count.
+            min_value=config.target_min_value if valued[1 + data.event_types.index(name)] else None,
+        )
+        for name in types_of(data, data.target)
+    )
+
+
+def types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
+    """Returns the names of the event types that occur among the chosen events, sorted."""
+    counts = np.zeros(1 + len(data.event_types), np.int64)
+    for block in data.blocks():
+        counts += np.bincount(data.types[block.events][chosen[block.events]], minlength=counts.size)
+    return [name for name, count in zip(data.event_types, counts[1:], strict=True) if count]

@@ -163,11 +163,6 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         model = evaluation["with_cold"]["model"]
         means = ", ".join(f"{metric} {value:.4f}" for metric, value in model.items())
         remarks.append(f"With the {evaluation['cold']:,} targets of items that no training event names: {means}.")
-    seeds = None
-    if len(evaluation["seeds"]) > 1 and "by_seed" in evaluation:
-        columns = list(evaluation["by_seed"].values())
-        lines = zip(evaluation["seeds"], *([f"{value:.4f}" for value in column] for column in columns), strict=True)
-        seeds = {"metrics": list(evaluation["by_seed"]), "rows": list(lines)}
     return {
         "protocol": evaluation["protocol"],
         "note": f"{note}; measured {evaluation['at']}; 95 % intervals over users",
@@ -175,9 +170,18 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "remarks": [remark for remark in remarks if remark],
         "plot": _plot_baselines(evaluation),
-        "seeds": seeds,
+        "seeds": _seeds(evaluation),
         "segments": _segments(evaluation.get("segments", {})),
     }
+
+
+def _seeds(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the metrics of each seed as the template reads them, None of a single one."""
+    if len(evaluation["seeds"]) < 2 or "by_seed" not in evaluation:
+        return None
+    columns = ([f"{value:.4f}" for value in column] for column in evaluation["by_seed"].values())
+    lines = list(zip(evaluation["seeds"], *columns, strict=True))
+    return {"metrics": list(evaluation["by_seed"]), "rows": lines}
 
 
 def _cell(figure: Mapping[str, float] | float | None, sign: str = "") -> dict[str, str]:

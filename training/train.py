@@ -24,7 +24,7 @@ from features.tables.dataset import Dataset
 from features.tables.intake import admit
 from features.transforms import item_inputs
 from features.vocabulary import Vocabulary
-from training.automatic import settle
+from training.automatic import default_actions, settle, types_of
 from training.config import Action, TrainConfig, resolve_config
 from training.data.clock import report_future_events
 from training.data.generations import generations_now, split_again
@@ -139,8 +139,7 @@ def train(
         settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
-        The content of `RUN/result.json`: `run`, `seconds`, `tokens_per_second`, `best_validation`, `parameters`,
-        `blend`... With `start` also `start`, see `EarlierRun.facts`.
+        The content of `RUN/result.json`: `run`, `seconds`, `best_validation`... and `start`, see `EarlierRun.facts`.
 
     Raises:
         RunError: `out` holds a finished run, or an unfinished one with another configuration, data set or start; or
@@ -171,28 +170,30 @@ def train(
         modules, progress, facts, begun = _fit(material, job)
     before = progress.pop("seconds_before")
     clock.seconds["encoders"] += before
-    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, **progress}
-    result |= {"seconds": round(before + time.monotonic() - began, 3), **_circumstances(job, material, modules)}
-    result |= facts | left_out
-    if earlier is not None:
-        result["start"] = earlier.facts(begun, result)
-    _finish(out, result, report)
-    return result
+    progress["seconds"] = round(before + time.monotonic() - began, 3)
+    return _finish(job, progress | _circumstances(job, material, modules) | facts | left_out, begun, report)
 
 
-def _finish(out: Path, result: dict[str, Any], report: bool) -> None:
-    """Writes what makes a run finished."""
+def _finish(job: _Job, result: dict[str, Any], begun: dict[str, Any], report: bool) -> dict[str, Any]:
+    """Writes what makes a run finished; returns its result."""
+    out = job.out
+    if job.earlier is not None:
+        result["start"] = job.earlier.facts(begun, result)
     # result.json is what makes a run finished, so it is written when every other file is there; the checkpoint goes
     # after it, so that an interruption in between costs nothing.
     write_json(out / "result.json", result)
     if report:
         write_report([out])
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    return result
 
 
 def _circumstances(job: _Job, material: Material, modules: Modules) -> dict[str, Any]:
     """Returns the part of a run's result that tells what was trained, where, by which stages, and on what."""
     return {
+        "format": FORMAT,
+        "run": str(job.out),
+        "protocol": job.config.protocol,
         "parameters": sum(p.numel() for module in vars(modules).values() for p in module.parameters()),
         "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
         "data": str(job.data.resolve()),
@@ -385,30 +386,6 @@ def _inputs_of(items: pa.Table, config: TrainConfig, device: torch.device) -> di
     return inputs
 
 
-def default_actions(data: Interactions, config: TrainConfig) -> tuple[Action, ...]:
-    """Returns one action per event type that is ever predicted, of events that are not below `target_min_value`."""
-    valued = np.zeros(1 + len(data.event_types), np.bool_)
-    for block in data.blocks():
-        valued[data.types[block.events][~np.isnan(data.values[block.events])]] = True
-    return tuple(
-        Action(
-            name=name,
-            event_type=name,
-            # A type without values has none to compare, and all of its events count.
-            min_value=config.target_min_value if valued[1 + data.event_types.index(name)] else None,
-        )
-        for name in _types_of(data, data.target)
-    )
-
-
-def _types_of(data: Interactions, chosen: npt.NDArray[np.bool_]) -> list[str]:
-    """Returns the names of the event types that occur among the chosen events, sorted."""
-    counts = np.zeros(1 + len(data.event_types), np.int64)
-    for block in data.blocks():
-        counts += np.bincount(data.types[block.events][chosen[block.events]], minlength=counts.size)
-    return [name for name, count in zip(data.event_types, counts[1:], strict=True) if count]
-
-
 def initial_modules(material: Material, config: TrainConfig, device: torch.device, fresh: bool) -> Modules:
     """Builds the networks before the first step.
 
@@ -487,7 +464,7 @@ def _facts(material: Material) -> dict[str, Any]:
         "items": data.items,
         "events": int(data.rows.size),
         "event_types": data.event_types,
-        "seen_types": _types_of(data, data.seen),
+        "seen_types": types_of(data, data.seen),
         "actions": [action.model_dump() for action in material.actions],
         "content": material.inputs is not None,
         "ordered_only": data.ordered_only,

@@ -13,7 +13,7 @@ import pytest
 from features.event_types import DOCUMENTED
 from features.tables.dataset import open_dataset
 from tests.training.conftest import TINY, interactions
-from training.automatic import choose, describe
+from training.automatic import choose, default_actions, describe
 from training.config import TrainConfig, load_config
 from training.data.interactions import Interactions, item_vocabulary, read_interactions
 from training.data.ratings import RATING, RatingScale, rating_scale
@@ -27,7 +27,7 @@ from training.models.neighbors import neighbors_of
 from training.models.scoring import seen_before
 from training.models.transitions import Transitions
 from training.run import load_run
-from training.train import default_actions, train
+from training.train import train
 
 HISTORIES = [[0, 1, 2, 3], [0, 1, 2, 3], [3, 2, 1]]
 VALUES = [5, 1, 4, 2, 4, 2, np.nan, 5, 3, 4, 1]

@@ -320,17 +320,15 @@ def _without(data: Interactions, cold: npt.NDArray[np.bool_]) -> Interactions:
 
 def _copy(events: Events, vocabulary: Vocabulary, disk: Disk) -> tuple[Interactions, list[str]]:
     """Returns the events as arrays, their types numbered by first appearance from 0, and the names of the types."""
-    size = events.num_rows
+    size, timed, valued = events.num_rows, "timestamp" in events.present, "value" in events.present
     rows, types = disk.array(np.int32, size), disk.array(np.uint8, size)
-    timed, valued = "timestamp" in events.present, "value" in events.present
     timestamps = disk.array(np.int64, size) if timed else np.broadcast_to(np.int64(0), size)
     values = disk.array(np.float32, size) if valued else np.broadcast_to(np.float32(np.nan), size)
     resolved = any(name in events.present for name in KEYS)
     origins = disk.array(np.uint32, size) if resolved else np.broadcast_to(np.uint32(0), size)
     items, keys = _TextCodes(vocabulary.rows), Distinct()
     event_types = _TextCodes(lambda names: range(len(event_types.codes), len(event_types.codes) + len(names)))
-    users = _UserStarts()
-    at = 0
+    users, at = _UserStarts(), 0
     columns = ("user_id", "item_id", "event_type", "timestamp", "value", *(KEYS if resolved else ()))
     for batch in events.batches(columns):
         part = slice(at, at + batch.num_rows)

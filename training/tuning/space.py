@@ -29,8 +29,8 @@ SMALLEST_DIM = 16
 
 _TARGETS = frozenset(
     """
-    protocol test_share test_days cold_item_share validation_users target_types seen_types repeats ordered seed
-    ranker_days ranker_validation_days max_rejected_share
+    protocol test_share test_days cold_item_share validation_users target_types target_min_value seen_types repeats
+    ordered seed ranker_days ranker_validation_days max_rejected_share
     """.split()  # noqa: SIM905 - a list would take a line for each word
 )
 """Settings that decide which events validate: two values of them cannot be compared."""
