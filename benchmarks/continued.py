@@ -44,10 +44,9 @@ def continued(
         data: Directory of the canonical tables, with times.
         config: Settings of the full trainings, without a protocol.
         out: Keeps data sets and runs; a finished training stands.
-        automatic: Choose by the data of `today` what `config` does not set, for all trainings.
+        automatic: Choose by today's data what `config` does not set, for all trainings.
         seeds: Seeds to train.
-        new_days: Days of events that the earlier run lacks.
-        test_days: Days of events, the last, that test.
+        new_days: Days of events that the earlier run lacks; `test_days`, the last, test.
 
     Returns:
         `events`; by seed seconds and metrics; `share_of_time` of the continued training (the largest of a seed), and

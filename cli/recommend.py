@@ -87,15 +87,12 @@ def recommend(
         return
     if user:
         raise typer.BadParameter("needs --data; without, name users in a file as --users", param_hint="--user")
-    for name, value in (("--users", users), ("--out", out)):
-        if value is None:
-            raise typer.BadParameter("is needed, unless --data prints the answers", param_hint=name)
+    if users is None or out is None:
+        name = "--users" if users is None else "--out"
+        raise typer.BadParameter("is needed, unless --data prints the answers", param_hint=name)
     from serving.config import ServeConfig
     from serving.jobs.batch import recommend
 
-    # Certain by the test above, which the type checker cannot follow through a loop.
-    assert users is not None
-    assert out is not None
     loaded = ServeConfig.load(config, settings or [], **options)
     print_result(recommend(loaded, users, out, items, channel=channel, surface=surface, log=log, fields=field or ()))
 
