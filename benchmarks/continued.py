@@ -38,19 +38,19 @@ def continued(
     new_days: float = 1.0,
     test_days: float = 1.0,
 ) -> dict[str, Any]:
-    """Measures what a training that begins from an earlier run saves, and what it loses.
+    """Measures what a training from an earlier run saves and loses.
 
     Args:
         data: Directory of the canonical tables, with times.
         config: Settings of the full trainings, without a protocol.
         out: Keeps data sets and runs; a finished training stands.
-        automatic: Choose by the data of `today` what `config` does not set, for all trainings.
+        automatic: Choose by today's data what `config` does not set.
         seeds: Seeds to train.
         new_days: Days of events that the earlier run lacks.
         test_days: Days of events, the last, that test.
 
     Returns:
-        `events`, `by_seed`, the largest `share_of_time`, and `relative_difference` of mean NDCG@10, over full minus 1.
+        `events`, `by_seed`, `share_of_time` (the largest), NDCG@10, and its `relative_difference` (full: 0).
 
     Raises:
         BenchmarkError: The data has no times, or a part of it is empty.

@@ -87,7 +87,9 @@ def recommend(
         return
     if user:
         raise typer.BadParameter("needs --data; without, name users in a file as --users", param_hint="--user")
-    paths = [_needed("--users", users), _needed("--out", out)]
+    if users is None or out is None:
+        name = "--users" if users is None else "--out"
+        raise typer.BadParameter("is needed, unless --data prints the answers", param_hint=name)
     from serving.config import ServeConfig
     from serving.jobs.batch import recommend
 

@@ -131,19 +131,18 @@ def train(
         out: Directory of the run.
         config: The settings, a YAML file of them, or the name of one that comes with Penchant (`movielens`).
         on_step: Called with the number of steps so far, after each step of the encoders.
-        on_validation: Called with the line that each validation adds to `RUN/log.jsonl`. What a callback raises ends
-            the training, and the same call resumes it.
+        on_validation: Called with each line of `RUN/log.jsonl`. What a callback raises ends the training, and the same
+            call resumes it.
         automatic: Choose by the data what no setting says, see `training.automatic`; None: if there is no `config`.
         report: Write `RUN/report.html`.
         start: Directory of an earlier run to begin from: its weights, and with `automatic` its settings.
         settings: Settings by name, over those of `config`: `train("data", "run", epochs=5, device="cpu")`.
 
     Returns:
-        The content of `RUN/result.json`: `run`, `seconds`, `best_validation`... and `start`, see `EarlierRun.facts`.
+        The content of `RUN/result.json`: `run`, `seconds`, `best_validation`, `blend`, `start` (`EarlierRun.facts`)...
 
     Raises:
-        RunError: `out` holds a finished run, or an unfinished one with another configuration, data set or start; or
-            the weights of `start` do not fit the settings or the data.
+        RunError: `out` is another run's, finished or not; or the weights of `start` do not fit.
         SettingsError: A setting is unknown, its value is not allowed, or this machine lacks the device.
         TablesError: The data set cannot be read, or more of its rows are malformed than `max_rejected_share` allows.
         TrainingError: The data set cannot be trained on as configured.
@@ -165,13 +164,16 @@ def train(
         with claimed(out, config, dataset, earlier):
             material = read_material(dataset, config, device, out, earlier)
         left_out |= report_future_events(material.data)
-        clock.end("read")
         job = _Job(data, out, config, device, earlier, clock, on_step, on_validation)
         modules, progress, facts, begun = _fit(material, job)
     before = progress.pop("seconds_before")
     clock.seconds["encoders"] += before
-    progress["seconds"] = round(before + time.monotonic() - began, 3)
-    return _finish(job, progress | _circumstances(job, material, modules) | facts | left_out, begun, report)
+    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, **progress}
+    result |= {"seconds": round(before + time.monotonic() - began, 3)}
+    result |= _circumstances(job, material, modules) | facts | left_out
+    result |= {} if earlier is None else {"start": earlier.facts(begun, result)}
+    _finish(out, result)
+    return result
 
 
 def _finish(job: _Job, result: dict[str, Any], begun: dict[str, Any], report: bool) -> dict[str, Any]:
@@ -211,6 +213,7 @@ def _fit(material: Material, job: _Job) -> tuple[Modules, dict[str, Any], dict[s
         The networks; the encoders' and the ranker's parts of the result; and that of the start (`EarlierRun.facts`).
     """
     config, out, earlier, clock = job.config, job.out, job.earlier, job.clock
+    clock.end("read")
     is_fresh = not (out / "checkpoint.safetensors").exists()
     modules = initial_modules(material, config, job.device, fresh=is_fresh and earlier is None)
     begun: dict[str, Any] = (

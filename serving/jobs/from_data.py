@@ -70,9 +70,7 @@ def recommend_from_data(
     surface: str = "",
     fields: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Answers users by what a data set knows of them, as a service would whose profiles were rebuilt from it.
-
-    Nothing is written and no slate is logged.
+    """Answers users as a service would whose profiles were rebuilt from a data set; writes and logs nothing.
 
     Args:
         config: The settings of a service; `ServeConfig.load(bundle=BUNDLE)` has the defaults.
@@ -80,11 +78,11 @@ def recommend_from_data(
         users: Ids as in the tables; of a warehouse also `a:` and the id of an anonymous user.
         items: Items per user.
         surface: Surface that is asked for.
-        fields: Fields of the items to return too: `title`, `attributes.image`.
+        fields: Fields of the items to return too.
 
     Returns:
-        `answers`, a row for each user as in `batch.SCHEMA`, with `items` if there are fields; `unknown`, users of whom
-        the data set has no event, who get what a new user gets; `bundle_id`; and `intake.summary`'s.
+        `answers`, a row for each user as in `batch.SCHEMA`, with `items` if there are fields; `unknown` users, who get
+        what a new user gets; `bundle_id`; and `intake.summary`'s.
 
     Raises:
         TablesError: The data set cannot be read.

@@ -174,7 +174,7 @@ def _try_loss(name: str, loss: Loss) -> None:
     """Asks a loss for the mean over three users of five items, with and without a correction."""
     for correction in (None, torch.zeros(5)):
         users, items = (torch.randn(size, 4, requires_grad=True) for size in (3, 5))
-        value = loss(users, items, torch.tensor([0, 4, 2]), correction, 2)
+        value: Any = loss(users, items, torch.tensor([0, 4, 2]), correction, 2)
         if not isinstance(value, Tensor) or value.shape or not value.is_floating_point() or not value.isfinite():
             raise _broken("loss", name, "has to return a finite scalar")
         value.backward()  # type: ignore[no-untyped-call]
@@ -194,7 +194,8 @@ def _try_encoder(name: str, encoder: Any, shape: EncoderShape) -> None:
     types = torch.ones(2, width, dtype=torch.int64)
     types[1, 1:], vectors[1, 1:] = 0, 0
     with torch.no_grad():
-        hidden, last = encoder(vectors, types, lengths), encoder.last(vectors, types, lengths)
+        newest: Any = encoder.last
+        hidden, last = encoder(vectors, types, lengths), newest(vectors, types, lengths)
         _require_shape(name, "forward", hidden, (2, width, shape.dim))
         _require_shape(name, "last", last, (2, shape.dim))
         if (hidden[torch.arange(2), lengths - 1] - last).abs().max() > _TOLERANCE:
