@@ -94,13 +94,7 @@ def recommend(
     from serving.jobs.batch import recommend
 
     loaded = ServeConfig.load(config, settings or [], **options)
-    print_result(recommend(loaded, *paths, items, channel=channel, surface=surface, log=log, fields=field or ()))
-
-
-def _needed(name: str, path: Path | None) -> Path:
-    if path is None:
-        raise typer.BadParameter("is needed, unless --data prints the answers", param_hint=name)
-    return path
+    print_result(recommend(loaded, users, out, items, channel=channel, surface=surface, log=log, fields=field or ()))
 
 
 def _by_data(

@@ -168,12 +168,8 @@ def train(
         modules, progress, facts, begun = _fit(material, job)
     before = progress.pop("seconds_before")
     clock.seconds["encoders"] += before
-    result = {"format": FORMAT, "run": str(out), "protocol": config.protocol, **progress}
-    result |= {"seconds": round(before + time.monotonic() - began, 3)}
-    result |= _circumstances(job, material, modules) | facts | left_out
-    result |= {} if earlier is None else {"start": earlier.facts(begun, result)}
-    _finish(out, result)
-    return result
+    progress["seconds"] = round(before + time.monotonic() - began, 3)
+    return _finish(job, progress | _circumstances(job, material, modules) | facts | left_out, begun, report)
 
 
 def _finish(job: _Job, result: dict[str, Any], begun: dict[str, Any], report: bool) -> dict[str, Any]:
