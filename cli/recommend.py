@@ -85,6 +85,7 @@ def recommend(
             raise typer.BadParameter("the answers by --data are printed: leave out --out", param_hint="--out")
         print_result(_by_data(options, config, settings, data, users, user or [], items, surface, field or ()))
         return
+    # Refused and not ignored: without --data, users come from a file, and a name given here would have no answer.
     if user:
         raise typer.BadParameter("needs --data; without, name users in a file as --users", param_hint="--user")
     if users is None or out is None:

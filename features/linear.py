@@ -236,6 +236,7 @@ def best_sums(rows: _I32, sums: _F32, taken: _I32, count: int, allowed: _Bitmap,
     """
     left_out = np.zeros(rows.size, np.bool_)
     for i in range(known.size):
+        # A row that is not in the table marks a free slot, which is never looked at.
         left_out[slot_of(rows, known[i])] = True
     slots, found = np.empty(taken.size, np.int32), 0
     for slot in taken:
@@ -247,6 +248,7 @@ def best_sums(rows: _I32, sums: _F32, taken: _I32, count: int, allowed: _Bitmap,
     slots = slots[:found]
     if found <= count:
         return rows[slots]
+    # The least sum that goes in, by a selection: only few of the places need an order.
     values = sums[slots]
     least = np.partition(values, found - count)[found - count]
     room = count - np.sum(values > least)

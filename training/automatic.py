@@ -162,6 +162,7 @@ def _word(value: object) -> str:
 
 def default_actions(data: Interactions, config: TrainConfig) -> tuple[Action, ...]:
     """Returns one action per event type that is ever predicted, of events that are not below `target_min_value`."""
+    # By block: the events of a large data set stay on the disk.
     valued = np.zeros(1 + len(data.event_types), np.bool_)
     for block in data.blocks():
         valued[data.types[block.events][~np.isnan(data.values[block.events])]] = True

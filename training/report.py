@@ -179,6 +179,7 @@ def _seeds(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the metrics of each seed as the template reads them, None of a single one."""
     if len(evaluation["seeds"]) < 2 or "by_seed" not in evaluation:
         return None
+    # A figure of each seed, not only their mean: it shows how far a gain lies above the noise of a training.
     columns = ([f"{value:.4f}" for value in column] for column in evaluation["by_seed"].values())
     lines = list(zip(evaluation["seeds"], *columns, strict=True))
     return {"metrics": list(evaluation["by_seed"]), "rows": lines}

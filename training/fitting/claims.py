@@ -20,6 +20,7 @@ _CLAIMS = ("config.json", "config.yaml", "data.json", "items.parquet")
 @contextmanager
 def claimed(out: Path, config: TrainConfig, dataset: Dataset, earlier: EarlierRun | None = None) -> Iterator[None]:
     """Claims `out` for a run, see `claim`; if what follows refuses the data, a run that is new leaves nothing there."""
+    # Only what this call has written is removed: an unfinished run of the same name keeps its claim.
     is_new = not (out / "config.json").exists()
     claim(out, config, dataset, earlier)
     try:

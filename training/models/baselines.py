@@ -202,6 +202,7 @@ class EaseBaseline:
         def attempt(solution: EaseSolution) -> tuple[EaseSolution, float]:
             return solution, _ndcg(cls(data, solution), data, targets, repeats)
 
+        # By the baseline itself and not by the linear part of the model: each gets the lambda that is best for it.
         solution, search = search_ridge(form, attempt)
         if search.warning:
             print(f"baseline ease ({form.name}): {search.warning}", file=sys.stderr)

@@ -274,6 +274,7 @@ class EaseByUsers:
         """Returns the histories times the weights, see `EaseSolution`; by way of users, so without a table."""
         sets = self._sets
         shared = np.zeros((len(histories), sets.user_count), self._inverse.numpy().dtype)
+        # An item of a history counts once, as in the matrix that was inverted.
         for line, history in enumerate(histories):
             for item in np.unique(history):
                 shared[line, sets.users[sets.item_starts[item] : sets.item_starts[item + 1]]] += 1

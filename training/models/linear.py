@@ -277,6 +277,7 @@ def _rank(part: Any, trial: _TrialArrays, table: ItemWeights, spec: LinearSpec, 
     """Writes how many items stand before each target of a part, by each factor of the linear part, to `ranks`."""
     for line in range(part[0], part[1]):
         rows, sums, taken = sum_weights(trial.chosen[trial.starts[line] : trial.starts[line + 1]], table, spec)
+        # By slot, like the sums; an item without a sum marks a free slot, which is never looked at.
         left_out = np.zeros(rows.size, np.bool_)
         for at in range(trial.seen_starts[line], trial.seen_starts[line + 1]):
             left_out[slot_of(rows, trial.seen[at])] = True

@@ -201,6 +201,7 @@ class TransitionRingsBaseline:
 
     def _around(self, row: int) -> _F64:
         """Returns each item's score around one: by its ring a multiple of `_STEP`, plus that inside; float64 `[N]`."""
+        # Many users share their newest item, so that a row is computed once as long as the rows fit.
         if row in self._rows:
             return self._rows[row]
         if (len(self._rows) + 1) * self.data.items > CACHED_SCORES:
@@ -230,6 +231,7 @@ def fill(free: _F64, budget: Sequence[int]) -> list[int]:
         low = (1 + _RINGS - ring) * _STEP
         inside = np.flatnonzero((free >= low) & (free < low + _STEP))
         best = inside[np.argsort(-free[inside], kind="stable")[: sum(budget)]].tolist()
+        # A ring with too few items leaves its places to the surplus of nearer rings, before farther ones.
         moved = max(0, min(len(surplus), places - len(best)))
         page += surplus[:moved] + best[: places - moved]
         surplus = surplus[moved:] + best[places - moved :]
@@ -239,6 +241,7 @@ def fill(free: _F64, budget: Sequence[int]) -> list[int]:
 @kernel(nogil=True)
 def _find_rings(starts: Any, following: Any, source: int, depth: int, rings: Any) -> None:
     """Writes the distance of each item from `source`, 0 for those further than `depth` and for itself."""
+    # Breadth first, in one list: each item enters it once, by the shortest way.
     frontier = np.empty(rings.size, np.int64)
     frontier[0] = source
     begin, end = 0, 1

@@ -175,6 +175,7 @@ def _conclude(study: Study, records: list[TrialRecord], ended_by: str) -> dict[s
         "config": str(study.out / CONFIG_FILE),
         "table": str(study.out / TABLE_FILE),
     }
+    # Complete, not only what was searched: the file has to train the same model wherever the defaults change later.
     head = f"# Chosen by `penchant tune`, trial {best.number}: ndcg@10 {best.value:.4f} on validation.\n"
     head += f"# Trial 0, {study.name}, had {first.value:.4f}.\n"
     write_document(study.out / CONFIG_FILE, head + yaml.safe_dump(study.start | best.settings, sort_keys=False))
@@ -189,6 +190,7 @@ def _in_words(study: Study, records: list[TrialRecord], counts: Counter[str], en
     best, first = best_of(records), records[0]
     outcomes = ", ".join(f"{count} {state}" for state, count in counts.items())
     yield f"tried: {len(records)} trials ({outcomes}) of {', '.join(study.space)}"
+    # Without a second trial nothing was compared, and "no trial was better" would sound like a finding.
     if len(records) == 1 and ended_by == "minutes":
         yield f"the first trial took {first.seconds / 60:.1f} minutes, and no other fits: give more minutes"
     if best is first:
