@@ -192,7 +192,9 @@ def running(attackers: Sequence[subprocess.Popen[str]]) -> bool:
 
 
 def _attacker(target: Target, name: str, connections: int, seconds: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.proofs.attackers", name, target.listen]
+    # Attackers come over a network and bring processors of their own. Here they share those of the service: at a lower
+    # priority they still send whatever it has time to read, and take no time from its work.
+    command = ["nice", "-n", "10", sys.executable, "-m", "tests.proofs.attackers", name, target.listen]
     command += ["--connections", str(connections), "--seconds", str(seconds)]
     if target.authority:
         command += ["--authority", target.authority, "--token", "not-the-token"]

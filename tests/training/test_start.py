@@ -25,7 +25,7 @@ from features.vocabulary import Vocabulary
 from tests.training.conftest import CIRCLE, CIRCLES, TINY, interactions
 from training.config import TrainConfig
 from training.data import generations
-from training.data.generations import Generation, split_again
+from training.data.generations import Generation, division_of, generations_now, split_again
 from training.data.interactions import Interactions
 from training.data.split import split
 from training.fitting.start import Course, EarlierRun, _mapped
@@ -292,6 +292,10 @@ def test_a_plain_split_would_validate_with_learned_events_and_the_held_out_users
     now = {late.users[user] for user in again.validation.users}
     assert len(before & now) > 0.8 * len(now)
     assert now - before
+    # An evaluation chooses the forms of its baselines by the targets that validated the run.
+    result = {"start": {}, **generations_now(late, config, [generation])}
+    assert targets(late, division_of(late, config, result)) == targets(late, again)
+    assert targets(late, division_of(late, config, {})) == targets(late, split(late, config))
     # Data that is no longer what the earlier run had: only new events validate.
     other = dataclasses.replace(generation, events=generation.events + 1)
     assert {late.users[user] for user in split_again(late, config, [other]).validation.users} <= now - before

@@ -76,6 +76,14 @@ def _trained_until(data: Interactions, config: TrainConfig) -> int:
     return cut_of(data, config) - round(days * DAY_MS)
 
 
+def division_of(data: Interactions, config: TrainConfig, result: Mapping[str, Any]) -> Split:
+    """Returns the division of the events that the run of a result was trained with."""
+    if "start" not in result:
+        return split(data, config)
+    # The last of the line is the run itself.
+    return split_again(data, config, Generation.read(result)[:-1])
+
+
 def split_again(data: Interactions, config: TrainConfig, generations: Sequence[Generation]) -> Split:
     """Divides the events for a training that continues a line of runs, see `split`.
 

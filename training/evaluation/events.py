@@ -20,9 +20,10 @@ from features.action_rates import ActionRates
 from features.assemble import Moment, ranker_features
 from features.errors import LeakError, TrainingError
 from training.data.clock import report_future_events
+from training.data.generations import division_of
 from training.data.histories import UserHistories
 from training.data.interactions import Interactions, read_interactions
-from training.data.split import Split, Targets, TestProtocol, held_out, moment_of, split
+from training.data.split import Split, Targets, TestProtocol, held_out, moment_of
 from training.evaluation.file_targets import read_targets
 from training.metrics import coverage, hit, interval, mrr, ndcg, novelty
 from training.models.baselines import Baseline, EaseBaseline, Scores, build_baselines, counts_of, popularity_of
@@ -156,7 +157,7 @@ def _measure(
 ) -> dict[str, Any]:
     run = runs[0]
     data = read_interactions(run.dataset, run.vocabulary, run.config, run.path)
-    division = split(data, run.config)
+    division = division_of(data, run.config, run.result)
     every, of_file = _targets(run, data, division, protocol, file)
     # A sample that is ranked among all items has wider intervals; all targets ranked among fewer items, or by an index
     # that misses some, would have a bias that no interval tells of.
