@@ -166,13 +166,13 @@ def default_actions(data: Interactions, config: TrainConfig) -> tuple[Action, ..
     valued = np.zeros(1 + len(data.event_types), np.bool_)
     for block in data.blocks():
         valued[data.types[block.events][~np.isnan(data.values[block.events])]] = True
+    # A type without values has none to compare, and all of its events count.
+    least = {
+        name: config.target_min_value if has_values else None
+        for name, has_values in zip(data.event_types, valued[1:], strict=True)
+    }
     return tuple(
-        Action(
-            name=name,
-            event_type=name,
-            # A type without values has none to compare, and all of its events count.
-            min_value=config.target_min_value if valued[1 + data.event_types.index(name)] else None,
-        )
+        Action.model_validate({"name": name, "event_type": name, "min_value": least[name]})
         for name in types_of(data, data.target)
     )
 

@@ -62,7 +62,11 @@ class LocalEase:
         for start in range(0, items, _BLOCK_ITEMS):
             block = near[start : start + _BLOCK_ITEMS]
             weights = np.zeros(block.shape, np.float32)
-            in_parts(block.shape[0], lambda part, at=start, out=weights: regress(sets, near, ridge, at, part, out))
+
+            def solve(part: tuple[int, int], first: int = start, out: _F32 = weights) -> None:
+                regress(sets, near, ridge, first, part, out)
+
+            in_parts(block.shape[0], solve)
             # By one thread and in the order of items, so that of equal weights the same ones stay.
             keep_largest(block, weights, start, rows, scores, filled, least)
         for start in range(0, items, _BLOCK_ITEMS):
