@@ -29,8 +29,8 @@ EASE_ITEMS = 16_384
 EXACT_ITEMS = 6_000
 """Up to so many items, or users, the inverse is taken in float64."""
 
-USERS_WORK = 2 * 10**11
-"""Most items times choices that the form by users looks through, some minutes."""
+USERS_WORK = 2 * 10**10
+"""Most items times items and choices that the form by users looks through: measured at 7 ns each, some minutes."""
 
 LAMBDAS = (10.0, 50.0, 200.0, 1000.0)
 FEW_LAMBDAS = (50.0, 500.0)
@@ -97,7 +97,7 @@ def ease_form(data: Interactions, ends: _I64, seed: int = 0) -> EaseForm | str:
     if min(data.items, users) > EASE_ITEMS:
         return local_form(data, ends, seed)
     sets = item_sets(data, ends)
-    if users < data.items and data.items * sets.rows.size <= USERS_WORK:
+    if users < data.items and data.items * (data.items + sets.rows.size) <= USERS_WORK:
         reason = f"{users:,} users chose items, fewer than the {data.items:,} items: the matrix of users is inverted"
         return _form("by users", reason, users, sets.most_users, lambda ridge: EaseByUsers(sets, ridge))
     if data.items <= EASE_ITEMS:
