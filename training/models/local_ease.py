@@ -54,19 +54,13 @@ class LocalEase:
         Beyond its result this takes 4 bytes for each entry of `near`, 12 bytes a user for each of torch's threads, and
         the weights of 8,192 items.
         """
-        sets, near, ridge = self._sets, self._near, self._ridge
-        items = near.shape[0]
+        near, items = self._near, self._near.shape[0]
         keep = min(keep, max(1, items - 1))
         rows, scores = np.full((items, keep), -1, np.int32), np.zeros((items, keep), np.float32)
         filled, least = np.zeros(items, np.int32), np.zeros(items, np.int32)
         for start in range(0, items, _BLOCK_ITEMS):
             block = near[start : start + _BLOCK_ITEMS]
-            weights = np.zeros(block.shape, np.float32)
-
-            def solve(part: tuple[int, int], first: int = start, out: _F32 = weights) -> None:
-                regress(sets, near, ridge, first, part, out)
-
-            in_parts(block.shape[0], solve)
+            weights = self._weights(start, block.shape)
             # By one thread and in the order of items, so that of equal weights the same ones stay.
             keep_largest(block, weights, start, rows, scores, filled, least)
         for start in range(0, items, _BLOCK_ITEMS):
@@ -75,6 +69,12 @@ class LocalEase:
             rows[part] = np.take_along_axis(rows[part], order, 1)
             scores[part] = np.take_along_axis(scores[part], order, 1)
         return rows, scores
+
+    def _weights(self, first: int, shape: tuple[int, ...]) -> _F32:
+        """Returns the regressions of the items from `first` on; float32 of `shape` `[n, M]`."""
+        weights = np.zeros(shape, np.float32)
+        in_parts(shape[0], lambda part: regress(self._sets, self._near, self._ridge, first, part, weights))
+        return weights
 
     def scores(self, histories: Sequence[_I32]) -> _F32:
         """Returns the sums of each history over the table of all items, see `ease.EaseSolution`."""
