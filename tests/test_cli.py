@@ -39,6 +39,7 @@ COMMANDS = [
     "validate",
     "features",
     "train",
+    "tune",
     "evaluate",
     "embeddings",
     "export",

@@ -24,7 +24,7 @@ from training.config import TrainConfig
 from training.data.batches import Plan, TrainingBatches
 from training.data.interactions import Disk, item_vocabulary, read_interactions
 from training.data.split import held_out, split
-from training.models.baselines import MarkovBaseline, counts_of, popularity_of
+from training.models.baselines import counts_of, popularity_of
 from training.models.transitions import Transitions
 
 histories = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12)
@@ -56,9 +56,9 @@ def test_blocks_change_nothing(people: list[list[int]]) -> None:
             patch.setattr(training.data.interactions, "BLOCK_EVENTS", block)
             ends = split(data, LEAVE_ONE_OUT).train_end
             test = held_out(data, temporal, "temporal-successive")
-            markov = MarkovBaseline(data, Transitions.count(data, ends), popularity_of(data, ends))
-            found = [ends, split(data, temporal).fit_end, test.users, test.positions, counts_of(data, ends)]
-            return [array.tolist() for array in (*found, markov.next, markov.starts, markov.counts)]
+            steps = Transitions.count(data, ends)
+            found = [ends, split(data, temporal).fit_end, test.users, test.positions, popularity_of(data, ends)]
+            return [array.tolist() for array in (*found, counts_of(data, ends), steps.next, steps.starts, steps.counts)]
 
     assert made(3) == made(1 << 20)
 
