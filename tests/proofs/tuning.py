@@ -30,7 +30,7 @@ from training.data.datasets import prepare
 
 POLL_S = 0.002
 TIMES = ("seconds", "tail_seconds")
-"""What a search that was killed cannot repeat."""
+"""Fields that a killed search cannot repeat."""
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -287,7 +287,7 @@ def test_a_plain_split_would_validate_with_learned_events_and_the_held_out_users
     again = split_again(late, config, [generation])
     assert len(targets(late, split(late, config)) & learned) > 50  # the control
     assert not targets(late, again) & learned
-    # Who validated before does so again, with users who have come or come back since.
+    # Users who validated before do so again, with those who have come or come back since.
     before = {early.users[user] for user in first.validation.users}
     now = {late.users[user] for user in again.validation.users}
     assert len(before & now) > 0.8 * len(now)

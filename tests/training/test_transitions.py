@@ -52,7 +52,7 @@ def test_rings_are_ordered_by_similarity_and_transitions() -> None:
     first = 3 * 2.0
     assert around[1] == pytest.approx(first + 2 / math.sqrt(4 * 3) + 0.5, abs=1e-5)
     assert around[2] == pytest.approx(first + 1 / math.sqrt(4 * 2) + 0.5 * math.log(2) / math.log(3), abs=1e-5)
-    assert around[[3, 4]] == pytest.approx(2 * 2.0, abs=1e-5)  # two transitions away, and nobody chose both
+    assert around[[3, 4]] == pytest.approx(2 * 2.0, abs=1e-5)  # two transitions away, and no user chose both
     assert around[3] > around[4]  # more popular
     assert around[5] == pytest.approx(2.0, abs=1e-5)
     assert around[6] == pytest.approx(1 / 2, abs=1e-5)  # it leads to 0, and nothing leads to it
