@@ -20,6 +20,8 @@ _I64 = npt.NDArray[np.int64]
 _F32 = npt.NDArray[np.float32]
 _Bitmap = npt.NDArray[np.uint8]
 
+_ODD = np.int64(0x9E3779B1)
+
 
 class ItemWeights(NamedTuple):
     """Item-to-item weights of all items, end to end.
@@ -133,10 +135,11 @@ def _free_slots(count: int) -> _I32:
 @kernel(nogil=True)
 def slot_of(rows: _I32, row: int) -> int:
     """Returns the slot of a row in a hash table, or the free one where it belongs."""
-    # By the lower bits of the row itself: a catalogue that is no larger than the table has a slot for each row, and
-    # every search there ends at the first look.
+    # The lower bits of a product with an odd number are a permutation of those of the row: a catalogue that is no
+    # larger than the table has a slot for each row, and neighbouring rows lie far apart, so that runs of them, as of
+    # items that are numbered by category, do not push each other along.
     last = np.int64(rows.size - 1)
-    slot = np.int64(row) & last
+    slot = (np.int64(row) * _ODD) & last
     while rows[slot] != row and rows[slot] >= 0:
         slot = (slot + 1) & last
     return slot  # type: ignore[return-value]  # numba's integer
@@ -248,7 +251,7 @@ def best_sums(rows: _I32, sums: _F32, taken: _I32, count: int, allowed: _Bitmap,
     slots = slots[:found]
     if found <= count:
         return rows[slots]
-    # The least sum that goes in, by a selection: only few of the places need an order.
+    # The least sum that goes in, by a selection: the rows need no order among themselves.
     values = sums[slots]
     least = np.partition(values, found - count)[found - count]
     room = count - np.sum(values > least)

@@ -162,17 +162,13 @@ def _word(value: object) -> str:
 
 def default_actions(data: Interactions, config: TrainConfig) -> tuple[Action, ...]:
     """Returns one action per event type that is ever predicted, of events that are not below `target_min_value`."""
-    # By block: the events of a large data set stay on the disk.
-    valued = np.zeros(1 + len(data.event_types), np.bool_)
-    for block in data.blocks():
-        valued[data.types[block.events][~np.isnan(data.values[block.events])]] = True
-    # A type without values has none to compare, and all of its events count.
-    least = {
-        name: config.target_min_value if has_values else None
-        for name, has_values in zip(data.event_types, valued[1:], strict=True)
-    }
+    least: dict[str, float] = {}
+    if config.target_min_value is not None:
+        # A type without values has none to compare, and all of its events count.
+        valued = types_of(data, ~np.isnan(data.values))
+        least = dict.fromkeys(valued, config.target_min_value)
     return tuple(
-        Action.model_validate({"name": name, "event_type": name, "min_value": least[name]})
+        Action.model_validate({"name": name, "event_type": name, "min_value": least.get(name)})
         for name in types_of(data, data.target)
     )
 

@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    # What follows the dashes looks like options of its own, which argparse would take for unknown ones.
+    # The words after the dashes look like options of its own, which argparse would take for unknown ones.
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     arguments = parser.parse_args(sys.argv[1:end])
     result = prove(arguments.data, arguments.trials, arguments.kills, arguments.seed, sys.argv[end + 1 :])

@@ -21,7 +21,7 @@ from serving.projection.rebuild import rebuild
 from tests.world import items, rows_of
 
 DONE = {"data-ann": ["i0", "i4", "i8"], "data-bob": ["i1", "i5"]}
-"""What two users viewed, oldest first: the one westerns, the other space."""
+"""Views of two users, oldest first: of westerns, and of space films."""
 
 
 @pytest.fixture(scope="module")

@@ -308,7 +308,7 @@ def test_the_default_space_lies_around_its_start() -> None:
         space = default_space(start, frozenset({"epochs"}))
         assert "epochs" not in space
         assert all(values.holds(getattr(start, name)) for name, values in space.items())
-        # What it holds a file may hold as well.
+        # A file may hold whatever a mapping holds.
         assert read_space(as_document(space), start, frozenset()) == space
     with pytest.raises(SettingsError, match="every setting that tune searches has a value"):
         default_space(TrainConfig(), frozenset(TrainConfig.model_fields))

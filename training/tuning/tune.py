@@ -175,7 +175,7 @@ def _conclude(study: Study, records: list[TrialRecord], ended_by: str) -> dict[s
         "config": str(study.out / CONFIG_FILE),
         "table": str(study.out / TABLE_FILE),
     }
-    # Complete, not only what was searched: the file has to train the same model wherever the defaults change later.
+    # With the settings of the start too, not only those that were searched: the file alone trains the same model.
     head = f"# Chosen by `penchant tune`, trial {best.number}: ndcg@10 {best.value:.4f} on validation.\n"
     head += f"# Trial 0, {study.name}, had {first.value:.4f}.\n"
     write_document(study.out / CONFIG_FILE, head + yaml.safe_dump(study.start | best.settings, sort_keys=False))
