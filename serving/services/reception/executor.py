@@ -62,8 +62,8 @@ _SHORT_SWITCH_S = 0.0005
 _TRIM_S = 1.0
 """Least time between two returns of free memory to the system, in seconds."""
 
-_LONGEST_TRIM_S = 300.0
-"""Most time between two returns, if they return nothing, in seconds."""
+_LONGEST_TRIM_S = 10.0
+"""Most time between two returns, if they return nothing, in seconds; one that returns nothing takes 4 ms."""
 
 _GROWN = 16 << 20
 """Growth of the process in bytes after which such a return is worth its time."""
